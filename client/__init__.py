@@ -1,0 +1,1 @@
+"""A site: its data, its ledger, and its part of a round. Never imports ``server``."""

@@ -1,0 +1,91 @@
+"""What one site owns: its records, its declared public size, its ledger.
+
+A Flower node describes its site in the node configuration (``--node-config``):
+
+=============== =====================================================================
+``site``        name in reports; default ``site-<partition-id>``
+``data``        file or folder with this site's own records; without it the site plays
+                partition ``partition-id`` of ``num-partitions`` of the run's data set
+``dataset-id``  what the ledger calls the data; default: the site's name
+``public-size`` number of records declared as public; needed with ``data``
+``ledger``      file of the ledger; it outlives every run
+=============== =====================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from common.check import nearest
+from common.config import DataConfig, RunConfig, Scalar
+from common.data import load_dataset, train_and_test
+from common.errors import ConfigError
+from common.examples import Dataset
+from common.partition import declared_size, site_part
+from common.paths import run_folder
+
+NODE_KEYS = ("site", "data", "dataset-id", "public-size", "ledger", "partition-id", "num-partitions")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site's data and where its ledger is. ``data`` never leaves the process."""
+
+    name: str
+    data: Dataset
+    dataset_id: str
+    public_size: int
+    ledger_path: Path
+
+
+def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simulated: bool) -> Site:
+    """Build the site that this node's configuration describes.
+
+    In a simulation each run has ledgers of its own in the run's folder. A deployed site's ledger
+    outlives runs; if the steward names no file it is kept in the user's data folder, so that
+    forgetting the setting never means a fresh budget.
+
+    Raises:
+        ConfigError: a node setting is unknown, missing or out of range.
+        DataError: the data cannot be read.
+    """
+    for key in node:
+        if key not in NODE_KEYS:
+            raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
+    name = str(node.get("site") or f"site-{node.get('partition-id', 0)}")
+    if "data" in node:
+        if config.model.task == "classification" and not config.data.labels:
+            raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
+        data = _own_data(config.data, config.model.task, str(node["data"]))
+        size = node.get("public-size")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError("node setting 'public-size' is needed beside 'data': a whole number you declare public")
+    else:
+        try:
+            part, parts = int(node["partition-id"]), int(node["num-partitions"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
+        data = _partition(config.data, config.model.task, part, parts)
+        size = int(node.get("public-size", declared_size(len(data.examples))))
+    if "ledger" in node:
+        ledger = Path(str(node["ledger"])).expanduser().absolute()
+    elif simulated:
+        ledger = run_folder(config, run) / "ledgers" / f"{name}.sqlite"
+    else:
+        home = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
+        ledger = home / "fedveil" / f"{name}.sqlite"
+    return Site(name, data, str(node.get("dataset-id") or name), size, ledger)
+
+
+@lru_cache(maxsize=16)
+def _own_data(config: DataConfig, task: str, source: str) -> Dataset:
+    return load_dataset(config, task, source)
+
+
+@lru_cache(maxsize=256)
+def _partition(config: DataConfig, task: str, part: int, parts: int) -> Dataset:
+    return site_part(train_and_test(config, task)[0], config, part, parts)

@@ -1,0 +1,1 @@
+"""Shared words, shapes and rules. Imports nothing of ``strategies``, ``client``, ``server``."""

@@ -1,0 +1,192 @@
+"""What every low-rank parameterisation offers, on top of PEFT's LoRA layers.
+
+PEFT does the injection into the base model (also into GPT-2's transposed Conv1D), so an adapter
+says only which small ``nn.Linear`` holds which factor, how factors start, and which are trained.
+Starts are drawn layer by layer from public streams of the run's seed, so that every party
+derives bit-identical tensors without sending them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.errors import ModelError, ProtocolError
+from common.randomness import stream
+from common.types import AdapterState, Factors
+
+PEFT_PREFIX = "base_model.model."
+ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True)
+class Adapter(ABC):
+    """A low-rank parameterisation of chosen layers; frozen, holds no tensor."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    init: str = "kaiming"
+
+    name: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]
+    """Factors that a site trains: exactly these carry per-record gradients and are clipped."""
+    frozen: ClassVar[tuple[str, ...]]
+    """Factors that stay as the adapter's start or the server set them."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor ``s`` in front of the product: alpha / rank (Hu et al. 2022, sec. 4.1)."""
+        return self.alpha / self.rank
+
+    @abstractmethod
+    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Linear]:
+        """Return the ``nn.Linear`` that holds each factor as its weight."""
+
+    @abstractmethod
+    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
+        """Return the factors of one layer before round 1 (float32, CPU)."""
+
+    @abstractmethod
+    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Return the change of the layer's weight, shape (out, in), in the factors' dtype."""
+
+    @abstractmethod
+    def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:
+        """Return ``{"A", "B"}`` with ``scaling * B @ A == delta(factors)``, for export to stock PEFT."""
+
+    def attach(self, base: nn.Module, seed: int) -> PeftModel:
+        """Put the adapter into ``base`` (in place), freeze everything else, and set the start.
+
+        Raises:
+            ModelError: no layer of ``base`` is called by one of ``target_modules``.
+        """
+        fan_in_fan_out = any(
+            type(module).__name__ == "Conv1D" and name.rsplit(".", 1)[-1] in self.target_modules
+            for name, module in base.named_modules()
+        )
+        try:
+            model = get_peft_model(base, self.peft_config(fan_in_fan_out=fan_in_fan_out))
+        except ValueError as error:
+            raise ModelError(
+                f"adapter.targets {','.join(self.target_modules)!r} fit no layer of {type(base).__name__}: {error}"
+            ) from error
+        for name, layer in self.layers(model).items():
+            self.prepare(layer)
+            for factor, tensor in self.start(name, layer, seed).items():
+                linear = self.factor_modules(layer)[factor]
+                linear.weight = nn.Parameter(
+                    tensor.to(linear.weight.device, torch.float32), requires_grad=factor in self.trained
+                )
+        return model
+
+    def prepare(self, layer: LoraLayer) -> None:  # noqa: B027  (a step that most adapters do not need)
+        """Change the injected layer before its factors are set; plain LoRA needs nothing."""
+
+    def layers(self, model: nn.Module) -> dict[str, LoraLayer]:
+        """Return the adapted layers by their name in the stock base model."""
+        return {
+            name.split(PEFT_PREFIX, 1)[-1]: module
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+    def parameters(self, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+        """Return every factor as the live parameter, by layer and factor name."""
+        return {
+            name: {factor: linear.weight for factor, linear in self.factor_modules(layer).items()}
+            for name, layer in self.layers(model).items()
+        }
+
+    def read(self, model: nn.Module) -> AdapterState:
+        """Return a copy of all factors (float32, CPU)."""
+        return {
+            name: {factor: weight.detach().float().cpu().clone() for factor, weight in factors.items()}
+            for name, factors in self.parameters(model).items()
+        }
+
+    def write(self, model: nn.Module, state: AdapterState) -> None:
+        """Copy ``state`` (any part of the factors) into the model.
+
+        Raises:
+            ProtocolError: a layer or factor is unknown, or a shape differs; nothing is written then.
+        """
+        places = self.parameters(model)
+        for layer, factors in state.items():
+            for factor, tensor in factors.items():
+                if factor not in places.get(layer, {}):
+                    raise ProtocolError(f"the {self.name} adapter has no factor {factor!r} in layer {layer!r}")
+                if places[layer][factor].shape != tensor.shape:
+                    raise ProtocolError(
+                        f"{layer}.{factor} has shape {tuple(tensor.shape)}, "
+                        f"the model wants {tuple(places[layer][factor].shape)}"
+                    )
+        with torch.no_grad():
+            for layer, factors in state.items():
+                for factor, tensor in factors.items():
+                    places[layer][factor].copy_(tensor)
+
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+        """Return the PEFT configuration that a stock reader needs for the exported adapter."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            target_modules=list(self.target_modules),
+            lora_dropout=0.0,
+            bias="none",
+            fan_in_fan_out=fan_in_fan_out,
+        )
+
+    def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
+        """Write ``state`` as a stock PEFT LoRA adapter that ``PeftModel.from_pretrained`` loads.
+
+        Files: ``adapter_config.json`` and ``adapter_model.safetensors`` (float32).
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for layer in self.layers(model):
+            lora = self.as_lora(state[layer])
+            for factor in ("A", "B"):
+                tensors[f"{PEFT_PREFIX}{layer}.lora_{factor}.weight"] = lora[factor].float().contiguous()
+        injected = model.peft_config[ADAPTER_NAME]
+        config = self.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
+        config.base_model_name_or_path = base_name
+        config.inference_mode = True
+        config.task_type = injected.task_type
+        config.save_pretrained(str(folder))
+        save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def start_of_a(rank: int, in_features: int, init: str, generator: torch.Generator) -> Tensor:
+    """Return the start of A, shape (rank, in): PEFT's Kaiming-uniform or orthonormal rows, float32."""
+    if init == "orthonormal":
+        gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(gaussian)
+        # The sign of each column is fixed so that the result is Haar distributed and reproducible.
+        return (q * torch.sign(torch.diagonal(r))).T.contiguous().float()
+    bound = 1 / math.sqrt(in_features)
+    return (torch.rand(rank, in_features, generator=generator, dtype=torch.float64) * 2 - 1).mul(bound).float()
+
+
+def start_of_lora(adapter: Adapter, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
+    """Return A from the seed's public stream and B = 0, so that the model starts as its base."""
+    generator = stream(seed, "adapter", layer_name, "A")
+    return {
+        "A": start_of_a(adapter.rank, layer.in_features, adapter.init, generator),
+        "B": torch.zeros(layer.out_features, adapter.rank),
+    }
+
+
+def lora_modules(layer: LoraLayer) -> dict[str, nn.Linear]:
+    """Return PEFT's two linear maps of a LoRA layer under the paper's letters."""
+    return {"A": layer.lora_A[ADAPTER_NAME], "B": layer.lora_B[ADAPTER_NAME]}

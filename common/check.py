@@ -1,0 +1,59 @@
+"""Validators named by what they check; they take ``name=value`` and name it when it fails.
+
+>>> positive(clip_norm=0.5)
+>>> positive(clip_norm=0.0)
+Traceback (most recent call last):
+    ...
+common.errors.ConfigError: clip-norm must be above 0, not 0.0
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+from common.errors import ConfigError
+
+
+def _spoken(name: str) -> str:
+    return name.replace("__", ".").replace("_", "-")
+
+
+def positive(**values: float) -> None:
+    """Raise ConfigError unless every value is finite and above 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{_spoken(name)} must be above 0, not {value!r}")
+
+
+def not_negative(**values: float) -> None:
+    """Raise ConfigError unless every value is finite and at least 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{_spoken(name)} must be at least 0, not {value!r}")
+
+
+def in_range(low: float, high: float, **values: float) -> None:
+    """Raise ConfigError unless ``low < value <= high`` for every value."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and low < value <= high):
+            raise ConfigError(f"{_spoken(name)} must be above {low} and at most {high}, not {value!r}")
+
+
+def one_of(choices: Iterable[str], **values: str) -> None:
+    """Raise ConfigError, naming the nearest choice, unless every value is one of ``choices``."""
+    known = tuple(choices)
+    for name, value in values.items():
+        if value not in known:
+            raise ConfigError(f"{_spoken(name)} is {value!r}; choose one of {', '.join(known)}{nearest(value, known)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string.
+
+    >>> nearest("rnk", ["rank", "alpha"])
+    " (did you mean 'rank'?)"
+    """
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

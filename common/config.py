@@ -1,0 +1,287 @@
+"""The one configuration object: ``[tool.flwr.app.config]`` plus ``-c`` overrides, checked.
+
+Keys are dotted and in kebab-case, as Flower passes them (``"adapter.rank"``); fields are the same
+words in snake_case. A key that no field answers to, or a value of another type, is an error that
+names the key. Everything in here is public: the server knows it, and so does every site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+from common.check import in_range, nearest, not_negative, one_of, positive
+from common.errors import ConfigError
+
+Scalar = str | int | float | bool
+Section = TypeVar("Section")
+
+TASKS = ("classification", "causal-lm")
+PARTITIONS = ("iid", "dirichlet", "natural")
+HEAD_POLICIES = ("trained", "frozen")
+HEAD_STARTS = ("zeros", "random", "label-words")
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
+PRIVACY_MODES = ("dp-sgd", "none")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name: str = "all-MiniLM-L6-v2"
+    """A named model (see ``common.base_model``), a folder, or a hub id."""
+    task: str = "classification"
+    """``classification`` (encoder, mean pool, linear head) or ``causal-lm`` (prompt, completion)."""
+    max_length: int = 128
+    """Tokens a record is cut to."""
+    feature_scale: float = 4.0
+    """Classification: length that the pooled features are brought to; 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        one_of(TASKS, model__task=self.task)
+        positive(model__max_length=self.max_length)
+        not_negative(model__feature_scale=self.feature_scale)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where records come from and how a simulated federation divides them."""
+
+    name: str = "rotten-tomatoes"
+    """A named data set (see ``common.data``), a file or folder, or ``hub:NAME``."""
+    test: str = ""
+    """The server's public held-out file or hub split; empty: a seeded part of ``name``."""
+    test_size: int = 1000
+    """Records of the public test part when ``test`` is empty."""
+    text: str = "text"
+    text_pair: str = ""
+    label: str = "label"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    labels: str = ""
+    """Label values in order, separated by commas; empty: the sorted distinct values of the file."""
+    partition: str = "dirichlet"
+    """How simulated sites divide the records: ``iid``, ``dirichlet`` (by label), ``natural`` (by ``key``)."""
+    dirichlet_alpha: float = 1.0
+    """Concentration of the label-Dirichlet partition: smaller is more uneven."""
+    key: str = ""
+    """Column of the natural partition, such as an author or a domain."""
+    seed: int = 1
+    """Seed of the partition and of the test part; fixed, so that runs are comparable."""
+
+    def __post_init__(self) -> None:
+        one_of(PARTITIONS, data__partition=self.partition)
+        positive(data__test_size=self.test_size, data__dirichlet_alpha=self.dirichlet_alpha)
+        if self.partition == "natural" and not self.key:
+            raise ConfigError("data.partition is 'natural' but data.key is empty: name the column to divide by")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The low-rank adapter."""
+
+    rank: int = 8
+    alpha: float = 8.0
+    """LoRA's alpha: the product of the factors is scaled by ``alpha / rank``."""
+    targets: str = "query,value"
+    """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``."""
+    init: str = "kaiming"
+    """Start of A: ``kaiming`` (PEFT's) or ``orthonormal`` rows."""
+
+    def __post_init__(self) -> None:
+        positive(adapter__rank=self.rank, adapter__alpha=self.alpha)
+        one_of(("kaiming", "orthonormal"), adapter__init=self.init)
+        if not self.target_modules:
+            raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value'")
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The names in ``targets``."""
+        return tuple(name.strip() for name in self.targets.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The classification head."""
+
+    policy: str = "trained"
+    """``trained`` (averaged, and part of the clipped vector) or ``frozen`` (kept at its start)."""
+    start: str = "label-words"
+    """``zeros``, ``random`` (seeded), or ``label-words``: from public phrases about each label."""
+    phrases: str = ""
+    """For ``label-words``: phrases of one label separated by ``|``, labels by ``;``, in label order."""
+    scale: float = 1.0
+    """Length of a ``label-words`` or ``random`` weight row."""
+
+    def __post_init__(self) -> None:
+        one_of(HEAD_POLICIES, head__policy=self.policy)
+        one_of(HEAD_STARTS, head__start=self.start)
+        positive(head__scale=self.scale)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What a site does with one round."""
+
+    local_steps: int = 5
+    """Optimiser steps a round."""
+    sample_rate: float = 0.14
+    """Chance of each record to be in a step's batch (Poisson); the expected batch is this times the size."""
+    optimizer: str = "adam"
+    learning_rate: float = 0.02
+    schedule: str = "linear"
+    """Course of the learning rate over all steps of the run."""
+    momentum: float = 0.9
+    """For ``momentum``; also Adam's beta1."""
+    beta2: float = 0.999
+    """For ``adam`` and ``adamw``."""
+    weight_decay: float = 0.0
+    batch_tokens: int = 4096
+    """Tokens (with padding) of one forward pass; changes speed and memory, never the result."""
+
+    def __post_init__(self) -> None:
+        positive(
+            training__local_steps=self.local_steps,
+            training__learning_rate=self.learning_rate,
+            training__batch_tokens=self.batch_tokens,
+        )
+        in_range(0, 1, training__sample_rate=self.sample_rate, training__beta2=self.beta2)
+        not_negative(training__weight_decay=self.weight_decay, training__momentum=self.momentum)
+        one_of(OPTIMIZERS, training__optimizer=self.optimizer)
+        one_of(SCHEDULES, training__schedule=self.schedule)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """What the run proposes to every site; a site may be stricter, never laxer."""
+
+    mode: str = "dp-sgd"
+    """``dp-sgd`` or ``none``. ``none`` makes no privacy claim and says so everywhere."""
+    epsilon: float = 8.0
+    """Budget of a site for the whole run, record-level, add/remove."""
+    delta: float = 1e-5
+    clip_norm: float = 0.5
+    """L2 bound of one record's gradient over all trained tensors together."""
+    noise_multiplier: float = 0.0
+    """Noise std over clip norm; 0: the least that keeps every round of the run within ``epsilon``."""
+
+    def __post_init__(self) -> None:
+        one_of(PRIVACY_MODES, privacy__mode=self.mode)
+        positive(privacy__epsilon=self.epsilon, privacy__clip_norm=self.clip_norm)
+        in_range(0, 0.5, privacy__delta=self.delta)
+        not_negative(privacy__noise_multiplier=self.noise_multiplier)
+
+    @property
+    def on(self) -> bool:
+        """Whether the run makes a privacy claim."""
+        return self.mode != "none"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    strategy: str = "ffa-lora"
+    rounds: int = 6
+    seed: int = 1
+    """Public seed of the adapter's and the head's start and of non-private batch order."""
+    device: str = "auto"
+    """``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``."""
+    precision: str = "auto"
+    """Of the forward pass: ``auto`` (bfloat16 where the device is fast at it), ``float32``, ``bfloat16``."""
+    output: str = "runs"
+    """Folder that run folders are made in; relative to where the program was started."""
+    min_sites: int = 1
+    """Replies that a round needs to count."""
+    round_timeout: float = 3600.0
+    """Seconds that a round waits for sites."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+
+    def __post_init__(self) -> None:
+        positive(rounds=self.rounds, min_sites=self.min_sites, round_timeout=self.round_timeout)
+        one_of(("auto", "float32", "bfloat16"), precision=self.precision)
+        if self.model.task == "causal-lm" and self.head.policy != "frozen":
+            raise ConfigError("model.task 'causal-lm' has no classification head: set head.policy to 'frozen'")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of a site that joins every round."""
+        return self.rounds * self.training.local_steps
+
+
+def defaults(section: type[Any] = RunConfig, prefix: str = "") -> dict[str, Scalar]:
+    """Return every key with its default, flat and in kebab-case.
+
+    >>> defaults()["adapter.rank"]
+    8
+    """
+    flat: dict[str, Scalar] = {}
+    instance = section()
+    for item in dataclasses.fields(section):
+        key, value = prefix + item.name.replace("_", "-"), getattr(instance, item.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(defaults(type(value), key + "."))
+        else:
+            flat[key] = value
+    return flat
+
+
+def from_mapping(values: Mapping[str, Scalar]) -> RunConfig:
+    """Build a RunConfig from flat dotted keys; keys left out keep their defaults.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is named), a value has the wrong type
+            or is out of range.
+    """
+    known = defaults()
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
+    return _build(RunConfig, values, "")
+
+
+def from_section(section: type[Section], values: Mapping[str, Scalar], prefix: str) -> Section:
+    """Build one dataclass of settings from the keys that start with ``prefix``; same errors as from_mapping."""
+    known = {prefix + key: value for key, value in defaults(section).items()}
+    for key in values:
+        if key.startswith(prefix) and key not in known:
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
+    return _build(section, values, prefix)
+
+
+def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str) -> Section:
+    hints = get_type_hints(section)
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(section):  # type: ignore[arg-type]
+        key, kind = prefix + item.name.replace("_", "-"), hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            arguments[item.name] = _build(kind, values, key + ".")
+        elif key in values:
+            arguments[item.name] = _typed(key, values[key], kind)
+    return section(**arguments)
+
+
+def _typed(key: str, value: Scalar, kind: type) -> Scalar:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}[kind]
+        raise ConfigError(f"{key} must be {wanted}, not {value!r}")
+    return value
+
+
+def to_mapping(config: Any, prefix: str = "") -> dict[str, Scalar]:
+    """Return the flat, dotted, kebab-case form of ``config``: the inverse of from_mapping."""
+    flat: dict[str, Scalar] = {}
+    for item in dataclasses.fields(config):
+        key, value = prefix + item.name.replace("_", "-"), getattr(config, item.name)
+        flat.update(to_mapping(value, key + ".") if dataclasses.is_dataclass(value) else {key: value})
+    return flat

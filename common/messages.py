@@ -1,0 +1,79 @@
+"""What server and sites say to each other, as plain data.
+
+Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is
+the only field computed from records, and it has passed clip and noise; the rest follows from
+configuration and from the ledger's arithmetic on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.types import AdapterState
+
+PROTOCOL = 1
+"""Version of these messages; both sides must speak the same."""
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """Server to site: train one round from this state."""
+
+    run: str
+    round_number: int
+    """1-based."""
+    state: AdapterState
+    """What the strategy sends down."""
+    base_fingerprint: str
+    """Of the base model's weights; a site with another base refuses."""
+    start_fingerprint: str
+    """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one round cost one site, by its own ledger: a function of public settings only."""
+
+    sample_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    steps_round: int
+    steps_total: int
+    delta: float
+    epsilon_round: float
+    """What this round added to the total."""
+    epsilon_total: float
+    """Of everything the ledger holds for this data set, over all runs."""
+    epsilon_budget: float
+    epsilon_remaining: float
+    accountant: str
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Site to server: what one round of training contributes."""
+
+    run: str
+    round_number: int
+    site: str
+    public_size: int
+    """Declared by the steward; never counted from the records."""
+    contribution: AdapterState
+    spending: Spending | None
+    """None when the run makes no privacy claim."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Site to server: this round is not done here, and why. A normal answer, not a crash."""
+
+    run: str
+    round_number: int
+    site: str
+    kind: str
+    """``budget``, ``policy``, ``task`` (what the server sent does not fit) or ``failed``."""
+    reason: str
+    """One line for people; says nothing about records."""
+
+
+Reply = TrainResult | Refusal

@@ -1,0 +1,232 @@
+"""The model of a run: frozen base, attached adapter, and a head where the task has one.
+
+Server and sites build it from the same configuration and get bit-identical tensors; afterwards
+only adapter states move. It is built once per process (``model_of``) and rewritten every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.adapters import Adapter
+from common.base_model import BaseModel, load_base_model
+from common.batching import length_batches
+from common.config import HeadConfig, ModelConfig
+from common.device import autocast, choose_device, choose_precision
+from common.errors import ConfigError, ProtocolError
+from common.examples import Example
+from common.randomness import stream
+from common.tasks import TASKS, Batch, CompletionModel, Record, Task, TextClassifier
+from common.types import HEAD, AdapterState
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the model does on public data."""
+
+    accuracy: float
+    """Share of right labels, or of right next tokens of the completion."""
+    loss: float
+    """Mean cross-entropy per record, or per token of the completion; in nats."""
+
+
+class FederatedModel:
+    """A model whose adapter state can be read, written, trained and scored."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: Adapter,
+        task: Task,
+        head: HeadConfig,
+        *,
+        seed: int,
+        label_names: Sequence[str] = (),
+        feature_scale: float = 0.0,
+        max_length: int = 128,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        self.base, self.adapter, self.task = base, adapter, task
+        self.max_length = max_length
+        self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
+        self.head_trained = task.has_head and head.policy == "trained"
+        self.peft_model = adapter.attach(base.module, seed)
+        if task.has_head:
+            self.module: Any = TextClassifier(self.peft_model, base.hidden_size, len(label_names), feature_scale)
+        else:
+            self.module = CompletionModel(self.peft_model)
+        self.module.to(self.device)
+        if task.has_head:
+            start_head(self, head, seed, label_names)
+            self.module.head.requires_grad_(self.head_trained)
+        _turn_dropout_off(self.module)
+
+    def places(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Return the live parameters behind a full adapter state, by layer and factor.
+
+        The head is part of the state only when it is trained: a frozen one never travels.
+        """
+        places = self.adapter.parameters(self.peft_model)
+        if self.head_trained:
+            places[HEAD] = {"weight": self.module.head.weight, "bias": self.module.head.bias}
+        return places
+
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Return the part of ``places`` that sites train: exactly what is clipped and noised."""
+        kept = {
+            layer: {name: p for name, p in factors.items() if p.requires_grad}
+            for layer, factors in self.places().items()
+        }
+        return {layer: factors for layer, factors in kept.items() if factors}
+
+    def read(self) -> AdapterState:
+        """Return a copy of all factors, and of the head when it is trained (float32, CPU)."""
+        return {
+            layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
+            for layer, factors in self.places().items()
+        }
+
+    def write(self, state: AdapterState) -> None:
+        """Copy ``state``, any part of a full one, into the model.
+
+        Raises:
+            ProtocolError: a name or a shape does not fit; nothing is written then.
+        """
+        head = state.get(HEAD, {})
+        live = self.places().get(HEAD, {})
+        for name, tensor in head.items():
+            if name not in live or live[name].shape != tensor.shape:
+                raise ProtocolError(f"the model has no head tensor {name!r} of shape {tuple(tensor.shape)}")
+        self.adapter.write(self.peft_model, {k: v for k, v in state.items() if k != HEAD})
+        with torch.no_grad():
+            for name, tensor in head.items():
+                live[name].copy_(tensor)
+
+    def tokenise(self, examples: Sequence[Example]) -> list[Record]:
+        """Return tokenised records, cut to the run's ``max_length``."""
+        return self.task.tokenise(self.base.tokenizer, examples, self.max_length)
+
+    def batch(self, records: Sequence[Record]) -> Batch:
+        """Return ``records`` as tensors on the model's device."""
+        return {k: v.to(self.device) for k, v in self.task.collate(records, self.base.pad_id).items()}
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Return one loss per record under the run's precision, shape (records,), float32."""
+        with autocast(self.device, self.precision):
+            return self.task.losses(self.module, batch)
+
+    def score(self, records: Sequence[Record]) -> Score:
+        """Return accuracy and mean loss on ``records`` (at least one)."""
+        return score_records(self.module, self.task, records, self.base.pad_id, self.device, self.precision)
+
+
+@torch.no_grad()
+def score_records(
+    module: nn.Module,
+    task: Task,
+    records: Sequence[Record],
+    pad_id: int,
+    device: torch.device,
+    precision: torch.dtype,
+    batch_tokens: int = 16384,
+) -> Score:
+    """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one)."""
+    was_training = module.training
+    module.eval()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for group in length_batches([len(record["input_ids"]) for record in records], batch_tokens):
+        batch = {k: v.to(device) for k, v in task.collate([records[i] for i in group], pad_id).items()}
+        with autocast(device, precision):
+            sums = task.sums(module, batch)
+        totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
+    module.train(was_training)
+    loss, correct, weight = totals.tolist()
+    return Score(accuracy=correct / weight, loss=loss / weight)
+
+
+def _turn_dropout_off(module: nn.Module) -> None:
+    # Per-record gradients need train mode, but the base is frozen: its dropout would only add
+    # noise that no one accounts for.
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        for child in module.modules():
+            if hasattr(getattr(child, "config", None), name):
+                setattr(child.config, name, 0.0)
+            if isinstance(getattr(child, "attention_dropout", None), float):
+                child.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def start_head(model: FederatedModel, head: HeadConfig, seed: int, label_names: Sequence[str]) -> None:
+    """Set the classification head's start; uses no record, so it costs no privacy.
+
+    ``label-words`` writes into each row how the base model's features of public phrases about
+    that label differ from the mean over labels, at length ``head.scale``.
+
+    Raises:
+        ConfigError: there are phrases for another number of labels than the data have.
+    """
+    linear = model.module.head
+    linear.bias.zero_()
+    linear.weight.zero_()
+    if head.start == "random":
+        rows = torch.randn(linear.weight.shape, generator=stream(seed, "head"))
+    elif head.start == "label-words":
+        phrases = [part.split("|") for part in head.phrases.split(";")] if head.phrases else [[n] for n in label_names]
+        if len(phrases) != len(label_names):
+            raise ConfigError(
+                f"head.phrases speaks of {len(phrases)} labels, the data have {len(label_names)} "
+                f"({', '.join(label_names)}): separate labels by ';' and phrases of one label by '|'"
+            )
+        model.module.eval()
+        rows = torch.stack([_mean_features(model, texts) for texts in phrases])
+        rows = rows - rows.mean(0)
+    else:
+        return
+    linear.weight.copy_(F.normalize(rows, dim=-1) * head.scale)
+
+
+def _mean_features(model: FederatedModel, phrases: Sequence[str]) -> Tensor:
+    records = model.tokenise([Example(text=phrase.strip(), label=0) for phrase in phrases])
+    # One phrase at a time and in float32: the start must not depend on batching or on the device's precision.
+    features = torch.cat([model.module.features(model.batch([record])) for record in records])
+    return features.mean(0)
+
+
+@lru_cache(maxsize=1)
+def model_of(
+    config: ModelConfig,
+    adapter: Adapter,
+    head: HeadConfig,
+    seed: int,
+    label_names: tuple[str, ...],
+    device: str,
+    precision: str,
+) -> FederatedModel:
+    """Return this process's model for these settings, built on the first call and then kept.
+
+    The next user writes its own state over what the last one left, so nothing carries over.
+    """
+    return FederatedModel(
+        load_base_model(config.name, config.task),
+        adapter,
+        TASKS[config.task],
+        head,
+        seed=seed,
+        label_names=label_names,
+        feature_scale=config.feature_scale,
+        max_length=config.max_length,
+        device=device,
+        precision=precision,
+    )

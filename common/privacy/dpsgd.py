@@ -1,0 +1,152 @@
+"""DP-SGD at a site: per-record gradients, clip, sum, noise, public divisor (Abadi et al. 2016, alg. 1).
+
+Opacus computes per-record gradients (hooks, model not wrapped), clips, sums and scales. Around
+it stands what a federation needs and Opacus leaves open (PRIVACY: 1.3, 2.4):
+
+* one joint clip over all trained tensors, on float32 gradients also under bf16 autocast;
+* a record whose gradient is not finite contributes zero instead of destroying the update;
+* noise also on an empty batch, so that emptiness is not visible;
+* noise from the operating system's entropy, drawn in float64;
+* the divisor is a public constant, never the realised batch;
+* a gradient that did not come from here cannot reach the optimiser.
+
+Guarantee: with per-record losses, adding or removing one record changes the noiseless sum by at
+most ``clip_norm`` in L2 over all trained tensors together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common.errors import MechanismError
+from common.privacy.plan import PrivacyPlan
+from common.randomness import private_normal
+
+
+class _Mechanism(DPOptimizer):
+    """Opacus' optimiser with finite float32 gradients in and operating-system noise out."""
+
+    def clip_and_accumulate(self) -> None:
+        """Clip every record's joint gradient and add it to the step's sum."""
+        samples = [sample.float() for sample in self.grad_samples]
+        finite = torch.ones(len(samples[0]), dtype=torch.bool, device=samples[0].device)
+        for sample in samples:
+            # The norm itself must be finite as well: 1e30 squared is not.
+            finite &= sample.flatten(1).norm(dim=1).isfinite() if sample.numel() else finite
+        for parameter, sample in zip(self.params, samples, strict=True):
+            parameter.grad_sample = torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
+        super().clip_and_accumulate()
+
+    def add_noise(self) -> None:
+        """Write sum + N(0, (noise_multiplier · clip_norm)²) into every ``grad``."""
+        std = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            total = parameter.summed_grad.double()
+            noise = private_normal(tuple(total.shape), std).to(total.device)
+            parameter.grad = (total + noise).to(parameter.dtype)
+
+
+class PrivateSteps:
+    """Context in which a model takes DP-SGD steps; hooks are on the model only inside it.
+
+    Args:
+        module: the model, with exactly the trained parameters requiring a gradient.
+        optimizer: any torch optimiser over exactly those parameters.
+        plan: clip, noise and public divisor.
+
+    Raises:
+        MechanismError: the optimiser does not cover exactly the trained parameters, or it is
+            stepped with a gradient that did not come from this mechanism.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan) -> None:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        covered = [p for group in optimizer.param_groups for p in group["params"]]
+        if {id(p) for p in trained} != {id(p) for p in covered}:
+            raise MechanismError(
+                f"the optimiser has {len(covered)} tensors, the model trains {len(trained)}: "
+                "every trained tensor, and no other, must pass through the clip"
+            )
+        self._module, self._optimizer, self._trained = module, optimizer, trained
+        self._mechanism = _Mechanism(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.clip_norm,
+            expected_batch_size=plan.expected_batch_size,  # type: ignore[arg-type]
+        )
+        self._released: list[tuple[Tensor, int]] = []
+
+    def __enter__(self) -> PrivateSteps:
+        self._module.train()
+        self._hooks = GradSampleHooks(self._module, loss_reduction="sum")
+        self._guard = self._optimizer.register_step_pre_hook(self._check)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._guard.remove()
+        self._hooks.cleanup()
+        for parameter in self._trained:
+            # Raw gradients must not outlive the context on the parameters.
+            for name in ("grad_sample", "summed_grad"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+            parameter.grad = None
+
+    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
+        """Take one optimiser step on one logical batch, given as any number of parts (also none).
+
+        Args:
+            batches: the parts; how the batch is cut never changes the result.
+            losses: returns one loss per record, shape (records,), for a part.
+        """
+        self._mechanism.zero_grad(set_to_none=True)
+        seen = False
+        for batch in batches:
+            values = losses(batch)
+            values.sum().backward()
+            self._require_samples(len(values))
+            self._mechanism.clip_and_accumulate()
+            self._forget()
+            seen = True
+        for parameter in self._trained:
+            # Opacus reads the device and the number of parts off grad_sample.
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+        if not seen:
+            self._mechanism.clip_and_accumulate()
+        self._mechanism.add_noise()
+        self._mechanism.scale_grad()
+        self._released = [(p.grad, p.grad._version) for p in self._trained]  # type: ignore[union-attr,misc]
+        self._optimizer.step()
+        self._released = []
+        self._forget()
+
+    def _require_samples(self, records: int) -> None:
+        for parameter in self._trained:
+            sample = getattr(parameter, "grad_sample", None)
+            if sample is None or len(sample) != records:
+                raise MechanismError(
+                    f"a trained tensor of shape {tuple(parameter.shape)} got no gradient of its own for each of "
+                    f"{records} records: the model does not use it, or mixes records"
+                )
+
+    def _forget(self) -> None:
+        for parameter in self._trained:
+            parameter.grad_sample = None
+            parameter.grad = None
+
+    def _check(self, optimizer: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        released = {id(gradient): version for gradient, version in self._released}
+        for parameter in self._trained:
+            gradient = parameter.grad
+            if gradient is None or released.get(id(gradient)) != gradient._version:
+                raise MechanismError("the optimiser was stepped with a gradient that did not pass clip and noise")

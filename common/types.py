@@ -1,0 +1,17 @@
+"""The two shapes in which adapters move through the program.
+
+``Factors`` are the tensors of one adapted layer, by the paper's letter:
+LoRA ``{"A": (rank, in), "B": (out, rank)}``, Fed-SB ``{"B", "R": (rank, rank), "A"}``;
+the classification head is one more entry ``{"weight": (classes, in), "bias": (classes,)}``.
+``AdapterState`` maps layer names (as in the base model's ``named_modules()``) to factors.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Factors = dict[str, Tensor]
+AdapterState = dict[str, Factors]
+
+HEAD = "head"
+"""Name of the classification head inside an AdapterState."""

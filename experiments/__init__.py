@@ -1,0 +1,1 @@
+"""Running and comparing: the command line, configurations, federations in one process."""

@@ -1,0 +1,52 @@
+"""Score a run's result the way its users would: stock base model, stock PEFT, the saved head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from common.base_model import load_base_model
+from common.data import public_test
+from common.device import choose_device
+from common.errors import DataError, ModelError
+from common.model import Score, score_records
+from common.tasks import TASKS, CompletionModel, TextClassifier
+from server.records import read_json
+from strategies import configure
+
+
+def load_result(adapter: Path) -> tuple[nn.Module, dict]:  # type: ignore[type-arg]
+    """Return the model of a saved adapter, built with ``PeftModel.from_pretrained``, and its description.
+
+    Raises:
+        DataError: the folder holds no saved adapter.
+        ModelError: the base model on this machine has other weights than the run's.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise DataError(f"{adapter} holds no adapter: give the folder of a finished run")
+    about = read_json(adapter / "fedveil.json")
+    base = load_base_model(about["base_model"], about["task"])
+    if base.fingerprint != about["base_fingerprint"]:
+        raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
+    peft_model = PeftModel.from_pretrained(base.module, str(adapter))
+    if about["task"] == "causal-lm":
+        return CompletionModel(peft_model), {**about, "base": base}
+    model = TextClassifier(peft_model, base.hidden_size, len(about["label_names"]), about["feature_scale"])
+    model.head.load_state_dict(load_file(str(adapter / "head.safetensors")))
+    return model, {**about, "base": base}
+
+
+def evaluate_run(folder: Path) -> Score:
+    """Return the score of a run's final adapter on the run's public test data."""
+    import torch
+
+    module, about = load_result(folder / "adapter")
+    job = configure(about["settings"])
+    test = public_test(job.config.data, about["task"])
+    task, base = TASKS[about["task"]], about["base"]
+    device = choose_device(job.config.device)
+    records = task.tokenise(base.tokenizer, test.examples, about["max_length"])
+    return score_records(module.to(device), task, records, base.pad_id, device, getattr(torch, about["precision"]))

@@ -1,0 +1,218 @@
+"""Run one job with ``flwr run``: a SuperLink of its own on this machine, Ray for the sites.
+
+Flower's command exits 0 whatever happens to the run and shows raw logs, so this module starts the
+SuperLink itself, submits with ``flwr run``, watches the run's folder, and ends what it started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import Scalar
+from common.device import own_cores
+from common.errors import ConfigError, RunFailed
+from common.paths import run_folder
+from experiments.settings import to_toml
+from strategies import configure
+
+PROJECT = Path(__file__).resolve().parent.parent
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is told: new lines of the run's log, and what goes on."""
+
+    lines: list[str]
+    state: Mapping[str, Any]
+
+
+def simulate(
+    settings: Mapping[str, Scalar], sites: int, watch: Callable[[Progress], None], *, workers: int = 0
+) -> Path:
+    """Run one federation of ``sites`` simulated sites to its end and return the run's folder.
+
+    Args:
+        settings: overrides of the defaults, flat.
+        sites: how many sites the data are divided among.
+        watch: called about twice a second.
+        workers: processes that train at the same time; 0: as many as pay off on this machine.
+
+    Raises:
+        ConfigError: a setting is wrong; nothing was started.
+        RunFailed: the run did not end well; the message says why.
+    """
+    if sites < 1:
+        raise ConfigError(f"a federation needs at least 1 site, not {sites}")
+    output = str(Path(str(settings.get("output", "runs"))).expanduser().absolute())
+    settings = {**settings, "output": output}
+    job = configure(settings)
+    with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
+        run = _submit(link, settings, sites, workers)
+        folder = run_folder(job.config, run)
+        _follow(link, run, folder, watch)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Link:
+    home: Path
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+
+    @property
+    def log(self) -> Path:
+        return self.home / "superlink.log"
+
+
+@contextmanager
+def _superlink(home: Path) -> Iterator[_Link]:
+    port, control = _free_ports(2)
+    binaries = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "fedveil"\n\n[superlink.fedveil]\naddress = "127.0.0.1:{port}"\ninsecure = true\n',
+        encoding="utf-8",
+    )
+    command = [str(binaries / "flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
+    with (home / "superlink.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    link = _Link(home, environment, process)
+    try:
+        _wait_for_port(link, port)
+        yield link
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and everything it started; it leads a process group of its own."""
+    import signal
+
+    for what, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, what)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            break
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _wait_for_port(link: _Link, port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if link.process.poll() is not None:
+            raise RunFailed(f"flower-superlink ended at once: {_last_words(link)}")
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise RunFailed(f"flower-superlink did not answer within {START_SECONDS:g} s: {_last_words(link)}")
+
+
+def _submit(link: _Link, settings: Mapping[str, Scalar], sites: int, workers: int) -> str:
+    overrides = link.home / "settings.toml"
+    overrides.write_text(to_toml(settings), encoding="utf-8")
+    command = [str(Path(sys.executable).parent / "flwr"), "run", str(PROJECT), "fedveil", "--format", "json"]
+    command += ["-c", str(overrides), "--federation-config", _resources(sites, workers)]
+    done = subprocess.run(command, env=link.environment, capture_output=True, text=True, check=False)
+    found = re.search(r'"run-id":\s*"(\d+)"', done.stdout)
+    if found is None:
+        raise RunFailed(f"flwr run did not start: {(done.stdout + done.stderr).strip()[-600:]}")
+    return found.group(1)
+
+
+def _resources(sites: int, workers: int) -> str:
+    """Divide cores and GPUs among worker processes, so that no two share a core."""
+    import torch
+
+    cores, gpus = own_cores(), torch.cuda.device_count()
+    workers = min(workers or (gpus or cores), sites, cores)
+    share = gpus / workers if gpus else 0.0
+    return (
+        f"num-supernodes={sites} client-resources-num-cpus={cores // workers} "
+        f"client-resources-num-gpus={share:.4g} init-args-num-cpus={cores}"
+    )
+
+
+def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], None]) -> None:
+    printed, checked = 0, time.monotonic()
+    while True:
+        ended = _json(folder / "result.json")
+        lines = _log_lines(folder)
+        watch(Progress(lines[printed:], _json(folder / "progress.json") or {"phase": "starting Flower and Ray"}))
+        printed = len(lines)
+        if ended:
+            break
+        if link.process.poll() is not None:
+            raise RunFailed(f"flower-superlink ended during the run: {_last_words(link)}")
+        if time.monotonic() - checked > 15:
+            checked = time.monotonic()
+            status = _status(link, run)
+            if status.startswith("finished") and not (folder / "result.json").exists():
+                raise RunFailed(f"the run ended as {status} and left no result: {_last_words(link)}")
+        time.sleep(0.4)
+    if ended["status"] == "failed":
+        raise RunFailed(ended["reason"])
+
+
+def _log_lines(folder: Path) -> list[str]:
+    path = folder / "run.log"
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return value
+    except FileNotFoundError:
+        return None
+
+
+def _status(link: _Link, run: str) -> str:
+    command = [str(Path(sys.executable).parent / "flwr"), "list", "fedveil", "--run-id", run, "--format", "json"]
+    done = subprocess.run(command, env=link.environment, capture_output=True, text=True, check=False)
+    found = re.search(r'"status":\s*"([^"]+)"', done.stdout)
+    return found.group(1) if found else "unknown"
+
+
+def _last_words(link: _Link) -> str:
+    """Return the line of the SuperLink's log that says what went wrong."""
+    lines = [line.strip() for line in link.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    errors = [line for line in lines if re.match(r"^[\w.]*(Error|Exception|RunFailed|Exhausted)\b", line)]
+    return (errors or lines or ["its log is empty"])[-1][-600:]

