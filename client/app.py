@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,10 +13,12 @@ from flwr.clientapp import ClientApp
 
 from client.local_training import train_round
 from client.site import Site, open_site
+from common.config import DataConfig
 from common.device import own_cores
 from common.errors import BudgetExhausted, ConfigError, FedVeilError, ProtocolError
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
+from common.tasks import Record
 from common.types import AdapterState
 from common.wire import decode_task, encode_reply, layout_of
 from strategies import Job, configure
@@ -31,6 +33,8 @@ class _Process:
 
     model: FederatedModel | None = None
     start: AdapterState | None = None
+    records: dict[tuple[DataConfig, str], list[Record]] = field(default_factory=dict)
+    """Tokenised records of each site's data; of the current model's tokenizer."""
 
 
 _process = _Process()
@@ -49,8 +53,15 @@ def _model(job: Job, site: Site) -> tuple[FederatedModel, AdapterState]:
     labels = site.data.label_names
     model = model_of(config.model, job.adapter, config.head, config.seed, labels, config.device, config.precision)
     if _process.model is not model:
-        _process.model, _process.start = model, model.read()
+        _process.model, _process.start, _process.records = model, model.read(), {}
     return model, _process.start or {}
+
+
+def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
+    key = (config, site.data.name)
+    if key not in _process.records:
+        _process.records[key] = model.tokenise(site.data.examples)
+    return _process.records[key]
 
 
 def answer(content: RecordDict, node: dict[str, str | int | float | bool], settings: dict, run: str) -> Reply:  # type: ignore[type-arg]
@@ -69,7 +80,7 @@ def answer(content: RecordDict, node: dict[str, str | int | float | bool], setti
         task = decode_task(content, layout_of(job.strategy.downlink(state)))
         if task.run != run:
             raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
-        return train_round(site, job, model, start, task)
+        return train_round(site, job, model, start, _records(model, job.config.data, site), task)
     except BudgetExhausted as error:
         return Refusal(run, number, name, "budget", str(error))
     except ProtocolError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from common.privacy.ledger import Ledger
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +19,7 @@ from common.errors import ProtocolError
 from common.messages import Spending, TrainResult, TrainTask
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
+from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.tasks import Batch, Record
@@ -28,14 +28,17 @@ from common.types import AdapterState
 from strategies import Job
 
 
-def train_round(site: Site, job: Job, model: FederatedModel, start: AdapterState, task: TrainTask) -> TrainResult:
+def train_round(
+    site: Site, job: Job, model: FederatedModel, start: AdapterState, records: Sequence[Record], task: TrainTask
+) -> TrainResult:
     """Train one round and return what the strategy sends.
 
     Args:
-        site: the site's data and ledger.
+        site: the site's name, public size and ledger.
         job: the run's checked configuration.
         model: this process's model; its adapter state is overwritten.
         start: the adapter's seeded start, as read from the freshly built model.
+        records: the site's records, tokenised.
         task: what the server sent.
 
     Raises:
@@ -43,7 +46,6 @@ def train_round(site: Site, job: Job, model: FederatedModel, start: AdapterState
         BudgetExhausted: the round would exceed the site's budget; nothing was charged or trained.
     """
     check_task(task, job, model, start)
-    records = model.tokenise(site.data.examples)
     plan, spending = None, None
     if job.config.privacy.on:
         plan = PrivacyPlan.for_run(job.config.privacy, job.config.training, job.config.total_steps, site.public_size)

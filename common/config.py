@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from common.check import in_range, nearest, not_negative, one_of, positive
 from common.errors import ConfigError
@@ -263,7 +263,7 @@ def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str) ->
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         key, kind = prefix + item.name.replace("_", "-"), hints[item.name]
         if dataclasses.is_dataclass(kind):
-            arguments[item.name] = _build(kind, values, key + ".")
+            arguments[item.name] = _build(cast(type[Any], kind), values, key + ".")
         elif key in values:
             arguments[item.name] = _typed(key, values[key], kind)
     return section(**arguments)

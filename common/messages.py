@@ -63,6 +63,10 @@ class TrainResult:
     """None when the run makes no privacy claim."""
 
 
+REFUSAL_KINDS = ("budget", "policy", "task", "failed")
+"""``budget``: spent; ``policy``: the site's rules; ``task``: what the server sent does not fit; ``failed``: broke."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Site to server: this round is not done here, and why. A normal answer, not a crash."""
@@ -71,7 +75,7 @@ class Refusal:
     round_number: int
     site: str
     kind: str
-    """``budget``, ``policy``, ``task`` (what the server sent does not fit) or ``failed``."""
+    """One of REFUSAL_KINDS."""
     reason: str
     """One line for people; says nothing about records."""
 

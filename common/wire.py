@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.errors import ProtocolError
-from common.messages import PROTOCOL, Refusal, Reply, Spending, TrainResult, TrainTask
+from common.messages import PROTOCOL, REFUSAL_KINDS, Refusal, Reply, Spending, TrainResult, TrainTask
 from common.tensors import entries
 from common.types import AdapterState
 
@@ -55,7 +56,8 @@ def decode_state(data: bytes, layout: Layout) -> AdapterState:
     values = np.frombuffer(data, dtype="<f4")
     if not np.isfinite(values).all():
         raise ProtocolError("the adapter payload holds a value that is not finite")
-    flat, state, position = torch.from_numpy(values.astype(np.float32)), {}, 0
+    flat, position = torch.from_numpy(values.astype(np.float32)), 0
+    state: AdapterState = {}
     for layer in sorted(layout):
         state[layer] = {}
         for name in sorted(layout[layer]):
@@ -71,11 +73,13 @@ def payload_bytes(record: RecordDict) -> int:
 
 
 def _pack(header: Mapping[str, str | int | float], state: AdapterState | None) -> RecordDict:
-    record = RecordDict({"header": ConfigRecord({"protocol": PROTOCOL, **header})})
+    fields: dict[str, Any] = {"protocol": PROTOCOL, **header}
+    record = RecordDict()
     if state is not None:
         data = encode_state(state)
-        record["header"]["layout"] = _layout_hash(layout_of(state))
+        fields["layout"] = _layout_hash(layout_of(state))
         record["adapter"] = ArrayRecord({"state": Array("float32", (len(data) // 4,), STYPE, data)})
+    record["header"] = ConfigRecord(fields)
     return record
 
 
@@ -163,9 +167,11 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
     header = _header(record)
     site, kind = _text(header, "site", 200), _text(header, "kind", 50)
     if _text(header, "run") != run or _number(header, "round") != round_number:
-        raise ProtocolError(f"{site} answers run {header['run']}, round {header['round']}, not this one")
-    if kind != "result":
+        raise ProtocolError(f"{site} answers run {header['run']!r}, round {header['round']!r}, not this one")
+    if kind in REFUSAL_KINDS:
         return Refusal(run, round_number, site, kind, _text(header, "reason"))
+    if kind != "result":
+        raise ProtocolError(f"{site} sends a reply of unknown kind {kind!r}")
     size = int(_number(header, "public-size"))
     if not 0 < size <= sys.maxsize:
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")

@@ -87,6 +87,17 @@ def _progress_words(state: Any, seconds: float) -> str:
     )
 
 
+SITE_COLUMNS = (
+    "steps_total",
+    "sample_rate",
+    "noise_multiplier",
+    "clip_norm",
+    "epsilon_total",
+    "epsilon_budget",
+    "epsilon_remaining",
+)
+
+
 def print_summary(folder: Path) -> None:
     """Print the table by site, the federation's figure, accuracy before and after, and the files."""
     from server.records import read_json
@@ -96,9 +107,7 @@ def print_summary(folder: Path) -> None:
     for column in ("site", "rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for row in site_rows(folder):
-        keys = ("steps_total", "sample_rate", "noise_multiplier", "clip_norm")
-        keys += ("epsilon_total", "epsilon_budget", "epsilon_remaining")
-        cells = ["no claim" if row[k] is None else f"{row[k]:.4g}" for k in keys]
+        cells = ["no claim" if row[key] is None else f"{row[key]:.4g}" for key in SITE_COLUMNS]
         table.add_row(row["site"], str(row["rounds"]), *cells)
     console.print(table)
     result, total = read_json(folder / "result.json"), federation_epsilon(folder)
@@ -154,9 +163,8 @@ def settings(config: Settings = None) -> None:
 @_for_people
 def ledger_show(path: Annotated[Path, typer.Argument(help="The ledger's file.")]) -> None:
     """Print what has been charged to every data set of a ledger."""
-    from common.privacy.ledger import Ledger
-
     from common.errors import LedgerError
+    from common.privacy.ledger import Ledger
 
     if not path.is_file():
         raise LedgerError(f"there is no ledger at {path}")

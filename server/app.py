@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import FedVeilError, ProtocolError, RunFailed
+from common.errors import ProtocolError, RunFailed
 from common.messages import Refusal, Reply, TrainTask
-from common.paths import run_folder
-from common.wire import Layout, decode_reply, encode_task, layout_of, payload_bytes
+from common.wire import decode_reply, encode_task, layout_of, payload_bytes
+from server.conduct import conduct
 from server.evaluation import Evaluator
 from server.records import RunFolder
-from server.report import federation_epsilon, markdown_report, round_line
-from server.rounds import Exchange, RoundOutcome, run_rounds
-from strategies import Job, ServerState, configure
+from server.rounds import Exchange
+from strategies import Job, configure
 
 POLL_SECONDS = 0.2
 app = ServerApp()
@@ -25,8 +24,9 @@ app = ServerApp()
 class FlowerTransport:
     """Tasks over Flower's grid; tells the run's folder who has answered."""
 
-    def __init__(self, grid: Grid, job: Job, layout: Layout, folder: RunFolder) -> None:
-        self._grid, self._job, self._layout, self._folder = grid, job, layout, folder
+    def __init__(self, grid: Grid, job: Job, evaluator: Evaluator, folder: RunFolder) -> None:
+        self._grid, self._job, self._folder = grid, job, folder
+        self._layout = layout_of(job.strategy.contribution(evaluator.trained_start()))
 
     def nodes(self) -> list[int]:
         """Return the nodes online; wait up to the round's time-out for ``min-sites`` of them."""
@@ -83,65 +83,8 @@ class FlowerTransport:
         return Refusal(task.run, task.round_number, f"node {node}", kind, " ".join(reason.split())[:1000])
 
 
-class _Terminal:
-    """Prints one line a round beside what the folder writes."""
-
-    def __init__(self, job: Job, folder: RunFolder) -> None:
-        self._job, self._folder = job, folder
-        self.baseline: float = 0.0
-        self.last: RoundOutcome | None = None
-        self.stop_reason = ""
-
-    def started(self, baseline) -> None:  # type: ignore[no-untyped-def]
-        self._folder.started(baseline)
-        self.baseline = baseline.accuracy
-        self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
-
-    def finished(self, outcome: RoundOutcome, state: ServerState) -> None:
-        self._folder.finished(outcome, state)
-        self.last = outcome
-        self._folder.say(round_line(self._job, outcome))
-
-    def stopped(self, reason: str) -> None:
-        self.stop_reason = reason
-        self._folder.say(f"run ends early: {reason}")
-
-
-def conduct(job: Job, run: str, grid: Grid) -> None:
-    """Run a job over Flower and leave everything in its folder.
-
-    Raises:
-        RunFailed: the run could not go on; the folder's ``result.json`` has the same reason.
-    """
-    folder = RunFolder(run_folder(job.config, run), job, run)
-    folder.progress(phase="loading model and data")
-    try:
-        evaluator = Evaluator(job)
-        layout = layout_of(job.strategy.contribution(evaluator.trained_start()))
-        terminal = _Terminal(job, folder)
-        state = run_rounds(job, run, FlowerTransport(grid, job, layout, folder), evaluator, terminal)
-        folder.save_adapter(evaluator.model, state.adapter, evaluator.label_names)
-        (folder.path / "report.md").write_text(markdown_report(folder.path), encoding="utf-8")
-        last = terminal.last
-        folder.result(
-            "stopped" if terminal.stop_reason else "completed",
-            terminal.stop_reason,
-            accuracy_before=terminal.baseline,
-            accuracy=last.score.accuracy if last else terminal.baseline,
-            epsilon=federation_epsilon(folder.path),
-            rounds=state.round_number,
-        )
-    except FedVeilError as error:
-        folder.result("failed", str(error))
-        raise
-    except Exception as error:
-        folder.result("failed", f"{type(error).__name__}: {error}")
-        raise
-
-
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry point: check every setting before anything else, then conduct the run."""
     job = configure(dict(context.run_config))
-    print(f"run folder: {run_folder(job.config, str(context.run_id))}", flush=True)
-    conduct(job, str(context.run_id), grid)
+    conduct(job, str(context.run_id), lambda evaluator, folder: FlowerTransport(grid, job, evaluator, folder))

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from common.errors import DataError
-from common.messages import TrainResult
+from common.messages import Spending, TrainResult
 from common.model import FederatedModel
 from common.privacy import claim
 from common.types import AdapterState
@@ -54,8 +54,7 @@ def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
     spent = result.spending
     if spent is None:
         line |= dict.fromkeys(("unit", "adjacency", "adversary", "sampler", "accountant"), claim.NO_CLAIM)
-        numbers = ("sample_rate", "noise_multiplier", "clip_norm", "steps_round", "steps_total", "delta")
-        numbers += ("epsilon_round", "epsilon_total", "epsilon_budget", "epsilon_remaining")
+        numbers = (item.name for item in fields(Spending) if item.name != "accountant")
         return {**line, **dict.fromkeys(numbers), "head": head_words(job)}
     return {**line, **asdict(spent), "head": head_words(job)}
 

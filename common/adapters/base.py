@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -104,7 +104,7 @@ class Adapter(ABC):
     def parameters(self, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         """Return every factor as the live parameter, by layer and factor name."""
         return {
-            name: {factor: linear.weight for factor, linear in self.factor_modules(layer).items()}
+            name: {factor: cast(nn.Parameter, linear.weight) for factor, linear in self.factor_modules(layer).items()}
             for name, layer in self.layers(model).items()
         }
 
@@ -180,13 +180,21 @@ def start_of_a(rank: int, in_features: int, init: str, generator: torch.Generato
 
 def start_of_lora(adapter: Adapter, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
     """Return A from the seed's public stream and B = 0, so that the model starts as its base."""
-    generator = stream(seed, "adapter", layer_name, "A")
+    generator, (out_features, in_features) = stream(seed, "adapter", layer_name, "A"), layer_shape(layer)
     return {
-        "A": start_of_a(adapter.rank, layer.in_features, adapter.init, generator),
-        "B": torch.zeros(layer.out_features, adapter.rank),
+        "A": start_of_a(adapter.rank, in_features, adapter.init, generator),
+        "B": torch.zeros(out_features, adapter.rank),
     }
+
+
+def layer_shape(layer: LoraLayer) -> tuple[int, int]:
+    """Return (out, in) of an adapted layer, whichever way its weight is stored."""
+    return cast(int, layer.out_features), cast(int, layer.in_features)
 
 
 def lora_modules(layer: LoraLayer) -> dict[str, nn.Linear]:
     """Return PEFT's two linear maps of a LoRA layer under the paper's letters."""
-    return {"A": layer.lora_A[ADAPTER_NAME], "B": layer.lora_B[ADAPTER_NAME]}
+    return {
+        "A": cast(nn.Linear, layer.lora_A[ADAPTER_NAME]),
+        "B": cast(nn.Linear, layer.lora_B[ADAPTER_NAME]),
+    }

@@ -143,10 +143,14 @@ def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
                 reason = f"the PLD failed with {type(error).__name__}"
             else:
                 if math.isfinite(value):
-                    return value, f"PLD ({_LIBRARY}, discretisation {PLD_INTERVAL:.0e})".replace("e-03", "e-3")
+                    return max(0.0, value), f"PLD ({_LIBRARY}, discretisation {PLD_INTERVAL:.0e})".replace(
+                        "e-03", "e-3"
+                    )
                 reason = f"the PLD has no finite answer at delta {delta:g}"
     with _without_order_warnings():
         value = _compose(RdpAccountant(neighboring_relation=_NEIGHBOURS), merged, delta)
+    # Not a number must never read as free; below 0 is what RDP can make of nearly free releases.
+    value = math.inf if math.isnan(value) else max(0.0, value)
     return value, f"RDP ({_LIBRARY})" + (f" (fallback: {reason})" if reason else "")
 
 
@@ -166,8 +170,7 @@ def _compose(accountant: PLDAccountant | RdpAccountant, merged: Merged, delta: f
         if sample_rate < 1:
             event = dp_accounting.PoissonSampledDpEvent(sample_rate, event)
         accountant.compose(dp_accounting.SelfComposedDpEvent(event, count))
-    # The conversion from RDP can come out below 0 for nearly free releases.
-    return max(0.0, float(accountant.get_epsilon(delta))) if merged else 0.0
+    return float(accountant.get_epsilon(delta)) if merged else 0.0
 
 
 @contextmanager

@@ -75,7 +75,9 @@ class PrivateSteps:
                 f"the optimiser has {len(covered)} tensors, the model trains {len(trained)}: "
                 "every trained tensor, and no other, must pass through the clip"
             )
-        self._module, self._optimizer, self._trained = module, optimizer, trained
+        self._module, self._optimizer = module, optimizer
+        # Opacus hangs grad_sample and summed_grad on parameters, which torch's types do not know.
+        self._trained: list[Any] = trained
         self._mechanism = _Mechanism(
             optimizer,
             noise_multiplier=plan.noise_multiplier,

@@ -1,0 +1,403 @@
+"""The ledger of a site keeps every promise it made, through refusals, restarts, kills and company."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import BudgetExhausted, ConfigError, LedgerError
+from common.privacy.accounting import Release, epsilon
+from common.privacy.ledger import APPLICATION_ID, Charge, Ledger
+
+DELTA = 1e-5
+ROUND = Release(noise_multiplier=1.0, sample_rate=0.1, count=5)
+WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)
+"""Cheap in privacy and quick to price."""
+# fork: a child that has to import the libraries again takes seconds to make its first charge.
+processes = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "site.sqlite"
+
+
+def charge(ledger: Ledger, round_number: int = 1, release: Release = ROUND, **overrides: Any) -> Charge:
+    terms = {"run": "run-1", "round_number": round_number, "delta": DELTA, "max_epsilon": 8.0, "clip_norm": 0.5}
+    return ledger.charge(overrides.pop("dataset", "ward"), [release], **{**terms, **overrides})
+
+
+def cost_of(rounds: int) -> float:
+    return epsilon([Release(ROUND.noise_multiplier, ROUND.sample_rate, rounds * ROUND.count)], DELTA)
+
+
+def check_that_rounds_sum_to_one_run(ledger: Ledger) -> None:
+    last = [charge(ledger, round_number) for round_number in range(1, 5)][-1]
+    assert last.epsilon_after == cost_of(4)
+
+
+def test_a_receipt_says_what_was_spent_and_what_is_left(path: Path) -> None:
+    with Ledger(path) as ledger:
+        first, second = charge(ledger, 1), charge(ledger, 2)
+    assert first.epsilon_before == 0.0
+    assert first.epsilon_after == first.epsilon_round == first.epsilon_increment == cost_of(1)
+    assert (second.epsilon_before, second.epsilon_after) == (cost_of(1), cost_of(2))
+    assert second.epsilon_round == cost_of(1) > second.epsilon_increment == cost_of(2) - cost_of(1)
+    assert second.epsilon_remaining == 8.0 - cost_of(2)
+    assert (second.steps_round, second.steps_total) == (5, 10)
+    assert second.accountant.startswith("PLD")
+
+
+def test_rounds_sum_to_one_run(path: Path) -> None:
+    with Ledger(path) as ledger:
+        check_that_rounds_sum_to_one_run(ledger)
+
+
+def test_a_ledger_that_forgets_between_rounds_is_found_out(path: Path) -> None:
+    class Forgetful(Ledger):
+        def spent(self, dataset: str) -> list[Release]:
+            return []
+
+    with Forgetful(path) as ledger, pytest.raises(AssertionError):
+        check_that_rounds_sum_to_one_run(ledger)
+
+
+def test_what_was_charged_is_there_after_reopening_to_the_last_bit(path: Path) -> None:
+    odd = Release(noise_multiplier=1 / 3, sample_rate=0.1 + 0.2, count=7, kind="count")
+    with Ledger(path) as ledger:
+        charge(ledger, 3, odd, max_epsilon=1000.0, clip_norm=0.1)
+    with Ledger(path) as ledger:
+        assert ledger.spent("ward") == [odd]
+        (entry,) = ledger.entries()
+    assert (entry.run, entry.round_number, entry.kind, entry.clip_norm) == ("run-1", 3, "count", 0.1)
+    assert (entry.noise_multiplier, entry.sample_rate, entry.count, entry.delta) == (1 / 3, 0.1 + 0.2, 7, DELTA)
+    assert entry.charged_at.endswith("+00:00")
+
+
+def test_a_budget_for_three_rounds_ends_after_three_and_stays_ended(path: Path) -> None:
+    budget = cost_of(3)
+    with Ledger(path) as ledger:
+        for round_number in (1, 2, 3):
+            last = charge(ledger, round_number, max_epsilon=budget)
+        assert last.epsilon_remaining == 0.0
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 4, max_epsilon=budget)
+    with Ledger(path) as ledger:
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 4, max_epsilon=budget)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 1, max_epsilon=budget, run="another run")
+        assert len(ledger.entries()) == 3
+        assert ledger.epsilon("ward", DELTA) == budget
+
+
+def test_a_budget_a_hair_short_of_three_rounds_ends_after_two(path: Path) -> None:
+    budget = cost_of(3) - 1e-9
+    with Ledger(path) as ledger:
+        charge(ledger, 1, max_epsilon=budget)
+        charge(ledger, 2, max_epsilon=budget)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 3, max_epsilon=budget)
+
+
+def test_a_refusal_is_one_line_with_every_figure_a_steward_asks_for(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+        with pytest.raises(BudgetExhausted) as refusal:
+            charge(ledger, 2, max_epsilon=2.5)
+    line = str(refusal.value)
+    assert "\n" not in line
+    for part in ("'ward'", "round 2", "'run-1'", f"{cost_of(1):.4f} is spent", f"{cost_of(2):.4f}", "2.5 at delta"):
+        assert part in line
+    assert f"{2.5 - cost_of(1):.4f} is left" in line
+    assert f"fedveil ledger show {path}" in line
+
+
+def test_a_cheaper_round_still_fits_after_a_dear_one_was_refused(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 2, max_epsilon=cost_of(1) + 0.1)
+        assert charge(ledger, 2, WHISPER, max_epsilon=cost_of(1) + 0.1).epsilon_before == cost_of(1)
+
+
+def test_a_repeated_round_is_paid_for_again(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+        assert charge(ledger, 1).epsilon_after == cost_of(2)
+        assert len(ledger.entries()) == 2
+
+
+def test_data_sets_have_accounts_of_their_own(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1, dataset="ward")
+        assert charge(ledger, 1, dataset="clinic").epsilon_before == 0.0
+        assert ledger.epsilon("ward", DELTA) == ledger.epsilon("clinic", DELTA) == cost_of(1)
+        assert ledger.epsilon("nobody's", DELTA) == 0.0
+
+
+def test_a_noised_count_is_paid_for_and_is_not_a_step(path: Path) -> None:
+    count = Release(5.0, 1.0, 1, kind="count")
+    with Ledger(path) as ledger:
+        receipt = ledger.charge(
+            "ward", [ROUND, count], run="r", round_number=1, delta=DELTA, max_epsilon=8.0, clip_norm=1.0
+        )
+    assert (receipt.steps_round, receipt.steps_total) == (5, 5)
+    assert receipt.epsilon_after == epsilon([ROUND, count], DELTA) > cost_of(1)
+
+
+def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Ledger(path) as ledger:
+        with monkeypatch.context() as patch:
+            patch.setattr("common.privacy.ledger._price", fail)
+            with pytest.raises(KeyboardInterrupt):
+                charge(ledger, 1)
+        assert ledger.entries() == []
+        assert charge(ledger, 1).epsilon_after == cost_of(1)
+
+
+def test_a_price_that_is_no_number_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.privacy.ledger.epsilon_with_method", lambda *_: (float("nan"), "none"))
+    with Ledger(path) as ledger, pytest.raises(BudgetExhausted):
+        charge(ledger, 1)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [{"delta": 0.0}, {"max_epsilon": 0.0}, {"clip_norm": -1.0}, {"round_number": -1}, {"run": ""}, {"dataset": ""}],
+)
+def test_a_charge_on_impossible_terms_is_refused(path: Path, terms: dict[str, Any]) -> None:
+    with Ledger(path) as ledger:
+        with pytest.raises(ConfigError):
+            charge(ledger, **terms)
+        with pytest.raises(ConfigError, match="at least one release"):
+            ledger.charge("ward", [], run="r", round_number=1, delta=DELTA, max_epsilon=8.0, clip_norm=1.0)
+        assert ledger.entries() == []
+
+
+def test_rows_can_neither_be_changed_nor_removed(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+    connection = sqlite3.connect(path)
+    for statement in ("UPDATE charges SET count = 1", "DELETE FROM charges"):
+        with pytest.raises(sqlite3.IntegrityError, match="only ever added"):
+            connection.execute(statement)
+    connection.close()
+
+
+def test_the_file_is_its_owners_alone_and_survives_power_loss_by_its_settings(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+        settings = [
+            ledger._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+        ]
+    assert settings == ["delete", 3]  # 3 is EXTRA
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(path.parent) == [path.name], "a copy of the one file must be a copy of the ledger"
+
+
+def hammer(path: Path, budget: float, start: Barrier, report: Connection) -> None:
+    start.wait()
+    paid = 0
+    with Ledger(path) as ledger:
+        try:
+            while True:
+                charge(ledger, 1, max_epsilon=budget)
+                paid += 1
+        except BudgetExhausted:
+            report.send(paid)
+
+
+def test_two_processes_at_once_never_pass_the_budget_together(path: Path) -> None:
+    budget, start = cost_of(12) + 1e-6, processes.Barrier(2)
+    ends = [processes.Pipe(duplex=False) for _ in range(2)]
+    children = [processes.Process(target=hammer, args=(path, budget, start, sender)) for _, sender in ends]
+    for child in children:
+        child.start()
+    assert all(receiver.poll(60) for receiver, _ in ends), "a process ended without a refusal"
+    paid = [receiver.recv() for receiver, _ in ends]
+    for child in children:
+        child.join()
+    with Ledger(path) as ledger:
+        assert sum(paid) == len(ledger.entries()) == 12
+        assert ledger.epsilon("ward", DELTA) <= budget
+
+
+def test_threads_with_a_ledger_each_share_one_budget(path: Path) -> None:
+    budget, refused = cost_of(6) + 1e-6, []
+
+    def work() -> None:
+        with Ledger(path) as ledger:
+            try:
+                for round_number in range(1, 10):
+                    charge(ledger, round_number, max_epsilon=budget)
+            except BudgetExhausted:
+                refused.append(True)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 3
+    with Ledger(path) as ledger:
+        assert len(ledger.entries()) == 6
+
+
+def test_a_ledger_of_another_thread_or_a_closed_one_says_so(path: Path) -> None:
+    ledger = Ledger(path)
+    ledger.close()
+    ledger.close()
+    with pytest.raises(LedgerError, match="before closing"):
+        charge(ledger, 1)
+
+
+def charge_until_killed(path: Path, report: Connection) -> None:
+    with Ledger(path) as ledger:
+        for round_number in range(1, 10_000):
+            charge(ledger, round_number, WHISPER)
+            report.send(round_number)
+
+
+def test_a_killed_process_leaves_every_charge_it_reported_and_no_half_one(path: Path) -> None:
+    moments, reported, kills = random.Random(7), 0, 20
+    for _ in range(kills):
+        receiver, sender = processes.Pipe(duplex=False)
+        child = processes.Process(target=charge_until_killed, args=(path, sender))
+        child.start()
+        sender.close()
+        receiver.poll(10)
+        time.sleep(moments.uniform(0, 0.08))
+        os.kill(child.pid or 0, signal.SIGKILL)
+        child.join()
+        try:
+            while True:
+                receiver.recv()
+                reported += 1
+        except EOFError:
+            receiver.close()
+        with Ledger(path) as ledger:
+            written = len(ledger.entries())
+            # The kill may fall between the commit and the report: at most one charge per kill.
+            assert reported <= written <= reported + kills
+            assert ledger.epsilon("ward", DELTA) == epsilon([Release(20.0, 0.01, written)], DELTA)
+    assert reported >= kills
+
+
+def write_text(path: Path) -> None:
+    path.write_text("site,epsilon\nward,0\n" * 200)
+
+
+def write_nothing(path: Path) -> None:
+    path.touch()
+
+
+def write_other_database(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE charges (id INTEGER)")
+    connection.close()
+
+
+def write_newer_format(path: Path) -> None:
+    Ledger(path).close()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 2")
+    connection.close()
+
+
+def write_damaged(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+    content = bytearray(path.read_bytes())
+    content[4096 : 4096 + 64] = b"\xff" * 64
+    path.write_bytes(content)
+
+
+def write_cut_short(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def write_impossible_figure(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "PRAGMA ignore_check_constraints = ON; DROP TRIGGER no_update; UPDATE charges SET noise_multiplier = -1;"
+    )
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (write_text, "not a ledger"),
+        (write_nothing, "not a FedVeil ledger"),
+        (write_other_database, "not a FedVeil ledger"),
+        (write_newer_format, "format 2, this FedVeil reads 1"),
+        (write_damaged, "damaged"),
+        (write_cut_short, "damaged"),
+        (write_impossible_figure, "damaged"),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_stops_the_site_in_one_line(
+    path: Path, spoil: Callable[[Path], None], reason: str
+) -> None:
+    spoil(path)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=reason) as error, Ledger(path) as ledger:
+        charge(ledger, 1)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    with pytest.raises(LedgerError, match=r"cannot be made") as error:
+        Ledger(tmp_path / "notes" / "site.sqlite")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc, where not even root can write")
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(LedgerError, match=r"/proc/site\.sqlite cannot be made"):
+        Ledger(Path("/proc/site.sqlite"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")
+def test_a_ledger_that_cannot_be_written_charges_nothing(path: Path) -> None:
+    Ledger(path).close()
+    path.chmod(0o400)
+    with pytest.raises(LedgerError), Ledger(path) as ledger:
+        charge(ledger, 1)
+
+
+def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "node #1?" / "ledgers" / "site.sqlite"
+    with Ledger(path) as ledger:
+        charge(ledger, 1)
+    with Ledger(path) as ledger:
+        assert len(ledger.entries()) == 1
+
+
+def test_the_files_mark_is_the_documented_one(path: Path) -> None:
+    Ledger(path).close()
+    assert path.read_bytes()[68:72] == APPLICATION_ID.to_bytes(4, "big") == b"FVLD"

@@ -1,0 +1,78 @@
+"""The plan of a run: one set of figures for the mechanism and for the accountant."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from common.config import PrivacyConfig, TrainingConfig
+from common.errors import ConfigError, PrivacyError
+from common.privacy.accounting import Release, epsilon
+from common.privacy.plan import PrivacyPlan
+
+TRAINING = TrainingConfig(local_steps=5, sample_rate=0.1)
+
+
+def test_every_step_of_the_run_fits_the_budget_and_hardly_more() -> None:
+    plan = PrivacyPlan.for_run(PrivacyConfig(epsilon=3.0), TRAINING, total_steps=30, public_size=500)
+    assert 2.97 < epsilon([plan.release(30)], plan.delta) <= 3.0
+    assert plan.max_epsilon == 3.0
+
+
+def test_rounds_of_the_plan_sum_to_the_run() -> None:
+    plan = PrivacyPlan.for_run(PrivacyConfig(epsilon=3.0), TRAINING, total_steps=30, public_size=500)
+    assert epsilon([plan.release(5)] * 6, plan.delta) == epsilon([plan.release(30)], plan.delta) <= 3.0
+
+
+def test_a_fixed_noise_multiplier_is_used_as_it_is() -> None:
+    privacy = PrivacyConfig(epsilon=3.0, noise_multiplier=0.3)
+    plan = PrivacyPlan.for_run(privacy, TRAINING, total_steps=1000, public_size=500)
+    assert plan.noise_multiplier == 0.3
+    assert epsilon([plan.release(1000)], plan.delta) > plan.max_epsilon
+
+
+def test_the_divisor_is_made_of_public_figures() -> None:
+    plan = PrivacyPlan.for_run(PrivacyConfig(noise_multiplier=2.0), TRAINING, total_steps=5, public_size=500)
+    assert plan.expected_batch_size == pytest.approx(50.0)
+    assert plan.gradient_noise_std == pytest.approx(2.0 * 0.5 / 50.0)
+
+
+def test_the_release_carries_the_mechanisms_own_figures() -> None:
+    plan = PrivacyPlan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
+    assert plan.release(7) == Release(noise_multiplier=1.5, sample_rate=0.1, count=7, kind="training")
+
+
+def test_a_delta_that_would_let_a_record_out_is_refused_with_both_figures() -> None:
+    with pytest.raises(PrivacyError, match=r"0\.01.*500.*0\.002") as refusal:
+        PrivacyPlan.for_run(PrivacyConfig(delta=0.01), TRAINING, total_steps=5, public_size=500)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_delta_of_exactly_one_over_the_size_is_accepted() -> None:
+    privacy = PrivacyConfig(delta=1 / 500, noise_multiplier=1.0)
+    assert PrivacyPlan.for_run(privacy, TRAINING, total_steps=5, public_size=500).delta == 1 / 500
+
+
+def test_a_run_without_privacy_has_no_plan() -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.mode"):
+        PrivacyPlan.for_run(PrivacyConfig(mode="none"), TRAINING, total_steps=5, public_size=500)
+
+
+@pytest.mark.parametrize(("total_steps", "public_size"), [(0, 500), (5, 0)])
+def test_no_steps_or_no_records_are_refused(total_steps: int, public_size: int) -> None:
+    with pytest.raises(ConfigError, match="above 0"):
+        PrivacyPlan.for_run(PrivacyConfig(), TRAINING, total_steps=total_steps, public_size=public_size)
+
+
+@pytest.mark.parametrize("field", ["clip_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "delta"])
+def test_a_plan_with_a_zero_in_it_is_refused_by_name(field: str) -> None:
+    plan = PrivacyPlan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
+    with pytest.raises(ConfigError, match=field.replace("_", "-")):
+        dataclasses.replace(plan, **{field: 0.0})
+
+
+def test_a_plan_cannot_be_changed_once_made() -> None:
+    plan = PrivacyPlan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.noise_multiplier = 0.1  # type: ignore[misc]
