@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.local_training import train_round
+from client.local_training import initial_round, train_round
 from client.site import Site, open_site
-from common.config import DataConfig
+from common.config import DataConfig, Scalar
 from common.device import own_cores
 from common.errors import BudgetExhausted, ConfigError, FedVeilError, ProtocolError
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
 from common.tasks import Record
-from common.types import AdapterState
-from common.wire import decode_task, encode_reply, layout_of
+from common.wire import decode_state, decode_task, encode_reply, encode_state, layout_of
 from strategies import Job, configure
 
 log = logging.getLogger("fedveil.site")
@@ -29,10 +29,9 @@ app = ClientApp()
 
 @dataclass
 class _Process:
-    """What this process has built and keeps between rounds: the model and its untouched start."""
+    """What this process has built and keeps between rounds."""
 
     model: FederatedModel | None = None
-    start: AdapterState | None = None
     records: dict[tuple[DataConfig, str], list[Record]] = field(default_factory=dict)
     """Tokenised records of each site's data; of the current model's tokenizer."""
 
@@ -48,13 +47,13 @@ def _in_simulation() -> bool:
     return bool(ray and ray.is_initialized())
 
 
-def _model(job: Job, site: Site) -> tuple[FederatedModel, AdapterState]:
+def _model(job: Job, site: Site) -> FederatedModel:
     config = job.config
     labels = site.data.label_names
     model = model_of(config.model, job.adapter, config.head, config.seed, labels, config.device, config.precision)
     if _process.model is not model:
-        _process.model, _process.start, _process.records = model, model.read(), {}
-    return model, _process.start or {}
+        _process.model, _process.records = model, {}
+    return model
 
 
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
@@ -64,8 +63,22 @@ def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Reco
     return _process.records[key]
 
 
-def answer(content: RecordDict, node: dict[str, str | int | float | bool], settings: dict, run: str) -> Reply:  # type: ignore[type-arg]
-    """Return a site's reply to a train message; every failure is a Refusal that names the site."""
+def answer(
+    content: RecordDict,
+    node: Mapping[str, Scalar],
+    settings: Mapping[str, Scalar],
+    run: str,
+    memory: MutableMapping[str, bytes],
+) -> Reply:
+    """Return a site's reply to a train message; every failure is a Refusal that names the site.
+
+    Args:
+        content: the message.
+        node: the node's configuration.
+        settings: the run's configuration, flat.
+        run: the run's id as Flower knows it.
+        memory: what this node keeps from message to message (factors that are sent once); may be lost.
+    """
     simulated = _in_simulation()
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
     header = content.config_records.get("header")
@@ -75,12 +88,23 @@ def answer(content: RecordDict, node: dict[str, str | int | float | bool], setti
         torch.set_num_threads(own_cores())
         job = configure(settings)
         site = open_site(node, job.config, run, simulated=simulated)
-        model, start = _model(job, site)
-        state = job.strategy.start(start)
-        task = decode_task(content, layout_of(job.strategy.downlink(state)))
+        model = _model(job, site)
+        state = job.strategy.start(model.start)
+        basis_layout = layout_of(job.strategy.basis(state))
+        task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
         if task.run != run:
             raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
-        return train_round(site, job, model, start, _records(model, job.config.data, site), task)
+        records = _records(model, job.config.data, site)
+        if task.round_number == 0:
+            return initial_round(site, job, model, records, task)
+        if task.basis_fingerprint:
+            key = f"basis-{task.basis_fingerprint}"
+            if task.basis:
+                memory[key] = encode_state(task.basis)
+            if key not in memory:
+                return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
+            task = replace(task, basis=decode_state(memory[key], basis_layout))
+        return train_round(site, job, model, records, task)
     except BudgetExhausted as error:
         return Refusal(run, number, name, "budget", str(error))
     except ProtocolError as error:
@@ -104,5 +128,8 @@ def _public_reason(error: Exception, simulated: bool) -> str:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer one round's task."""
-    reply = answer(message.content, dict(context.node_config), dict(context.run_config), str(context.run_id))
+    kept = context.state.config_records.get("kept", ConfigRecord())
+    memory = {key: value for key, value in kept.items() if isinstance(value, bytes)}
+    reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory)
+    context.state["kept"] = ConfigRecord(dict(memory))
     return Message(encode_reply(reply), reply_to=message)

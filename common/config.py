@@ -83,6 +83,8 @@ class DataConfig:
 class AdapterConfig:
     """The low-rank adapter."""
 
+    name: str = "auto"
+    """``auto``: the strategy's own; any other is refused unless the strategy is defined for it."""
     rank: int = 8
     alpha: float = 8.0
     """LoRA's alpha: the product of the factors is scaled by ``alpha / rank``."""

@@ -21,9 +21,13 @@ class TrainTask:
 
     run: str
     round_number: int
-    """1-based."""
+    """1-based; 0 asks for the full gradient that some strategies start from."""
     state: AdapterState
-    """What the strategy sends down."""
+    """What the strategy sends down every round; empty in round 0."""
+    basis: AdapterState
+    """What it sends once; empty when the site has it already, or when nothing is sent once."""
+    basis_fingerprint: str
+    """Of what is sent once; empty when nothing is."""
     base_fingerprint: str
     """Of the base model's weights; a site with another base refuses."""
     start_fingerprint: str
@@ -34,6 +38,8 @@ class TrainTask:
 class Spending:
     """What one round cost one site, by its own ledger: a function of public settings only."""
 
+    kind: str
+    """``training``, or ``initialisation`` for a release before round 1."""
     sample_rate: float
     noise_multiplier: float
     clip_norm: float
@@ -63,8 +69,9 @@ class TrainResult:
     """None when the run makes no privacy claim."""
 
 
-REFUSAL_KINDS = ("budget", "policy", "task", "failed")
-"""``budget``: spent; ``policy``: the site's rules; ``task``: what the server sent does not fit; ``failed``: broke."""
+REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")
+"""``budget``: spent; ``policy``: the site's rules; ``task``: what the server sent does not fit;
+``basis``: the site lacks what is sent once and asks for it; ``failed``: something broke."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class FederatedModel:
             start_head(self, head, seed, label_names)
             self.module.head.requires_grad_(self.head_trained)
         _turn_dropout_off(self.module)
+        self.start: AdapterState = self.read()
+        """The adapter state before any training; later states are written over the model, never over this."""
 
     def places(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the live parameters behind a full adapter state, by layer and factor.

@@ -72,13 +72,17 @@ def payload_bytes(record: RecordDict) -> int:
     return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
 
 
+def _block(state: AdapterState) -> ArrayRecord:
+    data = encode_state(state)
+    return ArrayRecord({"state": Array("float32", (len(data) // 4,), STYPE, data)})
+
+
 def _pack(header: Mapping[str, str | int | float], state: AdapterState | None) -> RecordDict:
     fields: dict[str, Any] = {"protocol": PROTOCOL, **header}
     record = RecordDict()
     if state is not None:
-        data = encode_state(state)
         fields["layout"] = _layout_hash(layout_of(state))
-        record["adapter"] = ArrayRecord({"state": Array("float32", (len(data) // 4,), STYPE, data)})
+        record["adapter"] = _block(state)
     record["header"] = ConfigRecord(fields)
     return record
 
@@ -110,40 +114,54 @@ def _number(header: ConfigRecord, key: str, kind: type = int) -> float:
     return kind(value)
 
 
-def _state(record: RecordDict, header: ConfigRecord, layout: Layout) -> AdapterState:
-    arrays = record.array_records.get("adapter")
+def _state(
+    record: RecordDict, header: ConfigRecord, layout: Layout, block: str = "adapter", key: str = "layout"
+) -> AdapterState:
+    arrays = record.array_records.get(block)
     if arrays is None or list(arrays) != ["state"] or arrays["state"].stype != STYPE:
-        raise ProtocolError("the message carries no adapter block")
-    if header.get("layout") != _layout_hash(layout):
-        raise ProtocolError("the adapter block has other layers, factors or shapes than this run's")
+        raise ProtocolError(f"the message carries no {block} block")
+    if header.get(key) != _layout_hash(layout):
+        raise ProtocolError(f"the {block} block has other layers, factors or shapes than this run's")
     return decode_state(arrays["state"].data, layout)
 
 
 def encode_task(task: TrainTask) -> RecordDict:
     """Return a task as Flower records."""
-    return _pack(
-        {
-            "run": task.run,
-            "round": task.round_number,
-            "base": task.base_fingerprint,
-            "start": task.start_fingerprint,
-        },
-        task.state,
-    )
+    header: dict[str, str | int | float] = {
+        "run": task.run,
+        "round": task.round_number,
+        "base": task.base_fingerprint,
+        "start": task.start_fingerprint,
+        "basis": task.basis_fingerprint,
+    }
+    if not task.basis:
+        return _pack(header, task.state)
+    record = _pack({**header, "basis-layout": _layout_hash(layout_of(task.basis))}, task.state)
+    record["basis"] = _block(task.basis)
+    return record
 
 
-def decode_task(record: RecordDict, layout: Layout) -> TrainTask:
-    """Return the task; ``layout`` is what the site's own configuration says is sent down.
+def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None = None) -> TrainTask:
+    """Return the task; the layouts are what the site's own configuration says is sent every round, and once.
 
     Raises:
         ProtocolError: anything in it is not as expected.
     """
     header = _header(record)
     number = int(_number(header, "round"))
-    if number < 1:
-        raise ProtocolError(f"the task's round is {number}; rounds count from 1")
+    if number < 0:
+        raise ProtocolError(f"the task's round is {number}; rounds count from 0")
+    basis: AdapterState = {}
+    if "basis" in record.array_records:
+        basis = _state(record, header, basis_layout or {}, "basis", "basis-layout")
     return TrainTask(
-        _text(header, "run"), number, _state(record, header, layout), _text(header, "base"), _text(header, "start")
+        run=_text(header, "run"),
+        round_number=number,
+        state=_state(record, header, layout if number else {}),
+        basis=basis,
+        basis_fingerprint=_text(header, "basis"),
+        base_fingerprint=_text(header, "base"),
+        start_fingerprint=_text(header, "start"),
     )
 
 

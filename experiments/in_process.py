@@ -6,7 +6,7 @@ SuperNode would be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from client.app import answer
@@ -14,7 +14,7 @@ from common.config import Scalar
 from common.errors import ProtocolError
 from common.messages import Refusal, Reply, TrainTask
 from common.paths import run_folder
-from common.wire import Layout, decode_reply, encode_reply, encode_task, layout_of, payload_bytes
+from common.wire import Layout, decode_reply, encode_reply, encode_task, payload_bytes
 from server.conduct import conduct
 from server.evaluation import Evaluator
 from server.records import RunFolder
@@ -34,11 +34,12 @@ class InProcessTransport:
 
     def __init__(self, nodes: Sequence[dict[str, Scalar]], settings: Mapping[str, Scalar], job: Job) -> None:
         self._nodes, self._settings, self._job = nodes, dict(settings), job
-        self._layout: Layout = {}
+        self._layout_of_round: Callable[[int], Layout] = lambda _: {}
+        self._memories: list[dict[str, bytes]] = [{} for _ in nodes]
 
     def for_evaluator(self, evaluator: Evaluator) -> InProcessTransport:
         """Take from the server what replies must look like."""
-        self._layout = layout_of(self._job.strategy.contribution(evaluator.trained_start()))
+        self._layout_of_round = evaluator.reply_layout
         return self
 
     def nodes(self) -> list[int]:
@@ -47,17 +48,18 @@ class InProcessTransport:
 
     def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
-        replies: list[Reply] = []
+        replies: dict[int, Reply] = {}
         down = up = 0
         for node, task in tasks.items():
             content = encode_task(task)
             down += payload_bytes(content)
-            record = encode_reply(answer(content, self._nodes[node], self._settings, task.run))
+            reply = answer(content, self._nodes[node], self._settings, task.run, self._memories[node])
+            record, layout = encode_reply(reply), self._layout_of_round(task.round_number)
             up += payload_bytes(record)
             try:
-                replies.append(decode_reply(record, self._layout, task.run, task.round_number))
+                replies[node] = decode_reply(record, layout, task.run, task.round_number)
             except ProtocolError as error:
-                replies.append(Refusal(task.run, task.round_number, f"node {node}", "task", str(error)))
+                replies[node] = Refusal(task.run, task.round_number, f"node {node}", "task", str(error))
         return Exchange(replies, down, up)
 
 

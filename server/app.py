@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.errors import ProtocolError, RunFailed
 from common.messages import Refusal, Reply, TrainTask
-from common.wire import decode_reply, encode_task, layout_of, payload_bytes
+from common.wire import Layout, decode_reply, encode_task, payload_bytes
 from server.conduct import conduct
 from server.evaluation import Evaluator
 from server.records import RunFolder
@@ -26,7 +26,7 @@ class FlowerTransport:
 
     def __init__(self, grid: Grid, job: Job, evaluator: Evaluator, folder: RunFolder) -> None:
         self._grid, self._job, self._folder = grid, job, folder
-        self._layout = layout_of(job.strategy.contribution(evaluator.trained_start()))
+        self._layout_of_round = evaluator.reply_layout
 
     def nodes(self) -> list[int]:
         """Return the nodes online; wait up to the round's time-out for ``min-sites`` of them."""
@@ -49,32 +49,34 @@ class FlowerTransport:
             down += payload_bytes(content)
             messages.append(Message(content, node, "train", group_id=str(one.round_number)))
         nodes = dict(zip(self._grid.push_messages(messages), tasks, strict=True))
-        waiting, replies, up = set(nodes), list[Reply](), 0
+        waiting, replies, up = set(nodes), dict[int, Reply](), 0
+        layout = self._layout_of_round(task.round_number)
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
             for message in self._grid.pull_messages(waiting):
                 asked = message.metadata.reply_to_message_id
                 waiting.discard(asked)
-                reply, size = self._read(message, task, nodes[asked])
-                replies.append(reply)
+                replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
                 up += size
             self._folder.progress(
                 phase="training",
                 round=task.round_number,
                 rounds=self._job.config.rounds,
-                answered=[reply.site for reply in replies],
+                answered=[reply.site for reply in replies.values()],
                 asked=len(tasks),
             )
             if waiting:
                 time.sleep(POLL_SECONDS)
-        replies += [self._no_reply(task, nodes[m], "late", f"no answer in {timeout:g} s") for m in waiting]
+        for message_id in waiting:
+            node = nodes[message_id]
+            replies[node] = self._no_reply(task, node, "late", f"no answer in {timeout:g} s")
         return Exchange(replies, down, up)
 
-    def _read(self, message: Message, task: TrainTask, node: int) -> tuple[Reply, int]:
+    def _read(self, message: Message, task: TrainTask, node: int, layout: Layout) -> tuple[Reply, int]:
         if message.has_error():
             return self._no_reply(task, node, "failed", message.error.reason or "no reason given"), 0
         try:
-            reply = decode_reply(message.content, self._layout, task.run, task.round_number)
+            reply = decode_reply(message.content, layout, task.run, task.round_number)
         except ProtocolError as error:
             return self._no_reply(task, node, "task", str(error)), payload_bytes(message.content)
         return reply, payload_bytes(message.content)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import FedVeilError
+from common.messages import Refusal, TrainResult
 from common.model import Score
 from common.paths import run_folder
 from server.evaluation import Evaluator
@@ -27,6 +28,14 @@ class _Observer:
         self._folder.started(baseline)
         self.baseline = self.last = baseline
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
+
+    def initialised(self, results: list[TrainResult], refusals: list[Refusal]) -> None:
+        self._folder.initialised(results)
+        spent = max((r.spending.epsilon_total for r in results if r.spending), default=None)
+        cost = "no record used" if not results else "no claim" if spent is None else f"ε {spent:.2f}, worst site"
+        self._folder.say(f"initialisation from a full gradient: {len(results)} sites, {cost}")
+        for refusal in refusals:
+            self._folder.say(f"  {refusal.site} did not take part ({refusal.kind}): {refusal.reason}")
 
     def finished(self, outcome: RoundOutcome, state: ServerState) -> None:
         self._folder.finished(outcome, state)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.data import public_test
+import torch
+
+from common.adapters.base import layer_shape
+from common.batching import length_batches
+from common.data import load_dataset, public_test
+from common.errors import ConfigError
+from common.initial_gradient import mean_gradient
 from common.model import FederatedModel, Score, model_of
+from common.randomness import stream
 from common.tasks import Record
 from common.types import AdapterState
+from common.wire import Layout, layout_of
 from strategies import Job
+from strategies.base import GradientSource
 
 
 class Evaluator:
@@ -16,12 +25,12 @@ class Evaluator:
 
     def __init__(self, job: Job) -> None:
         test = public_test(job.config.data, job.config.model.task)
-        config = job.config
+        config, self.job = job.config, job
         self.label_names = test.label_names
         self.model: FederatedModel = model_of(
             config.model, job.adapter, config.head, config.seed, test.label_names, config.device, config.precision
         )
-        self.start: AdapterState = self.model.read()
+        self.start: AdapterState = self.model.start
         self.records: Sequence[Record] = self.model.tokenise(test.examples)
 
     def trained_start(self) -> AdapterState:
@@ -32,6 +41,28 @@ class Evaluator:
             for layer, factors in self.start.items()
             if layer in trained
         }
+
+    def reply_layout(self, round_number: int) -> Layout:
+        """Return names and shapes of what a site may send in a round."""
+        if round_number == 0:
+            layers = self.model.adapter.layers(self.model.peft_model)
+            return {name: {"G": layer_shape(layer)} for name, layer in layers.items()}
+        return layout_of(self.job.strategy.contribution(self.trained_start()))
+
+    def public_gradient(self, source: GradientSource) -> AdapterState:
+        """Return the mean full gradient over public records, for a strategy that starts from it."""
+        config = self.job.config
+        data = load_dataset(config.data, config.model.task, source.public_data)
+        if data.label_names != self.label_names:
+            raise ConfigError(
+                f"the public data {source.public_data!r} have the labels {', '.join(data.label_names)}, "
+                f"the run has {', '.join(self.label_names)}"
+            )
+        order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
+        records = self.model.tokenise([data.examples[i] for i in order[: source.public_records]])
+        self.model.write(self.start)
+        groups = length_batches([len(record["input_ids"]) for record in records], config.training.batch_tokens)
+        return mean_gradient(self.model, (self.model.batch([records[i] for i in group]) for group in groups))
 
     def score(self, adapter: AdapterState) -> Score:
         """Return accuracy and loss of the model under ``adapter``."""

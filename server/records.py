@@ -119,8 +119,9 @@ class RunFolder:
         }
         self._append("rounds.jsonl", [line])
 
-    def stopped(self, reason: str) -> None:
-        """Nothing to write: ``result.json`` will say it."""
+    def initialised(self, results: list[TrainResult]) -> None:
+        """Append what round 0 cost each site."""
+        self._append("privacy.jsonl", [privacy_line(self.job, result) for result in results])
 
     def say(self, line: str) -> None:
         """Print a line for people and keep it in ``run.log``."""

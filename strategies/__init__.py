@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.adapters import Adapter, build_adapter
+from common.adapters import ADAPTERS, Adapter, build_adapter
 from common.check import nearest, one_of
 from common.config import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping
 from common.errors import ConfigError
 from strategies.base import Contribution, ServerState, Strategy, mean
+from strategies.fed_sb import FedSB
+from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
 from strategies.ffa_lora import FFALoRA
 
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA)}
+STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD)}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,15 @@ def configure(values: Mapping[str, Scalar]) -> Job:
     config = from_mapping({key: value for key, value in values.items() if not key.startswith(sections)})
     one_of(STRATEGIES, strategy=config.strategy)
     strategy = from_section(STRATEGIES[config.strategy], values, f"{config.strategy}.")
-    return Job(config, strategy, build_adapter(strategy.adapters[0], config.adapter))
+    strategy.check(private=config.privacy.on)
+    name = strategy.adapters[0] if config.adapter.name == "auto" else config.adapter.name
+    one_of(ADAPTERS, adapter__name=name)
+    if name not in strategy.adapters:
+        raise ConfigError(
+            f"strategy {strategy.name!r} works on the adapter {' or '.join(strategy.adapters)}, not {name!r}: "
+            "leave adapter.name at 'auto'"
+        )
+    return Job(config, strategy, build_adapter(name, config.adapter, strategy.adapter_init(config.adapter.init)))
 
 
 __all__ = [

@@ -40,6 +40,20 @@ class Contribution:
 
 
 @dataclass(frozen=True)
+class GradientSource:
+    """A full gradient of the adapted layers that a strategy wants before round 1 (as "round 0")."""
+
+    public_data: str = ""
+    """Taken by the server from this public data set; empty: by every site from its own records."""
+    public_records: int = 0
+    sample_rate: float = 1.0
+    """At a site: chance of each record to be used."""
+    clip_norm: float = 0.0
+    noise_multiplier: float = 0.0
+    """At a site: above 0, the gradient is clipped, noised and charged; 0 is for runs without privacy."""
+
+
+@dataclass(frozen=True)
 class Strategy(ABC):
     """One aggregation algorithm; options of a strategy are its fields."""
 
@@ -54,9 +68,36 @@ class Strategy(ABC):
     exact: ClassVar[bool]
     """Whether the new weights are exactly the mean of the sites' weights."""
 
+    def check(self, *, private: bool) -> None:
+        """Raise ConfigError, saying what to do, if the options do not fit the privacy mode."""
+        del private
+
+    def adapter_init(self, configured: str) -> str:
+        """Return how the adapter starts; most strategies leave it to ``adapter.init``."""
+        return configured
+
+    @property
+    def gradient(self) -> GradientSource | None:
+        """What round 0 must bring, or None when the strategy starts without a gradient."""
+        return None
+
+    @property
+    def sent_once(self) -> tuple[str, ...]:
+        """Factors that a site receives with the first task it gets and keeps."""
+        return ()
+
     def start(self, adapter: AdapterState) -> ServerState:
-        """Return the state before round 1 from the adapter's start."""
+        """Return the state before round 1 (or round 0) from the adapter's start."""
         return ServerState(0, adapter)
+
+    def begin(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Server: use what round 0 brought, one full gradient ``G`` per layer."""
+        del contributions
+        return state
+
+    def basis(self, state: ServerState) -> AdapterState:
+        """Server: return what travels once."""
+        return select(state.adapter, self.sent_once)
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Server: return what travels to every site. Full state, never an increment: sites may have missed rounds."""

@@ -170,12 +170,17 @@ class Adapter(ABC):
 def start_of_a(rank: int, in_features: int, init: str, generator: torch.Generator) -> Tensor:
     """Return the start of A, shape (rank, in): PEFT's Kaiming-uniform or orthonormal rows, float32."""
     if init == "orthonormal":
-        gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float64)
-        q, r = torch.linalg.qr(gaussian)
-        # The sign of each column is fixed so that the result is Haar distributed and reproducible.
-        return (q * torch.sign(torch.diagonal(r))).T.contiguous().float()
+        return orthonormal_rows(rank, in_features, generator)
     bound = 1 / math.sqrt(in_features)
     return (torch.rand(rank, in_features, generator=generator, dtype=torch.float64) * 2 - 1).mul(bound).float()
+
+
+def orthonormal_rows(rank: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return a random matrix with orthonormal rows, shape (rank, columns), Haar distributed, float32."""
+    gaussian = torch.randn(columns, rank, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    # A QR is unique up to signs; fixing them makes the result Haar distributed and reproducible.
+    return (q * torch.sign(torch.diagonal(r))).T.contiguous().float()
 
 
 def start_of_lora(adapter: Adapter, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
@@ -185,6 +190,11 @@ def start_of_lora(adapter: Adapter, layer_name: str, layer: LoraLayer, seed: int
         "A": start_of_a(adapter.rank, in_features, adapter.init, generator),
         "B": torch.zeros(out_features, adapter.rank),
     }
+
+
+def stored_transposed(layer: LoraLayer) -> bool:
+    """Return whether the layer keeps its weight as (in, out), as GPT-2's Conv1D does."""
+    return bool(getattr(layer, "fan_in_fan_out", False))
 
 
 def layer_shape(layer: LoraLayer) -> tuple[int, int]:

@@ -86,6 +86,11 @@ class PrivateSteps:
         )
         self._released: list[tuple[Tensor, int]] = []
 
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The trained parameters, in the order of ``release``."""
+        return tuple(self._trained)
+
     def __enter__(self) -> PrivateSteps:
         self._module.train()
         self._hooks = GradSampleHooks(self._module, loss_reduction="sum")
@@ -111,6 +116,23 @@ class PrivateSteps:
             batches: the parts; how the batch is cut never changes the result.
             losses: returns one loss per record, shape (records,), for a part.
         """
+        self._privatise(batches, losses)
+        self._released = [(p.grad, p.grad._version) for p in self._trained]
+        self._optimizer.step()
+        self._released = []
+        self._forget()
+
+    def release(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> list[Tensor]:
+        """Return what one step would hand to the optimiser, one tensor per trained parameter, without stepping.
+
+        It costs exactly what a step costs. The order is that of the module's parameters.
+        """
+        self._privatise(batches, losses)
+        gradients = [parameter.grad.clone() for parameter in self._trained]
+        self._forget()
+        return gradients
+
+    def _privatise(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         self._mechanism.zero_grad(set_to_none=True)
         seen = False
         for batch in batches:
@@ -127,10 +149,6 @@ class PrivateSteps:
             self._mechanism.clip_and_accumulate()
         self._mechanism.add_noise()
         self._mechanism.scale_grad()
-        self._released = [(p.grad, p.grad._version) for p in self._trained]  # type: ignore[union-attr,misc]
-        self._optimizer.step()
-        self._released = []
-        self._forget()
 
     def _require_samples(self, records: int) -> None:
         for parameter in self._trained:

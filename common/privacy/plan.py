@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.check import in_range, positive
@@ -43,12 +44,18 @@ class PrivacyPlan:
 
     @classmethod
     def for_run(
-        cls, privacy: PrivacyConfig, training: TrainingConfig, total_steps: int, public_size: int
+        cls,
+        privacy: PrivacyConfig,
+        training: TrainingConfig,
+        total_steps: int,
+        public_size: int,
+        before: Sequence[Release] = (),
     ) -> PrivacyPlan:
         """Return the plan of a site that may take part in every one of the run's ``total_steps``.
 
         A noise multiplier of 0 in the configuration asks for the least one that keeps all ``total_steps``
-        within the budget, on a data set that has spent nothing; any other is used as it is, even if the
+        within the budget, on a data set that has spent nothing but ``before`` (releases that the run itself
+        makes ahead of its first step, such as an initialisation); any other is used as it is, even if the
         budget then ends before the run does (the ledger stops it). ``public_size`` is the number of
         records that the site declares, not the one that it counts.
 
@@ -68,7 +75,7 @@ class PrivacyPlan:
         return cls(
             clip_norm=privacy.clip_norm,
             noise_multiplier=privacy.noise_multiplier
-            or noise_multiplier_for(privacy.epsilon, privacy.delta, training.sample_rate, total_steps),
+            or noise_multiplier_for(privacy.epsilon, privacy.delta, training.sample_rate, total_steps, tuple(before)),
             sample_rate=training.sample_rate,
             expected_batch_size=training.sample_rate * public_size,
             delta=privacy.delta,

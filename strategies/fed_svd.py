@@ -1,0 +1,129 @@
+"""FedSVD: sites train B under a frozen A; the server averages B and re-factorises the product.
+
+Lee, Park, Lee et al.: FedSVD, NeurIPS 2025 (arXiv 2505.12805), alg. 1. After averaging,
+``U S Vᵀ = svd(B A)``, then ``A ← Vᵀ`` (orthonormal rows) and ``B ← U S``; the product, hence the
+model, does not change. Under privacy the SVD acts on noised factors only: post-processing.
+
+The product is never formed. With thin QRs ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A`` the SVD of the r × r
+core ``R_B R_Aᵀ`` gives the same factors in O((m + n) r²). Because the core is square its V is a
+full orthogonal matrix whatever the rank of B, so rows of A that B does not use stay inside A's
+own row space: nothing arbitrary enters, also at B = 0.
+
+A only ever changes by an r × r matrix, ``A = M A₀``, so B and M travel down and every site, also
+one that joins late, rebuilds A from the seeded A₀.
+
+Worth knowing: under plain SGD or DP-SGD this equals FFA-LoRA with one orthonormalised A
+(``strategy = "ffa-lora"``, ``adapter.init = "orthonormal"``): rotating the basis changes neither
+the step in weight space, nor the clip, nor the law of the noise. Under Adam it is a different
+algorithm. Tests prove both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.check import not_negative, one_of, positive
+from common.tensors import merge, select
+from common.types import AdapterState
+from strategies.base import Contribution, ServerState, Strategy, mean
+
+NEGLIGIBLE = 1e-7
+"""Singular values below this share of the largest count as zero (float32 factors)."""
+
+
+@dataclass(frozen=True)
+class FedSVD(Strategy):
+    """Sites train B; the server averages it, re-factorises, and sends B and the rotation M."""
+
+    name: ClassVar[str] = "fed-svd"
+    paper: ClassVar[str] = "Lee et al. 2025"
+    adapters: ClassVar[tuple[str, ...]] = ("ffa-lora",)
+    sent: ClassVar[tuple[str, ...]] = ("B",)
+    received: ClassVar[tuple[str, ...]] = ("B", "M")
+    exact: ClassVar[bool] = True
+
+    period: int = 1
+    """Rounds from one re-factorisation to the next."""
+    warmup: int = 0
+    """Rounds before re-factorising begins."""
+    split: str = "b"
+    """Where singular values go: ``b`` (all on B) or ``square-root`` (half on each factor)."""
+
+    def __post_init__(self) -> None:
+        positive(fed_svd__period=self.period)
+        not_negative(fed_svd__warmup=self.warmup)
+        one_of(("b", "square-root"), fed_svd__split=self.split)
+
+    def start(self, adapter: AdapterState) -> ServerState:
+        """Return A₀ and B₀ with M = I in every layer."""
+        rotations = {
+            layer: {"M": torch.eye(factors["A"].shape[0], dtype=factors["A"].dtype)}
+            for layer, factors in adapter.items()
+            if "A" in factors
+        }
+        start = {layer: {"A0": factors["A"]} for layer, factors in adapter.items() if "A" in factors}
+        return ServerState(0, adapter, merge(rotations, start))
+
+    def downlink(self, state: ServerState) -> AdapterState:
+        """Return B and M of every layer, and the head."""
+        return merge(super().downlink(state), select(state.memory, ("M",)))
+
+    def install(self, start: AdapterState, received: AdapterState) -> AdapterState:
+        """Return A = M A₀ and the received B and head."""
+        rotated = {
+            layer: {"A": rotate(factors["M"], start[layer]["A"])} for layer, factors in select(received, ("M",)).items()
+        }
+        rest = {layer: {n: t for n, t in factors.items() if n != "M"} for layer, factors in received.items()}
+        return merge(merge(start, rest), rotated)
+
+    def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Return B ← Σ p_k B_k, re-factorised when it is due; A and M follow."""
+        done = state.round_number + 1
+        adapter = merge(state.adapter, mean(contributions))
+        memory = state.memory
+        if done > self.warmup and (done - self.warmup) % self.period == 0:
+            for layer in memory:
+                A, B = adapter[layer]["A"], adapter[layer]["B"]
+                new_b, change = refactor(B, A, square_root=self.split == "square-root")
+                rotation = (change @ memory[layer]["M"].double()).to(A.dtype)
+                memory = merge(memory, {layer: {"M": rotation}})
+                adapter = merge(adapter, {layer: {"A": rotate(rotation, memory[layer]["A0"]), "B": new_b}})
+        return replace(state, round_number=done, adapter=adapter, memory=memory)
+
+
+def rotate(M: Tensor, start: Tensor) -> Tensor:
+    """Return ``M @ A₀`` in A₀'s dtype, computed in float64 so that server and sites agree."""
+    return (M.double() @ start.double()).to(start.dtype)
+
+
+def refactor(B: Tensor, A: Tensor, *, square_root: bool = False) -> tuple[Tensor, Tensor]:
+    """Re-factorise ``B @ A`` without forming it.
+
+    Args:
+        B: shape (out, r). A: shape (r, in), of full row rank.
+        square_root: put the square root of the singular values on each factor.
+
+    Returns:
+        The new B (out, r) in B's dtype, and C (r, r) in float64, such that the new A is ``C @ A`` and
+        ``new_B @ C @ A == B @ A``. Rows of ``C @ A`` are orthonormal (unless ``square_root``), columns
+        of new_B orthogonal, in descending order of length. In each row of C the entry of largest
+        magnitude is positive, which fixes the SVD's free signs.
+    """
+    q_b, r_b = torch.linalg.qr(B.double())
+    _, r_a = torch.linalg.qr(A.double().T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    # Aᵀ = Q_A R_A gives Vᵀ Q_Aᵀ = (Vᵀ R_A⁻ᵀ) A, so C is Vᵀ R_A⁻ᵀ: a change of basis inside A's row space.
+    change = torch.linalg.solve_triangular(r_a, vt.T, upper=True).T
+    signs = torch.sign(change.gather(1, change.abs().argmax(1, keepdim=True)))
+    change, u = change * signs, u * signs.T
+    if not square_root:
+        return (q_b @ (u * s)).to(B.dtype), change
+    used = s > NEGLIGIBLE * s[:1].clamp(min=torch.finfo(torch.float64).tiny)
+    root = torch.where(used, s.sqrt(), 1.0)
+    # A direction that B does not use keeps an orthonormal row of A: at length 0 it could never be trained again.
+    return (q_b @ (u * torch.where(used, root, 0.0))).to(B.dtype), change * root[:, None]
