@@ -16,7 +16,7 @@ from client.local_training import initial_round, train_round
 from client.site import Site, open_site
 from common.config import DataConfig, Scalar
 from common.device import own_cores
-from common.errors import BudgetExhausted, ConfigError, FedVeilError, ProtocolError
+from common.errors import BudgetExhausted, DataError, FedVeilError, ProtocolError
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
 from common.tasks import Record
@@ -48,9 +48,11 @@ def _in_simulation() -> bool:
 
 
 def _model(job: Job, site: Site) -> FederatedModel:
-    config = job.config
-    labels = site.data.label_names
-    model = model_of(config.model, job.adapter, config.head, config.seed, labels, config.device, config.precision)
+    config, data = job.config, site.data
+    model = model_of(
+        *(config.model, job.adapter, config.head, config.seed),
+        *(data.label_names, data.label_phrases, config.device, config.precision),
+    )
     if _process.model is not model:
         _process.model, _process.records = model, {}
     return model
@@ -109,7 +111,7 @@ def answer(
         return Refusal(run, number, name, "budget", str(error))
     except ProtocolError as error:
         return Refusal(run, number, name, "task", str(error))
-    except (ConfigError, FedVeilError) as error:
+    except FedVeilError as error:
         log.error("%s", error)
         return Refusal(run, number, name, "failed", _public_reason(error, simulated))
     except Exception as error:
@@ -118,9 +120,13 @@ def answer(
 
 
 def _public_reason(error: Exception, simulated: bool) -> str:
-    """Return what may leave the site: a deployed site's errors can quote records, so only their kind goes out."""
-    if simulated or isinstance(error, ConfigError):
-        return f"{type(error).__name__}: {error}" if not isinstance(error, FedVeilError) else str(error)
+    """Return what may leave the site.
+
+    Errors about data and unforeseen ones can quote records, so of a deployed site only their kind and place go out.
+    """
+    quotable = isinstance(error, FedVeilError) and not isinstance(error, DataError)
+    if simulated or quotable:
+        return str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}; the site's own log says more"
 

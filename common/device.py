@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -43,6 +44,15 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=precision)
+
+
+def choose_attention(model: Any, device: torch.device) -> None:
+    """Let a transformers model attend in plain matrix products on a CPU, where the fused kernel is slower.
+
+    Measured on MiniLM in bfloat16, forward and backward: 0.25 against 0.36 s per 64 records.
+    """
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")
 
 
 def own_cores() -> int:

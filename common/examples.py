@@ -27,6 +27,8 @@ class Dataset:
     name: str
     examples: tuple[Example, ...]
     label_names: tuple[str, ...]
+    label_phrases: tuple[tuple[str, ...], ...] = ()
+    """Public phrases about each label, written by hand and not taken from records; may be empty."""
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the records as a multiset, in hexadecimal.

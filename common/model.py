@@ -19,7 +19,7 @@ from common.adapters import Adapter
 from common.base_model import BaseModel, load_base_model
 from common.batching import length_batches
 from common.config import HeadConfig, ModelConfig
-from common.device import autocast, choose_device, choose_precision
+from common.device import autocast, choose_attention, choose_device, choose_precision
 from common.errors import ConfigError, ProtocolError
 from common.examples import Example
 from common.randomness import stream
@@ -49,6 +49,7 @@ class FederatedModel:
         *,
         seed: int,
         label_names: Sequence[str] = (),
+        label_phrases: Sequence[Sequence[str]] = (),
         feature_scale: float = 0.0,
         max_length: int = 128,
         device: str = "auto",
@@ -58,6 +59,7 @@ class FederatedModel:
         self.max_length = max_length
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
+        choose_attention(base.module, self.device)
         self.head_trained = task.has_head and head.policy == "trained"
         self.peft_model = adapter.attach(base.module, seed)
         if task.has_head:
@@ -66,7 +68,7 @@ class FederatedModel:
             self.module = CompletionModel(self.peft_model)
         self.module.to(self.device)
         if task.has_head:
-            start_head(self, head, seed, label_names)
+            start_head(self, head, seed, phrases_of(head, label_names, label_phrases))
             self.module.head.requires_grad_(self.head_trained)
         _turn_dropout_off(self.module)
         self.start: AdapterState = self.read()
@@ -170,14 +172,12 @@ def _turn_dropout_off(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_head(model: FederatedModel, head: HeadConfig, seed: int, label_names: Sequence[str]) -> None:
+def start_head(model: FederatedModel, head: HeadConfig, seed: int, phrases: Sequence[Sequence[str]]) -> None:
     """Set the classification head's start; uses no record, so it costs no privacy.
 
     ``label-words`` writes into each row how the base model's features of public phrases about
-    that label differ from the mean over labels, at length ``head.scale``.
-
-    Raises:
-        ConfigError: there are phrases for another number of labels than the data have.
+    that label differ from their mean over labels, at length ``head.scale``; the bias makes a text
+    whose features are that mean equally likely for all labels.
     """
     linear = model.module.head
     linear.bias.zero_()
@@ -185,18 +185,33 @@ def start_head(model: FederatedModel, head: HeadConfig, seed: int, label_names: 
     if head.start == "random":
         rows = torch.randn(linear.weight.shape, generator=stream(seed, "head"))
     elif head.start == "label-words":
-        phrases = [part.split("|") for part in head.phrases.split(";")] if head.phrases else [[n] for n in label_names]
-        if len(phrases) != len(label_names):
-            raise ConfigError(
-                f"head.phrases speaks of {len(phrases)} labels, the data have {len(label_names)} "
-                f"({', '.join(label_names)}): separate labels by ';' and phrases of one label by '|'"
-            )
         model.module.eval()
-        rows = torch.stack([_mean_features(model, texts) for texts in phrases])
-        rows = rows - rows.mean(0)
+        means = torch.stack([_mean_features(model, texts) for texts in phrases])
+        rows = means - means.mean(0)
     else:
         return
     linear.weight.copy_(F.normalize(rows, dim=-1) * head.scale)
+    if head.start == "label-words":
+        linear.bias.copy_(-linear.weight @ means.mean(0))
+
+
+def phrases_of(
+    head: HeadConfig, label_names: Sequence[str], label_phrases: Sequence[Sequence[str]]
+) -> list[Sequence[str]]:
+    """Return the phrases about each label: those configured, else the data set's own, else the names.
+
+    Raises:
+        ConfigError: there are phrases for another number of labels than the data have.
+    """
+    if not head.phrases:
+        return list(label_phrases) or [[name] for name in label_names]
+    phrases: list[Sequence[str]] = [part.split("|") for part in head.phrases.split(";")]
+    if len(phrases) != len(label_names):
+        raise ConfigError(
+            f"head.phrases speaks of {len(phrases)} labels, the data have {len(label_names)} "
+            f"({', '.join(label_names)}): separate labels by ';' and phrases of one label by '|'"
+        )
+    return phrases
 
 
 def _mean_features(model: FederatedModel, phrases: Sequence[str]) -> Tensor:
@@ -213,6 +228,7 @@ def model_of(
     head: HeadConfig,
     seed: int,
     label_names: tuple[str, ...],
+    label_phrases: tuple[tuple[str, ...], ...],
     device: str,
     precision: str,
 ) -> FederatedModel:
@@ -227,6 +243,7 @@ def model_of(
         head,
         seed=seed,
         label_names=label_names,
+        label_phrases=label_phrases,
         feature_scale=config.feature_scale,
         max_length=config.max_length,
         device=device,

@@ -10,7 +10,7 @@ from torch import nn
 
 from common.base_model import load_base_model
 from common.data import public_test
-from common.device import choose_device
+from common.device import choose_attention, choose_device
 from common.errors import DataError, ModelError
 from common.model import Score, score_records
 from common.tasks import TASKS, CompletionModel, TextClassifier
@@ -48,5 +48,6 @@ def evaluate_run(folder: Path) -> Score:
     test = public_test(job.config.data, about["task"])
     task, base = TASKS[about["task"]], about["base"]
     device = choose_device(job.config.device)
+    choose_attention(base.module, device)
     records = task.tokenise(base.tokenizer, test.examples, about["max_length"])
     return score_records(module.to(device), task, records, base.pad_id, device, getattr(torch, about["precision"]))

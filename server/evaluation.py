@@ -28,7 +28,8 @@ class Evaluator:
         config, self.job = job.config, job
         self.label_names = test.label_names
         self.model: FederatedModel = model_of(
-            config.model, job.adapter, config.head, config.seed, test.label_names, config.device, config.precision
+            *(config.model, job.adapter, config.head, config.seed),
+            *(test.label_names, test.label_phrases, config.device, config.precision),
         )
         self.start: AdapterState = self.model.start
         self.records: Sequence[Record] = self.model.tokenise(test.examples)

@@ -2,16 +2,246 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from experiments.in_process import run_in_process
+import pytest
+import torch
+
+from common.errors import ConfigError, RunFailed
+from common.privacy.accounting import Release, epsilon
+from common.privacy.ledger import Ledger
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process, simulated_nodes
+from server.report import markdown_report, read_lines
+from strategies import STRATEGIES, known_settings
+
+PRIVACY_FIELDS = [
+    *("round", "site", "unit", "adjacency", "adversary", "sampler", "sample_rate", "noise_multiplier", "clip_norm"),
+    *("steps_round", "steps_total", "delta", "epsilon_round", "epsilon_total", "epsilon_budget", "epsilon_remaining"),
+    *("accountant", "head"),
+]
+ROUND_FIELDS = ["round", "strategy", "participants", "accuracy", "loss", "bytes_down", "bytes_up", "seconds"]
 
 
-def test_smoke(toy_settings: dict[str, Any]) -> None:
-    folder = run_in_process(toy_settings, 3)
-    print((folder / "report.md").read_text())
+@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_every_strategy_runs_with_and_without_privacy(
+    toy_settings: dict[str, Any], strategy: str, head: str, mode: str
+) -> None:
+    settings = {**toy_settings, "strategy": strategy, "privacy.mode": mode, "head.policy": head}
+    folder = run_in_process(settings, 3)
+    rounds, privacy = read_lines(folder / "rounds.jsonl"), read_lines(folder / "privacy.jsonl")
+    assert [line["round"] for line in rounds] == [1, 2]
+    assert all(set(line) >= ROUND_FIELDS for line in rounds)
+    assert [(line["round"], line["site"]) for line in privacy] == [(r, f"site-{i}") for r in (1, 2) for i in range(3)]
+    assert all(set(line) >= PRIVACY_FIELDS for line in privacy)
+    assert all(head in line["head"] for line in privacy)
+    assert rounds[-1]["accuracy"] == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
+    if mode == "none":
+        assert all(line["epsilon_total"] is None and "nothing is promised" in line["accountant"] for line in privacy)
+        assert "Privacy was OFF" in (folder / "report.md").read_text()
+        assert not list(folder.glob("ledgers/*")), "a run without privacy has no ledger to charge"
+    else:
+        assert 0 < privacy[0]["epsilon_total"] < privacy[-1]["epsilon_total"] <= 8.0
 
 
-def test_smoke_generation(toy_generation: dict[str, Any]) -> None:
-    folder = run_in_process(toy_generation, 3)
-    print((folder / "report.md").read_text())
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_payload_is_exactly_the_numbers_that_the_strategy_sends(toy_settings: dict[str, Any], strategy: str) -> None:
+    settings = {**toy_settings, "strategy": strategy, "rounds": 1, "adapter.rank": 3}
+    line = read_lines(run_in_process(settings, 2) / "rounds.jsonl")[0]
+    # Tiny BERT, both of its layers: query, value, attention output (16 × 16), intermediate (24 × 16), output (16 × 24).
+    shapes = 2 * [(16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
+    numbers = {
+        "A": sum(3 * n for _, n in shapes),
+        "B": sum(3 * m for m, _ in shapes),
+        "R": 9 * len(shapes),
+        "M": 9 * len(shapes),
+    }
+    head = 2 * 16 + 2
+    kind = STRATEGIES[strategy]
+    assert line["bytes_up"] == 2 * 4 * (sum(numbers[f] for f in kind.sent) + head)
+    assert line["bytes_down"] == 2 * 4 * (sum(numbers[f] for f in kind.received) + head)
+
+
+def test_learning_without_privacy_works(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "privacy.mode": "none", "rounds": 4, "training.local-steps": 12}
+    folder = run_in_process({**settings, "training.learning-rate": 0.02, "strategy": "fedavg-lora"}, 2)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["accuracy"] >= 0.7, f"labels are in the words, yet accuracy is {result['accuracy']}"
+
+
+def test_generation_lowers_the_loss_on_held_out_completions(toy_generation: dict[str, Any]) -> None:
+    settings = {**toy_generation, "privacy.mode": "none", "training.local-steps": 8, "training.learning-rate": 0.05}
+    folder = run_in_process(settings, 2)
+    before = json.loads((folder / "baseline.json").read_text())["loss"]
+    last = read_lines(folder / "rounds.jsonl")[-1]
+    assert last["loss"] < before - 0.1
+    assert last["loss"] == pytest.approx(evaluate_run(folder).loss, abs=1e-6)
+
+
+def test_epsilon_of_all_rounds_is_that_of_one_long_run(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "rounds": 3, "privacy.noise-multiplier": 1.5, "privacy.epsilon": 50.0}
+    last = read_lines(run_in_process(settings, 2) / "privacy.jsonl")[-1]
+    whole = epsilon([Release(1.5, 0.25, 6)], 1e-3)
+    assert last["epsilon_total"] == pytest.approx(whole, abs=1e-9)
+    assert last["steps_total"] == 6
+    reset = epsilon([Release(1.5, 0.25, 2)], 1e-3)
+    assert last["epsilon_total"] > 1.2 * reset, "a ledger that forgets between rounds would report less"
+
+
+def test_epsilon_round_sums_to_epsilon_total(toy_settings: dict[str, Any]) -> None:
+    lines = read_lines(run_in_process({**toy_settings, "rounds": 3}, 2) / "privacy.jsonl")
+    own = [line for line in lines if line["site"] == "site-1"]
+    assert sum(line["epsilon_round"] for line in own) == pytest.approx(own[-1]["epsilon_total"], abs=1e-9)
+
+
+def test_a_spent_site_refuses_and_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    nodes = simulated_nodes(3, tmp_path / "ledgers")
+    with Ledger(tmp_path / "ledgers" / "site-1.sqlite") as ledger:
+        for round_number in range(1, 40):
+            ledger.charge(
+                "site-1", [Release(0.6, 0.25, 2)], run="earlier", round_number=round_number, delta=1e-3,
+                max_epsilon=1e6, clip_norm=1.0,
+            )  # fmt: skip
+    folder = run_in_process(toy_settings, nodes)
+    first = read_lines(folder / "rounds.jsonl")[0]
+    assert first["participants"] == ["site-0", "site-2"]
+    assert [r["kind"] for r in first["refusals"]] == ["budget"]
+    assert "site-1" in first["refusals"][0]["reason"]
+    assert {line["site"] for line in read_lines(folder / "privacy.jsonl")} == {"site-0", "site-2"}
+
+
+def test_the_run_ends_early_and_well_when_every_budget_is_spent(toy_settings: dict[str, Any]) -> None:
+    three_of_six = epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
+    settings = {**toy_settings, "rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": three_of_six}
+    folder = run_in_process(settings, 2)
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["rounds"]) == ("stopped", 3)
+    assert "budget" in result["reason"]
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert result["epsilon"] <= three_of_six
+
+
+def test_a_failing_site_is_named_with_its_reason(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    nodes = simulated_nodes(3, tmp_path / "ledgers")
+    nodes[2] = {**nodes[2], "ledgr": "typo"}
+    folder = run_in_process(toy_settings, nodes)
+    refusal = read_lines(folder / "rounds.jsonl")[0]["refusals"][0]
+    assert refusal["site"] == "site-2"
+    assert "did you mean 'ledger'" in refusal["reason"]
+
+
+def test_a_run_in_which_no_site_succeeds_fails_with_every_reason(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    nodes = [{"partition-id": i, "num-partitions": 2, "ledger": str(tmp_path)} for i in range(2)]
+    with pytest.raises(RunFailed, match=r"round 1: 0 sites succeeded.*site-0.*site-1"):
+        run_in_process(toy_settings, nodes)
+    results = list(Path(toy_settings["output"]).glob("*/result.json"))
+    assert json.loads(results[0].read_text())["status"] == "failed"
+
+
+def test_two_sites_under_one_name_count_once(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    nodes = [{**node, "site": "same"} for node in simulated_nodes(2, tmp_path / "ledgers")]
+    line = read_lines(run_in_process(toy_settings, nodes) / "rounds.jsonl")[0]
+    assert line["participants"] == ["same"]
+    assert "another node already answered" in line["refusals"][0]["reason"]
+
+
+def test_a_site_with_its_own_file_takes_part(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    own = {"site": "clinic", "data": toy_settings["data.name"], "public-size": 200, "ledger": str(tmp_path / "l.db")}
+    folder = run_in_process({**toy_settings, "data.labels": "bad,good"}, [own])
+    assert read_lines(folder / "privacy.jsonl")[0]["site"] == "clinic"
+
+
+def test_a_site_with_its_own_file_must_declare_a_size_and_know_the_labels(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {"site": "clinic", "data": toy_settings["data.name"], "ledger": str(tmp_path / "l.db")}
+    with pytest.raises(RunFailed, match=r"public-size"):
+        run_in_process({**toy_settings, "data.labels": "bad,good"}, [own])
+    with pytest.raises(RunFailed, match=r"data\.labels"):
+        run_in_process(toy_settings, [{**own, "public-size": 200}])
+
+
+def test_delta_above_one_over_the_size_is_refused(toy_settings: dict[str, Any]) -> None:
+    with pytest.raises(RunFailed, match=r"privacy\.delta is 0\.1"):
+        run_in_process({**toy_settings, "privacy.delta": 0.1}, 2)
+
+
+@pytest.mark.parametrize(
+    ("init", "mode", "releases"),
+    [
+        ("orthonormal", "dp-sgd", []),
+        ("svd-of-weights", "dp-sgd", []),
+        ("public-gradient", "dp-sgd", []),
+        ("dp-gradient", "dp-sgd", ["initialisation"]),
+        ("private-gradient", "none", []),
+    ],
+)
+def test_fed_sb_initialisations_cost_what_they_use(
+    toy_settings: dict[str, Any], init: str, mode: str, releases: list[str]
+) -> None:
+    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": init, "privacy.mode": mode}
+    settings["fed-sb.init-data"] = toy_settings["data.name"]
+    folder = run_in_process(settings, 2)
+    lines = read_lines(folder / "privacy.jsonl")
+    assert [line["kind"] for line in lines if line["round"] == 0 and line["epsilon_total"]] == releases * 2
+    if releases:
+        with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
+            kinds = [entry.kind for entry in ledger.entries()]
+        assert kinds == ["initialisation", "training", "training"]
+        own = [line for line in lines if line["site"] == "site-0"]
+        whole = [Release(own[0]["noise_multiplier"], 0.1, 1), Release(own[1]["noise_multiplier"], 0.25, 4)]
+        assert own[-1]["epsilon_total"] == pytest.approx(epsilon(whole, 1e-3), abs=1e-9)
+        assert own[-1]["epsilon_total"] <= 8.0, "the training noise must leave room for the initialisation"
+    rounds = read_lines(folder / "rounds.jsonl")
+    assert (rounds[0]["bytes_down"] > rounds[1]["bytes_down"]) == (init not in ("orthonormal", "svd-of-weights"))
+    assert rounds[1]["bytes_down"] == rounds[1]["bytes_up"], "after the first round only R and the head travel"
+
+
+def test_fed_sb_refuses_the_published_initialisation_under_privacy(toy_settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"raw gradients of private records.*use 'dp-gradient'"):
+        run_in_process({**toy_settings, "strategy": "fed-sb", "fed-sb.init": "private-gradient"}, 2)
+
+
+def test_a_site_that_lost_the_basis_gets_it_within_the_round(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import experiments.in_process as in_process
+
+    whole = in_process.answer
+
+    def forgetful(content: Any, node: Any, settings: Any, run: str, memory: Any) -> Any:
+        if content["header"]["round"] == 2 and node["partition-id"] == 0 and "basis" not in content.array_records:
+            memory.clear()
+        return whole(content, node, settings, run, memory)
+
+    monkeypatch.setattr(in_process, "answer", forgetful)
+    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "private-gradient", "privacy.mode": "none"}
+    line = read_lines(run_in_process(settings, 2) / "rounds.jsonl")[1]
+    assert line["participants"] == ["site-0", "site-1"]
+    assert line["refusals"] == []
+
+
+def test_seeds_decide_everything_without_privacy_and_nothing_with_it(toy_settings: dict[str, Any]) -> None:
+    def adapter(mode: str, run: str) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        folder = run_in_process({**toy_settings, "privacy.mode": mode}, 2, run)
+        return load_file(str(folder / "adapter" / "adapter_model.safetensors"))
+
+    plain, again = adapter("none", "1"), adapter("none", "2")
+    assert all(torch.equal(plain[name], again[name]) for name in plain), "a run without privacy is reproducible"
+    noised, other = adapter("dp-sgd", "3"), adapter("dp-sgd", "4")
+    assert any(not torch.equal(noised[name], other[name]) for name in noised), "noise must not follow from seeds"
+
+
+def test_the_report_says_what_the_claim_rests_on(toy_settings: dict[str, Any]) -> None:
+    folder = run_in_process(toy_settings, 2)
+    text = markdown_report(folder)
+    for words in ("one training record", "add or remove one record", "sees every upload", "Poisson", "site-1", "PLD"):
+        assert words in text, f"the report does not say {words!r}"
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert set(settings) <= set(known_settings())

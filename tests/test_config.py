@@ -1,0 +1,380 @@
+"""Settings: one list of them, every one typed and ranged, and a mistake is answered by name."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import config as choices
+from common.config import RunConfig, Scalar, defaults, from_mapping, to_mapping
+from common.errors import ConfigError
+from experiments.settings import flatten, parse_settings, read_settings_file, to_toml
+from strategies import STRATEGIES, configure, known_settings
+
+fast = settings(max_examples=25, deadline=None)
+ROOT = Path(__file__).parent.parent
+KNOWN = known_settings()
+each_key = pytest.mark.parametrize("key", KNOWN)
+
+
+def job_with(key: str, value: Scalar) -> Any:
+    """Configure a run with one setting changed, and the strategy whose setting it is."""
+    owner = key.split(".")[0]
+    return configure({"strategy": owner if owner in STRATEGIES else "ffa-lora", key: value})
+
+
+# One list of settings
+
+
+def test_pyproject_lists_exactly_the_settings_that_exist_with_their_defaults() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        written = flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
+    assert set(written) - set(KNOWN) == set(), "pyproject.toml has settings that no field answers to"
+    assert set(KNOWN) - set(written) == set(), "fields lack in pyproject.toml, so Flower would refuse to override them"
+    for key, value in KNOWN.items():
+        assert written[key] == value, f"{key} is {written[key]!r} in pyproject.toml, {value!r} in its dataclass"
+        assert type(written[key]) is type(value), f"{key} has another type in pyproject.toml"
+
+
+def test_defaults_alone_are_a_valid_run() -> None:
+    assert configure({}).settings() == {k: v for k, v in KNOWN.items() if k.split(".")[0] not in STRATEGIES} | {
+        k: v for k, v in KNOWN.items() if k.startswith("ffa-lora.")
+    }
+    assert configure(KNOWN).config == RunConfig()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_jobs_settings_make_the_same_job_again(name: str) -> None:
+    job = configure({"strategy": name, "adapter.rank": 5, "rounds": 9})
+    assert configure(job.settings()) == job
+    assert job.strategy.name == name
+    assert job.adapter.rank == 5
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("adapter.rnk", "adapter.rank"),
+        ("privacy.epsilom", "privacy.epsilon"),
+        ("training.local_steps", "training.local-steps"),
+        ("round", "rounds"),
+        *((f"{name}.{key}x", f"{name}.{key}") for name, s in STRATEGIES.items() for key in defaults(s)),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest_known_one(typo: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"unknown setting {typo!r} (did you mean {meant!r}?)")):
+        configure({typo: 1})
+
+
+def test_a_setting_that_resembles_none_is_refused_without_a_guess() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        configure({"zzzzqqqq": 1})
+    assert "did you mean" not in str(refusal.value)
+
+
+def test_an_unknown_strategy_is_answered_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"strategy is 'fa-lora'.*did you mean 'ffa-lora'"):
+        configure({"strategy": "fa-lora"})
+
+
+WRONG: dict[type, tuple[Any, ...]] = {
+    int: ("1", 1.0, 1.5, True, None, [1]),
+    float: ("1.0", True, None, [1.0]),
+    str: (1, 1.0, True, None, ["x"]),
+    bool: ("true", 1, 0.0, None),
+}
+
+
+@each_key
+def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> None:
+    for wrong in WRONG[type(KNOWN[key])]:
+        with pytest.raises(ConfigError, match=rf"^{re.escape(key)} must be"):
+            job_with(key, wrong)
+
+
+@each_key
+def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(key: str) -> None:
+    assert job_with(key, KNOWN[key]).settings()[key] == KNOWN[key]
+    if isinstance(KNOWN[key], float):
+        whole = job_with(key, 1) if key != "privacy.delta" and key != "training.beta2" else job_with(key, KNOWN[key])
+        assert type(whole.settings()[key]) is float, f"{key} stays a whole number in the records of the run"
+
+
+POSITIVE = (
+    "rounds",
+    "min-sites",
+    "round-timeout",
+    "model.max-length",
+    "data.test-size",
+    "data.dirichlet-alpha",
+    "adapter.rank",
+    "adapter.alpha",
+    "head.scale",
+    "training.local-steps",
+    "training.sample-rate",
+    "training.learning-rate",
+    "training.beta2",
+    "training.batch-tokens",
+    "privacy.epsilon",
+    "privacy.delta",
+    "privacy.clip-norm",
+)
+NOT_NEGATIVE = ("model.feature-scale", "training.momentum", "training.weight-decay", "privacy.noise-multiplier")
+RANGES = [
+    *((key, value) for key in POSITIVE for value in (0, -1)),
+    *((key, -1) for key in NOT_NEGATIVE),
+    *((key, v) for key in (*POSITIVE, *NOT_NEGATIVE) if isinstance(KNOWN[key], float) for v in (math.nan, math.inf)),
+    ("training.sample-rate", 1.5),
+    ("training.beta2", 1.0001),
+    ("privacy.delta", 0.6),
+    ("privacy.delta", 1.0),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), RANGES)
+def test_a_value_out_of_range_is_refused_by_the_settings_name(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} must be (above|at least) 0"):
+        job_with(key, value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("training.sample-rate", 1.0), ("privacy.noise-multiplier", 0.0)])
+def test_the_ends_of_a_range_that_make_sense_are_allowed(key: str, value: float) -> None:
+    assert job_with(key, value).settings()[key] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("privacy.delta", 0.5),
+        ("training.beta2", 1.0),
+        ("training.momentum", 1.0),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="in_range allows its upper end; torch's Adam then raises ValueError at a site")
+def test_a_value_at_the_wrong_end_of_its_range_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        job_with(key, value)
+
+
+@pytest.mark.parametrize("key", ["rounds", "privacy.epsilon"])
+@pytest.mark.xfail(strict=True, raises=OverflowError, reason="math.isfinite and float() overflow on huge whole numbers")
+def test_a_number_too_large_for_a_computer_is_refused_and_not_a_crash(key: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        job_with(key, 10**400)
+
+
+CHOICES = {
+    "model.task": choices.TASKS,
+    "data.partition": choices.PARTITIONS,
+    "head.policy": choices.HEAD_POLICIES,
+    "head.start": choices.HEAD_STARTS,
+    "training.optimizer": choices.OPTIMIZERS,
+    "training.schedule": choices.SCHEDULES,
+    "privacy.mode": choices.PRIVACY_MODES,
+    "precision": ("auto", "float32", "bfloat16"),
+    "adapter.init": ("kaiming", "orthonormal"),
+}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
+    for choice in CHOICES[key]:
+        context = {"head.policy": "frozen", "data.key": "author"} if key in ("model.task", "data.partition") else {}
+        assert configure({**context, key: choice}).settings()[key] == choice
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} is '{CHOICES[key][0]}x'.*did you mean"):
+        configure({key: CHOICES[key][0] + "x"})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"model.task": "causal-lm"}, "head.policy"),
+        ({"data.partition": "natural"}, "data.key"),
+        ({"adapter.targets": " , "}, "adapter.targets"),
+        ({"adapter.name": "lora", "strategy": "ffa-lora"}, "ffa-lora"),
+        ({"adapter.name": "loro"}, "adapter.name"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_by_name(values: dict[str, Scalar], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)) as refusal:
+        configure(values)
+    assert "\n" not in str(refusal.value)
+
+
+# There and back
+
+numbers = st.floats(1e-6, 0.49)
+texts = st.text(max_size=10)
+kinds = {
+    "rounds": st.integers(1, 99),
+    "seed": st.integers(-(2**40), 2**40),
+    "min-sites": st.integers(1, 9),
+    "output": texts,
+    "model.name": texts,
+    "model.feature-scale": st.floats(0, 9),
+    "data.labels": texts,
+    "adapter.rank": st.integers(1, 64),
+    "adapter.alpha": st.floats(0.1, 64),
+    "head.phrases": texts,
+    "training.sample-rate": numbers,
+    "training.optimizer": st.sampled_from(choices.OPTIMIZERS),
+    "training.weight-decay": st.floats(0, 1),
+    "privacy.mode": st.sampled_from(choices.PRIVACY_MODES),
+    "privacy.epsilon": st.floats(0.01, 100),
+    "privacy.delta": numbers,
+}
+
+
+@fast
+@given(st.fixed_dictionaries({}, optional=kinds))
+def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> None:
+    config = from_mapping(values)
+    flat = to_mapping(config)
+    assert flat.keys() == defaults().keys()
+    assert flat == {**defaults(), **values}, "a setting was lost or changed on the way"
+    assert from_mapping(flat) == config
+
+
+def test_a_configuration_with_one_setting_changed_is_another_configuration() -> None:
+    base = RunConfig()
+    for key, value in (("rounds", 7), ("adapter.rank", 7), ("privacy.epsilon", 7.0), ("data.seed", 7)):
+        assert from_mapping({key: value}) != base, f"{key} does not reach the configuration"
+
+
+# Settings as people write them
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (["rounds=2"], {"rounds": 2}),
+        (["adapter.rank=4 privacy.epsilon=3.5"], {"adapter.rank": 4, "privacy.epsilon": 3.5}),
+        (['strategy="fed-sb"'], {"strategy": "fed-sb"}),
+        (["strategy='fed-sb'"], {"strategy": "fed-sb"}),
+        (
+            ['head.phrases="good film|fine; bad film" rounds=2'],
+            {"head.phrases": "good film|fine; bad film", "rounds": 2},
+        ),
+        (['data.name="a=b c=d"'], {"data.name": "a=b c=d"}),
+        (['data.test=""'], {"data.test": ""}),
+        (["x=true y=false z=1e-5"], {"x": True, "y": False, "z": 1e-5}),
+        (["rounds=2", "rounds=3"], {"rounds": 3}),
+        (["rounds=2 rounds=4"], {"rounds": 4}),
+        (["  rounds=2  ", ""], {"rounds": 2}),
+        ([], {}),
+        (['data.name="x.toml"'], {"data.name": "x.toml"}),
+    ],
+)
+def test_pairs_are_read_as_toml_and_later_ones_win(written: list[str], meant: dict[str, Scalar]) -> None:
+    got = parse_settings(written)
+    assert got == meant
+    assert [type(value) for value in got.values()] == [type(value) for value in meant.values()]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        "rounds",
+        "rounds=",
+        "=2",
+        "rounds = 2",
+        "strategy=fed-sb",
+        "rounds=2, seed=3",
+        "rounds=[1]",
+        "day=2024-01-01",
+        'text="never closed',
+        "rounds=2 and more",
+        "--rounds=2 x",
+        "a b=2",
+        "rounds=1\nseed=",
+    ],
+)
+def test_nonsense_is_a_config_error_of_one_line(nonsense: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_settings([nonsense])
+    assert "\n" not in str(refusal.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("ab.=\"' 1#\\[{\n-", max_size=15), max_size=3))
+def test_any_text_is_either_read_or_a_config_error(written: list[str]) -> None:
+    try:
+        got = parse_settings(written)
+    except ConfigError:
+        return
+    assert all(isinstance(value, str | int | float | bool) for value in got.values())
+
+
+def test_a_file_of_settings_is_read_where_it_stands_among_the_pairs(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('strategy = "fed-sb"\nrounds = 3\n[adapter]\nrank = 4\n[fed-sb]\ninit = "orthonormal"\n')
+    flat = {"strategy": "fed-sb", "rounds": 3, "adapter.rank": 4, "fed-sb.init": "orthonormal"}
+    assert parse_settings([str(file)]) == flat
+    assert parse_settings([str(file), "rounds=9"]) == {**flat, "rounds": 9}
+    assert parse_settings(["rounds=9", str(file)]) == flat
+
+
+not_utf8 = pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="only OSError and TOML errors are caught")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"rounds = ", b"rounds = [1]", b"day = 2024-01-01", pytest.param(b"x = '\xff'", marks=not_utf8)],
+)
+def test_a_file_that_holds_no_settings_is_a_config_error(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError):
+        parse_settings([str(file)])
+
+
+def test_a_file_that_is_not_there_is_a_config_error_with_its_name(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.toml", tmp_path):
+        with pytest.raises(ConfigError, match=re.escape(str(path))):
+            read_settings_file(path)
+
+
+def test_a_job_written_as_toml_is_the_same_job_when_read(tmp_path: Path) -> None:
+    job = configure({"strategy": "fed-sb", "privacy.delta": 1e-6, "head.phrases": 'good "film"|\\fine; bad\tone\n'})
+    file = tmp_path / "saved.toml"
+    file.write_text(to_toml(job.settings()), encoding="utf-8")
+    assert configure(parse_settings([str(file)])) == job
+
+
+paths = st.lists(st.text("abc-_09", min_size=1, max_size=6), min_size=1, max_size=3).map(".".join)
+values = (
+    st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t"), max_size=20)
+)
+
+
+def _no_key_is_a_table_of_another(flat: Mapping[str, Scalar]) -> bool:
+    return not any(other.startswith(f"{key}.") for key in flat for other in flat)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(paths, values, max_size=6).filter(_no_key_is_a_table_of_another))
+def test_settings_survive_toml(flat: dict[str, Scalar]) -> None:
+    got = flatten(tomllib.loads(to_toml(flat)))
+    assert got == flat
+    assert {k: type(v) for k, v in got.items()} == {k: type(v) for k, v in flat.items()}
+
+
+@pytest.mark.parametrize("character", ["\r", "\x08", "\x1b", "\x7f"])
+@pytest.mark.xfail(strict=True, raises=tomllib.TOMLDecodeError, reason="to_toml does not escape control characters")
+def test_a_control_character_survives_toml(character: str) -> None:
+    flat = {"head.phrases": f"good{character}film"}
+    assert flatten(tomllib.loads(to_toml(flat))) == flat

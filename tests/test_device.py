@@ -1,0 +1,140 @@
+"""Device, precision and threads."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from common.device import autocast, choose_device, choose_precision, own_cores
+from common.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def test_the_cpu_can_always_be_asked_for() -> None:
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(("gpus", "chosen"), [(0, "cpu"), (2, "cuda")])
+def test_auto_takes_a_gpu_where_there_is_one(gpus: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    assert choose_device("auto") == torch.device(chosen)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "fits"),
+    [("cuda", 0, False), ("cuda:0", 0, False), ("cuda", 1, True), ("cuda:1", 1, False), ("cuda:1", 2, True)],
+)
+def test_a_gpu_that_is_not_there_is_refused_with_the_number_of_gpus(
+    wanted: str, gpus: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if fits:
+        assert choose_device(wanted) == torch.device(wanted)
+        return
+    with pytest.raises(ConfigError, match=f"{wanted}.*{gpus} GPUs") as refusal:
+        choose_device(wanted)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("wanted", ["gpu", "", "cuda:x", "CPU", "cuda:-1"])
+def test_a_word_that_is_no_device_is_refused_in_one_line(wanted: str) -> None:
+    with pytest.raises(ConfigError, match="auto, cpu, cuda or cuda:N") as refusal:
+        choose_device(wanted)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_precision_is_taken_by_its_name() -> None:
+    assert choose_precision("float32", CPU) == torch.float32
+    assert choose_precision("bfloat16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("avx", [True, False])
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_is_bfloat16_only_where_the_cpu_computes_in_it(
+    avx: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert choose_precision("auto", CPU) == (torch.bfloat16 if avx or amx else torch.float32)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_on_a_gpu_does_not_count_emulated_bfloat16(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert choose_precision("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_forward_pass_computes_in_the_chosen_precision_on_float32_weights(precision: torch.dtype) -> None:
+    layer = torch.nn.Linear(4, 3)
+    with autocast(CPU, precision):
+        output = layer(torch.ones(2, 4))
+    assert output.dtype == precision
+    output.float().sum().backward()
+    assert layer.weight.dtype == torch.float32
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that pretends there are so many cores, this quota file and this OMP_NUM_THREADS."""
+
+    def pretend(available: int, quota: str | None = None, threads: str | None = None) -> int:
+        real = builtins.open
+
+        def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+            if file != "/sys/fs/cgroup/cpu.max":
+                return real(file, *args, **kwargs)
+            if quota is None:
+                raise FileNotFoundError(file)
+            return io.StringIO(quota)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sched_getaffinity", lambda _: set(range(available)), raising=False)
+            patch.setattr(builtins, "open", opened)
+            patch.delenv("OMP_NUM_THREADS", raising=False)
+            if threads is not None:
+                patch.setenv("OMP_NUM_THREADS", threads)
+            return own_cores()
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("available", "quota", "threads", "own"),
+    [
+        (8, None, None, 8),
+        (8, "max 100000", None, 8),
+        (8, "300000 100000", None, 3),
+        (8, "50000 100000", None, 1),
+        (2, "400000 100000", None, 2),
+        (8, "nonsense", None, 8),
+        (8, None, "2", 2),
+        (8, None, "64", 8),
+        (8, None, "", 8),
+        (8, None, "0", 1),
+        (8, "300000 100000", "5", 3),
+    ],
+)
+def test_a_process_uses_the_least_of_affinity_quota_and_what_it_was_assigned(
+    available: int, quota: str | None, threads: str | None, own: int, cores: Any
+) -> None:
+    assert cores(available, quota, threads) == own
+
+
+@pytest.mark.xfail(
+    strict=True, reason="OpenMP allows a list, one number a nesting level; int() does not", raises=ValueError
+)
+def test_a_list_of_thread_numbers_means_its_first(cores: Any) -> None:
+    assert cores(8, None, "4,2") == 4
+
+
+def test_this_machine_has_a_core() -> None:
+    assert 1 <= own_cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,1026 @@
+"""DP-SGD at a site: each promise of ``common.privacy.dpsgd``, and for each a planted fault that the same check finds.
+
+Statistical checks raise a false alarm about once in a million runs; every band says so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FILLER, TARGETS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.optimizers import DPOptimizer
+from scipy import stats
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from client import local_training
+from client.local_training import train_round
+from client.site import Site
+from common.adapters import ADAPTERS
+from common.base_model import load_base_model
+from common.batching import length_batches
+from common.config import HeadConfig
+from common.errors import MechanismError
+from common.examples import Dataset, Example
+from common.messages import TrainTask
+from common.model import FederatedModel, model_of
+from common.privacy import dpsgd
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import PrivacyPlan
+from common.randomness import private_normal
+from common.tasks import TASKS, Batch, Record
+from common.tensors import entries, fingerprint, start_fingerprint
+from strategies import configure
+
+Gradient = list[Tensor]
+Losses = Callable[[Batch], Tensor]
+
+CASES = [
+    ("bert", "lora", "trained"),
+    ("bert", "lora", "frozen"),
+    ("bert", "ffa-lora", "trained"),
+    ("bert", "ffa-lora", "frozen"),
+    ("gpt2", "lora", "frozen"),
+    ("gpt2", "ffa-lora", "frozen"),
+    ("llama", "lora", "frozen"),
+    ("llama", "ffa-lora", "frozen"),
+    ("bert", "lora-sb", "trained"),
+    ("llama", "lora-sb", "frozen"),
+]
+FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen")]
+MARK = "two"
+"""A word that only the last record of a world holds, so that a loss can single that record out."""
+
+
+# --- small worlds -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """A tiny model whose factors are all away from zero, and records of 3 to 24 tokens; the last is marked."""
+
+    model: FederatedModel
+    records: list[Record]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.module.parameters() if p.requires_grad]
+
+    @property
+    def mark(self) -> int:
+        return int(self.model.base.tokenizer.convert_tokens_to_ids(MARK))
+
+    def batch(self, records: Sequence[Record] | None = None) -> Batch:
+        return self.model.batch(self.records if records is None else records)
+
+    def marked_times(self, factor: float) -> Losses:
+        """Return the model's losses with the marked record's multiplied by ``factor``."""
+
+        def losses(batch: Batch) -> Tensor:
+            marked = (batch["input_ids"] == self.mark).any(1)
+            return self.model.losses(batch) * torch.where(marked, factor, 1.0)
+
+        return losses
+
+
+WorldOf = Callable[..., World]
+
+
+@pytest.fixture(scope="module")
+def world_of(model_folder: Callable[[str], str]) -> WorldOf:
+    """Return a function from (family, adapter, head policy, precision) to its world; tests must leave it unchanged."""
+    made: dict[tuple[str, ...], World] = {}
+
+    def make(family: str, adapter: str = "lora", head: str = "trained", precision: str = "float32") -> World:
+        key = (family, adapter, head, precision)
+        if key not in made:
+            made[key] = fresh_world(model_folder(family), *key)
+        return made[key]
+
+    return make
+
+
+def fresh_world(folder: str, family: str, adapter: str, head: str, precision: str = "float32") -> World:
+    task = "classification" if family == "bert" else "causal-lm"
+    model = FederatedModel(
+        load_base_model(folder, task),
+        ADAPTERS[adapter](8, 24.0, tuple(TARGETS[family].split(","))),
+        TASKS[task],
+        HeadConfig(policy=head, start="random"),
+        seed=1,
+        label_names=("bad", "good"),
+        feature_scale=4.0,
+        max_length=24,
+        device="cpu",
+        precision=precision,
+    )
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            if parameter.requires_grad:
+                # B starts at zero, where A has no gradient and its part of the clip could not be seen.
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    words = random.Random(4)
+    examples = [
+        Example(
+            text=" ".join(words.choices(FILLER, k=length)),
+            label=i % 2,
+            completion=" ".join(words.choices(FILLER, k=1 + 3 * (i % 3))),
+        )
+        for i, length in enumerate((1, 18, 3, 9, 5, 12))
+    ]
+    marked = Example(text=f"the {MARK} film", label=1, completion=f"{MARK} scene was warm")
+    return World(model, model.tokenise([*examples, marked]))
+
+
+class Recorder(Optimizer):
+    """An optimiser that keeps what it was given and moves nothing."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.given: list[Gradient] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.given.append([p.grad.double().clone() for group in self.param_groups for p in group["params"]])
+
+
+def plan(clip: float = 1.0, noise: float = 1e-12, divisor: float = 1.0) -> PrivacyPlan:
+    return PrivacyPlan(clip, noise, sample_rate=0.5, expected_batch_size=divisor, delta=1e-3, max_epsilon=100.0)
+
+
+def released(
+    world: World, parts: Sequence[Sequence[Record]], figures: PrivacyPlan | None = None, losses: Losses | None = None
+) -> Gradient:
+    """Return what one private step on ``parts`` hands to the optimiser, in float64; noise is 1e-12 unless asked for."""
+    optimizer = Recorder(world.trained)
+    with PrivateSteps(world.model.module, optimizer, figures or plan()) as steps:
+        steps.step([world.batch(part) for part in parts], losses or world.model.losses)
+    return optimizer.given[0]
+
+
+def alone(world: World, record: Record, losses: Losses | None = None) -> Gradient:
+    """Return one record's gradient the slow and obvious way: a forward pass of its own, no padding, no hooks."""
+    loss = (losses or world.model.losses)(world.batch([record])).sum()
+    return [g.double() for g in torch.autograd.grad(loss, world.trained)]
+
+
+def norm(gradient: Gradient) -> float:
+    """Return the L2 norm over all tensors together."""
+    return float(torch.cat([g.double().flatten() for g in gradient]).norm())
+
+
+def minus(left: Gradient, right: Gradient) -> Gradient:
+    return [a.double() - b.double() for a, b in zip(left, right, strict=True)]
+
+
+def clipped_sum(gradients: Sequence[Gradient], clip: float) -> Gradient:
+    """Return sum_i g_i min(1, C / ||g_i||) with the norm over all tensors together, in float64."""
+    total = [torch.zeros_like(g) for g in gradients[0]]
+    for gradient in gradients:
+        factor = min(1.0, clip / norm(gradient))
+        total = [t + factor * g for t, g in zip(total, gradient, strict=True)]
+    return total
+
+
+def deviation(got: Gradient, want: Gradient) -> float:
+    """Return the greatest distance of a tensor from what it should be, over the joint norm of what it should be."""
+    return max(float((a.double() - b).norm()) for a, b in zip(got, want, strict=True)) / norm(want)
+
+
+# --- per-record gradients ---------------------------------------------------------------------------------------------
+
+
+def samples_seen(world: World, losses: Losses, monkeypatch: pytest.MonkeyPatch) -> list[Gradient]:
+    """Return each record's gradient as the mechanism sees it before the clip, all records in one padded batch."""
+    seen: list[Gradient] = []
+    real = dpsgd._Mechanism.clip_and_accumulate
+
+    def spy(mechanism: Any) -> None:
+        seen.extend(list(map(list, zip(*[p.grad_sample.clone() for p in mechanism.params], strict=True))))
+        real(mechanism)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpsgd._Mechanism, "clip_and_accumulate", spy)
+        released(world, [world.records], plan(clip=1e6), losses)
+    return seen
+
+
+@pytest.mark.parametrize(("family", "adapter", "head"), CASES)
+def test_per_record_gradients_equal_a_loop_over_records(
+    family: str, adapter: str, head: str, world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(family, adapter, head)
+    assert (world.batch()["attention_mask"] == 0).any(), "the batch has no padding, so padding is not tested"
+    want = [alone(world, record) for record in world.records]
+    assert all(g.norm() > 0 for gradient in want for g in gradient), "a trained tensor has no gradient to compare"
+
+    def worst(losses: Losses) -> float:
+        got = samples_seen(world, losses, monkeypatch)
+        return max(deviation(g, w) for g, w in zip(got, want, strict=True))
+
+    assert worst(world.model.losses) < 1e-5, "a record's gradient in a padded batch is not its own gradient"
+    assert worst(lambda batch: world.model.losses(batch) / len(batch["input_ids"])) > 0.1, "a mean loss went unnoticed"
+    assert worst(lambda batch: world.model.losses(batch).flip(0).cumsum(0)) > 0.1, "mixed records went unnoticed"
+
+
+# --- the clip ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["some records clipped", "clip near the largest"])
+@pytest.mark.parametrize(("family", "adapter", "head"), CASES)
+def test_an_sgd_step_is_the_jointly_clipped_sum_over_the_public_divisor(
+    family: str, adapter: str, head: str, share: float, model_folder: Callable[[str], str]
+) -> None:
+    world = fresh_world(model_folder(family), family, adapter, head)
+    gradients = [alone(world, record) for record in world.records]
+    clip = share * float(np.median([norm(g) for g in gradients]))
+    before = [p.detach().double().clone() for p in world.trained]
+    with PrivateSteps(world.model.module, SGD(world.trained, lr=1.0), plan(clip, divisor=4.0)) as steps:
+        steps.step([world.batch()], world.model.losses)
+    moved = [b - p.detach().double() for b, p in zip(before, world.trained, strict=True)]
+    assert deviation(moved, [g / 4.0 for g in clipped_sum(gradients, clip)]) < 1e-5
+
+
+def test_the_clip_is_joint_and_the_check_tells_a_clip_per_tensor_apart(
+    world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of("bert")
+    want = clipped_sum([alone(world, record) for record in world.records], 0.2)
+    assert deviation(released(world, [world.records], plan(0.2)), want) < 1e-5
+
+    def per_tensor(mechanism: Any) -> None:
+        for parameter in mechanism.params:
+            sample = parameter.grad_sample
+            lengths = sample.flatten(1).norm(dim=1).clamp(min=1e-12)
+            parameter.summed_grad = torch.einsum("i,i...", (0.2 / lengths).clamp(max=1), sample)
+
+    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", per_tensor)
+    assert deviation(released(world, [world.records], plan(0.2)), want) > 0.1, "a clip per tensor went unnoticed"
+
+
+@pytest.mark.parametrize(("family", "adapter", "head"), FAMILIES)
+def test_how_a_logical_batch_is_cut_changes_nothing(family: str, adapter: str, head: str, world_of: WorldOf) -> None:
+    world = world_of(family, adapter, head)
+    want = clipped_sum([alone(world, record) for record in world.records], 0.5)
+    by_length = length_batches([len(r["input_ids"]) for r in world.records], budget=40)
+    assert 1 < len(by_length) < len(world.records), "the budget cuts the batch into no real parts"
+    cuts = {
+        "one record a part": [[record] for record in world.records],
+        "all in one part": [world.records],
+        "sorted by length": [[world.records[i] for i in group] for group in by_length],
+    }
+    for cut, parts in cuts.items():
+        assert deviation(released(world, parts, plan(0.5)), want) < 1e-5, f"{cut}: another result"
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_any_order_and_any_cut_give_the_same_step(data: st.DataObject, world_of: WorldOf) -> None:
+    world = world_of("bert")
+    order = data.draw(st.permutations(range(len(world.records))))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(order) - 1))))
+    parts = [
+        [world.records[i] for i in order[a:b]] for a, b in zip([0, *cuts], [*cuts, len(order)], strict=True) if b > a
+    ]
+    assert deviation(released(world, parts, plan(0.5)), released(world, [world.records], plan(0.5))) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "adapter", "head"), FAMILIES)
+def test_under_bfloat16_a_record_still_counts_at_most_the_clip(
+    family: str, adapter: str, head: str, world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(family, adapter, head, "bfloat16")
+    dtypes = {g.dtype for gradient in samples_seen(world, world.model.losses, monkeypatch) for g in gradient}
+    assert torch.bfloat16 in dtypes, "no bfloat16 gradient reached the clip, so its rounding is not tested"
+    clip = 0.5 * min(norm(alone(world, record)) for record in world.records)
+    norms = [norm(released(world, [[record]], plan(clip))) for record in world.records]
+    assert max(norms) <= clip * (1 + 1e-5), "a bfloat16 record counts more than the clip"
+    assert min(norms) >= clip * (1 - 1e-3), "a record longer than the clip was cut too short"
+
+    def clip_in_bfloat16(mechanism: Any) -> None:
+        for parameter in mechanism.params:
+            parameter.grad_sample = parameter.grad_sample.bfloat16()
+        lengths = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in mechanism.params]).norm(dim=0)
+        for parameter in mechanism.params:
+            cut = torch.einsum("i,i...", (clip / lengths).clamp(max=1), parameter.grad_sample)  # all in bfloat16
+            parameter.summed_grad = cut.float()
+
+    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", clip_in_bfloat16)
+    rounded = [norm(released(world, [[record]], plan(clip))) for record in world.records]
+    assert max(rounded) > clip * (1 + 1e-5), "norms rounded to bfloat16 went unnoticed"
+
+
+def test_under_bfloat16_the_step_stays_near_the_clipped_sum(world_of: WorldOf) -> None:
+    world = world_of("bert", precision="bfloat16")
+    want = clipped_sum([alone(world, record) for record in world.records], 0.5)
+    assert deviation(released(world, [world.records], plan(0.5)), want) < 0.02
+
+
+# --- sensitivity ------------------------------------------------------------------------------------------------------
+
+
+def sensitivity(world: World, clip: float, losses: Losses) -> float:
+    """Return max over records x of ||sum(D) - sum(D - x)|| / C, each sum from one padded batch."""
+    everyone = released(world, [world.records], plan(clip), losses)
+    changes = []
+    for i in range(len(world.records)):
+        others = [record for j, record in enumerate(world.records) if j != i]
+        changes.append(norm(minus(everyone, released(world, [others], plan(clip), losses))) / clip)
+    return max(changes)
+
+
+@pytest.mark.parametrize("loss_factor", [1.0, 1e6], ids=["plain", "one extreme loss"])
+@pytest.mark.parametrize(("family", "adapter", "head"), CASES)
+def test_one_record_changes_the_sum_by_at_most_the_clip(
+    family: str, adapter: str, head: str, loss_factor: float, world_of: WorldOf
+) -> None:
+    world = world_of(family, adapter, head)
+    lengths = sorted(len(r["input_ids"]) for r in world.records)
+    assert lengths[-1] > 3 * lengths[0], "no record is much longer than another"
+    clip = float(np.median([norm(alone(world, record)) for record in world.records]))
+    ratio = sensitivity(world, clip, world.marked_times(loss_factor))
+    assert 0.99 < ratio <= 1 + 1e-5, f"one record moved the sum by {ratio:.6f} clip norms"
+
+
+@pytest.mark.parametrize(("family", "adapter", "head"), FAMILIES)
+def test_under_bfloat16_one_record_changes_the_sum_by_the_clip_up_to_rounding(
+    family: str, adapter: str, head: str, world_of: WorldOf
+) -> None:
+    # Without a record the batch has another shape, and the forward pass of the others may round otherwise.
+    world = world_of(family, adapter, head, "bfloat16")
+    assert sensitivity(world, 0.05, world.model.losses) <= 1.01
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_sensitivity_check_finds_a_mean_over_the_tokens_of_the_batch(family: str, world_of: WorldOf) -> None:
+    long = Example(text="the film", completion="warm story very quite dull a scene with actor and the tired film")
+    short = [Example(text="the film", completion="was")] * 6
+    world = world_of(family, "lora", "frozen")
+    world = replace(world, records=world.model.tokenise([long, *short]))
+
+    def token_mean(batch: Batch) -> Tensor:
+        sums = world.model.task.sums(world.model.module, batch)
+        return sums.loss / sums.weight.sum() * len(sums.loss)
+
+    # At a clip that the records hardly reach, only a batch-mate's influence can exceed it.
+    clip = max(norm(alone(world, record)) for record in world.records)
+    assert sensitivity(world, clip, world.model.losses) <= 1 + 1e-5
+    assert sensitivity(world, clip, token_mean) > 1.05, "a loss that couples records went unnoticed"
+
+
+def test_the_sensitivity_check_finds_a_clip_at_twice_the_bound(
+    world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of("bert")
+    real = dpsgd._Mechanism.clip_and_accumulate
+
+    def lax(mechanism: Any) -> None:
+        mechanism.max_grad_norm *= 2
+        real(mechanism)
+        mechanism.max_grad_norm /= 2
+
+    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", lax)
+    assert sensitivity(world, 0.1, world.model.losses) > 1.05
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "adapter", "head"), CASES)
+def test_exactly_the_trained_factors_carry_gradients_and_move(
+    family: str, adapter: str, head: str, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = fresh_world(model_folder(family), family, adapter, head)
+    named = dict(world.model.module.named_parameters())
+    promised = {id(p) for factors in world.model.trained().values() for p in factors.values()}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    carrying: set[str] = set()
+    real = dpsgd._Mechanism.clip_and_accumulate
+
+    def spy(mechanism: Any) -> None:
+        carrying.update(n for n, p in named.items() if getattr(p, "grad_sample", None) is not None)
+        real(mechanism)
+
+    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", spy)
+    with PrivateSteps(world.model.module, SGD(world.trained, lr=0.1), plan()) as steps:
+        steps.step([world.batch()], world.model.losses)
+    moved = {name for name, p in named.items() if not torch.equal(p.detach(), before[name])}
+    assert carrying == {name for name, p in named.items() if id(p) in promised}
+    assert moved == carrying, "a frozen tensor moved, or a trained one did not"
+    assert any("head" in name for name in carrying) == (head == "trained")
+    assert any("lora_A" in name for name in carrying) == (adapter == "lora")
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def noise_only(world: World, figures: PrivacyPlan, steps_taken: int) -> list[Gradient]:
+    """Return what ``steps_taken`` steps on empty batches hand to the optimiser."""
+    optimizer = Recorder(world.trained)
+    with PrivateSteps(world.model.module, optimizer, figures) as steps:
+        for _ in range(steps_taken):
+            steps.step([], world.model.losses)
+    return optimizer.given
+
+
+def flat(gradient: Gradient) -> Tensor:
+    return torch.cat([g.flatten() for g in gradient])
+
+
+def related(left: Tensor, right: Tensor) -> bool:
+    """Return whether two samples of independent numbers correlate: |r| above 6/sqrt(N), a 2e-9 chance by accident."""
+    r = float(torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1])
+    return not abs(r) < 6 / left.numel() ** 0.5
+
+
+def noise_faults(given: list[Gradient], std: float) -> set[str]:
+    """Return what is wrong with noise that should be independent N(0, std²); each check errs once in 1e6 runs.
+
+    At 100 000 values the band of the standard deviation is about ±1.1 %.
+    """
+    table = torch.stack([flat(gradient) for gradient in given]) / std
+    faults = set()
+
+    def out_of_band(values: Tensor, chance: float) -> bool:
+        total, count = float(values.pow(2).sum()), values.numel()
+        return bool(min(stats.chi2.cdf(total, count), stats.chi2.sf(total, count)) < chance / 2)
+
+    if out_of_band(table, 1e-6):
+        faults.add("standard deviation")
+    if any(out_of_band(row, 1e-6 / len(table)) for row in table):
+        faults.add("standard deviation of a step")
+    if abs(float(table.mean())) * table.numel() ** 0.5 > 5:  # 6e-7
+        faults.add("mean")
+    if stats.kstest(table.flatten().numpy(), "norm").pvalue < 1e-6:
+        faults.add("shape")
+    if related(table[:-1], table[1:]):
+        faults.add("steps")
+    for i in range(len(given[0])):
+        for j in range(i):
+            if given[0][i].numel() == given[0][j].numel() and related(
+                torch.stack([g[i].flatten() for g in given]), torch.stack([g[j].flatten() for g in given])
+            ):
+                faults.add("tensors")
+    return faults
+
+
+NOISY = plan(clip=0.5, noise=3.0, divisor=7.0)
+
+
+def test_noise_is_independent_gaussian_of_the_plans_size_also_on_empty_batches(world_of: WorldOf) -> None:
+    given = noise_only(world_of("bert"), NOISY, 40)
+    assert sum(flat(gradient).numel() for gradient in given) >= 50_000
+    assert pytest.approx(3.0 * 0.5 / 7.0) == NOISY.gradient_noise_std
+    assert noise_faults(given, 3.0 * 0.5 / 7.0) == set()
+
+
+def _half() -> Callable[..., Tensor]:
+    return lambda shape, std: private_normal(shape, std) / 2
+
+
+def _missing_on_every_second_step(tensors: int) -> Callable[..., Tensor]:
+    calls = iter(range(10**9))
+    return lambda shape, std: private_normal(shape, std) * (next(calls) // tensors % 2)
+
+
+def _too_much_and_too_little_in_turn(tensors: int) -> Callable[..., Tensor]:
+    calls = iter(range(10**9))
+    return lambda shape, std: private_normal(shape, std) * (0.5**0.5 if next(calls) // tensors % 2 else 1.5**0.5)
+
+
+def _same_for_every_tensor_of_a_shape(shape: tuple[int, ...], std: float) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * std
+
+
+def _same_on_every_step(tensors: int) -> Callable[..., Tensor]:
+    calls = iter(range(10**9))
+    return lambda shape, std: (
+        torch.randn(shape, generator=torch.Generator().manual_seed(next(calls) % tensors), dtype=torch.float64) * std
+    )
+
+
+def _uniform_of_the_right_size(shape: tuple[int, ...], std: float) -> Tensor:
+    return (torch.rand(shape, dtype=torch.float64) - 0.5) * 12**0.5 * std
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (lambda n: _half(), "standard deviation"),
+        (_missing_on_every_second_step, "standard deviation"),
+        (_too_much_and_too_little_in_turn, "standard deviation of a step"),
+        (lambda n: _same_for_every_tensor_of_a_shape, "tensors"),
+        (_same_on_every_step, "steps"),
+        (lambda n: _uniform_of_the_right_size, "shape"),
+        (lambda n: lambda shape, std: private_normal(shape, std) + 0.05 * std, "mean"),
+    ],
+    ids=["half", "missing on every second step", "uneven", "one draw a shape", "one draw a step", "uniform", "biased"],
+)
+def test_the_noise_check_finds(
+    fault: Callable[[int], Callable[..., Tensor]], found: str, world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of("bert")
+    monkeypatch.setattr(dpsgd, "private_normal", fault(len(world.trained)))
+    assert found in noise_faults(noise_only(world, NOISY, 40), NOISY.gradient_noise_std)
+
+
+def same_seeds() -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+
+
+def zero_loss(world: World) -> Losses:
+    return lambda batch: world.model.losses(batch) * 0.0
+
+
+def test_two_sites_with_every_seed_equal_share_no_noise(world_of: WorldOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = world_of("bert")
+
+    def site() -> Tensor:
+        same_seeds()
+        return flat(released(world, [world.records], NOISY, zero_loss(world)))
+
+    first, second = site(), site()
+    assert not (first == second).any(), "two sites drew the same noise for a coordinate"
+    assert not related(first, second)
+
+    monkeypatch.setattr(dpsgd, "private_normal", lambda shape, std: torch.randn(shape, dtype=torch.float64) * std)
+    assert related(site(), site()), "noise that follows torch's seed went unnoticed"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One site's round: what it sent less what it received, and which records each step took."""
+
+    change: Tensor
+    chosen: list[list[int]]
+
+    def inclusion(self, size: int) -> Tensor:
+        table = torch.zeros(len(self.chosen), size, dtype=torch.float64)
+        for row, chosen in zip(table, self.chosen, strict=True):
+            row[chosen] = 1.0
+        return table
+
+
+@pytest.fixture
+def play_round(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, int], Round]:
+    """Return a function that lets a named site of ``size`` records do round 1 of one and the same run."""
+    job = configure(
+        {
+            **toy_settings,
+            "training.optimizer": "sgd",
+            "training.learning-rate": 1.0,
+            "training.schedule": "constant",
+            "training.local-steps": 4,
+            "privacy.noise-multiplier": 20.0,
+        }
+    )
+    config = job.config
+    model = model_of(
+        config.model, job.adapter, config.head, config.seed, ("bad", "good"), config.device, config.precision
+    )
+    start = model.start
+    state = job.strategy.start(start)
+    task = TrainTask(
+        run="1",
+        round_number=1,
+        state=job.strategy.downlink(state),
+        basis=job.strategy.basis(state),
+        basis_fingerprint=fingerprint(job.strategy.basis(state)),
+        base_fingerprint=model.base.fingerprint,
+        start_fingerprint=start_fingerprint(start),
+    )
+    chosen: list[list[int]] = []
+
+    def play(name: str, size: int) -> Round:
+        draw = local_training.private_poisson_sample
+
+        def spy(size: int, rate: float) -> Tensor:
+            indices = draw(size, rate)
+            chosen.append(indices.tolist())
+            return indices
+
+        data = Dataset(
+            name, tuple(Example(text="the film was warm", label=i % 2) for i in range(size)), ("bad", "good")
+        )
+        chosen.clear()
+        same_seeds()
+        with monkeypatch.context() as patch:
+            patch.setattr(local_training, "private_poisson_sample", spy)
+            site = Site(name, data, name, 100, tmp_path / f"{name}.sqlite")
+            result = train_round(site, job, model, model.tokenise(data.examples), task)
+        before = torch.cat([start[layer][factor].flatten() for layer, factor, _ in entries(result.contribution)])
+        after = torch.cat([tensor.flatten() for _, _, tensor in entries(result.contribution)])
+        return Round((after - before).double(), list(chosen))
+
+    return play
+
+
+def test_sites_of_one_run_share_neither_noise_nor_batches(
+    play_round: Callable[[str, int], Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 100
+    first, second = play_round("here", size), play_round("there", size)
+    assert first.chosen != second.chosen
+    assert not related(first.inclusion(size), second.inclusion(size)), "two sites took the same records"
+    idle, other = play_round("idle", 0), play_round("other", 0)
+    assert idle.change.abs().min() > 0, "a site without a record must still send noise in every coordinate"
+    assert not related(idle.change, other.change), "two sites sent the same noise"
+
+    monkeypatch.setattr(
+        local_training, "private_poisson_sample", lambda size, rate: (torch.rand(size) < rate).nonzero()[:, 0]
+    )
+    monkeypatch.setattr(dpsgd, "private_normal", lambda shape, std: torch.randn(shape, dtype=torch.float64) * std)
+    first, second = play_round("a", size), play_round("b", size)
+    assert related(first.inclusion(size), second.inclusion(size)), "batches that follow a seed went unnoticed"
+    assert related(play_round("c", 0).change, play_round("d", 0).change), "noise that follows a seed went unnoticed"
+
+
+def test_a_site_without_a_record_in_the_batch_moves_as_much_as_its_noise(
+    play_round: Callable[[str, int], Round],
+) -> None:
+    change = play_round("empty", 0).change / (4**0.5 * 20.0 * 0.5 / 25.0)  # sqrt(steps) sigma C / (q n)
+    total, count = float(change.pow(2).sum()), change.numel()
+    assert min(stats.chi2.cdf(total, count), stats.chi2.sf(total, count)) > 5e-7  # false alarm 1e-6
+
+
+# --- a release without a step ---------------------------------------------------------------------------------------
+
+
+def test_a_release_is_what_a_step_would_hand_over_and_moves_nothing(world_of: WorldOf) -> None:
+    world = world_of("bert")
+    before = values(world.model.module)
+    optimizer = SGD(reversed(world.trained), lr=1.0)
+    with PrivateSteps(world.model.module, optimizer, plan(0.5, divisor=4.0)) as steps:
+        got = steps.release([world.batch()], world.model.losses)
+        names = [id(p) for p in steps.trained]
+    assert names == [id(p) for p in world.trained], "the order is not the module's"
+    assert unchanged(world.model.module, before)
+    want = clipped_sum([alone(world, record) for record in world.records], 0.5)
+    assert deviation(got, [g / 4.0 for g in want]) < 1e-5
+
+
+def test_a_release_carries_the_same_noise_as_a_step(world_of: WorldOf) -> None:
+    world = world_of("bert")
+    with PrivateSteps(world.model.module, Recorder(world.trained), NOISY) as steps:
+        given = [[g.double() for g in steps.release([], world.model.losses)] for _ in range(20)]
+    assert noise_faults(given, NOISY.gradient_noise_std) == set()
+
+
+# --- records that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the noise away altogether, so that zero can be told from nearly zero."""
+    monkeypatch.setattr(dpsgd, "private_normal", lambda shape, std: torch.zeros(shape, dtype=torch.float64))
+
+
+POISONS = [float("nan"), float("inf"), -float("inf"), 1e30]
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize(("family", "adapter", "head"), FAMILIES)
+@pytest.mark.usefixtures("silence")
+def test_a_record_that_is_not_finite_contributes_zero_and_the_others_count(
+    family: str, adapter: str, head: str, poison: float, world_of: WorldOf
+) -> None:
+    world = world_of(family, adapter, head)
+    losses, others, poisoned = world.marked_times(poison), world.records[:-1], world.records[-1]
+    want = clipped_sum([alone(world, record) for record in others], 0.5)
+    for parts in ([world.records], [others, [poisoned]], [[record] for record in world.records]):
+        assert deviation(released(world, parts, plan(0.5), losses), want) < 1e-5
+    only_poison = released(world, [[poisoned, poisoned]], plan(0.5), losses)
+    assert all((g == 0).all() for g in only_poison), "the poisoned record contributed something"
+
+
+def test_the_check_finds_that_the_stock_clip_lets_a_nan_through(
+    world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of("bert")
+    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
+    want = clipped_sum([alone(world, record) for record in world.records[:-1]], 0.5)
+    got = released(world, [world.records], plan(0.5), world.marked_times(float("nan")))
+    assert not deviation(got, want) < 1e-5
+
+
+@pytest.mark.usefixtures("silence")
+def test_a_large_but_finite_loss_counts_one_clip_norm(world_of: WorldOf) -> None:
+    world = world_of("bert")
+    got = released(world, [world.records[-1:]], plan(0.5), world.marked_times(1e12))
+    assert norm(got) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_batch_of_only_poison_is_noise_only(
+    poison: float, world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of("bert")
+    drawn: list[Tensor] = []
+
+    def remembered(shape: tuple[int, ...], std: float) -> Tensor:
+        drawn.append(private_normal(shape, std))
+        return drawn[-1]
+
+    monkeypatch.setattr(dpsgd, "private_normal", remembered)
+    got = released(world, [world.records], NOISY, lambda batch: world.model.losses(batch) * poison)
+    assert deviation(got, [noise / NOISY.expected_batch_size for noise in drawn]) < 1e-6
+    assert flat(got).isfinite().all()
+
+
+# --- the divisor ------------------------------------------------------------------------------------------------------
+
+
+def divisors(world: World) -> list[float]:
+    """Return by which number batches of different realised size were divided."""
+    gradients = [alone(world, record) for record in world.records]
+    return [
+        norm(clipped_sum(gradients[:size], 0.5))
+        / norm(released(world, [world.records[:size]], plan(0.5, divisor=10.0)))
+        for size in (1, 2, 4, 7)
+    ]
+
+
+def test_the_divisor_is_the_public_constant_whatever_the_batch(
+    world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of("bert")
+    assert divisors(world) == pytest.approx([10.0] * 4, rel=1e-5)
+
+    real = dpsgd._Mechanism.clip_and_accumulate
+
+    def realised(mechanism: Any) -> None:
+        mechanism.expected_batch_size = len(mechanism.params[0].grad_sample)
+        real(mechanism)
+
+    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", realised)
+    assert divisors(world) == pytest.approx([1.0, 2.0, 4.0, 7.0], rel=1e-5), "a realised divisor went unnoticed"
+
+
+def test_an_empty_batch_is_divided_by_the_same_constant(world_of: WorldOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = world_of("bert")
+    monkeypatch.setattr(dpsgd, "private_normal", lambda shape, std: torch.ones(shape, dtype=torch.float64))
+    for parts in ([], [world.records], [[record] for record in world.records]):
+        got = released(world, parts, plan(0.5, divisor=8.0), zero_loss(world))
+        assert all(torch.allclose(g, torch.full_like(g, 1 / 8)) for g in got)
+
+
+# --- the guard --------------------------------------------------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    """One used and one unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def losses(self, batch: Tensor) -> Tensor:
+        output: Tensor = self.used(batch)
+        return output.sum(1)
+
+
+@pytest.fixture
+def toy() -> Toy:
+    toy = Toy()
+    toy.unused.requires_grad_(False)
+    return toy
+
+
+def used(toy: nn.Module) -> list[nn.Parameter]:
+    return [p for p in toy.parameters() if p.requires_grad]
+
+
+BATCH = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 2.0]])
+
+
+def values(module: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def unchanged(module: nn.Module, before: list[Tensor]) -> bool:
+    return all(torch.equal(p.detach(), b) for p, b in zip(module.parameters(), before, strict=True))
+
+
+def test_a_raw_gradient_cannot_be_stepped_with_inside_the_context(toy: Toy) -> None:
+    optimizer = SGD(used(toy), lr=1.0)
+    before = values(toy)
+    with PrivateSteps(toy, optimizer, plan()):
+        toy.losses(BATCH).sum().backward()
+        with pytest.raises(MechanismError, match="did not pass clip and noise"):
+            optimizer.step()
+    assert unchanged(toy, before)
+
+
+def test_a_released_gradient_cannot_be_used_twice(toy: Toy) -> None:
+    optimizer = SGD(used(toy), lr=1.0)
+    with PrivateSteps(toy, optimizer, plan()) as steps:
+        steps.step([BATCH], toy.losses)
+        before = values(toy)
+        with pytest.raises(MechanismError):
+            optimizer.step()
+        assert unchanged(toy, before)
+
+
+@pytest.mark.parametrize("when", ["before the context", "after the context"])
+@pytest.mark.xfail(strict=True, reason="the guard stands only inside the context")
+def test_a_raw_gradient_cannot_be_stepped_with_outside_the_context(toy: Toy, when: str) -> None:
+    optimizer = SGD(used(toy), lr=1.0)
+    steps = PrivateSteps(toy, optimizer, plan())
+    if when == "after the context":
+        with steps:
+            steps.step([BATCH], toy.losses)
+    toy.losses(BATCH).sum().backward()
+    with pytest.raises(MechanismError):
+        optimizer.step()
+
+
+def test_a_step_outside_the_context_is_refused_before_anything_moves(toy: Toy) -> None:
+    before = values(toy)
+    steps = PrivateSteps(toy, SGD(used(toy), lr=1.0), plan())
+    with pytest.raises(MechanismError, match="no gradient of its own"):
+        steps.step([BATCH], toy.losses)
+    assert unchanged(toy, before)
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_a_gradient_changed_after_its_release_is_refused(toy: Toy, change: str) -> None:
+    optimizer = SGD(used(toy), lr=1.0)
+
+    def tamper(*_: Any) -> None:
+        if change == "in place":
+            toy.used.weight.grad.mul_(2.0)  # type: ignore[union-attr]
+        else:
+            toy.used.weight.grad = torch.ones_like(toy.used.weight)
+
+    optimizer.register_step_pre_hook(tamper)
+    before = values(toy)
+    with PrivateSteps(toy, optimizer, plan()) as steps, pytest.raises(MechanismError):
+        steps.step([BATCH], toy.losses)
+    assert unchanged(toy, before)
+
+
+@pytest.mark.parametrize("covered", ["one too few", "one too many"])
+def test_an_optimiser_over_other_tensors_than_the_trained_is_refused(toy: Toy, covered: str) -> None:
+    parameters = used(toy)[:-1] if covered == "one too few" else [*used(toy), toy.unused.weight]
+    with pytest.raises(MechanismError, match="every trained tensor, and no other"):
+        PrivateSteps(toy, SGD(parameters, lr=1.0), plan())
+
+
+def test_a_tensor_slipped_into_the_optimiser_later_stops_the_step(toy: Toy) -> None:
+    optimizer = SGD(used(toy), lr=1.0)
+    before = values(toy)
+    with PrivateSteps(toy, optimizer, plan()) as steps:
+        extra = nn.Parameter(torch.zeros(2))
+        extra.grad = torch.ones(2)
+        optimizer.add_param_group({"params": [extra]})
+        with pytest.raises((MechanismError, ValueError), match=r"(?i)gradient"):
+            steps.step([BATCH], toy.losses)
+    assert unchanged(toy, before)
+    assert (extra == 0).all()
+
+
+def test_a_trained_layer_that_the_model_does_not_use_is_refused() -> None:
+    toy = Toy()
+    before = values(toy)
+    with (
+        PrivateSteps(toy, SGD(toy.parameters(), lr=1.0), plan()) as steps,
+        pytest.raises(MechanismError, match="does not use it"),
+    ):
+        steps.step([BATCH], toy.losses)
+    assert unchanged(toy, before)
+
+
+def test_a_loss_that_is_not_one_per_record_is_refused(toy: Toy) -> None:
+    with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan()) as steps, pytest.raises(MechanismError, match="each of 1"):
+        steps.step([BATCH], lambda batch: toy.losses(batch).mean().reshape(1))
+
+
+# --- what stays behind ------------------------------------------------------------------------------------------------
+
+
+def traces(module: nn.Module) -> set[str]:
+    """Return what of records or of the mechanism is on the model."""
+    left = set()
+    for parameter in module.parameters():
+        left.update(name for name in ("grad_sample", "summed_grad", "_current_grad_sample") if hasattr(parameter, name))
+        left.update({"grad"} if parameter.grad is not None else set())
+    for child in module.modules():
+        left.update({"hooks"} if child._forward_hooks or child._backward_hooks else set())
+        left.update({"activations"} if getattr(child, "activations", None) else set())
+        left.update({"max_batch_len"} if hasattr(child, "max_batch_len") else set())
+    return left
+
+
+def test_traces_are_seen_inside_the_context(toy: Toy) -> None:
+    with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan()):
+        losses = toy.losses(BATCH)
+        assert {"hooks", "activations"} <= traces(toy)
+        losses.sum().backward()
+        assert {"grad", "grad_sample", "summed_grad"} <= traces(toy)
+
+
+def test_leaving_the_context_leaves_nothing_of_the_records_behind(world_of: WorldOf) -> None:
+    world = world_of("bert")
+    with PrivateSteps(world.model.module, Recorder(world.trained), plan()) as steps:
+        steps.step([world.batch()], world.model.losses)
+        steps.step([], world.model.losses)
+    assert traces(world.model.module) == set()
+
+
+def _broken(moment: str, world: World) -> Losses:
+    """Return losses that fail on a part of one record, before or after its forward pass or in its backward pass."""
+
+    class Burst(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, losses: Tensor) -> Tensor:
+            return losses.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            raise RuntimeError("out of memory")
+
+    def losses(batch: Batch) -> Tensor:
+        fails = len(batch["input_ids"]) == 1
+        if fails and moment == "before the forward pass":
+            raise RuntimeError("out of memory")
+        values = world.model.losses(batch)
+        if fails and moment == "after the forward pass":
+            raise RuntimeError("out of memory")
+        result: Tensor = Burst.apply(values) if fails else values
+        return result
+
+    return losses
+
+
+MOMENTS = [
+    "before the forward pass",
+    pytest.param("after the forward pass", marks=pytest.mark.xfail(strict=True, reason="activations stay on layers")),
+    pytest.param("in the backward pass", marks=pytest.mark.xfail(strict=True, reason="activations stay on layers")),
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_failure_in_the_middle_leaves_nothing_of_the_records_behind(
+    moment: str, model_folder: Callable[[str], str]
+) -> None:
+    world = fresh_world(model_folder("bert"), "bert", "lora", "trained")
+    optimizer = Recorder(world.trained)
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        PrivateSteps(world.model.module, optimizer, plan()) as steps,
+    ):
+        steps.step([world.batch(), world.batch(world.records[:1])], _broken(moment, world))
+    assert optimizer.given == []
+    assert traces(world.model.module) == set()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_after_a_failure_the_same_model_steps_as_if_nothing_had_been(
+    moment: str, model_folder: Callable[[str], str]
+) -> None:
+    world = fresh_world(model_folder("bert"), "bert", "lora", "trained")
+    parts = [world.records[:4], world.records[4:6], world.records[6:]]
+    want = released(world, parts)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        released(world, [world.records[:3], world.records[:1]], losses=_broken(moment, world))
+    assert deviation(released(world, parts), want) < 1e-5
+
+
+# --- no chance but the mechanism's ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "adapter", "head"), FAMILIES)
+@pytest.mark.usefixtures("silence")
+def test_two_noiseless_steps_on_the_same_records_are_identical(
+    family: str, adapter: str, head: str, world_of: WorldOf
+) -> None:
+    world = world_of(family, adapter, head)
+    assert world.model.module.training
+    first, second = released(world, [world.records]), released(world, [world.records])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "something in the model is random"
+    dropouts = [child for child in world.model.module.modules() if isinstance(child, nn.Dropout)]
+    if dropouts:
+        dropouts[0].p = 0.5
+        shaken = released(world, [world.records])
+        dropouts[0].p = 0.0
+        assert deviation(shaken, first) > 1e-3, "dropout went unnoticed"
+
+
+def test_the_world_is_left_as_it_was(world_of: WorldOf) -> None:
+    world = world_of("bert")
+    before = values(world.model.module)
+    released(world, [world.records], replace(NOISY, noise_multiplier=50.0))
+    assert unchanged(world.model.module, before)

@@ -1,0 +1,413 @@
+"""The model of a run: what its state is, how its head starts, how it is scored, where its base comes from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FILLER, TARGETS, _model, _tokenizer
+from torch import Tensor, nn
+
+from common.adapters import ADAPTERS
+from common.base_model import BaseModel, load_base_model, weights_fingerprint
+from common.config import HeadConfig, ModelConfig
+from common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
+from common.examples import Example
+from common.model import FederatedModel, model_of, score_records
+from common.tasks import TASKS, Record
+from common.tensors import entries, fingerprint
+from common.types import HEAD, AdapterState
+
+ModelFor = Callable[..., FederatedModel]
+
+
+@pytest.fixture
+def model_for(model_folder: Callable[[str], str]) -> ModelFor:
+    """Return a function that builds a tiny model; keywords are FederatedModel's, and ``head`` a HeadConfig."""
+
+    def make(
+        family: str = "bert",
+        adapter: str = "lora",
+        head: HeadConfig | None = None,
+        base: BaseModel | None = None,
+        **options: Any,
+    ) -> FederatedModel:
+        task = "classification" if family == "bert" else "causal-lm"
+        settings: dict[str, Any] = {
+            "seed": 1,
+            "label_names": ("bad", "good"),
+            "max_length": 24,
+            "device": "cpu",
+            "precision": "float32",
+        }
+        return FederatedModel(
+            base or load_base_model(model_folder(family), task),
+            ADAPTERS[adapter](3, 6.0, tuple(TARGETS[family].split(","))),
+            TASKS[task],
+            head or HeadConfig(start="random"),
+            **{**settings, **options},
+        )
+
+    return make
+
+
+def records_of(model: FederatedModel, count: int = 9) -> list[Record]:
+    words = random.Random(4)
+    return model.tokenise(
+        [
+            Example(
+                text=" ".join(words.choices(FILLER, k=words.randint(1, 12))),
+                label=i % 2,
+                completion=" ".join(words.choices(FILLER, k=words.randint(1, 6))),
+            )
+            for i in range(count)
+        ]
+    )
+
+
+def same(left: AdapterState, right: AdapterState) -> bool:
+    a, b = list(entries(left)), list(entries(right))
+    return [(x, y) for x, y, _ in a] == [(x, y) for x, y, _ in b] and all(
+        torch.equal(p, q) for (_, _, p), (_, _, q) in zip(a, b, strict=True)
+    )
+
+
+def shifted(state: AdapterState) -> AdapterState:
+    return {layer: {name: tensor + 1.0 for name, tensor in factors.items()} for layer, factors in state.items()}
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_what_is_written_is_read_back_and_a_copy(family: str, adapter: str, model_for: ModelFor) -> None:
+    model = model_for(family, adapter)
+    state = shifted(model.read())
+    assert not same(state, model.read())
+    model.write(state)
+    read = model.read()
+    assert same(read, state)
+    for _, _, tensor in entries(read):
+        tensor.zero_()
+    assert same(model.read(), state), "what was read is the live model, not a copy"
+
+
+def test_a_part_of_the_state_is_written_and_the_rest_left(model_for: ModelFor) -> None:
+    model = model_for()
+    before = model.read()
+    model.write({HEAD: {"bias": torch.tensor([1.0, 2.0])}})
+    after = model.read()
+    assert after[HEAD]["bias"].tolist() == [1.0, 2.0]
+    after[HEAD]["bias"] = before[HEAD]["bias"]
+    assert same(after, before)
+
+
+def _with(state: AdapterState, layer: str, name: str, tensor: Tensor) -> AdapterState:
+    return {**state, layer: {**state.get(layer, {}), name: tensor}}
+
+
+@pytest.mark.parametrize("fault", ["head shape", "head name", "layer", "factor", "factor shape"])
+def test_nothing_is_written_when_any_part_does_not_fit(fault: str, model_for: ModelFor) -> None:
+    model = model_for()
+    before = model.read()
+    state = shifted(before)
+    last = sorted(layer for layer in state if layer != HEAD)[-1]
+    bad = {
+        "head shape": _with(state, HEAD, "weight", torch.zeros(3, 16)),
+        "head name": _with(state, HEAD, "scale", torch.zeros(2)),
+        "layer": _with(state, "nowhere", "B", torch.zeros(2, 2)),
+        "factor": _with(state, last, "R", torch.zeros(3, 3)),
+        "factor shape": _with(state, last, "B", torch.zeros(1, 3)),
+    }[fault]
+    with pytest.raises(ProtocolError) as refusal:
+        model.write(bad)
+    assert "\n" not in str(refusal.value)
+    assert same(model.read(), before), "a part of a state that does not fit was written"
+    model.write(state)
+    assert same(model.read(), state)
+
+
+def test_a_frozen_head_never_travels_and_is_not_trained(model_for: ModelFor) -> None:
+    frozen, trained = model_for(head=HeadConfig(policy="frozen", start="random")), model_for()
+    assert HEAD not in frozen.read()
+    assert HEAD not in frozen.trained()
+    assert not any(p.requires_grad for p in frozen.module.head.parameters())
+    with pytest.raises(ProtocolError, match="no head tensor"):
+        frozen.write({HEAD: {"bias": torch.zeros(2)}})
+    assert set(trained.read()[HEAD]) == set(trained.trained()[HEAD]) == {"weight", "bias"}
+    assert set(trained.read()) - {HEAD} == set(frozen.read())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_what_is_trained_is_exactly_what_takes_a_gradient(family: str, adapter: str, model_for: ModelFor) -> None:
+    model = model_for(family, adapter)
+    trained = {id(p) for factors in model.trained().values() for p in factors.values()}
+    assert trained == {id(p) for p in model.module.parameters() if p.requires_grad}
+    names = {name for layer, factors in model.trained().items() for name in factors if layer != HEAD}
+    assert names == set(ADAPTERS[adapter].trained)
+
+
+def test_every_party_builds_the_same_model_from_the_same_settings(model_for: ModelFor) -> None:
+    torch.manual_seed(1)
+    here = model_for()
+    torch.manual_seed(2)
+    there = model_for()
+    assert same(here.read(), there.read())
+    assert not same(here.read(), model_for(seed=2).read())
+    records = records_of(here)
+    assert here.score(records) == there.score(records)
+
+
+def test_the_start_is_kept_apart_from_the_live_model(model_for: ModelFor) -> None:
+    model = model_for()
+    start = fingerprint(model.start)
+    model.write(shifted(model.start))
+    assert fingerprint(model.start) == start
+    model.write(model.start)
+    assert fingerprint(model.read()) == start
+
+
+def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str]) -> None:
+    config, adapter = ModelConfig(name=model_folder("bert"), max_length=24), ADAPTERS["lora"](3, 6.0, ("query",))
+    settings = (config, adapter, HeadConfig(start="random"), 1, ("bad", "good"), "cpu", "float32")
+    first = model_of(*settings)
+    assert model_of(*settings) is first
+    assert model_of(*settings[:3], 2, *settings[4:]) is not first
+    other = ADAPTERS["ffa-lora"](3, 6.0, ("query",))
+    assert model_of(config, other, *settings[2:]).adapter is other, "two adapters with equal fields were mixed up"
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_dropout_is_off_in_train_mode(family: str, model_for: ModelFor) -> None:
+    module = _model(family)
+    module.config.attention_dropout = 0.5
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.5
+        if isinstance(getattr(child, "attention_dropout", None), float):
+            child.attention_dropout = 0.5
+    module.requires_grad_(False)
+
+    def moves(model: nn.Module) -> bool:
+        ids = torch.tensor([[2, 5, 6, 7, 8, 9, 3]])
+        with torch.no_grad():
+            return not torch.equal(model(input_ids=ids)[0], model(input_ids=ids)[0])
+
+    assert moves(module.train()), "this model has no dropout to turn off"
+    model = model_for(family, base=BaseModel("toy", module, _tokenizer(), "-"))
+    assert not moves(model.peft_model.train())
+    records = records_of(model)
+    model.module.train()
+    with torch.no_grad():
+        first, second = model.losses(model.batch(records)), model.losses(model.batch(records))
+    assert torch.equal(first, second)
+
+
+# --- the head's start -------------------------------------------------------------------------------------------------
+
+
+def head_of(model: FederatedModel) -> tuple[Tensor, Tensor]:
+    return model.module.head.weight.detach(), model.module.head.bias.detach()
+
+
+def test_a_head_of_zeros_is_zero(model_for: ModelFor) -> None:
+    weight, bias = head_of(model_for(head=HeadConfig(start="zeros")))
+    assert not weight.any()
+    assert not bias.any()
+
+
+def test_a_random_head_follows_from_the_seed_and_has_rows_of_the_scale(model_for: ModelFor) -> None:
+    weight, bias = head_of(model_for(head=HeadConfig(start="random", scale=2.5)))
+    assert torch.allclose(weight.norm(dim=1), torch.tensor([2.5, 2.5]))
+    assert not bias.any()
+    torch.manual_seed(99)
+    assert torch.equal(weight, head_of(model_for(head=HeadConfig(start="random", scale=2.5)))[0])
+    assert not torch.allclose(weight, head_of(model_for(head=HeadConfig(start="random", scale=2.5), seed=2))[0])
+
+
+PHRASES = "bright film | warm story ; dull film | cold story"
+
+
+def test_rows_of_label_words_have_the_scale_and_cancel_for_two_labels(model_for: ModelFor) -> None:
+    weight, bias = head_of(model_for(head=HeadConfig(start="label-words", phrases=PHRASES, scale=1.5)))
+    assert torch.allclose(weight.norm(dim=1), torch.tensor([1.5, 1.5]))
+    assert float(weight.sum(0).norm()) < 1e-5
+    assert not bias.any()
+
+
+def test_label_words_are_how_a_labels_phrases_differ_from_the_mean(model_for: ModelFor) -> None:
+    names = ("bad", "middling", "good")
+    phrases = ["dull film", "film is quite warm", "bright film and story"]
+    model = model_for(head=HeadConfig(start="label-words", phrases=";".join(phrases), scale=2.0), label_names=names)
+    rows = []
+    for phrase in phrases:
+        ids = torch.tensor([model.base.tokenizer(phrase)["input_ids"]])
+        with torch.no_grad():
+            rows.append(model.peft_model(input_ids=ids).last_hidden_state[0].mean(0))
+    difference = torch.stack(rows) - torch.stack(rows).mean(0)
+    want = 2.0 * difference / difference.norm(dim=1, keepdim=True)
+    assert torch.allclose(head_of(model)[0], want, atol=1e-5)
+
+
+def test_label_words_use_the_phrases_and_without_them_the_labels_names(model_for: ModelFor) -> None:
+    def weight(phrases: str, names: tuple[str, ...] = ("dull", "bright")) -> Tensor:
+        return head_of(model_for(head=HeadConfig(start="label-words", phrases=phrases), label_names=names))[0]
+
+    assert torch.equal(weight("dull;bright", names=("0", "1")), weight(""))
+    assert not torch.allclose(weight(PHRASES), weight(""))
+    assert torch.equal(weight("dull film|cold story; bright film"), weight(" dull film | cold story ;bright film"))
+
+
+def test_the_start_of_the_head_is_the_same_in_every_precision(model_for: ModelFor) -> None:
+    head = HeadConfig(start="label-words", phrases=PHRASES)
+    assert torch.equal(head_of(model_for(head=head))[0], head_of(model_for(head=head, precision="bfloat16"))[0])
+
+
+@pytest.mark.parametrize("phrases", ["bright film", "bright; dull; middling"])
+def test_phrases_for_another_number_of_labels_are_refused_with_both_numbers(phrases: str, model_for: ModelFor) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{len(phrases.split(';'))} labels, the data have 2 \(bad, good\)"
+    ) as refusal:
+        model_for(head=HeadConfig(start="label-words", phrases=phrases))
+    assert "\n" not in str(refusal.value)
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_the_score_is_what_a_loop_over_records_counts(family: str, model_for: ModelFor) -> None:
+    model = model_for(family)
+    records = records_of(model)
+    loss = hits = units = 0.0
+    for record in records:
+        with torch.no_grad():
+            logits = model.module(model.batch([record]))[0].double()
+        if family == "bert":
+            targets = [(logits, record["labels"][0])]
+        else:
+            targets = [(logits[t - 1], label) for t, label in enumerate(record["labels"]) if label >= 0]
+        for row, target in targets:
+            loss += float(row.logsumexp(0) - row[target])
+            hits += float(int(row.argmax()) == target)
+            units += 1
+    score = model.score(records)
+    assert score.loss == pytest.approx(loss / units, abs=1e-5)
+    assert score.accuracy == pytest.approx(hits / units)
+    assert model.score(records[:2]) != score
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_score_does_not_depend_on_how_records_are_batched(family: str, model_for: ModelFor) -> None:
+    model = model_for(family)
+    records = records_of(model, 17)
+
+    def score(batch_tokens: int, order: list[Record]) -> tuple[float, float]:
+        got = score_records(
+            model.module, model.task, order, model.base.pad_id, model.device, torch.float32, batch_tokens
+        )
+        return got.accuracy, got.loss
+
+    want = score(16384, records)
+    for batch_tokens in (1, 30, 100):
+        assert score(batch_tokens, records) == pytest.approx(want, abs=1e-5)
+    assert score(30, records[::-1]) == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_leaves_the_mode_and_the_state_as_they_were(training: bool, model_for: ModelFor) -> None:
+    model = model_for()
+    model.module.train(training)
+    before = model.read()
+    model.score(records_of(model))
+    assert model.module.training == training
+    assert same(model.read(), before)
+    assert all(p.grad is None for p in model.module.parameters())
+
+
+def test_losses_are_one_float32_number_per_record_also_in_bfloat16(model_for: ModelFor) -> None:
+    for family in ("bert", "gpt2", "llama"):
+        exact, rounded = model_for(family), model_for(family, precision="bfloat16")
+        batch = exact.batch(records_of(exact))
+        with torch.no_grad():
+            want, got = exact.losses(batch), rounded.losses(batch)
+        assert got.shape == want.shape == (9,)
+        assert got.dtype == torch.float32
+        assert torch.allclose(got, want, rtol=0.05)
+        assert not torch.equal(got, want), "the forward pass was not in bfloat16"
+
+
+# --- the base model ---------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_frozen_float32_and_without_a_pooler(model_folder: Callable[[str], str]) -> None:
+    base = load_base_model(model_folder("bert"), "classification")
+    assert not base.module.training
+    assert {p.dtype for p in base.module.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in base.module.parameters())
+    assert not any("pooler" in name for name, _ in base.module.named_parameters())
+    assert base.hidden_size == 16
+    assert base.pad_id == 0
+
+
+def test_the_fingerprint_changes_with_one_weight_one_name_and_one_shape() -> None:
+    def module(*, name: str = "layer", last: float = 0.0, shape: tuple[int, int] = (2, 6)) -> nn.Module:
+        module = nn.Module()
+        weight = torch.arange(12.0)
+        weight[-1] += last
+        module.register_parameter(name, nn.Parameter(weight.reshape(shape)))
+        return module
+
+    original = weights_fingerprint(module())
+    assert weights_fingerprint(module()) == original
+    for changed in (module(last=1e-3), module(name="other"), module(shape=(3, 4)), module().double()):
+        assert weights_fingerprint(changed) != original
+
+
+def test_the_fingerprint_of_a_base_is_that_of_its_weights_and_does_not_move_in_training(
+    model_folder: Callable[[str], str], model_for: ModelFor
+) -> None:
+    stock = load_base_model(model_folder("bert"), "classification")
+    again = load_base_model(model_folder("bert"), "classification")
+    assert stock.fingerprint == again.fingerprint == weights_fingerprint(stock.module)
+    assert stock.fingerprint != load_base_model(model_folder("llama"), "causal-lm").fingerprint
+    model = model_for(base=stock)
+    assert model.base.fingerprint == again.fingerprint
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+@pytest.mark.parametrize("name", ["no-such-model-anywhere", "nobody/no-such-model", "/no/such/folder", ""])
+def test_a_model_that_does_not_exist_is_refused_in_one_line(name: str, task: str) -> None:
+    with pytest.raises(ModelError, match="cannot load the base model") as refusal:
+        load_base_model(name, task)
+    assert repr(name) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_without_a_model_in_it_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load the base model") as refusal:
+        load_base_model(str(tmp_path), "classification")
+    assert "\n" not in str(refusal.value)
+
+
+def test_targets_that_fit_no_layer_are_refused_and_named(model_folder: Callable[[str], str]) -> None:
+    with pytest.raises(FedVeilError, match="nonsense") as refusal:
+        FederatedModel(
+            load_base_model(model_folder("bert"), "classification"),
+            ADAPTERS["lora"](3, 6.0, ("nonsense",)),
+            TASKS["classification"],
+            HeadConfig(start="zeros"),
+            seed=1,
+            label_names=("bad", "good"),
+            device="cpu",
+        )
+    assert "adapter.targets" in str(refusal.value)

@@ -1,0 +1,104 @@
+"""Optimisers and learning rates: what the configuration says is what a site uses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from client.optimizers import build_optimizer, learning_rate
+from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig
+
+fast = settings(max_examples=25, deadline=None)
+SETTINGS = TrainingConfig(learning_rate=0.03, momentum=0.8, beta2=0.95, weight_decay=0.1)
+WANTED: dict[str, tuple[type, dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"momentum": 0, "nesterov": False}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.8, "dampening": 0, "nesterov": False}),
+    "adam": (torch.optim.Adam, {"betas": (0.8, 0.95), "decoupled_weight_decay": False, "amsgrad": False}),
+    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.95), "amsgrad": False}),
+}
+
+
+def test_every_optimizer_of_the_configuration_is_tested() -> None:
+    assert set(WANTED) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> None:
+    parameters = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))]
+    optimizer = build_optimizer(parameters, replace(SETTINGS, optimizer=name))
+    kind, wanted = WANTED[name]
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in parameters], "it trains other tensors"
+    for key, value in {"lr": 0.03, "weight_decay": 0.1, "maximize": False, **wanted}.items():
+        assert group[key] == value, f"{name}: {key} is {group[key]!r}, not {value!r}"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_starts_without_memory(name: str) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    first = build_optimizer([parameter], replace(SETTINGS, optimizer=name))
+    parameter.grad = torch.ones(3)
+    first.step()
+    assert not build_optimizer([parameter], replace(SETTINGS, optimizer=name)).state, "moments crossed a round"
+
+
+def by_hand(name: str, value: float, gradients: list[float]) -> float:
+    """Run an optimiser on one number, from the formulas of its paper."""
+    rate, b1, b2, decay = 0.03, 0.8, 0.95, 0.1
+    m = v = 0.0
+    for t, g in enumerate(gradients, 1):
+        g = g if name == "adamw" else g + decay * value
+        if name == "adamw":
+            value -= rate * decay * value
+        if name == "sgd":
+            value -= rate * g
+        elif name == "momentum":
+            m = b1 * m + g
+            value -= rate * m
+        else:
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            value -= rate * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + 1e-8)
+    return value
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_steps_as_its_paper_says(name: str) -> None:
+    gradients, ends = [1.0, -0.5, 2.0, 0.1], {other: by_hand(other, 0.7, [1.0, -0.5, 2.0, 0.1]) for other in OPTIMIZERS}
+    parameter = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
+    optimizer = build_optimizer([parameter], replace(SETTINGS, optimizer=name))
+    for gradient in gradients:
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+    end = float(parameter.detach())
+    assert end == pytest.approx(ends[name], abs=1e-12)
+    assert all(abs(end - ends[other]) > 1e-4 for other in OPTIMIZERS if other != name), "two optimisers do the same"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@fast
+@given(total=st.integers(2, 300), peak=st.floats(1e-5, 10))
+def test_a_schedule_starts_at_the_peak_and_never_rises(schedule: str, total: int, peak: float) -> None:
+    config = TrainingConfig(schedule=schedule, learning_rate=peak)
+    course = [learning_rate(config, step, total) for step in range(total)]
+    assert course[0] == peak, f"{schedule} starts at {course[0] / peak} of the peak"
+    assert all(later <= earlier for earlier, later in zip(course, course[1:], strict=False)), f"{schedule} rises"
+    assert course[-1] > 0, f"{schedule} wastes its last step at a rate of 0"
+
+
+def test_the_schedules_end_where_they_should() -> None:
+    total, end = 200, {s: learning_rate(TrainingConfig(schedule=s, learning_rate=2.0), 199, 200) for s in SCHEDULES}
+    middle = {s: learning_rate(TrainingConfig(schedule=s, learning_rate=2.0), 50, total) for s in SCHEDULES}
+    assert end == pytest.approx({"constant": 2.0, "linear": 2.0 / 200, "cosine": 1 + math.cos(math.pi * 199 / 200)})
+    assert middle == pytest.approx({"constant": 2.0, "linear": 1.5, "cosine": 1 + math.sqrt(0.5)})
+
+
+def test_a_run_without_a_step_has_a_rate_all_the_same() -> None:
+    assert all(learning_rate(TrainingConfig(schedule=s), 0, 0) == 0.02 for s in SCHEDULES)

@@ -1,0 +1,329 @@
+"""What every strategy must do, whatever its algorithm; a new row of STRATEGIES is tested by being there.
+
+Models are compared by the weights that they stand for (``adapter.delta`` of every layer, and the
+head), because a strategy may rewrite its factors as long as their product is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.adapters import ADAPTERS, Adapter
+from common.errors import ProtocolError
+from common.tensors import entries, merge, scale, select
+from common.types import HEAD, AdapterState
+from common.wire import decode_state, encode_state, layout_of
+from strategies import STRATEGIES
+from strategies.base import Contribution, ServerState, Strategy, mean
+
+RANK = 3
+LAYERS = {"encoder.0.query": (5, 7), "encoder.1.dense": (8, 4)}
+CLASSES, HIDDEN = 2, 6
+Update = Callable[[ServerState, Sequence[Contribution]], ServerState]
+
+OPTIONS: dict[str, tuple[dict[str, object], ...]] = {"fed-svd": ({"period": 2}, {"split": "square-root"})}
+"""Further settings of a strategy that the contract must hold for."""
+REBUILT: dict[str, tuple[str, ...]] = {"fed-svd": ("A",)}
+"""Frozen factors that a strategy is documented to move although they never travel."""
+
+
+def variants() -> list[Strategy]:
+    plain = [strategy() for strategy in STRATEGIES.values()]
+    return plain + [STRATEGIES[name](**o) for name, several in OPTIONS.items() if name in STRATEGIES for o in several]
+
+
+def spoken(strategy: Strategy) -> str:
+    changed = {k: v for k, v in vars(strategy).items() if v != getattr(type(strategy)(), k)}
+    return strategy.name + "".join(f",{k}={v}" for k, v in changed.items())
+
+
+each_strategy = pytest.mark.parametrize("strategy", variants(), ids=spoken)
+
+
+def adapter_of(strategy: Strategy) -> Adapter:
+    return ADAPTERS[strategy.adapters[0]](RANK, 2.0 * RANK, ("query", "dense"))
+
+
+def shape(factor: str, out: int, into: int) -> tuple[int, int]:
+    return {"A": (RANK, into), "B": (out, RANK), "R": (RANK, RANK)}[factor]
+
+
+def random_state(factors: Sequence[str], seed: int, dtype: torch.dtype = torch.float64) -> AdapterState:
+    """Return random ``factors`` of every layer, and a head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype)
+
+    layers = {layer: {f: tensor(*shape(f, *sizes)) for f in factors} for layer, sizes in LAYERS.items()}
+    return {**layers, HEAD: {"weight": tensor(CLASSES, HIDDEN), "bias": tensor(CLASSES)}}
+
+
+def example_states(strategy: Strategy, dtype: torch.dtype = torch.float64) -> AdapterState:
+    """Return an adapter's start as the strategy's default adapter would: every factor, and the head."""
+    adapter = adapter_of(strategy)
+    return random_state((*adapter.frozen, *adapter.trained), seed=1, dtype=dtype)
+
+
+def started(strategy: Strategy, dtype: torch.dtype = torch.float64) -> ServerState:
+    return strategy.start(example_states(strategy, dtype))
+
+
+def trained_model(strategy: Strategy, state: ServerState, seed: int) -> AdapterState:
+    """Return the whole adapter of a site that received ``state`` and trained to random values."""
+    dtype = next(tensor for _, _, tensor in entries(state.adapter)).dtype
+    here = strategy.install(example_states(strategy, dtype), strategy.downlink(state))
+    return merge(here, random_state(adapter_of(strategy).trained, seed, dtype))
+
+
+def contribution(strategy: Strategy, model: AdapterState, weight: float, name: str = "site") -> Contribution:
+    trained = select(model, (*adapter_of(strategy).trained, *model[HEAD]))
+    return Contribution(name, weight, strategy.contribution(trained))
+
+
+def participants(strategy: Strategy, state: ServerState, seeds: Sequence[int]) -> list[Contribution]:
+    """Return contributions of unequal weights."""
+    return [contribution(strategy, trained_model(strategy, state, s), 10.0 * s + 7, f"site-{s}") for s in seeds]
+
+
+def weights_of(strategy: Strategy, model: AdapterState) -> dict[str, Tensor]:
+    """Return what the model is: the change of every adapted layer's weight, and the head."""
+    adapter = adapter_of(strategy)
+    deltas = {layer: adapter.delta(factors) for layer, factors in model.items() if layer != HEAD}
+    return {**deltas, **{f"{HEAD}.{name}": tensor for name, tensor in model[HEAD].items()}}
+
+
+def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert left.keys() == right.keys(), "the two models have other layers"
+    return max(float((left[k] - right[k]).abs().max()) for k in left)
+
+
+# The invariants, as functions of the update under test, so that planted faults can be put through them.
+
+
+def order_matters(strategy: Strategy, update: Update) -> float:
+    """G1: how far the new model moves when the sites are permuted."""
+    state = started(strategy)
+    sites = participants(strategy, state, [2, 3, 4])
+    results = [weights_of(strategy, update(state, s).adapter) for s in (sites, sites[::-1], sites[1:] + sites[:1])]
+    return max(distance(results[0], other) for other in results[1:])
+
+
+def splitting_matters(strategy: Strategy, update: Update) -> float:
+    """G1: how far the new model moves when one site is split into two equal halves."""
+    state = started(strategy)
+    first, second = participants(strategy, state, [2, 3])
+    halves = [replace(second, site=f"half-{i}", weight=second.weight / 2) for i in range(2)]
+    whole, split = update(state, [first, second]), update(state, [first, *halves])
+    return distance(weights_of(strategy, whole.adapter), weights_of(strategy, split.adapter))
+
+
+def identical_sites_move(strategy: Strategy, update: Update) -> float:
+    """G2: how far the new model is from the one model that all sites sent."""
+    state = started(strategy)
+    model = trained_model(strategy, state, 5)
+    same = [contribution(strategy, model, weight, f"site-{weight}") for weight in (1.0, 2.5, 40.0)]
+    return distance(weights_of(strategy, update(state, same).adapter), weights_of(strategy, model))
+
+
+def expected(strategy: Strategy, state: ServerState, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Return the model that this round's sites alone give, by slow arithmetic on whole models."""
+    models = [trained_model(strategy, state, seed) for seed in seeds]
+    sizes = [10.0 * seed + 7 for seed in seeds]
+    shares = [size / sum(sizes) for size in sizes]
+    if strategy.exact:
+        parts = [weights_of(strategy, model) for model in models]
+        return {k: sum((p * part[k] for p, part in zip(shares, parts, strict=True)), torch.zeros(())) for k in parts[0]}
+    average: AdapterState = {
+        layer: {
+            name: sum((p * model[layer][name] for p, model in zip(shares, models, strict=True)), torch.zeros(()))
+            for name in factors
+        }
+        for layer, factors in models[0].items()
+    }
+    return weights_of(strategy, average)
+
+
+def earlier_rounds_leak(strategy: Strategy, update: Update) -> float:
+    """S6: how far round 2's model is from what round 2's sites alone give."""
+    state = started(strategy)
+    after = update(state, participants(strategy, state, [2, 3]))
+    second = update(after, participants(strategy, after, [4, 6, 7]))
+    return distance(weights_of(strategy, second.adapter), expected(strategy, after, [4, 6, 7]))
+
+
+INVARIANTS = (order_matters, splitting_matters, identical_sites_move, earlier_rounds_leak)
+
+
+@each_strategy
+@pytest.mark.parametrize("broken", INVARIANTS, ids=lambda f: f.__name__)
+def test_the_new_model_depends_on_this_rounds_sites_and_their_shares_only(
+    strategy: Strategy, broken: Callable[[Strategy, Update], float]
+) -> None:
+    gap = broken(strategy, strategy.server_update)
+    assert gap < 1e-12, f"{strategy.name}: {broken.__name__.replace('_', ' ')} by {gap:.1e}"
+
+
+def last_site_wins(strategy: Strategy) -> Update:
+    return lambda state, sites: strategy.server_update(state, sites[-1:])
+
+
+def all_sites_count_the_same(strategy: Strategy) -> Update:
+    return lambda state, sites: strategy.server_update(state, [replace(c, weight=1.0) for c in sites])
+
+
+def sum_instead_of_mean(strategy: Strategy) -> Update:
+    return lambda state, sites: strategy.server_update(
+        state, [replace(c, state=scale(c.state, len(sites))) for c in sites]
+    )
+
+
+def sites_of_earlier_rounds_stay(strategy: Strategy) -> Update:
+    """Return the bug of Fed-SB's published code: the list of sites is never emptied."""
+    seen: list[Contribution] = []
+
+    def update(state: ServerState, sites: Sequence[Contribution]) -> ServerState:
+        seen.extend(sites)
+        return strategy.server_update(state, seen)
+
+    return update
+
+
+@each_strategy
+@pytest.mark.parametrize(
+    ("fault", "broken"),
+    [
+        (last_site_wins, order_matters),
+        (all_sites_count_the_same, splitting_matters),
+        (sum_instead_of_mean, identical_sites_move),
+        (sites_of_earlier_rounds_stay, earlier_rounds_leak),
+        (all_sites_count_the_same, earlier_rounds_leak),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_planted_fault_breaks_the_invariant(
+    strategy: Strategy, fault: Callable[[Strategy], Update], broken: Callable[[Strategy, Update], float]
+) -> None:
+    assert broken(strategy, fault(strategy)) > 1e-3, f"{broken.__name__} does not notice {fault.__name__}"
+
+
+@each_strategy
+def test_a_strategy_is_exact_if_and_only_if_it_says_so(strategy: Strategy) -> None:
+    state = started(strategy)
+    new = weights_of(strategy, strategy.server_update(state, participants(strategy, state, [2, 3, 4])).adapter)
+    models = [weights_of(strategy, trained_model(strategy, state, seed)) for seed in (2, 3, 4)]
+    shares = [27 / 111, 37 / 111, 47 / 111]
+    gap = max(
+        float((new[k] - sum(p * model[k] for p, model in zip(shares, models, strict=True))).abs().max()) for k in new
+    )
+    assert (gap < 1e-12) == strategy.exact, (
+        f"{strategy.name}.exact is {strategy.exact}, but the mean is off by {gap:.1e}"
+    )
+
+
+def moved(before: AdapterState, after: AdapterState) -> set[str]:
+    return {name for layer, name, tensor in entries(before) if not torch.equal(tensor, after[layer][name])}
+
+
+@each_strategy
+def test_frozen_factors_stay_bit_for_bit_unless_the_strategy_is_known_to_rebuild_them(strategy: Strategy) -> None:
+    state, start = started(strategy), example_states(strategy)
+    for seeds in ([2, 3], [4], [5, 6]):
+        state = strategy.server_update(state, participants(strategy, state, seeds))
+    known = REBUILT.get(strategy.name, ())
+    kept = set(adapter_of(strategy).frozen) - set(strategy.received) - set(known)
+    assert not moved(start, state.adapter) & kept, f"{strategy.name} moved the frozen {kept}"
+    assert moved(start, state.adapter) >= {*adapter_of(strategy).trained, *known, "weight", "bias"}
+
+
+@each_strategy
+def test_an_update_counts_one_round_and_changes_nothing_it_was_given(strategy: Strategy) -> None:
+    state = started(strategy)
+    sites = participants(strategy, state, [2, 3])
+    before = [encode_state(state.adapter), encode_state(state.memory), *(encode_state(c.state) for c in sites)]
+    after = strategy.server_update(state, sites)
+    assert before == [encode_state(state.adapter), encode_state(state.memory), *(encode_state(c.state) for c in sites)]
+    assert (state.round_number, after.round_number) == (0, 1)
+    assert layout_of(after.adapter) == layout_of(state.adapter), "the adapter changed its layout"
+    assert layout_of(after.memory) == layout_of(state.memory), "the memory changed its layout"
+
+
+@each_strategy
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_a_site_that_joins_late_has_the_servers_adapter_bit_for_bit(strategy: Strategy, rounds: int) -> None:
+    start, state = example_states(strategy, torch.float32), started(strategy, torch.float32)
+    for number in range(rounds):
+        state = strategy.server_update(state, participants(strategy, state, [number + 2, number + 5]))
+    received = strategy.downlink(state)
+    over_the_wire = decode_state(encode_state(received), layout_of(received))
+    assert not moved(state.adapter, strategy.install(start, over_the_wire)), f"{strategy.name}: the site has another A"
+
+
+@each_strategy
+def test_a_lost_factor_is_noticed_by_the_comparison_of_site_and_server(strategy: Strategy) -> None:
+    state = started(strategy)
+    state = strategy.server_update(state, participants(strategy, state, [2, 3]))
+    kept = [name for name in strategy.received if name in adapter_of(strategy).trained][1:]
+    broken = select(strategy.downlink(state), (*kept, *(n for n in strategy.received if n == "M"), "weight", "bias"))
+    assert moved(state.adapter, strategy.install(example_states(strategy), broken))
+
+
+@each_strategy
+@pytest.mark.parametrize("head", [True, False], ids=["trained head", "frozen head"])
+def test_a_site_sends_and_receives_exactly_what_the_strategy_declares(strategy: Strategy, head: bool) -> None:
+    start = {k: v for k, v in example_states(strategy).items() if head or k != HEAD}
+    sent = strategy.contribution(select(start, (*adapter_of(strategy).trained, "weight", "bias")))
+    received = strategy.downlink(strategy.start(start))
+    for what, names, state in (("sent", strategy.sent, sent), ("received", strategy.received, received)):
+        want = {**{layer: set(names) for layer in LAYERS}, **({HEAD: {"weight", "bias"}} if head else {})}
+        assert {layer: set(factors) for layer, factors in state.items()} == want, f"{strategy.name}: {what} is untrue"
+    assert set(strategy.sent) <= set(adapter_of(strategy).trained), "a factor that is not trained would be sent"
+
+
+@each_strategy
+def test_a_site_never_sends_a_frozen_factor_even_if_handed_one(strategy: Strategy) -> None:
+    sent = strategy.contribution(example_states(strategy))
+    assert not {name for _, name, _ in entries(sent)} & set(adapter_of(strategy).frozen)
+
+
+@each_strategy
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_a_weight_that_is_not_above_zero_is_refused(strategy: Strategy, weight: float) -> None:
+    state = started(strategy)
+    good, other = participants(strategy, state, [2, 3])
+    with pytest.raises(ProtocolError, match="above 0"):
+        strategy.server_update(state, [good, replace(other, weight=weight)])
+
+
+@each_strategy
+def test_a_round_without_contributions_is_refused(strategy: Strategy) -> None:
+    with pytest.raises(ProtocolError, match="at least one"):
+        strategy.server_update(started(strategy), [])
+
+
+@each_strategy
+def test_contributions_of_unlike_layouts_are_refused(strategy: Strategy) -> None:
+    state = started(strategy)
+    good, other = participants(strategy, state, [2, 3])
+    with pytest.raises(ProtocolError):
+        strategy.server_update(state, [good, replace(other, state={k: v for k, v in other.state.items() if k != HEAD})])
+
+
+def test_only_ratios_of_weights_matter() -> None:
+    strategy = variants()[0]
+    sites = participants(strategy, started(strategy), [2, 3])
+    small, large = mean(sites), mean([replace(c, weight=c.weight * 1e6) for c in sites])
+    for layer, name, tensor in entries(small):
+        assert float((tensor - large[layer][name]).abs().max()) < 1e-12
+
+
+def test_names_are_kept_in_one_table() -> None:
+    assert all(strategy.name == name for name, strategy in STRATEGIES.items())
+    assert all(adapter in ADAPTERS for strategy in STRATEGIES.values() for adapter in strategy.adapters)
+    assert set(REBUILT) <= set(STRATEGIES)
+    assert set(OPTIONS) <= set(STRATEGIES)

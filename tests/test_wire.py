@@ -1,0 +1,421 @@
+"""The wire format: what is sent comes back, costs four bytes a number, and nonsense is a ProtocolError and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import ProtocolError
+from common.messages import REFUSAL_KINDS, Refusal, Reply, Spending, TrainResult, TrainTask
+from common.tensors import count, entries
+from common.types import AdapterState
+from common.wire import (
+    STYPE,
+    Layout,
+    decode_reply,
+    decode_state,
+    decode_task,
+    encode_reply,
+    encode_state,
+    encode_task,
+    layout_of,
+    payload_bytes,
+)
+
+fast = settings(max_examples=25, deadline=None)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+figures = st.floats(0, 1e6)
+
+
+@st.composite
+def states(draw: st.DrawFn) -> AdapterState:
+    layout = draw(st.dictionaries(words, st.dictionaries(words, shapes, min_size=1, max_size=3), max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    return {
+        layer: {name: torch.randn(shape, generator=generator) for name, shape in factors.items()}
+        for layer, factors in layout.items()
+    }
+
+
+@st.composite
+def spendings(draw: st.DrawFn) -> Spending:
+    kinds = {"int": st.integers(0, 10**6), "float": figures, "str": words}
+    return Spending(**{item.name: draw(kinds[str(item.type)]) for item in dataclasses.fields(Spending)})
+
+
+@st.composite
+def results(draw: st.DrawFn) -> TrainResult:
+    return TrainResult(
+        draw(words),
+        draw(st.integers(0, 1000)),
+        draw(words),
+        draw(st.integers(1, 10**9)),
+        draw(states()),
+        draw(st.none() | spendings()),
+    )
+
+
+refusals = st.builds(Refusal, words, st.integers(0, 1000), words, st.sampled_from(REFUSAL_KINDS), st.text(max_size=50))
+
+
+def same(left: AdapterState, right: AdapterState) -> bool:
+    """Return whether two states are equal bit for bit, names included."""
+    return [e[:2] for e in entries(left)] == [e[:2] for e in entries(right)] and all(
+        a[2].shape == b[2].shape and torch.equal(a[2], b[2]) and a[2].dtype == b[2].dtype
+        for a, b in zip(entries(left), entries(right), strict=True)
+    )
+
+
+def through_flower(record: RecordDict) -> RecordDict:
+    """Send a record through Flower's own encoding, as between machines."""
+    from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+    from flwr.proto.recorddict_pb2 import RecordDict as Proto
+
+    return recorddict_from_proto(Proto.FromString(recorddict_to_proto(record).SerializeToString()))
+
+
+@fast
+@given(states())
+def test_a_block_is_the_numbers_in_canonical_order_as_little_endian_float32(state: AdapterState) -> None:
+    by_hand = b"".join(
+        struct.pack("<f", float(value))
+        for layer in sorted(state)
+        for factor in sorted(state[layer])
+        for value in state[layer][factor].flatten()
+    )
+    assert encode_state(state) == by_hand
+    assert same(decode_state(by_hand, layout_of(state)), state)
+
+
+@fast
+@given(states(), states(), words, st.integers(1, 1000))
+def test_a_task_arrives_as_it_was_sent(state: AdapterState, basis: AdapterState, text: str, number: int) -> None:
+    task = TrainTask(text, number, state, basis, "basis" + text, "base" + text, "start" + text)
+    record = encode_task(task)
+    assert payload_bytes(record) == 4 * (count(state) + count(basis)), "the payload is not four bytes a number"
+    got = decode_task(through_flower(record), layout_of(state), layout_of(basis))
+    assert replace(got, state={}, basis={}) == replace(task, state={}, basis={})
+    assert same(got.state, state)
+    assert same(got.basis, basis)
+
+
+def test_a_task_of_round_0_carries_no_state() -> None:
+    record = encode_task(TrainTask("1", 0, {}, {}, "", "base", "start"))
+    assert payload_bytes(record) == 0
+    assert decode_task(through_flower(record), LAYOUT).state == {}
+    with pytest.raises(ProtocolError):
+        decode_task(encode_task(TrainTask("1", 0, STATE, {}, "", "base", "start")), LAYOUT)
+    with pytest.raises(ProtocolError):
+        decode_task(encode_task(TrainTask("1", 1, {}, {}, "", "base", "start")), LAYOUT)
+
+
+@fast
+@given(results())
+def test_a_result_arrives_as_it_was_sent(result: TrainResult) -> None:
+    record = encode_reply(result)
+    assert payload_bytes(record) == 4 * count(result.contribution), "the payload is not four bytes a number"
+    got = decode_reply(through_flower(record), layout_of(result.contribution), result.run, result.round_number)
+    assert isinstance(got, TrainResult)
+    assert replace(got, contribution={}) == replace(result, contribution={})
+    assert same(got.contribution, result.contribution)
+
+
+@fast
+@given(refusals, states())
+def test_a_refusal_arrives_as_it_was_sent_and_carries_no_payload(refusal: Refusal, state: AdapterState) -> None:
+    record = encode_reply(refusal)
+    assert payload_bytes(record) == 0
+    assert decode_reply(through_flower(record), layout_of(state), refusal.run, refusal.round_number) == refusal
+
+
+def test_a_long_reason_is_cut_so_that_the_refusal_still_arrives() -> None:
+    refusal = Refusal("1", 2, "site", "failed", "x" * 5000)
+    got = decode_reply(encode_reply(refusal), {}, "1", 2)
+    assert got == replace(refusal, reason="x" * 1000)
+
+
+def test_other_dtypes_travel_as_float32() -> None:
+    value = torch.tensor([[1 / 3, -2.0]], dtype=torch.float64)
+    state: AdapterState = {"l": {"A": value, "B": value.bfloat16(), "R": value.t()}}
+    got = decode_state(encode_state(state), layout_of(state))
+    for name, tensor in state["l"].items():
+        assert torch.equal(got["l"][name], tensor.float()), f"{name} of dtype {tensor.dtype} arrives as something else"
+
+
+def test_what_is_decoded_can_be_trained_on_without_touching_its_neighbours() -> None:
+    got = decode_state(encode_state(STATE), LAYOUT)
+    got["encoder.0.query"]["A"].zero_()
+    assert torch.equal(got["encoder.0.query"]["B"], STATE["encoder.0.query"]["B"])
+
+
+# Nonsense.
+
+STATE: AdapterState = {
+    "encoder.0.query": {"A": torch.arange(6.0).reshape(2, 3), "B": torch.ones(4, 2)},
+    "head": {"bias": torch.zeros(1)},
+}
+LAYOUT: Layout = layout_of(STATE)
+SPENDING = Spending(
+    **{f.name: {"int": 5, "float": 0.5, "str": "rdp"}[str(f.type)] for f in dataclasses.fields(Spending)}
+)
+TASK = TrainTask("17", 3, STATE, {"l": {"A": torch.ones(2, 2)}}, "basis", "base", "start")
+RESULT = TrainResult("17", 3, "site-0", 500, STATE, SPENDING)
+REFUSAL = Refusal("17", 3, "site-0", "budget", "spent")
+
+
+def read_task(record: RecordDict) -> TrainTask:
+    return decode_task(record, LAYOUT, layout_of(TASK.basis))
+
+
+def read_reply(record: RecordDict) -> Reply:
+    return decode_reply(record, LAYOUT, "17", 3)
+
+
+Read = Callable[[RecordDict], Any]
+MESSAGES: dict[str, tuple[Callable[[], RecordDict], Read]] = {
+    "task": (lambda: encode_task(TASK), read_task),
+    "result": (lambda: encode_reply(RESULT), read_reply),
+    "refusal": (lambda: encode_reply(REFUSAL), read_reply),
+}
+each_message = pytest.mark.parametrize("message", MESSAGES)
+BLOCKS = (("task", "adapter"), ("task", "basis"), ("result", "adapter"))
+each_block = pytest.mark.parametrize(("message", "block"), BLOCKS)
+
+
+def with_header(record: RecordDict, **changes: Any) -> RecordDict:
+    """Return the record with header fields replaced; None removes a field."""
+    fields = {**record.config_records["header"], **changes}
+    record["header"] = ConfigRecord({k: v for k, v in fields.items() if v is not None})
+    return record
+
+
+def with_block(record: RecordDict, block: str, data: bytes, stype: str = STYPE, name: str = "state") -> RecordDict:
+    record[block] = ArrayRecord({name: Array("float32", (len(data) // 4,), stype, data)})
+    return record
+
+
+@each_message
+def test_a_message_that_nobody_touched_is_accepted(message: str) -> None:
+    make, read = MESSAGES[message]
+    read(make())
+
+
+@each_message
+def test_a_message_without_header_or_of_another_protocol_is_refused(message: str) -> None:
+    make, read = MESSAGES[message]
+    record = make()
+    del record["header"]
+    for bad in (record, RecordDict(), *(with_header(make(), protocol=v) for v in (0, 2, -1, "1", [1], 1.5, None))):
+        with pytest.raises(ProtocolError):
+            read(bad)
+
+
+@each_message
+@pytest.mark.parametrize("wrong", ["18", "", "1" * 1001, 17, None, True, ["17"], b"17"])
+def test_a_run_of_another_name_or_type_is_refused(message: str, wrong: Any) -> None:
+    make, read = MESSAGES[message]
+    if message == "task" and isinstance(wrong, str) and len(wrong) <= 1000:
+        assert read(with_header(make(), run=wrong)).run == wrong  # a site joins whichever run it is asked to
+        return
+    with pytest.raises(ProtocolError):
+        read(with_header(make(), run=wrong))
+
+
+@each_message
+@pytest.mark.parametrize("wrong", [-1, 1.0, math.nan, "3", None, True, [3]])
+def test_a_round_that_is_no_round_is_refused(message: str, wrong: Any) -> None:
+    make, read = MESSAGES[message]
+    with pytest.raises(ProtocolError):
+        read(with_header(make(), round=wrong))
+
+
+@pytest.mark.parametrize("message", ["result", "refusal"])
+@pytest.mark.parametrize("wrong", [0, 2, 4, 2**63])
+def test_a_reply_to_another_round_is_refused_by_the_sites_name(message: str, wrong: int) -> None:
+    with pytest.raises(ProtocolError, match="site-0"):
+        read_reply(with_header(MESSAGES[message][0](), round=wrong))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, -(2**62), 2**63, 1.5, 500.0, math.inf, "500", None, True, [500]])
+def test_a_public_size_that_is_no_size_is_refused(wrong: Any) -> None:
+    with pytest.raises(ProtocolError):
+        read_reply(with_header(encode_reply(RESULT), **{"public-size": wrong}))
+
+
+@pytest.mark.parametrize("message", ["result", "refusal"])
+@pytest.mark.parametrize("wrong", ["", "results", "k" * 51, 1, None, ["budget"]])
+def test_an_unknown_kind_of_reply_is_refused(message: str, wrong: Any) -> None:
+    with pytest.raises(ProtocolError):
+        read_reply(with_header(MESSAGES[message][0](), kind=wrong))
+
+
+TEXTS = [
+    ("task", "base", 1001),
+    ("task", "start", 1001),
+    ("task", "basis", 1001),
+    ("result", "site", 201),
+    ("result", "spent.accountant", 1001),
+    ("refusal", "site", 201),
+    ("refusal", "reason", 1001),
+]
+
+
+@pytest.mark.parametrize(("message", "key", "too_long"), TEXTS, ids=lambda v: str(v))
+def test_a_text_that_is_missing_no_text_or_too_long_is_refused(message: str, key: str, too_long: int) -> None:
+    make, read = MESSAGES[message]
+    read(with_header(make(), **{key: "x" * (too_long - 1)}))
+    for wrong in ("x" * too_long, 1, 1.0, True, b"x", ["x"], None):
+        with pytest.raises(ProtocolError, match=key):
+            read(with_header(make(), **{key: wrong}))
+
+
+NUMBERS = [f"spent.{item.name}" for item in dataclasses.fields(Spending) if item.type != "str"] + ["private"]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_privacy_figure_that_is_missing_or_no_finite_number_is_refused(key: str) -> None:
+    for wrong in (math.nan, math.inf, -math.inf, "1", True, b"1", [1], None):
+        with pytest.raises(ProtocolError, match=key):
+            read_reply(with_header(encode_reply(RESULT), **{key: wrong}))
+
+
+@each_block
+def test_a_block_of_another_length_is_refused(message: str, block: str) -> None:
+    make, read = MESSAGES[message]
+    good = bytes(make().array_records[block]["state"].data)
+    for wrong in (good[:-4], good + good[:4], good[:-1], good + b"\0", b""):
+        with pytest.raises(ProtocolError, match="bytes"):
+            read(with_block(make(), block, wrong))
+
+
+@each_block
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(
+    message: str, block: str, value: float, last: bool
+) -> None:
+    make, read = MESSAGES[message]
+    good, bad = bytes(make().array_records[block]["state"].data), struct.pack("<f", value)
+    with pytest.raises(ProtocolError, match="finite"):
+        read(with_block(make(), block, good[:-4] + bad if last else bad + good[4:]))
+
+
+@each_block
+def test_a_block_that_is_not_ours_is_refused(message: str, block: str) -> None:
+    make, read = MESSAGES[message]
+    good = bytes(make().array_records[block]["state"].data)
+    two = make()
+    two[block] = ArrayRecord({n: Array("float32", (len(good) // 4,), STYPE, good) for n in ("state", "more")})
+    empty = make()
+    empty[block] = ArrayRecord({})
+    for bad in (
+        with_block(make(), block, good, stype="numpy.ndarray"),
+        with_block(make(), block, good, stype=""),
+        with_block(make(), block, good, name="weights"),
+        two,
+        empty,
+    ):
+        with pytest.raises(ProtocolError, match="block"):
+            read(bad)
+
+
+@pytest.mark.parametrize("message", ["task", "result"])
+def test_a_missing_adapter_block_is_refused(message: str) -> None:
+    make, read = MESSAGES[message]
+    record = make()
+    del record["adapter"]
+    with pytest.raises(ProtocolError, match="no adapter block"):
+        read(record)
+
+
+def other_layouts() -> Iterator[tuple[str, AdapterState]]:
+    """Yield states that hold as many numbers as STATE, under other names or shapes."""
+    query, head = STATE["encoder.0.query"], STATE["head"]
+    yield "transposed", {"encoder.0.query": {"A": query["A"].T, "B": query["B"]}, "head": head}
+    yield "flat", {"encoder.0.query": {"A": query["A"].flatten(), "B": query["B"]}, "head": head}
+    yield "another layer", {"encoder.1.query": query, "head": head}
+    yield "another factor", {"encoder.0.query": {"A": query["A"], "R": query["B"]}, "head": head}
+    yield "a factor elsewhere", {"encoder.0.query": {"A": query["A"]}, "head": {**head, "B": query["B"]}}
+
+
+@pytest.mark.parametrize(("why", "state"), list(other_layouts()), ids=[why for why, _ in other_layouts()])
+def test_as_many_numbers_in_another_layout_are_refused(why: str, state: AdapterState) -> None:
+    assert count(state) == count(STATE), "the lengths differ, so the layout itself is not tested"
+    for bad, read in (
+        (encode_reply(replace(RESULT, contribution=state)), read_reply),
+        (encode_task(replace(TASK, state=state)), read_task),
+    ):
+        with pytest.raises(ProtocolError, match="other layers, factors or shapes"):
+            read(bad)
+
+
+@pytest.mark.parametrize("wrong", [1, None, "", "0" * 32, ["x"], True])
+def test_a_layout_mark_of_another_type_is_refused(wrong: Any) -> None:
+    for key, make, read in (
+        ("layout", *MESSAGES["task"]),
+        ("basis-layout", *MESSAGES["task"]),
+        ("layout", *MESSAGES["result"]),
+    ):
+        with pytest.raises(ProtocolError):
+            read(with_header(make(), **{key: wrong}))
+
+
+def test_a_basis_that_nobody_expects_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="basis block"):
+        decode_task(encode_task(TASK), LAYOUT)
+
+
+@pytest.mark.parametrize("pair", [("task", "result"), ("result", "task"), ("refusal", "task")], ids="->".join)
+def test_a_message_of_the_other_direction_is_refused(pair: tuple[str, str]) -> None:
+    with pytest.raises(ProtocolError):
+        MESSAGES[pair[1]][1](MESSAGES[pair[0]][0]())
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.lists(st.integers(0, 9), max_size=3)
+)
+
+
+@each_message
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_header_is_either_read_or_a_protocol_error(message: str, data: st.DataObject) -> None:
+    make, read = MESSAGES[message]
+    record = make()
+    keys = sorted(record.config_records["header"])
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), scalars, min_size=1, max_size=3))
+    with suppress(ProtocolError):
+        read(with_header(record, **changes))
+
+
+@each_block
+@fast
+@given(data=st.binary(max_size=80))
+def test_any_bytes_are_either_read_or_a_protocol_error(message: str, block: str, data: bytes) -> None:
+    make, read = MESSAGES[message]
+    good = bytes(make().array_records[block]["state"].data)
+    for payload in (data, (data * len(good))[: len(good)]):
+        try:
+            got = read(with_block(make(), block, payload))
+        except ProtocolError:
+            continue
+        state = got.contribution if message == "result" else getattr(got, {"adapter": "state"}.get(block, block))
+        assert all(tensor.isfinite().all() for _, _, tensor in entries(state)), "a value that is not finite got through"
