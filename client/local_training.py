@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from client.optimizers import build_optimizer, learning_rate
+from client.optimizers import build_optimizer, learning_rate, set_learning_rate
 from client.site import Site
 from common.batching import length_batches
 from common.errors import ProtocolError
@@ -158,19 +158,19 @@ def _take_steps(
 ) -> None:
     config = job.config.training
     parameters = [p for factors in model.trained().values() for p in factors.values()]
-    optimizer = build_optimizer(parameters, config)
+    optimizer = build_optimizer(model.trained(), config)
     first = (round_number - 1) * config.local_steps
     model.module.train()
     if plan is not None:
         with PrivateSteps(model.module, optimizer, plan) as steps:
             for step in range(config.local_steps):
-                _set_rate(optimizer, learning_rate(config, first + step, job.config.total_steps))
+                set_learning_rate(optimizer, learning_rate(config, first + step, job.config.total_steps))
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
                 steps.step(_parts(records, chosen, model, config.batch_tokens), model.losses)
         return
     batches = _epochs(len(records), config.sample_rate, stream(job.config.seed, "batches", site.name, round_number))
     for step in range(config.local_steps):
-        _set_rate(optimizer, learning_rate(config, first + step, job.config.total_steps))
+        set_learning_rate(optimizer, learning_rate(config, first + step, job.config.total_steps))
         plain_step(_parts(records, next(batches), model, config.batch_tokens), model, optimizer, parameters)
 
 
@@ -189,11 +189,6 @@ def plain_step(
             parameter.grad /= seen
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _set_rate(optimizer: Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int) -> Iterator[Batch]:

@@ -8,18 +8,26 @@ noised gradients, which is post-processing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from common.config import TrainingConfig
+from common.types import HEAD
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> Optimizer:
-    """Return a new optimiser over ``parameters`` at the run's peak learning rate."""
+def build_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: TrainingConfig) -> Optimizer:
+    """Return a new optimiser over the trained tensors, by layer and factor, at the run's peak learning rate.
+
+    The head is a group of its own at ``head-rate`` times the rate; every group's ``share`` says its multiple.
+    """
     rate, decay = config.learning_rate, config.weight_decay
+    parameters = [
+        {"params": list(factors.values()), "share": config.head_rate if layer == HEAD else 1.0}
+        for layer, factors in trained.items()
+    ]
     betas = (config.momentum, config.beta2)
     table: dict[str, Callable[[], Optimizer]] = {
         "sgd": lambda: torch.optim.SGD(parameters, rate, weight_decay=decay),
@@ -27,7 +35,15 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) 
         "adam": lambda: torch.optim.Adam(parameters, rate, betas, weight_decay=decay),
         "adamw": lambda: torch.optim.AdamW(parameters, rate, betas, weight_decay=decay),
     }
-    return table[config.optimizer]()
+    optimizer = table[config.optimizer]()
+    set_learning_rate(optimizer, rate)
+    return optimizer
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of every group to its share of ``rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
 
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:

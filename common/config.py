@@ -37,7 +37,7 @@ class ModelConfig:
     """``classification`` (encoder, mean pool, linear head) or ``causal-lm`` (prompt, completion)."""
     max_length: int = 128
     """Tokens a record is cut to."""
-    feature_scale: float = 4.0
+    feature_scale: float = 1.0
     """Classification: length that the pooled features are brought to; 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
@@ -115,13 +115,13 @@ class HeadConfig:
     """``zeros``, ``random`` (seeded), or ``label-words``: from public phrases about each label."""
     phrases: str = ""
     """For ``label-words``: phrases of one label separated by ``|``, labels by ``;``, in label order."""
-    scale: float = 1.0
-    """Length of a ``label-words`` or ``random`` weight row."""
+    margin: float = 3.0
+    """For ``label-words``: logits by which a label leads the others on its own phrases, on average over labels."""
 
     def __post_init__(self) -> None:
         one_of(HEAD_POLICIES, head__policy=self.policy)
         one_of(HEAD_STARTS, head__start=self.start)
-        positive(head__scale=self.scale)
+        positive(head__margin=self.margin)
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,12 @@ class TrainingConfig:
 
     local_steps: int = 5
     """Optimiser steps a round."""
-    sample_rate: float = 0.14
+    sample_rate: float = 0.1
     """Chance of each record to be in a step's batch (Poisson); the expected batch is this times the size."""
     optimizer: str = "adam"
     learning_rate: float = 0.02
+    head_rate: float = 4.0
+    """The head's learning rate over ``learning-rate``."""
     schedule: str = "linear"
     """Course of the learning rate over all steps of the run."""
     momentum: float = 0.9
@@ -148,6 +150,7 @@ class TrainingConfig:
         positive(
             training__local_steps=self.local_steps,
             training__learning_rate=self.learning_rate,
+            training__head_rate=self.head_rate,
             training__batch_tokens=self.batch_tokens,
         )
         in_range(0, 1, training__sample_rate=self.sample_rate, training__beta2=self.beta2)
@@ -165,7 +168,7 @@ class PrivacyConfig:
     epsilon: float = 8.0
     """Budget of a site for the whole run, record-level, add/remove."""
     delta: float = 1e-5
-    clip_norm: float = 0.5
+    clip_norm: float = 1.0
     """L2 bound of one record's gradient over all trained tensors together."""
     noise_multiplier: float = 0.0
     """Noise std over clip norm; 0: the least that keeps every round of the run within ``epsilon``."""
@@ -187,7 +190,7 @@ class RunConfig:
     """Everything that defines a run."""
 
     strategy: str = "ffa-lora"
-    rounds: int = 6
+    rounds: int = 8
     seed: int = 1
     """Public seed of the adapter's and the head's start and of non-private batch order."""
     device: str = "auto"

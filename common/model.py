@@ -176,7 +176,7 @@ def start_head(model: FederatedModel, head: HeadConfig, seed: int, phrases: Sequ
     """Set the classification head's start; uses no record, so it costs no privacy.
 
     ``label-words`` writes into each row how the base model's features of public phrases about
-    that label differ from their mean over labels, at length ``head.scale``; the bias makes a text
+    that label differ from their mean over labels, scaled to ``head.margin``; the bias makes a text
     whose features are that mean equally likely for all labels.
     """
     linear = model.module.head
@@ -184,14 +184,14 @@ def start_head(model: FederatedModel, head: HeadConfig, seed: int, phrases: Sequ
     linear.weight.zero_()
     if head.start == "random":
         rows = torch.randn(linear.weight.shape, generator=stream(seed, "head"))
+        linear.weight.copy_(F.normalize(rows, dim=-1))
     elif head.start == "label-words":
         model.module.eval()
         means = torch.stack([_mean_features(model, texts) for texts in phrases])
-        rows = means - means.mean(0)
-    else:
-        return
-    linear.weight.copy_(F.normalize(rows, dim=-1) * head.scale)
-    if head.start == "label-words":
+        centred = means - means.mean(0)
+        # A label's logit on its own features leads the mean of the others by |row|² C / (C - 1).
+        lead = centred.pow(2).sum(1).mean() * len(phrases) / (len(phrases) - 1)
+        linear.weight.copy_(centred * (head.margin / lead))
         linear.bias.copy_(-linear.weight @ means.mean(0))
 
 

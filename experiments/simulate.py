@@ -29,6 +29,7 @@ from strategies import configure
 
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 60.0
+QUIET_SECONDS = 45.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _resources(sites: int, workers: int) -> str:
 
 
 def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], None]) -> None:
-    printed, checked = 0, time.monotonic()
+    printed, checked, seen = 0, time.monotonic(), 0.0
     while True:
         ended = _json(folder / "result.json")
         lines = _log_lines(folder)
@@ -181,7 +182,11 @@ def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], Non
             break
         if link.process.poll() is not None:
             raise RunFailed(f"flower-superlink ended during the run: {_last_words(link)}")
-        if time.monotonic() - checked > 15:
+        touched = max((path.stat().st_mtime for path in folder.glob("*.json*")), default=0.0)
+        if touched != seen:
+            seen, checked = touched, time.monotonic()
+        # Asking Flower costs a second of a core, so only a run that has gone quiet is asked after.
+        if time.monotonic() - checked > QUIET_SECONDS:
             checked = time.monotonic()
             status = _status(link, run)
             if status.startswith("finished") and not (folder / "result.json").exists():

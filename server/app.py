@@ -17,7 +17,7 @@ from server.records import RunFolder
 from server.rounds import Exchange
 from strategies import Job, configure
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 app = ServerApp()
 
 

@@ -5,6 +5,7 @@ Each family adapts a layer that is not square; GPT-2 stores its weights transpos
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_a_kaiming_start_is_uniform_below_one_over_the_root_of_the_width(rank: i
     # Of n uniform draws the variance is bound²/3; its estimate has the relative error sqrt(0.8 / n), here four of them.
     tolerance = 4 * math.sqrt(0.8 / draws.numel())
     assert float(draws.pow(2).mean()) == pytest.approx(bound**2 / 3, rel=tolerance)
-    assert not float(draws.pow(2).mean()) == pytest.approx(bound**2 / 6, rel=tolerance), "the check has no teeth"
+    assert float(draws.pow(2).mean()) != pytest.approx(bound**2 / 6, rel=tolerance), "the check has no teeth"
     assert abs(float(draws.mean())) < 4 * bound / math.sqrt(3 * draws.numel())
 
 
@@ -246,6 +247,8 @@ def test_an_exported_adapter_is_the_same_model_in_stock_peft(
     state = random_values(adapter.read(model))
     adapter.write(model, state)
     adapter.export(model, state, tmp_path / "adapter", folder)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["fan_in_fan_out"] == (family == "gpt2"), "the export misstates how the base stores its weights"
     base = stock(folder, family)
     loaded = PeftModel.from_pretrained(stock(folder, family), str(tmp_path / "adapter")).eval()
     ours, theirs, plain = output(model), output(loaded), output(base)

@@ -34,6 +34,7 @@ PLAIN: Changes = {
     "training.sample-rate": RATE,
     "training.optimizer": "sgd",
     "training.learning-rate": 0.5,
+    "training.head-rate": 2.5,
     "training.schedule": "linear",
 }
 
@@ -101,15 +102,16 @@ def centralised(
 ) -> AdapterState:
     """Train by hand: whole batches, mean loss, torch's optimiser, a learning rate from its formula."""
     model.write(model.start)
-    trained = [p for p in model.module.parameters() if p.requires_grad]
-    peak = job.config.training.learning_rate
+    peak, head_rate = job.config.training.learning_rate, job.config.training.head_rate
+    named = [(n, p) for n, p in model.module.named_parameters() if p.requires_grad]
+    trained = [{"params": [p], "times": head_rate if n.startswith("head.") else 1.0} for n, p in named]
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[job.config.training.optimizer]
     optimizer = kind(trained, lr=peak)
     total, first = job.config.rounds * STEPS, (round_number - 1) * STEPS
     order = batches(len(records), round(RATE * len(records)), STEPS, stream(1, "batches", stream_name, round_number))
     for step, chosen in enumerate(order):
         for group in optimizer.param_groups:
-            group["lr"] = peak * (1 - (first + step) / total)
+            group["lr"] = peak * (1 - (first + step) / total) * group["times"]
         optimizer.zero_grad()
         batch = model.batch([records[i] for i in chosen])
         F.cross_entropy(model.module(batch), batch["labels"]).backward()

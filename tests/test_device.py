@@ -5,12 +5,13 @@ from __future__ import annotations
 import builtins
 import io
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from common.device import autocast, choose_device, choose_precision, own_cores
+from common.device import autocast, choose_attention, choose_device, choose_precision, own_cores
 from common.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -80,6 +81,13 @@ def test_a_forward_pass_computes_in_the_chosen_precision_on_float32_weights(prec
     assert layer.weight.dtype == torch.float32
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", ["eager"]), ("cuda", [])])
+def test_only_a_cpu_leaves_the_fused_attention_kernel(device: str, asked: list[str]) -> None:
+    calls: list[str] = []
+    choose_attention(SimpleNamespace(set_attn_implementation=calls.append), torch.device(device))
+    assert calls == asked
 
 
 @pytest.fixture

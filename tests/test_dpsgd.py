@@ -582,6 +582,8 @@ def play_round(
             **toy_settings,
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
+            "training.head-rate": 1.0,
+            "privacy.clip-norm": 0.5,
             "training.schedule": "constant",
             "training.local-steps": 4,
             "privacy.noise-multiplier": 20.0,
@@ -589,7 +591,14 @@ def play_round(
     )
     config = job.config
     model = model_of(
-        config.model, job.adapter, config.head, config.seed, ("bad", "good"), config.device, config.precision
+        config=config.model,
+        adapter=job.adapter,
+        head=config.head,
+        seed=config.seed,
+        label_names=("bad", "good"),
+        label_phrases=(),
+        device=config.device,
+        precision=config.precision,
     )
     start = model.start
     state = job.strategy.start(start)
@@ -872,9 +881,13 @@ def test_a_gradient_changed_after_its_release_is_refused(toy: Toy, change: str) 
     assert unchanged(toy, before)
 
 
-@pytest.mark.parametrize("covered", ["one too few", "one too many"])
+@pytest.mark.parametrize("covered", ["one too few", "one too many", "another"])
 def test_an_optimiser_over_other_tensors_than_the_trained_is_refused(toy: Toy, covered: str) -> None:
-    parameters = used(toy)[:-1] if covered == "one too few" else [*used(toy), toy.unused.weight]
+    parameters = {
+        "one too few": used(toy)[:-1],
+        "one too many": [*used(toy), toy.unused.weight],
+        "another": [*used(toy)[:-1], toy.unused.weight],
+    }[covered]
     with pytest.raises(MechanismError, match="every trained tensor, and no other"):
         PrivateSteps(toy, SGD(parameters, lr=1.0), plan())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,12 +176,21 @@ def test_the_start_is_kept_apart_from_the_live_model(model_for: ModelFor) -> Non
 
 def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str]) -> None:
     config, adapter = ModelConfig(name=model_folder("bert"), max_length=24), ADAPTERS["lora"](3, 6.0, ("query",))
-    settings = (config, adapter, HeadConfig(start="random"), 1, ("bad", "good"), "cpu", "float32")
-    first = model_of(*settings)
-    assert model_of(*settings) is first
-    assert model_of(*settings[:3], 2, *settings[4:]) is not first
+    settings: dict[str, Any] = {
+        "config": config,
+        "adapter": adapter,
+        "head": HeadConfig(start="random"),
+        "seed": 1,
+        "label_names": ("bad", "good"),
+        "label_phrases": (),
+        "device": "cpu",
+        "precision": "float32",
+    }
+    first = model_of(**settings)
+    assert model_of(**settings) is first
+    assert model_of(**{**settings, "seed": 2}) is not first
     other = ADAPTERS["ffa-lora"](3, 6.0, ("query",))
-    assert model_of(config, other, *settings[2:]).adapter is other, "two adapters with equal fields were mixed up"
+    assert model_of(**{**settings, "adapter": other}).adapter is other, "two adapters with equal fields were mixed up"
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -225,37 +235,59 @@ def test_a_head_of_zeros_is_zero(model_for: ModelFor) -> None:
     assert not bias.any()
 
 
-def test_a_random_head_follows_from_the_seed_and_has_rows_of_the_scale(model_for: ModelFor) -> None:
-    weight, bias = head_of(model_for(head=HeadConfig(start="random", scale=2.5)))
-    assert torch.allclose(weight.norm(dim=1), torch.tensor([2.5, 2.5]))
+def test_a_random_head_follows_from_the_seed_and_has_rows_of_length_one(model_for: ModelFor) -> None:
+    weight, bias = head_of(model_for(head=HeadConfig(start="random")))
+    assert torch.allclose(weight.norm(dim=1), torch.ones(2))
     assert not bias.any()
     torch.manual_seed(99)
-    assert torch.equal(weight, head_of(model_for(head=HeadConfig(start="random", scale=2.5)))[0])
-    assert not torch.allclose(weight, head_of(model_for(head=HeadConfig(start="random", scale=2.5), seed=2))[0])
+    assert torch.equal(weight, head_of(model_for(head=HeadConfig(start="random")))[0])
+    assert not torch.allclose(weight, head_of(model_for(head=HeadConfig(start="random"), seed=2))[0])
 
 
 PHRASES = "bright film | warm story ; dull film | cold story"
 
 
-def test_rows_of_label_words_have_the_scale_and_cancel_for_two_labels(model_for: ModelFor) -> None:
-    weight, bias = head_of(model_for(head=HeadConfig(start="label-words", phrases=PHRASES, scale=1.5)))
-    assert torch.allclose(weight.norm(dim=1), torch.tensor([1.5, 1.5]))
-    assert float(weight.sum(0).norm()) < 1e-5
-    assert not bias.any()
-
-
-def test_label_words_are_how_a_labels_phrases_differ_from_the_mean(model_for: ModelFor) -> None:
+@pytest.mark.parametrize("feature_scale", [0.0, 4.0])
+@pytest.mark.parametrize("margin", [1.0, 3.0])
+def test_label_words_lead_on_their_own_phrases_by_the_margin_and_are_even_at_the_mean(
+    margin: float, feature_scale: float, model_for: ModelFor
+) -> None:
     names = ("bad", "middling", "good")
-    phrases = ["dull film", "film is quite warm", "bright film and story"]
-    model = model_for(head=HeadConfig(start="label-words", phrases=";".join(phrases), scale=2.0), label_names=names)
-    rows = []
-    for phrase in phrases:
-        ids = torch.tensor([model.base.tokenizer(phrase)["input_ids"]])
-        with torch.no_grad():
-            rows.append(model.peft_model(input_ids=ids).last_hidden_state[0].mean(0))
-    difference = torch.stack(rows) - torch.stack(rows).mean(0)
-    want = 2.0 * difference / difference.norm(dim=1, keepdim=True)
-    assert torch.allclose(head_of(model)[0], want, atol=1e-5)
+    phrases = [["dull film", "cold story"], ["film is quite warm"], ["bright film and story"]]
+    head = HeadConfig(start="label-words", phrases=";".join("|".join(p) for p in phrases), margin=margin)
+    model = model_for(head=head, label_names=names, feature_scale=feature_scale)
+    features = []
+    for texts in phrases:
+        rows = []
+        for text in texts:
+            ids = torch.tensor([model.base.tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                row = model.peft_model(input_ids=ids).last_hidden_state[0].mean(0)
+            rows.append(row * feature_scale / row.norm() if feature_scale else row)
+        features.append(torch.stack(rows).mean(0))
+    weight, bias = head_of(model)
+    logits = torch.stack([weight @ row + bias for row in features])
+    leads = [logits[i, i] - logits[i, torch.arange(3) != i].mean() for i in range(3)]
+    assert float(torch.stack(leads).mean()) == pytest.approx(margin, rel=1e-4)
+    assert torch.allclose(weight @ torch.stack(features).mean(0) + bias, torch.zeros(3), atol=1e-4)
+
+
+def test_rows_of_label_words_cancel_and_for_two_labels_are_opposite(model_for: ModelFor) -> None:
+    weight, bias = head_of(model_for(head=HeadConfig(start="label-words", phrases=PHRASES)))
+    assert float(weight.norm()) > 0.1
+    assert float(weight.sum(0).norm()) < 1e-4 * float(weight.norm())
+    assert torch.allclose(weight[0], -weight[1], atol=1e-4)
+    assert float(bias.sum()) == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="a lead of zero is divided by")
+def test_phrases_that_tell_no_labels_apart_do_not_make_a_head_of_nan(model_for: ModelFor) -> None:
+    try:
+        weight, bias = head_of(model_for(head=HeadConfig(start="label-words", phrases="bright film; bright film")))
+    except ConfigError:
+        return
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()
 
 
 def test_label_words_use_the_phrases_and_without_them_the_labels_names(model_for: ModelFor) -> None:
@@ -267,9 +299,34 @@ def test_label_words_use_the_phrases_and_without_them_the_labels_names(model_for
     assert torch.equal(weight("dull film|cold story; bright film"), weight(" dull film | cold story ;bright film"))
 
 
+def test_label_words_take_the_data_sets_own_phrases_unless_the_run_has_others(model_for: ModelFor) -> None:
+    own = (("dull film", "cold story"), ("bright film", "warm story"))
+    names = ("tired", "lovely")
+
+    def weight(phrases: str = "", **options: Any) -> Tensor:
+        return head_of(model_for(head=HeadConfig(start="label-words", phrases=phrases), label_names=names, **options))[
+            0
+        ]
+
+    configured = "dull film | cold story ; bright film | warm story"
+    assert torch.equal(weight(label_phrases=own), weight(configured))
+    assert torch.equal(weight(configured, label_phrases=(("one",), ("two",))), weight(configured))
+    assert not torch.allclose(weight(label_phrases=own), weight())
+
+
 def test_the_start_of_the_head_is_the_same_in_every_precision(model_for: ModelFor) -> None:
     head = HeadConfig(start="label-words", phrases=PHRASES)
     assert torch.equal(head_of(model_for(head=head))[0], head_of(model_for(head=head, precision="bfloat16"))[0])
+
+
+def test_the_start_of_the_head_knows_no_dropout(model_folder: Callable[[str], str], model_for: ModelFor) -> None:
+    def weight() -> Tensor:
+        base = load_base_model(model_folder("bert"), "classification")
+        assert any(child.p > 0 for child in base.module.modules() if isinstance(child, nn.Dropout))
+        base.module.train()
+        return head_of(model_for(base=base, head=HeadConfig(start="label-words", phrases=PHRASES)))[0]
+
+    assert torch.equal(weight(), weight())
 
 
 @pytest.mark.parametrize("phrases", ["bright film", "bright; dull; middling"])
@@ -356,7 +413,21 @@ def test_the_base_is_frozen_float32_and_without_a_pooler(model_folder: Callable[
     assert not any(p.requires_grad for p in base.module.parameters())
     assert not any("pooler" in name for name, _ in base.module.named_parameters())
     assert base.hidden_size == 16
-    assert base.pad_id == 0
+
+
+@pytest.mark.xfail(strict=True, reason="pad_token_id 0, which is BERT's, is taken for none")
+def test_padding_is_the_tokenizers_own_pad_token_also_when_that_is_token_0(model_folder: Callable[[str], str]) -> None:
+    base = load_base_model(model_folder("bert"), "classification")
+    assert base.pad_id == base.tokenizer.pad_token_id == 0
+
+
+def test_padding_falls_back_to_the_end_mark_and_then_to_token_0() -> None:
+    def pad_id(**ids: int | None) -> int:
+        return BaseModel("toy", nn.Identity(), SimpleNamespace(**ids), "-").pad_id
+
+    assert pad_id(pad_token_id=7, eos_token_id=2) == 7
+    assert pad_id(pad_token_id=None, eos_token_id=2) == 2
+    assert pad_id(pad_token_id=None, eos_token_id=None) == 0
 
 
 def test_the_fingerprint_changes_with_one_weight_one_name_and_one_shape() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,11 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from client.optimizers import build_optimizer, learning_rate
+from client.optimizers import build_optimizer, learning_rate, set_learning_rate
 from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig
+from common.types import HEAD
 
 fast = settings(max_examples=25, deadline=None)
-SETTINGS = TrainingConfig(learning_rate=0.03, momentum=0.8, beta2=0.95, weight_decay=0.1)
+SETTINGS = TrainingConfig(learning_rate=0.03, head_rate=5.0, momentum=0.8, beta2=0.95, weight_decay=0.1)
+TRAINED = {
+    "encoder.0": {"A": nn.Parameter(torch.ones(2, 3)), "B": nn.Parameter(torch.ones(4, 2))},
+    HEAD: {"weight": nn.Parameter(torch.ones(2, 4)), "bias": nn.Parameter(torch.ones(2))},
+}
 WANTED: dict[str, tuple[type, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0, "nesterov": False}),
     "momentum": (torch.optim.SGD, {"momentum": 0.8, "dampening": 0, "nesterov": False}),
@@ -31,23 +37,35 @@ def test_every_optimizer_of_the_configuration_is_tested() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> None:
-    parameters = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))]
-    optimizer = build_optimizer(parameters, replace(SETTINGS, optimizer=name))
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name))
     kind, wanted = WANTED[name]
     assert type(optimizer) is kind
-    (group,) = optimizer.param_groups
-    assert [id(p) for p in group["params"]] == [id(p) for p in parameters], "it trains other tensors"
-    for key, value in {"lr": 0.03, "weight_decay": 0.1, "maximize": False, **wanted}.items():
-        assert group[key] == value, f"{name}: {key} is {group[key]!r}, not {value!r}"
+    for group in optimizer.param_groups:
+        for key, value in {"weight_decay": 0.1, "maximize": False, **wanted}.items():
+            assert group[key] == value, f"{name}: {key} is {group[key]!r}, not {value!r}"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rate", [None, 0.03, 0.001, 0.0])
+def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float | None) -> None:
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name))
+    if rate is not None:
+        set_learning_rate(optimizer, rate)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    peak = SETTINGS.learning_rate if rate is None else rate
+    wanted = {id(p): peak * (5.0 if layer == HEAD else 1.0) for layer in TRAINED for p in TRAINED[layer].values()}
+    assert rates == wanted, "another set of tensors is trained, or at other rates"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_starts_without_memory(name: str) -> None:
     parameter = nn.Parameter(torch.ones(3))
-    first = build_optimizer([parameter], replace(SETTINGS, optimizer=name))
+    first = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name))
     parameter.grad = torch.ones(3)
     first.step()
-    assert not build_optimizer([parameter], replace(SETTINGS, optimizer=name)).state, "moments crossed a round"
+    assert not build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name)).state, (
+        "moments crossed a round"
+    )
 
 
 def by_hand(name: str, value: float, gradients: list[float]) -> float:
@@ -73,7 +91,7 @@ def by_hand(name: str, value: float, gradients: list[float]) -> float:
 def test_each_optimizer_steps_as_its_paper_says(name: str) -> None:
     gradients, ends = [1.0, -0.5, 2.0, 0.1], {other: by_hand(other, 0.7, [1.0, -0.5, 2.0, 0.1]) for other in OPTIMIZERS}
     parameter = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
-    optimizer = build_optimizer([parameter], replace(SETTINGS, optimizer=name))
+    optimizer = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name))
     for gradient in gradients:
         parameter.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
@@ -89,7 +107,7 @@ def test_a_schedule_starts_at_the_peak_and_never_rises(schedule: str, total: int
     config = TrainingConfig(schedule=schedule, learning_rate=peak)
     course = [learning_rate(config, step, total) for step in range(total)]
     assert course[0] == peak, f"{schedule} starts at {course[0] / peak} of the peak"
-    assert all(later <= earlier for earlier, later in zip(course, course[1:], strict=False)), f"{schedule} rises"
+    assert all(later <= earlier for earlier, later in pairwise(course)), f"{schedule} rises"
     assert course[-1] > 0, f"{schedule} wastes its last step at a rate of 0"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,7 +81,16 @@ def test_a_text_is_one_segment_and_a_pair_two(loaded: Loaded) -> None:
         "[SEP]",
     ]
     assert (single["labels"], pair["labels"]) == ([1], [0])
-    assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_the_segments_of_a_pair_reach_a_model_that_knows_them(loaded: Loaded) -> None:
+    tokenizer = copy.deepcopy(loaded("bert").tokenizer)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    records = Classification().tokenise(
+        tokenizer, [Example(text="the film", text_pair=other, label=0) for other in ("was warm", "was")], 24
+    )
+    batch = Classification().collate(records, 0)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 0]]
 
 
 def test_the_second_text_of_a_pair_reaches_the_model(loaded: Loaded) -> None:

@@ -115,6 +115,8 @@ def test_a_weighted_sum_of_float32_survives_cancellation() -> None:
     total = weighted_sum([1.0, 1.0, 1.0], sites)["l"]["A"]
     assert torch.equal(total, torch.ones(2, 3)), "the sum was accumulated in float32"
     assert total.dtype == torch.float32, "the sum came back in another dtype than the states'"
+    product = weighted_sum([1.0 + 2.0**-30, -1.0], [{"l": {"A": torch.ones(2, 3)}}] * 2)["l"]["A"]
+    assert torch.equal(product, torch.full((2, 3), 2.0**-30)), "a weight was rounded to float32"
 
 
 @pytest.mark.parametrize("weights", [[], [1.0], [0.5, 0.25, 0.25]])

@@ -1,4 +1,4 @@
-"""The wire format: what is sent comes back, costs four bytes a number, and nonsense is a ProtocolError and nothing else."""
+"""The wire format: what is sent comes back, four bytes a number; nonsense is a ProtocolError and nothing else."""
 
 from __future__ import annotations
 
