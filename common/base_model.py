@@ -39,7 +39,8 @@ class BaseModel:
     @property
     def pad_id(self) -> int:
         """Token that fills up a batch; masked everywhere, so any token serves if there is none."""
-        return int(self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in candidates if token is not None))
 
 
 def weights_fingerprint(module: nn.Module) -> str:

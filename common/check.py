@@ -41,6 +41,13 @@ def in_range(low: float, high: float, **values: float) -> None:
             raise ConfigError(f"{_spoken(name)} must be above {low} and at most {high}, not {value!r}")
 
 
+def below(limit: float, **values: float) -> None:
+    """Raise ConfigError unless every value is below ``limit``."""
+    for name, value in values.items():
+        if not value < limit:
+            raise ConfigError(f"{_spoken(name)} must be below {limit:g}, not {value!r}")
+
+
 def one_of(choices: Iterable[str], **values: str) -> None:
     """Raise ConfigError, naming the nearest choice, unless every value is one of ``choices``."""
     known = tuple(choices)

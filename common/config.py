@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, get_type_hints
 
-from common.check import in_range, nearest, not_negative, one_of, positive
+from common.check import below, in_range, nearest, not_negative, one_of, positive
 from common.errors import ConfigError
 
 Scalar = str | int | float | bool
@@ -154,6 +154,7 @@ class TrainingConfig:
             training__batch_tokens=self.batch_tokens,
         )
         in_range(0, 1, training__sample_rate=self.sample_rate, training__beta2=self.beta2)
+        below(1, training__beta2=self.beta2, training__momentum=self.momentum)
         not_negative(training__weight_decay=self.weight_decay, training__momentum=self.momentum)
         one_of(OPTIMIZERS, training__optimizer=self.optimizer)
         one_of(SCHEDULES, training__schedule=self.schedule)
@@ -177,6 +178,7 @@ class PrivacyConfig:
         one_of(PRIVACY_MODES, privacy__mode=self.mode)
         positive(privacy__epsilon=self.epsilon, privacy__clip_norm=self.clip_norm)
         in_range(0, 0.5, privacy__delta=self.delta)
+        below(0.5, privacy__delta=self.delta)
         not_negative(privacy__noise_multiplier=self.noise_multiplier)
 
     @property
@@ -275,6 +277,8 @@ def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str) ->
 
 
 def _typed(key: str, value: Scalar, kind: type) -> Scalar:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{key} is too large: a whole number must fit 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

@@ -70,4 +70,6 @@ def own_cores() -> int:
             cores = min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
         pass
-    return max(1, min(cores, int(os.environ.get("OMP_NUM_THREADS", cores) or cores)))
+    # OpenMP allows a list, one number a nesting level.
+    assigned = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return max(1, min(cores, int(assigned) if assigned.isdigit() else cores))

@@ -190,8 +190,9 @@ def start_head(model: FederatedModel, head: HeadConfig, seed: int, phrases: Sequ
         means = torch.stack([_mean_features(model, texts) for texts in phrases])
         centred = means - means.mean(0)
         # A label's logit on its own features leads the mean of the others by |row|² C / (C - 1).
-        lead = centred.pow(2).sum(1).mean() * len(phrases) / (len(phrases) - 1)
-        linear.weight.copy_(centred * (head.margin / lead))
+        lead = centred.pow(2).sum(1).mean() * len(phrases) / max(1, len(phrases) - 1)
+        # Labels that the base model cannot tell apart start at zero.
+        linear.weight.copy_(centred * (head.margin / lead) if lead > 1e-12 else torch.zeros_like(centred))
         linear.bias.copy_(-linear.weight @ means.mean(0))
 
 

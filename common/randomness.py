@@ -32,9 +32,10 @@ def _entropy(count: int) -> np.ndarray:
 
 
 def private_normal(shape: tuple[int, ...], std: float) -> Tensor:
-    """Return N(0, std²) noise as float64 on the CPU, by inverse CDF of 53 random bits a value."""
-    bits = (_entropy(math.prod(shape)) >> np.uint64(11)).astype(np.float64)
-    uniform = torch.from_numpy((bits + 0.5) * 2.0**-53)
+    """Return N(0, std²) noise as float64 on the CPU, by inverse CDF of 52 random bits a value."""
+    bits = (_entropy(math.prod(shape)) >> np.uint64(12)).astype(np.float64)
+    # 52 bits and a half fit float64 exactly; one bit more could round up to 1, whose inverse is infinite.
+    uniform = torch.from_numpy((bits + 0.5) * 2.0**-52)
     return (torch.special.ndtri(uniform) * std).reshape(shape)
 
 

@@ -24,13 +24,13 @@ def apply(function: Callable[..., Tensor], *states: AdapterState) -> AdapterStat
     """Apply ``function`` to the tensors that stand at the same place in every state.
 
     Raises:
-        ProtocolError: the states do not have the same layers and factors.
+        ProtocolError: the states do not have the same layers, factors and shapes.
     """
     first = states[0]
-    places = [(layer, factor) for layer, factor, _ in entries(first)]
+    places = [(layer, factor, tensor.shape) for layer, factor, tensor in entries(first)]
     for other in states[1:]:
-        if [(layer, factor) for layer, factor, _ in entries(other)] != places:
-            raise ProtocolError("two adapter states do not have the same layers and factors")
+        if [(layer, factor, tensor.shape) for layer, factor, tensor in entries(other)] != places:
+            raise ProtocolError("two adapter states do not have the same layers, factors and shapes")
     return {
         layer: {factor: function(*(state[layer][factor] for state in states)) for factor in factors}
         for layer, factors in first.items()

@@ -91,7 +91,7 @@ def _header(record: RecordDict) -> ConfigRecord:
     header = record.config_records.get("header")
     if header is None:
         raise ProtocolError("the message has no header: it does not come from FedVeil")
-    if header.get("protocol") != PROTOCOL:
+    if type(header.get("protocol")) is not int or header["protocol"] != PROTOCOL:
         raise ProtocolError(
             f"the other side speaks protocol {header.get('protocol')!r}, this one {PROTOCOL}: run the same version"
         )
@@ -184,6 +184,8 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
     """
     header = _header(record)
     site, kind = _text(header, "site", 200), _text(header, "kind", 50)
+    if not site.isprintable():
+        raise ProtocolError(f"the reply's site name {site!r} holds characters that cannot be printed")
     if _text(header, "run") != run or _number(header, "round") != round_number:
         raise ProtocolError(f"{site} answers run {header['run']!r}, round {header['round']!r}, not this one")
     if kind in REFUSAL_KINDS:
@@ -205,4 +207,6 @@ def _spending(header: ConfigRecord) -> Spending | None:
         values[item.name] = (
             _text(header, key) if item.type == "str" else _number(header, key, int if item.type == "int" else float)
         )
+    if any(not isinstance(value, str) and value < 0 for value in values.values()):
+        raise ProtocolError("the reply states a negative privacy spending")
     return Spending(**values)  # type: ignore[arg-type]

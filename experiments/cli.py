@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -56,6 +57,8 @@ def run(
     from server.report import markdown_report
     from strategies import configure
 
+    # A kill must end the SuperLink and Ray as well, so it takes the way of Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began, overrides = time.monotonic(), parse_settings(settings or [])
     job = configure(overrides)
     privacy = job.config.privacy
@@ -157,6 +160,15 @@ def settings(config: Settings = None) -> None:
     overrides = parse_settings(config or [])
     configure(overrides)
     sys.stdout.write(to_toml({**known_settings(), **overrides}))
+
+
+@app.command()
+@_for_people
+def strategies() -> None:
+    """Print the table of strategies as Markdown."""
+    from strategies.table import strategy_table
+
+    sys.stdout.write(strategy_table() + "\n")
 
 
 @ledger_app.command("show")

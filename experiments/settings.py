@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -48,7 +49,7 @@ def read_settings_file(path: Path) -> dict[str, Scalar]:
         return flatten(tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
@@ -78,8 +79,9 @@ def to_toml(settings: Mapping[str, Scalar]) -> str:
         if isinstance(value, bool):
             lines.append(f"{quoted} = {str(value).lower()}")
         elif isinstance(value, str):
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            lines.append(f'{quoted} = "{escaped}"')
+            # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
+            escaped = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{quoted} = {escaped}")
         else:
             lines.append(f"{quoted} = {value!r}")
     return "\n".join(lines) + "\n"

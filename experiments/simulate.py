@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -112,8 +113,6 @@ def _superlink(home: Path) -> Iterator[_Link]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the SuperLink and everything it started; it leads a process group of its own."""
-    import signal
-
     for what, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, what)

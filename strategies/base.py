@@ -67,6 +67,10 @@ class Strategy(ABC):
     """Factors that a site receives each round (and the head, when it is trained)."""
     exact: ClassVar[bool]
     """Whether the new weights are exactly the mean of the sites' weights."""
+    noise: ClassVar[str]
+    """How a site's noise x on what it trains enters a layer's weights, and the norm of that per step."""
+    privacy: ClassVar[str] = "dp-sgd, none"
+    """Privacy modes it may run in."""
 
     def check(self, *, private: bool) -> None:
         """Raise ConfigError, saying what to do, if the options do not fit the privacy mode."""

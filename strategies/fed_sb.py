@@ -44,6 +44,8 @@ class FedSB(Strategy):
     sent: ClassVar[tuple[str, ...]] = ("R",)
     received: ClassVar[tuple[str, ...]] = ("R",)
     exact: ClassVar[bool] = True
+    noise: ClassVar[str] = "B x_R A: norm σC/b r, whatever m and n"
+    privacy: ClassVar[str] = "dp-sgd, none (init 'private-gradient': only none)"
 
     init: str = "orthonormal"
     init_step: float = 1e-3

@@ -46,6 +46,7 @@ class FedSVD(Strategy):
     sent: ClassVar[tuple[str, ...]] = ("B",)
     received: ClassVar[tuple[str, ...]] = ("B", "M")
     exact: ClassVar[bool] = True
+    noise: ClassVar[str] = "s x_B A, A orthonormal after round 1: norm s σC/b √(m r)"
 
     period: int = 1
     """Rounds from one re-factorisation to the next."""

@@ -28,6 +28,7 @@ class FFALoRA(Strategy):
     sent: ClassVar[tuple[str, ...]] = ("B",)
     received: ClassVar[tuple[str, ...]] = ("B",)
     exact: ClassVar[bool] = True
+    noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"
 
     def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
         """Return B ← Σ p_k B_k, head ← Σ p_k head_k; A stays bit for bit."""

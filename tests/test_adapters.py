@@ -270,12 +270,7 @@ def test_targets_that_fit_no_layer_are_refused_by_name(model_folder: Folder, nam
         adapter.attach(stock(model_folder("bert"), "bert"), 1)
 
 
-rank_goes_unchecked = pytest.mark.xfail(strict=True, reason="orthonormal_rows returns fewer rows than the rank")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=rank_goes_unchecked if n in ("lora", "ffa-lora") else ()) for n in ADAPTERS]
-)
+@each_adapter
 @each_family
 def test_a_rank_that_no_orthonormal_factor_can_have_is_refused(model_folder: Folder, name: str, family: str) -> None:
     adapter = ADAPTERS[name](30, ALPHA, tuple(TARGETS[family].split(",")), "orthonormal")

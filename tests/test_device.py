@@ -137,9 +137,6 @@ def test_a_process_uses_the_least_of_affinity_quota_and_what_it_was_assigned(
     assert cores(available, quota, threads) == own
 
 
-@pytest.mark.xfail(
-    strict=True, reason="OpenMP allows a list, one number a nesting level; int() does not", raises=ValueError
-)
 def test_a_list_of_thread_numbers_means_its_first(cores: Any) -> None:
     assert cores(8, None, "4,2") == 4
 

@@ -103,17 +103,10 @@ def test_the_standard_deviation_scales_one_and_the_same_draw(monkeypatch: pytest
     assert (private_normal((100,), 0.0) == 0).all()
 
 
-@pytest.mark.parametrize(
-    "bits",
-    [
-        0,
-        2**63,
-        pytest.param(2**64 - 1, marks=pytest.mark.xfail(strict=True, reason="53 bits and a half round up to 1: inf")),
-    ],
-)
+@pytest.mark.parametrize("bits", [0, 2**63, 2**64 - 1])
 def test_noise_is_finite_whatever_the_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(randomness, "_entropy", lambda count: np.full(count, bits, dtype=np.uint64))
-    assert private_normal((2,), 1.0).isfinite().all()
+    assert (private_normal((2,), 1.0).abs() < 8.5).all()
 
 
 def test_private_noise_follows_no_seed() -> None:

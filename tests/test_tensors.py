@@ -154,7 +154,6 @@ def _longer(state: AdapterState) -> AdapterState:
     return merge(state, {"encoder.0": {"A": torch.ones(5, 3)}})
 
 
-shapes_go_unchecked = pytest.mark.xfail(strict=True, reason="common.tensors.apply compares names, not shapes")
 
 
 @pytest.mark.parametrize(
@@ -164,8 +163,8 @@ shapes_go_unchecked = pytest.mark.xfail(strict=True, reason="common.tensors.appl
         _renamed_layer,
         _extra_factor,
         _without_factor,
-        pytest.param(_broadcastable_row, marks=shapes_go_unchecked),
-        pytest.param(_longer, marks=shapes_go_unchecked),
+        _broadcastable_row,
+        _longer,
     ],
 )
 def test_states_that_do_not_fit_together_are_a_protocol_error(spoil: Callable[[AdapterState], AdapterState]) -> None:

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.errors import ModelError, ProtocolError
+from common.errors import ConfigError, ModelError, ProtocolError
 from common.randomness import stream
 from common.types import AdapterState, Factors
 
@@ -70,6 +70,7 @@ class Adapter(ABC):
 
         Raises:
             ModelError: no layer of ``base`` is called by one of ``target_modules``.
+            ConfigError: the rank is larger than the smaller side of an adapted layer.
         """
         fan_in_fan_out = any(
             type(module).__name__ == "Conv1D" and name.rsplit(".", 1)[-1] in self.target_modules
@@ -82,6 +83,12 @@ class Adapter(ABC):
                 f"adapter.targets {','.join(self.target_modules)!r} fit no layer of {type(base).__name__}: {error}"
             ) from error
         for name, layer in self.layers(model).items():
+            out_features, in_features = layer_shape(layer)
+            if self.rank > min(out_features, in_features):
+                raise ConfigError(
+                    f"adapter.rank is {self.rank}, but {name} is {out_features} × {in_features}: "
+                    f"choose a rank of at most {min(out_features, in_features)}"
+                )
             self.prepare(layer)
             for factor, tensor in self.start(name, layer, seed).items():
                 linear = self.factor_modules(layer)[factor]

@@ -17,7 +17,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from common.adapters.base import ADAPTER_NAME, Adapter, layer_shape, lora_modules, orthonormal_rows, stored_transposed
-from common.errors import ConfigError
 from common.randomness import stream
 from common.types import Factors
 
@@ -48,17 +47,8 @@ class LoRASB(Adapter):
         return {"A": cast(nn.Linear, layer.lora_A[ADAPTER_NAME]), "R": cast(nn.Linear, R), "B": cast(nn.Linear, B)}
 
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return orthonormal B and A by ``init``, and R = 0.
-
-        Raises:
-            ConfigError: the rank is larger than the layer's smaller side.
-        """
+        """Return orthonormal B and A by ``init``, and R = 0."""
         out_features, in_features = layer_shape(layer)
-        if self.rank > min(out_features, in_features):
-            raise ConfigError(
-                f"adapter.rank is {self.rank}, but {layer_name} is {out_features} × {in_features}: "
-                f"Fed-SB needs a rank of at most {min(out_features, in_features)}"
-            )
         R = torch.zeros(self.rank, self.rank)
         if self.init == "svd-of-weights":
             weight = cast(Tensor, layer.get_base_layer().weight).detach().double().cpu()

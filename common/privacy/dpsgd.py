@@ -30,6 +30,9 @@ from common.errors import MechanismError
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_normal
 
+TRACES = ("activations", "max_batch_len", "grad_sample", "summed_grad", "_current_grad_sample", "_forward_counter")
+"""What Opacus hangs on layers and parameters."""
+
 
 class _Mechanism(DPOptimizer):
     """Opacus' optimiser with finite float32 gradients in and operating-system noise out."""
@@ -85,6 +88,8 @@ class PrivateSteps:
             expected_batch_size=plan.expected_batch_size,  # type: ignore[arg-type]
         )
         self._released: list[tuple[Tensor, int]] = []
+        # From now on, also after the context: this optimiser never sees a raw gradient.
+        optimizer.register_step_pre_hook(self._check)
 
     @property
     def trained(self) -> tuple[nn.Parameter, ...]:
@@ -94,19 +99,19 @@ class PrivateSteps:
     def __enter__(self) -> PrivateSteps:
         self._module.train()
         self._hooks = GradSampleHooks(self._module, loss_reduction="sum")
-        self._guard = self._optimizer.register_step_pre_hook(self._check)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._guard.remove()
         self._hooks.cleanup()
+        # Nothing of a record may outlive the context, also when it ends in the middle of a step:
+        # Opacus leaves activations on layers and per-record gradients on parameters.
+        for holder in (*self._module.modules(), *self._trained):
+            for name in TRACES:
+                if hasattr(holder, name):
+                    delattr(holder, name)
         for parameter in self._trained:
-            # Raw gradients must not outlive the context on the parameters.
-            for name in ("grad_sample", "summed_grad"):
-                if hasattr(parameter, name):
-                    delattr(parameter, name)
             parameter.grad = None
 
     def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:

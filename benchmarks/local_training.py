@@ -1,0 +1,130 @@
+"""How fast a site trains, as ratios within one run, and what it needs in memory.
+
+    .venv/bin/python benchmarks/local_training.py            # about two minutes on 2 cores
+
+Three loops over the same logical batches of the default job's records:
+
+* plain: what one writes first. Stock model and attention, float32, batches padded as they come;
+* ours without privacy: sorted into parts of like length, the precision that pays on this device;
+* ours with privacy: the same parts through per-record gradients, clip and noise.
+
+The loops take turns, so that a machine whose speed drifts drifts for all. The limit of the first
+ratio is what sorting saves in padded tokens times what bfloat16 saves in arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from client.local_training import _parts, plain_step
+from client.optimizers import build_optimizer
+from common.base_model import load_base_model
+from common.batching import length_batches
+from common.data import train_and_test
+from common.device import own_cores
+from common.model import FederatedModel
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import PrivacyPlan
+from common.tasks import TASKS
+from strategies import Job, configure
+
+PLAIN_BATCH = 64
+
+
+def build(job: Job, *, precision: str) -> FederatedModel:
+    """Return a fresh model of the job; ``model_of`` would hand out the same one twice."""
+    config = job.config
+    train, _ = train_and_test(config.data, config.model.task)
+    return FederatedModel(
+        load_base_model(config.model.name, config.model.task),
+        job.adapter,
+        TASKS[config.model.task],
+        config.head,
+        seed=config.seed,
+        label_names=train.label_names,
+        label_phrases=train.label_phrases,
+        feature_scale=config.model.feature_scale,
+        max_length=config.model.max_length,
+        precision=precision,
+    )
+
+
+def main() -> None:
+    """Run the three loops in turn and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=384, help="records of one logical batch")
+    parser.add_argument("--repeats", type=int, default=5, help="logical batches per loop, after one to warm up")
+    arguments = parser.parse_args()
+    torch.set_num_threads(own_cores())
+    job = configure({})
+    train, _ = train_and_test(job.config.data, job.config.model.task)
+
+    began = time.perf_counter()
+    plain, ours = build(job, precision="float32"), build(job, precision="auto")
+    print(f"two models built in {time.perf_counter() - began:.1f} s; forward pass in {ours.precision} on {ours.device}")
+    plain.base.module.set_attn_implementation("sdpa")
+    records = ours.tokenise(train.examples)
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()
+
+    plain.module.train()
+    trained = [p for factors in plain.trained().values() for p in factors.values()]
+    plain_optimizer = build_optimizer(plain.trained(), job.config.training)
+
+    def plain_loop(chosen: list[int]) -> None:
+        for start in range(0, len(chosen), PLAIN_BATCH):
+            batch = plain.batch([records[i] for i in chosen[start : start + PLAIN_BATCH]])
+            F.cross_entropy(plain.module(batch), batch["labels"]).backward()
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+
+    budget = job.config.training.batch_tokens
+    mine = [p for factors in ours.trained().values() for p in factors.values()]
+    open_optimizer = build_optimizer(ours.trained(), job.config.training)
+    private_optimizer = build_optimizer(ours.trained(), job.config.training)
+    plan = PrivacyPlan(1.0, 0.8, 0.1, float(arguments.records), 1e-5, 8.0)
+
+    def open_loop(chosen: list[int]) -> None:
+        ours.module.train()
+        plain_step(_parts(records, chosen, ours, budget), ours, open_optimizer, mine)
+
+    def private_loop(chosen: list[int]) -> None:
+        with PrivateSteps(ours.module, private_optimizer, plan) as steps:
+            steps.step(_parts(records, chosen, ours, budget), ours.losses)
+
+    loops: dict[str, Callable[[list[int]], None]] = {"plain": plain_loop, "open": open_loop, "private": private_loop}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    padded, sorted_tokens = 0, 0
+    for repeat in range(arguments.repeats + 1):
+        chosen = [order[(repeat * arguments.records + i) % len(order)] for i in range(arguments.records)]
+        lengths = [len(records[i]["input_ids"]) for i in chosen]
+        for name, loop in loops.items():
+            began = time.perf_counter()
+            loop(chosen)
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+        for start in range(0, len(lengths), PLAIN_BATCH):
+            padded += max(lengths[start : start + PLAIN_BATCH]) * len(lengths[start : start + PLAIN_BATCH])
+        sorted_tokens += sum(max(lengths[i] for i in group) * len(group) for group in length_batches(lengths, budget))
+    del trained
+
+    rate = {name: arguments.records / statistics.median(values) for name, values in seconds.items()}
+    speedup = [p / o for p, o in zip(seconds["plain"], seconds["private"], strict=True)]
+    price = [p / o for p, o in zip(seconds["private"], seconds["open"], strict=True)]
+    print(f"plain loop           {rate['plain']:7.1f} records/s  (float32, padded as they come)")
+    print(f"ours, no privacy     {rate['open']:7.1f} records/s")
+    print(f"ours, DP-SGD         {rate['private']:7.1f} records/s")
+    print(f"DP-SGD / plain       {statistics.median(speedup):7.2f} x  ({min(speedup):.2f} to {max(speedup):.2f}); aim: 3")
+    print(f"time private / open  {statistics.median(price):7.2f} x  ({min(price):.2f} to {max(price):.2f}); aim: 1.1")
+    print(f"tokens with padding: {padded} as they come, {sorted_tokens} sorted: {padded / sorted_tokens:.2f} x fewer")
+    print(f"peak memory of this process (two models): {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Bytes on the wire per round, counted from encoded messages, against the formula of each strategy.
+
+    .venv/bin/python benchmarks/traffic.py                   # seconds
+
+A RoBERTa-large-shaped adapter (24 layers, query and value, d = 1024) at rank 8 and 64, no head. A
+message is counted whole: payload, header and Flower's own framing, as protobuf.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.adapters import ADAPTERS
+from common.messages import Spending, TrainResult, TrainTask
+from common.types import AdapterState
+from common.wire import encode_reply, encode_task, message_bytes
+from strategies import STRATEGIES
+from strategies.table import factor_bytes
+
+SHAPES = ((1024, 1024),) * 48
+SPENDING = Spending("training", 0.1, 0.8, 1.0, 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, "PLD (dp-accounting, discretisation 1e-3)")
+
+
+def adapter_start(name: str, rank: int) -> AdapterState:
+    shape = {"A": (rank, 1024), "B": (1024, rank), "R": (rank, rank)}
+    factors = (*ADAPTERS[name].trained, *ADAPTERS[name].frozen)
+    return {
+        f"encoder.layer.{i // 2}.attention.self.{('query', 'value')[i % 2]}": {f: torch.ones(shape[f]) for f in factors}
+        for i in range(len(SHAPES))
+    }
+
+
+def measured(name: str, rank: int) -> tuple[int, int]:
+    """Return the bytes of one encoded task and one encoded result."""
+    strategy = STRATEGIES[name]()
+    start = adapter_start(strategy.adapters[0], rank)
+    state = strategy.start(start)
+    task = TrainTask("12345678901234567890", 3, strategy.downlink(state), {}, "", "f" * 64, "f" * 64)
+    result = TrainResult(task.run, 3, "site-0", 1800, strategy.contribution(start), SPENDING)
+    return message_bytes(encode_task(task)), message_bytes(encode_reply(result))
+
+
+def main() -> None:
+    total: dict[tuple[str, int], int] = {}
+    print("strategy      rank        down     formula     off          up     formula     off")
+    for rank in (8, 64):
+        for name, strategy in STRATEGIES.items():
+            down, up = measured(name, rank)
+            want_down, want_up = (factor_bytes(f, SHAPES, rank) for f in (strategy.received, strategy.sent))
+            total[name, rank] = down + up
+            print(
+                f"{name:13} {rank:4} {down:11,} {want_down:11,} {down / want_down - 1:7.2%} "
+                f"{up:11,} {want_up:11,} {up / want_up - 1:7.2%}"
+            )
+    for rank in (8, 64):
+        ratio = total["fedavg-lora", rank] / total["fed-sb", rank]
+        print(f"rank {rank}: FedAvg-LoRA sends {ratio:.0f} times the bytes of Fed-SB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Imports point one way, and the big libraries come in through named doors only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("common", "strategies", "client", "server", "experiments")
+MAY_IMPORT = {
+    "common": {"common"},
+    "strategies": {"common", "strategies"},
+    "client": {"common", "strategies", "client"},
+    "server": {"common", "strategies", "server"},
+    "experiments": set(PACKAGES),
+}
+DOORS = {
+    "flwr": {"client/app.py", "server/app.py", "common/wire.py"},
+    "opacus": {"common/privacy/dpsgd.py"},
+    "dp_accounting": {"common/privacy/accounting.py"},
+    "sqlite3": {"common/privacy/ledger.py"},
+    "flwr_datasets": {"common/partition.py"},
+    "ray": set(),
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the first part of every module that a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def sources() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    wrong = (set(imports(path)) & set(PACKAGES)) - MAY_IMPORT[package]
+    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}; {package} may import {MAY_IMPORT[package]}"
+
+
+@pytest.mark.parametrize("library", sorted(DOORS))
+def test_big_libraries_come_in_through_their_doors(library: str) -> None:
+    found = {str(path.relative_to(ROOT)) for path in sources() if library in set(imports(path))}
+    assert found <= DOORS[library], f"{library} is imported in {found - DOORS[library]}"
+
+
+def test_peft_comes_in_through_the_adapters_and_the_way_out() -> None:
+    found = {str(path.relative_to(ROOT)) for path in sources() if "peft" in set(imports(path))}
+    assert all(name.startswith("common/adapters/") or name == "experiments/evaluate.py" for name in found), found
+
+
+def test_accounting_knows_no_training_code() -> None:
+    assert "torch" not in set(imports(ROOT / "common/privacy/accounting.py"))
