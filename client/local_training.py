@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from client.optimizers import build_optimizer, learning_rate, set_learning_rate
 from client.site import Site
 from common.batching import length_batches
-from common.errors import ProtocolError
+from common.errors import DataError, ProtocolError
 from common.initial_gradient import mean_gradient, private_gradient
 from common.messages import Spending, TrainResult, TrainTask
 from common.model import FederatedModel
 from common.privacy.accounting import Release
-from common.privacy.dpsgd import PrivateSteps
+from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
@@ -162,7 +162,7 @@ def _take_steps(
     first = (round_number - 1) * config.local_steps
     model.module.train()
     if plan is not None:
-        with PrivateSteps(model.module, optimizer, plan) as steps:
+        with PrivateSteps(model.module, optimizer, plan, noise_margin=rounding_margin(model.precision)) as steps:
             for step in range(config.local_steps):
                 set_learning_rate(optimizer, learning_rate(config, first + step, job.config.total_steps))
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
@@ -198,6 +198,8 @@ def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedMod
 
 def _epochs(size: int, sample_rate: float, generator: torch.Generator) -> Iterator[list[int]]:
     """Yield batches of the same expected size as the private sampler's, without replacement inside an epoch."""
+    if not size:
+        raise DataError("this site has no records to train on")
     count = max(1, min(size, round(sample_rate * size)))
     pending: list[int] = []
     while True:

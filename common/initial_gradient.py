@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.adapters.base import stored_transposed
 from common.errors import ModelError
 from common.model import FederatedModel
-from common.privacy.dpsgd import PrivateSteps
+from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.tasks import Batch
 from common.types import AdapterState
@@ -46,7 +46,8 @@ def private_gradient(model: FederatedModel, parts: Iterable[Batch], plan: Privac
     """Return the clipped, noised, publicly scaled sum of per-record gradients, factor ``G`` per layer."""
     with _open_weights(model) as weights:
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
-        with PrivateSteps(model.module, optimizer, plan) as steps:
+        margin = rounding_margin(model.precision)
+        with PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
             released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
 

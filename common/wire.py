@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 
 from common.errors import ProtocolError
 from common.messages import PROTOCOL, REFUSAL_KINDS, Refusal, Reply, Spending, TrainResult, TrainTask
@@ -70,6 +71,11 @@ def decode_state(data: bytes, layout: Layout) -> AdapterState:
 def payload_bytes(record: RecordDict) -> int:
     """Return the bytes of adapter payload in an encoded message (0 for a refusal)."""
     return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+
+
+def message_bytes(record: RecordDict) -> int:
+    """Return the bytes of a whole message's content as Flower serialises it: payload, header and framing."""
+    return len(recorddict_to_proto(record).SerializeToString())
 
 
 def _block(state: AdapterState) -> ArrayRecord:

@@ -324,8 +324,6 @@ def test_a_file_of_settings_is_read_where_it_stands_among_the_pairs(tmp_path: Pa
     assert parse_settings(["rounds=9", str(file)]) == flat
 
 
-
-
 @pytest.mark.parametrize(
     "content",
     [b"rounds = ", b"rounds = [1]", b"day = 2024-01-01", b"x = '\xff'"],

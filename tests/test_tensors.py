@@ -154,8 +154,6 @@ def _longer(state: AdapterState) -> AdapterState:
     return merge(state, {"encoder.0": {"A": torch.ones(5, 3)}})
 
 
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
