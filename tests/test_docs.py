@@ -1,0 +1,120 @@
+"""What README and docs say is true: commands exist, settings are accepted, tables are the code's, examples run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import strategies
+from experiments.cli import app
+from experiments.in_process import run_in_process
+from experiments.settings import parse_settings
+from server.report import read_lines
+from strategies import configure
+from strategies.table import strategy_table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "(?:sh|bash|console)"):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line.strip().removeprefix("$ ")) for line in lines if line.strip()]
+    return found
+
+
+def check_settings(words: list[str]) -> None:
+    texts = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-c"]
+    texts = [str(ROOT / text) if text.endswith(".toml") else text for text in texts]
+    configure(parse_settings(texts))
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])
+def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
+    words = shlex.split(line, comments=True)
+    for word in list(words):
+        if "=" in word and word.split("=")[0].isupper():
+            words.remove(word)
+    if not words or words[0] in ("git", "cd", "export", "source", "."):
+        return
+    program = Path(words[0]).name
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+        assert set(words[1:]) <= set(targets), f"{page}: make has no target {words[1:]}"
+    elif program == "fedveil":
+        names = [word for word in words[1:3] if re.fullmatch(r"[a-z]+", word)]
+        group = ["ledger", "show"] if words[1] == "ledger" else names[:1]
+        assert CliRunner().invoke(app, [*group, "--help"]).exit_code == 0, f"{page}: {line}"
+        check_settings(words)
+    elif program == "flwr":
+        check_settings(words)
+    elif program in ("python", "python3"):
+        script = next(word for word in words[1:] if not word.startswith("-"))
+        assert (ROOT / script).is_file(), f"{page}: {script} is not there"
+    else:
+        raise AssertionError(f"{page}: nobody knows how to check {line!r}")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_accepted_and_starts_with_its_command(path: Path) -> None:
+    configure(parse_settings([str(path)]))
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("#")
+    assert f"fedveil run -c experiments/configs/{path.name}" in first
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/strategies.md"])
+def test_the_table_of_strategies_is_the_codes(page: str) -> None:
+    assert strategy_table() in (ROOT / page).read_text(encoding="utf-8"), (
+        f"the table in {page} is not what the code says: put in the output of 'fedveil strategies'"
+    )
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_pitfall_table_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in source, f"docs/privacy.md names {file}::{test}, which is not there"
+
+
+def test_the_page_on_adding_a_strategy_works(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, row, run = blocks(ROOT / "docs" / "add-a-strategy.md", "python")
+    (tmp_path / "ffa_momentum.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
+    module = __import__("ffa_momentum")
+    names: dict[str, Any] = {"STRATEGIES": strategies.STRATEGIES, "FFAMomentum": module.FFAMomentum}
+    exec(row, names)
+    namespace: dict[str, Callable[..., Any] | dict[str, Any]] = {
+        "run_in_process": run_in_process,
+        "toy_settings": toy_settings,
+    }
+    exec(f"folder = {run}", namespace)
+    folder: Any = namespace["folder"]
+    lines = read_lines(folder / "rounds.jsonl")
+    assert [line["strategy"] for line in lines] == ["ffa-momentum"] * 2
+    sys.modules.pop("ffa_momentum")
