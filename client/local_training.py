@@ -158,19 +158,20 @@ def _take_steps(
 ) -> None:
     config = job.config.training
     parameters = [p for factors in model.trained().values() for p in factors.values()]
-    optimizer = build_optimizer(model.trained(), config)
     first = (round_number - 1) * config.local_steps
+    peak, total = job.config.peak_learning_rate, job.config.total_steps
+    optimizer = build_optimizer(model.trained(), config, peak)
     model.module.train()
     if plan is not None:
         with PrivateSteps(model.module, optimizer, plan, noise_margin=rounding_margin(model.precision)) as steps:
             for step in range(config.local_steps):
-                set_learning_rate(optimizer, learning_rate(config, first + step, job.config.total_steps))
+                set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
                 steps.step(_parts(records, chosen, model, config.batch_tokens), model.losses)
         return
     batches = _epochs(len(records), config.sample_rate, stream(job.config.seed, "batches", site.name, round_number))
     for step in range(config.local_steps):
-        set_learning_rate(optimizer, learning_rate(config, first + step, job.config.total_steps))
+        set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
         plain_step(_parts(records, next(batches), model, config.batch_tokens), model, optimizer, parameters)
 
 

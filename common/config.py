@@ -133,7 +133,7 @@ class TrainingConfig:
     sample_rate: float = 0.1
     """Chance of each record to be in a step's batch (Poisson); the expected batch is this times the size."""
     optimizer: str = "adam"
-    learning_rate: float = 0.02
+    learning_rate: float = 0.005
     head_rate: float = 4.0
     """The head's learning rate over ``learning-rate``."""
     schedule: str = "linear"
@@ -173,13 +173,15 @@ class PrivacyConfig:
     """L2 bound of one record's gradient over all trained tensors together."""
     noise_multiplier: float = 0.0
     """Noise std over clip norm; 0: the least that keeps every round of the run within ``epsilon``."""
+    learning_rate: float = 0.02
+    """Peak learning rate of private steps (clip and noise want another than plain ones); 0: ``training``'s."""
 
     def __post_init__(self) -> None:
         one_of(PRIVACY_MODES, privacy__mode=self.mode)
         positive(privacy__epsilon=self.epsilon, privacy__clip_norm=self.clip_norm)
         in_range(0, 0.5, privacy__delta=self.delta)
         below(0.5, privacy__delta=self.delta)
-        not_negative(privacy__noise_multiplier=self.noise_multiplier)
+        not_negative(privacy__noise_multiplier=self.noise_multiplier, privacy__learning_rate=self.learning_rate)
 
     @property
     def on(self) -> bool:
@@ -217,6 +219,12 @@ class RunConfig:
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)
         if self.model.task == "causal-lm" and self.head.policy != "frozen":
             raise ConfigError("model.task 'causal-lm' has no classification head: set head.policy to 'frozen'")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Learning rate at the start of the schedule, in the run's privacy mode."""
+        private = self.privacy.on and self.privacy.learning_rate
+        return self.privacy.learning_rate if private else self.training.learning_rate
 
     @property
     def total_steps(self) -> int:

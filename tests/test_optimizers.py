@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from client.optimizers import build_optimizer, learning_rate, set_learning_rate
-from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig
+from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
 from common.types import HEAD
 
 fast = settings(max_examples=25, deadline=None)
-SETTINGS = TrainingConfig(learning_rate=0.03, head_rate=5.0, momentum=0.8, beta2=0.95, weight_decay=0.1)
+SETTINGS = TrainingConfig(head_rate=5.0, momentum=0.8, beta2=0.95, weight_decay=0.1)
 TRAINED = {
     "encoder.0": {"A": nn.Parameter(torch.ones(2, 3)), "B": nn.Parameter(torch.ones(4, 2))},
     HEAD: {"weight": nn.Parameter(torch.ones(2, 4)), "bias": nn.Parameter(torch.ones(2))},
@@ -37,7 +37,7 @@ def test_every_optimizer_of_the_configuration_is_tested() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> None:
-    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name))
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name), 0.03)
     kind, wanted = WANTED[name]
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
@@ -48,7 +48,7 @@ def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> Non
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rate", [None, 0.03, 0.001, 0.0])
 def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float | None) -> None:
-    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name))
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name), 0.03)
     if rate is not None:
         set_learning_rate(optimizer, rate)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -60,10 +60,10 @@ def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_starts_without_memory(name: str) -> None:
     parameter = nn.Parameter(torch.ones(3))
-    first = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name))
+    first = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name), 0.03)
     parameter.grad = torch.ones(3)
     first.step()
-    assert not build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name)).state, (
+    assert not build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name), 0.03).state, (
         "moments crossed a round"
     )
 
@@ -91,7 +91,7 @@ def by_hand(name: str, value: float, gradients: list[float]) -> float:
 def test_each_optimizer_steps_as_its_paper_says(name: str) -> None:
     gradients, ends = [1.0, -0.5, 2.0, 0.1], {other: by_hand(other, 0.7, [1.0, -0.5, 2.0, 0.1]) for other in OPTIMIZERS}
     parameter = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
-    optimizer = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name))
+    optimizer = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name), 0.03)
     for gradient in gradients:
         parameter.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
@@ -104,19 +104,29 @@ def test_each_optimizer_steps_as_its_paper_says(name: str) -> None:
 @fast
 @given(total=st.integers(2, 300), peak=st.floats(1e-5, 10))
 def test_a_schedule_starts_at_the_peak_and_never_rises(schedule: str, total: int, peak: float) -> None:
-    config = TrainingConfig(schedule=schedule, learning_rate=peak)
-    course = [learning_rate(config, step, total) for step in range(total)]
+    course = [learning_rate(schedule, peak, step, total) for step in range(total)]
     assert course[0] == peak, f"{schedule} starts at {course[0] / peak} of the peak"
     assert all(later <= earlier for earlier, later in pairwise(course)), f"{schedule} rises"
     assert course[-1] > 0, f"{schedule} wastes its last step at a rate of 0"
 
 
 def test_the_schedules_end_where_they_should() -> None:
-    total, end = 200, {s: learning_rate(TrainingConfig(schedule=s, learning_rate=2.0), 199, 200) for s in SCHEDULES}
-    middle = {s: learning_rate(TrainingConfig(schedule=s, learning_rate=2.0), 50, total) for s in SCHEDULES}
+    total, end = 200, {s: learning_rate(s, 2.0, 199, 200) for s in SCHEDULES}
+    middle = {s: learning_rate(s, 2.0, 50, total) for s in SCHEDULES}
     assert end == pytest.approx({"constant": 2.0, "linear": 2.0 / 200, "cosine": 1 + math.cos(math.pi * 199 / 200)})
     assert middle == pytest.approx({"constant": 2.0, "linear": 1.5, "cosine": 1 + math.sqrt(0.5)})
 
 
 def test_a_run_without_a_step_has_a_rate_all_the_same() -> None:
-    assert all(learning_rate(TrainingConfig(schedule=s), 0, 0) == 0.02 for s in SCHEDULES)
+    assert all(learning_rate(s, 0.02, 0, 0) == 0.02 for s in SCHEDULES)
+
+
+def test_a_private_run_has_a_rate_of_its_own() -> None:
+    def peak(**settings: float | str) -> float:
+        values = {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
+        return from_mapping(values).peak_learning_rate
+
+    own = {"training__learning_rate": 0.3, "privacy__learning_rate": 0.7}
+    assert peak(**own) == 0.7
+    assert peak(**own, privacy__mode="none") == 0.3
+    assert peak(training__learning_rate=0.3, privacy__learning_rate=0.0) == 0.3
