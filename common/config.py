@@ -130,7 +130,7 @@ class TrainingConfig:
 
     local_steps: int = 5
     """Optimiser steps a round."""
-    sample_rate: float = 0.1
+    sample_rate: float = 0.11
     """Chance of each record to be in a step's batch (Poisson); the expected batch is this times the size."""
     optimizer: str = "adam"
     learning_rate: float = 0.005

@@ -107,7 +107,8 @@ def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> No
 def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(key: str) -> None:
     assert job_with(key, KNOWN[key]).settings()[key] == KNOWN[key]
     if isinstance(KNOWN[key], float):
-        whole = job_with(key, 1) if key != "privacy.delta" and key != "training.beta2" else job_with(key, KNOWN[key])
+        most = KNOWN[key] if key in ("privacy.delta", "training.beta2", "training.momentum") else 1
+        whole = job_with(key, most)
         assert type(whole.settings()[key]) is float, f"{key} stays a whole number in the records of the run"
 
 

@@ -35,9 +35,9 @@ def test_every_strategy_runs_with_and_without_privacy(
     folder = run_in_process(settings, 3)
     rounds, privacy = read_lines(folder / "rounds.jsonl"), read_lines(folder / "privacy.jsonl")
     assert [line["round"] for line in rounds] == [1, 2]
-    assert all(set(line) >= ROUND_FIELDS for line in rounds)
+    assert all(set(line) >= set(ROUND_FIELDS) for line in rounds)
     assert [(line["round"], line["site"]) for line in privacy] == [(r, f"site-{i}") for r in (1, 2) for i in range(3)]
-    assert all(set(line) >= PRIVACY_FIELDS for line in privacy)
+    assert all(set(line) >= set(PRIVACY_FIELDS) for line in privacy)
     assert all(head in line["head"] for line in privacy)
     assert rounds[-1]["accuracy"] == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
     if mode == "none":
