@@ -154,8 +154,8 @@ class TrainingConfig:
             training__batch_tokens=self.batch_tokens,
         )
         in_range(0, 1, training__sample_rate=self.sample_rate, training__beta2=self.beta2)
-        below(1, training__beta2=self.beta2, training__momentum=self.momentum)
         not_negative(training__weight_decay=self.weight_decay, training__momentum=self.momentum)
+        below(1, training__beta2=self.beta2, training__momentum=self.momentum)
         one_of(OPTIMIZERS, training__optimizer=self.optimizer)
         one_of(SCHEDULES, training__schedule=self.schedule)
 

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import strategies
+from client.site import NODE_KEYS
 from experiments.cli import app
 from experiments.in_process import run_in_process
 from experiments.settings import parse_settings
@@ -63,6 +64,9 @@ def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
         check_settings(words)
     elif program == "flwr":
         check_settings(words)
+    elif program == "flower-supernode":
+        node = parse_settings([words[words.index("--node-config") + 1]])
+        assert set(node) <= set(NODE_KEYS), f"{page}: a site knows no {set(node) - set(NODE_KEYS)}"
     elif program in ("python", "python3"):
         script = next(word for word in words[1:] if not word.startswith("-"))
         assert (ROOT / script).is_file(), f"{page}: {script} is not there"

@@ -33,7 +33,9 @@ def test_a_fixed_noise_multiplier_is_used_as_it_is() -> None:
 
 
 def test_the_divisor_is_made_of_public_figures() -> None:
-    plan = PrivacyPlan.for_run(PrivacyConfig(noise_multiplier=2.0), TRAINING, total_steps=5, public_size=500)
+    plan = PrivacyPlan.for_run(
+        PrivacyConfig(noise_multiplier=2.0, clip_norm=0.5), TRAINING, total_steps=5, public_size=500
+    )
     assert plan.expected_batch_size == pytest.approx(50.0)
     assert plan.gradient_noise_std == pytest.approx(2.0 * 0.5 / 50.0)
 

@@ -35,6 +35,7 @@ from common.wire import (
 
 fast = settings(max_examples=25, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+names = words.filter(str.isprintable)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 figures = st.floats(0, 1e6)
 
@@ -60,14 +61,14 @@ def results(draw: st.DrawFn) -> TrainResult:
     return TrainResult(
         draw(words),
         draw(st.integers(0, 1000)),
-        draw(words),
+        draw(names),
         draw(st.integers(1, 10**9)),
         draw(states()),
         draw(st.none() | spendings()),
     )
 
 
-refusals = st.builds(Refusal, words, st.integers(0, 1000), words, st.sampled_from(REFUSAL_KINDS), st.text(max_size=50))
+refusals = st.builds(Refusal, words, st.integers(0, 1000), names, st.sampled_from(REFUSAL_KINDS), st.text(max_size=50))
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:
