@@ -194,7 +194,7 @@ class RunConfig:
     """Everything that defines a run."""
 
     strategy: str = "ffa-lora"
-    rounds: int = 8
+    rounds: int = 7
     seed: int = 1
     """Public seed of the adapter's and the head's start and of non-private batch order."""
     device: str = "auto"
