@@ -248,7 +248,7 @@ def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> No
 
 def test_a_configuration_with_one_setting_changed_is_another_configuration() -> None:
     base = RunConfig()
-    for key, value in (("rounds", 7), ("adapter.rank", 7), ("privacy.epsilon", 7.0), ("data.seed", 7)):
+    for key, value in (("rounds", 91), ("adapter.rank", 91), ("privacy.epsilon", 91.0), ("data.seed", 91)):
         assert from_mapping({key: value}) != base, f"{key} does not reach the configuration"
 
 
