@@ -19,9 +19,7 @@ from strategies.table import factor_bytes
 
 SHAPES = ((1024, 1024),) * 48
 ACCOUNTANT = "PLD (dp-accounting 0.6.0, discretisation 1e-3)"
-SPENDING = Spending(
-    "training", 0.1, 0.8, 1.0, 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, "PLD (dp-accounting, discretisation 1e-3)"
-)
+SPENDING = Spending("training", 0.1, 0.8, 1.0, 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, ACCOUNTANT)
 
 
 def adapter_start(name: str, rank: int) -> AdapterState:

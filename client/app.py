@@ -20,7 +20,7 @@ from common.errors import BudgetExhausted, DataError, FedVeilError, ProtocolErro
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
 from common.tasks import Record
-from common.wire import decode_state, decode_task, encode_reply, encode_state, layout_of
+from common.wire import decode_state, decode_task, encode_reply, encode_state, layout_of, round_of
 from strategies import Job, configure
 
 log = logging.getLogger("fedveil.site")
@@ -83,9 +83,7 @@ def answer(
     """
     simulated = _in_simulation()
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
-    header = content.config_records.get("header")
-    number = header.get("round") if header else 0
-    number = number if isinstance(number, int) else 0
+    number = round_of(content)
     try:
         torch.set_num_threads(own_cores())
         job = configure(settings)

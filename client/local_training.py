@@ -13,18 +13,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from client.optimizers import build_optimizer, learning_rate, set_learning_rate
+from client.optimizers import build_optimizer, set_learning_rate
 from client.site import Site
 from common.batching import length_batches
 from common.errors import DataError, ProtocolError
 from common.initial_gradient import mean_gradient, private_gradient
-from common.messages import Spending, TrainResult, TrainTask
+from common.messages import Spending, TrainResult, TrainTask, same_fingerprint
 from common.model import FederatedModel
 from common.privacy.accounting import Release
 from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
+from common.schedule import learning_rate
 from common.tasks import Batch, Record
 from common.tensors import fingerprint, merge, start_fingerprint
 from strategies import Job
@@ -111,16 +112,16 @@ def plan_of(job: Job, site: Site) -> PrivacyPlan:
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
     wanted = job.strategy.basis(job.strategy.start(model.start))
-    if task.round_number and wanted and fingerprint(task.basis or {}) != task.basis_fingerprint:
+    if task.round_number and wanted and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
         raise ProtocolError("the factors that are sent once are not those that the server says it sent")
     if task.round_number > job.config.rounds:
         raise ProtocolError(f"the task is for round {task.round_number}, the run has {job.config.rounds}")
-    if task.base_fingerprint != model.base.fingerprint:
+    if not same_fingerprint(task.base_fingerprint, model.base.fingerprint):
         raise ProtocolError(
             f"the server's base model is {task.base_fingerprint[:12]}, this site's {model.base.name!r} is "
             f"{model.base.fingerprint[:12]}: install the same weights on both sides"
         )
-    if task.start_fingerprint != start_fingerprint(model.start):
+    if not same_fingerprint(task.start_fingerprint, start_fingerprint(model.start)):
         raise ProtocolError("the adapter's start differs from the server's: seed, rank, targets or versions differ")
 
 
@@ -156,11 +157,11 @@ def charge(site: Site, plan: PrivacyPlan, release: Release, task: TrainTask) -> 
 def _take_steps(
     records: Sequence[Record], job: Job, model: FederatedModel, round_number: int, site: Site, plan: PrivacyPlan | None
 ) -> None:
-    config = job.config.training
+    config = job.config.site_training
     parameters = [p for factors in model.trained().values() for p in factors.values()]
     first = (round_number - 1) * config.local_steps
-    peak, total = job.config.peak_learning_rate, job.config.total_steps
-    optimizer = build_optimizer(model.trained(), config, peak)
+    peak, total = config.learning_rate, job.config.total_steps
+    optimizer = build_optimizer(model.trained(), config)
     model.module.train()
     if plan is not None:
         with PrivateSteps(model.module, optimizer, plan, noise_margin=rounding_margin(model.precision)) as steps:

@@ -11,8 +11,16 @@ from dataclasses import dataclass
 
 from common.types import AdapterState
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these messages; both sides must speak the same."""
+
+FINGERPRINT_DIGITS = 32
+"""Hexadecimal digits (128 bits) of a fingerprint that travel."""
+
+
+def same_fingerprint(told: str, own: str) -> bool:
+    """Return whether ``told``, whole or as it travels, is the beginning of the fingerprint ``own``."""
+    return len(told) >= FINGERPRINT_DIGITS and own.startswith(told)
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,15 @@ class TrainTask:
     """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
 
 
+SPENDING_KINDS = ("training", "initialisation")
+
+
 @dataclass(frozen=True)
 class Spending:
     """What one round cost one site, by its own ledger: a function of public settings only."""
 
     kind: str
-    """``training``, or ``initialisation`` for a release before round 1."""
+    """One of SPENDING_KINDS; ``initialisation`` is a release before round 1."""
     sample_rate: float
     noise_multiplier: float
     clip_norm: float

@@ -12,6 +12,7 @@ import torch
 from common.errors import ConfigError, RunFailed
 from common.privacy.accounting import Release, epsilon
 from common.privacy.ledger import Ledger
+from common.wire import round_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from server.report import markdown_report, read_lines
@@ -214,7 +215,7 @@ def test_a_site_that_lost_the_basis_gets_it_within_the_round(
     whole = in_process.answer
 
     def forgetful(content: Any, node: Any, settings: Any, run: str, memory: Any) -> Any:
-        if content["header"]["round"] == 2 and node["partition-id"] == 0 and "basis" not in content.array_records:
+        if round_of(content) == 2 and node["partition-id"] == 0 and "basis" not in content.array_records:
             memory.clear()
         return whole(content, node, settings, run, memory)
 
