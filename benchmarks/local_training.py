@@ -74,7 +74,7 @@ def main() -> None:
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()
 
     plain.module.train()
-    plain_optimizer = build_optimizer(plain.trained(), job.config.training, 1e-3)
+    plain_optimizer = build_optimizer(plain.trained(), job.config.training)
 
     def plain_loop(chosen: list[int]) -> None:
         for start in range(0, len(chosen), PLAIN_BATCH):
@@ -85,8 +85,8 @@ def main() -> None:
 
     budget = job.config.training.batch_tokens
     mine = [p for factors in ours.trained().values() for p in factors.values()]
-    open_optimizer = build_optimizer(ours.trained(), job.config.training, 1e-3)
-    private_optimizer = build_optimizer(ours.trained(), job.config.training, 1e-3)
+    open_optimizer = build_optimizer(ours.trained(), job.config.training)
+    private_optimizer = build_optimizer(ours.trained(), job.config.training)
     plan = PrivacyPlan(1.0, 0.8, 0.1, float(arguments.records), 1e-5, 8.0)
 
     def open_loop(chosen: list[int]) -> None:

@@ -7,7 +7,6 @@ noised gradients, which is post-processing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,14 +17,12 @@ from common.config import TrainingConfig
 from common.types import HEAD
 
 
-def build_optimizer(
-    trained: Mapping[str, Mapping[str, nn.Parameter]], config: TrainingConfig, rate: float
-) -> Optimizer:
-    """Return a new optimiser over the trained tensors, by layer and factor, at the learning rate ``rate``.
+def build_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: TrainingConfig) -> Optimizer:
+    """Return a new optimiser over the trained tensors, by layer and factor, at the configured learning rate.
 
     The head is a group of its own at ``head-rate`` times the rate; every group's ``share`` says its multiple.
     """
-    decay = config.weight_decay
+    rate, decay = config.learning_rate, config.weight_decay
     parameters = [
         {"params": list(factors.values()), "share": config.head_rate if layer == HEAD else 1.0}
         for layer, factors in trained.items()
@@ -46,14 +43,3 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of every group to its share of ``rate``."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
-
-
-def learning_rate(schedule: str, peak: float, step: int, total_steps: int) -> float:
-    """Return the learning rate of step ``step`` (0-based) of ``total_steps`` over the whole run, from ``peak`` down."""
-    progress = step / max(1, total_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[schedule]
-    return peak * factor

@@ -25,6 +25,7 @@ HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 PRIVACY_MODES = ("dp-sgd", "none")
+SERVER_OPTIMIZERS = ("none", "adam")
 
 
 @dataclass(frozen=True)
@@ -128,16 +129,16 @@ class HeadConfig:
 class TrainingConfig:
     """What a site does with one round."""
 
-    local_steps: int = 5
+    local_steps: int = 1
     """Optimiser steps a round."""
-    sample_rate: float = 0.11
+    sample_rate: float = 0.13
     """Chance of each record to be in a step's batch (Poisson); the expected batch is this times the size."""
-    optimizer: str = "adam"
-    learning_rate: float = 0.005
+    optimizer: str = "sgd"
+    learning_rate: float = 1.0
     head_rate: float = 4.0
-    """The head's learning rate over ``learning-rate``."""
+    """The head's learning rate over that of the other tensors; applied by the server's optimiser if there is one."""
     schedule: str = "linear"
-    """Course of the learning rate over all steps of the run."""
+    """Course of the learning rate over the run; of the server's optimiser if there is one, else of the sites'."""
     momentum: float = 0.9
     """For ``momentum``; also Adam's beta1."""
     beta2: float = 0.999
@@ -161,6 +162,19 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """What the server does with the sites' averaged change."""
+
+    optimizer: str = "adam"
+    """``none``: the average is the new model; ``adam``: the change is a gradient for the server's Adam (FedAdam)."""
+    learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        one_of(SERVER_OPTIMIZERS, server__optimizer=self.optimizer)
+        positive(server__learning_rate=self.learning_rate)
+
+
+@dataclass(frozen=True)
 class PrivacyConfig:
     """What the run proposes to every site; a site may be stricter, never laxer."""
 
@@ -173,15 +187,13 @@ class PrivacyConfig:
     """L2 bound of one record's gradient over all trained tensors together."""
     noise_multiplier: float = 0.0
     """Noise std over clip norm; 0: the least that keeps every round of the run within ``epsilon``."""
-    learning_rate: float = 0.02
-    """Peak learning rate of private steps (clip and noise want another than plain ones); 0: ``training``'s."""
 
     def __post_init__(self) -> None:
         one_of(PRIVACY_MODES, privacy__mode=self.mode)
         positive(privacy__epsilon=self.epsilon, privacy__clip_norm=self.clip_norm)
         in_range(0, 0.5, privacy__delta=self.delta)
         below(0.5, privacy__delta=self.delta)
-        not_negative(privacy__noise_multiplier=self.noise_multiplier, privacy__learning_rate=self.learning_rate)
+        not_negative(privacy__noise_multiplier=self.noise_multiplier)
 
     @property
     def on(self) -> bool:
@@ -194,7 +206,7 @@ class RunConfig:
     """Everything that defines a run."""
 
     strategy: str = "ffa-lora"
-    rounds: int = 7
+    rounds: int = 20
     seed: int = 1
     """Public seed of the adapter's and the head's start and of non-private batch order."""
     device: str = "auto"
@@ -206,25 +218,34 @@ class RunConfig:
     min_sites: int = 1
     """Replies that a round needs to count."""
     round_timeout: float = 3600.0
-    """Seconds that a round waits for sites."""
+    """Seconds that an attempt at a round waits for sites, and then for their replies."""
+    round_retries: int = 1
+    """Attempts more that a round gets when fewer than ``min-sites`` sites succeeded; then the run stops."""
+    max_update_norm: float = 0.0
+    """Largest L2 norm of a site's change to what it received; 0: what the run's own settings make plausible."""
+    resume: str = ""
+    """Id or folder of a run to go on with after its last complete round; empty: a new run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         positive(rounds=self.rounds, min_sites=self.min_sites, round_timeout=self.round_timeout)
+        not_negative(round_retries=self.round_retries, max_update_norm=self.max_update_norm)
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)
         if self.model.task == "causal-lm" and self.head.policy != "frozen":
             raise ConfigError("model.task 'causal-lm' has no classification head: set head.policy to 'frozen'")
 
     @property
-    def peak_learning_rate(self) -> float:
-        """Learning rate at the start of the schedule, in the run's privacy mode."""
-        private = self.privacy.on and self.privacy.learning_rate
-        return self.privacy.learning_rate if private else self.training.learning_rate
+    def site_training(self) -> TrainingConfig:
+        """What sites run: where the server has an optimiser, schedule and head's rate are its own; theirs are flat."""
+        if self.server.optimizer == "none":
+            return self.training
+        return dataclasses.replace(self.training, schedule="constant", head_rate=1.0)
 
     @property
     def total_steps(self) -> int:

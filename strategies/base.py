@@ -8,7 +8,7 @@ from public sizes; everything it sees from a site has passed the site's mechanis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,7 +26,13 @@ class ServerState:
     adapter: AdapterState
     """The global adapter, complete: every factor of every layer, and the head."""
     memory: AdapterState = field(default_factory=dict)
-    """Whatever else the strategy needs, as tensors."""
+    """Whatever else the strategy or the server's optimiser needs, as tensors."""
+
+
+FIRST_MOMENT, SECOND_MOMENT = "adam.m/", "adam.v/"
+"""Prefixes of layer names under which a server optimiser's moments stand in ``ServerState.memory``."""
+ServerStep = Callable[[ServerState, ServerState], ServerState]
+"""From the state before a round and the one averaged to: the state after the server optimiser's step."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,19 @@ class Strategy(ABC):
         return select(trained, (*self.sent, *_head_factors(trained)))
 
     @abstractmethod
-    def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """Server: return the next state from this round's contributions (at least one)."""
+    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Server: return the state that this round's contributions (at least one) average to, one round on."""
+
+    def settle(self, state: ServerState) -> ServerState:
+        """Server: bring a new state, moments included, into the form that the next round starts from."""
+        return state
+
+    def server_update(
+        self, state: ServerState, contributions: Sequence[Contribution], step: ServerStep | None = None
+    ) -> ServerState:
+        """Server: return the next state: aggregate, let the server's optimiser ``step`` (if any), settle."""
+        averaged = self.aggregate(state, contributions)
+        return self.settle(step(state, averaged) if step else averaged)
 
 
 def _head_factors(state: AdapterState) -> tuple[str, ...]:

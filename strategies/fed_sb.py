@@ -114,7 +114,7 @@ class FedSB(Strategy):
         }
         return replace(state, adapter=merge(state.adapter, basis))
 
-    def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
         """Return R ← Σ p_k R_k over this round's sites only, head ← Σ p_k head_k."""
         adapter = merge(state.adapter, mean(contributions))
         return replace(state, round_number=state.round_number + 1, adapter=adapter)

@@ -30,7 +30,7 @@ from torch import Tensor
 from common.check import not_negative, one_of, positive
 from common.tensors import merge, select
 from common.types import AdapterState
-from strategies.base import Contribution, ServerState, Strategy, mean
+from strategies.base import FIRST_MOMENT, SECOND_MOMENT, Contribution, ServerState, Strategy, mean
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest count as zero (float32 factors)."""
@@ -82,19 +82,32 @@ class FedSVD(Strategy):
         rest = {layer: {n: t for n, t in factors.items() if n != "M"} for layer, factors in received.items()}
         return merge(merge(start, rest), rotated)
 
-    def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """Return B ← Σ p_k B_k, re-factorised when it is due; A and M follow."""
-        done = state.round_number + 1
+    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Return B ← Σ p_k B_k, head ← Σ p_k head_k."""
         adapter = merge(state.adapter, mean(contributions))
-        memory = state.memory
-        if done > self.warmup and (done - self.warmup) % self.period == 0:
-            for layer in memory:
-                A, B = adapter[layer]["A"], adapter[layer]["B"]
-                new_b, change = refactor(B, A, square_root=self.split == "square-root")
-                rotation = (change @ memory[layer]["M"].double()).to(A.dtype)
-                memory = merge(memory, {layer: {"M": rotation}})
-                adapter = merge(adapter, {layer: {"A": rotate(rotation, memory[layer]["A0"]), "B": new_b}})
-        return replace(state, round_number=done, adapter=adapter, memory=memory)
+        return replace(state, round_number=state.round_number + 1, adapter=adapter)
+
+    def settle(self, state: ServerState) -> ServerState:
+        """Return the state re-factorised when it is due; A, M and moments of B follow the basis.
+
+        With ``A ← C A`` a gradient of B becomes its product with Cᵀ, and so does the first moment; the
+        second becomes its product with (C ∘ C)ᵀ, exact where B's columns vary independently.
+        """
+        if state.round_number <= self.warmup or (state.round_number - self.warmup) % self.period:
+            return state
+        changes: AdapterState = {}
+        for layer in (layer for layer, held in state.memory.items() if "M" in held):
+            A, B, held = state.adapter[layer]["A"], state.adapter[layer]["B"], state.memory[layer]
+            new_b, change = refactor(B, A, square_root=self.split == "square-root")
+            rotation = (change @ held["M"].double()).to(A.dtype)
+            changes[layer] = {"B": new_b, "A": rotate(rotation, held["A0"]), "M": rotation}
+            for prefix, turn in ((FIRST_MOMENT, change), (SECOND_MOMENT, change.square())):
+                if prefix + layer in state.memory:
+                    changes[prefix + layer] = {"B": state.memory[prefix + layer]["B"] @ turn.T}
+        moments = {layer: factors for layer, factors in changes.items() if layer not in state.adapter}
+        adapter = select({layer: f for layer, f in changes.items() if layer in state.adapter}, ("A", "B"))
+        memory = merge(select(changes, ("M",)), moments)
+        return replace(state, adapter=merge(state.adapter, adapter), memory=merge(state.memory, memory))
 
 
 def rotate(M: Tensor, start: Tensor) -> Tensor:

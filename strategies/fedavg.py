@@ -30,7 +30,7 @@ class FedAvgLoRA(Strategy):
     exact: ClassVar[bool] = False
     noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A): quadratic"
 
-    def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
         """Return A ← Σ p_k A_k, B ← Σ p_k B_k, head ← Σ p_k head_k."""
         adapter = merge(state.adapter, mean(contributions))
         return replace(state, round_number=state.round_number + 1, adapter=adapter)

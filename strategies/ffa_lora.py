@@ -30,7 +30,7 @@ class FFALoRA(Strategy):
     exact: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"
 
-    def server_update(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
         """Return B ← Σ p_k B_k, head ← Σ p_k head_k; A stays bit for bit."""
         adapter = merge(state.adapter, mean(contributions))
         return replace(state, round_number=state.round_number + 1, adapter=adapter)

@@ -582,7 +582,6 @@ def play_round(
             **toy_settings,
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
-            "privacy.learning-rate": 0.0,
             "training.head-rate": 1.0,
             "privacy.clip-norm": 0.5,
             "training.schedule": "constant",

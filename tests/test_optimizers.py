@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from client.optimizers import build_optimizer, learning_rate, set_learning_rate
+from client.optimizers import build_optimizer, set_learning_rate
 from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
+from common.schedule import learning_rate
 from common.types import HEAD
 
 fast = settings(max_examples=25, deadline=None)
@@ -37,7 +38,7 @@ def test_every_optimizer_of_the_configuration_is_tested() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> None:
-    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name), 0.03)
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name, learning_rate=0.03))
     kind, wanted = WANTED[name]
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
@@ -48,7 +49,7 @@ def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> Non
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rate", [None, 0.03, 0.001, 0.0])
 def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float | None) -> None:
-    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name), 0.03)
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name, learning_rate=0.03))
     if rate is not None:
         set_learning_rate(optimizer, rate)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -60,10 +61,10 @@ def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_starts_without_memory(name: str) -> None:
     parameter = nn.Parameter(torch.ones(3))
-    first = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name), 0.03)
+    first = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name, learning_rate=0.03))
     parameter.grad = torch.ones(3)
     first.step()
-    assert not build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name), 0.03).state, (
+    assert not build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name, learning_rate=0.03)).state, (
         "moments crossed a round"
     )
 
@@ -91,7 +92,7 @@ def by_hand(name: str, value: float, gradients: list[float]) -> float:
 def test_each_optimizer_steps_as_its_paper_says(name: str) -> None:
     gradients, ends = [1.0, -0.5, 2.0, 0.1], {other: by_hand(other, 0.7, [1.0, -0.5, 2.0, 0.1]) for other in OPTIMIZERS}
     parameter = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
-    optimizer = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name), 0.03)
+    optimizer = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name, learning_rate=0.03))
     for gradient in gradients:
         parameter.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
@@ -121,12 +122,9 @@ def test_a_run_without_a_step_has_a_rate_all_the_same() -> None:
     assert all(learning_rate(s, 0.02, 0, 0) == 0.02 for s in SCHEDULES)
 
 
-def test_a_private_run_has_a_rate_of_its_own() -> None:
-    def peak(**settings: float | str) -> float:
-        values = {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
-        return from_mapping(values).peak_learning_rate
-
-    own = {"training__learning_rate": 0.3, "privacy__learning_rate": 0.7}
-    assert peak(**own) == 0.7
-    assert peak(**own, privacy__mode="none") == 0.3
-    assert peak(training__learning_rate=0.3, privacy__learning_rate=0.0) == 0.3
+def test_schedule_and_head_rate_belong_to_the_servers_optimiser_where_there_is_one() -> None:
+    settings = {"training.schedule": "linear", "training.head-rate": 3.0}
+    site = from_mapping({**settings, "server.optimizer": "adam"}).site_training
+    assert (site.schedule, site.head_rate) == ("constant", 1.0), "the site would apply them a second time"
+    site = from_mapping({**settings, "server.optimizer": "none"}).site_training
+    assert (site.schedule, site.head_rate) == ("linear", 3.0), "nobody would apply them"

@@ -1,0 +1,141 @@
+"""The server's Adam: what it does to an average, and that sites with one plain step make it centralised Adam."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import RunConfig, ServerConfig, TrainingConfig
+from common.types import HEAD, AdapterState
+from experiments.in_process import run_in_process
+from server.optimizer import server_step
+from strategies import STRATEGIES, Contribution, ServerState
+from strategies.base import FIRST_MOMENT, SECOND_MOMENT
+from strategies.fed_svd import FedSVD
+from strategies.ffa_lora import FFALoRA
+
+CONFIG = RunConfig(
+    rounds=6,
+    server=ServerConfig(optimizer="adam", learning_rate=0.05),
+    training=TrainingConfig(head_rate=3.0, schedule="linear"),
+)
+
+
+def start(seed: int = 0) -> AdapterState:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {"layer": {"A": normal(2, 5), "B": normal(7, 2)}, HEAD: {"weight": normal(3, 4), "bias": normal(3)}}
+
+
+def gradient_at(state: AdapterState, site: int) -> AdapterState:
+    """The gradient of a site's own quadratic bowl, so that it depends on where the model stands."""
+    centre = start(100 + site)
+    trained = {"layer": ("B",), HEAD: ("weight", "bias")}
+    return {layer: {n: state[layer][n] - centre[layer][n] for n in names} for layer, names in trained.items()}
+
+
+def test_one_plain_step_at_unequal_sites_makes_the_servers_adam_centralised_adam() -> None:
+    weights, rate = [5.0, 1.0, 2.0], 0.3
+    state = ServerState(0, start())
+    reference = {(k, n): t.clone().requires_grad_(n != "A") for k, f in start().items() for n, t in f.items()}
+    trained = [t for t in reference.values() if t.requires_grad]
+    shares = [3.0 if k == HEAD else 1.0 for (k, n), t in reference.items() if t.requires_grad]
+    adam = torch.optim.Adam([{"params": [t]} for t in trained], 1.0)
+    for done in range(CONFIG.rounds):
+        contributions, total = [], {key: torch.zeros_like(t) for key, t in reference.items()}
+        for site, weight in enumerate(weights):
+            gradient = gradient_at(state.adapter, site)
+            contributions.append(
+                Contribution(
+                    f"site-{site}",
+                    weight,
+                    {k: {n: state.adapter[k][n] - rate * g for n, g in f.items()} for k, f in gradient.items()},
+                )
+            )
+            for k, f in gradient.items():
+                for n, g in f.items():
+                    total[k, n] += weight / sum(weights) * g
+        state = server_step(CONFIG, state, FFALoRA().server_update(state, contributions))
+        for group, share in zip(adam.param_groups, shares, strict=True):
+            group["lr"] = 0.05 * share * (1 - done / CONFIG.rounds)
+        for key, tensor in reference.items():
+            tensor.grad = rate * total[key] if tensor.requires_grad else None
+        adam.step()
+    for (layer, name), tensor in reference.items():
+        assert torch.allclose(state.adapter[layer][name], tensor.detach(), rtol=1e-9, atol=1e-9), f"{layer}/{name}"
+    assert torch.equal(state.adapter["layer"]["A"], start()["layer"]["A"]), "a frozen factor moved"
+    assert state.round_number == CONFIG.rounds
+
+
+def test_without_an_optimiser_the_average_is_the_new_model() -> None:
+    averaged = ServerState(1, start(1))
+    config = replace(CONFIG, server=ServerConfig(optimizer="none"))
+    assert server_step(config, ServerState(0, start()), averaged) is averaged
+
+
+def test_the_adapter_keeps_its_dtype_and_the_moments_are_float64() -> None:
+    single = {layer: {n: t.float() for n, t in f.items()} for layer, f in start().items()}
+    other = {layer: {n: t.float() for n, t in f.items()} for layer, f in start(1).items()}
+    state = server_step(CONFIG, ServerState(0, single), ServerState(1, other))
+    assert {t.dtype for f in state.adapter.values() for t in f.values()} == {torch.float32}
+    assert {t.dtype for f in state.memory.values() for t in f.values()} == {torch.float64}
+
+
+def test_the_first_step_has_the_learning_rates_length_in_every_moved_coordinate() -> None:
+    before, after = start(), start(1)
+    state = server_step(CONFIG, ServerState(0, before), ServerState(1, after))
+    moved = (state.adapter["layer"]["B"] - before["layer"]["B"]).abs()
+    assert torch.allclose(moved, torch.full_like(moved, 0.05), rtol=1e-5), "Adam's first step is the sign of the change"
+    head = (state.adapter[HEAD]["bias"] - before[HEAD]["bias"]).abs()
+    assert torch.allclose(head, torch.full_like(head, 0.15), rtol=1e-5), "the head steps at head-rate times the rate"
+
+
+def test_moments_follow_the_basis_that_fed_svd_turns_to() -> None:
+    """The first moment stays the moment of the same gradient in weight space: m' = m Cᵀ when A' = C A."""
+    strategy, begun = FedSVD(), FedSVD().start(start())
+    site = Contribution("s", 1.0, {"layer": {"B": start(1)["layer"]["B"]}, HEAD: start(1)[HEAD]})
+    stepped = server_step(CONFIG, begun, strategy.aggregate(begun, [site]))
+    settled = strategy.settle(stepped)
+    A, turned = stepped.adapter["layer"]["A"], settled.adapter["layer"]["A"]
+    change = turned @ torch.linalg.pinv(A)
+    for prefix, turn in ((FIRST_MOMENT, change), (SECOND_MOMENT, change.square())):
+        moment, new = stepped.memory[f"{prefix}layer"]["B"], settled.memory[f"{prefix}layer"]["B"]
+        assert not torch.allclose(moment, new), "the basis did not turn: this test shows nothing"
+        assert torch.allclose(new, moment @ turn.T, atol=1e-12), prefix
+        assert torch.equal(stepped.memory[prefix + HEAD]["bias"], settled.memory[prefix + HEAD]["bias"])
+    assert torch.allclose(settled.adapter["layer"]["B"] @ turned, stepped.adapter["layer"]["B"] @ A, atol=1e-12), (
+        "turning the basis changed the model"
+    )
+
+
+def test_the_default_way_of_training_lowers_the_loss(toy_settings: dict[str, Any]) -> None:
+    """Every strategy through the whole federation, with the default optimisers."""
+    for name in STRATEGIES:
+        settings = {
+            **toy_settings,
+            "strategy": name,
+            "rounds": 6,
+            "privacy.mode": "none",
+            "server.optimizer": "adam",
+            "server.learning-rate": 0.02,
+            "training.optimizer": "sgd",
+            "training.learning-rate": 1.0,
+            "training.local-steps": 1,
+        }
+        folder = run_in_process(settings, 3, f"adam-{name}")
+        lines = _lines(folder)
+        assert math.isfinite(lines[-1]["loss"])
+        assert lines[-1]["loss"] < lines[0]["loss"], f"{name}: the loss went from {lines[0]['loss']} up"
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
