@@ -11,6 +11,7 @@
     └── PrivacyError           a promise about privacy would not hold
         ├── BudgetExhausted    the next release would exceed the data set's budget
         ├── LedgerError        the ledger cannot be read or written
+        ├── PolicyRefusal      a rule of the site's steward forbids it
         └── MechanismError     a gradient did not come from the privacy mechanism
 
 Messages are one line: what is wrong, where, and what to do.
@@ -53,6 +54,10 @@ class BudgetExhausted(PrivacyError):
 
 class LedgerError(PrivacyError):
     """The ledger of a site cannot be read or written."""
+
+
+class PolicyRefusal(PrivacyError):
+    """A rule of the site's steward forbids what the server asks for."""
 
 
 class MechanismError(PrivacyError):

@@ -30,16 +30,20 @@ class Dataset:
     label_phrases: tuple[tuple[str, ...], ...] = ()
     """Public phrases about each label, written by hand and not taken from records; may be empty."""
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the records as a multiset, in hexadecimal.
+    def canonical_records(self) -> list[str]:
+        """Return one text per record, equal for equal records, sorted.
 
         The order of records, the data set's name, the order of labels and the natural keys do not
         change it: none of them makes the same people's records another data set.
         """
-        digest = hashlib.sha256()
-        for record in sorted(
+        return sorted(
             json.dumps([e.text, e.text_pair, None if e.label is None else self.label_names[e.label], e.completion])
             for e in self.examples
-        ):
+        )
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the canonical records as a multiset, in hexadecimal."""
+        digest = hashlib.sha256()
+        for record in self.canonical_records():
             digest.update(record.encode() + b"\n")
         return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -18,9 +19,11 @@ from typing import Any
 
 import pytest
 
-from common.errors import BudgetExhausted, ConfigError, LedgerError
+from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
+from common.examples import Dataset, Example
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import APPLICATION_ID, Charge, Ledger
+from common.privacy.contents import record_hashes
+from common.privacy.ledger import APPLICATION_ID, EVALUATION, Charge, Ledger
 
 DELTA = 1e-5
 ROUND = Release(noise_multiplier=1.0, sample_rate=0.1, count=5)
@@ -317,7 +320,7 @@ def write_other_database(path: Path) -> None:
 def write_newer_format(path: Path) -> None:
     Ledger(path).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
 
 
@@ -351,7 +354,7 @@ def write_impossible_figure(path: Path) -> None:
         (write_text, "not a ledger"),
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
-        (write_newer_format, "format 2, this FedVeil reads 1"),
+        (write_newer_format, "format 3, this FedVeil reads 2"),
         (write_damaged, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
@@ -401,3 +404,210 @@ def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
 def test_the_files_mark_is_the_documented_one(path: Path) -> None:
     Ledger(path).close()
     assert path.read_bytes()[68:72] == APPLICATION_ID.to_bytes(4, "big") == b"FVLD"
+
+
+# The same records under another name.
+
+
+def texts(*numbers: int) -> Dataset:
+    return Dataset("any", tuple(Example(text=f"record {n}", label=n % 2) for n in numbers), ("no", "yes"))
+
+
+def charge_for(path: Path, dataset: str, data: Dataset) -> Charge:
+    with Ledger(path) as ledger:
+        return charge(ledger, 1, WHISPER, dataset=dataset, records=record_hashes(data, ledger.key))
+
+
+def check_that_the_same_records_are_known_again(path: Path) -> None:
+    charge_for(path, "ward", texts(*range(20)))
+    with pytest.raises(PolicyRefusal, match=r"'clinic'.*'ward'") as refusal:
+        charge_for(path, "clinic", texts(*reversed(range(20))))
+    assert "\n" not in str(refusal.value)
+    with Ledger(path) as ledger:
+        assert {entry.dataset for entry in ledger.entries()} == {"ward"}, "a refused charge was written"
+
+
+def test_the_same_records_under_another_name_are_refused_in_any_order(path: Path) -> None:
+    check_that_the_same_records_are_known_again(path)
+
+
+def test_a_ledger_that_does_not_look_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "_recognise", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception):
+        check_that_the_same_records_are_known_again(path)
+
+
+@pytest.mark.parametrize(
+    ("second", "refused"),
+    [
+        (range(10), True),  # a part of the known ones
+        (range(200), True),  # the known ones and many more
+        (range(10, 30), True),  # half of them
+        (range(11, 31), False),  # just below half
+        (range(20, 40), False),  # none
+    ],
+)
+def test_a_large_overlap_is_refused_and_a_small_one_is_not(path: Path, second: range, refused: bool) -> None:
+    charge_for(path, "ward", texts(*range(20)))
+    if refused:
+        with pytest.raises(PolicyRefusal):
+            charge_for(path, "clinic", texts(*second))
+    else:
+        assert charge_for(path, "clinic", texts(*second)).epsilon_before == 0.0
+
+
+def test_changed_records_under_one_name_stay_on_one_budget_and_old_ones_stay_known(path: Path) -> None:
+    first = charge_for(path, "ward", texts(*range(20)))
+    second = charge_for(path, "ward", texts(*range(100, 120)))
+    assert second.epsilon_before == first.epsilon_after
+    with pytest.raises(PolicyRefusal):
+        charge_for(path, "clinic", texts(*range(20)))
+
+
+def test_hashes_follow_the_records_and_the_ledgers_own_key(path: Path, tmp_path: Path) -> None:
+    with Ledger(path) as here, Ledger(tmp_path / "other.sqlite") as there:
+        assert here.key != there.key
+        one, other = texts(1, 2), texts(2, 1, 1)
+        assert record_hashes(one, here.key) == record_hashes(other, here.key)
+        assert not record_hashes(one, here.key) & record_hashes(one, there.key)
+        renumbered = Dataset("x", tuple(Example(text=f"record {n}", label=(n + 1) % 2) for n in (1, 2)), ("yes", "no"))
+        assert record_hashes(renumbered, here.key) == record_hashes(one, here.key), "label numbers count"
+
+
+# Budgets that the steward sets.
+
+
+def test_the_stored_budget_wins_over_whatever_two_runs_propose(path: Path) -> None:
+    budget = cost_of(2)
+    with Ledger(path) as ledger:
+        ledger.set_budget("ward", budget, DELTA)
+        first = charge(ledger, 1, run="a", max_epsilon=100.0)
+        assert (first.max_epsilon, first.epsilon_remaining) == (budget, budget - cost_of(1))
+        charge(ledger, 1, run="b", max_epsilon=50.0)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 2, run="b", max_epsilon=50.0)
+        assert ledger.epsilon("ward", DELTA) == budget
+
+
+def test_a_stricter_proposal_wins_over_the_stored_budget(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.set_budget("ward", 100.0, DELTA)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 1, max_epsilon=cost_of(1) / 2)
+
+
+def test_a_policy_lowers_the_stored_budget_and_only_the_steward_raises_it(path: Path) -> None:
+    with Ledger(path) as ledger:
+        assert ledger.lower_budget("ward", math.inf, 1e-5).epsilon == math.inf
+        for epsilon_, holds in ((5.0, 5.0), (3.0, 3.0), (8.0, 3.0), (3.0, 3.0)):
+            assert ledger.lower_budget("ward", epsilon_, 1e-5).epsilon == holds
+        ledger.set_budget("ward", 8.0, 1e-4)
+        assert ledger.terms("ward").epsilon == 8.0
+        assert ledger.terms("ward").delta == 1e-5, "a delta that was promised once does not grow"
+        assert [(b.epsilon, b.delta) for b in ledger.budgets()] == [(5.0, 1e-5), (3.0, 1e-5), (8.0, 1e-4)]
+
+
+@pytest.mark.parametrize("terms", [("ward", 0.0, 1e-5), ("ward", 1.0, 0.5), ("ward", math.inf, 1e-5), ("", 1.0, 1e-5)])
+def test_an_impossible_budget_is_not_stored(path: Path, terms: tuple[str, float, float]) -> None:
+    with Ledger(path) as ledger:
+        with pytest.raises(ConfigError):
+            ledger.set_budget(*terms)
+        assert ledger.budgets() == []
+
+
+def test_several_deltas_compose_at_the_smallest(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1, delta=1e-4)
+        charge(ledger, 1, run="b", delta=1e-6, max_epsilon=50.0)
+        last = charge(ledger, 2, delta=1e-4, max_epsilon=50.0)
+    assert last.delta == 1e-6
+    assert last.epsilon_after == epsilon([Release(1.0, 0.1, 15)], 1e-6) > epsilon([Release(1.0, 0.1, 15)], 1e-4)
+
+
+def test_rounds_and_steps_of_a_run_are_counted(path: Path) -> None:
+    with Ledger(path) as ledger:
+        for round_number in (1, 2, 2):
+            charge(ledger, round_number, WHISPER)
+        charge(ledger, 1, WHISPER, run="another")
+        charge(ledger, 3, Release(9.0, 1.0, 1, kind=EVALUATION))
+        assert ledger.joined("ward", "run-1") == (2, 3)
+        assert ledger.joined("ward", "nobody's") == (0, 0)
+        assert ledger.entries()[-1].clip_norm == 1.0, "a count is not clipped; its sensitivity is 1"
+
+
+# Ledgers of the first format.
+
+FIRST_FORMAT = """
+CREATE TABLE charges (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+    kind TEXT NOT NULL, noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
+    sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
+    count INTEGER NOT NULL CHECK (count >= 1), delta REAL NOT NULL, clip_norm REAL NOT NULL, charged_at TEXT NOT NULL
+);
+CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, charged_at)
+VALUES ('ward', 'old', 1, 'training', 1.0, 0.1, 5, 1e-5, 0.5, '2026-01-02T03:04:05+00:00');
+PRAGMA application_id = 0x46564C44;
+PRAGMA user_version = 1;
+"""
+
+
+@pytest.fixture
+def old_ledger(path: Path) -> Path:
+    connection = sqlite3.connect(path)
+    connection.executescript(FIRST_FORMAT)
+    connection.close()
+    return path
+
+
+def test_a_ledger_of_the_first_format_keeps_its_history_and_gets_the_rest(old_ledger: Path) -> None:
+    for _ in range(2):
+        with Ledger(old_ledger) as ledger:
+            assert ledger.epsilon("ward", DELTA) == cost_of(1)
+            assert len(ledger.key) == 32
+            assert ledger.terms("ward").delta == DELTA
+            key = ledger.key
+    with Ledger(old_ledger) as ledger:
+        assert ledger.key == key, "the key changed when the ledger was opened again"
+        assert charge(ledger, 2).epsilon_after == cost_of(2)
+        ledger.set_budget("ward", 3.0, DELTA)
+        assert ledger._connection.execute("PRAGMA user_version").fetchone()[0] == 2
+
+
+def layout(path: Path) -> list[tuple[str, str]]:
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY name")
+    found = rows.fetchall()
+    connection.close()
+    return found
+
+
+def test_a_migrated_ledger_has_the_layout_of_a_new_one(old_ledger: Path, tmp_path: Path) -> None:
+    Ledger(old_ledger).close()
+    Ledger(tmp_path / "new.sqlite").close()
+    assert layout(old_ledger) == layout(tmp_path / "new.sqlite")
+
+
+def test_a_migration_that_fails_half_way_leaves_the_old_ledger(
+    old_ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("common.privacy.ledger._finish_schema", lambda: "CREATE TABLE budgets (id);\nNONSENSE;\n")
+        with pytest.raises(LedgerError):
+            Ledger(old_ledger)
+    assert layout(old_ledger) == [("charges", "table"), ("no_delete", "trigger"), ("no_update", "trigger")]
+    with Ledger(old_ledger) as ledger:
+        assert ledger.epsilon("ward", DELTA) == cost_of(1)
+
+
+@pytest.mark.parametrize("table", ["budgets", "records"])
+def test_budgets_and_hashes_can_neither_be_changed_nor_removed(path: Path, table: str) -> None:
+    charge_for(path, "ward", texts(1, 2, 3))
+    with Ledger(path) as ledger:
+        ledger.set_budget("ward", 3.0, DELTA)
+    connection = sqlite3.connect(path)
+    for statement in (f"UPDATE {table} SET dataset = 'x'", f"DELETE FROM {table}"):
+        with pytest.raises(sqlite3.IntegrityError, match="only ever added"):
+            connection.execute(statement)
+    connection.close()
