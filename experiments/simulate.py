@@ -157,12 +157,19 @@ def _submit(link: _Link, settings: Mapping[str, Scalar], sites: int, workers: in
     return found.group(1)
 
 
+def worker_count(sites: int, workers: int) -> int:
+    """Return how many processes train at once: ``workers``, or with 0 one for each GPU, else for each core."""
+    import torch
+
+    cores = own_cores()
+    return min(workers or (torch.cuda.device_count() or cores), sites, cores)
+
+
 def _resources(sites: int, workers: int) -> str:
     """Divide cores and GPUs among worker processes, so that no two share a core."""
     import torch
 
-    cores, gpus = own_cores(), torch.cuda.device_count()
-    workers = min(workers or (gpus or cores), sites, cores)
+    cores, gpus, workers = own_cores(), torch.cuda.device_count(), worker_count(sites, workers)
     share = gpus / workers if gpus else 0.0
     return (
         f"num-supernodes={sites} client-resources-num-cpus={cores // workers} "
