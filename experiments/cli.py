@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,34 +12,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import FedVeilError
+from experiments.deploy.cli import doctor_app, server_app, site_app
+from experiments.people import for_people as _for_people
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger.")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
+app.add_typer(doctor_app, name="doctor")
 console = Console(highlight=False, soft_wrap=True)
 
 Settings = Annotated[
     list[str] | None,
     typer.Option("-c", "--config", help="Settings: 'key=value key2=\"text\"' or a TOML file; may be given again."),
 ]
-
-
-def _for_people(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an error that is meant for people into one line and exit code 1."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except FedVeilError as error:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"fedveil: {error}", markup=False)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt:
-            Console(stderr=True).print("fedveil: stopped by you; what was charged to a ledger stays charged")
-            raise typer.Exit(130) from None
-
-    return wrapped
 
 
 @app.command()

@@ -1,0 +1,176 @@
+"""The federation's certificate authority and the server's certificate (X.509, ECDSA P-384).
+
+Sites know one thing of the server: the authority's certificate. Whoever has the authority's key can
+pose as the server, so it is needed only to issue, and is best kept on another machine.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from common.errors import ConfigError, DataError
+
+AUTHORITY_DAYS = 3650
+SERVER_DAYS = 397
+CLOCK_ALLOWANCE = timedelta(minutes=10)
+"""A new certificate is valid from this long ago, for sites whose clock is behind."""
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate and its private key, both PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+def new_authority(name: str) -> Issued:
+    """Return a new certificate authority that can issue server certificates and no further authorities."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    usage = x509.KeyUsage(
+        key_cert_sign=True,
+        crl_sign=True,
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    builder = (
+        _builder(subject, subject, key, AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    return Issued(_pem(builder.sign(key, hashes.SHA384())), _key_pem(key))
+
+
+def new_server_certificate(names: Sequence[str], authority: Issued, now: datetime | None = None) -> Issued:
+    """Return a server certificate for ``names`` (host names and IP addresses), signed by ``authority``.
+
+    Args:
+        names: what sites dial, and what programs on the server's own machine dial; at least one.
+        authority: the certificate authority.
+        now: when it is issued; it is valid for SERVER_DAYS from then. Default: now.
+
+    Raises:
+        ConfigError: there is no name, or one is neither a host name nor an address.
+        DataError: the authority's files are not a certificate and its key.
+    """
+    if not names:
+        raise ConfigError("a server certificate needs at least one name that sites dial")
+    key, issuer = ec.generate_private_key(ec.SECP384R1()), read_certificate(authority.certificate, "the authority")
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    builder = (
+        _builder(subject, issuer.subject, key, SERVER_DAYS, now)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
+    )
+    return Issued(_pem(builder.sign(_read_key(authority.key), hashes.SHA384())), _key_pem(key))
+
+
+def read_certificate(pem: bytes, whose: str) -> x509.Certificate:
+    """Return the certificate in ``pem``.
+
+    Raises:
+        DataError: it is not one.
+    """
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise DataError(f"the certificate of {whose} is not in PEM form: copy the file again") from error
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """Return the host names and addresses that a certificate holds for; empty if it names none."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
+
+
+def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:
+    """Return the days until a certificate expires; negative: it has expired."""
+    return (certificate.not_valid_after_utc - (now or datetime.now(UTC))) / timedelta(days=1)
+
+
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether ``authority`` signed ``certificate``."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def belongs_to(certificate: x509.Certificate, key_pem: bytes) -> bool:
+    """Whether the private key in ``key_pem`` is the certificate's.
+
+    Raises:
+        DataError: it is not an elliptic-curve key in PEM form.
+    """
+    return _read_key(key_pem).public_key() == certificate.public_key()
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return a certificate's SHA-256 as people read it to each other: ``AB:CD:...``."""
+    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, now: datetime | None = None
+) -> x509.CertificateBuilder:
+    now = now or datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_ALLOWANCE)
+        .not_valid_after(now + timedelta(days=days))
+    )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(name)
+    except ValueError as error:
+        raise ConfigError(f"{name!r} is neither a host name nor an IP address") from error
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _read_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except ValueError as error:
+        raise DataError("a private key is not in PEM form: restore it, or make a new pair") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DataError("a private key is not an elliptic-curve key: make a new pair")
+    return key

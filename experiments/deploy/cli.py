@@ -1,0 +1,212 @@
+"""``fedveil server``, ``fedveil site`` and ``fedveil doctor``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import ConfigError
+from experiments.deploy.findings import Finding
+from experiments.people import for_people
+
+server_app = typer.Typer(no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
+site_app = typer.Typer(no_args_is_help=True, help="A site's side: keys, policy, the node.")
+doctor_app = typer.Typer(
+    no_args_is_help=True, help="Look a server's or a site's folder over; exit code 1 if anything fails."
+)
+
+Folder = Annotated[Path, typer.Argument(help="The server's or the site's folder.")]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@server_app.command("init")
+@for_people
+def server_init(
+    folder: Folder,
+    name: Annotated[list[str], typer.Option(help="Host name or address that sites dial; may be given again.")],
+    authority: Annotated[Path | None, typer.Option(help="Folder of the certificate authority.")] = None,
+    fleet_port: Annotated[int, typer.Option(help="Port for sites.")] = 9092,
+    control_host: Annotated[str, typer.Option(help="Address of the Control API; keep it local.")] = "127.0.0.1",
+    control_port: Annotated[int, typer.Option(help="Port of the Control API.")] = 8000,
+) -> None:
+    """Make a server's folder: certificate authority, certificate, Flower's connection, service unit."""
+    from experiments.deploy.certificates import fingerprint, read_certificate
+    from experiments.deploy.server_folder import make_server
+    from experiments.deploy.units import server_steps, write_server_unit
+
+    made = make_server(
+        folder,
+        name,
+        authority=authority,
+        control_host=control_host,
+        control_port=control_port,
+        fleet_port=fleet_port,
+    )
+    write_server_unit(made)
+    authority_certificate = read_certificate((made.path / "ca.crt").read_bytes(), "the authority")
+    _say(server_steps(made, fingerprint(authority_certificate)))
+
+
+@server_app.command("renew")
+@for_people
+def server_renew(
+    folder: Folder,
+    authority: Annotated[Path | None, typer.Option(help="Folder of the certificate authority.")] = None,
+) -> None:
+    """Issue a new certificate and key for the server; sites need nothing new. Restart the server afterwards."""
+    from experiments.deploy.server_folder import open_server, renew_server
+
+    renew_server(open_server(folder), authority)
+    _say("the server has a new certificate; restart it to use it")
+
+
+@server_app.command("start")
+@for_people
+def server_start(folder: Folder) -> None:
+    """Run the SuperLink in the foreground, as the service unit does."""
+    from experiments.deploy.server_folder import open_server
+    from experiments.deploy.start import start_server
+
+    start_server(open_server(folder), _say)
+
+
+@server_app.command("register")
+@for_people
+def server_register(
+    folder: Folder, key: Annotated[Path, typer.Argument(help="The site's node.pub; its comment is the site's name.")]
+) -> None:
+    """Let a site in. The server must be running."""
+    from experiments.deploy.registry import register_site
+    from experiments.deploy.server_folder import open_server
+
+    _say(register_site(open_server(folder), key))
+
+
+@server_app.command("revoke")
+@for_people
+def server_revoke(folder: Folder, site: Annotated[str, typer.Argument(help="The site's name.")]) -> None:
+    """Shut a site out, from its next call on. The server must be running."""
+    from experiments.deploy.registry import revoke_site
+    from experiments.deploy.server_folder import open_server
+
+    _say(revoke_site(open_server(folder), site))
+
+
+@server_app.command("submit")
+@for_people
+def server_submit(
+    folder: Folder,
+    config: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
+    sites: Annotated[int, typer.Option(help="Sites that must be online first.")] = 1,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for them.")] = 300.0,
+    once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,
+) -> None:
+    """Run a job on the sites, follow it to its end, and say by the exit code how it ended."""
+    from experiments.cli import print_summary
+    from experiments.deploy.server_folder import open_server
+    from experiments.deploy.submit import submit
+    from experiments.settings import parse_settings
+
+    run = submit(open_server(folder), parse_settings(config or []), _say, sites=sites, patience=patience, once=once)
+    print_summary(run)
+
+
+@site_app.command("init")
+@for_people
+def site_init(
+    folder: Folder,
+    server: Annotated[str, typer.Option(help="HOST or HOST:PORT of the server.")],
+    name: Annotated[str, typer.Option(help="The site's name in reports; default: the folder's name.")] = "",
+    ca: Annotated[
+        Path | None, typer.Option(help="ca.crt from the coordinator; may be put into the folder later.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="File or folder with the site's records.")] = None,
+    public_size: Annotated[int, typer.Option(help="Number of records that you declare as public.")] = 0,
+    epsilon: Annotated[float, typer.Option(help="Budget of the data set, over all runs.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="Below one over the number of records.")] = 1e-5,
+    node: Annotated[str, typer.Option(help="More node settings, such as 'partition-id=0 num-partitions=2'.")] = "",
+    model: Annotated[str, typer.Option(help="Base model that the doctor checks.")] = "all-MiniLM-L6-v2",
+    task: Annotated[str, typer.Option(help="What it is used for, as the setting model.task.")] = "classification",
+    fingerprint: Annotated[str, typer.Option(help="The base model's fingerprint, from the coordinator.")] = "",
+    runtime_port: Annotated[int, typer.Option(help="Loopback port for Flower's own processes.")] = 9094,
+) -> None:
+    """Make a site's folder: key pair, policy file, service unit."""
+    from experiments.deploy.policy_file import policy_text
+    from experiments.deploy.site_folder import make_site
+    from experiments.deploy.units import site_steps, write_site_unit
+
+    if data is not None:
+        if public_size < 1:
+            raise ConfigError("--public-size is needed beside --data: a whole number that you declare as public")
+        data = data.expanduser().absolute()
+        if not data.exists():
+            raise ConfigError(f"--data: there is nothing at {data}")
+        node = f'data="{data}" public-size={public_size} {node}'.strip()
+    site = name or folder.expanduser().absolute().name
+    made = make_site(
+        folder,
+        site,
+        server,
+        policy=policy_text(site, public_size, epsilon, delta),
+        node=node,
+        authority=ca,
+        runtime_port=runtime_port,
+        model=model,
+        task=task,
+        fingerprint=fingerprint,
+    )
+    write_site_unit(made)
+    _say(site_steps(made))
+
+
+@site_app.command("start")
+@for_people
+def site_start(
+    folder: Folder,
+    node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
+) -> None:
+    """Wait until the server lets this site in, then run its node in the foreground, as the service unit does."""
+    from experiments.deploy.site_folder import open_site_folder
+    from experiments.deploy.start import start_site
+
+    start_site(open_site_folder(folder), _say, node)
+
+
+@doctor_app.command("server")
+@for_people
+def doctor_server(
+    folder: Folder,
+    model: Annotated[str, typer.Option(help="Base model to show the fingerprint of.")] = "all-MiniLM-L6-v2",
+    task: Annotated[str, typer.Option(help="What it is used for, as the setting model.task.")] = "classification",
+) -> None:
+    """Look a server's folder over."""
+    from experiments.deploy.doctor import examine_server
+    from experiments.deploy.server_folder import open_server
+
+    _report(examine_server(open_server(folder), model, task))
+
+
+@doctor_app.command("site")
+@for_people
+def doctor_site(folder: Folder) -> None:
+    """Look a site's folder over; asks the server, and does not go online."""
+    from experiments.deploy.doctor import examine_site
+    from experiments.deploy.site_folder import open_site_folder
+
+    _report(examine_site(open_site_folder(folder)))
+
+
+def _report(findings: Iterable[Finding]) -> None:
+    failed = 0
+    for finding in findings:
+        failed += not finding.ok
+        _say(finding.line())
+    if failed:
+        _say(f"{failed} failed")
+        raise typer.Exit(1)

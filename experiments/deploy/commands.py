@@ -1,0 +1,69 @@
+"""The command lines of Flower's programs for a server's and a site's folder, and the environment they need."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.config import Scalar
+from experiments.deploy.server_folder import ServerFolder
+from experiments.deploy.site_folder import SiteFolder, node_settings
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""Flower reports to nobody and installs nothing at run time."""
+
+
+def program(name: str) -> str:
+    """Return the path of a program that was installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Return this process's environment with Flower's own folder at ``home``."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def superlink_command(folder: ServerFolder) -> list[str]:
+    """Return the SuperLink's command: TLS on every port, and only registered keys may join."""
+    return [
+        program("flower-superlink"),
+        *("--ssl-ca-certfile", str(folder.path / "ca.crt")),
+        *("--ssl-certfile", str(folder.path / "server.pem")),
+        *("--ssl-keyfile", str(folder.path / "server.key")),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+        *("--isolation", "subprocess"),
+        *("--database", str(folder.database)),
+        *("--fleet-api-address", folder.fleet),
+        *("--host", folder.control_host, "--port", str(folder.control_port)),
+    ]
+
+
+def supernode_command(folder: SiteFolder, more: str = "") -> list[str]:
+    """Return the SuperNode's command; ``more`` are node settings that win over the folder's."""
+    return [
+        program("flower-supernode"),
+        *("--root-certificates", str(folder.path / "ca.crt")),
+        *("--auth-supernode-private-key", str(folder.path / "node.key")),
+        *("--superlink", folder.server),
+        *("--host", "127.0.0.1", "--port", str(folder.runtime_port)),
+        *("--isolation", "subprocess"),
+        *("--node-config", node_config(node_settings(folder, more))),
+    ]
+
+
+def node_config(settings: Mapping[str, Scalar]) -> str:
+    """Return settings as Flower's ``--node-config`` takes them.
+
+    >>> node_config({"site": "clinic", "partition-id": 0})
+    'site="clinic" partition-id=0'
+    """
+    return " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())

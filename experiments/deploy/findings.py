@@ -1,0 +1,35 @@
+"""What ``fedveil doctor`` says: one line for each thing looked at, and what to do where it is not well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from common.errors import FedVeilError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor."""
+
+    ok: bool
+    what: str
+    """What was looked at."""
+    found: str
+    """What was found; for a failure also what to do."""
+
+    def line(self) -> str:
+        """Return the line as it is printed."""
+        return f"{'ok    ' if self.ok else 'failed'}  {self.what}: {self.found}"
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def examine(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
+    """Yield the findings of every check; one that raises an error for people is a failure and stops no other."""
+    for what, check in checks:
+        try:
+            yield from check()
+        except FedVeilError as error:
+            yield Finding(False, what, str(error))

@@ -1,0 +1,26 @@
+"""The policy file that ``fedveil site init`` writes."""
+
+from __future__ import annotations
+
+from common.config import Scalar
+from experiments.settings import to_toml
+
+HEAD = """\
+# What the data steward of this site allows. A job that asks for more is refused before a record is read.
+# The budget counts all runs on these records, whoever asks for them.
+"""
+
+
+def policy_text(dataset: str, public_size: int, epsilon: float, delta: float) -> str:
+    """Return a policy's text: the budget of one data set.
+
+    Args:
+        dataset: what the ledger calls the records.
+        public_size: number of records declared as public; 0 leaves it to the node's settings.
+        epsilon: budget over all runs.
+        delta: the delta that it holds at.
+    """
+    settings: dict[str, Scalar] = {"dataset-id": dataset, "epsilon": epsilon, "delta": delta}
+    if public_size:
+        settings["public-size"] = public_size
+    return HEAD + to_toml(settings)

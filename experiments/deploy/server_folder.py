@@ -1,0 +1,200 @@
+"""A server's folder: what ``fedveil server init`` makes and everything else reads.
+
+=================== ====================================================================
+``server.toml``     names, addresses and places (see ServerFolder)
+``authority/``      the certificate authority; its key is needed only to issue certificates
+``ca.crt``          the authority's certificate: this goes to every site
+``server.pem``      the server's certificate
+``server.key``      its private key
+``flwr/``           Flower's own folder (FLWR_HOME) with the connection ``fedveil``
+``nodes/``          public keys of the sites, ``NAME.pub``
+``state/``          the SuperLink's database: registered sites and runs
+``runs/``           one folder a run
+=================== ====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from common.check import nearest
+from common.config import Scalar
+from common.errors import ConfigError
+from experiments.deploy.certificates import Issued, new_authority, new_server_certificate
+from experiments.deploy.files import FOLDER_MODE, make_folder, read_bytes
+from experiments.settings import read_settings_file, to_toml
+
+Folder = TypeVar("Folder")
+
+FLEET_PORT = 9092
+CONTROL_PORT = 8000
+CONNECTION = "fedveil"
+"""Name of the server's connection in Flower's configuration."""
+LOCAL_NAMES = ("localhost", "127.0.0.1")
+"""Always in the certificate: the server's own programs dial these."""
+
+
+@dataclass(frozen=True)
+class ServerFolder:
+    """A server's folder as ``server.toml`` describes it."""
+
+    path: Path
+    names: str
+    """What sites dial, separated by commas."""
+    fleet: str = f"0.0.0.0:{FLEET_PORT}"
+    """Address of the Fleet API: the one port that sites need."""
+    control_host: str = "127.0.0.1"
+    """Address of the Control API. Whoever reaches it can run code at every site."""
+    control_port: int = CONTROL_PORT
+
+    @property
+    def name_list(self) -> tuple[str, ...]:
+        """The names in ``names``."""
+        return tuple(name.strip() for name in self.names.split(",") if name.strip())
+
+    @property
+    def fleet_port(self) -> int:
+        """Port of the Fleet API."""
+        return int(self.fleet.rpartition(":")[2])
+
+    @property
+    def home(self) -> Path:
+        """Flower's own folder."""
+        return self.path / "flwr"
+
+    @property
+    def database(self) -> Path:
+        """The SuperLink's database."""
+        return self.path / "state" / "superlink.db"
+
+    @property
+    def nodes(self) -> Path:
+        """Public keys and node ids of the registered sites."""
+        return self.path / "nodes"
+
+    @property
+    def runs(self) -> Path:
+        """Where run folders are made."""
+        return self.path / "runs"
+
+
+def open_server(path: Path) -> ServerFolder:
+    """Return the folder that ``fedveil server init`` made.
+
+    Raises:
+        ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key.
+    """
+    return open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
+
+
+def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Folder:
+    """Return a folder's description from its TOML file; keys are the fields of ``kind`` in kebab-case."""
+    if not (path / name).is_file():
+        raise ConfigError(f"{path} has no {name}: make the folder with '{command}'")
+    known = {field.name.replace("_", "-"): field for field in fields(kind) if field.name != "path"}  # type: ignore[arg-type]
+    values: dict[str, Scalar] = read_settings_file(path / name)
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{path / name}: unknown key {key!r}{nearest(key, known)}")
+        if type(value).__name__ != known[key].type:
+            raise ConfigError(f"{path / name}: {key} must be of type {known[key].type}, not {value!r}")
+    try:
+        return kind(path=path, **{known[key].name: value for key, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(f"{path / name} lacks a key: {error}") from error
+
+
+def make_server(
+    path: Path,
+    names: Sequence[str],
+    *,
+    authority: Path | None = None,
+    control_host: str = "127.0.0.1",
+    control_port: int = CONTROL_PORT,
+    fleet_port: int = FLEET_PORT,
+    now: datetime | None = None,
+) -> ServerFolder:
+    """Make a server's folder: authority, certificate, connection, service unit.
+
+    Args:
+        path: the folder.
+        names: host names and addresses that sites dial.
+        authority: folder of the certificate authority; made if it is not there. Default: inside ``path``.
+        control_host: address of the Control API; a name is resolved when the server starts.
+        control_port: its port.
+        fleet_port: port of the Fleet API, on all addresses.
+        now: when the certificate is issued; it is valid for SERVER_DAYS from then. Default: now.
+
+    Raises:
+        ConfigError: a name is not one, or the folder is there already; nothing was changed.
+        DataError: a folder cannot be written.
+    """
+    path = path.expanduser().absolute()
+    if (path / "server.toml").exists():
+        raise ConfigError(f"{path} is a server's folder already and is not overwritten: name another folder")
+    authority = (authority or path / "authority").expanduser().absolute()
+    dialled = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
+    issuer = _authority(authority)
+    certificate = new_server_certificate(list(dialled), issuer, now)
+    folder = ServerFolder(path, ",".join(names), f"0.0.0.0:{fleet_port}", control_host, control_port)
+    described = {
+        "names": folder.names,
+        "fleet": folder.fleet,
+        "control-host": folder.control_host,
+        "control-port": folder.control_port,
+    }
+    files = {
+        "ca.crt": issuer.certificate,
+        "server.pem": certificate.certificate,
+        "server.key": certificate.key,
+        "flwr/config.toml": connection_toml(folder).encode(),
+        "server.toml": to_toml(described).encode(),
+    }
+    make_folder(path, files, private=frozenset({"server.key"}))
+    for place in (folder.database.parent, folder.runs, folder.nodes):
+        place.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    return folder
+
+
+def connection_toml(folder: ServerFolder) -> str:
+    """Return Flower's configuration file with the connection to this server's Control API."""
+    connection: dict[str, Scalar] = {
+        "address": f"{folder.control_host}:{folder.control_port}",
+        "root-certificates": str(folder.path / "ca.crt"),
+    }
+    return f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{to_toml(connection)}'
+
+
+def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
+    """Replace the server's certificate and key by new ones of the same authority; sites need nothing new.
+
+    Raises:
+        DataError: the authority's folder is not there or not whole.
+    """
+    authority = (authority or folder.path / "authority").expanduser().absolute()
+    names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
+    certificate = new_server_certificate(names, _read_authority(authority))
+    for name, content, private in (
+        ("server.pem", certificate.certificate, False),
+        ("server.key", certificate.key, True),
+    ):
+        make_folder(folder.path, {f"{name}.new": content}, frozenset({f"{name}.new"} if private else ()))
+    for name in ("server.pem", "server.key"):
+        (folder.path / f"{name}.new").replace(folder.path / name)
+
+
+def _authority(path: Path) -> Issued:
+    if not (path / "ca.crt").exists():
+        made = new_authority("FedVeil certificate authority")
+        make_folder(path, {"ca.key": made.key, "ca.crt": made.certificate}, private=frozenset({"ca.key"}))
+    return _read_authority(path)
+
+
+def _read_authority(path: Path) -> Issued:
+    return Issued(
+        read_bytes(path / "ca.crt", "the authority's certificate"), read_bytes(path / "ca.key", "the authority's key")
+    )

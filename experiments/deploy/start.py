@@ -1,0 +1,65 @@
+"""Become the SuperLink or the SuperNode of a folder, and say first what stands in the way."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from common.errors import DataError
+from experiments.deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
+from experiments.deploy.commands import environment, superlink_command, supernode_command
+from experiments.deploy.files import read_bytes
+from experiments.deploy.refusal import why_refused
+from experiments.deploy.server_folder import ServerFolder
+from experiments.deploy.site_folder import SiteFolder
+
+RETRY_SECONDS = 5.0
+SAY_AGAIN_SECONDS = 300.0
+
+
+def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
+    """Replace this process by the SuperLink.
+
+    Raises:
+        DataError: the certificate is expired, not the authority's, or not the key's; a file is missing.
+    """
+    server = read_certificate(read_bytes(folder.path / "server.pem", "the server's certificate"), "the server")
+    authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
+    if days_left(server) < 0:
+        raise DataError("the server's certificate has expired: renew it with 'fedveil server renew'")
+    if not is_issued_by(server, authority):
+        raise DataError("server.pem is not of the authority in ca.crt: renew it with 'fedveil server renew'")
+    if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
+        raise DataError("server.key does not belong to server.pem: renew both with 'fedveil server renew'")
+    for place in (folder.database.parent, folder.runs):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
+    command = superlink_command(folder)
+    os.execve(command[0], command, environment(folder.database.parent / "flwr"))
+
+
+def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:
+    """Wait until the server lets this site in, then replace this process by the SuperNode.
+
+    What keeps it out is said once, and again every five minutes. Most reasons go away at the server,
+    so the site waits rather than ends.
+
+    Args:
+        folder: the site's folder.
+        say: prints one line.
+        more: node settings that win over the folder's.
+
+    Raises:
+        ConfigError: a node setting is unknown.
+        DataError: a file of the folder is missing or damaged.
+    """
+    command = supernode_command(folder, more)
+    said, when = "", 0.0
+    while reason := why_refused(folder):
+        if reason != said or time.monotonic() - when > SAY_AGAIN_SECONDS:
+            said, when = reason, time.monotonic()
+            say(f"waiting: {reason}")
+        time.sleep(RETRY_SECONDS)
+    say(f"the server at {folder.server} lets this site in")
+    os.execve(command[0], command, environment(folder.path / "flwr"))
