@@ -19,8 +19,10 @@ COPY . .
 RUN pip install --no-deps -e . \
     && groupadd --gid 10001 fedveil \
     && useradd --uid 10001 --gid fedveil --no-create-home --home-dir /tmp --shell /usr/sbin/nologin fedveil \
-    && install -d -o fedveil -g fedveil -m 0700 /pki /pki/authority /pki/server /pki/public /ledger /runs /state /node \
-    && for n in 1 2 3 4 5 6 7 8; do install -d -o fedveil -g fedveil -m 0700 "/pki/site-$n"; done
+    && for place in authority server coordinator site-1 site-2 site-3 site-4 site-5 site-6 site-7 site-8; do \
+        install -d -o fedveil -g fedveil -m 0700 "/pki/$place"; done \
+    && install -d -o fedveil -g fedveil -m 0700 \
+        /federation /federation/state /federation/runs /site /site/ledger
 
 # HOME and Flower's own folder lie on a tmpfs, because the root file system is mounted read-only.
 ENV HOME=/tmp FLWR_HOME=/tmp/flwr \

@@ -68,7 +68,7 @@ class Control:
         return str(self._good(answer, "submit the run")["run-id"])
 
     def status(self, run: str) -> str:
-        """Return a run's status as Flower has it (``running``, ``finished:failed``, ...); ``unknown`` if it is silent."""
+        """Return a run's status as Flower has it (``running``, ``finished:failed``); ``unknown`` if it is silent."""
         answer = self._call("list", CONNECTION, "--run-id", run)
         runs = answer.get("runs") or [{}]
         return str(runs[0].get("status", "unknown"))

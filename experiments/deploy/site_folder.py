@@ -144,9 +144,11 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
     """
     from client.site import NODE_KEYS  # imports torch: seconds that only this needs
 
-    settings: dict[str, Scalar] = {"site": folder.site, "ledger": str(folder.ledger)}
-    if "policy" in NODE_KEYS:
-        settings["policy"] = str(folder.path / "policy.toml")
+    settings: dict[str, Scalar] = {
+        "site": folder.site,
+        "ledger": str(folder.ledger),
+        "policy": str(folder.path / "policy.toml"),
+    }
     settings |= parse_settings([folder.node, more])
     for key in settings:
         if key not in NODE_KEYS:

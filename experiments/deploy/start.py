@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from common.errors import DataError
 from experiments.deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
@@ -36,7 +37,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
     command = superlink_command(folder)
-    os.execve(command[0], command, environment(folder.database.parent / "flwr"))
+    os.execve(command[0], command, environment(_flower_home(folder.database.parent)))
 
 
 def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:
@@ -62,4 +63,9 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
             say(f"waiting: {reason}")
         time.sleep(RETRY_SECONDS)
     say(f"the server at {folder.server} lets this site in")
-    os.execve(command[0], command, environment(folder.path / "flwr"))
+    os.execve(command[0], command, environment(_flower_home(folder.path)))
+
+
+def _flower_home(folder: Path) -> Path:
+    """Return where Flower unpacks bundles: FLWR_HOME if it is set (a container's folders are read-only)."""
+    return Path(os.environ.get("FLWR_HOME") or folder / "flwr")

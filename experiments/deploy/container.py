@@ -1,0 +1,106 @@
+"""The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, and saying who is well.
+
+Run as ``python -m experiments.deploy.container keys | healthy-server | healthy-site``. Health is asked
+for every few seconds, so its way imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import sys
+from pathlib import Path
+
+FOLDER, PKI = Path("/federation"), Path("/pki")
+FLEET_PORT, CONTROL_PORT = 9092, 8000
+SERVER, CONTROL = "superlink", "control"
+"""Host names on the sites' networks and on the coordinator's network."""
+ESTABLISHED = "01"
+"""A TCP connection's state in /proc/net/tcp."""
+
+
+def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI) -> None:
+    """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
+
+    Args:
+        sites: how many sites get a key pair.
+        epsilon: budget in each site's policy.
+        delta: the delta that it holds at.
+        pki: where the volumes are mounted: ``authority``, ``server``, ``coordinator``, ``site-1``, ...
+
+    Raises:
+        FedVeilError: a volume cannot be written, or holds half a folder.
+    """
+    from experiments.deploy.policy_file import policy_text
+    from experiments.deploy.server_folder import make_server
+    from experiments.deploy.site_folder import make_site
+
+    if not (pki / "server" / "server.toml").is_file():
+        make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
+        print("made the certificate authority and the server's certificate", flush=True)
+    coordinator = pki / "coordinator"
+    for place in ("runs", "nodes", "keys"):
+        (coordinator / place).mkdir(exist_ok=True)
+    for name in ("ca.crt", "server.toml"):
+        shutil.copyfile(pki / "server" / name, coordinator / name)
+    for number in range(1, sites + 1):
+        folder, name = pki / f"site-{number}", f"site-{number}"
+        if not (folder / "site.toml").is_file():
+            make_site(
+                folder,
+                name,
+                f"{SERVER}:{FLEET_PORT}",
+                policy=policy_text(name, 0, epsilon, delta),
+                authority=pki / "server" / "ca.crt",
+            )
+            print(f"made the key pair of {name}", flush=True)
+        (folder / "ledger").mkdir(exist_ok=True)
+        shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
+
+
+def server_is_well(folder: Path = FOLDER) -> bool:
+    """Whether both ports of the SuperLink answer with a certificate of the federation's authority."""
+    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    try:
+        for host, port in (("localhost", FLEET_PORT), (CONTROL, CONTROL_PORT)):
+            with socket.create_connection((host, port), timeout=5) as plain:
+                context.wrap_socket(plain, server_hostname=host).close()
+    except OSError as error:
+        print(error)
+        return False
+    return True
+
+
+def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))) -> bool:
+    """Whether this site's node holds a connection to a Fleet port."""
+    for table in tables:
+        rows = table.read_text(encoding="ascii").splitlines()[1:] if table.is_file() else []
+        for row in rows:
+            remote, state = row.split()[2:4]
+            if state == ESTABLISHED and int(remote.rpartition(":")[2], 16) == FLEET_PORT:
+                return True
+    print("no connection to the server")
+    return False
+
+
+def main(role: str) -> int:
+    """Play one role and return the exit code."""
+    if role == "healthy-server":
+        return 0 if server_is_well() else 1
+    if role == "healthy-site":
+        return 0 if site_is_well() else 1
+    if role == "keys":
+        make_keys(
+            int(os.environ.get("SITES", "4")),
+            float(os.environ.get("SITE_EPSILON", "8")),
+            float(os.environ.get("SITE_DELTA", "1e-5")),
+        )
+        return 0
+    print(f"unknown role {role!r}: keys, healthy-server or healthy-site", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]) if len(sys.argv) == 2 else 2)
