@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,14 +13,15 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.local_training import initial_round, train_round
-from client.site import Site, open_site
+from client.memory import Memory
+from client.site import Site, open_site, policy_of
 from common.config import DataConfig, Scalar
 from common.device import own_cores
-from common.errors import BudgetExhausted, DataError, FedVeilError, ProtocolError
+from common.errors import BudgetExhausted, DataError, FedVeilError, PolicyRefusal, ProtocolError
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
 from common.tasks import Record
-from common.wire import decode_state, decode_task, encode_reply, encode_state, layout_of, round_of
+from common.wire import decode_task, encode_reply, layout_of, round_of
 from strategies import Job, configure
 
 log = logging.getLogger("fedveil.site")
@@ -79,7 +80,7 @@ def answer(
         node: the node's configuration.
         settings: the run's configuration, flat.
         run: the run's id as Flower knows it.
-        memory: what this node keeps from message to message (factors that are sent once); may be lost.
+        memory: what this node keeps from message to message (``client.memory``); may be lost.
     """
     simulated = _in_simulation()
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
@@ -87,34 +88,44 @@ def answer(
     try:
         torch.set_num_threads(own_cores())
         job = configure(settings)
+        policy_of(node).check_job(job)
         site = open_site(node, job.config, run, simulated=simulated)
         model = _model(job, site)
+        site.policy.check_model(model.base.fingerprint)
         state = job.strategy.start(model.start)
         basis_layout = layout_of(job.strategy.basis(state))
         task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
         if task.run != run:
             raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
-        records = _records(model, job.config.data, site)
-        if task.round_number == 0:
-            return initial_round(site, job, model, records, task)
-        if task.basis_fingerprint:
-            key = f"basis-{task.basis_fingerprint}"
-            if task.basis:
-                memory[key] = encode_state(task.basis)
-            if key not in memory:
-                return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
-            task = replace(task, basis=decode_state(memory[key], basis_layout))
-        return train_round(site, job, model, records, task)
+        kept = Memory(memory)
+        told = kept.recall(task)
+        if told is not None:
+            return told
+        whole = kept.with_basis(task, basis_layout)
+        if whole is None:
+            return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
+        answer_round = train_round if number else initial_round
+        result = answer_round(site, job, model, _records(model, job.config.data, site), whole)
+        kept.keep(task, result)
+        return result
     except BudgetExhausted as error:
-        return Refusal(run, number, name, "budget", str(error))
+        return _refuse(Refusal(run, number, name, "budget", str(error)))
+    except PolicyRefusal as error:
+        return _refuse(Refusal(run, number, name, "policy", str(error)))
     except ProtocolError as error:
-        return Refusal(run, number, name, "task", str(error))
+        return _refuse(Refusal(run, number, name, "task", str(error)))
     except FedVeilError as error:
         log.error("%s", error)
         return Refusal(run, number, name, "failed", _public_reason(error, simulated))
     except Exception as error:
         log.error("%s", traceback.format_exc())
         return Refusal(run, number, name, "failed", _public_reason(error, simulated))
+
+
+def _refuse(refusal: Refusal) -> Refusal:
+    """Say in the site's own log what was refused and why."""
+    log.warning("round %d of run %s refused (%s): %s", refusal.round_number, refusal.run, refusal.kind, refusal.reason)
+    return refusal
 
 
 def _public_reason(error: Exception, simulated: bool) -> str:

@@ -6,30 +6,28 @@ ledger on disk, and only then a record is touched.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from client.budget import evaluation_releases, pay_initialisation, pay_round
+from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.site import Site
 from common.batching import length_batches
 from common.errors import DataError, ProtocolError
 from common.initial_gradient import mean_gradient, private_gradient
-from common.messages import Spending, TrainResult, TrainTask, same_fingerprint
+from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.model import FederatedModel
-from common.privacy.accounting import Release
 from common.privacy.dpsgd import PrivateSteps, rounding_margin
-from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.schedule import learning_rate
 from common.tasks import Batch, Record
 from common.tensors import fingerprint, merge, start_fingerprint
 from strategies import Job
-from strategies.base import GradientSource
 
 INITIAL_BATCH_TOKENS = 1024
 """Tokens of one forward pass in round 0: per-record gradients of whole layers are large."""
@@ -48,20 +46,26 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
         BudgetExhausted: the round would exceed the site's budget; nothing was charged or trained.
+        PolicyRefusal: a rule of the site's steward forbids the round; nothing was charged or trained.
     """
     check_task(task, job, model)
-    plan, spending = None, None
+    plan, spending, counted = None, None, None
     if job.config.privacy.on:
-        plan = plan_of(job, site)
-        spending = charge(site, plan, plan.release(job.config.training.local_steps), task)
+        plan, spending = pay_round(site, job, task)
+    else:
+        site.policy.check_round(task.round_number, task.round_number * job.config.training.local_steps)
     model.write(job.strategy.install(merge(model.start, task.basis), task.state))
+    if plan and evaluation_releases(job, site, 1):
+        noise = site.policy.metrics_noise
+        counted = NoisedCount(noised_correct(model, records, noise), noise)
     _take_steps(records, job, model, task.round_number, site, plan)
     trained = {
         layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
         for layer, factors in model.trained().items()
     }
     return TrainResult(
-        task.run, task.round_number, site.name, site.public_size, job.strategy.contribution(trained), spending
+        *(task.run, task.round_number, site.name, site.public_size, job.strategy.contribution(trained)),
+        *(spending, counted),
     )
 
 
@@ -79,34 +83,14 @@ def initial_round(
     spending, size = None, len(records)
     model.write(model.start)
     if job.config.privacy.on:
-        plan = plan_of(job, site)
-        initial = dataclasses.replace(
-            plan,
-            clip_norm=source.clip_norm,
-            noise_multiplier=source.noise_multiplier,
-            sample_rate=source.sample_rate,
-            expected_batch_size=source.sample_rate * site.public_size,
-        )
-        spending = charge(site, initial, initial_release(source), task)
+        plan, spending = pay_initialisation(site, job, source, task)
         chosen = private_poisson_sample(size, source.sample_rate).tolist()
-        gradient = private_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS), initial)
+        gradient = private_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS), plan)
     else:
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
         chosen = order[: max(1, round(source.sample_rate * size))]
         gradient = mean_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS))
     return TrainResult(task.run, 0, site.name, site.public_size, gradient, spending)
-
-
-def initial_release(source: GradientSource) -> Release:
-    """Return what round 0 costs a site."""
-    return Release(source.noise_multiplier, source.sample_rate, 1, kind="initialisation")
-
-
-def plan_of(job: Job, site: Site) -> PrivacyPlan:
-    """Return the site's plan for the whole run, with room for a paid initialisation."""
-    config, source = job.config, job.strategy.gradient
-    before = [initial_release(source)] if source and not source.public_data else []
-    return PrivacyPlan.for_run(config.privacy, config.training, config.total_steps, site.public_size, before)
 
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
@@ -123,35 +107,6 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         )
     if not same_fingerprint(task.start_fingerprint, start_fingerprint(model.start)):
         raise ProtocolError("the adapter's start differs from the server's: seed, rank, targets or versions differ")
-
-
-def charge(site: Site, plan: PrivacyPlan, release: Release, task: TrainTask) -> Spending:
-    """Write the round's cost to the site's ledger, durably, and return it for the report."""
-    site.ledger_path.parent.mkdir(parents=True, exist_ok=True)
-    with Ledger(site.ledger_path) as ledger:
-        charged = ledger.charge(
-            site.dataset_id,
-            [release],
-            run=task.run,
-            round_number=task.round_number,
-            delta=plan.delta,
-            max_epsilon=plan.max_epsilon,
-            clip_norm=plan.clip_norm,
-        )
-    return Spending(
-        kind=release.kind,
-        sample_rate=plan.sample_rate,
-        noise_multiplier=plan.noise_multiplier,
-        clip_norm=plan.clip_norm,
-        steps_round=charged.steps_round,
-        steps_total=charged.steps_total,
-        delta=plan.delta,
-        epsilon_round=charged.epsilon_increment,
-        epsilon_total=charged.epsilon_after,
-        epsilon_budget=plan.max_epsilon,
-        epsilon_remaining=charged.epsilon_remaining,
-        accountant=charged.accountant,
-    )
 
 
 def _take_steps(

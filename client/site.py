@@ -9,6 +9,7 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``dataset-id``  what the ledger calls the data; default: the site's name
 ``public-size`` number of records declared as public; needed with ``data``
 ``ledger``      file of the ledger; it outlives every run
+``policy``      TOML file of the steward's rules (see ``client.policy``)
 =============== =====================================================================
 """
 
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config import DataConfig, RunConfig, Scalar
 from common.data import load_dataset, train_and_test
@@ -28,7 +30,7 @@ from common.examples import Dataset
 from common.partition import declared_size, site_part
 from common.paths import run_folder
 
-NODE_KEYS = ("site", "data", "dataset-id", "public-size", "ledger", "partition-id", "num-partitions")
+NODE_KEYS = ("site", "data", "dataset-id", "public-size", "ledger", "policy", "partition-id", "num-partitions")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,25 @@ class Site:
     dataset_id: str
     public_size: int
     ledger_path: Path
+    policy: Policy = field(default_factory=Policy)
+
+
+def policy_of(node: Mapping[str, Scalar]) -> Policy:
+    """Return the rules of the steward behind this node's configuration.
+
+    A simulated site has neither ``data`` nor ``policy``; it makes no promise of its own, so it joins
+    runs without privacy. A deployed one joins them only if its policy says so.
+
+    Raises:
+        ConfigError: the policy cannot be read, or names what the node configuration names as well.
+    """
+    if "policy" not in node:
+        return Policy(allow_no_privacy="data" not in node)
+    policy = load_policy(Path(str(node["policy"])).expanduser())
+    for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
+        if key in node and value:
+            raise ConfigError(f"{key!r} stands in the node configuration and in the policy: keep one")
+    return policy
 
 
 def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simulated: bool) -> Site:
@@ -56,21 +77,25 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     for key in node:
         if key not in NODE_KEYS:
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
-    name = str(node.get("site") or f"site-{node.get('partition-id', 0)}")
+    name, policy = str(node.get("site") or f"site-{node.get('partition-id', 0)}"), policy_of(node)
     if "data" in node:
         if config.model.task == "classification" and not config.data.labels:
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
         data = _own_data(config.data, config.model.task, str(node["data"]))
-        size = node.get("public-size")
+        size = node.get("public-size", policy.public_size)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ConfigError("node setting 'public-size' is needed beside 'data': a whole number you declare public")
+            raise ConfigError(
+                "node setting 'public-size' is needed beside 'data', here or in the policy: "
+                "a whole number you declare public"
+            )
     else:
         try:
             part, parts = int(node["partition-id"]), int(node["num-partitions"])
         except (KeyError, ValueError) as error:
             raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
         data = _partition(config.data, config.model.task, part, parts)
-        size = int(node.get("public-size", declared_size(len(data.examples))))
+        size = int(node.get("public-size", policy.public_size or declared_size(len(data.examples))))
+    policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()
     elif simulated:
@@ -78,7 +103,8 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     else:
         home = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
         ledger = home / "fedveil" / f"{name}.sqlite"
-    return Site(name, data, str(node.get("dataset-id") or name), size, ledger)
+    dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
+    return Site(name, data, dataset_id, size, ledger, policy)
 
 
 @lru_cache(maxsize=16)

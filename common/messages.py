@@ -1,8 +1,9 @@
 """What server and sites say to each other, as plain data.
 
 Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is
-the only field computed from records, and it has passed clip and noise; the rest follows from
-configuration and from the ledger's arithmetic on it.
+the only field computed from records, and it has passed clip and noise; a site whose policy says so
+adds a noised count, which its ledger has paid for. The rest follows from configuration and from the
+ledger's arithmetic on it.
 """
 
 from __future__ import annotations
@@ -67,6 +68,16 @@ class Spending:
 
 
 @dataclass(frozen=True)
+class NoisedCount:
+    """How many of its own records the received model classifies correctly, noised and paid for."""
+
+    value: float
+    """A whole number; the noise can make it negative or larger than the data set."""
+    noise_std: float
+    """Standard deviation of the Gaussian noise, in records."""
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """Site to server: what one round of training contributes."""
 
@@ -78,6 +89,8 @@ class TrainResult:
     contribution: AdapterState
     spending: Spending | None
     """None when the run makes no privacy claim."""
+    noised_correct: NoisedCount | None = None
+    """Only if the site's policy sends it; ``spending`` includes its price."""
 
 
 REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from common.errors import ProtocolError
 from common.messages import (
@@ -36,6 +37,7 @@ from common.messages import (
     PROTOCOL,
     REFUSAL_KINDS,
     SPENDING_KINDS,
+    NoisedCount,
     Refusal,
     Reply,
     Spending,
@@ -49,10 +51,11 @@ STYPE = "f32le"
 Layout = dict[str, dict[str, tuple[int, ...]]]
 
 _PREFIX, _LENGTH, _CODE = struct.Struct("<BI"), struct.Struct("<H"), struct.Struct("<B")
-_TASK, _RESULT, _SPENT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB"), struct.Struct("<B3dIQ5d")
+_TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
+_SPENT, _COUNT = struct.Struct("<B3dIQ5d"), struct.Struct("<id")
 _KINDS = ("train", "result", *REFUSAL_KINDS)
-_SPENDING = 1
-"""Bit of a result's ``parts``."""
+_SPENDING, _COUNTED = 1, 2
+"""Bits of a result's ``parts``."""
 _ACCOUNTANTS = (("", ""), ("PLD (dp-accounting ", ", discretisation 1e-3)"), ("RDP (dp-accounting ", ")"))
 """What surrounds the telling part of an accountant's words; the place in this table travels instead."""
 
@@ -252,7 +255,9 @@ def encode_reply(reply: Reply) -> RecordDict:
     parts, layout = b"", _layout_hash(layout_of(reply.contribution))
     if reply.spending is not None:
         parts += _pack_spending(reply.spending)
-    present = _SPENDING * (reply.spending is not None)
+    if reply.noised_correct is not None:
+        parts += _COUNT.pack(round(reply.noised_correct.value), reply.noised_correct.noise_std)
+    present = _SPENDING * (reply.spending is not None) | _COUNTED * (reply.noised_correct is not None)
     fields = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
     return _pack("result", reply.round_number, reply.run, fields, adapter=reply.contribution)
 
@@ -278,11 +283,32 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
     size, mark, present = reader.take(_RESULT, "public size")
     if size < 1:
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
-    if present & ~_SPENDING:
+    if present & ~(_SPENDING | _COUNTED):
         raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
     spending = _spending(reader) if present & _SPENDING else None
+    counted = _count(reader, spending) if present & _COUNTED else None
     reader.end()
-    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending)
+    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted)
+
+
+def result_to_bytes(result: TrainResult) -> bytes:
+    """Return a result as one block of bytes, for the site's own memory."""
+    return recorddict_to_proto(encode_reply(result)).SerializeToString()
+
+
+def result_from_bytes(data: bytes, layout: Layout, run: str, round_number: int) -> TrainResult:
+    """Return the result that ``result_to_bytes`` made; ProtocolError if it is of another round or run."""
+    reply = decode_reply(recorddict_from_proto(ProtoRecordDict.FromString(data)), layout, run, round_number)
+    if not isinstance(reply, TrainResult):
+        raise ProtocolError("what was kept is not a result")
+    return reply
+
+
+def _count(reader: _Reader, spending: Spending | None) -> NoisedCount:
+    value, noise_std = reader.take(_COUNT, "noised count")
+    if spending is None or noise_std <= 0:
+        raise ProtocolError("the reply has a count without noise, or that no ledger has paid for")
+    return NoisedCount(float(value), noise_std)
 
 
 def _pack_spending(spent: Spending) -> bytes:
@@ -303,4 +329,4 @@ def _spending(reader: _Reader) -> Spending:
     if any(value < 0 for value in figures):
         raise ProtocolError("the reply states a negative privacy spending")
     before, after = _ACCOUNTANTS[code]
-    return Spending(SPENDING_KINDS[kind], *figures, before + told + after)
+    return Spending(SPENDING_KINDS[kind], *figures, accountant=before + told + after)

@@ -1,0 +1,113 @@
+"""What a round costs a site: the stricter of run, policy and ledger, charged before a record is used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from client.site import Site
+from common.messages import Spending, TrainTask
+from common.privacy.accounting import Release
+from common.privacy.contents import record_hashes
+from common.privacy.ledger import EVALUATION, Ledger, Terms
+from common.privacy.plan import PrivacyPlan
+from strategies import Job
+from strategies.base import GradientSource
+
+
+def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
+    """Charge a training round, and its noised evaluation if the policy sends one; return what to train with.
+
+    Raises:
+        BudgetExhausted: the round would exceed the budget.
+        PolicyRefusal: the run has had all its rounds or steps here, or the records are another data set's.
+    """
+    steps = job.config.training.local_steps
+    with Ledger(site.ledger_path) as ledger:
+        rounds, taken = ledger.joined(site.dataset_id, task.run)
+        site.policy.check_round(rounds + 1, taken + steps)
+        plan = plan_of(job, site, _terms(site, ledger))
+        releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
+        return plan, _charge(ledger, site, plan, releases, task)
+
+
+def pay_initialisation(site: Site, job: Job, source: GradientSource, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
+    """Charge round 0 and return the plan of its one release; errors as in pay_round."""
+    with Ledger(site.ledger_path) as ledger:
+        release = initial_release(source, site)
+        plan = dataclasses.replace(
+            plan_of(job, site, _terms(site, ledger)),
+            clip_norm=source.clip_norm,
+            noise_multiplier=release.noise_multiplier,
+            sample_rate=source.sample_rate,
+            expected_batch_size=source.sample_rate * site.public_size,
+        )
+        return plan, _charge(ledger, site, plan, [release], task)
+
+
+def initial_release(source: GradientSource, site: Site) -> Release:
+    """Return what round 0 costs a site."""
+    noise = max(source.noise_multiplier, site.policy.min_noise_multiplier)
+    return Release(noise, source.sample_rate, 1, kind="initialisation")
+
+
+def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
+    """Return what the noised counts of ``rounds`` rounds cost: nothing unless the policy allows and labels exist.
+
+    A count of correctly classified records changes by at most 1 with one record, so its noise
+    multiplier is its standard deviation.
+    """
+    if not site.policy.send_noised_metrics or job.config.model.task != "classification":
+        return []
+    return [Release(site.policy.metrics_noise, 1.0, rounds, kind=EVALUATION)]
+
+
+def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
+    """Return the site's plan for the whole run, with room for its initialisation and evaluations.
+
+    Noise is calibrated for the stricter budget of run and site (``terms``) and for the most rounds
+    that the policy lets the site join; it is never below the policy's least.
+    """
+    config, source = job.config, job.strategy.gradient
+    epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
+    rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
+    before = [initial_release(source, site)] if source and not source.public_data else []
+    plan = PrivacyPlan.for_run(
+        dataclasses.replace(config.privacy, epsilon=epsilon, delta=delta),
+        config.training,
+        rounds * config.training.local_steps,
+        site.public_size,
+        [*before, *evaluation_releases(job, site, rounds)],
+    )
+    return dataclasses.replace(plan, noise_multiplier=max(plan.noise_multiplier, site.policy.min_noise_multiplier))
+
+
+def _terms(site: Site, ledger: Ledger) -> Terms:
+    return ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
+
+
+def _charge(ledger: Ledger, site: Site, plan: PrivacyPlan, releases: list[Release], task: TrainTask) -> Spending:
+    """Write the round's cost to the site's ledger, durably, and return it for the report."""
+    charged = ledger.charge(
+        site.dataset_id,
+        releases,
+        run=task.run,
+        round_number=task.round_number,
+        delta=plan.delta,
+        max_epsilon=plan.max_epsilon,
+        clip_norm=plan.clip_norm,
+        records=record_hashes(site.data, ledger.key),
+    )
+    return Spending(
+        kind=releases[0].kind,
+        sample_rate=plan.sample_rate,
+        noise_multiplier=plan.noise_multiplier,
+        clip_norm=plan.clip_norm,
+        steps_round=charged.steps_round,
+        steps_total=charged.steps_total,
+        delta=charged.delta,
+        epsilon_round=charged.epsilon_increment,
+        epsilon_total=charged.epsilon_after,
+        epsilon_budget=charged.max_epsilon,
+        epsilon_remaining=charged.epsilon_remaining,
+        accountant=charged.accountant,
+    )

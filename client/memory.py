@@ -1,0 +1,66 @@
+"""What a node keeps from message to message within a run: the factors sent once, and its last reply.
+
+It lives in the memory of Flower's node and may be lost; then the factors are asked for again, and a
+repeated round is trained and charged again. Nothing in here has not been released already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import MutableMapping
+from dataclasses import replace
+
+from common.errors import ProtocolError
+from common.messages import TrainResult, TrainTask
+from common.wire import Layout, decode_state, encode_state, layout_of, result_from_bytes, result_to_bytes
+
+
+class Memory:
+    """A view on what one node keeps; only the latest of everything."""
+
+    def __init__(self, kept: MutableMapping[str, bytes]) -> None:
+        self._kept = kept
+
+    def with_basis(self, task: TrainTask, layout: Layout) -> TrainTask | None:
+        """Return the task with what is sent once, kept or just received; None if this node does not have it."""
+        if not task.basis_fingerprint:
+            return task
+        if task.basis:
+            self._kept["basis-of"] = task.basis_fingerprint.encode()
+            self._kept["basis"] = encode_state(task.basis)
+        if self._kept.get("basis-of") != task.basis_fingerprint.encode():
+            return None
+        return replace(task, basis=decode_state(self._kept["basis"], layout))
+
+    def recall(self, task: TrainTask) -> TrainResult | None:
+        """Return what was sent in answer to this very task; None if it is new here.
+
+        Raises:
+            ProtocolError: the task is of an earlier round of the run than the last one answered.
+        """
+        if "reply-to" not in self._kept:
+            return None
+        about = json.loads(self._kept["reply-to"])
+        if about["run"] != task.run:
+            return None
+        if task.round_number < about["round"]:
+            raise ProtocolError(
+                f"the task is of round {task.round_number}, this site has answered round {about['round']} already"
+            )
+        if about["task"] != _digest(task):
+            return None
+        layout = {layer: {n: tuple(shape) for n, shape in f.items()} for layer, f in about["layout"].items()}
+        return result_from_bytes(self._kept["reply"], layout, task.run, task.round_number)
+
+    def keep(self, task: TrainTask, result: TrainResult) -> None:
+        """Keep what is sent in answer to ``task``, in place of what was kept before."""
+        about = {"run": task.run, "round": task.round_number, "task": _digest(task)}
+        self._kept["reply-to"] = json.dumps({**about, "layout": layout_of(result.contribution)}).encode()
+        self._kept["reply"] = result_to_bytes(result)
+
+
+def _digest(task: TrainTask) -> str:
+    """Return a hash of what a task asks for; whether the factors sent once came along makes no difference."""
+    marks = (task.run, task.round_number, task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint)
+    return hashlib.sha256(json.dumps(marks).encode() + encode_state(task.state)).hexdigest()

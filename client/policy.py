@@ -1,0 +1,150 @@
+"""The rules of a site's steward: a TOML file that the node key ``policy`` names; it wins over every server.
+
+The server proposes a run. Where figures can be stricter the site takes the stricter one (smaller
+epsilon and delta, larger noise); where it is a matter of yes or no it refuses, and names the rule
+and both values. The file is read anew for every round.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.check import below, in_range, not_negative, one_of, positive
+from common.config import HEAD_POLICIES, Scalar, from_section
+from common.errors import ConfigError, PolicyRefusal
+from strategies import STRATEGIES, Job
+
+UNLIMITED = 2**62
+LISTS = ("strategies", "head-policies", "models")
+MODEL_DIGITS = 12
+"""Least hexadecimal digits by which a policy may name a base model."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a site allows. Every field is public; the defaults leave everything but unprotected runs to the server."""
+
+    dataset_id: str = ""
+    """What the ledger calls the data; empty: the node configuration's, or the site's name."""
+    public_size: int = 0
+    """Number of records declared as public; 0: the node configuration's."""
+    epsilon: float = math.inf
+    """Budget of the data set over all runs; stored in the ledger, and needs ``delta``."""
+    delta: float = math.inf
+    """At most one over the public size."""
+    min_noise_multiplier: float = 0.0
+    """Least noise of every private step, whatever the run asks for."""
+    max_rounds: int = UNLIMITED
+    """Most rounds of one run that the site joins."""
+    max_steps: int = UNLIMITED
+    """Most optimiser steps of one run that the site takes."""
+    strategies: str = ""
+    """Names, separated by commas (in the file: a list); empty: any."""
+    head_policies: str = ""
+    models: str = ""
+    """Beginnings of the base models' fingerprints, of at least ``MODEL_DIGITS`` digits."""
+    send_noised_metrics: bool = False
+    """Whether each round's count of correctly classified records may be sent, noised and paid for."""
+    metrics_noise: float = 30.0
+    """Standard deviation of the noise on that count, in records."""
+    allow_no_privacy: bool = False
+    """Whether the site joins runs that promise nothing about any record."""
+
+    def __post_init__(self) -> None:
+        positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
+        not_negative(public_size=self.public_size, min_noise_multiplier=self.min_noise_multiplier)
+        if math.isfinite(self.epsilon) != math.isfinite(self.delta) or math.isnan(self.epsilon + self.delta):
+            raise ConfigError("epsilon and delta make one budget: set both, or neither")
+        if math.isfinite(self.epsilon):
+            positive(epsilon=self.epsilon)
+            in_range(0, 0.5, delta=self.delta)
+            below(0.5, delta=self.delta)
+        for name in _names(self.strategies):
+            one_of(STRATEGIES, strategies=name)
+        for name in _names(self.head_policies):
+            one_of(HEAD_POLICIES, head_policies=name)
+        for name in _names(self.models):
+            if len(name) < MODEL_DIGITS or not set(name) <= set("0123456789abcdef"):
+                raise ConfigError(
+                    f"models names {name!r}: give at least {MODEL_DIGITS} digits (0-9, a-f) of its fingerprint"
+                )
+
+    def check_size(self, public_size: int) -> None:
+        """Raise ConfigError if delta is above one over the declared size."""
+        if math.isfinite(self.delta) and self.delta > 1 / public_size:
+            raise ConfigError(
+                f"the policy's delta {self.delta:g} is above 1/{public_size} of the declared public size: "
+                f"set it to {1 / public_size:.1g} or less"
+            )
+
+    def check_job(self, job: Job) -> None:
+        """Raise PolicyRefusal, naming the rule, unless the run's configuration is allowed."""
+        config = job.config
+        if not config.privacy.on and not self.allow_no_privacy:
+            raise _refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
+        _one_of("strategies", self.strategies, config.strategy)
+        _one_of("head-policies", self.head_policies, config.head.policy)
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raise PolicyRefusal unless the base model of this fingerprint is allowed."""
+        names = _names(self.models)
+        if names and not any(fingerprint.startswith(name) for name in names):
+            raise _refusal("models", ", ".join(names), f"the base model {fingerprint[:MODEL_DIGITS]}")
+
+    def check_round(self, rounds: int, steps: int) -> None:
+        """Raise PolicyRefusal if the run would then have had more ``rounds`` or ``steps`` here than are allowed."""
+        if rounds > self.max_rounds:
+            raise _refusal("max-rounds", self.max_rounds, f"{rounds} rounds so far, this one included")
+        if steps > self.max_steps:
+            raise _refusal("max-steps", self.max_steps, f"{steps} steps so far, this round's included")
+
+    def rounds_of(self, rounds: int, local_steps: int) -> int:
+        """Return the most rounds that the site can join of a run of ``rounds``; at least 1."""
+        return max(1, min(rounds, self.max_rounds, self.max_steps // local_steps))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _one_of(rule: str, allowed: str, asked: str) -> None:
+    if _names(allowed) and asked not in _names(allowed):
+        raise _refusal(rule, ", ".join(_names(allowed)), asked)
+
+
+def _refusal(rule: str, own: object, asked: str) -> PolicyRefusal:
+    return PolicyRefusal(f"the site's policy has {rule} = {own}; the run asks for {asked}")
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy file.
+
+    Raises:
+        ConfigError: it is missing, not TOML, has an unknown key (the nearest is named), or a value of
+            another type or out of range.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"the policy {path} cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        return from_section(Policy, {key: _flat(key, value) for key, value in values.items()}, "")
+    except ConfigError as error:
+        raise ConfigError(f"the policy {path}: {error}") from error
+
+
+def _flat(key: str, value: object) -> Scalar:
+    if key in LISTS:
+        if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f'{key} must be a list of texts, such as ["{"fed-sb" if key == LISTS[0] else "..."}"]')
+        # An empty list would read as "any".
+        if not value or not all(_names(v) == (v,) for v in value):
+            raise ConfigError(f"{key} must name at least one, and each without commas; leave it out to allow any")
+        return ",".join(value)
+    if not isinstance(value, str | int | float | bool):
+        raise ConfigError(f"{key} must be a text, a number, true or false")
+    return value
