@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from typing import Any
 
 import numpy as np
@@ -159,9 +159,9 @@ class _Reader:
             raise ProtocolError(f"the message's header has {len(self._rest)} bytes too many")
 
 
-def _pack(kind: str, round_number: int, run: str, fields: bytes, **blocks: AdapterState) -> RecordDict:
+def _pack(kind: str, round_number: int, run: str, rest: bytes, **blocks: AdapterState) -> RecordDict:
     try:
-        packed = _PREFIX.pack(_KINDS.index(kind), round_number) + _text(run) + fields
+        packed = _PREFIX.pack(_KINDS.index(kind), round_number) + _text(run) + rest
     except (ValueError, struct.error) as error:
         raise ProtocolError(f"a message of kind {kind!r} and round {round_number} cannot be sent: {error}") from error
     record = RecordDict({name: _block(state) for name, state in blocks.items()})
@@ -258,8 +258,8 @@ def encode_reply(reply: Reply) -> RecordDict:
     if reply.noised_correct is not None:
         parts += _COUNT.pack(round(reply.noised_correct.value), reply.noised_correct.noise_std)
     present = _SPENDING * (reply.spending is not None) | _COUNTED * (reply.noised_correct is not None)
-    fields = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
-    return _pack("result", reply.round_number, reply.run, fields, adapter=reply.contribution)
+    header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
+    return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
 
 
 def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int) -> Reply:
@@ -329,4 +329,5 @@ def _spending(reader: _Reader) -> Spending:
     if any(value < 0 for value in figures):
         raise ProtocolError("the reply states a negative privacy spending")
     before, after = _ACCOUNTANTS[code]
-    return Spending(SPENDING_KINDS[kind], *figures, accountant=before + told + after)
+    values = (SPENDING_KINDS[kind], *figures, before + told + after)
+    return Spending(**{item.name: value for item, value in zip(fields(Spending), values, strict=True)})

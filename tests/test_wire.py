@@ -21,6 +21,7 @@ from common.messages import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
     SPENDING_KINDS,
+    NoisedCount,
     Refusal,
     Reply,
     Spending,
@@ -43,6 +44,8 @@ from common.wire import (
     layout_of,
     message_bytes,
     payload_bytes,
+    result_from_bytes,
+    result_to_bytes,
     round_of,
 )
 
@@ -51,6 +54,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 names = words.filter(str.isprintable)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 figures = st.floats(0, 1e6)
+whole = st.integers(-(2**31), 2**31 - 1).map(float)
 ACCOUNTANTS = (
     *("PLD (dp-accounting 0.6.0, discretisation 1e-3)", "RDP (dp-accounting 0.6.0)", "PLD (dp-accounting 1", ""),
     *(
@@ -87,7 +91,8 @@ def results(draw: st.DrawFn) -> TrainResult:
         draw(names),
         draw(st.integers(1, 10**9)),
         draw(states()),
-        draw(st.none() | spendings()),
+        spending := draw(st.none() | spendings()),
+        draw(st.none() | st.builds(NoisedCount, whole, st.floats(1e-3, 1e6))) if spending else None,
     )
 
 
@@ -357,6 +362,30 @@ def test_a_spending_of_an_unknown_kind_or_accountant_is_refused(position: int, c
 def test_a_result_with_parts_that_this_version_does_not_know_is_refused() -> None:
     with pytest.raises(ProtocolError, match="parts that are unknown"):
         read_reply(with_bytes(encode_reply(RESULT), SPENT_AT - 1, b"\x81"))
+
+
+COUNTED = replace(RESULT, noised_correct=NoisedCount(-7.0, 30.0))
+
+
+def test_a_count_without_noise_or_that_nobody_paid_for_is_refused() -> None:
+    got = read_reply(encode_reply(COUNTED))
+    assert isinstance(got, TrainResult)
+    assert got.noised_correct == COUNTED.noised_correct
+    for wrong in (0.0, -30.0, math.nan, math.inf):
+        with pytest.raises(ProtocolError, match="count"):
+            read_reply(encode_reply(replace(COUNTED, noised_correct=NoisedCount(3.0, wrong))))
+    with pytest.raises(ProtocolError, match="paid for"):
+        read_reply(encode_reply(replace(COUNTED, spending=None)))
+    with pytest.raises(ProtocolError, match="noised count"):
+        read_reply(with_header(record := encode_reply(COUNTED), body=record.config_records["header"]["body"][:-1]))
+
+
+def test_what_a_site_keeps_of_its_reply_is_the_reply() -> None:
+    got = result_from_bytes(result_to_bytes(COUNTED), LAYOUT, "17", 3)
+    assert replace(got, contribution={}) == replace(COUNTED, contribution={})
+    assert same(got.contribution, STATE)
+    with pytest.raises(ProtocolError):
+        result_from_bytes(result_to_bytes(COUNTED), LAYOUT, "17", 4)
 
 
 def test_a_fingerprint_travels_as_its_beginning_and_no_shorter() -> None:

@@ -1,0 +1,107 @@
+"""One site with records of its own, asked by hand: what tests of a site's own rules play with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conftest import write_reviews
+
+from client.app import answer
+from common.config import Scalar
+from common.data import load_dataset
+from common.messages import Refusal, Reply, TrainResult, TrainTask
+from common.model import FederatedModel, model_of
+from common.privacy.ledger import Ledger
+from common.tensors import fingerprint, start_fingerprint
+from common.types import AdapterState
+from common.wire import encode_task
+from strategies import configure
+
+
+@dataclass
+class OneSite:
+    """A deployed site called ``clinic``, and a server that asks it whatever a test wants."""
+
+    settings: dict[str, Scalar]
+    node: dict[str, Scalar]
+    memory: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def ledger(self) -> Path:
+        return Path(str(self.node["ledger"]))
+
+    def rule(self, **rules: Any) -> None:
+        """Write the steward's policy; a rule's name is its key with underscores."""
+        path = self.ledger.with_name("policy.toml")
+        lines = (f"{key.replace('_', '-')} = {_toml(value)}\n" for key, value in rules.items())
+        path.write_text("".join(lines), encoding="utf-8")
+        self.node["policy"] = str(path)
+
+    def model(self) -> FederatedModel:
+        """Return the model that the site builds for these settings."""
+        job = configure(self.settings)
+        config = job.config
+        data = load_dataset(config.data, config.model.task, str(self.node["data"]))
+        return model_of(
+            *(config.model, job.adapter, config.head, config.seed),
+            *(data.label_names, data.label_phrases, config.device, config.precision),
+        )
+
+    def task(
+        self, round_number: int = 1, run: str = "1", change: Callable[[AdapterState], AdapterState] | None = None
+    ) -> TrainTask:
+        """Return the server's task for a round, from the adapter's start (or what ``change`` makes of it)."""
+        strategy, model = configure(self.settings).strategy, self.model()
+        state = strategy.start(model.start)
+        basis, down = strategy.basis(state), strategy.downlink(state)
+        return TrainTask(
+            run=run,
+            round_number=round_number,
+            state=change(down) if change else down,
+            basis=basis,
+            basis_fingerprint=fingerprint(basis) if basis else "",
+            base_fingerprint=model.base.fingerprint,
+            start_fingerprint=start_fingerprint(model.start),
+        )
+
+    def ask(self, task: TrainTask) -> Reply:
+        """Send a task through the wire format and return the site's reply."""
+        return answer(encode_task(task), self.node, self.settings, task.run, self.memory)
+
+    def train(self, round_number: int = 1, run: str = "1") -> TrainResult:
+        """Ask for a round that must succeed."""
+        reply = self.ask(self.task(round_number, run))
+        assert isinstance(reply, TrainResult), f"the site refuses: {reply}"
+        return reply
+
+    def refuse(self, round_number: int = 1, run: str = "1") -> Refusal:
+        """Ask for a round that must be refused, with nothing charged and one line said."""
+        before = self.charges()
+        reply = self.ask(self.task(round_number, run))
+        assert isinstance(reply, Refusal), "the site took part"
+        assert "\n" not in reply.reason
+        assert self.charges() == before, "a refused round was charged"
+        return reply
+
+    def charges(self) -> list[tuple[str, int, str]]:
+        """Return run, round and kind of everything in the ledger."""
+        if not self.ledger.exists():
+            return []
+        with Ledger(self.ledger) as ledger:
+            return [(entry.run, entry.round_number, entry.kind) for entry in ledger.entries()]
+
+
+def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int = 0) -> OneSite:
+    """Return a site with so many made-up reviews, for a run of ``settings`` at a noise that is quick to price."""
+    data = write_reviews(folder / f"own-{records}-{seed}.csv", records, seed)
+    node = {"site": "clinic", "data": str(data), "public-size": 50, "ledger": str(folder / f"clinic-{seed}.sqlite")}
+    return OneSite({**settings, "data.labels": "bad,good", "privacy.noise-multiplier": 2.0, "rounds": 4}, node)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).replace("'", '"') if isinstance(value, str | list) else str(value)

@@ -1,0 +1,257 @@
+"""The steward's rules win: the stricter figure holds, what is not allowed is refused by name, before any charge."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_questions
+from one_site import OneSite, clinic
+
+from client.policy import Policy, load_policy
+from common.data import load_dataset
+from common.errors import ConfigError
+from common.messages import Spending
+from common.privacy.accounting import Release, epsilon
+from common.privacy.ledger import EVALUATION, Ledger
+from experiments.in_process import run_in_process, simulated_nodes
+from server.report import read_lines
+from strategies import configure
+
+PUBLIC = 50
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    return clinic(toy_settings, tmp_path)
+
+
+def spent(site: OneSite, round_number: int = 1, run: str = "1") -> Spending:
+    spending = site.train(round_number, run).spending
+    assert spending is not None
+    return spending
+
+
+def refusal(site: OneSite, *parts: str, round_number: int = 1) -> None:
+    """Check that a round is refused by policy, with every part in the reason."""
+    got = site.refuse(round_number)
+    assert got.kind == "policy", got
+    for part in parts:
+        assert part in got.reason
+
+
+def test_the_stricter_budget_holds_and_the_noise_is_calibrated_for_it(site: OneSite) -> None:
+    site.settings["privacy.noise-multiplier"] = 0.0
+    proposed = spent(site, run="before")
+    assert (proposed.epsilon_budget, proposed.delta) == (8.0, 1e-3)
+    site.node["dataset-id"] = "another"
+    site.node["ledger"] = str(site.ledger.with_name("fresh.sqlite"))
+    site.rule(epsilon=2.0, delta=1e-4)
+    own = spent(site)
+    assert (own.epsilon_budget, own.delta) == (2.0, 1e-4)
+    assert own.noise_multiplier > 2 * proposed.noise_multiplier
+    whole = epsilon([Release(own.noise_multiplier, 0.25, 4 * own.steps_round)], 1e-4)
+    assert 1.9 < whole <= 2.0, "the noise is not that of four rounds within the site's own budget"
+
+
+def test_a_laxer_policy_changes_nothing(site: OneSite) -> None:
+    site.rule(epsilon=80.0, delta=0.02, min_noise_multiplier=0.1)
+    own = spent(site)
+    assert (own.epsilon_budget, own.delta, own.noise_multiplier) == (8.0, 1e-3, 2.0)
+
+
+def test_two_runs_that_propose_other_budgets_share_the_stewards(site: OneSite) -> None:
+    rounds = epsilon([Release(2.0, 0.25, 4)], 1e-3) + 1e-6
+    site.rule(epsilon=rounds, delta=1e-3)
+    site.settings["privacy.epsilon"] = 100.0
+    spent(site, run="a")
+    del site.node["policy"]  # the ledger remembers
+    assert spent(site, run="b").epsilon_budget == rounds
+    assert site.refuse(2, "b").kind == "budget"
+
+
+def test_the_least_noise_holds(site: OneSite) -> None:
+    site.rule(min_noise_multiplier=3.5)
+    assert spent(site).noise_multiplier == 3.5
+
+
+def test_rounds_and_steps_of_a_run_end_where_the_policy_says(site: OneSite) -> None:
+    site.rule(max_rounds=2)
+    site.train(1)
+    site.train(2)
+    refusal(site, "max-rounds = 2", "3 rounds", round_number=3)
+    site.rule(max_steps=3)
+    site.train(1, "another run")
+    got = site.refuse(2, "another run")
+    assert (got.kind, "max-steps = 3" in got.reason, "4 steps" in got.reason) == ("policy", True, True)
+
+
+def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite) -> None:
+    site.settings["privacy.noise-multiplier"] = 0.0
+    site.rule(max_rounds=2)
+    two = spent(site)
+    assert 7.9 < epsilon([Release(two.noise_multiplier, 0.25, 2 * two.steps_round)], 1e-3) <= 8.0
+
+
+@pytest.mark.parametrize(
+    ("rules", "parts"),
+    [
+        ({"strategies": ["fed-sb", "fed-svd"]}, ("strategies = fed-sb, fed-svd", "ffa-lora")),
+        ({"head_policies": ["frozen"]}, ("head-policies = frozen", "trained")),
+        ({"models": ["0123456789ab"]}, ("models = 0123456789ab", "base model")),
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_both_values(
+    site: OneSite, rules: dict[str, Any], parts: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    site.rule(**rules)
+    with caplog.at_level(logging.WARNING, "fedveil.site"):
+        refusal(site, *parts)
+    assert parts[0] in caplog.text, "the site's own log does not say what was refused"
+
+
+def test_what_is_allowed_goes_on(site: OneSite) -> None:
+    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[site.model().base.fingerprint[:12]])
+    site.train()
+
+
+def test_a_deployed_site_joins_no_run_without_privacy_unless_its_policy_says_so(site: OneSite) -> None:
+    site.settings["privacy.mode"] = "none"
+    refusal(site, "allow-no-privacy = false", "'none'")
+    site.rule(strategies=["ffa-lora"])
+    refusal(site, "allow-no-privacy = false")
+    site.rule(allow_no_privacy=True, max_rounds=1)
+    assert site.train().spending is None
+    refusal(site, "max-rounds = 1", round_number=2)
+
+
+def test_the_same_records_under_another_id_are_refused(site: OneSite) -> None:
+    site.train()
+    site.node["dataset-id"] = "renamed"
+    refusal(site, "'renamed'", "'clinic'", round_number=2)
+
+
+def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text('strategies = ["fed-sb"]\n')
+    nodes = simulated_nodes(2, tmp_path)
+    nodes[1]["policy"] = str(tmp_path / "policy.toml")
+    line = read_lines(run_in_process({**toy_settings, "rounds": 1}, nodes) / "rounds.jsonl")[0]
+    assert line["participants"] == ["site-0"]
+    assert [(r["site"], r["kind"]) for r in line["refusals"]] == [("site-1", "policy")]
+
+
+# The noised count.
+
+
+def test_no_count_is_sent_unless_the_policy_says_so(site: OneSite) -> None:
+    assert site.train().noised_correct is None
+    assert site.charges() == [("1", 1, "training")]
+
+
+def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.rule(send_noised_metrics=True, metrics_noise=12.0)
+    result = site.train()
+    assert result.noised_correct is not None
+    assert result.noised_correct.noise_std == 12.0
+    assert result.noised_correct.value == round(result.noised_correct.value)
+    assert site.charges() == [("1", 1, "training"), ("1", 1, EVALUATION)]
+    with Ledger(site.ledger) as ledger:
+        assert ledger.entries()[1].sample_rate == 1.0
+    assert result.spending is not None
+    both = [Release(2.0, 0.25, result.spending.steps_round), Release(12.0, 1.0, 1)]
+    assert result.spending.epsilon_total == epsilon(both, 1e-3) > epsilon(both[:1], 1e-3)
+
+    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.zeros(shape))
+    exact, model, config = site.train(2).noised_correct, site.model(), configure(site.settings).config
+    records = model.tokenise(load_dataset(config.data, config.model.task, str(site.node["data"])).examples)
+    model.write(model.start)
+    assert exact is not None
+    assert exact.value == round(model.score(records).accuracy * len(records))
+
+
+def test_the_count_is_not_paid_for_when_it_cannot_exist(toy_generation: dict[str, Any], tmp_path: Path) -> None:
+    site = clinic(toy_generation, tmp_path)
+    site.node["data"] = str(write_questions(tmp_path / "own.csv", 30))
+    site.rule(send_noised_metrics=True)
+    assert site.train().noised_correct is None
+    assert site.charges() == [("1", 1, "training")]
+
+
+def test_the_training_noise_leaves_room_for_every_count(site: OneSite) -> None:
+    site.settings["privacy.noise-multiplier"] = 0.0
+    site.rule(send_noised_metrics=True, metrics_noise=2.0)
+    last = [spent(site, n) for n in (1, 2, 3, 4)][-1]
+    assert 7.8 < last.epsilon_total <= 8.0
+    assert last.noise_multiplier > 1.01 * plain_noise(site)
+
+
+def plain_noise(site: OneSite) -> float:
+    site.rule(min_noise_multiplier=0.0)
+    site.node.update({"ledger": str(site.ledger.with_name("plain.sqlite"))})
+    site.memory.clear()
+    return spent(site, run="plain").noise_multiplier
+
+
+# The file.
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epsilom = 1", "did you mean 'epsilon'"),
+        ("max-round = 3", "did you mean 'max-rounds'"),
+        ("epsilon = 1", "set both"),
+        ("delta = 1e-5", "set both"),
+        ("epsilon = 0.0\ndelta = 1e-5", "above 0"),
+        ("epsilon = nan\ndelta = nan", "set both"),
+        ("epsilon = 1\ndelta = 0.5", "below 0.5"),
+        ("max-rounds = 0", "above 0"),
+        ("max-steps = -1", "above 0"),
+        ("max-rounds = 2.5", "whole number"),
+        ("metrics-noise = 0", "above 0"),
+        ("min-noise-multiplier = -1", "at least 0"),
+        ("allow-no-privacy = 1", "true or false"),
+        ('strategies = "fed-sb"', "list"),
+        ("strategies = []", "at least one"),
+        ('strategies = ["fedsb"]', "did you mean 'fed-sb'"),
+        ('strategies = ["fed-sb,ffa-lora"]', "without commas"),
+        ('head-policies = ["thawed"]', "head-policies"),
+        ('models = ["0123456789a"]', "at least 12"),
+        ('models = ["0123456789zz"]', "0-9, a-f"),
+        ("[site]\nepsilon = 1", "text, a number"),
+        ("epsilon = ", "cannot be read"),
+    ],
+)
+def test_a_policy_that_is_not_right_is_an_error_that_says_what(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as error:
+        load_policy(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_policy_that_is_not_there_or_broken_stops_the_site(site: OneSite) -> None:
+    site.node["policy"] = str(site.ledger.with_name("nowhere.toml"))
+    assert site.refuse().kind == "failed"
+    site.rule(epsilom=1.0)
+    assert "did you mean 'epsilon'" in site.refuse().reason
+
+
+def test_a_delta_above_one_over_the_size_and_a_figure_said_twice_stop_the_site(site: OneSite) -> None:
+    site.rule(epsilon=3.0, delta=0.1)
+    assert f"1/{PUBLIC}" in site.refuse().reason
+    site.rule(public_size=60)
+    assert "'public-size' stands in the node configuration and in the policy" in site.refuse().reason
+    del site.node["public-size"]
+    assert site.train().public_size == 60
+
+
+def test_every_rule_has_a_line_in_the_docs() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
+    for item in dataclasses.fields(Policy):
+        assert f"`{item.name.replace('_', '-')}`" in text, f"docs/privacy.md does not say what {item.name} is"

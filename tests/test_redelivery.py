@@ -1,0 +1,135 @@
+"""A message that comes twice: answered from what was released, or paid for again; never free, never stale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_site import OneSite, clinic
+
+import client.app
+from common.messages import Refusal, TrainResult
+from common.tensors import entries, scale
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    return clinic(toy_settings, tmp_path)
+
+
+def same(left: TrainResult, right: TrainResult) -> bool:
+    """Return whether two results are equal in every field and bit for bit."""
+    fields = replace(left, contribution={}) == replace(right, contribution={})
+    pairs = zip(entries(left.contribution), entries(right.contribution), strict=True)
+    return fields and all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in pairs)
+
+
+def check_that_a_repeated_task_is_free_and_the_same(site: OneSite) -> None:
+    first, charged = site.train(1), site.charges()
+    again = site.train(1)
+    assert site.charges() == charged, "the repeated task was charged"
+    assert same(first, again), "the repeated task was answered with a new release"
+
+
+def test_a_repeated_task_gets_the_kept_reply_and_touches_no_record(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_that_a_repeated_task_is_free_and_the_same(site)
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("a record was touched")
+
+    monkeypatch.setattr(client.app, "_records", fail)
+    monkeypatch.setattr(client.app, "train_round", fail)
+    site.train(1)
+
+
+def test_a_site_that_recalls_nothing_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.memory.Memory.recall", lambda *_: None)
+    with pytest.raises(AssertionError, match="was charged"):
+        check_that_a_repeated_task_is_free_and_the_same(site)
+
+
+def test_a_site_that_trains_again_without_paying_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.memory.Memory.recall", lambda *_: None)
+    train, paid = client.app.train_round, []
+
+    def free(one: Any, job: Any, *rest: Any) -> Any:
+        if paid:
+            one = replace(one, ledger_path=one.ledger_path.with_name("free.sqlite"))
+        paid.append(True)
+        return train(one, job, *rest)
+
+    monkeypatch.setattr(client.app, "train_round", free)
+    with pytest.raises(AssertionError, match="new release"):
+        check_that_a_repeated_task_is_free_and_the_same(site)
+
+
+def test_a_node_that_lost_its_memory_pays_again(site: OneSite) -> None:
+    first = site.train(1)
+    site.memory.clear()
+    again = site.train(1)
+    assert site.charges() == [("1", 1, "training")] * 2
+    assert not same(first, again)
+    assert first.spending is not None
+    assert again.spending is not None
+    assert again.spending.epsilon_total > first.spending.epsilon_total
+
+
+def test_a_round_that_failed_after_its_charge_is_charged_again(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("client.local_training._take_steps", lambda *_: 1 / 0)
+        reply = site.ask(site.task(1))
+    assert isinstance(reply, Refusal)
+    assert reply.kind == "failed"
+    assert site.charges() == [("1", 1, "training")], "a round that fails after the charge stays charged"
+    site.train(1)
+    assert site.charges() == [("1", 1, "training")] * 2
+
+
+def test_another_question_in_the_same_round_is_paid_for(site: OneSite) -> None:
+    first = site.train(1)
+    other = site.ask(site.task(1, change=lambda state: scale(state, 1.5)))
+    assert isinstance(other, TrainResult)
+    assert not same(first, other)
+    assert len(site.charges()) == 2
+
+
+@pytest.mark.parametrize("answered", [2, 4])
+def test_a_task_of_an_earlier_round_is_refused_before_any_charge(site: OneSite, answered: int) -> None:
+    site.train(answered)
+    got = site.refuse(1)
+    assert got.kind == "task"
+    assert f"has answered round {answered}" in got.reason
+    site.train(1, run="another run")
+
+
+def test_only_the_last_reply_is_kept(site: OneSite) -> None:
+    site.train(1)
+    keys, size = set(site.memory), sum(map(len, site.memory.values()))
+    for round_number in (2, 3, 4):
+        site.train(round_number)
+    assert set(site.memory) == keys
+    assert abs(sum(map(len, site.memory.values())) - size) < 100
+
+
+def test_factors_sent_once_are_kept_once_and_do_not_make_a_task_another(site: OneSite) -> None:
+    site.settings |= {
+        "strategy": "fed-sb",
+        "fed-sb.init": "public-gradient",
+        "fed-sb.init-data": str(site.node["data"]),
+    }
+    task = site.task(1)
+    assert task.basis, "this strategy sends nothing once: the test tests nothing"
+    first = site.ask(task)
+    again = site.ask(replace(task, basis={}))
+    assert isinstance(first, TrainResult)
+    assert isinstance(again, TrainResult)
+    assert same(first, again)
+    site.memory.clear()
+    lost = site.ask(replace(task, basis={}))
+    assert isinstance(lost, Refusal)
+    assert (lost.kind, len(site.charges())) == ("basis", 1)
