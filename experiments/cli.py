@@ -14,6 +14,7 @@ from rich.table import Table
 
 from experiments.deploy.cli import doctor_app, server_app, site_app
 from experiments.people import for_people as _for_people
+from experiments.plan_cli import plan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger.")
@@ -21,6 +22,7 @@ app.add_typer(ledger_app, name="ledger")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
+app.command()(plan)
 console = Console(highlight=False, soft_wrap=True)
 
 Settings = Annotated[

@@ -1,0 +1,142 @@
+"""A few real steps on public test records, timed: what a round will take on this machine.
+
+No site's record is used. Memory is this process's peak, which is about what a worker needs: it holds the
+same model, and one forward pass is limited by ``training.batch-tokens`` and not by the batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.local_training import plain_step
+from client.optimizers import build_optimizer
+from common.batching import length_batches
+from common.config import RunConfig
+from common.device import own_cores
+from common.model import FederatedModel
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import PrivacyPlan
+from common.randomness import stream
+from common.tasks import Record
+from server.evaluation import Evaluator
+
+MOST_RECORDS = 256
+FEW_RECORDS = 8
+NO_NOISE = 1e-9
+"""Noise over clip of the measured steps: too little to change the mean gradient's length."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, on how many public records."""
+
+    records: int
+    threads: int
+    """Of one worker process."""
+    device: str
+    step_seconds: float
+    """Of a step, whatever its batch."""
+    record_seconds: float
+    """More for each record of the batch."""
+    score_seconds: float
+    """Of scoring the public test records once."""
+    peak_mib: float
+    """Peak memory of this process."""
+    accelerator_mib: float
+    """Peak memory on the GPU; 0 without one."""
+    alignment: float | None
+    """Length of the mean clipped gradient over the clip norm at the start; None when privacy is off."""
+
+    def site_seconds(self, steps: int, expected_batch: float) -> float:
+        """Return the time of one site's round."""
+        return steps * (self.step_seconds + expected_batch * self.record_seconds)
+
+
+def calibrate(evaluator: Evaluator, config: RunConfig, workers: int) -> Calibration:
+    """Take a few steps of the configured model on up to 256 public test records and time them.
+
+    Args:
+        evaluator: the model and the public records; the model's state is put back to its start.
+        config: clip, optimiser and privacy mode of the run.
+        workers: how many processes will train at once; each has its share of the cores.
+    """
+    model, threads = evaluator.model, torch.get_num_threads()
+    order = torch.randperm(len(evaluator.records), generator=stream(config.seed, "calibration")).tolist()
+    records = [evaluator.records[i] for i in order[:MOST_RECORDS]]
+    half = max(1, len(records) // 2)
+    few, first, second = records[: min(FEW_RECORDS, half)], records[:half], records[half:] or records[:half]
+    worker_threads = max(1, own_cores() // workers)
+    torch.set_num_threads(worker_threads)
+    try:
+        model.write(evaluator.start)
+        _step(model, few, config)  # the first step pays for what later ones find ready
+        short = min(_step(model, few, config)[0] for _ in range(2))
+        (long_a, mean_a), (long_b, mean_b) = _step(model, first, config), _step(model, second, config)
+    finally:
+        torch.set_num_threads(threads)
+    more = len(first) + len(second) - 2 * len(few)
+    per_record = max(0.0, long_a + long_b - 2 * short) / more if more else short / len(few)
+    began = time.perf_counter()
+    model.score(records)
+    scoring = (time.perf_counter() - began) * len(evaluator.records) / len(records)
+    model.write(evaluator.start)
+    cuda = model.device.type == "cuda"
+    return Calibration(
+        records=len(records),
+        threads=worker_threads,
+        device=str(model.device),
+        step_seconds=max(0.0, short - len(few) * per_record),
+        record_seconds=per_record,
+        score_seconds=scoring,
+        peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
+        alignment=_alignment(mean_a, mean_b) if config.privacy.on else None,
+    )
+
+
+def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float], workers: int) -> tuple[float, float]:
+    """Return the time of one round: simulated here on ``workers`` processes, and with a machine for each site.
+
+    Sites are taken in order by the next free worker; both times include scoring the global model once.
+    """
+    sites = [calibration.site_seconds(steps, batch) for batch in batches]
+    busy = [0.0] * workers
+    for seconds in sites:
+        heapq.heapreplace(busy, busy[0] + seconds)
+    return max(busy) + calibration.score_seconds, max(sites) + calibration.score_seconds
+
+
+def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
+    """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if private)."""
+    groups = length_batches([len(record["input_ids"]) for record in records], config.training.batch_tokens)
+    optimizer = build_optimizer(model.trained(), config.site_training)
+    parts = (model.batch([records[i] for i in group]) for group in groups)
+    parameters = [p for factors in model.trained().values() for p in factors.values()]
+    model.module.train()
+    began = time.perf_counter()
+    if not config.privacy.on:
+        plain_step(parts, model, optimizer, parameters)
+        return time.perf_counter() - began, torch.zeros(0)
+    plan = PrivacyPlan(config.privacy.clip_norm, NO_NOISE, 1.0, float(len(records)), 1e-6, 1.0)
+    with PrivateSteps(model.module, optimizer, plan) as steps:
+        released = steps.release(parts, model.losses)
+    seconds = time.perf_counter() - began
+    return seconds, torch.cat([gradient.flatten() for gradient in released]).double().cpu() / plan.clip_norm
+
+
+def _alignment(first: Tensor, second: Tensor) -> float:
+    """Return the length of the expected gradient from two independent means.
+
+    The product of the halves has the squared length as its mean; the length of one mean over n records would be
+    too long by about 1 / n, because the records' own directions do not average out.
+    """
+    return math.sqrt(max(0.0, float(first @ second)))
