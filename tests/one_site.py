@@ -97,7 +97,12 @@ class OneSite:
 def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int = 0) -> OneSite:
     """Return a site with so many made-up reviews, for a run of ``settings`` at a noise that is quick to price."""
     data = write_reviews(folder / f"own-{records}-{seed}.csv", records, seed)
-    node = {"site": "clinic", "data": str(data), "public-size": 50, "ledger": str(folder / f"clinic-{seed}.sqlite")}
+    node: dict[str, Scalar] = {
+        "site": "clinic",
+        "data": str(data),
+        "public-size": 50,
+        "ledger": str(folder / f"clinic-{seed}.sqlite"),
+    }
     return OneSite({**settings, "data.labels": "bad,good", "privacy.noise-multiplier": 2.0, "rounds": 4}, node)
 
 

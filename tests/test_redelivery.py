@@ -11,6 +11,7 @@ import torch
 from one_site import OneSite, clinic
 
 import client.app
+from client.local_training import train_round
 from common.messages import Refusal, TrainResult
 from common.tensors import entries, scale
 
@@ -55,13 +56,13 @@ def test_a_site_that_recalls_nothing_is_found_out(site: OneSite, monkeypatch: py
 
 def test_a_site_that_trains_again_without_paying_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.memory.Memory.recall", lambda *_: None)
-    train, paid = client.app.train_round, []
+    paid: list[bool] = []
 
     def free(one: Any, job: Any, *rest: Any) -> Any:
         if paid:
             one = replace(one, ledger_path=one.ledger_path.with_name("free.sqlite"))
         paid.append(True)
-        return train(one, job, *rest)
+        return train_round(one, job, *rest)
 
     monkeypatch.setattr(client.app, "train_round", free)
     with pytest.raises(AssertionError, match="new release"):

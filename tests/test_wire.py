@@ -79,7 +79,7 @@ def states(draw: st.DrawFn) -> AdapterState:
 @st.composite
 def spendings(draw: st.DrawFn) -> Spending:
     kinds = {"int": st.integers(0, 10**6), "float": figures, "str": words | st.sampled_from(ACCOUNTANTS)}
-    values = {item.name: draw(kinds[str(item.type)]) for item in dataclasses.fields(Spending)}
+    values: dict[str, Any] = {item.name: draw(kinds[str(item.type)]) for item in dataclasses.fields(Spending)}
     return Spending(**{**values, "kind": draw(st.sampled_from(SPENDING_KINDS))})
 
 
@@ -228,9 +228,16 @@ def with_header(record: RecordDict, **changes: Any) -> RecordDict:
     return record
 
 
+def body(record: RecordDict) -> bytes:
+    """Return the packed part of a header."""
+    value = record.config_records["header"]["body"]
+    assert isinstance(value, bytes)
+    return value
+
+
 def with_bytes(record: RecordDict, position: int, data: bytes) -> RecordDict:
     """Return the record with some bytes of its packed header overwritten."""
-    packed = bytes(record.config_records["header"]["body"])
+    packed = body(record)
     assert position + len(data) <= len(packed), "the planted bytes do not fit the header"
     return with_header(record, body=packed[:position] + data + packed[position + len(data) :])
 
@@ -271,7 +278,7 @@ def test_a_header_that_is_no_block_of_bytes_or_too_short_is_refused(message: str
 @each_message
 def test_a_header_cut_anywhere_or_with_a_byte_too_many_is_refused_in_one_line(message: str) -> None:
     make, read = MESSAGES[message]
-    packed = bytes(make().config_records["header"]["body"])
+    packed = body(make())
     for wrong in [packed[:end] for end in range(len(packed))] + [packed + b"\0"]:
         with pytest.raises(ProtocolError) as error:
             read(with_header(make(), body=wrong))
@@ -283,7 +290,7 @@ def test_a_header_cut_anywhere_or_with_a_byte_too_many_is_refused_in_one_line(me
     "changes", [{"run": "18"}, {"round_number": 0}, {"round_number": 2}, {"round_number": 2**32 - 1}]
 )
 def test_a_reply_to_another_run_or_round_is_refused_by_the_sites_name(message: str, changes: dict[str, Any]) -> None:
-    good = {"result": RESULT, "refusal": REFUSAL}[message]
+    good: Any = {"result": RESULT, "refusal": REFUSAL}[message]
     with pytest.raises(ProtocolError, match="site-0 answers"):
         read_reply(encode_reply(replace(good, **changes)))
 
@@ -320,7 +327,8 @@ def test_texts_too_long_or_not_utf8_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         "common.wire._text", lambda value, longest=0: len(value.encode()).to_bytes(2, "little") + value.encode()
     )
-    for good, key, longest in ((RESULT, "site", 200), (REFUSAL, "site", 200), (REFUSAL, "reason", 1000)):
+    cases: list[tuple[Any, str, int]] = [(RESULT, "site", 200), (REFUSAL, "site", 200), (REFUSAL, "reason", 1000)]
+    for good, key, longest in cases:
         read_reply(encode_reply(replace(good, **{key: "é" * longest})))
         with pytest.raises(ProtocolError, match=key):
             read_reply(encode_reply(replace(good, **{key: "é" * (longest + 1)})))
@@ -341,7 +349,7 @@ def test_half_a_surrogate_pair_does_not_keep_a_refusal_from_arriving() -> None:
     assert got.reason == "file ? is missing"
 
 
-SPENT_AT = bytes(encode_reply(RESULT).config_records["header"]["body"]).index(_pack_spending(SPENDING))
+SPENT_AT = body(encode_reply(RESULT)).index(_pack_spending(SPENDING))
 FIGURES = [*range(1, 25, 8), *range(37, 77, 8)]
 """Where the floats of a packed spending begin."""
 
@@ -377,7 +385,7 @@ def test_a_count_without_noise_or_that_nobody_paid_for_is_refused() -> None:
     with pytest.raises(ProtocolError, match="paid for"):
         read_reply(encode_reply(replace(COUNTED, spending=None)))
     with pytest.raises(ProtocolError, match="noised count"):
-        read_reply(with_header(record := encode_reply(COUNTED), body=record.config_records["header"]["body"][:-1]))
+        read_reply(with_header(record := encode_reply(COUNTED), body=body(record)[:-1]))
 
 
 def test_what_a_site_keeps_of_its_reply_is_the_reply() -> None:
@@ -514,7 +522,7 @@ def test_any_header_is_either_read_or_a_protocol_error(message: str, data: st.Da
     changes = data.draw(st.dictionaries(st.sampled_from(("protocol", "body")), scalars, min_size=1))
     with suppress(ProtocolError):
         read(with_header(make(), **changes))
-    size = len(make().config_records["header"]["body"])
+    size = len(body(make()))
     spoilt = data.draw(st.binary(min_size=1, max_size=12))
     with suppress(ProtocolError):
         read(with_bytes(make(), data.draw(st.integers(0, size - len(spoilt))), spoilt))

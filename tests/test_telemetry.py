@@ -1,0 +1,275 @@
+"""Everything that leaves a site, down to the byte, is on the list in this file; anything else fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_questions
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto, recorddict_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata as ProtoMetadata
+from google.protobuf.message import Message as Proto
+from one_site import OneSite, clinic
+
+from client import local_training
+from client.app import train
+from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult
+from common.privacy import dpsgd
+from common.wire import decode_reply, encode_reply, encode_task, layout_of
+
+FIELDS: dict[type, dict[str, str]] = {
+    TrainResult: {
+        "run": "from the task",
+        "round_number": "from the task",
+        "site": "named by the steward",
+        "public_size": "declared by the steward",
+        "contribution": "clipped, noised, and paid for",
+        "spending": "see below",
+        "noised_correct": "see below",
+    },
+    Spending: {
+        "kind": "from the task",
+        "sample_rate": "from the configuration",
+        "noise_multiplier": "from configuration, policy and public size",
+        "clip_norm": "from the configuration",
+        "steps_round": "from the configuration",
+        "steps_total": "the ledger's sum of such figures",
+        "delta": "from configuration, policy and ledger",
+        "epsilon_round": "the accountant's, from such figures",
+        "epsilon_total": "the accountant's, from such figures",
+        "epsilon_budget": "from configuration, policy and ledger",
+        "epsilon_remaining": "their difference",
+        "accountant": "the accountant's name",
+    },
+    NoisedCount: {"value": "noised, and paid for", "noise_std": "from the policy"},
+    Refusal: {
+        "run": "from the task",
+        "round_number": "from the task",
+        "site": "named by the steward",
+        "kind": "one of five words",
+        "reason": "words about rules, figures of the ledger, or the place of a failure; quotes no record",
+    },
+}
+"""Every field of every reply, and why it may leave."""
+CONTENT = {
+    "array adapter/state dtype": "constant",
+    "array adapter/state shape": "from the configuration",
+    "array adapter/state stype": "constant",
+    "array adapter/state data": "the contribution",
+    "config header/protocol": "constant",
+    "config header/body": "the other fields above, packed",
+}
+METADATA = {
+    "run_id": "Flower's",
+    "src_node_id": "Flower's",
+    "dst_node_id": "Flower's",
+    "message_id": "a hash of the rest",
+    "reply_to_message_id": "from the task",
+    "group_id": "from the task",
+    "message_type": "constant",
+    "created_at": "the clock: how long a site takes is a side channel, see docs/privacy.md",
+    "ttl": "constant",
+}
+"""What Flower itself adds to a reply."""
+
+
+def leaves(record: RecordDict) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of everything inside an encoded message."""
+    for name, arrays in record.array_records.items():
+        for key, array in arrays.items():
+            for part in ("dtype", "shape", "stype", "data"):
+                yield f"array {name}/{key} {part}", getattr(array, part)
+    for name, config in record.config_records.items():
+        yield from ((f"config {name}/{key}", value) for key, value in config.items())
+    for name, metrics in record.metric_records.items():
+        yield from ((f"metric {name}/{key}", value) for key, value in metrics.items())
+
+
+def check_content(record: RecordDict, reply: Reply) -> None:
+    """Fail unless ``record`` is made of listed fields, and each byte of it follows from the fields of ``reply``."""
+    unknown = {name for name, _ in leaves(record)} - set(CONTENT)
+    assert not unknown, f"not on the list: {unknown}"
+    layout = layout_of(reply.contribution) if isinstance(reply, TrainResult) else {}
+    read = decode_reply(record, layout, reply.run, reply.round_number)
+    assert dict(leaves(encode_reply(read))) == dict(leaves(record)), "some bytes follow from no field of the reply"
+
+
+def check_metadata(proto: Proto) -> None:
+    """Fail unless what Flower sends beside the content is on the list."""
+    assert {field.name for field, _ in proto.ListFields()} <= {"metadata", "content"}
+    metadata: Any = proto
+    unknown = {field.name for field, _ in metadata.metadata.ListFields()} - set(METADATA)
+    assert not unknown, f"not on the list: {unknown}"
+
+
+def classification(settings: dict[str, Any], generation: dict[str, Any], folder: Path) -> OneSite:
+    return clinic(settings, folder)
+
+
+def with_metrics(settings: dict[str, Any], generation: dict[str, Any], folder: Path) -> OneSite:
+    site = clinic(settings, folder)
+    site.rule(send_noised_metrics=True, min_noise_multiplier=1.0)
+    return site
+
+
+def completion(settings: dict[str, Any], generation: dict[str, Any], folder: Path) -> OneSite:
+    site = clinic(generation, folder)
+    site.node["data"] = str(write_questions(folder / "own.csv", 30))
+    return site
+
+
+def initialised(settings: dict[str, Any], generation: dict[str, Any], folder: Path) -> OneSite:
+    return clinic({**settings, "strategy": "fed-sb", "fed-sb.init": "dp-gradient"}, folder)
+
+
+Make = Callable[[dict[str, Any], dict[str, Any], Path], OneSite]
+each_site = pytest.mark.parametrize("make", [classification, with_metrics, completion])
+
+
+@each_site
+def test_a_result_is_made_of_listed_fields_to_the_last_byte(
+    make: Make, toy_settings: dict[str, Any], toy_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    reply = make(toy_settings, toy_generation, tmp_path).train()
+    assert (reply.noised_correct is not None) == (make is with_metrics)
+    assert reply.spending is not None
+    check_content(encode_reply(reply), reply)
+
+
+def test_an_initial_gradient_is_made_of_listed_fields(
+    toy_settings: dict[str, Any], toy_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    site = initialised(toy_settings, toy_generation, tmp_path)
+    reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
+    assert isinstance(reply, TrainResult), reply
+    check_content(encode_reply(reply), reply)
+
+
+def test_refusals_are_made_of_listed_fields_and_quote_no_record(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, refusals = clinic(toy_settings, tmp_path), dict[str, Refusal]()
+
+    def collect(reply: Reply) -> None:
+        assert isinstance(reply, Refusal), "the site took part"
+        check_content(encode_reply(reply), reply)
+        refusals[reply.kind] = reply
+
+    collect(site.ask(replace(site.task(), base_fingerprint="0" * 64)))
+    site.rule(strategies=["fed-sb"])
+    collect(site.ask(site.task()))
+    site.rule(epsilon=0.01, delta=1e-3)
+    collect(site.ask(site.task()))
+
+    def quote(*_: Any) -> None:
+        raise ValueError("record 7 says: a lovely film")
+
+    site.node["ledger"] = str(tmp_path / "fresh.sqlite")
+    del site.node["policy"]
+    monkeypatch.setattr(local_training, "_take_steps", quote)
+    collect(site.ask(site.task()))
+    assert set(refusals) == {"task", "policy", "budget", "failed"}
+    assert "lovely" not in refusals["failed"].reason, "a refusal quotes a record"
+
+
+def test_the_list_has_every_field_of_every_reply_and_no_other() -> None:
+    for kind, known in FIELDS.items():
+        assert {item.name for item in dataclasses.fields(kind)} == set(known), f"{kind.__name__} is not as listed"
+
+
+def through_flower(site: OneSite) -> Message:
+    """Return the message that leaves the site's Flower app."""
+    content = recorddict_to_proto(encode_task(site.task(run="77")))
+    metadata = ProtoMetadata(run_id=77, src_node_id=1, dst_node_id=5, message_id="m", group_id="1")
+    metadata.message_type, metadata.created_at, metadata.ttl = "train", time.time(), 60.0
+    context = Context(77, 5, dict(site.node), RecordDict(), dict(site.settings))
+    reply = train(message_from_proto(ProtoMessage(metadata=metadata, content=content)), context)
+    assert "kept" in context.state, "the site keeps no reply"
+    return reply
+
+
+def test_flower_adds_nothing_that_is_not_listed(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    site = clinic(toy_settings, tmp_path)
+    message = through_flower(site)
+    reply = decode_reply(message.content, layout_of(site.train(2).contribution), "77", 1)
+    assert isinstance(reply, TrainResult)
+    check_content(message.content, reply)
+    check_metadata(message_to_proto(message))
+
+
+def planted() -> Iterator[tuple[str, Callable[[RecordDict], None]]]:
+    """Yield what a careless change could add to a reply."""
+
+    def more_bytes(record: RecordDict) -> None:
+        header: dict[str, Any] = dict(record.config_records["header"])
+        record["header"] = ConfigRecord({**header, "body": header["body"] + b"\x07"})
+
+    def more_array(record: RecordDict) -> None:
+        record["adapter"] = ArrayRecord({**record.array_records["adapter"], "loss": Array(torch.ones(1).numpy())})
+
+    def more_shape(record: RecordDict) -> None:
+        state = record.array_records["adapter"]["state"]
+        record["adapter"] = ArrayRecord({"state": Array(state.dtype, (17, *state.shape), state.stype, state.data)})
+
+    yield "a metric", lambda record: record.update({"metrics": MetricRecord({"train_loss": 0.7})})
+    yield "a count in the header", lambda record: record.config_records["header"].update({"num-examples": 40})
+    yield "a record of its own", lambda record: record.update({"more": ConfigRecord({"note": "x"})})
+    yield "bytes after the header", more_bytes
+    yield "another array", more_array
+    yield "a figure in the shape", more_shape
+
+
+@pytest.mark.parametrize(("what", "plant"), list(planted()), ids=[what for what, _ in planted()])
+def test_a_planted_field_is_found(
+    what: str, plant: Callable[[RecordDict], None], toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    reply = clinic(toy_settings, tmp_path).train()
+    record = encode_reply(reply)
+    check_content(record, reply)
+    plant(record)
+    with pytest.raises(Exception, match=r"list|follow|bytes|block"):
+        check_content(record, reply)
+
+
+def test_a_planted_field_of_the_message_is_found(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    proto: Any = message_to_proto(through_flower(clinic(toy_settings, tmp_path)))
+    check_metadata(proto)
+    proto.error.reason = "batch of 40 records"
+    with pytest.raises(AssertionError):
+        check_metadata(proto)
+
+
+def shape_of(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Any]:
+    """Return all that a site sends beside its contribution, and the contribution, under fixed noise."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * std
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpsgd, "private_normal", normal)
+        patch.setattr(local_training, "private_poisson_sample", lambda size, rate: torch.arange(0, size, 4))
+        found = dict(leaves(encode_reply(site.train())))
+    return found, found.pop("array adapter/state data")
+
+
+def test_other_records_change_nothing_but_the_contribution(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, first = shape_of(clinic(toy_settings, tmp_path, 40, 1), monkeypatch)
+    few, second = shape_of(clinic(toy_settings, tmp_path, 23, 2), monkeypatch)
+    assert many == few, "something beside the contribution depends on the records"
+    assert first != second, "the contribution does not depend on the records: the test tests nothing"
+
+    # Planted fault: a site that declares what it counts.
+    leaky = clinic(toy_settings, tmp_path, 30, 3)
+    leaky.node["public-size"] = 30
+    assert shape_of(leaky, monkeypatch)[0] != many
