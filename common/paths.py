@@ -1,4 +1,4 @@
-"""Where a run's files are."""
+"""Where a run's files are, and what a run is called."""
 
 from __future__ import annotations
 
@@ -8,5 +8,19 @@ from common.config import RunConfig
 
 
 def run_folder(config: RunConfig, run: str) -> Path:
-    """Return the folder of a run; server and simulated sites agree on it without talking."""
-    return Path(config.output).expanduser().absolute() / f"{config.strategy}-{run}"
+    """Return the folder of a run; server and simulated sites agree on it without talking.
+
+    A resumed run goes on in the folder that ``resume`` names, by its path or by the run's id.
+    """
+    output = Path(config.output).expanduser().absolute()
+    if not config.resume:
+        return output / f"{config.strategy}-{run}"
+    named = Path(config.resume).expanduser()
+    if named.name != config.resume:
+        return named.absolute()
+    return output / (named.name if named.name.startswith(f"{config.strategy}-") else f"{config.strategy}-{named.name}")
+
+
+def run_name(config: RunConfig, run: str) -> str:
+    """Return what messages, records and ledgers call the run: Flower's id, when resumed that of the first start."""
+    return run_folder(config, run).name.removeprefix(f"{config.strategy}-") if config.resume else run

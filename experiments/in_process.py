@@ -6,19 +6,20 @@ SuperNode would be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from client.app import answer
 from common.config import Scalar
-from common.errors import ProtocolError
-from common.messages import Refusal, Reply, TrainTask
+from common.messages import Reply, TrainTask
 from common.paths import run_folder
-from common.wire import Layout, decode_reply, encode_reply, encode_task, payload_bytes
+from common.wire import Layout, encode_reply, encode_task, payload_bytes
 from server.conduct import conduct
 from server.evaluation import Evaluator
 from server.records import RunFolder
-from server.rounds import Exchange, Transport
+from server.replies import read_reply
+from server.sites import Exchange, Transport
 from strategies import Job, configure
 
 
@@ -42,9 +43,10 @@ class InProcessTransport:
         self._layout_of_round = evaluator.reply_layout
         return self
 
-    def nodes(self) -> list[int]:
-        """Return one number per site."""
-        return list(range(len(self._nodes)))
+    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+        """Return one number per site; nobody joins while a call waits, so none is waited for."""
+        del wanted
+        return [node for node in range(len(self._nodes)) if node not in besides]
 
     def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
@@ -53,22 +55,28 @@ class InProcessTransport:
         for node, task in tasks.items():
             content = encode_task(task)
             down += payload_bytes(content)
-            reply = answer(content, self._nodes[node], self._settings, task.run, self._memories[node])
-            record, layout = encode_reply(reply), self._layout_of_round(task.round_number)
+            record = self.deliver(node, task, content)
             up += payload_bytes(record)
-            try:
-                replies[node] = decode_reply(record, layout, task.run, task.round_number)
-            except ProtocolError as error:
-                replies[node] = Refusal(task.run, task.round_number, f"node {node}", "task", str(error))
+            replies[node] = read_reply(record, self._layout_of_round(task.round_number), task, node)
         return Exchange(replies, down, up)
 
+    def deliver(self, node: int, task: TrainTask, content: Any) -> Any:
+        """Return the message that a node sends back for a task's message; a test may send another."""
+        reply = answer(content, self._nodes[node], self._settings, task.run, self._memories[node])
+        return encode_reply(reply)
 
-def run_in_process(settings: Mapping[str, Scalar], nodes: Sequence[dict[str, Scalar]] | int, run: str = "1") -> Path:
-    """Conduct a run over ``nodes`` (or so many simulated sites) and return its folder."""
+
+def run_in_process(
+    settings: Mapping[str, Scalar],
+    nodes: Sequence[dict[str, Scalar]] | int,
+    run: str = "1",
+    kind: type[InProcessTransport] = InProcessTransport,
+) -> Path:
+    """Conduct a run over ``nodes`` (or so many simulated sites) and return its folder; ``kind`` may misbehave."""
     job = configure(settings)
     folder = run_folder(job.config, run)
     described = simulated_nodes(nodes, folder / "ledgers") if isinstance(nodes, int) else list(nodes)
-    transport = InProcessTransport(described, settings, job)
+    transport = kind(described, settings, job)
 
     def connect(evaluator: Evaluator, _: RunFolder) -> Transport:
         return transport.for_evaluator(evaluator)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
+from google.protobuf.message import DecodeError
 
-from common.errors import ProtocolError, RunFailed
-from common.messages import Refusal, Reply, TrainTask
-from common.wire import Layout, decode_reply, encode_task, payload_bytes
+from common.messages import Reply, TrainTask
+from common.wire import Layout, encode_task, payload_bytes
 from server.conduct import conduct
 from server.evaluation import Evaluator
 from server.records import RunFolder
-from server.rounds import Exchange
+from server.replies import read_reply, refusal
+from server.sites import Exchange
 from strategies import Job, configure
 
 POLL_SECONDS = 0.5
+UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, DecodeError)
+"""What Flower raises when it unpacks bytes that are no message; a lost connection is none of them."""
 app = ServerApp()
 
 
@@ -28,33 +31,34 @@ class FlowerTransport:
         self._grid, self._job, self._folder = grid, job, folder
         self._layout_of_round = evaluator.reply_layout
 
-    def nodes(self) -> list[int]:
-        """Return the nodes online; wait up to the round's time-out for ``min-sites`` of them."""
+    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+        """Return the nodes online other than ``besides``; wait up to the round's time-out for ``wanted`` of them."""
         deadline = time.monotonic() + self._job.config.round_timeout
         while True:
-            nodes = sorted(self._grid.get_node_ids())
-            if len(nodes) >= self._job.config.min_sites:
+            nodes = sorted(set(self._grid.get_node_ids()) - set(besides))
+            if len(nodes) >= wanted or time.monotonic() > deadline:
                 return nodes
-            if time.monotonic() > deadline:
-                raise RunFailed(f"{len(nodes)} sites are online, min-sites asks for {self._job.config.min_sites}")
-            self._folder.progress(phase="waiting for sites", online=len(nodes), wanted=self._job.config.min_sites)
+            self._folder.progress(phase="waiting for sites", online=len(nodes), wanted=wanted)
             time.sleep(POLL_SECONDS)
 
     def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
-        """Send the tasks, poll for replies, give up on the rest after ``timeout`` seconds."""
+        """Send the tasks, poll for replies, give up on the rest after ``timeout`` seconds.
+
+        A message lives no longer than its deadline: a site that was away does not train, and pay,
+        for a round that is over, and a reply that comes later is refused by the SuperLink.
+        """
         task = next(iter(tasks.values()))
         messages, down = [], 0
         for node, one in tasks.items():
             content = encode_task(one)
             down += payload_bytes(content)
-            messages.append(Message(content, node, "train", group_id=str(one.round_number)))
+            messages.append(Message(content, node, "train", ttl=timeout + POLL_SECONDS, group_id=str(one.round_number)))
         nodes = dict(zip(self._grid.push_messages(messages), tasks, strict=True))
         waiting, replies, up = set(nodes), dict[int, Reply](), 0
         layout = self._layout_of_round(task.round_number)
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
-            for message in self._grid.pull_messages(waiting):
-                asked = message.metadata.reply_to_message_id
+            for asked, message in self._pull(waiting):
                 waiting.discard(asked)
                 replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
                 up += size
@@ -69,20 +73,28 @@ class FlowerTransport:
                 time.sleep(POLL_SECONDS)
         for message_id in waiting:
             node = nodes[message_id]
-            replies[node] = self._no_reply(task, node, "late", f"no answer in {timeout:g} s")
+            replies[node] = refusal(task, node, "late", f"no answer in {timeout:g} s")
         return Exchange(replies, down, up)
 
-    def _read(self, message: Message, task: TrainTask, node: int, layout: Layout) -> tuple[Reply, int]:
-        if message.has_error():
-            return self._no_reply(task, node, "failed", message.error.reason or "no reason given"), 0
-        try:
-            reply = decode_reply(message.content, layout, task.run, task.round_number)
-        except ProtocolError as error:
-            return self._no_reply(task, node, "task", str(error)), payload_bytes(message.content)
-        return reply, payload_bytes(message.content)
+    def _pull(self, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
+        """Yield ``(id of the task's message, reply)`` for what has arrived; None for a reply that Flower cannot unpack.
 
-    def _no_reply(self, task: TrainTask, node: int, kind: str, reason: str) -> Refusal:
-        return Refusal(task.run, task.round_number, f"node {node}", kind, " ".join(reason.split())[:1000])
+        One by one: a message that cannot be unpacked must not take others with it.
+        """
+        for asked in sorted(waiting):
+            try:
+                pulled = list(self._grid.pull_messages([asked]))
+            except UNREADABLE:
+                yield asked, None
+            else:
+                yield from ((asked, message) for message in pulled[:1])
+
+    def _read(self, message: Message | None, task: TrainTask, node: int, layout: Layout) -> tuple[Reply, int]:
+        if message is None:
+            return refusal(task, node, "reply", "the message cannot be unpacked"), 0
+        if message.has_error():
+            return refusal(task, node, "failed", message.error.reason or "no reason given"), 0
+        return read_reply(message.content, layout, task, node), payload_bytes(message.content)
 
 
 @app.main()

@@ -2,78 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common.errors import FedVeilError
+from common.log import about, kept_in, place_of, set_up
 from common.messages import Refusal, TrainResult
 from common.model import Score
-from common.paths import run_folder
+from common.paths import run_folder, run_name
+from server.admission import Member
+from server.checkpoint import Checkpoint, load_checkpoint
 from server.evaluation import Evaluator
 from server.records import RunFolder
 from server.report import federation_epsilon, markdown_report, round_line
-from server.rounds import RoundOutcome, Transport, run_rounds
+from server.rounds import RoundOutcome, run_rounds
+from server.sites import Transport
 from strategies import Job, ServerState
+
+log = logging.getLogger("fedveil.server")
 
 
 class _Observer:
-    """Writes a run's folder and prints one line a round."""
+    """Writes a run's folder and says one line a round."""
 
     def __init__(self, job: Job, folder: RunFolder) -> None:
         self._job, self._folder = job, folder
-        self.baseline = self.last = Score(accuracy=0.0, loss=0.0)
         self.stop_reason = ""
 
-    def started(self, baseline: Score) -> None:
-        self._folder.started(baseline)
-        self.baseline = self.last = baseline
+    def started(self, baseline: Score, state: ServerState, members: Mapping[str, Member]) -> None:
+        self._folder.started(baseline, state, members)
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        self._folder.say(
+            f"goes on after round {checkpoint.state.round_number}: accuracy {100 * checkpoint.score.accuracy:.1f} %"
+        )
 
     def initialised(self, results: list[TrainResult], refusals: list[Refusal]) -> None:
         self._folder.initialised(results)
         spent = max((r.spending.epsilon_total for r in results if r.spending), default=None)
         cost = "no record used" if not results else "no claim" if spent is None else f"ε {spent:.2f}, worst site"
-        self._folder.say(f"initialisation from a full gradient: {len(results)} sites, {cost}")
+        self._folder.say(f"initialisation from a full gradient: {len(results)} sites, {cost}", 0)
         for refusal in refusals:
-            self._folder.say(f"  {refusal.site} did not take part ({refusal.kind}): {refusal.reason}")
+            self._folder.say(f"  {refusal.site} did not take part ({refusal.kind}): {refusal.reason}", 0)
 
-    def finished(self, outcome: RoundOutcome, state: ServerState) -> None:
-        self._folder.finished(outcome, state)
-        self.last = outcome.score
-        self._folder.say(round_line(self._job, outcome))
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+        self._folder.finished(outcome, state, members)
+        self._folder.say(round_line(self._job, outcome), outcome.round_number)
+
+    def missed(self, outcome: RoundOutcome) -> None:
+        self._folder.missed(outcome)
 
     def stopped(self, reason: str) -> None:
         self.stop_reason = reason
         self._folder.say(f"run ends early: {reason}")
 
 
-def conduct(job: Job, run: str, connect: Callable[[Evaluator, RunFolder], Transport]) -> Path:
-    """Run a job and leave everything in its folder, whose path is returned.
+def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder], Transport]) -> Path:
+    """Run a job, or go on with the run that it resumes, and leave everything in its folder, whose path is returned.
 
     Args:
         job: the checked configuration.
-        run: the run's id.
+        flower_run: the id that Flower gave this start.
         connect: makes the transport once the server's model is there.
 
     Raises:
-        RunFailed: the run could not go on; the folder's ``result.json`` has the same reason.
+        ConfigError, DataError: there is nothing to resume; nothing was touched.
+        RunFailed: the run could not go on; the folder's ``result.json`` has the same reason, and what
+            was trained until then is saved as if it had ended there.
     """
-    folder = RunFolder(run_folder(job.config, run), job, run)
-    folder.progress(phase="loading model and data")
+    set_up()
+    run, path = run_name(job.config, flower_run), run_folder(job.config, flower_run)
+    saved = load_checkpoint(path, job, run) if job.config.resume else None
+    folder = RunFolder(path, job, run, saved)
+    with kept_in(path / "log.jsonl"):
+        _conduct(job, run, folder, connect)
+    return path
+
+
+def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[Evaluator, RunFolder], Transport]) -> None:
+    evaluator: Evaluator | None = None
     try:
+        folder.progress(phase="loading model and data")
         evaluator, observer = Evaluator(job), _Observer(job, folder)
-        state = run_rounds(job, run, connect(evaluator, folder), evaluator, observer)
-        folder.save_adapter(evaluator.model, state.adapter, evaluator.label_names)
-        (folder.path / "report.md").write_text(markdown_report(folder.path), encoding="utf-8")
-        folder.result(
-            "stopped" if observer.stop_reason else "completed",
-            observer.stop_reason,
-            accuracy_before=observer.baseline.accuracy,
-            accuracy=observer.last.accuracy,
-            epsilon=federation_epsilon(folder.path),
-            rounds=state.round_number,
-        )
+        run_rounds(job, run, connect(evaluator, folder), evaluator, observer, folder.saved)
+        _leave(folder, evaluator, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:
-        folder.result("failed", str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
+        log.error("the run fails: %s", reason if isinstance(error, FedVeilError) else place_of(error), extra=about(run))
+        rounds = folder.saved.state.round_number if folder.saved else 0
+        if evaluator is None or not rounds:
+            folder.result("failed", reason)
+            raise
+        hint = f"rounds up to {rounds} are kept; go on from there with resume = {run!r}"
+        try:
+            _leave(folder, evaluator, "failed", f"{reason}. {hint}")
+        except Exception as second:
+            # A full disk, say: the first reason matters more than that the adapter could not be exported.
+            folder.result("failed", f"{reason}. {hint}; the adapter could not be saved ({type(second).__name__})")
         raise
-    return folder.path
+
+
+def _leave(folder: RunFolder, evaluator: Evaluator, status: str, reason: str) -> None:
+    """Save the adapter of the last complete round, the report and how the run ended."""
+    saved = folder.saved
+    if saved is None:
+        return
+    folder.save_adapter(evaluator.model, saved.state.adapter, evaluator.label_names)
+    (folder.path / "report.md").write_text(markdown_report(folder.path), encoding="utf-8")
+    folder.result(
+        status,
+        reason,
+        accuracy_before=saved.baseline.accuracy,
+        accuracy=saved.score.accuracy,
+        epsilon=federation_epsilon(folder.path),
+        rounds=saved.state.round_number,
+    )

@@ -1,9 +1,11 @@
 """What a run leaves in its folder.
 
 ``config.json``     every setting, with versions of what computed it
-``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, who refused and why
+``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
 ``privacy.jsonl``   one line a round and site: the privacy report
+``checkpoint.safetensors``  what the run goes on from (see ``server.checkpoint``)
 ``run.log``         what the terminal shows
+``log.jsonl``       the server's log
 ``progress.json``   what goes on right now, for whoever watches
 ``adapter/``        the final adapter in PEFT's format, with the head and what is needed to score it
 ``result.json``     how the run ended
@@ -12,10 +14,10 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +26,18 @@ from typing import Any
 from safetensors.torch import save_file
 
 from common.errors import DataError
+from common.log import about
 from common.messages import Spending, TrainResult
-from common.model import FederatedModel
+from common.model import FederatedModel, Score
 from common.privacy import claim
 from common.types import AdapterState
+from server.admission import Member
+from server.checkpoint import Checkpoint, save_checkpoint
+from server.files import append_lines, cut_file, length, replace_file
 from server.rounds import RoundOutcome
-from strategies import Job
+from strategies import Job, ServerState
+
+log = logging.getLogger("fedveil.server")
 
 PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy")
 
@@ -61,9 +69,7 @@ def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader never sees half of it."""
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,32 +88,57 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The folder of one run; implements the Observer that writes it."""
+    """The folder of one run; implements the Observer that writes it.
 
-    def __init__(self, path: Path, job: Job, run: str) -> None:
-        self.path, self.job = path, job
+    With ``saved`` it is the folder of a run that goes on: what was appended after the checkpoint is cut off.
+    """
+
+    def __init__(self, path: Path, job: Job, run: str, saved: Checkpoint | None = None) -> None:
+        self.path, self.job, self.run = path, job, run
+        self.saved = saved
+        """The last checkpoint."""
+        self._baseline = saved.baseline if saved else Score(accuracy=0.0, loss=0.0)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         path.mkdir(parents=True, exist_ok=True)
-        write_json(
-            path / "config.json",
-            {
-                "run": run,
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "settings": job.settings(),
-                "versions": {"python": platform.python_version(), **_versions()},
-            },
-        )
+        if saved:
+            for name, size in saved.lengths.items():
+                cut_file(path / name, size)
+            (path / "result.json").unlink(missing_ok=True)
+            config = read_json(path / "config.json")
+            write_json(path / "config.json", {**config, "resumed": [*config.get("resumed", []), now]})
+            return
+        versions = {"python": platform.python_version(), **_versions()}
+        write_json(path / "config.json", {"run": run, "started": now, "settings": job.settings(), "versions": versions})
 
-    def started(self, baseline: Any) -> None:
+    def started(self, baseline: Score, state: ServerState, members: Mapping[str, Member]) -> None:
         """Record the score before round 1."""
         write_json(self.path / "baseline.json", asdict(baseline))
+        self._baseline = baseline
+        self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
 
-    def finished(self, outcome: RoundOutcome, state: Any) -> None:
-        """Append the round's line and each site's privacy line."""
-        self._append("privacy.jsonl", [privacy_line(self.job, result) for result in outcome.results])
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+        """Append the round's line and each site's privacy line, then make the round count by its checkpoint."""
+        self._lines(outcome)
+        settings = self.job.settings()
+        self._save(Checkpoint(self.run, settings, state, dict(members), self._baseline, outcome.score, {}))
+
+    def missed(self, outcome: RoundOutcome) -> None:
+        """Append the line of a round that does not count, and what the sites paid for it all the same."""
+        self._lines(outcome)
+        if self.saved:
+            self._save(self.saved)
+
+    def initialised(self, results: list[TrainResult]) -> None:
+        """Append what round 0 cost each site."""
+        append_lines(self.path / "privacy.jsonl", [privacy_line(self.job, result) for result in results])
+
+    def _lines(self, outcome: RoundOutcome) -> None:
+        append_lines(self.path / "privacy.jsonl", [privacy_line(self.job, result) for result in outcome.results])
         line = {
             "round": outcome.round_number,
+            "complete": outcome.counts,
             "strategy": self.job.strategy.name,
-            "participants": [result.site for result in outcome.results],
+            "participants": [result.site for result in outcome.results if outcome.counts],
             "accuracy": outcome.score.accuracy,
             "loss": outcome.score.loss,
             "bytes_down": outcome.bytes_down,
@@ -115,17 +146,27 @@ class RunFolder:
             "seconds": round(outcome.seconds, 3),
             "privacy": self.job.config.privacy.mode,
             "head": head_words(self.job),
+            "noised_correct": [
+                {"site": r.site, **asdict(r.noised_correct)} for r in outcome.results if r.noised_correct
+            ],
             "refusals": [{"site": r.site, "kind": r.kind, "reason": r.reason} for r in outcome.refusals],
+            "attempts": outcome.attempts,
+            "failures": [
+                {"round": f.round_number, "attempt": f.attempt, "site": f.site, "kind": f.kind, "message": f.message}
+                for f in outcome.failures
+            ],
         }
-        self._append("rounds.jsonl", [line])
+        append_lines(self.path / "rounds.jsonl", [line])
 
-    def initialised(self, results: list[TrainResult]) -> None:
-        """Append what round 0 cost each site."""
-        self._append("privacy.jsonl", [privacy_line(self.job, result) for result in results])
+    def _save(self, checkpoint: Checkpoint) -> None:
+        lengths = {name: length(self.path / name) for name in ("rounds.jsonl", "privacy.jsonl")}
+        self.saved = replace(checkpoint, lengths=lengths)
+        save_checkpoint(self.path, self.saved)
 
-    def say(self, line: str) -> None:
-        """Print a line for people and keep it in ``run.log``."""
-        print(line, flush=True)
+    def say(self, line: str, round_number: int | None = None) -> None:
+        """Log a line for people, and keep it in ``run.log`` as it is."""
+        for part in line.splitlines():
+            log.info("%s", part, extra=about(self.run, round_number))
         with (self.path / "run.log").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -159,12 +200,6 @@ class RunFolder:
             },
         )
         return folder
-
-    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,133 @@
+"""Which results count: one vote for each site, from a site that is what it was, with a spending that adds up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.errors import FedVeilError
+from common.messages import Spending, TrainResult
+from common.privacy.accounting import Release
+from common.privacy.plan import PrivacyPlan
+from server.plausible import implausible, largest_norm, update_norm
+from strategies import Job, ServerState
+
+ROOM = 1e-3
+"""Relative. Two versions of an accountant may differ by this in the least noise for a budget."""
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Member:
+    """What the server remembers of a site whose result counted."""
+
+    node: int
+    public_size: int
+    epsilon_total: float
+    steps_total: int
+
+
+class Admission:
+    """Judges a round's results by the run's settings and by what each site said before."""
+
+    def __init__(self, job: Job, members: Mapping[str, Member]) -> None:
+        self._job = job
+        self.members: dict[str, Member] = dict(members)
+        """By site name."""
+
+    def judge(self, results: Mapping[int, TrainResult], state: ServerState) -> dict[int, str]:
+        """Return the nodes whose result does not count, with the reason.
+
+        Args:
+            results: all results of the round so far, by node, in the order of their attempts.
+            state: what the sites started from.
+        """
+        reasons: dict[int, str] = {}
+        claimed: set[str] = set()
+        # A name belongs to the node that held it before, then to the first: nobody takes over another's.
+        for node in sorted(results, key=lambda node: not self._owns(node, results[node].site)):
+            result = results[node]
+            if result.site in claimed:
+                reasons[node] = "another node already answered under this name in this round"
+                continue
+            reason = self._contradiction(result)
+            if reason:
+                reasons[node] = reason
+            else:
+                claimed.add(result.site)
+        left = {node: result for node, result in results.items() if node not in reasons}
+        norms = {node: update_norm(result, state) for node, result in left.items()}
+        bounds = {n: largest_norm(self._job.config, self._plan(r), r, state) for n, r in left.items()}
+        return reasons | implausible(norms, bounds)
+
+    def enrol(self, results: Mapping[int, TrainResult]) -> None:
+        """Remember the sites of a round that counts."""
+        for node, result in results.items():
+            spent = result.spending
+            self.members[result.site] = Member(
+                node,
+                result.public_size,
+                spent.epsilon_total if spent else 0.0,
+                spent.steps_total if spent else 0,
+            )
+
+    def _owns(self, node: int, site: str) -> bool:
+        return site in self.members and self.members[site].node == node
+
+    def _plan(self, result: TrainResult) -> PrivacyPlan | None:
+        """Return what the run asks of this site in this round; None without privacy."""
+        config, source = self._job.config, self._job.strategy.gradient
+        if not config.privacy.on:
+            return None
+        before = []
+        if source and not source.public_data:
+            before = [Release(source.noise_multiplier, source.sample_rate, 1, kind="initialisation")]
+        plan = PrivacyPlan.for_run(config.privacy, config.training, config.total_steps, result.public_size, before)
+        if source is None or result.round_number:
+            return plan
+        return dataclasses.replace(
+            plan,
+            clip_norm=source.clip_norm,
+            noise_multiplier=source.noise_multiplier,
+            sample_rate=source.sample_rate,
+            expected_batch_size=source.sample_rate * result.public_size,
+        )
+
+    def _contradiction(self, result: TrainResult) -> str:
+        """Return why a result contradicts the run or the site's own past; empty if it does not."""
+        before, spent = self.members.get(result.site), result.spending
+        if before and before.public_size != result.public_size:
+            return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
+        try:
+            plan = self._plan(result)
+        except FedVeilError as error:
+            return str(error)
+        if plan is None:
+            return "the reply states a privacy spending in a run without privacy" if spent else ""
+        if spent is None:
+            return "the reply states no privacy spending in a private run"
+        if before and (
+            spent.epsilon_total < before.epsilon_total * (1 - ROUNDING) or spent.steps_total < before.steps_total
+        ):
+            return f"the site's total went back from ε {before.epsilon_total:.4f} to {spent.epsilon_total:.4f}"
+        return self._laxer(spent, plan, result.round_number)
+
+    def _laxer(self, spent: Spending, plan: PrivacyPlan, round_number: int) -> str:
+        wanted = "training" if round_number else "initialisation"
+        if spent.kind != wanted:
+            return f"the reply's spending is of kind {spent.kind!r}, this round is {wanted!r}"
+        if round_number and spent.steps_round != self._job.config.training.local_steps:
+            return f"the reply's spending is for {spent.steps_round} steps, not {self._job.config.training.local_steps}"
+        if spent.noise_multiplier < plan.noise_multiplier * (1 - ROOM):
+            return f"the noise multiplier {spent.noise_multiplier:.4g} is below the run's {plan.noise_multiplier:.4g}"
+        for name, figure, most in (
+            ("sample rate", spent.sample_rate, plan.sample_rate),
+            ("clip norm", spent.clip_norm, plan.clip_norm),
+            ("delta", spent.delta, plan.delta),
+            ("budget", spent.epsilon_budget, plan.max_epsilon),
+            ("total", spent.epsilon_total, spent.epsilon_budget),
+        ):
+            if figure > most * (1 + ROUNDING):
+                return f"the spending's {name} {figure:.4g} is above {most:.4g}"
+        return ""

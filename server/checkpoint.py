@@ -1,0 +1,138 @@
+"""What a run goes on from after its server was killed: one file, replaced in one step after every round.
+
+It holds the strategy's state (adapter, memory, rounds done), what the server remembers of every
+site, the scores so far, and how long the run's line files were: whatever a crash appended after the
+last checkpoint is cut off again, so at most the round in flight is lost. What sites spent in it
+stays charged to their ledgers.
+
+No random stream is stored, because none runs on from round to round: every public stream is named
+by seed, site and round (``common.randomness``), and noise and sampling are the sites' own entropy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from common.config import Scalar
+from common.errors import ConfigError, DataError
+from common.model import Score
+from common.tensors import entries
+from common.types import AdapterState
+from server.admission import Member
+from server.files import length, replace_file
+from strategies import Job, ServerState
+
+NAME = "checkpoint.safetensors"
+FORMAT = "1"
+MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")
+"""Settings in which a resumed run may differ from its start: none of them enters the model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after a complete round (or before round 1)."""
+
+    run: str
+    settings: Mapping[str, Scalar]
+    state: ServerState
+    members: Mapping[str, Member]
+    """By site name."""
+    baseline: Score
+    score: Score
+    """Of ``state.adapter``."""
+    lengths: Mapping[str, int]
+    """Bytes of the run's line files, by name."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint of a run's folder over the one before it, atomically and durably."""
+    order: list[tuple[str, str, str]] = []
+    tensors = {}
+    for part, state in (("adapter", checkpoint.state.adapter), ("memory", checkpoint.state.memory)):
+        for layer, factor, tensor in entries(state):
+            tensors[str(len(order))] = tensor.detach().cpu().contiguous().clone()
+            order.append((part, layer, factor))
+    about = {
+        "run": checkpoint.run,
+        "round": checkpoint.state.round_number,
+        "settings": dict(checkpoint.settings),
+        "members": {site: asdict(member) for site, member in checkpoint.members.items()},
+        "baseline": asdict(checkpoint.baseline),
+        "score": asdict(checkpoint.score),
+        "lengths": dict(checkpoint.lengths),
+        "tensors": order,
+    }
+    replace_file(folder / NAME, save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)}))
+
+
+def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
+    """Return the checkpoint that a job resumes.
+
+    Args:
+        folder: the run's folder.
+        job: the resumed run's configuration.
+        run: what the resumed run is called.
+
+    Raises:
+        ConfigError: there is nothing to resume, the run is complete, or a setting differs from the
+            run's start (named).
+        DataError: the checkpoint is damaged, of another format, or the folder lacks lines it had.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise ConfigError(f"resume: {folder} holds no checkpoint: name a run that finished a round, or start a new one")
+    about, state = _read(path)
+    checkpoint = Checkpoint(
+        run=about["run"],
+        settings=about["settings"],
+        state=state,
+        members={site: Member(**member) for site, member in about["members"].items()},
+        baseline=Score(**about["baseline"]),
+        score=Score(**about["score"]),
+        lengths=about["lengths"],
+    )
+    if checkpoint.run != run:
+        raise ConfigError(
+            f"resume: the checkpoint in {folder} is of run {checkpoint.run!r}: give the folder its name back"
+        )
+    _same_settings(checkpoint.settings, job.settings())
+    ended = folder / "result.json"
+    if ended.is_file() and json.loads(ended.read_text(encoding="utf-8")).get("status") == "completed":
+        raise ConfigError(f"resume: run {run!r} is complete, there is no round left: start a new one")
+    for name, size in checkpoint.lengths.items():
+        if length(folder / name) < size:
+            raise DataError(f"{folder / name} is shorter than it was at the checkpoint: restore it, or start a new run")
+    return checkpoint
+
+
+def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DataError(
+                    f"{path} has format {metadata.get('format')}, not {FORMAT}: use the FedVeil that wrote it"
+                )
+            about: dict[str, Any] = json.loads(metadata["about"])
+            parts: dict[str, AdapterState] = {"adapter": {}, "memory": {}}
+            for place, (part, layer, factor) in enumerate(about["tensors"]):
+                parts[part].setdefault(layer, {})[factor] = file.get_tensor(str(place))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({' '.join(str(error).split())}): start a new run") from error
+    return about, ServerState(about["round"], parts["adapter"], parts["memory"])
+
+
+def _same_settings(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
+    for key in sorted({*before, *now} - set(MAY_CHANGE)):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"resume: {key} is {now.get(key)!r}, the run was started with {before.get(key)!r}: "
+                "a run goes on with the settings it began with"
+            )

@@ -1,0 +1,49 @@
+"""Files that a killed server leaves whole: replaced in one step, or appended to and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path``, durably and in one step: a reader sees the old file or the new one, never half."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except Exception:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Append JSON lines, durably; a crash in between leaves a part, which ``cut_file`` takes away."""
+    with path.open("ab") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def length(path: Path) -> int:
+    """Return a file's length in bytes; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def cut_file(path: Path, size: int) -> None:
+    """Cut a file back to ``size`` bytes, durably; one that is not there stays away."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())

@@ -1,0 +1,87 @@
+"""How far a site's contribution may lie from what the site received, given the run's public settings.
+
+One site that sends huge but finite numbers would ruin the average for all. Two facts bound an
+honest one, whatever its records are:
+
+* Adam moves no coordinate by more than ``max(1, (1 - β₁)/√(1 - β₂))`` learning rates a step
+  (Kingma & Ba 2015, section 2.1).
+* A private step's gradient is a sum of vectors of norm at most C plus noise of norm about σC√d,
+  over the expected batch b: at most about C (1 + σ√d / b).
+
+Both are met with room (``SLACK``), for large Poisson batches and for sites that add more noise than
+asked. Plain SGD without privacy has no such bound; there a contribution is measured against the
+median of the round, if at least three sites answered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median
+
+from common.config import RunConfig
+from common.messages import TrainResult
+from common.privacy.plan import PrivacyPlan
+from common.schedule import learning_rate
+from common.tensors import count, l2_norm
+from common.types import AdapterState
+from strategies import ServerState
+
+SLACK = 10.0
+MEDIANS = 100.0
+"""How many times the round's median an update may be where nothing else bounds it."""
+
+
+def update_norm(result: TrainResult, state: ServerState) -> float:
+    """Return the L2 norm of a contribution minus what the adapter holds in its place (0 where it holds nothing)."""
+    held = state.adapter if result.round_number else {}
+    change: AdapterState = {}
+    for layer, factors in result.contribution.items():
+        old = held.get(layer, {})
+        change[layer] = {name: tensor - old[name] if name in old else tensor for name, tensor in factors.items()}
+    return l2_norm(change)
+
+
+def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResult, state: ServerState) -> float:
+    """Return the bound on ``update_norm`` that follows from the settings alone; infinite if none does.
+
+    Args:
+        config: the run's configuration; ``max-update-norm``, if set, is a bound of its own.
+        plan: what the site does to its records in this round; None without privacy.
+        result: the site's answer; only its round and the number of its tensors' elements are used.
+        state: what the site started from.
+    """
+    known = config.max_update_norm or math.inf
+    numbers = count(result.contribution)
+    gradient = math.inf
+    if plan is not None:
+        gradient = plan.clip_norm * (1 + plan.noise_multiplier * math.sqrt(numbers) / plan.expected_batch_size)
+    if result.round_number == 0:
+        return min(known, SLACK * gradient)
+    if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
+        return known
+    training = config.site_training
+    first, steps = (result.round_number - 1) * training.local_steps, training.local_steps
+    way = sum(
+        learning_rate(training.schedule, training.learning_rate, first + step, config.total_steps)
+        for step in range(steps)
+    ) * max(1.0, training.head_rate)
+    decay = training.weight_decay * l2_norm(state.adapter)
+    if training.optimizer in ("adam", "adamw"):
+        step = max(1.0, (1 - training.momentum) / math.sqrt(1 - training.beta2)) * math.sqrt(numbers)
+    else:
+        step = gradient / (1 - training.momentum if training.optimizer == "momentum" else 1.0)
+    return min(known, SLACK * way * (step + decay)) if math.isfinite(step) else known
+
+
+def implausible(norms: Mapping[int, float], bounds: Mapping[int, float]) -> dict[int, str]:
+    """Return the nodes whose update is too large, with the reason; norms and bounds are by node."""
+    middle = median(norms.values()) if len(norms) >= 3 else math.inf
+    reasons = {}
+    for node, norm in norms.items():
+        bound = bounds[node]
+        if not norm <= bound:
+            reasons[node] = f"the update's norm {norm:.3g} is above {bound:.3g}, the most that the settings allow"
+        elif math.isinf(bound) and not norm <= MEDIANS * middle:
+            reasons[node] = f"the update's norm {norm:.3g} is above {MEDIANS:g} times the round's median {middle:.3g}"
+    return reasons

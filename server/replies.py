@@ -1,0 +1,55 @@
+"""From what a node sent to a reply: nothing in it is believed, and nothing in it can stop the server."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from common.errors import ProtocolError
+from common.messages import Refusal, Reply, TrainTask
+from common.wire import Layout, decode_reply, round_of
+
+LONGEST_REASON = 500
+"""Characters of a reason that reach the terminal and the records."""
+
+
+def clean(text: str, longest: int = LONGEST_REASON) -> str:
+    """Return a site's words as one printable line of bounded length: no control codes, no line breaks."""
+    line = " ".join(text[: 2 * longest].split())
+    return "".join(c if c.isprintable() else "?" for c in line)[:longest]
+
+
+def refusal(task: TrainTask, node: int, kind: str, reason: str) -> Refusal:
+    """Return what stands for a node that gave no reply that counts.
+
+    ``kind`` is ``late``, ``failed`` or ``reply`` (what it sent is not acceptable).
+    """
+    return Refusal(task.run, task.round_number, f"node {node}", kind, clean(reason))
+
+
+def read_reply(record: Any, layout: Layout, task: TrainTask, node: int) -> Reply:
+    """Return the reply in a node's message; whatever is wrong with it makes it a refusal.
+
+    Sizes are compared before a payload is copied; records that no reply has are never looked at.
+
+    Args:
+        record: the message's content as Flower delivers it (a RecordDict).
+        layout: names and shapes of what a site may send in this round.
+        task: what the node was asked.
+        node: its number, by which it is named as long as its own name cannot be trusted.
+    """
+    try:
+        reply = decode_reply(record, layout, task.run, task.round_number)
+        if not reply.site.strip():
+            raise ProtocolError("the reply names no site")
+    except ProtocolError as error:
+        late = 0 < round_of(record) < task.round_number
+        return refusal(task, node, "late" if late else "reply", str(error))
+    except Exception as error:
+        # A peer chooses these bytes; a decoder may fail in ways that nobody has foreseen.
+        return refusal(task, node, "reply", f"the message cannot be read ({type(error).__name__})")
+    if isinstance(reply, Refusal):
+        return replace(reply, reason=clean(reply.reason))
+    if reply.spending is None:
+        return reply
+    return replace(reply, spending=replace(reply.spending, accountant=clean(reply.spending.accountant, 100)))

@@ -1,0 +1,174 @@
+"""Asking the sites for one round: attempts, deadline, quorum, and what came of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from common.log import about
+from common.messages import Refusal, Reply, TrainResult, TrainTask
+from common.tensors import fingerprint, start_fingerprint
+from server.admission import Admission
+from server.evaluation import Evaluator
+from strategies import Job, ServerState
+
+log = logging.getLogger("fedveil.server")
+ASK_AGAIN = ("late", "failed")
+"""Kinds of refusal that another attempt may mend; a spent budget or a task that does not fit stays what it is."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What came of sending tasks once."""
+
+    replies: Mapping[int, Reply]
+    """By node; every node that was asked is in it. One that did not answer in time is ``late``."""
+    bytes_down: int
+    """Adapter payload of all tasks as encoded."""
+    bytes_up: int
+    """Adapter payload of all replies as encoded."""
+
+
+class Transport(Protocol):
+    """How tasks reach sites: Flower in earnest, plain calls in a test."""
+
+    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+        """Return the nodes online other than ``besides``; waits for ``wanted`` of them up to the round's time-out."""
+
+    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+        """Send one task per node and collect what comes back within ``timeout`` seconds; nothing later counts."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One site, or a whole attempt, that brought nothing."""
+
+    round_number: int
+    attempt: int
+    """1-based."""
+    site: str
+    """Empty where too few sites were online to ask any."""
+    kind: str
+    """A site's kind of refusal, or ``late``, ``failed``, ``reply`` or ``quorum``, which the server finds."""
+    message: str
+
+
+@dataclass
+class Gathering:
+    """What all attempts at a round brought."""
+
+    results: dict[int, TrainResult] = field(default_factory=dict)
+    """By node; these count."""
+    refusals: dict[int, Refusal] = field(default_factory=dict)
+    """By node, the last word of each that has no result."""
+    failures: list[Failure] = field(default_factory=list)
+    """Everything that went wrong, also where a later attempt mended it."""
+    attempts: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def settled(self) -> set[int]:
+        """Return the nodes that it is no use to ask again in this round."""
+        return {*self.results, *(node for node, r in self.refusals.items() if r.kind not in ASK_AGAIN)}
+
+    def ordered_results(self) -> list[TrainResult]:
+        """Return the results that count, by site."""
+        return sorted(self.results.values(), key=lambda result: result.site)
+
+    def ordered_refusals(self) -> list[Refusal]:
+        """Return the refusals, by site."""
+        return sorted(self.refusals.values(), key=lambda refusal: refusal.site)
+
+
+class Sites:
+    """Asks sites, and remembers which of them already have what is sent once."""
+
+    def __init__(self, job: Job, run: str, transport: Transport, evaluator: Evaluator, admission: Admission) -> None:
+        self._job, self._run, self._transport, self._admission = job, run, transport, admission
+        self._base = evaluator.model.base.fingerprint
+        self._start = start_fingerprint(evaluator.start)
+        self._informed: set[int] = set()
+
+    def gather(self, round_number: int, state: ServerState) -> Gathering:
+        """Ask every online site for a round, and those that failed again while the round is below its quorum.
+
+        Nodes are looked up anew for every attempt, so a site that has just joined or come back is
+        asked; results of earlier attempts are kept. No site is asked while too few are online to
+        reach the quorum: it would spend budget on a round that cannot count. Results are enrolled
+        only if the quorum is reached.
+        """
+        config, got = self._job.config, Gathering()
+        for attempt in range(1, config.round_retries + 2):
+            got.attempts = attempt
+            wanted, settled = config.min_sites - len(got.results), got.settled()
+            nodes = self._transport.nodes(wanted, settled)
+            if len(nodes) < wanted:
+                message = f"{len(nodes)} sites could be asked, {wanted} more are needed for min-sites"
+                self._note(got, Failure(round_number, attempt, "", "quorum", message))
+                continue
+            self._attempt(got, nodes, round_number, state)
+            if len(got.results) >= config.min_sites:
+                self._admission.enrol(got.results)
+                break
+            if set(got.refusals) <= got.settled():
+                break
+            log.warning("below quorum in attempt %d", attempt, extra=about(self._run, round_number))
+        return got
+
+    def _attempt(self, got: Gathering, nodes: Iterable[int], round_number: int, state: ServerState) -> None:
+        exchange = self._ask(nodes, round_number, state)
+        got.bytes_down += exchange.bytes_down
+        got.bytes_up += exchange.bytes_up
+        refused: dict[int, Refusal] = {}
+        for node, reply in sorted(exchange.replies.items()):
+            if isinstance(reply, Refusal):
+                refused[node] = reply
+            else:
+                got.results[node] = reply
+        for node, reason in self._admission.judge(got.results, state).items():
+            site = got.results.pop(node).site
+            refused[node] = Refusal(self._run, round_number, site, "reply", reason)
+        got.refusals = {n: r for n, r in {**got.refusals, **refused}.items() if n not in got.results}
+        for refusal in sorted(refused.values(), key=lambda refusal: refusal.site):
+            self._note(got, Failure(round_number, got.attempts, refusal.site, refusal.kind, refusal.reason))
+
+    def _note(self, got: Gathering, failure: Failure) -> None:
+        got.failures.append(failure)
+        where = about(self._run, failure.round_number, failure.site)
+        log.warning("%s: %s", failure.kind, failure.message, extra=where)
+
+    def _ask(self, nodes: Iterable[int], round_number: int, state: ServerState) -> Exchange:
+        """Send every node its task; a site that lost what is sent once gets it within the attempt."""
+        first = self._exchange(nodes, round_number, state)
+        lacking = [n for n, r in first.replies.items() if isinstance(r, Refusal) and r.kind == "basis"]
+        if not lacking:
+            return first
+        self._informed -= set(lacking)
+        second = self._exchange(lacking, round_number, state)
+        return Exchange(
+            {**first.replies, **second.replies},
+            first.bytes_down + second.bytes_down,
+            first.bytes_up + second.bytes_up,
+        )
+
+    def _exchange(self, nodes: Iterable[int], round_number: int, state: ServerState) -> Exchange:
+        strategy = self._job.strategy
+        basis = strategy.basis(state) if round_number else {}
+        tasks = {
+            node: TrainTask(
+                run=self._run,
+                round_number=round_number,
+                state=strategy.downlink(state) if round_number else {},
+                basis={} if node in self._informed else basis,
+                basis_fingerprint=fingerprint(basis) if basis else "",
+                base_fingerprint=self._base,
+                start_fingerprint=self._start,
+            )
+            for node in nodes
+        }
+        exchange = self._transport.exchange(tasks, self._job.config.round_timeout)
+        if round_number:
+            self._informed |= {n for n, reply in exchange.replies.items() if isinstance(reply, TrainResult)}
+        return exchange
