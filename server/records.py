@@ -54,6 +54,7 @@ def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
     line: dict[str, Any] = {
         "round": result.round_number,
         "site": result.site,
+        "public_size": result.public_size,
         "unit": claim.UNIT,
         "adjacency": claim.ADJACENCY,
         "adversary": claim.ADVERSARY,
