@@ -1,0 +1,203 @@
+"""docker-compose.yml says what docs/deploy.md promises; where there is an engine, it also does it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments.deploy import container
+from experiments.deploy.server_folder import CONTROL_PORT, FLEET_PORT
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+SITES = [f"site-{number}" for number in range(1, 9)]
+ONCE = ["keys", "job"]
+
+
+def networks_of(service: str) -> set[str]:
+    return set(SERVICES[service].get("networks", ()))
+
+
+def volumes_of(service: str) -> dict[str, str]:
+    """Return ``target`` and ``target:ro`` by the volume's name."""
+    return dict(text.split(":", 1) for text in SERVICES[service]["volumes"] if isinstance(text, str))
+
+
+@pytest.mark.parametrize("service", sorted(SERVICES))
+def test_every_service_is_hardened(service: str) -> None:
+    found = SERVICES[service]
+    assert found["user"] == "10001:10001", "runs as root"
+    assert found["read_only"] is True, "its root file system can be written"
+    assert any(line.startswith("/tmp") for line in found["tmpfs"]), "has no place for temporary files"
+    assert found["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in found["security_opt"]
+    assert found["init"] is True, "nobody reaps its processes"
+    assert found["image"] == SERVICES["keys"]["image"], "there is one image"
+    for key in ("privileged", "cap_add", "devices", "pid", "ipc", "ports", "env_file"):
+        assert key not in found, f"{key} is set"
+    seconds = int(found["stop_grace_period"].removesuffix("s"))
+    assert seconds <= 10, "'down' does not end within seconds"
+
+
+def test_there_are_the_services_that_the_page_names_and_one_builds() -> None:
+    assert set(SERVICES) == {"keys", "superlink", "job", *SITES}
+    assert [name for name, service in SERVICES.items() if "build" in service] == ["keys"]
+
+
+def test_what_runs_on_has_a_health_check_and_comes_back() -> None:
+    for name in ("superlink", *SITES):
+        assert SERVICES[name]["restart"] == "unless-stopped", f"{name} does not survive a restart"
+        test = SERVICES[name]["healthcheck"]["test"]
+        assert test[1:4] == ["python", "-m", "experiments.deploy.container"]
+        assert test[4] == ("healthy-server" if name == "superlink" else "healthy-site")
+    for name in ONCE:
+        assert SERVICES[name]["restart"] == "no", f"{name} would do its work again by itself"
+
+
+def test_everything_waits_for_what_it_needs() -> None:
+    assert SERVICES["superlink"]["depends_on"] == {"keys": {"condition": "service_completed_successfully"}}
+    for name in ("job", *SITES):
+        assert SERVICES[name]["depends_on"] == {"superlink": {"condition": "service_healthy"}}
+
+
+def test_a_site_reaches_the_superlink_and_nothing_else() -> None:
+    assert all(network == {"internal": True} for network in COMPOSE["networks"].values()), "a network has a way out"
+    for site in SITES:
+        assert networks_of(site) == {site}
+        neighbours = {name for name in SERVICES if networks_of(name) & networks_of(site)} - {site}
+        assert neighbours == {"superlink"}, f"{site} reaches {neighbours}"
+
+
+def test_the_control_port_listens_for_the_job_alone() -> None:
+    assert {name for name in SERVICES if "control" in networks_of(name)} == {"superlink", "job"}
+    assert networks_of("job") == {"control"}
+    aliases = SERVICES["superlink"]["networks"]
+    assert aliases["control"] == {"aliases": [container.CONTROL]}
+    assert all(not aliases[site] for site in SITES), "a site's network knows the control address"
+    assert (container.FLEET_PORT, container.CONTROL_PORT) == (FLEET_PORT, CONTROL_PORT)
+
+
+def test_the_superlink_binds_its_control_port_to_that_network(tmp_path: Path) -> None:
+    from experiments.deploy.commands import superlink_command
+    from experiments.deploy.server_folder import open_server
+
+    for name in ("authority", "server", "coordinator"):
+        (tmp_path / name).mkdir()
+    container.make_keys(0, 8.0, 1e-5, tmp_path)
+    words = superlink_command(open_server(tmp_path / "server"))
+    assert words[words.index("--host") + 1] == container.CONTROL
+    assert words[words.index("--fleet-api-address") + 1].endswith(f":{FLEET_PORT}")
+    assert "--enable-supernode-auth" in words
+    assert "--insecure" not in words
+
+
+def test_keys_stay_on_their_volumes() -> None:
+    assert SERVICES["keys"]["network_mode"] == "none"
+    holders = {volume: [name for name in SERVICES if volume in volumes_of(name)] for volume in COMPOSE["volumes"]}
+    assert holders["authority"] == ["keys"]
+    assert holders["server-keys"] == ["keys", "superlink"]
+    assert volumes_of("superlink")["server-keys"].endswith(":ro")
+    for site in SITES:
+        assert holders[f"{site}-keys"] == ["keys", site]
+        assert volumes_of(site)[f"{site}-keys"] == "/site:ro"
+        assert holders[f"{site}-ledger"] == [site], "a ledger is its site's alone"
+        assert volumes_of(site)[f"{site}-ledger"] == "/site/ledger"
+    assert volumes_of("job")["runs"].endswith(":ro")
+
+
+def test_every_variable_has_a_default_and_nothing_in_the_file_is_secret() -> None:
+    body = "\n".join(line for line in TEXT.splitlines() if not line.lstrip().startswith("#")).replace("$$", "")
+    found = re.findall(r"\$\{?(\w+)(:?[-+])?", body)
+    assert found
+    assert [name for name, default in found if not default] == []
+    assert not re.search(r"(?i)password|passwd|token|secret|BEGIN [A-Z ]*KEY", body)
+    assert "COMPOSE_PROFILES=sites-${SITES:-4}" in (ROOT / ".env").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_sites_are_switched_on_by_number_and_play_their_part(number: int) -> None:
+    site = SERVICES[f"site-{number}"]
+    assert site["profiles"] == [f"sites-{count}" for count in range(number, 9)]
+    assert f"partition-id={number - 1} num-partitions=${{SITES:-4}}" in site["command"][-1]
+    sources = [volume["source"] for volume in site["volumes"] if isinstance(volume, dict)]
+    assert sources == [f"${{SITE_{number}_DATA:-./deploy/no-data}}"]
+
+
+def test_the_gpu_file_adds_gpus_to_services_that_exist() -> None:
+    override = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text(encoding="utf-8"))
+    assert set(override["services"]) == {"superlink", *SITES}
+    for service in override["services"].values():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "nvidia"
+        assert device["capabilities"] == ["gpu"]
+
+
+def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("USER ")][-1] == "USER fedveil"
+    made = "\n".join(lines)
+    assert "--uid 10001" in made
+    for mounted in {target.split(":")[0] for name in SERVICES for target in volumes_of(name).values()}:
+        assert Path(mounted).name in made, f"the image has no {mounted}, so its volume would belong to root"
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "*" in ignored, ".dockerignore must name what goes in, not what stays out"
+    kept = {line[1:] for line in ignored if line.startswith("!")}
+    assert kept == {"pyproject.toml", "README.md", "common", "strategies", "client", "server", "experiments"}
+
+
+def engine() -> bool:
+    return (
+        bool(shutil.which("docker"))
+        and not subprocess.run(["docker", "version"], capture_output=True, check=False).returncode
+    )
+
+
+def compose(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "SITES": "2",
+        "COMPOSE_PROJECT_NAME": "fedveil-test",
+        "FEDVEIL_SETTINGS": "rounds=1 training.local-steps=1 training.sample-rate=0.01",
+    }
+    return subprocess.run(
+        ["docker", "compose", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def federation() -> Iterator[None]:
+    started = compose("up", "--build", "--detach")
+    assert started.returncode == 0, started.stderr
+    yield
+    compose("down", "--volumes")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not engine(), reason="there is no Docker engine here")
+def test_a_federation_in_containers_runs_to_its_end_and_keeps_its_walls(federation: None) -> None:
+    dial = "import socket; socket.create_connection(({!r}, {}), 5)"
+    control = compose("exec", "superlink", "python", "-c", "import socket; print(socket.gethostbyname('control'))")
+    for host, port in (("control", CONTROL_PORT), (control.stdout.strip(), CONTROL_PORT), ("superlink", CONTROL_PORT)):
+        reached = compose("exec", "site-1", "python", "-c", dial.format(host, port))
+        assert reached.returncode != 0, f"a site reaches {host}:{port}"
+    assert compose("exec", "site-1", "python", "-c", dial.format("superlink", FLEET_PORT)).returncode == 0
+    assert compose("exec", "site-1", "python", "-c", dial.format("site-2", FLEET_PORT)).returncode != 0
+    assert compose("exec", "site-1", "touch", "/app/x").returncode != 0
+    ended = compose("wait", "job")
+    assert ended.stdout.split()[-1] == "0", compose("logs", "job", "superlink").stdout
+    ledgers = compose("exec", "site-1", "ls", "/site/ledger").stdout.split()
+    assert ledgers == ["site-1.sqlite"]
+    began = time.monotonic()
+    assert compose("down").returncode == 0
+    assert time.monotonic() - began < 30
