@@ -15,7 +15,7 @@ from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.evaluation import Evaluator
 from server.records import RunFolder
-from server.report import federation_epsilon, markdown_report, round_line
+from server.report import federation_epsilon, round_line, write_reports
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
 from strategies import Job, ServerState
@@ -77,7 +77,10 @@ def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder],
     saved = load_checkpoint(path, job, run) if job.config.resume else None
     folder = RunFolder(path, job, run, saved)
     with kept_in(path / "log.jsonl"):
-        _conduct(job, run, folder, connect)
+        try:
+            _conduct(job, run, folder, connect)
+        finally:
+            write_reports(path)
     return path
 
 
@@ -110,7 +113,6 @@ def _leave(folder: RunFolder, evaluator: Evaluator, status: str, reason: str) ->
     if saved is None:
         return
     folder.save_adapter(evaluator.model, saved.state.adapter, evaluator.label_names)
-    (folder.path / "report.md").write_text(markdown_report(folder.path), encoding="utf-8")
     folder.result(
         status,
         reason,

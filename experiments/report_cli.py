@@ -1,0 +1,94 @@
+"""``fedveil report``, ``verify`` and ``keygen``, and the summary that a run ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.people import for_people
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@for_people
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
+    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign report.json with.")] = None,
+) -> None:
+    """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
+    from server.report import write_reports
+
+    written = write_reports(folder, sign)
+    print_summary(folder)
+    console.print("\n".join(str(path) for path in written), markup=False)
+
+
+@for_people
+def verify(
+    report_json: Annotated[Path, typer.Argument(help="The report.json; its signature lies beside it.")],
+    key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
+) -> None:
+    """Say whether a report is signed by a key and was not changed since: exit code 0 if so, 1 if not."""
+    from server.report.signature import is_genuine
+
+    signature = report_json.with_name(report_json.name + ".sig")
+    if not is_genuine(report_json, signature, key):
+        console.print(f"invalid: {report_json} was changed, or {key} is not the signer's key", markup=False)
+        raise typer.Exit(1)
+    console.print(f"valid: {report_json} is as the owner of {key} signed it", markup=False)
+
+
+@for_people
+def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes, such as server.pem.")]) -> None:
+    """Make a pair of keys: the private one signs reports, the public one goes to whoever verifies them."""
+    from server.report.signature import make_key
+
+    public = make_key(path)
+    console.print(f"private key: {path} (keep it to yourself)\npublic key: {public} (give it away)", markup=False)
+
+
+def print_summary(folder: Path) -> None:
+    """Print the table by site, the federation's figure and accuracy before and after."""
+    from server.report import report_of
+    from server.report.words import (
+        epsilon_text,
+        number_text,
+        numbers_text,
+        percent_text,
+        remaining_text,
+        visible,
+    )
+
+    data = report_of(folder)
+    table = Table(title="privacy spent, by site")
+    for column in ("site", "rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site in data.sites:
+        settings = (site.sample_rates, site.noise_multipliers, site.clip_norms)
+        table.add_row(
+            Text(visible(site.site)),
+            *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
+            *(epsilon_text(site.epsilon_total), number_text(site.epsilon_budget)),
+            remaining_text(site.epsilon_remaining),
+        )
+    console.print(table)
+    head = data.headline
+    if head.epsilon is not None:
+        console.print(
+            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per record, the maximum over sites"
+        )
+    else:
+        console.print(f"federation: {data.claim.sentence}")
+    for text in [*data.problems, *data.claim.gaps]:
+        console.print(f"take care: {visible(text)}", markup=False)
+    console.print(
+        f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
+        f"{percent_text(head.accuracy_after)} after {head.rounds_done} rounds"
+    )
+    if data.status != "completed":
+        console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"), markup=False)

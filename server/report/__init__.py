@@ -1,0 +1,25 @@
+"""The privacy report as people read it: a line a round, and at the end a page, Markdown and signed JSON.
+
+``folder``, ``sites``, ``claim`` and ``data`` read a run's folder and compute every figure;
+``markdown``, ``page`` (with ``charts``) and ``files`` only write them down.
+"""
+
+from __future__ import annotations
+
+from server.report.data import ReportData, federation_epsilon, report_of
+from server.report.files import REPORT_JSON, SIGNATURE, markdown_report, to_json, write_reports
+from server.report.folder import read_lines
+from server.report.terminal import round_line
+
+__all__ = [
+    "REPORT_JSON",
+    "SIGNATURE",
+    "ReportData",
+    "federation_epsilon",
+    "markdown_report",
+    "read_lines",
+    "report_of",
+    "round_line",
+    "to_json",
+    "write_reports",
+]

@@ -1,0 +1,95 @@
+"""The privacy claim of a run in words: for whom, against whom, how it is counted, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.privacy import claim
+from server.report.folder import RunFiles
+from server.report.sites import SiteReport
+
+COVERED = (
+    "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
+    "the final model, its accuracy, the choice of a round",
+    "every release beside training that is listed in this report",
+    "all rounds together, and earlier runs as far as the site's ledger holds them",
+)
+NOT_COVERED = (
+    "a person with several records: the unit is one record",
+    "choices of settings made by looking at earlier runs on the same records",
+    "side channels, such as how long a site takes",
+    "the base model, which may have been trained on the same records before",
+    "rounds that a site charged and that never counted: the site's ledger has the last word",
+)
+OFF = (
+    "Privacy was OFF. This run promises nothing about any record: what the sites sent, and the final model, "
+    "may reveal their records."
+)
+NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The claim in words. Without one (``made`` false) only ``sentence`` and ``head`` are filled."""
+
+    made: bool
+    privacy_mode: str
+    sentence: str
+    unit: str
+    neighbours: str
+    adversary: str
+    sampler: str
+    accountant: str
+    head: str
+    covered: list[str]
+    not_covered: list[str]
+    gaps: list[str]
+    """Why the claim is weaker than it reads; empty when nothing stands against it."""
+
+
+def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
+    """Return what the run may claim, from its files alone."""
+    mode = str(files.config["settings"].get("privacy.mode", "none"))
+    heads = sorted({str(line["head"]) for line in [*files.privacy, *files.rounds] if line.get("head")})
+    head = "; ".join(heads) or "not recorded yet"
+    paid = [site for site in sites if site.epsilon_worst is not None]
+    unpaid = sorted({line["site"] for line in files.privacy if line["epsilon_total"] is None})
+    if mode == "none" or not paid:
+        sentence = OFF if mode == "none" else NOTHING_YET
+        return Claim(False, mode, sentence, "", "", "", "", "", head, [], [], _gaps(files, sites, unpaid, mode))
+    worst = max(paid, key=lambda site: site.epsilon_worst or 0.0)
+    accountants = sorted({site.accountant for site in paid})
+    return Claim(
+        made=True,
+        privacy_mode=mode,
+        sentence=(
+            f"Everything that the sites sent is (ε, δ) = ({worst.epsilon_worst:.3f}, {worst.delta:g}) differentially "
+            f"private in {claim.UNIT}. The figure is the maximum over sites: their records are disjoint."
+        ),
+        unit=claim.UNIT,
+        neighbours=claim.ADJACENCY,
+        adversary=claim.ADVERSARY,
+        sampler=claim.SAMPLER,
+        accountant=", ".join(accountants),
+        head=head,
+        covered=list(COVERED),
+        not_covered=list(NOT_COVERED),
+        gaps=_gaps(files, sites, unpaid, mode),
+    )
+
+
+def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], mode: str) -> list[str]:
+    if mode == "none":
+        return []
+    gaps = [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown")]
+    if unpaid:
+        gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
+    accounted = {(line["round"], line["site"]) for line in files.privacy}
+    for line in files.rounds:
+        missing = sorted(site for site in line["participants"] if (line["round"], site) not in accounted)
+        if missing:
+            gaps.append(f"round {line['round']}: no line in privacy.jsonl for {', '.join(missing)}; ε is too low")
+    if files.result is None or files.result["status"] == "failed":
+        gaps.append("the run has no good end: sites may have charged a round that is not in these files")
+    return gaps

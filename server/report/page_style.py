@@ -1,0 +1,131 @@
+"""The page's style: light and dark, print, phone width; colours that the colour-blind can tell apart.
+
+The palette is Okabe and Ito's (2008, "Color Universal Design"), lightened where the page is dark.
+Kept in a module because a Flower bundle carries no ``.css`` file.
+"""
+
+from __future__ import annotations
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fcfcfa; --card: #ffffff; --ink: #1c2126; --soft: #59636e; --rule: #dfe2e5; --hair: #eceef0;
+  --accent: #0b5a8f; --alarm: #a61b1b; --alarm-paper: #fdf1f0; --care: #7a4b00; --care-paper: #fdf6e7;
+  --c0: #0072b2; --c1: #d55e00; --c2: #00805f; --c3: #b35a8e; --c4: #a67600; --c5: #5a6b7b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14181c; --card: #1a1f25; --ink: #e7eaed; --soft: #a0abb6; --rule: #343c45; --hair: #262d34;
+    --accent: #6cb8ee; --alarm: #ff9d95; --alarm-paper: #331b1c; --care: #f0c36a; --care-paper: #2f2818;
+    --c0: #56b4e9; --c1: #ff9350; --c2: #35c8a0; --c3: #e59cc8; --c4: #eebb33; --c5: #b4c0cc;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 "Source Sans 3", "Segoe UI", "Helvetica Neue", "Noto Sans", Arial, sans-serif;
+}
+main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1, h2, h3 { font-family: "Iowan Old Style", "Source Serif 4", Charter, Georgia, "Noto Serif", serif;
+  line-height: 1.2; }
+h1 { font-size: 2.1rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.35rem; margin: 3rem 0 .9rem; padding-top: .9rem; border-top: 2px solid var(--ink); }
+h3 { font-size: 1.02rem; margin: 1.6rem 0 .5rem; }
+p, ul, dl { margin: 0 0 .9rem; max-width: 46rem; }
+li { margin: .15rem 0; }
+.soft, figcaption { color: var(--soft); }
+.meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
+.status {
+  display: inline-block; padding: 0 .55em; border: 1px solid currentColor; border-radius: 1em; font-size: .85em;
+  font-weight: 600; color: var(--accent); margin-right: .35em;
+}
+.status.failed { color: var(--alarm); }
+.status.stopped, .status.unfinished { color: var(--care); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1px; max-width: none;
+  background: var(--rule); border: 1px solid var(--rule); border-radius: 6px; overflow: hidden; margin: 0 0 1.5rem; }
+.figures div { background: var(--card); padding: .9rem 1.1rem 1rem; }
+.figures dt { color: var(--soft); font-size: .86rem; }
+.figures dd { margin: 0; }
+.figures .big {
+  font-size: 1.75rem; line-height: 1.25; font-weight: 600; letter-spacing: -.01em;
+  font-variant-numeric: tabular-nums;
+}
+.figures .big span { white-space: nowrap; }
+.figures .big small { font-size: .58em; font-weight: 400; color: var(--soft); letter-spacing: 0; white-space: nowrap; }
+.figures .note { color: var(--soft); font-size: .86rem; }
+.alarm, .care { padding: .8rem 1.1rem; border-left: 4px solid; border-radius: 4px; margin: 0 0 1rem; max-width: none; }
+.alarm { background: var(--alarm-paper); border-color: var(--alarm); }
+.alarm strong { color: var(--alarm); }
+.care { background: var(--care-paper); border-color: var(--care); }
+.care strong { color: var(--care); }
+.claim { font-size: 1.12rem; max-width: 46rem; }
+dl.words { display: grid; grid-template-columns: 8.5rem 1fr; gap: .3rem 1rem; }
+dl.words dt { color: var(--soft); }
+dl.words dd { margin: 0; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2.2rem; }
+figure { margin: 0 0 1rem; min-width: 0; }
+figcaption { font-size: .9rem; margin-bottom: .4rem; }
+figcaption strong { color: var(--ink); font-weight: 600; }
+.chart { width: 100%; height: auto; display: block; }
+.chart text { font-family: inherit; font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+.chart .point-label { fill: var(--ink); font-weight: 600;
+  paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
+.chart .limit-label { fill: var(--alarm); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
+.grid { stroke: var(--hair); } .axis { stroke: var(--soft); }
+.limit { stroke: var(--alarm); stroke-width: 1.5; stroke-dasharray: 6 4; }
+.curve polyline { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
+.s0 { stroke: var(--c0); fill: var(--c0); } .s1 { stroke: var(--c1); fill: var(--c1); }
+.s2 { stroke: var(--c2); fill: var(--c2); } .s3 { stroke: var(--c3); fill: var(--c3); }
+.s4 { stroke: var(--c4); fill: var(--c4); } .s5 { stroke: var(--c5); fill: var(--c5); }
+.legend { list-style: none; padding: 0; margin: .3rem 0 0; font-size: .88rem;
+  display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; }
+.legend svg { vertical-align: -1px; margin-right: .4em; }
+.scroll { overflow-x: auto; margin: 0 0 1.2rem; border: 1px solid var(--rule); border-radius: 6px;
+  background: var(--card); }
+.scroll:focus-visible { outline: 2px solid var(--accent); }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .6rem .8rem; color: var(--soft); font-size: .88rem; }
+th, td { padding: .42rem .8rem; text-align: left; vertical-align: top; border-top: 1px solid var(--hair); }
+thead th { border-top: 0; border-bottom: 1px solid var(--rule); color: var(--soft); font-weight: 600; font-size: .84rem;
+  vertical-align: bottom; }
+tbody th { font-weight: 600; }
+tbody th[scope=row] { position: sticky; left: 0; background: var(--card); }
+tbody th[scope=row]:not(.n), td.name { min-width: 8.5rem; max-width: 14rem; overflow-wrap: anywhere; }
+th.n, td.n { text-align: right; white-space: nowrap; }
+td.wide { min-width: 15rem; overflow-wrap: anywhere; }
+.settings td, .settings th { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .82rem;
+  overflow-wrap: anywhere; }
+.settings thead th { font-family: inherit; }
+.settings .changed th, .settings .changed td { background: var(--care-paper); }
+.tag { font-size: .78rem; font-weight: 600; color: var(--care); white-space: nowrap; }
+.ok { color: var(--c2); font-weight: 600; } .bad { color: var(--alarm); font-weight: 600; }
+code { font-size: .88em; overflow-wrap: anywhere; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule); color: var(--soft);
+  font-size: .88rem; }
+@media (max-width: 40rem) {
+  main { padding: 1.4rem 1rem 3rem; }
+  h1 { font-size: 1.6rem; }
+  h2 { margin-top: 2.2rem; }
+  .figures { grid-template-columns: 1fr 1fr; }
+  .figures div { padding: .7rem .8rem; }
+  .figures .big { font-size: 1.3rem; }
+  dl.words { grid-template-columns: 1fr; gap: 0; }
+  dl.words dd { margin-bottom: .6rem; }
+  th, td { padding: .38rem .6rem; }
+  .chart text { font-size: 15px; }
+}
+@media print {
+  :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #bbb; --hair: #ddd; --accent: #004a7c;
+    --alarm: #8b0000; --alarm-paper: #fff; --care: #5c3900; --care-paper: #f6f1e4;
+    --c0: #0072b2; --c1: #d55e00; --c2: #00805f; --c3: #b35a8e; --c4: #a67600; --c5: #5a6b7b; }
+  @page { margin: 16mm 14mm; }
+  body { font-size: 10pt; }
+  main { max-width: none; padding: 0; }
+  h2 { margin-top: 1.6rem; break-after: avoid; }
+  .scroll { overflow: visible; border: 0; }
+  th, td { padding: .22rem .5rem; }
+  figure, .figures, tr, .alarm, .care { break-inside: avoid; }
+  thead { display: table-header-group; }
+}
+"""

@@ -1,0 +1,236 @@
+"""The page's template (Jinja2). It places figures and never computes one.
+
+Kept in a module because a Flower bundle carries no template file.
+"""
+
+from __future__ import annotations
+
+PAGE = """\
+{% macro table(label) %}
+<div class="scroll" role="region" tabindex="0" aria-label="{{ label }}"><table><caption>{{ label }}</caption>
+{{ caller() }}
+</table></div>
+{% endmacro %}
+{% macro figure(chart, title, text) %}
+{% if chart %}
+<figure><figcaption><strong>{{ title }}</strong> {{ text }}</figcaption>
+{{ chart.svg }}
+<ul class="legend">{% for swatch, label in chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul></figure>
+{% endif %}
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Privacy report: {{ data.strategy }}, run {{ data.run }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+<main>
+<h1>Privacy report</h1>
+<p class="meta"><span class="status {{ data.status }}">{{ data.status }}</span>
+{{ data.strategy }} · run {{ data.run }}{% if data.started %} · started {{ data.started }}{% endif %}
+{% if data.reason %}<br>{{ data.reason }}{% endif %}
+{% if data.status == "unfinished" %}<br>The run goes on, or was killed: its folder holds no result yet.{% endif %}</p>
+
+{% if claim.privacy_mode == "none" %}
+<p class="alarm"><strong>{{ claim.sentence }}</strong></p>
+{% endif %}
+{% for text in data.problems + claim.gaps %}
+<p class="care"><strong>Take care:</strong> {{ text }}</p>
+{% endfor %}
+
+<dl class="figures">
+<div><dt>Privacy spent, ε</dt>
+{% if head.epsilon is not none %}
+<dd class="big">{{ head.epsilon|epsilon }} <small>of {{ head.epsilon_budget|number }}</small></dd>
+<dd class="note">at δ = {{ "%g"|format(head.delta) }}, worst site: {{ head.worst_site }}</dd>
+{% elif claim.privacy_mode == "none" %}
+<dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>
+{% else %}
+<dd class="big">–</dd><dd class="note">no site has reported a release yet</dd>
+{% endif %}
+</div>
+<div><dt>Accuracy on public test data</dt>
+<dd class="big"><span>{{ head.accuracy_before|percent }}</span>
+<span><small>→</small> {{ head.accuracy_after|percent }}</span></dd>
+<dd class="note">before and after training</dd></div>
+<div><dt>Rounds</dt>
+<dd class="big">{{ head.rounds_done }} <small>of {{ head.rounds_planned }}</small></dd>
+<dd class="note">{{ head.sites }} sites took part; {{ head.seconds|seconds }}</dd></div>
+<div><dt>Traffic, adapter payload</dt>
+<dd class="big">{{ head.bytes_down|bytes }} <small>down</small></dd>
+<dd class="note">{{ head.bytes_up|bytes }} up, all sites and rounds</dd></div>
+</dl>
+
+<h2>What is promised</h2>
+{% if claim.privacy_mode != "none" %}
+<p class="claim">{{ claim.sentence }}</p>
+{% else %}
+<p class="claim">Nothing. {{ claim.sentence }}</p>
+{% endif %}
+<dl class="words">
+{% if claim.made %}
+<dt>unit</dt><dd>{{ claim.unit }}</dd>
+<dt>neighbours</dt><dd>{{ claim.neighbours }}</dd>
+<dt>adversary</dt><dd>{{ claim.adversary }}</dd>
+<dt>sampler</dt><dd>{{ claim.sampler }}</dd>
+<dt>accountant</dt><dd>{{ claim.accountant }}</dd>
+{% endif %}
+<dt>head</dt><dd>{{ claim.head }}</dd>
+</dl>
+{% if claim.made %}
+<div class="pair">
+<section><h3>Covered</h3><ul>{% for text in claim.covered %}<li>{{ text }}</li>{% endfor %}</ul></section>
+<section><h3>Not covered</h3><ul>{% for text in claim.not_covered %}<li>{{ text }}</li>{% endfor %}</ul></section>
+</div>
+{% endif %}
+
+{% if epsilon_chart or accuracy_chart %}
+<h2>Course of the run</h2>
+<div class="pair">
+{{ figure(epsilon_chart, "Privacy spent over rounds.", "ε by the sites' own ledgers; the dashed line is the budget.") }}
+{% if head.epsilon is not none %}
+{{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
+{% else %}
+{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before training.") }}
+{% endif %}
+</div>
+{% if epsilon_rows %}
+{% call table("ε spent after each round; sites that have spent alike share a column") %}
+<thead><tr><th scope="col" class="n">round</th>
+{% for group in groups %}<th scope="col" class="n">{{ group }}</th>{% endfor %}</tr></thead>
+<tbody>{% for number, values in epsilon_rows %}
+<tr><th scope="row" class="n">{{ number }}</th>
+{% for value in values %}<td class="n">{{ value|epsilon("–") }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% endif %}
+
+<h2>Sites</h2>
+{% if data.sites %}
+{% call table("What each site did in this run; the noise multiplier σ is noise over clip, q is the sample rate") %}
+<thead><tr><th scope="col">site</th><th scope="col" class="n">public size</th>
+<th scope="col" class="n">rounds joined</th><th scope="col" class="n">refused</th>
+<th scope="col" class="n">steps</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
+<th scope="col" class="n">clip</th></tr></thead>
+<tbody>{% for site in data.sites %}
+<tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.public_size|number }}</td>
+<td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.rounds_refused }}</td>
+<td class="n">{{ site.steps|number }}</td><td class="n">{{ site.noise_multipliers|numbers }}</td>
+<td class="n">{{ site.sample_rates|numbers }}</td><td class="n">{{ site.clip_norms|numbers }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% call table("What each site has spent, by its own ledger, and this run's releases computed again here") %}
+<thead><tr><th scope="col">site</th><th scope="col" class="n">ε spent</th><th scope="col" class="n">ε budget</th>
+<th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
+<th scope="col" class="n">cross-check, RDP</th><th scope="col">agreement</th></tr></thead>
+<tbody>{% for site in data.sites %}
+<tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.epsilon_total|epsilon }}</td>
+<td class="n">{{ site.epsilon_budget|number }}</td><td class="n">{{ site.epsilon_remaining|remaining }}</td>
+<td class="n">{{ site.epsilon_recomputed|epsilon("–") }}</td><td class="n">{{ site.epsilon_rdp|epsilon("–") }}</td>
+<td class="{{ "ok" if site.agreement == "agrees" else "wide bad" if site.agreement in ("smaller", "unknown") else "wide"
+}}">{{ site.note }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% if claim.made %}
+<p class="soft">The number of record is the ledger's total by PLD. RDP is an upper bound of its own and nearly always
+the larger one. Both are computed here from σ, q and the steps that each site reported, without its ledger.</p>
+{% endif %}
+{% else %}
+<p>No site has answered yet.</p>
+{% endif %}
+
+<h2>Rounds</h2>
+{% if data.rounds %}
+{% call table("Scores on public test data; bytes are adapter payload of all messages of the round") %}
+<thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">accuracy</th>
+<th scope="col" class="n">loss</th>
+<th scope="col" class="n">ε, worst site</th><th scope="col">participants</th>
+<th scope="col" class="n">bytes down</th><th scope="col" class="n">bytes up</th><th scope="col" class="n">time</th></tr>
+</thead>
+<tbody>{% for round in data.rounds %}
+<tr><th scope="row" class="n">{{ round.round_number }}</th><td class="n">{{ round.accuracy|percent }}</td>
+<td class="n">{{ "%.4f"|format(round.loss) }}</td><td class="n">{{ round.epsilon_worst|epsilon }}</td>
+<td class="wide">{% if round.counted %}{{ round.participants|join(", ") }}
+{%- else %}<span class="bad">did not count</span>{% endif %}</td><td class="n">{{ round.bytes_down|number }}</td>
+<td class="n">{{ round.bytes_up|number }}</td><td class="n">{{ round.seconds|seconds }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+<p>No round has finished yet.</p>
+{% endif %}
+
+<h2>Refusals and failures</h2>
+{% if data.refusals %}
+{% call table("Sites that did not take part in a round, and why") %}
+<thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">attempt</th><th scope="col">site</th>
+<th scope="col">kind</th><th scope="col">reason</th></tr></thead>
+<tbody>{% for refusal in data.refusals %}
+<tr><th scope="row" class="n">{{ refusal.round_number }}</th><td class="n">{{ refusal.attempt }}</td>
+<td class="name">{{ refusal.site }}</td><td>{{ refusal.kind }}</td>
+<td class="wide">{{ refusal.reason }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+<p>None that is recorded.</p>
+{% endif %}
+
+<h2>Releases other than training</h2>
+{% if data.other_releases %}
+{% call table("Each was paid for from the same budget") %}
+<thead><tr><th scope="col" class="n">round</th><th scope="col">site</th><th scope="col">kind</th>
+<th scope="col" class="n">σ</th><th scope="col" class="n">q</th><th scope="col" class="n">clip</th>
+<th scope="col" class="n">ε added</th><th scope="col" class="n">value</th></tr></thead>
+<tbody>{% for release in data.other_releases %}
+<tr><th scope="row" class="n">{{ release.round_number }}</th><td class="name">{{ release.site }}</td>
+<td>{{ release.kind }}</td>
+<td class="n">{{ release.noise_multiplier|number }}</td><td class="n">{{ release.sample_rate|number }}</td>
+<td class="n">{{ release.clip_norm|number }}</td>
+<td class="n">{{ release.epsilon_added|epsilon("with the round") }}</td>
+<td class="n">{{ release.value|number }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+<p>None.</p>
+{% endif %}
+
+<h2>Audit</h2>
+{% if data.audits %}
+<p>Found in the run's folder; this report names them and does not judge them:</p>
+<ul>{% for name, digest in data.audits.items() %}<li>{{ name }}<br>
+<code>SHA-256 {{ digest }}</code></li>{% endfor %}</ul>
+{% else %}
+<p>Not audited: the run's folder holds no audit file.</p>
+{% endif %}
+
+<h2>Settings</h2>
+<div class="settings">
+{% call table("Every setting; those that differ from the default are marked") %}
+<thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">default</th></tr></thead>
+<tbody>{% for setting in data.settings %}
+<tr{% if setting.changed %} class="changed"{% endif %}><th scope="row">{{ setting.key }}</th>
+<td>{{ setting.value|value }}</td>
+<td>{% if setting.changed %}{{ setting.default|value }} <span class="tag">changed</span>{% endif %}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+</div>
+
+<h2>Versions</h2>
+{% call table("What computed this run") %}
+<thead><tr><th scope="col">package</th><th scope="col">version</th></tr></thead>
+<tbody>{% for name, number in data.versions.items() %}
+<tr><th scope="row">{{ name }}</th><td>{{ number }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+<footer>Made by FedVeil from the files in the run's folder alone. The same content as data: <code>report.json</code>
+({{ data.schema }}); if <code>report.json.sig</code> lies beside it, <code>fedveil verify report.json --key
+PUBLIC.pem</code> says whether the server's owner vouches for it.</footer>
+</main>
+</body>
+</html>
+"""

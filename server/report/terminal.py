@@ -1,0 +1,29 @@
+"""The line that the terminal shows after each round."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
+    from server.rounds import RoundOutcome
+    from strategies import Job
+
+
+def epsilon_words(outcome: RoundOutcome) -> str:
+    """Return the federation's figure so far: the maximum over sites, because their records are disjoint."""
+    spent = [result.spending for result in outcome.results if result.spending]
+    if not spent:
+        return "privacy OFF, no claim"
+    worst = max(spent, key=lambda s: s.epsilon_total)
+    return f"ε {worst.epsilon_total:.2f} of {worst.epsilon_budget:g} (δ {worst.delta:g}, record-level, worst site)"
+
+
+def round_line(job: Job, outcome: RoundOutcome) -> str:
+    """Return the terminal line of one round, with one more line for every refusal."""
+    payload = (outcome.bytes_down + outcome.bytes_up) / 1e6
+    line = (
+        f"round {outcome.round_number}/{job.config.rounds}  accuracy {100 * outcome.score.accuracy:.1f} %  "
+        f"loss {outcome.score.loss:.3f}  {epsilon_words(outcome)}  "
+        f"{len(outcome.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
+    )
+    return line + "".join(f"\n  {r.site} did not take part ({r.kind}): {r.reason}" for r in outcome.refusals)
