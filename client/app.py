@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -18,8 +16,10 @@ from client.site import Site, open_site, policy_of
 from common.config import DataConfig, Scalar
 from common.device import own_cores
 from common.errors import BudgetExhausted, DataError, FedVeilError, PolicyRefusal, ProtocolError
+from common.log import about, place_of, set_up
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
+from common.paths import run_name
 from common.tasks import Record
 from common.wire import decode_task, encode_reply, layout_of, round_of
 from strategies import Job, configure
@@ -86,8 +86,10 @@ def answer(
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
     number = round_of(content)
     try:
+        set_up()
         torch.set_num_threads(own_cores())
         job = configure(settings)
+        run = run_name(job.config, run)
         policy_of(node).check_job(job)
         site = open_site(node, job.config, run, simulated=simulated)
         model = _model(job, site)
@@ -107,6 +109,7 @@ def answer(
         answer_round = train_round if number else initial_round
         result = answer_round(site, job, model, _records(model, job.config.data, site), whole)
         kept.keep(task, result)
+        log.info("trained and answered", extra=about(run, number, name))
         return result
     except BudgetExhausted as error:
         return _refuse(Refusal(run, number, name, "budget", str(error)))
@@ -115,16 +118,17 @@ def answer(
     except ProtocolError as error:
         return _refuse(Refusal(run, number, name, "task", str(error)))
     except FedVeilError as error:
-        log.error("%s", error)
+        log.error("failed: %s", _public_reason(error, False), extra=about(run, number, name))
         return Refusal(run, number, name, "failed", _public_reason(error, simulated))
     except Exception as error:
-        log.error("%s", traceback.format_exc())
+        log.error("failed: %s", place_of(error), extra=about(run, number, name))
         return Refusal(run, number, name, "failed", _public_reason(error, simulated))
 
 
 def _refuse(refusal: Refusal) -> Refusal:
     """Say in the site's own log what was refused and why."""
-    log.warning("round %d of run %s refused (%s): %s", refusal.round_number, refusal.run, refusal.kind, refusal.reason)
+    where = about(refusal.run, refusal.round_number, refusal.site)
+    log.warning("refused (%s): %s", refusal.kind, refusal.reason, extra=where)
     return refusal
 
 
@@ -136,8 +140,7 @@ def _public_reason(error: Exception, simulated: bool) -> str:
     quotable = isinstance(error, FedVeilError) and not isinstance(error, DataError)
     if simulated or quotable:
         return str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}; the site's own log says more"
+    return place_of(error)
 
 
 @app.train()

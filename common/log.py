@@ -101,7 +101,6 @@ def set_up() -> None:
         logger.addHandler(handler)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 @contextmanager

@@ -62,9 +62,14 @@ def simulate(
     settings = {**settings, "output": output}
     job = configure(settings)
     with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
+        known = 0
+        if job.config.resume:
+            # The end and the lines that the run's folder has already are not those that are waited for.
+            (run_folder(job.config, "") / "result.json").unlink(missing_ok=True)
+            known = len(_log_lines(run_folder(job.config, "")))
         run = _submit(link, settings, sites, workers)
         folder = run_folder(job.config, run)
-        _follow(link, run, folder, watch)
+        _follow(link, run, folder, watch, known)
     return folder
 
 
@@ -177,8 +182,8 @@ def _resources(sites: int, workers: int) -> str:
     )
 
 
-def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], None]) -> None:
-    printed, checked, seen = 0, time.monotonic(), 0.0
+def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], None], printed: int) -> None:
+    checked, seen = time.monotonic(), 0.0
     while True:
         ended = _json(folder / "result.json")
         lines = _log_lines(folder)
