@@ -23,7 +23,7 @@ def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spend
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path) as ledger:
-        rounds, taken = ledger.joined(site.dataset_id, task.run)
+        rounds, taken = ledger.joined(site.dataset_id, task.run, besides=task.round_number)
         site.policy.check_round(rounds + 1, taken + steps)
         plan = plan_of(job, site, _terms(site, ledger))
         releases = [plan.release(steps), *evaluation_releases(job, site, 1)]

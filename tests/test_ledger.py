@@ -531,6 +531,7 @@ def test_rounds_and_steps_of_a_run_are_counted(path: Path) -> None:
         charge(ledger, 1, WHISPER, run="another")
         charge(ledger, 3, Release(9.0, 1.0, 1, kind=EVALUATION))
         assert ledger.joined("ward", "run-1") == (2, 3)
+        assert ledger.joined("ward", "run-1", besides=2) == (1, 3)
         assert ledger.joined("ward", "nobody's") == (0, 0)
         assert ledger.entries()[-1].clip_norm == 1.0, "a count is not clipped; its sensitivity is 1"
 

@@ -84,6 +84,8 @@ def test_rounds_and_steps_of_a_run_end_where_the_policy_says(site: OneSite) -> N
     site.train(1)
     site.train(2)
     refusal(site, "max-rounds = 2", "3 rounds", round_number=3)
+    site.memory.clear()
+    site.train(2)  # the same round again is no further one, but its steps count
     site.rule(max_steps=3)
     site.train(1, "another run")
     got = site.refuse(2, "another run")

@@ -307,15 +307,14 @@ class Ledger:
             rows = self._connection.execute("SELECT dataset, epsilon, delta, set_at FROM budgets ORDER BY id")
             return [Budget(*row) for row in rows]
 
-    def joined(self, dataset: str, run: str) -> tuple[int, int]:
-        """Return how many rounds, and how many training steps, of a run were charged to ``dataset``."""
+    def joined(self, dataset: str, run: str, *, besides: int | None = None) -> tuple[int, int]:
+        """Return how many rounds of a run, other than ``besides``, and how many steps were charged to ``dataset``."""
         with _one_line(self.path, "read"):
-            rounds, steps = self._connection.execute(
-                "SELECT COUNT(DISTINCT round), COALESCE(SUM(count), 0) FROM charges "
-                "WHERE dataset = ? AND run = ? AND kind = ?",
+            rows = self._connection.execute(
+                "SELECT round, SUM(count) FROM charges WHERE dataset = ? AND run = ? AND kind = ? GROUP BY round",
                 (dataset, run, TRAINING),
-            ).fetchone()
-        return rounds, steps
+            ).fetchall()
+        return sum(number != besides for number, _ in rows), sum(steps for _, steps in rows)
 
     @property
     def key(self) -> bytes:
