@@ -29,8 +29,11 @@ from common.randomness import stream
 from common.tasks import Record
 from server.evaluation import Evaluator
 
-MOST_RECORDS = 256
+MOST_RECORDS = 512
+SCORED_RECORDS = 128
 FEW_RECORDS = 8
+CHUNKS = 8
+"""Steps that the measured records are divided among."""
 NO_NOISE = 1e-9
 """Noise over clip of the measured steps: too little to change the mean gradient's length."""
 
@@ -53,8 +56,9 @@ class Calibration:
     """Peak memory of this process."""
     accelerator_mib: float
     """Peak memory on the GPU; 0 without one."""
-    alignment: float | None
-    """Length of the mean clipped gradient over the clip norm at the start; None when privacy is off."""
+    alignment: tuple[float, float] | None
+    """Length of the mean clipped gradient over the clip norm at the start, and its upper end; see ``alignment_of``.
+    None when privacy is off."""
 
     def site_seconds(self, steps: int, expected_batch: float) -> float:
         """Return the time of one site's round."""
@@ -62,7 +66,7 @@ class Calibration:
 
 
 def calibrate(evaluator: Evaluator, config: RunConfig, workers: int) -> Calibration:
-    """Take a few steps of the configured model on up to 256 public test records and time them.
+    """Take a few steps of the configured model on up to 512 public test records and time them.
 
     Args:
         evaluator: the model and the public records; the model's state is put back to its start.
@@ -72,22 +76,24 @@ def calibrate(evaluator: Evaluator, config: RunConfig, workers: int) -> Calibrat
     model, threads = evaluator.model, torch.get_num_threads()
     order = torch.randperm(len(evaluator.records), generator=stream(config.seed, "calibration")).tolist()
     records = [evaluator.records[i] for i in order[:MOST_RECORDS]]
-    half = max(1, len(records) // 2)
-    few, first, second = records[: min(FEW_RECORDS, half)], records[:half], records[half:] or records[:half]
+    count = max(1, min(CHUNKS, len(records) // 2))
+    chunks, few = [records[i::count] for i in range(count)], records[:FEW_RECORDS]
     worker_threads = max(1, own_cores() // workers)
     torch.set_num_threads(worker_threads)
     try:
         model.write(evaluator.start)
         _step(model, few, config)  # the first step pays for what later ones find ready
         short = min(_step(model, few, config)[0] for _ in range(2))
-        (long_a, mean_a), (long_b, mean_b) = _step(model, first, config), _step(model, second, config)
+        steps = [_step(model, chunk, config) for chunk in chunks]
     finally:
         torch.set_num_threads(threads)
-    more = len(first) + len(second) - 2 * len(few)
-    per_record = max(0.0, long_a + long_b - 2 * short) / more if more else short / len(few)
+    more = len(records) - count * len(few)
+    long = sum(seconds for seconds, _ in steps)
+    per_record = max(0.0, long - count * short) / more if more > 0 else long / len(records)
+    scored = records[:SCORED_RECORDS]
     began = time.perf_counter()
-    model.score(records)
-    scoring = (time.perf_counter() - began) * len(evaluator.records) / len(records)
+    model.score(scored)
+    scoring = (time.perf_counter() - began) * len(evaluator.records) / len(scored)
     model.write(evaluator.start)
     cuda = model.device.type == "cuda"
     return Calibration(
@@ -99,7 +105,7 @@ def calibrate(evaluator: Evaluator, config: RunConfig, workers: int) -> Calibrat
         score_seconds=scoring,
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
         accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
-        alignment=_alignment(mean_a, mean_b) if config.privacy.on else None,
+        alignment=alignment_of([mean for _, mean in steps]) if config.privacy.on else None,
     )
 
 
@@ -133,10 +139,22 @@ def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -
     return seconds, torch.cat([gradient.flatten() for gradient in released]).double().cpu() / plan.clip_norm
 
 
-def _alignment(first: Tensor, second: Tensor) -> float:
-    """Return the length of the expected gradient from two independent means.
+def alignment_of(means: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the length of the expected gradient, and that length raised by two standard errors of its square.
 
-    The product of the halves has the squared length as its mean; the length of one mean over n records would be
-    too long by about 1 / n, because the records' own directions do not average out.
+    The product of two independent means has the squared length as its expectation. The length of one mean over
+    n records would be too long by about 1 / n in the square, because the records' own directions do not average
+    out. The standard error is the jackknife's over the means; with fewer than three it is not known, and the
+    upper end is that of a perfect alignment, 1.
+
+    Args:
+        means: mean clipped gradients over the clip norm, of disjoint sets of records of about one size; flat.
     """
-    return math.sqrt(max(0.0, float(first @ second)))
+    products = torch.stack(list(means)) @ torch.stack(list(means)).T
+    count, apart = len(means), products - torch.diag(products.diag())
+    if count < 3:
+        return math.sqrt(max(0.0, float(apart.sum()))) / math.sqrt(max(1, count * (count - 1))), 1.0
+    square = float(apart.sum()) / (count * (count - 1))
+    without = (apart.sum() - 2 * apart.sum(1)) / ((count - 1) * (count - 2))
+    error = math.sqrt((count - 1) / count * float((without - without.mean()).square().sum()))
+    return math.sqrt(max(0.0, square)), min(1.0, math.sqrt(max(0.0, square + 2 * error)))

@@ -27,8 +27,8 @@ MOST_ROUNDS = 100_000
 """Rounds beyond which no end of the budget is looked for."""
 MOST_PRICED = 100
 """Rounds that are priced one by one; of a longer run so many, evenly spread, and always the last."""
-LEAST_SIGNAL = 1.0
-"""Signal-to-noise of a run below which it is said not to train; see ``SignalToNoise``."""
+LEAST_SIGNAL = 0.25
+"""Signal-to-noise of a run below which it is said to hardly train; found by trying, see docs/planning.md."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class SignalToNoise:
     steps: int
     noise: float
     """Expected length of one step's averaged noise, in units of the clip norm."""
-    alignment: float | None
-    """Measured on public records at the start; None: not measured."""
+    alignment: tuple[float, float] | None
+    """Measured on public records at the start: the estimate and its upper end; None: not measured."""
 
     @property
     def step_bound(self) -> float:
@@ -79,17 +79,20 @@ class SignalToNoise:
     @property
     def step(self) -> float | None:
         """The step's figure at the measured alignment."""
-        return None if self.alignment is None else self.alignment * self.step_bound
+        return None if self.alignment is None else self.alignment[0] * self.step_bound
 
     @property
-    def run(self) -> float | None:
-        """The run's figure at the measured alignment."""
-        return None if self.alignment is None else self.alignment * self.run_bound
+    def run(self) -> tuple[float, float] | None:
+        """The run's figure at the measured alignment, and at its upper end."""
+        if self.alignment is None:
+            return None
+        estimate, upper = self.alignment
+        return estimate * self.run_bound, upper * self.run_bound
 
     @property
     def too_low(self) -> bool:
-        """Whether the job will hardly train: the run's figure, or its upper limit if unmeasured, is below 1."""
-        return (self.run_bound if self.run is None else self.run) < LEAST_SIGNAL
+        """Whether the job will hardly train: even the upper end of the run's figure is below ``LEAST_SIGNAL``."""
+        return (self.run_bound if self.run is None else self.run[1]) < LEAST_SIGNAL
 
 
 def simulated_sizes(job: Job, sites: int) -> tuple[int, ...]:
@@ -186,7 +189,7 @@ def signal_to_noise(
     trained_numbers: int,
     *,
     margin: float = 1.0,
-    alignment: float | None = None,
+    alignment: tuple[float, float] | None = None,
 ) -> SignalToNoise:
     """Return the run's signal-to-noise figure.
 
@@ -196,7 +199,8 @@ def signal_to_noise(
         steps: of a site in the whole run.
         trained_numbers: how many numbers are clipped and noised together.
         margin: factor on the noise for a rounded forward pass (``rounding_margin``).
-        alignment: length of the mean clipped gradient over the clip norm, in [0, 1]; None: not measured.
+        alignment: length of the mean clipped gradient over the clip norm, in [0, 1], and its upper end; None: not
+            measured.
     """
     total = sum(sizes)
     squares = sum(

@@ -17,7 +17,7 @@ MOST_LINES = 10
 DEFINITION = (
     "signal: the length of the mean clipped gradient; noise: the expected length of the noise on the average over "
     "sites, √d · √Σ(p·σC/b)², with p a site's weight and b its expected batch; over T steps the ratio grows by √T. "
-    f"Below {LEAST_SIGNAL:g} in a run, do not expect it to train (docs/planning.md)."
+    f"Below {LEAST_SIGNAL:g} in a run, it will hardly train (docs/planning.md)."
 )
 
 
@@ -138,8 +138,9 @@ def _print_signal(console: Console, forecast: Forecast) -> None:
     table = Table(title=f"signal-to-noise, d = {signal.trained_numbers:,} trained numbers, {signal.steps} steps")
     for column in ("", "a step", "the run"):
         table.add_column(column, justify="left" if not column else "right")
-    if signal.step is not None and signal.run is not None:
-        table.add_row(f"measured: alignment {signal.alignment:.3f}", f"{signal.step:.3f}", f"{signal.run:.2f}")
+    if signal.alignment is not None and signal.step is not None and signal.run is not None:
+        row = f"measured: alignment {signal.alignment[0]:.3f} (up to {signal.alignment[1]:.3f})"
+        table.add_row(row, f"{signal.step:.3f}", f"{signal.run[0]:.2f} (up to {signal.run[1]:.2f})")
     table.add_row("limit: all records aligned", f"{signal.step_bound:.3f}", f"{signal.run_bound:.2f}")
     console.print(table)
     console.print(DEFINITION, markup=False)

@@ -1,0 +1,279 @@
+"""What ``fedveil plan`` says before a run is what the run does, and every answer of ``--find`` holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_reviews
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from common.errors import BudgetExhausted, ConfigError, PrivacyError
+from common.privacy.accounting import Release, epsilon
+from common.privacy.plan import PrivacyPlan
+from experiments import forecast as forecasts
+from experiments import plan_find
+from experiments.calibration import Calibration, alignment_of, round_seconds
+from experiments.cli import app
+from experiments.forecast import Forecast, forecast
+from experiments.in_process import run_in_process
+from experiments.plan import last_within, signal_to_noise, simulated_sizes
+from experiments.plan_find import RATES, find
+from experiments.settings import to_toml
+from server.report import read_lines
+from strategies import STRATEGIES, configure
+
+MEASURED = Calibration(64, 1, "cpu", 0.1, 0.01, 2.0, 500.0, 0.0, (0.1, 0.2))
+
+
+def planned(settings: dict[str, Any], sizes: tuple[int, ...] = (60, 60), *, calibrated: bool = False) -> Forecast:
+    return forecast(configure(settings), sizes, calibrated=calibrated)
+
+
+def run_plan(tmp_path: Path, settings: dict[str, Any], *words: str) -> Any:
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(settings), encoding="utf-8")
+    return CliRunner().invoke(app, ["plan", "-c", str(path), *words], env={"COLUMNS": "80"})
+
+
+def check_that_plan_is_run(settings: dict[str, Any]) -> None:
+    job = configure(settings)
+    before = forecast(job, simulated_sizes(job, 2), calibrated=False)
+    folder = run_in_process(settings, 2)
+    spent = [line for line in read_lines(folder / "privacy.jsonl") if line["site"] == "site-0"]
+    assert [round_.epsilon for round_ in before.rounds] == [line["epsilon_total"] for line in spent]
+    assert [round_.steps for round_ in before.rounds] == [line["steps_total"] for line in spent]
+    assert before.plans[0].noise_multiplier == spent[-1]["noise_multiplier"]
+    assert before.plans[0].sample_rate == spent[-1]["sample_rate"]
+    rounds = read_lines(folder / "rounds.jsonl")
+    down, up = before.traffic.run(job.config.rounds, 2)
+    assert sum(line["bytes_down"] for line in rounds) == down
+    assert sum(line["bytes_up"] for line in rounds) == up - 2 * before.traffic.once_up, "round 0 is not in rounds.jsonl"
+
+
+def test_the_plan_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
+    check_that_plan_is_run(toy_settings)
+
+
+def test_the_plan_of_a_language_model_is_what_the_run_does(toy_generation: dict[str, Any]) -> None:
+    check_that_plan_is_run({**toy_generation, "strategy": "fed-svd"})
+
+
+def test_a_paid_initialisation_is_round_0_of_the_plan_and_travels_once(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "dp-gradient", "rounds": 1}
+    check_that_plan_is_run(settings)
+    before = planned(settings)
+    assert [round_.round_number for round_ in before.rounds] == [0, 1]
+    assert before.traffic.once_up > before.traffic.up
+    assert before.traffic.once_down > before.traffic.down
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_table_of_bytes_equals_the_encoded_messages_of_every_strategy(
+    name: str, toy_settings: dict[str, Any]
+) -> None:
+    before = planned({**toy_settings, "strategy": name, "privacy.mode": "none"})
+    assert before.payloads[name] == (before.traffic.down, before.traffic.up)
+    assert before.traffic.message_up > before.traffic.up
+
+
+def test_without_privacy_there_is_no_claim_but_bytes_and_time(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
+    result = run_plan(tmp_path, {**toy_settings, "privacy.mode": "none"}, "--sites", "2")
+    assert result.exit_code == 0, result.output
+    assert "nothing is promised about any record" in " ".join(result.output.split())
+    assert "adapter bytes" in result.output
+    assert "a machine like this for each site" in result.output
+    assert "ε of each site" not in result.output
+
+
+def test_sizes_are_enough_no_record_of_a_site_is_needed(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
+    public = write_reviews(tmp_path / "public.csv", 40)
+    settings = {**toy_settings, "data.name": str(tmp_path / "at-the-sites-only.csv"), "data.test": str(public)}
+    result = run_plan(tmp_path, settings, "--sizes", "90, 50", "--no-calibration")
+    assert result.exit_code == 0, result.output
+    assert "22.5" in result.output
+    assert "12.5" in result.output
+
+
+def test_no_calibration_takes_no_step(toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(forecasts, "calibrate", fail)
+    assert planned(toy_settings).calibration is None
+
+
+def test_a_calibration_leaves_the_model_as_it_was_and_measures_something(toy_settings: dict[str, Any]) -> None:
+    before = planned(toy_settings, calibrated=True)
+    measured = before.calibration
+    assert measured is not None
+    assert measured.records == 40
+    assert measured.record_seconds > 0
+    assert measured.score_seconds > 0
+    assert measured.peak_mib > 50
+    assert measured.alignment is not None
+    assert 0 <= measured.alignment[0] <= measured.alignment[1] <= 1
+    model = forecasts.Evaluator(configure(toy_settings)).model
+    for layer, factors in model.read().items():
+        assert all(torch.equal(tensor, model.start[layer][name]) for name, tensor in factors.items())
+
+
+def test_simulated_sites_declare_what_they_will_declare_in_the_run(toy_settings: dict[str, Any]) -> None:
+    assert simulated_sizes(configure(toy_settings), 3) == (67, 67, 66)
+    assert simulated_sizes(configure(toy_settings), 1) == (200,)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "settings"),
+    [
+        ("noise", {"privacy.epsilon": 3.0}),
+        ("rounds", {"privacy.noise-multiplier": 1.5}),
+        ("sample-rate", {"privacy.noise-multiplier": 1.5}),
+    ],
+)
+def test_an_answer_stays_within_the_budget_and_the_next_one_does_not(quantity: str, settings: dict[str, Any]) -> None:
+    base = {"rounds": 3, "training.local-steps": 2, "training.sample-rate": 0.2, "privacy.delta": 1e-3, **settings}
+    found = find(configure(base), quantity)
+    costs = []
+    for value in (found.value, found.next_value):
+        config = configure({**base, "privacy.noise-multiplier": 1.5, found.setting: value}).config
+        releases = [Release(config.privacy.noise_multiplier, config.training.sample_rate, config.total_steps)]
+        costs.append(epsilon(releases, 1e-3))
+    assert costs == [found.epsilon, found.next_epsilon]
+    assert costs[0] <= found.budget < costs[1]
+
+
+def test_an_answer_pays_for_the_initialisation_first() -> None:
+    base = {"strategy": "fed-sb", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3, "privacy.epsilon": 5.0}
+    free = find(configure(base), "rounds")
+    paid = find(configure({**base, "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 1.0}), "rounds")
+    assert paid.value < free.value
+
+
+def test_an_answer_that_does_not_stand_its_check_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_find, "last_within", lambda fits, most: 500)
+    with pytest.raises(PrivacyError, match="did not stand its check"):
+        find(configure({"privacy.noise-multiplier": 0.8}), "rounds")
+
+
+def test_the_search_says_so_where_the_budget_is_not_what_ends_it() -> None:
+    found = find(configure({"privacy.noise-multiplier": 90.0, "rounds": 1}), "sample-rate")
+    assert (found.value, found.next_value, RATES[-1]) == (1.0, None, 1.0)
+
+
+def test_a_budget_too_small_for_one_round_is_said_in_one_line() -> None:
+    with pytest.raises(BudgetExhausted, match="not even one round") as refusal:
+        find(configure({"privacy.noise-multiplier": 0.5, "privacy.epsilon": 0.1}), "rounds")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sizes", "60,0"], "whole numbers above 0"),
+        (["--sizes", "60", "--sites", "2"], "not both"),
+        (["--sites", "0"], "at least 1 site"),
+        (["--find", "round"], "did you mean 'rounds'?"),
+        (["--find", "rounds"], "set privacy.noise-multiplier"),
+        (["-c", "privcy.epsilon=3.0"], "did you mean 'privacy.epsilon'?"),
+        (["--sizes", "60,6000"], "1/6000"),
+        (["--find", "noise", "--json", "/nowhere/plan.json"], "cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    words: list[str], said: str, tmp_path: Path, toy_settings: dict[str, Any]
+) -> None:
+    result = run_plan(tmp_path, toy_settings, *words)
+    assert result.exit_code == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fedveil:")]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_without_privacy_there_is_nothing_to_find() -> None:
+    with pytest.raises(ConfigError, match="no budget"):
+        find(configure({"privacy.mode": "none"}), "noise")
+
+
+def test_a_budget_that_ends_before_the_run_is_a_warning(toy_settings: dict[str, Any]) -> None:
+    before = planned({**toy_settings, "rounds": 6, "privacy.noise-multiplier": 0.9, "privacy.epsilon": 5.0})
+    ends = before.rounds_within
+    assert ends is not None
+    assert before.rounds[ends - 1].epsilon <= 5.0 < before.rounds[ends].epsilon
+    assert any(f"ends after round {ends}: rounds {ends + 1} to 6" in warning for warning in before.warnings)
+
+
+def test_the_plan_fits_80_columns_and_its_file_says_the_same(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
+    path = tmp_path / "plan.json"
+    result = run_plan(tmp_path, toy_settings, "--sizes", "60,70", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    tables = [line for line in result.stdout.splitlines() if not line.startswith("written to")]
+    assert max(map(len, tables)) <= 80
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert [site["public_size"] for site in content["sites"]] == [60, 70]
+    assert f"{content['rounds'][-1]['epsilon']:.3f}" in result.stdout
+    assert f"{content['bytes_down_total']:,}" in result.stdout
+    assert f"{content['signal_to_noise']['run'][0]:.2f}" in result.stdout
+
+
+def test_noise_at_the_server_is_as_long_as_drawn_noise() -> None:
+    sizes, numbers = (100, 300), 2000
+    plans = [PrivacyPlan(2.0, 1.5, 0.1, 0.1 * size, 1e-5, 8.0) for size in sizes]
+    draw = torch.Generator().manual_seed(3)
+    lengths = [
+        sum(
+            size / 400 * plan.gradient_noise_std * torch.randn(numbers, generator=draw)
+            for size, plan in zip(sizes, plans, strict=True)
+        ).norm()
+        / 2.0
+        for _ in range(20)
+    ]
+    signal = signal_to_noise(plans, sizes, 16, numbers, alignment=(0.5, 0.6))
+    assert signal.noise == pytest.approx(float(torch.stack(lengths).mean()), rel=0.02)
+    assert signal.step == pytest.approx(0.5 / signal.noise)
+    assert signal.run == pytest.approx((4 * 0.5 / signal.noise, 4 * 0.6 / signal.noise))
+
+
+def test_only_a_job_whose_signal_is_surely_below_the_threshold_is_warned_of() -> None:
+    plan = PrivacyPlan(1.0, 1.0, 0.1, 10.0, 1e-5, 8.0)
+    unmeasured = signal_to_noise([plan], (100,), 1, 10_000)
+    assert unmeasured.run_bound == pytest.approx(0.1)
+    assert unmeasured.too_low
+    many = signal_to_noise([plan], (100,), 10_000, 10_000, alignment=(0.0, 1.0))
+    assert not many.too_low, "nothing is known of the signal here"
+    assert signal_to_noise([plan], (100,), 10_000, 10_000, alignment=(0.0, 0.001)).too_low
+
+
+def test_alignment_is_the_length_of_the_mean_and_not_of_what_records_add_to_it() -> None:
+    draw = torch.Generator().manual_seed(1)
+    aligned = torch.zeros(500).index_fill(0, torch.tensor([0]), 0.3)
+    means = [aligned + 0.03 * torch.randn(500, generator=draw) for _ in range(8)]
+    estimate, upper = alignment_of(means)
+    assert estimate == pytest.approx(0.3, abs=0.03)
+    assert estimate < upper < 0.4
+    nothing, upper = alignment_of([0.03 * torch.randn(500, generator=draw) for _ in range(8)])
+    assert nothing < 0.1, "the length of one such mean is 0.67"
+    assert alignment_of([aligned, aligned]) == pytest.approx((0.3, 1.0))
+
+
+def test_sites_share_the_workers_and_a_deployed_round_waits_for_the_slowest() -> None:
+    # Five steps: a site's round takes 5 (0.1 + 0.01 b) s, scoring 2 s.
+    here, deployed = round_seconds(MEASURED, 5, [90.0, 10.0, 30.0, 10.0], workers=2)
+    assert deployed == pytest.approx(5.0 + 2.0)
+    assert here == pytest.approx(max(5.0, 1.0 + 2.0 + 1.0) + 2.0)
+
+
+@given(st.integers(0, 400), st.integers(1, 300))
+def test_the_last_that_fits_is_found(limit: int, most: int) -> None:
+    assert last_within(lambda n: n <= limit, most) == min(limit, most)
+
+
+def test_rates_are_three_digits_and_ascend() -> None:
+    assert list(RATES) == sorted(set(RATES))
+    assert all(math.isclose(rate, float(f"{rate:.3g}"), rel_tol=0) for rate in RATES)
