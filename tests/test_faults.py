@@ -1,0 +1,331 @@
+"""Rounds under faults, in one process: quorum, retries, hostile replies. Good work counts whatever one site does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.errors import ConfigError, RunFailed
+from common.messages import Reply, Spending, TrainResult, TrainTask
+from common.tensors import apply
+from common.types import AdapterState
+from common.wire import STYPE, decode_reply, encode_reply
+from experiments.in_process import InProcessTransport, run_in_process
+from server.files import length
+from server.records import read_json
+from server.replies import LONGEST_REASON, clean, refusal
+from server.report import read_lines
+from server.sites import Exchange
+
+Tamper = Callable[[TrainResult], Any]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        **load_file(str(folder / "adapter" / "adapter_model.safetensors")),
+        **load_file(str(folder / "adapter" / "head.safetensors")),
+    }
+
+
+def same(left: Path, right: Path) -> bool:
+    a, b = adapter(left), adapter(right)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plain(toy_settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under which equal work gives equal bits."""
+    return {**toy_settings, "privacy.mode": "none"}
+
+
+class Faulty(InProcessTransport):
+    """A federation in which chosen attempts at asking chosen nodes fail, or nodes come and go."""
+
+    lost: Mapping[int, Collection[int]] = {}
+    """Nodes that do not answer, by how many times tasks were sent before."""
+    away: Mapping[int, Collection[int]] = {}
+    """Nodes that are offline, by how many times nodes were looked up before."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sent = self.looked = 0
+        self.asked: list[tuple[int, list[int]]] = []
+
+    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+        away = self.away.get(self.looked, ())
+        self.looked += 1
+        return [node for node in super().nodes(wanted, besides) if node not in away]
+
+    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+        lost = self.lost.get(self.sent, ())
+        self.sent += 1
+        self.asked.append((next(iter(tasks.values())).round_number, sorted(tasks)))
+        got = super().exchange({node: task for node, task in tasks.items() if node not in lost}, timeout)
+        silent = {node: refusal(tasks[node], node, "late", "no answer in 1 s") for node in tasks if node in lost}
+        return Exchange({**got.replies, **silent}, got.bytes_down, got.bytes_up)
+
+
+def faulty(**plan: Any) -> tuple[type[Faulty], list[Faulty]]:
+    """Return a kind of transport with this plan, and a list that will hold the one that is made."""
+    made: list[Faulty] = []
+
+    class Planned(Faulty):
+        lost, away = plan.get("lost", {}), plan.get("away", {})
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    return Planned, made
+
+
+# Quorum, attempts, deadline
+
+
+def test_a_round_below_quorum_asks_again_only_those_that_failed(toy_settings: dict[str, Any]) -> None:
+    kind, made = faulty(lost={0: [1, 2]})
+    settings = {**plain(toy_settings), "min-sites": 2}
+    folder = run_in_process(settings, 3, "retried", kind)
+    assert made[0].asked == [(1, [0, 1, 2]), (1, [1, 2]), (2, [0, 1, 2])]
+    first = read_lines(folder / "rounds.jsonl")[0]
+    assert (first["complete"], first["attempts"]) == (True, 2)
+    assert first["participants"] == ["site-0", "site-1", "site-2"]
+    assert [(f["attempt"], f["site"], f["kind"]) for f in first["failures"]] == [
+        (1, "node 1", "late"),
+        (1, "node 2", "late"),
+    ]
+    assert first["refusals"] == [], "a site that succeeded in the second attempt is no longer missing"
+    assert same(folder, run_in_process(settings, 3, "whole")), "the retried round is not the round without a fault"
+
+
+def test_weights_follow_who_took_part(toy_settings: dict[str, Any]) -> None:
+    kind, _ = faulty(lost={0: [2], 1: [2]})
+    folder = run_in_process(plain(toy_settings), 3, "lost", kind)
+    gone, _ = faulty(away={0: [2], 1: [2]})
+    assert [line["participants"] for line in read_lines(folder / "rounds.jsonl")] == [["site-0", "site-1"]] * 2
+    assert same(folder, run_in_process(plain(toy_settings), 3, "away", gone)), "a lost site still has a weight"
+
+
+def test_a_run_below_quorum_stops_with_a_reason_and_keeps_what_was_trained(toy_settings: dict[str, Any]) -> None:
+    kind, made = faulty(lost={1: [1], 2: [1], 3: [1]})
+    settings = {**plain(toy_settings), "min-sites": 2, "round-retries": 2, "rounds": 3}
+    with pytest.raises(RunFailed, match=r"round 2: 1 sites succeeded in 3 attempts, 2 needed. node 1 \(late\)"):
+        run_in_process(settings, 2, "short", kind)
+    assert made[0].asked[1:] == [(2, [0, 1]), (2, [1]), (2, [1])]
+    folder = Path(settings["output"]) / "ffa-lora-short"
+    result = read_json(folder / "result.json")
+    assert (result["status"], result["rounds"]) == ("failed", 1)
+    assert "resume" in result["reason"]
+    last = read_lines(folder / "rounds.jsonl")[-1]
+    assert (last["round"], last["complete"], last["participants"]) == (2, False, [])
+    assert [f["attempt"] for f in last["failures"]] == [1, 2, 3]
+    whole = run_in_process({**settings, "rounds": 3}, 2, "one", faulty(lost={})[0])
+    assert not same(folder, whole), "the test cannot tell one round from three"
+    assert (folder / "report.md").is_file()
+    resumed = run_in_process({**settings, "resume": "short"}, 2, "again")
+    assert resumed == folder
+    assert [(r["round"], r["complete"]) for r in read_lines(folder / "rounds.jsonl")] == [
+        *((1, True), (2, False), (2, True), (3, True)),
+    ]
+    assert same(resumed, whole)
+
+
+def test_nobody_is_asked_and_charged_while_a_quorum_is_out_of_reach(toy_settings: dict[str, Any]) -> None:
+    kind, made = faulty(away={0: [1], 1: [1]})
+    with pytest.raises(RunFailed, match=r"1 sites could be asked, 2 more are needed"):
+        run_in_process({**toy_settings, "min-sites": 2}, 2, "few", kind)
+    assert made[0].asked == []
+    assert not list(Path(toy_settings["output"]).glob("*/ledgers/*"))
+
+
+def test_a_site_that_joins_late_or_comes_back_takes_part_from_the_next_round(toy_settings: dict[str, Any]) -> None:
+    kind, _ = faulty(away={0: [2], 1: [0]})
+    lines = read_lines(run_in_process({**plain(toy_settings), "rounds": 3}, 3, "late", kind) / "rounds.jsonl")
+    assert [line["participants"] for line in lines] == [
+        ["site-0", "site-1"],
+        ["site-1", "site-2"],
+        ["site-0", "site-1", "site-2"],
+    ]
+
+
+# Hostile replies: node 1 lies, nodes 0 and 2 are good
+
+
+def hostile(tamper: Tamper, from_round: int = 1) -> type[InProcessTransport]:
+    class Hostile(InProcessTransport):
+        def deliver(self, node: int, task: TrainTask, content: Any) -> Any:
+            record = super().deliver(node, task, content)
+            if node != 1 or task.round_number < from_round:
+                return record
+            honest: Reply = decode_reply(record, self._layout_of_round(task.round_number), task.run, task.round_number)
+            assert isinstance(honest, TrainResult)
+            sent = tamper(honest)
+            return encode_reply(sent) if isinstance(sent, TrainResult) else sent
+
+    return Hostile
+
+
+def scaled(factor: float) -> Tamper:
+    return lambda r: replace(r, contribution=apply(lambda t: t + factor, r.contribution))
+
+
+def spending(**changes: Any) -> Tamper:
+    return lambda r: replace(r, spending=replace(r.spending, **changes) if r.spending else None)
+
+
+def record_of(change: Callable[[Any], None]) -> Tamper:
+    def tamper(result: TrainResult) -> Any:
+        record = encode_reply(result)
+        change(record)
+        return record
+
+    return tamper
+
+
+def more_tensors(result: TrainResult) -> TrainResult:
+    state: AdapterState = {f"{layer}.{i}": f for layer, f in result.contribution.items() for i in range(100)}
+    return replace(result, contribution=state)
+
+
+def wide(record: Any) -> None:
+    from flwr.app import Array, ArrayRecord
+
+    record["adapter"] = ArrayRecord({"state": Array("float32", (1000000,), STYPE, bytes(4000000))})
+
+
+def nothing(record: Any) -> None:
+    record.clear()
+
+
+def garbage(record: Any) -> None:
+    record["header"]["body"] = b"\xff\xfe garbage" * 50
+
+
+LIES: dict[str, tuple[Tamper, str, int]] = {
+    "NaN": (scaled(float("nan")), "not finite", 1),
+    "infinite": (scaled(float("inf")), "not finite", 1),
+    "huge": (scaled(1e30), "norm", 1),
+    "a hundred times too large": (scaled(100.0), "norm", 1),
+    "another model's adapter": (
+        lambda r: replace(r, contribution={f"other.{name}": f for name, f in r.contribution.items()}),
+        "other layers",
+        1,
+    ),
+    "wrong shapes": (
+        lambda r: replace(r, contribution=apply(lambda t: torch.cat([t, t]), r.contribution)),
+        "shapes",
+        1,
+    ),
+    "100 times too many tensors": (more_tensors, "other layers", 1),
+    "a payload that is too long": (record_of(wide), "bytes", 1),
+    "no record at all": (record_of(nothing), "no header", 1),
+    "garbage": (record_of(garbage), "", 1),
+    "an old round": (lambda r: replace(r, round_number=1), "round 1", 2),
+    "another run": (lambda r: replace(r, run="other"), "other", 1),
+    "another site's name": (lambda r: replace(r, site="site-0"), "another node", 1),
+    "no name": (lambda r: replace(r, site=" "), "names no site", 1),
+    "another size than before": (lambda r: replace(r, public_size=r.public_size + 1), "public size", 2),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_dropped_named_and_changes_no_bit(toy_settings: dict[str, Any], lie: str) -> None:
+    tamper, words, first = LIES[lie]
+    settings = plain(toy_settings)
+    folder = run_in_process(settings, 3, "lie", hostile(tamper, first))
+    lines = read_lines(folder / "rounds.jsonl")
+    for line in lines:
+        lying = line["round"] >= first
+        assert line["participants"] == (["site-0", "site-2"] if lying else ["site-0", "site-1", "site-2"])
+        if lying:
+            (failure,) = line["failures"]
+            assert failure["kind"] == ("late" if lie == "an old round" else "reply")
+            assert words in failure["message"], f"the records do not say what was wrong: {failure['message']}"
+            assert len(failure["message"]) <= LONGEST_REASON
+    gone, _ = faulty(away={number: [1] for number in range(first - 1, 2)})
+    assert same(folder, run_in_process(settings, 3, "good", gone)), "the good replies imply another adapter"
+
+
+PRIVATE_LIES: dict[str, tuple[Tamper, str, int]] = {
+    "no spending": (lambda r: replace(r, spending=None), "no privacy spending", 1),
+    "less noise": (spending(noise_multiplier=0.1), "noise multiplier", 1),
+    "a higher rate": (spending(sample_rate=0.9), "sample rate", 1),
+    "a larger clip": (spending(clip_norm=5.0), "clip norm", 1),
+    "another delta": (spending(delta=0.1), "delta", 1),
+    "a larger budget": (spending(epsilon_budget=100.0), "budget", 1),
+    "more than the budget": (spending(epsilon_total=9.0), "total", 1),
+    "fewer steps": (spending(steps_round=1), "steps", 1),
+    "a total that goes back": (spending(epsilon_total=0.01), "went back", 2),
+    "huge under privacy": (scaled(1e6), "norm", 1),
+}
+
+
+@pytest.mark.parametrize("lie", PRIVATE_LIES)
+def test_a_spending_that_contradicts_the_run_is_dropped(toy_settings: dict[str, Any], lie: str) -> None:
+    tamper, words, first = PRIVATE_LIES[lie]
+    folder = run_in_process(toy_settings, 3, "lie", hostile(tamper, first))
+    line = read_lines(folder / "rounds.jsonl")[first - 1]
+    assert line["participants"] == ["site-0", "site-2"]
+    assert words in line["failures"][0]["message"]
+    told = {(p["round"], p["site"]) for p in read_lines(folder / "privacy.jsonl")}
+    assert (first, "site-1") not in told, "a figure that is not believed stands in the privacy records"
+
+
+def test_a_spending_in_a_run_without_privacy_is_no_claim(toy_settings: dict[str, Any]) -> None:
+    spent = Spending("training", 0.1, 0.8, 1.0, 2, 2, 1e-3, 0.5, 1.5, 8.0, 6.5, "PLD")
+    folder = run_in_process(plain(toy_settings), 3, "lie", hostile(lambda r: replace(r, spending=spent)))
+    assert "without privacy" in read_lines(folder / "rounds.jsonl")[0]["failures"][0]["message"]
+
+
+def test_unknown_records_in_a_good_reply_are_never_looked_at(toy_settings: dict[str, Any]) -> None:
+    from flwr.app import MetricRecord
+
+    def add(record: Any) -> None:
+        record["more"] = MetricRecord({"a": 1.0})
+
+    folder = run_in_process(plain(toy_settings), 3, "more", hostile(record_of(add)))
+    assert same(folder, run_in_process(plain(toy_settings), 3, "whole"))
+
+
+def test_a_name_stays_with_the_node_that_had_it(toy_settings: dict[str, Any]) -> None:
+    """Node 1 takes site-2's name; it comes first by number, but the name was node 2's in round 1."""
+    kind = hostile(lambda r: replace(r, site="site-2"), from_round=2)
+    folder = run_in_process(plain(toy_settings), 3, "named", kind)
+    gone, _ = faulty(away={1: [1]})
+    assert same(folder, run_in_process(plain(toy_settings), 3, "good", gone)), "a name was taken over"
+
+
+def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> None:
+    with pytest.raises(RunFailed, match=r"norm .* is above 1e-06"):
+        run_in_process({**plain(toy_settings), "max-update-norm": 1e-6}, 2)
+
+
+def test_a_hostile_reason_fills_neither_disk_nor_terminal(toy_settings: dict[str, Any]) -> None:
+    assert clean("a\x1b[31m\nb" * 10000).isprintable()
+    assert len(clean("x" * 10**6)) == LONGEST_REASON
+
+
+# Resuming refuses what it must
+
+
+def test_a_run_does_not_go_on_with_other_settings_and_says_which(toy_settings: dict[str, Any]) -> None:
+    kind, _ = faulty(lost={1: [0, 1], 2: [0, 1]})
+    with pytest.raises(RunFailed):
+        run_in_process(plain(toy_settings), 2, "x", kind)
+    folder = Path(toy_settings["output"]) / "ffa-lora-x"
+    before = {name: length(folder / name) for name in ("rounds.jsonl", "result.json", "checkpoint.safetensors")}
+    with pytest.raises(ConfigError, match=r"resume: training.local-steps is 3, the run was started with 2"):
+        run_in_process({**plain(toy_settings), "training.local-steps": 3, "resume": "x"}, 2)
+    assert before == {name: length(folder / name) for name in before}, "a refused resumption touched the run"
+    run_in_process({**plain(toy_settings), "round-timeout": 5.0, "resume": str(folder)}, 2)
+    with pytest.raises(ConfigError, match=r"is complete"):
+        run_in_process({**plain(toy_settings), "resume": "x"}, 2)
+    with pytest.raises(ConfigError, match=r"holds no checkpoint"):
+        run_in_process({**plain(toy_settings), "resume": "y"}, 2)
+    assert json.loads((folder / "config.json").read_text())["resumed"]

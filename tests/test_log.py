@@ -1,0 +1,82 @@
+"""The log says what, where and when, in two forms, and nothing that was computed from records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import ConfigError
+from common.log import JsonLines, about, set_up
+from experiments.in_process import run_in_process
+
+CANARY = "zyzzyva"
+
+
+def marked(path: Path) -> Path:
+    """Put a canary into a record's text, in place."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["text"] = f"{CANARY} {row['text']}"
+        row["label"] = f"{CANARY}{row['label']}"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_lines_name_run_round_and_site_and_nothing_private(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDVEIL_LOG", "json")
+    data = marked(Path(toy_settings["data.name"]))
+    sites: list[dict[str, Any]] = [
+        {"site": name, "data": str(data), "public-size": 250, "ledger": str(tmp_path / f"{name}.db")}
+        for name in ("clinic", "practice")
+    ]
+    sites.append({"site": "broken", "data": str(tmp_path / "absent.csv"), "public-size": 250})
+    broken = tmp_path / "broken.csv"
+    broken.write_text(f"text,label\n{CANARY},{CANARY}secret\n", encoding="utf-8")
+    sites.append({**sites[0], "site": "odd", "data": str(broken), "ledger": str(tmp_path / "odd.db")})
+    folder = run_in_process({**toy_settings, "data.labels": f"{CANARY}bad,{CANARY}good"}, sites)
+    kept = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [json.loads(line) for line in kept] == [json.loads(line) for line in shown]
+    lines = [json.loads(line) for line in kept]
+    assert all(set(line) == {"time", "level", "run", "round", "site", "message"} for line in lines)
+    told = {(line["run"], line["round"], line["site"]) for line in lines}
+    assert {("1", r, s) for r in (1, 2) for s in ("clinic", "practice", "broken", "odd")} <= told
+    for line in lines:
+        assert CANARY not in json.dumps(line), f"a record's words are logged: {line}"
+        if line["site"]:
+            numbers = {float(n) for n in re.findall(r"\d+\.?\d*", line["message"])}
+            assert not numbers & {240.0, 200.0, 1.0 / 240}, f"a count of records is logged: {line}"
+            assert not re.search(r"\b(loss|norm)\b", line["message"]), f"a figure of records is logged: {line}"
+
+
+def test_an_unforeseen_error_is_logged_by_type_and_place_only() -> None:
+    try:
+        raise ValueError(f"could not read {CANARY}")
+    except ValueError:
+        record = logging.LogRecord("fedveil.site", logging.ERROR, "", 0, "failed", (), None)
+        import sys
+
+        record.exc_info = sys.exc_info()
+    record.__dict__.update(about("7", 2, "clinic"))
+    line = json.loads(JsonLines().format(record))
+    assert (line["run"], line["round"], line["site"]) == ("7", 2, "clinic")
+    assert line["message"].startswith("failed [ValueError at test_log.py:")
+    assert CANARY not in line["message"]
+
+
+def test_a_form_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDVEIL_LOG", "jsn")
+    with pytest.raises(ConfigError, match="did you mean 'json'"):
+        set_up()

@@ -1,0 +1,125 @@
+"""A server killed at any point loses at most the round in flight, and going on changes no bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common import randomness
+from common.errors import DataError
+from experiments.in_process import run_in_process
+from experiments.resume import with_resumed
+from server import files
+from server.checkpoint import NAME
+from server.report import read_lines
+from strategies import STRATEGIES
+
+
+class Killed(BaseException):
+    """What nothing catches: the process is gone."""
+
+
+@contextmanager
+def killed_at(operation: int) -> Iterator[list[str]]:
+    """Let this many file operations of the server through, and die at the next; the list names those that were done."""
+    done: list[str] = []
+    patch = pytest.MonkeyPatch()
+
+    def dying(name: str) -> Any:
+        real = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            if len(done) >= operation:
+                raise Killed(f"before {name} number {operation}")
+            done.append(name)
+            return real(*arguments)
+
+        return call
+
+    for name in ("replace", "fsync"):
+        patch.setattr(files.os, name, dying(name))
+    try:
+        yield done
+    finally:
+        patch.undo()
+
+
+def what_counts(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rounds = [{**line, "seconds": 0} for line in read_lines(folder / "rounds.jsonl")]
+    return rounds, read_lines(folder / "privacy.jsonl")
+
+
+def same_adapter(left: Path, right: Path) -> bool:
+    a, b = (load_file(str(folder / "adapter" / "adapter_model.safetensors")) for folder in (left, right))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def fixed_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling and noise that are the same at every call, so that two runs can be compared bit by bit."""
+    fixed = np.random.default_rng(5).integers(0, 2**64, 200_000, dtype=np.uint64)
+    monkeypatch.setattr(randomness, "_entropy", lambda count: fixed[:count])
+
+
+@pytest.mark.usefixtures("fixed_entropy")
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_an_interrupted_run_goes_on_to_the_same_bits(toy_settings: dict[str, Any], strategy: str) -> None:
+    adam = "none" if strategy == "fed-svd" else "adam"
+    settings = {**toy_settings, "strategy": strategy, "rounds": 3, "server.optimizer": adam}
+    whole = run_in_process(settings, 2, "whole")
+    after_round_2 = [line["round"] for line in read_lines(whole / "rounds.jsonl")].index(2) + 1
+    assert after_round_2 == 2
+    with pytest.raises(Killed), killed_at(12 + 2 * 5 + 1):  # 12 before round 1, 5 a round, 1 into round 3
+        run_in_process(settings, 2, "cut")
+    folder = Path(settings["output"]) / f"{strategy}-cut"
+    assert not (folder / "result.json").exists()
+    assert run_in_process({**settings, "resume": "cut"}, 2, "flower-calls-it-otherwise") == folder
+    rounds, privacy = what_counts(folder)
+    assert rounds == what_counts(whole)[0]
+    # What was in flight stays charged: round 3 is dearer for having been paid twice, earlier rounds are as they were.
+    assert [p for p in privacy if p["round"] < 3] == [p for p in what_counts(whole)[1] if p["round"] < 3]
+    assert privacy[-1]["steps_total"] == 8, "the round in flight was forgotten by the ledger"
+    assert same_adapter(whole, folder)
+
+
+def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "privacy.mode": "none"}
+    with killed_at(10**6) as done:
+        whole = run_in_process(settings, 1, "whole")
+    reached = set()
+    for operation in range(9, len(done)):
+        run = f"killed-{operation}"
+        with pytest.raises(Killed), killed_at(operation):
+            run_in_process(settings, 1, run)
+        folder = Path(settings["output"]) / f"ffa-lora-{run}"
+        if not (folder / NAME).exists():
+            assert operation < 12, "a finished round left no checkpoint"
+            continue
+        with (folder / "rounds.jsonl").open("a") as file:
+            file.write('{"round": 9, "half a li')
+        before = len((folder / "rounds.jsonl").read_text().splitlines()) - 1
+        run_in_process({**settings, "resume": run}, 1)
+        reached.add(before)
+        assert what_counts(folder) == what_counts(whole), f"killed before operation {operation}"
+        assert same_adapter(whole, folder), f"killed before operation {operation}"
+    assert reached >= {0, 1, 2}, "the test did not kill in every round"
+
+
+def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: dict[str, Any]) -> None:
+    with pytest.raises(Killed), killed_at(17):
+        run_in_process({**toy_settings, "strategy": "fed-sb"}, 1, "77")
+    given = {"output": toy_settings["output"], "resume": "77"}
+    settings = with_resumed(given)
+    assert settings["strategy"] == "fed-sb"
+    assert settings["resume"] == str(Path(toy_settings["output"]) / "fed-sb-77")
+    (Path(settings["resume"]) / NAME).write_bytes(b"rubbish")
+    with pytest.raises(DataError, match="is damaged"):
+        with_resumed(given)
