@@ -108,9 +108,9 @@ def server_submit(
     once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,
 ) -> None:
     """Run a job on the sites, follow it to its end, and say by the exit code how it ended."""
-    from experiments.cli import print_summary
     from experiments.deploy.server_folder import open_server
     from experiments.deploy.submit import submit
+    from experiments.report_cli import print_summary
     from experiments.settings import parse_settings
 
     run = submit(open_server(folder), parse_settings(config or []), _say, sites=sites, patience=patience, once=once)

@@ -20,6 +20,7 @@ from experiments.settings import to_toml
 from experiments.simulate import PROJECT
 
 IN_USE = "already in use"
+ANSWER_SECONDS = 120.0
 
 
 class Control:
@@ -75,9 +76,18 @@ class Control:
 
     def _call(self, *words: str) -> dict[str, Any]:
         command = [program("flwr"), *words, "--format", "json"]
-        done = subprocess.run(
-            command, env=self._environment, cwd=self._home, capture_output=True, text=True, check=False, timeout=120
-        )
+        try:
+            done = subprocess.run(
+                command,
+                env=self._environment,
+                cwd=self._home,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=ANSWER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error-message": f"no answer in {ANSWER_SECONDS:g} s"}
         found = re.search(r"\{.*\}", done.stdout, flags=re.S)
         try:
             value: dict[str, Any] = json.loads(found.group(0)) if found else {}

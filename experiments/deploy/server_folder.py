@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common.check import nearest
 from common.config import Scalar
@@ -102,8 +102,9 @@ def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Fold
             raise ConfigError(f"{path / name}: unknown key {key!r}{nearest(key, known)}")
         if type(value).__name__ != known[key].type:
             raise ConfigError(f"{path / name}: {key} must be of type {known[key].type}, not {value!r}")
+    arguments: dict[str, Any] = {known[key].name: value for key, value in values.items()}
     try:
-        return kind(path=path, **{known[key].name: value for key, value in values.items()})
+        return kind(**{"path": path, **arguments})
     except TypeError as error:
         raise ConfigError(f"{path / name} lacks a key: {error}") from error
 
@@ -142,7 +143,7 @@ def make_server(
     issuer = _authority(authority)
     certificate = new_server_certificate(list(dialled), issuer, now)
     folder = ServerFolder(path, ",".join(names), f"0.0.0.0:{fleet_port}", control_host, control_port)
-    described = {
+    described: dict[str, Scalar] = {
         "names": folder.names,
         "fleet": folder.fleet,
         "control-host": folder.control_host,

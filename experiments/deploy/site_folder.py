@@ -117,7 +117,7 @@ def make_site(
         files["ca.crt"] = read_bytes(authority.expanduser(), "the authority's certificate")
         read_certificate(files["ca.crt"], "the authority")
     key = new_node_key(site)
-    described = {
+    described: dict[str, Scalar] = {
         "site": folder.site,
         "server": folder.server,
         "runtime-port": folder.runtime_port,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from common.errors import DataError, RunFailed
 from common.paths import run_folder
 from experiments.deploy.control import Control, control_of
 from experiments.deploy.server_folder import ServerFolder
+from experiments.resume import with_resumed
+from server.checkpoint import NAME as CHECKPOINT
 from server.records import read_json, write_json
 from strategies import configure
 
@@ -39,25 +40,34 @@ def submit(
         sites: sites that must be online before the job is submitted.
         patience: seconds to wait for them.
         once: take up the last job where its settings are the same: report it if it ended well, follow it if it
-            still runs.
+            still runs, resume it if it was cut off after a round.
 
     Raises:
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, or the run did not end well; the message says why.
     """
-    settings = {**settings, "output": str(folder.runs)}
-    config = configure(settings).config
+    settings = with_resumed({**settings, "output": str(folder.runs)})
+    configure(settings)
     with control_of(folder) as control:
-        run = _last_run(folder, settings, control) if once else ""
-        if run:
-            say(f"going on with run {run}: same settings as before")
-        else:
-            _wait_for_sites(control, sites, patience, say)
-            run = control.submit(settings)
-            write_json(_job_file(folder), {"run": run, "settings": dict(settings)})
-            say(f"run {run} submitted")
-        path = run_folder(config, run)
-        _follow(control, run, path, say)
+        last = _last_job(folder, settings) if once else {}
+        path = Path(str(last.get("folder", "")))
+        if last and _ended_well(path):
+            say(f"run {last['run']} with these settings has ended: nothing to do")
+            return path
+        if last and _is_alive(control, last["run"]):
+            say(f"run {last['run']} with these settings is under way")
+            _follow(control, last["run"], path, say, since=0.0)
+            return path
+        resumed = (
+            with_resumed({**settings, "resume": str(path)}) if last and (path / CHECKPOINT).is_file() else settings
+        )
+        _wait_for_sites(control, sites, patience, say)
+        began = time.time()
+        run = control.submit(resumed)
+        path = run_folder(configure(resumed).config, run)
+        write_json(_job_file(folder), {"run": run, "folder": str(path), "settings": dict(settings)})
+        say(f"run {run} submitted" + (f", it goes on in {path}" if resumed.get("resume") else ""))
+        _follow(control, run, path, say, since=began)
     return path
 
 
@@ -65,17 +75,20 @@ def _job_file(folder: ServerFolder) -> Path:
     return folder.path / "last-job.json"
 
 
-def _last_run(folder: ServerFolder, settings: Mapping[str, Scalar], control: Control) -> str:
-    """Return the last job's run if it has these settings and ended well or still runs; else an empty string."""
+def _last_job(folder: ServerFolder, settings: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Return the last job if it had these settings; else nothing."""
     if not _job_file(folder).is_file():
-        return ""
+        return {}
     job = read_json(_job_file(folder))
-    if job["settings"] != json.loads(json.dumps(dict(settings))):
-        return ""
-    run = str(job["run"])
-    ended = _result(run_folder(configure(settings).config, run))
-    alive = not ended and not control.status(run).startswith(("finished", "unknown"))
-    return run if alive or ended.get("status") in ("completed", "stopped") else ""
+    return job if job["settings"] == dict(settings) else {}
+
+
+def _ended_well(path: Path) -> bool:
+    return _result(path, since=0.0).get("status") in ("completed", "stopped")
+
+
+def _is_alive(control: Control, run: str) -> bool:
+    return not control.status(run).startswith(("finished", "unknown"))
 
 
 def _wait_for_sites(control: Control, sites: int, patience: float, say: Callable[[str], None]) -> None:
@@ -89,10 +102,11 @@ def _wait_for_sites(control: Control, sites: int, patience: float, say: Callable
         time.sleep(POLL_SECONDS)
 
 
-def _follow(control: Control, run: str, path: Path, say: Callable[[str], None]) -> None:
+def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], *, since: float) -> None:
+    """Print a run's lines until it ends; a result older than ``since`` is that of the attempt before."""
     printed, asked = 0, time.monotonic()
     while True:
-        ended = _result(path)
+        ended = _result(path, since)
         log = path / "run.log"
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         for line in lines[printed:]:
@@ -104,13 +118,17 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None]) 
             return
         if time.monotonic() - asked > ASK_SECONDS:
             asked, status = time.monotonic(), control.status(run)
-            if status.startswith("finished") and not _result(path):
-                raise RunFailed(f"run {run} ended as {status} and left no result: was the SuperLink restarted?")
+            if status.startswith("finished") and not _result(path, since):
+                raise RunFailed(
+                    f"run {run} ended as {status} and left no result, as when the SuperLink is restarted: submit it "
+                    f"again with resume={str(path)!r} if that folder has a {CHECKPOINT}"
+                )
         time.sleep(POLL_SECONDS)
 
 
-def _result(path: Path) -> dict[str, Any]:
+def _result(path: Path, since: float) -> dict[str, Any]:
+    file = path / "result.json"
     try:
-        return read_json(path / "result.json")
-    except DataError:
+        return read_json(file) if file.stat().st_mtime >= since else {}
+    except (DataError, FileNotFoundError):
         return {}
