@@ -104,6 +104,8 @@ class RunFolder:
         if saved:
             for name, size in saved.lengths.items():
                 cut_file(path / name, size)
+            for half_written in path.glob(".*.tmp"):
+                half_written.unlink()
             (path / "result.json").unlink(missing_ok=True)
             config = read_json(path / "config.json")
             write_json(path / "config.json", {**config, "resumed": [*config.get("resumed", []), now]})

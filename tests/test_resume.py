@@ -73,10 +73,10 @@ def fixed_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_an_interrupted_run_goes_on_to_the_same_bits(toy_settings: dict[str, Any], strategy: str) -> None:
     adam = "none" if strategy == "fed-svd" else "adam"
-    settings = {**toy_settings, "strategy": strategy, "rounds": 3, "server.optimizer": adam}
+    # A budget with room: the round in flight is paid for twice.
+    budget = {"privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
+    settings = {**toy_settings, **budget, "strategy": strategy, "rounds": 3, "server.optimizer": adam}
     whole = run_in_process(settings, 2, "whole")
-    after_round_2 = [line["round"] for line in read_lines(whole / "rounds.jsonl")].index(2) + 1
-    assert after_round_2 == 2
     with pytest.raises(Killed), killed_at(12 + 2 * 5 + 1):  # 12 before round 1, 5 a round, 1 into round 3
         run_in_process(settings, 2, "cut")
     folder = Path(settings["output"]) / f"{strategy}-cut"
@@ -103,6 +103,9 @@ def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most
         if not (folder / NAME).exists():
             assert operation < 12, "a finished round left no checkpoint"
             continue
+        if (folder / "result.json").exists():
+            assert operation >= len(done) - 2, "a run that is not over has a result"
+            continue
         with (folder / "rounds.jsonl").open("a") as file:
             file.write('{"round": 9, "half a li')
         before = len((folder / "rounds.jsonl").read_text().splitlines()) - 1
@@ -110,6 +113,7 @@ def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most
         reached.add(before)
         assert what_counts(folder) == what_counts(whole), f"killed before operation {operation}"
         assert same_adapter(whole, folder), f"killed before operation {operation}"
+        assert not list(folder.glob(".*.tmp")), "half a file is left behind"
     assert reached >= {0, 1, 2}, "the test did not kill in every round"
 
 
