@@ -28,7 +28,7 @@ from client.optimizers import build_optimizer
 from common.base_model import load_base_model
 from common.batching import length_batches
 from common.data import train_and_test
-from common.device import own_cores
+from common.device import choose_batch_tokens, own_cores
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
@@ -83,7 +83,7 @@ def main() -> None:
             plain_optimizer.step()
             plain_optimizer.zero_grad()
 
-    budget = job.config.training.batch_tokens
+    budget = choose_batch_tokens(job.config.training.batch_tokens, ours.device)
     mine = [p for factors in ours.trained().values() for p in factors.values()]
     open_optimizer = build_optimizer(ours.trained(), job.config.training)
     private_optimizer = build_optimizer(ours.trained(), job.config.training)

@@ -17,6 +17,7 @@ from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.site import Site
 from common.batching import length_batches
+from common.device import choose_batch_tokens
 from common.errors import DataError, ProtocolError
 from common.initial_gradient import mean_gradient, private_gradient
 from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
@@ -117,18 +118,19 @@ def _take_steps(
     first = (round_number - 1) * config.local_steps
     peak, total = config.learning_rate, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
+    budget = choose_batch_tokens(config.batch_tokens, model.device)
     model.module.train()
     if plan is not None:
         with PrivateSteps(model.module, optimizer, plan, noise_margin=rounding_margin(model.precision)) as steps:
             for step in range(config.local_steps):
                 set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
-                steps.step(_parts(records, chosen, model, config.batch_tokens), model.losses)
+                steps.step(_parts(records, chosen, model, budget), model.losses)
         return
     batches = _epochs(len(records), config.sample_rate, stream(job.config.seed, "batches", site.name, round_number))
     for step in range(config.local_steps):
         set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
-        plain_step(_parts(records, next(batches), model, config.batch_tokens), model, optimizer, parameters)
+        plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters)
 
 
 def plain_step(

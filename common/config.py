@@ -144,18 +144,21 @@ class TrainingConfig:
     beta2: float = 0.999
     """For ``adam`` and ``adamw``."""
     weight_decay: float = 0.0
-    batch_tokens: int = 4096
-    """Tokens (with padding) of one forward pass; changes speed and memory, never the result."""
+    batch_tokens: int = 0
+    """Tokens (with padding) of one forward pass, 0: what suits the device; changes speed and memory, not the result."""
 
     def __post_init__(self) -> None:
         positive(
             training__local_steps=self.local_steps,
             training__learning_rate=self.learning_rate,
             training__head_rate=self.head_rate,
-            training__batch_tokens=self.batch_tokens,
         )
         in_range(0, 1, training__sample_rate=self.sample_rate, training__beta2=self.beta2)
-        not_negative(training__weight_decay=self.weight_decay, training__momentum=self.momentum)
+        not_negative(
+            training__weight_decay=self.weight_decay,
+            training__momentum=self.momentum,
+            training__batch_tokens=self.batch_tokens,
+        )
         below(1, training__beta2=self.beta2, training__momentum=self.momentum)
         one_of(OPTIMIZERS, training__optimizer=self.optimizer)
         one_of(SCHEDULES, training__schedule=self.schedule)
@@ -168,10 +171,12 @@ class ServerConfig:
     optimizer: str = "adam"
     """``none``: the average is the new model; ``adam``: the change is a gradient for the server's Adam (FedAdam)."""
     learning_rate: float = 0.02
+    epsilon: float = 1e-3
+    """Added to the root of Adam's second moment (FedAdam's τ): changes well below it do not become full steps."""
 
     def __post_init__(self) -> None:
         one_of(SERVER_OPTIMIZERS, server__optimizer=self.optimizer)
-        positive(server__learning_rate=self.learning_rate)
+        positive(server__learning_rate=self.learning_rate, server__epsilon=self.epsilon)
 
 
 @dataclass(frozen=True)

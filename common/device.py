@@ -41,6 +41,15 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def choose_batch_tokens(wanted: int, device: torch.device) -> int:
+    """Return the tokens of one forward pass: ``wanted``, or for 0 what suits the device.
+
+    Small batches stay in a CPU's cache and pad less (measured on MiniLM in float32: 53 records a
+    second with 1024 tokens, 46 with 4096); a GPU wants large ones.
+    """
+    return wanted or (16384 if device.type == "cuda" else 1024)
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
     """Return the context of a forward pass; parameters, losses and gradients stay float32."""
     if precision == torch.float32:

@@ -19,7 +19,7 @@ from common.adapters import Adapter
 from common.base_model import BaseModel, load_base_model
 from common.batching import length_batches
 from common.config import HeadConfig, ModelConfig
-from common.device import autocast, choose_attention, choose_device, choose_precision
+from common.device import autocast, choose_attention, choose_batch_tokens, choose_device, choose_precision
 from common.errors import ConfigError, ProtocolError
 from common.examples import Example
 from common.randomness import stream
@@ -141,13 +141,15 @@ def score_records(
     pad_id: int,
     device: torch.device,
     precision: torch.dtype,
-    batch_tokens: int = 16384,
+    batch_tokens: int = 0,
 ) -> Score:
     """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one)."""
     was_training = module.training
     module.eval()
     totals = torch.zeros(3, dtype=torch.float64)
-    for group in length_batches([len(record["input_ids"]) for record in records], batch_tokens):
+    for group in length_batches(
+        [len(record["input_ids"]) for record in records], choose_batch_tokens(batch_tokens, device)
+    ):
         batch = {k: v.to(device) for k, v in task.collate([records[i] for i in group], pad_id).items()}
         with autocast(device, precision):
             sums = task.sums(module, batch)

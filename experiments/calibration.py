@@ -21,7 +21,7 @@ from client.local_training import plain_step
 from client.optimizers import build_optimizer
 from common.batching import length_batches
 from common.config import RunConfig
-from common.device import own_cores
+from common.device import choose_batch_tokens, own_cores
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
@@ -123,7 +123,8 @@ def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float]
 
 def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
     """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if private)."""
-    groups = length_batches([len(record["input_ids"]) for record in records], config.training.batch_tokens)
+    budget = choose_batch_tokens(config.training.batch_tokens, model.device)
+    groups = length_batches([len(record["input_ids"]) for record in records], budget)
     optimizer = build_optimizer(model.trained(), config.site_training)
     parts = (model.batch([records[i] for i in group]) for group in groups)
     parameters = [p for factors in model.trained().values() for p in factors.values()]

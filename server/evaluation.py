@@ -9,6 +9,7 @@ import torch
 from common.adapters.base import layer_shape
 from common.batching import length_batches
 from common.data import load_dataset, public_test
+from common.device import choose_batch_tokens
 from common.errors import ConfigError
 from common.initial_gradient import mean_gradient
 from common.model import FederatedModel, Score, model_of
@@ -62,7 +63,8 @@ class Evaluator:
         order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
         records = self.model.tokenise([data.examples[i] for i in order[: source.public_records]])
         self.model.write(self.start)
-        groups = length_batches([len(record["input_ids"]) for record in records], config.training.batch_tokens)
+        budget = choose_batch_tokens(config.training.batch_tokens, self.model.device)
+        groups = length_batches([len(record["input_ids"]) for record in records], budget)
         return mean_gradient(self.model, (self.model.batch([records[i] for i in group]) for group in groups))
 
     def score(self, adapter: AdapterState) -> Score:

@@ -23,7 +23,7 @@ from common.types import HEAD, AdapterState
 from strategies import ServerState
 from strategies.base import FIRST_MOMENT, SECOND_MOMENT
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+BETA1, BETA2 = 0.9, 0.999
 """Adam's usual constants."""
 
 
@@ -32,7 +32,8 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
 
     With ``server.optimizer = "none"`` that is ``averaged`` itself. Otherwise, with
     ``g = before - averaged`` and t the rounds done, ``m ← β₁ m + (1 - β₁) g``, ``v ← β₂ v + (1 - β₂) g²``
-    and ``x ← x - η m̂ / (√v̂ + ε)``, where m̂ and v̂ are corrected for their start at zero. η follows
+    and ``x ← x - η m̂ / (√v̂ + ε)``, where m̂ and v̂ are corrected for their start at zero. ε is large
+    (1e-3): without noise the first steps would otherwise move every coordinate by the full η. η follows
     ``training.schedule`` over the rounds; the head's is ``training.head-rate`` times that. Tensors that
     the average leaves alone (frozen factors) keep g = 0 and never move.
 
@@ -50,7 +51,7 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     for layer, name, x in entries(before.adapter):
         share = config.training.head_rate if layer == HEAD else 1.0
         m, v = first[layer][name] / (1 - BETA1**done), second[layer][name] / (1 - BETA2**done)
-        adapter[layer][name] = (x.double() - rate * share * m / (v.sqrt() + EPSILON)).to(x.dtype)
+        adapter[layer][name] = (x.double() - rate * share * m / (v.sqrt() + config.server.epsilon)).to(x.dtype)
     memory = merge(averaged.memory, {**_named(first, FIRST_MOMENT), **_named(second, SECOND_MOMENT)})
     return replace(averaged, adapter=adapter, memory=memory)
 

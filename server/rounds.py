@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from common.errors import RunFailed
@@ -95,8 +96,8 @@ def run_rounds(
                 observer.stopped(f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed")
                 break
             raise _too_few(got, round_number, job.config.min_sites)
-        averaged = job.strategy.server_update(state, contributions(got.ordered_results()))
-        state = server_step(job.config, state, averaged)
+        step = partial(server_step, job.config)
+        state = job.strategy.server_update(state, contributions(got.ordered_results()), step)
         score = evaluator.score(state.adapter)
         observer.finished(_outcome(round_number, got, score, began), state, admission.members)
     return state

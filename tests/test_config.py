@@ -127,12 +127,19 @@ POSITIVE = (
     "training.learning-rate",
     "training.head-rate",
     "training.beta2",
-    "training.batch-tokens",
+    "server.learning-rate",
+    "server.epsilon",
     "privacy.epsilon",
     "privacy.delta",
     "privacy.clip-norm",
 )
-NOT_NEGATIVE = ("model.feature-scale", "training.momentum", "training.weight-decay", "privacy.noise-multiplier")
+NOT_NEGATIVE = (
+    "model.feature-scale",
+    "training.momentum",
+    "training.weight-decay",
+    "training.batch-tokens",
+    "privacy.noise-multiplier",
+)
 RANGES = [
     *((key, value) for key in POSITIVE for value in (0, -1)),
     *((key, -1) for key in NOT_NEGATIVE),
