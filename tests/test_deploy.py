@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from conftest import TARGETS, write_reviews
 from typer.testing import CliRunner
 
 from client.policy import load_policy
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, RunFailed
+from common.paths import run_folder
 from common.privacy.ledger import Ledger
 from experiments.cli import app
 from experiments.deploy import certificates, container
+from experiments.deploy import control as control_api
+from experiments.deploy import submit as submission
 from experiments.deploy.commands import superlink_command, supernode_command
 from experiments.deploy.doctor import examine_site
 from experiments.deploy.node_keys import is_pair, new_node_key
@@ -36,7 +39,8 @@ from experiments.deploy.server_folder import ServerFolder, make_server, open_ser
 from experiments.deploy.site_folder import SiteFolder, make_site, open_site_folder
 from experiments.deploy.start import start_server
 from experiments.settings import to_toml
-from server.records import read_json
+from server.records import read_json, write_json
+from strategies import configure
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
 FEDVEIL = str(Path(sys.executable).parent / "fedveil")
@@ -404,3 +408,113 @@ def test_a_site_is_well_only_while_it_is_connected(tmp_path: Path) -> None:
     for row in ("   0: 0200A8C0:8AE2 0300A8C0:2384 06 0\n", "   0: 0200A8C0:2384 0300A8C0:8AE2 01 0\n", ""):
         table.write_text(head + row)
         assert not container.site_is_well((table,)), row
+
+
+class FakeControl:
+    """A Control API that submits to nobody and writes what a run would leave."""
+
+    def __init__(self, results: list[str], statuses: list[str]) -> None:
+        self.results, self.statuses = results, statuses
+        self.submitted: list[dict[str, Any]] = []
+
+    def online(self) -> int:
+        return 2
+
+    def status(self, run: str) -> str:
+        return self.statuses.pop(0) if self.statuses else "unknown"
+
+    def submit(self, settings: dict[str, Any]) -> str:
+        self.submitted.append(dict(settings))
+        run = f"10{len(self.submitted)}"
+        path = run_folder(configure(settings).config, run)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "result.json", {"status": self.results.pop(0), "reason": "round 2: nobody answered"})
+        return run
+
+
+@pytest.fixture
+def fake_control(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeControl]:
+    def make(*results: str, statuses: tuple[str, ...] = ()) -> FakeControl:
+        control = FakeControl(list(results), list(statuses))
+        monkeypatch.setattr(submission, "control_of", lambda folder: nullcontext(control))
+        return control
+
+    return make
+
+
+def test_a_finished_job_is_reported_and_other_settings_make_a_new_run(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control = fake_control("completed", "completed")
+    first = submission.submit(server, {"rounds": 3}, said.append, once=True)
+    assert submission.submit(server, {"rounds": 3}, said.append, once=True) == first
+    assert len(control.submitted) == 1, "a finished job was run again"
+    assert "has ended: nothing to do" in said[-1]
+    assert submission.submit(server, {"rounds": 4}, said.append, once=True) != first
+    assert control.submitted[-1]["output"] == str(server.runs)
+
+
+def test_a_failed_job_is_submitted_anew_and_its_old_result_is_not_taken_for_the_new_one(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control = fake_control("failed", "completed")
+    with pytest.raises(RunFailed, match="nobody answered"):
+        submission.submit(server, {"rounds": 3}, said.append, once=True)
+    path = submission.submit(server, {"rounds": 3}, said.append, once=True)
+    assert len(control.submitted) == 2
+    assert submission._ended_well(path)
+    later = time.time() + 1
+    assert submission._result(path, later) == {}, "a result from before the submission counts"
+
+
+def test_a_job_that_still_runs_is_followed_and_not_submitted_twice(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control = fake_control("failed", statuses=("running",))
+    with pytest.raises(RunFailed):
+        submission.submit(server, {}, said.append, once=True)
+    folder = Path(read_json(server.path / "last-job.json")["folder"])
+    (folder / "result.json").unlink()
+    threading.Timer(0.5, write_json, (folder / "result.json", {"status": "completed", "reason": ""})).start()
+    assert submission.submit(server, {}, said.append, once=True) == folder
+    assert len(control.submitted) == 1
+    assert "is under way" in said[-1]
+
+
+def test_too_few_sites_is_an_error_that_counts_them(tmp_path: Path, fake_control: Callable[..., FakeControl]) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    control = fake_control("completed")
+    with pytest.raises(RunFailed, match="2 of 3 sites are online"):
+        submission.submit(server, {}, lambda line: None, sites=3, patience=0.0)
+    assert control.submitted == []
+
+
+def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flwr = tmp_path / "flwr"
+    monkeypatch.setattr(control_api, "program", lambda name: str(flwr))
+
+    def says(text: str) -> None:
+        flwr.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        flwr.chmod(0o755)
+
+    control = control_api.Control(tmp_path)
+    says('{"success": false, "error-message": "[code: 23] Public key already in use."}')
+    assert control.register(tmp_path / "node.pub") == ""
+    says('{"success": false, "error-message": "[code: 1] Access denied."}')
+    with pytest.raises(RunFailed, match=r"the server did not register the key: .*Access denied"):
+        control.register(tmp_path / "node.pub")
+    says('{"success": true, "runs": [{"run-id": "7", "status": "finished:failed"}]}')
+    assert control.status("7") == "finished:failed"
+    says('{"success": true, "nodes": [{"status": "online"}, {"status": "offline"}]}')
+    assert control.online() == 1
+    says("Connection refused")
+    assert control.status("7") == "unknown"
+    with pytest.raises(RunFailed, match="Connection refused"):
+        control.online()
+    monkeypatch.setattr(control_api, "ANSWER_SECONDS", 0.2)
+    flwr.write_text("#!/bin/sh\nexec sleep 20\n")
+    with pytest.raises(RunFailed, match=r"no answer in 0\.2 s"):
+        control.online()
