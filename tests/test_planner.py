@@ -133,8 +133,8 @@ def test_simulated_sites_declare_what_they_will_declare_in_the_run(toy_settings:
     ("quantity", "settings"),
     [
         ("noise", {"privacy.epsilon": 3.0}),
-        ("rounds", {"privacy.noise-multiplier": 1.5}),
-        ("sample-rate", {"privacy.noise-multiplier": 1.5}),
+        ("rounds", {"privacy.noise-multiplier": 1.5, "privacy.epsilon": 2.0}),
+        ("sample-rate", {"privacy.noise-multiplier": 1.5, "privacy.epsilon": 2.0}),
     ],
 )
 def test_an_answer_stays_within_the_budget_and_the_next_one_does_not(quantity: str, settings: dict[str, Any]) -> None:
