@@ -119,6 +119,11 @@ def ticks(values: Sequence[float], axis: Axis) -> list[float]:
     if high - low < 1e-9:
         low, high = low - (0.01 if axis.percent else 0.5), high + (0.01 if axis.percent else 0.5)
         low = max(0.0, low) if min(values) >= 0 else low
+    if not (axis.from_zero or axis.whole):
+        room = 0.08 * (high - low)
+        low, high = low - room, high + room
+    if axis.percent:
+        low, high = max(0.0, low), min(1.0, high)
     rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)

@@ -1,0 +1,309 @@
+"""The report says what the files say, in all three forms, whatever state the run is in and whoever named the sites."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_run import DELTA, MadeRun
+from typer.testing import CliRunner
+
+from common.errors import DataError
+from common.privacy.accounting import Release, epsilon
+from common.privacy.ledger import Ledger
+from experiments.cli import app
+from server.report import federation_epsilon, markdown_report, report_of, to_json, write_reports
+from server.report.page import to_html
+
+HOSTILE = "<script>alert(1)</script>\x1b[2K\u202e|`*"
+
+
+def forms(folder: Path) -> dict[str, str]:
+    """Return the report in its three forms."""
+    write_reports(folder)
+    return {name: (folder / f"report.{name}").read_text(encoding="utf-8") for name in ("md", "html", "json")}
+
+
+def fedveil(*words: Any) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeRun:
+    """A finished run of three rounds in which one site was refused once."""
+    run = MadeRun(tmp_path / "run", {"rounds": 3}, noise={"north": 0.8}).start()
+    run.round(1, 0.71).round(2, 0.74)
+    return run.round(3, 0.76, refusals={"south": ("budget", "nothing is left")}).end()
+
+
+def test_figures_are_those_of_the_files(made: MadeRun) -> None:
+    data, lines = report_of(made.folder), made.lines("privacy.jsonl")
+    last = {line["site"]: line for line in lines}
+    head = data.headline
+    assert (head.accuracy_before, head.accuracy_after, head.rounds_done, head.rounds_planned) == (0.695, 0.76, 3, 3)
+    assert head.epsilon == max(line["epsilon_total"] for line in lines)
+    assert (head.worst_site, head.delta, head.epsilon_budget) == ("north", DELTA, 8.0)
+    rounds = made.lines("rounds.jsonl")
+    assert head.bytes_down == sum(line["bytes_down"] for line in rounds)
+    for site in data.sites:
+        assert site.epsilon_total == last[site.site]["epsilon_total"]
+        assert site.epsilon_remaining == last[site.site]["epsilon_remaining"]
+        assert site.public_size == made.sites[site.site]
+    assert [(s.rounds_joined, s.rounds_refused, s.steps) for s in data.sites] == [(3, 0, 15), (2, 1, 10)]
+    for form, text in forms(made.folder).items():
+        assert f"{head.epsilon:.3f}"[:4] in text, f"report.{form} does not show ε"
+        for words in ("one training record", "add or remove one record", "sees every upload", "nothing is left", "PLD"):
+            assert words in text, f"report.{form} does not say {words!r}"
+
+
+def test_epsilon_is_computed_again_by_pld_and_rdp(made: MadeRun) -> None:
+    north, south = report_of(made.folder).sites
+    releases = [Release(0.8, 0.05, 15)]
+    assert north.epsilon_recomputed == pytest.approx(epsilon(releases, DELTA), abs=1e-9)
+    assert north.epsilon_rdp == pytest.approx(epsilon(releases, DELTA, method="rdp"), abs=1e-9)
+    assert (north.agreement, south.agreement) == ("agrees", "agrees")
+
+
+def test_an_earlier_run_makes_the_sites_total_larger_and_is_named(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run", earlier={"north": [Release(1.0, 0.05, 20)]}).start().round(1, 0.7).end()
+    north = report_of(run.folder).sites[0]
+    assert north.agreement == "larger"
+    assert "earlier runs" in north.note
+    assert report_of(run.folder).headline.epsilon == north.epsilon_total
+
+
+def test_a_site_that_reports_less_than_its_lines_cost_does_not_lower_the_figure(made: MadeRun) -> None:
+    lines = made.lines("privacy.jsonl")
+    true = max(line["epsilon_total"] for line in lines)
+    for line in lines:
+        line["epsilon_total"] = 0.1
+        line["steps_total"] += line["round"]
+    (made.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert federation_epsilon(made.folder) == pytest.approx(true, abs=1e-3)
+    for form, text in forms(made.folder).items():
+        assert "DISAGREES" in text, f"report.{form} hides that a site reports too little"
+
+
+def test_other_releases_are_paid_and_have_lines_of_their_own(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run", sites={"north": 2000}).start()
+    run.release(0, "north", Release(5.0, 0.1, 1, "initialisation")).round(1, 0.7).end()
+    lines = run.lines("rounds.jsonl")
+    lines[0]["noised_correct"] = [{"site": "north", "value": 1404.0, "noise_std": 30.0}]
+    (run.folder / "rounds.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    data = report_of(run.folder)
+    assert [(r.kind, r.value) for r in data.other_releases] == [("initialisation", None), ("evaluation", 1404.0)]
+    everything = [Release(5.0, 0.1, 1), Release(1.2, 0.05, 5), Release(30.0, 1.0, 1)]
+    assert data.sites[0].epsilon_recomputed == pytest.approx(epsilon(everything, DELTA), abs=1e-9)
+    assert data.sites[0].steps == 5
+    for form, text in forms(run.folder).items():
+        assert "initialisation" in text, f"report.{form} leaves the initialisation out"
+        assert "evaluation" in text, f"report.{form} leaves the noised evaluation out"
+
+
+def test_a_round_told_twice_is_paid_once(made: MadeRun) -> None:
+    before = report_of(made.folder).sites
+    made.append("privacy.jsonl", made.lines("privacy.jsonl")[-1])
+    assert report_of(made.folder).sites == before
+
+
+def test_privacy_off_is_said_in_every_form(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run", {"privacy.mode": "none"}).start().round(1, 0.7).end()
+    for form, text in forms(run.folder).items():
+        assert "Privacy was OFF. This run promises nothing about any record" in text, f"report.{form} is silent"
+        assert "differentially private in" not in text, f"report.{form} makes a claim"
+    assert federation_epsilon(run.folder) is None
+    assert "Accuracy over rounds" in (run.folder / "report.html").read_text()
+
+
+def test_the_page_loads_nothing_and_runs_nothing(made: MadeRun) -> None:
+    page = forms(made.folder)["html"]
+    for pattern in (r"https?://", r"<script", r"<link", r"<img", r"@import", r"url\(", r"\son\w+="):
+        assert not re.search(pattern, page), f"the page holds {pattern}"
+    assert page.count('<svg viewBox="0 0 460 300" role="img"') == 2
+    assert page.count("<title") == 3, "each chart has a title, and so has the page"
+    assert page.count("<table>") == page.count("<caption>")
+
+
+def test_names_and_reasons_from_elsewhere_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run", sites={HOSTILE: 10, "south": 10}).start()
+    run.round(1, 0.7, refusals={"south": ("failed", HOSTILE)}).end("stopped", HOSTILE)
+    texts = forms(run.folder)
+    for form in ("md", "html"):
+        assert "<script" not in texts[form], f"report.{form} carries a script"
+        assert "\x1b" not in texts[form], f"report.{form} carries an escape code"
+        assert "\u202e" not in texts[form], f"report.{form} changes the writing direction"
+        assert "&lt;script&gt;" in texts[form], f"report.{form} hides the name"
+    assert r"\|\`\*" in texts["md"]
+    assert json.loads(texts["json"])["refusals"][0]["reason"] == HOSTILE
+    assert texts["json"].isascii()
+
+
+def test_settings_that_differ_from_the_default_are_marked(made: MadeRun) -> None:
+    changed = {setting.key: setting.value for setting in report_of(made.folder).settings if setting.changed}
+    assert changed == {"rounds": 3}
+
+
+def test_a_run_that_goes_on_is_reported_as_far_as_it_is(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run").start()
+    assert report_of(run.folder).headline.epsilon is None
+    assert "no figure" in markdown_report(run.folder)
+    run.round(1, 0.7)
+    with (run.folder / "privacy.jsonl").open("a") as file:
+        file.write('{"round": 2, "site": "nor')
+    data = report_of(run.folder)
+    assert data.status == "unfinished"
+    assert data.headline.rounds_done == 1
+    assert any("line 3 of privacy.jsonl is not whole" in problem for problem in data.problems)
+    assert "not whole" in forms(run.folder)["html"]
+
+
+def test_a_failed_run_says_why_and_that_sites_may_have_paid_more(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run").start().round(1, 0.7).end("failed", "round 2: too few sites")
+    for form, text in forms(run.folder).items():
+        assert "round 2: too few sites" in text, f"report.{form} does not say why the run failed"
+        assert "may have charged a round" in text, f"report.{form} does not say that sites may have paid more"
+
+
+def test_a_round_that_does_not_count_is_no_progress(made: MadeRun) -> None:
+    line = {**made.lines("rounds.jsonl")[-1], "round": 4, "complete": False, "participants": [], "accuracy": 0.1}
+    line["failures"] = [{"round": 4, "attempt": 2, "site": "south", "kind": "late", "message": "no answer"}]
+    made.append("rounds.jsonl", line)
+    data = report_of(made.folder)
+    assert (data.headline.rounds_done, data.headline.accuracy_after) == (3, 0.76)
+    assert (data.refusals[-1].attempt, data.refusals[-1].reason) == (2, "no answer")
+    assert "did not count" in to_html(data)
+
+
+def test_participants_without_a_privacy_line_weaken_the_claim(made: MadeRun) -> None:
+    lines = made.lines("privacy.jsonl")[:-1]
+    (made.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("no line in privacy.jsonl for north" in gap for gap in report_of(made.folder).claim.gaps)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_folder_that_is_no_runs_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DataError, match=r"is not the folder of a run") as caught:
+        write_reports(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("report.*"))
+
+
+def test_the_json_is_canonical_and_repeatable(made: MadeRun) -> None:
+    data = report_of(made.folder)
+    text = to_json(data)
+    assert text == to_json(report_of(made.folder)), "two reports of the same files differ"
+    value = json.loads(text)
+    assert text == json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    assert value["schema"] == "fedveil-report/1"
+    endless = replace(data, headline=replace(data.headline, epsilon=float("inf")))
+    assert json.loads(to_json(endless))["headline"]["epsilon"] == "inf"
+
+
+def test_audit_files_in_the_folder_are_named(made: MadeRun) -> None:
+    assert "Not audited" in markdown_report(made.folder)
+    made.write("audit.json", {"passed": True})
+    assert "audit.json" in markdown_report(made.folder)
+    assert "Not audited" not in markdown_report(made.folder)
+
+
+def test_a_signed_report_is_valid_until_a_byte_changes(made: MadeRun, tmp_path: Path) -> None:
+    key, other, report = tmp_path / "server.pem", tmp_path / "other.pem", made.folder / "report.json"
+    assert fedveil("keygen", key)[0] == 0
+    assert key.stat().st_mode & 0o077 == 0, "others can read the private key"
+    assert fedveil("keygen", key)[0] == 1, "a key was overwritten"
+    assert fedveil("keygen", other)[0] == 0
+    assert fedveil("report", made.folder, "--sign", key)[0] == 0
+    code, words = fedveil("verify", report, "--key", tmp_path / "server.pub.pem")
+    assert (code, words.startswith("valid: "), words.count("\n")) == (0, True, 1)
+    assert fedveil("verify", report, "--key", tmp_path / "other.pub.pem")[0] == 1
+    assert fedveil("report", made.folder)[0] == 0
+    assert fedveil("verify", report, "--key", tmp_path / "server.pub.pem")[0] == 0, "the same report needs no new key"
+    content = report.read_bytes()
+    for place in (0, len(content) // 2, len(content) - 1):
+        report.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        code, words = fedveil("verify", report, "--key", tmp_path / "server.pub.pem")
+        assert (code, words.startswith("invalid: "), words.count("\n")) == (1, True, 1)
+
+
+def test_a_signature_of_another_report_does_not_stay(made: MadeRun, tmp_path: Path) -> None:
+    fedveil("keygen", tmp_path / "server.pem")
+    fedveil("report", made.folder, "--sign", tmp_path / "server.pem")
+    made.round(4, 0.77)
+    write_reports(made.folder)
+    assert not (made.folder / "report.json.sig").exists()
+
+
+def test_what_is_no_key_is_said_in_one_line(made: MadeRun, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pem"
+    bad.write_text("hello")
+    for words in (("report", made.folder, "--sign", bad), ("verify", bad, "--key", bad)):
+        code, said = fedveil(*words)
+        assert code == 1
+        assert said.startswith("fedveil: ")
+        assert said.count("\n") == 1
+
+
+@pytest.fixture
+def ledger_file(tmp_path: Path) -> Path:
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.set_budget("clinic", 3.0, DELTA)
+        terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 3.0, "clip_norm": 1.0}
+        ledger.charge("clinic", [Release(1.2, 0.05, 5)], round_number=1, **terms)
+        ledger.charge("clinic", [Release(1.2, 0.05, 5)], round_number=2, **terms)
+    return path
+
+
+def test_the_steward_sees_what_is_left(ledger_file: Path) -> None:
+    spent = epsilon([Release(1.2, 0.05, 10)], DELTA)
+    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic")
+    assert code == 0
+    assert float(re.findall(r"ε ([\d.]+)", words)[0]) == pytest.approx(3.0 - spent, abs=1e-4)
+    assert float(re.findall(r"ε ([\d.]+)", words)[0]) <= 3.0 - spent
+    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic", "--epsilon", "100")
+    assert "of 3 is left" in words, "a larger budget than the ledger's own counted"
+    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic", "--epsilon", "0.01")
+    assert "refuses every further round" in words
+
+
+def test_an_unknown_data_set_or_ledger_is_said_in_one_line(ledger_file: Path, tmp_path: Path) -> None:
+    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clnic")
+    assert (code, "did you mean 'clinic'?" in words, words.count("\n")) == (1, True, 1)
+    for command in (("show",), ("export",), ("remaining", "--dataset", "x")):
+        code, words = fedveil("ledger", command[0], tmp_path / "none.sqlite", *command[1:])
+        assert (code, words.count("\n")) == (1, 1), f"fedveil ledger {command[0]}: {words}"
+    assert not (tmp_path / "none.sqlite").exists(), "looking made a ledger"
+
+
+def test_a_ledger_is_exported_whole(ledger_file: Path, tmp_path: Path) -> None:
+    words = fedveil("ledger", "export", ledger_file)[1]
+    value = json.loads(words)
+    assert [charge["count"] for charge in value["charges"]] == [5, 5]
+    assert value["budgets"][0]["epsilon"] == 3.0
+    target = tmp_path / "ledger.csv"
+    assert fedveil("ledger", "export", ledger_file, "--format", "csv", "-o", target)[0] == 0
+    rows = target.read_text().splitlines()
+    assert len(rows) == 3
+    assert rows[0].startswith("id,dataset,run,round_number,kind,noise_multiplier")
+    assert fedveil("ledger", "export", ledger_file, "--format", "xml")[0] == 1
+    assert fedveil("ledger", "export", ledger_file, "-o", tmp_path / "no" / "where")[0] == 1
+
+
+def test_the_ledger_shows_charges_and_budget(ledger_file: Path) -> None:
+    code, words = fedveil("ledger", "show", ledger_file)
+    assert code == 0
+    assert "of 3 at δ 1e-05" in words
+    assert words.count("5 × (noise 1.2, sample rate 0.05)") == 2
+
+
+def test_a_site_that_only_refused_is_in_the_table(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run").start().round(1, 0.7, refusals={"south": ("policy", "not today")}).end()
+    south = report_of(run.folder).sites[1]
+    assert (south.site, south.rounds_joined, south.rounds_refused, south.epsilon_total) == ("south", 0, 1, None)
