@@ -17,7 +17,6 @@ from experiments.deploy.commands import environment, program
 from experiments.deploy.files import read_bytes
 from experiments.deploy.server_folder import CONNECTION, ServerFolder, connection_toml
 from experiments.settings import to_toml
-from experiments.simulate import PROJECT
 
 IN_USE = "already in use"
 ANSWER_SECONDS = 120.0
@@ -63,6 +62,8 @@ class Control:
         Raises:
             RunFailed: the server refused or did not answer.
         """
+        from experiments.simulate import PROJECT  # imports torch: seconds that only this needs
+
         overrides = self._home / "settings.toml"
         overrides.write_text(to_toml(settings), encoding="utf-8")
         answer = self._call("run", str(PROJECT), CONNECTION, "-c", str(overrides))
