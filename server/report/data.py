@@ -191,8 +191,8 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
 
     rows = []
     if files.baseline:
-        score = files.baseline
-        rows.append(RoundReport(0, True, [], score["accuracy"], score["loss"], None, None, None, worst_by(0)))
+        start = files.baseline
+        rows.append(RoundReport(0, True, [], start["accuracy"], start["loss"], None, None, None, worst_by(0)))
     for line in files.rounds:
         traffic = (line["bytes_down"], line["bytes_up"], line["seconds"])
         score = (line["accuracy"], line["loss"])

@@ -16,8 +16,10 @@ from typing import Any
 from common.errors import DataError
 
 Line = dict[str, Any]
+Fields = Mapping[str, type | tuple[type, ...]]
+"""Names of a line's fields with what they may be."""
 
-ROUND_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+ROUND_FIELDS: Fields = {
     "round": int,
     "accuracy": (int, float),
     "loss": (int, float),
@@ -27,7 +29,7 @@ ROUND_FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
     "refusals": list,
 }
-SPENT_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+SPENT_FIELDS: Fields = {
     "kind": str,
     "accountant": str,
     "steps_round": int,
@@ -150,7 +152,7 @@ def _once(lines: Iterable[Line]) -> list[Line]:
     return list(told.values())
 
 
-def _fault(line: Line, wanted: Mapping[str, type | tuple[type, ...]]) -> str:
+def _fault(line: Line, wanted: Fields) -> str:
     for name, kind in wanted.items():
         if not isinstance(line.get(name), kind) or isinstance(line.get(name), bool):
             return f"has no usable field {name!r}"
@@ -159,8 +161,8 @@ def _fault(line: Line, wanted: Mapping[str, type | tuple[type, ...]]) -> str:
 
 def _round_fault(line: Line) -> str:
     words = {"site": str, "kind": str, "reason": str}
-    counts = {"site": str, "value": (int, float), "noise_std": (int, float)}
-    failures = {"site": str, "kind": str, "message": str, "round": int, "attempt": int}
+    counts: Fields = {"site": str, "value": (int, float), "noise_std": (int, float)}
+    failures: Fields = {"site": str, "kind": str, "message": str, "round": int, "attempt": int}
     fault = _fault(line, ROUND_FIELDS)
     if not fault and not all(isinstance(site, str) for site in line["participants"]):
         fault = "names participants that are not text"
