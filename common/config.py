@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from common.check import below, in_range, nearest, not_negative, one_of, positive
 from common.errors import ConfigError
+from common.recipe import fill
 
 Scalar = str | int | float | bool
 Section = TypeVar("Section")
@@ -25,7 +26,7 @@ HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 PRIVACY_MODES = ("dp-sgd", "none")
-SERVER_OPTIMIZERS = ("none", "adam")
+SERVER_OPTIMIZERS = ("auto", "none", "adam")
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,14 @@ class HeadConfig:
 class TrainingConfig:
     """What a site does with one round."""
 
-    local_steps: int = 1
-    """Optimiser steps a round."""
-    sample_rate: float = 0.13
-    """Chance of each record to be in a step's batch (Poisson); the expected batch is this times the size."""
-    optimizer: str = "sgd"
-    learning_rate: float = 1.0
+    local_steps: int = 0
+    """Optimiser steps a round; 0: what suits the privacy mode (see ``common.recipe``)."""
+    sample_rate: float = 0.0
+    """Chance of each record to be in a step's batch (Poisson): the expected batch is this times the size; 0 as above."""
+    optimizer: str = "auto"
+    """``sgd``, ``momentum``, ``adam``, ``adamw``; ``auto``: Adam, or plain SGD where the server has Adam."""
+    learning_rate: float = 0.0
+    """At the start of the schedule; 0: what suits the optimiser."""
     head_rate: float = 4.0
     """The head's learning rate over that of the other tensors; applied by the server's optimiser if there is one."""
     schedule: str = "linear"
@@ -148,19 +151,19 @@ class TrainingConfig:
     """Tokens (with padding) of one forward pass, 0: what suits the device; changes speed and memory, not the result."""
 
     def __post_init__(self) -> None:
-        positive(
+        positive(training__head_rate=self.head_rate)
+        in_range(0, 1, training__beta2=self.beta2)
+        if self.sample_rate:
+            in_range(0, 1, training__sample_rate=self.sample_rate)
+        not_negative(
             training__local_steps=self.local_steps,
             training__learning_rate=self.learning_rate,
-            training__head_rate=self.head_rate,
-        )
-        in_range(0, 1, training__sample_rate=self.sample_rate, training__beta2=self.beta2)
-        not_negative(
             training__weight_decay=self.weight_decay,
             training__momentum=self.momentum,
             training__batch_tokens=self.batch_tokens,
         )
         below(1, training__beta2=self.beta2, training__momentum=self.momentum)
-        one_of(OPTIMIZERS, training__optimizer=self.optimizer)
+        one_of(("auto", *OPTIMIZERS), training__optimizer=self.optimizer)
         one_of(SCHEDULES, training__schedule=self.schedule)
 
 
@@ -168,8 +171,9 @@ class TrainingConfig:
 class ServerConfig:
     """What the server does with the sites' averaged change."""
 
-    optimizer: str = "adam"
-    """``none``: the average is the new model; ``adam``: the change is a gradient for the server's Adam (FedAdam)."""
+    optimizer: str = "auto"
+    """``none``: the average is the new model; ``adam``: the change is a gradient for the server's Adam (FedAdam);
+    ``auto``: ``adam`` under privacy, else ``none``."""
     learning_rate: float = 0.02
     epsilon: float = 1e-3
     """Added to the root of Adam's second moment (FedAdam's τ): changes well below it do not become full steps."""
@@ -211,7 +215,7 @@ class RunConfig:
     """Everything that defines a run."""
 
     strategy: str = "ffa-lora"
-    rounds: int = 20
+    rounds: int = 16
     seed: int = 1
     """Public seed of the adapter's and the head's start and of non-private batch order."""
     device: str = "auto"
@@ -239,6 +243,9 @@ class RunConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
+        training, server = fill(self.training, self.server, private=self.privacy.on)
+        object.__setattr__(self, "training", training)
+        object.__setattr__(self, "server", server)
         positive(rounds=self.rounds, min_sites=self.min_sites, round_timeout=self.round_timeout)
         not_negative(round_retries=self.round_retries, max_update_norm=self.max_update_norm)
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)

@@ -44,10 +44,27 @@ def test_pyproject_lists_exactly_the_settings_that_exist_with_their_defaults() -
         assert type(written[key]) is type(value), f"{key} has another type in pyproject.toml"
 
 
+OPEN = (
+    "training.local-steps",
+    "training.sample-rate",
+    "training.optimizer",
+    "training.learning-rate",
+    "server.optimizer",
+)
+"""Settings that a run fills in when they are left at ``auto`` or 0."""
+
+
+def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return the settings without those that were left open."""
+    return {key: value for key, value in values.items() if key not in OPEN or value not in ("auto", 0)}
+
+
 def test_defaults_alone_are_a_valid_run() -> None:
-    assert configure({}).settings() == {k: v for k, v in KNOWN.items() if k.split(".")[0] not in STRATEGIES} | {
-        k: v for k, v in KNOWN.items() if k.startswith("ffa-lora.")
-    }
+    own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in STRATEGIES or k.startswith("ffa-lora.")}
+    settings = configure({}).settings()
+    assert settings.keys() == own.keys()
+    assert {key: settings[key] for key in decided(own)} == decided(own)
+    assert decided(settings) == settings, "a setting was left open"
     assert configure(KNOWN).config == RunConfig()
 
 
@@ -105,7 +122,7 @@ def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> No
 
 @each_key
 def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(key: str) -> None:
-    assert job_with(key, KNOWN[key]).settings()[key] == KNOWN[key]
+    assert (job_with(key, KNOWN[key]).settings()[key] == KNOWN[key]) == (key not in OPEN)
     if isinstance(KNOWN[key], float):
         most = KNOWN[key] if key in ("privacy.delta", "training.beta2", "training.momentum") else 1
         whole = job_with(key, most)
@@ -122,9 +139,6 @@ POSITIVE = (
     "adapter.rank",
     "adapter.alpha",
     "head.margin",
-    "training.local-steps",
-    "training.sample-rate",
-    "training.learning-rate",
     "training.head-rate",
     "training.beta2",
     "server.learning-rate",
@@ -135,6 +149,9 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "model.feature-scale",
+    "training.local-steps",
+    "training.sample-rate",
+    "training.learning-rate",
     "training.momentum",
     "training.weight-decay",
     "training.batch-tokens",
@@ -186,7 +203,8 @@ CHOICES = {
     "data.partition": choices.PARTITIONS,
     "head.policy": choices.HEAD_POLICIES,
     "head.start": choices.HEAD_STARTS,
-    "training.optimizer": choices.OPTIMIZERS,
+    "training.optimizer": ("auto", *choices.OPTIMIZERS),
+    "server.optimizer": choices.SERVER_OPTIMIZERS,
     "training.schedule": choices.SCHEDULES,
     "privacy.mode": choices.PRIVACY_MODES,
     "precision": ("auto", "float32", "bfloat16"),
@@ -198,9 +216,9 @@ CHOICES = {
 def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
     for choice in CHOICES[key]:
         context = {"head.policy": "frozen", "data.key": "author"} if key in ("model.task", "data.partition") else {}
-        assert configure({**context, key: choice}).settings()[key] == choice
-    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} is '{CHOICES[key][0]}x'.*did you mean"):
-        configure({key: CHOICES[key][0] + "x"})
+        assert configure({**context, key: choice}).settings()[key] == choice or (choice == "auto" and key in OPEN)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} is '{CHOICES[key][-1]}x'.*did you mean"):
+        configure({key: CHOICES[key][-1] + "x"})
 
 
 @pytest.mark.parametrize(
@@ -249,7 +267,8 @@ def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> No
     config = from_mapping(values)
     flat = to_mapping(config)
     assert flat.keys() == defaults().keys()
-    assert flat == {**defaults(), **values}, "a setting was lost or changed on the way"
+    wanted = decided({**defaults(), **values})
+    assert {key: flat[key] for key in wanted} == wanted, "a setting was lost or changed on the way"
     assert from_mapping(flat) == config
 
 
@@ -381,3 +400,28 @@ def test_settings_survive_toml(flat: dict[str, Scalar]) -> None:
 def test_a_control_character_survives_toml(character: str) -> None:
     flat = {"head.phrases": f"good{character}film"}
     assert flatten(tomllib.loads(to_toml(flat))) == flat
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "rate", "server", "site"),
+    [
+        ("dp-sgd", 1, 0.12, "adam", "sgd"),
+        ("none", 4, 0.03, "none", "adam"),
+    ],
+)
+def test_what_is_left_open_suits_the_privacy_mode(mode: str, steps: int, rate: float, server: str, site: str) -> None:
+    config = from_mapping({"privacy.mode": mode})
+    training = config.training
+    assert (training.local_steps, training.sample_rate) == (steps, rate)
+    assert (config.server.optimizer, training.optimizer) == (server, site)
+    assert training.learning_rate > 0
+    assert from_mapping(to_mapping(config)) == config, "what is written beside the results must make the same run"
+
+
+def test_one_adam_is_somewhere_unless_said_otherwise() -> None:
+    at_sites = from_mapping({"server.optimizer": "none"})
+    assert (at_sites.server.optimizer, at_sites.training.optimizer) == ("none", "adam")
+    at_server = from_mapping({"server.optimizer": "adam", "privacy.mode": "none"})
+    assert (at_server.server.optimizer, at_server.training.optimizer) == ("adam", "sgd")
+    own = from_mapping({"training.optimizer": "momentum", "training.local-steps": 3, "training.learning-rate": 0.5})
+    assert (own.training.optimizer, own.training.local_steps, own.training.learning_rate) == ("momentum", 3, 0.5)
