@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from experiments.compare_cli import compare
 from experiments.deploy.cli import doctor_app, server_app, site_app
 from experiments.ledger_cli import ledger_app
 from experiments.people import for_people as _for_people
@@ -25,6 +26,7 @@ app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
 for command in (report, verify, keygen):
     app.command()(command)
+app.command()(compare)
 console = Console(highlight=False, soft_wrap=True)
 
 Settings = Annotated[

@@ -91,13 +91,11 @@ class Forecast:
                 {
                     "public_size": size,
                     "sample_rate": config.training.sample_rate,
-                    "expected_batch": batch,
+                    "expected_batch": self.expected_batches[k],
                     "steps": config.total_steps,
-                    "noise_multiplier": plan.noise_multiplier if plan else None,
+                    "noise_multiplier": self.plans[k].noise_multiplier if self.plans else None,
                 }
-                for size, batch, plan in zip(
-                    self.sizes, self.expected_batches, self.plans or [None] * len(self.sizes), strict=True
-                )
+                for k, size in enumerate(self.sizes)
             ],
             "rounds": [dataclasses.asdict(one) for one in self.rounds],
             "rounds_within_budget": self.rounds_within,

@@ -1,0 +1,161 @@
+"""The same job with several configurations, seeds and both privacy modes: one table.
+
+Runs go through ``in_process`` (the same messages, encoded and decoded, without Flower), each in a
+process of its own on one core, as many at once as there are cores. A run whose folder holds a
+result is not run again, so a comparison that was cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import PRIVACY_MODES, Scalar
+from common.device import own_cores
+from common.errors import ConfigError, RunFailed
+from common.paths import run_folder
+from experiments.settings import parse_settings
+from strategies import configure
+
+SHIPPED = Path(__file__).parent / "configs"
+DEFAULT = tuple(SHIPPED / f"{name}.toml" for name in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    name: str
+    """Of the configuration."""
+    private: bool
+    seed: int
+    accuracy_before: float
+    accuracy: float
+    epsilon: float | None
+    """The worst site's; None without privacy."""
+    bytes_down: int
+    """Adapter payload of all rounds and sites."""
+    bytes_up: int
+    seconds: float
+    """Of all rounds, on one core."""
+
+
+def compare(
+    configs: Sequence[Path],
+    seeds: Sequence[int],
+    sites: int,
+    overrides: Mapping[str, Scalar],
+    output: Path,
+    done: Callable[[Outcome, int, int], None],
+) -> list[Outcome]:
+    """Run every configuration in both privacy modes under every seed.
+
+    Args:
+        configs: TOML files of settings; a row of the table each.
+        seeds: the run's ``seed`` (start of the adapter, batch order without privacy); sampling and noise
+            of private runs come from the operating system and are never seeded.
+        sites: simulated sites.
+        overrides: settings laid over every configuration.
+        output: folder of all runs.
+        done: told after every run, with how many of how many there are.
+
+    Raises:
+        ConfigError: a configuration is wrong; nothing was started.
+        RunFailed: a run failed; says which.
+    """
+    jobs: dict[tuple[str, str, int], tuple[dict[str, Scalar], str]] = {}
+    for path in configs:
+        for mode in PRIVACY_MODES:
+            for seed in seeds:
+                settings: dict[str, Scalar] = {**parse_settings([str(path)]), **overrides}
+                settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
+                configure(settings)
+                jobs[path.stem, mode, seed] = (settings, f"{path.stem}-{mode}-{seed}")
+    if len(jobs) != len(configs) * len(PRIVACY_MODES) * len(seeds) or not jobs:
+        raise ConfigError("a comparison needs configurations of different names and different seeds")
+    outcomes = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(own_cores(), context, initializer=_one_core) as pool:
+        waiting: dict[Future[None], tuple[str, str, int]] = {
+            pool.submit(_run, settings, sites, run): key for key, (settings, run) in jobs.items()
+        }
+        try:
+            for future in as_completed(waiting):
+                name, mode, seed = waiting[future]
+                if (error := future.exception()) is not None:
+                    raise RunFailed(f"{name}, privacy {mode}, seed {seed}: {error}") from error
+                settings, run = jobs[name, mode, seed]
+                outcomes.append(read_outcome(name, run_folder(configure(settings).config, run), mode != "none", seed))
+                done(outcomes[-1], len(outcomes), len(jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    order = {key: number for number, key in enumerate(jobs)}
+    return sorted(outcomes, key=lambda o: order[o.name, "dp-sgd" if o.private else "none", o.seed])
+
+
+def _one_core() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _run(settings: dict[str, Scalar], sites: int, run: str) -> None:
+    from experiments.in_process import run_in_process
+
+    folder = run_folder(configure(settings).config, run)
+    if not (folder / "result.json").is_file():
+        if folder.exists():
+            folder.rename(folder.with_name(f"{folder.name}.cut-short-{time.time_ns()}"))
+        run_in_process(settings, sites, run)
+
+
+def read_outcome(name: str, folder: Path, private: bool, seed: int) -> Outcome:
+    """Return what a finished run's folder says.
+
+    Raises:
+        RunFailed: the run did not end well.
+    """
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if result["status"] == "failed":
+        raise RunFailed(f"{folder.name}: {result['reason']}")
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Outcome(
+        name,
+        private,
+        seed,
+        result["accuracy_before"],
+        result["accuracy"],
+        result["epsilon"],
+        sum(line["bytes_down"] for line in rounds),
+        sum(line["bytes_up"] for line in rounds),
+        sum(line["seconds"] for line in rounds),
+    )
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return a Markdown table, one row per configuration and privacy mode, means over seeds."""
+    lines = [
+        "| configuration | privacy | accuracy, % (each seed) | start, % | ε | down, kB | up, kB | seconds, one core |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, private in dict.fromkeys((o.name, o.private) for o in outcomes):
+        group = [o for o in outcomes if (o.name, o.private) == (name, private)]
+        scores = [100 * o.accuracy for o in group]
+        spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+        each = ", ".join(f"{score:.1f}" for score in scores)
+        epsilon = f"{max(o.epsilon or 0.0 for o in group):.2f}" if private else "no claim"
+        lines.append(
+            f"| {name} | {'dp-sgd' if private else 'none'} | **{statistics.mean(scores):.1f}**{spread} ({each}) "
+            f"| {100 * statistics.mean(o.accuracy_before for o in group):.1f} | {epsilon} "
+            f"| {statistics.mean(o.bytes_down for o in group) / 1000:,.0f} "
+            f"| {statistics.mean(o.bytes_up for o in group) / 1000:,.0f} "
+            f"| {statistics.mean(o.seconds for o in group):.0f} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,61 @@
+"""A comparison runs every cell once, in both modes, and its table holds what the runs' files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from common.errors import ConfigError
+from experiments.cli import app
+from experiments.compare import DEFAULT, Outcome, compare, table
+from experiments.settings import to_toml
+from strategies import STRATEGIES, configure
+
+
+def test_the_shipped_comparison_is_of_every_strategy() -> None:
+    from experiments.settings import parse_settings
+
+    assert {configure(parse_settings([str(path)])).strategy.name for path in DEFAULT} == set(STRATEGIES)
+
+
+def test_a_comparison_runs_both_modes_and_goes_on_where_it_stopped(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(to_toml({k: v for k, v in toy_settings.items() if k != "output"} | {"rounds": 1}), encoding="utf-8")
+    arguments = ["compare", str(job), "--seeds", "1,2", "--sites", "2", "--output", str(tmp_path / "out")]
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    outcomes = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert [(o["private"], o["seed"]) for o in outcomes] == [(True, 1), (True, 2), (False, 1), (False, 2)]
+    for outcome in outcomes:
+        mode = "dp-sgd" if outcome["private"] else "none"
+        folder = tmp_path / "out" / f"ffa-lora-job-{mode}-{outcome['seed']}"
+        line = json.loads((folder / "rounds.jsonl").read_text(encoding="utf-8"))
+        assert (outcome["accuracy"], outcome["bytes_up"]) == (line["accuracy"], line["bytes_up"])
+        assert (outcome["epsilon"] is not None) == outcome["private"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("rounds.jsonl")}
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished run was run again"
+
+
+def test_the_table_shows_means_each_seed_and_the_worst_epsilon() -> None:
+    cells = [("job", True, 1, 0.5, 0.70, 7.5, 2000, 1000, 9.0), ("job", True, 2, 0.5, 0.80, 7.9, 2000, 1000, 11.0)]
+    text = table([*(Outcome(*cell) for cell in cells), Outcome("job", False, 1, 0.5, 0.9, None, 1, 1, 1.0)])
+    assert "| job | dp-sgd | **75.0** ± 7.1 (70.0, 80.0) | 50.0 | 7.90 | 2 | 1 | 10 |" in text
+    assert "| job | none | **90.0** (90.0) | 50.0 | no claim |" in text
+
+
+def test_two_configurations_of_one_name_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "job.toml").write_text("rounds = 1\n", encoding="utf-8")
+    files = [tmp_path / "a" / "job.toml", tmp_path / "b" / "job.toml"]
+    with pytest.raises(ConfigError, match="different names"):
+        compare(files, [1], 2, {}, tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
