@@ -48,7 +48,7 @@ li { margin: .15rem 0; }
 .figures dt { color: var(--soft); font-size: .86rem; }
 .figures dd { margin: 0; }
 .figures .big {
-  font-size: 1.75rem; line-height: 1.25; font-weight: 600; letter-spacing: -.01em;
+  font-size: 1.5rem; line-height: 1.3; font-weight: 600; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums;
 }
 .figures .big span { white-space: nowrap; }
@@ -67,7 +67,7 @@ dl.words dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0 0 1rem; min-width: 0; }
 figcaption { font-size: .9rem; margin-bottom: .4rem; }
 figcaption strong { color: var(--ink); font-weight: 600; }
-.chart { width: 100%; height: auto; display: block; }
+.chart { width: 100%; max-width: 34rem; height: auto; display: block; }
 .chart text { font-family: inherit; font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .chart .point-label { fill: var(--ink); font-weight: 600;
   paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
