@@ -71,8 +71,9 @@ class DataConfig:
     """Concentration of the label-Dirichlet partition: smaller is more uneven."""
     key: str = ""
     """Column of the natural partition, such as an author or a domain."""
-    seed: int = 1
-    """Seed of the partition and of the test part; fixed, so that runs are comparable."""
+    seed: int = 3
+    """Seed of the partition and of the test part; fixed, so that runs are comparable. Of seeds 1 to 60 the default
+    is the one whose label skew over four sites is the median (total variation 0.22)."""
 
     def __post_init__(self) -> None:
         one_of(PARTITIONS, data__partition=self.partition)
@@ -133,7 +134,7 @@ class TrainingConfig:
     local_steps: int = 0
     """Optimiser steps a round; 0: what suits the privacy mode (see ``common.recipe``)."""
     sample_rate: float = 0.0
-    """Chance of each record to be in a step's batch (Poisson): the expected batch is this times the size; 0 as above."""
+    """Chance of each record to be in a step's batch (Poisson), so the expected batch over the size; 0 as above."""
     optimizer: str = "auto"
     """``sgd``, ``momentum``, ``adam``, ``adamw``; ``auto``: Adam, or plain SGD where the server has Adam."""
     learning_rate: float = 0.0
@@ -230,6 +231,8 @@ class RunConfig:
     """Seconds that an attempt at a round waits for sites, and then for their replies."""
     round_retries: int = 1
     """Attempts more that a round gets when fewer than ``min-sites`` sites succeeded; then the run stops."""
+    evaluate_every: int = 1
+    """Rounds from one scoring of the global model to the next; the last round is always scored."""
     max_update_norm: float = 0.0
     """Largest L2 norm of a site's change to what it received; 0: what the run's own settings make plausible."""
     resume: str = ""
@@ -246,7 +249,12 @@ class RunConfig:
         training, server = fill(self.training, self.server, private=self.privacy.on)
         object.__setattr__(self, "training", training)
         object.__setattr__(self, "server", server)
-        positive(rounds=self.rounds, min_sites=self.min_sites, round_timeout=self.round_timeout)
+        positive(
+            rounds=self.rounds,
+            min_sites=self.min_sites,
+            round_timeout=self.round_timeout,
+            evaluate_every=self.evaluate_every,
+        )
         not_negative(round_retries=self.round_retries, max_update_norm=self.max_update_norm)
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)
         if self.model.task == "causal-lm" and self.head.policy != "frozen":

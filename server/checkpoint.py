@@ -45,7 +45,8 @@ class Checkpoint:
     members: Mapping[str, Member]
     """By site name."""
     baseline: Score
-    score: Score
+    score: Score | None
+    """Of ``state``; None if its round was not scored."""
     """Of ``state.adapter``."""
     lengths: Mapping[str, int]
     """Bytes of the run's line files, by name."""
@@ -65,7 +66,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "settings": dict(checkpoint.settings),
         "members": {site: asdict(member) for site, member in checkpoint.members.items()},
         "baseline": asdict(checkpoint.baseline),
-        "score": asdict(checkpoint.score),
+        "score": asdict(checkpoint.score) if checkpoint.score else None,
         "lengths": dict(checkpoint.lengths),
         "tensors": order,
     }
@@ -95,7 +96,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         state=state,
         members={site: Member(**member) for site, member in about["members"].items()},
         baseline=Score(**about["baseline"]),
-        score=Score(**about["score"]),
+        score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],
     )
     if checkpoint.run != run:

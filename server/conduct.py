@@ -15,7 +15,7 @@ from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.evaluation import Evaluator
 from server.records import RunFolder
-from server.report import federation_epsilon, round_line, write_reports
+from server.report import federation_epsilon, round_line, score_words, write_reports
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
 from strategies import Job, ServerState
@@ -35,9 +35,7 @@ class _Observer:
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
 
     def resumed(self, checkpoint: Checkpoint) -> None:
-        self._folder.say(
-            f"goes on after round {checkpoint.state.round_number}: accuracy {100 * checkpoint.score.accuracy:.1f} %"
-        )
+        self._folder.say(f"goes on after round {checkpoint.state.round_number}: {score_words(checkpoint.score)}")
 
     def initialised(self, results: list[TrainResult], refusals: list[Refusal]) -> None:
         self._folder.initialised(results)
@@ -117,7 +115,7 @@ def _leave(folder: RunFolder, evaluator: Evaluator, status: str, reason: str) ->
         status,
         reason,
         accuracy_before=saved.baseline.accuracy,
-        accuracy=saved.score.accuracy,
+        accuracy=(saved.score or evaluator.score(saved.state.adapter)).accuracy,
         epsilon=federation_epsilon(folder.path),
         rounds=saved.state.round_number,
     )

@@ -30,7 +30,8 @@ class RoundOutcome:
     """Of the sites that took part, and paid."""
     refusals: list[Refusal]
     """Of the sites that were asked and did not take part."""
-    score: Score
+    score: Score | None
+    """None in a round that is not scored (``evaluate-every``)."""
     bytes_down: int
     bytes_up: int
     seconds: float
@@ -78,7 +79,8 @@ def run_rounds(
     admission = Admission(job, saved.members if saved else {})
     sites = Sites(job, run, transport, evaluator, admission)
     if saved:
-        state, score, earlier = saved.state, saved.score, list[Failure]()
+        state, earlier = saved.state, list[Failure]()
+        score = saved.score
         observer.resumed(saved)
     else:
         state, earlier = _initialise(job, sites, evaluator, observer)
@@ -98,12 +100,15 @@ def run_rounds(
             raise _too_few(got, round_number, job.config.min_sites)
         step = partial(server_step, job.config)
         state = job.strategy.server_update(state, contributions(got.ordered_results()), step)
-        score = evaluator.score(state.adapter)
+        due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
+        score = evaluator.score(state.adapter) if due else None
         observer.finished(_outcome(round_number, got, score, began), state, admission.members)
     return state
 
 
-def _outcome(round_number: int, got: Gathering, score: Score, began: float, *, counts: bool = True) -> RoundOutcome:
+def _outcome(
+    round_number: int, got: Gathering, score: Score | None, began: float, *, counts: bool = True
+) -> RoundOutcome:
     return RoundOutcome(
         round_number,
         got.ordered_results(),

@@ -246,3 +246,15 @@ def test_the_report_says_what_the_claim_rests_on(toy_settings: dict[str, Any]) -
         assert words in text, f"the report does not say {words!r}"
     settings = json.loads((folder / "config.json").read_text())["settings"]
     assert set(settings) <= set(known_settings())
+
+
+def test_rounds_that_are_not_scored_say_so_and_the_last_one_always_is(toy_settings: dict[str, Any]) -> None:
+    folder = run_in_process({**toy_settings, "rounds": 3, "evaluate-every": 2}, 2)
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["accuracy"] is None for line in lines] == [True, False, False]
+    assert [line["loss"] is None for line in lines] == [True, False, False]
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert result["accuracy"] == lines[-1]["accuracy"]
+    assert "not scored" in (folder / "run.log").read_text(encoding="utf-8")
+    for report in ("report.md", "report.html"):
+        assert "–" in (folder / report).read_text(encoding="utf-8"), f"{report} hides that a round has no score"

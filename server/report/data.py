@@ -41,8 +41,9 @@ class RoundReport:
     counted: bool
     """Whether enough sites took part; a round that does not count leaves the model as it was."""
     participants: list[str]
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
+    """None, as accuracy, in a round that was not scored."""
     bytes_down: int | None
     bytes_up: int | None
     seconds: float | None
@@ -170,7 +171,7 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     counted = [line for line in files.rounds if line.get("complete", True)]
     return Headline(
         accuracy_before=files.baseline["accuracy"] if files.baseline else None,
-        accuracy_after=counted[-1]["accuracy"] if counted else None,
+        accuracy_after=next((line["accuracy"] for line in reversed(counted) if line["accuracy"] is not None), None),
         epsilon=worst.epsilon_worst if worst else None,
         epsilon_budget=worst.epsilon_budget if worst else None,
         delta=worst.delta if worst else None,

@@ -21,8 +21,8 @@ Fields = Mapping[str, type | tuple[type, ...]]
 
 ROUND_FIELDS: Fields = {
     "round": int,
-    "accuracy": (int, float),
-    "loss": (int, float),
+    "accuracy": (int, float, type(None)),
+    "loss": (int, float, type(None)),
     "participants": list,
     "bytes_down": int,
     "bytes_up": int,

@@ -138,7 +138,7 @@ def _rounds(data: ReportData) -> list[str]:
                 (
                     str(r.round_number),
                     percent_text(r.accuracy),
-                    f"{r.loss:.4f}",
+                    "–" if r.loss is None else f"{r.loss:.4f}",
                     epsilon_text(r.epsilon_worst),
                     ", ".join(r.participants) if r.counted else "did not count",
                     number_text(r.bytes_down),

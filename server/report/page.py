@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from server.report import words
 from server.report.charts import Axis, Chart, Curve, Mark, line_chart
-from server.report.data import ReportData, RoundReport
+from server.report.data import ReportData
 from server.report.page_style import STYLE
 from server.report.page_template import PAGE
 
@@ -64,22 +64,22 @@ def accuracy_chart(data: ReportData) -> Chart | None:
     """Return accuracy against ε, or against rounds where there is no ε."""
     y = Axis("accuracy on public test data", percent=True)
     if data.headline.epsilon is None:
-        points = [(float(r.round_number), r.accuracy) for r in data.rounds]
+        points = [(float(r.round_number), r.accuracy) for r in data.rounds if r.accuracy is not None]
         return line_chart(
             "accuracy", "Accuracy over rounds", Axis("round", whole=True), y, [Curve(data.strategy, points)]
         )
-    course: list[tuple[float, RoundReport]] = [(r.epsilon_worst or 0.0, r) for r in data.rounds]
+    course = [(r.epsilon_worst or 0.0, r.accuracy, r.round_number) for r in data.rounds if r.accuracy is not None]
     ends = [] if len(course) < 2 else [course[0], course[-1]]
     return line_chart(
         "accuracy",
         "Accuracy against the privacy spent by the worst site",
         Axis("ε spent, worst site", from_zero=True),
         y,
-        [Curve(data.strategy, [(epsilon, r.accuracy) for epsilon, r in course])],
+        [Curve(data.strategy, [(epsilon, accuracy) for epsilon, accuracy, _ in course])],
         [Mark(data.headline.epsilon_budget, f"budget {data.headline.epsilon_budget:g}", upright=True)]
         if data.headline.epsilon_budget
         else [],
-        [(e, r.accuracy, f"round {r.round_number}" if r.round_number else "before") for e, r in ends],
+        [(epsilon, accuracy, f"round {n}" if n else "before") for epsilon, accuracy, n in ends],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
+    from common.model import Score
     from server.rounds import RoundOutcome
     from strategies import Job
 
@@ -18,12 +19,16 @@ def epsilon_words(outcome: RoundOutcome) -> str:
     return f"ε {worst.epsilon_total:.2f} of {worst.epsilon_budget:g} (δ {worst.delta:g}, record-level, worst site)"
 
 
+def score_words(score: Score | None) -> str:
+    """Return accuracy and loss, or that the round was not scored."""
+    return f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.3f}" if score else "not scored"
+
+
 def round_line(job: Job, outcome: RoundOutcome) -> str:
     """Return the terminal line of one round, with one more line for every refusal."""
     payload = (outcome.bytes_down + outcome.bytes_up) / 1e6
     line = (
-        f"round {outcome.round_number}/{job.config.rounds}  accuracy {100 * outcome.score.accuracy:.1f} %  "
-        f"loss {outcome.score.loss:.3f}  {epsilon_words(outcome)}  "
+        f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  {epsilon_words(outcome)}  "
         f"{len(outcome.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
     )
     return line + "".join(f"\n  {r.site} did not take part ({r.kind}): {r.reason}" for r in outcome.refusals)
