@@ -22,7 +22,8 @@ FILLER = ("the", "film", "story", "actor", "scene", "is", "was", "very", "quite"
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *GOOD, *BAD, "question", "answer", "one", "two")
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
+    """Return a tokenizer of ``VOCABULARY``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -42,7 +43,8 @@ def _tokenizer() -> Any:
     )
 
 
-def _model(family: str) -> Any:
+def tiny_model(family: str) -> Any:
+    """Return a random model of a family: bert, gpt2 or llama."""
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     size = len(VOCABULARY)
@@ -82,6 +84,15 @@ TARGETS = {"bert": "query,value,dense", "gpt2": "c_attn", "llama": "q_proj,v_pro
 """Layers to adapt per family; each set holds a layer that is not square."""
 
 
+def save_tiny_model(family: str, folder: Path) -> str:
+    """Write the family's model, the same numbers every time, with its tokenizer; return the folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        tiny_model(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Return a function from family (bert, gpt2, llama) to a folder with a tiny random model of it."""
@@ -90,11 +101,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
     def make(family: str) -> str:
         if family not in made:
             folder = tmp_path_factory.mktemp(f"tiny-{family}")
-            with torch.random.fork_rng():
-                torch.manual_seed(7)
-                _model(family).save_pretrained(folder)
-            _tokenizer().save_pretrained(folder)
-            made[family] = str(folder)
+            made[family] = save_tiny_model(family, folder)
         return made[family]
 
     return make
@@ -131,10 +138,15 @@ def write_questions(path: Path, count: int, seed: int = 0) -> Path:
 @pytest.fixture
 def toy_settings(model_folder: Callable[[str], str], tmp_path: Path) -> dict[str, Any]:
     """Return settings of a run that takes a second: tiny BERT, 240 made-up reviews, 40 of them the public test."""
+    return toy_run(model_folder("bert"), tmp_path)
+
+
+def toy_run(model: str, folder: Path) -> dict[str, Any]:
+    """Return what ``toy_settings`` returns, for the tiny BERT in the folder ``model``; the rest goes to ``folder``."""
     return {
-        "model.name": model_folder("bert"),
+        "model.name": model,
         "model.max-length": 24,
-        "data.name": str(write_reviews(tmp_path / "reviews.csv", 240)),
+        "data.name": str(write_reviews(folder / "reviews.csv", 240)),
         "data.test-size": 40,
         "data.partition": "iid",
         "adapter.rank": 3,
@@ -150,7 +162,7 @@ def toy_settings(model_folder: Callable[[str], str], tmp_path: Path) -> dict[str
         "privacy.delta": 1e-3,
         "precision": "float32",
         "device": "cpu",
-        "output": str(tmp_path / "runs"),
+        "output": str(folder / "runs"),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FILLER, TARGETS, _model, _tokenizer
+from conftest import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from common.adapters import ADAPTERS
@@ -198,7 +198,7 @@ def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_dropout_is_off_in_train_mode(family: str, model_for: ModelFor) -> None:
-    module = _model(family)
+    module = tiny_model(family)
     module.config.attention_dropout = 0.5
     for child in module.modules():
         if isinstance(child, nn.Dropout):
@@ -213,7 +213,7 @@ def test_dropout_is_off_in_train_mode(family: str, model_for: ModelFor) -> None:
             return not torch.equal(model(input_ids=ids)[0], model(input_ids=ids)[0])
 
     assert moves(module.train()), "this model has no dropout to turn off"
-    model = model_for(family, base=BaseModel("toy", module, _tokenizer(), "-"))
+    model = model_for(family, base=BaseModel("toy", module, tiny_tokenizer(), "-"))
     assert not moves(model.peft_model.train())
     records = records_of(model)
     model.module.train()
