@@ -127,7 +127,8 @@ def _take_steps(
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
                 steps.step(_parts(records, chosen, model, budget), model.losses)
         return
-    batches = _epochs(len(records), config.sample_rate, stream(job.config.seed, "batches", site.name, round_number))
+    # One order for the whole run, so that no record comes again before the others have been seen.
+    batches = _epochs(len(records), config.sample_rate, stream(job.config.seed, "batches", site.name), first)
     for step in range(config.local_steps):
         set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
         plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters)
@@ -155,8 +156,8 @@ def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedMod
         yield model.batch([records[chosen[i]] for i in group])
 
 
-def _epochs(size: int, sample_rate: float, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield batches of the same expected size as the private sampler's, without replacement inside an epoch."""
+def _epochs(size: int, sample_rate: float, generator: torch.Generator, skipped: int = 0) -> Iterator[list[int]]:
+    """Yield batches of the private sampler's expected size, without replacement inside an epoch, after ``skipped``."""
     if not size:
         raise DataError("this site has no records to train on")
     count = max(1, min(size, round(sample_rate * size)))
@@ -164,5 +165,8 @@ def _epochs(size: int, sample_rate: float, generator: torch.Generator) -> Iterat
     while True:
         while len(pending) < count:
             pending += torch.randperm(size, generator=generator).tolist()
-        yield pending[:count]
+        if skipped:
+            skipped -= 1
+        else:
+            yield pending[:count]
         pending = pending[count:]

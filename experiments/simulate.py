@@ -97,6 +97,7 @@ def _superlink(home: Path) -> Iterator[_Link]:
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
     }

@@ -108,7 +108,8 @@ def centralised(
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[job.config.training.optimizer]
     optimizer = kind(trained, lr=peak)
     total, first = job.config.rounds * STEPS, (round_number - 1) * STEPS
-    order = batches(len(records), round(RATE * len(records)), STEPS, stream(1, "batches", stream_name, round_number))
+    count = round(RATE * len(records))
+    order = batches(len(records), count, first + STEPS, stream(1, "batches", stream_name))[first:]
     for step, chosen in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = peak * (1 - (first + step) / total) * group["times"]
