@@ -46,7 +46,9 @@ def head_words(job: Job) -> str:
     """Return the head policy as reports print it."""
     if job.config.model.task == "causal-lm":
         return "none (the base model's own)"
-    return {"trained": "trained and averaged, inside the clip", "frozen": "frozen at its start"}[job.config.head.policy]
+    if job.config.head.policy == "frozen":
+        return "frozen at its start"
+    return "trained and averaged" + (", inside the clip" if job.config.privacy.on else "")
 
 
 def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class RunFolder:
             config = read_json(path / "config.json")
             write_json(path / "config.json", {**config, "resumed": [*config.get("resumed", []), now]})
             return
-        versions = {"python": platform.python_version(), **_versions()}
+        versions = {"python": platform.python_version(), **package_versions()}
         write_json(path / "config.json", {"run": run, "started": now, "settings": job.settings(), "versions": versions})
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[str, Member]) -> None:
@@ -205,7 +207,8 @@ class RunFolder:
         return folder
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the installed version of everything that a run's figures rest on."""
     found = {}
     for package in PACKAGES:
         try:

@@ -1,0 +1,1 @@
+"""Attacks on the promise, run against the real code: kills, two processes at once, canaries. ``make audit``."""

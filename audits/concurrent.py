@@ -1,0 +1,121 @@
+"""Two processes charge one data set at the same time, again and again: together they never pass its budget.
+
+    .venv/bin/python -m audits.concurrent --bouts 20
+
+In a bout two processes open one ledger, start at one signal and charge until they are refused. Then the
+ledger must hold exactly the charges that were paid for, within the budget, and have had no room for one more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from audits.finding import Finding, show
+from audits.forked import Child, Send, fork
+from common.errors import BudgetExhausted
+from common.privacy.accounting import Release, epsilon
+from common.privacy.ledger import Ledger
+
+ROUND = Release(2.0, 0.25, 2)
+DELTA = 1e-3
+PROCESSES = 2
+PAUSE_SECONDS = 0.01
+
+
+def cost_of(rounds: int) -> float:
+    """Return the epsilon of so many charges of ``ROUND``."""
+    return epsilon([Release(ROUND.noise_multiplier, ROUND.sample_rate, ROUND.count * rounds)], DELTA)
+
+
+def charge_to_the_end(path: Path, budget: float, signal: Path, send: Send) -> None:
+    """Wait for ``signal``, charge until refused, and say how often that went well."""
+    paid = 0
+    with Ledger(path) as ledger:
+        send("ready")
+        while not signal.exists():
+            pass
+        try:
+            while True:
+                ledger.charge(
+                    "ward", [ROUND], run="1", round_number=paid + 1, delta=DELTA, max_epsilon=budget, clip_norm=1.0
+                )
+                paid += 1
+                # SQLite lets whoever waits sleep longer each time; without a pause one process pays it all.
+                time.sleep(random.uniform(0.0, PAUSE_SECONDS))
+        except BudgetExhausted:
+            send(str(paid))
+
+
+def bout(folder: Path, number: int, rounds: int) -> tuple[list[int], list[str]]:
+    """Let the processes charge one fresh ledger; return what each paid and what must not be."""
+    budget, path, signal = cost_of(rounds) + 1e-9, folder / f"{number}.sqlite", folder / f"{number}.start"
+
+    def work(send: Send) -> None:
+        charge_to_the_end(path, budget, signal, send)
+
+    children: list[Child] = [fork(work) for _ in range(PROCESSES)]
+    for child in children:
+        child.line()
+    signal.touch()
+    said = [child.line() for child in children]
+    for child in children:
+        child.kill()
+    if not all(line.isdigit() for line in said):
+        return [], [f"bout {number}: a process ended without a refusal"]
+    paid = [int(line) for line in said]
+    with Ledger(path) as ledger:
+        shown, rows = ledger.epsilon("ward", DELTA), len(ledger.entries())
+    wrong = []
+    if shown > budget:
+        wrong.append(f"bout {number}: epsilon {shown:.4f} is charged, the budget is {budget:.4f}")
+    if rows != sum(paid):
+        wrong.append(f"bout {number}: {sum(paid)} charges were paid for, {rows} are in the ledger")
+    if sum(paid) < rounds:
+        wrong.append(f"bout {number}: only {sum(paid)} of {rounds} charges were let through")
+    return paid, wrong
+
+
+def charge_at_once(folder: Path, bouts: int, rounds: int = 12) -> Finding:
+    """Hold ``bouts`` bouts over budgets of ``rounds`` charges each, in an empty folder."""
+    for number in range(1, rounds + 2):  # the processes inherit these prices, and meet at the file
+        cost_of(number)
+    paid, violations, contested = 0, list[str](), 0
+    for number in range(bouts):
+        shares, wrong = bout(folder, number, rounds)
+        paid += sum(shares)
+        violations += wrong
+        contested += all(shares)
+    return Finding(
+        "two processes at once",
+        "as it is",
+        not violations,
+        {
+            "bouts": bouts,
+            "charges that fit": bouts * rounds,
+            "charges paid": paid,
+            "bouts in which both paid": contested,
+            "violations": len(violations),
+            **({"first violation": violations[0]} if violations else {}),
+        },
+    )
+
+
+def main() -> None:
+    """Run from a shell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bouts", type=int, default=20)
+    with tempfile.TemporaryDirectory() as folder:
+        found = charge_at_once(Path(folder), parser.parse_args().bouts)
+    show(Console(highlight=False), [found])
+    sys.exit(not found.passed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""SIGKILL at random moments of a round: no kill may lose a charge of something that left the site.
+
+    .venv/bin/python -m audits.kills --kills 200
+
+A process plays a deployed site that is asked for round after round. It says when a reply would leave
+the site, and is killed at a moment drawn uniformly from the length of a round. Then a new process
+goes on with the ledger that the dead one left. After every kill
+
+* the ledger opens,
+* it has a charge for every release, at least,
+* it shows an epsilon no smaller than that of the releases,
+* it shows no more than the budget, and at most one charge more than before.
+
+When the budget is spent, the next round must be refused; the next kills are of a site with a fresh ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from audits.finding import Finding, quiet, show
+from audits.forked import Child, Send, fork
+from audits.tiny_site import OneSite, tiny_site
+from common.errors import LedgerError
+from common.messages import Refusal, TrainTask
+from common.privacy.accounting import Release, epsilon
+from common.privacy.ledger import Ledger
+from common.wire import encode_reply
+
+DELTA = 1e-3
+BUDGET_ROUNDS = 6
+"""Rounds that the budget of one ledger pays for."""
+PHASES = ("before the charge", "between charge and release", "after the release")
+PlayRound = Callable[[OneSite, TrainTask, Send], None]
+
+
+def play_round(site: OneSite, task: TrainTask, send: Send) -> None:
+    """Answer one task as a site does, and say when the reply would leave."""
+    started = time.perf_counter()
+    reply = site.ask(task)
+    encode_reply(reply)
+    if isinstance(reply, Refusal):
+        send(f"refused {reply.kind} {reply.reason}")
+    else:
+        send(f"released {time.perf_counter() - started}")
+
+
+@dataclass
+class Life:
+    """One ledger, from its first charge to the end of its budget."""
+
+    number: int
+    charged: int = 0
+    released: int = 0
+
+
+@dataclass
+class Kills:
+    """Kills one site's processes and keeps the count."""
+
+    site: OneSite
+    play: PlayRound
+    lengths: list[float] = field(default_factory=list)
+    """Seconds of the latest rounds."""
+    phases: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+    rolled_back: int = 0
+    """Kills inside the transaction of a charge, whose journal the next process rolled back."""
+    budgets_spent: int = 0
+
+    @property
+    def budget(self) -> float:
+        """Epsilon of ``BUDGET_ROUNDS`` rounds, and nothing more."""
+        return cost_of(BUDGET_ROUNDS) + 1e-9
+
+    def begin(self, number: int) -> Life:
+        """Give the site a ledger that has spent nothing."""
+        self.site.node["ledger"] = str(self.site.ledger.with_name(f"life-{number}.sqlite"))
+        self.site.rule(epsilon=self.budget, delta=DELTA)
+        return Life(number)
+
+    def start(self, life: Life, task: TrainTask) -> Child:
+        """Start the process that answers the next round's task."""
+        wanted = replace(task, run=str(life.number), round_number=life.released + 1)
+
+        def work(send: Send) -> None:
+            send("started")
+            self.play(self.site, wanted, send)
+
+        child = fork(work)
+        child.line()
+        return child
+
+    def whole_round(self, life: Life, task: TrainTask) -> str:
+        """Let a process answer and return what it said."""
+        child = self.start(life, task)
+        said = child.line()
+        child.kill()
+        return said
+
+    def kill(self, life: Life, task: TrainTask, span: float) -> None:
+        """Kill a process within ``span`` lengths of a round, then look at what it left."""
+        child = self.start(life, task)
+        time.sleep(random.SystemRandom().uniform(0, span * statistics.median(self.lengths[-9:])))
+        said = child.kill()
+        released = [line for line in said if line.startswith("released")]
+        self.lengths += [float(line.split()[1]) for line in released]
+        self.violations += [line for line in said if line not in released]
+        self.rolled_back += Path(f"{self.site.ledger}-journal").exists()
+        charged = self.look(life, len(released))
+        self.phases[PHASES[2] if released else PHASES[min(1, charged)]] += 1
+
+    def look(self, life: Life, released: int) -> int:
+        """Reopen the ledger, note what must not be, and return how many charges are new."""
+        life.released += released
+        try:
+            with Ledger(self.site.ledger) as ledger:
+                rounds = Counter(entry.round_number for entry in ledger.entries())
+                shown = ledger.epsilon("clinic", DELTA)
+        except LedgerError as error:
+            self.violations.append(f"the ledger does not open: {error}")
+            return 0
+        rows, before = sum(rounds.values()), life.charged
+        life.charged = rows
+        unpaid = [number for number in range(1, life.released + 1) if not rounds[number]]
+        if unpaid:
+            self.violations.append(f"ledger {life.number}: rounds {unpaid} were released and are not charged")
+        if shown < cost_of(life.released) or rows < before:
+            self.violations.append(f"ledger {life.number} shows {shown:.4f}, less than was released")
+        if shown > self.budget:
+            self.violations.append(f"ledger {life.number} shows {shown:.4f}, above its budget {self.budget:.4f}")
+        if rows > before + 1:
+            self.violations.append(f"ledger {life.number}: one round was charged {rows - before} times")
+        return rows - before
+
+    def spent(self, life: Life, task: TrainTask) -> None:
+        """Ask for one more round than the budget pays for: it must be refused and cost nothing."""
+        said = self.whole_round(life, task)
+        if not said.startswith("refused budget") or self.look(life, 0):
+            self.violations.append(f"ledger {life.number} is spent, yet the site said: {said}")
+        self.budgets_spent += 1
+
+
+def cost_of(rounds: int) -> float:
+    """Return the epsilon of so many of the site's rounds."""
+    return epsilon([Release(2.0, 0.25, 2 * rounds)] if rounds else [], DELTA)
+
+
+def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: float = 1.1) -> Finding:
+    """Kill ``kills`` processes, each in a round of its own, and return what was found.
+
+    Args:
+        folder: an empty folder for the site.
+        kills: how many.
+        play: what a process does with a task.
+        span: the latest moment of a kill, in lengths of a round.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use the threads of its parent
+    site = tiny_site(folder)
+    site.settings["rounds"] = BUDGET_ROUNDS + 1
+    audit, task = Kills(site, play), site.task(1)
+    for rounds in range(1, BUDGET_ROUNDS + 2):  # children inherit prices, not only libraries
+        cost_of(rounds)
+    life = audit.begin(0)
+    site.ask(replace(task, run="0"))  # and the model
+    site.memory.clear()
+    for number in range(3):
+        said = audit.whole_round(audit.begin(-1 - number), task)
+        audit.lengths.append(float(said.removeprefix("released ")))
+    life = audit.begin(1)
+    for _ in range(kills):
+        audit.kill(life, task, span)
+        if life.charged >= BUDGET_ROUNDS:
+            audit.spent(life, task)
+            life = audit.begin(life.number + 1)
+    return Finding(
+        "kills",
+        "as it is" if play is play_round else "fault built in",
+        not audit.violations,
+        {
+            "kills": kills,
+            **{phase: audit.phases[phase] for phase in PHASES},
+            "journals rolled back": audit.rolled_back,
+            "length of a round in ms": 1000 * statistics.median(audit.lengths),
+            "budgets spent to the end": audit.budgets_spent,
+            "violations": len(audit.violations),
+            **({"first violation": audit.violations[0]} if audit.violations else {}),
+        },
+    )
+
+
+def main() -> None:
+    """Run from a shell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        found = kill_rounds(Path(folder), parser.parse_args().kills)
+    show(Console(highlight=False), [found])
+    sys.exit(not found.passed)
+
+
+if __name__ == "__main__":
+    main()
