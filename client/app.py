@@ -12,11 +12,12 @@ from flwr.clientapp import ClientApp
 
 from client.local_training import initial_round, train_round
 from client.memory import Memory
+from client.outgoing import own_words, public_reason
 from client.site import Site, open_site, policy_of
 from common.config import DataConfig, Scalar
 from common.device import own_cores
-from common.errors import BudgetExhausted, DataError, FedVeilError, PolicyRefusal, ProtocolError
-from common.log import about, place_of, set_up
+from common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
+from common.log import about, set_up
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
 from common.paths import run_name
@@ -111,36 +112,24 @@ def answer(
         kept.keep(task, result)
         log.info("trained and answered", extra=about(run, number, name))
         return result
-    except BudgetExhausted as error:
-        return _refuse(Refusal(run, number, name, "budget", str(error)))
-    except PolicyRefusal as error:
-        return _refuse(Refusal(run, number, name, "policy", str(error)))
-    except ProtocolError as error:
-        return _refuse(Refusal(run, number, name, "task", str(error)))
-    except FedVeilError as error:
-        log.error("failed: %s", _public_reason(error, False), extra=about(run, number, name))
-        return Refusal(run, number, name, "failed", _public_reason(error, simulated))
     except Exception as error:
-        log.error("failed: %s", place_of(error), extra=about(run, number, name))
-        return Refusal(run, number, name, "failed", _public_reason(error, simulated))
+        reason = public_reason(error, node, simulated=simulated)
+        return _refuse(Refusal(run, number, name, _kind_of(error), reason), error)
 
 
-def _refuse(refusal: Refusal) -> Refusal:
-    """Say in the site's own log what was refused and why."""
+def _kind_of(error: Exception) -> str:
+    kinds = {BudgetExhausted: "budget", PolicyRefusal: "policy", ProtocolError: "task"}
+    return next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), "failed")
+
+
+def _refuse(refusal: Refusal, error: Exception) -> Refusal:
+    """Say in the site's own log, which may name its paths, what was refused or failed and why."""
     where = about(refusal.run, refusal.round_number, refusal.site)
-    log.warning("refused (%s): %s", refusal.kind, refusal.reason, extra=where)
+    if refusal.kind == "failed":
+        log.error("failed: %s", own_words(error), extra=where)
+    else:
+        log.warning("refused (%s): %s", refusal.kind, own_words(error), extra=where)
     return refusal
-
-
-def _public_reason(error: Exception, simulated: bool) -> str:
-    """Return what may leave the site.
-
-    Errors about data and unforeseen ones can quote records, so of a deployed site only their kind and place go out.
-    """
-    quotable = isinstance(error, FedVeilError) and not isinstance(error, DataError)
-    if simulated or quotable:
-        return str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
-    return place_of(error)
 
 
 @app.train()

@@ -33,7 +33,7 @@ def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spend
 def pay_initialisation(site: Site, job: Job, source: GradientSource, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
     """Charge round 0 and return the plan of its one release; errors as in pay_round."""
     with Ledger(site.ledger_path) as ledger:
-        release = initial_release(source, site)
+        release = source.release(site.policy.min_noise_multiplier)
         plan = dataclasses.replace(
             plan_of(job, site, _terms(site, ledger)),
             clip_norm=source.clip_norm,
@@ -42,12 +42,6 @@ def pay_initialisation(site: Site, job: Job, source: GradientSource, task: Train
             expected_batch_size=source.sample_rate * site.public_size,
         )
         return plan, _charge(ledger, site, plan, [release], task)
-
-
-def initial_release(source: GradientSource, site: Site) -> Release:
-    """Return what round 0 costs a site."""
-    noise = max(source.noise_multiplier, site.policy.min_noise_multiplier)
-    return Release(noise, source.sample_rate, 1, kind="initialisation")
 
 
 def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
@@ -70,7 +64,7 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     config, source = job.config, job.strategy.gradient
     epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
     rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
-    before = [initial_release(source, site)] if source and not source.public_data else []
+    before = [source.release(site.policy.min_noise_multiplier)] if source and not source.public_data else []
     plan = PrivacyPlan.for_run(
         dataclasses.replace(config.privacy, epsilon=epsilon, delta=delta),
         config.training,

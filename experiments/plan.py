@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.budget import initial_release, plan_of
+from client.budget import plan_of
 from client.site import Site
 from common.data import train_and_test
 from common.errors import ConfigError
@@ -113,7 +113,7 @@ def paid_before(job: Job) -> list[Release]:
     source = job.strategy.gradient
     if not job.config.privacy.on or source is None or source.public_data:
         return []
-    return [initial_release(source, _planned_site(1))]
+    return [source.release(_planned_site(1).policy.min_noise_multiplier)]
 
 
 def site_plans(job: Job, sizes: Sequence[int]) -> list[PrivacyPlan]:

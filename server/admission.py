@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from common.errors import FedVeilError
 from common.messages import Spending, TrainResult
-from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, update_norm
 from strategies import Job, ServerState
@@ -80,9 +79,7 @@ class Admission:
         config, source = self._job.config, self._job.strategy.gradient
         if not config.privacy.on:
             return None
-        before = []
-        if source and not source.public_data:
-            before = [Release(source.noise_multiplier, source.sample_rate, 1, kind="initialisation")]
+        before = [source.release()] if source and not source.public_data else []
         plan = PrivacyPlan.for_run(config.privacy, config.training, config.total_steps, result.public_size, before)
         if source is None or result.round_number:
             return plan

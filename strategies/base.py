@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from common.errors import ProtocolError
+from common.privacy.accounting import Release
 from common.tensors import merge, select, weighted_sum
 from common.types import HEAD, AdapterState
 
@@ -57,6 +58,14 @@ class GradientSource:
     clip_norm: float = 0.0
     noise_multiplier: float = 0.0
     """At a site: above 0, the gradient is clipped, noised and charged; 0 is for runs without privacy."""
+
+    def release(self, least_noise: float = 0.0) -> Release:
+        """Return what it costs a site that adds at least ``least_noise``, over the clip norm.
+
+        Raises:
+            ConfigError: there is no noise: without privacy nothing is priced.
+        """
+        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind="initialisation")
 
 
 @dataclass(frozen=True)

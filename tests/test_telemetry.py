@@ -177,7 +177,26 @@ def test_refusals_are_made_of_listed_fields_and_quote_no_record(
     monkeypatch.setattr(local_training, "_take_steps", quote)
     collect(site.ask(site.task()))
     assert set(refusals) == {"task", "policy", "budget", "failed"}
+    assert "fedveil ledger show <ledger>" in refusals["budget"].reason
     assert "lovely" not in refusals["failed"].reason, "a refusal quotes a record"
+
+
+@pytest.mark.parametrize("key", ["ledger", "policy", "data"])
+def test_no_refusal_holds_a_path_of_the_sites_disks(
+    key: str, toy_settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    task = site.task()
+    site.node[key] = str(tmp_path / "a folder" / "missing" / "file.toml")
+    if key == "ledger":
+        Path(str(site.node[key])).mkdir(parents=True)
+    reply = site.ask(task)
+    assert isinstance(reply, Refusal)
+    assert str(tmp_path) not in reply.reason
+    assert "missing" not in reply.reason
+    if key != "data":  # an error about data may quote a record, so only its place is told
+        assert f"<{key}>" in reply.reason
+        assert str(site.node[key]) in caplog.text, "the steward's own log hides where to look"
 
 
 def test_the_list_has_every_field_of_every_reply_and_no_other() -> None:

@@ -6,7 +6,8 @@ from common.config import Scalar
 from experiments.settings import to_toml
 
 HEAD = """\
-# What the data steward of this site allows. A job that asks for more is refused before a record is read.
+# What the data steward of this site allows. Where a job's figures are laxer, the site takes these; what it forbids
+# it refuses before a record is read.
 # The budget counts all runs on these records, whoever asks for them.
 """
 

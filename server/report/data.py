@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import FedVeilError
 from common.privacy.accounting import TRAINING
 from server.report.claim import Claim, claim_of
 from server.report.folder import Line, RunFiles, read_run
 from server.report.sites import ReleaseReport, SiteReport, other_releases, site_reports
-from strategies import known_settings
+from strategies import configure, known_settings
 
 SCHEMA = "fedveil-report/1"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
@@ -62,7 +63,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, and whether it differs from its default (None: a setting that has none here)."""
+    """One setting, and whether someone chose another value than the default (None: a setting that has none here)."""
 
     key: str
     value: Any
@@ -221,7 +222,16 @@ def _spent(lines: Sequence[Line]) -> list[Spent]:
 
 def _settings(values: Line) -> list[Setting]:
     known = known_settings()
+    chosen = {key for key in values if key in known and values[key] != known[key] and not _filled_in(key, values)}
     return [
-        Setting(key, value, known.get(key), key in known and value != known[key])
+        Setting(key, value, known.get(key), key in chosen)
         for key, value in sorted(values.items(), key=lambda item: ("." in item[0], item[0]))
     ]
+
+
+def _filled_in(key: str, values: Line) -> bool:
+    """Return whether the run came to this value by itself, from a default that leaves it open."""
+    try:
+        return configure({**values, key: known_settings()[key]}).settings().get(key) == values[key]
+    except FedVeilError:  # the settings of another version, or values that only go together
+        return False

@@ -1,0 +1,44 @@
+"""What of an error may leave a site: rules, figures and places in the code; no record, and no path of its disks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.config import Scalar
+from common.errors import DataError, FedVeilError
+from common.log import place_of
+
+PATH_KEYS = ("ledger", "policy", "data")
+"""Node settings that hold a path."""
+_ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")
+
+
+def own_words(error: Exception) -> str:
+    """Return what the site's own log may say: errors about data and unforeseen ones can quote records."""
+    quotable = isinstance(error, FedVeilError) and not isinstance(error, DataError)
+    return str(error) if quotable else place_of(error)
+
+
+def public_reason(error: Exception, node: Mapping[str, Scalar], *, simulated: bool) -> str:
+    """Return what the server is told; in a simulation, where all is one machine, everything."""
+    if simulated:
+        return str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
+    return without_paths(own_words(error), node)
+
+
+def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
+    """Return ``text`` with the node's own paths replaced by what they are, and any other by ``<path>``.
+
+    >>> without_paths("see /srv/my data/l.sqlite and /etc/x; 1/50 stays", {"ledger": "/srv/my data/l.sqlite"})
+    'see <ledger> and <path>; 1/50 stays'
+    """
+    names: dict[str, str] = {}
+    for key in PATH_KEYS:
+        if key in node:
+            path = Path(str(node[key])).expanduser()
+            names |= {str(form): f"<{key}>" for form in (node[key], path, path.absolute()) if "/" in str(form)}
+    for form in sorted(names, key=len, reverse=True):
+        text = text.replace(form, names[form])
+    return _ANY_PATH.sub("<path>", text)
