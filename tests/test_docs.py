@@ -96,11 +96,23 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
-def test_the_pitfall_table_names_tests_that_exist() -> None:
+def test_tests_named_in_the_page_on_privacy_exist() -> None:
     text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
-    for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
+    for file, test in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text):
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert not test or f"def {test}(" in source, f"docs/privacy.md names {file}::{test}, which is not there"
+
+
+def test_every_pitfall_that_is_of_code_has_a_test_and_every_edge_a_severity() -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| ([^|]+) \|$", text, flags=re.M)
+    assert {int(number) for number, _, _ in rows} == set(range(1, 17))
+    untested = [pitfall for _, pitfall, tests in rows if "::test_" not in tests and "not of code" not in tests]
+    assert not untested, f"no test would find: {untested}"
+    edges = text.split("## Sharp edges")[1].split("\n## ")[0]
+    severities = [line.split("|")[1].strip() for line in edges.splitlines() if line.startswith("|")][2:]
+    assert set(severities) == {"high", "medium", "low"}
+    assert severities == sorted(severities, key=["high", "medium", "low"].index)
 
 
 def test_the_page_on_adding_a_strategy_works(

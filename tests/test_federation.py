@@ -126,6 +126,31 @@ def test_the_run_ends_early_and_well_when_every_budget_is_spent(toy_settings: di
     assert result["epsilon"] <= three_of_six
 
 
+def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_three(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    policy, budget = tmp_path / "policy.toml", epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
+    policy.write_text(f"epsilon = {budget}\ndelta = 1e-3\n")
+    nodes = simulated_nodes(2, tmp_path / "ledgers")
+    nodes[1] |= {"policy": str(policy)}
+    settings = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
+    folder = run_in_process({**toy_settings, **settings}, nodes)
+    lines = read_lines(folder / "rounds.jsonl")
+    assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
+    refusals = [[(r["site"], r["kind"]) for r in line["refusals"]] for line in lines]
+    assert refusals == [[]] * 3 + [[("site-1", "budget")]] * 3
+    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    spent = [line["epsilon_total"] for line in read_lines(folder / "privacy.jsonl") if line["site"] == "site-1"]
+    assert len(spent) == 3
+    assert max(spent) <= budget
+    with Ledger(tmp_path / "ledgers" / "site-1.sqlite") as ledger:
+        assert [entry.round_number for entry in ledger.entries()] == [1, 2, 3], "a refused round was charged"
+    for said in (folder / "report.md", folder / "report.html", folder / "run.log"):
+        text = said.read_text(encoding="utf-8")
+        assert "site-1" in text
+        assert "budget" in text, f"{said.name} does not say why site-1 was missing"
+
+
 def test_a_failing_site_is_named_with_its_reason(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     nodes = simulated_nodes(3, tmp_path / "ledgers")
     nodes[2] = {**nodes[2], "ledgr": "typo"}
