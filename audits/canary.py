@@ -18,9 +18,9 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from audits.bounds import free_bound, gaussian_bound
-from audits.finding import Finding, quiet, show
+from audits.finding import FAULT, Finding, quiet, show
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.ledger import Ledger
@@ -76,16 +76,6 @@ FAULTS = (
 )
 
 
-@contextmanager
-def _built_in(noise: Normal) -> Iterator[None]:
-    kept = dpsgd.private_normal
-    dpsgd.private_normal = noise
-    try:
-        yield
-    finally:
-        dpsgd.private_normal = kept
-
-
 def probe(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> Finding:
     """Train on canaries with ``fault`` built in; passed means sound and silent, or faulty and found.
 
@@ -99,7 +89,7 @@ def probe(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> Findi
     model = nn.Linear(canaries, 1, bias=False)
     nn.init.zeros_(model.weight)
     records = present.nonzero().flatten()
-    with _built_in(fault.noise()):
+    with patch.object(dpsgd, "private_normal", fault.noise()):
         for number in range(1, ROUNDS + 1):
             name = f"{number}.sqlite" if fault.new_ledger_each_round else "ledger.sqlite"
             with Ledger(folder / name) as ledger:
@@ -113,7 +103,7 @@ def probe(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> Findi
     found = bound > charge.epsilon_after
     return Finding(
         "canaries",
-        fault.name if fault is SOUND else f"fault built in: {fault.name}",
+        fault.name if fault is SOUND else f"{FAULT}: {fault.name}",
         found != (fault is SOUND),
         {
             "epsilon claimed": charge.epsilon_after,

@@ -11,6 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+FAULT = "fault built in"
+"""How a case begins in which something was broken on purpose."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -41,7 +44,8 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
         table.add_column(name)
     for finding in findings:
         figures = "\n".join(f"{name}: {_spoken(value)}" for name, value in finding.figures.items())
-        outcome = "[green]passed[/]" if finding.passed else "[bold red]FAILED[/]"
+        good, bad = ("found", "MISSED") if finding.case.startswith(FAULT) else ("passed", "FAILED")
+        outcome = f"[green]{good}[/]" if finding.passed else f"[bold red]{bad}[/]"
         table.add_row(finding.audit, finding.case, outcome, figures, end_section=True)
     console.print(table)
 

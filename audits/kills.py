@@ -30,7 +30,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from audits.finding import Finding, quiet, show
+from audits.finding import FAULT, Finding, quiet, show
 from audits.forked import Child, Send, fork
 from audits.tiny_site import OneSite, tiny_site
 from common.errors import LedgerError
@@ -187,7 +187,7 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
             life = audit.begin(life.number + 1)
     return Finding(
         "kills",
-        "as it is" if play is play_round else "fault built in",
+        "as it is" if play is play_round else FAULT,
         not audit.violations,
         {
             "kills": kills,
