@@ -3,7 +3,7 @@
 A private step pays for its noise, so a private round is one step on one large batch, and the one
 Adam of the run is the server's: it sees noise that the sites' average has already lowered. A step
 without privacy is free, so the same records make several small steps with Adam at the sites, and
-the average is the new model. Both spend 0.12 of the records a round.
+the average is the new model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from common.config import ServerConfig, TrainingConfig
 
-LEARNING_RATES = {"sgd": 1.0, "momentum": 1.0, "adam": 0.01, "adamw": 0.01}
+LEARNING_RATES = {"sgd": 1.0, "momentum": 1.0, "adam": 0.02, "adamw": 0.02}
 
 
 def fill(training: TrainingConfig, server: ServerConfig, *, private: bool) -> tuple[TrainingConfig, ServerConfig]:
@@ -27,8 +27,9 @@ def fill(training: TrainingConfig, server: ServerConfig, *, private: bool) -> tu
     filled = replace(
         training,
         optimizer=optimizer,
-        local_steps=training.local_steps or (1 if private else 4),
-        sample_rate=training.sample_rate or (0.12 if private else 0.03),
+        local_steps=training.local_steps or (1 if private else 6),
+        sample_rate=training.sample_rate or (0.16 if private else 0.036),
         learning_rate=training.learning_rate or LEARNING_RATES[optimizer],
+        head_rate=training.head_rate or (4.0 if private else 2.0),
     )
     return filled, server

@@ -46,6 +46,7 @@ def test_pyproject_lists_exactly_the_settings_that_exist_with_their_defaults() -
 
 OPEN = (
     "training.local-steps",
+    "training.head-rate",
     "training.sample-rate",
     "training.optimizer",
     "training.learning-rate",
@@ -139,7 +140,6 @@ POSITIVE = (
     "adapter.rank",
     "adapter.alpha",
     "head.margin",
-    "training.head-rate",
     "training.beta2",
     "server.learning-rate",
     "server.epsilon",
@@ -150,6 +150,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "model.feature-scale",
     "training.local-steps",
+    "training.head-rate",
     "training.sample-rate",
     "training.learning-rate",
     "training.momentum",
@@ -405,8 +406,8 @@ def test_a_control_character_survives_toml(character: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "steps", "rate", "server", "site"),
     [
-        ("dp-sgd", 1, 0.12, "adam", "sgd"),
-        ("none", 4, 0.03, "none", "adam"),
+        ("dp-sgd", 1, 0.16, "adam", "sgd"),
+        ("none", 6, 0.036, "none", "adam"),
     ],
 )
 def test_what_is_left_open_suits_the_privacy_mode(mode: str, steps: int, rate: float, server: str, site: str) -> None:
