@@ -1,6 +1,7 @@
 # make demo   environment, then the main job: a private federated fine-tune on real text
 # make test   environment, then every test
 # make generative   the model and data of the generative example
+# make test-deployment   the walk-through of docs/deploy.md with real processes, TLS and keys
 # make audit  kills, two processes at once and canaries against the privacy budget; RUN=folder puts audit.json there
 # make check  formatters, linters, types
 PYTHON ?= python3
@@ -10,13 +11,16 @@ READY  := $(VENV)/.ready
 
 GENERATIVE := $(VENV)/.generative
 
-.PHONY: demo test audit check format environment generative clean
+.PHONY: demo test test-deployment audit check format environment generative clean
 
 demo: environment
 	$(BIN)/fedveil run
 
 test: environment generative
 	$(BIN)/python -m pytest
+
+test-deployment: environment
+	$(BIN)/python -m pytest -m deployment tests/test_deploy.py
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))

@@ -112,7 +112,7 @@ def page_commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("fedveil ")]
 
 
-@pytest.mark.slow
+@pytest.mark.deployment
 def test_the_walk_through_ends_in_a_finished_run(
     processes: Processes, tmp_path: Path, model_folder: Callable[[str], str]
 ) -> None:
@@ -167,7 +167,7 @@ def test_the_walk_through_ends_in_a_finished_run(
     assert processes.stop("server") < 10
 
 
-@pytest.mark.slow
+@pytest.mark.deployment
 def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_path: Path) -> None:
     fleet, control, runtime = free_ports(3)
     server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=fleet, control_port=control)
@@ -206,7 +206,7 @@ def examine_site_quickly(folder: SiteFolder) -> list[Any]:
     return list(examine_site(broken))
 
 
-@pytest.mark.slow
+@pytest.mark.deployment
 def test_an_expired_server_is_refused_by_itself_by_flower_and_by_name(processes: Processes, tmp_path: Path) -> None:
     fleet, control, runtime = free_ports(3)
     then = datetime.now(UTC) - timedelta(days=certificates.SERVER_DAYS + 3)
