@@ -152,7 +152,7 @@ def test_an_answer_stays_within_the_budget_and_the_next_one_does_not(quantity: s
 def test_an_answer_pays_for_the_initialisation_first() -> None:
     base = {"strategy": "fed-sb", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3, "privacy.epsilon": 5.0}
     free = find(configure(base), "rounds")
-    paid = find(configure({**base, "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 1.0}), "rounds")
+    paid = find(configure({**base, "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 0.5}), "rounds")
     assert paid.value < free.value
 
 
