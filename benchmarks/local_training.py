@@ -86,7 +86,6 @@ def main() -> None:
     budget = choose_batch_tokens(job.config.training.batch_tokens, ours.device)
     mine = [p for factors in ours.trained().values() for p in factors.values()]
     open_optimizer = build_optimizer(ours.trained(), job.config.training)
-    private_optimizer = build_optimizer(ours.trained(), job.config.training)
     plan = PrivacyPlan(1.0, 0.8, 0.1, float(arguments.records), 1e-5, 8.0)
 
     def open_loop(chosen: list[int]) -> None:
@@ -94,7 +93,9 @@ def main() -> None:
         plain_step(_parts(records, chosen, ours, budget), ours, open_optimizer, mine)
 
     def private_loop(chosen: list[int]) -> None:
-        with PrivateSteps(ours.module, private_optimizer, plan) as steps:
+        # A new one for every step, as a site has in every round: a private optimiser serves one mechanism only.
+        optimizer = build_optimizer(ours.trained(), job.config.training)
+        with PrivateSteps(ours.module, optimizer, plan) as steps:
             steps.step(_parts(records, chosen, ours, budget), ours.losses)
 
     loops: dict[str, Callable[[list[int]], None]] = {"plain": plain_loop, "open": open_loop, "private": private_loop}
