@@ -117,7 +117,8 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
         if ended:
             return
         if time.monotonic() - asked > ASK_SECONDS:
-            asked, status = time.monotonic(), control.status(run)
+            status = control.status(run)
+            asked = time.monotonic()  # after the answer: on a machine that takes longer than ASK_SECONDS it never rests
             if status.startswith("finished") and not _result(path, since):
                 raise RunFailed(
                     f"run {run} ended as {status} and left no result, as when the SuperLink is restarted: submit it "
