@@ -8,7 +8,6 @@ from pathlib import Path
 
 from common.errors import FedVeilError
 from common.log import about, kept_in, place_of, set_up
-from common.messages import Refusal, TrainResult
 from common.model import Score
 from common.paths import run_folder, run_name
 from server.admission import Member
@@ -37,12 +36,13 @@ class _Observer:
     def resumed(self, checkpoint: Checkpoint) -> None:
         self._folder.say(f"goes on after round {checkpoint.state.round_number}: {score_words(checkpoint.score)}")
 
-    def initialised(self, results: list[TrainResult], refusals: list[Refusal]) -> None:
-        self._folder.initialised(results)
+    def initialised(self, outcome: RoundOutcome) -> None:
+        self._folder.initialised(outcome)
+        results = outcome.results
         spent = max((r.spending.epsilon_total for r in results if r.spending), default=None)
         cost = "no record used" if not results else "no claim" if spent is None else f"ε {spent:.2f}, worst site"
         self._folder.say(f"initialisation from a full gradient: {len(results)} sites, {cost}", 0)
-        for refusal in refusals:
+        for refusal in outcome.refusals:
             self._folder.say(f"  {refusal.site} did not take part ({refusal.kind}): {refusal.reason}", 0)
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:

@@ -133,9 +133,9 @@ class RunFolder:
         if self.saved:
             self._save(self.saved)
 
-    def initialised(self, results: list[TrainResult]) -> None:
-        """Append what round 0 cost each site."""
-        append_lines(self.path / "privacy.jsonl", [privacy_line(self.job, result) for result in results])
+    def initialised(self, outcome: RoundOutcome) -> None:
+        """Append round 0's line and what it cost each site."""
+        self._lines(outcome)
 
     def _lines(self, outcome: RoundOutcome) -> None:
         append_lines(self.path / "privacy.jsonl", [privacy_line(self.job, result) for result in outcome.results])

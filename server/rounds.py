@@ -39,7 +39,7 @@ class RoundOutcome:
     """Whether the quorum was reached; if not, nothing was averaged."""
     attempts: int = 1
     failures: list[Failure] = field(default_factory=list)
-    """Everything that went wrong, in every attempt; round 1 also tells round 0's."""
+    """Everything that went wrong, in every attempt."""
 
 
 class Observer(Protocol):
@@ -51,8 +51,8 @@ class Observer(Protocol):
     def resumed(self, checkpoint: Checkpoint) -> None:
         """The run goes on after the checkpoint's round."""
 
-    def initialised(self, results: list[TrainResult], refusals: list[Refusal]) -> None:
-        """Round 0 brought a full gradient, from these sites (none: from public data)."""
+    def initialised(self, outcome: RoundOutcome) -> None:
+        """Round 0 brought a full gradient, from the outcome's sites (none: from public data)."""
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
         """A round is complete and counts."""
@@ -79,17 +79,15 @@ def run_rounds(
     admission = Admission(job, saved.members if saved else {})
     sites = Sites(job, run, transport, evaluator, admission)
     if saved:
-        state, earlier = saved.state, list[Failure]()
-        score = saved.score
+        state, score = saved.state, saved.score
         observer.resumed(saved)
     else:
-        state, earlier = _initialise(job, sites, evaluator, observer)
+        state = _initialise(job, sites, evaluator, observer)
         score = evaluator.score(state.adapter)
         observer.started(score, state, admission.members)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
         got = sites.gather(round_number, state)
-        got.failures, earlier = [*earlier, *got.failures], []
         if len(got.results) < job.config.min_sites:
             observer.missed(_outcome(round_number, got, score, began, counts=False))
             spent = [r for r in got.refusals.values() if r.kind == "budget"]
@@ -123,21 +121,22 @@ def _outcome(
     )
 
 
-def _initialise(job: Job, sites: Sites, evaluator: Evaluator, observer: Observer) -> tuple[ServerState, list[Failure]]:
-    """Return the state before round 1 and round 0's failures; only a start from a full gradient has a round 0."""
+def _initialise(job: Job, sites: Sites, evaluator: Evaluator, observer: Observer) -> ServerState:
+    """Return the state before round 1; only a start from a full gradient has a round 0."""
     state, source = job.strategy.start(evaluator.start), job.strategy.gradient
     if source is None:
-        return state, []
-    if source.public_data:
-        observer.initialised([], [])
-        return job.strategy.begin(state, [Contribution("public", 1.0, evaluator.public_gradient(source))]), []
+        return state
     began = time.monotonic()
+    if source.public_data:
+        gradient = evaluator.public_gradient(source)
+        observer.initialised(RoundOutcome(0, [], [], None, 0, 0, time.monotonic() - began))
+        return job.strategy.begin(state, [Contribution("public", 1.0, gradient)])
     got = sites.gather(0, state)
     if len(got.results) < job.config.min_sites:
         observer.missed(_outcome(0, got, evaluator.score(state.adapter), began, counts=False))
         raise _too_few(got, 0, job.config.min_sites)
-    observer.initialised(got.ordered_results(), got.ordered_refusals())
-    return job.strategy.begin(state, contributions(got.ordered_results())), got.failures
+    observer.initialised(_outcome(0, got, None, began))
+    return job.strategy.begin(state, contributions(got.ordered_results()))
 
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:

@@ -38,7 +38,7 @@ class RoundReport:
     """One round. Bytes are adapter payload of all messages, accuracy a share, seconds wall time."""
 
     round_number: int
-    """0: before training."""
+    """0: before training, or a start from a full gradient."""
     counted: bool
     """Whether enough sites took part; a round that does not count leaves the model as it was."""
     participants: list[str]
@@ -169,7 +169,7 @@ def _worst(sites: Sequence[SiteReport]) -> SiteReport | None:
 
 def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     worst, planned = _worst(sites), files.config["settings"].get("rounds")
-    counted = [line for line in files.rounds if line.get("complete", True)]
+    counted = [line for line in files.rounds if line["round"] and line.get("complete", True)]
     return Headline(
         accuracy_before=files.baseline["accuracy"] if files.baseline else None,
         accuracy_after=next((line["accuracy"] for line in reversed(counted) if line["accuracy"] is not None), None),
@@ -192,10 +192,18 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
         return max((total for total in totals if total is not None), default=None)
 
     rows = []
+    lines = files.rounds
     if files.baseline:
-        start = files.baseline
-        rows.append(RoundReport(0, True, [], start["accuracy"], start["loss"], None, None, None, worst_by(0)))
-    for line in files.rounds:
+        # A start from a full gradient is round 0, and what was scored before round 1 is its result.
+        start, first = (
+            files.baseline,
+            next((line for line in lines if not line["round"] and line.get("complete", True)), None),
+        )
+        traffic = (first["bytes_down"], first["bytes_up"], first["seconds"]) if first else (None, None, None)
+        sites = first["participants"] if first else []
+        rows.append(RoundReport(0, True, sites, start["accuracy"], start["loss"], *traffic, worst_by(0)))
+        lines = [line for line in lines if line is not first]
+    for line in lines:
         traffic = (line["bytes_down"], line["bytes_up"], line["seconds"])
         score = (line["accuracy"], line["loss"])
         who = (line["round"], bool(line.get("complete", True)), line["participants"])
