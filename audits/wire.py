@@ -26,11 +26,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from audits.finding import Finding, quiet
 from audits.wire_findings import Heard, findings_of
 from common.errors import FedVeilError
+from server.records import read_json
 
 QUIET_SECONDS = 60.0
 """How long to listen after the job: what nodes send while nothing goes on."""
@@ -76,7 +78,7 @@ def listen(folder: Path) -> list[Finding]:
         for site, bridge in bridges.items():
             stack.enter_context(captured(bridge, folder / f"{site}.pcap"))
         counts = [_counts(bridges)]
-        began = time.monotonic()
+        began, when = time.monotonic(), datetime.now(UTC)
         call("docker", "compose", "up", "--detach", "--no-build")
         container = call("docker", "compose", "ps", "--all", "--quiet", "job").strip()
         code = call("docker", "wait", container).strip()
@@ -87,8 +89,14 @@ def listen(folder: Path) -> list[Finding]:
     if code != "0":
         raise CannotListen(f"the job ended with exit code {code}: see 'docker compose logs job'")
     call("docker", "compose", "cp", "job:/federation/last-job.json", str(folder / "job.json"))
-    run = json.loads((folder / "job.json").read_text(encoding="utf-8"))["folder"]
+    run = read_json(folder / "job.json")["folder"]
     call("docker", "compose", "cp", f"superlink:{run}", str(folder / "run"))
+    started = datetime.fromisoformat(read_json(folder / "run" / "config.json")["started"])
+    if started < when.replace(microsecond=0):
+        raise CannotListen(
+            "the job began before this audit, so its rounds were not heard: give FEDVEIL_SETTINGS that have not been "
+            "run yet, or start over with 'docker compose down --volumes'"
+        )
     heard = [
         Heard(site, folder / f"{site}.pcap", counts[1][site] - counts[0][site], counts[2][site] - counts[1][site])
         for site in bridges

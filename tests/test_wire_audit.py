@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,9 +235,51 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(wire.CannotListen, match="there is no tcpdump"):
         wire.listen(tmp_path / "new")
     for name in ("tcpdump", "docker"):
-        (tmp_path / name).write_text("#!/bin/sh\necho it does not work >&2\nexit 1\n")
-        (tmp_path / name).chmod(0o755)
+        stand_in(tmp_path, name, "echo it does not work >&2; exit 1")
     with pytest.raises(wire.CannotListen, match="is there already"):
         wire.listen(tmp_path)
     with pytest.raises(wire.CannotListen, match="docker compose up --no-start failed: it does not work"):
         wire.listen(tmp_path / "new")
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    """Put a program of this name on a PATH that begins with the folder."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+TCPDUMP = 'trap "echo {dropped} packets dropped by kernel >&2; exit 0" TERM; {first}; sleep 60 & wait'
+
+
+@pytest.mark.parametrize(
+    ("dropped", "first", "says"),
+    [
+        (0, "echo listening on br-a1 >&2", ""),
+        (7, "echo listening on br-a1 >&2", "tcpdump lost frames of br-a1"),
+        (0, "echo no such device >&2; exit 1", "does not listen on br-a1: no such device"),
+    ],
+)
+def test_a_capture_begins_before_the_body_and_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: int, first: str, says: str
+) -> None:
+    stand_in(tmp_path, "tcpdump", TCPDUMP.format(dropped=dropped, first=first))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    reached = []
+    outcome = pytest.raises(wire.CannotListen, match=says) if says else nullcontext()
+    with outcome, wire.captured("br-a1", tmp_path / "site-1.pcap"):
+        reached.append("listening" in (tmp_path / "site-1.log").read_text())
+    assert reached == ([] if "no such device" in first else [True])
+
+
+def test_bridges_are_those_of_the_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = [
+        {"Id": f"{name}0123456789abcdef".replace("-", "e"), "Labels": {"com.docker.compose.network": name}}
+        for name in ("site-2", "control", "site-1")
+    ]
+    (tmp_path / "networks.json").write_text(json.dumps(networks))
+    stand_in(tmp_path, "docker", f'case "$2" in ls) echo a b c;; inspect) cat {tmp_path}/networks.json;; esac')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert wire.bridges_of("fedveil") == {"site-1": "br-sitee1012345", "site-2": "br-sitee2012345"}
+    stand_in(tmp_path, "docker", "true")
+    with pytest.raises(wire.CannotListen, match="no network of a site"):
+        wire.bridges_of("fedveil")
