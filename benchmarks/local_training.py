@@ -9,7 +9,9 @@ Three loops over the same logical batches of the default job's records:
 * ours with privacy: the same parts through per-record gradients, clip and noise.
 
 The loops take turns, so that a machine whose speed drifts drifts for all. The limit of the first
-ratio is what sorting saves in padded tokens times what bfloat16 saves in arithmetic.
+ratio is what sorting saves in padded tokens times what bfloat16 saves in arithmetic; the limit of
+any loop is the arithmetic of a record over the speed of this machine's matrix product, measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from client.local_training import _parts, plain_step
 from client.optimizers import build_optimizer
@@ -54,6 +57,20 @@ def build(job: Job, *, precision: str) -> FederatedModel:
         max_length=config.model.max_length,
         precision=precision,
     )
+
+
+def product_speed(model: FederatedModel, seconds: float = 1.0) -> float:
+    """Return the floating-point operations per second of a matrix product of the model's usual shape and precision."""
+    width = int(model.base.module.config.hidden_size)
+    left = torch.randn(1024, width, device=model.device, dtype=model.precision)
+    right = torch.randn(width, 4 * width, device=model.device, dtype=model.precision)
+    products, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(20):
+            result = left @ right
+        float(result[0, 0])  # a GPU answers only when it is done
+        products += 20
+    return products * 2 * 1024 * width * 4 * width / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -113,6 +130,9 @@ def main() -> None:
             padded += max(lengths[start : start + PLAIN_BATCH]) * len(lengths[start : start + PLAIN_BATCH])
         sorted_tokens += sum(max(lengths[i] for i in group) * len(group) for group in length_batches(lengths, budget))
 
+    with FlopCounterMode(display=False) as counter:
+        open_loop(chosen)
+    needed, speed = counter.get_total_flops() / arguments.records, product_speed(ours)
     rate = {name: arguments.records / statistics.median(values) for name, values in seconds.items()}
     speedup = [p / o for p, o in zip(seconds["plain"], seconds["private"], strict=True)]
     price = [p / o for p, o in zip(seconds["private"], seconds["open"], strict=True)]
@@ -123,6 +143,10 @@ def main() -> None:
         f"DP-SGD / plain       {statistics.median(speedup):7.2f} x  ({min(speedup):.2f} to {max(speedup):.2f}); aim: 3"
     )
     print(f"time private / open  {statistics.median(price):7.2f} x  ({min(price):.2f} to {max(price):.2f}); aim: 1.1")
+    print(
+        f"limit                {speed / needed:7.1f} records/s: {needed / 1e9:.2f} GFLOP a record, matrix products at "
+        f"{speed / 1e9:.0f} GFLOP/s; ours without privacy reaches {100 * rate['open'] * needed / speed:.0f} % of it"
+    )
     print(f"tokens with padding: {padded} as they come, {sorted_tokens} sorted: {padded / sorted_tokens:.2f} x fewer")
     print(
         f"peak memory of this process (two models): {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
