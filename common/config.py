@@ -236,6 +236,9 @@ class RunConfig:
     """Rounds from one scoring of the global model to the next; the last round is always scored."""
     max_update_norm: float = 0.0
     """Largest L2 norm of a site's change to what it received; 0: what the run's own settings make plausible."""
+    max_size_ratio: float = 100.0
+    """Largest public size that a site may declare, over the median of the round's (three sites or more); a site
+    weighs as much as it declares."""
     resume: str = ""
     """Id or folder of a run to go on with after its last complete round; empty: a new run."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -255,6 +258,7 @@ class RunConfig:
             min_sites=self.min_sites,
             round_timeout=self.round_timeout,
             evaluate_every=self.evaluate_every,
+            max_size_ratio=self.max_size_ratio,
         )
         not_negative(round_retries=self.round_retries, max_update_norm=self.max_update_norm)
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)

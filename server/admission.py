@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from common.errors import FedVeilError
 from common.messages import Spending, TrainResult
 from common.privacy.plan import PrivacyPlan
-from server.plausible import implausible, largest_norm, update_norm
+from server.plausible import implausible, largest_norm, oversized, update_norm
 from strategies import Job, ServerState
 
 ROOM = 1e-3
@@ -56,6 +56,8 @@ class Admission:
             else:
                 claimed.add(result.site)
         left = {node: result for node, result in results.items() if node not in reasons}
+        reasons |= oversized({n: r.public_size for n, r in left.items()}, self._job.config.max_size_ratio)
+        left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(result, state) for node, result in left.items()}
         bounds = {n: largest_norm(self._job.config, self._plan(r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)

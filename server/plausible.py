@@ -74,6 +74,21 @@ def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResul
     return min(known, SLACK * way * (step + decay)) if math.isfinite(step) else known
 
 
+def oversized(sizes: Mapping[int, int], ratio: float) -> dict[int, str]:
+    """Return the nodes that declare more than ``ratio`` times the median size, with the reason; both are by node.
+
+    A site weighs as much as it declares, so one that declares a thousand times too much would be the
+    average. Fewer than three sites have no middle to be measured against.
+    """
+    middle = median(sizes.values()) if len(sizes) >= 3 else math.inf
+    return {
+        node: f"the site declares the public size {size}, above {ratio:g} times the round's median {middle:g} "
+        "(max-size-ratio)"
+        for node, size in sizes.items()
+        if size > ratio * middle
+    }
+
+
 def implausible(norms: Mapping[int, float], bounds: Mapping[int, float]) -> dict[int, str]:
     """Return the nodes whose update is too large, with the reason; norms and bounds are by node."""
     middle = median(norms.values()) if len(norms) >= 3 else math.inf

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunFailed
-from common.messages import Reply, Spending, TrainResult, TrainTask
+from common.messages import Refusal, Reply, Spending, TrainResult, TrainTask
 from common.tensors import apply
 from common.types import AdapterState
 from common.wire import STYPE, decode_reply, encode_reply
@@ -104,6 +104,18 @@ def test_a_round_below_quorum_asks_again_only_those_that_failed(toy_settings: di
     assert same(folder, run_in_process(settings, 3, "whole")), "the retried round is not the round without a fault"
 
 
+def test_a_site_that_counted_before_is_named_when_it_is_late_and_cannot_rename_itself(
+    toy_settings: dict[str, Any],
+) -> None:
+    def refuse(result: TrainResult) -> Any:
+        return encode_reply(Refusal(result.run, result.round_number, "site-2", "policy", "no"))
+
+    for transport, kind in ((faulty(lost={1: [1]})[0], "late"), (hostile(refuse, from_round=2), "policy")):
+        folder = run_in_process(plain(toy_settings), 3, kind, transport)
+        (failure,) = read_lines(folder / "rounds.jsonl")[1]["failures"]
+        assert (failure["site"], failure["kind"]) == ("site-1", kind)
+
+
 def test_weights_follow_who_took_part(toy_settings: dict[str, Any]) -> None:
     kind, _ = faulty(lost={0: [2], 1: [2]})
     folder = run_in_process(plain(toy_settings), 3, "lost", kind)
@@ -115,7 +127,7 @@ def test_weights_follow_who_took_part(toy_settings: dict[str, Any]) -> None:
 def test_a_run_below_quorum_stops_with_a_reason_and_keeps_what_was_trained(toy_settings: dict[str, Any]) -> None:
     kind, made = faulty(lost={1: [1], 2: [1], 3: [1]})
     settings = {**plain(toy_settings), "min-sites": 2, "round-retries": 2, "rounds": 3}
-    with pytest.raises(RunFailed, match=r"round 2: 1 sites succeeded in 3 attempts, 2 needed. node 1 \(late\)"):
+    with pytest.raises(RunFailed, match=r"round 2: 1 sites succeeded in 3 attempts, 2 needed. site-1 \(late\)"):
         run_in_process(settings, 2, "short", kind)
     assert made[0].asked[1:] == [(2, [0, 1]), (2, [1]), (2, [1])]
     folder = Path(settings["output"]) / "ffa-lora-short"
@@ -230,6 +242,7 @@ LIES: dict[str, tuple[Tamper, str, int]] = {
     "another run": (lambda r: replace(r, run="other"), "other", 1),
     "another site's name": (lambda r: replace(r, site="site-0"), "another node", 1),
     "no name": (lambda r: replace(r, site=" "), "names no site", 1),
+    "a size that outweighs all others": (lambda r: replace(r, public_size=10**6 * r.public_size), "max-size-ratio", 1),
     "another size than before": (lambda r: replace(r, public_size=r.public_size + 1), "public size", 2),
 }
 
@@ -304,6 +317,12 @@ def test_a_name_stays_with_the_node_that_had_it(toy_settings: dict[str, Any]) ->
 def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(RunFailed, match=r"norm .* is above 1e-06"):
         run_in_process({**plain(toy_settings), "max-update-norm": 1e-6}, 2)
+
+
+def test_a_site_may_be_larger_than_the_others_within_the_ratio(toy_settings: dict[str, Any]) -> None:
+    large = hostile(lambda r: replace(r, public_size=10**6 * r.public_size))
+    folder = run_in_process({**plain(toy_settings), "max-size-ratio": 1e7}, 3, "large", large)
+    assert read_lines(folder / "rounds.jsonl")[0]["participants"] == ["site-0", "site-1", "site-2"]
 
 
 def test_a_hostile_reason_fills_neither_disk_nor_terminal(toy_settings: dict[str, Any]) -> None:
