@@ -3,6 +3,7 @@
 # make generative   the model and data of the generative example
 # make test-deployment   the walk-through of docs/deploy.md with real processes, TLS and keys
 # make audit  kills, two processes at once and canaries against the privacy budget; RUN=folder puts audit.json there
+# make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make check  formatters, linters, types
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ READY  := $(VENV)/.ready
 
 GENERATIVE := $(VENV)/.generative
 
-.PHONY: demo test test-deployment audit check format environment generative clean
+.PHONY: demo test test-deployment audit faults check format environment generative clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -24,6 +25,9 @@ test-deployment: environment
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))
+
+faults: environment
+	$(BIN)/python -m faults
 
 check: environment
 	$(BIN)/ruff check .

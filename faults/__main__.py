@@ -1,0 +1,87 @@
+"""Every fault on a real federation of three sites, one table; the exit code is 1 if anything failed.
+
+make faults
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from audits.finding import Finding, quiet
+from common.errors import RunFailed
+from faults.federation import Federation
+from faults.network import Cable
+from faults.scenarios import NETWORK, cut, kills, lies, slow, sound, stutters
+from faults.server_scenarios import server_killed, superlink_killed
+from faults.table import show
+
+SCENARIOS = ("lies", "stutters", "slow", "kills", "cut", "server", "superlink")
+
+
+def main() -> None:
+    """Run from a shell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SCENARIOS, nargs="+", default=SCENARIOS)
+    wanted = parser.parse_args().only
+    console, began, findings = Console(highlight=False), time.monotonic(), list[Finding]()
+    quiet()
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="fedveil-faults-") as name:
+        for finding in play(Path(name), wanted):
+            findings.append(finding)
+            console.print(f"{'passed' if finding.passed else 'FAILED'}  {finding.audit}: {finding.case}")
+    show(console, findings, time.monotonic() - began)
+    sys.exit(not all(finding.passed for finding in findings))
+
+
+def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]:
+    """Play the scenarios in an empty folder and yield what each found."""
+    cable = Cable()
+    try:
+        laid = _lay(cable)
+        with Federation(folder, (cable.address,)) as federation:
+            for site in ("clinic", "lab", "ward"):
+                away = (cable.address, cable.inside) if site == "ward" and not laid else ()
+                federation.add_site(site, *away)
+            federation.wait_online(*federation.sites)
+            finding, deadline = sound(federation)
+            yield finding
+            scenarios: dict[str, Callable[[], Iterator[Finding]]] = {
+                "cut": lambda: iter([laid]) if laid else cut(federation, cable, deadline),
+                "kills": lambda: kills(federation, deadline),
+                "lies": lambda: lies(federation, deadline),
+                "slow": lambda: slow(federation, deadline),
+                "stutters": lambda: stutters(federation, deadline),
+                "server": lambda: server_killed(federation, deadline),
+                "superlink": lambda: superlink_killed(federation, deadline),
+            }
+            for name, scenario in scenarios.items():
+                if name not in wanted:
+                    continue
+                try:
+                    yield from scenario()
+                except RunFailed as error:
+                    yield Finding(name, "the scenario did not come to its end", False, {"wrong": str(error)})
+    finally:
+        cable.remove()
+
+
+def _lay(cable: Cable) -> Finding | None:
+    """Lay the cable; where that cannot be done, return the finding that says so."""
+    try:
+        cable.lay()
+    except RunFailed as error:
+        return Finding(NETWORK, "cut and healed", False, {"wrong": f"not run: {error}"})
+    return None
+
+
+if __name__ == "__main__":
+    main()

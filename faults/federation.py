@@ -1,0 +1,228 @@
+"""One SuperLink and some SuperNodes on this machine, with TLS and node keys, a tiny model and data made up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from audits.tiny_site import tiny_run, write_reviews
+from common.config import Scalar
+from common.paths import run_folder
+from experiments.deploy.commands import environment, superlink_command, supernode_command
+from experiments.deploy.control import Control, control_of
+from experiments.deploy.policy_file import policy_text
+from experiments.deploy.registry import register_site
+from experiments.deploy.server_folder import make_server
+from experiments.deploy.site_folder import SiteFolder, make_site
+from faults.bundle import PROJECT, make_bundle
+from faults.plan import VARIABLE, Plan
+from faults.processes import Processes, wait_until
+from faults.warm import WarmPrograms
+from server.records import read_json
+from strategies import configure
+
+SIZES = {"clinic": 50, "ward": 70, "lab": 90}
+"""The sites and their declared public sizes: three different weights."""
+RECORDS = 40
+PATIENCE = 600.0
+"""Seconds for anything to happen; a failure's price, not a deadline of the federation."""
+RESTART_SECONDS = 2.0
+
+Place = Callable[[list[str]], list[str]]
+"""From a command to the command that runs it somewhere else."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A submitted run."""
+
+    flower_id: str
+    name: str
+    """What records and ledgers call it: for a resumed run, the id of its first start."""
+    path: Path
+
+    def ended(self) -> bool:
+        """Whether it has said how it ended."""
+        return (self.path / "result.json").exists()
+
+    def result(self) -> dict[str, Any]:
+        """Return how it ended, waiting for it."""
+        wait_until(self.ended, f"the end of run {self.name}", PATIENCE)
+        return read_json(self.path / "result.json")
+
+
+class Federation:
+    """Made in an empty folder; a context manager that ends every process that it started."""
+
+    def __init__(self, folder: Path, addresses: tuple[str, ...] = ()) -> None:
+        self.folder, self.processes, self.plan = folder, Processes(folder), Plan(folder / "plan")
+        self.plan.folder.mkdir()
+        self.plan.write({})
+        fleet, control, *self._runtime = _free_ports(2 + len(SIZES))
+        self.server = make_server(folder / "server", ["127.0.0.1", *addresses], fleet_port=fleet, control_port=control)
+        self.sites: dict[str, SiteFolder] = {}
+        self._places, self._stutters = dict[str, Place](), dict[str, bool]()
+        self._said = dict[str, int]()
+        self._bundle = make_bundle(folder / "app")
+        self._programs = WarmPrograms(folder / "bin", self._environment("warm"))
+        self.settings: dict[str, Scalar] = {
+            **tiny_run(folder),
+            "data.name": str(write_reviews(folder / "test.csv", RECORDS, 9)),
+            "data.test": str(folder / "test.csv"),
+            "data.labels": "bad,good",
+            "privacy.noise-multiplier": 2.0,
+            "round-retries": 0,
+            "output": str(self.server.runs),
+        }
+
+    def __enter__(self) -> Federation:
+        try:
+            wait_until(self._programs.ready, "the libraries to be loaded", PATIENCE)
+            self.start_server()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.processes.kill_all()
+        self._programs.end()
+
+    def start_server(self) -> None:
+        """Start the SuperLink and wait until its Control API answers."""
+        command = self._warm(superlink_command(self.server))
+        self.processes.start("superlink", command, self._environment("server"))
+
+        def answers() -> bool:
+            try:
+                socket.create_connection(("127.0.0.1", self.server.control_port), timeout=1).close()
+            except OSError:
+                return False
+            return True
+
+        wait_until(answers, "the SuperLink", PATIENCE)
+
+    def add_site(self, name: str, address: str = "127.0.0.1", inside: Place = list) -> None:
+        """Make a site that dials the server at ``address``, let it in, and start it.
+
+        Args:
+            name: one of SIZES.
+            address: what it dials.
+            inside: puts a command into the network where this site is.
+        """
+        data = write_reviews(self.folder / f"{name}.csv", RECORDS, len(self.sites))
+        self._places[name] = inside
+        self.sites[name] = make_site(
+            *(self.folder / name, name, f"{address}:{self.server.fleet_port}"),
+            policy=policy_text(name, SIZES[name], 50.0, 1e-3),
+            node=f'data="{data}"',
+            authority=self.server.path / "ca.crt",
+            runtime_port=self._runtime.pop(),
+        )
+        with self.control():
+            register_site(self.server, self.sites[name].path / "node.pub")
+        self.start_site(name)
+
+    def start_site(self, name: str, *, stutters: bool = False) -> None:
+        """Start a site's SuperNode, or the one that stutters."""
+        command = self._warm(supernode_command(self.sites[name]))
+        if stutters:
+            command[0] = str(self._programs.folder / "stuttering-node")
+        self._stutters[name], self._said[name] = stutters, len(self.processes.log(name))
+        self.processes.start(name, self._places[name](command), self._environment(name))
+
+    def wait_online(self, *names: str, restart: bool = False) -> float:
+        """Wait until the sites have come online since they were last started, and return the seconds.
+
+        With ``restart`` a node that is refused, because the server takes it for online still, is started
+        again, as its service unit does.
+        """
+        began = time.monotonic()
+
+        def all_online() -> bool:
+            for name in names:
+                log = self.processes.log(name)[self._said[name] :]
+                if restart and self.processes.ended(name):
+                    time.sleep(RESTART_SECONDS)
+                    self.start_site(name, stutters=self._stutters[name])
+                    return False
+                if "SuperNode ID" not in log:
+                    return False
+            return True
+
+        wait_until(all_online, f"{', '.join(names)} to come online", PATIENCE)
+        return time.monotonic() - began
+
+    def submit(self, **settings: Scalar) -> Run:
+        """Submit a run of the suite's bundle; settings are named with ``__`` for the dot and ``_`` for the dash."""
+        wanted = {**self.settings, **{k.replace("__", ".").replace("_", "-"): v for k, v in settings.items()}}
+        with self.control() as control:
+            run = control.submit(wanted)
+        config = configure(wanted).config
+        path = run_folder(config, run)
+        return Run(run, path.name.removeprefix(f"{config.strategy}-"), path)
+
+    @contextmanager
+    def control(self) -> Iterator[Control]:
+        """Yield the Control API, which submits the suite's bundle in place of the project."""
+        with (
+            patch("experiments.simulate.PROJECT", self._bundle),
+            patch("experiments.deploy.control.program", lambda name: str(self._programs.folder / name)),
+            control_of(self.server) as control,
+        ):
+            yield control
+
+    def wait_held(self, site: str, round_number: int) -> None:
+        """Wait until a site has come to the fault at which it waits."""
+        wait_until(lambda: self.plan.held(site, round_number), f"{site} in round {round_number}", PATIENCE)
+
+    def node_name(self, site: str) -> str:
+        """Return how the server names a site whose reply it cannot read."""
+        return f"node {(self.server.nodes / f'{site}.id').read_text().strip()}"
+
+    def kill_app(self, run: Run) -> None:
+        """Send SIGKILL to a run's server process."""
+        os.kill(int((self.plan.folder / f"{run.flower_id}.pid").read_text()), signal.SIGKILL)
+
+    def app_is_dead(self, run: Run) -> bool:
+        """Whether a run's server process has begun and is gone."""
+        file = self.plan.folder / f"{run.flower_id}.pid"
+        return file.exists() and not _alive(int(file.read_text()))
+
+    def _warm(self, command: list[str]) -> list[str]:
+        return [str(self._programs.folder / Path(command[0]).name), *command[1:]]
+
+    def _environment(self, name: str) -> Mapping[str, str]:
+        base = environment(self.folder / name / "flwr")
+        return {
+            **base,
+            VARIABLE: str(self.plan.folder),
+            "PYTHONPATH": str(PROJECT),
+            "PATH": f"{self.folder / 'bin'}{os.pathsep}{base['PATH']}",
+            "OMP_NUM_THREADS": "1",  # not one thread for each core in each of a dozen processes
+            "HF_HUB_OFFLINE": "1",
+        }
+
+
+def _alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

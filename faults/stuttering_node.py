@@ -1,0 +1,49 @@
+"""A SuperNode that sends every reply twice, and once more all the replies that it has sent before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import grpc
+from flwr.client.grpc_rere_client import connection
+from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.supernode.cli import flower_supernode
+
+from faults.plan import open_plan
+
+
+class StutteringStub(FleetStub):
+    """The calls of a node to the Fleet API; what became of a repeated push goes to ``pushes.txt``."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        super().__init__(channel)
+        self._sent: list[Any] = []
+        self.PushMessages = self._stuttered(self.PushMessages)
+
+    def _stuttered(self, push: Callable[..., Any]) -> Callable[..., Any]:
+        def call(request: Any, **options: Any) -> Any:
+            answer = push(request, **options)
+            for what, again in [("a duplicate", request), *(("a replay", old) for old in self._sent)]:
+                _note(what, partial(push, again, **options))
+            self._sent.append(request)
+            return answer
+
+        return call
+
+
+def _note(what: str, repeat: Callable[[], Any]) -> None:
+    try:
+        answer = repeat()
+        outcome = f"accepted, {len(answer.objects_to_push)} objects wanted"
+    except grpc.RpcError as error:
+        outcome = f"refused ({error.code().name})"
+    with (open_plan().folder / "pushes.txt").open("a") as file:
+        file.write(f"{what}: {outcome}\n")
+
+
+def main() -> None:
+    """Be a SuperNode, with its command line."""
+    connection.FleetStub = StutteringStub  # type: ignore[attr-defined,misc]
+    flower_supernode()
