@@ -4,7 +4,7 @@
 
 Brings the services of docker-compose.yml up from where their volumes are, with tcpdump on every
 site's network from before its first frame, waits for the job and a while longer, and leaves in
-FOLDER a capture of each site's network and the run's folder. SITES, FEDVEIL_SETTINGS and the other
+FOLDER a capture of each site's network, the run's folder and ``wire.json``. SITES, FEDVEIL_SETTINGS and the other
 variables of docker-compose.yml hold. It looks for
 
 * a frame that is neither TLS 1.3 to the Fleet port nor the network's own talk about addresses;
@@ -29,10 +29,10 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from audits.finding import Finding, quiet
+from audits.finding import Finding, as_json, quiet
 from audits.wire_findings import Heard, findings_of
 from common.errors import FedVeilError
-from server.records import read_json
+from server.records import package_versions, read_json, write_json
 
 QUIET_SECONDS = 60.0
 """How long to listen after the job: what nodes send while nothing goes on."""
@@ -102,7 +102,9 @@ def listen(folder: Path) -> list[Finding]:
         for site in bridges
     ]
     quiet()
-    return findings_of(heard, folder / "run", seconds, QUIET_SECONDS)
+    findings = findings_of(heard, folder / "run", seconds, QUIET_SECONDS)
+    write_json(folder / "wire.json", as_json(findings, when.isoformat(timespec="seconds"), package_versions()))
+    return findings
 
 
 def check_means() -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.cli.build import build_fab_from_files
 
 from common.privacy.ledger import Ledger
 from experiments.settings import to_toml
 from server.records import read_json
 from server.report import read_lines
 
+ROOT = Path(__file__).resolve().parent.parent
 FEDVEIL = Path(sys.executable).parent / "fedveil"
 
 
@@ -79,3 +83,13 @@ def test_a_wrong_setting_stops_before_anything_is_started(setting: str, words: s
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, f"not one line: {done.stderr}"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("[a-z]*/**/*.py")}
+    content, _ = build_fab_from_files({"pyproject.toml": ROOT / "pyproject.toml", **files})
+    packages = ("common", "strategies", "client", "server")
+    found = zipfile.ZipFile(BytesIO(content)).namelist()
+    wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}
+    assert set(found) == wanted | {"pyproject.toml", ".info/CONTENT"}
+    assert {"server/app.py", "client/app.py"} <= wanted
