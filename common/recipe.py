@@ -27,8 +27,8 @@ def fill(training: TrainingConfig, server: ServerConfig, *, private: bool) -> tu
     filled = replace(
         training,
         optimizer=optimizer,
-        local_steps=training.local_steps or (1 if private else 12),
-        sample_rate=training.sample_rate or (0.16 if private else 0.018),
+        local_steps=training.local_steps or (1 if private else 20),
+        sample_rate=training.sample_rate or (0.33 if private else 0.018),
         learning_rate=training.learning_rate or LEARNING_RATES[optimizer],
         head_rate=training.head_rate or (4.0 if private else 2.0),
     )
