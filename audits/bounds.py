@@ -25,7 +25,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(brentq(excess, 0.0, 500.0)) if excess(0.0) > 0 else 0.0
 
 
-def gaussian_bound(scores: np.ndarray, present: np.ndarray, delta: float) -> float:
+def gaussian_bound(scores: np.ndarray, present: np.ndarray, delta: float, confidence: float = CONFIDENCE) -> float:
     """Return a lower bound on epsilon that holds if all scores carry independent Gaussian noise of one size.
 
     That is what the code claims of its noise, so this tests the code; it is no bound for any mechanism whatever.
@@ -36,10 +36,11 @@ def gaussian_bound(scores: np.ndarray, present: np.ndarray, delta: float) -> flo
         scores: shape (canaries,).
         present: bool, shape (canaries,): which records were in.
         delta: the delta of the answer.
+        confidence: that both error rates lie below their bounds.
     """
     guessed_in = scores > THRESHOLD
-    false_positive = _upper(int((guessed_in & ~present).sum()), int((~present).sum()))
-    false_negative = _upper(int((~guessed_in & present).sum()), int(present.sum()))
+    false_positive = _upper(int((guessed_in & ~present).sum()), int((~present).sum()), confidence)
+    false_negative = _upper(int((~guessed_in & present).sum()), int(present.sum()), confidence)
     return gaussian_epsilon(float(norm.ppf(1 - false_positive) - norm.ppf(false_negative)), delta)
 
 
@@ -63,6 +64,6 @@ def free_bound(scores: np.ndarray, present: np.ndarray, delta: float) -> float:
     return float(brentq(doubt, 0.0, 50.0)) if doubt(0.0) < 0 else 0.0
 
 
-def _upper(errors: int, tries: int) -> float:
-    """Return the Clopper-Pearson upper bound of an error rate; two of them hold together at ``CONFIDENCE``."""
-    return 1.0 if errors >= tries else float(beta.ppf(1 - (1 - CONFIDENCE) / 2, errors + 1, tries - errors))
+def _upper(errors: int, tries: int, confidence: float) -> float:
+    """Return the Clopper-Pearson upper bound of an error rate; two of them hold together at ``confidence``."""
+    return 1.0 if errors >= tries else float(beta.ppf(1 - (1 - confidence) / 2, errors + 1, tries - errors))

@@ -8,17 +8,18 @@ ledger must hold exactly the charges that were paid for, within the budget, and 
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
-import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-from rich.console import Console
-
-from audits.finding import Finding, show
+from audits.faults import SOUND, Fault
+from audits.finding import Finding, judged
 from audits.forked import Child, Send, fork
+from audits.shell import run_alone
 from common.errors import BudgetExhausted
 from common.privacy.accounting import Release, epsilon
 from common.privacy.ledger import Ledger
@@ -82,20 +83,21 @@ def bout(folder: Path, number: int, rounds: int) -> tuple[list[int], list[str]]:
     return paid, wrong
 
 
-def charge_at_once(folder: Path, bouts: int, rounds: int = 12) -> Finding:
-    """Hold ``bouts`` bouts over budgets of ``rounds`` charges each, in an empty folder."""
+def charge_at_once(folder: Path, bouts: int, rounds: int = 12, fault: Fault = SOUND) -> Finding:
+    """Hold ``bouts`` bouts over budgets of ``rounds`` charges each, in an empty folder, with ``fault`` built in."""
     for number in range(1, rounds + 2):  # the processes inherit these prices, and meet at the file
         cost_of(number)
     paid, violations, contested = 0, list[str](), 0
-    for number in range(bouts):
-        shares, wrong = bout(folder, number, rounds)
-        paid += sum(shares)
-        violations += wrong
-        contested += all(shares)
-    return Finding(
+    with fault.plant():
+        for number in range(bouts):
+            shares, wrong = bout(folder, number, rounds)
+            paid += sum(shares)
+            violations += wrong
+            contested += all(shares)
+    return judged(
         "two processes at once",
-        "as it is",
-        not violations,
+        fault.name,
+        bool(violations),
         {
             "bouts": bouts,
             "charges that fit": bouts * rounds,
@@ -107,15 +109,31 @@ def charge_at_once(folder: Path, bouts: int, rounds: int = 12) -> Finding:
     )
 
 
-def main() -> None:
-    """Run from a shell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bouts", type=int, default=20)
-    with tempfile.TemporaryDirectory() as folder:
-        found = charge_at_once(Path(folder), parser.parse_args().bouts)
-    show(Console(highlight=False), [found])
-    sys.exit(not found.passed)
+@contextmanager
+def unlocked() -> Iterator[None]:
+    """Decide by what was read before the lock, as a ledger without a transaction would."""
+    priced = Ledger.charge
+
+    def charge(ledger: Ledger, dataset: str, releases: Sequence[Release], **terms: Any) -> Any:
+        spent, budget = ledger.spent(dataset), terms["max_epsilon"]
+        time.sleep(0.02)
+        if epsilon([*spent, *releases], terms["delta"]) > budget:
+            return priced(ledger, dataset, releases, **terms)
+        return priced(ledger, dataset, releases, **{**terms, "max_epsilon": 1e6})
+
+    with patch.object(Ledger, "charge", charge):
+        yield
+
+
+UNLOCKED = Fault("decided before the lock", unlocked)
+
+
+def bouts_of_all(folder: Path, bouts: int) -> list[Finding]:
+    """Hold ``bouts`` bouts with the code as it is and three with the fault built in; ``folder`` must be empty."""
+    for name in ("sound", "unlocked"):
+        (folder / name).mkdir()
+    return [charge_at_once(folder / "sound", bouts), charge_at_once(folder / "unlocked", 3, 6, UNLOCKED)]
 
 
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, "bouts", 20, bouts_of_all)

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-FAULT = "fault built in"
+SOUND = "as it is"
+FAULT = "fault built in: "
 """How a case begins in which something was broken on purpose."""
 
 
@@ -27,6 +28,23 @@ class Finding:
     figures: dict[str, int | float | str]
     """Counts and epsilons by name."""
 
+    @property
+    def fault(self) -> str:
+        """The fault's name; empty for the code as it is."""
+        return self.case.removeprefix(FAULT) if self.case.startswith(FAULT) else ""
+
+
+def judged(audit: str, fault: str, alarm: bool, figures: dict[str, int | float | str]) -> Finding:
+    """Return the finding of an audit that gave the ``alarm``, or did not, while ``fault`` (or none) was built in.
+
+    Args:
+        audit: its name.
+        fault: name of what was built in; empty: nothing.
+        alarm: whether the audit objects.
+        figures: what it measured.
+    """
+    return Finding(audit, f"{FAULT}{fault}" if fault else SOUND, alarm == bool(fault), figures)
+
 
 def quiet() -> None:
     """Keep what libraries and sites say out of the table; a fault is a finding, never a line of a log."""
@@ -38,16 +56,27 @@ def quiet() -> None:
 
 
 def show(console: Console, findings: Sequence[Finding]) -> None:
-    """Print one table of all findings."""
+    """Print one table of all findings, and one of which audit found which fault."""
     table = Table(title="Audit of the privacy budget", title_justify="left")
     for name in ("audit", "case", "outcome", "figures"):
         table.add_column(name)
     for finding in findings:
         figures = "\n".join(f"{name}: {_spoken(value)}" for name, value in finding.figures.items())
-        good, bad = ("found", "MISSED") if finding.case.startswith(FAULT) else ("passed", "FAILED")
-        outcome = f"[green]{good}[/]" if finding.passed else f"[bold red]{bad}[/]"
-        table.add_row(finding.audit, finding.case, outcome, figures, end_section=True)
+        table.add_row(finding.audit, finding.case, _outcome(finding), figures, end_section=True)
     console.print(table)
+    audits = list(dict.fromkeys(finding.audit for finding in findings))
+    faults = list(dict.fromkeys(finding.fault for finding in findings if finding.fault))
+    if not faults:
+        return
+    grid = Table(title="Which audit found which fault", title_justify="left")
+    grid.add_column("fault built in")
+    for audit in audits:
+        grid.add_column(audit)
+    for fault in faults:
+        cells = [[f for f in findings if f.audit == audit and f.fault == fault] for audit in audits]
+        # Of several runs of one audit with one fault the worst counts.
+        grid.add_row(fault, *(_outcome(min(cell, key=lambda f: f.passed)) if cell else "" for cell in cells))
+    console.print(grid)
 
 
 def as_json(findings: Sequence[Finding], when: str, versions: dict[str, str]) -> dict[str, Any]:
@@ -58,6 +87,11 @@ def as_json(findings: Sequence[Finding], when: str, versions: dict[str, str]) ->
         "versions": versions,
         "findings": [asdict(finding) for finding in findings],
     }
+
+
+def _outcome(finding: Finding) -> str:
+    good, bad = ("found", "MISSED") if finding.fault else ("passed", "FAILED")
+    return f"[green]{good}[/]" if finding.passed else f"[bold red]{bad}[/]"
 
 
 def _spoken(value: int | float | str) -> str:

@@ -2,9 +2,10 @@
 
     .venv/bin/python -m audits.kills --kills 200
 
-A process plays a deployed site that is asked for round after round. It says when a reply would leave
-the site, and is killed at a moment drawn uniformly from the length of a round. Then a new process
-goes on with the ledger that the dead one left. After every kill
+A process plays a deployed site that is asked for round after round. It says when a transaction of the
+ledger begins and ends, and when a reply would leave the site. Half of the kills come at a moment drawn
+uniformly from the length of a round, the others within a transaction's length of the beginning of one.
+Then a new process goes on with the ledger that the dead one left. After every kill
 
 * the ledger opens,
 * it has a charge for every release, at least,
@@ -16,22 +17,21 @@ When the budget is spent, the next round must be refused; the next kills are of 
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
+import shutil
 import statistics
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
-from rich.console import Console
-
-from audits.finding import FAULT, Finding, quiet, show
+from audits.finding import Finding, judged
 from audits.forked import Child, Send, fork
+from audits.shell import run_alone
 from audits.tiny_site import OneSite, tiny_site
 from common.errors import LedgerError
 from common.messages import Refusal, TrainTask
@@ -43,6 +43,10 @@ DELTA = 1e-3
 BUDGET_ROUNDS = 6
 """Rounds that the budget of one ledger pays for."""
 PHASES = ("before the charge", "between charge and release", "after the release")
+SPAN = 1.1
+TRANSACTION = ("begun", "ended")
+TRANSACTIONS = 2
+"""Transactions in a round: the policy's budget is held against the stored one, then the round is charged."""
 PlayRound = Callable[[OneSite, TrainTask, Send], None]
 
 
@@ -55,6 +59,32 @@ def play_round(site: OneSite, task: TrainTask, send: Send) -> None:
         send(f"refused {reply.kind} {reply.reason}")
     else:
         send(f"released {time.perf_counter() - started}")
+
+
+def charge_late(site: OneSite, task: TrainTask, send: Send) -> None:
+    """The fault: what was trained leaves the site before its charge is in the ledger."""
+    aside = site.ledger.with_suffix(".aside")
+    if site.ledger.exists():
+        shutil.copy(site.ledger, aside)
+    play_round(replace(site, node={**site.node, "ledger": str(aside)}), task, send)
+    time.sleep(30)
+    aside.replace(site.ledger)
+
+
+@contextmanager
+def telling(send: Send) -> Iterator[None]:
+    """Say when a transaction has begun, with nothing read yet, and when it is over."""
+    transaction = Ledger._transaction
+
+    @contextmanager
+    def told(ledger: Ledger) -> Iterator[None]:
+        with transaction(ledger):
+            send(f"begun {time.perf_counter()}")
+            yield
+        send(f"ended {time.perf_counter()}")
+
+    with patch.object(Ledger, "_transaction", told):
+        yield
 
 
 @dataclass
@@ -76,8 +106,12 @@ class Kills:
     """Seconds of the latest rounds."""
     phases: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
+    transactions: list[float] = field(default_factory=list)
+    """Seconds that transactions took."""
+    inside: int = 0
+    """Kills between the beginning of a transaction and its end."""
     rolled_back: int = 0
-    """Kills inside the transaction of a charge, whose journal the next process rolled back."""
+    """Kills that left a journal behind, with which the next process undid half a write."""
     budgets_spent: int = 0
 
     @property
@@ -97,30 +131,54 @@ class Kills:
 
         def work(send: Send) -> None:
             send("started")
-            self.play(self.site, wanted, send)
+            with telling(send):
+                self.play(self.site, wanted, send)
 
         child = fork(work)
         child.line()
         return child
 
     def whole_round(self, life: Life, task: TrainTask) -> str:
-        """Let a process answer and return what it said."""
+        """Let a process answer and return what it said at the end."""
         child = self.start(life, task)
-        said = child.line()
+        lines = [child.line()]
+        while lines[-1].startswith(TRANSACTION):
+            lines.append(child.line())
         child.kill()
-        return said
+        self.note_transactions(lines)
+        return lines[-1]
 
-    def kill(self, life: Life, task: TrainTask, span: float) -> None:
-        """Kill a process within ``span`` lengths of a round, then look at what it left."""
-        child = self.start(life, task)
-        time.sleep(random.SystemRandom().uniform(0, span * statistics.median(self.lengths[-9:])))
-        said = child.kill()
+    def kill(self, life: Life, task: TrainTask, span: float, aimed: bool) -> None:
+        """Kill a process, then look at what it left.
+
+        Args:
+            life: the ledger.
+            task: what the process is asked.
+            span: the latest moment, in lengths of a round.
+            aimed: wait for one of the round's transactions to begin, and kill within about its length.
+        """
+        child, said = self.start(life, task), list[str]()
+        if aimed:
+            wanted = random.randint(1, TRANSACTIONS)
+            while sum(line.startswith("begun") for line in said) < wanted and (line := child.line()):
+                said.append(line)
+            time.sleep(random.uniform(0, 1.2 * statistics.median(self.transactions)))
+        else:
+            time.sleep(random.uniform(0, span * statistics.median(self.lengths[-9:])))
+        said += child.kill()
         released = [line for line in said if line.startswith("released")]
         self.lengths += [float(line.split()[1]) for line in released]
-        self.violations += [line for line in said if line not in released]
+        self.violations += [line for line in said if not line.startswith(("released", *TRANSACTION))]
+        self.inside += self.note_transactions(said)
         self.rolled_back += Path(f"{self.site.ledger}-journal").exists()
         charged = self.look(life, len(released))
         self.phases[PHASES[2] if released else PHASES[min(1, charged)]] += 1
+
+    def note_transactions(self, said: list[str]) -> bool:
+        """Keep how long finished transactions took, and return whether one is unfinished."""
+        times = [float(line.split()[1]) for line in said if line.startswith(TRANSACTION)]
+        self.transactions += [end - begin for begin, end in zip(times[::2], times[1::2], strict=False)]
+        return len(times) % 2 == 1
 
     def look(self, life: Life, released: int) -> int:
         """Reopen the ledger, note what must not be, and return how many charges are new."""
@@ -158,14 +216,15 @@ def cost_of(rounds: int) -> float:
     return epsilon([Release(2.0, 0.25, 2 * rounds)] if rounds else [], DELTA)
 
 
-def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: float = 1.1) -> Finding:
+def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: float = 0.0) -> Finding:
     """Kill ``kills`` processes, each in a round of its own, and return what was found.
 
     Args:
         folder: an empty folder for the site.
         kills: how many.
         play: what a process does with a task.
-        span: the latest moment of a kill, in lengths of a round.
+        span: kill at any moment of so many lengths of a round; 0: half of the kills within ``SPAN`` lengths, and
+            half at a transaction.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use the threads of its parent
     site = tiny_site(folder)
@@ -180,20 +239,22 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
         said = audit.whole_round(audit.begin(-1 - number), task)
         audit.lengths.append(float(said.removeprefix("released ")))
     life = audit.begin(1)
-    for _ in range(kills):
-        audit.kill(life, task, span)
+    for number in range(kills):
+        audit.kill(life, task, span or SPAN, aimed=not span and number % 2 == 1)
         if life.charged >= BUDGET_ROUNDS:
             audit.spent(life, task)
             life = audit.begin(life.number + 1)
-    return Finding(
+    return judged(
         "kills",
-        "as it is" if play is play_round else FAULT,
-        not audit.violations,
+        "" if play is play_round else "charged after the release",
+        bool(audit.violations),
         {
             "kills": kills,
             **{phase: audit.phases[phase] for phase in PHASES},
+            "inside a transaction": audit.inside,
             "journals rolled back": audit.rolled_back,
             "length of a round in ms": 1000 * statistics.median(audit.lengths),
+            "of a transaction in ms": 1000 * statistics.median(audit.transactions),
             "budgets spent to the end": audit.budgets_spent,
             "violations": len(audit.violations),
             **({"first violation": audit.violations[0]} if audit.violations else {}),
@@ -201,16 +262,14 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
     )
 
 
-def main() -> None:
-    """Run from a shell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    quiet()
-    with tempfile.TemporaryDirectory() as folder:
-        found = kill_rounds(Path(folder), parser.parse_args().kills)
-    show(Console(highlight=False), [found])
-    sys.exit(not found.passed)
+def kills_of_all(folder: Path, kills: int) -> list[Finding]:
+    """Kill ``kills`` rounds of the code as it is, and twenty with the fault built in, late enough to be after the
+    release; ``folder`` must be empty.
+    """
+    for name in ("sound", "late"):
+        (folder / name).mkdir()
+    return [kill_rounds(folder / "sound", kills), kill_rounds(folder / "late", 20, charge_late, span=4.0)]
 
 
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, "kills", 200, kills_of_all)

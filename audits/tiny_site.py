@@ -1,22 +1,45 @@
-"""The deployed site that the audits attack: the one that the tests play with, with 40 records and a tiny model."""
+"""What the audits attack: the tests' tiny models, and the deployed site that they play with."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 if str(TESTS) not in sys.path:
     sys.path.append(str(TESTS))
 
-from conftest import save_tiny_model, toy_run  # noqa: E402
+from conftest import FILLER, TARGETS, save_tiny_model, tiny_tokenizer, toy_run, write_reviews  # noqa: E402
 from one_site import OneSite, clinic  # noqa: E402
 
-__all__ = ["OneSite", "tiny_site"]
+__all__ = [
+    "FILLER",
+    "TARGETS",
+    "OneSite",
+    "save_tiny_model",
+    "tiny_run",
+    "tiny_site",
+    "tiny_tokenizer",
+    "write_reviews",
+]
 
 
-def tiny_site(folder: Path) -> OneSite:
-    """Return a site in ``folder`` (which must exist); a round there is two private steps at noise 2 and rate 1/4."""
+def tiny_run(folder: Path) -> dict[str, Any]:
+    """Return settings of a run on the tiny BERT; model and data are in ``folder``, which must exist."""
     model = folder / "model"
-    model.mkdir()
-    return clinic(toy_run(save_tiny_model("bert", model), folder), folder)
+    if not model.exists():
+        model.mkdir()
+        save_tiny_model("bert", model)
+    return toy_run(str(model), folder)
+
+
+def tiny_site(folder: Path, records: int = 40, **settings: Any) -> OneSite:
+    """Return a site in ``folder`` (which must exist); a round there is two private steps at noise 2 and rate 1/4.
+
+    Args:
+        folder: where model, records and ledger go.
+        records: how many it has; it declares 50.
+        settings: of the run, with underscores for dots and dashes left out of it: ``{"rounds": 3}``.
+    """
+    return clinic({**tiny_run(folder), **settings}, folder, records)

@@ -43,8 +43,8 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_model(family: str) -> Any:
-    """Return a random model of a family: bert, gpt2 or llama."""
+def tiny_model(family: str, hidden: int = 16) -> Any:
+    """Return a random model of a family: bert (as wide as ``hidden``), gpt2 or llama."""
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     size = len(VOCABULARY)
@@ -52,10 +52,10 @@ def tiny_model(family: str) -> Any:
         return BertModel(
             BertConfig(
                 vocab_size=size,
-                hidden_size=16,
+                hidden_size=hidden,
                 num_hidden_layers=2,
                 num_attention_heads=2,
-                intermediate_size=24,
+                intermediate_size=3 * hidden // 2,
                 max_position_embeddings=40,
             ),
             add_pooling_layer=False,
@@ -84,11 +84,11 @@ TARGETS = {"bert": "query,value,dense", "gpt2": "c_attn", "llama": "q_proj,v_pro
 """Layers to adapt per family; each set holds a layer that is not square."""
 
 
-def save_tiny_model(family: str, folder: Path) -> str:
+def save_tiny_model(family: str, folder: Path, hidden: int = 16) -> str:
     """Write the family's model, the same numbers every time, with its tokenizer; return the folder."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        tiny_model(family).save_pretrained(folder)
+        tiny_model(family, hidden).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 

@@ -5,44 +5,51 @@ Statistical checks raise a false alarm about once in a million runs; every band 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FILLER, TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.optimizers import DPOptimizer
 from scipy import stats
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
-from client import local_training
-from client.local_training import train_round
-from client.site import Site
-from common.adapters import ADAPTERS
-from common.base_model import load_base_model
+from audits.bands import related
+from audits.faults import (
+    clip_doubled,
+    noise_halved,
+    noise_on_every_second_step,
+    same_seeds,
+    shared_seed,
+    token_mean_loss,
+)
+from audits.noise_law import NOISY, noise_faults, noise_only
+from audits.sensitivity import sensitivity, with_one_long_record
+from audits.site_rounds import Round, SiteRounds
+from audits.worlds import (
+    Gradient,
+    Losses,
+    Recorder,
+    World,
+    alone,
+    flat,
+    fresh_world,
+    norm,
+    plan,
+    released,
+)
 from common.batching import length_batches
-from common.config import HeadConfig
 from common.errors import MechanismError
-from common.examples import Dataset, Example
-from common.messages import TrainTask
-from common.model import FederatedModel, model_of
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
 from common.randomness import private_normal
-from common.tasks import TASKS, Batch, Record
-from common.tensors import entries, fingerprint, start_fingerprint
-from strategies import configure
-
-Gradient = list[Tensor]
-Losses = Callable[[Batch], Tensor]
+from common.tasks import Batch
 
 CASES = [
     ("bert", "lora", "trained"),
@@ -57,39 +64,7 @@ CASES = [
     ("llama", "lora-sb", "frozen"),
 ]
 FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen")]
-MARK = "two"
-"""A word that only the last record of a world holds, so that a loss can single that record out."""
-
-
 # --- small worlds -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class World:
-    """A tiny model whose factors are all away from zero, and records of 3 to 24 tokens; the last is marked."""
-
-    model: FederatedModel
-    records: list[Record]
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.module.parameters() if p.requires_grad]
-
-    @property
-    def mark(self) -> int:
-        return int(self.model.base.tokenizer.convert_tokens_to_ids(MARK))
-
-    def batch(self, records: Sequence[Record] | None = None) -> Batch:
-        return self.model.batch(self.records if records is None else records)
-
-    def marked_times(self, factor: float) -> Losses:
-        """Return the model's losses with the marked record's multiplied by ``factor``."""
-
-        def losses(batch: Batch) -> Tensor:
-            marked = (batch["input_ids"] == self.mark).any(1)
-            return self.model.losses(batch) * torch.where(marked, factor, 1.0)
-
-        return losses
 
 
 WorldOf = Callable[..., World]
@@ -107,79 +82,6 @@ def world_of(model_folder: Callable[[str], str]) -> WorldOf:
         return made[key]
 
     return make
-
-
-def fresh_world(folder: str, family: str, adapter: str, head: str, precision: str = "float32") -> World:
-    task = "classification" if family == "bert" else "causal-lm"
-    model = FederatedModel(
-        load_base_model(folder, task),
-        ADAPTERS[adapter](8, 24.0, tuple(TARGETS[family].split(","))),
-        TASKS[task],
-        HeadConfig(policy=head, start="random"),
-        seed=1,
-        label_names=("bad", "good"),
-        feature_scale=4.0,
-        max_length=24,
-        device="cpu",
-        precision=precision,
-    )
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.module.parameters():
-            if parameter.requires_grad:
-                # B starts at zero, where A has no gradient and its part of the clip could not be seen.
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
-    words = random.Random(4)
-    examples = [
-        Example(
-            text=" ".join(words.choices(FILLER, k=length)),
-            label=i % 2,
-            completion=" ".join(words.choices(FILLER, k=1 + 3 * (i % 3))),
-        )
-        for i, length in enumerate((1, 18, 3, 9, 5, 12))
-    ]
-    marked = Example(text=f"the {MARK} film", label=1, completion=f"{MARK} scene was warm")
-    return World(model, model.tokenise([*examples, marked]))
-
-
-class Recorder(Optimizer):
-    """An optimiser that keeps what it was given and moves nothing."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-        self.given: list[Gradient] = []
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.given.append([p.grad.double().clone() for group in self.param_groups for p in group["params"]])
-
-
-def plan(clip: float = 1.0, noise: float = 1e-12, divisor: float = 1.0) -> PrivacyPlan:
-    return PrivacyPlan(clip, noise, sample_rate=0.5, expected_batch_size=divisor, delta=1e-3, max_epsilon=100.0)
-
-
-def released(
-    world: World, parts: Sequence[Sequence[Record]], figures: PrivacyPlan | None = None, losses: Losses | None = None
-) -> Gradient:
-    """Return what one private step on ``parts`` hands to the optimiser, in float64; noise is 1e-12 unless asked for."""
-    optimizer = Recorder(world.trained)
-    with PrivateSteps(world.model.module, optimizer, figures or plan()) as steps:
-        steps.step([world.batch(part) for part in parts], losses or world.model.losses)
-    return optimizer.given[0]
-
-
-def alone(world: World, record: Record, losses: Losses | None = None) -> Gradient:
-    """Return one record's gradient the slow and obvious way: a forward pass of its own, no padding, no hooks."""
-    loss = (losses or world.model.losses)(world.batch([record])).sum()
-    return [g.double() for g in torch.autograd.grad(loss, world.trained)]
-
-
-def norm(gradient: Gradient) -> float:
-    """Return the L2 norm over all tensors together."""
-    return float(torch.cat([g.double().flatten() for g in gradient]).norm())
-
-
-def minus(left: Gradient, right: Gradient) -> Gradient:
-    return [a.double() - b.double() for a, b in zip(left, right, strict=True)]
 
 
 def clipped_sum(gradients: Sequence[Gradient], clip: float) -> Gradient:
@@ -328,16 +230,6 @@ def test_under_bfloat16_the_step_stays_near_the_clipped_sum(world_of: WorldOf) -
 # --- sensitivity ------------------------------------------------------------------------------------------------------
 
 
-def sensitivity(world: World, clip: float, losses: Losses) -> float:
-    """Return max over records x of ||sum(D) - sum(D - x)|| / C, each sum from one padded batch."""
-    everyone = released(world, [world.records], plan(clip), losses)
-    changes = []
-    for i in range(len(world.records)):
-        others = [record for j, record in enumerate(world.records) if j != i]
-        changes.append(norm(minus(everyone, released(world, [others], plan(clip), losses))) / clip)
-    return max(changes)
-
-
 @pytest.mark.parametrize("loss_factor", [1.0, 1e6], ids=["plain", "one extreme loss"])
 @pytest.mark.parametrize(("family", "adapter", "head"), CASES)
 def test_one_record_changes_the_sum_by_at_most_the_clip(
@@ -362,34 +254,18 @@ def test_under_bfloat16_one_record_changes_the_sum_by_the_clip_up_to_rounding(
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_sensitivity_check_finds_a_mean_over_the_tokens_of_the_batch(family: str, world_of: WorldOf) -> None:
-    long = Example(text="the film", completion="warm story very quite dull a scene with actor and the tired film")
-    short = [Example(text="the film", completion="was")] * 6
-    world = world_of(family, "lora", "frozen")
-    world = replace(world, records=world.model.tokenise([long, *short]))
-
-    def token_mean(batch: Batch) -> Tensor:
-        sums = world.model.task.sums(world.model.module, batch)
-        return sums.loss / sums.weight.sum() * len(sums.loss)
-
+    world = with_one_long_record(world_of(family, "lora", "frozen"))
     # At a clip that the records hardly reach, only a batch-mate's influence can exceed it.
     clip = max(norm(alone(world, record)) for record in world.records)
     assert sensitivity(world, clip, world.model.losses) <= 1 + 1e-5
-    assert sensitivity(world, clip, token_mean) > 1.05, "a loss that couples records went unnoticed"
+    with token_mean_loss():
+        assert sensitivity(world, clip, world.model.losses) > 1.05, "a loss that couples records went unnoticed"
 
 
-def test_the_sensitivity_check_finds_a_clip_at_twice_the_bound(
-    world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sensitivity_check_finds_a_clip_at_twice_the_bound(world_of: WorldOf) -> None:
     world = world_of("bert")
-    real = dpsgd._Mechanism.clip_and_accumulate
-
-    def lax(mechanism: Any) -> None:
-        mechanism.max_grad_norm *= 2
-        real(mechanism)
-        mechanism.max_grad_norm /= 2
-
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", lax)
-    assert sensitivity(world, 0.1, world.model.losses) > 1.05
+    with clip_doubled():
+        assert sensitivity(world, 0.1, world.model.losses) > 1.05
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -423,73 +299,11 @@ def test_exactly_the_trained_factors_carry_gradients_and_move(
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def noise_only(world: World, figures: PrivacyPlan, steps_taken: int) -> list[Gradient]:
-    """Return what ``steps_taken`` steps on empty batches hand to the optimiser."""
-    optimizer = Recorder(world.trained)
-    with PrivateSteps(world.model.module, optimizer, figures) as steps:
-        for _ in range(steps_taken):
-            steps.step([], world.model.losses)
-    return optimizer.given
-
-
-def flat(gradient: Gradient) -> Tensor:
-    return torch.cat([g.flatten() for g in gradient])
-
-
-def related(left: Tensor, right: Tensor) -> bool:
-    """Return whether two samples of independent numbers correlate: |r| above 6/sqrt(N), a 2e-9 chance by accident."""
-    r = float(torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1])
-    return not abs(r) < 6 / left.numel() ** 0.5
-
-
-def noise_faults(given: list[Gradient], std: float) -> set[str]:
-    """Return what is wrong with noise that should be independent N(0, std²); each check errs once in 1e6 runs.
-
-    At 100 000 values the band of the standard deviation is about ±1.1 %.
-    """
-    table = torch.stack([flat(gradient) for gradient in given]) / std
-    faults = set()
-
-    def out_of_band(values: Tensor, chance: float) -> bool:
-        total, count = float(values.pow(2).sum()), values.numel()
-        return bool(min(stats.chi2.cdf(total, count), stats.chi2.sf(total, count)) < chance / 2)
-
-    if out_of_band(table, 1e-6):
-        faults.add("standard deviation")
-    if any(out_of_band(row, 1e-6 / len(table)) for row in table):
-        faults.add("standard deviation of a step")
-    if abs(float(table.mean())) * table.numel() ** 0.5 > 5:  # 6e-7
-        faults.add("mean")
-    if stats.kstest(table.flatten().numpy(), "norm").pvalue < 1e-6:
-        faults.add("shape")
-    if related(table[:-1], table[1:]):
-        faults.add("steps")
-    for i in range(len(given[0])):
-        for j in range(i):
-            if given[0][i].numel() == given[0][j].numel() and related(
-                torch.stack([g[i].flatten() for g in given]), torch.stack([g[j].flatten() for g in given])
-            ):
-                faults.add("tensors")
-    return faults
-
-
-NOISY = plan(clip=0.5, noise=3.0, divisor=7.0)
-
-
 def test_noise_is_independent_gaussian_of_the_plans_size_also_on_empty_batches(world_of: WorldOf) -> None:
     given = noise_only(world_of("bert"), NOISY, 40)
     assert sum(flat(gradient).numel() for gradient in given) >= 50_000
     assert pytest.approx(3.0 * 0.5 / 7.0) == NOISY.gradient_noise_std
     assert noise_faults(given, 3.0 * 0.5 / 7.0) == set()
-
-
-def _half() -> Callable[..., Tensor]:
-    return lambda shape, std: private_normal(shape, std) / 2
-
-
-def _missing_on_every_second_step(tensors: int) -> Callable[..., Tensor]:
-    calls = iter(range(10**9))
-    return lambda shape, std: private_normal(shape, std) * (next(calls) // tensors % 2)
 
 
 def _too_much_and_too_little_in_turn(tensors: int) -> Callable[..., Tensor]:
@@ -515,15 +329,13 @@ def _uniform_of_the_right_size(shape: tuple[int, ...], std: float) -> Tensor:
 @pytest.mark.parametrize(
     ("fault", "found"),
     [
-        (lambda n: _half(), "standard deviation"),
-        (_missing_on_every_second_step, "standard deviation"),
         (_too_much_and_too_little_in_turn, "standard deviation of a step"),
         (lambda n: _same_for_every_tensor_of_a_shape, "tensors"),
         (_same_on_every_step, "steps"),
         (lambda n: _uniform_of_the_right_size, "shape"),
         (lambda n: lambda shape, std: private_normal(shape, std) + 0.05 * std, "mean"),
     ],
-    ids=["half", "missing on every second step", "uneven", "one draw a shape", "one draw a step", "uniform", "biased"],
+    ids=["uneven", "one draw a shape", "one draw a step", "uniform", "biased"],
 )
 def test_the_noise_check_finds(
     fault: Callable[[int], Callable[..., Tensor]], found: str, world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
@@ -533,10 +345,11 @@ def test_the_noise_check_finds(
     assert found in noise_faults(noise_only(world, NOISY, 40), NOISY.gradient_noise_std)
 
 
-def same_seeds() -> None:
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
+@pytest.mark.parametrize("fault", [noise_halved, noise_on_every_second_step])
+def test_the_noise_check_finds_too_little(fault: Callable[[], Any], world_of: WorldOf) -> None:
+    with fault():
+        given = noise_only(world_of("bert"), NOISY, 40)
+    assert "standard deviation" in noise_faults(given, NOISY.gradient_noise_std)
 
 
 def zero_loss(world: World) -> Losses:
@@ -558,88 +371,13 @@ def test_two_sites_with_every_seed_equal_share_no_noise(world_of: WorldOf, monke
     assert related(site(), site()), "noise that follows torch's seed went unnoticed"
 
 
-@dataclass(frozen=True)
-class Round:
-    """One site's round: what it sent less what it received, and which records each step took."""
-
-    change: Tensor
-    chosen: list[list[int]]
-
-    def inclusion(self, size: int) -> Tensor:
-        table = torch.zeros(len(self.chosen), size, dtype=torch.float64)
-        for row, chosen in zip(table, self.chosen, strict=True):
-            row[chosen] = 1.0
-        return table
-
-
 @pytest.fixture
-def play_round(
-    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, int], Round]:
-    """Return a function that lets a named site of ``size`` records do round 1 of one and the same run."""
-    job = configure(
-        {
-            **toy_settings,
-            "training.optimizer": "sgd",
-            "training.learning-rate": 1.0,
-            "training.head-rate": 1.0,
-            "privacy.clip-norm": 0.5,
-            "training.schedule": "constant",
-            "training.local-steps": 4,
-            "privacy.noise-multiplier": 20.0,
-        }
-    )
-    config = job.config
-    model = model_of(
-        config=config.model,
-        adapter=job.adapter,
-        head=config.head,
-        seed=config.seed,
-        label_names=("bad", "good"),
-        label_phrases=(),
-        device=config.device,
-        precision=config.precision,
-    )
-    start = model.start
-    state = job.strategy.start(start)
-    task = TrainTask(
-        run="1",
-        round_number=1,
-        state=job.strategy.downlink(state),
-        basis=job.strategy.basis(state),
-        basis_fingerprint=fingerprint(job.strategy.basis(state)),
-        base_fingerprint=model.base.fingerprint,
-        start_fingerprint=start_fingerprint(start),
-    )
-    chosen: list[list[int]] = []
-
-    def play(name: str, size: int) -> Round:
-        draw = local_training.private_poisson_sample
-
-        def spy(size: int, rate: float) -> Tensor:
-            indices = draw(size, rate)
-            chosen.append(indices.tolist())
-            return indices
-
-        data = Dataset(
-            name, tuple(Example(text="the film was warm", label=i % 2) for i in range(size)), ("bad", "good")
-        )
-        chosen.clear()
-        same_seeds()
-        with monkeypatch.context() as patch:
-            patch.setattr(local_training, "private_poisson_sample", spy)
-            site = Site(name, data, name, 100, tmp_path / f"{name}.sqlite")
-            result = train_round(site, job, model, model.tokenise(data.examples), task)
-        before = torch.cat([start[layer][factor].flatten() for layer, factor, _ in entries(result.contribution)])
-        after = torch.cat([tensor.flatten() for _, _, tensor in entries(result.contribution)])
-        return Round((after - before).double(), list(chosen))
-
-    return play
+def play_round(toy_settings: dict[str, Any], tmp_path: Path) -> Callable[[str, int], Round]:
+    """Return a function that lets a named site of so many records do round 1 of one and the same run."""
+    return SiteRounds(toy_settings, tmp_path).play
 
 
-def test_sites_of_one_run_share_neither_noise_nor_batches(
-    play_round: Callable[[str, int], Round], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sites_of_one_run_share_neither_noise_nor_batches(play_round: Callable[[str, int], Round]) -> None:
     size = 100
     first, second = play_round("here", size), play_round("there", size)
     assert first.chosen != second.chosen
@@ -648,13 +386,11 @@ def test_sites_of_one_run_share_neither_noise_nor_batches(
     assert idle.change.abs().min() > 0, "a site without a record must still send noise in every coordinate"
     assert not related(idle.change, other.change), "two sites sent the same noise"
 
-    monkeypatch.setattr(
-        local_training, "private_poisson_sample", lambda size, rate: (torch.rand(size) < rate).nonzero()[:, 0]
-    )
-    monkeypatch.setattr(dpsgd, "private_normal", lambda shape, std: torch.randn(shape, dtype=torch.float64) * std)
-    first, second = play_round("a", size), play_round("b", size)
+    with shared_seed():
+        first, second = play_round("a", size), play_round("b", size)
+        idle, other = play_round("c", 0), play_round("d", 0)
     assert related(first.inclusion(size), second.inclusion(size)), "batches that follow a seed went unnoticed"
-    assert related(play_round("c", 0).change, play_round("d", 0).change), "noise that follows a seed went unnoticed"
+    assert related(idle.change, other.change), "noise that follows a seed went unnoticed"
 
 
 def test_a_site_without_a_record_in_the_batch_moves_as_much_as_its_noise(

@@ -16,22 +16,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from audits.bands import out_of_band
+from audits.faults import same_seeds, shuffled_epochs
+from audits.site_rounds import sampler_faults
 from common import randomness
 from common.randomness import private_normal, private_poisson_sample, stream
 
 Normal = Callable[[tuple[int, ...], float], Tensor]
 Sampler = Callable[[int, float], Tensor]
-
-
-def same_seeds() -> None:
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
-
-
-def out_of_band(statistic: float, degrees: int) -> bool:
-    """Return whether a chi-square statistic lies outside its two-sided band of one false alarm in 1e6."""
-    return bool(min(stats.chi2.cdf(statistic, degrees), stats.chi2.sf(statistic, degrees)) < 5e-7)
 
 
 # --- Gaussian noise ---------------------------------------------------------------------------------------------------
@@ -142,22 +134,7 @@ def inclusion(sample: Sampler, size: int, rate: float, draws: int) -> Tensor:
 
 
 def faults_of_sampler(sample: Sampler, rate: float, size: int = 60, draws: int = 2000) -> set[str]:
-    """Return what is wrong with a Poisson sampler: rate, equal chances, independent records, independent draws."""
-    z = (inclusion(sample, size, rate, draws) - rate) / (rate * (1 - rate)) ** 0.5
-    faults, count = set(), size * draws
-    if abs(float(z.sum())) / count**0.5 > 5:  # 6e-7
-        faults.add("rate")
-    # Each record's count over draws, and each draw's size, standardised: sums of squares are chi-square.
-    if out_of_band(float((z.sum(0) / draws**0.5).pow(2).sum()), size):
-        faults.add("chance of a record")
-    if out_of_band(float((z.sum(1) / size**0.5).pow(2).sum()), draws):
-        faults.add("size of a batch")
-    pairs = (z.T @ z / draws**0.5)[*torch.triu_indices(size, size, offset=1)]
-    if float(pairs.abs().max()) > 9:  # products of rare draws are skewed; two records tied together reach 45
-        faults.add("two records")
-    if abs(float((z[:-1] * z[1:]).sum())) / ((draws - 1) * size) ** 0.5 > 6:
-        faults.add("two draws")
-    return faults
+    return sampler_faults(inclusion(sample, size, rate, draws), rate)
 
 
 @pytest.mark.parametrize("rate", [0.14, 0.5, 0.9])
@@ -180,19 +157,6 @@ def _whole_authors(size: int, rate: float) -> Tensor:
     return (torch.rand(size // 2) < rate).repeat_interleave(2).nonzero()[:, 0]
 
 
-def _shuffled_epochs() -> Sampler:
-    pending: list[int] = []
-
-    def sample(size: int, rate: float) -> Tensor:
-        nonlocal pending
-        if len(pending) < round(size * rate):
-            pending = torch.randperm(size).tolist()
-        taken, pending = pending[: round(size * rate)], pending[round(size * rate) :]
-        return torch.tensor(taken)
-
-    return sample
-
-
 @pytest.mark.parametrize(
     ("fault", "found"),
     [
@@ -200,7 +164,7 @@ def _shuffled_epochs() -> Sampler:
         (_fixed_size, "size of a batch"),
         (_first_half_preferred, "chance of a record"),
         (_whole_authors, "two records"),
-        (_shuffled_epochs(), "two draws"),
+        (shuffled_epochs(), "two draws"),
     ],
     ids=["rate too high", "fixed size", "some preferred", "in pairs", "shuffled epochs"],
 )

@@ -1,0 +1,165 @@
+"""Faults to build in on purpose, by patching from outside: the product has no switch for any of them.
+
+Each is a context. Inside it everything trains, samples or pays as if a programmer had made that
+mistake, so an audit that stays silent there proves nothing when it is silent about the real code.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from client import budget, local_training
+from common.privacy import dpsgd
+from common.privacy.ledger import Ledger
+from common.randomness import private_normal
+from common.tasks import Batch, Task
+
+Plant = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake that can be planted; ``SOUND`` is none."""
+
+    name: str
+    """Empty: no fault."""
+    plant: Plant = nullcontext
+
+
+def same_seeds() -> None:
+    """Set every seedable generator of this process, as a run with a public seed might."""
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+
+
+def zero_noise(shape: tuple[int, ...], _: float) -> Tensor:
+    """Stand in for ``private_normal`` without noise."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def noise_halved() -> AbstractContextManager[Any]:
+    """Half the standard deviation."""
+    return patch.object(dpsgd, "private_normal", lambda shape, std: private_normal(shape, std / 2))
+
+
+@contextmanager
+def noise_on_every_second_step() -> Iterator[None]:
+    """No noise on the first step, the third and so on."""
+    steps, add_noise = count(), dpsgd._Mechanism.add_noise
+
+    def sometimes(mechanism: Any) -> None:
+        with nullcontext() if next(steps) % 2 else patch.object(dpsgd, "private_normal", zero_noise):
+            add_noise(mechanism)
+
+    with patch.object(dpsgd._Mechanism, "add_noise", sometimes):
+        yield
+
+
+@contextmanager
+def clip_doubled() -> Iterator[None]:
+    """Gradients up to twice the bound, noise for the bound."""
+    clip = dpsgd._Mechanism.clip_and_accumulate
+
+    def lax(mechanism: Any) -> None:
+        mechanism.max_grad_norm *= 2
+        clip(mechanism)
+        mechanism.max_grad_norm /= 2
+
+    with patch.object(dpsgd._Mechanism, "clip_and_accumulate", lax):
+        yield
+
+
+@contextmanager
+def ledger_reset() -> Iterator[None]:
+    """Every ledger that is opened is a new one: a fresh accountant each round."""
+    opened = Ledger.__init__
+
+    def forgetful(ledger: Ledger, path: Path) -> None:
+        Path(path).unlink(missing_ok=True)
+        opened(ledger, path)
+
+    with patch.object(Ledger, "__init__", forgetful):
+        yield
+
+
+@contextmanager
+def shared_seed() -> Iterator[None]:
+    """Noise and batches from generators that every site seeds alike."""
+
+    def noise(shape: tuple[int, ...], std: float) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64) * std
+
+    def sample(size: int, rate: float) -> Tensor:
+        return (torch.rand(size) < rate).nonzero()[:, 0]
+
+    with (
+        patch.object(dpsgd, "private_normal", noise),
+        patch.object(local_training, "private_poisson_sample", sample),
+    ):
+        yield
+
+
+def shuffled_epochs() -> Callable[[int, float], Tensor]:
+    """Return a sampler that deals out shuffled records in batches of one size, as data loaders do."""
+    pending: list[int] = []
+
+    def sample(size: int, rate: float) -> Tensor:
+        nonlocal pending
+        if len(pending) < round(size * rate):
+            pending = torch.randperm(size).tolist()
+        taken, pending = pending[: round(size * rate)], pending[round(size * rate) :]
+        return torch.tensor(taken)
+
+    return sample
+
+
+def shuffled_batches() -> AbstractContextManager[Any]:
+    """Shuffled batches of one size, priced as Poisson samples."""
+    return patch.object(local_training, "private_poisson_sample", shuffled_epochs())
+
+
+def token_mean_loss() -> AbstractContextManager[Any]:
+    """The mean over all tokens of the batch, as stock trainers take it, instead of one loss a record."""
+
+    def losses(task: Task, module: nn.Module, batch: Batch) -> Tensor:
+        sums = task.sums(module, batch)
+        return sums.loss / sums.weight.sum() * len(sums.loss)
+
+    return patch.object(Task, "losses", losses)
+
+
+@contextmanager
+def divisor_of_records() -> Iterator[None]:
+    """A divisor that counts the site's records instead of taking the size that it declares."""
+    planned = budget.plan_of
+
+    def counted(job: Any, site: Any, terms: Any) -> Any:
+        plan = planned(job, site, terms)
+        return replace(plan, expected_batch_size=plan.sample_rate * len(site.data.examples))
+
+    with patch.object(budget, "plan_of", counted):
+        yield
+
+
+SOUND = Fault("")
+HALVED = Fault("noise halved", noise_halved)
+EVERY_SECOND = Fault("no noise on every second step", noise_on_every_second_step)
+DOUBLED = Fault("clip doubled", clip_doubled)
+RESET = Fault("ledger reset each round", ledger_reset)
+SHARED_SEED = Fault("one seed for all sites", shared_seed)
+SHUFFLED = Fault("shuffled batches", shuffled_batches)
+TOKEN_MEAN = Fault("mean over the batch's tokens", token_mean_loss)
+PRIVATE_SIZE = Fault("divisor counts the records", divisor_of_records)
+FAULTS = (HALVED, EVERY_SECOND, DOUBLED, RESET, SHARED_SEED, SHUFFLED, TOKEN_MEAN, PRIVATE_SIZE)

@@ -1,0 +1,51 @@
+"""Sensitivity: how far one record can move the noiseless sum, in clip norms, on models of every family."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from audits.faults import SOUND, Fault
+from audits.finding import Finding, judged
+from audits.worlds import Losses, World, alone, minus, norm, plan, released
+from common.examples import Example
+
+MOST = 1 + 1e-5
+"""Clip norms by which one record may move the sum, and the rounding of a float32 forward pass."""
+
+
+def sensitivity(world: World, clip: float, losses: Losses) -> float:
+    """Return max over records x of ||sum(D) - sum(D - x)|| / C, each sum from one padded batch."""
+    everyone = released(world, [world.records], plan(clip), losses)
+    changes = []
+    for i in range(len(world.records)):
+        others = [record for j, record in enumerate(world.records) if j != i]
+        changes.append(norm(minus(everyone, released(world, [others], plan(clip), losses))) / clip)
+    return max(changes)
+
+
+def with_one_long_record(world: World) -> World:
+    """Return the world with six short completions and one of twelve words, which a mean over tokens favours."""
+    long = Example(
+        text="the film", completion="warm story very quite dull a scene with actor and the tired film", label=1
+    )
+    short = [Example(text="the film", completion="was", label=0)] * 6
+    return World(world.model, world.model.tokenise([long, *short]))
+
+
+def audit_sensitivity(world: World, fault: Fault = SOUND) -> Finding:
+    """Take each record away in turn, at a clip that most records exceed and at one that none does.
+
+    At the second, a record moves the sum by more than a clip only if it moves what others contribute.
+    """
+    worst = 0.0
+    for records in (world, with_one_long_record(world)):
+        lengths = [norm(alone(records, record)) for record in records.records]
+        for clip in (float(np.median(lengths)), max(lengths)):
+            with fault.plant():
+                worst = max(worst, sensitivity(records, clip, records.model.losses))
+    return judged(
+        "sensitivity",
+        fault.name,
+        not worst <= MOST,
+        {"model": type(world.model.base.module).__name__, "clips moved by one record, at most": worst},
+    )

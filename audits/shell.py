@@ -1,0 +1,32 @@
+"""How one audit is run alone from a shell; ``python -m audits`` runs them all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from audits.finding import Finding, quiet, show
+
+
+def run_alone(about: str | None, count: str, default: int, audit: Callable[[Path, int], Sequence[Finding]]) -> None:
+    """Run ``audit`` in an empty folder, print what it found, and exit with 1 if anything failed.
+
+    Args:
+        about: what ``--help`` says.
+        count: name of the option that says how many.
+        default: how many without it.
+        audit: takes the folder and how many.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{count}", type=int, default=default)
+    wanted = vars(parser.parse_args())[count]
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        findings = audit(Path(folder), wanted)
+    show(Console(highlight=False), findings)
+    sys.exit(not all(finding.passed for finding in findings))

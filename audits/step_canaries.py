@@ -1,0 +1,62 @@
+"""One step, a hundred canaries: for the shapes that each strategy trains, what the mechanism hands to the optimiser.
+
+Before each of fifty steps a coin decides for each canary whether it is in. The gradient that clip,
+noise and divisor let through is the score. Five thousand scores give a lower bound on the epsilon of one step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from audits.bounds import gaussian_bound
+from audits.dirac import Dirac
+from audits.faults import SOUND, Fault
+from audits.finding import Finding, judged
+from audits.tiny_site import tiny_run
+from audits.worlds import Recorder, flat
+from common.model import FederatedModel, model_of
+from common.privacy.accounting import Release, epsilon
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import PrivacyPlan
+from strategies import configure
+
+CANARIES, STEPS = 100, 50
+DELTA = 1e-5
+NOISE = 1.0
+CONFIDENCE = 0.999
+"""Of each error rate; both must be off at once, so a false alarm comes about once in a million audits."""
+
+
+def model_for(strategy: str, folder: Path) -> FederatedModel:
+    """Return the tiny BERT with the adapter that the strategy trains; files go to ``folder``."""
+    job = configure({**tiny_run(folder), "strategy": strategy})
+    config = job.config
+    return model_of(
+        *(config.model, job.adapter, config.head, config.seed),
+        *(("bad", "good"), (), config.device, config.precision),
+    )
+
+
+def audit_steps(strategy: str, folder: Path, fault: Fault = SOUND) -> Finding:
+    """Audit steps on what ``strategy`` trains, with ``fault`` built in."""
+    module = model_for(strategy, folder).module
+    plan = PrivacyPlan(0.5, NOISE, 1.0, expected_batch_size=20.0, delta=DELTA, max_epsilon=100.0)
+    canaries = Dirac(module, 10 * plan.clip_norm)
+    axes = torch.randperm(canaries.size)[:CANARIES]
+    present = torch.rand(STEPS, CANARIES) < 0.5
+    optimizer = Recorder(canaries.parameters)
+    with fault.plant(), PrivateSteps(module, optimizer, plan) as steps:
+        for row in present:
+            steps.step([axes[row]], canaries)
+    given = torch.stack([flat(gradient)[axes] for gradient in optimizer.given])
+    scores = -given * plan.expected_batch_size / plan.clip_norm
+    claimed = epsilon([Release(NOISE, 1.0, 1)], DELTA)
+    bound = gaussian_bound(scores.flatten().numpy(), present.flatten().numpy(), DELTA, CONFIDENCE)
+    return judged(
+        "step canaries",
+        fault.name,
+        bound > claimed,
+        {"strategy": strategy, "numbers trained": canaries.size, "epsilon claimed": claimed, "is at least": bound},
+    )
