@@ -14,6 +14,7 @@ from rich.console import Console
 from experiments.compare_cli import compare
 from experiments.deploy.cli import doctor_app, server_app, site_app
 from experiments.ledger_cli import ledger_app
+from experiments.people import counted
 from experiments.people import for_people as _for_people
 from experiments.plan_cli import plan
 from experiments.report_cli import keygen, print_summary, report, verify
@@ -57,7 +58,8 @@ def run(
     promise = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site" if privacy.on else "privacy OFF"
     console.print(
         f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "
-        f"{sites} sites, {job.config.rounds} rounds of {job.config.training.local_steps} steps, {promise}"
+        f"{counted(sites, 'site')}, {counted(job.config.rounds, 'round')} of "
+        f"{counted(job.config.training.local_steps, 'step')}, {promise}"
     )
     with console.status("starting Flower") as status:
 

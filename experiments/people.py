@@ -1,4 +1,4 @@
-"""How a command fails before people: one line, and an exit code that says so."""
+"""How a command speaks to people, and fails before them: one line, and an exit code that says so."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ import typer
 from rich.console import Console
 
 from common.errors import FedVeilError
+
+
+def counted(number: int, word: str) -> str:
+    """Return the number with its word.
+
+    >>> counted(1, "step"), counted(20, "step")
+    ('1 step', '20 steps')
+    """
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def for_people(command: Callable[..., None]) -> Callable[..., None]:

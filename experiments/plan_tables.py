@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.forecast import Forecast
+from experiments.people import counted
 from experiments.plan import LEAST_SIGNAL, MOST_ROUNDS, spread
 from experiments.plan_find import Found
 from strategies import Job
@@ -25,8 +26,9 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     """Print all parts of a forecast."""
     config, job = forecast.job.config, forecast.job
     console.print(
-        f"{job.strategy.name} on {config.model.name} and {config.data.name}: {len(forecast.sizes)} sites, "
-        f"{config.rounds} rounds of {config.training.local_steps} steps. From settings and declared sizes; "
+        f"{job.strategy.name} on {config.model.name} and {config.data.name}: "
+        f"{counted(len(forecast.sizes), 'site')}, {counted(config.rounds, 'round')} of "
+        f"{counted(config.training.local_steps, 'step')}. From settings and declared sizes; "
         "a site's own policy may be stricter.",
         markup=False,
     )
