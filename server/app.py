@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
-from google.protobuf.message import DecodeError
 
 from common.messages import Reply, TrainTask
 from common.wire import Layout, encode_task, payload_bytes
 from server.conduct import conduct
 from server.evaluation import Evaluator
+from server.pulls import Pulls
 from server.records import RunFolder
 from server.replies import read_reply, refusal
 from server.sites import Exchange
 from strategies import Job, configure
 
 POLL_SECONDS = 0.5
-UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, DecodeError)
-"""What Flower raises when it unpacks bytes that are no message; a lost connection is none of them."""
 app = ServerApp()
 
 
@@ -54,11 +52,11 @@ class FlowerTransport:
             down += payload_bytes(content)
             messages.append(Message(content, node, "train", ttl=timeout + POLL_SECONDS, group_id=str(one.round_number)))
         nodes = dict(zip(self._grid.push_messages(messages), tasks, strict=True))
-        waiting, replies, up = set(nodes), dict[int, Reply](), 0
+        waiting, replies, up, pulls = set(nodes), dict[int, Reply](), 0, Pulls(self._grid)
         layout = self._layout_of_round(task.round_number)
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
-            for asked, message in self._pull(waiting):
+            for asked, message in list(pulls.pull(waiting)):
                 waiting.discard(asked)
                 replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
                 up += size
@@ -73,21 +71,9 @@ class FlowerTransport:
                 time.sleep(POLL_SECONDS)
         for message_id in waiting:
             node = nodes[message_id]
-            replies[node] = refusal(task, node, "late", f"no answer in {timeout:g} s")
+            what = "no whole answer" if message_id in pulls.under_way else "no answer"
+            replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s")
         return Exchange(replies, down, up)
-
-    def _pull(self, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
-        """Yield ``(id of the task's message, reply)`` for what has arrived; None for a reply that Flower cannot unpack.
-
-        One by one: a message that cannot be unpacked must not take others with it.
-        """
-        for asked in sorted(waiting):
-            try:
-                pulled = list(self._grid.pull_messages([asked]))
-            except UNREADABLE:
-                yield asked, None
-            else:
-                yield from ((asked, message) for message in pulled[:1])
 
     def _read(self, message: Message | None, task: TrainTask, node: int, layout: Layout) -> tuple[Reply, int]:
         if message is None:
