@@ -6,38 +6,43 @@ make faults
 from __future__ import annotations
 
 import argparse
-import logging
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from audits.finding import Finding, quiet
-from common.errors import RunFailed
+from common.errors import FedVeilError, RunFailed
 from faults.federation import Federation
 from faults.network import Cable
-from faults.scenarios import NETWORK, cut, kills, lies, slow, sound, stutters
+from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
 from faults.table import show
 
-SCENARIOS = ("lies", "stutters", "slow", "kills", "cut", "server", "superlink")
+SCENARIOS = ("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "stutters")
 
 
 def main() -> None:
     """Run from a shell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SCENARIOS, nargs="+", default=SCENARIOS)
+    parser.add_argument("--only", choices=SCENARIOS, nargs="+", default=SCENARIOS, help="in this order")
     wanted = parser.parse_args().only
-    console, began, findings = Console(highlight=False), time.monotonic(), list[Finding]()
+    # Where the output is no terminal, seven columns need more than the usual eighty characters.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    began, findings = time.monotonic(), list[Finding]()
     quiet()
-    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end, on the way out, what was started
     with tempfile.TemporaryDirectory(prefix="fedveil-faults-") as name:
         for finding in play(Path(name), wanted):
             findings.append(finding)
-            console.print(f"{'passed' if finding.passed else 'FAILED'}  {finding.audit}: {finding.case}")
+            wrong = f": {finding.figures['wrong']}" if "wrong" in finding.figures else ""
+            say(f"{'passed' if finding.passed else 'FAILED'}  {finding.audit}: {finding.case}{wrong}")
     show(console, findings, time.monotonic() - began)
     sys.exit(not all(finding.passed for finding in findings))
 
@@ -58,18 +63,18 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "cut": lambda: iter([laid]) if laid else cut(federation, cable, deadline),
                 "kills": lambda: kills(federation, deadline),
                 "lies": lambda: lies(federation, deadline),
+                "quorum": lambda: below_quorum(federation, deadline),
                 "slow": lambda: slow(federation, deadline),
                 "stutters": lambda: stutters(federation, deadline),
                 "server": lambda: server_killed(federation, deadline),
                 "superlink": lambda: superlink_killed(federation, deadline),
             }
-            for name, scenario in scenarios.items():
-                if name not in wanted:
-                    continue
+            for name in wanted:
                 try:
-                    yield from scenario()
-                except RunFailed as error:
-                    yield Finding(name, "the scenario did not come to its end", False, {"wrong": str(error)})
+                    yield from scenarios[name]()
+                except Exception as error:
+                    words = str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
+                    yield Finding(name, "did not come to its end", False, {"wrong": words})
     finally:
         cable.remove()
 

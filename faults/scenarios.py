@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator
 
 from audits.finding import Finding
-from faults.checks import Expected, examine
+from faults.checks import Expected, charges, examine
 from faults.faulty_site import AFTER, BEFORE, LIES, TWICE
 from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.network import Cable
 from faults.processes import wait_until
+from faults.stuttering_node import HALF, NODE
 from server.report import read_lines
 
 ROOM = 3.0
@@ -60,18 +61,49 @@ def lies(federation: Federation, deadline: float, names: tuple[str, ...] = tuple
         yield examine(federation, run, number, name, expected, REPLY)
 
 
+def below_quorum(federation: Federation, deadline: float) -> Iterator[Finding]:
+    """Let the lab lie where the round needs all three: the run ends with the reason, and what was spent is spent."""
+    federation.plan.write({"lab": {1: "NaN"}})
+    run = federation.submit(rounds=1, round_timeout=deadline, min_sites=len(SIZES))
+    result = run.result()
+    (line,) = read_lines(run.path / "rounds.jsonl")
+    paid = {site: charges(federation, site, run)[1] for site in federation.sites}
+    wrong = [
+        words
+        for words, holds in (
+            ("the run should have failed", result["status"] == "failed"),
+            ("the reason should name the lab's reply", "lab (reply)" in result["reason"]),
+            ("the round should not count", not line["complete"] and not line["participants"]),
+            ("each site should have paid once", set(paid.values()) == {1}),
+            ("no adapter should be left", not (run.path / "adapter").exists()),
+        )
+        if not holds
+    ]
+    figures: dict[str, int | float | str] = {
+        "took part": "nobody",
+        "told": result["reason"],
+        "charged": ", ".join(f"{site} {count}" for site, count in paid.items()),
+        "adapter": "none",
+    }
+    yield Finding(
+        REPLY, "a lie where all are needed", not wrong, figures | ({"wrong": "; ".join(wrong)} if wrong else {})
+    )
+
+
 def stutters(federation: Federation, deadline: float) -> Iterator[Finding]:
-    """Deliver a task twice, and let a node send every reply twice and the earlier ones again."""
+    """Deliver a task twice; let a node send every reply twice and the earlier ones again, and announce one only."""
     federation.processes.kill("lab")
     federation.start_site("lab", stutters=True)
     federation.wait_online("lab", restart=True)
-    federation.plan.write({"clinic": {1: TWICE}})
-    run = federation.submit(rounds=2, round_timeout=deadline, min_sites=3)
+    federation.plan.write({"clinic": {1: TWICE}, NODE: {3: HALF}})
+    run = federation.submit(rounds=3, round_timeout=deadline)
     run.result()
     yield examine(federation, run, 1, "a task delivered twice", ALL, MESSAGES, more={"replies": _same(federation, run)})
     pushes = (federation.plan.folder / "pushes.txt").read_text().splitlines()
     more = {f"{what} of a reply": _became(pushes, what) for what in ("a duplicate", "a replay")}
     yield examine(federation, run, 2, "replies sent twice and replayed", ALL, MESSAGES, more=more)
+    half = Expected(["clinic", "ward"], {"lab": (("late",), "no whole answer")})
+    yield examine(federation, run, 3, "a reply announced and never sent", half, MESSAGES)
 
 
 def _same(federation: Federation, run: Run) -> str:

@@ -1,4 +1,4 @@
-"""A SuperNode that sends every reply twice, and once more all the replies that it has sent before."""
+"""A SuperNode that sends every reply twice, and once more all the replies before it; and some it never sends whole."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any
 import grpc
 from flwr.client.grpc_rere_client import connection
 from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.proto.message_pb2 import PushObjectResponse
 from flwr.supernode.cli import flower_supernode
 
 from faults.plan import open_plan
+
+NODE = "the stuttering node"
+"""Its name in a plan."""
+HALF = "announced and never sent"
 
 
 class StutteringStub(FleetStub):
@@ -20,15 +25,26 @@ class StutteringStub(FleetStub):
     def __init__(self, channel: grpc.Channel) -> None:
         super().__init__(channel)
         self._sent: list[Any] = []
+        self._round = 0
         self.PushMessages = self._stuttered(self.PushMessages)
+        self.PushObject = self._swallowed(self.PushObject)
 
     def _stuttered(self, push: Callable[..., Any]) -> Callable[..., Any]:
         def call(request: Any, **options: Any) -> Any:
+            self._round = int(request.messages_list[0].metadata.group_id)
             answer = push(request, **options)
             for what, again in [("a duplicate", request), *(("a replay", old) for old in self._sent)]:
                 _note(what, partial(push, again, **options))
             self._sent.append(request)
             return answer
+
+        return call
+
+    def _swallowed(self, push: Callable[..., Any]) -> Callable[..., Any]:
+        def call(request: Any, **options: Any) -> Any:
+            if open_plan().fault(NODE, self._round) == HALF:
+                return PushObjectResponse(stored=True)
+            return push(request, **options)
 
         return call
 
