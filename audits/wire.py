@@ -30,9 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from audits.finding import Finding, as_json, quiet
-from audits.wire_findings import Heard, findings_of
 from common.errors import FedVeilError
-from server.records import package_versions, read_json, write_json
 
 QUIET_SECONDS = 60.0
 """How long to listen after the job: what nodes send while nothing goes on."""
@@ -86,6 +84,9 @@ def listen(folder: Path) -> list[Finding]:
         counts.append(_counts(bridges))
         time.sleep(QUIET_SECONDS)
         counts.append(_counts(bridges))
+    from audits.wire_findings import Heard, findings_of  # these import torch, which listening does not need
+    from server.records import package_versions, read_json, write_json
+
     if code != "0":
         raise CannotListen(f"the job ended with exit code {code}: see 'docker compose logs job'")
     call("docker", "compose", "cp", "job:/federation/last-job.json", str(folder / "job.json"))
@@ -97,12 +98,14 @@ def listen(folder: Path) -> list[Finding]:
             "the job began before this audit, so its rounds were not heard: give FEDVEIL_SETTINGS that have not been "
             "run yet, or start over with 'docker compose down --volumes'"
         )
+    build = "flwr build --app /app >/dev/null && cat *.fab | wc -c"
+    bundle = int(call("docker", "compose", "exec", "--no-TTY", "--workdir", "/tmp", "superlink", "sh", "-c", build))
+    quiet()
     heard = [
         Heard(site, folder / f"{site}.pcap", counts[1][site] - counts[0][site], counts[2][site] - counts[1][site])
         for site in bridges
     ]
-    quiet()
-    findings = findings_of(heard, folder / "run", seconds, QUIET_SECONDS)
+    findings = findings_of(heard, folder / "run", bundle, seconds, QUIET_SECONDS)
     write_json(folder / "wire.json", as_json(findings, when.isoformat(timespec="seconds"), package_versions()))
     return findings
 

@@ -34,12 +34,13 @@ class Heard:
     """Counted in the quiet time after it."""
 
 
-def findings_of(heard: Sequence[Heard], run: Path, seconds: float, quiet_seconds: float) -> list[Finding]:
+def findings_of(heard: Sequence[Heard], run: Path, bundle: int, seconds: float, quiet_seconds: float) -> list[Finding]:
     """Return the findings about a run.
 
     Args:
         heard: one for each site's network.
         run: the run's folder.
+        bundle: bytes of the bundle of code that every site fetches once.
         seconds: from the start of the containers to the end of the job.
         quiet_seconds: how long the quiet time was.
 
@@ -57,7 +58,7 @@ def findings_of(heard: Sequence[Heard], run: Path, seconds: float, quiet_seconds
     return [
         clear_text(captures),
         *private_pieces([stream.data for stream in streams], texts, weights),
-        traffic(heard, captures.values(), payload, seconds, quiet_seconds),
+        traffic(heard, captures.values(), payload, bundle, seconds, quiet_seconds),
     ]
 
 
@@ -106,9 +107,16 @@ def private_pieces(streams: Sequence[bytes], texts: Needles, weights: Needles) -
 
 
 def traffic(
-    heard: Sequence[Heard], captures: Iterable[Capture], payload: int, seconds: float, quiet_seconds: float
+    heard: Sequence[Heard],
+    captures: Iterable[Capture],
+    payload: int,
+    bundle: int,
+    seconds: float,
+    quiet_seconds: float,
 ) -> Finding:
     """Return the bytes on the wire against ``payload``, the tensors of rounds.jsonl, and what the rest is.
+
+    Idle nodes ask for work every few seconds; what they send in the job's time is taken from the quiet time.
 
     It fails if counters and captures disagree, for then one of them missed something.
     """
@@ -117,6 +125,7 @@ def traffic(
     job = sum(one.job_bytes for one in heard)
     idle = sum(one.quiet_bytes for one in heard) / quiet_seconds * seconds
     captured = sum(capture.wire_bytes for capture in captures)
+    bundles = bundle * sum(bool(capture.streams) for capture in captures)
     carried = sum(capture.tcp_payload_bytes for capture in captures)
     records = [tls_records(stream.data) for capture in captures for stream in capture.streams]
     content = sum(r.application_bytes for r in records)
@@ -127,9 +136,10 @@ def traffic(
         "captured by tcpdump, all the time": captured,
         "until the job's end": job,
         "adapter payload of rounds.jsonl": payload,
-        "ratio": job / payload if payload else float("inf"),
+        "bytes on the wire / payload": _ratio(job, payload),
+        "bundles, one a site": bundles,
         "idle nodes would have sent in the job's time": round(idle),
-        "ratio without these": (job - idle) / payload if payload else float("inf"),
+        "bytes on the wire / (payload + bundles + idle)": _ratio(job, payload + bundles + idle),
         "all the time: frames without TCP's payload": captured - carried,
         "all the time: TLS hellos": hellos,
         "all the time: TLS record headers and tags": sealed * (5 + SEALED),
@@ -137,6 +147,10 @@ def traffic(
     }
     agree = abs(counted - captured) <= TOLERANCE * captured
     return Finding("bytes on the wire", "as it is", agree and captured > 0, figures)
+
+
+def _ratio(value: float, of: float) -> float:
+    return value / of if of else float("inf")
 
 
 def _port_fault(stream: Stream) -> str:

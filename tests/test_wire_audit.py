@@ -205,16 +205,19 @@ def test_the_ratio_is_that_of_the_counters_and_they_must_agree_with_the_capture(
     capture = read_capture(whole().save(tmp_path))
     total = capture.wire_bytes
     heard = [Heard("site-1", tmp_path, total - 100, 100)]
-    finding = traffic(heard, [capture], payload=280, seconds=30, quiet_seconds=60)
+    finding = traffic(heard, [capture, Capture()], payload=280, bundle=90, seconds=30, quiet_seconds=60)
     assert finding.passed
-    assert finding.figures["ratio"] == pytest.approx((total - 100) / 280)
-    assert finding.figures["ratio without these"] == pytest.approx((total - 150) / 280)
+    assert finding.figures["bytes on the wire / payload"] == pytest.approx((total - 100) / 280)
+    assert finding.figures["bundles, one a site"] == 90, "a network without a site has none"
+    assert finding.figures["bytes on the wire / (payload + bundles + idle)"] == pytest.approx(
+        (total - 100) / (280 + 90 + 50)
+    )
     parts = [value for name, value in finding.figures.items() if name.startswith("all the time: ")]
     hellos = len(CLIENT_HELLO) + len(SERVER_HELLO) + len(record(20, b"\x01"))
     assert parts[1:] == [hellos, 3 * 22, len(b"polls" + b"adapter" * 40 + b"answers")]
     assert sum(int(part) for part in parts) == total
     missed = [Heard("site-1", tmp_path, total, total)]
-    assert not traffic(missed, [capture], payload=280, seconds=30, quiet_seconds=60).passed
+    assert not traffic(missed, [capture], payload=280, bundle=90, seconds=30, quiet_seconds=60).passed
 
 
 def test_a_bridges_counter_is_read_with_the_headers_that_it_leaves_out() -> None:
