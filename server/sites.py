@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.log import about
@@ -122,9 +122,11 @@ class Sites:
         got.bytes_down += exchange.bytes_down
         got.bytes_up += exchange.bytes_up
         refused: dict[int, Refusal] = {}
+        names = {member.node: site for site, member in self._admission.members.items()}
         for node, reply in sorted(exchange.replies.items()):
             if isinstance(reply, Refusal):
-                refused[node] = reply
+                # Whether it did not answer or calls itself something else: it has the name by which it counted.
+                refused[node] = replace(reply, site=names.get(node, reply.site))
             else:
                 got.results[node] = reply
         for node, reason in self._admission.judge(got.results, state).items():
