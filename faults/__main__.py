@@ -38,12 +38,14 @@ def main() -> None:
     began, findings = time.monotonic(), list[Finding]()
     quiet()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end, on the way out, what was started
-    with tempfile.TemporaryDirectory(prefix="fedveil-faults-") as name:
-        for finding in play(Path(name), wanted):
-            findings.append(finding)
-            wrong = f": {finding.figures['wrong']}" if "wrong" in finding.figures else ""
-            say(f"{'passed' if finding.passed else 'FAILED'}  {finding.audit}: {finding.case}{wrong}")
-    show(console, findings, time.monotonic() - began)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedveil-faults-") as name:
+            for finding in play(Path(name), wanted):
+                findings.append(finding)
+                wrong = f": {finding.figures['wrong']}" if "wrong" in finding.figures else ""
+                say(f"{'passed' if finding.passed else 'FAILED'}  {finding.audit}: {finding.case}{wrong}")
+    finally:  # whoever stops it sees what there is
+        show(console, findings, time.monotonic() - began)
     sys.exit(not all(finding.passed for finding in findings))
 
 

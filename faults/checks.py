@@ -68,7 +68,9 @@ def examine(
         wrong: what was found wrong already.
         more: figures to show.
     """
-    wrong = list(wrong)
+    wrong, result = list(wrong), run.result()
+    if result["status"] != "completed":
+        wrong.append(f"the run {result['status']}: {result['reason']}")
     line = _line(run, number)
     told = _failures(federation, line, expected, wrong)
     ledgers = _ledgers(federation, run, number, expected, wrong)

@@ -15,8 +15,9 @@ class Cable:
     def __init__(self) -> None:
         mark = os.getpid() % 0xFFFF
         self._name, self._near, self._far = f"fedveil-{mark:x}", f"fvn{mark:x}", f"fvf{mark:x}"
-        net = f"10.{128 + mark % 100}.{mark // 100 % 200}"
-        self.address, self._other = f"{net}.1", f"{net}.2"
+        block = mark % 0x4000 * 4
+        # RFC 2544's addresses for trials: on nobody's network.
+        self.address, self._other = (f"198.18.{block // 256}.{block % 256 + host}" for host in (1, 2))
         """This machine's address, as the site dials it."""
 
     def lay(self) -> None:
