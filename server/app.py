@@ -72,7 +72,8 @@ class FlowerTransport:
         for message_id in waiting:
             node = nodes[message_id]
             what = "no whole answer" if message_id in pulls.under_way else "no answer"
-            replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s")
+            trouble = f" (the SuperLink failed: {pulls.trouble})" if pulls.trouble else ""
+            replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s{trouble}")
         return Exchange(replies, down, up)
 
     def _read(self, message: Message | None, task: TrainTask, node: int, layout: Layout) -> tuple[Reply, int]:

@@ -10,8 +10,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
+from common.log import place_of
+
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, DecodeError)
-"""What Flower raises when it unpacks bytes that are no message; a lost connection is none of them."""
+"""What Flower raises when it unpacks bytes that are no message; trouble at the SuperLink is none of them."""
 USUAL_SECONDS = 1.0
 """Most pulls are over by then; one that is not goes on beside the next."""
 
@@ -25,15 +27,17 @@ class Pulls:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._done: SimpleQueue[tuple[str, list[Message | None] | Exception]] = SimpleQueue()
+        self._done: SimpleQueue[tuple[str, list[Message | None]]] = SimpleQueue()
         self.under_way: set[str] = set()
         """Ids of the tasks whose reply is being pulled."""
+        self.trouble = ""
+        """What went wrong in the latest pull that failed, as in a SuperLink whose database is busy."""
 
     def pull(self, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
         """Yield ``(id of the task's message, reply)`` for what has arrived; None for a reply that cannot be unpacked.
 
         One by one: a message that cannot be unpacked must not take others with it. Whatever else
-        goes wrong in a pull, as a lost connection, is raised here.
+        goes wrong in a pull is noted, and the next call tries again: a reply waits until it is pulled.
         """
         for asked in sorted(set(waiting) - self.under_way):
             self.under_way.add(asked)
@@ -47,17 +51,15 @@ class Pulls:
             except Empty:
                 return
             self.under_way.discard(asked)
-            if isinstance(found, Exception):
-                raise found
             if asked in waiting:
                 yield from ((asked, message) for message in found[:1])
 
     def _pull_one(self, asked: str) -> None:
-        found: list[Message | None] | Exception
+        found: list[Message | None] = []
         try:
             found = list(self._grid.pull_messages([asked]))
         except UNREADABLE:
             found = [None]
         except Exception as error:
-            found = error
+            self.trouble = place_of(error)
         self._done.put((asked, found))
