@@ -84,6 +84,8 @@ def print_summary(folder: Path) -> None:
         )
     else:
         console.print(f"federation: {data.claim.sentence}")
+    for text in data.alarms:
+        console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))
     for text in [*data.problems, *data.claim.gaps]:
         console.print(f"take care: {visible(text)}", markup=False)
     console.print(

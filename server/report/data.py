@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import FedVeilError
 from common.privacy.accounting import TRAINING
+from server.report.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from server.report.claim import Claim, claim_of
 from server.report.folder import Line, RunFiles, read_run
 from server.report.sites import ReleaseReport, SiteReport, other_releases, site_reports
@@ -117,6 +118,10 @@ class ReportData:
     versions: dict[str, str]
     audits: dict[str, str]
     """Audit files found in the folder, with their SHA-256; empty: not audited."""
+    audit_results: list[AuditReport]
+    """What they say; empty: nothing was audited, as far as anyone can see."""
+    alarms: list[str]
+    """Audits that failed; every form of the report says them first and loudly."""
 
 
 def report_of(folder: Path) -> ReportData:
@@ -128,6 +133,9 @@ def report_of(folder: Path) -> ReportData:
     files = read_run(folder)
     settings, sites = files.config["settings"], site_reports(files)
     result = files.result or {}
+    versions = {str(name): str(number) for name, number in files.config["versions"].items()}
+    problems = list(files.problems)
+    audits = audit_reports(files.findings, problems)
     return ReportData(
         schema=SCHEMA,
         run=str(files.config.get("run", folder.name)),
@@ -135,7 +143,7 @@ def report_of(folder: Path) -> ReportData:
         started=str(files.config.get("started", "")),
         status=str(result.get("status", "unfinished")),
         reason=str(result.get("reason", "")),
-        problems=files.problems,
+        problems=[*problems, *audit_cares(audits, versions)],
         headline=_headline(files, sites),
         claim=claim_of(files, sites),
         sites=sites,
@@ -144,8 +152,10 @@ def report_of(folder: Path) -> ReportData:
         other_releases=other_releases(files),
         refusals=[refusal for line in files.rounds for refusal in _refusals(line)],
         settings=_settings(settings),
-        versions={str(name): str(number) for name, number in files.config["versions"].items()},
+        versions=versions,
         audits=files.audits,
+        audit_results=audits,
+        alarms=audit_alarms(audits),
     )
 
 

@@ -66,6 +66,8 @@ class RunFiles:
     """None while the run goes on, or when it was killed."""
     audits: dict[str, str]
     """Files named ``audit*`` in the folder, with their SHA-256."""
+    findings: dict[str, Line] = field(default_factory=dict)
+    """Content of those that are JSON."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -96,13 +98,15 @@ def read_run(folder: Path) -> RunFiles:
     if result is not None and result.get("status") not in RESULTS:
         problems.append("result.json does not say how the run ended, and is left out")
         result = None
+    audits = [path for path in sorted(folder.glob("audit*")) if path.is_file()]
     return RunFiles(
         config,
         baseline,
         list(_checked(folder / "rounds.jsonl", _round_fault, problems)),
         _once(_checked(folder / "privacy.jsonl", _privacy_fault, problems)),
         result,
-        {path.name: _sha256(path) for path in sorted(folder.glob("audit*")) if path.is_file()},
+        {path.name: _sha256(path) for path in audits},
+        {path.name: content for path in audits if path.suffix == ".json" and (content := _object(path, problems))},
         problems,
     )
 

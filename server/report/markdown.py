@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+from server.report.audits import NONE_RUN, audit_words
 from server.report.data import ReportData
 from server.report.words import (
     bytes_text,
@@ -45,7 +46,8 @@ def to_markdown(data: ReportData) -> str:
 
 
 def _notices(data: ReportData) -> list[str]:
-    return [f"> **Take care:** {plain(text)}\n" for text in [*data.problems, *data.claim.gaps]]
+    alarms = [f"> **AUDIT FAILED:** {plain(text)}\n" for text in data.alarms]
+    return alarms + [f"> **Take care:** {plain(text)}\n" for text in [*data.problems, *data.claim.gaps]]
 
 
 def _result(data: ReportData) -> list[str]:
@@ -176,12 +178,16 @@ def _others(data: ReportData) -> list[str]:
 
 
 def _origin(data: ReportData) -> list[str]:
-    audits = [f"- {plain(name)} (SHA-256 `{digest}`)" for name, digest in data.audits.items()]
+    columns = ("audit", "outcome", "the code as it is", "faults built in", "with", "when", "file")
+    rows = [(r.audit, *audit_words(r), r.date, r.file) for r in data.audit_results]
+    audits = _table(columns, rows) if rows else [plain(NONE_RUN)]
+    files = [f"- {plain(name)} (SHA-256 `{digest}`)" for name, digest in data.audits.items()]
     settings = [(s.key, value_text(s.value), value_text(s.default) if s.changed else "") for s in data.settings]
     return [
         "## Audit",
         "",
-        *(audits or ["Not audited: the run's folder holds no audit file."]),
+        *audits,
+        *(["", *files] if files else []),
         "",
         "## Settings",
         "",

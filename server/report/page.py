@@ -8,6 +8,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from server.report import words
+from server.report.audits import NONE_RUN, audit_words
 from server.report.charts import Axis, Chart, Curve, Mark, line_chart
 from server.report.data import ReportData
 from server.report.page_style import STYLE
@@ -24,11 +25,13 @@ def to_html(data: ReportData) -> str:
     )
     for name in ("epsilon", "remaining", "percent", "number", "numbers", "bytes", "seconds", "value"):
         environment.filters[name] = getattr(words, f"{name}_text")
+    environment.filters["audit"] = audit_words
     template = environment.from_string(PAGE)
     return template.render(
         data=data,
         head=data.headline,
         claim=data.claim,
+        none_run=NONE_RUN,
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),
         accuracy_chart=accuracy_chart(data),

@@ -39,6 +39,9 @@ PAGE = """\
 {% if claim.privacy_mode == "none" %}
 <p class="alarm"><strong>{{ claim.sentence }}</strong></p>
 {% endif %}
+{% for text in data.alarms %}
+<p class="alarm"><strong>AUDIT FAILED:</strong> {{ text }}</p>
+{% endfor %}
 {% for text in data.problems + claim.gaps %}
 <p class="care"><strong>Take care:</strong> {{ text }}</p>
 {% endfor %}
@@ -201,12 +204,24 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 {% endif %}
 
 <h2>Audit</h2>
+{% if data.audit_results %}
+{% call table("Attacks on the code, and faults built in to see whether an attack would find them") %}
+<thead><tr><th scope="col">audit</th><th scope="col">outcome</th><th scope="col">the code as it is</th>
+<th scope="col">faults built in</th><th scope="col">with</th>
+<th scope="col">when</th><th scope="col">file</th></tr></thead>
+<tbody>{% for result in data.audit_results %}
+{% set outcome, checks, faults, versions = result|audit %}
+<tr><th scope="row">{{ result.audit }}</th><td class="{{ "ok" if result.passed else "bad" }}">{{ outcome }}</td>
+<td>{{ checks }}</td><td>{{ faults }}</td><td>{{ versions }}</td>
+<td>{{ result.date }}</td><td>{{ result.file }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+<p>{{ none_run }}</p>
+{% endif %}
 {% if data.audits %}
-<p>Found in the run's folder; this report names them and does not judge them:</p>
 <ul>{% for name, digest in data.audits.items() %}<li>{{ name }}<br>
 <code>SHA-256 {{ digest }}</code></li>{% endfor %}</ul>
-{% else %}
-<p>Not audited: the run's folder holds no audit file.</p>
 {% endif %}
 
 <h2>Settings</h2>

@@ -1,0 +1,115 @@
+"""What the audits of a run's folder say: each passed or failed, when, and with which versions.
+
+``make audit RUN=folder`` writes ``audit.json``. A report judges by the findings in it alone: a file
+that says "passed" but holds a failed finding has failed, and one without findings says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FAULT = "fault built in"
+"""How the case of a finding begins in which something was broken on purpose, to see whether it is found."""
+COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
+"""Packages that carry the promise: an audit with other versions of them is not of the code that ran."""
+NONE_RUN = "No audit was run: the run's folder holds no findings of one. `make audit RUN=FOLDER` puts them there."
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """One audit of one file."""
+
+    file: str
+    audit: str
+    passed: bool
+    """The code passed wherever it was looked at, and every fault that was built in was found."""
+    checks: int
+    """Times that the audit looked at the code as it is."""
+    checks_failed: int
+    faults: int
+    """Faults that were built in."""
+    faults_missed: int
+    date: str
+    """UTC, ISO 8601; of the whole file."""
+    versions: dict[str, str]
+
+
+def audit_reports(contents: Mapping[str, Mapping[str, Any]], problems: list[str]) -> list[AuditReport]:
+    """Return what the files say, one entry per audit; what cannot be read is said in ``problems``.
+
+    Args:
+        contents: JSON objects by file name.
+        problems: sentences are added.
+    """
+    reports = []
+    for file, content in contents.items():
+        findings, versions = content.get("findings"), content.get("versions")
+        if not isinstance(findings, list) or not findings or not all(map(_whole, findings)):
+            problems.append(f"{file} holds no findings that can be read: it does not say that any audit passed")
+            continue
+        known = {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {}
+        for audit in dict.fromkeys(finding["audit"] for finding in findings):
+            own = [finding for finding in findings if finding["audit"] == audit]
+            faults = [finding["passed"] for finding in own if finding["case"].startswith(FAULT)]
+            checks = [finding["passed"] for finding in own if not finding["case"].startswith(FAULT)]
+            reports.append(
+                AuditReport(
+                    file=file,
+                    audit=audit,
+                    # An audit that only ever looked at faults says nothing about the code.
+                    passed=bool(checks) and all(checks) and all(faults),
+                    checks=len(checks),
+                    checks_failed=checks.count(False),
+                    faults=len(faults),
+                    faults_missed=faults.count(False),
+                    date=str(content.get("date", "")) or "not recorded",
+                    versions=known,
+                )
+            )
+    return reports
+
+
+def audit_alarms(reports: Sequence[AuditReport]) -> list[str]:
+    """Return a sentence for every audit that failed: nothing in a report may be read past it."""
+    return [
+        f"{report.audit} ({report.file}, {report.date}): {report.checks_failed} of {report.checks} checks of the code "
+        f"failed, {report.faults_missed} of {report.faults} faults built in were missed. Do not rely on the claim."
+        for report in reports
+        if not report.passed
+    ]
+
+
+def audit_cares(reports: Sequence[AuditReport], versions: Mapping[str, str]) -> list[str]:
+    """Return a sentence for every file whose audits ran with other versions than the run did."""
+    cares = []
+    for report in {report.file: report for report in reports}.values():
+        other = [
+            f"{name} {report.versions[name]} (the run: {versions[name]})"
+            for name in COMPARED
+            if name in report.versions and name in versions and report.versions[name] != versions[name]
+        ]
+        if other:
+            cares.append(f"the audits in {report.file} ran with {', '.join(other)}")
+    return cares
+
+
+def audit_words(report: AuditReport) -> tuple[str, str, str, str]:
+    """Return outcome, checks, faults and versions in words."""
+    versions = ", ".join(f"{name} {report.versions[name]}" for name in COMPARED if name in report.versions)
+    return (
+        "passed" if report.passed else "FAILED",
+        f"{report.checks - report.checks_failed} of {report.checks} passed",
+        f"{report.faults - report.faults_missed} of {report.faults} found",
+        versions or "not recorded",
+    )
+
+
+def _whole(finding: Any) -> bool:
+    return (
+        isinstance(finding, dict)
+        and isinstance(finding.get("audit"), str)
+        and isinstance(finding.get("case"), str)
+        and isinstance(finding.get("passed"), bool)
+    )
