@@ -7,8 +7,9 @@ import dataclasses
 from client.site import Site
 from common.messages import Spending, TrainTask
 from common.privacy.accounting import Release
+from common.privacy.charges import EVALUATION, Terms
 from common.privacy.contents import record_hashes
-from common.privacy.ledger import EVALUATION, Ledger, Terms
+from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from strategies import Job
 from strategies.base import GradientSource

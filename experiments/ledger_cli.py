@@ -1,4 +1,4 @@
-"""``fedveil ledger``: what a steward reads from a site's ledger. Nothing here writes a charge or a budget."""
+"""``fedveil ledger``: what a steward reads from a site's ledger, and the budget that a steward sets there."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from common.errors import ConfigError, DataError, LedgerError
 from experiments.people import for_people
 
 if TYPE_CHECKING:
+    from common.privacy.charges import Budget, Entry
     from common.privacy.ledger import Ledger
 
-ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger.")
+ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
 console = Console(highlight=False, soft_wrap=True)
 
 LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
@@ -31,7 +32,7 @@ LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
 @ledger_app.command("show")
 @for_people
 def show(path: LedgerFile) -> None:
-    """Print what has been charged to every data set of a ledger, and the budget that was set."""
+    """Print what has been charged to every data set of a ledger, and every budget that was set, in order of time."""
     with _opened(path) as ledger:
         entries = ledger.entries()
         for dataset in _datasets(ledger):
@@ -39,13 +40,10 @@ def show(path: LedgerFile) -> None:
             spent = ledger.epsilon(dataset, terms.delta) if terms.delta < 1 else 0.0
             budget = f" of {terms.epsilon:g}" if terms.epsilon < float("inf") else ""
             _say(f"{dataset}: ε {spent:.4f}{budget} at δ {terms.delta:g}")
-            for entry in entries:
-                if entry.dataset == dataset:
-                    _say(
-                        f"  {entry.charged_at}  run {entry.run} round {entry.round_number}  {entry.kind}: "
-                        f"{entry.count} × (noise {entry.noise_multiplier:.4g}, sample rate {entry.sample_rate:.4g}), "
-                        f"clip {entry.clip_norm:.4g}"
-                    )
+            events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
+            events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
+            for when, what in sorted(events, key=lambda event: event[0]):
+                _say(f"  {when}  {what}")
 
 
 @ledger_app.command("remaining")
@@ -62,9 +60,7 @@ def remaining(
     if delta is not None:
         in_range(0, 0.5, delta=delta)
     with _opened(path) as ledger:
-        known = _datasets(ledger)
-        if dataset not in known:
-            raise LedgerError(f"{path} holds nothing about data set {dataset!r}{nearest(dataset, known)}")
+        _require(ledger, path, dataset)
         unlimited = float("inf")
         budget, at = ledger.terms(dataset).stricter(epsilon or unlimited, delta or unlimited)
         if budget == unlimited:
@@ -77,6 +73,32 @@ def remaining(
     _say(f"{dataset}: ε {int(left * 1e4) / 1e4:.4f} of {budget:g} is left at δ {at:g}; {spent:.4f} is spent")
     if not left:
         _say("The site refuses every further round on these records.")
+
+
+@ledger_app.command("budget")
+@for_people
+def budget(
+    path: LedgerFile,
+    dataset: Annotated[str, typer.Option(help="The data set's id, as the ledger calls it.")],
+    epsilon: Annotated[float, typer.Option(help="The new budget, over all runs together.")],
+    delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
+) -> None:
+    """Raise or lower the budget of a data set; the old one stays in the ledger's history, with the time."""
+    with _opened(path) as ledger:
+        _require(ledger, path, dataset)
+        at = ledger.terms(dataset).delta if delta is None else delta
+        if at == float("inf"):
+            raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
+        before, after = ledger.set_budget(dataset, epsilon, at), ledger.terms(dataset)
+        spent = ledger.epsilon(dataset, after.delta)
+    was = f"was {before.epsilon:g}" if before.epsilon < float("inf") else "had none"
+    _say(f"{dataset}: budget ε {epsilon:g} at δ {after.delta:g} ({was}); {spent:.4f} is spent")
+    if delta is not None and after.delta < delta:
+        _say(f"δ {after.delta:g} holds instead of {delta:g}: releases were charged at it, and a δ never grows.")
+    if spent >= epsilon:
+        _say("That is no more than what is spent: the site refuses every further round on these records.")
+    elif epsilon > before.epsilon:
+        _say("A policy with a smaller epsilon lowers it again at the next round: change the policy as well.")
 
 
 @ledger_app.command("export")
@@ -118,8 +140,26 @@ def _datasets(ledger: Ledger) -> list[str]:
     return sorted({entry.dataset for entry in ledger.entries()} | {budget.dataset for budget in ledger.budgets()})
 
 
+def _require(ledger: Ledger, path: Path, dataset: str) -> None:
+    known = _datasets(ledger)
+    if dataset not in known:
+        raise LedgerError(f"{path} holds nothing about data set {dataset!r}{nearest(dataset, known)}")
+
+
+def _spoken_charge(entry: Entry) -> str:
+    return (
+        f"run {entry.run} round {entry.round_number}  {entry.kind}: {entry.count} × (noise "
+        f"{entry.noise_multiplier:.4g}, sample rate {entry.sample_rate:.4g}), clip {entry.clip_norm:.4g}"
+    )
+
+
+def _spoken_budget(row: Budget) -> str:
+    was = "" if row.replaced is None else f", was {row.replaced:g}"
+    return f"budget set to ε {row.epsilon:g}{was}, at δ {row.delta:g}"
+
+
 def _csv(charges: list[dict[str, Any]]) -> str:
-    from common.privacy.ledger import Entry
+    from common.privacy.charges import Entry
 
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [item.name for item in dataclasses.fields(Entry)])

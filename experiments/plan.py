@@ -19,7 +19,7 @@ from common.errors import ConfigError
 from common.examples import Dataset
 from common.partition import declared_size, site_part
 from common.privacy.accounting import Release, epsilon, epsilon_with_method
-from common.privacy.ledger import Terms
+from common.privacy.charges import Terms
 from common.privacy.plan import PrivacyPlan
 from strategies import Job
 

@@ -22,8 +22,10 @@ import pytest
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.examples import Dataset, Example
 from common.privacy.accounting import Release, epsilon
+from common.privacy.charges import EVALUATION, Charge
 from common.privacy.contents import record_hashes
-from common.privacy.ledger import APPLICATION_ID, EVALUATION, Charge, Ledger
+from common.privacy.ledger import Ledger
+from common.privacy.ledger_file import APPLICATION_ID
 
 DELTA = 1e-5
 ROUND = Release(noise_multiplier=1.0, sample_rate=0.1, count=5)
@@ -168,7 +170,7 @@ def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pyte
 
     with Ledger(path) as ledger:
         with monkeypatch.context() as patch:
-            patch.setattr("common.privacy.ledger._price", fail)
+            patch.setattr("common.privacy.ledger.price", fail)
             with pytest.raises(KeyboardInterrupt):
                 charge(ledger, 1)
         assert ledger.entries() == []
@@ -176,7 +178,7 @@ def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pyte
 
 
 def test_a_price_that_is_no_number_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.privacy.ledger.epsilon_with_method", lambda *_: (float("nan"), "none"))
+    monkeypatch.setattr("common.privacy.charges.epsilon_with_method", lambda *_: (float("nan"), "none"))
     with Ledger(path) as ledger, pytest.raises(BudgetExhausted):
         charge(ledger, 1)
 
@@ -501,10 +503,13 @@ def test_a_policy_lowers_the_stored_budget_and_only_the_steward_raises_it(path: 
         assert ledger.lower_budget("ward", math.inf, 1e-5).epsilon == math.inf
         for epsilon_, holds in ((5.0, 5.0), (3.0, 3.0), (8.0, 3.0), (3.0, 3.0)):
             assert ledger.lower_budget("ward", epsilon_, 1e-5).epsilon == holds
-        ledger.set_budget("ward", 8.0, 1e-4)
+        before = ledger.set_budget("ward", 8.0, 1e-4)
+        assert (before.epsilon, before.delta) == (3.0, 1e-5), "what held until then"
         assert ledger.terms("ward").epsilon == 8.0
         assert ledger.terms("ward").delta == 1e-5, "a delta that was promised once does not grow"
         assert [(b.epsilon, b.delta) for b in ledger.budgets()] == [(5.0, 1e-5), (3.0, 1e-5), (8.0, 1e-4)]
+        ledger.set_budget("clinic", 1.0, 1e-5)
+        assert [b.replaced for b in ledger.budgets()] == [None, 5.0, 3.0, None], "by data set"
 
 
 @pytest.mark.parametrize("terms", [("ward", 0.0, 1e-5), ("ward", 1.0, 0.5), ("ward", math.inf, 1e-5), ("", 1.0, 1e-5)])
@@ -594,7 +599,7 @@ def test_a_migration_that_fails_half_way_leaves_the_old_ledger(
     old_ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("common.privacy.ledger._finish_schema", lambda: "CREATE TABLE budgets (id);\nNONSENSE;\n")
+        patch.setattr("common.privacy.ledger_file._finish_schema", lambda: "CREATE TABLE budgets (id);\nNONSENSE;\n")
         with pytest.raises(LedgerError):
             Ledger(old_ledger)
     assert layout(old_ledger) == [("charges", "table"), ("no_delete", "trigger"), ("no_update", "trigger")]

@@ -21,7 +21,8 @@ from scipy.stats import norm
 
 from common.privacy import accounting
 from common.privacy.accounting import PLD_INTERVAL, Release, epsilon, epsilon_with_method
-from common.privacy.ledger import Charge, Ledger
+from common.privacy.charges import Charge
+from common.privacy.ledger import Ledger
 
 FINE = PLD_INTERVAL / 4
 DELTA = 1e-5

@@ -17,7 +17,8 @@ from common.data import load_dataset
 from common.errors import ConfigError
 from common.messages import Spending
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import EVALUATION, Ledger
+from common.privacy.charges import EVALUATION
+from common.privacy.ledger import Ledger
 from experiments.in_process import run_in_process, simulated_nodes
 from server.report import read_lines
 from strategies import configure

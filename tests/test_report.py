@@ -12,7 +12,7 @@ import pytest
 from made_run import DELTA, MadeRun
 from typer.testing import CliRunner
 
-from common.errors import DataError
+from common.errors import BudgetExhausted, DataError
 from common.privacy.accounting import Release, epsilon
 from common.privacy.ledger import Ledger
 from experiments.cli import app
@@ -211,11 +211,67 @@ def test_the_json_is_canonical_and_repeatable(made: MadeRun) -> None:
     assert json.loads(to_json(endless))["headline"]["epsilon"] == "inf"
 
 
-def test_audit_files_in_the_folder_are_named(made: MadeRun) -> None:
-    assert "Not audited" in markdown_report(made.folder)
-    made.write("audit.json", {"passed": True})
-    assert "audit.json" in markdown_report(made.folder)
-    assert "Not audited" not in markdown_report(made.folder)
+def audit_file(*findings: tuple[str, str, bool], torch: str = "2.13.0") -> dict[str, Any]:
+    return {
+        "passed": True,  # never believed: the findings are what counts
+        "date": "2026-11-25T08:00:00+00:00",
+        "versions": {"fedveil": "0.1.0", "torch": torch},
+        "findings": [{"audit": a, "case": case, "passed": passed, "figures": {}} for a, case, passed in findings],
+    }
+
+
+def all_forms(made: MadeRun) -> tuple[str, str, dict[str, Any], str]:
+    """Return the report as Markdown, page and JSON, and what the terminal says."""
+    code, words = fedveil("report", made.folder)
+    assert code == 0
+    markdown, page = ((made.folder / f"report.{kind}").read_text() for kind in ("md", "html"))
+    return markdown, page, json.loads((made.folder / "report.json").read_text()), words
+
+
+def test_a_run_that_nobody_audited_says_so(made: MadeRun) -> None:
+    markdown, page, value, _ = all_forms(made)
+    assert "No audit was run" in markdown
+    assert "No audit was run" in page
+    assert value["audit_results"] == value["alarms"] == []
+
+
+def test_a_passed_audit_says_when_and_with_which_versions(made: MadeRun) -> None:
+    made.write("audit.json", audit_file(("kills", "as it is", True), ("kills", "fault built in: late", True)))
+    markdown, page, value, words = all_forms(made)
+    for text in (markdown, page):
+        for wanted in ("kills", "passed", "1 of 1 found", "2026-11-25T08:00:00", "torch 2.13.0", "audit.json"):
+            assert wanted in text
+        assert "No audit was run" not in text
+        assert "AUDIT FAILED" not in text
+    assert value["alarms"] == []
+    assert [(r["audit"], r["passed"], r["checks"], r["faults"]) for r in value["audit_results"]] == [
+        ("kills", True, 1, 1)
+    ]
+    assert "AUDIT FAILED" not in words
+
+
+@pytest.mark.parametrize(
+    "failed", [("canaries", "as it is", False), ("canaries", "fault built in: noise halved", False)], ids=lambda f: f[1]
+)
+def test_a_failed_audit_is_loud_in_every_form(made: MadeRun, failed: tuple[str, str, bool]) -> None:
+    made.write("audit.json", audit_file(("kills", "as it is", True), ("canaries", "as it is", True), failed))
+    markdown, page, value, words = all_forms(made)
+    assert markdown.index("AUDIT FAILED") < markdown.index("## The claim")
+    assert page.index("AUDIT FAILED") < page.index("Privacy spent")
+    assert len(value["alarms"]) == 1
+    assert "canaries" in value["alarms"][0]
+    assert [r["passed"] for r in value["audit_results"]] == [True, False]
+    assert "AUDIT FAILED: canaries" in words
+
+
+def test_an_audit_of_other_versions_or_without_findings_is_not_taken_for_one_of_the_run(made: MadeRun) -> None:
+    made.write("audit.json", audit_file(("kills", "as it is", True), torch="2.12.0"))
+    made.write("audit-2.json", {"passed": True})
+    markdown, page, value, words = all_forms(made)
+    for text in (markdown, page, words):
+        assert "torch 2.12.0 (the run: 2.13.0)" in text
+        assert "audit-2.json holds no findings" in text
+    assert [r["file"] for r in value["audit_results"]] == ["audit.json"]
 
 
 def test_a_signed_report_is_valid_until_a_byte_changes(made: MadeRun, tmp_path: Path) -> None:
@@ -278,10 +334,64 @@ def test_the_steward_sees_what_is_left(ledger_file: Path) -> None:
     assert "refuses every further round" in words
 
 
+def test_a_steward_raises_and_lowers_a_budget_on_the_record(ledger_file: Path) -> None:
+    spent = epsilon([Release(1.2, 0.05, 10)], DELTA)
+    code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5")
+    assert code == 0
+    assert "budget ε 5 at δ 1e-05 (was 3)" in words
+    assert f"{spent:.4f} is spent" in words
+    assert "policy" in words, "a stricter policy takes a raise back, and nobody said so"
+    code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", spent / 2)
+    assert code == 0
+    assert "refuses every further round" in words, "a budget below what is spent was set without a word"
+    terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 100.0, "clip_norm": 1.0}
+    with Ledger(ledger_file) as ledger, pytest.raises(BudgetExhausted):
+        ledger.charge("clinic", [Release(1.2, 0.05, 5)], round_number=3, **terms)
+    shown = fedveil("ledger", "show", ledger_file)[1].splitlines()
+    assert [line.split("  ")[-1] for line in shown if "budget set" in line] == [
+        "budget set to ε 3, at δ 1e-05",
+        "budget set to ε 5, was 3, at δ 1e-05",
+        f"budget set to ε {spent / 2:g}, was 5, at δ 1e-05",
+    ]
+    assert all(re.match(r"  \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", line) for line in shown[1:]), "an event without its time"
+    budgets = json.loads(fedveil("ledger", "export", ledger_file)[1])["budgets"]
+    assert [(b["replaced"], b["epsilon"]) for b in budgets] == [(None, 3.0), (3.0, 5.0), (5.0, spent / 2)]
+    assert all(b["set_at"] for b in budgets)
+
+
+def test_a_smaller_delta_holds_from_then_on_and_a_larger_one_never(ledger_file: Path) -> None:
+    words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-3")[1]
+    assert "δ 1e-05 holds instead of 0.001" in words
+    words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-7")[1]
+    spent = epsilon([Release(1.2, 0.05, 10)], 1e-7)
+    assert f"at δ 1e-07 (was 5); {spent:.4f} is spent" in words
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--dataset", "clinic", "--epsilon", "0"), "epsilon must be above 0"),
+        (("--dataset", "clinic", "--epsilon", "-1"), "epsilon must be above 0"),
+        (("--dataset", "clinic", "--epsilon", "nan"), "epsilon must be above 0"),
+        (("--dataset", "clinic", "--epsilon", "inf"), "epsilon must be above 0"),
+        (("--dataset", "clinic", "--epsilon", "3", "--delta", "0.5"), "delta must be below 0.5"),
+        (("--dataset", "clinic", "--epsilon", "3", "--delta", "0"), "delta must be above 0"),
+        (("--dataset", "clnic", "--epsilon", "3"), "did you mean 'clinic'?"),
+    ],
+    ids=lambda value: " ".join(value[1::2]) if isinstance(value, tuple) else "",
+)
+def test_a_nonsensical_budget_is_refused_in_one_line(ledger_file: Path, options: tuple[str, ...], said: str) -> None:
+    before = ledger_file.read_bytes()
+    code, words = fedveil("ledger", "budget", ledger_file, *options)
+    assert (code, said in words, words.count("\n")) == (1, True, 1), words
+    assert ledger_file.read_bytes() == before
+
+
 def test_an_unknown_data_set_or_ledger_is_said_in_one_line(ledger_file: Path, tmp_path: Path) -> None:
     code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clnic")
     assert (code, "did you mean 'clinic'?" in words, words.count("\n")) == (1, True, 1)
-    for command in (("show",), ("export",), ("remaining", "--dataset", "x")):
+    of_one = ("--dataset", "x")
+    for command in (("show",), ("export",), ("remaining", *of_one), ("budget", *of_one, "--epsilon", 3)):
         code, words = fedveil("ledger", command[0], tmp_path / "none.sqlite", *command[1:])
         assert (code, words.count("\n")) == (1, 1), f"fedveil ledger {command[0]}: {words}"
     assert not (tmp_path / "none.sqlite").exists(), "looking made a ledger"

@@ -1,0 +1,102 @@
+"""What a ledger holds and hands out: terms, budgets, charges with their price, and the rows as they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.privacy import accounting
+from common.privacy.accounting import TRAINING, Release, epsilon_with_method
+
+EVALUATION = "evaluation"
+"""The ``kind`` of a noised count of correctly classified records: sensitivity 1, no clipping."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What holds for a data set by its ledger alone."""
+
+    epsilon: float
+    """The steward's latest budget; infinite if none was ever set."""
+    delta: float
+    """The smallest delta of all budgets and charges; infinite if there is none."""
+
+    def stricter(self, epsilon: float, delta: float) -> tuple[float, float]:
+        """Return the smaller epsilon and the smaller delta."""
+        return min(self.epsilon, epsilon), min(self.delta, delta)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One row of a data set's history of budgets."""
+
+    dataset: str
+    epsilon: float
+    delta: float
+    set_at: str
+    """UTC, ISO 8601."""
+    replaced: float | None
+    """Epsilon of the budget that held until then; None for the first one."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """The receipt of one charge. Epsilons are record level, add/remove one record, at the charge's delta."""
+
+    epsilon_before: float
+    epsilon_after: float
+    """Of everything charged to the data set, this charge included."""
+    epsilon_round: float
+    """Of this charge's releases alone, as if nothing had been spent. These do not add up over rounds."""
+    epsilon_remaining: float
+    """Budget minus ``epsilon_after``; at least 0."""
+    steps_round: int
+    """Releases of kind ``training`` in this charge."""
+    steps_total: int
+    """Releases of kind ``training`` of the data set, this charge included."""
+    accountant: str
+    """What computed ``epsilon_after``, in words."""
+    max_epsilon: float
+    """The budget that held: the caller's or the ledger's, whichever is smaller."""
+    delta: float
+    """The delta at which all of the data set's releases were composed."""
+
+    @property
+    def epsilon_increment(self) -> float:
+        """What this charge added: ``epsilon_after - epsilon_before``."""
+        return self.epsilon_after - self.epsilon_before
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the ledger: releases that were charged, and when."""
+
+    id: int
+    dataset: str
+    run: str
+    round_number: int
+    kind: str
+    noise_multiplier: float
+    sample_rate: float
+    count: int
+    delta: float
+    clip_norm: float
+    charged_at: str
+    """UTC, ISO 8601."""
+
+
+def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, max_epsilon: float) -> Charge:
+    """Return the receipt of ``releases`` on top of ``spent``, whether or not the budget allows them."""
+    after, accountant = epsilon_with_method([*spent, *releases], delta)
+    steps = sum(release.count for release in releases if release.kind == TRAINING)
+    return Charge(
+        epsilon_before=accounting.epsilon(spent, delta),
+        epsilon_after=after,
+        epsilon_round=accounting.epsilon(releases, delta),
+        epsilon_remaining=max(0.0, max_epsilon - after),
+        steps_round=steps,
+        steps_total=steps + sum(release.count for release in spent if release.kind == TRAINING),
+        accountant=accountant,
+        max_epsilon=max_epsilon,
+        delta=delta,
+    )

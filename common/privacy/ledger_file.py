@@ -1,0 +1,219 @@
+"""The file of a ledger: its tables, how it is made, opened, checked and migrated, and its one kind of transaction.
+
+Durability. The rollback journal (``journal_mode=DELETE``) keeps everything in one file, whereas with
+WAL a copy of that file alone, or a container that mounts only it, would lose the latest charges and
+hand the budget out twice. A killed process leaves at most a journal, which the next one to open the
+ledger rolls back. Against power loss ``synchronous=EXTRA`` syncs, beyond FULL, the folder
+after the journal's removal; with FULL the journal could reappear and undo a finished charge.
+
+What no file can know: a ledger restored from an old copy, or deleted, forgets. Keep it on a local
+disk (network file systems lock unreliably), mount its folder rather than the file, and never restore
+it from a backup.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from common.errors import LedgerError
+
+APPLICATION_ID = 0x46564C44
+"""``FVLD``, in the file's header."""
+SCHEMA_VERSION = 2
+BUSY_SECONDS = 60
+
+_CHARGES = """
+CREATE TABLE charges (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
+    sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
+    count INTEGER NOT NULL CHECK (count >= 1),
+    delta REAL NOT NULL,
+    clip_norm REAL NOT NULL,
+    charged_at TEXT NOT NULL
+);
+CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+"""
+_SINCE_2 = """
+CREATE TABLE budgets (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    epsilon REAL NOT NULL CHECK (epsilon > 0),
+    delta REAL NOT NULL CHECK (delta > 0 AND delta < 0.5),
+    set_at TEXT NOT NULL
+);
+CREATE TRIGGER no_budget_update BEFORE UPDATE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
+CREATE TRIGGER no_budget_delete BEFORE DELETE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
+CREATE TABLE records (hash INTEGER NOT NULL, dataset TEXT NOT NULL, PRIMARY KEY (hash, dataset)) WITHOUT ROWID;
+CREATE TRIGGER no_record_update BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
+CREATE TRIGGER no_record_delete BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
+CREATE TABLE secrets (key BLOB NOT NULL);
+"""
+
+
+def _finish_schema() -> str:
+    """Return what brings the first format, made or just laid out, to the present one; with a new random key."""
+    return f"""{_SINCE_2}
+INSERT INTO secrets VALUES (X'{os.urandom(32).hex()}');
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+class LedgerFile:
+    """The ledger in the file ``path``; made, with its folder and readable by its owner only, if there is none.
+
+    Every process and every thread opens its own. A context manager: it closes itself.
+
+    Raises:
+        LedgerError: the file is not a ledger, is damaged, was written by a newer FedVeil, or cannot
+            be made or opened. An empty file is not a ledger: an existing one may have been cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            _create(self.path)
+        with one_line(self.path, "opened"):
+            # mode=rw: a file that vanishes meanwhile is an error and not a new, empty history.
+            self._connection = _connect(f"{self.path.absolute().as_uri()}?mode=rw", uri=True)
+        try:
+            self._check_file()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; closing twice does nothing."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Hold the write lock from the first read to the commit; undo everything if anything fails."""
+        with one_line(self.path, "written"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _check_file(self) -> None:
+        with one_line(self.path, "read"):
+            application, schema, finding = (
+                self._connection.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("application_id", "user_version", "quick_check")
+            )
+            if application != APPLICATION_ID:
+                raise LedgerError(f"{self.path} is not a FedVeil ledger: name another file")
+            if schema == 1 and finding == "ok":
+                schema = self._migrate()
+            if schema != SCHEMA_VERSION:
+                raise LedgerError(
+                    f"the ledger {self.path} has format {schema}, this FedVeil reads {SCHEMA_VERSION}: "
+                    "install the FedVeil that wrote it"
+                )
+            if finding != "ok":
+                raise sqlite3.DatabaseError(str(finding))
+
+    def _migrate(self) -> int:
+        """Bring a ledger of the first format to the present one, whole or not at all; return its format."""
+        with self._transaction():
+            (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if schema == 1:  # else another process was first
+                _run_script(self._connection, _finish_schema())
+        return SCHEMA_VERSION if schema == 1 else schema
+
+
+def _run_script(connection: sqlite3.Connection, script: str) -> None:
+    """Run statements inside the caller's transaction; ``executescript`` would commit it first."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            connection.execute(statement)
+            statement = ""
+
+
+def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
+    # isolation_level=None: transactions are exactly those written out in this file.
+    connection = sqlite3.connect(database, timeout=BUSY_SECONDS, isolation_level=None, uri=uri)
+    connection.execute("PRAGMA journal_mode=DELETE")
+    connection.execute("PRAGMA synchronous=EXTRA")
+    connection.execute("PRAGMA temp_store=MEMORY")
+    return connection
+
+
+def _create(path: Path) -> None:
+    """Put a complete, empty ledger at ``path`` in one step; one that is there by then is left alone.
+
+    The file is built beside its place and linked into it: no one ever sees half a ledger, and no
+    file descriptor of a live ledger is closed, which would drop this process's locks on it.
+    """
+    with one_line(path, "made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+        os.close(descriptor)
+        try:
+            connection = _connect(draft)
+            connection.executescript(
+                f"BEGIN; {_CHARGES} PRAGMA application_id = {APPLICATION_ID}; {_finish_schema()} COMMIT;"
+            )
+            connection.close()
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return
+        finally:
+            os.unlink(draft)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def one_line(path: Path, done: str) -> Iterator[None]:
+    """Turn what SQLite and the file system raise into a LedgerError of one line."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise LedgerError(
+                f"the ledger {path} was in use by another process for {BUSY_SECONDS} seconds: try again"
+            ) from error
+        raise LedgerError(f"the ledger {path} cannot be {done} ({error}): check rights and space") from error
+    except sqlite3.ProgrammingError as error:
+        raise LedgerError(
+            f"the ledger {path} cannot be {done} ({error}): open one in every thread, and use it before closing it"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise LedgerError(
+            f"the ledger {path} is damaged or not a ledger ({' '.join(str(error).split())}): do not train, ask for help"
+        ) from error
+    except OSError as error:
+        raise LedgerError(
+            f"the ledger {path} cannot be {done} ({error.strerror}): name a local folder that FedVeil may write"
+        ) from error
