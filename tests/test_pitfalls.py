@@ -5,83 +5,28 @@ The other pitfalls have their tests beside what they are about; docs/privacy.md 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-import torch
-from one_site import OneSite, clinic
 
+from audits.account import PUBLIC, RECORDS, account_faults, account_site, spying
+from audits.faults import PRIVATE_SIZE, RESET, SHUFFLED, Fault
+from audits.tiny_site import tiny_site
 from client import local_training
-from common.privacy import dpsgd
+from common.messages import TrainResult
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.ledger import Ledger
 
-STEPS, RATE, PUBLIC, RECORDS = 3, 0.25, 50, 40
+
+def test_what_was_charged_is_what_was_done_also_on_empty_batches(tmp_path: Path) -> None:
+    assert account_faults(account_site(tmp_path)) == []
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One noised step as the mechanism took it."""
-
-    noise: float
-    clip: float
-    divisor: float
-
-
-@dataclass
-class Spy:
-    """What the mechanism did, and what the sampler was asked for."""
-
-    draws: list[Draw]
-    samples: list[tuple[int, float]]
-    empty: bool = False
-    """Whether every sample is to come out empty."""
-
-
-@pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    seen = Spy([], [])
-    add_noise, sample = dpsgd._Mechanism.add_noise, local_training.private_poisson_sample
-
-    def noisy(mechanism: Any) -> None:
-        seen.draws.append(
-            Draw(mechanism.noise_multiplier, mechanism.max_grad_norm, float(mechanism.expected_batch_size))
-        )
-        add_noise(mechanism)
-
-    def sampled(size: int, rate: float) -> torch.Tensor:
-        seen.samples.append((size, rate))
-        return torch.arange(0) if seen.empty else sample(size, rate)
-
-    monkeypatch.setattr(dpsgd._Mechanism, "add_noise", noisy)
-    monkeypatch.setattr(local_training, "private_poisson_sample", sampled)
-    return seen
-
-
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic({**toy_settings, "training.local-steps": STEPS, "training.sample-rate": RATE}, tmp_path, RECORDS)
-
-
-def check_that_what_was_charged_is_what_was_done(site: OneSite, spy: Spy) -> None:
-    site.train(1)
-    spy.empty = True
-    site.train(2)
-    with Ledger(site.ledger) as ledger:
-        rows = ledger.entries()
-    assert sum(row.count for row in rows) == len(spy.draws) == 2 * STEPS, "charged steps are not the noised steps"
-    assert {(row.noise_multiplier, row.clip_norm) for row in rows} == {(d.noise, d.clip) for d in spy.draws}
-    assert spy.samples == [(RECORDS, row.sample_rate) for row in rows for _ in range(row.count)]
-    assert {draw.divisor for draw in spy.draws} == {RATE * PUBLIC}, "the divisor knows how many records there are"
-
-
-def test_what_was_charged_is_what_was_done_also_on_empty_batches(site: OneSite, spy: Spy) -> None:
-    check_that_what_was_charged_is_what_was_done(site, spy)
-
-
-def skip_empty_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def skip_empty_batches() -> AbstractContextManager[Any]:
     step = PrivateSteps.step
 
     def skipping(steps: PrivateSteps, batches: Any, losses: Any) -> None:
@@ -89,36 +34,58 @@ def skip_empty_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         if parts:
             step(steps, parts, losses)
 
-    monkeypatch.setattr(PrivateSteps, "step", skipping)
+    return patch.object(PrivateSteps, "step", skipping)
 
 
-def noise_less_than_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+def noise_less_than_charged() -> AbstractContextManager[Any]:
     def quieter(*args: Any, **kwargs: Any) -> PrivateSteps:
         return PrivateSteps(*args, **{**kwargs, "noise_margin": 0.9})
 
-    monkeypatch.setattr(local_training, "PrivateSteps", quieter)
-
-
-def divide_by_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale = dpsgd._Mechanism.__init__
-
-    def counted(mechanism: Any, *args: Any, **kwargs: Any) -> None:
-        scale(mechanism, *args, **{**kwargs, "expected_batch_size": RATE * RECORDS})
-
-    monkeypatch.setattr(dpsgd._Mechanism, "__init__", counted)
-
-
-def shuffle_instead_of_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Over the spy: the mechanism no longer asks the Poisson sampler.
-    monkeypatch.setattr(
-        local_training, "private_poisson_sample", lambda size, rate: torch.randperm(size)[: round(rate * size)]
-    )
+    return patch.object(local_training, "PrivateSteps", quieter)
 
 
 @pytest.mark.parametrize(
-    "fault", [skip_empty_batches, noise_less_than_charged, divide_by_the_records, shuffle_instead_of_sampling]
+    ("fault", "words"),
+    [
+        (Fault("empty batches skipped", skip_empty_batches), "charged steps are not the noised steps"),
+        (Fault("less noise than charged", noise_less_than_charged), "noise or clip differ"),
+        (PRIVATE_SIZE, "the divisor knows"),
+        (SHUFFLED, "do not come from the sampler"),
+        (RESET, "charged steps are not the noised steps"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Fault) else "",
 )
-def test_a_fault_built_in_is_found(fault: Any, site: OneSite, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    fault(monkeypatch)
-    with pytest.raises(AssertionError):
-        check_that_what_was_charged_is_what_was_done(site, spy)
+def test_a_fault_built_in_is_found(fault: Fault, words: str, tmp_path: Path) -> None:
+    assert any(words in wrong for wrong in account_faults(account_site(tmp_path), fault))
+
+
+@pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("bfloat16", 1.01)])
+def test_a_round_carries_the_noise_that_was_charged_and_the_margin_of_its_precision(
+    precision: str, margin: float, tmp_path: Path
+) -> None:
+    site = tiny_site(tmp_path, RECORDS, precision=precision)
+    with spying() as spy:
+        site.train(1)
+    with Ledger(site.ledger) as ledger:
+        (row,) = ledger.entries()
+    assert len(spy.draws) == row.count
+    assert all(draw.noise == pytest.approx(margin * row.noise_multiplier) for draw in spy.draws)
+
+
+@pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("bfloat16", 1.01)])
+def test_round_0_does_what_was_charged_for_it(precision: str, margin: float, tmp_path: Path) -> None:
+    own = {"init": "dp-gradient", "init-sample-rate": 0.3, "init-clip-norm": 2.5, "init-noise-multiplier": 5.0}
+    settings = {f"fed-sb.{key}": value for key, value in own.items()}
+    site = tiny_site(tmp_path, RECORDS, strategy="fed-sb", precision=precision, **settings)
+    site.rule(min_noise_multiplier=7.0)
+    with spying() as spy:
+        reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
+    assert isinstance(reply, TrainResult), reply
+    with Ledger(site.ledger) as ledger:
+        (row,) = ledger.entries()
+    assert (row.kind, row.count) == ("initialisation", 1)
+    assert (row.noise_multiplier, row.sample_rate, row.clip_norm) == (7.0, 0.3, 2.5), "policy and settings did not hold"
+    assert spy.samples == [(RECORDS, 0.3)], "the records were not drawn by the sampler at the rate that was charged"
+    (draw,) = spy.draws
+    assert (draw.noise, draw.clip) == (pytest.approx(7.0 * margin), 2.5)
+    assert draw.divisor == pytest.approx(0.3 * PUBLIC), "the divisor knows how many records there are"
