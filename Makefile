@@ -2,7 +2,7 @@
 # make test   environment, then every test
 # make generative   the model and data of the generative example
 # make test-deployment   the walk-through of docs/deploy.md with real processes, TLS and keys
-# make audit  kills, two processes at once and canaries against the privacy budget; RUN=folder puts audit.json there
+# make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make check  formatters, linters, types
 PYTHON ?= python3
