@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from audits.finding import Finding
+from common.errors import RunFailed
+from experiments.deploy.control import Control
 from faults.checks import Expected, charges, examine
 from faults.faulty_server import AGGREGATING, BEFORE, CHECKPOINT, RENAME, TRAINING
 from faults.faulty_site import AFTER
@@ -79,7 +81,7 @@ def superlink_killed(federation: Federation, deadline: float) -> Iterator[Findin
         federation.plan.free(site, 2)
     federation.start_server()
     with federation.control() as control:
-        seconds = wait_until(lambda: control.online() >= len(SITES), "the sites to come back", PATIENCE)
+        seconds = wait_until(lambda: _online(control) >= len(SITES), "the sites to come back", PATIENCE)
         status = control.status(run.flower_id)
     run = _resume(federation, run, deadline, {})
     run.result()
@@ -90,6 +92,13 @@ def superlink_killed(federation: Federation, deadline: float) -> Iterator[Findin
     }
     yield examine(federation, run, 2, "SuperLink killed and started again", expected, GROUP, more=more)
     yield examine(federation, run, 3, "the round after it", Expected(SITES), GROUP)
+
+
+def _online(control: Control) -> int:
+    try:
+        return control.online()
+    except RunFailed:  # the SuperLink is starting
+        return 0
 
 
 def _start(federation: Federation, deadline: float, faults: dict[str, dict[int, str]]) -> Run:
