@@ -1,4 +1,4 @@
-"""All audits, one table, and ``audit.json`` in a run's folder, where its report looks for it.
+"""All audits, two tables, and ``audit.json`` in a run's folder, where its report looks for it.
 
 make audit
 make audit RUN=runs/my-run
@@ -10,17 +10,83 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
+from audits import faults
+from audits.account import audit_account
 from audits.canary import probe_all
-from audits.concurrent import charge_at_once
-from audits.finding import as_json, quiet, show
-from audits.kills import kill_rounds
+from audits.concurrent import bouts_of_all
+from audits.faults import SOUND
+from audits.finding import Finding, as_json, quiet, show
+from audits.kills import kills_of_all
+from audits.noise_law import audit_noise
+from audits.sensitivity import audit_sensitivity
+from audits.simulation import probe_runs
+from audits.site_rounds import audit_sites
+from audits.step_canaries import audit_steps
+from audits.tiny_site import save_tiny_model, tiny_run
+from audits.worlds import World, fresh_world
 from server.files import replace_file
 from server.records import package_versions
+from strategies import STRATEGIES
+
+FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen"))
+"""Model family, adapter and head policy of the models that noise and sensitivity are looked at on."""
+
+
+def noise_and_sensitivity(folder: Path) -> list[Finding]:
+    """Return the findings about the mechanism's noise and clip."""
+    worlds = [world_of(folder / family, family, adapter, head) for family, adapter, head in FAMILIES]
+    seen = [audit_noise(worlds[0], f) for f in (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.SHARED_SEED)]
+    for world in worlds:
+        couples = () if world.model.task.has_head else (faults.TOKEN_MEAN,)
+        seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, *couples)]
+    return seen
+
+
+def world_of(folder: Path, family: str, adapter: str, head: str) -> World:
+    """Return the world of a model of the family, saved to ``folder``."""
+    return fresh_world(save_tiny_model(family, folder), family, adapter, head)
+
+
+def steps_of_all(folder: Path) -> list[Finding]:
+    """Return the findings about single steps on what each strategy trains."""
+    cases = (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.DOUBLED)
+    return [audit_steps(strategy, folder, fault) for strategy in STRATEGIES for fault in cases]
+
+
+def rounds_of_all(folder: Path) -> list[Finding]:
+    """Return the findings about whole rounds of sites: batches, noise, and what was charged for them."""
+
+    def own(name: str) -> Path:
+        (folder / name).mkdir()
+        return folder / name
+
+    settings = tiny_run(own("run"))
+    sites = [audit_sites(settings, own(f"sites {f.name}"), f) for f in (SOUND, faults.SHUFFLED, faults.SHARED_SEED)]
+    cases = (SOUND, faults.RESET, faults.SHUFFLED, faults.PRIVATE_SIZE)
+    return [*sites, *(audit_account(own(f"account {fault.name}"), fault) for fault in cases)]
+
+
+def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]:
+    """Run all audits in turn, each in a folder of its own; those that fork come before any that starts a thread."""
+    parts: tuple[Callable[[Path], Sequence[Finding]], ...] = (
+        lambda own: kills_of_all(own, kills),
+        lambda own: bouts_of_all(own, bouts),
+        noise_and_sensitivity,
+        steps_of_all,
+        rounds_of_all,
+        probe_all,
+        probe_runs,
+    )
+    for number, audit in enumerate(parts):
+        own = folder / str(number)
+        own.mkdir()
+        yield list(audit(own))
 
 
 def main() -> None:
@@ -34,15 +100,10 @@ def main() -> None:
         parser.error(f"{wanted.run} is not the folder of a run: it has no config.json")
     console = Console(highlight=False)
     quiet()
+    findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / audit for audit in ("kills", "concurrent", "canaries")]
-        for folder in folders:
-            folder.mkdir()
-        findings = [
-            kill_rounds(folders[0], wanted.kills),
-            charge_at_once(folders[1], wanted.bouts),
-            *probe_all(folders[2]),
-        ]
+        for found in every_audit(Path(name), wanted.kills, wanted.bouts):
+            findings += found
     show(console, findings)
     if wanted.run:
         content = as_json(findings, datetime.now(UTC).isoformat(timespec="seconds"), package_versions())

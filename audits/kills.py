@@ -106,8 +106,8 @@ class Kills:
     """Seconds of the latest rounds."""
     phases: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
-    transactions: list[float] = field(default_factory=list)
-    """Seconds that transactions took."""
+    transactions: tuple[list[float], ...] = field(default_factory=lambda: tuple([] for _ in range(TRANSACTIONS)))
+    """Seconds that each of a round's transactions took."""
     inside: int = 0
     """Kills between the beginning of a transaction and its end."""
     rolled_back: int = 0
@@ -159,10 +159,10 @@ class Kills:
         """
         child, said = self.start(life, task), list[str]()
         if aimed:
-            wanted = random.randint(1, TRANSACTIONS)
-            while sum(line.startswith("begun") for line in said) < wanted and (line := child.line()):
+            wanted = random.randrange(TRANSACTIONS)
+            while sum(line.startswith("begun") for line in said) <= wanted and (line := child.line()):
                 said.append(line)
-            time.sleep(random.uniform(0, 1.2 * statistics.median(self.transactions)))
+            time.sleep(random.uniform(0, 1.2 * statistics.median(self.transactions[wanted])))
         else:
             time.sleep(random.uniform(0, span * statistics.median(self.lengths[-9:])))
         said += child.kill()
@@ -177,7 +177,8 @@ class Kills:
     def note_transactions(self, said: list[str]) -> bool:
         """Keep how long finished transactions took, and return whether one is unfinished."""
         times = [float(line.split()[1]) for line in said if line.startswith(TRANSACTION)]
-        self.transactions += [end - begin for begin, end in zip(times[::2], times[1::2], strict=False)]
+        for lengths, begin, end in zip(self.transactions, times[::2], times[1::2], strict=False):
+            lengths.append(end - begin)
         return len(times) % 2 == 1
 
     def look(self, life: Life, released: int) -> int:
@@ -254,7 +255,7 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
             "inside a transaction": audit.inside,
             "journals rolled back": audit.rolled_back,
             "length of a round in ms": 1000 * statistics.median(audit.lengths),
-            "of a transaction in ms": 1000 * statistics.median(audit.transactions),
+            "of a charge in ms": 1000 * statistics.median(audit.transactions[-1]),
             "budgets spent to the end": audit.budgets_spent,
             "violations": len(audit.violations),
             **({"first violation": audit.violations[0]} if audit.violations else {}),

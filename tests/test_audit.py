@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from made_run import MadeRun
-from one_site import OneSite
+from rich.console import Console
 
-from audits import concurrent
+from audits.__main__ import FAMILIES, world_of
 from audits.bounds import free_bound, gaussian_bound, gaussian_epsilon
-from audits.canary import FAULTS, SOUND, probe
-from audits.finding import Finding, as_json
-from audits.forked import Send
-from audits.kills import PHASES, kill_rounds, play_round
-from common.messages import TrainTask
+from audits.canary import probe
+from audits.concurrent import UNLOCKED, charge_at_once
+from audits.dirac import Dirac
+from audits.faults import DOUBLED, HALVED, SHARED_SEED, SHUFFLED, SOUND, TOKEN_MEAN, Fault
+from audits.finding import Finding, as_json, judged, show
+from audits.kills import PHASES, charge_late, kill_rounds
+from audits.noise_law import audit_noise
+from audits.sensitivity import audit_sensitivity
+from audits.simulated_site import axes_of, text_of
+from audits.site_rounds import audit_sites
+from audits.step_canaries import audit_steps, model_for
+from audits.worlds import flat
+from common.examples import Example
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
 from server.report import markdown_report
+from strategies import STRATEGIES
 
 DELTA = 1e-5
+
+
+def name_of(fault: Fault) -> str:
+    return fault.name or "as it is"
 
 
 def fresh(work: Callable[..., Any], *args: Any) -> Any:
@@ -37,60 +48,95 @@ def fresh(work: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(work, *args).result(timeout=300)
 
 
-def charge_late(site: OneSite, task: TrainTask, send: Send) -> None:
-    """The fault: what was trained leaves the site before its charge is in the ledger."""
-    aside = site.ledger.with_suffix(".aside")
-    if site.ledger.exists():
-        shutil.copy(site.ledger, aside)
-    play_round(replace(site, node={**site.node, "ledger": str(aside)}), task, send)
-    time.sleep(30)
-    aside.replace(site.ledger)
-
-
 def few_kills(folder: Path) -> tuple[Finding, Finding]:
-    """Kill ten rounds of the site as it is, and ten with the fault built in, late enough to be after the release."""
-    findings = []
-    for name, play, span in (("sound", play_round, 1.1), ("late", charge_late, 4.0)):
+    """Kill twelve rounds of the site as it is, and ten with the fault, late enough to be after the release."""
+    for name in ("sound", "late"):
         (folder / name).mkdir()
-        findings.append(kill_rounds(folder / name, 10, play, span))
-    return findings[0], findings[1]
+    return kill_rounds(folder / "sound", 12), kill_rounds(folder / "late", 10, charge_late, span=4.0)
 
 
 def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(tmp_path: Path) -> None:
     sound, late = fresh(few_kills, tmp_path)
     assert sound.passed, sound.figures
-    assert sum(sound.figures[phase] for phase in PHASES) == sound.figures["kills"] == 10
-    assert not late.passed, f"ten kills did not find a charge that comes after the release: {late.figures}"
+    assert sum(sound.figures[phase] for phase in PHASES) == sound.figures["kills"] == 12
+    assert sound.figures["inside a transaction"] > 0, "no kill fell between BEGIN and COMMIT"
+    assert late.passed, f"ten kills did not find a charge that comes after the release: {late.figures}"
     assert "not charged" in late.figures["first violation"]
 
 
-def two_at_once(folder: Path, fault: bool) -> Finding:
-    if fault:
-        priced = Ledger.charge
-
-        def unlocked(ledger: Ledger, dataset: str, releases: list[Release], **terms: Any) -> Any:
-            """Decide by what was read before the lock, as a ledger without a transaction would."""
-            spent, budget = ledger.spent(dataset), terms["max_epsilon"]
-            time.sleep(0.02)
-            if epsilon([*spent, *releases], terms["delta"]) > budget:
-                return priced(ledger, dataset, releases, **terms)
-            return priced(ledger, dataset, releases, **{**terms, "max_epsilon": 1e6})
-
-        Ledger.charge = unlocked  # type: ignore[method-assign,assignment]
-    return concurrent.charge_at_once(folder, bouts=3, rounds=6)
+@pytest.mark.parametrize("fault", [SOUND, UNLOCKED], ids=name_of)
+def test_two_processes_at_once_stay_within_the_budget_or_are_found(tmp_path: Path, fault: Fault) -> None:
+    found = fresh(charge_at_once, tmp_path, 3, 6, fault)
+    assert found.passed, found.figures
+    assert fault is UNLOCKED or found.figures["charges paid"] == 18
 
 
-@pytest.mark.parametrize("fault", [False, True], ids=["as it is", "decided before the lock"])
-def test_two_processes_at_once_stay_within_the_budget_or_are_found(tmp_path: Path, fault: bool) -> None:
-    found = fresh(two_at_once, tmp_path, fault)
-    assert found.passed != fault, found.figures
-    assert fault or found.figures["charges paid"] == 18
-
-
-@pytest.mark.parametrize("fault", [SOUND, FAULTS[0], FAULTS[2]], ids=lambda fault: fault.name)
-def test_canaries_are_silent_about_the_code_and_speak_of_faults(tmp_path: Path, fault: Any) -> None:
+@pytest.mark.parametrize("fault", [SOUND, HALVED, DOUBLED], ids=name_of)
+def test_canaries_are_silent_about_the_code_and_speak_of_faults(tmp_path: Path, fault: Fault) -> None:
     found = probe(tmp_path, fault, canaries=3000)
     assert found.passed, found.figures
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_steps_on_what_a_strategy_trains_give_away_what_was_charged_and_no_more(strategy: str, tmp_path: Path) -> None:
+    for fault in (SOUND, HALVED):
+        found = audit_steps(strategy, tmp_path, fault)
+        assert found.passed, found.figures
+    assert found.figures["is at least"] / found.figures["epsilon claimed"] > 0.5, "canaries say next to nothing"
+
+
+def test_a_canarys_gradient_lies_along_its_axis_and_no_other(tmp_path: Path) -> None:
+    module = model_for("fedavg-lora", tmp_path).module
+    canaries = Dirac(module, 3.0)
+    assert canaries.size == sum(p.numel() for p in canaries.parameters)
+    for axis in (0, 17, canaries.size - 1):  # the last one is the head's bias
+        gradient = flat(list(torch.autograd.grad(canaries(torch.tensor([axis])).sum(), canaries.parameters)))
+        assert gradient[axis] == -3.0
+        assert gradient.abs().sum() == 3.0
+
+
+@pytest.mark.parametrize("fault", [SOUND, SHUFFLED, SHARED_SEED], ids=name_of)
+def test_rounds_of_two_sites_are_poisson_and_share_nothing_or_are_found(
+    toy_settings: dict[str, Any], tmp_path: Path, fault: Fault
+) -> None:
+    found = audit_sites(toy_settings, tmp_path, fault)
+    assert found.passed, found.figures
+
+
+@pytest.mark.parametrize("fault", [SOUND, SHARED_SEED], ids=name_of)
+def test_noise_of_two_sites_is_independent_or_is_found(tmp_path: Path, fault: Fault) -> None:
+    found = audit_noise(world_of(tmp_path / "bert", *FAMILIES[0]), fault)
+    assert found.passed, found.figures
+
+
+@pytest.mark.parametrize("fault", [SOUND, TOKEN_MEAN, DOUBLED], ids=name_of)
+def test_no_record_moves_more_than_a_clip_or_is_found(tmp_path: Path, fault: Fault) -> None:
+    found = audit_sensitivity(world_of(tmp_path / "llama", *FAMILIES[2]), fault)
+    assert found.passed, found.figures
+
+
+def test_every_text_of_a_canary_spells_its_axis(tmp_path: Path) -> None:
+    model = model_for("ffa-lora", tmp_path)
+    axes = [0, 1, 11, 12, 3999, 20735]
+    records = model.tokenise([Example(text=text_of(axis), label=0) for axis in axes])
+    assert axes_of(model, model.batch(records)).tolist() == axes
+
+
+def test_a_missed_fault_and_a_failed_audit_are_told_from_found_and_passed() -> None:
+    findings = [
+        judged("one", "", False, {}),
+        judged("one", "halved", False, {}),
+        judged("two", "halved", True, {}),
+        judged("two", "", True, {"worst": 1.5}),
+    ]
+    assert [finding.passed for finding in findings] == [True, False, True, False]
+    console = Console(width=120, record=True, file=io.StringIO())
+    show(console, findings)
+    text = console.export_text()
+    for words in ("passed", "FAILED", "MISSED", "found", "worst: 1.5", "Which audit found which fault"):
+        assert words in text
+    row = next(line for line in text.splitlines() if line.startswith("│ halved"))
+    assert row.index("MISSED") < row.index("found"), "the grid's columns are the audits in their order"
 
 
 def test_the_gaussian_epsilon_is_that_of_the_accountant() -> None:

@@ -1,0 +1,59 @@
+"""The site's app inside the bundle that ``audits.simulation`` submits to Flower: the real one, on canary records.
+
+A canary's text spells the axis along which its gradient lies (``audits.dirac``). Everything else, from the
+decoding of the task to the reply's bytes, is the site's own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from audits.dirac import Dirac
+from audits.faults import FAULTS
+from audits.tiny_site import FILLER
+from client import app as site
+from common.model import FederatedModel
+from common.tasks import Batch
+
+DIGITS = 4
+"""Words of a canary's text: the axis in base ``len(FILLER)``, highest digit first."""
+LENGTH = 5.0
+"""Of a canary's gradient; the run's clip norm is 1."""
+
+
+def text_of(axis: int) -> str:
+    """Return the text of the canary of an axis."""
+    words = []
+    for _ in range(DIGITS):
+        axis, digit = divmod(axis, len(FILLER))
+        words.append(FILLER[digit])
+    return " ".join(reversed(words))
+
+
+def axes_of(model: FederatedModel, batch: Batch) -> Tensor:
+    """Return the axes that the records of a batch spell, shape (records,)."""
+    first = int(model.base.tokenizer.convert_tokens_to_ids(FILLER[0]))
+    digits = batch["input_ids"][:, 1 : 1 + DIGITS] - first  # behind the token that every text begins with
+    return (digits * len(FILLER) ** torch.arange(DIGITS - 1, -1, -1)).sum(1)
+
+
+@lru_cache(maxsize=1)
+def _canaries(model: FederatedModel) -> Dirac:
+    return Dirac(model.module, LENGTH)
+
+
+def app_with(fault: str) -> ClientApp:
+    """Return the site's app for a process that trains on canaries, with the ``fault`` of this name built in."""
+
+    def losses(model: FederatedModel, batch: Batch) -> Tensor:
+        return _canaries(model)(axes_of(model, batch))
+
+    FederatedModel.losses = losses  # type: ignore[method-assign,assignment]
+    for planted in FAULTS:
+        if planted.name == fault:
+            planted.plant().__enter__()
+    return site.app

@@ -1,0 +1,116 @@
+"""Canaries through Flower: a whole run with SuperLink and Ray, attacked by its final adapter and its report alone.
+
+    .venv/bin/python -m audits.simulation
+
+The bundle that is submitted is this project with another door: ``audits.simulated_site`` teaches the site's
+app the canaries, and builds in a fault where one is wanted. What the run claims is read from its privacy lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from audits.canary import DELTA, NOISE, ROUNDS, STEPS, compared
+from audits.faults import HALVED, RESET, SOUND, Fault
+from audits.finding import Finding
+from audits.shell import run_alone
+from audits.simulated_site import text_of
+from audits.tiny_site import save_tiny_model, tiny_run, write_reviews
+from common.errors import ConfigError
+from common.partition import declared_size
+from experiments import simulate
+from experiments.evaluate import load_result
+from server.report import read_lines
+
+CANARIES = 4000
+RANK = 8
+FAULTS = (HALVED, RESET)
+PACKAGES = ("audits", "client", "common", "experiments", "server", "strategies", "tests")
+
+
+def bundle(folder: Path, fault: Fault) -> Path:
+    """Make the project anew in ``folder``, its site's app the one with canaries and ``fault``; return the folder."""
+    for name in PACKAGES:
+        shutil.copytree(simulate.PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (simulate.PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    text = re.sub(r"^fab-include = .*$", "", text, flags=re.MULTILINE)  # the audits go along
+    text, doors = re.subn(r"^clientapp = .*$", 'clientapp = "with_canaries:app"', text, flags=re.MULTILINE)
+    if doors != 1:
+        raise ConfigError(f"pyproject.toml names {doors} apps as clientapp: name one")
+    (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+    shutil.copy(simulate.PROJECT / "README.md", folder)
+    (folder / "with_canaries.py").write_text(
+        f"from audits.simulated_site import app_with\n\napp = app_with({fault.name!r})\n", encoding="utf-8"
+    )
+    return folder
+
+
+def settings_of(folder: Path, axes: list[int]) -> dict[str, Any]:
+    """Return the settings of a run whose only site has the canaries of these axes; files go to ``folder``."""
+    model, records = folder / "model", folder / "canaries.csv"
+    model.mkdir()
+    save_tiny_model("bert", model, hidden=64)
+    with records.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([text_of(axis), ("bad", "good")[number % 2]] for number, axis in enumerate(axes))
+    return {
+        **tiny_run(folder),
+        "data.name": str(records),
+        "data.test": str(write_reviews(folder / "test.csv", 40)),
+        "adapter.rank": RANK,
+        "head.policy": "frozen",
+        "rounds": ROUNDS,
+        "training.optimizer": "sgd",
+        "training.learning-rate": 1.0,
+        "training.schedule": "constant",
+        "training.local-steps": STEPS,
+        "training.sample-rate": 1.0,
+        "privacy.clip-norm": 1.0,
+        "privacy.delta": DELTA,
+        "privacy.epsilon": 100.0,
+        "privacy.noise-multiplier": NOISE,
+    }
+
+
+def probe_run(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> Finding:
+    """Run a federation of one site on canaries with ``fault`` built in, through Flower and Ray.
+
+    Args:
+        folder: for the bundle, the data and the run; empty.
+        fault: what to break.
+        canaries: how many; at most as many as the model trains numbers.
+    """
+    present = torch.rand(canaries) < 0.5
+    axes = torch.arange(canaries)
+    settings = settings_of(folder, axes[present].tolist())
+    with patch.object(simulate, "PROJECT", bundle(folder / "bundle", fault)):
+        run = simulate.simulate(settings, 1, lambda _: None)
+    module, _ = load_result(run / "adapter")
+    # The strategy trains the B factors alone; they start at zero and stand in the module's order.
+    after = torch.cat([p.detach().double().flatten() for name, p in module.named_parameters() if "lora_B" in name])
+    divisor = declared_size(int(present.sum()))
+    scores = after[:canaries] * divisor / (ROUNDS * STEPS)
+    claimed = read_lines(run / "privacy.jsonl")[-1]["epsilon_total"]
+    return compared("canaries through Flower", fault, scores.numpy(), present.numpy(), claimed)
+
+
+def probe_runs(folder: Path, canaries: int = CANARIES) -> list[Finding]:
+    """Probe a run of the code as it is, then one with each fault; ``folder`` must be empty."""
+    findings = []
+    for number, fault in enumerate((SOUND, *FAULTS)):
+        own = folder / str(number)
+        own.mkdir()
+        findings.append(probe_run(own, fault, canaries))
+    return findings
+
+
+if __name__ == "__main__":
+    run_alone(__doc__, "canaries", CANARIES, probe_runs)
