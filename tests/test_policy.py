@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import torch
 from conftest import write_questions
 from one_site import OneSite, clinic
 
+from audits.bands import out_of_band, related
+from audits.faults import same_seeds
+from client.budget import plan_of
+from client.evaluation import noised_correct
 from client.policy import Policy, load_policy
+from client.site import Site
 from common.data import load_dataset
 from common.errors import ConfigError
+from common.examples import Dataset
 from common.messages import Spending
 from common.privacy.accounting import Release, epsilon
-from common.privacy.charges import EVALUATION
+from common.privacy.charges import EVALUATION, Terms
 from common.privacy.ledger import Ledger
 from experiments.in_process import run_in_process, simulated_nodes
 from server.report import read_lines
@@ -174,6 +181,36 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     model.write(model.start)
     assert exact is not None
     assert exact.value == round(model.score(records).accuracy * len(records))
+
+
+def counts_of_nothing(site: OneSite) -> torch.Tensor:
+    """Return a thousand noised counts over no record at noise 12, every seed set before the first."""
+    model = site.model()
+    same_seeds()
+    return torch.tensor([noised_correct(model, [], 12.0) for _ in range(1000)])
+
+
+def test_the_count_carries_the_noise_that_is_paid_for_and_follows_no_seed(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = counts_of_nothing(site), counts_of_nothing(site)
+    assert not out_of_band(float((first / 12.0).pow(2).sum()), 1000)
+    assert not related(first, second)
+
+    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.randn(shape) * std / 2)
+    first, second = counts_of_nothing(site), counts_of_nothing(site)
+    assert out_of_band(float((first / 12.0).pow(2).sum()), 1000), "half the noise went unnoticed"
+    assert related(first, second), "noise that follows a seed went unnoticed"
+
+
+def test_the_training_noise_leaves_room_for_the_initialisation(site: OneSite, tmp_path: Path) -> None:
+    dear = {"fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 1.0, "fed-sb.init-sample-rate": 0.5}
+    job = configure({**site.settings, "privacy.noise-multiplier": 0.0, "strategy": "fed-sb", **dear})
+    here = Site("ward", Dataset("ward", (), ("bad", "good")), "ward", PUBLIC, tmp_path / "ward.sqlite")
+    plan = plan_of(job, here, Terms(math.inf, math.inf))
+    assert job.strategy.gradient is not None
+    whole = [job.strategy.gradient.release(), plan.release(job.config.total_steps)]
+    assert 7.9 < epsilon(whole, job.config.privacy.delta) <= 8.0
 
 
 def test_the_count_is_not_paid_for_when_it_cannot_exist(toy_generation: dict[str, Any], tmp_path: Path) -> None:
