@@ -202,23 +202,25 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
         return max((total for total in totals if total is not None), default=None)
 
     rows = []
-    lines = files.rounds
     if files.baseline:
         # A start from a full gradient is round 0, and what was scored before round 1 is its result.
-        start, first = (
-            files.baseline,
-            next((line for line in lines if not line["round"] and line.get("complete", True)), None),
-        )
-        traffic = (first["bytes_down"], first["bytes_up"], first["seconds"]) if first else (None, None, None)
-        sites = first["participants"] if first else []
-        rows.append(RoundReport(0, True, sites, start["accuracy"], start["loss"], *traffic, worst_by(0)))
-        lines = [line for line in lines if line is not first]
-    for line in lines:
+        first = next((line for line in files.rounds if _is_start(line)), None)
+        start: Line = first or {"participants": [], "bytes_down": None, "bytes_up": None, "seconds": None}
+        traffic = (start["bytes_down"], start["bytes_up"], start["seconds"])
+        score = (files.baseline["accuracy"], files.baseline["loss"])
+        rows.append(RoundReport(0, True, start["participants"], *score, *traffic, worst_by(0)))
+    for line in files.rounds:
+        if files.baseline and _is_start(line):
+            continue
         traffic = (line["bytes_down"], line["bytes_up"], line["seconds"])
         score = (line["accuracy"], line["loss"])
         who = (line["round"], bool(line.get("complete", True)), line["participants"])
         rows.append(RoundReport(*who, *score, *traffic, worst_by(line["round"])))
     return rows
+
+
+def _is_start(line: Line) -> bool:
+    return not line["round"] and bool(line.get("complete", True))
 
 
 def _spent(lines: Sequence[Line]) -> list[Spent]:
