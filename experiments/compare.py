@@ -23,6 +23,7 @@ from common.device import own_cores
 from common.errors import ConfigError, RunFailed
 from common.paths import run_folder
 from experiments.settings import parse_settings
+from server.report.words import epsilon_text
 from strategies import configure
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -150,7 +151,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         scores = [100 * o.accuracy for o in group]
         spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
         each = ", ".join(f"{score:.1f}" for score in scores)
-        epsilon = f"{max(o.epsilon or 0.0 for o in group):.2f}" if private else "no claim"
+        epsilon = epsilon_text(max(o.epsilon or 0.0 for o in group)) if private else "no claim"
         lines.append(
             f"| {name} | {'dp-sgd' if private else 'none'} | **{statistics.mean(scores):.1f}**{spread} ({each}) "
             f"| {100 * statistics.mean(o.accuracy_before for o in group):.1f} | {epsilon} "

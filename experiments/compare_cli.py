@@ -33,6 +33,7 @@ def compare(
     from experiments.compare import DEFAULT, table
     from experiments.compare import compare as run_all
     from experiments.settings import parse_settings
+    from server.report.words import epsilon_text
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
@@ -40,7 +41,7 @@ def compare(
         raise ConfigError(f"--seeds is {seeds!r}: give whole numbers separated by commas, such as 1,2,3") from None
 
     def done(outcome: Outcome, number: int, total: int) -> None:
-        privacy = f"ε {outcome.epsilon:.2f}" if outcome.epsilon is not None else "privacy OFF"
+        privacy = f"ε {epsilon_text(outcome.epsilon)}" if outcome.epsilon is not None else "privacy OFF"
         console.print(
             f"{number}/{total} {outcome.name}, seed {outcome.seed}, {privacy}: "
             f"accuracy {100 * outcome.accuracy:.1f} %, {outcome.seconds:.0f} s"

@@ -33,13 +33,15 @@ LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
 @for_people
 def show(path: LedgerFile) -> None:
     """Print what has been charged to every data set of a ledger, and every budget that was set, in order of time."""
+    from server.report.words import epsilon_text
+
     with _opened(path) as ledger:
         entries = ledger.entries()
         for dataset in _datasets(ledger):
             terms = ledger.terms(dataset)
             spent = ledger.epsilon(dataset, terms.delta) if terms.delta < 1 else 0.0
             budget = f" of {terms.epsilon:g}" if terms.epsilon < float("inf") else ""
-            _say(f"{dataset}: ε {spent:.4f}{budget} at δ {terms.delta:g}")
+            _say(f"{dataset}: ε {epsilon_text(spent, decimals=4)}{budget} at δ {terms.delta:g}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             for when, what in sorted(events, key=lambda event: event[0]):
@@ -55,6 +57,8 @@ def remaining(
     delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
 ) -> None:
     """Print how much of its budget a data set has left."""
+    from server.report.words import epsilon_text, remaining_text
+
     if epsilon is not None:
         positive(epsilon=epsilon)
     if delta is not None:
@@ -70,7 +74,8 @@ def remaining(
         spent = ledger.epsilon(dataset, at)
     # Rounded against the site: what is left is never shown larger than it is.
     left = max(0.0, budget - spent)
-    _say(f"{dataset}: ε {int(left * 1e4) / 1e4:.4f} of {budget:g} is left at δ {at:g}; {spent:.4f} is spent")
+    rest, gone = remaining_text(left, decimals=4), epsilon_text(spent, decimals=4)
+    _say(f"{dataset}: ε {rest} of {budget:g} is left at δ {at:g}; {gone} is spent")
     if not left:
         _say("The site refuses every further round on these records.")
 
@@ -84,6 +89,8 @@ def budget(
     delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
 ) -> None:
     """Raise or lower the budget of a data set; the old one stays in the ledger's history, with the time."""
+    from server.report.words import epsilon_text
+
     with _opened(path) as ledger:
         _require(ledger, path, dataset)
         at = ledger.terms(dataset).delta if delta is None else delta
@@ -92,7 +99,7 @@ def budget(
         before, after = ledger.set_budget(dataset, epsilon, at), ledger.terms(dataset)
         spent = ledger.epsilon(dataset, after.delta)
     was = f"was {before.epsilon:g}" if before.epsilon < float("inf") else "had none"
-    _say(f"{dataset}: budget ε {epsilon:g} at δ {after.delta:g} ({was}); {spent:.4f} is spent")
+    _say(f"{dataset}: budget ε {epsilon:g} at δ {after.delta:g} ({was}); {epsilon_text(spent, decimals=4)} is spent")
     if delta is not None and after.delta < delta:
         _say(f"δ {after.delta:g} holds instead of {delta:g}: releases were charged at it, and a δ never grows.")
     if spent >= epsilon:

@@ -11,6 +11,7 @@ from experiments.forecast import Forecast
 from experiments.people import counted
 from experiments.plan import LEAST_SIGNAL, MOST_ROUNDS, spread
 from experiments.plan_find import Found
+from server.report.words import epsilon_text, remaining_text
 from strategies import Job
 
 MOST_LINES = 10
@@ -44,11 +45,11 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
 def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:
     """Print the answer of ``--find``, its check, and how to use it."""
     console.print(f"{found.setting} = {found.value}", style="bold", markup=False)
-    console.print(f"  costs ε {found.epsilon:.4f} of {found.budget:g} at δ {job.config.privacy.delta:g}")
+    console.print(f"  costs ε {epsilon_text(found.epsilon)} of {found.budget:g} at δ {job.config.privacy.delta:g}")
     if found.next_value is None or found.next_epsilon is None:
         console.print("  the search ends here; the budget would allow more")
     else:
-        console.print(f"  one step further, {found.next_value:.6g}, would cost ε {found.next_epsilon:.4f}")
+        console.print(f"  one step further, {found.next_value:.6g}, would cost ε {epsilon_text(found.next_epsilon)}")
     rate = job.config.training.sample_rate
     batches = ", ".join(f"{rate * size:.1f} of {size}" for size in sizes)
     console.print(f"  {job.config.total_steps} steps; expected batch by site: {batches}", markup=False)
@@ -77,9 +78,9 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     for i in spread(len(forecast.rounds), MOST_LINES):
         priced = forecast.rounds[i - 1]
         name = str(priced.round_number) if priced.round_number else "initialisation"
-        spent = f"{priced.epsilon:.3f}" + ("" if priced.accountant.startswith("PLD") else "*")
-        left = f"{budget - priced.epsilon:.3f}" if priced.epsilon <= budget else "refused"
-        table.add_row(name, str(priced.steps), spent, f"{priced.epsilon_rdp:.3f}", left)
+        spent = epsilon_text(priced.epsilon) + ("" if priced.accountant.startswith("PLD") else "*")
+        left = remaining_text(budget - priced.epsilon) if priced.epsilon <= budget else "refused"
+        table.add_row(name, str(priced.steps), spent, epsilon_text(priced.epsilon_rdp), left)
     console.print(table)
     others = sorted({p.accountant for p in forecast.rounds if not p.accountant.startswith("PLD")})
     for accountant in others:

@@ -15,6 +15,7 @@ from server.checkpoint import Checkpoint, load_checkpoint
 from server.evaluation import Evaluator
 from server.records import RunFolder
 from server.report import federation_epsilon, round_line, score_words, write_reports
+from server.report.words import epsilon_text
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
 from strategies import Job, ServerState
@@ -40,7 +41,9 @@ class _Observer:
         self._folder.initialised(outcome)
         results = outcome.results
         spent = max((r.spending.epsilon_total for r in results if r.spending), default=None)
-        cost = "no record used" if not results else "no claim" if spent is None else f"ε {spent:.2f}, worst site"
+        cost = (
+            "no record used" if not results else "no claim" if spent is None else f"ε {epsilon_text(spent)}, worst site"
+        )
         self._folder.say(f"initialisation from a full gradient: {len(results)} sites, {cost}", 0)
         for refusal in outcome.refusals:
             self._folder.say(f"  {refusal.site} did not take part ({refusal.kind}): {refusal.reason}", 0)

@@ -47,7 +47,7 @@ def test_a_comparison_runs_both_modes_and_goes_on_where_it_stopped(
 def test_the_table_shows_means_each_seed_and_the_worst_epsilon() -> None:
     cells = [("job", True, 1, 0.5, 0.70, 7.5, 2000, 1000, 9.0), ("job", True, 2, 0.5, 0.80, 7.9, 2000, 1000, 11.0)]
     text = table([*(Outcome(*cell) for cell in cells), Outcome("job", False, 1, 0.5, 0.9, None, 1, 1, 1.0)])
-    assert "| job | dp-sgd | **75.0** ± 7.1 (70.0, 80.0) | 50.0 | 7.90 | 2 | 1 | 10 |" in text
+    assert "| job | dp-sgd | **75.0** ± 7.1 (70.0, 80.0) | 50.0 | 7.900 | 2 | 1 | 10 |" in text
     assert "| job | none | **90.0** (90.0) | 50.0 | no claim |" in text
 
 

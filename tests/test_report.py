@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -339,7 +340,7 @@ def test_a_steward_raises_and_lowers_a_budget_on_the_record(ledger_file: Path) -
     code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5")
     assert code == 0
     assert "budget ε 5 at δ 1e-05 (was 3)" in words
-    assert f"{spent:.4f} is spent" in words
+    assert f"{math.ceil(spent * 1e4) / 1e4:.4f} is spent" in words
     assert "policy" in words, "a stricter policy takes a raise back, and nobody said so"
     code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", spent / 2)
     assert code == 0
@@ -422,3 +423,23 @@ def test_a_site_that_only_refused_is_in_the_table(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run").start().round(1, 0.7, refusals={"south": ("policy", "not today")}).end()
     south = report_of(run.folder).sites[1]
     assert (south.site, south.rounds_joined, south.rounds_refused, south.epsilon_total) == ("south", 0, 1, None)
+
+
+@pytest.mark.parametrize("noise", [0.83, 0.9, 1.0, 1.1])
+def test_no_figure_that_people_read_is_below_what_was_spent(tmp_path: Path, noise: float) -> None:
+    run = MadeRun(tmp_path / "run", {"rounds": 1}, noise={"north": noise}).start().round(1, 0.7).end()
+    data = report_of(run.folder)
+    spent = data.headline.epsilon
+    assert spent is not None
+    made = forms(run.folder)
+    texts = [data.claim.sentence, made["md"], made["html"], json.loads(made["json"])["claim"]["sentence"]]
+    shown = [float(figure) for text in texts for figure in re.findall(r"\(ε, δ\) = \(([0-9.]+)", text)]
+    assert len(shown) == 4
+    assert all(spent <= figure < spent + 1e-3 for figure in shown), f"{spent} is shown as {shown}"
+
+
+def test_before_training_no_claim_is_given_up(made: MadeRun) -> None:
+    (row,) = re.findall(r"^\| 0 \|.*$", forms(made.folder)["md"], flags=re.MULTILINE)
+    assert "no claim" not in row
+    (cells,) = re.findall(r">0</th>.*?</tr>", forms(made.folder)["html"].split("<h2>Rounds")[-1], flags=re.DOTALL)
+    assert "no claim" not in cells

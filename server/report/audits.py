@@ -14,7 +14,7 @@ FAULT = "fault built in"
 """How the case of a finding begins in which something was broken on purpose, to see whether it is found."""
 COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
 """Packages that carry the promise: an audit with other versions of them is not of the code that ran."""
-NONE_RUN = "No audit was run: the run's folder holds no findings of one. `make audit RUN=FOLDER` puts them there."
+NONE_RUN = "No audit was run: the run's folder holds no findings of one. make audit RUN=FOLDER puts them there."
 
 
 @dataclass(frozen=True)

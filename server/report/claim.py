@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from common.privacy import claim
 from server.report.folder import RunFiles
 from server.report.sites import SiteReport
+from server.report.words import epsilon_text
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -64,8 +65,8 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         made=True,
         privacy_mode=mode,
         sentence=(
-            f"Everything that the sites sent is (ε, δ) = ({worst.epsilon_worst:.3f}, {worst.delta:g}) differentially "
-            f"private in {claim.UNIT}. The figure is the maximum over sites: their records are disjoint."
+            f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {worst.delta:g}) "
+            f"differentially private in {claim.UNIT}. The figure is the maximum over sites: their records are disjoint."
         ),
         unit=claim.UNIT,
         neighbours=claim.ADJACENCY,

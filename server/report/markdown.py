@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from server.report.audits import NONE_RUN, audit_words
 from server.report.data import ReportData
 from server.report.words import (
+    NO_CLAIM,
+    UNKNOWN,
     bytes_text,
     epsilon_text,
     number_text,
@@ -141,7 +143,7 @@ def _rounds(data: ReportData) -> list[str]:
                     str(r.round_number),
                     percent_text(r.accuracy),
                     "–" if r.loss is None else f"{r.loss:.4f}",
-                    epsilon_text(r.epsilon_worst),
+                    epsilon_text(r.epsilon_worst, NO_CLAIM if r.round_number or not data.claim.made else UNKNOWN),
                     ", ".join(r.participants) if r.counted else "did not count",
                     number_text(r.bytes_down),
                     number_text(r.bytes_up),

@@ -159,7 +159,7 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <tbody>{% for round in data.rounds %}
 <tr><th scope="row" class="n">{{ round.round_number }}</th><td class="n">{{ round.accuracy|percent }}</td>
 <td class="n">{{ "–" if round.loss is none else "%.4f"|format(round.loss) }}</td>
-<td class="n">{{ round.epsilon_worst|epsilon }}</td>
+<td class="n">{{ round.epsilon_worst|epsilon("no claim" if round.round_number or not claim.made else "–") }}</td>
 <td class="wide">{% if round.counted %}{{ round.participants|join(", ") }}
 {%- else %}<span class="bad">did not count</span>{% endif %}</td><td class="n">{{ round.bytes_down|number }}</td>
 <td class="n">{{ round.bytes_up|number }}</td><td class="n">{{ round.seconds|seconds }}</td></tr>

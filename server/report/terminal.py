@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from server.report.words import epsilon_text
+
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
     from common.model import Score
     from server.rounds import RoundOutcome
@@ -16,7 +18,8 @@ def epsilon_words(outcome: RoundOutcome) -> str:
     if not spent:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)
-    return f"ε {worst.epsilon_total:.2f} of {worst.epsilon_budget:g} (δ {worst.delta:g}, record-level, worst site)"
+    total = epsilon_text(worst.epsilon_total)
+    return f"ε {total} of {worst.epsilon_budget:g} (δ {worst.delta:g}, record-level, worst site)"
 
 
 def score_words(score: Score | None) -> str:

@@ -23,8 +23,8 @@ def visible(text: str) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in spaced)
 
 
-def epsilon_text(value: float | None, absent: str = NO_CLAIM) -> str:
-    """Return an ε with three decimals, never rounded down.
+def epsilon_text(value: float | None, absent: str = NO_CLAIM, decimals: int = 3) -> str:
+    """Return an ε that is never rounded down.
 
     >>> epsilon_text(7.99941), epsilon_text(None), epsilon_text(float("inf"))
     ('8.000', 'no claim', '∞')
@@ -33,14 +33,16 @@ def epsilon_text(value: float | None, absent: str = NO_CLAIM) -> str:
         return absent
     if not math.isfinite(value):
         return "∞" if value > 0 else "not a number"
-    return f"{math.ceil(value * 1000 - 1e-6) / 1000:.3f}"
+    scale = 10**decimals
+    return f"{math.ceil(value * scale - 1e-6) / scale:.{decimals}f}"
 
 
-def remaining_text(value: float | None) -> str:
-    """Return what is left of a budget with three decimals, never rounded up."""
+def remaining_text(value: float | None, decimals: int = 3) -> str:
+    """Return what is left of a budget, never rounded up."""
     if value is None or not math.isfinite(value):
         return epsilon_text(value)
-    return f"{math.floor(value * 1000 + 1e-6) / 1000:.3f}"
+    scale = 10**decimals
+    return f"{math.floor(value * scale + 1e-6) / scale:.{decimals}f}"
 
 
 def percent_text(share: float | None) -> str:
