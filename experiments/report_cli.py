@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.people import for_people
+from experiments.people import counted, for_people
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -90,7 +90,7 @@ def print_summary(folder: Path) -> None:
         console.print(f"take care: {visible(text)}", markup=False)
     console.print(
         f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
-        f"{percent_text(head.accuracy_after)} after {head.rounds_done} rounds"
+        f"{percent_text(head.accuracy_after)} after {counted(head.rounds_done, 'round')}"
     )
     if data.status != "completed":
         console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"), markup=False)
