@@ -6,14 +6,15 @@ decoding of the task to the reply's bytes, is the site's own.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from unittest.mock import patch
 
 import torch
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from audits.dirac import Dirac
-from audits.faults import FAULTS
+from audits.faults import FAULTS, SOUND
 from audits.tiny_site import FILLER
 from client import app as site
 from common.model import FederatedModel
@@ -41,19 +42,25 @@ def axes_of(model: FederatedModel, batch: Batch) -> Tensor:
     return (digits * len(FILLER) ** torch.arange(DIGITS - 1, -1, -1)).sum(1)
 
 
-@lru_cache(maxsize=1)
-def _canaries(model: FederatedModel) -> Dirac:
-    return Dirac(model.module, LENGTH)
+def on_canaries(model: FederatedModel) -> FederatedModel:
+    """Return the model with losses of canaries in place of its own."""
+    canaries = Dirac(model.module, LENGTH)
+    model.losses = lambda batch: canaries(axes_of(model, batch))  # type: ignore[method-assign]
+    return model
 
 
 def app_with(fault: str) -> ClientApp:
-    """Return the site's app for a process that trains on canaries, with the ``fault`` of this name built in."""
+    """Return an app that answers as the site's does, on canaries, with the ``fault`` of this name built in.
 
-    def losses(model: FederatedModel, batch: Batch) -> Tensor:
-        return _canaries(model)(axes_of(model, batch))
+    Everything is patched for one message at a time: Ray's workers get the app as a pickle, so nothing that was
+    patched when this module was imported would be patched there.
+    """
+    app, plant = ClientApp(), {planted.name: planted for planted in (SOUND, *FAULTS)}[fault].plant
+    built = site._model
 
-    FederatedModel.losses = losses  # type: ignore[method-assign,assignment]
-    for planted in FAULTS:
-        if planted.name == fault:
-            planted.plant().__enter__()
-    return site.app
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        with plant(), patch.object(site, "_model", lambda job, here: on_canaries(built(job, here))):
+            return site.train(message, context)
+
+    return app
