@@ -18,7 +18,7 @@ demo: environment
 	$(BIN)/fedveil run
 
 test: environment generative
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-deployment: environment
 	$(BIN)/python -m pytest -m deployment tests/test_deploy.py
