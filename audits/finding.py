@@ -64,18 +64,18 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
         figures = "\n".join(f"{name}: {_spoken(value)}" for name, value in finding.figures.items())
         table.add_row(finding.audit, finding.case, _outcome(finding), figures, end_section=True)
     console.print(table)
-    audits = list(dict.fromkeys(finding.audit for finding in findings))
     faults = list(dict.fromkeys(finding.fault for finding in findings if finding.fault))
     if not faults:
         return
     grid = Table(title="Which audit found which fault", title_justify="left")
-    grid.add_column("fault built in")
-    for audit in audits:
-        grid.add_column(audit)
+    for name in ("fault built in", "found by", "missed by"):
+        grid.add_column(name)
     for fault in faults:
-        cells = [[f for f in findings if f.audit == audit and f.fault == fault] for audit in audits]
+        own = [finding for finding in findings if finding.fault == fault]
         # Of several runs of one audit with one fault the worst counts.
-        grid.add_row(fault, *(_outcome(min(cell, key=lambda f: f.passed)) if cell else "" for cell in cells))
+        missed = dict.fromkeys(finding.audit for finding in own if not finding.passed)
+        found = dict.fromkeys(finding.audit for finding in own if finding.audit not in missed)
+        grid.add_row(fault, ", ".join(found), f"[bold red]{', '.join(missed)}[/]" if missed else "", end_section=True)
     console.print(grid)
 
 
