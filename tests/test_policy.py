@@ -23,6 +23,7 @@ from common.data import load_dataset
 from common.errors import ConfigError
 from common.examples import Dataset
 from common.messages import Spending
+from common.model import FederatedModel
 from common.privacy.accounting import Release, epsilon
 from common.privacy.charges import EVALUATION, Terms
 from common.privacy.ledger import Ledger
@@ -181,6 +182,33 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     model.write(model.start)
     assert exact is not None
     assert exact.value == round(model.score(records).accuracy * len(records))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_record_reaches_the_model_before_its_round_is_paid_for(
+    site: OneSite, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, batch, charge = list[str](), FederatedModel.batch, Ledger.charge
+
+    def seen(model: FederatedModel, records: Any) -> Any:
+        events.append("record")
+        return batch(model, records)
+
+    def paid(ledger: Ledger, *arguments: Any, **terms: Any) -> Any:
+        receipt = charge(ledger, *arguments, **terms)
+        events.append("paid")
+        return receipt
+
+    monkeypatch.setattr(FederatedModel, "batch", seen)
+    monkeypatch.setattr(Ledger, "charge", paid)
+    if number:
+        site.rule(send_noised_metrics=True)
+    else:
+        site.settings.update({"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 0.9})
+    task = site.task(number)
+    site.ask(task if number else dataclasses.replace(task, state={}, basis={}, basis_fingerprint=""))
+    assert "record" in events
+    assert events.index("paid") == 0, "a record was used before its round was paid for"
 
 
 def counts_of_nothing(site: OneSite) -> torch.Tensor:
