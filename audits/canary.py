@@ -24,7 +24,7 @@ from audits.bounds import free_bound, gaussian_bound
 from audits.dirac import Dirac
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, RESET, SOUND, Fault
 from audits.finding import Finding, judged
-from audits.shell import run_alone
+from audits.shell import run_alone, with_each
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
@@ -98,12 +98,7 @@ def _train(model: nn.Linear, records: Tensor, plan: PrivacyPlan) -> None:
 
 def probe_all(folder: Path, canaries: int = CANARIES) -> list[Finding]:
     """Probe the code as it is, then with each fault."""
-    findings = []
-    for number, fault in enumerate((SOUND, *FAULTS)):
-        own = folder / str(number)
-        own.mkdir()
-        findings.append(probe(own, fault, canaries))
-    return findings
+    return with_each(FAULTS, folder, lambda own, fault: probe(own, fault, canaries))
 
 
 if __name__ == "__main__":

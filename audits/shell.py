@@ -1,4 +1,4 @@
-"""How one audit is run alone from a shell; ``python -m audits`` runs them all."""
+"""How one audit is run with every fault, and alone from a shell; ``python -m audits`` runs them all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from audits.faults import SOUND, Fault
 from audits.finding import Finding, quiet, show
+
+
+def with_each(faults: Sequence[Fault], folder: Path, audit: Callable[[Path, Fault], Finding]) -> list[Finding]:
+    """Audit the code as it is, then with each fault; every time in a new folder inside ``folder``."""
+    findings = []
+    for number, fault in enumerate((SOUND, *faults)):
+        own = folder / str(number)
+        own.mkdir()
+        findings.append(audit(own, fault))
+    return findings
 
 
 def run_alone(about: str | None, count: str, default: int, audit: Callable[[Path, int], Sequence[Finding]]) -> None:

@@ -20,7 +20,7 @@ import torch
 from audits.canary import DELTA, NOISE, ROUNDS, STEPS, compared
 from audits.faults import HALVED, RESET, SOUND, Fault
 from audits.finding import Finding
-from audits.shell import run_alone
+from audits.shell import run_alone, with_each
 from audits.simulated_site import text_of
 from audits.tiny_site import save_tiny_model, tiny_run, write_reviews
 from common.errors import ConfigError
@@ -104,12 +104,7 @@ def probe_run(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> F
 
 def probe_runs(folder: Path, canaries: int = CANARIES) -> list[Finding]:
     """Probe a run of the code as it is, then one with each fault; ``folder`` must be empty."""
-    findings = []
-    for number, fault in enumerate((SOUND, *FAULTS)):
-        own = folder / str(number)
-        own.mkdir()
-        findings.append(probe_run(own, fault, canaries))
-    return findings
+    return with_each(FAULTS, folder, lambda own, fault: probe_run(own, fault, canaries))
 
 
 if __name__ == "__main__":

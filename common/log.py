@@ -81,7 +81,7 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> object:  # type: ignore[override]
+    def stream(self) -> object:
         """The process's standard error."""
         return sys.stderr
 

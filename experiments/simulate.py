@@ -25,6 +25,7 @@ from common.config import Scalar
 from common.device import own_cores
 from common.errors import ConfigError, RunFailed
 from common.paths import run_folder
+from experiments.ports import free_ports
 from experiments.settings import to_toml
 from strategies import configure
 
@@ -86,7 +87,7 @@ class _Link:
 
 @contextmanager
 def _superlink(home: Path) -> Iterator[_Link]:
-    port, control = _free_ports(2)
+    port, control = free_ports(2)
     binaries = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -127,17 +128,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             break
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _wait_for_port(link: _Link, port: int) -> None:

@@ -22,6 +22,7 @@ from experiments.deploy.policy_file import policy_text
 from experiments.deploy.registry import register_site
 from experiments.deploy.server_folder import make_server
 from experiments.deploy.site_folder import SiteFolder, make_site
+from experiments.ports import free_ports
 from faults.bundle import PROJECT, make_bundle
 from faults.plan import VARIABLE, Plan
 from faults.processes import Processes, wait_until
@@ -66,7 +67,7 @@ class Federation:
         self.folder, self.processes, self.plan = folder, Processes(folder), Plan(folder / "plan")
         self.plan.folder.mkdir()
         self.plan.write({})
-        fleet, control, *self._runtime = _free_ports(2 + len(SIZES))
+        fleet, control, *self._runtime = free_ports(2 + len(SIZES))
         self.server = make_server(folder / "server", ["127.0.0.1", *addresses], fleet_port=fleet, control_port=control)
         self.sites: dict[str, SiteFolder] = {}
         self._places, self._stutters = dict[str, Place](), dict[str, bool]()
@@ -218,11 +219,3 @@ def _alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

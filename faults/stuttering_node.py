@@ -61,5 +61,5 @@ def _note(what: str, repeat: Callable[[], Any]) -> None:
 
 def main() -> None:
     """Be a SuperNode, with its command line."""
-    connection.FleetStub = StutteringStub  # type: ignore[attr-defined,misc]
+    connection.FleetStub = StutteringStub  # type: ignore[attr-defined]
     flower_supernode()

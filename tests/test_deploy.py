@@ -38,6 +38,7 @@ from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import ServerFolder, make_server, open_server, renew_server
 from experiments.deploy.site_folder import SiteFolder, make_site, open_site_folder
 from experiments.deploy.start import start_server
+from experiments.ports import free_ports
 from experiments.settings import to_toml
 from server.records import read_json, write_json
 from strategies import configure
@@ -100,14 +101,6 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     yield made
     for name in list(made.running):
         made.stop(name)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -97,7 +97,7 @@ class PrivateSteps:
             optimizer,
             noise_multiplier=plan.noise_multiplier * noise_margin,
             max_grad_norm=plan.clip_norm,
-            expected_batch_size=plan.expected_batch_size,  # type: ignore[arg-type]
+            expected_batch_size=plan.expected_batch_size,
         )
         self._released: list[tuple[Tensor, int]] = []
         # From now on, also after the context: this optimiser never sees a raw gradient.
