@@ -22,8 +22,8 @@ from common.config import PRIVACY_MODES, Scalar
 from common.device import own_cores
 from common.errors import ConfigError, RunFailed
 from common.paths import run_folder
+from common.privacy.figures import epsilon_text
 from experiments.settings import parse_settings
-from server.report.words import epsilon_text
 from strategies import configure
 
 SHIPPED = Path(__file__).parent / "configs"

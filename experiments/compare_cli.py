@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from common.errors import ConfigError
+from common.privacy.figures import epsilon_text
 from experiments.people import for_people
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ def compare(
     from experiments.compare import DEFAULT, table
     from experiments.compare import compare as run_all
     from experiments.settings import parse_settings
-    from server.report.words import epsilon_text
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")]

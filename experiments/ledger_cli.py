@@ -17,6 +17,7 @@ from rich.console import Console
 
 from common.check import in_range, nearest, one_of, positive
 from common.errors import ConfigError, DataError, LedgerError
+from common.privacy.figures import epsilon_text, remaining_text
 from experiments.people import for_people
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
 @for_people
 def show(path: LedgerFile) -> None:
     """Print what has been charged to every data set of a ledger, and every budget that was set, in order of time."""
-    from server.report.words import epsilon_text
-
     with _opened(path) as ledger:
         entries = ledger.entries()
         for dataset in _datasets(ledger):
@@ -57,8 +56,6 @@ def remaining(
     delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
 ) -> None:
     """Print how much of its budget a data set has left."""
-    from server.report.words import epsilon_text, remaining_text
-
     if epsilon is not None:
         positive(epsilon=epsilon)
     if delta is not None:
@@ -89,8 +86,6 @@ def budget(
     delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
 ) -> None:
     """Raise or lower the budget of a data set; the old one stays in the ledger's history, with the time."""
-    from server.report.words import epsilon_text
-
     with _opened(path) as ledger:
         _require(ledger, path, dataset)
         at = ledger.terms(dataset).delta if delta is None else delta

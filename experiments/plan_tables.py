@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from common.privacy.figures import epsilon_text, remaining_text
 from experiments.forecast import Forecast
 from experiments.people import counted
 from experiments.plan import LEAST_SIGNAL, MOST_ROUNDS, spread
 from experiments.plan_find import Found
-from server.report.words import epsilon_text, remaining_text
 from strategies import Job
 
 MOST_LINES = 10

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.privacy.figures import epsilon_text, remaining_text
 from experiments.people import counted, for_people
 
 console = Console(highlight=False, soft_wrap=True)
@@ -56,11 +57,9 @@ def print_summary(folder: Path) -> None:
     """Print the table by site, the federation's figure and accuracy before and after."""
     from server.report import report_of
     from server.report.words import (
-        epsilon_text,
         number_text,
         numbers_text,
         percent_text,
-        remaining_text,
         visible,
     )
 

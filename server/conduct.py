@@ -10,12 +10,12 @@ from common.errors import FedVeilError
 from common.log import about, kept_in, place_of, set_up
 from common.model import Score
 from common.paths import run_folder, run_name
+from common.privacy.figures import epsilon_text
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.evaluation import Evaluator
 from server.records import RunFolder
 from server.report import federation_epsilon, round_line, score_words, write_reports
-from server.report.words import epsilon_text
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
 from strategies import Job, ServerState

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sqlite3
 import stat
@@ -125,9 +126,10 @@ def test_a_refusal_is_one_line_with_every_figure_a_steward_asks_for(path: Path) 
             charge(ledger, 2, max_epsilon=2.5)
     line = str(refusal.value)
     assert "\n" not in line
-    for part in ("'ward'", "round 2", "'run-1'", f"{cost_of(1):.4f} is spent", f"{cost_of(2):.4f}", "2.5 at delta"):
+    spent, wanted = (math.ceil(cost_of(rounds) * 1e4) / 1e4 for rounds in (1, 2))
+    for part in ("'ward'", "round 2", "'run-1'", f"{spent:.4f} is spent", f"{wanted:.4f}", "2.5 at delta"):
         assert part in line
-    assert f"{2.5 - cost_of(1):.4f} is left" in line
+    assert f"{math.floor((2.5 - cost_of(1)) * 1e4) / 1e4:.4f} is left" in line
     assert f"fedveil ledger show {path}" in line
 
 
@@ -617,3 +619,17 @@ def test_budgets_and_hashes_can_neither_be_changed_nor_removed(path: Path, table
         with pytest.raises(sqlite3.IntegrityError, match="only ever added"):
             connection.execute(statement)
     connection.close()
+
+
+@pytest.mark.parametrize("steps", [3, 7, 12, 20])
+def test_a_refusal_rounds_its_figures_against_the_site(tmp_path: Path, steps: int) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        terms = {"run": "r", "delta": 1e-5, "max_epsilon": 8.0, "clip_norm": 1.0}
+        ledger.charge("clinic", [Release(0.9, 0.1, steps)], round_number=1, **terms)
+        spent = ledger.epsilon("clinic", 1e-5)
+        with pytest.raises(BudgetExhausted) as refused:
+            ledger.charge("clinic", [Release(0.5, 0.5, 10)], round_number=2, **terms)
+    shown = re.search(r"epsilon ([0-9.]+) is spent.* ([0-9.]+) is left", str(refused.value))
+    assert shown is not None
+    assert spent - 1e-9 <= float(shown[1]) < spent + 1e-4, "less is shown as spent than was"
+    assert 8.0 - spent - 1e-4 < float(shown[2]) <= 8.0 - spent + 1e-9, "more is shown as left than is"

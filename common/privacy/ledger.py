@@ -24,6 +24,7 @@ from common.privacy import accounting
 from common.privacy.accounting import TRAINING, Release
 from common.privacy.charges import EVALUATION, Budget, Charge, Entry, Terms, price
 from common.privacy.contents import SHARED
+from common.privacy.figures import epsilon_text, remaining_text
 from common.privacy.ledger_file import LedgerFile, one_line
 
 
@@ -78,11 +79,12 @@ class Ledger(LedgerFile):
             max_epsilon, delta = self.terms(dataset).stricter(max_epsilon, delta)
             charge = price(self.spent(dataset), releases, delta, max_epsilon)
             if not charge.epsilon_after <= max_epsilon:
+                before, after = (epsilon_text(e, decimals=4) for e in (charge.epsilon_before, charge.epsilon_after))
+                left = remaining_text(max(0.0, max_epsilon - charge.epsilon_before), decimals=4)
                 raise BudgetExhausted(
                     f"data set {dataset!r} refuses round {round_number} of run {run!r} ({_spoken(releases)}): epsilon "
-                    f"{charge.epsilon_before:.4f} is spent, this would make it {charge.epsilon_after:.4f}, the budget "
-                    f"is {max_epsilon:g} at delta {delta:g}, {max(0.0, max_epsilon - charge.epsilon_before):.4f} is "
-                    f"left; see `fedveil ledger show {self.path}`"
+                    f"{before} is spent, this would make it {after}, the budget is {max_epsilon:g} at delta {delta:g}, "
+                    f"{left} is left; see `fedveil ledger show {self.path}`"
                 )
             self._connection.executemany(
                 "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "

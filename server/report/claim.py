@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.privacy import claim
+from common.privacy.figures import epsilon_text
 from server.report.folder import RunFiles
 from server.report.sites import SiteReport
-from server.report.words import epsilon_text
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "

@@ -6,17 +6,15 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
 from server.report.audits import NONE_RUN, audit_words
 from server.report.data import ReportData
 from server.report.words import (
-    NO_CLAIM,
     UNKNOWN,
     bytes_text,
-    epsilon_text,
     number_text,
     numbers_text,
     percent_text,
-    remaining_text,
     seconds_text,
     value_text,
     visible,

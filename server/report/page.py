@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from common.privacy import figures
 from server.report import words
 from server.report.audits import NONE_RUN, audit_words
 from server.report.charts import Axis, Chart, Curve, Mark, line_chart
@@ -23,7 +24,8 @@ def to_html(data: ReportData) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
-    for name in ("epsilon", "remaining", "percent", "number", "numbers", "bytes", "seconds", "value"):
+    environment.filters |= {"epsilon": figures.epsilon_text, "remaining": figures.remaining_text}
+    for name in ("percent", "number", "numbers", "bytes", "seconds", "value"):
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters["audit"] = audit_words
     template = environment.from_string(PAGE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from server.report.words import epsilon_text
+from common.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
     from common.model import Score

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
-NO_CLAIM = "no claim"
 UNKNOWN = "–"
 
 
@@ -21,28 +19,6 @@ def visible(text: str) -> str:
     """
     spaced = re.sub(r"[\t\r\n]+", " ", text)
     return "".join(character if character.isprintable() else "\ufffd" for character in spaced)
-
-
-def epsilon_text(value: float | None, absent: str = NO_CLAIM, decimals: int = 3) -> str:
-    """Return an ε that is never rounded down.
-
-    >>> epsilon_text(7.99941), epsilon_text(None), epsilon_text(float("inf"))
-    ('8.000', 'no claim', '∞')
-    """
-    if value is None:
-        return absent
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "not a number"
-    scale = 10**decimals
-    return f"{math.ceil(value * scale - 1e-6) / scale:.{decimals}f}"
-
-
-def remaining_text(value: float | None, decimals: int = 3) -> str:
-    """Return what is left of a budget, never rounded up."""
-    if value is None or not math.isfinite(value):
-        return epsilon_text(value)
-    scale = 10**decimals
-    return f"{math.floor(value * scale + 1e-6) / scale:.{decimals}f}"
 
 
 def percent_text(share: float | None) -> str:
