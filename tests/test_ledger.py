@@ -10,9 +10,11 @@ import re
 import signal
 import sqlite3
 import stat
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -389,12 +391,31 @@ def test_a_folder_that_cannot_be_written_is_named() -> None:
         Ledger(Path("/proc/site.sqlite"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")
-def test_a_ledger_that_cannot_be_written_charges_nothing(path: Path) -> None:
-    Ledger(path).close()
-    path.chmod(0o400)
-    with pytest.raises(LedgerError), Ledger(path) as ledger:
-        charge(ledger, 1)
+@contextmanager
+def no_special_rights() -> Iterator[None]:
+    """Be somebody who may write nothing of root's, where the tests run as root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_ledger_that_cannot_be_written_charges_nothing() -> None:
+    # Not in pytest's folder, which only its owner may enter.
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "site.sqlite"
+        Ledger(path).close()
+        path.chmod(0o444)
+        path.parent.chmod(0o555)
+        with no_special_rights(), pytest.raises(LedgerError), Ledger(path) as ledger:
+            charge(ledger, 1)
+        path.parent.chmod(0o755)
+        path.chmod(0o600)
+        with Ledger(path) as ledger:
+            assert ledger.entries() == []
 
 
 def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
