@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
+from common.log import place_of
 from common.messages import Reply, TrainTask
 from common.wire import Layout, encode_task, payload_bytes
 from server.conduct import conduct
@@ -19,6 +22,10 @@ from server.sites import Exchange
 from strategies import Job, configure
 
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0
+"""Trouble at the SuperLink that lasts longer ends the run."""
+Answer = TypeVar("Answer")
+log = logging.getLogger("fedveil.server")
 app = ServerApp()
 
 
@@ -33,7 +40,7 @@ class FlowerTransport:
         """Return the nodes online other than ``besides``; wait up to the round's time-out for ``wanted`` of them."""
         deadline = time.monotonic() + self._job.config.round_timeout
         while True:
-            nodes = sorted(set(self._grid.get_node_ids()) - set(besides))
+            nodes = sorted(set(_patiently(self._grid.get_node_ids)) - set(besides))
             if len(nodes) >= wanted or time.monotonic() > deadline:
                 return nodes
             self._folder.progress(phase="waiting for sites", online=len(nodes), wanted=wanted)
@@ -46,13 +53,13 @@ class FlowerTransport:
         for a round that is over, and a reply that comes later is refused by the SuperLink.
         """
         task = next(iter(tasks.values()))
-        messages, down = [], 0
-        for node, one in tasks.items():
-            content = encode_task(one)
-            down += payload_bytes(content)
-            messages.append(Message(content, node, "train", ttl=timeout + POLL_SECONDS, group_id=str(one.round_number)))
-        nodes = dict(zip(self._grid.push_messages(messages), tasks, strict=True))
-        waiting, replies, up, pulls = set(nodes), dict[int, Reply](), 0, Pulls(self._grid)
+        nodes, down = self._push(tasks, timeout)
+        unsent = set(tasks) - set(nodes.values())
+        replies: dict[int, Reply] = {
+            node: refusal(task, node, "failed", "the SuperLink did not take its task") for node in unsent
+        }
+        up = 0
+        waiting, pulls = set(nodes), Pulls(self._grid)
         layout = self._layout_of_round(task.round_number)
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
@@ -76,12 +83,39 @@ class FlowerTransport:
             replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s{trouble}")
         return Exchange(replies, down, up)
 
+    def _push(self, tasks: Mapping[int, TrainTask], timeout: float) -> tuple[dict[str, int], int]:
+        """Return the node behind each message that the SuperLink took, and what these weigh in bytes."""
+        contents = {node: encode_task(task) for node, task in tasks.items()}
+        terms: Any = {"ttl": timeout + POLL_SECONDS, "group_id": str(next(iter(tasks.values())).round_number)}
+
+        def push() -> list[str | None]:
+            # Made anew in every attempt: a SuperLink that failed half-way may know the last one's ids already. A
+            # site that gets both answers the second from what it released, and pays once.
+            return list(self._grid.push_messages([Message(c, node, "train", **terms) for node, c in contents.items()]))
+
+        # Flower leaves ids out, or writes None, where the SuperLink did not take a message.
+        taken = {m: node for node, m in zip(contents, _patiently(push), strict=False) if m}
+        return taken, sum(payload_bytes(contents[node]) for node in taken.values())
+
     def _read(self, message: Message | None, task: TrainTask, node: int, layout: Layout) -> tuple[Reply, int]:
         if message is None:
             return refusal(task, node, "reply", "the message cannot be unpacked"), 0
         if message.has_error():
             return refusal(task, node, "failed", message.error.reason or "no reason given"), 0
         return read_reply(message.content, layout, task, node), payload_bytes(message.content)
+
+
+def _patiently(call: Callable[[], Answer]) -> Answer:
+    """Return what ``call`` returns, tried again for a while: a SuperLink whose database is busy is no lost run."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("the SuperLink failed, asked again: %s", place_of(error))
+            time.sleep(POLL_SECONDS)
 
 
 @app.main()

@@ -84,13 +84,78 @@ def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatc
     monkeypatch.setattr("server.app.Message", lambda *content, **terms: content)
     error = SimpleNamespace(has_error=lambda: True, error=SimpleNamespace(reason="away"))
     grid = Grid(a=hangs(stuck), b=list, c=lambda: [error])
-    job = SimpleNamespace(config=SimpleNamespace(rounds=1))
-    folder = SimpleNamespace(progress=lambda **_: None)
-    transport = FlowerTransport(*cast(Any, (grid, job, SimpleNamespace(reply_layout=lambda _: {}), folder)))
-    task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
     began = time.monotonic()
-    replies = transport.exchange({1: task, 2: task, 3: task}, 1.0).replies
+    replies = exchange(grid, 3).replies
     assert time.monotonic() - began < 10
     assert len(grid.asked) > 3, "a reply that was not there is not asked for again"
     told = {node: (reply.kind, reply.reason) for node, reply in replies.items() if isinstance(reply, Refusal)}
     assert told == {1: ("late", "no whole answer in 1 s"), 2: ("late", "no answer in 1 s"), 3: ("failed", "away")}
+
+
+def exchange(grid: Any, tasks: int, timeout: float = 1.0) -> Any:
+    job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout))
+    evaluator, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=lambda **_: None)
+    transport = FlowerTransport(*cast(Any, (grid, job, evaluator, folder)))
+    task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
+    return transport.exchange(dict.fromkeys(range(1, tasks + 1), task), timeout)
+
+
+def answered(reason: str) -> Callable[[], list[Any]]:
+    return lambda: [SimpleNamespace(has_error=lambda: True, error=SimpleNamespace(reason=reason))]
+
+
+class BusyGrid(Grid):
+    """A grid whose SuperLink fails ``failures`` times at every kind of call."""
+
+    def __init__(self, failures: int, **pulled: Callable[[], list[Any]]) -> None:
+        super().__init__(**pulled)
+        self.left = {"push": failures, "nodes": failures}
+
+    def _fail(self, call: str) -> None:
+        self.left[call] -= 1
+        if self.left[call] >= 0:
+            raise ConnectionError("500 database is locked")
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        self._fail("push")
+        return super().push_messages(messages)
+
+    def get_node_ids(self) -> list[int]:
+        self._fail("nodes")
+        return [3, 1, 2]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.app.Message", lambda *content, **terms: content)
+    monkeypatch.setattr("server.app.POLL_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_superlink_that_fails_now_and_then_ends_no_run() -> None:
+    busy = BusyGrid(2, a=answered("asked"))
+    assert exchange(busy, 1).replies[1].reason == "asked"
+    job = SimpleNamespace(config=SimpleNamespace(round_timeout=5.0))
+    folder = SimpleNamespace(progress=lambda **_: None)
+    transport = FlowerTransport(*cast(Any, (busy, job, SimpleNamespace(reply_layout=lambda _: {}), folder)))
+    assert transport.nodes(1, {2}) == [1, 3]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_superlink_that_keeps_failing_ends_the_run_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.app.PATIENCE_SECONDS", 0.05)
+    with pytest.raises(ConnectionError, match="locked"):
+        exchange(BusyGrid(10**6, a=list), 1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_task_that_the_superlink_does_not_take_is_a_failed_site_and_not_a_lost_run() -> None:
+    grid = Grid(a=answered("asked"), b=list)
+    grid.push_messages = lambda messages: ["a", None]  # type: ignore[method-assign,assignment,list-item]
+    exchanged = exchange(grid, 2)
+    told = {node: (reply.kind, reply.reason) for node, reply in exchanged.replies.items()}
+    assert told == {1: ("failed", "asked"), 2: ("failed", "the SuperLink did not take its task")}
+    whole = exchange(Grid(a=answered("asked"), b=answered("asked")), 2).bytes_down
+    assert exchanged.bytes_down == whole / 2, "a task that was never sent counts as sent"
+    grid.push_messages = lambda messages: []  # type: ignore[method-assign]
+    assert {reply.kind for reply in exchange(grid, 2).replies.values()} == {"failed"}
