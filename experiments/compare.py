@@ -2,7 +2,8 @@
 
 Runs go through ``in_process`` (the same messages, encoded and decoded, without Flower), each in a
 process of its own on one core, as many at once as there are cores. A run whose folder holds a
-result is not run again, so a comparison that was cut short goes on where it stopped.
+good result of the same settings and number of sites is not run again, so a comparison that was cut short
+goes on where it stopped; a result of others stops the comparison before anything is run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.config import PRIVACY_MODES, Scalar
 from common.device import own_cores
@@ -24,7 +24,9 @@ from common.errors import ConfigError, RunFailed
 from common.paths import run_folder
 from common.privacy.figures import epsilon_text
 from experiments.settings import parse_settings
-from strategies import configure
+from experiments.simulated import record_sites, recorded_sites
+from server.records import read_json
+from strategies import Job, configure
 
 SHIPPED = Path(__file__).parent / "configs"
 DEFAULT = tuple(SHIPPED / f"{name}.toml" for name in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"))
@@ -69,7 +71,8 @@ def compare(
         done: told after every run, with how many of how many there are.
 
     Raises:
-        ConfigError: a configuration is wrong; nothing was started.
+        ConfigError: a configuration is wrong, or ``output`` holds a result of other settings (named); nothing
+            was started.
         RunFailed: a run failed; says which.
     """
     jobs: dict[tuple[str, str, int], tuple[dict[str, Scalar], str]] = {}
@@ -78,8 +81,8 @@ def compare(
             for seed in seeds:
                 settings: dict[str, Scalar] = {**parse_settings([str(path)]), **overrides}
                 settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
-                configure(settings)
                 jobs[path.stem, mode, seed] = (settings, f"{path.stem}-{mode}-{seed}")
+                _check_kept(configure(settings), f"{path.stem}-{mode}-{seed}", sites)
     if len(jobs) != len(configs) * len(PRIVACY_MODES) * len(seeds) or not jobs:
         raise ConfigError("a comparison needs configurations of different names and different seeds")
     outcomes = []
@@ -111,21 +114,37 @@ def _run(settings: dict[str, Scalar], sites: int, run: str) -> None:
     from experiments.in_process import run_in_process
 
     folder = run_folder(configure(settings).config, run)
-    if not (folder / "result.json").is_file():
+    if not _ended_well(folder):
         if folder.exists():
             folder.rename(folder.with_name(f"{folder.name}.cut-short-{time.time_ns()}"))
+        record_sites(folder, sites)
         run_in_process(settings, sites, run)
 
 
-def read_outcome(name: str, folder: Path, private: bool, seed: int) -> Outcome:
-    """Return what a finished run's folder says.
+def _ended_well(folder: Path) -> bool:
+    return (folder / "result.json").is_file() and read_json(folder / "result.json")["status"] != "failed"
 
-    Raises:
-        RunFailed: the run did not end well.
-    """
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    if result["status"] == "failed":
-        raise RunFailed(f"{folder.name}: {result['reason']}")
+
+def _check_kept(job: Job, run: str, sites: int) -> None:
+    """Refuse a kept result of another job: it would stand in the table as the result of this one."""
+    folder = run_folder(job.config, run)
+    if not _ended_well(folder):
+        return
+    # Folders may be moved; where a run was written is no part of its result.
+    had = {**read_json(folder / "config.json")["settings"], "output": job.config.output}
+    wanted = job.settings()
+    differing = [(key, had.get(key), wanted.get(key)) for key in sorted({*had, *wanted})]
+    for key, before, now in [*differing, ("--sites", recorded_sites(folder) or "unknown", sites)]:
+        if before != now:
+            raise ConfigError(
+                f"{folder} holds a result with {key} = {before!r}, not {now!r}: give another --output, "
+                "or move that folder away to run it anew"
+            )
+
+
+def read_outcome(name: str, folder: Path, private: bool, seed: int) -> Outcome:
+    """Return what the folder of a run that ended well says."""
+    result = read_json(folder / "result.json")
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     return Outcome(
         name,

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_run import MadeRun
 from typer.testing import CliRunner
 
 from common.errors import ConfigError
 from experiments.cli import app
 from experiments.compare import DEFAULT, Outcome, compare, table
 from experiments.settings import to_toml
+from experiments.simulated import record_sites
 from strategies import STRATEGIES, configure
 
 
@@ -42,6 +44,40 @@ def test_a_comparison_runs_both_modes_and_goes_on_where_it_stopped(
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished run was run again"
+
+
+def test_a_kept_result_of_other_settings_stops_the_comparison_before_anything_runs(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    job, output = tmp_path / "job.toml", tmp_path / "out"
+    job.write_text(to_toml({k: v for k, v in toy_settings.items() if k != "output"}), encoding="utf-8")
+    kept = output / "ffa-lora-job-dp-sgd-1"
+    private = {**toy_settings, "privacy.mode": "dp-sgd", "seed": 1, "output": "/before/it/was/moved"}
+    run = MadeRun(kept, private).start()
+    run.write("result.json", {"status": "completed", "accuracy_before": 0.5, "accuracy": 0.7, "epsilon": 7.9})
+    record_sites(kept, 2)
+    for arguments, differs in (
+        (["-c", "privacy.epsilon=1.0 rounds=4"], "privacy.epsilon = 8.0, not 1.0"),
+        (["--sites", "9"], "--sites = 2, not 9"),
+    ):
+        asked = ["compare", str(job), "--seeds", "1", "--sites", "2", "--output", str(output), *arguments]
+        answer = CliRunner().invoke(app, asked)
+        assert (answer.exit_code, answer.output.count("\n")) == (1, 1), answer.output
+        assert differs in answer.output
+        assert kept.name in answer.output
+        assert list(output.iterdir()) == [kept]
+
+
+def test_a_run_that_failed_is_run_again_and_its_folder_is_kept_aside(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    job, output = tmp_path / "job.toml", tmp_path / "out"
+    job.write_text(to_toml({k: v for k, v in toy_settings.items() if k != "output"}), encoding="utf-8")
+    MadeRun(output / "ffa-lora-job-none-1").start().end("failed", "the disk was full")
+    outcomes = compare([job], [1], 2, {"rounds": 1}, output, lambda *_: None)
+    assert [outcome.private for outcome in outcomes] == [True, False]
+    (aside,) = output.glob("ffa-lora-job-none-1.cut-short-*")
+    assert "the disk was full" in (aside / "result.json").read_text(encoding="utf-8")
 
 
 def test_the_table_shows_means_each_seed_and_the_worst_epsilon() -> None:
