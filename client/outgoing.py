@@ -1,4 +1,4 @@
-"""What of an error may leave a site: rules, figures and places in the code; no record, and no path of its disks."""
+"""What of an error may leave a site: rules and public figures; nothing of a record, and no path of its disks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import Scalar
-from common.errors import DataError, FedVeilError
+from common.errors import (
+    BudgetExhausted,
+    ConfigError,
+    DataError,
+    FedVeilError,
+    LedgerError,
+    ModelError,
+    PolicyRefusal,
+    PrivacyError,
+    ProtocolError,
+)
 from common.log import place_of
 
 PATH_KEYS = ("ledger", "policy", "data")
 """Node settings that hold a path."""
+TOLD = (
+    BudgetExhausted,
+    ConfigError,
+    LedgerError,
+    ModelError,
+    PolicyRefusal,
+    PrivacyError,
+    ProtocolError,
+)
+"""Errors whose words follow from settings, rules and the ledger alone; a subclass is not told until it stands here."""
+UNTOLD = "the site failed; its own log says where"
+"""What the server hears of any other error: even the place of one can tell which record it was, or how many."""
 _ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")
 
 
@@ -22,10 +44,10 @@ def own_words(error: Exception) -> str:
 
 
 def public_reason(error: Exception, node: Mapping[str, Scalar], *, simulated: bool) -> str:
-    """Return what the server is told; in a simulation, where all is one machine, everything."""
+    """Return what the server is told: the words of ``TOLD`` errors; in a simulation, all one machine, everything."""
     if simulated:
         return str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
-    return without_paths(own_words(error), node)
+    return without_paths(str(error), node) if type(error) in TOLD else UNTOLD
 
 
 def without_paths(text: str, node: Mapping[str, Scalar]) -> str:

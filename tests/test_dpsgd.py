@@ -651,9 +651,16 @@ def test_a_trained_layer_that_the_model_does_not_use_is_refused() -> None:
     assert unchanged(toy, before)
 
 
-def test_a_loss_that_is_not_one_per_record_is_refused(toy: Toy) -> None:
-    with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan()) as steps, pytest.raises(MechanismError, match="each of 1"):
-        steps.step([BATCH], lambda batch: toy.losses(batch).mean().reshape(1))
+def test_a_loss_that_is_not_one_per_record_is_refused_without_a_word_on_how_many_there_were(toy: Toy) -> None:
+    words = set()
+    for records in (BATCH[:1], BATCH, BATCH.repeat(3, 1)):
+        with (
+            PrivateSteps(toy, SGD(used(toy), lr=1.0), plan()) as steps,
+            pytest.raises(MechanismError, match="each record") as caught,
+        ):
+            steps.step([records], lambda batch: toy.losses(batch).mean().repeat(len(batch) + 1))
+        words.add(str(caught.value))
+    assert len(words) == 1, f"the refusal tells batches apart: {words}"
 
 
 # --- what stays behind ------------------------------------------------------------------------------------------------

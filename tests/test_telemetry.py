@@ -21,6 +21,8 @@ from one_site import OneSite, clinic
 
 from client import local_training
 from client.app import train
+from client.outgoing import TOLD, public_reason
+from common.errors import DataError, FedVeilError, MechanismError
 from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult
 from common.privacy import dpsgd
 from common.wire import decode_reply, encode_reply, encode_task, layout_of
@@ -55,7 +57,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "round_number": "from the task",
         "site": "named by the steward",
         "kind": "one of five words",
-        "reason": "words about rules, figures of the ledger, or the place of a failure; quotes no record",
+        "reason": "words about rules and public figures, or one constant line",
     },
 }
 """Every field of every reply, and why it may leave."""
@@ -179,6 +181,42 @@ def test_refusals_are_made_of_listed_fields_and_quote_no_record(
     assert set(refusals) == {"task", "policy", "budget", "failed"}
     assert "fedveil ledger show <ledger>" in refusals["budget"].reason
     assert "lovely" not in refusals["failed"].reason, "a refusal quotes a record"
+
+
+def counting(kind: type[Exception]) -> Callable[..., None]:
+    """Return a training that fails and says how many records it was given."""
+
+    def fail(records: list[Any], *_: Any) -> None:
+        raise kind(f"trouble with one of {len(records)} records")
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", [DataError, MechanismError, FedVeilError, ValueError, RuntimeError, MemoryError])
+def test_a_failure_after_the_charge_is_the_same_refusal_whatever_the_records(
+    kind: type[Exception], toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_training, "_take_steps", counting(kind))
+    refusals = []
+    for records in (40, 39):
+        site = clinic(toy_settings, tmp_path, records, records)
+        refusals.append(site.ask(site.task()))
+        assert site.charges(), "the failure came before the charge"
+    assert isinstance(refusals[0], Refusal)
+    assert refusals[0] == refusals[1], "a refusal depends on the number of records"
+
+
+def test_the_words_of_errors_are_told_only_if_they_are_on_the_list() -> None:
+    told = {error for error in errors_of(FedVeilError) if public_reason(error("x"), {}, simulated=False) == "x"}
+    assert told == set(TOLD)
+    assert not {DataError, MechanismError, FedVeilError} & told, "words about records leave the site"
+
+
+def errors_of(root: type[FedVeilError]) -> Iterator[type[FedVeilError]]:
+    """Yield an error of ours and all that are kinds of it."""
+    yield root
+    for kind in root.__subclasses__():
+        yield from errors_of(kind)
 
 
 @pytest.mark.parametrize("key", ["ledger", "policy", "data"])

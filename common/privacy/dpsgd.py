@@ -170,9 +170,10 @@ class PrivateSteps:
         for parameter in self._trained:
             sample = getattr(parameter, "grad_sample", None)
             if sample is None or len(sample) != records:
+                # No count: how many records were drawn is private, and errors are read by others.
                 raise MechanismError(
-                    f"a trained tensor of shape {tuple(parameter.shape)} got no gradient of its own for each of "
-                    f"{records} records: the model does not use it, or mixes records"
+                    f"a trained tensor of shape {tuple(parameter.shape)} got no gradient of its own for each record: "
+                    "the model does not use it, or mixes records"
                 )
 
     def _forget(self) -> None:
