@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from client.local_training import initial_round, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
+from client.rehearsal import rehearse
 from client.site import Site, open_site, policy_of
 from common.config import DataConfig, Scalar
 from common.device import own_cores
@@ -36,6 +37,8 @@ class _Process:
     model: FederatedModel | None = None
     records: dict[tuple[DataConfig, str], list[Record]] = field(default_factory=dict)
     """Tokenised records of each site's data; of the current model's tokenizer."""
+    rehearsed: bool = False
+    """Whether the current model is known to be one that can be trained privately."""
 
 
 _process = _Process()
@@ -56,7 +59,10 @@ def _model(job: Job, site: Site) -> FederatedModel:
         *(data.label_names, data.label_phrases, config.device, config.precision),
     )
     if _process.model is not model:
-        _process.model, _process.records = model, {}
+        _process.model, _process.records, _process.rehearsed = model, {}, False
+    if config.privacy.on and not _process.rehearsed:
+        rehearse(model)
+        _process.rehearsed = True
     return model
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_questions
+from conftest import VOCABULARY, tiny_tokenizer, write_questions
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 from google.protobuf.message import Message as Proto
 from one_site import OneSite, clinic
+from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from client import local_training
 from client.app import train
@@ -204,6 +205,27 @@ def test_a_failure_after_the_charge_is_the_same_refusal_whatever_the_records(
         assert site.charges(), "the failure came before the charge"
     assert isinstance(refusals[0], Refusal)
     assert refusals[0] == refusals[1], "a refusal depends on the number of records"
+
+
+def test_a_layer_that_the_model_does_not_use_is_refused_before_the_charge_and_tells_no_size(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pooled"
+    config = XLMRobertaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=60,
+    )
+    XLMRobertaModel(config).save_pretrained(folder)  # its pooler is a layer that mean pooling passes by
+    tiny_tokenizer().save_pretrained(folder)
+    settings = {**toy_settings, "model.name": str(folder), "training.sample-rate": 1.0}
+    refusals = [clinic(settings, tmp_path, records, records).refuse() for records in (40, 39)]
+    assert refusals[0] == refusals[1], "a refusal depends on the number of records"
+    assert "got no gradient of its own for each record" in refusals[0].reason
+    assert clinic({**settings, "adapter.targets": "query"}, tmp_path, 40, 40).train(), "the model itself is refused"
 
 
 def test_the_words_of_errors_are_told_only_if_they_are_on_the_list() -> None:

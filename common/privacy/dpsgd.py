@@ -148,13 +148,20 @@ class PrivateSteps:
         self._forget()
         return gradients
 
+    def try_out(self, batch: Any, losses: Callable[[Any], Tensor]) -> None:
+        """Compute the gradients of one part and forget them: nothing is stepped, released or noised.
+
+        Raises:
+            MechanismError: some trained tensor gets no gradient of its own from each record.
+        """
+        self._differentiate(batch, losses)
+        self._forget()
+
     def _privatise(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         self._mechanism.zero_grad(set_to_none=True)
         seen = False
         for batch in batches:
-            values = losses(batch)
-            values.sum().backward()
-            self._require_samples(len(values))
+            self._differentiate(batch, losses)
             self._mechanism.clip_and_accumulate()
             self._forget()
             seen = True
@@ -166,10 +173,13 @@ class PrivateSteps:
         self._mechanism.add_noise()
         self._mechanism.scale_grad()
 
-    def _require_samples(self, records: int) -> None:
+    def _differentiate(self, batch: Any, losses: Callable[[Any], Tensor]) -> None:
+        """Leave in every trained tensor's ``grad_sample`` the gradient of each record of ``batch``."""
+        values = losses(batch)
+        values.sum().backward()
         for parameter in self._trained:
             sample = getattr(parameter, "grad_sample", None)
-            if sample is None or len(sample) != records:
+            if sample is None or len(sample) != len(values):
                 # No count: how many records were drawn is private, and errors are read by others.
                 raise MechanismError(
                     f"a trained tensor of shape {tuple(parameter.shape)} got no gradient of its own for each record: "
