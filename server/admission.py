@@ -77,12 +77,15 @@ class Admission:
         return site in self.members and self.members[site].node == node
 
     def _plan(self, result: TrainResult) -> PrivacyPlan | None:
-        """Return what the run asks of this site in this round; None without privacy."""
+        """Return the least that an honest site does in this round, whatever its policy; None without privacy.
+
+        A site calibrates its noise for the rounds that its policy lets it join, after a start that may cost it
+        less than the run's. Who joins one round needs least; only noise that the run sets itself holds for all.
+        """
         config, source = self._job.config, self._job.strategy.gradient
         if not config.privacy.on:
             return None
-        before = [source.release()] if source and not source.public_data else []
-        plan = PrivacyPlan.for_run(config.privacy, config.training, config.total_steps, result.public_size, before)
+        plan = PrivacyPlan.for_run(config.privacy, config.training, config.training.local_steps, result.public_size)
         if source is None or result.round_number:
             return plan
         return dataclasses.replace(
@@ -118,8 +121,9 @@ class Admission:
             return f"the reply's spending is of kind {spent.kind!r}, this round is {wanted!r}"
         if round_number and spent.steps_round != self._job.config.training.local_steps:
             return f"the reply's spending is for {spent.steps_round} steps, not {self._job.config.training.local_steps}"
-        if spent.noise_multiplier < plan.noise_multiplier * (1 - ROOM):
-            return f"the noise multiplier {spent.noise_multiplier:.4g} is below the run's {plan.noise_multiplier:.4g}"
+        noise, least = spent.noise_multiplier, plan.noise_multiplier
+        if noise < least * (1 - ROOM):
+            return f"the noise multiplier {noise:.4g} is below {least:.4g}, the run's least"
         for name, figure, most in (
             ("sample rate", spent.sample_rate, plan.sample_rate),
             ("clip norm", spent.clip_norm, plan.clip_norm),

@@ -151,6 +151,25 @@ def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_thr
         assert "budget" in text, f"{said.name} does not say why site-1 was missing"
 
 
+def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise_of_three(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max-rounds = 3\n")
+    nodes = simulated_nodes(2, tmp_path / "ledgers")
+    nodes[1] |= {"policy": str(policy)}
+    folder = run_in_process({**toy_settings, "rounds": 6}, nodes)
+    lines = read_lines(folder / "rounds.jsonl")
+    assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
+    refusals = [(r["site"], r["kind"]) for line in lines[3:] for r in line["refusals"]]
+    assert refusals == [("site-1", "policy")] * 3
+    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    noise = {line["site"]: line["noise_multiplier"] for line in read_lines(folder / "privacy.jsonl")}
+    assert noise["site-1"] < 0.95 * noise["site-0"], "both have the same noise, so the test shows nothing"
+    with Ledger(tmp_path / "ledgers" / "site-1.sqlite") as ledger:
+        assert [entry.round_number for entry in ledger.entries()] == [1, 2, 3], "a refused round was charged"
+
+
 def test_a_failing_site_is_named_with_its_reason(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     nodes = simulated_nodes(3, tmp_path / "ledgers")
     nodes[2] = {**nodes[2], "ledgr": "typo"}

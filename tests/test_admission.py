@@ -1,0 +1,84 @@
+"""Whose result counts: an honest site's whatever its policy, nobody's who takes a name or tells absurd figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.budget import plan_of
+from client.policy import Policy
+from client.site import Site
+from common.examples import Dataset
+from common.messages import Spending, TrainResult
+from common.privacy.charges import Terms
+from common.privacy.plan import PrivacyPlan
+from server.admission import Admission
+from strategies import Job, ServerState, configure
+
+SIZE = 2000
+NUMBERS = 40_000
+"""About as many as the default job trains."""
+STATE = ServerState(0, {"layer": {"B": torch.zeros(NUMBERS)}})
+
+
+def plan(job: Job, policy: Policy | None = None, size: int = SIZE) -> PrivacyPlan:
+    """Return the plan that a site of this policy makes, with a ledger that holds nothing."""
+    policy = policy or Policy()
+    site = Site("ward", Dataset("ward", (), ()), "ward", size, Path(), policy)
+    return plan_of(job, site, Terms(policy.epsilon, policy.delta))
+
+
+def answer(job: Job, own: PrivacyPlan, size: int = SIZE, **told: Any) -> TrainResult:
+    """Return what an honest site called ward sends in round 1, told figures replaced; its update is its noise alone."""
+    spent = Spending(
+        *("training", own.sample_rate, own.noise_multiplier, own.clip_norm, job.config.training.local_steps, 1),
+        *(own.delta, 0.2, 0.2, own.max_epsilon, own.max_epsilon - 0.2, "PLD"),
+    )
+    way = own.gradient_noise_std * job.config.site_training.learning_rate
+    update = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(1)) * way
+    return TrainResult("1", 1, "ward", size, {"layer": {"B": update}}, replace(spent, **told))
+
+
+DEAR_START = {
+    "strategy": "fed-sb",
+    "fed-sb.init": "dp-gradient",
+    "fed-sb.init-noise-multiplier": 0.7,
+    "fed-sb.init-sample-rate": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        (Policy(max_rounds=3), {}),
+        (Policy(max_rounds=1), {}),
+        (Policy(max_steps=2), {}),
+        (Policy(min_noise_multiplier=0.9), DEAR_START),
+    ],
+    ids=["three rounds", "one round", "two steps", "a start with more noise than asked"],
+)
+def test_a_site_counts_with_the_noise_of_the_rounds_that_its_policy_allows(
+    policy: Policy, settings: dict[str, Any]
+) -> None:
+    job = configure(settings)
+    own, everyone = plan(job, policy), plan(job)
+    assert own.noise_multiplier < 0.99 * everyone.noise_multiplier, "the policy asks for no less noise"
+    assert Admission(job, {}).judge({1: answer(job, own)}, STATE) == {}
+
+
+def test_noise_that_the_run_sets_holds_for_every_site() -> None:
+    job = configure({"privacy.noise-multiplier": 2.0})
+    own = plan(job, Policy(max_rounds=1))
+    assert Admission(job, {}).judge({1: answer(job, own)}, STATE) == {}
+    assert "noise multiplier" in Admission(job, {}).judge({1: answer(job, own, noise_multiplier=1.9)}, STATE)[1]
+
+
+def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> None:
+    job = configure({})
+    own = plan(job, Policy(max_rounds=1))
+    told = answer(job, own, noise_multiplier=0.9 * own.noise_multiplier)
+    assert "noise multiplier" in Admission(job, {}).judge({1: told}, STATE)[1]
