@@ -25,6 +25,7 @@ from common.paths import run_folder
 from common.privacy.figures import epsilon_text
 from experiments.settings import parse_settings
 from experiments.simulated import record_sites, recorded_sites
+from server.lock import only_writer
 from server.records import read_json
 from strategies import Job, configure
 
@@ -116,7 +117,8 @@ def _run(settings: dict[str, Scalar], sites: int, run: str) -> None:
     folder = run_folder(configure(settings).config, run)
     if not _ended_well(folder):
         if folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}.cut-short-{time.time_ns()}"))
+            with only_writer(folder):
+                folder.rename(folder.with_name(f"{folder.name}.cut-short-{time.time_ns()}"))
         record_sites(folder, sites)
         run_in_process(settings, sites, run)
 

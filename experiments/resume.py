@@ -8,6 +8,7 @@ from pathlib import Path
 from common.config import Scalar, defaults
 from common.errors import ConfigError
 from server.checkpoint import NAME, load_checkpoint
+from server.lock import only_writer
 from server.records import read_json
 from strategies import configure
 
@@ -20,6 +21,7 @@ def with_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     Raises:
         ConfigError: no run, or more than one, answers to the name, or it cannot go on with these settings.
         DataError: its checkpoint is damaged.
+        RunFailed: it is under way.
     """
     wanted = str(overrides.get("resume", ""))
     if not wanted:
@@ -32,5 +34,6 @@ def with_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
         raise ConfigError(f"resume: {wanted!r} names {many}; give the path of the run's folder")
     started = read_json(found[0] / "config.json")
     settings = {**started["settings"], **overrides, "resume": str(found[0])}
-    load_checkpoint(found[0], configure(settings), started["run"])
+    with only_writer(found[0]):
+        load_checkpoint(found[0], configure(settings), started["run"])
     return settings

@@ -14,6 +14,7 @@ from common.privacy.figures import epsilon_text
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.evaluation import Evaluator
+from server.lock import only_writer
 from server.records import RunFolder
 from server.report import federation_epsilon, round_line, score_words, write_reports
 from server.rounds import RoundOutcome, run_rounds
@@ -70,18 +71,25 @@ def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder],
 
     Raises:
         ConfigError, DataError: there is nothing to resume; nothing was touched.
-        RunFailed: the run could not go on; the folder's ``result.json`` has the same reason, and what
-            was trained until then is saved as if it had ended there.
+        RunFailed: another server writes the run's folder, and nothing was touched; or the run could not go on:
+            the folder's ``result.json`` has the same reason, and what was trained until then is saved as if
+            it had ended there.
     """
     set_up()
     run, path = run_name(job.config, flower_run), run_folder(job.config, flower_run)
-    saved = load_checkpoint(path, job, run) if job.config.resume else None
-    folder = RunFolder(path, job, run, saved)
-    with kept_in(path / "log.jsonl"):
-        try:
-            _conduct(job, run, folder, connect)
-        finally:
-            write_reports(path)
+    if job.config.resume:
+        load_checkpoint(path, job, run)  # no folder is locked, or made, for a run that cannot go on
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+    with only_writer(path):
+        # Read once nobody else writes: the server that did may have finished a round, or the run, meanwhile.
+        saved = load_checkpoint(path, job, run) if job.config.resume else None
+        folder = RunFolder(path, job, run, saved)
+        with kept_in(path / "log.jsonl"):
+            try:
+                _conduct(job, run, folder, connect)
+            finally:
+                write_reports(path)
     return path
 
 

@@ -10,11 +10,12 @@ import pytest
 from made_run import MadeRun
 from typer.testing import CliRunner
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RunFailed
 from experiments.cli import app
 from experiments.compare import DEFAULT, Outcome, compare, table
 from experiments.settings import to_toml
 from experiments.simulated import record_sites
+from server.lock import only_writer
 from strategies import STRATEGIES, configure
 
 
@@ -74,6 +75,8 @@ def test_a_run_that_failed_is_run_again_and_its_folder_is_kept_aside(
     job, output = tmp_path / "job.toml", tmp_path / "out"
     job.write_text(to_toml({k: v for k, v in toy_settings.items() if k != "output"}), encoding="utf-8")
     MadeRun(output / "ffa-lora-job-none-1").start().end("failed", "the disk was full")
+    with only_writer(output / "ffa-lora-job-none-1"), pytest.raises(RunFailed, match="under way"):
+        compare([job], [1], 2, {"rounds": 1}, output, lambda *_: None)
     outcomes = compare([job], [1], 2, {"rounds": 1}, output, lambda *_: None)
     assert [outcome.private for outcome in outcomes] == [True, False]
     (aside,) = output.glob("ffa-lora-job-none-1.cut-short-*")

@@ -40,6 +40,7 @@ from experiments.deploy.site_folder import SiteFolder, make_site, open_site_fold
 from experiments.deploy.start import start_server
 from experiments.ports import free_ports
 from experiments.settings import to_toml
+from server.lock import only_writer
 from server.records import read_json, write_json
 from strategies import configure
 
@@ -420,6 +421,9 @@ def test_a_site_is_well_only_while_it_is_connected(tmp_path: Path) -> None:
         assert not container.site_is_well((table,)), row
 
 
+SILENT = "silent"
+
+
 class FakeControl:
     """A Control API that submits to nobody and writes what a run would leave."""
 
@@ -431,7 +435,10 @@ class FakeControl:
         return 2
 
     def status(self, run: str) -> str:
-        return self.statuses.pop(0) if self.statuses else "unknown"
+        status = self.statuses.pop(0) if self.statuses else "unknown"
+        if status == SILENT:
+            raise RunFailed("the server did not tell how the run stands: no answer")
+        return status
 
     def submit(self, settings: dict[str, Any]) -> str:
         self.submitted.append(dict(settings))
@@ -494,6 +501,40 @@ def test_a_job_that_still_runs_is_followed_and_not_submitted_twice(
     assert "is under way" in said[-1]
 
 
+def test_a_silent_server_is_no_reason_to_submit_a_job_again(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control = fake_control("failed", statuses=(SILENT,))
+    with pytest.raises(RunFailed):
+        submission.submit(server, {}, said.append, once=True)
+    folder = Path(read_json(server.path / "last-job.json")["folder"])
+    (folder / "result.json").unlink()
+    with pytest.raises(RunFailed, match="no answer"):
+        submission.submit(server, {}, said.append, once=True)
+    with only_writer(folder):
+        threading.Timer(0.5, write_json, (folder / "result.json", {"status": "completed", "reason": ""})).start()
+        assert submission.submit(server, {}, said.append, once=True) == folder, "whoever writes the folder is alive"
+    assert len(control.submitted) == 1
+
+
+def test_a_job_is_given_up_once_neither_the_server_nor_the_run_shows_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(submission, "SILENCE_SECONDS", 0.1)
+    silent = FakeControl([], ["running", *1000 * [SILENT]])
+    with only_writer(tmp_path):
+        result = (tmp_path / "result.json", {"status": "completed", "reason": ""})
+        threading.Timer(0.5, write_json, result).start()
+        submission._follow(silent, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(RunFailed, match=r"run 7 is given up after .*no answer"):
+        submission._follow(silent, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
+    assert silent.statuses, "the test ended for another reason"
+
+
 def test_too_few_sites_is_an_error_that_counts_them(tmp_path: Path, fake_control: Callable[..., FakeControl]) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     control = fake_control("completed")
@@ -520,10 +561,12 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
     assert control.status("7") == "finished:failed"
     says('{"success": true, "nodes": [{"status": "online"}, {"status": "offline"}]}')
     assert control.online() == 1
-    says("Connection refused")
+    says('{"success": false, "error-message": "[code: 16] Run ID not found."}')
     assert control.status("7") == "unknown"
-    with pytest.raises(RunFailed, match="Connection refused"):
-        control.online()
+    says("Connection refused")
+    for ask in (control.online, lambda: control.status("7")):
+        with pytest.raises(RunFailed, match="Connection refused"):
+            ask()
     monkeypatch.setattr(control_api, "ANSWER_SECONDS", 0.2)
     flwr.write_text("#!/bin/sh\nexec sleep 20\n")
     with pytest.raises(RunFailed, match=r"no answer in 0\.2 s"):

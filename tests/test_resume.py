@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from common import randomness
-from common.errors import DataError
-from experiments.in_process import run_in_process
+from common.errors import DataError, RunFailed
+from common.messages import TrainTask
+from experiments.in_process import InProcessTransport, run_in_process
 from experiments.resume import with_resumed
 from server import files
 from server.checkpoint import NAME
+from server.lock import is_written, only_writer
 from server.report import read_lines
+from server.sites import Exchange
 from strategies import STRATEGIES
 
 
@@ -120,6 +123,27 @@ def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most
     assert reached >= {0, 1, 2}, "the test did not kill in every round"
 
 
+def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(toy_settings: dict[str, Any]) -> None:
+    refused: list[str] = []
+
+    class Impatient(InProcessTransport):
+        """Has a second server resume the run while a round of the first is trained."""
+
+        def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+            (folder,) = Path(toy_settings["output"]).iterdir()
+            before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            with pytest.raises(RunFailed) as error:
+                run_in_process({**toy_settings, "resume": str(folder)}, 1)
+            refused.append(str(error.value))
+            assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            return super().exchange(tasks, timeout)
+
+    folder = run_in_process(toy_settings, 1, "1", Impatient)
+    assert refused == 2 * [f"the run in {folder} is under way: wait for its end, or end it first"]
+    assert [line["round"] for line in what_counts(folder)[0]] == [1, 2]
+    assert not is_written(folder)
+
+
 def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(Killed), killed_at(17):
         run_in_process({**toy_settings, "strategy": "fed-sb"}, 1, "77")
@@ -127,6 +151,8 @@ def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: d
     settings = with_resumed(given)
     assert settings["strategy"] == "fed-sb"
     assert settings["resume"] == str(Path(toy_settings["output"]) / "fed-sb-77")
+    with only_writer(Path(settings["resume"])), pytest.raises(RunFailed, match="is under way"):
+        with_resumed(given)
     (Path(settings["resume"]) / NAME).write_bytes(b"rubbish")
     with pytest.raises(DataError, match="is damaged"):
         with_resumed(given)

@@ -18,7 +18,7 @@ from experiments.deploy.files import read_bytes
 from experiments.deploy.server_folder import CONNECTION, ServerFolder, connection_toml
 from experiments.settings import to_toml
 
-IN_USE = "already in use"
+IN_USE, NO_SUCH_RUN = "already in use", "Run ID not found"
 ANSWER_SECONDS = 120.0
 
 
@@ -70,10 +70,15 @@ class Control:
         return str(self._good(answer, "submit the run")["run-id"])
 
     def status(self, run: str) -> str:
-        """Return a run's status as Flower has it (``running``, ``finished:failed``); ``unknown`` if it is silent."""
+        """Return a run's status as Flower has it (``running``, ``finished:failed``); ``unknown``: it has no such run.
+
+        Raises:
+            RunFailed: the server did not answer, which says nothing about the run.
+        """
         answer = self._call("list", CONNECTION, "--run-id", run)
-        runs = answer.get("runs") or [{}]
-        return str(runs[0].get("status", "unknown"))
+        if not answer.get("success") and NO_SUCH_RUN in str(answer.get("error-message")):
+            return "unknown"
+        return str(self._good(answer, "tell how the run stands")["runs"][0]["status"])
 
     def _call(self, *words: str) -> dict[str, Any]:
         command = [program("flwr"), *words, "--format", "json"]

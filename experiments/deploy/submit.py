@@ -14,12 +14,15 @@ from experiments.deploy.control import Control, control_of
 from experiments.deploy.server_folder import ServerFolder
 from experiments.resume import with_resumed
 from server.checkpoint import NAME as CHECKPOINT
+from server.lock import is_written
 from server.records import read_json, write_json
 from strategies import configure
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 20.0
 """Asking Flower costs a second of a core."""
+SILENCE_SECONDS = 300.0
+"""How long the SuperLink may be silent, while nobody writes the run's folder, before a job is given up."""
 
 
 def submit(
@@ -44,7 +47,7 @@ def submit(
 
     Raises:
         ConfigError: a setting is wrong; nothing was submitted.
-        RunFailed: too few sites, or the run did not end well; the message says why.
+        RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
     """
     settings = with_resumed({**settings, "output": str(folder.runs)})
     configure(settings)
@@ -54,7 +57,7 @@ def submit(
         if last and _ended_well(path):
             say(f"run {last['run']} with these settings has ended: nothing to do")
             return path
-        if last and _is_alive(control, last["run"]):
+        if last and (is_written(path) or not _is_over(control.status(last["run"]))):
             say(f"run {last['run']} with these settings is under way")
             _follow(control, last["run"], path, say, since=0.0)
             return path
@@ -87,8 +90,8 @@ def _ended_well(path: Path) -> bool:
     return _result(path, since=0.0).get("status") in ("completed", "stopped")
 
 
-def _is_alive(control: Control, run: str) -> bool:
-    return not control.status(run).startswith(("finished", "unknown"))
+def _is_over(status: str) -> bool:
+    return status.startswith(("finished", "unknown"))
 
 
 def _wait_for_sites(control: Control, sites: int, patience: float, say: Callable[[str], None]) -> None:
@@ -105,6 +108,7 @@ def _wait_for_sites(control: Control, sites: int, patience: float, say: Callable
 def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], *, since: float) -> None:
     """Print a run's lines until it ends; a result older than ``since`` is that of the attempt before."""
     printed, asked = 0, time.monotonic()
+    heard = asked
     while True:
         ended = _result(path, since)
         log = path / "run.log"
@@ -117,13 +121,20 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
         if ended:
             return
         if time.monotonic() - asked > ASK_SECONDS:
-            status = control.status(run)
+            try:
+                status, silence = control.status(run), ""
+            except RunFailed as error:
+                status, silence = "", str(error)
             asked = time.monotonic()  # after the answer: on a machine that takes longer than ASK_SECONDS it never rests
-            if status.startswith("finished") and not _result(path, since):
+            if _is_over(status) and not _result(path, since):
                 raise RunFailed(
                     f"run {run} ended as {status} and left no result, as when the SuperLink is restarted: submit it "
                     f"again with resume={str(path)!r} if that folder has a {CHECKPOINT}"
                 )
+            if not silence or is_written(path):
+                heard = asked
+            elif asked - heard > SILENCE_SECONDS:
+                raise RunFailed(f"run {run} is given up after {asked - heard:.0f} s without a sign of life: {silence}")
         time.sleep(POLL_SECONDS)
 
 

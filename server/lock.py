@@ -1,0 +1,44 @@
+"""One server at a time writes a run's folder: two would cut each other's lines off and replace each other's checkpoint.
+
+The lock is the operating system's, on the folder itself: it ends with the process that holds it, however
+that ends, leaves no file, and can be asked after through a mount that is read-only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import RunFailed
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the only one that writes the folder of a run, which is there, until the block ends.
+
+    Raises:
+        RunFailed: somebody writes it already; nothing of it was touched.
+    """
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFailed(f"the run in {folder} is under way: wait for its end, or end it first") from error
+        yield
+    finally:
+        os.close(held)
+
+
+def is_written(folder: Path) -> bool:
+    """Whether a server writes the folder of a run at this moment."""
+    if not folder.is_dir():
+        return False
+    try:
+        with only_writer(folder):
+            return False
+    except RunFailed:
+        return True
