@@ -433,7 +433,7 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpsgd, "private_normal", lambda shape, std: torch.zeros(shape, dtype=torch.float64))
 
 
-POISONS = [float("nan"), float("inf"), -float("inf"), 1e30]
+POISONS = [float("nan"), float("inf"), -float("inf")]
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -461,10 +461,11 @@ def test_the_check_finds_that_the_stock_clip_lets_a_nan_through(
     assert not deviation(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("large", [1e12, 1e30], ids=["large", "its square is beyond float32"])
 @pytest.mark.usefixtures("silence")
-def test_a_large_but_finite_loss_counts_one_clip_norm(world_of: WorldOf) -> None:
+def test_a_large_but_finite_loss_counts_one_clip_norm(large: float, world_of: WorldOf) -> None:
     world = world_of("bert")
-    got = released(world, [world.records[-1:]], plan(0.5), world.marked_times(1e12))
+    got = released(world, [world.records[-1:]], plan(0.5), world.marked_times(large))
     assert norm(got) == pytest.approx(0.5, rel=1e-5)
 
 
