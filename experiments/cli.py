@@ -40,13 +40,16 @@ Settings = Annotated[
 @_for_people
 def run(
     settings: Settings = None,
-    sites: Annotated[int, typer.Option(help="Simulated sites that the data are divided among.")] = 4,
+    sites: Annotated[
+        int | None, typer.Option(help="Simulated sites that divide the data; 4, or as a resumed run began.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes that train at once; 0: as many as pay off.")] = 0,
 ) -> None:
     """Run a simulated federation through ``flwr run`` and report on it."""
     from experiments.resume import with_resumed
     from experiments.settings import parse_settings
     from experiments.simulate import simulate
+    from experiments.simulated import sites_of
     from server.report import write_reports
     from strategies import configure
 
@@ -54,11 +57,11 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began, overrides = time.monotonic(), with_resumed(parse_settings(settings or []))
     job = configure(overrides)
-    privacy = job.config.privacy
+    number, privacy = sites_of(job.config, sites), job.config.privacy
     promise = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site" if privacy.on else "privacy OFF"
     console.print(
         f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "
-        f"{counted(sites, 'site')}, {counted(job.config.rounds, 'round')} of "
+        f"{counted(number, 'site')}, {counted(job.config.rounds, 'round')} of "
         f"{counted(job.config.training.local_steps, 'step')}, {promise}"
     )
     with console.status("starting Flower") as status:
@@ -68,7 +71,7 @@ def run(
                 console.print(line, markup=False)
             status.update(_progress_words(progress.state, time.monotonic() - began))
 
-        folder = simulate(overrides, sites, watch, workers=workers)
+        folder = simulate(overrides, number, watch, workers=workers)
     write_reports(folder)
     print_summary(folder)
     console.print(f"report: {folder / 'report.html'}\nadapter: {folder / 'adapter'}", markup=False)

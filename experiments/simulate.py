@@ -27,6 +27,7 @@ from common.errors import ConfigError, RunFailed
 from common.paths import run_folder
 from experiments.ports import free_ports
 from experiments.settings import to_toml
+from experiments.simulated import record_sites
 from strategies import configure
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,7 @@ def simulate(
             known = len(_log_lines(run_folder(job.config, "")))
         run = _submit(link, settings, sites, workers)
         folder = run_folder(job.config, run)
+        record_sites(folder, sites)
         _follow(link, run, folder, watch, known)
     return folder
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.config import RunConfig
+from common.errors import ConfigError
+from common.paths import run_folder
 from server.records import read_json, write_json
 
 NAME = "simulated.json"
+USUAL = 4
+"""Sites of a run that nobody gave a number for."""
 
 
 def record_sites(folder: Path, sites: int) -> None:
@@ -26,3 +31,24 @@ def recorded_sites(folder: Path) -> int | None:
         return None
     sites: int = read_json(folder / NAME)["sites"]
     return sites
+
+
+def sites_of(config: RunConfig, asked: int | None) -> int:
+    """Return how many sites a run has: those asked for, or USUAL; a resumed run has those that it began with.
+
+    Raises:
+        ConfigError: another number is asked for than the resumed run began with, or nobody says what that was.
+    """
+    if not config.resume:
+        return USUAL if asked is None else asked
+    folder = run_folder(config, "")
+    began = recorded_sites(folder)
+    wanted = began if asked is None else asked
+    if wanted is None:
+        raise ConfigError(f"resume: {folder} does not say how many sites it began with: give --sites as at its start")
+    if began not in (None, wanted):
+        raise ConfigError(
+            f"resume: --sites is {asked}, the run in {folder} began with {began}, and another number divides the "
+            "records anew: leave --sites out, or start a new run"
+        )
+    return wanted

@@ -1,0 +1,83 @@
+"""``fedveil run``: how many sites it plays, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from common.errors import ConfigError, RunFailed
+from experiments import simulate as simulation
+from experiments.cli import app
+from experiments.in_process import InProcessTransport, run_in_process
+from experiments.simulated import record_sites, recorded_sites, sites_of
+from server.checkpoint import NAME
+from strategies import configure
+
+
+@pytest.fixture
+def no_flower(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Start nothing: every run is accepted, and has failed already. Return the numbers of sites that were asked for."""
+    asked: list[int] = []
+
+    @contextmanager
+    def nothing(home: Path) -> Iterator[None]:
+        yield
+
+    def submit(link: None, settings: dict[str, Any], sites: int, workers: int) -> str:
+        asked.append(sites)
+        return "7"
+
+    def follow(link: None, run: str, folder: Path, *others: Any) -> None:
+        raise RunFailed("it was cut off")
+
+    for name, fake in (("_superlink", nothing), ("_submit", submit), ("_follow", follow)):
+        monkeypatch.setattr(simulation, name, fake)
+    return asked
+
+
+def cut_off(settings: dict[str, Any], sites: int) -> Path:
+    """Return the folder of a run that its server left after round 1."""
+
+    class Breaks(InProcessTransport):
+        def exchange(self, tasks: Any, timeout: float) -> Any:
+            if next(iter(tasks.values())).round_number == 2:
+                raise OSError("the server is gone")
+            return super().exchange(tasks, timeout)
+
+    with pytest.raises(OSError, match="is gone"):
+        run_in_process(settings, sites, "1", Breaks)
+    folder = Path(settings["output"]) / "ffa-lora-1"
+    assert (folder / NAME).is_file()
+    return folder
+
+
+def test_a_resumed_run_has_the_sites_that_it_began_with(toy_settings: dict[str, Any], no_flower: list[int]) -> None:
+    folder = cut_off(toy_settings, 3)
+    record_sites(folder, 3)
+    resume = ["run", "-c", f'resume="{folder}"']
+    assert "3 sites" in CliRunner().invoke(app, resume).output
+    other = CliRunner().invoke(app, [*resume, "--sites", "4"])
+    assert other.exit_code == 1
+    assert "--sites is 4" in other.output.splitlines()[-1]
+    assert "began with 3" in other.output.splitlines()[-1]
+    CliRunner().invoke(app, [*resume, "--sites", "3"])
+    assert no_flower == [3, 3], "a run was started with other partitions"
+
+
+def test_a_run_writes_down_how_many_sites_it_has(toy_settings: dict[str, Any], no_flower: list[int]) -> None:
+    with pytest.raises(RunFailed):
+        simulation.simulate(toy_settings, 3, lambda progress: None)
+    assert recorded_sites(Path(toy_settings["output"]) / "ffa-lora-7") == 3
+
+
+def test_a_run_of_unknown_sites_is_not_resumed_on_a_guess(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = configure({**toy_settings, "resume": str(tmp_path)}).config
+    with pytest.raises(ConfigError, match="does not say how many sites it began with: give --sites"):
+        sites_of(config, None)
+    assert sites_of(config, 3) == 3
+    assert sites_of(configure(toy_settings).config, None) == 4
