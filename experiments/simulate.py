@@ -28,11 +28,14 @@ from common.paths import run_folder
 from experiments.ports import free_ports
 from experiments.settings import to_toml
 from experiments.simulated import record_sites
+from server.lock import is_written
 from strategies import configure
 
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 60.0
 QUIET_SECONDS = 45.0
+REPORT_SECONDS = 60.0
+"""How long a server may take from its result to the end of its reports."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,10 @@ def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], Non
             if status.startswith("finished") and not (folder / "result.json").exists():
                 raise RunFailed(f"the run ended as {status} and left no result: {_last_words(link)}")
         time.sleep(0.4)
+    # The reports come after the result; the server is ended, with the SuperLink, as soon as this returns or raises.
+    deadline = time.monotonic() + REPORT_SECONDS
+    while is_written(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
     if ended["status"] == "failed":
         raise RunFailed(ended["reason"])
 

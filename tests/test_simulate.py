@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from made_run import MadeRun
 from typer.testing import CliRunner
 
 from common.errors import ConfigError, RunFailed
@@ -16,6 +19,7 @@ from experiments.cli import app
 from experiments.in_process import InProcessTransport, run_in_process
 from experiments.simulated import record_sites, recorded_sites, sites_of
 from server.checkpoint import NAME
+from server.lock import only_writer
 from strategies import configure
 
 
@@ -81,3 +85,25 @@ def test_a_run_of_unknown_sites_is_not_resumed_on_a_guess(toy_settings: dict[str
         sites_of(config, None)
     assert sites_of(config, 3) == 3
     assert sites_of(configure(toy_settings).config, None) == 4
+
+
+def test_a_failed_run_is_followed_until_its_report_is_written(tmp_path: Path) -> None:
+    class Alive:
+        process = type("Process", (), {"poll": staticmethod(lambda: None)})
+
+    MadeRun(tmp_path).start().end("failed", "nobody answered")
+    held = threading.Event()
+
+    def server() -> None:
+        with only_writer(tmp_path):
+            held.set()
+            time.sleep(0.5)
+            (tmp_path / "report.md").write_text("what it has cost")
+
+    writing = threading.Thread(target=server)
+    writing.start()
+    held.wait()
+    with pytest.raises(RunFailed, match="nobody answered"):
+        simulation._follow(cast(Any, Alive), "7", tmp_path, lambda progress: None, 0)
+    assert (tmp_path / "report.md").is_file(), "the SuperLink is ended while the server writes"
+    writing.join()
