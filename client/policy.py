@@ -16,6 +16,7 @@ from pathlib import Path
 from common.check import below, in_range, not_negative, one_of, positive
 from common.config import HEAD_POLICIES, Scalar, from_section
 from common.errors import ConfigError, PolicyRefusal
+from common.privacy.accounting import MOST_NOISE
 from strategies import STRATEGIES, Job
 
 UNLIMITED = 2**62
@@ -57,6 +58,8 @@ class Policy:
     def __post_init__(self) -> None:
         positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
         not_negative(public_size=self.public_size, min_noise_multiplier=self.min_noise_multiplier)
+        # More than any server takes: the site would pay for replies that are dropped.
+        below(MOST_NOISE, min_noise_multiplier=self.min_noise_multiplier, metrics_noise=self.metrics_noise)
         if math.isfinite(self.epsilon) != math.isfinite(self.delta) or math.isnan(self.epsilon + self.delta):
             raise ConfigError("epsilon and delta make one budget: set both, or neither")
         if math.isfinite(self.epsilon):

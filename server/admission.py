@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from common.errors import FedVeilError
 from common.messages import Spending, TrainResult
+from common.privacy.accounting import MOST_NOISE, noise_multiplier_for
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from strategies import Job, ServerState
@@ -113,23 +114,34 @@ class Admission:
             spent.epsilon_total < before.epsilon_total * (1 - ROUNDING) or spent.steps_total < before.steps_total
         ):
             return f"the site's total went back from ε {before.epsilon_total:.4f} to {spent.epsilon_total:.4f}"
-        return self._laxer(spent, plan, result.round_number)
+        return self._laxer(result, spent, plan)
 
-    def _laxer(self, spent: Spending, plan: PrivacyPlan, round_number: int) -> str:
-        wanted = "training" if round_number else "initialisation"
+    def _laxer(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:
+        """Return what a spending says that no honest site does, by the run's terms or by arithmetic."""
+        wanted = "training" if result.round_number else "initialisation"
         if spent.kind != wanted:
             return f"the reply's spending is of kind {spent.kind!r}, this round is {wanted!r}"
-        if round_number and spent.steps_round != self._job.config.training.local_steps:
-            return f"the reply's spending is for {spent.steps_round} steps, not {self._job.config.training.local_steps}"
-        noise, least = spent.noise_multiplier, plan.noise_multiplier
-        if noise < least * (1 - ROOM):
-            return f"the noise multiplier {noise:.4g} is below {least:.4g}, the run's least"
+        steps = self._job.config.training.local_steps if result.round_number else 0
+        if spent.steps_round != steps:
+            return f"the reply's spending is for {spent.steps_round} steps, not {steps}"
+        if not min(spent.sample_rate, spent.clip_norm, spent.delta) > 0:
+            return "the spending's sample rate, clip norm and delta must all be above 0"
+        noises = [("noise multiplier", spent.noise_multiplier, plan.noise_multiplier)]
+        if result.noised_correct:
+            one_count = noise_multiplier_for(plan.max_epsilon, plan.delta, 1.0, 1)
+            noises.append(("noise of the count", result.noised_correct.noise_std, one_count))
+        for name, figure, least in noises:
+            if figure < least * (1 - ROOM):
+                return f"the spending's {name} {figure:.4g} is below {least:.4g}, the run's least"
         for name, figure, most in (
+            *((name, noise, MOST_NOISE) for name, noise, _ in noises),
             ("sample rate", spent.sample_rate, plan.sample_rate),
             ("clip norm", spent.clip_norm, plan.clip_norm),
             ("delta", spent.delta, plan.delta),
             ("budget", spent.epsilon_budget, plan.max_epsilon),
             ("total", spent.epsilon_total, spent.epsilon_budget),
+            ("price of the round", spent.epsilon_round, spent.epsilon_total),
+            ("remainder", spent.epsilon_remaining, spent.epsilon_budget),
         ):
             if figure > most * (1 + ROUNDING):
                 return f"the spending's {name} {figure:.4g} is above {most:.4g}"

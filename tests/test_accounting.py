@@ -189,6 +189,16 @@ def test_an_answer_that_is_no_number_reads_as_infinite_and_never_as_free(monkeyp
     accounting._priced.cache_clear()
 
 
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+@pytest.mark.parametrize("noise_multiplier", [1e200, 1e-200])
+def test_a_noise_that_no_accountant_can_work_with_costs_an_infinite_epsilon(
+    noise_multiplier: float, method: accounting.Method
+) -> None:
+    value, name = epsilon_with_method([Release(noise_multiplier, 0.2, 1)], DELTA, method=method)
+    assert value == math.inf
+    assert "failed with" in name
+
+
 def test_rdp_does_not_fill_the_terminal_with_warnings(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         epsilon([Release(0.987, 0.14, 3)], DELTA, method="rdp")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunFailed
-from common.messages import Refusal, Reply, Spending, TrainResult, TrainTask
+from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
 from common.tensors import apply
 from common.types import AdapterState
 from common.wire import STYPE, decode_reply, encode_reply
@@ -191,6 +191,10 @@ def spending(**changes: Any) -> Tamper:
     return lambda r: replace(r, spending=replace(r.spending, **changes) if r.spending else None)
 
 
+def counted(noise_std: float) -> Tamper:
+    return lambda r: replace(r, noised_correct=NoisedCount(20.0, noise_std))
+
+
 def record_of(change: Callable[[Any], None]) -> Tamper:
     def tamper(result: TrainResult) -> Any:
         record = encode_reply(result)
@@ -274,7 +278,14 @@ PRIVATE_LIES: dict[str, tuple[Tamper, str, int]] = {
     "a larger budget": (spending(epsilon_budget=100.0), "budget", 1),
     "more than the budget": (spending(epsilon_total=9.0), "total", 1),
     "fewer steps": (spending(steps_round=1), "steps", 1),
-    "a total that goes back": (spending(epsilon_total=0.01), "went back", 2),
+    "a total that goes back": (spending(epsilon_round=0.0, epsilon_total=0.01), "went back", 2),
+    "a noise beyond arithmetic": (spending(noise_multiplier=1e200), "noise multiplier 1e+200 is above", 1),
+    "a count's noise beyond arithmetic": (counted(1e200), "noise of the count 1e+200 is above", 1),
+    "a count with hardly any noise": (counted(1e-9), "noise of the count", 1),
+    "a remainder beyond arithmetic": (spending(epsilon_remaining=1e306), "remainder", 1),
+    "a round dearer than all rounds": (spending(epsilon_round=1e306), "price of the round", 1),
+    "a rate of 0": (spending(sample_rate=0.0), "above 0", 1),
+    "a delta of 0": (spending(delta=0.0), "above 0", 1),
     "huge under privacy": (scaled(1e6), "norm", 1),
 }
 

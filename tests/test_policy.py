@@ -281,6 +281,8 @@ def plain_noise(site: OneSite) -> float:
         ("max-steps = -1", "above 0"),
         ("max-rounds = 2.5", "whole number"),
         ("metrics-noise = 0", "above 0"),
+        ("metrics-noise = 1e6", "metrics-noise must be below 100000"),
+        ("min-noise-multiplier = 1e200", "min-noise-multiplier must be below 100000"),
         ("min-noise-multiplier = -1", "at least 0"),
         ("allow-no-privacy = 1", "true or false"),
         ('strategies = "fed-sb"', "list"),

@@ -419,6 +419,16 @@ def test_the_ledger_shows_charges_and_budget(ledger_file: Path) -> None:
     assert words.count("5 × (noise 1.2, sample rate 0.05)") == 2
 
 
+@pytest.mark.parametrize("absurd", [1e200, 1e-200])
+def test_figures_beyond_arithmetic_make_the_figure_infinite_and_stop_no_report(made: MadeRun, absurd: float) -> None:
+    lines = made.lines("privacy.jsonl")
+    lines[-1]["noise_multiplier"] = absurd
+    (made.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert federation_epsilon(made.folder) == math.inf
+    for form, text in forms(made.folder).items():
+        assert "DISAGREES" in text, f"report.{form} believes it"
+
+
 def test_a_site_that_only_refused_is_in_the_table(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run").start().round(1, 0.7, refusals={"south": ("policy", "not today")}).end()
     south = report_of(run.folder).sites[1]

@@ -147,11 +147,15 @@ def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
                         "e-03", "e-3"
                     )
                 reason = f"the PLD has no finite answer at delta {delta:g}"
-    with _without_order_warnings():
-        value = _compose(RdpAccountant(neighboring_relation=_NEIGHBOURS), merged, delta)
+    words = f"RDP ({_LIBRARY})" + (f" (fallback: {reason})" if reason else "")
+    try:
+        with _without_order_warnings():
+            value = _compose(RdpAccountant(neighboring_relation=_NEIGHBOURS), merged, delta)
+    except (ArithmeticError, ValueError) as error:
+        # Figures that another party made up must not stop whoever prices them.
+        return math.inf, f"{words} (failed with {type(error).__name__})"
     # Not a number must never read as free; below 0 is what RDP can make of nearly free releases.
-    value = math.inf if math.isnan(value) else max(0.0, value)
-    return value, f"RDP ({_LIBRARY})" + (f" (fallback: {reason})" if reason else "")
+    return math.inf if math.isnan(value) else max(0.0, value), words
 
 
 def _why_not_pld(merged: Merged) -> str:
