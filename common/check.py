@@ -15,6 +15,9 @@ from collections.abc import Iterable
 
 from common.errors import ConfigError
 
+CLIP_NORMS = (1e-6, 1e6)
+"""Least and largest L2 bound of a record's gradient."""
+
 
 def _spoken(name: str) -> str:
     return name.replace("__", ".").replace("_", "-")
@@ -39,6 +42,20 @@ def in_range(low: float, high: float, **values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and low < value <= high):
             raise ConfigError(f"{_spoken(name)} must be above {low} and at most {high}, not {value!r}")
+
+
+def clip_norm(**values: float) -> None:
+    """Raise ConfigError unless every value is a clip norm that float32 holds well, together with its noise.
+
+    Near the ends of float32 a released gradient is rounded to steps as wide as its noise, or to zero or
+    infinity: what arrives is then not the noise that was paid for.
+    """
+    for name, value in values.items():
+        if not CLIP_NORMS[0] <= value <= CLIP_NORMS[1]:
+            raise ConfigError(
+                f"{_spoken(name)} must be from {CLIP_NORMS[0]:g} to {CLIP_NORMS[1]:g}, where float32 holds the noise, "
+                f"not {value!r}"
+            )
 
 
 def below(limit: float, **values: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, get_type_hints
 
-from common.check import below, in_range, nearest, not_negative, one_of, positive
+from common.check import below, clip_norm, in_range, nearest, not_negative, one_of, positive
 from common.errors import ConfigError
 from common.recipe import fill
 
@@ -201,7 +201,8 @@ class PrivacyConfig:
 
     def __post_init__(self) -> None:
         one_of(PRIVACY_MODES, privacy__mode=self.mode)
-        positive(privacy__epsilon=self.epsilon, privacy__clip_norm=self.clip_norm)
+        positive(privacy__epsilon=self.epsilon)
+        clip_norm(privacy__clip_norm=self.clip_norm)
         in_range(0, 0.5, privacy__delta=self.delta)
         below(0.5, privacy__delta=self.delta)
         not_negative(privacy__noise_multiplier=self.noise_multiplier)

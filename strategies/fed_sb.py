@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from common.adapters.lora_sb import leading_singular_triple
-from common.check import in_range, one_of, positive
+from common.check import clip_norm, in_range, one_of, positive
 from common.errors import ConfigError
 from common.tensors import merge
 from strategies.base import Contribution, GradientSource, ServerState, Strategy, mean
@@ -68,8 +68,8 @@ class FedSB(Strategy):
             fed_sb__init_step=self.init_step,
             fed_sb__init_records=self.init_records,
             fed_sb__init_noise_multiplier=self.init_noise_multiplier,
-            fed_sb__init_clip_norm=self.init_clip_norm,
         )
+        clip_norm(fed_sb__init_clip_norm=self.init_clip_norm)
 
     def check(self, *, private: bool) -> None:
         """Refuse an initialisation that would break the run's promise, or lacks its data."""

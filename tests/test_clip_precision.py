@@ -1,8 +1,8 @@
-"""The clip and the sum hold in numbers, not only on paper: large layers and very many parts, where float32 does not."""
+"""The clip, the sum and the noise hold in numbers, not only on paper, where float32 is too short for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from audits.sensitivity import MOST
 from audits.worlds import plan
+from common.check import CLIP_NORMS
+from common.config import PrivacyConfig
+from common.errors import ConfigError
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import PrivacyPlan
+from strategies.fed_sb import FedSB
 
 
 def noiseless_sum(layer: nn.Linear, records: Tensor, part: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -55,8 +60,40 @@ def one_of_many_parts(monkeypatch: pytest.MonkeyPatch) -> float:
 
 @pytest.mark.parametrize("moved", [one_of_a_large_layer, one_of_many_parts])
 def test_a_record_moves_the_sum_by_one_clip_also_where_float32_is_too_short(
-    moved: Any, monkeypatch: pytest.MonkeyPatch
+    moved: Callable[[pytest.MonkeyPatch], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert 2 - MOST < moved(monkeypatch) < MOST
     monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
     assert not 2 - MOST < moved(monkeypatch) < MOST, "the stock clip in float32 passes: the test tests nothing"
+
+
+def noise_over_clip(clip: float) -> float:
+    """Return the standard deviation of what an empty batch hands to the optimiser, in clips; the plan says 1."""
+    layer = nn.Linear(200, 200, bias=False)
+    with PrivateSteps(layer, torch.optim.SGD(layer.parameters(), lr=0.0), plan(clip, noise=1.0)) as steps:
+        (given,) = steps.release([], lambda batch: layer(batch).sum(1))
+    return float(given.double().pow(2).mean().sqrt()) / clip
+
+
+def test_at_both_ends_of_the_clip_norms_the_noise_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for clip in (CLIP_NORMS[0], 1.0, CLIP_NORMS[1]):
+        assert abs(noise_over_clip(clip) - 1) < 0.02, f"noise at a clip norm of {clip:g}"  # 5.6 standard errors
+    monkeypatch.setattr("common.check.CLIP_NORMS", (0.0, 1e300))
+    assert abs(noise_over_clip(1e-45) - 1) > 0.02, "float32 holds any noise: there is no need for the bounds"
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, 7.2e-46, 9e-7, 1.1e6, 1e39, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda clip: PrivacyConfig(clip_norm=clip),
+        lambda clip: FedSB(init_clip_norm=clip),
+        lambda clip: PrivacyPlan(clip, 1.0, 0.5, 1.0, 1e-5, 8.0),
+    ],
+    ids=["the run's", "fed-sb's", "the plan's"],
+)
+def test_a_clip_norm_whose_noise_float32_cannot_hold_is_refused(setting: Callable[[float], Any], wrong: float) -> None:
+    with pytest.raises(ConfigError, match=r"clip-norm must be from 1e-06 to 1e\+06, .*, not"):
+        setting(wrong)
+    for end in CLIP_NORMS:
+        setting(end)

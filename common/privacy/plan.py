@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.check import in_range, positive
+from common.check import clip_norm, in_range, positive
 from common.config import PrivacyConfig, TrainingConfig
 from common.errors import ConfigError, PrivacyError
 from common.privacy.accounting import Release, noise_multiplier_for
@@ -33,8 +33,8 @@ class PrivacyPlan:
     """Budget of the data set: record level, add/remove one record."""
 
     def __post_init__(self) -> None:
+        clip_norm(clip_norm=self.clip_norm)
         positive(
-            clip_norm=self.clip_norm,
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.expected_batch_size,
             max_epsilon=self.max_epsilon,
