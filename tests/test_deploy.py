@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -37,7 +38,7 @@ from experiments.deploy.policy_file import policy_text
 from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import ServerFolder, make_server, open_server, renew_server
 from experiments.deploy.site_folder import SiteFolder, make_site, open_site_folder
-from experiments.deploy.start import start_server
+from experiments.deploy.start import start_server, start_site
 from experiments.ports import free_ports
 from experiments.settings import to_toml
 from server.lock import only_writer
@@ -48,6 +49,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
 FEDVEIL = str(Path(sys.executable).parent / "fedveil")
 PATIENCE = 600.0
 """Seconds for one step: what a failure costs on a busy machine, not what a step takes."""
+
+
+PART = "partition-id=0 num-partitions=1"
+"""Settings of a node that plays all of a job's data."""
 
 
 class Processes:
@@ -183,6 +188,7 @@ def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_pat
         name: make_site(
             *(tmp_path / name, name, f"127.0.0.1:{fleet}"),
             policy=policy_text(name, 10, 8.0, 1e-3),
+            node=PART,
             authority=authority.path / "ca.crt",
             runtime_port=runtime.pop(),
         )
@@ -213,8 +219,7 @@ def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_pat
 
 def examine_site_quickly(folder: SiteFolder) -> list[Any]:
     """The doctor's findings, without a base model to load."""
-    broken = SiteFolder(folder.path, folder.site, folder.server, folder.runtime_port, model="no/such-model")
-    return list(examine_site(broken))
+    return list(examine_site(dataclasses.replace(folder, model="no/such-model")))
 
 
 @pytest.mark.deployment
@@ -225,6 +230,7 @@ def test_an_expired_server_is_refused_by_itself_by_flower_and_by_name(processes:
     site = make_site(
         *(tmp_path / "clinic", "clinic", f"127.0.0.1:{fleet}"),
         policy="",
+        node=PART,
         authority=server.path / "ca.crt",
         runtime_port=runtime,
     )
@@ -274,7 +280,7 @@ def tls_server(tmp_path: Path) -> Iterator[Callable[[ServerFolder], int]]:
 
 def site_for(tmp_path: Path, port: int, authority: Path, host: str = "127.0.0.1") -> SiteFolder:
     folder = tmp_path / f"site-{port}"
-    return make_site(folder, "clinic", f"{host}:{port}", policy="", authority=authority / "ca.crt")
+    return make_site(folder, "clinic", f"{host}:{port}", policy="", node=PART, authority=authority / "ca.crt")
 
 
 @pytest.mark.parametrize(
@@ -370,6 +376,45 @@ def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
     assert not policy.allow_no_privacy
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--name", "my clinic"], "the site's name is 'my clinic'"),
+        (["--epsilon", "-3"], "epsilon must be"),
+        (["--delta", "2"], "delta must be"),
+        (["--data", ".", "--public-size", "2000", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+    ],
+)
+def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["site", "init", str(tmp_path / "site"), "--server", "fl.example.org", *words])
+    assert (done.exit_code, done.output.count("\n")) == (1, 1), done.output
+    assert reason in done.output
+    assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize(
+    ("policy", "node", "reason"),
+    [
+        ("epsilom = 4.0\n", PART, "did you mean 'epsilon'"),
+        ("epsilon = 4.0\ndelta = 1e-3\n", f"{PART} public-size=2000", "above 1/2000"),
+        ("", 'data="records.csv"', "'public-size' is needed beside 'data'"),
+        ("", "", "this site has no records"),
+    ],
+)
+def test_a_policy_that_every_round_would_refuse_stops_the_site_and_fails_the_doctor(
+    policy: str, node: str, reason: str, tmp_path: Path
+) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, free_ports(1)[0], server.path)
+    (site.path / "policy.toml").write_text(policy, encoding="utf-8")
+    site = dataclasses.replace(site, node=node)
+    found = {finding.what: finding for finding in examine_site_quickly(site)}
+    assert not found["policy"].ok
+    assert reason in found["policy"].found
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        start_site(site, pytest.fail)
+
+
 def test_the_doctor_fails_on_open_keys_and_a_damaged_ledger(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     site = site_for(tmp_path, free_ports(1)[0], server.path)
@@ -385,8 +430,8 @@ def test_the_doctor_fails_on_open_keys_and_a_damaged_ledger(tmp_path: Path) -> N
     ):
         assert not found[what].ok, f"{what} passes"
         assert words in found[what].found
-    assert found["key pair"].ok
-    assert found["authority"].ok
+    for what in ("key pair", "authority", "policy"):
+        assert found[what].ok
 
 
 def test_the_doctor_s_exit_code_says_that_something_failed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import stat
@@ -18,7 +19,7 @@ from experiments.deploy.fleet import Answer, ask_to_join
 from experiments.deploy.node_keys import is_pair, read_node_key
 from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import ServerFolder
-from experiments.deploy.site_folder import SiteFolder, node_settings
+from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
 
 RENEW = "renew it with 'fedveil server renew'"
 
@@ -49,6 +50,7 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("site's key", lambda: shared.private_file(folder.path / "node.key", "site's key")),
             ("key pair", lambda: _pair(folder)),
             ("node settings", lambda: _settings(folder)),
+            ("policy", lambda: _policy(folder)),
             ("ledger", lambda: _ledger(folder)),
             ("disk", lambda: shared.disk(folder.ledger, "disk")),
             ("base model", lambda: shared.base_model(folder.model, folder.task, folder.fingerprint)),
@@ -129,6 +131,14 @@ def _pair(folder: SiteFolder) -> Iterator[Finding]:
 def _settings(folder: SiteFolder) -> Iterator[Finding]:
     settings = node_settings(folder)
     yield Finding(True, "node settings", ", ".join(f"{key} {value}" for key, value in settings.items()))
+
+
+def _policy(folder: SiteFolder) -> Iterator[Finding]:
+    policy = policy_of_node(node_settings(folder))
+    budget = "no budget of its own: each run sets one"
+    if math.isfinite(policy.epsilon):
+        budget = f"ε ≤ {policy.epsilon} at δ = {policy.delta} over all runs"
+    yield Finding(True, "policy", budget)
 
 
 def _ledger(folder: SiteFolder) -> Iterator[Finding]:

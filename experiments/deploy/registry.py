@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from common.errors import ConfigError
 from experiments.deploy.control import control_of
 from experiments.deploy.files import read_bytes
 from experiments.deploy.server_folder import ServerFolder
-
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from experiments.deploy.site_folder import SITE_NAME
 
 
 def register_site(folder: ServerFolder, public_key: Path) -> str:

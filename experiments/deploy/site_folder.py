@@ -12,8 +12,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.check import nearest, positive
 from common.config import Scalar
@@ -24,7 +27,12 @@ from experiments.deploy.node_keys import new_node_key
 from experiments.deploy.server_folder import FLEET_PORT, open_folder
 from experiments.settings import parse_settings, to_toml
 
+if TYPE_CHECKING:
+    from client.policy import Policy
+
 RUNTIME_PORT = 9094
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""It is the comment of the site's key, where a blank would end it, and names files at the server."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,10 @@ def make_site(
     """
     path = path.expanduser().absolute()
     positive(runtime_port=runtime_port)
+    if not SITE_NAME.fullmatch(site):
+        raise ConfigError(
+            f"the site's name is {site!r}: take a letter or digit, then at most 63 of letters, digits, '.', '_' and '-'"
+        )
     host, _, port = server.rpartition(":") if ":" in server else (server, "", str(FLEET_PORT))
     if not host or not port.isdigit():
         raise ConfigError(f"the server is {server!r}: write HOST or HOST:PORT")
@@ -154,3 +166,26 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
         if key not in NODE_KEYS:
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
     return settings
+
+
+def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
+    """Return the steward's policy, checked with the node's settings as every round will check them again.
+
+    Raises:
+        ConfigError: the policy cannot be read, its delta is above one over the declared size, or the settings
+            say neither which records are the site's own nor which part of a job's data it plays.
+    """
+    from client.site import policy_of  # imports torch: seconds that only this needs
+
+    policy = policy_of(settings)
+    size = settings.get("public-size", policy.public_size)
+    if not isinstance(size, int) or size < 0 or ("data" in settings and size == 0):
+        raise ConfigError("'public-size' is needed beside 'data', in the node's settings or the policy: a whole number")
+    if size:
+        policy.check_size(size)
+    if "data" not in settings and not {"partition-id", "num-partitions"} <= settings.keys():
+        raise ConfigError(
+            "this site has no records: give 'data' in the node's settings, or 'partition-id' and 'num-partitions' "
+            "in a simulation"
+        )
+    return policy
