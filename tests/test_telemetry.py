@@ -22,7 +22,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from client import local_training
 from client.app import train
-from client.outgoing import TOLD, public_reason
+from client.outgoing import TOLD, UNTOLD, public_reason
 from common.errors import DataError, FedVeilError, MechanismError
 from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult
 from common.privacy import dpsgd
@@ -205,6 +205,22 @@ def test_a_failure_after_the_charge_is_the_same_refusal_whatever_the_records(
         assert site.charges(), "the failure came before the charge"
     assert isinstance(refusals[0], Refusal)
     assert refusals[0] == refusals[1], "a refusal depends on the number of records"
+
+
+MALFORMED = ('" ",good,a1', "the film,,a1", "the film,fair,a1", "the film,good,a1,more,cells")
+
+
+@pytest.mark.parametrize("row", MALFORMED, ids=["no text", "no label", "an unknown label", "more cells than columns"])
+def test_a_malformed_record_is_one_refusal_whatever_is_wrong_with_it(
+    row: str, toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    data = Path(str(site.node["data"]))
+    task = site.task()
+    data.write_text(f"{data.read_text(encoding='utf-8')}{row}\n", encoding="utf-8")
+    reply = site.ask(task)
+    assert isinstance(reply, Refusal)
+    assert reply.reason == UNTOLD, "the refusal tells what is wrong"
 
 
 def test_a_layer_that_the_model_does_not_use_is_refused_before_the_charge_and_tells_no_size(

@@ -13,7 +13,7 @@ from common.privacy.accounting import Release, noise_multiplier_for
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What one site does to its records in a run: public, fixed before the first record is read.
+    """What one site does to its records in a run: public, fixed before a record reaches the model.
 
     Raises:
         ConfigError: a field is out of range; the message names it.
