@@ -28,7 +28,7 @@ from common.errors import ConfigError, DataError, RunFailed
 from common.paths import run_folder
 from common.privacy.ledger import Ledger
 from experiments.cli import app
-from experiments.deploy import certificates, container
+from experiments.deploy import certificates, container, registry
 from experiments.deploy import control as control_api
 from experiments.deploy import submit as submission
 from experiments.deploy.commands import environment, superlink_command, supernode_command
@@ -174,6 +174,9 @@ def test_the_walk_through_ends_in_a_finished_run(
     revoked = run([FEDVEIL, "server", "revoke", "server", "ward"], tmp_path)
     assert revoked.returncode == 0, revoked.stderr
     assert "does not know this site's key" in why_refused(open_site_folder(tmp_path / "ward"))
+    again = run([FEDVEIL, "server", "register", "server", "ward/node.pub"], tmp_path)
+    assert again.returncode == 1, "a key that is shut out is said to be let in"
+    assert "was shut out" in again.stderr
     assert why_refused(open_site_folder(tmp_path / "clinic")) == ""
     assert processes.stop("clinic") < 10
     assert processes.stop("server") < 10
@@ -475,9 +478,20 @@ class FakeControl:
     def __init__(self, results: list[str], statuses: list[str]) -> None:
         self.results, self.statuses = results, statuses
         self.submitted: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
 
     def online(self) -> int:
         return 2
+
+    def register(self, public_key: Path) -> str:
+        key = public_key.read_text().split()[1]
+        if key in self.keys:
+            return ""
+        self.keys.add(key)
+        return "17"
+
+    def revoke(self, node_id: str) -> None:
+        """Keep the key, as Flower does."""
 
     def status(self, run: str) -> str:
         status = self.statuses.pop(0) if self.statuses else "unknown"
@@ -498,10 +512,25 @@ class FakeControl:
 def fake_control(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeControl]:
     def make(*results: str, statuses: tuple[str, ...] = ()) -> FakeControl:
         control = FakeControl(list(results), list(statuses))
-        monkeypatch.setattr(submission, "control_of", lambda folder: nullcontext(control))
+        for module in (submission, registry):
+            monkeypatch.setattr(module, "control_of", lambda folder: nullcontext(control))
         return control
 
     return make
+
+
+def test_a_key_that_was_shut_out_is_not_said_to_be_registered(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    register = ["server", "register", str(server.path), str(site_for(tmp_path, 9092, server.path).path / "node.pub")]
+    for words in ("is registered as node 17", "was registered before"):
+        assert f"clinic {words}" in CliRunner().invoke(app, register).output
+    assert CliRunner().invoke(app, ["server", "revoke", str(server.path), "clinic"]).exit_code == 0
+    again = CliRunner().invoke(app, register)
+    assert (again.exit_code, again.output.count("\n")) == (1, 1)
+    assert "clinic's key was shut out: the site makes a new one with 'fedveil site init'" in again.output
 
 
 def test_a_finished_job_is_reported_and_other_settings_make_a_new_run(

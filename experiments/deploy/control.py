@@ -29,7 +29,7 @@ class Control:
         self._environment, self._home = environment(home), home
 
     def register(self, public_key: Path) -> str:
-        """Register a site's public key and return its node id; an empty string if it was registered before.
+        """Register a site's public key and return its node id; an empty string if the server knows the key already.
 
         Raises:
             RunFailed: the server refused or did not answer.

@@ -15,7 +15,8 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
     """Register a site's key and return what to tell people.
 
     Raises:
-        ConfigError: the file is no public key with the site's name as its comment, or the name has another key.
+        ConfigError: the file is no public key with the site's name as its comment, the name has another key, or
+            the key was shut out.
         RunFailed: the server refused or did not answer.
     """
     line = read_bytes(public_key, "the site's public key").decode("utf-8", errors="replace").split()
@@ -27,6 +28,9 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
     with control_of(folder) as control:
         node = control.register(public_key.absolute())
     if not node:
+        # Flower keeps a revoked key's row, and lets that key in no more.
+        if not (folder.nodes / f"{name}.id").is_file():
+            raise ConfigError(f"{name}'s key was shut out: the site makes a new one with 'fedveil site init'")
         return f"{name} was registered before"
     folder.nodes.mkdir(exist_ok=True)
     (folder.nodes / f"{name}.id").write_text(f"{node}\n", encoding="utf-8")
