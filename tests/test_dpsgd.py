@@ -652,6 +652,18 @@ def test_a_trained_layer_that_the_model_does_not_use_is_refused() -> None:
     assert unchanged(toy, before)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.SyncBatchNorm(3)], ids=["one device", "many"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_model_that_normalises_by_its_batch_is_refused(norm: nn.Module, frozen: bool) -> None:
+    def steps_of(norm: nn.Module) -> PrivateSteps:
+        model = nn.Sequential(nn.Sequential(norm.requires_grad_(not frozen)), nn.Linear(3, 2))
+        return PrivateSteps(model, SGD(used(model), lr=1.0), plan())
+
+    with pytest.raises(MechanismError, match=r"'0\.0' is a .*BatchNorm"):
+        steps_of(norm)
+    steps_of(nn.LayerNorm(3))
+
+
 def test_a_loss_that_is_not_one_per_record_is_refused_without_a_word_on_how_many_there_were(toy: Toy) -> None:
     words = set()
     for records in (BATCH[:1], BATCH, BATCH.repeat(3, 1)):

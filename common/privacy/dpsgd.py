@@ -91,7 +91,8 @@ class PrivateSteps:
 
     Raises:
         MechanismError: the optimiser does not cover exactly the trained parameters, or it is
-            stepped with a gradient that did not come from this mechanism.
+            stepped with a gradient that did not come from this mechanism; or the model normalises by
+            its batch, anywhere, so that one record moves what the others contribute.
     """
 
     def __init__(
@@ -104,6 +105,13 @@ class PrivateSteps:
                 f"the optimiser has {len(covered)} tensors, the model trains {len(trained)}: "
                 "every trained tensor, and no other, must pass through the clip"
             )
+        for name, child in module.named_modules():
+            # A frozen one as well: Opacus looks at trained modules only, and per-record gradients need train mode.
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                raise MechanismError(
+                    f"the layer {name!r} is a {type(child).__name__}, through which each record moves the others: "
+                    "choose a base model without batch normalisation"
+                )
         self._module, self._optimizer = module, optimizer
         # Opacus hangs grad_sample and summed_grad on parameters, which torch's types do not know.
         self._trained: list[Any] = trained
