@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from common.errors import ConfigError
 from experiments.deploy import container
 from experiments.deploy.server_folder import CONTROL_PORT, FLEET_PORT
+from experiments.deploy.site_folder import node_settings, open_site_folder
+from experiments.deploy.start import start_site
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -102,6 +105,23 @@ def test_the_superlink_binds_its_control_port_to_that_network(tmp_path: Path) ->
     assert "--insecure" not in words
 
 
+def test_the_data_are_divided_once_whatever_number_of_sites_comes_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    for sites in (3, 2, 4):
+        container.make_keys(sites, 8.0, 1e-5, tmp_path)
+    parts = [node_settings(open_site_folder(tmp_path / name)) for name in SITES[:4]]
+    assert [(part.get("partition-id"), part.get("num-partitions")) for part in parts] == [
+        *((number, 3) for number in range(3)),
+        (None, None),
+    ]
+    assert "site-4 has no part of the job's data, which are divided among 3 sites" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="this site has no records"):
+        start_site(open_site_folder(tmp_path / "site-4"), pytest.fail)
+
+
 def test_keys_stay_on_their_volumes() -> None:
     assert SERVICES["keys"]["network_mode"] == "none"
     holders = {volume: [name for name in SERVICES if volume in volumes_of(name)] for volume in COMPOSE["volumes"]}
@@ -126,10 +146,10 @@ def test_every_variable_has_a_default_and_nothing_in_the_file_is_secret() -> Non
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_sites_are_switched_on_by_number_and_play_their_part(number: int) -> None:
+def test_sites_are_switched_on_by_number_and_read_their_own_records(number: int) -> None:
     site = SERVICES[f"site-{number}"]
     assert site["profiles"] == [f"sites-{count}" for count in range(number, 9)]
-    assert f"partition-id={number - 1} num-partitions=${{SITES:-4}}" in site["command"][-1]
+    assert "partition" not in site["command"][-1], "SITES divides the data anew on ledgers that have counted"
     sources = [volume["source"] for volume in site["volumes"] if isinstance(volume, dict)]
     assert sources == [f"${{SITE_{number}_DATA:-./deploy/no-data}}"]
 

@@ -24,6 +24,9 @@ ESTABLISHED = "01"
 def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI) -> None:
     """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
 
+    Each site gets its part of a job's data for good: another number of sites later would divide the records
+    anew, and ledgers would count for records that others hold. A site beyond the first number has no part.
+
     Args:
         sites: how many sites get a key pair.
         epsilon: budget in each site's policy.
@@ -45,19 +48,37 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI) -> None
         (coordinator / place).mkdir(exist_ok=True)
     for name in ("ca.crt", "server.toml"):
         shutil.copyfile(pki / "server" / name, coordinator / name)
+    parts = _parts(pki / "site-1", sites)
     for number in range(1, sites + 1):
         folder, name = pki / f"site-{number}", f"site-{number}"
+        part = f"partition-id={number - 1} num-partitions={parts}" if number <= parts else ""
         if not (folder / "site.toml").is_file():
             make_site(
                 folder,
                 name,
                 f"{SERVER}:{FLEET_PORT}",
                 policy=policy_text(name, 0, epsilon, delta),
+                node=part,
                 authority=pki / "server" / "ca.crt",
             )
             print(f"made the key pair of {name}", flush=True)
+        if not part:
+            print(
+                f"{name} has no part of the job's data, which are divided among {parts} sites: it needs "
+                f"SITE_{number}_DATA; 'docker compose down --volumes' starts over",
+                flush=True,
+            )
         (folder / "ledger").mkdir(exist_ok=True)
         shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
+
+
+def _parts(first: Path, sites: int) -> int:
+    """Return among how many sites a job's data are divided: as many as there were when the first was made."""
+    from experiments.deploy.site_folder import node_settings, open_site_folder
+
+    if not (first / "site.toml").is_file():
+        return sites
+    return int(node_settings(open_site_folder(first)).get("num-partitions", 0))
 
 
 def server_is_well(folder: Path = FOLDER) -> bool:
