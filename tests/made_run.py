@@ -22,6 +22,8 @@ class MadeRun:
     settings: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, int] = field(default_factory=lambda: {"north": 2000, "south": 1500})
     noise: dict[str, float] = field(default_factory=dict)
+    delta: dict[str, float] = field(default_factory=dict)
+    """Of sites whose policy asks for another one than DELTA."""
     earlier: dict[str, list[Release]] = field(default_factory=dict)
     """What a site's ledger held before the run."""
     _history: dict[str, list[Release]] = field(default_factory=dict)
@@ -66,7 +68,8 @@ class MadeRun:
         line |= {"unit": claim.UNIT, "sampler": claim.SAMPLER, "public_size": self.sites.get(site, 1000)}
         training = release.kind == "training"
         before = self._history.setdefault(site, list(self.earlier.get(site, [])))
-        spent, after = epsilon_with_method(before, DELTA)[0], epsilon_with_method([*before, release], DELTA)
+        delta = self.delta.get(site, DELTA)
+        spent, after = epsilon_with_method(before, delta)[0], epsilon_with_method([*before, release], delta)
         before.append(release)
         line |= {
             "kind": release.kind,
@@ -75,7 +78,7 @@ class MadeRun:
             "clip_norm": 1.0,
             "steps_round": release.count if training else 0,
             "steps_total": sum(r.count for r in before if r.kind == "training"),
-            "delta": DELTA,
+            "delta": delta,
             "epsilon_round": after[0] - spent,
             "epsilon_total": after[0],
             "epsilon_budget": 8.0,

@@ -90,6 +90,23 @@ def test_a_site_that_reports_less_than_its_lines_cost_does_not_lower_the_figure(
         assert "DISAGREES" in text, f"report.{form} hides that a site reports too little"
 
 
+def test_the_claim_holds_for_every_site_where_policies_ask_for_other_deltas(tmp_path: Path) -> None:
+    noise, strict = {"north": 0.8, "south": 0.85}, 1e-8
+    run = MadeRun(tmp_path / "run", {"rounds": 1}, noise=noise, delta={"south": strict}).start().round(1, 0.7).end()
+    data = report_of(run.folder)
+    assert data.headline.worst_site == "south"
+    claimed, delta = re.findall(r"\(ε, δ\) = \(([0-9.]+), ([0-9.e-]+)\)", data.claim.sentence)[0]
+    assert (float(delta), data.headline.delta) == (DELTA, DELTA)
+    for site, own in noise.items():
+        assert epsilon([Release(own, 0.05, 5)], float(delta)) <= float(claimed), f"the claim does not hold for {site}"
+    assert epsilon([Release(0.8, 0.05, 5)], strict) > float(claimed), "the stricter delta would do as well"
+    made = forms(run.folder)
+    assert f"at δ {DELTA:g} (worst site: south)" in made["md"]
+    assert f"at δ = {DELTA:g}, worst site: south" in made["html"]
+    for form in ("md", "html"):
+        assert "1e-08" in made[form], f"report.{form} does not say at which δ south has spent its ε"
+
+
 def test_other_releases_are_paid_and_have_lines_of_their_own(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run", sites={"north": 2000}).start()
     run.release(0, "north", Release(5.0, 0.1, 1, "initialisation")).round(1, 0.7).end()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from common.privacy import claim
 from common.privacy.figures import epsilon_text
 from server.report.folder import RunFiles
-from server.report.sites import SiteReport
+from server.report.sites import SiteReport, federation_delta, worst_site
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -54,19 +54,18 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     mode = str(files.config["settings"].get("privacy.mode", "none"))
     heads = sorted({str(line["head"]) for line in [*files.privacy, *files.rounds] if line.get("head")})
     head = "; ".join(heads) or "not recorded yet"
-    paid = [site for site in sites if site.epsilon_worst is not None]
+    worst, delta = worst_site(sites), federation_delta(sites)
     unpaid = sorted({line["site"] for line in files.privacy if line["epsilon_total"] is None})
-    if mode == "none" or not paid:
+    if mode == "none" or worst is None or delta is None:
         sentence = OFF if mode == "none" else NOTHING_YET
         return Claim(False, mode, sentence, "", "", "", "", "", head, [], [], _gaps(files, sites, unpaid, mode))
-    worst = max(paid, key=lambda site: site.epsilon_worst or 0.0)
-    accountants = sorted({site.accountant for site in paid})
+    accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
     return Claim(
         made=True,
         privacy_mode=mode,
         sentence=(
-            f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {worst.delta:g}) "
-            f"differentially private in {claim.UNIT}. The figure is the maximum over sites: their records are disjoint."
+            f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
+            f"differentially private in {claim.UNIT}. Both are the maximum over sites: their records are disjoint."
         ),
         unit=claim.UNIT,
         neighbours=claim.ADJACENCY,

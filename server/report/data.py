@@ -16,7 +16,7 @@ from common.privacy.accounting import TRAINING
 from server.report.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from server.report.claim import Claim, claim_of
 from server.report.folder import Line, RunFiles, read_run
-from server.report.sites import ReleaseReport, SiteReport, other_releases, site_reports
+from server.report.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from strategies import configure, known_settings
 
 SCHEMA = "fedveil-report/1"
@@ -83,6 +83,7 @@ class Headline:
     epsilon_budget: float | None
     """Of the site that has spent most."""
     delta: float | None
+    """The largest of the sites' own."""
     worst_site: str
     rounds_done: int
     rounds_planned: int
@@ -168,24 +169,19 @@ def _refusals(line: Line) -> list[RefusalReport]:
 
 def federation_epsilon(folder: Path) -> float | None:
     """Return the maximum of the sites' ε, or None when no claim is made; errors as in report_of."""
-    worst = _worst(site_reports(read_run(folder)))
+    worst = worst_site(site_reports(read_run(folder)))
     return worst.epsilon_worst if worst else None
 
 
-def _worst(sites: Sequence[SiteReport]) -> SiteReport | None:
-    paid = [site for site in sites if site.epsilon_worst is not None]
-    return max(paid, key=lambda site: site.epsilon_worst or 0.0, default=None)
-
-
 def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
-    worst, planned = _worst(sites), files.config["settings"].get("rounds")
+    worst, planned = worst_site(sites), files.config["settings"].get("rounds")
     counted = [line for line in files.rounds if line["round"] and line.get("complete", True)]
     return Headline(
         accuracy_before=files.baseline["accuracy"] if files.baseline else None,
         accuracy_after=next((line["accuracy"] for line in reversed(counted) if line["accuracy"] is not None), None),
         epsilon=worst.epsilon_worst if worst else None,
         epsilon_budget=worst.epsilon_budget if worst else None,
-        delta=worst.delta if worst else None,
+        delta=federation_delta(sites),
         worst_site=worst.site if worst else "",
         rounds_done=len({line["round"] for line in counted}),
         rounds_planned=planned if isinstance(planned, int) else 0,

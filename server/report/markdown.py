@@ -91,7 +91,7 @@ def _claim(data: ReportData) -> list[str]:
 
 def _sites(data: ReportData) -> list[str]:
     columns = ("site", "public size", "rounds joined", "refused", "steps", "sample rate", "noise multiplier", "clip")
-    spent = ("site", "ε spent", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
+    spent = ("site", "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
     return [
         "## Sites",
         "",
@@ -118,6 +118,7 @@ def _sites(data: ReportData) -> list[str]:
                 (
                     s.site,
                     epsilon_text(s.epsilon_total),
+                    UNKNOWN if s.delta is None else f"{s.delta:g}",
                     number_text(s.epsilon_budget),
                     remaining_text(s.epsilon_remaining),
                     epsilon_text(s.epsilon_recomputed),

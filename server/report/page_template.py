@@ -129,11 +129,12 @@ PAGE = """\
 {% endfor %}</tbody>
 {% endcall %}
 {% call table("What each site has spent, by its own ledger, and this run's releases computed again here") %}
-<thead><tr><th scope="col">site</th><th scope="col" class="n">ε spent</th><th scope="col" class="n">ε budget</th>
-<th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
+<thead><tr><th scope="col">site</th><th scope="col" class="n">ε spent</th><th scope="col" class="n">at δ</th>
+<th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
 <th scope="col" class="n">cross-check, RDP</th><th scope="col">agreement</th></tr></thead>
 <tbody>{% for site in data.sites %}
 <tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.epsilon_total|epsilon }}</td>
+<td class="n">{{ "–" if site.delta is none else "%g"|format(site.delta) }}</td>
 <td class="n">{{ site.epsilon_budget|number }}</td><td class="n">{{ site.epsilon_remaining|remaining }}</td>
 <td class="n">{{ site.epsilon_recomputed|epsilon("–") }}</td><td class="n">{{ site.epsilon_rdp|epsilon("–") }}</td>
 <td class="{{ "ok" if site.agreement == "agrees" else "wide bad" if site.agreement in ("smaller", "unknown") else "wide"

@@ -83,6 +83,20 @@ def site_reports(files: RunFiles) -> list[SiteReport]:
     return [_site(name, files, refused.count(name)) for name in sorted(names)]
 
 
+def worst_site(sites: Iterable[SiteReport]) -> SiteReport | None:
+    """Return the site that has spent most, whose ε is the federation's; None if none has paid for anything."""
+    paid = [site for site in sites if site.epsilon_worst is not None]
+    return max(paid, key=lambda site: site.epsilon_worst or 0.0, default=None)
+
+
+def federation_delta(sites: Iterable[SiteReport]) -> float | None:
+    """Return the δ at which the worst site's ε holds for every site: the largest, since policies may ask for less.
+
+    What a site has spent at a smaller δ holds at a larger one as well; at a smaller one it costs more.
+    """
+    return max((site.delta for site in sites if site.delta is not None), default=None)
+
+
 def other_releases(files: RunFiles) -> list[ReleaseReport]:
     """Return what was released beside training steps: initialisations, then noised counts of right answers."""
     paid = [

@@ -13,13 +13,13 @@ if TYPE_CHECKING:  # a report is made from files alone, without loading what tra
 
 
 def epsilon_words(outcome: RoundOutcome) -> str:
-    """Return the federation's figure so far: the maximum over sites, because their records are disjoint."""
+    """Return the federation's figures so far, each the maximum over sites, because their records are disjoint."""
     spent = [result.spending for result in outcome.results if result.spending]
     if not spent:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)
-    total = epsilon_text(worst.epsilon_total)
-    return f"ε {total} of {worst.epsilon_budget:g} (δ {worst.delta:g}, record-level, worst site)"
+    total, delta = epsilon_text(worst.epsilon_total), max(s.delta for s in spent)
+    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, record-level, worst site)"
 
 
 def score_words(score: Score | None) -> str:
