@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from common.config import ServerConfig, TrainingConfig
 
-LEARNING_RATES = {"sgd": 1.0, "momentum": 1.0, "adam": 0.02, "adamw": 0.02}
+LEARNING_RATES = {"sgd": 1.0, "momentum": 1.0, "adam": 0.01, "adamw": 0.01}
 
 
 def fill(training: TrainingConfig, server: ServerConfig, *, private: bool) -> tuple[TrainingConfig, ServerConfig]:
@@ -27,7 +27,7 @@ def fill(training: TrainingConfig, server: ServerConfig, *, private: bool) -> tu
     filled = replace(
         training,
         optimizer=optimizer,
-        local_steps=training.local_steps or (1 if private else 20),
+        local_steps=training.local_steps or (1 if private else 30),
         sample_rate=training.sample_rate or (0.33 if private else 0.018),
         learning_rate=training.learning_rate or LEARNING_RATES[optimizer],
         head_rate=training.head_rate or (4.0 if private else 2.0),
