@@ -6,11 +6,12 @@ honest one, whatever its records are:
 * Adam moves no coordinate by more than ``max(1, (1 - β₁)/√(1 - β₂))`` learning rates a step
   (Kingma & Ba 2015, section 2.1).
 * A private step's gradient is a sum of vectors of norm at most C plus noise of norm about σC√d,
-  over the expected batch b: at most about C (1 + σ√d / b).
+  over the expected batch b: at most about C (1 + σ√d / b). σ is what the site says: a policy or a
+  small budget may ask for far more than the run, and only up to ``MOST_TIMES`` as much is believed.
 
-Both are met with room (``SLACK``), for large Poisson batches and for sites that add more noise than
-asked. Plain SGD without privacy has no such bound; there a contribution is measured against the
-median of the round, if at least three sites answered.
+Both are met with room (``SLACK``), for large Poisson batches. Plain SGD without privacy has no such
+bound; there a contribution is measured against the median of the round, if at least three sites
+answered.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from common.types import AdapterState
 from strategies import ServerState
 
 SLACK = 10.0
+MOST_TIMES = 100.0
+"""How many times the run's least noise a site's own widens its bound: a site that lies gains no more."""
 MEDIANS = 100.0
 """How many times the round's median an update may be where nothing else bounds it."""
 
@@ -47,15 +50,18 @@ def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResul
 
     Args:
         config: the run's configuration; ``max-update-norm``, if set, is a bound of its own.
-        plan: what the site does to its records in this round; None without privacy.
-        result: the site's answer; only its round and the number of its tensors' elements are used.
+        plan: the least that the site does to its records in this round; None without privacy.
+        result: the site's answer; only its round, the noise that it tells and the number of its tensors'
+            elements are used.
         state: what the site started from.
     """
     known = config.max_update_norm or math.inf
     numbers = count(result.contribution)
     gradient = math.inf
     if plan is not None:
-        gradient = plan.clip_norm * (1 + plan.noise_multiplier * math.sqrt(numbers) / plan.expected_batch_size)
+        least, told = plan.noise_multiplier, result.spending.noise_multiplier if result.spending else 0.0
+        noise = min(max(least, told), MOST_TIMES * least)
+        gradient = plan.clip_norm * (1 + noise * math.sqrt(numbers) / plan.expected_batch_size)
     if result.round_number == 0:
         return min(known, SLACK * gradient)
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):

@@ -17,6 +17,7 @@ from common.messages import Spending, TrainResult
 from common.privacy.charges import Terms
 from common.privacy.plan import PrivacyPlan
 from server.admission import Admission
+from server.plausible import MOST_TIMES, SLACK
 from strategies import Job, ServerState, configure
 
 SIZE = 2000
@@ -82,3 +83,30 @@ def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> Non
     own = plan(job, Policy(max_rounds=1))
     told = answer(job, own, noise_multiplier=0.9 * own.noise_multiplier)
     assert "noise multiplier" in Admission(job, {}).judge({1: told}, STATE)[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "policy"),
+    [
+        (200, Policy(epsilon=0.2, delta=1e-5)),
+        (100, Policy(min_noise_multiplier=12.0)),
+    ],
+    ids=["a small budget at a small site", "a policy's least noise"],
+)
+def test_a_strict_site_is_not_implausible_by_the_noise_that_it_adds(size: int, policy: Policy) -> None:
+    job = configure({})
+    own = plan(job, policy, size)
+    assert own.noise_multiplier > 10 * plan(job).noise_multiplier, "the site is not strict"
+    told = {"epsilon_total": 0.05, "epsilon_round": 0.05, "epsilon_remaining": 0.05}
+    honest = answer(job, own, size, **told)
+    assert Admission(job, {}).judge({1: honest}, STATE) == {}
+    assert honest.spending is not None
+    quiet = replace(honest, spending=replace(honest.spending, noise_multiplier=plan(job).noise_multiplier))
+    assert "norm" in Admission(job, {}).judge({1: quiet}, STATE)[1], "the bound does not follow the noise"
+
+
+def test_a_site_that_tells_of_boundless_noise_gains_a_known_factor_only() -> None:
+    job = configure({})
+    own = plan(job, Policy(max_rounds=1))
+    louder = replace(own, noise_multiplier=2 * SLACK * MOST_TIMES * own.noise_multiplier)
+    assert "norm" in Admission(job, {}).judge({1: answer(job, louder, noise_multiplier=99_999.0)}, STATE)[1]
