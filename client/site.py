@@ -7,7 +7,8 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``data``        file or folder with this site's own records; without it the site plays
                 partition ``partition-id`` of ``num-partitions`` of the run's data set
 ``dataset-id``  what the ledger calls the data; default: the site's name
-``public-size`` number of records declared as public; needed with ``data``
+``public-size`` number of records declared as public; needed with ``data``, and by a
+                steward's partition of a file (of a public data set it follows)
 ``ledger``      file of the ledger; it outlives every run
 ``policy``      TOML file of the steward's rules (see ``client.policy``)
 =============== =====================================================================
@@ -24,7 +25,7 @@ from pathlib import Path
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config import DataConfig, RunConfig, Scalar
-from common.data import load_dataset, train_and_test
+from common.data import is_public, load_dataset, train_and_test
 from common.errors import ConfigError
 from common.examples import Dataset
 from common.partition import declared_size, site_part
@@ -94,7 +95,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         except (KeyError, ValueError) as error:
             raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
         data = _partition(config.data, config.model.task, part, parts)
-        size = int(node.get("public-size", policy.public_size or declared_size(len(data.examples))))
+        size = int(node.get("public-size", policy.public_size)) or _size_of_part(data, config.data, node)
     policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()
@@ -105,6 +106,21 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         ledger = home / "fedveil" / f"{name}.sqlite"
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy)
+
+
+def _size_of_part(part: Dataset, config: DataConfig, node: Mapping[str, Scalar]) -> int:
+    """Return the size of a partition whose steward declares none: it follows from the run's public settings.
+
+    That is true where ``data.name`` is a public data set, whose division anyone can repeat, and in an
+    experiment, where one machine holds all. A steward's policy says that there are records to protect: then
+    a file is taken for private, and its size for nobody's business.
+    """
+    if "policy" in node and not is_public(config.name):
+        raise ConfigError(
+            f"data.name {config.name!r} is no public data set, and how many records it has is not public: "
+            "declare 'public-size' in the node configuration or in the policy"
+        )
+    return declared_size(len(part.examples))
 
 
 @lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from common import phrases
 from common.check import nearest, one_of
 from common.config import TASKS, DataConfig
 from common.errors import ConfigError, DataError
@@ -42,36 +43,14 @@ class NamedDataset:
 
 
 _SENTIMENT = ("negative", "positive")
-_SENTIMENT_PHRASES = (
-    (
-        "a terrible film",
-        "this movie is bad",
-        "a boring and disappointing movie",
-        "the film is a complete failure",
-        "i hated this movie",
-        "dull, tedious and a waste of time",
-        "poorly written and badly acted",
-        "a negative review",
-    ),
-    (
-        "a wonderful film",
-        "this movie is good",
-        "an exciting and satisfying movie",
-        "the film is a great success",
-        "i loved this movie",
-        "funny, moving and well worth seeing",
-        "well written and beautifully acted",
-        "a positive review",
-    ),
-)
 DATASETS: Mapping[str, NamedDataset] = {
     "rotten-tomatoes": NamedDataset(
         *(MOVIE_REVIEWS, "classification", "{text}", "", "label"),
-        *(_SENTIMENT, _SENTIMENT_PHRASES, ("source", "rotten_tomatoes")),
+        *(_SENTIMENT, phrases.SENTIMENT, ("source", "rotten_tomatoes")),
     ),
     "imdb": NamedDataset(
         *(MOVIE_REVIEWS, "classification", "{text}", "", "label"),
-        *(_SENTIMENT, _SENTIMENT_PHRASES, ("source", "imdb")),
+        *(_SENTIMENT, phrases.SENTIMENT, ("source", "imdb")),
     ),
     "asdiv": NamedDataset(ASDIV, "causal-lm", "Question: {passage} {question}\nAnswer:", completion=" {answer}"),
 }
@@ -118,6 +97,11 @@ def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Da
     if key:
         roles["key"] = ("data.key", key)
     return _dataset(source, tables, roles, labels)
+
+
+def is_public(name: str) -> bool:
+    """Return whether ``name`` is a data set that anyone can get: inside a package, or on the hub."""
+    return name in DATASETS or name.startswith("hub:")
 
 
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:

@@ -111,10 +111,11 @@ def _sites_of_keys(train: Dataset, config: DataConfig, num_partitions: int) -> l
 
 
 def declared_size(count: int) -> int:
-    """Return the size that a simulated steward declares as public: two significant digits, rounded down.
+    """Return the size that a steward played by a partition declares: the count, cut to two significant digits.
 
-    Under add/remove neighbours the exact number of records is private, so it cannot set a public
-    quantity such as an averaging weight. A deployed site names a number of its own instead. Never below 1.
+    It is a plain function of the count and protects none: 1900 and 1899 records are told apart. It may
+    be declared because the partition follows from public settings: a public data set, its seed, the
+    number of sites. A steward of private records names a number of his own. Never below 1.
 
     >>> declared_size(1883), declared_size(57)
     (1800, 57)

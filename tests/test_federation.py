@@ -132,7 +132,7 @@ def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_thr
     policy, budget = tmp_path / "policy.toml", epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
     policy.write_text(f"epsilon = {budget}\ndelta = 1e-3\n")
     nodes = simulated_nodes(2, tmp_path / "ledgers")
-    nodes[1] |= {"policy": str(policy)}
+    nodes[1] |= {"policy": str(policy), "public-size": 100}
     settings = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
     folder = run_in_process({**toy_settings, **settings}, nodes)
     lines = read_lines(folder / "rounds.jsonl")
@@ -157,7 +157,7 @@ def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise
     policy = tmp_path / "policy.toml"
     policy.write_text("max-rounds = 3\n")
     nodes = simulated_nodes(2, tmp_path / "ledgers")
-    nodes[1] |= {"policy": str(policy)}
+    nodes[1] |= {"policy": str(policy), "public-size": 100}
     folder = run_in_process({**toy_settings, "rounds": 6}, nodes)
     lines = read_lines(folder / "rounds.jsonl")
     assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3

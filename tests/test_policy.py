@@ -18,7 +18,8 @@ from audits.faults import same_seeds
 from client.budget import plan_of
 from client.evaluation import noised_correct
 from client.policy import Policy, load_policy
-from client.site import Site
+from client.site import Site, open_site
+from common.config import Scalar, from_mapping
 from common.data import load_dataset
 from common.errors import ConfigError
 from common.examples import Dataset
@@ -189,9 +190,13 @@ def test_no_record_reaches_the_model_before_its_round_is_paid_for(
     site: OneSite, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events, batch, charge = list[str](), FederatedModel.batch, Ledger.charge
+    data = configure(site.settings).config.data
+    examples = load_dataset(data, "classification", str(site.node["data"])).examples
+    own = [record["input_ids"] for record in site.model().tokenise(examples)]
 
     def seen(model: FederatedModel, records: Any) -> Any:
-        events.append("record")
+        # What is made up to try the model out is no one's record.
+        events.extend("record" for record in records if record["input_ids"] in own)
         return batch(model, records)
 
     def paid(ledger: Ledger, *arguments: Any, **terms: Any) -> Any:
@@ -325,3 +330,23 @@ def test_every_rule_has_a_line_in_the_docs() -> None:
     text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
     for item in dataclasses.fields(Policy):
         assert f"`{item.name.replace('_', '-')}`" in text, f"docs/privacy.md does not say what {item.name} is"
+
+
+def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:
+    """Return the size that the first of two parts of the data set ``name`` is declared to have."""
+    config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40})
+    settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **node}
+    return open_site(settings, config, "1", simulated=simulated).public_size
+
+
+def test_a_stewards_part_of_a_file_needs_a_declared_size_and_one_of_a_public_data_set_does_not(site: OneSite) -> None:
+    file = str(site.settings["data.name"])
+    site.rule(epsilon=1.0, delta=1e-4)
+    policy = site.node["policy"]
+    with pytest.raises(ConfigError, match=r"is no public data set, .* declare 'public-size'"):
+        declared(file, policy=policy)
+    assert declared(file, policy=policy, **{"public-size": 70}) == 70
+    assert declared(file, simulated=True) == 100
+    assert declared("rotten-tomatoes", policy=policy) == 4200
+    site.rule(public_size=60)
+    assert declared(file, policy=policy) == 60
