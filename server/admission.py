@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from common.errors import FedVeilError
@@ -20,9 +20,10 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Member:
-    """What the server remembers of a site whose result counted."""
+    """What the server remembers of a node whose result counted."""
 
-    node: int
+    site: str
+    """The name that it answered by."""
     public_size: int
     epsilon_total: float
     steps_total: int
@@ -31,27 +32,36 @@ class Member:
 class Admission:
     """Judges a round's results by the run's settings and by what each site said before."""
 
-    def __init__(self, job: Job, members: Mapping[str, Member]) -> None:
+    def __init__(self, job: Job, members: Mapping[int, Member]) -> None:
         self._job = job
-        self.members: dict[str, Member] = dict(members)
-        """By site name."""
+        self.members: dict[int, Member] = dict(members)
+        """By node, in the order in which they first counted."""
 
-    def judge(self, results: Mapping[int, TrainResult], state: ServerState) -> dict[int, str]:
+    def owner(self, site: str, online: Collection[int]) -> int | None:
+        """Return whose a name is: the first node's that counted under it and is online; None while it is free.
+
+        A site that was started again may be another node, where nodes have no keys: the old one is offline then.
+        """
+        return next((node for node, member in self.members.items() if member.site == site and node in online), None)
+
+    def judge(self, results: Mapping[int, TrainResult], state: ServerState, online: Collection[int]) -> dict[int, str]:
         """Return the nodes whose result does not count, with the reason.
 
         Args:
             results: all results of the round so far, by node, in the order of their attempts.
             state: what the sites started from.
+            online: the nodes that are online, whether or not they answered.
         """
         reasons: dict[int, str] = {}
         claimed: set[str] = set()
-        # A name belongs to the node that held it before, then to the first: nobody takes over another's.
-        for node in sorted(results, key=lambda node: not self._owns(node, results[node].site)):
-            result = results[node]
+        for node, result in results.items():
+            if self.owner(result.site, online) not in (None, node):
+                reasons[node] = f"another node that is online counted as {result.site} before"
+                continue
             if result.site in claimed:
                 reasons[node] = "another node already answered under this name in this round"
                 continue
-            reason = self._contradiction(result)
+            reason = self._contradiction(node, result)
             if reason:
                 reasons[node] = reason
             else:
@@ -64,18 +74,20 @@ class Admission:
         return reasons | implausible(norms, bounds)
 
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
-        """Remember the sites of a round that counts."""
+        """Remember the nodes of a round that counts."""
         for node, result in results.items():
             spent = result.spending
-            self.members[result.site] = Member(
-                node,
+            self.members[node] = Member(
+                result.site,
                 result.public_size,
                 spent.epsilon_total if spent else 0.0,
                 spent.steps_total if spent else 0,
             )
 
-    def _owns(self, node: int, site: str) -> bool:
-        return site in self.members and self.members[site].node == node
+    def _past(self, node: int, site: str) -> Member | None:
+        """Return what the node said last, or else the last one that had its name."""
+        namesakes = [member for member in self.members.values() if member.site == site]
+        return self.members.get(node) or (namesakes[-1] if namesakes else None)
 
     def _plan(self, result: TrainResult) -> PrivacyPlan | None:
         """Return the least that an honest site does in this round, whatever its policy; None without privacy.
@@ -97,9 +109,9 @@ class Admission:
             expected_batch_size=source.sample_rate * result.public_size,
         )
 
-    def _contradiction(self, result: TrainResult) -> str:
+    def _contradiction(self, node: int, result: TrainResult) -> str:
         """Return why a result contradicts the run or the site's own past; empty if it does not."""
-        before, spent = self.members.get(result.site), result.spending
+        before, spent = self._past(node, result.site), result.spending
         if before and before.public_size != result.public_size:
             return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
         try:

@@ -30,7 +30,7 @@ from server.files import length, replace_file
 from strategies import Job, ServerState
 
 NAME = "checkpoint.safetensors"
-FORMAT = "1"
+FORMAT = "2"
 MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
 
@@ -42,8 +42,8 @@ class Checkpoint:
     run: str
     settings: Mapping[str, Scalar]
     state: ServerState
-    members: Mapping[str, Member]
-    """By site name."""
+    members: Mapping[int, Member]
+    """By node."""
     baseline: Score
     score: Score | None
     """Of ``state``; None if its round was not scored."""
@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "run": checkpoint.run,
         "round": checkpoint.state.round_number,
         "settings": dict(checkpoint.settings),
-        "members": {site: asdict(member) for site, member in checkpoint.members.items()},
+        "members": {node: asdict(member) for node, member in checkpoint.members.items()},
         "baseline": asdict(checkpoint.baseline),
         "score": asdict(checkpoint.score) if checkpoint.score else None,
         "lengths": dict(checkpoint.lengths),
@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         run=about["run"],
         settings=about["settings"],
         state=state,
-        members={site: Member(**member) for site, member in about["members"].items()},
+        members={int(node): Member(**member) for node, member in about["members"].items()},
         baseline=Score(**about["baseline"]),
         score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],

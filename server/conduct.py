@@ -31,7 +31,7 @@ class _Observer:
         self._job, self._folder = job, folder
         self.stop_reason = ""
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[str, Member]) -> None:
+    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.started(baseline, state, members)
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
 
@@ -49,7 +49,7 @@ class _Observer:
         for refusal in outcome.refusals:
             self._folder.say(f"  {refusal.site} did not take part ({refusal.kind}): {refusal.reason}", 0)
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.finished(outcome, state, members)
         self._folder.say(round_line(self._job, outcome), outcome.round_number)
 

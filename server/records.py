@@ -115,13 +115,13 @@ class RunFolder:
         versions = {"python": platform.python_version(), **package_versions()}
         write_json(path / "config.json", {"run": run, "started": now, "settings": job.settings(), "versions": versions})
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[str, Member]) -> None:
+    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """Record the score before round 1."""
         write_json(self.path / "baseline.json", asdict(baseline))
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         """Append the round's line and each site's privacy line, then make the round count by its checkpoint."""
         self._lines(outcome)
         settings = self.job.settings()

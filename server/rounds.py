@@ -45,7 +45,7 @@ class RoundOutcome:
 class Observer(Protocol):
     """Who is told about a run while it goes on: the run's folder, the terminal."""
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[str, Member]) -> None:
+    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """The model before round 1 was scored."""
 
     def resumed(self, checkpoint: Checkpoint) -> None:
@@ -54,7 +54,7 @@ class Observer(Protocol):
     def initialised(self, outcome: RoundOutcome) -> None:
         """Round 0 brought a full gradient, from the outcome's sites (none: from public data)."""
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         """A round is complete and counts."""
 
     def missed(self, outcome: RoundOutcome) -> None:

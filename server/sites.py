@@ -117,24 +117,31 @@ class Sites:
             log.warning("below quorum in attempt %d", attempt, extra=about(self._run, round_number))
         return got
 
-    def _attempt(self, got: Gathering, nodes: Iterable[int], round_number: int, state: ServerState) -> None:
+    def _attempt(self, got: Gathering, nodes: Collection[int], round_number: int, state: ServerState) -> None:
+        online = {*nodes, *got.settled()}
         exchange = self._ask(nodes, round_number, state)
         got.bytes_down += exchange.bytes_down
         got.bytes_up += exchange.bytes_up
         refused: dict[int, Refusal] = {}
-        names = {member.node: site for site, member in self._admission.members.items()}
         for node, reply in sorted(exchange.replies.items()):
             if isinstance(reply, Refusal):
-                # Whether it did not answer or calls itself something else: it has the name by which it counted.
-                refused[node] = replace(reply, site=names.get(node, reply.site))
+                refused[node] = reply
             else:
                 got.results[node] = reply
-        for node, reason in self._admission.judge(got.results, state).items():
+        for node, reason in self._admission.judge(got.results, state, online).items():
             site = got.results.pop(node).site
             refused[node] = Refusal(self._run, round_number, site, "reply", reason)
+        refused = {n: replace(r, site=self._name(n, r.site, got, online)) for n, r in refused.items()}
         got.refusals = {n: r for n, r in {**got.refusals, **refused}.items() if n not in got.results}
         for refusal in sorted(refused.values(), key=lambda refusal: refusal.site):
             self._note(got, Failure(round_number, got.attempts, refusal.site, refusal.kind, refusal.reason))
+
+    def _name(self, node: int, told: str, got: Gathering, online: Collection[int]) -> str:
+        """Return what a node that did not take part is called: as it counted before, and never by another's name."""
+        if node in self._admission.members:
+            return self._admission.members[node].site
+        taken = {result.site for result in got.results.values()}
+        return f"node {node}" if told in taken or self._admission.owner(told, online) is not None else told
 
     def _note(self, got: Gathering, failure: Failure) -> None:
         got.failures.append(failure)

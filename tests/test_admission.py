@@ -68,21 +68,21 @@ def test_a_site_counts_with_the_noise_of_the_rounds_that_its_policy_allows(
     job = configure(settings)
     own, everyone = plan(job, policy), plan(job)
     assert own.noise_multiplier < 0.99 * everyone.noise_multiplier, "the policy asks for no less noise"
-    assert Admission(job, {}).judge({1: answer(job, own)}, STATE) == {}
+    assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
 
 
 def test_noise_that_the_run_sets_holds_for_every_site() -> None:
     job = configure({"privacy.noise-multiplier": 2.0})
     own = plan(job, Policy(max_rounds=1))
-    assert Admission(job, {}).judge({1: answer(job, own)}, STATE) == {}
-    assert "noise multiplier" in Admission(job, {}).judge({1: answer(job, own, noise_multiplier=1.9)}, STATE)[1]
+    assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
+    assert "noise multiplier" in Admission(job, {}).judge({1: answer(job, own, noise_multiplier=1.9)}, STATE, [1])[1]
 
 
 def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> None:
     job = configure({})
     own = plan(job, Policy(max_rounds=1))
     told = answer(job, own, noise_multiplier=0.9 * own.noise_multiplier)
-    assert "noise multiplier" in Admission(job, {}).judge({1: told}, STATE)[1]
+    assert "noise multiplier" in Admission(job, {}).judge({1: told}, STATE, [1])[1]
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,53 @@ def test_a_strict_site_is_not_implausible_by_the_noise_that_it_adds(size: int, p
     assert own.noise_multiplier > 10 * plan(job).noise_multiplier, "the site is not strict"
     told = {"epsilon_total": 0.05, "epsilon_round": 0.05, "epsilon_remaining": 0.05}
     honest = answer(job, own, size, **told)
-    assert Admission(job, {}).judge({1: honest}, STATE) == {}
+    assert Admission(job, {}).judge({1: honest}, STATE, [1]) == {}
     assert honest.spending is not None
     quiet = replace(honest, spending=replace(honest.spending, noise_multiplier=plan(job).noise_multiplier))
-    assert "norm" in Admission(job, {}).judge({1: quiet}, STATE)[1], "the bound does not follow the noise"
+    assert "norm" in Admission(job, {}).judge({1: quiet}, STATE, [1])[1], "the bound does not follow the noise"
 
 
 def test_a_site_that_tells_of_boundless_noise_gains_a_known_factor_only() -> None:
     job = configure({})
     own = plan(job, Policy(max_rounds=1))
     louder = replace(own, noise_multiplier=2 * SLACK * MOST_TIMES * own.noise_multiplier)
-    assert "norm" in Admission(job, {}).judge({1: answer(job, louder, noise_multiplier=99_999.0)}, STATE)[1]
+    assert "norm" in Admission(job, {}).judge({1: answer(job, louder, noise_multiplier=99_999.0)}, STATE, [1])[1]
+
+
+# Names: ward is node 1, another hospital's node 2 answers as ward
+
+
+def round_of(job: Job, node: int, **told: Any) -> dict[int, TrainResult]:
+    return {node: answer(job, plan(job), **told)}
+
+
+def enrolled(job: Job) -> Admission:
+    """Return the admission after a round in which ward counted."""
+    admission = Admission(job, {})
+    admission.enrol(round_of(job, 1))
+    return admission
+
+
+def test_nobody_takes_the_name_of_a_site_that_is_late() -> None:
+    job = configure({})
+    admission = enrolled(job)
+    assert "another node" in admission.judge(round_of(job, 2, steps_total=4_000_000), STATE, [1, 2])[2]
+    assert admission.judge(round_of(job, 1, epsilon_total=0.3, steps_total=2), STATE, [1, 2]) == {}
+
+
+def test_a_site_that_comes_back_gets_its_name_back_and_is_judged_by_its_own_past() -> None:
+    job = configure({})
+    admission = enrolled(job)
+    namesake = round_of(job, 2, epsilon_total=8.0, steps_total=4_000_000)
+    assert admission.judge(namesake, STATE, [2]) == {}, "a site that was started again as another node is kept out"
+    admission.enrol(namesake)
+    both = round_of(job, 1, epsilon_total=0.3, steps_total=2) | namesake
+    assert list(admission.judge(both, STATE, [1, 2])) == [2]
+
+
+def test_a_site_that_was_started_again_as_another_node_is_judged_by_its_past() -> None:
+    job = configure({})
+    admission = enrolled(job)
+    assert "went back" in admission.judge(round_of(job, 2, epsilon_total=0.1, epsilon_round=0.1), STATE, [2])[2]
+    admission.enrol(round_of(job, 2, epsilon_total=0.4, steps_total=2))
+    assert "went back" in admission.judge(round_of(job, 3, epsilon_total=0.3, steps_total=3), STATE, [3])[3]

@@ -325,6 +325,33 @@ def test_a_name_stays_with_the_node_that_had_it(toy_settings: dict[str, Any]) ->
     assert same(folder, run_in_process(plain(toy_settings), 3, "good", gone)), "a name was taken over"
 
 
+@pytest.mark.parametrize("way", ["result", "refusal"])
+def test_what_is_sent_in_another_sites_name_is_recorded_under_the_senders_number(
+    toy_settings: dict[str, Any], way: str
+) -> None:
+    """Node 1 has not counted yet and says that it is site-2, which is late in round 2 and goes on in round 3."""
+
+    class Impostor(Faulty):
+        away: Mapping[int, Collection[int]] = {0: [1]}
+        lost: Mapping[int, Collection[int]] = {1: [2]}
+
+        def deliver(self, node: int, task: TrainTask, content: Any) -> Any:
+            record = super().deliver(node, task, content)
+            if node != 1:
+                return record
+            if way == "refusal":
+                return encode_reply(Refusal(task.run, task.round_number, "site-2", "policy", "never"))
+            honest = decode_reply(record, self._layout_of_round(task.round_number), task.run, task.round_number)
+            return encode_reply(replace(honest, site="site-2"))
+
+    folder = run_in_process({**plain(toy_settings), "rounds": 3}, 3, way, Impostor)
+    lines = read_lines(folder / "rounds.jsonl")
+    assert [line["participants"] for line in lines] == [["site-0", "site-2"], ["site-0"], ["site-0", "site-2"]]
+    late, kind = ("site-2", "late"), "reply" if way == "result" else "policy"
+    told = [[(f["site"], f["kind"]) for f in line["failures"]] for line in lines]
+    assert told == [[], [("node 1", kind), late], [("node 1", kind)]]
+
+
 def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(RunFailed, match=r"norm .* is above 1e-06"):
         run_in_process({**plain(toy_settings), "max-update-norm": 1e-6}, 2)
