@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from client.site import Site
 from common.messages import Spending, TrainTask
@@ -24,11 +25,12 @@ def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spend
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path) as ledger:
-        rounds, taken = ledger.joined(site.dataset_id, task.run, besides=task.round_number)
-        site.policy.check_round(rounds + 1, taken + steps)
         plan = plan_of(job, site, _terms(site, ledger))
         releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
-        return plan, _charge(ledger, site, plan, releases, task)
+        return plan, _charge(
+            *(ledger, site, plan, releases, task),
+            allow=lambda rounds, taken: site.policy.check_round(rounds + 1, taken + steps),
+        )
 
 
 def pay_initialisation(site: Site, job: Job, source: GradientSource, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
@@ -80,7 +82,14 @@ def _terms(site: Site, ledger: Ledger) -> Terms:
     return ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
 
 
-def _charge(ledger: Ledger, site: Site, plan: PrivacyPlan, releases: list[Release], task: TrainTask) -> Spending:
+def _charge(
+    ledger: Ledger,
+    site: Site,
+    plan: PrivacyPlan,
+    releases: list[Release],
+    task: TrainTask,
+    allow: Callable[[int, int], None] | None = None,
+) -> Spending:
     """Write the round's cost to the site's ledger, durably, and return it for the report."""
     charged = ledger.charge(
         site.dataset_id,
@@ -91,6 +100,7 @@ def _charge(ledger: Ledger, site: Site, plan: PrivacyPlan, releases: list[Releas
         max_epsilon=plan.max_epsilon,
         clip_norm=plan.clip_norm,
         records=record_hashes(site.data, ledger.key),
+        allow=allow,
     )
     return Spending(
         kind=releases[0].kind,

@@ -40,7 +40,7 @@ class Policy:
     min_noise_multiplier: float = 0.0
     """Least noise of every private step, whatever the run asks for."""
     max_rounds: int = UNLIMITED
-    """Most rounds of one run that the site joins."""
+    """Most rounds of one run that the site trains; a round that is trained and charged again counts again."""
     max_steps: int = UNLIMITED
     """Most optimiser steps of one run that the site takes."""
     strategies: str = ""

@@ -543,6 +543,25 @@ def test_an_impossible_budget_is_not_stored(path: Path, terms: tuple[str, float,
         assert ledger.budgets() == []
 
 
+def test_a_caller_that_looks_at_the_count_does_so_under_the_lock_and_can_refuse(path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def twice(rounds: int, steps: int) -> None:
+        with sqlite3.connect(path, timeout=0) as other, pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        seen.append((rounds, steps))
+        if rounds == 2:
+            raise PolicyRefusal("two rounds are enough")
+
+    with Ledger(path) as ledger:
+        charge(ledger, 1, WHISPER, allow=twice)
+        charge(ledger, 1, WHISPER, allow=twice)
+        with pytest.raises(PolicyRefusal, match="enough"):
+            charge(ledger, 1, WHISPER, allow=twice)
+        assert len(ledger.entries()) == 2, "what was not allowed was charged"
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+
+
 def test_several_deltas_compose_at_the_smallest(path: Path) -> None:
     with Ledger(path) as ledger:
         charge(ledger, 1, delta=1e-4)
@@ -558,9 +577,8 @@ def test_rounds_and_steps_of_a_run_are_counted(path: Path) -> None:
             charge(ledger, round_number, WHISPER)
         charge(ledger, 1, WHISPER, run="another")
         charge(ledger, 3, Release(9.0, 1.0, 1, kind=EVALUATION))
-        assert ledger.joined("ward", "run-1") == (2, 3)
-        assert ledger.joined("ward", "run-1", besides=2) == (1, 3)
-        assert ledger.joined("ward", "nobody's") == (0, 0)
+        assert ledger.trained("ward", "run-1") == (3, 3), "a round that is charged again counts again"
+        assert ledger.trained("ward", "nobody's") == (0, 0)
         assert ledger.entries()[-1].clip_norm == 1.0, "a count is not clipped; its sensitivity is 1"
 
 

@@ -94,12 +94,22 @@ def test_rounds_and_steps_of_a_run_end_where_the_policy_says(site: OneSite) -> N
     site.train(1)
     site.train(2)
     refusal(site, "max-rounds = 2", "3 rounds", round_number=3)
-    site.memory.clear()
-    site.train(2)  # the same round again is no further one, but its steps count
     site.rule(max_steps=3)
     site.train(1, "another run")
     got = site.refuse(2, "another run")
     assert (got.kind, "max-steps = 3" in got.reason, "4 steps" in got.reason) == ("policy", True, True)
+
+
+def test_a_server_that_asks_the_same_round_again_gets_no_more_rounds_than_the_policy_has(site: OneSite) -> None:
+    site.rule(max_rounds=2)
+    site.train(1)
+    site.train(1)  # answered with the reply that was kept: no further one
+    site.memory.clear()
+    site.train(1)
+    for other in (1, 2):
+        site.memory.clear()
+        refusal(site, "max-rounds = 2", "3 rounds", round_number=other)
+    assert site.charges() == [("1", 1, "training")] * 2
 
 
 def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite) -> None:

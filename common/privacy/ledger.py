@@ -15,7 +15,7 @@ How the file survives crashes, and what it cannot know, stands in ``ledger_file`
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
 from common.check import below, in_range, not_negative, positive
@@ -42,6 +42,7 @@ class Ledger(LedgerFile):
         max_epsilon: float,
         clip_norm: float,
         records: Collection[int] = (),
+        allow: Callable[[int, int], None] | None = None,
     ) -> Charge:
         """Price ``releases`` on top of all that ``dataset`` has spent, and write them down durably.
 
@@ -62,6 +63,7 @@ class Ledger(LedgerFile):
             records: ``record_hashes`` under ``key`` of the records that are about to be used. They are
                 kept, and other data sets of this ledger may not hold the same records. Records under
                 the same name may change: they stay on the same budget.
+            allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
 
         Raises:
             BudgetExhausted: the releases would exceed the budget.
@@ -76,6 +78,8 @@ class Ledger(LedgerFile):
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
         with self._transaction():
             self._recognise(dataset, records)
+            if allow:
+                allow(*self.trained(dataset, run))
             max_epsilon, delta = self.terms(dataset).stricter(max_epsilon, delta)
             charge = price(self.spent(dataset), releases, delta, max_epsilon)
             if not charge.epsilon_after <= max_epsilon:
@@ -162,14 +166,14 @@ class Ledger(LedgerFile):
             )
             return [Budget(*row) for row in rows]
 
-    def joined(self, dataset: str, run: str, *, besides: int | None = None) -> tuple[int, int]:
-        """Return how many rounds of a run, other than ``besides``, and how many steps were charged to ``dataset``."""
+    def trained(self, dataset: str, run: str) -> tuple[int, int]:
+        """Return how often a round of a run, and how many steps, were charged to ``dataset``; a round again counts."""
         with one_line(self.path, "read"):
-            rows = self._connection.execute(
-                "SELECT round, SUM(count) FROM charges WHERE dataset = ? AND run = ? AND kind = ? GROUP BY round",
+            rounds, steps = self._connection.execute(
+                "SELECT COUNT(*), COALESCE(SUM(count), 0) FROM charges WHERE dataset = ? AND run = ? AND kind = ?",
                 (dataset, run, TRAINING),
-            ).fetchall()
-        return sum(number != besides for number, _ in rows), sum(steps for _, steps in rows)
+            ).fetchone()
+        return rounds, steps
 
     @property
     def key(self) -> bytes:
