@@ -73,6 +73,20 @@ def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Da
         ConfigError: the task is unknown or not the one the named data set is for, or ``data.labels``
             has fewer than two or repeated labels.
     """
+    dataset = _load(config, task, source)
+    return dataclasses.replace(dataset, label_phrases=_phrases_of(config, dataset.label_names))
+
+
+def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the phrases about ``labels`` that ``data.name`` has, whatever source the records come from.
+
+    A frozen head never travels: server and sites must start it alike, though each reads records of its own.
+    """
+    named = DATASETS.get(config.name)
+    return named.label_phrases if named and named.label_names == labels else ()
+
+
+def _load(config: DataConfig, task: str, source: str | None) -> Dataset:
     one_of(TASKS, model__task=task)
     source = config.name if source is None else source
     key = config.key if config.partition == "natural" and source == config.name else ""
@@ -191,8 +205,7 @@ def _load_named(name: str, key: str) -> Dataset:
     columns["text"] = [named.text.format_map(row) for row in clean]
     if key:
         roles["key"] = ("data.key", key)
-    dataset = _dataset(name, [Table(name, columns)], roles, named.label_names)
-    return dataclasses.replace(dataset, label_phrases=named.label_phrases)
+    return _dataset(name, [Table(name, columns)], roles, named.label_names)
 
 
 def _files_of(source: str) -> list[Path]:

@@ -107,5 +107,11 @@ def fingerprint(state: AdapterState) -> str:
 
 
 def start_fingerprint(start: AdapterState) -> str:
-    """Return the fingerprint of an adapter's seeded start, without the head (which may be computed by the model)."""
+    """Return the fingerprint of an adapter's seeded start, without the head.
+
+    A head that starts from label words is computed by the base model, so it differs in its last bits from
+    device to device, and of its hundreds of numbers some stand at the border of two steps of any grid: equal
+    heads would look different. What it is computed from is the same everywhere: the configuration, whose
+    phrases do not depend on records (``common.data``), and the base model, which has a fingerprint of its own.
+    """
     return fingerprint({layer: factors for layer, factors in start.items() if layer != HEAD})

