@@ -25,8 +25,8 @@ class Member:
     site: str
     """The name that it answered by."""
     public_size: int
-    epsilon_total: float
-    steps_total: int
+    spending: Spending | None
+    """What it told last of its ledger; None without privacy."""
 
 
 class Admission:
@@ -76,13 +76,7 @@ class Admission:
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
         """Remember the nodes of a round that counts."""
         for node, result in results.items():
-            spent = result.spending
-            self.members[node] = Member(
-                result.site,
-                result.public_size,
-                spent.epsilon_total if spent else 0.0,
-                spent.steps_total if spent else 0,
-            )
+            self.members[node] = Member(result.site, result.public_size, result.spending)
 
     def _past(self, node: int, site: str) -> Member | None:
         """Return what the node said last, or else the last one that had its name."""
@@ -122,10 +116,9 @@ class Admission:
             return "the reply states a privacy spending in a run without privacy" if spent else ""
         if spent is None:
             return "the reply states no privacy spending in a private run"
-        if before and (
-            spent.epsilon_total < before.epsilon_total * (1 - ROUNDING) or spent.steps_total < before.steps_total
-        ):
-            return f"the site's total went back from ε {before.epsilon_total:.4f} to {spent.epsilon_total:.4f}"
+        past = before.spending if before else None
+        if past and (spent.epsilon_total < past.epsilon_total * (1 - ROUNDING) or spent.steps_total < past.steps_total):
+            return f"the site's total went back from ε {past.epsilon_total:.4f} to {spent.epsilon_total:.4f}"
         return self._laxer(result, spent, plan)
 
     def _laxer(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:

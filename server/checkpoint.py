@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from common.config import Scalar
 from common.errors import ConfigError, DataError
+from common.messages import Spending
 from common.model import Score
 from common.tensors import entries
 from common.types import AdapterState
@@ -94,7 +95,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         run=about["run"],
         settings=about["settings"],
         state=state,
-        members={int(node): Member(**member) for node, member in about["members"].items()},
+        members={int(node): _member(member) for node, member in about["members"].items()},
         baseline=Score(**about["baseline"]),
         score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],
@@ -111,6 +112,11 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         if length(folder / name) < size:
             raise DataError(f"{folder / name} is shorter than it was at the checkpoint: restore it, or start a new run")
     return checkpoint
+
+
+def _member(about: Mapping[str, Any]) -> Member:
+    spent = about["spending"]
+    return Member(**{**about, "spending": Spending(**spent) if spent else None})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:

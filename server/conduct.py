@@ -51,7 +51,7 @@ class _Observer:
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.finished(outcome, state, members)
-        self._folder.say(round_line(self._job, outcome), outcome.round_number)
+        self._folder.say(round_line(self._job, outcome, members), outcome.round_number)
 
     def missed(self, outcome: RoundOutcome) -> None:
         self._folder.missed(outcome)

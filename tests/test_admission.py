@@ -18,6 +18,8 @@ from common.privacy.charges import Terms
 from common.privacy.plan import PrivacyPlan
 from server.admission import Admission
 from server.plausible import MOST_TIMES, SLACK
+from server.report import round_line
+from server.rounds import RoundOutcome
 from strategies import Job, ServerState, configure
 
 SIZE = 2000
@@ -149,3 +151,15 @@ def test_a_site_that_was_started_again_as_another_node_is_judged_by_its_past() -
     assert "went back" in admission.judge(round_of(job, 2, epsilon_total=0.1, epsilon_round=0.1), STATE, [2])[2]
     admission.enrol(round_of(job, 2, epsilon_total=0.4, steps_total=2))
     assert "went back" in admission.judge(round_of(job, 3, epsilon_total=0.3, steps_total=3), STATE, [3])[3]
+
+
+def test_the_round_line_tells_what_the_federation_has_spent_also_if_the_worst_site_is_absent() -> None:
+    job = configure({})
+    admission = Admission(job, {})
+    ward = answer(job, plan(job), epsilon_total=7.5)
+    clinic = replace(ward, site="clinic", spending=replace(ward.spending, epsilon_total=3.0, delta=1e-6))
+    admission.enrol({1: ward, 2: clinic})
+    later = replace(clinic, round_number=2, spending=replace(clinic.spending, epsilon_total=4.0))
+    admission.enrol({2: later})
+    line = round_line(job, RoundOutcome(2, [later], [], None, 0, 0, 1.0), admission.members)
+    assert "ε 7.500 of 8 (δ 1e-05, record-level, worst site)  1 sites" in line

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from common.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
     from common.model import Score
+    from server.admission import Member
     from server.rounds import RoundOutcome
     from strategies import Job
 
 
-def epsilon_words(outcome: RoundOutcome) -> str:
-    """Return the federation's figures so far, each the maximum over sites, because their records are disjoint."""
-    spent = [result.spending for result in outcome.results if result.spending]
+def epsilon_words(members: Iterable[Member]) -> str:
+    """Return the federation's figures so far, each the maximum over sites, because their records are disjoint.
+
+    Sites that did not take part in the last round have spent what they had before.
+    """
+    spent = [member.spending for member in members if member.spending]
     if not spent:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)
@@ -27,11 +32,11 @@ def score_words(score: Score | None) -> str:
     return f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.3f}" if score else "not scored"
 
 
-def round_line(job: Job, outcome: RoundOutcome) -> str:
-    """Return the terminal line of one round, with one more line for every refusal."""
+def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -> str:
+    """Return the terminal line of one round, with one more line for every refusal; ``members`` are all that counted."""
     payload = (outcome.bytes_down + outcome.bytes_up) / 1e6
     line = (
-        f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  {epsilon_words(outcome)}  "
-        f"{len(outcome.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
+        f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
+        f"{epsilon_words(members.values())}  {len(outcome.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
     )
     return line + "".join(f"\n  {r.site} did not take part ({r.kind}): {r.reason}" for r in outcome.refusals)
