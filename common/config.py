@@ -176,7 +176,7 @@ class ServerConfig:
     optimizer: str = "auto"
     """``none``: the average is the new model; ``adam``: the change is a gradient for the server's Adam (FedAdam);
     ``auto``: ``adam`` under privacy, else ``none``."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.025
     epsilon: float = 1e-3
     """Added to the root of Adam's second moment (FedAdam's τ): changes well below it do not become full steps."""
 
