@@ -16,9 +16,9 @@ from client.budget import evaluation_releases, pay_initialisation, pay_round
 from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.site import Site
-from common.batching import length_batches
+from common.batching import epoch_batches, length_batches
 from common.device import choose_batch_tokens
-from common.errors import DataError, ProtocolError
+from common.errors import ProtocolError
 from common.initial_gradient import mean_gradient, private_gradient
 from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.model import FederatedModel
@@ -127,8 +127,9 @@ def _take_steps(
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
                 steps.step(_parts(records, chosen, model, budget), model.losses)
         return
-    # One order for the whole run, so that no record comes again before the others have been seen.
-    batches = _epochs(len(records), config.sample_rate, stream(job.config.seed, "batches", site.name), first)
+    # One order for the whole run: a round goes on where the last one ended.
+    order = stream(job.config.seed, "batches", site.name)
+    batches = epoch_batches([len(record["input_ids"]) for record in records], config.sample_rate, order, first)
     for step in range(config.local_steps):
         set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
         plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters)
@@ -154,19 +155,3 @@ def plain_step(
 def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int) -> Iterator[Batch]:
     for group in length_batches([len(records[i]["input_ids"]) for i in chosen], budget):
         yield model.batch([records[chosen[i]] for i in group])
-
-
-def _epochs(size: int, sample_rate: float, generator: torch.Generator, skipped: int = 0) -> Iterator[list[int]]:
-    """Yield batches of the private sampler's expected size, without replacement inside an epoch, after ``skipped``."""
-    if not size:
-        raise DataError("this site has no records to train on")
-    count = max(1, min(size, round(sample_rate * size)))
-    pending: list[int] = []
-    while True:
-        while len(pending) < count:
-            pending += torch.randperm(size, generator=generator).tolist()
-        if skipped:
-            skipped -= 1
-        else:
-            yield pending[:count]
-        pending = pending[count:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from client.local_training import train_round
 from client.site import Site
 from common.base_model import load_base_model
+from common.batching import epoch_batches
 from common.data import train_and_test
 from common.messages import TrainResult, TrainTask
 from common.model import FederatedModel
@@ -89,14 +91,6 @@ def federated_round(
     return result, update.adapter
 
 
-def batches(size: int, count: int, steps: int, generator: torch.Generator) -> list[list[int]]:
-    """Return ``steps`` batches of ``count``: shuffled passes over the records, laid end to end and cut."""
-    order: list[int] = []
-    while len(order) < count * steps:
-        order.extend(torch.randperm(size, generator=generator).tolist())
-    return [order[count * i : count * (i + 1)] for i in range(steps)]
-
-
 def centralised(
     job: Job, model: FederatedModel, records: list[Record], round_number: int, *, stream_name: str = "only"
 ) -> AdapterState:
@@ -108,8 +102,8 @@ def centralised(
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[job.config.training.optimizer]
     optimizer = kind(trained, lr=peak)
     total, first = job.config.rounds * STEPS, (round_number - 1) * STEPS
-    count = round(RATE * len(records))
-    order = batches(len(records), count, first + STEPS, stream(1, "batches", stream_name))[first:]
+    lengths = [len(record["input_ids"]) for record in records]
+    order = list(islice(epoch_batches(lengths, RATE, stream(1, "batches", stream_name)), first + STEPS))[first:]
     for step, chosen in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = peak * (1 - (first + step) / total) * group["times"]
