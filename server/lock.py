@@ -8,26 +8,39 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import RunFailed
 
+GLANCE_SECONDS = 1.0
+"""Far longer than anyone who asks whether a folder is written holds its lock."""
+
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, patience: float = GLANCE_SECONDS) -> Iterator[None]:
     """Be the only one that writes the folder of a run, which is there, until the block ends.
+
+    Args:
+        folder: the run's folder.
+        patience: seconds to try for; 0 is one try.
 
     Raises:
         RunFailed: somebody writes it already; nothing of it was touched.
     """
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    deadline = time.monotonic() + patience
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFailed(f"the run in {folder} is under way: wait for its end, or end it first") from error
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise RunFailed(f"the run in {folder} is under way: wait for its end, or end it first") from error
+                time.sleep(0.02)
         yield
     finally:
         os.close(held)
@@ -38,7 +51,7 @@ def is_written(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        with only_writer(folder):
+        with only_writer(folder, patience=0.0):
             return False
     except RunFailed:
         return True
