@@ -112,7 +112,9 @@ def _patiently(call: Callable[[], Answer]) -> Answer:
         try:
             return call()
         except Exception as error:
-            if time.monotonic() > deadline:
+            # A run that Flower has ended has no right to ask any more, however often it does.
+            refused = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
+            if refused or time.monotonic() > deadline:
                 raise
             log.warning("the SuperLink failed, asked again: %s", place_of(error))
             time.sleep(POLL_SECONDS)

@@ -14,7 +14,7 @@ from common.privacy.figures import epsilon_text
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.evaluation import Evaluator
-from server.lock import only_writer
+from server.lock import GLANCE_SECONDS, only_writer
 from server.records import RunFolder
 from server.report import federation_epsilon, round_line, score_words, write_reports
 from server.rounds import RoundOutcome, run_rounds
@@ -22,6 +22,8 @@ from server.sites import Transport
 from strategies import Job, ServerState
 
 log = logging.getLogger("fedveil.server")
+DYING_SECONDS = 90.0
+"""How long a resumed run waits for the server that began it: one that lost its SuperLink takes a while to give up."""
 
 
 class _Observer:
@@ -81,7 +83,7 @@ def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder],
         load_checkpoint(path, job, run)  # no folder is locked, or made, for a run that cannot go on
     else:
         path.mkdir(parents=True, exist_ok=True)
-    with only_writer(path):
+    with only_writer(path, DYING_SECONDS if job.config.resume else GLANCE_SECONDS):
         # Read once nobody else writes: the server that did may have finished a round, or the run, meanwhile.
         saved = load_checkpoint(path, job, run) if job.config.resume else None
         folder = RunFolder(path, job, run, saved)

@@ -149,6 +149,21 @@ def test_a_superlink_that_keeps_failing_ends_the_run_with_its_own_error(monkeypa
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_server_whose_run_has_been_ended_does_not_go_on_asking() -> None:
+    class Ended(Grid):
+        def push_messages(self, messages: list[Any]) -> list[str]:
+            self.asked.append("push")
+            error = ConnectionError("401 Unauthorized")
+            error.response = SimpleNamespace(status_code=401)  # type: ignore[attr-defined]
+            raise error
+
+    ended = Ended(a=list)
+    with pytest.raises(ConnectionError, match="401"):
+        exchange(ended, 1)
+    assert ended.asked == ["push"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_task_that_the_superlink_does_not_take_is_a_failed_site_and_not_a_lost_run() -> None:
     grid = Grid(a=answered("asked"), b=list)
     grid.push_messages = lambda messages: ["a", None]  # type: ignore[method-assign,assignment,list-item]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from experiments.in_process import InProcessTransport, run_in_process
 from experiments.resume import with_resumed
 from server import files
 from server.checkpoint import NAME
-from server.lock import is_written, only_writer
+from server.lock import GLANCE_SECONDS, is_written, only_writer
 from server.report import read_lines
 from server.sites import Exchange
 from strategies import STRATEGIES
@@ -123,7 +124,10 @@ def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most
     assert reached >= {0, 1, 2}, "the test did not kill in every round"
 
 
-def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(toy_settings: dict[str, Any]) -> None:
+def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.conduct.DYING_SECONDS", 0.1)
     refused: list[str] = []
 
     class Impatient(InProcessTransport):
@@ -142,6 +146,25 @@ def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(toy_setting
     assert refused == 2 * [f"the run in {folder} is under way: wait for its end, or end it first"]
     assert [line["round"] for line in what_counts(folder)[0]] == [1, 2]
     assert not is_written(folder)
+
+
+def test_a_resumed_run_waits_for_a_server_that_is_dying(toy_settings: dict[str, Any]) -> None:
+    with pytest.raises(Killed), killed_at(17):
+        run_in_process(toy_settings, 1, "77")
+    (folder,) = Path(toy_settings["output"]).iterdir()
+    held, dead = Event(), Event()
+
+    def die() -> None:
+        with only_writer(folder):
+            held.set()
+            dead.wait(GLANCE_SECONDS + 0.5)
+
+    dying = Thread(target=die)
+    dying.start()
+    held.wait(5)
+    run_in_process({**toy_settings, "resume": "77"}, 1)
+    dying.join()
+    assert [line["round"] for line in what_counts(folder)[0]] == [1, 2]
 
 
 def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: dict[str, Any]) -> None:
