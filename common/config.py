@@ -217,7 +217,7 @@ class PrivacyConfig:
 class RunConfig:
     """Everything that defines a run."""
 
-    strategy: str = "ffa-lora"
+    strategy: str = "fedavg-lora"
     rounds: int = 6
     seed: int = 1
     """Public seed of the adapter's and the head's start and of non-private batch order."""

@@ -144,6 +144,7 @@ def toy_settings(model_folder: Callable[[str], str], tmp_path: Path) -> dict[str
 def toy_run(model: str, folder: Path) -> dict[str, Any]:
     """Return what ``toy_settings`` returns, for the tiny BERT in the folder ``model``; the rest goes to ``folder``."""
     return {
+        "strategy": "ffa-lora",
         "model.name": model,
         "model.max-length": 24,
         "data.name": str(write_reviews(folder / "reviews.csv", 240)),
