@@ -49,15 +49,19 @@ class _Mechanism(DPOptimizer):
         float32 sum of many parts moves, by rounding, by more than the record that is added. One tensor's
         samples are widened at a time.
         """
-        samples = self.grad_samples
+        samples = [_rows(sample) for sample in self.grad_samples]
         squares = torch.zeros(len(samples[0]), dtype=torch.float64, device=samples[0].device)
         for sample in samples:
-            squares += _wide(sample).square().sum(1)
+            # Widened number by number as it is read, not as a copy.
+            squares += torch.linalg.vector_norm(sample, dim=1, dtype=torch.float64).square()
         finite = squares.isfinite()
         # A norm below the clip leaves its record as it is.
         factors = torch.where(finite, self.max_grad_norm / squares.sqrt().clamp(min=self.max_grad_norm), 0.0)
+        spoilt = not bool(finite.all())
         for parameter, sample in zip(self.params, samples, strict=True):
-            kept = torch.where(finite[:, None], _wide(sample), 0.0)
+            kept = sample.double()
+            if spoilt:  # 0 times infinity is not 0
+                kept[~finite] = 0.0
             clipped = (factors @ kept).view(parameter.shape)
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
@@ -70,9 +74,9 @@ class _Mechanism(DPOptimizer):
             parameter.grad = (total + noise).to(parameter.dtype)
 
 
-def _wide(sample: Tensor) -> Tensor:
-    """Return per-record gradients in float64, one row a record."""
-    return sample.double().reshape(len(sample), math.prod(sample.shape[1:]))
+def _rows(sample: Tensor) -> Tensor:
+    """Return per-record gradients as one row a record."""
+    return sample.reshape(len(sample), math.prod(sample.shape[1:]))
 
 
 def rounding_margin(precision: torch.dtype) -> float:
