@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from flwr.cli.build import build_fab_from_files
 
@@ -17,6 +18,7 @@ from common.privacy.ledger import Ledger
 from experiments.settings import to_toml
 from server.records import read_json
 from server.report import read_lines
+from server.submission import OVERRIDES, refuse_wrong_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FEDVEIL = Path(sys.executable).parent / "fedveil"
@@ -83,6 +85,61 @@ def test_a_wrong_setting_stops_before_anything_is_started(setting: str, words: s
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, f"not one line: {done.stderr}"
     assert not (tmp_path / "runs").exists()
+
+
+def flwr_run(*settings: str, home: Path) -> str:
+    """What Flower's own command prints; it ends where it looks for a SuperLink, as the one named is not there."""
+    command = [str(FEDVEIL.with_name("flwr")), "run", str(ROOT), "nowhere", *(w for s in settings for w in ("-c", s))]
+    environment = {**os.environ, "COLUMNS": "200", "FLWR_HOME": str(home)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    return done.stdout + done.stderr
+
+
+def test_flwr_run_names_a_wrong_setting_before_it_sends_the_job(tmp_path: Path) -> None:
+    said = flwr_run("rounds=2", "adapter.rnk=4", home=tmp_path)
+    assert "unknown setting 'adapter.rnk' (did you mean 'adapter.rank'?)" in said
+    assert "'nowhere'" not in said, "the job would have been sent"
+
+
+def test_flwr_run_sends_a_job_whose_settings_are_right(tmp_path: Path) -> None:
+    assert "SuperLink connection 'nowhere' not found" in flwr_run("rounds=2", home=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "words"),
+    [
+        ("", ['adapter.rank="four"'], "adapter.rank must be a whole number, not 'four'"),
+        ("", ['strategy="fed-svd"', "fed-svd.peiod=2"], "(did you mean 'fed-svd.period'?)"),
+        ("", ['adapter.name="ffa-lora"'], "works on the adapter lora, not 'ffa-lora'"),
+        ('strategy = "fed-svd"', ['adapter.name="ffa-lora"'], ""),
+        ("rouds = 2", [], "unknown setting 'rouds' (did you mean 'rounds'?)"),
+        ("", [], ""),
+    ],
+)
+def test_settings_are_checked_over_those_of_the_app_when_it_is_sent(
+    own: str, overrides: list[str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "app"\nversion = "1"\nlicense = "x"\n[tool.flwr.app]\npublisher = "us"\n'
+        '[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "client.app:app"\n'
+        f"[tool.flwr.app.config]\n{own}\n"
+    )
+    with click.Context(click.Command("run")) as context:
+        context.params = {"app": str(tmp_path), OVERRIDES: overrides}
+        if not words:
+            refuse_wrong_settings()
+            return
+        with pytest.raises(click.ClickException) as refused:
+            refuse_wrong_settings()
+    assert words in refused.value.message
+    assert "\n" not in refused.value.message
+
+
+def test_settings_are_not_checked_in_other_commands() -> None:
+    with click.Context(click.Command("run")) as context:
+        context.params = {"app": "nowhere"}
+        refuse_wrong_settings()
 
 
 def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:

@@ -24,6 +24,7 @@ DOORS = {
         "client/app.py",
         "server/app.py",
         "server/pulls.py",
+        "server/submission.py",
         "common/wire.py",
         "experiments/deploy/fleet.py",
     },
