@@ -94,6 +94,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             part, parts = int(node["partition-id"]), int(node["num-partitions"])
         except (KeyError, ValueError) as error:
             raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
+        _check_labels(config, node)
         data = _partition(config.data, config.model.task, part, parts)
         size = int(node.get("public-size", policy.public_size)) or _size_of_part(data, config.data, node)
     policy.check_size(size)
@@ -106,6 +107,20 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         ledger = home / "fedveil" / f"{name}.sqlite"
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy)
+
+
+def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:
+    """Refuse to read labels off records that a steward's policy says are to be protected.
+
+    The head's shape and errors about ``head.phrases`` tell them: one record with a label of its own would show.
+    """
+    if "policy" not in node or is_public(config.data.name) or config.model.task != "classification":
+        return
+    if not config.data.labels:
+        raise ConfigError(
+            f"data.name {config.data.name!r} is no public data set, and which labels its records have is not public: "
+            "name all labels in data.labels"
+        )
 
 
 def _size_of_part(part: Dataset, config: DataConfig, node: Mapping[str, Scalar]) -> int:

@@ -61,7 +61,10 @@ class Admission:
             if result.site in claimed:
                 reasons[node] = "another node already answered under this name in this round"
                 continue
-            reason = self._contradiction(node, result)
+            try:
+                reason = self._contradiction(node, result)
+            except FedVeilError as error:  # no plan follows from what it declares
+                reason = str(error)
             if reason:
                 reasons[node] = reason
             else:
@@ -104,14 +107,15 @@ class Admission:
         )
 
     def _contradiction(self, node: int, result: TrainResult) -> str:
-        """Return why a result contradicts the run or the site's own past; empty if it does not."""
+        """Return why a result contradicts the run or the site's own past; empty if it does not.
+
+        Raises:
+            FedVeilError: what it declares leaves no plan.
+        """
         before, spent = self._past(node, result.site), result.spending
         if before and before.public_size != result.public_size:
             return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
-        try:
-            plan = self._plan(result)
-        except FedVeilError as error:
-            return str(error)
+        plan = self._plan(result)
         if plan is None:
             return "the reply states a privacy spending in a run without privacy" if spent else ""
         if spent is None:

@@ -138,10 +138,10 @@ class Sites:
 
     def _name(self, node: int, told: str, got: Gathering, online: Collection[int]) -> str:
         """Return what a node that did not take part is called: as it counted before, and never by another's name."""
-        if node in self._admission.members:
-            return self._admission.members[node].site
+        member = self._admission.members.get(node)
+        name = member.site if member else told
         taken = {result.site for result in got.results.values()}
-        return f"node {node}" if told in taken or self._admission.owner(told, online) is not None else told
+        return f"node {node}" if name in taken or self._admission.owner(name, online) not in (None, node) else name
 
     def _note(self, got: Gathering, failure: Failure) -> None:
         got.failures.append(failure)

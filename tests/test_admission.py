@@ -13,7 +13,7 @@ from client.budget import plan_of
 from client.policy import Policy
 from client.site import Site
 from common.examples import Dataset
-from common.messages import Spending, TrainResult
+from common.messages import NoisedCount, Spending, TrainResult
 from common.privacy.charges import Terms
 from common.privacy.plan import PrivacyPlan
 from server.admission import Admission
@@ -112,6 +112,13 @@ def test_a_site_that_tells_of_boundless_noise_gains_a_known_factor_only() -> Non
     own = plan(job, Policy(max_rounds=1))
     louder = replace(own, noise_multiplier=2 * SLACK * MOST_TIMES * own.noise_multiplier)
     assert "norm" in Admission(job, {}).judge({1: answer(job, louder, noise_multiplier=99_999.0)}, STATE, [1])[1]
+
+
+def test_terms_that_allow_no_count_drop_the_reply_and_not_the_run() -> None:
+    job = configure({"privacy.noise-multiplier": 50.0, "privacy.epsilon": 1e-6, "privacy.delta": 1e-12})
+    told = answer(job, plan(configure({"privacy.noise-multiplier": 50.0})))
+    counted = replace(told, noised_correct=NoisedCount(10.0, 5.0))
+    assert "1e-06" in Admission(job, {}).judge({1: counted}, STATE, [1])[1]
 
 
 # Names: ward is node 1, another hospital's node 2 answers as ward

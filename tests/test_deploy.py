@@ -41,6 +41,7 @@ from experiments.deploy.site_folder import SiteFolder, make_site, open_site_fold
 from experiments.deploy.start import start_server, start_site
 from experiments.ports import free_ports
 from experiments.settings import to_toml
+from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer
 from server.records import read_json, write_json
 from strategies import configure
@@ -573,6 +574,54 @@ def test_a_job_that_still_runs_is_followed_and_not_submitted_twice(
     assert submission.submit(server, {}, said.append, once=True) == folder
     assert len(control.submitted) == 1
     assert "is under way" in said[-1]
+
+
+def test_a_resumed_job_that_still_runs_is_followed_too(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control, path = fake_control(), server.runs / "fedavg-lora-7"
+    path.mkdir(parents=True)
+    (path / CHECKPOINT).touch()
+    write_json(path / "config.json", {"run": "7", "settings": {"rounds": 9}})
+    settings = {"rounds": 9, "output": str(server.runs), "resume": str(path)}
+    write_json(server.path / "last-job.json", {"run": "8", "folder": str(path), "settings": settings})
+    with only_writer(path):
+        threading.Timer(2.0, write_json, (path / "result.json", {"status": "completed", "reason": ""})).start()
+        assert submission.submit(server, {"resume": "7"}, said.append, once=True) == path
+    assert control.submitted == []
+    assert "run 8 with these settings is under way" in said
+
+
+def test_a_job_is_resumed_only_once_its_server_has_ended(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control, path = fake_control(), server.runs / "fedavg-lora-7"
+    path.mkdir(parents=True)
+    (path / CHECKPOINT).touch()
+    write_json(path / "config.json", {"run": "7", "settings": {}})
+    monkeypatch.setattr(submission, "DYING_SECONDS", 0.2)
+    with only_writer(path), pytest.raises(RunFailed, match="is under way"):
+        submission.submit(server, {"resume": "7"}, said.append)
+    assert "is still written: waiting up to 0.2 s" in said[-1]
+    with pytest.raises(DataError, match="damaged"):
+        submission.submit(server, {"resume": "7"}, said.append)
+    assert control.submitted == []
+
+
+def test_a_run_that_flower_ended_is_followed_while_its_server_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "ASK_SECONDS", 0.0)
+    ended = FakeControl([], 1000 * ["finished:failed"])
+    with only_writer(tmp_path):
+        threading.Timer(0.5, write_json, (tmp_path / "result.json", {"status": "completed", "reason": ""})).start()
+        submission._follow(ended, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(RunFailed, match="ended as finished:failed and left no result"):
+        submission._follow(ended, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
 
 
 def test_a_silent_server_is_no_reason_to_submit_a_job_again(

@@ -352,6 +352,26 @@ def test_what_is_sent_in_another_sites_name_is_recorded_under_the_senders_number
     assert told == [[], [("node 1", kind), late], [("node 1", kind)]]
 
 
+def test_a_node_is_not_recorded_by_a_name_that_went_back_to_its_owner(toy_settings: dict[str, Any]) -> None:
+    """Node 1 counts as site-1 and goes offline; node 2 counts as site-1; then both are online."""
+    sizes: dict[int, int] = {}
+
+    class StartedAgain(Faulty):
+        away: Mapping[int, Collection[int]] = {0: [2], 1: [1]}
+
+        def deliver(self, node: int, task: TrainTask, content: Any) -> Any:
+            record = super().deliver(node, task, content)
+            honest = decode_reply(record, self._layout_of_round(task.round_number), task.run, task.round_number)
+            assert isinstance(honest, TrainResult)
+            sizes[node] = honest.public_size
+            return encode_reply(replace(honest, site="site-1", public_size=sizes[1]) if node == 2 else honest)
+
+    folder = run_in_process({**plain(toy_settings), "rounds": 3}, 3, "again", StartedAgain)
+    lines = read_lines(folder / "rounds.jsonl")
+    assert [line["participants"] for line in lines] == 3 * [["site-0", "site-1"]]
+    assert [[f["site"] for f in line["failures"]] for line in lines] == [[], [], ["node 2"]]
+
+
 def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(RunFailed, match=r"norm .* is above 1e-06"):
         run_in_process({**plain(toy_settings), "max-update-norm": 1e-6}, 2)

@@ -342,9 +342,9 @@ def test_every_rule_has_a_line_in_the_docs() -> None:
         assert f"`{item.name.replace('_', '-')}`" in text, f"docs/privacy.md does not say what {item.name} is"
 
 
-def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:
+def declared(name: str, *, labels: str = "", simulated: bool = False, **node: Scalar) -> int:
     """Return the size that the first of two parts of the data set ``name`` is declared to have."""
-    config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40})
+    config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40, "data.labels": labels})
     settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **node}
     return open_site(settings, config, "1", simulated=simulated).public_size
 
@@ -354,9 +354,16 @@ def test_a_stewards_part_of_a_file_needs_a_declared_size_and_one_of_a_public_dat
     site.rule(epsilon=1.0, delta=1e-4)
     policy = site.node["policy"]
     with pytest.raises(ConfigError, match=r"is no public data set, .* declare 'public-size'"):
-        declared(file, policy=policy)
-    assert declared(file, policy=policy, **{"public-size": 70}) == 70
+        declared(file, labels="bad,good", policy=policy)
+    assert declared(file, labels="bad,good", policy=policy, **{"public-size": 70}) == 70
     assert declared(file, simulated=True) == 100
     assert declared("rotten-tomatoes", policy=policy) == 4200
     site.rule(public_size=60)
-    assert declared(file, policy=policy) == 60
+    assert declared(file, labels="bad,good", policy=policy) == 60
+
+
+def test_the_labels_of_a_stewards_part_of_a_file_are_not_read_off_its_records(site: OneSite) -> None:
+    file = str(site.settings["data.name"])
+    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
+    with pytest.raises(ConfigError, match=r"which labels its records have is not public: name all labels in data\.lab"):
+        declared(file, policy=site.node["policy"])

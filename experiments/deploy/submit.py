@@ -12,8 +12,9 @@ from common.errors import DataError, RunFailed
 from common.paths import run_folder
 from experiments.deploy.control import Control, control_of
 from experiments.deploy.server_folder import ServerFolder
-from experiments.resume import with_resumed
+from experiments.resume import settings_of_resumed, with_resumed
 from server.checkpoint import NAME as CHECKPOINT
+from server.conduct import DYING_SECONDS
 from server.lock import is_written
 from server.records import read_json, write_json
 from strategies import configure
@@ -49,7 +50,7 @@ def submit(
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
     """
-    settings = with_resumed({**settings, "output": str(folder.runs)})
+    settings = settings_of_resumed({**settings, "output": str(folder.runs)})
     configure(settings)
     with control_of(folder) as control:
         last = _last_job(folder, settings) if once else {}
@@ -61,9 +62,10 @@ def submit(
             say(f"run {last['run']} with these settings is under way")
             _follow(control, last["run"], path, say, since=0.0)
             return path
-        resumed = (
-            with_resumed({**settings, "resume": str(path)}) if last and (path / CHECKPOINT).is_file() else settings
-        )
+        resumed = {**settings, "resume": str(path)} if last and (path / CHECKPOINT).is_file() else settings
+        if resumed.get("resume") and is_written(Path(str(resumed["resume"]))):
+            say(f"{resumed['resume']} is still written: waiting up to {DYING_SECONDS:g} s for its server's end")
+        resumed = with_resumed(resumed, DYING_SECONDS)
         _wait_for_sites(control, sites, patience, say)
         began = time.time()
         run = control.submit(resumed)
@@ -126,7 +128,8 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
             except RunFailed as error:
                 status, silence = "", str(error)
             asked = time.monotonic()  # after the answer: on a machine that takes longer than ASK_SECONDS it never rests
-            if _is_over(status) and not _result(path, since):
+            # The lock before the result: who held it may have written one meanwhile.
+            if _is_over(status) and not is_written(path) and not _result(path, since):
                 raise RunFailed(
                     f"run {run} ended as {status} and left no result, as when the SuperLink is restarted: submit it "
                     f"again with resume={str(path)!r} if that folder has a {CHECKPOINT}"
