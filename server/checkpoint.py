@@ -31,7 +31,7 @@ from server.files import length, replace_file
 from strategies import Job, ServerState
 
 NAME = "checkpoint.safetensors"
-FORMAT = "2"
+FORMAT = "3"
 MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
 

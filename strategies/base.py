@@ -8,8 +8,8 @@ from public sizes; everything it sees from a site has passed the site's mechanis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from common.errors import ProtocolError
@@ -30,8 +30,8 @@ class ServerState:
     """Whatever else the strategy or the server's optimiser needs, as tensors."""
 
 
-FIRST_MOMENT, SECOND_MOMENT = "adam.m/", "adam.v/"
-"""Prefixes of layer names under which a server optimiser's moments stand in ``ServerState.memory``."""
+FIRST_MOMENT, SECOND_MOMENT, STEPS = MOMENTS = "adam.m/", "adam.v/", "adam.t/"
+"""Prefixes of layer names under which the server optimiser's moments, and their steps, stand in the memory."""
 ServerStep = Callable[[ServerState, ServerState], ServerState]
 """From the state before a round and the one averaged to: the state after the server optimiser's step."""
 
@@ -135,15 +135,32 @@ class Strategy(ABC):
         """Server: return the state that this round's contributions (at least one) average to, one round on."""
 
     def settle(self, state: ServerState) -> ServerState:
-        """Server: bring a new state, moments included, into the form that the next round starts from."""
+        """Server: bring a new state into the form that the next round starts from.
+
+        A strategy that changes the basis of a layer's factors drops that layer's moments (``without_moments``).
+        """
         return state
 
     def server_update(
         self, state: ServerState, contributions: Sequence[Contribution], step: ServerStep | None = None
     ) -> ServerState:
-        """Server: return the next state: aggregate, let the server's optimiser ``step`` (if any), settle."""
-        averaged = self.aggregate(state, contributions)
+        """Server: return the next state: aggregate, let the server's optimiser ``step`` (if any), settle.
+
+        ``aggregate`` sees the strategy's own memory only, ``settle`` the optimiser's as well.
+        """
+        averaged = self.aggregate(replace(state, memory=own_memory(state.memory)), contributions)
         return self.settle(step(state, averaged) if step else averaged)
+
+
+def own_memory(memory: AdapterState) -> AdapterState:
+    """Return what the strategy itself keeps: all but the server optimiser's."""
+    return {layer: factors for layer, factors in memory.items() if not layer.startswith(MOMENTS)}
+
+
+def without_moments(memory: AdapterState, layers: Collection[str]) -> AdapterState:
+    """Return the memory without what the server's optimiser keeps about ``layers``: it begins anew for them."""
+    dropped = {prefix + layer for prefix in MOMENTS for layer in layers}
+    return {layer: factors for layer, factors in memory.items() if layer not in dropped}
 
 
 def _head_factors(state: AdapterState) -> tuple[str, ...]:

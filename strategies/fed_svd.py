@@ -30,7 +30,7 @@ from torch import Tensor
 from common.check import not_negative, one_of, positive
 from common.tensors import merge, select
 from common.types import AdapterState
-from strategies.base import FIRST_MOMENT, SECOND_MOMENT, Contribution, ServerState, Strategy, mean
+from strategies.base import Contribution, ServerState, Strategy, mean, without_moments
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest count as zero (float32 factors)."""
@@ -88,10 +88,10 @@ class FedSVD(Strategy):
         return replace(state, round_number=state.round_number + 1, adapter=adapter)
 
     def settle(self, state: ServerState) -> ServerState:
-        """Return the state re-factorised when it is due; A, M and moments of B follow the basis.
+        """Return the state re-factorised when it is due: A and M follow the basis.
 
-        With ``A ← C A`` a gradient of B becomes its product with Cᵀ, and so does the first moment; the
-        second becomes its product with (C ∘ C)ᵀ, exact where B's columns vary independently.
+        The server optimiser's moments of B do not: a second moment per coordinate says nothing about the
+        coordinates of another basis, so it begins anew for these layers.
         """
         if state.round_number <= self.warmup or (state.round_number - self.warmup) % self.period:
             return state
@@ -101,13 +101,8 @@ class FedSVD(Strategy):
             new_b, change = refactor(B, A, square_root=self.split == "square-root")
             rotation = (change @ held["M"].double()).to(A.dtype)
             changes[layer] = {"B": new_b, "A": rotate(rotation, held["A0"]), "M": rotation}
-            for prefix, turn in ((FIRST_MOMENT, change), (SECOND_MOMENT, change.square())):
-                if prefix + layer in state.memory:
-                    changes[prefix + layer] = {"B": state.memory[prefix + layer]["B"] @ turn.T}
-        moments = {layer: factors for layer, factors in changes.items() if layer not in state.adapter}
-        adapter = select({layer: f for layer, f in changes.items() if layer in state.adapter}, ("A", "B"))
-        memory = merge(select(changes, ("M",)), moments)
-        return replace(state, adapter=merge(state.adapter, adapter), memory=merge(state.memory, memory))
+        memory = merge(without_moments(state.memory, changes), select(changes, ("M",)))
+        return replace(state, adapter=merge(state.adapter, select(changes, ("A", "B"))), memory=memory)
 
 
 def rotate(M: Tensor, start: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +117,41 @@ def test_every_pitfall_that_is_of_code_has_a_test_and_every_edge_a_severity() ->
     assert severities == sorted(severities, key=["high", "medium", "low"].index)
 
 
-def test_the_page_on_adding_a_strategy_works(
-    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, row, run = blocks(ROOT / "docs" / "add-a-strategy.md", "python")
-    (tmp_path / "ffa_momentum.py").write_text(source, encoding="utf-8")
+@pytest.fixture
+def the_pages_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write the strategy of the page into a file, put it into the table, and return the row's source."""
+    source, row, _ = blocks(ROOT / "docs" / "add-a-strategy.md", "python")
+    (tmp_path / "fedavg_qr.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
-    module = __import__("ffa_momentum")
-    names: dict[str, Any] = {"STRATEGIES": strategies.STRATEGIES, "FFAMomentum": module.FFAMomentum}
-    exec(row, names)
-    namespace: dict[str, Callable[..., Any] | dict[str, Any]] = {
-        "run_in_process": run_in_process,
-        "toy_settings": toy_settings,
-    }
+    exec(row, {"STRATEGIES": strategies.STRATEGIES, "FedAvgQR": __import__("fedavg_qr").FedAvgQR})
+    yield row
+    sys.modules.pop("fedavg_qr")
+
+
+@pytest.mark.usefixtures("the_pages_strategy")
+@pytest.mark.parametrize("server", ["none", "adam"])
+def test_the_page_on_adding_a_strategy_works(server: str, toy_settings: dict[str, Any]) -> None:
+    run = blocks(ROOT / "docs" / "add-a-strategy.md", "python")[2]
+    settings = {**toy_settings, "rounds": 3, "server.optimizer": server}
+    namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
     exec(f"folder = {run}", namespace)
-    folder: Any = namespace["folder"]
-    lines = read_lines(folder / "rounds.jsonl")
-    assert [line["strategy"] for line in lines] == ["ffa-momentum"] * 2
-    sys.modules.pop("ffa_momentum")
+    lines = read_lines(namespace["folder"] / "rounds.jsonl")
+    assert [line["strategy"] for line in lines] == ["fedavg-qr"] * 3
+
+
+def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_strategy: str, tmp_path: Path) -> None:
+    plugin = f"from fedavg_qr import FedAvgQR\nfrom strategies import STRATEGIES\n{the_pages_strategy}"
+    (tmp_path / "the_row.py").write_text(plugin, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "the_row", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [*command, "tests/test_strategies.py", "-k", "fedavg-qr"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 20, done.stdout

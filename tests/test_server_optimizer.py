@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from common.types import HEAD, AdapterState
 from experiments.in_process import run_in_process
 from server.optimizer import server_step
 from strategies import STRATEGIES, Contribution, ServerState
-from strategies.base import FIRST_MOMENT, SECOND_MOMENT
+from strategies.base import MOMENTS, STEPS
 from strategies.fed_svd import FedSVD
 from strategies.ffa_lora import FFALoRA
 
@@ -86,7 +87,8 @@ def test_the_adapter_keeps_its_dtype_and_the_moments_are_float64() -> None:
     other = {layer: {n: t.float() for n, t in f.items()} for layer, f in start(1).items()}
     state = server_step(CONFIG, ServerState(0, single), ServerState(1, other))
     assert {t.dtype for f in state.adapter.values() for t in f.values()} == {torch.float32}
-    assert {t.dtype for f in state.memory.values() for t in f.values()} == {torch.float64}
+    moments = [t for layer, f in state.memory.items() if not layer.startswith(STEPS) for t in f.values()]
+    assert {t.dtype for t in moments} == {torch.float64}
 
 
 def test_the_first_step_has_the_learning_rates_length_in_every_moved_coordinate() -> None:
@@ -100,22 +102,44 @@ def test_the_first_step_has_the_learning_rates_length_in_every_moved_coordinate(
     assert torch.allclose(head, 0.15 * change / (change + 1e-3)), "the head steps at head-rate times the rate"
 
 
-def test_moments_follow_the_basis_that_fed_svd_turns_to() -> None:
-    """The first moment stays the moment of the same gradient in weight space: m' = m Cᵀ when A' = C A."""
-    strategy, begun = FedSVD(), FedSVD().start(start())
-    site = Contribution("s", 1.0, {"layer": {"B": start(1)["layer"]["B"]}, HEAD: start(1)[HEAD]})
-    stepped = server_step(CONFIG, begun, strategy.aggregate(begun, [site]))
-    settled = strategy.settle(stepped)
-    A, turned = stepped.adapter["layer"]["A"], settled.adapter["layer"]["A"]
-    change = turned @ torch.linalg.pinv(A)
-    for prefix, turn in ((FIRST_MOMENT, change), (SECOND_MOMENT, change.square())):
-        moment, new = stepped.memory[f"{prefix}layer"]["B"], settled.memory[f"{prefix}layer"]["B"]
-        assert not torch.allclose(moment, new), "the basis did not turn: this test shows nothing"
-        assert torch.allclose(new, moment @ turn.T, atol=1e-12), prefix
-        assert torch.equal(stepped.memory[prefix + HEAD]["bias"], settled.memory[prefix + HEAD]["bias"])
-    assert torch.allclose(settled.adapter["layer"]["B"] @ turned, stepped.adapter["layer"]["B"] @ A, atol=1e-12), (
-        "turning the basis changed the model"
-    )
+def test_v8_moments_are_dropped_when_fed_svd_turns_the_basis_and_the_next_step_is_a_first_one() -> None:
+    strategy, settle = FedSVD(period=2), []
+
+    def site(seed: int) -> Contribution:
+        return Contribution("s", 1.0, {"layer": {"B": start(seed)["layer"]["B"]}, HEAD: start(seed)[HEAD]})
+
+    def step(before: ServerState, averaged: ServerState) -> ServerState:
+        settle.append(server_step(CONFIG, before, averaged))
+        return settle[-1]
+
+    begun = strategy.start(start())
+    first = strategy.server_update(begun, [site(1)], step)
+    assert {f"{prefix}layer" for prefix in MOMENTS} <= first.memory.keys(), "no basis turned, and moments are gone"
+    second = strategy.server_update(first, [site(2)], step)
+    assert not torch.allclose(second.adapter["layer"]["A"], first.adapter["layer"]["A"]), "the basis did not turn"
+    assert not [k for k in second.memory if k.endswith("layer") and k != "layer"], "moments of the old basis are kept"
+    assert int(second.memory[STEPS + HEAD]["t"]) == 2, "the head has no basis, its moments must stay"
+    strategy.server_update(second, [site(3)], step)
+    fresh = server_step(CONFIG, replace(second, memory={}), strategy.aggregate(second, [site(3)]))
+    assert torch.equal(settle[-1].adapter["layer"]["B"], fresh.adapter["layer"]["B"]), "the step is not a first one"
+    old = server_step(CONFIG, replace(second, memory=settle[1].memory), strategy.aggregate(second, [site(3)]))
+    assert not torch.allclose(old.adapter["layer"]["B"], fresh.adapter["layer"]["B"]), "keeping them changes nothing"
+
+
+def test_a_strategy_averages_without_seeing_the_optimisers_moments() -> None:
+    seen = []
+
+    class Watching(FFALoRA):
+        def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+            seen.append(set(state.memory))
+            return super().aggregate(state, contributions)
+
+    state = ServerState(0, start(), {"own": {"x": torch.zeros(1)}})
+    for seed in (1, 2):
+        site = Contribution("s", 1.0, {"layer": {"B": start(seed)["layer"]["B"]}, HEAD: start(seed)[HEAD]})
+        state = Watching().server_update(state, [site], lambda a, b: server_step(CONFIG, a, b))
+    assert seen == [{"own"}, {"own"}]
+    assert {"own", STEPS + HEAD} <= state.memory.keys()
 
 
 def test_the_default_way_of_training_lowers_the_loss(toy_settings: dict[str, Any]) -> None:
