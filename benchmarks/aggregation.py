@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,8 @@ def main() -> None:
     limit = 2 * 4 * LAYERS * arguments.sites * WIDTH * RANK
     print(f"bytes read by the mean: {limit / 1e6:.0f} MB; at 10 GB/s that alone is {limit / 1e10 * 1e3:.1f} ms")
     print(f"largest tensor made: {LargestTensor.numbers:,} numbers; an m × n product has {WIDTH * WIDTH:,}")
+    if LargestTensor.numbers >= WIDTH * WIDTH:
+        sys.exit("an aggregation made a tensor as large as a product of the factors")
 
 
 if __name__ == "__main__":

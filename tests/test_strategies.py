@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.adapters import ADAPTERS, Adapter
 from common.errors import ProtocolError
@@ -312,6 +314,33 @@ def test_contributions_of_unlike_layouts_are_refused(strategy: Strategy) -> None
     good, other = participants(strategy, state, [2, 3])
     with pytest.raises(ProtocolError):
         strategy.server_update(state, [good, replace(other, state={k: v for k, v in other.state.items() if k != HEAD})])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most numbers that any tensor made inside it has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.numbers = max(self.numbers, value.numel())
+        return result
+
+
+@each_strategy
+def test_the_server_never_forms_a_product_of_the_factors(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, into = 300, 200
+    monkeypatch.setitem(LAYERS, "encoder.0.query", (out, into))
+    state = started(strategy)
+    sites = participants(strategy, state, [2, 3])
+    with LargestTensor() as largest:
+        state = strategy.server_update(state, sites)
+    assert largest.numbers < out * into / 10, f"{strategy.name} made a tensor of {largest.numbers} numbers"
+    with LargestTensor() as control:
+        weights_of(strategy, state.adapter)
+    assert control.numbers == out * into, "a product would not be seen"
 
 
 def test_only_ratios_of_weights_matter() -> None:
