@@ -1,0 +1,23 @@
+"""What a run says of its model is what its saved adapter does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process
+from server.report import read_lines
+from strategies import STRATEGIES
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stock_peft_scores_a_runs_adapter_as_the_runs_last_line_does(
+    strategy: str, precision: str, toy_settings: dict[str, Any]
+) -> None:
+    settings = {**toy_settings, "strategy": strategy, "precision": precision, "privacy.mode": "none"}
+    folder = run_in_process({**settings, "training.learning-rate": 0.05, "server.optimizer": "none"}, 2)
+    last, scored = read_lines(folder / "rounds.jsonl")[-1], evaluate_run(folder)
+    assert (scored.accuracy, scored.loss) == (last["accuracy"], last["loss"])
