@@ -66,7 +66,8 @@ class DataConfig:
     labels: str = ""
     """Label values in order, separated by commas; empty: the sorted distinct values of the file."""
     partition: str = "dirichlet"
-    """How simulated sites divide the records: ``iid``, ``dirichlet`` (by label), ``natural`` (by ``key``)."""
+    """How simulated sites divide the records: ``iid``, ``dirichlet`` (by label, so not for ``causal-lm``), ``natural``
+    (by ``key``)."""
     dirichlet_alpha: float = 1.0
     """Concentration of the label-Dirichlet partition: smaller is more uneven."""
     key: str = ""
@@ -94,7 +95,7 @@ class AdapterConfig:
     targets: str = "query,value"
     """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``."""
     init: str = "orthonormal"
-    """Start of A: ``orthonormal`` rows, or ``kaiming`` (PEFT's)."""
+    """Start of A: ``orthonormal`` rows, or ``kaiming`` (PEFT's), which Fed-SB refuses: it has ``fed-sb.init``."""
 
     def __post_init__(self) -> None:
         positive(adapter__rank=self.rank, adapter__alpha=self.alpha)
@@ -115,7 +116,8 @@ class HeadConfig:
     policy: str = "trained"
     """``trained`` (averaged, and part of the clipped vector) or ``frozen`` (kept at its start)."""
     start: str = "label-words"
-    """``zeros``, ``random`` (seeded), or ``label-words``: from public phrases about each label."""
+    """``zeros`` (of a trained head only), ``random`` (seeded), or ``label-words``: from public phrases about each
+    label."""
     phrases: str = ""
     """For ``label-words``: phrases of one label separated by ``|``, labels by ``;``, in label order."""
     margin: float = 3.0
@@ -265,6 +267,11 @@ class RunConfig:
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)
         if self.model.task == "causal-lm" and self.head.policy != "frozen":
             raise ConfigError("model.task 'causal-lm' has no classification head: set head.policy to 'frozen'")
+        if self.model.task == "classification" and (self.head.policy, self.head.start) == ("frozen", "zeros"):
+            raise ConfigError(
+                "head.policy 'frozen' keeps head.start 'zeros', through which no adapter gets a gradient: "
+                "set head.start to 'label-words' or 'random', or head.policy to 'trained'"
+            )
 
     @property
     def site_training(self) -> TrainingConfig:

@@ -180,6 +180,9 @@ def start_head(model: FederatedModel, head: HeadConfig, seed: int, phrases: Sequ
     ``label-words`` writes into each row how the base model's features of public phrases about
     that label differ from their mean over labels, scaled to ``head.margin``; the bias makes a text
     whose features are that mean equally likely for all labels.
+
+    Raises:
+        ConfigError: the base model cannot tell the labels' phrases apart, and the head is frozen.
     """
     linear = model.module.head
     linear.bias.zero_()
@@ -193,8 +196,15 @@ def start_head(model: FederatedModel, head: HeadConfig, seed: int, phrases: Sequ
         centred = means - means.mean(0)
         # A label's logit on its own features leads the mean of the others by |row|² C / (C - 1).
         lead = centred.pow(2).sum(1).mean() * len(phrases) / max(1, len(phrases) - 1)
-        # Labels that the base model cannot tell apart start at zero.
-        linear.weight.copy_(centred * (head.margin / lead) if lead > 1e-12 else torch.zeros_like(centred))
+        told_apart = bool(lead > 1e-12)
+        if head.policy == "frozen" and not told_apart:
+            # Through a head that stays zero every adapter gradient is zero: sites would pay for sending noise.
+            raise ConfigError(
+                f"{model.base.name!r} cannot tell the labels' phrases apart, so the head starts at zero, and a frozen "
+                "one trains no adapter: set head.phrases to other words, head.start to 'random' or head.policy to "
+                "'trained'"
+            )
+        linear.weight.copy_(centred * (head.margin / lead) if told_apart else torch.zeros_like(centred))
         linear.bias.copy_(-linear.weight @ means.mean(0))
 
 

@@ -84,7 +84,16 @@ class FedSB(Strategy):
             raise ConfigError("fed-sb.init 'public-gradient' needs fed-sb.init-data: name a public data set or file")
 
     def adapter_init(self, configured: str) -> str:
-        """Return how the adapter starts before any gradient is seen."""
+        """Return how the adapter starts before any gradient is seen.
+
+        Raises:
+            ConfigError: ``adapter.init`` asks for another start than an orthonormal one, which all of Fed-SB's are.
+        """
+        if configured != "orthonormal":
+            raise ConfigError(
+                f"adapter.init {configured!r} has no effect on 'fed-sb', whose B and A are always orthonormal: "
+                f"leave it at 'orthonormal' and choose fed-sb.init from {', '.join(INITS)}"
+            )
         return "svd-of-weights" if self.init == "svd-of-weights" else "orthonormal"
 
     @property

@@ -230,12 +230,18 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
         ({"adapter.targets": " , "}, "adapter.targets"),
         ({"adapter.name": "lora", "strategy": "ffa-lora"}, "ffa-lora"),
         ({"adapter.name": "loro"}, "adapter.name"),
+        ({"head.policy": "frozen", "head.start": "zeros"}, "set head.start to 'label-words' or 'random'"),
+        ({"strategy": "fed-sb", "adapter.init": "kaiming"}, "choose fed-sb.init from orthonormal, svd-of-weights"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(values: dict[str, Scalar], named: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(named)) as refusal:
         configure(values)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_language_model_has_no_head_that_could_be_zero() -> None:
+    configure({"model.task": "causal-lm", "head.policy": "frozen", "head.start": "zeros"})
 
 
 # There and back
