@@ -6,6 +6,7 @@ ledger on disk, and only then a record is touched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from client.site import Site
 from common.batching import epoch_batches, length_batches
 from common.device import choose_batch_tokens
 from common.errors import ProtocolError
-from common.initial_gradient import mean_gradient, private_gradient
+from common.initial_gradient import mean_gradient, private_gradient, record_bytes
 from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps, rounding_margin
@@ -31,7 +32,10 @@ from common.tensors import fingerprint, merge, start_fingerprint
 from strategies import Job
 
 INITIAL_BATCH_TOKENS = 1024
-"""Tokens of one forward pass in round 0: per-record gradients of whole layers are large."""
+"""Tokens of one forward pass in round 0, which is one batch: small parts cost it little time."""
+INITIAL_BATCH_BYTES = 2**30
+"""Of the records' gradients of one such pass. A record's is as large as the adapted layers (RoBERTa-large, query and
+value: 201 MB), however short it is; a site that runs out of memory has paid, and pays again when it is asked again."""
 
 
 def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[Record], task: TrainTask) -> TrainResult:
@@ -86,7 +90,8 @@ def initial_round(
     if job.config.privacy.on:
         plan, spending = pay_initialisation(site, job, source, task)
         chosen = private_poisson_sample(size, source.sample_rate).tolist()
-        gradient = private_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS), plan)
+        most = max(1, INITIAL_BATCH_BYTES // record_bytes(model))
+        gradient = private_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS, most), plan)
     else:
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
         chosen = order[: max(1, round(source.sample_rate * size))]
@@ -97,7 +102,9 @@ def initial_round(
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
     wanted = job.strategy.basis(job.strategy.start(model.start))
-    if task.round_number and wanted and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
+    # In round 0 nothing is due; what comes all the same would be kept for the rounds after it.
+    due = task.basis or (task.round_number and wanted)
+    if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
         raise ProtocolError("the factors that are sent once are not those that the server says it sent")
     if task.round_number > job.config.rounds:
         raise ProtocolError(f"the task is for round {task.round_number}, the run has {job.config.rounds}")
@@ -152,6 +159,8 @@ def plain_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int) -> Iterator[Batch]:
-    for group in length_batches([len(records[i]["input_ids"]) for i in chosen], budget):
+def _parts(
+    records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int, most: float = math.inf
+) -> Iterator[Batch]:
+    for group in length_batches([len(records[i]["input_ids"]) for i in chosen], budget, most):
         yield model.batch([records[chosen[i]] for i in group])

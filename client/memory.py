@@ -23,12 +23,9 @@ class Memory:
         self._kept = kept
 
     def with_basis(self, task: TrainTask, layout: Layout) -> TrainTask | None:
-        """Return the task with what is sent once, kept or just received; None if this node does not have it."""
-        if not task.basis_fingerprint:
+        """Return the task with what is sent once, just received or kept; None if this node does not have it."""
+        if task.basis or not task.basis_fingerprint:
             return task
-        if task.basis:
-            self._kept["basis-of"] = task.basis_fingerprint.encode()
-            self._kept["basis"] = encode_state(task.basis)
         if self._kept.get("basis-of") != task.basis_fingerprint.encode():
             return None
         return replace(task, basis=decode_state(self._kept["basis"], layout))
@@ -54,7 +51,14 @@ class Memory:
         return result_from_bytes(self._kept["reply"], layout, task.run, task.round_number)
 
     def keep(self, task: TrainTask, result: TrainResult) -> None:
-        """Keep what is sent in answer to ``task``, in place of what was kept before."""
+        """Keep what is sent in answer to ``task``, and what came once with it, in place of what was kept before.
+
+        A task that was answered has been checked: factors that are not those of their fingerprint would stand in
+        the way of every later round.
+        """
+        if task.basis:
+            self._kept["basis-of"] = task.basis_fingerprint.encode()
+            self._kept["basis"] = encode_state(task.basis)
         about = {"run": task.run, "round": task.round_number, "task": _digest(task)}
         self._kept["reply-to"] = json.dumps({**about, "layout": layout_of(result.contribution)}).encode()
         self._kept["reply"] = result_to_bytes(result)

@@ -7,6 +7,7 @@ and sorting pays only across several of them; DP-SGD's batches are a Poisson sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,8 +18,8 @@ WINDOW = 8
 """Batches of an epoch among which records are sorted by length: a quarter fewer tokens on the default job."""
 
 
-def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Return positions of ``lengths``, longest first, grouped so that count × longest ≤ ``budget``.
+def length_batches(lengths: Sequence[int], budget: int, most: float = math.inf) -> list[list[int]]:
+    """Return positions of ``lengths``, longest first, in groups of at most ``most`` with count × longest ≤ ``budget``.
 
     Every position appears exactly once; a record longer than the budget gets a group of its own.
 
@@ -27,7 +28,7 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
     groups: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+        if groups and len(groups[-1]) < most and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
             groups[-1].append(position)
         else:
             groups.append([position])

@@ -52,15 +52,24 @@ def private_gradient(model: FederatedModel, parts: Iterable[Batch], plan: Privac
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
 
 
+def record_bytes(model: FederatedModel) -> int:
+    """Return what one record's gradient takes while records' gradients are apart, as under privacy."""
+    return sum(weight.numel() * weight.element_size() for weight in _own_weights(model).values())
+
+
+def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:
+    return {
+        name: cast(nn.Parameter, layer.get_base_layer().weight)
+        for name, layer in sorted(model.adapter.layers(model.peft_model).items())
+    }
+
+
 @contextmanager
 def _open_weights(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
     """Let exactly the adapted layers' own weights take a gradient; put everything back afterwards."""
     before = [(p, p.requires_grad) for p in model.module.parameters()]
     model.module.requires_grad_(False)
-    weights = {
-        name: cast(nn.Parameter, layer.get_base_layer().weight)
-        for name, layer in sorted(model.adapter.layers(model.peft_model).items())
-    }
+    weights = _own_weights(model)
     for weight in weights.values():
         weight.requires_grad_(True)
     try:

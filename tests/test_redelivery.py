@@ -12,7 +12,7 @@ from one_site import OneSite, clinic
 
 import client.app
 from client.local_training import train_round
-from common.messages import Refusal, TrainResult
+from common.messages import Refusal, TrainResult, TrainTask
 from common.tensors import entries, scale
 
 
@@ -117,12 +117,43 @@ def test_only_the_last_reply_is_kept(site: OneSite) -> None:
     assert abs(sum(map(len, site.memory.values())) - size) < 100
 
 
+def ask_for_fed_sb(site: OneSite, init: str) -> None:
+    """Let the site's run start Fed-SB from a full gradient, so that B and A are sent once."""
+    site.settings |= {"strategy": "fed-sb", "fed-sb.init": init, "fed-sb.init-data": str(site.node["data"])}
+
+
+def refused(site: OneSite, task: TrainTask) -> str:
+    """Return the kind of the refusal that a task gets, with nothing charged."""
+    before, reply = site.charges(), site.ask(task)
+    assert isinstance(reply, Refusal), "the site took part"
+    assert site.charges() == before, "a refused round was charged"
+    return reply.kind
+
+
+def test_wrong_factors_sent_once_are_not_kept_and_the_right_ones_are_taken_later(site: OneSite) -> None:
+    ask_for_fed_sb(site, "public-gradient")
+    task = site.task(1)
+    assert refused(site, replace(task, basis=scale(task.basis, 1.5))) == "task"
+    assert refused(site, replace(task, basis={})) == "basis", "wrong factors were kept: the site asks for no others"
+    assert isinstance(site.ask(task), TrainResult)
+
+
+def test_wrong_factors_do_not_replace_the_right_ones(site: OneSite) -> None:
+    ask_for_fed_sb(site, "public-gradient")
+    site.train(1)
+    task = site.task(2)
+    assert refused(site, replace(task, basis=scale(task.basis, 1.5))) == "task"
+    assert isinstance(site.ask(replace(task, basis={})), TrainResult), "the node lost what it had"
+
+
+def test_wrong_factors_in_round_0_are_refused_like_any(site: OneSite) -> None:
+    ask_for_fed_sb(site, "dp-gradient")
+    task = site.task(0)
+    assert refused(site, replace(task, state={}, basis=scale(task.basis, 1.5))) == "task"
+
+
 def test_factors_sent_once_are_kept_once_and_do_not_make_a_task_another(site: OneSite) -> None:
-    site.settings |= {
-        "strategy": "fed-sb",
-        "fed-sb.init": "public-gradient",
-        "fed-sb.init-data": str(site.node["data"]),
-    }
+    ask_for_fed_sb(site, "public-gradient")
     task = site.task(1)
     assert task.basis, "this strategy sends nothing once: the test tests nothing"
     first = site.ask(task)

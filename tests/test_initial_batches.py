@@ -1,0 +1,67 @@
+"""Round 0 cuts its batch by the bytes of the records' gradients, and the cut does not change what is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from one_site import OneSite, clinic
+
+from audits.worlds import plan
+from client import local_training
+from common.initial_gradient import private_gradient, record_bytes
+from common.messages import TrainResult
+from common.model import FederatedModel
+from common.privacy.plan import PrivacyPlan
+from common.tasks import Batch
+from common.tensors import l2_norm, subtract
+from common.types import AdapterState
+
+RECORDS = 40
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    own = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0, "privacy.epsilon": 50.0}
+    return clinic({**toy_settings, **own}, tmp_path, RECORDS)
+
+
+def parts_of(site: OneSite, limit: int, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Return the parts in which the site computes round 0 with ``limit`` bytes for the records' gradients."""
+    seen: list[Batch] = []
+
+    def spy(model: FederatedModel, parts: Iterable[Batch], figures: PrivacyPlan) -> AdapterState:
+        seen.extend(parts)
+        return private_gradient(model, seen, figures)
+
+    site.memory.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(local_training, "INITIAL_BATCH_BYTES", limit)
+        patch.setattr(local_training, "private_gradient", spy)
+        reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
+    assert isinstance(reply, TrainResult), reply
+    assert sum(len(part["input_ids"]) for part in seen) == RECORDS
+    return seen
+
+
+def test_a_record_weighs_as_much_as_the_adapted_layers(site: OneSite) -> None:
+    # Tiny BERT, both of its layers: query, value, attention output (16 × 16), intermediate and output (16 × 24).
+    assert record_bytes(site.model()) == 2 * (3 * 16 * 16 + 2 * 16 * 24) * 4
+
+
+def test_parts_keep_to_the_bytes_and_the_gradient_does_not_depend_on_them(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = site.model()
+    one = record_bytes(model)
+    cuts = {most: parts_of(site, most * one, monkeypatch) for most in (0, 3, 1000)}
+    largest = {most: max(len(part["input_ids"]) for part in parts) for most, parts in cuts.items()}
+    assert (largest[0], largest[3]) == (1, 3), "round 0 holds more records' gradients at once than it may"
+    assert largest[1000] > 3, "the tokens alone cut as finely: the test tests nothing"
+    gradients = {most: private_gradient(model, parts, plan(clip=0.05)) for most, parts in cuts.items()}
+    for most in (0, 3):
+        apart = l2_norm(subtract(gradients[most], gradients[1000])) / l2_norm(gradients[1000])
+        assert apart < 1e-5, f"cut by {largest[most]} records the gradient is off by {apart:.1e} of its length"
