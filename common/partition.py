@@ -12,10 +12,23 @@ from functools import lru_cache
 import torch
 
 from common.check import positive
-from common.config import DataConfig
+from common.config import DataConfig, RunConfig
 from common.errors import ConfigError, DataError
 from common.examples import Dataset
 from common.randomness import stream
+
+NO_LABEL = (
+    "data.partition is 'dirichlet', but the records have no label: set it to 'iid', or to 'natural' with data.key"
+)
+
+
+def check_partition(config: RunConfig) -> None:
+    """Raise ConfigError if simulated sites cannot divide the records of this task as configured; reads no record.
+
+    Only a simulation asks: sites with data of their own divide nothing, whatever ``data.partition`` says.
+    """
+    if config.model.task == "causal-lm" and config.data.partition == "dirichlet":
+        raise ConfigError(NO_LABEL)
 
 
 def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partitions: int) -> Dataset:
@@ -56,10 +69,7 @@ def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tu
     if config.partition == "dirichlet":
         columns["label"] = [example.label for example in train.examples if example.label is not None]
         if len(columns["label"]) < len(train.examples):
-            raise ConfigError(
-                "data.partition is 'dirichlet', but the records have no label: "
-                "set it to 'iid', or to 'natural' with data.key"
-            )
+            raise ConfigError(NO_LABEL)
     elif config.partition == "natural":
         columns["site"] = _sites_of_keys(train, config, num_partitions)
     # Mixed beforehand: IidPartitioner, and DirichletPartitioner within a label, cut runs out of the order given.

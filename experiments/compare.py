@@ -21,6 +21,7 @@ from pathlib import Path
 from common.config import PRIVACY_MODES, Scalar
 from common.device import own_cores
 from common.errors import ConfigError, RunFailed
+from common.partition import check_partition
 from common.paths import run_folder
 from common.privacy.figures import epsilon_text
 from experiments.settings import parse_settings
@@ -83,7 +84,9 @@ def compare(
                 settings: dict[str, Scalar] = {**parse_settings([str(path)]), **overrides}
                 settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
                 jobs[path.stem, mode, seed] = (settings, f"{path.stem}-{mode}-{seed}")
-                _check_kept(configure(settings), f"{path.stem}-{mode}-{seed}", sites)
+                job = configure(settings)
+                check_partition(job.config)
+                _check_kept(job, f"{path.stem}-{mode}-{seed}", sites)
     if len(jobs) != len(configs) * len(PRIVACY_MODES) * len(seeds) or not jobs:
         raise ConfigError("a comparison needs configurations of different names and different seeds")
     outcomes = []

@@ -24,6 +24,7 @@ from typing import Any
 from common.config import Scalar
 from common.device import own_cores
 from common.errors import ConfigError, RunFailed
+from common.partition import check_partition
 from common.paths import run_folder
 from experiments.ports import free_ports
 from experiments.settings import to_toml
@@ -66,6 +67,7 @@ def simulate(
     output = str(Path(str(settings.get("output", "runs"))).expanduser().absolute())
     settings = {**settings, "output": output}
     job = configure(settings)
+    check_partition(job.config)
     with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
         known = 0
         if job.config.resume:

@@ -47,6 +47,16 @@ def test_a_comparison_runs_both_modes_and_goes_on_where_it_stopped(
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished run was run again"
 
 
+def test_a_comparison_that_divides_by_label_what_has_none_starts_nothing(
+    toy_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(to_toml({**toy_generation, "data.partition": "dirichlet"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="'dirichlet', but the records have no label"):
+        compare([job], [1], 2, {}, tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists(), "a run was started"
+
+
 def test_a_kept_result_of_other_settings_stops_the_comparison_before_anything_runs(
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from conftest import write_questions
 from made_run import MadeRun
+from one_site import OneSite
 from typer.testing import CliRunner
 
 from common.errors import ConfigError, RunFailed
@@ -77,6 +79,24 @@ def test_a_run_writes_down_how_many_sites_it_has(toy_settings: dict[str, Any], n
     with pytest.raises(RunFailed):
         simulation.simulate(toy_settings, 3, lambda progress: None)
     assert recorded_sites(Path(toy_settings["output"]) / "ffa-lora-7") == 3
+
+
+def test_a_simulation_that_divides_by_label_what_has_none_starts_nothing(
+    toy_generation: dict[str, Any], no_flower: list[int]
+) -> None:
+    settings = {**toy_generation, "data.partition": "dirichlet"}
+    with pytest.raises(ConfigError, match="'dirichlet', but the records have no label: set it to 'iid'") as refusal:
+        simulation.simulate(settings, 3, lambda progress: None)
+    assert "\n" not in str(refusal.value)
+    assert no_flower == [], "the run was started"
+
+
+def test_sites_with_data_of_their_own_divide_nothing_and_are_not_refused(
+    toy_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**toy_generation, "data.partition": "dirichlet", "privacy.noise-multiplier": 2.0}
+    own = {"data": str(write_questions(tmp_path / "own.csv", 40)), "ledger": str(tmp_path / "clinic.sqlite")}
+    OneSite(settings, {"site": "clinic", "public-size": 50, **own}).train()
 
 
 def test_a_run_of_unknown_sites_is_not_resumed_on_a_guess(toy_settings: dict[str, Any], tmp_path: Path) -> None:
