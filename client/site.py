@@ -8,7 +8,7 @@ A Flower node describes its site in the node configuration (``--node-config``):
                 partition ``partition-id`` of ``num-partitions`` of the run's data set
 ``dataset-id``  what the ledger calls the data; default: the site's name
 ``public-size`` number of records declared as public; needed with ``data``, and by a
-                steward's partition of a file (of a public data set it follows)
+                steward's partition of a file or a hub name (of a named data set it follows)
 ``ledger``      file of the ledger; it outlives every run
 ``policy``      TOML file of the steward's rules (see ``client.policy``)
 =============== =====================================================================
@@ -118,7 +118,7 @@ def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:
         return
     if not config.data.labels:
         raise ConfigError(
-            f"data.name {config.data.name!r} is no public data set, and which labels its records have is not public: "
+            f"data.name {config.data.name!r} is not known to be public, nor which labels its records have: "
             "name all labels in data.labels"
         )
 
@@ -128,11 +128,11 @@ def _size_of_part(part: Dataset, config: DataConfig, node: Mapping[str, Scalar])
 
     That is true where ``data.name`` is a public data set, whose division anyone can repeat, and in an
     experiment, where one machine holds all. A steward's policy says that there are records to protect: then
-    a file is taken for private, and its size for nobody's business.
+    a file or a hub repository is taken for private, and its size for nobody's business.
     """
     if "policy" in node and not is_public(config.name):
         raise ConfigError(
-            f"data.name {config.name!r} is no public data set, and how many records it has is not public: "
+            f"data.name {config.name!r} is not known to be public, nor how many records it has: "
             "declare 'public-size' in the node configuration or in the policy"
         )
     return declared_size(len(part.examples))

@@ -114,8 +114,11 @@ def _load(config: DataConfig, task: str, source: str | None) -> Dataset:
 
 
 def is_public(name: str) -> bool:
-    """Return whether ``name`` is a data set that anyone can get: inside a package, or on the hub."""
-    return name in DATASETS or name.startswith("hub:")
+    """Return whether ``name`` is known to be a data set that anyone can get.
+
+    No hub name is: with the site's own token it may open a private or gated repository.
+    """
+    return name in DATASETS
 
 
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:

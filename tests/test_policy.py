@@ -353,7 +353,7 @@ def test_a_stewards_part_of_a_file_needs_a_declared_size_and_one_of_a_public_dat
     file = str(site.settings["data.name"])
     site.rule(epsilon=1.0, delta=1e-4)
     policy = site.node["policy"]
-    with pytest.raises(ConfigError, match=r"is no public data set, .* declare 'public-size'"):
+    with pytest.raises(ConfigError, match=r"is not known to be public, nor how many .* declare 'public-size'"):
         declared(file, labels="bad,good", policy=policy)
     assert declared(file, labels="bad,good", policy=policy, **{"public-size": 70}) == 70
     assert declared(file, simulated=True) == 100
@@ -365,5 +365,22 @@ def test_a_stewards_part_of_a_file_needs_a_declared_size_and_one_of_a_public_dat
 def test_the_labels_of_a_stewards_part_of_a_file_are_not_read_off_its_records(site: OneSite) -> None:
     file = str(site.settings["data.name"])
     site.rule(epsilon=1.0, delta=1e-4, public_size=60)
-    with pytest.raises(ConfigError, match=r"which labels its records have is not public: name all labels in data\.lab"):
+    with pytest.raises(ConfigError, match=r"nor which labels its records have: name all labels in data\.labels"):
         declared(file, policy=site.node["policy"])
+
+
+def test_a_hub_name_is_not_taken_for_public_under_a_policy(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": [f"note {i}" for i in range(80)], "label": ["bad", "good"] * 40})
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows)
+    name = "hub:clinic/gated-notes"
+    site.rule(epsilon=1.0, delta=1e-4)
+    policy = site.node["policy"]
+    with pytest.raises(ConfigError, match=r"name all labels in data\.labels"):
+        declared(name, policy=policy)
+    with pytest.raises(ConfigError, match="declare 'public-size'"):
+        declared(name, labels="bad,good", policy=policy)
+    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
+    assert declared(name, labels="bad,good", policy=policy) == 60
+    assert declared(name, simulated=True) == 20, "an experiment on a hub data set needs no declaration"
