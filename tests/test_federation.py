@@ -134,7 +134,8 @@ def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_thr
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     nodes[1] |= {"policy": str(policy), "public-size": 100}
     settings = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
-    folder = run_in_process({**toy_settings, **settings}, nodes)
+    # Under a policy the labels of a file are not read off its records.
+    folder = run_in_process({**toy_settings, **settings, "data.labels": "bad,good"}, nodes)
     lines = read_lines(folder / "rounds.jsonl")
     assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
     refusals = [[(r["site"], r["kind"]) for r in line["refusals"]] for line in lines]
@@ -158,7 +159,7 @@ def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise
     policy.write_text("max-rounds = 3\n")
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     nodes[1] |= {"policy": str(policy), "public-size": 100}
-    folder = run_in_process({**toy_settings, "rounds": 6}, nodes)
+    folder = run_in_process({**toy_settings, "rounds": 6, "data.labels": "bad,good"}, nodes)
     lines = read_lines(folder / "rounds.jsonl")
     assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
     refusals = [(r["site"], r["kind"]) for line in lines[3:] for r in line["refusals"]]
