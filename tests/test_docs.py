@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 import strategies
 from client.site import NODE_KEYS
+from common.packaged import MINILM, packaged_folder
 from experiments.cli import app
 from experiments.in_process import run_in_process
 from experiments.settings import parse_settings
 from server.report import read_lines
 from strategies import configure
-from strategies.table import strategy_table
+from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,6 +91,17 @@ def test_the_table_of_strategies_is_the_codes(page: str) -> None:
     assert strategy_table() in (ROOT / page).read_text(encoding="utf-8"), (
         f"the table in {page} is not what the code says: put in the output of 'fedveil strategies'"
     )
+
+
+def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
+    config = configure({}).config
+    assert config.model.name == "all-MiniLM-L6-v2", "the default model is another: read that one's layers here"
+    targets = config.adapter.target_modules
+    with safe_open(str(packaged_folder(MINILM) / "model.safetensors"), framework="pt") as file:
+        weights = [key for key in file.keys() if key.removesuffix(".weight").rsplit(".", 1)[-1] in targets]  # noqa: SIM118
+        shapes = sorted(tuple(file.get_slice(key).get_shape()) for key in weights)
+    assert shapes == sorted(DEFAULT_SHAPES), f"the default job adapts {len(shapes)} layers, of {set(shapes)}"
+    assert config.adapter.rank == DEFAULT_RANK, "the table counts bytes at another rank than the default job's"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -61,6 +61,7 @@ CASES = [
     ("llama", "lora", "frozen"),
     ("llama", "ffa-lora", "frozen"),
     ("bert", "lora-sb", "trained"),
+    ("gpt2", "lora-sb", "frozen"),
     ("llama", "lora-sb", "frozen"),
 ]
 FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen")]

@@ -24,7 +24,7 @@ from common.model import model_of
 from common.privacy import dpsgd
 from common.tensors import fingerprint, merge, start_fingerprint
 from common.types import HEAD
-from strategies import Contribution, configure
+from strategies import STRATEGIES, Contribution, configure
 
 ROUNDS = 60
 Layer = dict[str, Tensor]
@@ -107,6 +107,11 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
             wanted = predicted(state.adapter[layer], std, config.adapter.alpha / config.adapter.rank)
             ratios.append(float(change.square().sum()) / wanted)
     return math.fsum(ratios) / len(ratios)
+
+
+def test_every_strategy_has_a_prediction() -> None:
+    predicted = {name.split(",")[0] for name in PREDICTED}
+    assert predicted == set(STRATEGIES), f"nobody says what noise does under {predicted ^ set(STRATEGIES)}"
 
 
 @pytest.mark.parametrize("name", PREDICTED)
