@@ -74,12 +74,21 @@ def fixed_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fixed_entropy")
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-def test_an_interrupted_run_goes_on_to_the_same_bits(toy_settings: dict[str, Any], strategy: str) -> None:
-    adam = "none" if strategy == "fed-svd" else "adam"
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        *((strategy, {"server.optimizer": "adam"}) for strategy in sorted(STRATEGIES)),
+        ("fed-svd", {"server.optimizer": "none"}),
+        # The basis turns in no round before the cut: there are moments of B to lose beside FedSVD's own memory.
+        ("fed-svd", {"server.optimizer": "adam", "fed-svd.warmup": 2}),
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    toy_settings: dict[str, Any], strategy: str, changes: dict[str, Any]
+) -> None:
     # A budget with room: the round in flight is paid for twice.
     budget = {"privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
-    settings = {**toy_settings, **budget, "strategy": strategy, "rounds": 3, "server.optimizer": adam}
+    settings = {**toy_settings, **budget, **changes, "strategy": strategy, "rounds": 3}
     whole = run_in_process(settings, 2, "whole")
     with (
         pytest.raises(Killed),
@@ -90,11 +99,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(toy_settings: dict[str, Any
     assert not (folder / "result.json").exists()
     assert run_in_process({**settings, "resume": "cut"}, 2, "flower-calls-it-otherwise") == folder
     rounds, privacy = what_counts(folder)
-    assert rounds == what_counts(whole)[0]
+    assert rounds == what_counts(whole)[0], "the resumed run scores otherwise than the one that nobody stopped"
     # What was in flight stays charged: round 3 is dearer for having been paid twice, earlier rounds are as they were.
     assert [p for p in privacy if p["round"] < 3] == [p for p in what_counts(whole)[1] if p["round"] < 3]
     assert privacy[-1]["steps_total"] == 8, "the round in flight was forgotten by the ledger"
-    assert same_adapter(whole, folder)
+    assert same_adapter(whole, folder), "the resumed run ends at another adapter"
 
 
 def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most(toy_settings: dict[str, Any]) -> None:
