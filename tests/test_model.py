@@ -13,12 +13,16 @@ import torch
 from conftest import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
+from audits.worlds import plan
+from client.local_training import plain_step
+from client.optimizers import build_optimizer
 from common.adapters import ADAPTERS
 from common.base_model import BaseModel, load_base_model, weights_fingerprint
-from common.config import HeadConfig, ModelConfig
+from common.config import HeadConfig, ModelConfig, TrainingConfig
 from common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
 from common.examples import Example
 from common.model import FederatedModel, model_of, score_records
+from common.privacy.dpsgd import PrivateSteps
 from common.tasks import TASKS, Record
 from common.tensors import entries, fingerprint
 from common.types import HEAD, AdapterState
@@ -441,15 +445,35 @@ def test_the_fingerprint_changes_with_one_weight_one_name_and_one_shape() -> Non
         assert weights_fingerprint(changed) != original
 
 
-def test_the_fingerprint_of_a_base_is_that_of_its_weights_and_does_not_move_in_training(
-    model_folder: Callable[[str], str], model_for: ModelFor
-) -> None:
+def test_the_fingerprint_of_a_base_is_that_of_its_weights(model_folder: Callable[[str], str]) -> None:
     stock = load_base_model(model_folder("bert"), "classification")
     again = load_base_model(model_folder("bert"), "classification")
     assert stock.fingerprint == again.fingerprint == weights_fingerprint(stock.module)
     assert stock.fingerprint != load_base_model(model_folder("llama"), "causal-lm").fingerprint
-    model = model_for(base=stock)
-    assert model.base.fingerprint == again.fingerprint
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["none", "dp-sgd"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_the_weights_under_an_adapter_have_the_bases_fingerprint_also_after_training_and_scoring(
+    adapter: str, family: str, private: bool, model_for: ModelFor
+) -> None:
+    model = model_for(family, adapter, head=HeadConfig("trained" if family == "bert" else "frozen", "random"))
+    records, before = records_of(model), model.read()
+    optimizer = build_optimizer(model.trained(), TrainingConfig(optimizer="adam", learning_rate=0.05, head_rate=1.0))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    model.module.train()
+    if private:
+        with PrivateSteps(model.module, optimizer, plan()) as steps:
+            for _ in range(2):
+                steps.step([model.batch(records)], model.losses)
+    else:
+        for _ in range(2):
+            plain_step(iter([model.batch(records)]), model, optimizer, parameters)
+    model.score(records)
+    moved = [not torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read())]
+    assert sum(moved) == len(parameters), "training moved something else than what is trained: nothing is proved"
+    assert weights_fingerprint(model.peft_model.unload()) == model.base.fingerprint, "the base moved under the adapter"
 
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import write_reviews
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from one_site import clinic
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from client import local_training
 from client.optimizers import build_optimizer, set_learning_rate
+from common import randomness
 from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
 from common.schedule import learning_rate
+from common.tensors import entries
 from common.types import HEAD
+from experiments.in_process import run_in_process
+from server.report import read_lines
+from strategies import STRATEGIES, configure
 
 fast = settings(max_examples=25, deadline=None)
 SETTINGS = TrainingConfig(head_rate=5.0, momentum=0.8, beta2=0.95, weight_decay=0.1)
@@ -58,15 +70,62 @@ def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float 
     assert rates == wanted, "another set of tensors is trained, or at other rates"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_starts_without_memory(name: str) -> None:
-    parameter = nn.Parameter(torch.ones(3))
-    first = build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name, learning_rate=0.03))
-    parameter.grad = torch.ones(3)
-    first.step()
-    assert not build_optimizer({"l": {"B": parameter}}, replace(SETTINGS, optimizer=name, learning_rate=0.03)).state, (
-        "moments crossed a round"
-    )
+@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])
+def test_a_round_of_a_site_is_the_same_whether_or_not_it_trained_the_round_before(
+    name: str, mode: str, toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Noise and batches that are the same at every call, so that only what a round leaves behind can differ.
+    fixed = np.random.default_rng(5).integers(0, 2**64, 20_000, dtype=np.uint64)
+    monkeypatch.setattr(randomness, "_entropy", lambda count: fixed[:count])
+    site = clinic({**toy_settings, "privacy.mode": mode, "training.optimizer": name}, tmp_path)
+    site.rule(allow_no_privacy=mode == "none")
+    model = site.model()
+
+    runs = map(str, count(1))
+
+    def last_of(*rounds: int) -> Tensor:
+        """Return what the site sends in the last of these rounds of a new run."""
+        run = next(runs)
+        sent = [site.train(number, run).contribution for number in rounds][-1]
+        return torch.cat([tensor.flatten() for _, _, tensor in entries(sent)])
+
+    alone = last_of(2)
+    assert site.model() is model, "the site builds its model anew, so nothing could be left in it"
+    assert torch.equal(last_of(1, 2), alone), f"{name}: something of round 1 is left in round 2"
+
+    made: list[Optimizer] = []
+
+    def keeping(trained: Any, config: TrainingConfig) -> Optimizer:
+        optimizer = build_optimizer(trained, config)
+        if made:
+            optimizer.load_state_dict(made[-1].state_dict())
+        made.append(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(local_training, "build_optimizer", keeping)
+    assert (last_of(1, 2) - alone).abs().max() > 1e-4, f"{name}: moments that cross a round would go unnoticed"
+
+
+def test_the_private_default_lowers_the_loss_with_every_strategy(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Noise and batches follow a seed, so that a loss that rises is never chance.
+    draws = np.random.default_rng(3)
+    monkeypatch.setattr(randomness, "_entropy", lambda count: draws.integers(0, 2**64, count, dtype=np.uint64))
+    own = {key: value for key, value in toy_settings.items() if not key.startswith(("training.", "server."))}
+    data = {"data.name": str(write_reviews(tmp_path / "many.csv", 1400)), "data.test-size": 200}
+    noise = {"privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
+    for strategy in STRATEGIES:
+        chosen = {**own, **data, **noise, "strategy": strategy, "rounds": 6}
+        config = configure(chosen).config
+        assert config.privacy.on, "privacy is off by default"
+        assert (config.server.optimizer, config.training.optimizer, config.training.local_steps) == ("adam", "sgd", 1)
+        folder = run_in_process(chosen, 2, "default")
+        before = json.loads((folder / "baseline.json").read_text(encoding="utf-8"))["loss"]
+        after = read_lines(folder / "rounds.jsonl")[-1]["loss"]
+        assert after < before - 0.01, f"{strategy}: the private default takes the loss from {before:.3f} to {after:.3f}"
+        assert read_lines(folder / "privacy.jsonl")[-1]["noise_multiplier"] == 1.0
 
 
 def by_hand(name: str, value: float, gradients: list[float]) -> float:
