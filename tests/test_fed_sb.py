@@ -451,7 +451,7 @@ def test_s3_the_base_is_the_same_bit_for_bit_after_a_start_a_round_and_the_expor
         "strategy": "fed-sb",
         "fed-sb.init": init,
     }
-    budget = {"privacy.mode": mode, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
+    budget: dict[str, Any] = {"privacy.mode": mode, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
     job = configure({**(toy_settings if family == "bert" else toy_generation), **own, **budget})
     model = tiny(folder, family, job.adapter.init)
     data = train_and_test(job.config.data, job.config.model.task)[0]
