@@ -45,9 +45,10 @@ def choose_batch_tokens(wanted: int, device: torch.device) -> int:
     """Return the tokens of one forward pass: ``wanted``, or for 0 what suits the device.
 
     Small batches stay in a CPU's cache and pad less (measured on MiniLM in float32: 53 records a
-    second with 1024 tokens, 46 with 4096); a GPU wants large ones.
+    second with 1024 tokens, 46 with 4096); 1536 are as fast as 1024, under DP-SGD in bfloat16 2 % faster,
+    because every batch costs each layer's hooks a call. A GPU wants large ones.
     """
-    return wanted or (16384 if device.type == "cuda" else 1024)
+    return wanted or (16384 if device.type == "cuda" else 1536)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
