@@ -25,8 +25,9 @@ from audits.simulated_site import text_of
 from audits.tiny_site import save_tiny_model, tiny_run, write_reviews
 from common.errors import ConfigError
 from common.partition import declared_size
-from experiments import simulate
+from experiments import app
 from experiments.evaluate import load_result
+from experiments.simulate import simulate
 from server.report import read_lines
 
 CANARIES = 4000
@@ -38,14 +39,14 @@ PACKAGES = ("audits", "client", "common", "experiments", "server", "strategies",
 def bundle(folder: Path, fault: Fault) -> Path:
     """Make the project anew in ``folder``, its site's app the one with canaries and ``fault``; return the folder."""
     for name in PACKAGES:
-        shutil.copytree(simulate.PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    text = (simulate.PROJECT / "pyproject.toml").read_text(encoding="utf-8")
-    text = re.sub(r"^fab-include = .*$", "", text, flags=re.MULTILINE)  # the audits go along
+        shutil.copytree(app.PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (app.PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    text = re.sub(r"^fab-include = .*$", 'fab-include = ["**/*.py"]', text, flags=re.MULTILINE)  # the audits go along
     text, doors = re.subn(r"^clientapp = .*$", 'clientapp = "with_canaries:app"', text, flags=re.MULTILINE)
     if doors != 1:
         raise ConfigError(f"pyproject.toml names {doors} apps as clientapp: name one")
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
-    shutil.copy(simulate.PROJECT / "README.md", folder)
+    shutil.copy(app.PROJECT / "README.md", folder)
     (folder / "with_canaries.py").write_text(
         f"from audits.simulated_site import app_with\n\napp = app_with({fault.name!r})\n", encoding="utf-8"
     )
@@ -91,8 +92,8 @@ def probe_run(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> F
     present = torch.rand(canaries) < 0.5
     axes = torch.arange(canaries)
     settings = settings_of(folder, axes[present].tolist())
-    with patch.object(simulate, "PROJECT", bundle(folder / "bundle", fault)):
-        run = simulate.simulate(settings, 1, lambda _: None)
+    with patch.object(app, "PROJECT", bundle(folder / "bundle", fault)):
+        run = simulate(settings, 1, lambda _: None)
     module, _ = load_result(run / "adapter")
     # The strategy trains the B factors alone; they start at zero and stand in the module's order.
     after = torch.cat([p.detach().double().flatten() for name, p in module.named_parameters() if "lora_B" in name])

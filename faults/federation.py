@@ -175,7 +175,7 @@ class Federation:
     def control(self) -> Iterator[Control]:
         """Yield the Control API, which submits the suite's bundle in place of the project."""
         with (
-            patch("experiments.simulate.PROJECT", self._bundle),
+            patch("experiments.app.PROJECT", self._bundle),
             patch("experiments.deploy.control.program", lambda name: str(self._programs.folder / name)),
             control_of(self.server) as control,
         ):

@@ -11,7 +11,6 @@ from common.batching import length_batches
 from common.data import load_dataset, public_test
 from common.device import choose_batch_tokens
 from common.errors import ConfigError
-from common.initial_gradient import mean_gradient
 from common.model import FederatedModel, Score, model_of
 from common.randomness import stream
 from common.tasks import Record
@@ -53,6 +52,8 @@ class Evaluator:
 
     def public_gradient(self, source: GradientSource) -> AdapterState:
         """Return the mean full gradient over public records, for a strategy that starts from it."""
+        from common.initial_gradient import mean_gradient  # It brings Opacus, for this initialisation only.
+
         config = self.job.config
         data = load_dataset(config.data, config.model.task, source.public_data)
         if data.label_names != self.label_names:

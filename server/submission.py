@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from flwr.common.config import flatten_dict, get_project_config, parse_config_args
 
 from common.errors import ConfigError
 
@@ -30,6 +29,8 @@ def refuse_wrong_settings() -> None:
     context = click.get_current_context(silent=True)
     if context is None or OVERRIDES not in context.params:
         return
+    from flwr.common.config import flatten_dict, get_project_config, parse_config_args
+
     try:
         from strategies import configure
     except ImportError:

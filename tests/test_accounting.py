@@ -175,7 +175,7 @@ def test_rdp_answers_with_a_higher_figure_when_the_pld_fails(monkeypatch: pytest
         raise MemoryError
 
     accounting._priced.cache_clear()
-    monkeypatch.setattr(accounting, "PLDAccountant", fail)
+    monkeypatch.setattr("dp_accounting.pld.PLDAccountant", fail)
     value, name = epsilon_with_method([release], DELTA)
     accounting._priced.cache_clear()
     assert value >= regular

@@ -12,9 +12,10 @@ from typing import Any
 
 import click
 import pytest
-from flwr.cli.build import build_fab_from_files
+from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 
 from common.privacy.ledger import Ledger
+from experiments.app import app_folder
 from experiments.settings import to_toml
 from server.records import read_json
 from server.report import read_lines
@@ -145,6 +146,9 @@ def test_settings_are_not_checked_in_other_commands() -> None:
 def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     files = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("[a-z]*/**/*.py")}
     content, _ = build_fab_from_files({"pyproject.toml": ROOT / "pyproject.toml", **files})
+    with app_folder() as folder:
+        assert build_fab_from_disk(folder) == content, "what we hand to Flower is not what it would bundle itself"
+    assert not folder.exists()
     packages = ("common", "strategies", "client", "server")
     found = zipfile.ZipFile(BytesIO(content)).namelist()
     wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}

@@ -142,7 +142,7 @@ def test_when_the_pld_fails_the_ledger_charges_the_higher_rdp_figure_and_says_so
         raise OverflowError
 
     accounting._priced.cache_clear()
-    monkeypatch.setattr(accounting, "PLDAccountant", fail)
+    monkeypatch.setattr("dp_accounting.pld.PLDAccountant", fail)
     receipt = charged(tmp_path, [releases], [DELTA])
     accounting._priced.cache_clear()
     assert receipt.epsilon_after >= regular

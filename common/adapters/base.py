@@ -13,17 +13,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.randomness import stream
 from common.types import AdapterState, Factors
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = "default"
@@ -72,6 +74,8 @@ class Adapter(ABC):
             ModelError: no layer of ``base`` is called by one of ``target_modules``.
             ConfigError: the rank is larger than the smaller side of an adapted layer.
         """
+        from peft import get_peft_model
+
         fan_in_fan_out = any(
             type(module).__name__ == "Conv1D" and name.rsplit(".", 1)[-1] in self.target_modules
             for name, module in base.named_modules()
@@ -102,6 +106,8 @@ class Adapter(ABC):
 
     def layers(self, model: nn.Module) -> dict[str, LoraLayer]:
         """Return the adapted layers by their name in the stock base model."""
+        from peft.tuners.lora import LoraLayer
+
         return {
             name.split(PEFT_PREFIX, 1)[-1]: module
             for name, module in model.named_modules()
@@ -145,6 +151,8 @@ class Adapter(ABC):
 
     def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
         """Return the PEFT configuration that a stock reader needs for the exported adapter."""
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]

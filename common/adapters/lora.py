@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from common.adapters.base import Adapter, lora_modules, start_of_lora
 from common.types import Factors
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 @dataclass(frozen=True)

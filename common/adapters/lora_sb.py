@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from common.adapters.base import ADAPTER_NAME, Adapter, layer_shape, lora_modules, orthonormal_rows, stored_transposed
 from common.randomness import stream
 from common.types import Factors
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class _RThenB(nn.Sequential):

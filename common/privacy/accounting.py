@@ -28,14 +28,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Literal
-
-import dp_accounting
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from typing import TYPE_CHECKING, Literal
 
 from common.check import in_range, positive
 from common.errors import BudgetExhausted, ConfigError
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent, PrivacyAccountant
 
 Method = Literal["pld", "rdp"]
 Merged = tuple[tuple[float, float, int], ...]
@@ -49,7 +48,6 @@ PLD_DIVERGENCE_LIMIT = 1000.0
 LEAST_NOISE, MOST_NOISE = 0.01, 1e5
 """Ends of the range that ``noise_multiplier_for`` searches."""
 
-_NEIGHBOURS = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 _LIBRARY = f"dp-accounting {version('dp-accounting')}"
 
 
@@ -138,7 +136,7 @@ def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
         reason = _why_not_pld(merged)
         if not reason:
             try:
-                value = _compose(PLDAccountant(_NEIGHBOURS, PLD_INTERVAL), merged, delta)
+                value = _compose(_accountant("pld"), merged, delta)
             except (ArithmeticError, ValueError, MemoryError) as error:
                 reason = f"the PLD failed with {type(error).__name__}"
             else:
@@ -150,7 +148,7 @@ def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
     words = f"RDP ({_LIBRARY})" + (f" (fallback: {reason})" if reason else "")
     try:
         with _without_order_warnings():
-            value = _compose(RdpAccountant(neighboring_relation=_NEIGHBOURS), merged, delta)
+            value = _compose(_accountant("rdp"), merged, delta)
     except (ArithmeticError, ValueError) as error:
         # Figures that another party made up must not stop whoever prices them.
         return math.inf, f"{words} (failed with {type(error).__name__})"
@@ -168,12 +166,25 @@ def _why_not_pld(merged: Merged) -> str:
     return ""
 
 
-def _compose(accountant: PLDAccountant | RdpAccountant, merged: Merged, delta: float) -> float:
+def _accountant(method: Method) -> PrivacyAccountant:
+    # Here and not above: the library brings SciPy, over a second that only who prices needs to spend.
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    if method == "pld":
+        return PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, PLD_INTERVAL)
+    return RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+
+
+def _compose(accountant: PrivacyAccountant, merged: Merged, delta: float) -> float:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+
     for noise_multiplier, sample_rate, count in merged:
-        event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(noise_multiplier)
+        event: DpEvent = GaussianDpEvent(noise_multiplier)
         if sample_rate < 1:
-            event = dp_accounting.PoissonSampledDpEvent(sample_rate, event)
-        accountant.compose(dp_accounting.SelfComposedDpEvent(event, count))
+            event = PoissonSampledDpEvent(sample_rate, event)
+        accountant.compose(SelfComposedDpEvent(event, count))
     return float(accountant.get_epsilon(delta)) if merged else 0.0
 
 

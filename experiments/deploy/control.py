@@ -13,6 +13,7 @@ from typing import Any
 
 from common.config import Scalar
 from common.errors import RunFailed
+from experiments.app import app_folder
 from experiments.deploy.commands import environment, program
 from experiments.deploy.files import read_bytes
 from experiments.deploy.server_folder import CONNECTION, ServerFolder, connection_toml
@@ -62,11 +63,10 @@ class Control:
         Raises:
             RunFailed: the server refused or did not answer.
         """
-        from experiments.simulate import PROJECT  # imports torch: seconds that only this needs
-
         overrides = self._home / "settings.toml"
         overrides.write_text(to_toml(settings), encoding="utf-8")
-        answer = self._call("run", str(PROJECT), CONNECTION, "-c", str(overrides))
+        with app_folder() as app:
+            answer = self._call("run", str(app), CONNECTION, "-c", str(overrides))
         return str(self._good(answer, "submit the run")["run-id"])
 
     def status(self, run: str) -> str:
