@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar, cast, get_type_hints
 
 from common.check import below, clip_norm, in_range, nearest, not_negative, one_of, positive
@@ -326,8 +327,13 @@ def from_section(section: type[Section], values: Mapping[str, Scalar], prefix: s
     return _build(section, values, prefix)
 
 
+@lru_cache(maxsize=64)
+def _hints(section: type[Any]) -> dict[str, Any]:
+    return get_type_hints(section)  # dear: it compiles every annotation anew
+
+
 def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str) -> Section:
-    hints = get_type_hints(section)
+    hints = _hints(section)  # type: ignore[arg-type]  # mypy takes no class for hashable
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         key, kind = prefix + item.name.replace("_", "-"), hints[item.name]

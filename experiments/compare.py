@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from common.config import PRIVACY_MODES, Scalar
@@ -91,7 +92,8 @@ def compare(
         raise ConfigError("a comparison needs configurations of different names and different seeds")
     outcomes = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(own_cores(), context, initializer=_one_core) as pool:
+    stopped = context.Event()
+    with ProcessPoolExecutor(own_cores(), context, _begin_worker, (stopped,)) as pool:
         waiting: dict[Future[None], tuple[str, str, int]] = {
             pool.submit(_run, settings, sites, run): key for key, (settings, run) in jobs.items()
         }
@@ -104,19 +106,29 @@ def compare(
                 outcomes.append(read_outcome(name, run_folder(configure(settings).config, run), mode != "none", seed))
                 done(outcomes[-1], len(outcomes), len(jobs))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Runs under way come to their end, and are kept; a pool has handed out more jobs than it runs.
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
             raise
     order = {key: number for number, key in enumerate(jobs)}
     return sorted(outcomes, key=lambda o: order[o.name, "dp-sgd" if o.private else "none", o.seed])
 
 
-def _one_core() -> None:
+_stopped: Event
+"""In a worker process: whether the comparison has failed, so that nothing more begins."""
+
+
+def _begin_worker(stopped: Event) -> None:
+    global _stopped
+    _stopped = stopped
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _run(settings: dict[str, Scalar], sites: int, run: str) -> None:
     from experiments.in_process import run_in_process
 
+    if _stopped.is_set():
+        return
     folder = run_folder(configure(settings).config, run)
     if not _ended_well(folder):
         if folder.exists():

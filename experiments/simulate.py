@@ -192,7 +192,7 @@ def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], Non
             break
         if link.process.poll() is not None:
             raise RunFailed(f"flower-superlink ended during the run: {_last_words(link)}")
-        touched = max((path.stat().st_mtime for path in folder.glob("*.json*")), default=0.0)
+        touched = _last_written(folder)
         if touched != seen:
             seen, checked = touched, time.monotonic()
         # Asking Flower costs a second of a core, so only a run that has gone quiet is asked after.
@@ -208,6 +208,15 @@ def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], Non
         time.sleep(0.1)
     if ended["status"] == "failed":
         raise RunFailed(ended["reason"])
+
+
+def _last_written(folder: Path) -> float:
+    """Return when a record of the run was last written, in seconds since the epoch; 0.0: there is none."""
+    latest = 0.0
+    for path in folder.glob("*.json*"):
+        with suppress(FileNotFoundError):  # a server replaces files, through others that come and go
+            latest = max(latest, path.stat().st_mtime)
+    return latest
 
 
 def _log_lines(folder: Path) -> list[str]:

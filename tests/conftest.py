@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
+# Before torch is imported. Tests run in several processes at once; with a thread for each core in each of them,
+# as a site in production takes them, they wait for each other and last three times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-torch.set_num_threads(1)
+
+import pytest
+import torch
 
 GOOD = ("bright", "warm", "lovely", "joyful")
 BAD = ("dull", "cold", "awful", "tired")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from made_run import MadeRun
 from typer.testing import CliRunner
 
 from common.errors import ConfigError, RunFailed
+from experiments import compare as comparison
 from experiments.cli import app
 from experiments.compare import DEFAULT, Outcome, compare, table
 from experiments.settings import to_toml
 from experiments.simulated import record_sites
-from server.lock import only_writer
+from server.lock import is_written, only_writer
 from strategies import STRATEGIES, configure
 
 
@@ -80,17 +82,32 @@ def test_a_kept_result_of_other_settings_stops_the_comparison_before_anything_ru
 
 
 def test_a_run_that_failed_is_run_again_and_its_folder_is_kept_aside(
-    toy_settings: dict[str, Any], tmp_path: Path
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # two runs at once
     job, output = tmp_path / "job.toml", tmp_path / "out"
     job.write_text(to_toml({k: v for k, v in toy_settings.items() if k != "output"}), encoding="utf-8")
-    MadeRun(output / "ffa-lora-job-none-1").start().end("failed", "the disk was full")
-    with only_writer(output / "ffa-lora-job-none-1"), pytest.raises(RunFailed, match="under way"):
-        compare([job], [1], 2, {"rounds": 1}, output, lambda *_: None)
+    cut = output / "ffa-lora-job-dp-sgd-1"
+    MadeRun(cut).start().end("failed", "the disk was full")
+    with only_writer(cut), pytest.raises(RunFailed, match="under way"):
+        compare([job], range(1, 9), 2, {"rounds": 1}, output, lambda *_: None)
+    begun = [folder for folder in output.iterdir() if folder != cut]
+    assert not any(map(is_written, begun)), "a run went on after the comparison had ended"
+    assert len(begun) < 15, "a comparison that had failed began the rest of its runs"
     outcomes = compare([job], [1], 2, {"rounds": 1}, output, lambda *_: None)
     assert [outcome.private for outcome in outcomes] == [True, False]
-    (aside,) = output.glob("ffa-lora-job-none-1.cut-short-*")
+    (aside,) = output.glob(f"{cut.name}.cut-short-*")
     assert "the disk was full" in (aside / "result.json").read_text(encoding="utf-8")
+
+
+def test_a_job_that_was_handed_out_before_the_comparison_failed_does_not_begin(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = multiprocessing.Event()
+    stopped.set()
+    monkeypatch.setattr(comparison, "_stopped", stopped, raising=False)
+    comparison._run({**toy_settings, "output": str(tmp_path / "out")}, 2, "job-none-1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_shows_means_each_seed_and_the_worst_epsilon() -> None:

@@ -107,6 +107,13 @@ def test_a_run_of_unknown_sites_is_not_resumed_on_a_guess(toy_settings: dict[str
     assert sites_of(configure(toy_settings).config, None) == 4
 
 
+def test_a_file_that_goes_away_while_it_is_looked_at_does_not_end_the_following(tmp_path: Path) -> None:
+    assert simulation._last_written(tmp_path) == 0.0
+    (tmp_path / "rounds.jsonl").write_text("")
+    (tmp_path / ".progress.json.7.tmp").symlink_to(tmp_path / "gone")  # listed, and not there
+    assert simulation._last_written(tmp_path) == (tmp_path / "rounds.jsonl").stat().st_mtime
+
+
 def test_a_failed_run_is_followed_until_its_report_is_written(tmp_path: Path) -> None:
     class Alive:
         process = type("Process", (), {"poll": staticmethod(lambda: None)})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from common.privacy import figures
@@ -19,8 +20,9 @@ NAMED_SITES = 4
 """Sites that a line of a chart names one by one."""
 
 
-def to_html(data: ReportData) -> str:
-    """Return the whole report as one self-contained page."""
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    """Return the page's template, compiled once: a server writes the page after every round."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
@@ -28,8 +30,12 @@ def to_html(data: ReportData) -> str:
     for name in ("percent", "number", "numbers", "bytes", "seconds", "value"):
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters["audit"] = audit_words
-    template = environment.from_string(PAGE)
-    return template.render(
+    return environment.from_string(PAGE)
+
+
+def to_html(data: ReportData) -> str:
+    """Return the whole report as one self-contained page."""
+    return _template().render(
         data=data,
         head=data.headline,
         claim=data.claim,
