@@ -27,7 +27,7 @@ def fill(training: TrainingConfig, server: ServerConfig, *, private: bool) -> tu
     filled = replace(
         training,
         optimizer=optimizer,
-        local_steps=training.local_steps or (1 if private else 40),
+        local_steps=training.local_steps or (1 if private else 16),
         sample_rate=training.sample_rate or (0.33 if private else 0.018),
         learning_rate=training.learning_rate or LEARNING_RATES[optimizer],
         head_rate=training.head_rate or (4.0 if private else 5.0),

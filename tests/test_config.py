@@ -413,7 +413,7 @@ def test_a_control_character_survives_toml(character: str) -> None:
     ("mode", "steps", "rate", "server", "site"),
     [
         ("dp-sgd", 1, 0.33, "adam", "sgd"),
-        ("none", 40, 0.018, "none", "adam"),
+        ("none", 16, 0.018, "none", "adam"),
     ],
 )
 def test_what_is_left_open_suits_the_privacy_mode(mode: str, steps: int, rate: float, server: str, site: str) -> None:
