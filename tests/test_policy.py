@@ -199,22 +199,27 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
 def test_no_record_reaches_the_model_before_its_round_is_paid_for(
     site: OneSite, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events, batch, charge = list[str](), FederatedModel.batch, Ledger.charge
+    events, charge = list[str](), Ledger.charge
+    ways = {name: getattr(FederatedModel, name) for name in ("batch", "fixed_batch")}
     data = configure(site.settings).config.data
     examples = load_dataset(data, "classification", str(site.node["data"])).examples
     own = [record["input_ids"] for record in site.model().tokenise(examples)]
 
-    def seen(model: FederatedModel, records: Any) -> Any:
-        # What is made up to try the model out is no one's record.
-        events.extend("record" for record in records if record["input_ids"] in own)
-        return batch(model, records)
+    def seen(way: str) -> Any:
+        def look(model: FederatedModel, records: Any, *shape: int) -> Any:
+            # What is made up to try the model out is no one's record.
+            events.extend("record" for record in records if record["input_ids"] in own)
+            return ways[way](model, records, *shape)
+
+        return look
 
     def paid(ledger: Ledger, *arguments: Any, **terms: Any) -> Any:
         receipt = charge(ledger, *arguments, **terms)
         events.append("paid")
         return receipt
 
-    monkeypatch.setattr(FederatedModel, "batch", seen)
+    for way in ways:
+        monkeypatch.setattr(FederatedModel, way, seen(way))
     monkeypatch.setattr(Ledger, "charge", paid)
     if number:
         site.rule(send_noised_metrics=True)
