@@ -10,7 +10,7 @@ import torch
 from common.device import autocast
 from common.log import place_of
 from common.model import FederatedModel
-from common.randomness import private_normal
+from common.randomness import add_private_noise
 from common.tasks import Record
 
 log = logging.getLogger("fedveil.site")
@@ -22,7 +22,7 @@ def noised_correct(model: FederatedModel, records: Sequence[Record], noise_std: 
 
     Adding or removing a record changes the count by at most 1. Records pass one at a time, because a
     batch's shape moves results by rounding, and a neighbour could so turn another record's answer.
-    Rounding after the noise costs nothing and hides its lowest bits. The price must be paid before.
+    The noised count is a multiple of a public grid before it is rounded. The price must be paid before.
     """
     was_training = model.module.training
     model.module.eval()
@@ -30,7 +30,7 @@ def noised_correct(model: FederatedModel, records: Sequence[Record], noise_std: 
     for record in records:
         count += _is_correct(model, record)
     model.module.train(was_training)
-    return float(round(count + private_normal((1,), noise_std).item()))
+    return float(round(add_private_noise(torch.tensor(count, dtype=torch.float64), noise_std).item()))
 
 
 def _is_correct(model: FederatedModel, record: Record) -> float:

@@ -187,7 +187,7 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     both = [Release(2.0, 0.25, result.spending.steps_round), Release(12.0, 1.0, 1)]
     assert result.spending.epsilon_total == epsilon(both, 1e-3) > epsilon(both[:1], 1e-3)
 
-    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.zeros(shape))
+    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total)
     exact, model, config = site.train(2).noised_correct, site.model(), configure(site.settings).config
     records = model.tokenise(load_dataset(config.data, config.model.task, str(site.node["data"])).examples)
     model.write(model.start)
@@ -245,7 +245,7 @@ def test_the_count_carries_the_noise_that_is_paid_for_and_follows_no_seed(
     assert not out_of_band(float((first / 12.0).pow(2).sum()), 1000)
     assert not related(first, second)
 
-    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.randn(shape) * std / 2)
+    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total + torch.randn(()) * std / 2)
     first, second = counts_of_nothing(site), counts_of_nothing(site)
     assert out_of_band(float((first / 12.0).pow(2).sum()), 1000), "half the noise went unnoticed"
     assert related(first, second), "noise that follows a seed went unnoticed"

@@ -346,11 +346,11 @@ def shape_of(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, 
     """Return all that a site sends beside its contribution, and the contribution, under fixed noise."""
     generator = torch.Generator().manual_seed(5)
 
-    def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * std
+    def noised(total: torch.Tensor, std: float) -> torch.Tensor:
+        return total + torch.randn(total.shape, generator=generator, dtype=torch.float64) * std
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpsgd, "private_normal", normal)
+        patch.setattr(dpsgd, "add_private_noise", noised)
         patch.setattr(local_training, "private_poisson_sample", lambda size, rate: torch.arange(0, size, 4))
         found = dict(leaves(encode_reply(site.train())))
     return found, found.pop("array adapter/state data")

@@ -6,7 +6,7 @@ what a federation needs and Opacus leaves open (PRIVACY: 1.3, 2.4):
 * one joint clip over all trained tensors; norms, clip and sum in float64, whatever the forward pass is in;
 * a record whose gradient is not finite contributes zero instead of destroying the update;
 * noise also on an empty batch, so that emptiness is not visible;
-* noise from the operating system's entropy, drawn in float64;
+* noise from the operating system's entropy, rounded with the sum to a public grid before it goes anywhere;
 * the divisor is a public constant, never the realised batch;
 * a gradient that did not come from here cannot reach the optimiser.
 
@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 from common.errors import MechanismError
 from common.log import place_of
 from common.privacy.plan import PrivacyPlan
-from common.randomness import private_normal
+from common.randomness import add_private_noise
 from common.shapes import FixedBatch
 
 log = logging.getLogger("fedveil.site")
@@ -74,12 +74,11 @@ class _Mechanism(DPOptimizer):
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
     def add_noise(self) -> None:
-        """Write sum + N(0, (noise_multiplier · clip_norm)²) into every ``grad``."""
+        """Write sum + N(0, (noise_multiplier · clip_norm)²), rounded to a public grid, into every ``grad``."""
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
-            total = parameter.summed_grad.double()
-            noise = private_normal(tuple(total.shape), std).to(total.device)
-            parameter.grad = (total + noise).to(parameter.dtype)
+            # The grid before all else: float32 is finer near zero, and rounds only what may be public.
+            parameter.grad = add_private_noise(parameter.summed_grad, std).to(parameter)
 
 
 def _rows(sample: Tensor) -> Tensor:
