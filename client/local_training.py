@@ -93,9 +93,12 @@ def initial_round(
     if job.config.privacy.on:
         plan, spending = pay_initialisation(site, job, source, task)
         chosen = private_poisson_sample(size, source.sample_rate).tolist()
-        gradient = private_gradient(
-            model, model.fixed_batches([records[i] for i in chosen], initial_shapes(model)), plan
-        )
+        try:
+            parts = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
+            gradient = private_gradient(model, parts, plan)
+        except Exception as error:
+            _say_noise(error, task)
+            gradient = private_gradient(model, [], plan)
     else:
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
         chosen = order[: max(1, round(source.sample_rate * size))]

@@ -212,7 +212,12 @@ def _layer_of(name: str) -> str:
     >>> _layer_of("encoder.base_model.model.layer.0.query.lora_B.default.weight")
     'layer.0.query'
     """
-    return name.rpartition("base_model.model.")[2].partition(".lora_")[0].removesuffix(".weight")
+    return (
+        name.rpartition("base_model.model.")[2]
+        .partition(".lora_")[0]
+        .removesuffix(".weight")
+        .removesuffix(".base_layer")
+    )
 
 
 @contextmanager
