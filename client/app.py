@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.local_training import initial_round, train_round
+from client.budget import evaluation_releases
+from client.deadline import Deadline, Timing
+from client.local_training import Limit, initial_round, train_round, unlimited
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import tokenised
@@ -18,7 +20,7 @@ from client.rehearsal import rehearse, rehearse_initial
 from client.site import Site, open_site, policy_of
 from common.config import DataConfig, Scalar
 from common.device import own_cores
-from common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
+from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
@@ -38,8 +40,8 @@ class _Process:
     model: FederatedModel | None = None
     records: dict[tuple[DataConfig, str], list[Record]] = field(default_factory=dict)
     """Tokenised records of each site's data; of the current model's tokenizer."""
-    rehearsed: set[str] = field(default_factory=set)
-    """What of private training the current model is known to do rightly: ``steps``, ``initial``."""
+    rehearsed: dict[bool, Timing] = field(default_factory=dict)
+    """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
 
 
 _process = _Process()
@@ -60,14 +62,31 @@ def _model(job: Job, site: Site) -> FederatedModel:
         *(data.label_names, data.label_phrases, config.device, config.precision),
     )
     if _process.model is not model:
-        _process.model, _process.records, _process.rehearsed = model, {}, set()
+        _process.model, _process.records, _process.rehearsed = model, {}, {}
     return model
 
 
-def _rehearse(model: FederatedModel, what: str, rehearsal: Callable[[FederatedModel], None]) -> None:
-    if what not in _process.rehearsed:
-        rehearsal(model)
-        _process.rehearsed.add(what)
+def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, initial: bool) -> Limit:
+    """Let the model rehearse what it is about to do, and return what keeps that within the time of the answer.
+
+    Raises:
+        ModelError: it cannot be trained privately.
+        PolicyRefusal: it may take longer than the policy's ``reply-after``.
+    """
+    if not job.config.privacy.on:
+        return unlimited
+    if False not in _process.rehearsed:
+        _process.rehearsed[False] = rehearse(model)
+    if initial and True not in _process.rehearsed:
+        _process.rehearsed[True] = rehearse_initial(model)
+    timing, training = _process.rehearsed[initial], job.config.training
+    if initial and job.strategy.gradient:
+        steps, rate = 1, job.strategy.gradient.sample_rate
+    else:
+        steps, rate = training.local_steps, training.sample_rate
+    scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
+    deadline.allow(timing.worst(steps, rate * site.public_size, scored))
+    return lambda parts: deadline.within(parts, timing.reserve)
 
 
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
@@ -83,6 +102,7 @@ def answer(
     settings: Mapping[str, Scalar],
     run: str,
     memory: MutableMapping[str, bytes],
+    deadline: Deadline | None = None,
 ) -> Reply:
     """Return a site's reply to a train message; every failure is a Refusal that names the site.
 
@@ -92,7 +112,9 @@ def answer(
         settings: the run's configuration, flat.
         run: the run's id as Flower knows it.
         memory: what this node keeps from message to message (``client.memory``); may be lost.
+        deadline: when the reply is to leave; whoever calls waits for it.
     """
+    deadline = deadline or Deadline(_reply_after(node))
     simulated = _in_simulation()
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
     number = round_of(content)
@@ -117,12 +139,9 @@ def answer(
         whole = kept.with_basis(task, basis_layout)
         if whole is None:
             return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
-        if job.config.privacy.on:
-            _rehearse(model, "steps", rehearse)
-            if not number:
-                _rehearse(model, "initial", rehearse_initial)
+        limit = _limit(job, site, model, deadline, initial=not number)
         answer_round = train_round if number else initial_round
-        result = answer_round(site, job, model, _records(model, job.config.data, site), whole)
+        result = answer_round(site, job, model, _records(model, job.config.data, site), whole, limit)
         kept.keep(task, result)
         log.info("trained and answered", extra=about(run, number, name))
         return result
@@ -146,11 +165,21 @@ def _refuse(refusal: Refusal, error: Exception) -> Refusal:
     return refusal
 
 
+def _reply_after(node: Mapping[str, Scalar]) -> float:
+    """Return the policy's ``reply-after``; 0 where the policy cannot be read: such a site refuses everything."""
+    try:
+        return policy_of(node).reply_after
+    except ConfigError:
+        return 0.0
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer one round's task."""
     kept = context.state.config_records.get("kept", ConfigRecord())
     memory = {key: value for key, value in kept.items() if isinstance(value, bytes)}
-    reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory)
+    deadline = Deadline(_reply_after(context.node_config))
+    reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory, deadline)
     context.state["kept"] = ConfigRecord(dict(memory))
+    deadline.wait()
     return Message(encode_reply(reply), reply_to=message)

@@ -7,7 +7,7 @@ ledger on disk, and only then a record is touched.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -29,15 +29,29 @@ from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.schedule import learning_rate
+from common.shapes import FixedBatch
 from common.tasks import Batch, Record
 from common.tensors import fingerprint, merge, start_fingerprint
 from common.types import AdapterState
 from strategies import Job
 
 log = logging.getLogger("fedveil.site")
+Limit = Callable[[Iterable[FixedBatch]], Iterable[FixedBatch]]
 
 
-def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[Record], task: TrainTask) -> TrainResult:
+def unlimited(parts: Iterable[FixedBatch]) -> Iterable[FixedBatch]:
+    """Pass on every part of a step, however long it takes."""
+    return parts
+
+
+def train_round(
+    site: Site,
+    job: Job,
+    model: FederatedModel,
+    records: Sequence[Record],
+    task: TrainTask,
+    parts: Limit = unlimited,
+) -> TrainResult:
     """Train one round and return what the strategy sends.
 
     Args:
@@ -46,6 +60,7 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
         model: this process's model; its adapter state is overwritten.
         records: the site's records, tokenised.
         task: what the server sent.
+        parts: passes on the parts of a private step, or raises when there is no time left for one.
 
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
@@ -64,7 +79,7 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
         noise = site.policy.metrics_noise
         counted = NoisedCount(noised_correct(model, records, noise), noise)
     if plan:
-        _private_steps(records, job, model, task, received, plan)
+        _private_steps(records, job, model, task, received, plan, parts)
     else:
         _open_steps(records, job, model, task.round_number, site)
     trained = {
@@ -78,7 +93,12 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
 
 
 def initial_round(
-    site: Site, job: Job, model: FederatedModel, records: Sequence[Record], task: TrainTask
+    site: Site,
+    job: Job,
+    model: FederatedModel,
+    records: Sequence[Record],
+    task: TrainTask,
+    parts: Limit = unlimited,
 ) -> TrainResult:
     """Answer round 0: one full gradient of the adapted layers, privatised and charged while privacy is on.
 
@@ -94,8 +114,8 @@ def initial_round(
         plan, spending = pay_initialisation(site, job, source, task)
         chosen = private_poisson_sample(size, source.sample_rate).tolist()
         try:
-            parts = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
-            gradient = private_gradient(model, parts, plan)
+            batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
+            gradient = private_gradient(model, parts(batches), plan)
         except Exception as error:
             _say_noise(error, task)
             gradient = private_gradient(model, [], plan)
@@ -131,6 +151,7 @@ def _private_steps(
     task: TrainTask,
     received: AdapterState,
     plan: PrivacyPlan,
+    parts: Limit,
 ) -> None:
     """Take the round's private steps; if they fail, after all, take them on no record.
 
@@ -147,13 +168,13 @@ def _private_steps(
             for step in range(config.local_steps):
                 set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
-                steps.step(model.fixed_batches([records[i] for i in chosen]), model.losses)
+                steps.step(parts(model.fixed_batches([records[i] for i in chosen])), model.losses)
     except Exception as error:
         if not records:
             raise
         _say_noise(error, task)
         model.write(received)
-        _private_steps([], job, model, task, received, plan)
+        _private_steps([], job, model, task, received, plan, unlimited)
 
 
 def _say_noise(error: Exception, task: TrainTask) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from client.deadline import Timing
 from common.errors import MechanismError, ModelError
 from common.examples import Example
 from common.initial_gradient import initial_shapes, open_weights
@@ -47,21 +49,21 @@ _PLAN = PrivacyPlan(
 log = logging.getLogger("fedveil.site")
 
 
-def rehearse(model: FederatedModel) -> None:
-    """Check the plain steps; afterwards ``model.shapes`` are shapes that this device computes rightly.
+def rehearse(model: FederatedModel) -> Timing:
+    """Check the plain steps and time them; afterwards ``model.shapes`` are shapes that this device computes rightly.
 
     Nothing is released, and nothing else of the model changes.
 
     Raises:
         ModelError: the model cannot be trained privately; the message says why.
     """
-    _Rehearsal(model).run()
+    return _Rehearsal(model).run()
 
 
-def rehearse_initial(model: FederatedModel) -> None:
+def rehearse_initial(model: FederatedModel) -> Timing:
     """Check round 0, whose gradient is that of the adapted layers' own weights; as ``rehearse``."""
     with open_weights(model):
-        _Rehearsal(model, initial=True).run()
+        return _Rehearsal(model, initial=True).run()
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,18 @@ class _Rehearsal:
         self.trained = [p for p in model.module.parameters() if p.requires_grad]
         self.layers = {id(p): _layer_of(name) for name, p in model.module.named_parameters()}
         self.invent = _inventor(model)
+        self.seconds: dict[int, float] = {}
 
     @property
     def shapes(self) -> Shapes:
         return initial_shapes(self.model) if self.initial else self.model.shapes
 
-    def run(self) -> None:
+    def run(self) -> Timing:
         try:
             with _away_from_zero(self.model):
                 self._none_moves_another()
                 self._settle_shapes()
+                return self._timing()
         except MechanismError as error:
             raise self._refusal(str(error)) from error
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -147,7 +151,7 @@ class _Rehearsal:
         if self._same_bits():
             return
         if self.model.device.type != "cpu":
-            self.model.base.module.set_attn_implementation("eager")
+            self.model.base.module.set_attn_implementation("eager")  # type: ignore[operator]
             if self._same_bits():
                 return
         # Alone in its pass a record is beside no other, whatever the device does.
@@ -162,7 +166,10 @@ class _Rehearsal:
         with self._steps() as steps:
             first = {length: self._picked(steps, cases[length][0]) for length in grid}
             for length in reversed(grid):
-                for before, now in zip(first[length], self._picked(steps, cases[length][1]), strict=True):
+                began = time.monotonic()
+                now_here = self._picked(steps, cases[length][1])
+                self.seconds[length] = time.monotonic() - began
+                for before, now in zip(first[length], now_here, strict=True):
                     if float((before - now).double().norm()) > tolerance * float(before.double().norm()):
                         return False
                 del first[length]
@@ -186,6 +193,16 @@ class _Rehearsal:
     def _watched(self, length: int) -> list[Record]:
         """Return a record that leaves the shape room, and one as long as it takes."""
         return [self.invent(max(1, length - 4), 101), self.invent(length - 1, 100)]
+
+    def _timing(self) -> Timing:
+        with self._steps() as steps:
+            began = time.monotonic()
+            steps.release([], self.model.losses)
+            empty = time.monotonic() - began
+        began = time.monotonic()
+        self.model.score([self.invent(self.shapes.longest, 1)])
+        rows = {length: self.shapes.rows_of(length) for length in self.seconds}
+        return Timing(self.seconds, rows, empty, time.monotonic() - began)
 
     def _steps(self) -> PrivateSteps:
         return PrivateSteps(self.model.module, torch.optim.SGD(self.trained, lr=0.0), _PLAN)
