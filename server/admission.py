@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from common.messages import Spending, TrainResult
 from common.privacy.accounting import MOST_NOISE, noise_multiplier_for
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
+from server.terms import least_plan
 from strategies import Job, ServerState
 
 ROOM = 1e-3
@@ -73,7 +73,7 @@ class Admission:
         reasons |= oversized({n: r.public_size for n, r in left.items()}, self._job.config.max_size_ratio)
         left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(result, state) for node, result in left.items()}
-        bounds = {n: largest_norm(self._job.config, self._plan(r), r, state) for n, r in left.items()}
+        bounds = {n: largest_norm(self._job.config, least_plan(self._job, r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)
 
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
@@ -86,26 +86,6 @@ class Admission:
         namesakes = [member for member in self.members.values() if member.site == site]
         return self.members.get(node) or (namesakes[-1] if namesakes else None)
 
-    def _plan(self, result: TrainResult) -> PrivacyPlan | None:
-        """Return the least that an honest site does in this round, whatever its policy; None without privacy.
-
-        A site calibrates its noise for the rounds that its policy lets it join, after a start that may cost it
-        less than the run's. Who joins one round needs least; only noise that the run sets itself holds for all.
-        """
-        config, source = self._job.config, self._job.strategy.gradient
-        if not config.privacy.on:
-            return None
-        plan = PrivacyPlan.for_run(config.privacy, config.training, config.training.local_steps, result.public_size)
-        if source is None or result.round_number:
-            return plan
-        return dataclasses.replace(
-            plan,
-            clip_norm=source.clip_norm,
-            noise_multiplier=source.noise_multiplier,
-            sample_rate=source.sample_rate,
-            expected_batch_size=source.sample_rate * result.public_size,
-        )
-
     def _contradiction(self, node: int, result: TrainResult) -> str:
         """Return why a result contradicts the run or the site's own past; empty if it does not.
 
@@ -115,7 +95,7 @@ class Admission:
         before, spent = self._past(node, result.site), result.spending
         if before and before.public_size != result.public_size:
             return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
-        plan = self._plan(result)
+        plan = least_plan(self._job, result)
         if plan is None:
             return "the reply states a privacy spending in a run without privacy" if spent else ""
         if spent is None:
