@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from common.errors import FedVeilError
@@ -10,6 +10,7 @@ from common.messages import Spending, TrainResult
 from common.privacy.accounting import MOST_NOISE, noise_multiplier_for
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
+from server.registered import misnamed
 from server.terms import least_plan
 from strategies import Job, ServerState
 
@@ -32,15 +33,22 @@ class Member:
 class Admission:
     """Judges a round's results by the run's settings and by what each site said before."""
 
-    def __init__(self, job: Job, members: Mapping[int, Member]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        members: Mapping[int, Member],
+        registered: Callable[[], Mapping[int, str] | None] = lambda: None,
+    ) -> None:
         self._job = job
+        self.registered = registered
+        """Returns the name that each node's key is registered under; None where no names are registered."""
         self.members: dict[int, Member] = dict(members)
         """By node, in the order in which they first counted."""
 
     def owner(self, site: str, online: Collection[int]) -> int | None:
-        """Return whose a name is: the first node's that counted under it and is online; None while it is free.
+        """Return whose a name is where none is registered: the first node's that counted under it and is online.
 
-        A site that was started again may be another node, where nodes have no keys: the old one is offline then.
+        None while it is free: a site that was started again may be another node, and the old one is offline then.
         """
         return next((node for node, member in self.members.items() if member.site == site and node in online), None)
 
@@ -54,8 +62,12 @@ class Admission:
         """
         reasons: dict[int, str] = {}
         claimed: set[str] = set()
+        names = self.registered()
         for node, result in results.items():
-            if self.owner(result.site, online) not in (None, node):
+            if reason := misnamed(node, result.site, names):
+                reasons[node] = reason
+                continue
+            if names is None and self.owner(result.site, online) not in (None, node):
                 reasons[node] = f"another node that is online counted as {result.site} before"
                 continue
             if result.site in claimed:

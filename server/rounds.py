@@ -76,7 +76,7 @@ def run_rounds(
         RunFailed: fewer than ``min-sites`` sites succeeded in a round, in ``round-retries`` attempts
             after the first too; names each with its reason.
     """
-    admission = Admission(job, saved.members if saved else {})
+    admission = Admission(job, saved.members if saved else {}, transport.registered)
     sites = Sites(job, run, transport, evaluator, admission)
     if saved:
         state, score = saved.state, saved.score

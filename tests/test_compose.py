@@ -19,6 +19,7 @@ from experiments.deploy import container
 from experiments.deploy.server_folder import CONTROL_PORT, FLEET_PORT
 from experiments.deploy.site_folder import node_settings, open_site_folder
 from experiments.deploy.start import start_site
+from server.registered import NODES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -128,6 +129,9 @@ def test_keys_stay_on_their_volumes() -> None:
     assert holders["authority"] == ["keys"]
     assert holders["server-keys"] == ["keys", "superlink"]
     assert volumes_of("superlink")["server-keys"].endswith(":ro")
+    assert volumes_of("superlink")["coordinator"] == "/coordinator:ro", "a run cannot see who was registered"
+    assert volumes_of("job")["coordinator"] == "/federation", "the job registers elsewhere"
+    assert SERVICES["superlink"]["environment"] == {NODES: "/coordinator/nodes"}
     for site in SITES:
         assert holders[f"{site}-keys"] == ["keys", site]
         assert volumes_of(site)[f"{site}-keys"] == "/site:ro"

@@ -169,6 +169,7 @@ def test_the_walk_through_ends_in_a_finished_run(
     assert {"server init", "server start", "site init", "server register", "site start", "server submit"} <= set(seen)
     (folder,) = (tmp_path / "server" / "runs").iterdir()
     assert read_json(folder / "result.json")["status"] == "completed"
+    assert "sites have the names of their keys" in (folder / "log.jsonl").read_text(encoding="utf-8")
     for site in ("clinic", "ward"):
         with Ledger(tmp_path / site / "ledger" / f"{site}.sqlite") as ledger:
             assert [entry.dataset for entry in ledger.entries()] == [site]
