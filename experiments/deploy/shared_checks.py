@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography import x509
 from packaging.requirements import Requirement
 
-from experiments.deploy.certificates import days_left, fingerprint
+from experiments.deploy.certificates import days_left, fingerprint, lacks
 from experiments.deploy.findings import Finding
 
 WATCHED = ("flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "grpcio")
@@ -61,6 +61,13 @@ def validity(certificate: x509.Certificate, what: str, renewal: str) -> Iterator
     else:
         soon = f", {renewal}" if left < RENEW_DAYS else ""
         yield Finding(True, what, f"valid for {left:.0f} more days{soon}; SHA-256 {fingerprint(certificate)}")
+
+
+def strictness(certificate: x509.Certificate, what: str, renewal: str) -> Iterator[Finding]:
+    """A certificate has what Python 3.13 and newer ask of it; nothing is said where it has."""
+    missing = lacks(certificate)
+    if missing:
+        yield Finding(False, what, f"it lacks {', '.join(missing)}, so Python 3.13 and newer refuse it: {renewal}")
 
 
 def disk(path: Path, what: str) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from experiments.deploy.certificates import belongs_to, days_left, is_issued_by,
 from experiments.deploy.commands import environment, superlink_command, superlink_environment, supernode_command
 from experiments.deploy.files import read_bytes
 from experiments.deploy.refusal import why_refused
-from experiments.deploy.server_folder import ServerFolder
+from experiments.deploy.server_folder import ServerFolder, finish_renewal
 from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
 
 RETRY_SECONDS = 5.0
@@ -25,6 +25,8 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     Raises:
         DataError: the certificate is expired, not the authority's, or not the key's; a file is missing.
     """
+    if finish_renewal(folder):
+        say("an interrupted renewal of the server's certificate is complete now")
     server = read_certificate(read_bytes(folder.path / "server.pem", "the server's certificate"), "the server")
     authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     if days_left(server) < 0:
