@@ -177,7 +177,16 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in ignored, ".dockerignore must name what goes in, not what stays out"
     kept = {line[1:] for line in ignored if line.startswith("!")}
-    assert kept == {"pyproject.toml", "README.md", "common", "strategies", "client", "server", "experiments"}
+    assert kept == {
+        "pyproject.toml",
+        "README.md",
+        "requirements",
+        "common",
+        "strategies",
+        "client",
+        "server",
+        "experiments",
+    }
 
 
 def engine() -> bool:

@@ -97,7 +97,7 @@ def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
     config = configure({}).config
     assert config.model.name == "all-MiniLM-L6-v2", "the default model is another: read that one's layers here"
     targets = config.adapter.target_modules
-    with safe_open(str(packaged_folder(MINILM) / "model.safetensors"), framework="pt") as file:
+    with packaged_folder(MINILM) as folder, safe_open(str(folder / "model.safetensors"), framework="pt") as file:
         weights = [key for key in file.keys() if key.removesuffix(".weight").rsplit(".", 1)[-1] in targets]  # noqa: SIM118
         shapes = sorted(tuple(file.get_slice(key).get_shape()) for key in weights)
     assert shapes == sorted(DEFAULT_SHAPES), f"the default job adapts {len(shapes)} layers, of {set(shapes)}"

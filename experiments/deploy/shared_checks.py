@@ -14,11 +14,13 @@ from pathlib import Path
 
 from cryptography import x509
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from experiments.deploy.certificates import days_left, fingerprint, lacks
 from experiments.deploy.findings import Finding
 
 WATCHED = ("flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "grpcio")
+SAFE_CRYPTOGRAPHY = "50"
 LOW_DISK_BYTES = 1 << 30
 RENEW_DAYS = 30
 
@@ -37,6 +39,17 @@ def versions() -> Iterator[Finding]:
         fits = name not in wanted or wanted[name].specifier.contains(found, prereleases=True)
         advice = "" if fits else f": pip install '{name}{allowed}'"
         yield Finding(fits, name, f"{found}, allowed is {allowed}{advice}")
+    yield _override(version("cryptography"))
+
+
+def _override(found: str) -> Finding:
+    """Return whether cryptography is the one that has no known advisory. Flower's pin asks for an older one."""
+    safe = Version(found) >= Version(SAFE_CRYPTOGRAPHY)
+    advice = (
+        "" if safe else f": pip install --upgrade --no-deps --only-binary :all: 'cryptography>={SAFE_CRYPTOGRAPHY}'"
+    )
+    words = f"{SAFE_CRYPTOGRAPHY} or newer is wanted" if safe else "has known advisories, see docs/security.md"
+    return Finding(safe, "cryptography", f"{found}, {words}{advice}")
 
 
 def private_file(path: Path, what: str) -> Iterator[Finding]:
