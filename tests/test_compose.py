@@ -47,6 +47,9 @@ def test_every_service_is_hardened(service: str) -> None:
     assert found["cap_drop"] == ["ALL"]
     assert "no-new-privileges:true" in found["security_opt"]
     assert found["init"] is True, "nobody reaps its processes"
+    kind = "SITE" if service in SITES else "SERVER"
+    assert found["mem_limit"] == f"${{{kind}_MEMORY:-8g}}", "it may take the machine's memory"
+    assert f"{kind}_CPUS" in found["cpus"]
     assert found["image"] == SERVICES["keys"]["image"], "there is one image"
     for key in ("privileged", "cap_add", "devices", "pid", "ipc", "ports", "env_file"):
         assert key not in found, f"{key} is set"

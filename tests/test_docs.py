@@ -168,3 +168,11 @@ def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_
     )
     assert done.returncode == 0, done.stdout
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 20, done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])
+def test_no_command_of_flowers_reports_to_anyone(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```(?:sh|text)\n(.*?)```", text, flags=re.DOTALL):
+        if re.search(r"^(\w+=\S* )*(flower-\w+|flwr) ", block, flags=re.MULTILINE):
+            assert "FLWR_TELEMETRY_ENABLED=0" in block, f"{page} starts Flower's programs as they come:\n{block}"
