@@ -58,15 +58,16 @@ def _load_minilm() -> tuple[nn.Module, Any]:
 
     with packaged_folder(MINILM) as folder:
         # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
-        module = AutoModel.from_pretrained(folder, add_pooling_layer=False)
-        return _nameless(module, AutoTokenizer.from_pretrained(folder))
+        module = AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def _load_smollm2() -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with unpacked_smollm2() as folder:
-        return _nameless(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        module = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def _nameless(module: Any, tokenizer: Any) -> tuple[nn.Module, Any]:

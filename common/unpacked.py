@@ -65,7 +65,8 @@ def unpack(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (file,) = SMOLLM2.files
-    quantised: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    terms = {"trust_remote_code": False}
+    quantised: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32, **terms)
     settings = quantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
@@ -73,7 +74,7 @@ def unpack(source: Path, folder: Path) -> None:
     plain.load_state_dict(quantised.state_dict())
     plain.tie_weights()
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=file, **terms).save_pretrained(folder)
     for path in folder.glob("*.json"):
         path.write_text(_without_version(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -134,5 +134,5 @@ def test_an_old_folder_is_named_by_the_doctor_and_gets_a_good_server_certificate
     assert certificates.lacks(renewed) == []
     assert [finding for finding in doctor._server_certificate(server) if not finding.ok] == []
     (authority,) = (finding.found for finding in doctor._authority(server.path) if not finding.ok)
-    assert "Python 3.13 and newer refuse it: make a new one" in authority
+    assert "Python 3.13 and newer refuse it: the coordinator makes a new one" in authority
     assert why_unreachable(site_for(tmp_path, tls_server(server), server.path)) == "", "sites need nothing new"

@@ -22,7 +22,7 @@ from experiments.deploy.server_folder import RENEWAL, ServerFolder
 from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
 
 RENEW = "renew it with 'fedveil server renew'"
-NEW_AUTHORITY = "make a new one, in a new folder with 'fedveil server init', and give every site its ca.crt"
+NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
 
 
 def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Finding]:
