@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import torch
 from torch import nn
 
 from common.errors import ModelError
-from common.packaged import MINILM, SMOLLM2, packaged_file, packaged_folder
+from common.packaged import MINILM, packaged_folder
+from common.unpacked import unpacked_smollm2
 
 UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
 """Parts of a configuration that change nothing of what the model computes as it is loaded here."""
@@ -110,32 +110,24 @@ def _content(value: object) -> object:
 def _load_minilm() -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    folder = packaged_folder(MINILM)
-    # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
-    return AutoModel.from_pretrained(folder, add_pooling_layer=False), AutoTokenizer.from_pretrained(folder)
+    with packaged_folder(MINILM) as folder:
+        # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
+        module = AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def _load_smollm2() -> tuple[nn.Module, Any]:
-    """Unpack the quantised file once into a plain copy in the user's cache (then it loads in 0.2 s)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = packaged_file(SMOLLM2)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedveil" / SMOLLM2.sha256[:16]
-    if not (cache / "config.json").is_file():
-        folder, file = str(source.parent), source.name
-        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        settings = quantised.config.to_dict()
-        for key in ("quantization_config", "_name_or_path"):
-            settings.pop(key, None)
-        plain = type(quantised)(type(quantised.config)(**settings))
-        plain.load_state_dict(quantised.state_dict())
-        plain.tie_weights()
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-        plain.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(partial)
-        if not cache.exists():
-            partial.rename(cache)
-    return AutoModelForCausalLM.from_pretrained(cache), AutoTokenizer.from_pretrained(cache)
+    with unpacked_smollm2() as folder:
+        module = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+
+
+def _nameless(module: Any, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Forget the folder that they were loaded from: it is another one every time, and gone."""
+    module.name_or_path = module.config.name_or_path = tokenizer.name_or_path = ""
+    return module, tokenizer
 
 
 NAMED_MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
