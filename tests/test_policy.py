@@ -33,6 +33,7 @@ from server.report import read_lines
 from strategies import configure
 
 PUBLIC = 50
+WHOLE = 'task = "classification"\ntext = "text"\nlabel = "label"\nlabels = ["bad", "good"]\nmax-length = 128\n'
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_two_runs_that_propose_other_budgets_share_the_stewards(site: OneSite) -
     site.rule(epsilon=rounds, delta=1e-3)
     site.settings["privacy.epsilon"] = 100.0
     spent(site, run="a")
-    del site.node["policy"]  # the ledger remembers
+    site.rule()  # the ledger remembers
     assert spent(site, run="b").epsilon_budget == rounds
     assert site.refuse(2, "b").kind == "budget"
 
@@ -124,7 +125,10 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
     [
         ({"strategies": ["fed-sb", "fed-svd"]}, ("strategies = fed-sb, fed-svd", "ffa-lora")),
         ({"head_policies": ["frozen"]}, ("head-policies = frozen", "trained")),
-        ({"models": ["0123456789ab"]}, ("models = 0123456789ab", "base model")),
+        ({"models": ["mini=0123456789ab"]}, ("models = mini=0123456789ab", "model.name")),
+        ({"models": None}, ("models = all-MiniLM-L6-v2, SmolLM2-135M-Instruct", "model.name")),
+        ({"text": "note"}, ("text = 'note'", "data.text = 'text'")),
+        ({"max_length": 23}, ("max-length = 23", "model.max-length = 24")),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_both_values(
@@ -137,7 +141,8 @@ def test_what_is_not_allowed_is_refused_with_both_values(
 
 
 def test_what_is_allowed_goes_on(site: OneSite) -> None:
-    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[site.model().base.fingerprint[:12]])
+    model = site.model().base
+    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:12]}"])
     site.train()
 
 
@@ -305,8 +310,20 @@ def plain_noise(site: OneSite) -> float:
         ('strategies = ["fedsb"]', "did you mean 'fed-sb'"),
         ('strategies = ["fed-sb,ffa-lora"]', "without commas"),
         ('head-policies = ["thawed"]', "head-policies"),
-        ('models = ["0123456789a"]', "at least 12"),
-        ('models = ["0123456789zz"]', "0-9, a-f"),
+        ('models = ["mini=0123456789a"]', "at least 12"),
+        ('models = ["mini=0123456789zz"]', "0-9, a-f"),
+        ('models = ["0123456789ab"]', "'0123456789ab': write NAME=DIGITS"),
+        ('models = ["=0123456789ab"]', "write NAME=DIGITS"),
+        ('labels = ["a", "b"]', "labels is pinned, but task is not"),
+        ("max-length = 20", "max-length is pinned, but task is not"),
+        ("max-length = -1", "at least 0"),
+        ('task = "clasification"', "did you mean 'classification'"),
+        ('task = "classification"\ntext = "t"\nmax-length = 9', "label, labels is not"),
+        ('task = "causal-lm"\nprompt = "q"\ncompletion = "a"', "max-length is not"),
+        (f'{WHOLE}prompt = "q"', "prompt is pinned, which the task 'classification' does not read"),
+        (WHOLE.replace('"good"', '"bad"'), "name at least 2 different"),
+        (WHOLE.replace('["bad", "good"]', '"bad,good"'), "labels must be a list"),
+        (WHOLE.replace('["bad", "good"]', "[0, 1]"), "labels must be a list"),
         ("[site]\nepsilon = 1", "text, a number"),
         ("epsilon = ", "cannot be read"),
     ],
