@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_questions
-from one_site import OneSite, clinic
+from one_site import OneSite, clinic, pins
 
 from audits.bands import out_of_band, related
 from audits.faults import same_seeds
@@ -29,6 +29,7 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.charges import EVALUATION, Terms
 from common.privacy.ledger import Ledger
 from experiments.in_process import run_in_process, simulated_nodes
+from experiments.settings import to_toml
 from server.report import read_lines
 from strategies import configure
 
@@ -163,12 +164,14 @@ def test_the_same_records_under_another_id_are_refused(site: OneSite) -> None:
 
 
 def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "policy.toml").write_text('strategies = ["fed-sb"]\n')
+    settings = {**toy_settings, "rounds": 1, "data.labels": "bad,good"}
+    (tmp_path / "policy.toml").write_text(to_toml({**pins(settings), "strategies": ["fed-sb"]}), encoding="utf-8")
     nodes = simulated_nodes(2, tmp_path)
     nodes[1]["policy"] = str(tmp_path / "policy.toml")
-    line = read_lines(run_in_process({**toy_settings, "rounds": 1}, nodes) / "rounds.jsonl")[0]
+    line = read_lines(run_in_process(settings, nodes) / "rounds.jsonl")[0]
     assert line["participants"] == ["site-0"]
     assert [(r["site"], r["kind"]) for r in line["refusals"]] == [("site-1", "policy")]
+    assert "strategies = fed-sb" in line["refusals"][0]["reason"]
 
 
 # The noised count.

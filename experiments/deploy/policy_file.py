@@ -23,7 +23,7 @@ Pins = Mapping[str, Scalar | Sequence[str]]
 
 
 def policy_text(
-    dataset: str, public_size: int, epsilon: float, delta: float, pins: Pins, models: Sequence[str] = ()
+    dataset: str, public_size: int, epsilon: float, delta: float, pins: Pins | None = None, models: Sequence[str] = ()
 ) -> str:
     """Return a policy's text: the budget of one data set, and what its records are for.
 
@@ -32,7 +32,7 @@ def policy_text(
         public_size: number of records declared as public; 0 leaves it to the node's settings.
         epsilon: budget over all runs.
         delta: the delta that it holds at.
-        pins: what the records are for; empty: they are a part of a public data set.
+        pins: what the records are for; without them they are a part of a public data set.
         models: base models that are allowed, as ``models_of`` returns them; empty: those that FedVeil knows by hash.
 
     Raises:
