@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,8 @@ from flwr.clientapp import ClientApp
 from client.local_training import initial_round, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
-from client.rehearsal import rehearse
+from client.own_records import tokenised
+from client.rehearsal import rehearse, rehearse_initial
 from client.site import Site, check_job, open_site
 from common.config import DataConfig, Scalar
 from common.device import own_cores
@@ -37,8 +38,8 @@ class _Process:
     model: FederatedModel | None = None
     records: dict[tuple[DataConfig, str], list[Record]] = field(default_factory=dict)
     """Tokenised records of each site's data; of the current model's tokenizer."""
-    rehearsed: bool = False
-    """Whether the current model is known to be one that can be trained privately."""
+    rehearsed: set[str] = field(default_factory=set)
+    """What of private training the current model is known to do rightly: ``steps``, ``initial``."""
 
 
 _process = _Process()
@@ -61,17 +62,20 @@ def _model(job: Job, site: Site) -> FederatedModel:
     # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
-        _process.model, _process.records, _process.rehearsed = model, {}, False
-    if config.privacy.on and not _process.rehearsed:
-        rehearse(model)
-        _process.rehearsed = True
+        _process.model, _process.records, _process.rehearsed = model, {}, set()
     return model
+
+
+def _rehearse(model: FederatedModel, what: str, rehearsal: Callable[[FederatedModel], None]) -> None:
+    if what not in _process.rehearsed:
+        rehearsal(model)
+        _process.rehearsed.add(what)
 
 
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
     key = (config, site.data.name)
     if key not in _process.records:
-        _process.records[key] = model.tokenise(site.data.examples)
+        _process.records[key] = tokenised(model, site.data.examples)
     return _process.records[key]
 
 
@@ -117,6 +121,10 @@ def answer(
         whole = kept.with_basis(task, basis_layout)
         if whole is None:
             return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
+        if job.config.privacy.on:
+            _rehearse(model, "steps", rehearse)
+            if not number:
+                _rehearse(model, "initial", rehearse_initial)
         answer_round = train_round if number else initial_round
         result = answer_round(site, job, model, _records(model, job.config.data, site), whole)
         kept.keep(task, result)

@@ -9,7 +9,9 @@ Transformers takes seconds to import, so only a function that loads a model does
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from torch import nn
 from common.errors import ModelNotLoaded
 from common.packaged import MINILM, SMOLLM2, packaged_file, packaged_folder
 
+UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
+"""Parts of a configuration that change nothing of what the model computes as it is loaded here."""
 OWN_CODE = {"trust_remote_code": False}
 """For every loader: code that comes with a model never runs; unset, transformers asks whoever sits at the terminal."""
 
@@ -33,12 +37,23 @@ class BaseModel:
     module: nn.Module
     tokenizer: Any
     fingerprint: str
-    """SHA-256 over the names, shapes and values of all weights."""
+    """SHA-256 of what the model computes: weights, configuration and tokenizer, see ``model_fingerprint``."""
 
     @property
     def hidden_size(self) -> int:
         """Width of the last hidden state."""
         return int(self.module.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def positions(self) -> int:
+        """Most tokens that the model has positions for; without a limit of its own, as many as anyone asks for."""
+        known = getattr(self.module.config, "max_position_embeddings", None)
+        limits = [int(known)] if isinstance(known, int) and known > 0 else []
+        for name, child in self.module.named_modules():
+            if name.rpartition(".")[2] == "position_embeddings" and isinstance(child, nn.Embedding):
+                # RoBERTa counts from behind the padding's own position.
+                limits.append(child.num_embeddings - (0 if child.padding_idx is None else child.padding_idx + 1))
+        return min(limits, default=sys.maxsize)
 
     @property
     def pad_id(self) -> int:
@@ -54,6 +69,44 @@ def weights_fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype};".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def model_fingerprint(module: nn.Module, tokenizer: Any) -> str:
+    """Return the SHA-256 of all that decides what a model makes of a text, in hexadecimal.
+
+    Weights alone do not: with another configuration, such as one that scales positions by the longest
+    record of a batch, or with another tokenizer, the same weights are another function. Where the files lie, by
+    which version of transformers they were written and in which precision does not count.
+    """
+    settings = module.config.to_diff_dict()  # type: ignore[union-attr,operator]
+    parts = {
+        "weights": weights_fingerprint(module),
+        "class": type(module).__name__,
+        "config": {key: value for key, value in settings.items() if key not in UNCOUNTED and not key.startswith("_")},
+        "tokenizer": _tokenizer_parts(tokenizer),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    parts = {
+        "class": type(tokenizer).__name__,
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+        "inputs": list(tokenizer.model_input_names),
+    }
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Both are set anew by every call.
+        return {**parts, "rules": {key: value for key, value in rules.items() if key not in ("truncation", "padding")}}
+    # Files count by their content, wherever they lie.
+    options = {key: _content(value) for key, value in tokenizer.init_kwargs.items() if key not in UNCOUNTED}
+    return {**parts, "vocabulary": tokenizer.get_vocab(), "options": options}
+
+
+def _content(value: object) -> object:
+    path = Path(value) if isinstance(value, str) and "/" in value else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else value
 
 
 def _load_minilm() -> tuple[nn.Module, Any]:
@@ -126,4 +179,4 @@ def load_base_model(name: str, task: str) -> BaseModel:
                 f"no folder, and the hub did not give it ({reason})"
             ) from error
     module = module.float().eval().requires_grad_(False)
-    return BaseModel(name, module, tokenizer, weights_fingerprint(module))
+    return BaseModel(name, module, tokenizer, model_fingerprint(module, tokenizer))
