@@ -75,6 +75,8 @@ def _rehearse(model: FederatedModel, what: str, rehearsal: Callable[[FederatedMo
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
     key = (config, site.data.name)
     if key not in _process.records:
+        # One form of a site's records at a time: by names of runs and data sets alone a server fills no memory.
+        _process.records = {other: kept for other, kept in _process.records.items() if other[1] != site.data.name}
         _process.records[key] = tokenised(model, site.data.examples)
     return _process.records[key]
 
