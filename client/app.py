@@ -17,7 +17,7 @@ from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import tokenised
 from client.rehearsal import rehearse, rehearse_initial
-from client.site import Site, open_site, policy_of
+from client.site import Site, check_job, open_site, policy_of
 from common.config import DataConfig, Scalar
 from common.device import own_cores
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
@@ -61,6 +61,8 @@ def _model(job: Job, site: Site) -> FederatedModel:
         *(config.model, job.adapter, config.head, config.seed),
         *(data.label_names, data.label_phrases, config.device, config.precision),
     )
+    # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
+    site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
         _process.model, _process.records, _process.rehearsed = model, {}, {}
     return model
@@ -92,6 +94,8 @@ def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, i
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
     key = (config, site.data.name)
     if key not in _process.records:
+        # One form of a site's records at a time: by names of runs and data sets alone a server fills no memory.
+        _process.records = {other: kept for other, kept in _process.records.items() if other[1] != site.data.name}
         _process.records[key] = tokenised(model, site.data.examples)
     return _process.records[key]
 
@@ -103,6 +107,8 @@ def answer(
     run: str,
     memory: MutableMapping[str, bytes],
     deadline: Deadline | None = None,
+    *,
+    simulated: bool | None = None,
 ) -> Reply:
     """Return a site's reply to a train message; every failure is a Refusal that names the site.
 
@@ -113,9 +119,10 @@ def answer(
         run: the run's id as Flower knows it.
         memory: what this node keeps from message to message (``client.memory``); may be lost.
         deadline: when the reply is to leave; whoever calls waits for it.
+        simulated: whether site and server are one machine's own experiment; None: whether Flower's Ray simulates.
     """
     deadline = deadline or Deadline(_reply_after(node))
-    simulated = _in_simulation()
+    simulated = _in_simulation() if simulated is None else simulated
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
     number = round_of(content)
     try:
@@ -123,10 +130,9 @@ def answer(
         torch.set_num_threads(own_cores())
         job = configure(settings)
         run = run_name(job.config, run)
-        policy_of(node).check_job(job)
+        check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
         model = _model(job, site)
-        site.policy.check_model(model.base.fingerprint)
         state = job.strategy.start(model.start)
         basis_layout = layout_of(job.strategy.basis(state))
         task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.errors import ModelError
+from common.errors import ModelNotLoaded
 from common.packaged import MINILM, packaged_folder
 from common.unpacked import unpacked_smollm2
 
 UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
 """Parts of a configuration that change nothing of what the model computes as it is loaded here."""
+OWN_CODE = {"trust_remote_code": False}
+"""For every loader: code that comes with a model never runs; unset, transformers asks whoever sits at the terminal."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,16 @@ def _load_minilm() -> tuple[nn.Module, Any]:
 
     with packaged_folder(MINILM) as folder:
         # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
-        module = AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False)
-        return _nameless(module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        module = AutoModel.from_pretrained(folder, add_pooling_layer=False, **OWN_CODE)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, **OWN_CODE))
 
 
 def _load_smollm2() -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with unpacked_smollm2() as folder:
-        module = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        return _nameless(module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        module = AutoModelForCausalLM.from_pretrained(folder, **OWN_CODE)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, **OWN_CODE))
 
 
 def _nameless(module: Any, tokenizer: Any) -> tuple[nn.Module, Any]:
@@ -144,7 +146,7 @@ def load_base_model(name: str, task: str) -> BaseModel:
         task: ``classification`` loads the encoder (AutoModel), ``causal-lm`` the decoder with its head.
 
     Raises:
-        ModelError: the model cannot be found or read.
+        ModelNotLoaded: the model cannot be found or read.
         DataError: the package that carries a named model is missing or altered.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -156,13 +158,14 @@ def load_base_model(name: str, task: str) -> BaseModel:
             name = str(Path(name).expanduser())
         try:
             loader = AutoModel if task == "classification" else AutoModelForCausalLM
-            options = {}
-            if task == "classification" and AutoConfig.from_pretrained(name).model_type in ("bert", "roberta"):
+            options = dict(OWN_CODE)
+            model_type = AutoConfig.from_pretrained(name, **OWN_CODE).model_type
+            if task == "classification" and model_type in ("bert", "roberta"):
                 options["add_pooling_layer"] = False
-            module, tokenizer = loader.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
+            module, tokenizer = loader.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **OWN_CODE)
+        except Exception as error:  # whatever a strange file makes a loader raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelNotLoaded(
                 f"cannot load the base model {name!r}: it is none of {', '.join(NAMED_MODELS)}, "
                 f"no folder, and the hub did not give it ({reason})"
             ) from error

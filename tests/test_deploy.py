@@ -23,6 +23,7 @@ from conftest import TARGETS, write_reviews
 from typer.testing import CliRunner
 
 from client.policy import load_policy
+from common.base_model import load_base_model
 from common.errors import ConfigError, DataError, RunFailed
 from common.paths import run_folder
 from common.privacy.ledger import Ledger
@@ -51,6 +52,8 @@ PATIENCE = 600.0
 """Seconds for one step: what a failure costs on a busy machine, not what a step takes."""
 
 
+OWN = ["--data", ".", "--public-size", "2000"]
+"""Of 'fedveil site init': a site with records of its own."""
 PART = "partition-id=0 num-partitions=1"
 """Settings of a node that plays all of a job's data."""
 
@@ -145,9 +148,13 @@ def test_the_walk_through_ends_in_a_finished_run(
         "device": "cpu",
     }
     (tmp_path / "toy.toml").write_text(to_toml(toy), encoding="utf-8")
+    fingerprint = load_base_model(model_folder("bert"), "classification").fingerprint
     more = {
         ("server", "init"): lambda: ["--fleet-port", str(fleet), "--control-port", str(control)],
-        ("site", "init"): lambda: ["--runtime-port", str(runtime.pop()), "--model", model_folder("bert")],
+        ("site", "init"): lambda: [
+            *("--runtime-port", str(runtime.pop())),
+            *("--model", model_folder("bert"), "--fingerprint", fingerprint),
+        ],
         ("doctor", "server"): lambda: ["--model", model_folder("bert")],
         ("server", "submit"): lambda: ["-c", "toy.toml"],
     }
@@ -360,7 +367,15 @@ def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
         (["--name", "my clinic"], "the site's name is 'my clinic'"),
         (["--epsilon", "-3"], "epsilon must be"),
         (["--delta", "2"], "delta must be"),
-        (["--data", ".", "--public-size", "2000", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+        ([*OWN, "--labels", "bad,good", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+        (OWN, "--labels is needed: name all labels in the job's order"),
+        ([*OWN, "--labels", "bad"], "name at least 2 different ones"),
+        ([*OWN, "--labels", "bad,good", "--prompt", "q"], "--prompt is given, which the task 'classification'"),
+        ([*OWN, "--task", "causal-lm", "--labels", "bad,good"], "--labels is given, which the task 'causal-lm'"),
+        ([*OWN, "--task", "causal"], "did you mean 'causal-lm'"),
+        ([*OWN, "--labels", "bad,good", "--max-length", "0"], "max-length must be above 0"),
+        (["--model", "/srv/model"], "the fingerprint of the base model '/srv/model' is needed"),
+        (["--model", "/srv/model", "--fingerprint", "0123"], "write NAME=DIGITS"),
     ],
 )
 def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str, tmp_path: Path) -> None:
@@ -376,6 +391,7 @@ def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str,
         ("epsilom = 4.0\n", PART, "did you mean 'epsilon'"),
         ("epsilon = 4.0\ndelta = 1e-3\n", f"{PART} public-size=2000", "above 1/2000"),
         ("", 'data="records.csv"', "'public-size' is needed beside 'data'"),
+        ('task = "causal-lm"\n', PART, "prompt, completion, max-length is not"),
         ("", "", "this site has no records"),
     ],
 )

@@ -13,7 +13,7 @@ from experiments.deploy.commands import environment, superlink_command, superlin
 from experiments.deploy.files import read_bytes
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.server_folder import ServerFolder, finish_renewal
-from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
+from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0
@@ -54,10 +54,11 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         more: node settings that win over the folder's.
 
     Raises:
-        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused.
+        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
+            the site's own records among them if the policy does not pin what they are for.
         DataError: a file of the folder is missing or damaged.
     """
-    policy_of_node(node_settings(folder, more))
+    check_pinned(folder, node_settings(folder, more))
     command = supernode_command(folder, more)
     said, when = "", 0.0
     while reason := why_refused(folder):
