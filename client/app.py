@@ -10,6 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.leftovers import left_nothing, tensors_digest
 from client.local_training import initial_round, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
@@ -39,6 +40,8 @@ class _Process:
     """Tokenised records of each site's data; of the current model's tokenizer."""
     rehearsed: bool = False
     """Whether the current model is known to be one that can be trained privately."""
+    built: str = ""
+    """Digest of the current model's tensors as it was built."""
 
 
 _process = _Process()
@@ -60,6 +63,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     )
     if _process.model is not model:
         _process.model, _process.records, _process.rehearsed = model, {}, False
+        _process.built = tensors_digest(model.module)
     if config.privacy.on and not _process.rehearsed:
         rehearse(model)
         _process.rehearsed = True
@@ -90,8 +94,7 @@ def answer(
         memory: what this node keeps from message to message (``client.memory``); may be lost.
     """
     simulated = _in_simulation()
-    name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
-    number = round_of(content)
+    name, number = name_of(node), round_of(content)
     try:
         set_up()
         torch.set_num_threads(own_cores())
@@ -119,8 +122,23 @@ def answer(
         log.info("trained and answered", extra=about(run, number, name))
         return result
     except Exception as error:
-        reason = public_reason(error, node, simulated=simulated)
-        return _refuse(Refusal(run, number, name, _kind_of(error), reason), error)
+        return refusal(error, node, run, number, simulated=simulated)
+
+
+def refusal(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:
+    """Return what the server is told of an error in round ``number``, and say it in the site's own log."""
+    reason = public_reason(error, node, simulated=simulated)
+    return _refuse(Refusal(run, number, name_of(node), _kind_of(error), reason), error)
+
+
+def name_of(node: Mapping[str, Scalar]) -> str:
+    """Return what the site of this node's configuration is called."""
+    return str(node.get("site") or f"site-{node.get('partition-id', '?')}")
+
+
+def is_clean() -> bool:
+    """Bring this process's model back to its start; whether nothing that was trained here is left in it."""
+    return _process.model is None or left_nothing(_process.model, _process.built)
 
 
 def _kind_of(error: Exception) -> str:

@@ -20,9 +20,12 @@ from common.privacy.accounting import MOST_NOISE
 from strategies import STRATEGIES, Job
 
 UNLIMITED = 2**62
-LISTS = ("strategies", "head-policies", "models")
+LISTS = ("strategies", "head-policies", "models", "bundles")
 MODEL_DIGITS = 12
 """Least hexadecimal digits by which a policy may name a base model."""
+HEXADECIMAL = frozenset("0123456789abcdef")
+BUNDLE_DIGITS = 64
+"""Hexadecimal digits of a bundle's hash."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Policy:
     head_policies: str = ""
     models: str = ""
     """Beginnings of the base models' fingerprints, of at least ``MODEL_DIGITS`` digits."""
+    bundles: str = ""
+    """Hashes of the bundles of code whose runs the site joins, whole; empty: that of the installed version alone.
+    Kept by ``fedveil site start``, which runs the installed code whatever is in a bundle."""
     send_noised_metrics: bool = False
     """Whether each round's count of correctly classified records may be sent, noised and paid for."""
     metrics_noise: float = 30.0
@@ -71,9 +77,15 @@ class Policy:
         for name in _names(self.head_policies):
             one_of(HEAD_POLICIES, head_policies=name)
         for name in _names(self.models):
-            if len(name) < MODEL_DIGITS or not set(name) <= set("0123456789abcdef"):
+            if len(name) < MODEL_DIGITS or not set(name) <= HEXADECIMAL:
                 raise ConfigError(
                     f"models names {name!r}: give at least {MODEL_DIGITS} digits (0-9, a-f) of its fingerprint"
+                )
+
+        for name in _names(self.bundles):
+            if len(name) != BUNDLE_DIGITS or not set(name) <= HEXADECIMAL:
+                raise ConfigError(
+                    f"bundles names {name!r}: give all {BUNDLE_DIGITS} digits (0-9, a-f) that 'fedveil bundle' prints"
                 )
 
     def check_size(self, public_size: int) -> None:
@@ -97,6 +109,17 @@ class Policy:
         names = _names(self.models)
         if names and not any(fingerprint.startswith(name) for name in names):
             raise _refusal("models", ", ".join(names), f"the base model {fingerprint[:MODEL_DIGITS]}")
+
+    def allowed_bundles(self, own: str) -> tuple[str, ...]:
+        """Return the hashes of the bundles that are allowed, where ``own`` is the installed version's."""
+        return _names(self.bundles) or (own,)
+
+    def check_bundle(self, digest: str, own: str) -> None:
+        """Raise PolicyRefusal unless a bundle of this hash is allowed."""
+        allowed = self.allowed_bundles(own)
+        if digest not in allowed:
+            names = ", ".join(name[:MODEL_DIGITS] for name in allowed)
+            raise _refusal("bundles", names, f"the bundle {digest[:MODEL_DIGITS]}")
 
     def check_round(self, rounds: int, steps: int) -> None:
         """Raise PolicyRefusal if the run would then have had more ``rounds`` or ``steps`` here than are allowed."""

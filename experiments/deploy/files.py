@@ -51,6 +51,22 @@ def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str
         raise DataError(f"cannot make {folder} ({error.strerror}): name a folder that you may write") from error
 
 
+def replace_private(path: Path, content: bytes) -> None:
+    """Put ``content`` in place of a file, readable by its owner only.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.unlink(missing_ok=True)
+        _write(draft, content, PRIVATE_MODE)
+        draft.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path} ({error.strerror}): give this user the right to") from error
+
+
 def _write(path: Path, content: bytes, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The mode is set when the file is made: a key is at no moment readable by others.
