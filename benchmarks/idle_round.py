@@ -25,7 +25,7 @@ from typing import Any
 
 from audits.tiny_site import tiny_run, write_reviews
 from experiments.deploy.commands import environment, own_module, program, supernode_command, worker_command
-from experiments.deploy.files import replace_private
+from experiments.deploy.files import put_file
 from experiments.deploy.policy_file import policy_text
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.registry import register_site
@@ -58,8 +58,8 @@ def site_command(site: SiteFolder, stamps: Path, *, plain: bool) -> list[str]:
     """Return what ``fedveil site start`` becomes, with a worker that writes down when it has tasks."""
     if plain:
         return supernode_command(site)
-    secret = site.path / "flwr" / "secret"
-    replace_private(secret, os.urandom(32))
+    secret = site.path / "secret"
+    put_file(secret, os.urandom(32), private=True)
     worker = [sys.executable, __file__, "--worker", str(stamps), *worker_command(site, secret)[4:]]
     pair = supernode_command(site, "", secret), worker
     return [*own_module("experiments.deploy.pair"), *map(json.dumps, pair)]

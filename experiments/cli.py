@@ -111,6 +111,14 @@ def settings(config: Settings = None) -> None:
 
 
 @app.command()
+def bundle() -> None:
+    """Print the hash of the installed version's own bundle, for ``bundles`` in a site's policy."""
+    from common.bundle import own_digest
+
+    print(own_digest())
+
+
+@app.command()
 @_for_people
 def strategies() -> None:
     """Print the table of strategies as Markdown."""

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.bundle import own_digest
 from common.privacy.ledger import Ledger
 from experiments.deploy import shared_checks as shared
 from experiments.deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
@@ -20,6 +21,7 @@ from experiments.deploy.node_keys import is_pair, read_node_key
 from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import ServerFolder
 from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
+from experiments.deploy.start import secret_file
 
 RENEW = "renew it with 'fedveil server renew'"
 
@@ -51,6 +53,8 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("key pair", lambda: _pair(folder)),
             ("node settings", lambda: _settings(folder)),
             ("policy", lambda: _policy(folder)),
+            ("bundles", lambda: _bundles(folder)),
+            ("worker's secret", lambda: _secret(folder)),
             ("ledger", lambda: _ledger(folder)),
             ("disk", lambda: shared.disk(folder.ledger, "disk")),
             ("base model", lambda: shared.base_model(folder.model, folder.task, folder.fingerprint)),
@@ -139,6 +143,22 @@ def _policy(folder: SiteFolder) -> Iterator[Finding]:
     if math.isfinite(policy.epsilon):
         budget = f"ε ≤ {policy.epsilon} at δ = {policy.delta} over all runs"
     yield Finding(True, "policy", budget)
+
+
+def _bundles(folder: SiteFolder) -> Iterator[Finding]:
+    own = own_digest()
+    allowed = policy_of_node(node_settings(folder)).allowed_bundles(own)
+    note = f"{own} (the installed version's own)"
+    named = ", ".join(note if digest == own else digest for digest in allowed)
+    yield Finding(True, "bundles", named if own in allowed else f"{named}; not {note}")
+
+
+def _secret(folder: SiteFolder) -> Iterator[Finding]:
+    file, what = secret_file(folder), "worker's secret"
+    if file.exists():
+        yield from shared.private_file(file, what)
+    else:
+        yield Finding(True, what, "made anew at every start, for this user alone")
 
 
 def _ledger(folder: SiteFolder) -> Iterator[Finding]:

@@ -51,20 +51,19 @@ def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str
         raise DataError(f"cannot make {folder} ({error.strerror}): name a folder that you may write") from error
 
 
-def replace_private(path: Path, content: bytes) -> None:
-    """Put ``content`` in place of a file, readable by its owner only.
+def put_file(path: Path, content: bytes, *, private: bool) -> None:
+    """Put ``content`` at ``path`` in one step, in place of what is there.
 
     Raises:
         DataError: the folder cannot be written.
     """
+    draft = path.with_name(f".{path.name}.new")
     try:
-        path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.unlink(missing_ok=True)
-        _write(draft, content, PRIVATE_MODE)
+        draft.unlink(missing_ok=True)  # of one that was interrupted
+        _write(draft, content, PRIVATE_MODE if private else PUBLIC_MODE)
         draft.replace(path)
     except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): give this user the right to") from error
+        raise DataError(f"cannot write {path} ({error.strerror}): check rights and space") from error
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:

@@ -18,7 +18,7 @@ from experiments.deploy.commands import (
     supernode_command,
     worker_command,
 )
-from experiments.deploy.files import read_bytes, replace_private
+from experiments.deploy.files import FOLDER_MODE, put_file, read_bytes
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.server_folder import ServerFolder
 from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
@@ -73,7 +73,8 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
             say(f"waiting: {reason}")
         time.sleep(RETRY_SECONDS)
     say(f"the server at {folder.server} lets this site in")
-    replace_private(secret, secrets.token_hex(32).encode())
+    secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    put_file(secret, secrets.token_hex(32).encode(), private=True)
     command = [*own_module("experiments.deploy.pair"), *map(json.dumps, pair)]
     os.execve(command[0], command, environment(_flower_home(folder.path)))
 
