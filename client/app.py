@@ -72,6 +72,8 @@ def _model(job: Job, site: Site) -> FederatedModel:
 
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
     key = (config, site.data.name)
+    if any(known != config for known, _ in _process.records):
+        _process.records = {}  # of one run's settings at a time, however long the process lives
     if key not in _process.records:
         _process.records[key] = model.tokenise(site.data.examples)
     return _process.records[key]

@@ -21,6 +21,7 @@ from experiments.deploy import pair, start
 from experiments.deploy.commands import own_module
 from experiments.deploy.doctor import examine_site
 from experiments.deploy.site_folder import SiteFolder, make_site
+from experiments.deploy.units import write_site_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = "open({place!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
@@ -218,3 +219,8 @@ def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
     assert "chmod 600" in words
     (site.path / "policy.toml").write_text(f'public-size = 50\nbundles = ["{"b" * 64}"]\n')
     assert said("bundles") == (True, f"{'b' * 64}; not {worker.own_digest()} (the installed version's own)")
+
+
+def test_the_unit_tells_the_first_process_alone_to_end(site: SiteFolder) -> None:
+    write_site_unit(site)
+    assert "KillMode=mixed\n" in (site.path / "fedveil-site.service").read_text()

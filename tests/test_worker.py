@@ -278,3 +278,10 @@ def test_private_rounds_leave_nothing_in_a_model_and_whatever_is_left_is_found(
         after = tensors_digest(model.module)
         assert after != before
         before = after
+
+
+def test_a_server_that_asks_with_ever_other_settings_does_not_fill_the_memory(site: OneSite) -> None:
+    for seed in (45, 46, 47):
+        site.settings["data.seed"] = seed
+        site.train(run=str(seed))
+        assert [config.seed for config, _ in installed._process.records] == [seed]
