@@ -300,6 +300,7 @@ def main() -> int:
     parser.add_argument("--node", required=True, help="the node's settings as JSON")
     words = parser.parse_args()
     set_up()
+    logging.getLogger("fedveil").propagate = False  # libraries put handlers of their own on the root
     settings: dict[str, Scalar] = json.loads(words.node)
     where = about("", None, installed.name_of(settings))
     try:
