@@ -68,22 +68,23 @@ def site_command(site: SiteFolder, stamps: Path, *, plain: bool) -> list[str]:
 def stamped_worker(stamps: Path) -> int:
     """Be a worker that writes a line for every task: when it had it, and when the reply was handed over."""
     from client import worker
+    from client.runtime import Node, Task
 
-    acquire, push = worker.Node.acquire, worker.Task.push
+    acquire, push = Node.acquire, Task.push
     began = 0.0
 
-    def timed_acquire(node: worker.Node) -> str:
+    def timed_acquire(node: Node) -> str:
         nonlocal began
         token = acquire(node)
         began = time.time()
         return token
 
-    def timed_push(task: worker.Task, *words: Any) -> None:
+    def timed_push(task: Task, *words: Any) -> None:
         push(task, *words)
         with stamps.open("a") as file:
             file.write(f"{began} {time.time()}\n")
 
-    worker.Node.acquire, worker.Task.push = timed_acquire, timed_push  # type: ignore[method-assign]
+    Node.acquire, Task.push = timed_acquire, timed_push  # type: ignore[method-assign]
     return worker.main()
 
 

@@ -22,6 +22,7 @@ DOORS = {
     "flwr": {
         "audits/simulated_site.py",
         "client/app.py",
+        "client/runtime.py",
         "client/worker.py",
         "server/app.py",
         "server/pulls.py",

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from client import worker
+from client import runtime
+from common.bundle import own_digest
 from experiments.deploy import pair, start
 from experiments.deploy.commands import own_module
 from experiments.deploy.doctor import examine_site
@@ -140,7 +141,7 @@ def test_a_pair_ends_with_its_node_and_when_its_worker_cannot_go_on(
 
 
 def test_both_sides_mean_the_same_by_an_exit_code_and_the_supervisor_stays_small() -> None:
-    assert (pair.ANEW, pair.NODE_TOO) == (worker.ANEW, worker.NODE_TOO)
+    assert (pair.ANEW, pair.NODE_TOO) == (runtime.ANEW, runtime.NODE_TOO)
     code = "import sys, experiments.deploy.pair; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "flwr", "client", "typer"} & set(done.stdout.split())
@@ -208,7 +209,7 @@ def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
 
     ok, words = said("bundles")
     assert ok
-    assert words.startswith(f"{worker.own_digest()} (the installed version's own)")
+    assert words.startswith(f"{own_digest()} (the installed version's own)")
     assert said("worker's secret") == (True, "made anew at every start, for this user alone")
     started_command(site, monkeypatch)
     secret = start.secret_file(site)
@@ -218,7 +219,7 @@ def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
     assert not ok
     assert "chmod 600" in words
     (site.path / "policy.toml").write_text(f'public-size = 50\nbundles = ["{"b" * 64}"]\n')
-    assert said("bundles") == (True, f"{'b' * 64}; not {worker.own_digest()} (the installed version's own)")
+    assert said("bundles") == (True, f"{'b' * 64}; not {own_digest()} (the installed version's own)")
 
 
 def test_the_unit_tells_the_first_process_alone_to_end(site: SiteFolder) -> None:

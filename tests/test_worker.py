@@ -17,7 +17,7 @@ from one_site import OneSite, clinic
 from runtime_api import SECRET, RuntimeApi, runtime_api
 
 from client import app as installed
-from client import worker
+from client import runtime, worker
 from client.leftovers import tensors_digest
 from client.outgoing import UNTOLD
 from common.bundle import PROJECT, bundle_digest, files_of, own_digest
@@ -55,14 +55,14 @@ def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
     return clinic(toy_settings, tmp_path)
 
 
-class OneTask(worker.Node):
+class OneTask(runtime.Node):
     """Asks until it has had one task, and then takes the node for somebody else's, which ends the worker."""
 
     had = False
 
     def acquire(self) -> str:
         if self.had:
-            raise worker.NotOurNode("enough")
+            raise runtime.NotOurNode("enough")
         token = super().acquire()
         self.had = bool(token)
         return token
@@ -81,7 +81,7 @@ def answered(api: RuntimeApi, site: OneSite) -> TrainResult | Refusal:
 def test_the_installed_client_answers_and_the_node_keeps_what_it_must_remember(api: RuntimeApi, site: OneSite) -> None:
     for _ in range(2):
         api.give(encode_task(site.task()), own_bundle(), site.settings, {})
-        assert work(api, site) == worker.NODE_TOO
+        assert work(api, site) == runtime.NODE_TOO
         assert isinstance(answered(api, site), TrainResult)
         assert site.charges() == [("1", 1, "training")], "what was kept did not come back: the same task was paid twice"
         assert "kept" in api.kept()
@@ -135,6 +135,13 @@ def test_a_bundle_that_is_not_allowed_is_refused_by_its_hash_and_nothing_of_it_r
     assert not home.exists(), "something of the bundle was unpacked"
 
 
+def test_the_refusal_of_a_bundle_is_of_the_run_that_is_resumed(api: RuntimeApi, site: OneSite, tmp_path: Path) -> None:
+    resumed = {**site.settings, "resume": "77"}
+    api.give(encode_task(site.task()), foreign_bundle(tmp_path / "mark"), resumed, site.node)
+    work(api, site)
+    assert isinstance(decode_reply(api.reply().content, {}, "77", 1), Refusal)
+
+
 def test_a_bundle_that_the_policy_names_gives_settings_and_no_code(
     api: RuntimeApi, site: OneSite, tmp_path: Path
 ) -> None:
@@ -154,7 +161,7 @@ def test_flower_s_own_way_runs_the_bundle_s_code_which_the_mark_shows(site: OneS
     mark = tmp_path / "mark"
     with runtime_api(secret=None) as api:
         api.give(encode_task(site.task()), foreign_bundle(mark), site.settings, site.node)
-        token = worker.Node(api.port, b"any").acquire()
+        token = runtime.Node(api.port, b"any").acquire()
         words = ["--insecure", "--runtime-api-address", f"127.0.0.1:{api.port}", "--token", token]
         env = {**os.environ, "FLWR_HOME": str(tmp_path / "home"), "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
         subprocess.run([str(FLWR_CLIENTAPP), *words], env=env, capture_output=True, timeout=120, check=False)
@@ -163,19 +170,21 @@ def test_flower_s_own_way_runs_the_bundle_s_code_which_the_mark_shows(site: OneS
 
 def test_without_the_site_s_secret_nobody_gets_a_task(api: RuntimeApi, site: OneSite) -> None:
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-    assert work(api, site, secret=b"guessed") == worker.NODE_TOO
+    assert work(api, site, secret=b"guessed") == runtime.NODE_TOO
     assert api.waiting() == 1
     with runtime_api(secret=None) as open_to_all:
         open_to_all.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-        assert worker.Node(open_to_all.port, b"guessed").acquire(), "planted: without a secret it hands tasks to anyone"
+        assert runtime.Node(open_to_all.port, b"guessed").acquire(), (
+            "planted: without a secret it hands tasks to anyone"
+        )
 
 
 def test_a_node_that_another_user_of_the_machine_plays_gets_no_answer(
     api: RuntimeApi, site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-    monkeypatch.setattr(worker, "is_own_port", lambda port: False)
-    assert work(api, site) == worker.NODE_TOO
+    monkeypatch.setattr(runtime, "is_own_port", lambda port: False)
+    assert work(api, site) == runtime.NODE_TOO
     assert not site.charges()
     row = "   0: {}:2386 00000000:0000 {} 00000000:00000000 00:00000000 00000000  {}        0 1\n"
     table = tmp_path / "tcp"
@@ -188,7 +197,7 @@ def test_a_node_that_another_user_of_the_machine_plays_gets_no_answer(
     ):
         table.write_text("head\n" + "".join(row.format(*values) for values in rows))
         monkeypatch.undo()
-        assert worker.is_own_port(0x2386, table) is own, rows
+        assert runtime.is_own_port(0x2386, table) is own, rows
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "train.other"])
@@ -203,14 +212,14 @@ def test_what_the_client_cannot_answer_is_told_in_one_constant_line(kind: str, a
 def test_a_task_whose_message_another_worker_took_has_the_node_started_anew(
     api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "MESSAGE_SECONDS", 0.2)
+    monkeypatch.setattr(runtime, "MESSAGE_SECONDS", 0.2)
     api.give(None, own_bundle(), site.settings, site.node)
-    assert work(api, site) == worker.NODE_TOO
+    assert work(api, site) == runtime.NODE_TOO
     assert not site.charges()
 
 
 def test_a_node_that_is_not_there_is_waited_for() -> None:
-    assert worker.Node(1, SECRET).acquire() == ""
+    assert runtime.Node(1, SECRET).acquire() == ""
 
 
 def test_records_that_have_changed_are_read_by_a_process_of_their_own(
@@ -225,7 +234,7 @@ def test_records_that_have_changed_are_read_by_a_process_of_their_own(
             file.write("one more,bad,nobody\n")
 
     monkeypatch.setattr(worker.time, "sleep", sleep)
-    assert worker.work(worker.Node(api.port, SECRET), site.node) == worker.ANEW
+    assert worker.work(runtime.Node(api.port, SECRET), site.node) == runtime.ANEW
     assert len(slept) == 1
 
 
@@ -242,10 +251,10 @@ def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(
 
     monkeypatch.setattr(installed, "train_round", leaves_something)
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-    assert work(api, site) == worker.ANEW
+    assert work(api, site) == runtime.ANEW
     monkeypatch.setattr(installed, "is_clean", lambda: True)
     api.give(encode_task(site.task(2)), own_bundle(), site.settings, site.node)
-    assert work(api, site) == worker.NODE_TOO, "planted: a worker that does not look goes on to the next task"
+    assert work(api, site) == runtime.NODE_TOO, "planted: a worker that does not look goes on to the next task"
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

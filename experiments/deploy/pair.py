@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 
 ANEW, NODE_TOO = 75, 76
-"""Exit codes of a worker, as in ``client.worker``: start it anew; end the SuperNode as well."""
+"""Exit codes of a worker, as in ``client.runtime``: start it anew; end the SuperNode as well."""
 POLL_SECONDS = 0.2
 SHORT_LIFE, MOST_SHORT_LIVES = 10.0, 5
 """A worker that dies within so many seconds, so many times in a row, does not come up at all."""
