@@ -34,14 +34,15 @@ def packed(files: Mapping[str, bytes], year: int = 2024, method: int = zipfile.Z
     return buffer.getvalue()
 
 
-def test_what_flower_builds_of_this_version_has_the_installed_version_s_hash() -> None:
+def test_what_flower_builds_of_this_version_has_the_installed_version_s_hash(tmp_path: Path) -> None:
     with app_folder() as folder:
         assert bundle_digest(build_fab_from_disk(folder)) == own_digest()
     by_hand = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("[a-z]*/**/*.py")}
     content, _ = build_fab_from_files({SETTINGS: ROOT / SETTINGS, "README.md": ROOT / "README.md", **by_hand})
     assert bundle_digest(content) == own_digest(), "'flwr run .' sends another bundle than 'fedveil server submit'"
-    said = CliRunner().invoke(app, ["bundle"])
-    assert said.stdout.split() == [own_digest()]
+    (tmp_path / "built.fab").write_bytes(content)
+    for words in (["bundle"], ["bundle", str(tmp_path / "built.fab")]):
+        assert CliRunner().invoke(app, words).stdout.split() == [own_digest()]
 
 
 def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
