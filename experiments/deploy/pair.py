@@ -21,6 +21,7 @@ ANEW, NODE_TOO = 75, 76
 POLL_SECONDS = 0.2
 SHORT_LIFE, MOST_SHORT_LIVES = 10.0, 5
 """A worker that dies within so many seconds, so many times in a row, does not come up at all."""
+AGAIN_SECONDS = 1.0
 PATIENCE = 4.0
 """Seconds that both get to end by themselves."""
 _DIE_WITH_PARENT = 1
@@ -62,7 +63,7 @@ def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> 
                 return 1
             if ended != ANEW:
                 say(f"the worker ended with {ended} and is started again")
-                time.sleep(short_lives)
+                time.sleep(AGAIN_SECONDS)
             began, running["worker"] = time.monotonic(), _start(worker)
         return 0
     finally:
