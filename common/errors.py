@@ -6,6 +6,7 @@
     ├── ConfigError            a setting is unknown, ill-typed or out of range
     ├── DataError              a data file is missing, empty or not what it says
     ├── ModelError             a base model cannot be loaded or does not fit the job
+    │   └── ModelNotLoaded     it cannot be found or read
     ├── ProtocolError          a message from the other side is not what it claims to be
     ├── RunFailed              a run cannot go on (too few sites, nothing trained)
     └── PrivacyError           a promise about privacy would not hold
@@ -34,6 +35,10 @@ class DataError(FedVeilError):
 
 class ModelError(FedVeilError):
     """A base model cannot be loaded, or does not fit the job."""
+
+
+class ModelNotLoaded(ModelError):
+    """A base model cannot be found or read."""
 
 
 class ProtocolError(FedVeilError):

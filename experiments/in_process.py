@@ -48,6 +48,10 @@ class InProcessTransport:
         del wanted
         return [node for node in range(len(self._nodes)) if node not in besides]
 
+    def registered(self) -> Mapping[int, str] | None:
+        """Return None: these sites have no keys."""
+        return None
+
     def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
         replies: dict[int, Reply] = {}
@@ -61,8 +65,13 @@ class InProcessTransport:
         return Exchange(replies, down, up)
 
     def deliver(self, node: int, task: TrainTask, content: Any) -> Any:
-        """Return the message that a node sends back for a task's message; a test may send another."""
-        reply = answer(content, self._nodes[node], self._settings, task.run, self._memories[node])
+        """Return the message that a node sends back for a task's message; a test may send another.
+
+        A node with neither records nor a policy of its own is a simulated one, as in Flower's simulation.
+        """
+        here = self._nodes[node]
+        simulated = not {"data", "policy"} & here.keys()
+        reply = answer(content, here, self._settings, task.run, self._memories[node], simulated=simulated)
         return encode_reply(reply)
 
 

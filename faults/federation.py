@@ -14,11 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 from audits.tiny_site import tiny_run, write_reviews
+from common.base_model import load_base_model
 from common.config import Scalar
 from common.paths import run_folder
 from experiments.deploy.commands import environment, superlink_command, supernode_command
 from experiments.deploy.control import Control, control_of
-from experiments.deploy.policy_file import policy_text
+from experiments.deploy.policy_file import models_of, pins_of_job, policy_text
 from experiments.deploy.registry import register_site
 from experiments.deploy.server_folder import make_server
 from experiments.deploy.site_folder import SiteFolder, make_site
@@ -28,6 +29,7 @@ from faults.plan import VARIABLE, Plan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
 from server.records import read_json
+from server.registered import NODES
 from strategies import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
@@ -100,7 +102,7 @@ class Federation:
     def start_server(self) -> None:
         """Start the SuperLink and wait until its Control API answers."""
         command = self._warm(superlink_command(self.server))
-        self.processes.start("superlink", command, self._environment("server"))
+        self.processes.start("superlink", command, {**self._environment("server"), NODES: str(self.server.nodes)})
 
         def answers() -> bool:
             try:
@@ -120,10 +122,15 @@ class Federation:
             inside: puts a command into the network where this site is.
         """
         data = write_reviews(self.folder / f"{name}.csv", RECORDS, len(self.sites))
+        config = configure(self.settings).config
+        fingerprint = load_base_model(config.model.name, config.model.task).fingerprint
         self._places[name] = inside
         self.sites[name] = make_site(
             *(self.folder / name, name, f"{address}:{self.server.fleet_port}"),
-            policy=policy_text(name, SIZES[name], 50.0, 1e-3),
+            policy=policy_text(
+                *(name, SIZES[name], 50.0, 1e-3),
+                *(pins_of_job(config), models_of(config.model.name, fingerprint)),
+            ),
             node=f'data="{data}"',
             authority=self.server.path / "ca.crt",
             runtime_port=self._runtime.pop(),

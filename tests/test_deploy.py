@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from conftest import TARGETS, write_reviews
 from typer.testing import CliRunner
 
 from client.policy import load_policy
+from common.base_model import load_base_model
 from common.errors import ConfigError, DataError, RunFailed
 from common.paths import run_folder
 from common.privacy.ledger import Ledger
@@ -53,6 +53,8 @@ PATIENCE = 600.0
 """Seconds for one step: what a failure costs on a busy machine, not what a step takes."""
 
 
+OWN = ["--data", ".", "--public-size", "2000"]
+"""Of 'fedveil site init': a site with records of its own."""
 PART = "partition-id=0 num-partitions=1"
 """Settings of a node that plays all of a job's data."""
 
@@ -153,9 +155,13 @@ def test_the_walk_through_ends_in_a_finished_run(
         "device": "cpu",
     }
     (tmp_path / "toy.toml").write_text(to_toml(toy), encoding="utf-8")
+    fingerprint = load_base_model(model_folder("bert"), "classification").fingerprint
     more = {
         ("server", "init"): lambda: ["--fleet-port", str(fleet), "--control-port", str(control)],
-        ("site", "init"): lambda: ["--runtime-port", str(runtime.pop()), "--model", model_folder("bert")],
+        ("site", "init"): lambda: [
+            *("--runtime-port", str(runtime.pop())),
+            *("--model", model_folder("bert"), "--fingerprint", fingerprint),
+        ],
         ("doctor", "server"): lambda: ["--model", model_folder("bert")],
         ("server", "submit"): lambda: ["-c", "toy.toml"],
     }
@@ -178,8 +184,9 @@ def test_the_walk_through_ends_in_a_finished_run(
     assert {"server init", "server start", "site init", "server register", "site start", "server submit"} <= set(seen)
     (folder,) = (tmp_path / "server" / "runs").iterdir()
     assert read_json(folder / "result.json")["status"] == "completed"
+    assert "sites have the names of their keys" in (folder / "log.jsonl").read_text(encoding="utf-8")
     for site in ("clinic", "ward"):
-        with Ledger(tmp_path / site / "ledger" / f"{site}.sqlite") as ledger:
+        with Ledger(tmp_path / site / "ledger" / "ledger.sqlite") as ledger:
             assert [entry.dataset for entry in ledger.entries()] == [site]
         assert "trained and answered" in processes.log(site)
         assert not (tmp_path / site / "flwr" / "apps").exists(), "something of the bundle is on the disk"
@@ -267,32 +274,6 @@ def test_an_expired_server_is_refused_by_itself_by_flower_and_by_name(processes:
     while "does not answer" in (reason := why_refused(site)) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert "does not know this site's key" in reason
-
-
-@pytest.fixture
-def tls_server(tmp_path: Path) -> Iterator[Callable[[ServerFolder], int]]:
-    """Return a function that serves bare TLS with a folder's certificate and returns the port."""
-    sockets: list[socket.socket] = []
-
-    def serve(folder: ServerFolder) -> int:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder.path / "server.pem", folder.path / "server.key")
-        listening = socket.create_server(("127.0.0.1", 0))
-        sockets.append(listening)
-
-        def answer() -> None:
-            with suppress(OSError):
-                while True:
-                    plain, _ = listening.accept()
-                    with suppress(OSError), context.wrap_socket(plain, server_side=True):
-                        pass
-
-        threading.Thread(target=answer, daemon=True).start()
-        return int(listening.getsockname()[1])
-
-    yield serve
-    for one in sockets:
-        one.close()
 
 
 def site_for(tmp_path: Path, port: int, authority: Path, host: str = "127.0.0.1") -> SiteFolder:
@@ -399,7 +380,15 @@ def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
         (["--name", "my clinic"], "the site's name is 'my clinic'"),
         (["--epsilon", "-3"], "epsilon must be"),
         (["--delta", "2"], "delta must be"),
-        (["--data", ".", "--public-size", "2000", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+        ([*OWN, "--labels", "bad,good", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+        (OWN, "--labels is needed: name all labels in the job's order"),
+        ([*OWN, "--labels", "bad"], "name at least 2 different ones"),
+        ([*OWN, "--labels", "bad,good", "--prompt", "q"], "--prompt is given, which the task 'classification'"),
+        ([*OWN, "--task", "causal-lm", "--labels", "bad,good"], "--labels is given, which the task 'causal-lm'"),
+        ([*OWN, "--task", "causal"], "did you mean 'causal-lm'"),
+        ([*OWN, "--labels", "bad,good", "--max-length", "0"], "max-length must be above 0"),
+        (["--model", "/srv/model"], "the fingerprint of the base model '/srv/model' is needed"),
+        (["--model", "/srv/model", "--fingerprint", "0123"], "write NAME=DIGITS"),
     ],
 )
 def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str, tmp_path: Path) -> None:
@@ -415,6 +404,7 @@ def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str,
         ("epsilom = 4.0\n", PART, "did you mean 'epsilon'"),
         ("epsilon = 4.0\ndelta = 1e-3\n", f"{PART} public-size=2000", "above 1/2000"),
         ("", 'data="records.csv"', "'public-size' is needed beside 'data'"),
+        ('task = "causal-lm"\n', PART, "prompt, completion, max-length is not"),
         ("", "", "this site has no records"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_questions
-from one_site import OneSite, clinic
+from one_site import OneSite, clinic, pins
 
 from audits.bands import out_of_band, related
 from audits.faults import same_seeds
@@ -29,10 +29,12 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.charges import EVALUATION, Terms
 from common.privacy.ledger import Ledger
 from experiments.in_process import run_in_process, simulated_nodes
+from experiments.settings import to_toml
 from server.report import read_lines
 from strategies import configure
 
 PUBLIC = 50
+WHOLE = 'task = "classification"\ntext = "text"\nlabel = "label"\nlabels = ["bad", "good"]\nmax-length = 128\n'
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_two_runs_that_propose_other_budgets_share_the_stewards(site: OneSite) -
     site.rule(epsilon=rounds, delta=1e-3)
     site.settings["privacy.epsilon"] = 100.0
     spent(site, run="a")
-    del site.node["policy"]  # the ledger remembers
+    site.rule()  # the ledger remembers
     assert spent(site, run="b").epsilon_budget == rounds
     assert site.refuse(2, "b").kind == "budget"
 
@@ -95,8 +97,8 @@ def test_rounds_and_steps_of_a_run_end_where_the_policy_says(site: OneSite) -> N
     site.train(2)
     refusal(site, "max-rounds = 2", "3 rounds", round_number=3)
     site.rule(max_steps=3)
-    site.train(1, "another run")
-    got = site.refuse(2, "another run")
+    site.train(1, "another-run")
+    got = site.refuse(2, "another-run")
     assert (got.kind, "max-steps = 3" in got.reason, "4 steps" in got.reason) == ("policy", True, True)
 
 
@@ -124,7 +126,10 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
     [
         ({"strategies": ["fed-sb", "fed-svd"]}, ("strategies = fed-sb, fed-svd", "ffa-lora")),
         ({"head_policies": ["frozen"]}, ("head-policies = frozen", "trained")),
-        ({"models": ["0123456789ab"]}, ("models = 0123456789ab", "base model")),
+        ({"models": ["mini=0123456789ab"]}, ("models = mini=0123456789ab", "model.name")),
+        ({"models": None}, ("models = all-MiniLM-L6-v2, SmolLM2-135M-Instruct", "model.name")),
+        ({"text": "note"}, ("text = 'note'", "data.text = 'text'")),
+        ({"max_length": 23}, ("max-length = 23", "model.max-length = 24")),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_both_values(
@@ -137,7 +142,8 @@ def test_what_is_not_allowed_is_refused_with_both_values(
 
 
 def test_what_is_allowed_goes_on(site: OneSite) -> None:
-    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[site.model().base.fingerprint[:12]])
+    model = site.model().base
+    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:12]}"])
     site.train()
 
 
@@ -158,12 +164,14 @@ def test_the_same_records_under_another_id_are_refused(site: OneSite) -> None:
 
 
 def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "policy.toml").write_text('strategies = ["fed-sb"]\n')
+    settings = {**toy_settings, "rounds": 1, "data.labels": "bad,good"}
+    (tmp_path / "policy.toml").write_text(to_toml({**pins(settings), "strategies": ["fed-sb"]}), encoding="utf-8")
     nodes = simulated_nodes(2, tmp_path)
     nodes[1]["policy"] = str(tmp_path / "policy.toml")
-    line = read_lines(run_in_process({**toy_settings, "rounds": 1}, nodes) / "rounds.jsonl")[0]
+    line = read_lines(run_in_process(settings, nodes) / "rounds.jsonl")[0]
     assert line["participants"] == ["site-0"]
     assert [(r["site"], r["kind"]) for r in line["refusals"]] == [("site-1", "policy")]
+    assert "strategies = fed-sb" in line["refusals"][0]["reason"]
 
 
 # The noised count.
@@ -187,7 +195,7 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     both = [Release(2.0, 0.25, result.spending.steps_round), Release(12.0, 1.0, 1)]
     assert result.spending.epsilon_total == epsilon(both, 1e-3) > epsilon(both[:1], 1e-3)
 
-    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.zeros(shape))
+    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total)
     exact, model, config = site.train(2).noised_correct, site.model(), configure(site.settings).config
     records = model.tokenise(load_dataset(config.data, config.model.task, str(site.node["data"])).examples)
     model.write(model.start)
@@ -199,22 +207,27 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
 def test_no_record_reaches_the_model_before_its_round_is_paid_for(
     site: OneSite, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events, batch, charge = list[str](), FederatedModel.batch, Ledger.charge
+    events, charge = list[str](), Ledger.charge
+    ways = {name: getattr(FederatedModel, name) for name in ("batch", "fixed_batch")}
     data = configure(site.settings).config.data
     examples = load_dataset(data, "classification", str(site.node["data"])).examples
     own = [record["input_ids"] for record in site.model().tokenise(examples)]
 
-    def seen(model: FederatedModel, records: Any) -> Any:
-        # What is made up to try the model out is no one's record.
-        events.extend("record" for record in records if record["input_ids"] in own)
-        return batch(model, records)
+    def seen(way: str) -> Any:
+        def look(model: FederatedModel, records: Any, *shape: int) -> Any:
+            # What is made up to try the model out is no one's record.
+            events.extend("record" for record in records if record["input_ids"] in own)
+            return ways[way](model, records, *shape)
+
+        return look
 
     def paid(ledger: Ledger, *arguments: Any, **terms: Any) -> Any:
         receipt = charge(ledger, *arguments, **terms)
         events.append("paid")
         return receipt
 
-    monkeypatch.setattr(FederatedModel, "batch", seen)
+    for way in ways:
+        monkeypatch.setattr(FederatedModel, way, seen(way))
     monkeypatch.setattr(Ledger, "charge", paid)
     if number:
         site.rule(send_noised_metrics=True)
@@ -240,7 +253,7 @@ def test_the_count_carries_the_noise_that_is_paid_for_and_follows_no_seed(
     assert not out_of_band(float((first / 12.0).pow(2).sum()), 1000)
     assert not related(first, second)
 
-    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.randn(shape) * std / 2)
+    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total + torch.randn(()) * std / 2)
     first, second = counts_of_nothing(site), counts_of_nothing(site)
     assert out_of_band(float((first / 12.0).pow(2).sum()), 1000), "half the noise went unnoticed"
     assert related(first, second), "noise that follows a seed went unnoticed"
@@ -305,8 +318,20 @@ def plain_noise(site: OneSite) -> float:
         ('strategies = ["fedsb"]', "did you mean 'fed-sb'"),
         ('strategies = ["fed-sb,ffa-lora"]', "without commas"),
         ('head-policies = ["thawed"]', "head-policies"),
-        ('models = ["0123456789a"]', "at least 12"),
-        ('models = ["0123456789zz"]', "0-9, a-f"),
+        ('models = ["mini=0123456789a"]', "at least 12"),
+        ('models = ["mini=0123456789zz"]', "0-9, a-f"),
+        ('models = ["0123456789ab"]', "'0123456789ab': write NAME=DIGITS"),
+        ('models = ["=0123456789ab"]', "write NAME=DIGITS"),
+        ('labels = ["a", "b"]', "labels is pinned, but task is not"),
+        ("max-length = 20", "max-length is pinned, but task is not"),
+        ("max-length = -1", "at least 0"),
+        ('task = "clasification"', "did you mean 'classification'"),
+        ('task = "classification"\ntext = "t"\nmax-length = 9', "label, labels is not"),
+        ('task = "causal-lm"\nprompt = "q"\ncompletion = "a"', "max-length is not"),
+        (f'{WHOLE}prompt = "q"', "prompt is pinned, which the task 'classification' does not read"),
+        (WHOLE.replace('"good"', '"bad"'), "name at least 2 different"),
+        (WHOLE.replace('["bad", "good"]', '"bad,good"'), "labels must be a list"),
+        (WHOLE.replace('["bad", "good"]', "[0, 1]"), "labels must be a list"),
         ("[site]\nepsilon = 1", "text, a number"),
         ("epsilon = ", "cannot be read"),
     ],

@@ -82,7 +82,7 @@ def test_a_node_that_lost_its_memory_pays_again(site: OneSite) -> None:
 
 def test_a_round_that_failed_after_its_charge_is_charged_again(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("client.local_training._take_steps", lambda *_: 1 / 0)
+        patch.setattr("client.local_training._private_steps", lambda *_: 1 / 0)
         reply = site.ask(site.task(1))
     assert isinstance(reply, Refusal)
     assert reply.kind == "failed"
@@ -105,7 +105,7 @@ def test_a_task_of_an_earlier_round_is_refused_before_any_charge(site: OneSite, 
     got = site.refuse(1)
     assert got.kind == "task"
     assert f"has answered round {answered}" in got.reason
-    site.train(1, run="another run")
+    site.train(1, run="another-run")
 
 
 def test_only_the_last_reply_is_kept(site: OneSite) -> None:

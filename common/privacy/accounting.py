@@ -16,6 +16,10 @@ Which accountant answers depends on the releases and delta alone, all of them pu
   add up to more than ``PLD_DIVERGENCE_LIMIT``: epsilon is then in the hundreds or more, and the grid
   of the PLD needs seconds or gigabytes (the kernel may kill the process, which no one can catch);
 * the PLD raises, or has no finite answer, which happens for a delta below about 1e-14.
+
+A price takes seconds, whatever was released (``MOST_WORK``): of a history with very many different
+releases, noise is rounded down and rates up until few enough are left, which only raises epsilon, and
+the accountant's words say so. ``check_terms`` refuses figures that no honest job has.
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
-from common.check import in_range, positive
+from common.check import at_least, in_range, positive
 from common.errors import BudgetExhausted, ConfigError
+from common.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent, PrivacyAccountant
@@ -46,7 +51,12 @@ PLD_INTERVAL = 1e-3
 PLD_NOISE_FLOOR = 0.1
 PLD_DIVERGENCE_LIMIT = 1000.0
 LEAST_NOISE, MOST_NOISE = 0.01, 1e5
-"""Ends of the range that ``noise_multiplier_for`` searches."""
+"""Ends of the range that ``noise_multiplier_for`` searches, and of what may be charged."""
+LEAST_RATE = 1e-6
+MOST_COUNT = 10**6
+LEAST_DELTA = 1e-12
+MOST_WORK = 150.0
+"""Of one price, in units of some 8 ms: every distinct release takes 3, and 1/noise² more for the PLD's grid."""
 
 _LIBRARY = f"dp-accounting {version('dp-accounting')}"
 
@@ -72,6 +82,22 @@ class Release:
         in_range(0, 1, sample_rate=self.sample_rate)
         if not isinstance(self.count, int) or isinstance(self.count, bool):
             raise ConfigError(f"count must be a whole number, not {self.count!r}")
+
+
+def check_terms(releases: Sequence[Release], delta: float) -> None:
+    """Raise ConfigError for figures that no honest job has and that would take long to price.
+
+    Another party proposes them: what it makes up must not keep a site's processor busy.
+    """
+    at_least(LEAST_DELTA, delta=delta)
+    for release in releases:
+        at_least(LEAST_RATE, sample_rate=release.sample_rate)
+        if not LEAST_NOISE <= release.noise_multiplier <= MOST_NOISE:
+            raise ConfigError(
+                f"noise-multiplier must be from {LEAST_NOISE:g} to {MOST_NOISE:g}, not {release.noise_multiplier!r}"
+            )
+        if release.count > MOST_COUNT:
+            raise ConfigError(f"a charge is for at most {MOST_COUNT:,} steps, not {release.count:,}")
 
 
 def epsilon(releases: Sequence[Release], delta: float, *, method: Method = "pld") -> float:
@@ -129,14 +155,45 @@ def _merge(releases: Sequence[Release]) -> Merged:
     return tuple((noise, rate, count) for (noise, rate), count in sorted(counts.items()))
 
 
+def _work(merged: Merged) -> float:
+    return sum(3 + (noise**-2 if noise >= PLD_NOISE_FLOOR else 0.0) for noise, _, _ in merged)
+
+
+def _affordable(merged: Merged) -> tuple[Merged, str]:
+    """Return ``merged``, or fewer releases that together cost at least as much privacy, and in words what was done.
+
+    Less noise on the same sample, or the same noise on a sample that more records are in, loses no less: a
+    release is the other one with noise added, or with records left out at random first. The grids of noise and
+    rate are powers of two, each of which holds all of the next, so a longer history never costs less.
+    """
+    step, rounded = 1 / 64, merged
+    while _work(rounded) > MOST_WORK and step <= 64:
+        coarse: Counter[tuple[float, float]] = Counter()
+        for noise, rate, count in merged:
+            lower = min(noise, 2.0 ** (step * math.floor(math.log2(noise) / step)))
+            higher = max(rate, 2.0 ** (step * math.ceil(math.log2(rate) / step)))
+            coarse[lower, higher] += count
+        rounded = tuple((noise, rate, count) for (noise, rate), count in sorted(coarse.items()))
+        step *= 2
+    percent = 100 * (2 ** (step / 2) - 1)
+    return rounded, "" if rounded == merged else f" (noise rounded down and rates up, by up to {percent:.2g} %)"
+
+
 @lru_cache(maxsize=4096)
 def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
+    merged, rounding = _affordable(merged)
+    value, words = _answer(merged, delta, method)
+    return value, words + rounding
+
+
+def _answer(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
     reason = ""
     if method == "pld":
         reason = _why_not_pld(merged)
         if not reason:
             try:
-                value = _compose(_accountant("pld"), merged, delta)
+                # The dearest last: what is composed after it would be convolved with its large grid.
+                value = _compose(_accountant("pld"), tuple(sorted(merged, key=_divergence)), delta)
             except (ArithmeticError, ValueError, MemoryError) as error:
                 reason = f"the PLD failed with {type(error).__name__}"
             else:
@@ -160,10 +217,15 @@ def _why_not_pld(merged: Merged) -> str:
     least = min((noise for noise, _, _ in merged), default=math.inf)
     if least < PLD_NOISE_FLOOR:
         return f"noise multiplier {least:g} is below {PLD_NOISE_FLOOR:g}"
-    # Renyi divergence of order 2 of one step: log(1 + q^2 (exp(1/sigma^2) - 1)).
-    if sum(n * math.log1p(q * q * math.expm1(noise**-2)) for noise, q, n in merged) > PLD_DIVERGENCE_LIMIT:
+    if sum(map(_divergence, merged)) > PLD_DIVERGENCE_LIMIT:
         return "the privacy loss is too large for the PLD's grid"
     return ""
+
+
+def _divergence(steps: tuple[float, float, int]) -> float:
+    """Return the Renyi divergence of order 2 of (noise, rate, count): count · log(1 + q² (exp(1/sigma²) - 1))."""
+    noise, rate, count = steps
+    return count * math.log1p(rate * rate * math.expm1(noise**-2))
 
 
 def _accountant(method: Method) -> PrivacyAccountant:
@@ -209,8 +271,8 @@ def _least_noise(target: float, delta: float, sample_rate: float, steps: int, sp
     already = epsilon(history, delta)
     if already > target:
         raise BudgetExhausted(
-            f"epsilon {already:.4f} is spent already, above the budget of {target:g} at delta {delta:g}: "
-            "no step is left; train on other data or agree on a larger budget"
+            f"epsilon {epsilon_text(already, decimals=4)} is spent already, above the budget of {target:g} at "
+            f"delta {delta:g}: no step is left; train on other data or agree on a larger budget"
         )
 
     def cost(noise: float) -> float:
@@ -221,8 +283,8 @@ def _least_noise(target: float, delta: float, sample_rate: float, steps: int, sp
         enough *= 2
         if enough > MOST_NOISE:
             raise BudgetExhausted(
-                f"epsilon {already:.4f} of {target:g} is spent at delta {delta:g}, too little is left for {steps} more "
-                "steps at any noise: ask for fewer steps or agree on a larger budget"
+                f"epsilon {epsilon_text(already, decimals=4)} of {target:g} is spent at delta {delta:g}, too little is "
+                f"left for {steps} more steps at any noise: ask for fewer steps or agree on a larger budget"
             )
     short = enough / 2
     while cost(short) <= target:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.bundle import own_digest
+from common.errors import PolicyRefusal
 from common.privacy.ledger import Ledger
 from experiments.deploy import shared_checks as shared
 from experiments.deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
@@ -19,11 +20,12 @@ from experiments.deploy.findings import Finding, examine
 from experiments.deploy.fleet import Answer, ask_to_join
 from experiments.deploy.node_keys import is_pair, read_node_key
 from experiments.deploy.refusal import why_refused, why_unreachable
-from experiments.deploy.server_folder import ServerFolder
-from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
+from experiments.deploy.server_folder import RENEWAL, ServerFolder
+from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings, policy_of_node
 from experiments.deploy.start import secret_file
 
 RENEW = "renew it with 'fedveil server renew'"
+NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
 
 
 def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Finding]:
@@ -53,6 +55,8 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("key pair", lambda: _pair(folder)),
             ("node settings", lambda: _settings(folder)),
             ("policy", lambda: _policy(folder)),
+            ("pins", lambda: _pins(folder)),
+            ("models", lambda: _models(folder)),
             ("bundles", lambda: _bundles(folder)),
             ("worker's secret", lambda: _secret(folder)),
             ("ledger", lambda: _ledger(folder)),
@@ -67,7 +71,8 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
 
 def _authority(path: Path) -> Iterator[Finding]:
     authority = read_certificate(read_bytes(path / "ca.crt", "the authority's certificate"), "the authority")
-    return shared.validity(authority, "authority", "make a new one and give every site its ca.crt")
+    yield from shared.validity(authority, "authority", NEW_AUTHORITY)
+    yield from shared.strictness(authority, "authority", NEW_AUTHORITY)
 
 
 def _server_certificate(folder: ServerFolder) -> Iterator[Finding]:
@@ -75,8 +80,11 @@ def _server_certificate(folder: ServerFolder) -> Iterator[Finding]:
     server = read_certificate(read_bytes(folder.path / "server.pem", what), "the server")
     authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     yield from shared.validity(server, what, RENEW)
+    yield from shared.strictness(server, what, RENEW)
     if not is_issued_by(server, authority):
         yield Finding(False, what, f"it is not of the authority in ca.crt: {RENEW}")
+    if (folder.path / RENEWAL).exists():
+        yield Finding(False, what, f"a renewal was interrupted: {RENEW}, or start the server")
     if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
         yield Finding(False, what, f"server.key is not its key: {RENEW}")
     held = names_of(server)
@@ -88,9 +96,15 @@ def _server_certificate(folder: ServerFolder) -> Iterator[Finding]:
 
 
 def _control_is_local(folder: ServerFolder) -> Iterator[Finding]:
-    open_to_all = folder.control_host in ("0.0.0.0", "::", "")
-    advice = "; whoever reaches it can run code at every site: set control-host to 127.0.0.1" if open_to_all else ""
-    yield Finding(not open_to_all, "Control port", f"{folder.control_host}:{folder.control_port}{advice}")
+    host = folder.control_host
+    open_to_all, local = host in ("0.0.0.0", "::", ""), host in ("127.0.0.1", "::1", "localhost")
+    advice = "set control-host to 127.0.0.1" if open_to_all else "let nobody else there"
+    who = "every user of this machine does" if local else "it has no login"
+    yield Finding(
+        not open_to_all,
+        "Control port",
+        f"{host}:{folder.control_port}; who reaches it can let nodes in and submit runs, and {who}: {advice}",
+    )
 
 
 def _server_ports(folder: ServerFolder) -> Iterator[Finding]:
@@ -143,6 +157,23 @@ def _policy(folder: SiteFolder) -> Iterator[Finding]:
     if math.isfinite(policy.epsilon):
         budget = f"ε ≤ {policy.epsilon} at δ = {policy.delta} over all runs"
     yield Finding(True, "policy", budget)
+
+
+def _pins(folder: SiteFolder) -> Iterator[Finding]:
+    from client.pins import spoken
+
+    pinned = spoken(check_pinned(folder, node_settings(folder)))
+    yield Finding(True, "pins", pinned or "none: this site plays parts of FedVeil's own data sets alone")
+
+
+def _models(folder: SiteFolder) -> Iterator[Finding]:
+    policy = policy_of_node(node_settings(folder))
+    try:
+        policy.check_model_name(folder.model)
+    except PolicyRefusal:
+        yield Finding(False, "models", f"site.toml names {folder.model}, the policy allows {policy.allowed_models}")
+        return
+    yield Finding(True, "models", policy.allowed_models)
 
 
 def _bundles(folder: SiteFolder) -> Iterator[Finding]:

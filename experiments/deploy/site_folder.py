@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from common.check import nearest, positive
 from common.config import Scalar
 from common.errors import ConfigError
+from common.privacy.ledger_file import only_ledger
 from experiments.deploy.certificates import read_certificate
 from experiments.deploy.files import make_folder, read_bytes
 from experiments.deploy.node_keys import new_node_key
@@ -67,8 +68,8 @@ class SiteFolder:
 
     @property
     def ledger(self) -> Path:
-        """The privacy ledger."""
-        return self.path / "ledger" / f"{self.site}.sqlite"
+        """The privacy ledger: one, whatever the site is called; LedgerError if the folder holds several."""
+        return only_ledger(self.path / "ledger")
 
 
 def open_site_folder(path: Path) -> SiteFolder:
@@ -188,4 +189,19 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
             "this site has no records: give 'data' in the node's settings, or 'partition-id' and 'num-partitions' "
             "in a simulation"
         )
+    return policy
+
+
+def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
+    """Return the steward's policy, once it says what the site's own records are for.
+
+    Raises:
+        ConfigError: it does not; the message holds the command that adds it. Or as for policy_of_node.
+    """
+    from client.pins import unpinned
+
+    policy = policy_of_node(settings)
+    if "data" in settings and not policy.task:
+        place = folder.path if settings["policy"] == str(folder.path / "policy.toml") else settings["policy"]
+        raise ConfigError(unpinned(str(place), folder.task))
     return policy

@@ -15,13 +15,14 @@ from experiments.deploy.commands import (
     environment,
     own_module,
     superlink_command,
+    superlink_environment,
     supernode_command,
     worker_command,
 )
 from experiments.deploy.files import FOLDER_MODE, put_file, read_bytes
 from experiments.deploy.refusal import why_refused
-from experiments.deploy.server_folder import ServerFolder
-from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
+from experiments.deploy.server_folder import ServerFolder, finish_renewal
+from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0
@@ -33,6 +34,8 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     Raises:
         DataError: the certificate is expired, not the authority's, or not the key's; a file is missing.
     """
+    if finish_renewal(folder):
+        say("an interrupted renewal of the server's certificate is complete now")
     server = read_certificate(read_bytes(folder.path / "server.pem", "the server's certificate"), "the server")
     authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     if days_left(server) < 0:
@@ -41,11 +44,11 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         raise DataError("server.pem is not of the authority in ca.crt: renew it with 'fedveil server renew'")
     if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
         raise DataError("server.key does not belong to server.pem: renew both with 'fedveil server renew'")
-    for place in (folder.database.parent, folder.runs):
+    for place in (folder.database.parent, folder.runs, folder.nodes):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
     command = superlink_command(folder)
-    os.execve(command[0], command, environment(_flower_home(folder.database.parent)))
+    os.execve(command[0], command, superlink_environment(folder, _flower_home(folder.database.parent)))
 
 
 def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:
@@ -60,10 +63,11 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         more: node settings that win over the folder's.
 
     Raises:
-        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused.
+        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
+            the site's own records among them if the policy does not pin what they are for.
         DataError: a file of the folder is missing or damaged.
     """
-    policy_of_node(node_settings(folder, more))
+    check_pinned(folder, node_settings(folder, more))
     secret = secret_file(folder)
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     said, when = "", 0.0

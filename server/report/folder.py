@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ SPENT_FIELDS: Fields = {
         (int, float),
     ),
 }
+AUDITS = "audit*"
+"""Names of the files in which audits leave their findings."""
 RESULTS = ("completed", "stopped", "failed")
 """The ends that ``result.json`` can tell of."""
 
@@ -98,7 +101,7 @@ def read_run(folder: Path) -> RunFiles:
     if result is not None and result.get("status") not in RESULTS:
         problems.append("result.json does not say how the run ended, and is left out")
         result = None
-    audits = [path for path in sorted(folder.glob("audit*")) if path.is_file()]
+    audits = [path for path in sorted(folder.glob(AUDITS)) if path.is_file()]
     return RunFiles(
         config,
         baseline,
@@ -182,6 +185,8 @@ def _round_fault(line: Line) -> str:
 
 
 def _privacy_fault(line: Line) -> str:
+    if line.get("epsilon_total") == "inf":
+        line["epsilon_total"] = math.inf
     fault = _fault(line, {"round": int, "site": str})
     makes_no_claim = all(line.get(name) is None for name in SPENT_FIELDS if name != "accountant")
     return fault or ("" if makes_no_claim else _fault(line, SPENT_FIELDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,7 @@ from markupsafe import Markup
 
 from common.privacy import figures
 from server.report import words
-from server.report.audits import NONE_RUN, audit_words
+from server.report.audits import NONE_RUN, WHOSE, audit_words
 from server.report.charts import Axis, Chart, Curve, Mark, line_chart
 from server.report.data import ReportData
 from server.report.page_style import STYLE
@@ -40,6 +41,7 @@ def to_html(data: ReportData) -> str:
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
+        whose=WHOSE,
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),
         accuracy_chart=accuracy_chart(data),
@@ -72,9 +74,9 @@ def epsilon_chart(data: ReportData) -> Chart | None:
 
 
 def accuracy_chart(data: ReportData) -> Chart | None:
-    """Return accuracy against ε, or against rounds where there is no ε."""
+    """Return accuracy against ε, or against rounds where there is no finite ε."""
     y = Axis("accuracy on public test data", percent=True)
-    if data.headline.epsilon is None:
+    if data.headline.epsilon is None or not math.isfinite(data.headline.epsilon):
         points = [(float(r.round_number), r.accuracy) for r in data.rounds if r.accuracy is not None]
         return line_chart(
             "accuracy", "Accuracy over rounds", Axis("round", whole=True), y, [Curve(data.strategy, points)]

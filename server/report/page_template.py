@@ -96,7 +96,7 @@ PAGE = """\
 <h2>Course of the run</h2>
 <div class="pair">
 {{ figure(epsilon_chart, "Privacy spent over rounds.", "ε by the sites' own ledgers; the dashed line is the budget.") }}
-{% if head.epsilon is not none %}
+{% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
 {{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
 {% else %}
 {{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before training.") }}
@@ -221,6 +221,7 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <p>{{ none_run }}</p>
 {% endif %}
 {% if data.audits %}
+<p>{{ whose }}</p>
 <ul>{% for name, digest in data.audits.items() %}<li>{{ name }}<br>
 <code>SHA-256 {{ digest }}</code></li>{% endfor %}</ul>
 {% endif %}
