@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from audits.tiny_site import tiny_run, write_reviews
+from common.base_model import load_base_model
 from experiments.deploy.commands import environment, own_module, program, supernode_command, worker_command
 from experiments.deploy.files import put_file
-from experiments.deploy.policy_file import policy_text
+from experiments.deploy.policy_file import models_of, pins_of_job, policy_text
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.registry import register_site
 from experiments.deploy.server_folder import ServerFolder, make_server
@@ -34,6 +35,7 @@ from experiments.deploy.site_folder import SiteFolder, make_site
 from experiments.deploy.submit import submit
 from experiments.ports import free_ports
 from server.report import read_lines
+from strategies import configure
 
 SITES = ("clinic", "ward")
 SLEEP, LOOK = 3.0, 0.5
@@ -92,7 +94,16 @@ def play(folder: Path, rounds: int, *, plain: bool) -> tuple[list[float], list[f
     """Return the seconds of each round, and of each site from task to reply (none of plain sites)."""
     fleet, control, *runtime = free_ports(2 + len(SITES))
     server = make_server(folder / "server", ["127.0.0.1"], fleet_port=fleet, control_port=control)
-    sites = [made_site(folder, name, server, runtime.pop()) for name in SITES]
+    settings = {
+        **tiny_run(folder),
+        "data.test": str(folder / "reviews.csv"),
+        "data.labels": "bad,good",
+        "rounds": rounds,
+        "training.local-steps": 1,
+        "privacy.noise-multiplier": 2.0,
+        "min-sites": len(SITES),
+    }
+    sites = [made_site(folder, name, server, runtime.pop(), settings) for name in SITES]
     with ExitStack() as stack:
         stack.enter_context(
             process(folder, "server-process", [program("fedveil"), "server", "start", str(server.path)])
@@ -103,15 +114,6 @@ def play(folder: Path, rounds: int, *, plain: bool) -> tuple[list[float], list[f
             register_site(server, site.path / "node.pub")
             stamps = folder / f"{site.site}.stamps"
             stack.enter_context(process(folder, site.site + "-process", site_command(site, stamps, plain=plain)))
-        settings = {
-            **tiny_run(folder),
-            "data.test": str(folder / "reviews.csv"),
-            "data.labels": "bad,good",
-            "rounds": rounds,
-            "training.local-steps": 1,
-            "privacy.noise-multiplier": 2.0,
-            "min-sites": len(SITES),
-        }
         run = submit(server, settings, print, sites=len(SITES), patience=300)
     if plain:
         return [line["seconds"] for line in read_lines(run / "rounds.jsonl")][FIRST:], []
@@ -126,11 +128,12 @@ def _columns(stamps: list[list[float]]) -> list[list[float]]:
     return [[end for _, end in stamps[i * each : (i + 1) * each]] for i in range(len(SITES))]
 
 
-def made_site(folder: Path, name: str, server: ServerFolder, port: int) -> SiteFolder:
-    data = write_reviews(folder / f"{name}.csv", 40, len(name))
+def made_site(folder: Path, name: str, server: ServerFolder, port: int, settings: dict[str, Any]) -> SiteFolder:
+    data, config = write_reviews(folder / f"{name}.csv", 40, len(name)), configure(settings).config
+    fingerprint = load_base_model(config.model.name, config.model.task).fingerprint
     return make_site(
         *(folder / name, name, server.fleet.replace("0.0.0.0", "127.0.0.1")),
-        policy=policy_text(name, 50, 50.0, 1e-3),
+        policy=policy_text(name, 50, 50.0, 1e-3, pins_of_job(config), models_of(config.model.name, fingerprint)),
         node=f'data="{data}"',
         authority=server.path / "ca.crt",
         runtime_port=port,

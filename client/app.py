@@ -97,8 +97,6 @@ def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, i
 
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
     key = (config, site.data.name)
-    if any(known != config for known, _ in _process.records):
-        _process.records = {}  # of one run's settings at a time, however long the process lives
     if key not in _process.records:
         # One form of a site's records at a time: by names of runs and data sets alone a server fills no memory.
         _process.records = {other: kept for other, kept in _process.records.items() if other[1] != site.data.name}
@@ -157,10 +155,10 @@ def answer(
         log.info("trained and answered", extra=about(run, number, name))
         return result
     except Exception as error:
-        return refusal(error, node, run, number, simulated=simulated)
+        return refused(error, node, run, number, simulated=simulated)
 
 
-def refusal(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:
+def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:
     """Return what the server is told of an error in round ``number``, and say it in the site's own log."""
     reason = public_reason(error, node, simulated=simulated)
     return _refuse(Refusal(run, number, name_of(node), _kind_of(error), reason), error)

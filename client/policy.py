@@ -113,13 +113,12 @@ class Policy:
                     f"models names {entry!r}: write NAME=DIGITS, the job's model.name and at least {MODEL_DIGITS} "
                     "digits (0-9, a-f) of its fingerprint"
                 )
-        check_whole(self)
-
         for name in _names(self.bundles):
             if len(name) != BUNDLE_DIGITS or not set(name) <= HEXADECIMAL:
                 raise ConfigError(
                     f"bundles names {name!r}: give all {BUNDLE_DIGITS} digits (0-9, a-f) that 'fedveil bundle' prints"
                 )
+        check_whole(self)
 
     def check_size(self, public_size: int) -> None:
         """Raise ConfigError if delta is above one over the declared size."""

@@ -54,8 +54,8 @@ def reply_to(message: Message, context: Context, bundle: bytes, node: Mapping[st
         except Exception as error:
             with suppress(ConfigError):  # what a resumed run is called stands in its settings
                 run = run_name(configure(context.run_config).config, run)
-            refused = installed.refusal(error, node, run, round_of(message.content))
-            return Message(encode_reply(refused), reply_to=message)
+            reply = installed.refused(error, node, run, round_of(message.content))
+            return Message(encode_reply(reply), reply_to=message)
         return installed.app(message, context)
     except Exception as error:  # Flower would send its words
         log.error("failed: %s", place_of(error), extra=about(run, None, installed.name_of(node)))

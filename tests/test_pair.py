@@ -27,6 +27,15 @@ from experiments.deploy.units import write_site_unit
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = "open({place!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
 PATIENCE = 30.0
+POLICY = """\
+dataset-id = "clinic"
+public-size = 50
+task = "classification"
+text = "text"
+label = "label"
+labels = ["bad", "good"]
+max-length = 128
+"""
 
 
 def program(code: str, place: Path) -> list[str]:
@@ -152,7 +161,7 @@ def site(tmp_path: Path) -> SiteFolder:
     (tmp_path / "records.csv").write_text("text,label\nfine,good\n")
     return make_site(
         *(tmp_path / "clinic", "clinic", "127.0.0.1:1"),
-        policy='dataset-id = "clinic"\npublic-size = 50\n',
+        policy=POLICY,
         node=f'data="{tmp_path / "records.csv"}"',
     )
 
@@ -218,7 +227,7 @@ def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
     ok, words = said("worker's secret")
     assert not ok
     assert "chmod 600" in words
-    (site.path / "policy.toml").write_text(f'public-size = 50\nbundles = ["{"b" * 64}"]\n')
+    (site.path / "policy.toml").write_text(POLICY + f'bundles = ["{"b" * 64}"]\n')
     assert said("bundles") == (True, f"{'b' * 64}; not {own_digest()} (the installed version's own)")
 
 
