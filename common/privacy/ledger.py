@@ -1,8 +1,12 @@
 """The durable ledger of one site: what every data set has paid, over all runs, rounds and restarts.
 
-A charge is priced and written in one SQLite transaction that holds the write lock from before the
-history is read, so two processes can never spend the same remainder. It is on disk before
+A charge is priced first, and written in one SQLite transaction that holds the write lock and begins by
+asking whether anybody has written since the history was read: then it is priced again. So two processes
+can never spend the same remainder, and none waits while another computes. A charge is on disk before
 ``charge`` returns, and only then may a record be touched. Rows are only ever added.
+
+A round without privacy costs no budget, because no budget could pay for it: it is written down as an
+exposure. From then on no epsilon holds for the data set, nor for another one with one of its records.
 
 Beside charges the ledger keeps, per data set, the budgets that its steward has set (the latest one
 holds) and a keyed hash of every record that it was charged for. The strictest of what the caller
@@ -15,21 +19,26 @@ How the file survives crashes, and what it cannot know, stands in ``ledger_file`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
-from common.check import below, in_range, not_negative, positive
+from common.check import in_range, not_negative, positive
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy import accounting
-from common.privacy.accounting import TRAINING, Release
-from common.privacy.charges import EVALUATION, Budget, Charge, Entry, Terms, price
+from common.privacy.accounting import TRAINING, Release, check_terms
+from common.privacy.budgets import BudgetHistory
+from common.privacy.charges import EVALUATION, Charge, Entry, Exposure, price
 from common.privacy.contents import SHARED
 from common.privacy.figures import epsilon_text, remaining_text
-from common.privacy.ledger_file import LedgerFile, one_line
+from common.privacy.ledger_file import now, one_line
+
+PRICES = 4
+"""How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""
 
 
-class Ledger(LedgerFile):
-    """The ledger in the file ``path``: charges, budgets and what is known of records. See ``LedgerFile``."""
+class Ledger(BudgetHistory):
+    """The ledger in the file ``path``: charges, exposures, budgets and what is known of records. See ``LedgerFile``."""
 
     def charge(
         self,
@@ -43,6 +52,7 @@ class Ledger(LedgerFile):
         clip_norm: float,
         records: Collection[int] = (),
         allow: Callable[[int, int], None] | None = None,
+        after_exposure: bool = False,
     ) -> Charge:
         """Price ``releases`` on top of all that ``dataset`` has spent, and write them down durably.
 
@@ -64,10 +74,13 @@ class Ledger(LedgerFile):
                 kept, and other data sets of this ledger may not hold the same records. Records under
                 the same name may change: they stay on the same budget.
             allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
+            after_exposure: whether to charge also where records were released without privacy; the budget
+                then holds for what was charged, and the receipt says ``exposed``.
 
         Raises:
             BudgetExhausted: the releases would exceed the budget.
-            PolicyRefusal: the records are in this ledger under another data set's name.
+            PolicyRefusal: the records are in this ledger under another data set's name, or were released
+                without privacy.
             ConfigError: a figure is out of range, or there is nothing to charge.
             LedgerError: the file cannot be read or written, or was locked for 60 seconds.
         """
@@ -76,104 +89,139 @@ class Ledger(LedgerFile):
         not_negative(round_number=round_number)
         if not releases or not dataset or not run:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
-        with self._transaction():
+        check_terms(releases, delta)
+        with self._offer(dataset, releases, delta, max_epsilon) as charge:
             self._recognise(dataset, records)
             if allow:
                 allow(*self.trained(dataset, run))
-            max_epsilon, delta = self.terms(dataset).stricter(max_epsilon, delta)
-            charge = price(self.spent(dataset), releases, delta, max_epsilon)
-            if not charge.epsilon_after <= max_epsilon:
+            self._remember(dataset, records)
+            exposed = self.exposed(dataset)
+            if exposed and not after_exposure:
+                raise PolicyRefusal(
+                    f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
+                    "them: a private run needs after-no-privacy = true in the site's policy"
+                )
+            if not charge.epsilon_after <= charge.max_epsilon:
                 before, after = (epsilon_text(e, decimals=4) for e in (charge.epsilon_before, charge.epsilon_after))
-                left = remaining_text(max(0.0, max_epsilon - charge.epsilon_before), decimals=4)
+                left = remaining_text(max(0.0, charge.max_epsilon - charge.epsilon_before), decimals=4)
                 raise BudgetExhausted(
                     f"data set {dataset!r} refuses round {round_number} of run {run!r} ({_spoken(releases)}): epsilon "
-                    f"{before} is spent, this would make it {after}, the budget is {max_epsilon:g} at delta {delta:g}, "
-                    f"{left} is left; see `fedveil ledger show {self.path}`"
+                    f"{before} is spent, this would make it {after}, the budget is {charge.max_epsilon:g} at delta "
+                    f"{charge.delta:g}, {left} is left; see `fedveil ledger show {self.path}`"
                 )
             self._connection.executemany(
                 "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "
                 "clip_norm, charged_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
-                        *(dataset, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, delta),
-                        *(1.0 if r.kind == EVALUATION else clip_norm, _now()),
+                        *(dataset, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, charge.delta),
+                        *(1.0 if r.kind == EVALUATION else clip_norm, now()),
                     )
                     for r in releases
                 ],
             )
-            self._connection.executemany(
-                "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
-            )
-        return charge
+        return replace(charge, exposed=exposed)
 
-    def set_budget(self, dataset: str, epsilon: float, delta: float) -> Terms:
-        """Make (epsilon, delta) the steward's budget of ``dataset`` and return what held until then.
+    def expose(
+        self,
+        dataset: str,
+        *,
+        run: str,
+        round_number: int,
+        steps: int,
+        records: Collection[int] = (),
+        allow: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write down durably that a round is about to release records of ``dataset`` without privacy.
 
-        This is how a budget is raised, too; earlier ones stay in the history. A delta that the data set
-        was already charged or budgeted at never grows.
+        Guarantees: when this returns, the event is on disk; when it raises, nothing was written. From then on
+        ``exposed`` is true of this data set, and of any other that shares a record with it.
+
+        Args:
+            steps: optimiser steps of the round.
+            dataset, run, round_number, records, allow: as in ``charge``.
 
         Raises:
-            ConfigError: a figure is out of range, or the name is empty.
-            LedgerError: the file cannot be written.
+            ConfigError: a figure is out of range, or a name is empty.
+            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
         """
-        positive(epsilon=epsilon)
-        in_range(0, 0.5, delta=delta)
-        below(0.5, delta=delta)
-        if not dataset:
-            raise ConfigError("a budget needs a data set: name it")
+        not_negative(round_number=round_number, steps=steps)
+        if not dataset or not run:
+            raise ConfigError("a release without privacy needs a data set and a run: name both")
         with self._transaction():
-            before = self.terms(dataset)
-            self._insert_budget(dataset, epsilon, delta)
-        return before
+            if allow:
+                allow(*self.trained(dataset, run))
+            self._remember(dataset, records)
+            self._connection.execute(
+                "INSERT INTO exposures (dataset, run, round, steps, released_at) VALUES (?, ?, ?, ?, ?)",
+                (dataset, run, round_number, steps, now()),
+            )
 
-    def lower_budget(self, dataset: str, epsilon: float, delta: float) -> Terms:
-        """Take the stricter of the stored budget and this one, store it if it is new, and return what now holds.
+    @contextmanager
+    def _offer(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Iterator[Charge]:
+        """Hold the write lock with the price of ``releases`` on top of everything that the ledger holds by then.
 
-        Infinite figures stand for "as stored"; without any budget nothing is stored.
+        The price is computed before the lock is taken, and again if anybody else has written meanwhile. Who is
+        too slow ``PRICES`` times computes it under the lock: some seconds, by the accountant's ``MOST_WORK``.
         """
-        with self._transaction():
-            stored = self.terms(dataset)
-            wanted = stored.stricter(epsilon, delta)
-            if wanted != (stored.epsilon, stored.delta) and all(map(math.isfinite, wanted)):
-                self._insert_budget(dataset, *wanted)
-        return Terms(*wanted)
+        for left in reversed(range(PRICES + 1)):
+            seen, charge = self._version(), self._price(dataset, releases, delta, max_epsilon)
+            with self._transaction():
+                if self._version() != seen:
+                    if left:
+                        continue
+                    charge = self._price(dataset, releases, delta, max_epsilon)
+                yield charge
+                return
 
-    def _insert_budget(self, dataset: str, epsilon: float, delta: float) -> None:
-        self._connection.execute(
-            "INSERT INTO budgets (dataset, epsilon, delta, set_at) VALUES (?, ?, ?, ?)",
-            (dataset, epsilon, delta, _now()),
+    def _price(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Charge:
+        max_epsilon, delta = self.terms(dataset).stricter(max_epsilon, delta)
+        return price(self.spent(dataset), releases, delta, max_epsilon)
+
+    def _version(self) -> int:
+        """Return a number that is another one once any other connection has written to the file."""
+        with one_line(self.path, "read"):
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def _remember(self, dataset: str, records: Collection[int]) -> None:
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
         )
 
-    def terms(self, dataset: str) -> Terms:
-        """Return the budget and the delta that hold for ``dataset`` by what the ledger has seen."""
-        with one_line(self.path, "read"):
-            latest = self._connection.execute(
-                "SELECT epsilon FROM budgets WHERE dataset = ? ORDER BY id DESC LIMIT 1", (dataset,)
-            ).fetchone()
-            (delta,) = self._connection.execute(
-                "SELECT MIN(delta) FROM (SELECT delta FROM budgets WHERE dataset = :name "
-                "UNION ALL SELECT delta FROM charges WHERE dataset = :name)",
-                {"name": dataset},
-            ).fetchone()
-        return Terms(latest[0] if latest else math.inf, math.inf if delta is None else delta)
-
-    def budgets(self) -> list[Budget]:
-        """Return every budget that was ever set, of all data sets, oldest first."""
-        with one_line(self.path, "read"):
-            rows = self._connection.execute(
-                "SELECT dataset, epsilon, delta, set_at, LAG(epsilon) OVER (PARTITION BY dataset ORDER BY id) "
-                "FROM budgets ORDER BY id"
-            )
-            return [Budget(*row) for row in rows]
-
     def trained(self, dataset: str, run: str) -> tuple[int, int]:
-        """Return how often a round of a run, and how many steps, were charged to ``dataset``; a round again counts."""
+        """Return how many rounds of a run, and how many steps, ``dataset`` has trained; a round again counts again.
+
+        Charged ones, and ones without privacy. A start from a full gradient is no round.
+        """
         with one_line(self.path, "read"):
             rounds, steps = self._connection.execute(
-                "SELECT COUNT(*), COALESCE(SUM(count), 0) FROM charges WHERE dataset = ? AND run = ? AND kind = ?",
-                (dataset, run, TRAINING),
+                "SELECT COUNT(*), COALESCE(SUM(steps), 0) FROM ("
+                "SELECT count AS steps FROM charges WHERE dataset = :name AND run = :run AND kind = :kind "
+                "UNION ALL SELECT steps FROM exposures WHERE dataset = :name AND run = :run AND round > 0)",
+                {"name": dataset, "run": run, "kind": TRAINING},
             ).fetchone()
         return rounds, steps
+
+    def exposed(self, dataset: str) -> bool:
+        """Return whether records of ``dataset`` were released without privacy, under this name or another one."""
+        with one_line(self.path, "read"):
+            names = [name for (name,) in self._connection.execute("SELECT DISTINCT dataset FROM exposures")]
+            if not names or dataset in names:
+                return bool(names)
+            (shared,) = self._connection.execute(
+                "SELECT EXISTS (SELECT 1 FROM records AS own JOIN records AS open USING (hash) WHERE own.dataset = ? "
+                "AND open.dataset IN (SELECT dataset FROM exposures))",
+                (dataset,),
+            ).fetchone()
+        return bool(shared)
+
+    def exposures(self) -> list[Exposure]:
+        """Return every round that released records without privacy, of all data sets, oldest first."""
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT id, dataset, run, round, steps, released_at FROM exposures ORDER BY id"
+            )
+            return [Exposure(*row) for row in rows]
 
     @property
     def key(self) -> bytes:
@@ -222,11 +270,11 @@ class Ledger(LedgerFile):
             raise LedgerError(f"the ledger {self.path} is damaged ({error}): do not train, ask for help") from error
 
     def epsilon(self, dataset: str, delta: float) -> float:
-        """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name."""
-        return accounting.epsilon(self.spent(dataset), delta)
+        """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
+        return math.inf if self.exposed(dataset) else accounting.epsilon(self.spent(dataset), delta)
 
     def entries(self) -> list[Entry]:
-        """Return every row, of all data sets, oldest first."""
+        """Return every charge, of all data sets, oldest first."""
         with one_line(self.path, "read"):
             return [
                 Entry(*row)
@@ -235,10 +283,6 @@ class Ledger(LedgerFile):
                     "charged_at FROM charges ORDER BY id"
                 )
             ]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _spoken(releases: Sequence[Release]) -> str:
