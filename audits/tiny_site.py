@@ -10,7 +10,15 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 if str(TESTS) not in sys.path:
     sys.path.append(str(TESTS))
 
-from conftest import FILLER, TARGETS, save_tiny_model, tiny_tokenizer, toy_run, write_reviews  # noqa: E402
+from conftest import (  # noqa: E402
+    FILLER,
+    TARGETS,
+    save_tiny_model,
+    tiny_deberta,
+    tiny_tokenizer,
+    toy_run,
+    write_reviews,
+)
 from one_site import OneSite, clinic  # noqa: E402
 
 __all__ = [
@@ -18,6 +26,7 @@ __all__ = [
     "TARGETS",
     "OneSite",
     "save_tiny_model",
+    "tiny_deberta",
     "tiny_run",
     "tiny_site",
     "tiny_tokenizer",

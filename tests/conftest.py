@@ -49,6 +49,31 @@ def tiny_tokenizer() -> Any:
     )
 
 
+def tiny_deberta(shared: bool = True) -> Any:
+    """Return a tiny DeBERTa-v2; with shared projections they also take the relative positions, a batch of 1."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return DebertaV2Model(
+            DebertaV2Config(
+                vocab_size=len(VOCABULARY),
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=24,
+                max_position_embeddings=40,
+                relative_attention=True,
+                pos_att_type=["p2c", "c2p"],
+                share_att_key=shared,
+                position_buckets=16,
+                norm_rel_ebd="layer_norm",
+                # Attention that is far from even, so that relative positions weigh.
+                initializer_range=0.5,
+            )
+        )
+
+
 def tiny_model(family: str, hidden: int = 16) -> Any:
     """Return a random model of a family: bert (as wide as ``hidden``), gpt2 or llama."""
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_tokenizer
+from conftest import VOCABULARY, tiny_deberta, tiny_tokenizer
 from one_site import clinic
 from torch import Tensor, nn
-from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from client import local_training, rehearsal
 from client.own_records import tokenised
@@ -30,25 +30,6 @@ from common.tensors import entries
 
 SIZE = len(VOCABULARY)
 HONEST = [("bert", "classification", "query,value"), ("gpt2", "causal-lm", "c_attn"), ("llama", "causal-lm", "q_proj")]
-
-
-def deberta(shared: bool = True) -> Any:
-    """Return a tiny DeBERTa-v2; with shared projections they also take the relative positions, a batch of 1."""
-    return DebertaV2Model(
-        DebertaV2Config(
-            vocab_size=SIZE,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=40,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-            share_att_key=shared,
-            position_buckets=16,
-            norm_rel_ebd="layer_norm",
-        )
-    )
 
 
 def llama(positions: int, scaling: dict[str, Any]) -> Any:
@@ -109,11 +90,11 @@ def test_deberta_with_shared_projections_is_refused_by_its_layers_name(
     check: Callable[[FederatedModel], None], saved: Callable[[Any], str]
 ) -> None:
     with pytest.raises(ModelError, match=r"in the layer 'encoder\.layer\.0\.attention\.self\.query_proj' a record"):
-        check(federated(saved(deberta()), "classification", "query_proj,key_proj"))
+        check(federated(saved(tiny_deberta()), "classification", "query_proj,key_proj"))
 
 
 def test_deberta_with_projections_of_its_own_for_positions_passes(saved: Callable[[Any], str]) -> None:
-    rehearse(federated(saved(deberta(shared=False)), "classification", "query_proj,key_proj"))
+    rehearse(federated(saved(tiny_deberta(shared=False)), "classification", "query_proj,key_proj"))
 
 
 def test_rotary_scaling_by_the_longest_record_is_refused(
