@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from common.errors import ConfigError, RunFailed
+from common.partition import division_of
 from common.privacy.accounting import Release, epsilon
 from common.privacy.ledger import Ledger
 from common.wire import round_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from server.report import markdown_report, read_lines
-from strategies import STRATEGIES, known_settings
+from strategies import STRATEGIES, configure, known_settings
 
 PRIVACY_FIELDS = [
     *("round", "site", "unit", "adjacency", "adversary", "sampler", "sample_rate", "noise_multiplier", "clip_norm"),
@@ -132,10 +133,11 @@ def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_thr
     policy, budget = tmp_path / "policy.toml", epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
     policy.write_text(f"epsilon = {budget}\ndelta = 1e-3\n")
     nodes = simulated_nodes(2, tmp_path / "ledgers")
-    nodes[1] |= {"policy": str(policy), "public-size": 100}
-    settings = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
-    # Under a policy the labels of a file are not read off its records.
-    folder = run_in_process({**toy_settings, **settings, "data.labels": "bad,good"}, nodes)
+    budgets = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
+    # Under a policy the labels of a file are not read off its records, and how it is divided is fixed.
+    settings = {**toy_settings, **budgets, "data.labels": "bad,good"}
+    nodes[1] |= {"policy": str(policy), "public-size": 100, "division": division_of(configure(settings).config)}
+    folder = run_in_process(settings, nodes)
     lines = read_lines(folder / "rounds.jsonl")
     assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
     refusals = [[(r["site"], r["kind"]) for r in line["refusals"]] for line in lines]
@@ -158,8 +160,9 @@ def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise
     policy = tmp_path / "policy.toml"
     policy.write_text("max-rounds = 3\n")
     nodes = simulated_nodes(2, tmp_path / "ledgers")
-    nodes[1] |= {"policy": str(policy), "public-size": 100}
-    folder = run_in_process({**toy_settings, "rounds": 6, "data.labels": "bad,good"}, nodes)
+    settings = {**toy_settings, "rounds": 6, "data.labels": "bad,good"}
+    nodes[1] |= {"policy": str(policy), "public-size": 100, "division": division_of(configure(settings).config)}
+    folder = run_in_process(settings, nodes)
     lines = read_lines(folder / "rounds.jsonl")
     assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
     refusals = [(r["site"], r["kind"]) for line in lines[3:] for r in line["refusals"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import logging
 import math
@@ -13,6 +14,7 @@ import torch
 from conftest import write_questions
 from one_site import OneSite, clinic
 
+import client.site
 from audits.bands import out_of_band, related
 from audits.faults import same_seeds
 from client.budget import plan_of
@@ -25,6 +27,7 @@ from common.errors import ConfigError
 from common.examples import Dataset
 from common.messages import Spending
 from common.model import FederatedModel
+from common.partition import division_of
 from common.privacy.accounting import Release, epsilon
 from common.privacy.charges import EVALUATION, Terms
 from common.privacy.ledger import Ledger
@@ -151,10 +154,39 @@ def test_a_deployed_site_joins_no_run_without_privacy_unless_its_policy_says_so(
     refusal(site, "max-rounds = 1", round_number=2)
 
 
-def test_the_same_records_under_another_id_are_refused(site: OneSite) -> None:
-    site.train()
-    site.node["dataset-id"] = "renamed"
-    refusal(site, "'renamed'", "'clinic'", round_number=2)
+def write_notes(path: Path) -> None:
+    """Write reviews that have the text twice: in ``text``, and, in other words, in ``note``."""
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "note", "label"])
+        writer.writeheader()
+        writer.writerows({"text": r["text"], "note": f"a {r['text']}", "label": r["label"]} for r in rows)
+
+
+def check_that_another_column_is_no_new_budget(site: OneSite) -> None:
+    """Play M1 of the hostile server: the same file under another id, read through another column, then as pairs."""
+    write_notes(Path(str(site.node["data"])))
+    first = spent(site)
+    for number, asked in enumerate(({"data.text": "note"}, {"data.text-pair": "note"}), start=2):
+        site.node["dataset-id"] = f"renamed-{number}"
+        site.settings |= asked
+        again = spent(site, run=str(number))
+        assert again.epsilon_total > first.epsilon_total, "records have a fresh budget under another name"
+        assert again.epsilon_total == epsilon([Release(2.0, 0.25, 2 * number)], 1e-3)
+    with Ledger(site.ledger) as ledger:
+        assert ledger.epsilon("clinic", 1e-3) == again.epsilon_total
+
+
+def test_the_same_file_under_another_id_or_through_another_column_stays_on_one_budget(
+    site: OneSite, toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_that_another_column_is_no_new_budget(site)
+    # Planted fault: rows are known by what the run's columns make of them.
+    monkeypatch.setattr("common.rows._row_digest", lambda *_: b"")
+    client.site._own_data.cache_clear()
+    with pytest.raises(AssertionError, match="a fresh budget"):
+        check_that_another_column_is_no_new_budget(clinic(toy_settings, tmp_path, 40, 1))
+    client.site._own_data.cache_clear()
 
 
 def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -345,7 +377,8 @@ def test_every_rule_has_a_line_in_the_docs() -> None:
 def declared(name: str, *, labels: str = "", simulated: bool = False, **node: Scalar) -> int:
     """Return the size that the first of two parts of the data set ``name`` is declared to have."""
     config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40, "data.labels": labels})
-    settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **node}
+    fixed: dict[str, Scalar] = {"division": division_of(config)} if "policy" in node else {}
+    settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **fixed, **node}
     return open_site(settings, config, "1", simulated=simulated).public_size
 
 

@@ -5,7 +5,10 @@ history is read, so two processes can never spend the same remainder. It is on d
 ``charge`` returns, and only then may a record be touched. Rows are only ever added.
 
 Beside charges the ledger keeps, per data set, the budgets that its steward has set (the latest one
-holds) and a keyed hash of every record that it was charged for. The strictest of what the caller
+holds) and keyed hashes of every record that it was charged for. A charge for records of which another
+data set holds any is a charge to that one too, within its budget: so the history of the name that a
+record was first used under has all that ever became of it, and no record passes the largest of the
+figures, whatever it is called. The strictest of what the caller
 asks for and what the ledger holds wins: the smaller epsilon, and the smallest delta that the data
 set was ever charged or budgeted at, so that everything it released is composed at one delta.
 
@@ -19,11 +22,10 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
 from common.check import below, in_range, not_negative, positive
-from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
+from common.errors import BudgetExhausted, ConfigError, LedgerError
 from common.privacy import accounting
 from common.privacy.accounting import TRAINING, Release
-from common.privacy.charges import EVALUATION, Budget, Charge, Entry, Terms, price
-from common.privacy.contents import SHARED
+from common.privacy.charges import EVALUATION, Budget, Charge, Entry, Terms, of_all, price
 from common.privacy.figures import epsilon_text, remaining_text
 from common.privacy.ledger_file import LedgerFile, one_line
 
@@ -50,6 +52,8 @@ class Ledger(LedgerFile):
         (after a disk failure during the write, nothing or all of it). The data set's epsilon never
         passes ``max_epsilon`` nor the budget that is stored here, whoever else charges at the same
         time. The same run and round charged again is charged again: a repeated round releases anew.
+        Every data set of this ledger that shares a record with ``records`` is charged the same, and
+        keeps its own budget and the caller's; the receipt's epsilon is the largest of theirs.
 
         Args:
             dataset: the site's name for the records; budgets of different names are separate.
@@ -60,14 +64,12 @@ class Ledger(LedgerFile):
                 the ledger holds for it.
             max_epsilon: the budget that the caller allows; a smaller one that is stored wins.
             clip_norm: L2, for the record; the price does not depend on it.
-            records: ``record_hashes`` under ``key`` of the records that are about to be used. They are
-                kept, and other data sets of this ledger may not hold the same records. Records under
-                the same name may change: they stay on the same budget.
+            records: ``record_hashes`` under ``key`` of the records that are about to be used; they are
+                kept. Records under the same name may change: they stay on the same budget.
             allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
 
         Raises:
-            BudgetExhausted: the releases would exceed the budget.
-            PolicyRefusal: the records are in this ledger under another data set's name.
+            BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
             ConfigError: a figure is out of range, or there is nothing to charge.
             LedgerError: the file cannot be read or written, or was locked for 60 seconds.
         """
@@ -77,11 +79,17 @@ class Ledger(LedgerFile):
         if not releases or not dataset or not run:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
         with self._transaction():
-            self._recognise(dataset, records)
+            names = [dataset, *self._recognise(dataset, records)]
             if allow:
                 allow(*self.trained(dataset, run))
-            max_epsilon, delta = self.terms(dataset).stricter(max_epsilon, delta)
-            charge = price(self.spent(dataset), releases, delta, max_epsilon)
+            terms = {name: self.terms(name) for name in names}
+            # One delta for all: each name's history is then composed at it.
+            delta = min(delta, *(held.delta for held in terms.values()))
+            max_epsilon = min(max_epsilon, terms[dataset].epsilon)
+            prices = {
+                name: price(self.spent(name), releases, delta, min(max_epsilon, terms[name].epsilon)) for name in names
+            }
+            charge = prices[dataset]
             if not charge.epsilon_after <= max_epsilon:
                 before, after = (epsilon_text(e, decimals=4) for e in (charge.epsilon_before, charge.epsilon_after))
                 left = remaining_text(max(0.0, max_epsilon - charge.epsilon_before), decimals=4)
@@ -90,21 +98,28 @@ class Ledger(LedgerFile):
                     f"{before} is spent, this would make it {after}, the budget is {max_epsilon:g} at delta {delta:g}, "
                     f"{left} is left; see `fedveil ledger show {self.path}`"
                 )
+            if not all(other.epsilon_after <= other.max_epsilon for other in prices.values()):
+                # No figures and no names: this line leaves the site.
+                raise BudgetExhausted(
+                    f"data set {dataset!r} refuses round {round_number} of run {run!r}: records that it shares with "
+                    f"another data set have no budget left for it; see `fedveil ledger show {self.path}`"
+                )
             self._connection.executemany(
                 "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "
                 "clip_norm, charged_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
-                        *(dataset, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, delta),
+                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, delta),
                         *(1.0 if r.kind == EVALUATION else clip_norm, _now()),
                     )
+                    for name in names
                     for r in releases
                 ],
             )
             self._connection.executemany(
                 "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
             )
-        return charge
+        return of_all(charge, prices.values())
 
     def set_budget(self, dataset: str, epsilon: float, delta: float) -> Terms:
         """Make (epsilon, delta) the steward's budget of ``dataset`` and return what held until then.
@@ -184,25 +199,22 @@ class Ledger(LedgerFile):
             raise LedgerError(f"the ledger {self.path} is damaged (it has no key): do not train, ask for help")
         return bytes(row[0])
 
-    def _recognise(self, dataset: str, records: Collection[int]) -> None:
-        """Refuse records that another data set of this ledger has been charged for."""
+    def _recognise(self, dataset: str, records: Collection[int]) -> list[str]:
+        """Return the other data sets of this ledger that were charged for any of these records, sorted.
+
+        One is enough: what was released of it under either name composes. That short records such as "ok" are
+        equal by chance only makes the charge too high.
+        """
         if not records:
-            return
+            return []
         self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
         self._connection.execute("DELETE FROM opened")
         self._connection.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
-        shared = self._connection.execute(
-            "SELECT dataset, COUNT(*) FROM opened JOIN records USING (hash) WHERE dataset != ? GROUP BY dataset",
+        rows = self._connection.execute(
+            "SELECT DISTINCT dataset FROM opened JOIN records USING (hash) WHERE dataset != ? ORDER BY dataset",
             (dataset,),
-        ).fetchall()
-        for other, count in shared:
-            (known,) = self._connection.execute("SELECT COUNT(*) FROM records WHERE dataset = ?", (other,)).fetchone()
-            if count >= SHARED * min(known, len(records)):
-                # No figures: this line leaves the site.
-                raise PolicyRefusal(
-                    f"data set {dataset!r} holds records that this ledger knows as data set {other!r}: name it "
-                    f"{other!r}, so that they stay on one budget"
-                )
+        )
+        return [name for (name,) in rows.fetchall()]
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.

@@ -165,6 +165,23 @@ def site_init(
     _say(site_steps(made))
 
 
+@site_app.command("check")
+@for_people
+def site_check(
+    folder: Folder,
+    config: Annotated[
+        list[str] | None, typer.Option("-c", "--config", help="Settings of a job, where the policy leaves them open.")
+    ] = None,
+    node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
+) -> None:
+    """Read the site's records as a round does, and list the rows that are none, by number and reason."""
+    from experiments.deploy.site_check import check_site
+    from experiments.deploy.site_folder import open_site_folder
+    from experiments.settings import parse_settings
+
+    check_site(open_site_folder(folder), _say, node, parse_settings(config or []))
+
+
 @site_app.command("start")
 @for_people
 def site_start(

@@ -13,7 +13,8 @@ from experiments.deploy.commands import environment, superlink_command, supernod
 from experiments.deploy.files import read_bytes
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.server_folder import ServerFolder
-from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
+from experiments.deploy.site_check import check_site
+from experiments.deploy.site_folder import SiteFolder
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0
@@ -53,9 +54,9 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
 
     Raises:
         ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused.
-        DataError: a file of the folder is missing or damaged.
+        DataError: a file of the folder is missing or damaged, or the records cannot be read: see ``check_site``.
     """
-    policy_of_node(node_settings(folder, more))
+    check_site(folder, say, more, rows=False)
     command = supernode_command(folder, more)
     said, when = "", 0.0
     while reason := why_refused(folder):
