@@ -266,11 +266,16 @@ def public_test(config: DataConfig, task: str) -> Dataset:
     return train_and_test(config, task)[1]
 
 
-def unprotected_test(config: DataConfig) -> str:
-    """Return a sentence if the public test part is cut from records that may be somebody's own, else nothing."""
-    if config.test or is_public(config.name):
+def unprotected_test(name: str, test: str) -> str:
+    """Return a sentence if the public test part is cut from a source that may hold somebody's records, else nothing.
+
+    Args:
+        name: the setting ``data.name``.
+        test: the setting ``data.test``.
+    """
+    if test or is_public(name):
         return ""
     return (
-        "the public test part is cut from data.name itself: what is in it is not protected, and the accuracy on it is "
-        "published exactly; name public records as data.test"
+        f"the test part is cut from data.name {name!r} itself and is not protected: its records are taken for public, "
+        "and the accuracy on them is published exactly; where they are anybody's, name others as data.test"
     )

@@ -21,25 +21,31 @@ ESTABLISHED = "01"
 """A TCP connection's state in /proc/net/tcp."""
 
 
-def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI) -> None:
+def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, settings: str = "") -> None:
     """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
 
-    Each site gets its part of a job's data for good: another number of sites later would divide the records
-    anew, and ledgers would count for records that others hold. A site beyond the first number has no part.
+    Each site gets its part of a job's data for good: another number of sites, or another division, later would
+    divide the records anew, and ledgers would count for records that others hold. So what divides them is written
+    into the sites' settings, and they refuse a job that divides otherwise. A site beyond the first number has no part.
 
     Args:
         sites: how many sites get a key pair.
         epsilon: budget in each site's policy.
         delta: the delta that it holds at.
         pki: where the volumes are mounted: ``authority``, ``server``, ``coordinator``, ``site-1``, ...
+        settings: the job's, which say how its data are divided.
 
     Raises:
-        FedVeilError: a volume cannot be written, or holds half a folder.
+        FedVeilError: a volume cannot be written, or holds half a folder; a setting is wrong.
     """
+    from common.partition import division_of
     from experiments.deploy.policy_file import policy_text
     from experiments.deploy.server_folder import make_server
     from experiments.deploy.site_folder import make_site
+    from experiments.settings import parse_settings
+    from strategies import configure
 
+    division = division_of(configure(parse_settings([settings])).config)
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)
@@ -51,7 +57,7 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI) -> None
     parts = _parts(pki / "site-1", sites)
     for number in range(1, sites + 1):
         folder, name = pki / f"site-{number}", f"site-{number}"
-        part = f"partition-id={number - 1} num-partitions={parts}" if number <= parts else ""
+        part = f'partition-id={number - 1} num-partitions={parts} division="{division}"' if number <= parts else ""
         if not (folder / "site.toml").is_file():
             make_site(
                 folder,
@@ -117,6 +123,7 @@ def main(role: str) -> int:
             int(os.environ.get("SITES", "4")),
             float(os.environ.get("SITE_EPSILON", "8")),
             float(os.environ.get("SITE_DELTA", "1e-5")),
+            settings=os.environ.get("FEDVEIL_SETTINGS", ""),
         )
         return 0
     print(f"unknown role {role!r}: keys, healthy-server or healthy-site", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What of a site's own records is none, for its steward alone: rows by number and reason, nothing of what is in them."""
+"""Which rows of a site's own data are no records, by number and reason, for its steward alone; none is quoted."""
 
 from __future__ import annotations
 
