@@ -22,8 +22,8 @@ from client.evaluation import noised_correct
 from client.policy import Policy, load_policy
 from client.site import Site, open_site
 from common.config import Scalar, from_mapping
-from common.data import load_dataset
-from common.errors import ConfigError
+from common.data import load_dataset, train_and_test
+from common.errors import ConfigError, DataError, PolicyRefusal
 from common.examples import Dataset
 from common.messages import Spending
 from common.model import FederatedModel
@@ -393,6 +393,40 @@ def test_a_stewards_part_of_a_file_needs_a_declared_size_and_one_of_a_public_dat
     assert declared("rotten-tomatoes", policy=policy) == 4200
     site.rule(public_size=60)
     assert declared(file, labels="bad,good", policy=policy) == 60
+
+
+def test_a_stewards_part_of_a_file_is_divided_as_its_node_says_or_not_at_all(site: OneSite) -> None:
+    file = str(site.settings["data.name"])
+    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
+    policy = site.node["policy"]
+    other = from_mapping(
+        {"data.name": file, "data.partition": "iid", "data.test-size": 40, "data.labels": "bad,good", "data.seed": 7}
+    )
+    with pytest.raises(PolicyRefusal, match=r"handed out with data\.seed = '7'; the run asks for '45', which would"):
+        declared(file, labels="bad,good", policy=policy, division=division_of(other))
+    with pytest.raises(ConfigError, match=r"names 'data\.sed' \(did you mean 'data\.seed'"):
+        declared(file, labels="bad,good", policy=policy, division="data.sed=7")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        declared(file, labels="bad,good", policy=policy, division="iid")
+    config = from_mapping({"data.name": file, "data.labels": "bad,good"})
+    node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": policy}
+    with pytest.raises(ConfigError, match="nothing says how this site's part of it was made: add division="):
+        open_site(node, config, "1", simulated=False)
+
+
+def test_a_row_of_a_stewards_part_that_is_no_record_is_left_out(site: OneSite) -> None:
+    file = Path(str(site.settings["data.name"]))
+    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
+    config = from_mapping({"data.name": str(file), "data.labels": "bad,good", "data.test-size": 40})
+    node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
+    mine: dict[str, Scalar] = {**node, "policy": site.node["policy"], "division": division_of(config)}
+    before = open_site(mine, config, "1", simulated=False).data
+    file.write_text(f"{file.read_text(encoding='utf-8')}the film,fair,a1\n", encoding="utf-8")
+    for kept in (client.site._partition, train_and_test):
+        kept.cache_clear()
+    assert open_site(mine, config, "1", simulated=False).data == before
+    with pytest.raises(DataError, match="row 241 has the label 'fair'"):
+        open_site(node, config, "1", simulated=True)
 
 
 def test_the_labels_of_a_stewards_part_of_a_file_are_not_read_off_its_records(site: OneSite) -> None:

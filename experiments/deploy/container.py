@@ -45,7 +45,7 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, setting
     from experiments.settings import parse_settings
     from strategies import configure
 
-    division = division_of(configure(parse_settings([settings])).config)
+    job = configure(parse_settings([settings]))
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)
@@ -54,10 +54,10 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, setting
         (coordinator / place).mkdir(exist_ok=True)
     for name in ("ca.crt", "server.toml"):
         shutil.copyfile(pki / "server" / name, coordinator / name)
-    parts = _parts(pki / "site-1", sites)
+    parts, fixed = _handed_out(pki / "site-1", sites, division_of(job.config))
     for number in range(1, sites + 1):
         folder, name = pki / f"site-{number}", f"site-{number}"
-        part = f'partition-id={number - 1} num-partitions={parts} division="{division}"' if number <= parts else ""
+        part = f"partition-id={number - 1} num-partitions={parts}{fixed}" if number <= parts else ""
         if not (folder / "site.toml").is_file():
             make_site(
                 folder,
@@ -78,13 +78,14 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, setting
         shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
 
 
-def _parts(first: Path, sites: int) -> int:
-    """Return among how many sites a job's data are divided: as many as there were when the first was made."""
+def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
+    """Return among how many sites a job's data are divided, and how, as when the first was made."""
     from experiments.deploy.site_folder import node_settings, open_site_folder
 
-    if not (first / "site.toml").is_file():
-        return sites
-    return int(node_settings(open_site_folder(first)).get("num-partitions", 0))
+    if (first / "site.toml").is_file():
+        node = node_settings(open_site_folder(first))
+        sites, division = int(node.get("num-partitions", 0)), str(node.get("division", ""))
+    return sites, f' division="{division}"' if division else ""
 
 
 def server_is_well(folder: Path = FOLDER) -> bool:
@@ -112,6 +113,22 @@ def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/
     return False
 
 
+def _make_keys() -> int:
+    from common.errors import FedVeilError
+
+    try:
+        make_keys(
+            int(os.environ.get("SITES", "4")),
+            float(os.environ.get("SITE_EPSILON", "8")),
+            float(os.environ.get("SITE_DELTA", "1e-5")),
+            settings=os.environ.get("FEDVEIL_SETTINGS", ""),
+        )
+    except FedVeilError as error:
+        print(f"fedveil: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(role: str) -> int:
     """Play one role and return the exit code."""
     if role == "healthy-server":
@@ -119,13 +136,7 @@ def main(role: str) -> int:
     if role == "healthy-site":
         return 0 if site_is_well() else 1
     if role == "keys":
-        make_keys(
-            int(os.environ.get("SITES", "4")),
-            float(os.environ.get("SITE_EPSILON", "8")),
-            float(os.environ.get("SITE_DELTA", "1e-5")),
-            settings=os.environ.get("FEDVEIL_SETTINGS", ""),
-        )
-        return 0
+        return _make_keys()
     print(f"unknown role {role!r}: keys, healthy-server or healthy-site", file=sys.stderr)
     return 2
 

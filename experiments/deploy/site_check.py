@@ -59,7 +59,8 @@ def check_site(
     if not reading.dataset.examples:
         why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if reading.unfit else "there is none"
         raise DataError(f"{source}: no row is a record ({why}): mend the rows, or name other columns or labels")
-    say(f"records: {counted(len(reading.dataset.examples), 'row')} fit, {len(reading.unfit)} do not and count as none")
+    fit, others = len(reading.dataset.examples), len(reading.unfit)
+    say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
     for line in _by_reason(reading.unfit) if rows else ():
         say(line)
 
