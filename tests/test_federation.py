@@ -41,6 +41,7 @@ def test_every_strategy_runs_with_and_without_privacy(
     assert [(line["round"], line["site"]) for line in privacy] == [(r, f"site-{i}") for r in (1, 2) for i in range(3)]
     assert all(set(line) >= set(PRIVACY_FIELDS) for line in privacy)
     assert all(head in line["head"] for line in privacy)
+    assert "is not protected" in (folder / "run.log").read_text(encoding="utf-8").splitlines()[0]
     assert rounds[-1]["accuracy"] == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
     if mode == "none":
         assert all(line["epsilon_total"] is None and "nothing is promised" in line["accountant"] for line in privacy)
