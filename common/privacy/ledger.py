@@ -82,34 +82,29 @@ class Ledger(LedgerFile):
             names = [dataset, *self._recognise(dataset, records)]
             if allow:
                 allow(*self.trained(dataset, run))
-            terms = {name: self.terms(name) for name in names}
-            # One delta for all: each name's history is then composed at it.
-            delta = min(delta, *(held.delta for held in terms.values()))
-            max_epsilon = min(max_epsilon, terms[dataset].epsilon)
-            prices = {
-                name: price(self.spent(name), releases, delta, min(max_epsilon, terms[name].epsilon)) for name in names
-            }
+            prices = self._prices(names, releases, delta, max_epsilon)
             charge = prices[dataset]
-            if not charge.epsilon_after <= max_epsilon:
+            what = f"data set {dataset!r} refuses round {round_number} of run {run!r}"
+            if not charge.epsilon_after <= charge.max_epsilon:
                 before, after = (epsilon_text(e, decimals=4) for e in (charge.epsilon_before, charge.epsilon_after))
-                left = remaining_text(max(0.0, max_epsilon - charge.epsilon_before), decimals=4)
+                left = remaining_text(max(0.0, charge.max_epsilon - charge.epsilon_before), decimals=4)
                 raise BudgetExhausted(
-                    f"data set {dataset!r} refuses round {round_number} of run {run!r} ({_spoken(releases)}): epsilon "
-                    f"{before} is spent, this would make it {after}, the budget is {max_epsilon:g} at delta {delta:g}, "
-                    f"{left} is left; see `fedveil ledger show {self.path}`"
+                    f"{what} ({_spoken(releases)}): epsilon {before} is spent, this would make it {after}, the budget "
+                    f"is {charge.max_epsilon:g} at delta {charge.delta:g}, {left} is left; see "
+                    f"`fedveil ledger show {self.path}`"
                 )
             if not all(other.epsilon_after <= other.max_epsilon for other in prices.values()):
                 # No figures and no names: this line leaves the site.
                 raise BudgetExhausted(
-                    f"data set {dataset!r} refuses round {round_number} of run {run!r}: records that it shares with "
-                    f"another data set have no budget left for it; see `fedveil ledger show {self.path}`"
+                    f"{what}: records that it shares with another data set have no budget left for it; see "
+                    f"`fedveil ledger show {self.path}`"
                 )
             self._connection.executemany(
                 "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "
                 "clip_norm, charged_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
-                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, delta),
+                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, charge.delta),
                         *(1.0 if r.kind == EVALUATION else clip_norm, _now()),
                     )
                     for name in names
@@ -215,6 +210,21 @@ class Ledger(LedgerFile):
             (dataset,),
         )
         return [name for (name,) in rows.fetchall()]
+
+    def _prices(
+        self, names: Sequence[str], releases: Sequence[Release], delta: float, max_epsilon: float
+    ) -> dict[str, Charge]:
+        """Return what ``releases`` cost each data set, at one delta: the first has the records, the others share some.
+
+        No name may pass the budget of the first one: it is a budget of records that the others hold as well.
+        """
+        terms = {name: self.terms(name) for name in names}
+        delta = min(delta, *(held.delta for held in terms.values()))
+        max_epsilon = min(max_epsilon, terms[names[0]].epsilon)
+        return {
+            name: price(self.spent(name), releases, delta, min(max_epsilon, held.epsilon))
+            for name, held in terms.items()
+        }
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
