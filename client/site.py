@@ -176,7 +176,7 @@ def _partition(config: DataConfig, task: str, part: int, parts: int, protected_b
 def _told(reading: Reading, site: str) -> Dataset:
     """Return the records, after saying in the site's own log, and nowhere else, what is none; no row is quoted."""
     for words in reading.unreadable:
-        log.error("its records are left out, which is noise for nothing: %s", words, extra=about(site=site))
+        log.error("no record is read, and rounds cost the same: %s", words, extra=about(site=site))
     if reading.unfit:
         reasons = Counter(row.reason for row in reading.unfit).most_common()
         spoken = "; ".join(f"{count} × {reason}" for reason, count in reasons)
