@@ -14,7 +14,7 @@ from client.local_training import initial_round, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.rehearsal import rehearse
-from client.site import Site, open_site, policy_of
+from client.site import Site, check_job, open_site
 from common.config import DataConfig, Scalar
 from common.device import own_cores
 from common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
@@ -58,6 +58,8 @@ def _model(job: Job, site: Site) -> FederatedModel:
         *(config.model, job.adapter, config.head, config.seed),
         *(data.label_names, data.label_phrases, config.device, config.precision),
     )
+    # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
+    site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
         _process.model, _process.records, _process.rehearsed = model, {}, False
     if config.privacy.on and not _process.rehearsed:
@@ -79,6 +81,8 @@ def answer(
     settings: Mapping[str, Scalar],
     run: str,
     memory: MutableMapping[str, bytes],
+    *,
+    simulated: bool | None = None,
 ) -> Reply:
     """Return a site's reply to a train message; every failure is a Refusal that names the site.
 
@@ -88,8 +92,9 @@ def answer(
         settings: the run's configuration, flat.
         run: the run's id as Flower knows it.
         memory: what this node keeps from message to message (``client.memory``); may be lost.
+        simulated: whether site and server are one machine's own experiment; None: whether Flower's Ray simulates.
     """
-    simulated = _in_simulation()
+    simulated = _in_simulation() if simulated is None else simulated
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
     number = round_of(content)
     try:
@@ -97,10 +102,9 @@ def answer(
         torch.set_num_threads(own_cores())
         job = configure(settings)
         run = run_name(job.config, run)
-        policy_of(node).check_job(job)
+        check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
         model = _model(job, site)
-        site.policy.check_model(model.base.fingerprint)
         state = job.strategy.start(model.start)
         basis_layout = layout_of(job.strategy.basis(state))
         task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)

@@ -14,6 +14,7 @@ from common.errors import (
     FedVeilError,
     LedgerError,
     ModelError,
+    ModelNotLoaded,
     PolicyRefusal,
     PrivacyError,
     ProtocolError,
@@ -34,6 +35,8 @@ TOLD = (
 """Errors whose words follow from settings, rules and the ledger alone; a subclass is not told until it stands here."""
 UNTOLD = "the site failed; its own log says where"
 """What the server hears of any other error: even the place of one can tell which record it was, or how many."""
+UNLOADED = "this site cannot load the base model that the run names; its own log says why"
+"""And of a base model that was not loaded: why not would tell which folders there are, and what is in them."""
 _ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")
 
 
@@ -47,6 +50,8 @@ def public_reason(error: Exception, node: Mapping[str, Scalar], *, simulated: bo
     """Return what the server is told: the words of ``TOLD`` errors; in a simulation, all one machine, everything."""
     if simulated:
         return str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, ModelNotLoaded):
+        return UNLOADED
     return without_paths(str(error), node) if type(error) in TOLD else UNTOLD
 
 

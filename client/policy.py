@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.pins import LABELS, check_pins, check_whole, refusal
+from common.base_model import NAMED_MODELS
 from common.check import below, in_range, not_negative, one_of, positive
 from common.config import HEAD_POLICIES, Scalar, from_section
-from common.errors import ConfigError, PolicyRefusal
+from common.errors import ConfigError
 from common.privacy.accounting import MOST_NOISE
 from strategies import STRATEGIES, Job
 
 UNLIMITED = 2**62
-LISTS = ("strategies", "head-policies", "models")
+LISTS = ("strategies", "head-policies", "models", LABELS)
 MODEL_DIGITS = 12
-"""Least hexadecimal digits by which a policy may name a base model."""
+"""Least hexadecimal digits of its fingerprint by which a policy may name a base model."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,22 @@ class Policy:
     """Names, separated by commas (in the file: a list); empty: any."""
     head_policies: str = ""
     models: str = ""
-    """Beginnings of the base models' fingerprints, of at least ``MODEL_DIGITS`` digits."""
+    """Base models, each as ``NAME=DIGITS``: the job's ``model.name``, which is asked before anything is loaded, and at
+    least the first ``MODEL_DIGITS`` digits of its fingerprint. Empty: those whose files FedVeil knows by hash."""
+    task: str = ""
+    """Kind of task that the records are for. This and the keys up to ``max_length`` are the pins: see
+    ``client.pins``."""
+    text: str = ""
+    """Columns that the task reads, as in the job's ``data.text``, ``data.text-pair`` and so on."""
+    text_pair: str = ""
+    """Empty: no such column is read."""
+    label: str = ""
+    prompt: str = ""
+    completion: str = ""
+    labels: str = ""
+    """All labels in the job's order."""
+    max_length: int = 0
+    """Most tokens that a run may cut a record to."""
     send_noised_metrics: bool = False
     """Whether each round's count of correctly classified records may be sent, noised and paid for."""
     metrics_noise: float = 30.0
@@ -70,11 +87,14 @@ class Policy:
             one_of(STRATEGIES, strategies=name)
         for name in _names(self.head_policies):
             one_of(HEAD_POLICIES, head_policies=name)
-        for name in _names(self.models):
-            if len(name) < MODEL_DIGITS or not set(name) <= set("0123456789abcdef"):
+        for name, digits in self._models():
+            if not name or len(digits) < MODEL_DIGITS or not set(digits) <= set("0123456789abcdef"):
+                entry = f"{name}={digits}" if name else digits
                 raise ConfigError(
-                    f"models names {name!r}: give at least {MODEL_DIGITS} digits (0-9, a-f) of its fingerprint"
+                    f"models names {entry!r}: write NAME=DIGITS, the job's model.name and at least {MODEL_DIGITS} "
+                    "digits (0-9, a-f) of its fingerprint"
                 )
+        check_whole(self)
 
     def check_size(self, public_size: int) -> None:
         """Raise ConfigError if delta is above one over the declared size."""
@@ -84,26 +104,53 @@ class Policy:
                 f"set it to {1 / public_size:.1g} or less"
             )
 
-    def check_job(self, job: Job) -> None:
-        """Raise PolicyRefusal, naming the rule, unless the run's configuration is allowed."""
+    def check_job(self, job: Job, *, private: bool, place: str = "POLICY") -> None:
+        """Raise PolicyRefusal, naming the rule, unless the run's configuration is allowed; reads nothing.
+
+        Args:
+            job: the run.
+            private: whether the records are anybody's; then the policy must pin what they are for.
+            place: where the policy is, for the command in the message.
+        """
         config = job.config
+        check_pins(self, config, private=private, place=place)
         if not config.privacy.on and not self.allow_no_privacy:
-            raise _refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
+            raise refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)
+        self.check_model_name(config.model.name)
 
-    def check_model(self, fingerprint: str) -> None:
-        """Raise PolicyRefusal unless the base model of this fingerprint is allowed."""
-        names = _names(self.models)
-        if names and not any(fingerprint.startswith(name) for name in names):
-            raise _refusal("models", ", ".join(names), f"the base model {fingerprint[:MODEL_DIGITS]}")
+    def check_model_name(self, name: str) -> None:
+        """Raise PolicyRefusal unless a base model of this name may be loaded."""
+        if name not in ([named for named, _ in self._models()] or NAMED_MODELS):
+            raise refusal("models", self.allowed_models, f"model.name = {name!r}")
+
+    @property
+    def allowed_models(self) -> str:
+        """The base models that are allowed, in words."""
+        return ", ".join(_names(self.models)) or f"{', '.join(NAMED_MODELS)} (known by their hashes)"
+
+    def check_model(self, name: str, fingerprint: str) -> None:
+        """Raise PolicyRefusal unless the base model that was loaded by an allowed name has an allowed fingerprint."""
+        digits = [digits for named, digits in self._models() if named == name]
+        if self.models and not any(fingerprint.startswith(beginning) for beginning in digits):
+            raise refusal(
+                "models",
+                self.allowed_models,
+                f"the base model {name!r} with the fingerprint {fingerprint[:MODEL_DIGITS]}",
+            )
+
+    def _models(self) -> list[tuple[str, str]]:
+        """Return name and digits of each entry of ``models``; an entry without a name has an empty one."""
+        parts = [entry.rpartition("=") for entry in _names(self.models)]
+        return [(name, digits) for name, _, digits in parts]
 
     def check_round(self, rounds: int, steps: int) -> None:
         """Raise PolicyRefusal if the run would then have had more ``rounds`` or ``steps`` here than are allowed."""
         if rounds > self.max_rounds:
-            raise _refusal("max-rounds", self.max_rounds, f"{rounds} rounds so far, this one included")
+            raise refusal("max-rounds", self.max_rounds, f"{rounds} rounds so far, this one included")
         if steps > self.max_steps:
-            raise _refusal("max-steps", self.max_steps, f"{steps} steps so far, this round's included")
+            raise refusal("max-steps", self.max_steps, f"{steps} steps so far, this round's included")
 
     def rounds_of(self, rounds: int, local_steps: int) -> int:
         """Return the most rounds that the site can join of a run of ``rounds``; at least 1."""
@@ -116,11 +163,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _one_of(rule: str, allowed: str, asked: str) -> None:
     if _names(allowed) and asked not in _names(allowed):
-        raise _refusal(rule, ", ".join(_names(allowed)), asked)
-
-
-def _refusal(rule: str, own: object, asked: str) -> PolicyRefusal:
-    return PolicyRefusal(f"the site's policy has {rule} = {own}; the run asks for {asked}")
+        raise refusal(rule, ", ".join(_names(allowed)), asked)
 
 
 def load_policy(path: Path) -> Policy:
@@ -131,8 +174,17 @@ def load_policy(path: Path) -> Policy:
             another type or out of range.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the policy {path} cannot be read: {' '.join(str(error).split())}") from error
+    return parse_policy(text, path)
+
+
+def parse_policy(text: str, path: Path | str) -> Policy:
+    """Return the policy of a file's text; ``path`` names it in errors, which are those of load_policy."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the policy {path} cannot be read: {' '.join(str(error).split())}") from error
     try:
         return from_section(Policy, {key: _flat(key, value) for key, value in values.items()}, "")
@@ -146,7 +198,7 @@ def _flat(key: str, value: object) -> Scalar:
             raise ConfigError(f'{key} must be a list of texts, such as ["{"fed-sb" if key == LISTS[0] else "..."}"]')
         # An empty list would read as "any".
         if not value or not all(_names(v) == (v,) for v in value):
-            raise ConfigError(f"{key} must name at least one, and each without commas; leave it out to allow any")
+            raise ConfigError(f"{key} must name at least one, and each without commas; or leave it out")
         return ",".join(value)
     if not isinstance(value, str | int | float | bool):
         raise ConfigError(f"{key} must be a text, a number, true or false")

@@ -12,7 +12,7 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``public-size`` number of records declared as public; needed with ``data``, and by a
                 steward's partition of a file or a hub name (of a named data set it follows)
 ``ledger``      file of the ledger; it outlives every run
-``policy``      TOML file of the steward's rules (see ``client.policy``)
+``policy``      TOML file of the steward's rules (see ``client.policy``); needed with ``data``
 =============== =====================================================================
 """
 
@@ -26,15 +26,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config import DataConfig, RunConfig, Scalar
-from common.data import Reading, is_public, load_protected, protected_train, train_and_test
-from common.errors import ConfigError
+from common.data import DATASETS, Reading, is_public, load_dataset, load_protected, protected_train, train_and_test
+from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
 from common.log import about
 from common.partition import check_division, declared_size, division_of, site_part
 from common.paths import run_folder
+from common.roles import ROLES
+from strategies import Job
 
 NODE_KEYS = (
     *("site", "data", "dataset-id", "public-size", "ledger", "policy"),
@@ -58,19 +61,46 @@ class Site:
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
     """Return the rules of the steward behind this node's configuration.
 
-    A simulated site has neither ``data`` nor ``policy``; it makes no promise of its own, so it joins
-    runs without privacy. A deployed one joins them only if its policy says so.
+    A site without ``data`` that has no policy makes no promise of its own, so it joins runs without
+    privacy: a simulated one, or a part of a public data set. Any other joins them only if its policy says so.
 
     Raises:
-        ConfigError: the policy cannot be read, or names what the node configuration names as well.
+        ConfigError: there is ``data`` and no policy, or the policy cannot be read, or names what the node
+            configuration names as well.
     """
     if "policy" not in node:
-        return Policy(allow_no_privacy="data" not in node)
+        if "data" in node:
+            raise ConfigError(
+                "a node with 'data' needs a 'policy' that says what its records are for: write one with "
+                f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
+            )
+        return Policy(allow_no_privacy=True)
     policy = load_policy(Path(str(node["policy"])).expanduser())
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:
             raise ConfigError(f"{key!r} stands in the node configuration and in the policy: keep one")
     return policy
+
+
+def check_job(node: Mapping[str, Scalar], job: Job, *, simulated: bool) -> None:
+    """Let the steward's rules judge a run before anything that it names is looked at: no record, no model, no folder.
+
+    A simulation is one machine's own: there a node without a policy has nothing to refuse.
+
+    Raises:
+        PolicyRefusal: a rule forbids the run; or a deployed node without a policy is asked for a part of anything
+            but a data set that FedVeil names.
+        ConfigError: as for policy_of.
+    """
+    policy, public = policy_of(node), is_public(job.config.data.name)
+    if "policy" not in node and simulated:
+        return
+    if "policy" not in node and not public:
+        raise PolicyRefusal(
+            f"a site without a policy plays parts of {', '.join(DATASETS)} alone, not of {job.config.data.name!r}: "
+            "name its records as 'data', and a 'policy', in the node's settings"
+        )
+    policy.check_job(job, private="data" in node or not public, place=str(node.get("policy", "")))
 
 
 def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simulated: bool) -> Site:
@@ -92,7 +122,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     if "data" in node:
         if config.model.task == "classification" and not config.data.labels:
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
-        data = _own_data(config.data, config.model.task, str(node["data"]), name)
+        data = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
         size = node.get("public-size", policy.public_size)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(
@@ -107,7 +137,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         _check_labels(config, node)
         _check_division(config, node)
         protected = "policy" in node and not is_public(config.data.name)
-        data = _partition(config.data, config.model.task, part, parts, name if protected else "")
+        data = _partition(config.data, config.model.task, part, parts, simulated, name if protected else "")
         size = int(node.get("public-size", policy.public_size)) or _size_of_part(data, config.data, node)
     policy.check_size(size)
     if "ledger" in node:
@@ -119,6 +149,16 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         ledger = home / "fedveil" / f"{name}.sqlite"
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy)
+
+
+def own_settings(config: RunConfig) -> DataConfig:
+    """Return what a run may say about a site's own records: what a policy pins, and whose phrases the head starts from.
+
+    Everything else of ``data.*`` is about data sets that are divided. A column of the natural partition, say, that
+    was read of these records as well would be one more question about them.
+    """
+    columns = {role.attribute: getattr(config.data, role.attribute) for role in ROLES[config.model.task]}
+    return DataConfig(name=config.data.name, labels=config.data.labels, partition="iid", **columns)
 
 
 def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:
@@ -167,10 +207,13 @@ def _own_data(config: DataConfig, task: str, source: str, site: str) -> Dataset:
 
 
 @lru_cache(maxsize=256)
-def _partition(config: DataConfig, task: str, part: int, parts: int, protected_by: str) -> Dataset:
+def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool, protected_by: str) -> Dataset:
     if protected_by:
         return site_part(_told(protected_train(config, task), protected_by), config, part, parts)
-    return site_part(train_and_test(config, task)[0], config, part, parts)
+    # The test part is the server's: a deployed site that opened whatever data.test names would tell which files it has.
+    whole = simulated or not config.test
+    train = train_and_test(config, task)[0] if whole else load_dataset(config, task)
+    return site_part(train, config, part, parts)
 
 
 def _told(reading: Reading, site: str) -> Dataset:

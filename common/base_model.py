@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.errors import ModelError
+from common.errors import ModelNotLoaded
 from common.packaged import MINILM, SMOLLM2, packaged_file, packaged_folder
+
+OWN_CODE = {"trust_remote_code": False}
+"""For every loader: code that comes with a model never runs; unset, transformers asks whoever sits at the terminal."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def _load_minilm() -> tuple[nn.Module, Any]:
 
     folder = packaged_folder(MINILM)
     # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
-    return AutoModel.from_pretrained(folder, add_pooling_layer=False), AutoTokenizer.from_pretrained(folder)
+    module = AutoModel.from_pretrained(folder, add_pooling_layer=False, **OWN_CODE)
+    return module, AutoTokenizer.from_pretrained(folder, **OWN_CODE)
 
 
 def _load_smollm2() -> tuple[nn.Module, Any]:
@@ -69,7 +73,7 @@ def _load_smollm2() -> tuple[nn.Module, Any]:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedveil" / SMOLLM2.sha256[:16]
     if not (cache / "config.json").is_file():
         folder, file = str(source.parent), source.name
-        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, **OWN_CODE)
         settings = quantised.config.to_dict()
         for key in ("quantization_config", "_name_or_path"):
             settings.pop(key, None)
@@ -78,10 +82,10 @@ def _load_smollm2() -> tuple[nn.Module, Any]:
         plain.tie_weights()
         partial = cache.with_name(f"{cache.name}.{os.getpid()}")
         plain.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file, **OWN_CODE).save_pretrained(partial)
         if not cache.exists():
             partial.rename(cache)
-    return AutoModelForCausalLM.from_pretrained(cache), AutoTokenizer.from_pretrained(cache)
+    return AutoModelForCausalLM.from_pretrained(cache, **OWN_CODE), AutoTokenizer.from_pretrained(cache, **OWN_CODE)
 
 
 NAMED_MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
@@ -98,7 +102,7 @@ def load_base_model(name: str, task: str) -> BaseModel:
         task: ``classification`` loads the encoder (AutoModel), ``causal-lm`` the decoder with its head.
 
     Raises:
-        ModelError: the model cannot be found or read.
+        ModelNotLoaded: the model cannot be found or read.
         DataError: the package that carries a named model is missing or altered.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -110,13 +114,14 @@ def load_base_model(name: str, task: str) -> BaseModel:
             name = str(Path(name).expanduser())
         try:
             loader = AutoModel if task == "classification" else AutoModelForCausalLM
-            options = {}
-            if task == "classification" and AutoConfig.from_pretrained(name).model_type in ("bert", "roberta"):
+            options = dict(OWN_CODE)
+            model_type = AutoConfig.from_pretrained(name, **OWN_CODE).model_type
+            if task == "classification" and model_type in ("bert", "roberta"):
                 options["add_pooling_layer"] = False
-            module, tokenizer = loader.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
+            module, tokenizer = loader.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **OWN_CODE)
+        except Exception as error:  # whatever a strange file makes a loader raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelNotLoaded(
                 f"cannot load the base model {name!r}: it is none of {', '.join(NAMED_MODELS)}, "
                 f"no folder, and the hub did not give it ({reason})"
             ) from error

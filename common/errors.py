@@ -7,6 +7,7 @@
     ├── DataError              a data file is missing, empty or not what it says
     │   └── UnreadableFile     its rows cannot be told apart
     ├── ModelError             a base model cannot be loaded or does not fit the job
+    │   └── ModelNotLoaded     it cannot be found or read
     ├── ProtocolError          a message from the other side is not what it claims to be
     ├── RunFailed              a run cannot go on (too few sites, nothing trained)
     └── PrivacyError           a promise about privacy would not hold
@@ -39,6 +40,10 @@ class UnreadableFile(DataError):
 
 class ModelError(FedVeilError):
     """A base model cannot be loaded, or does not fit the job."""
+
+
+class ModelNotLoaded(ModelError):
+    """A base model cannot be found or read."""
 
 
 class ProtocolError(FedVeilError):

@@ -61,8 +61,13 @@ class InProcessTransport:
         return Exchange(replies, down, up)
 
     def deliver(self, node: int, task: TrainTask, content: Any) -> Any:
-        """Return the message that a node sends back for a task's message; a test may send another."""
-        reply = answer(content, self._nodes[node], self._settings, task.run, self._memories[node])
+        """Return the message that a node sends back for a task's message; a test may send another.
+
+        A node with neither records nor a policy of its own is a simulated one, as in Flower's simulation.
+        """
+        here = self._nodes[node]
+        simulated = not {"data", "policy"} & here.keys()
+        reply = answer(content, here, self._settings, task.run, self._memories[node], simulated=simulated)
         return encode_reply(reply)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,26 @@ def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str
     return flat
 
 
-def to_toml(settings: Mapping[str, Scalar]) -> str:
+def to_toml(settings: Mapping[str, Scalar | Sequence[str]]) -> str:
     """Return flat settings as TOML text with dotted keys."""
     lines = []
     for key, value in settings.items():
         quoted = ".".join(f'"{part}"' for part in key.split("."))
-        if isinstance(value, bool):
-            lines.append(f"{quoted} = {str(value).lower()}")
-        elif isinstance(value, str):
-            # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
-            escaped = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"{quoted} = {escaped}")
-        else:
-            lines.append(f"{quoted} = {value!r}")
+        lines.append(f"{quoted} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Scalar | Sequence[str]) -> str:
+    """Return a setting's value, or a list of texts, as TOML.
+
+    >>> toml_value(True), toml_value("a"), toml_value(0.5), toml_value(["bad", "good"])
+    ('true', '"a"', '0.5', '["bad", "good"]')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return repr(value)

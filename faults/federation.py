@@ -14,11 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 from audits.tiny_site import tiny_run, write_reviews
+from common.base_model import load_base_model
 from common.config import Scalar
 from common.paths import run_folder
 from experiments.deploy.commands import environment, superlink_command, supernode_command
 from experiments.deploy.control import Control, control_of
-from experiments.deploy.policy_file import policy_text
+from experiments.deploy.policy_file import models_of, pins_of_job, policy_text
 from experiments.deploy.registry import register_site
 from experiments.deploy.server_folder import make_server
 from experiments.deploy.site_folder import SiteFolder, make_site
@@ -120,10 +121,15 @@ class Federation:
             inside: puts a command into the network where this site is.
         """
         data = write_reviews(self.folder / f"{name}.csv", RECORDS, len(self.sites))
+        config = configure(self.settings).config
+        fingerprint = load_base_model(config.model.name, config.model.task).fingerprint
         self._places[name] = inside
         self.sites[name] = make_site(
             *(self.folder / name, name, f"{address}:{self.server.fleet_port}"),
-            policy=policy_text(name, SIZES[name], 50.0, 1e-3),
+            policy=policy_text(
+                *(name, SIZES[name], 50.0, 1e-3),
+                *(pins_of_job(config), models_of(config.model.name, fingerprint)),
+            ),
             node=f'data="{data}"',
             authority=self.server.path / "ca.crt",
             runtime_port=self._runtime.pop(),

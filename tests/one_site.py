@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from conftest import write_reviews
 
 from client.app import answer
+from common.base_model import load_base_model
 from common.config import Scalar
 from common.data import load_dataset
 from common.messages import Refusal, Reply, TrainResult, TrainTask
@@ -18,6 +20,8 @@ from common.privacy.ledger import Ledger
 from common.tensors import fingerprint, start_fingerprint
 from common.types import AdapterState
 from common.wire import encode_task
+from experiments.deploy.policy_file import models_of, pins_of_job
+from experiments.settings import to_toml
 from strategies import configure
 
 
@@ -34,10 +38,13 @@ class OneSite:
         return Path(str(self.node["ledger"]))
 
     def rule(self, **rules: Any) -> None:
-        """Write the steward's policy; a rule's name is its key with underscores."""
+        """Write the steward's policy: these rules over the pins of the site's settings and their base model.
+
+        A rule's name is its key with underscores; None leaves a key out.
+        """
         path = self.ledger.with_name("policy.toml")
-        lines = (f"{key.replace('_', '-')} = {_toml(value)}\n" for key, value in rules.items())
-        path.write_text("".join(lines), encoding="utf-8")
+        written = {**pins(self.settings), **{key.replace("_", "-"): value for key, value in rules.items()}}
+        path.write_text(to_toml({key: value for key, value in written.items() if value is not None}), encoding="utf-8")
         self.node["policy"] = str(path)
 
     def model(self) -> FederatedModel:
@@ -103,10 +110,18 @@ def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int 
         "public-size": 50,
         "ledger": str(folder / f"clinic-{seed}.sqlite"),
     }
-    return OneSite({**settings, "data.labels": "bad,good", "privacy.noise-multiplier": 2.0, "rounds": 4}, node)
+    site = OneSite({**settings, "data.labels": "bad,good", "privacy.noise-multiplier": 2.0, "rounds": 4}, node)
+    site.rule()
+    return site
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value).replace("'", '"') if isinstance(value, str | list) else str(value)
+def pins(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a policy's keys that let a site's own records into a run of ``settings``, whatever model that has."""
+    model = configure(settings).config.model
+    models = models_of(model.name, _fingerprint(model.name, model.task))
+    return {**pins_of_job(configure(settings).config), "models": models}
+
+
+@lru_cache
+def _fingerprint(model: str, task: str) -> str:
+    return load_base_model(model, task).fingerprint

@@ -21,10 +21,12 @@ from typing import Any
 
 import pytest
 from conftest import TARGETS, write_reviews
+from one_site import pins
 from typer.testing import CliRunner
 
 from client.policy import load_policy
-from common.errors import ConfigError, DataError, RunFailed, UnreadableFile
+from common.base_model import load_base_model
+from common.errors import ConfigError, DataError, RunFailed
 from common.paths import run_folder
 from common.privacy.ledger import Ledger
 from experiments.cli import app
@@ -53,6 +55,8 @@ PATIENCE = 600.0
 """Seconds for one step: what a failure costs on a busy machine, not what a step takes."""
 
 
+OWN = ["--data", ".", "--public-size", "2000"]
+"""Of 'fedveil site init': a site with records of its own."""
 PART = "partition-id=0 num-partitions=1"
 """Settings of a node that plays all of a job's data."""
 
@@ -147,9 +151,13 @@ def test_the_walk_through_ends_in_a_finished_run(
         "device": "cpu",
     }
     (tmp_path / "toy.toml").write_text(to_toml(toy), encoding="utf-8")
+    fingerprint = load_base_model(model_folder("bert"), "classification").fingerprint
     more = {
         ("server", "init"): lambda: ["--fleet-port", str(fleet), "--control-port", str(control)],
-        ("site", "init"): lambda: ["--runtime-port", str(runtime.pop()), "--model", model_folder("bert")],
+        ("site", "init"): lambda: [
+            *("--runtime-port", str(runtime.pop())),
+            *("--model", model_folder("bert"), "--fingerprint", fingerprint),
+        ],
         ("doctor", "server"): lambda: ["--model", model_folder("bert")],
         ("server", "submit"): lambda: ["-c", "toy.toml"],
     }
@@ -387,7 +395,15 @@ def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
         (["--name", "my clinic"], "the site's name is 'my clinic'"),
         (["--epsilon", "-3"], "epsilon must be"),
         (["--delta", "2"], "delta must be"),
-        (["--data", ".", "--public-size", "2000", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+        ([*OWN, "--labels", "bad,good", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+        (OWN, "--labels is needed: name all labels in the job's order"),
+        ([*OWN, "--labels", "bad"], "name at least 2 different ones"),
+        ([*OWN, "--labels", "bad,good", "--prompt", "q"], "--prompt is given, which the task 'classification'"),
+        ([*OWN, "--task", "causal-lm", "--labels", "bad,good"], "--labels is given, which the task 'causal-lm'"),
+        ([*OWN, "--task", "causal"], "did you mean 'causal-lm'"),
+        ([*OWN, "--labels", "bad,good", "--max-length", "0"], "max-length must be above 0"),
+        (["--model", "/srv/model"], "the fingerprint of the base model '/srv/model' is needed"),
+        (["--model", "/srv/model", "--fingerprint", "0123"], "write NAME=DIGITS"),
     ],
 )
 def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str, tmp_path: Path) -> None:
@@ -403,6 +419,7 @@ def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str,
         ("epsilom = 4.0\n", PART, "did you mean 'epsilon'"),
         ("epsilon = 4.0\ndelta = 1e-3\n", f"{PART} public-size=2000", "above 1/2000"),
         ("", 'data="records.csv"', "'public-size' is needed beside 'data'"),
+        ('task = "causal-lm"\n', PART, "prompt, completion, max-length is not"),
         ("", "", "this site has no records"),
     ],
 )
@@ -425,20 +442,18 @@ def site_with_records(tmp_path: Path, name: str, content: bytes) -> SiteFolder:
     (tmp_path / name).write_bytes(content)
     server = make_server(tmp_path / f"server-{name}", ["127.0.0.1"])
     site = site_for(tmp_path, free_ports(1)[0], server.path)
-    (site.path / "policy.toml").write_text("public-size = 50\n", encoding="utf-8")
+    pinned = {**pins({"data.labels": "bad,good"}), "public-size": 50}
+    (site.path / "policy.toml").write_text(to_toml(pinned), encoding="utf-8")
     node = to_toml({"node": f'data="{tmp_path / name}"'})
     kept = [line for line in (site.path / "site.toml").read_text(encoding="utf-8").splitlines() if '"node"' not in line]
     (site.path / "site.toml").write_text("\n".join([*kept, node]), encoding="utf-8")
     return open_site_folder(site.path)
 
 
-ASK = ["-c", 'data.labels="bad,good"']
-
-
 def test_a_steward_reads_which_rows_are_no_records_and_why_but_not_what_is_in_them(tmp_path: Path) -> None:
     rows = ["the film,good", "a secret,fair", ",good", *["a secret,fine"] * 25, "a secret,good,more"]
     site = site_with_records(tmp_path, "own.csv", "\n".join(["text,label", *rows]).encode())
-    done = CliRunner().invoke(app, ["site", "check", str(site.path), *ASK])
+    done = CliRunner().invoke(app, ["site", "check", str(site.path)])
     assert done.exit_code == 0, done.output
     own = tmp_path / "own.csv"
     assert done.output.splitlines() == [
@@ -449,7 +464,7 @@ def test_a_steward_reads_which_rows_are_no_records_and_why_but_not_what_is_in_th
     ]
     assert "secret" not in done.output
     said: list[str] = []
-    check_site(site, said.append, job={"data.labels": "bad,good"}, rows=False)
+    check_site(site, said.append, rows=False)
     assert said == done.output.splitlines()[:1], "a start lists rows"
 
 
@@ -465,21 +480,14 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE, ids=[name for name, _, _ in UNREADABLE])
-def test_a_file_whose_rows_cannot_be_told_apart_stops_the_check(
+def test_data_that_every_round_would_answer_with_noise_alone_stop_check_and_start(
     name: str, content: bytes, reason: str, tmp_path: Path
 ) -> None:
     site = site_with_records(tmp_path, name, content)
-    done = CliRunner().invoke(app, ["site", "check", str(site.path), *ASK])
+    done = CliRunner().invoke(app, ["site", "check", str(site.path)])
     assert (done.exit_code, done.output.count("\n")) == (1, 1), done.output
     assert reason in done.output
-
-
-@pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE[:5], ids=[name for name, _, _ in UNREADABLE[:5]])
-def test_a_file_whose_rows_cannot_be_told_apart_stops_the_start(
-    name: str, content: bytes, reason: str, tmp_path: Path
-) -> None:
-    site = site_with_records(tmp_path, name, content)
-    with pytest.raises(UnreadableFile, match=re.escape(reason)):
+    with pytest.raises(DataError, match=re.escape(reason)):
         start_site(site, pytest.fail)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from one_site import pins
 
+from common.config import Scalar
 from common.errors import ConfigError, RunFailed
 from common.partition import division_of
 from common.privacy.accounting import Release, epsilon
@@ -16,6 +18,7 @@ from common.privacy.ledger import Ledger
 from common.wire import round_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
+from experiments.settings import to_toml
 from server.report import markdown_report, read_lines
 from strategies import STRATEGIES, configure, known_settings
 
@@ -132,12 +135,12 @@ def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_thr
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     policy, budget = tmp_path / "policy.toml", epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
-    policy.write_text(f"epsilon = {budget}\ndelta = 1e-3\n")
     nodes = simulated_nodes(2, tmp_path / "ledgers")
-    budgets = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
+    more = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
     # Under a policy the labels of a file are not read off its records, and how it is divided is fixed.
-    settings = {**toy_settings, **budgets, "data.labels": "bad,good"}
+    settings = {**toy_settings, **more, "data.labels": "bad,good"}
     nodes[1] |= {"policy": str(policy), "public-size": 100, "division": division_of(configure(settings).config)}
+    policy.write_text(to_toml({**pins(settings), "epsilon": budget, "delta": 1e-3}), encoding="utf-8")
     folder = run_in_process(settings, nodes)
     lines = read_lines(folder / "rounds.jsonl")
     assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
@@ -159,10 +162,10 @@ def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     policy = tmp_path / "policy.toml"
-    policy.write_text("max-rounds = 3\n")
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     settings = {**toy_settings, "rounds": 6, "data.labels": "bad,good"}
     nodes[1] |= {"policy": str(policy), "public-size": 100, "division": division_of(configure(settings).config)}
+    policy.write_text(to_toml({**pins(settings), "max-rounds": 3}), encoding="utf-8")
     folder = run_in_process(settings, nodes)
     lines = read_lines(folder / "rounds.jsonl")
     assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
@@ -199,8 +202,16 @@ def test_two_sites_under_one_name_count_once(toy_settings: dict[str, Any], tmp_p
     assert "another node already answered" in line["refusals"][0]["reason"]
 
 
+def own_node(settings: dict[str, Any], folder: Path) -> dict[str, Scalar]:
+    """Return a site with a file of its own, whose policy lets it into a run of ``settings`` with two labels."""
+    policy = folder / "clinic.toml"
+    policy.write_text(to_toml(pins({**settings, "data.labels": "bad,good"})), encoding="utf-8")
+    own = {"site": "clinic", "data": settings["data.name"], "policy": str(policy)}
+    return {**own, "ledger": str(folder / "l.db")}
+
+
 def test_a_site_with_its_own_file_takes_part(toy_settings: dict[str, Any], tmp_path: Path) -> None:
-    own = {"site": "clinic", "data": toy_settings["data.name"], "public-size": 200, "ledger": str(tmp_path / "l.db")}
+    own = own_node(toy_settings, tmp_path) | {"public-size": 200}
     folder = run_in_process({**toy_settings, "data.labels": "bad,good"}, [own])
     assert read_lines(folder / "privacy.jsonl")[0]["site"] == "clinic"
 
@@ -208,7 +219,7 @@ def test_a_site_with_its_own_file_takes_part(toy_settings: dict[str, Any], tmp_p
 def test_a_site_with_its_own_file_must_declare_a_size_and_know_the_labels(
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    own = {"site": "clinic", "data": toy_settings["data.name"], "ledger": str(tmp_path / "l.db")}
+    own = own_node(toy_settings, tmp_path)
     with pytest.raises(RunFailed, match=r"public-size"):
         run_in_process({**toy_settings, "data.labels": "bad,good"}, [own])
     with pytest.raises(RunFailed, match=r"data\.labels"):
@@ -270,10 +281,10 @@ def test_a_site_that_lost_the_basis_gets_it_within_the_round(
 
     whole = in_process.answer
 
-    def forgetful(content: Any, node: Any, settings: Any, run: str, memory: Any) -> Any:
+    def forgetful(content: Any, node: Any, settings: Any, run: str, memory: Any, **more: Any) -> Any:
         if round_of(content) == 2 and node["partition-id"] == 0 and "basis" not in content.array_records:
             memory.clear()
-        return whole(content, node, settings, run, memory)
+        return whole(content, node, settings, run, memory, **more)
 
     monkeypatch.setattr(in_process, "answer", forgetful)
     settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "private-gradient", "privacy.mode": "none"}

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_site import pins
 
 from common.errors import ConfigError
 from common.log import JsonLines, about, set_up
 from experiments.in_process import run_in_process
+from experiments.settings import to_toml
 
 CANARY = "zyzzyva"
 
@@ -36,16 +38,20 @@ def test_lines_name_run_round_and_site_and_nothing_private(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDVEIL_LOG", "json")
-    data = marked(Path(toy_settings["data.name"]))
+    data, policy = marked(Path(toy_settings["data.name"])), tmp_path / "policy.toml"
+    settings = {**toy_settings, "data.labels": f"{CANARY}bad,{CANARY}good"}
+    # Pins name labels, as the job does; the log of a site that was asked for others would quote both.
+    policy.write_text(to_toml(pins(settings)), encoding="utf-8")
+    common = {"public-size": 250, "policy": str(policy)}
     sites: list[dict[str, Any]] = [
-        {"site": name, "data": str(data), "public-size": 250, "ledger": str(tmp_path / f"{name}.db")}
+        {"site": name, "data": str(data), "ledger": str(tmp_path / f"{name}.db"), **common}
         for name in ("clinic", "practice")
     ]
-    sites.append({"site": "broken", "data": str(tmp_path / "absent.csv"), "public-size": 250})
+    sites.append({"site": "broken", "data": str(tmp_path / "absent.csv"), **common})
     broken = tmp_path / "broken.csv"
     broken.write_text(f"text,label\n{CANARY},{CANARY}secret\n", encoding="utf-8")
     sites.append({**sites[0], "site": "odd", "data": str(broken), "ledger": str(tmp_path / "odd.db")})
-    folder = run_in_process({**toy_settings, "data.labels": f"{CANARY}bad,{CANARY}good"}, sites)
+    folder = run_in_process(settings, sites)
     kept = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     assert [json.loads(line) for line in kept] == [json.loads(line) for line in shown]

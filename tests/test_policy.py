@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_questions
-from one_site import OneSite, clinic
+from one_site import OneSite, clinic, pins
 
 import client.site
 from audits.bands import out_of_band, related
@@ -32,10 +32,12 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.charges import EVALUATION, Terms
 from common.privacy.ledger import Ledger
 from experiments.in_process import run_in_process, simulated_nodes
+from experiments.settings import to_toml
 from server.report import read_lines
 from strategies import configure
 
 PUBLIC = 50
+WHOLE = 'task = "classification"\ntext = "text"\nlabel = "label"\nlabels = ["bad", "good"]\nmax-length = 128\n'
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_two_runs_that_propose_other_budgets_share_the_stewards(site: OneSite) -
     site.rule(epsilon=rounds, delta=1e-3)
     site.settings["privacy.epsilon"] = 100.0
     spent(site, run="a")
-    del site.node["policy"]  # the ledger remembers
+    site.rule()  # the ledger remembers
     assert spent(site, run="b").epsilon_budget == rounds
     assert site.refuse(2, "b").kind == "budget"
 
@@ -127,7 +129,10 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
     [
         ({"strategies": ["fed-sb", "fed-svd"]}, ("strategies = fed-sb, fed-svd", "ffa-lora")),
         ({"head_policies": ["frozen"]}, ("head-policies = frozen", "trained")),
-        ({"models": ["0123456789ab"]}, ("models = 0123456789ab", "base model")),
+        ({"models": ["mini=0123456789ab"]}, ("models = mini=0123456789ab", "model.name")),
+        ({"models": None}, ("models = all-MiniLM-L6-v2, SmolLM2-135M-Instruct", "model.name")),
+        ({"text": "note"}, ("text = 'note'", "data.text = 'text'")),
+        ({"max_length": 23}, ("max-length = 23", "model.max-length = 24")),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_both_values(
@@ -140,7 +145,8 @@ def test_what_is_not_allowed_is_refused_with_both_values(
 
 
 def test_what_is_allowed_goes_on(site: OneSite) -> None:
-    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[site.model().base.fingerprint[:12]])
+    model = site.model().base
+    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:12]}"])
     site.train()
 
 
@@ -170,6 +176,7 @@ def check_that_another_column_is_no_new_budget(site: OneSite) -> None:
     for number, asked in enumerate(({"data.text": "note"}, {"data.text-pair": "note"}), start=2):
         site.node["dataset-id"] = f"renamed-{number}"
         site.settings |= asked
+        site.rule()  # the steward agrees
         again = spent(site, run=str(number))
         assert again.epsilon_total > first.epsilon_total, "records have a fresh budget under another name"
         assert again.epsilon_total == epsilon([Release(2.0, 0.25, 2 * number)], 1e-3)
@@ -190,12 +197,14 @@ def test_the_same_file_under_another_id_or_through_another_column_stays_on_one_b
 
 
 def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "policy.toml").write_text('strategies = ["fed-sb"]\n')
+    settings = {**toy_settings, "rounds": 1, "data.labels": "bad,good"}
+    (tmp_path / "policy.toml").write_text(to_toml({**pins(settings), "strategies": ["fed-sb"]}), encoding="utf-8")
     nodes = simulated_nodes(2, tmp_path)
     nodes[1]["policy"] = str(tmp_path / "policy.toml")
-    line = read_lines(run_in_process({**toy_settings, "rounds": 1}, nodes) / "rounds.jsonl")[0]
+    line = read_lines(run_in_process(settings, nodes) / "rounds.jsonl")[0]
     assert line["participants"] == ["site-0"]
     assert [(r["site"], r["kind"]) for r in line["refusals"]] == [("site-1", "policy")]
+    assert "strategies = fed-sb" in line["refusals"][0]["reason"]
 
 
 # The noised count.
@@ -337,8 +346,20 @@ def plain_noise(site: OneSite) -> float:
         ('strategies = ["fedsb"]', "did you mean 'fed-sb'"),
         ('strategies = ["fed-sb,ffa-lora"]', "without commas"),
         ('head-policies = ["thawed"]', "head-policies"),
-        ('models = ["0123456789a"]', "at least 12"),
-        ('models = ["0123456789zz"]', "0-9, a-f"),
+        ('models = ["mini=0123456789a"]', "at least 12"),
+        ('models = ["mini=0123456789zz"]', "0-9, a-f"),
+        ('models = ["0123456789ab"]', "'0123456789ab': write NAME=DIGITS"),
+        ('models = ["=0123456789ab"]', "write NAME=DIGITS"),
+        ('labels = ["a", "b"]', "labels is pinned, but task is not"),
+        ("max-length = 20", "max-length is pinned, but task is not"),
+        ("max-length = -1", "at least 0"),
+        ('task = "clasification"', "did you mean 'classification'"),
+        ('task = "classification"\ntext = "t"\nmax-length = 9', "label, labels is not"),
+        ('task = "causal-lm"\nprompt = "q"\ncompletion = "a"', "max-length is not"),
+        (f'{WHOLE}prompt = "q"', "prompt is pinned, which the task 'classification' does not read"),
+        (WHOLE.replace('"good"', '"bad"'), "name at least 2 different"),
+        (WHOLE.replace('["bad", "good"]', '"bad,good"'), "labels must be a list"),
+        (WHOLE.replace('["bad", "good"]', "[0, 1]"), "labels must be a list"),
         ("[site]\nepsilon = 1", "text, a number"),
         ("epsilon = ", "cannot be read"),
     ],

@@ -96,7 +96,9 @@ def test_sites_with_data_of_their_own_divide_nothing_and_are_not_refused(
 ) -> None:
     settings = {**toy_generation, "data.partition": "dirichlet", "privacy.noise-multiplier": 2.0}
     own = {"data": str(write_questions(tmp_path / "own.csv", 40)), "ledger": str(tmp_path / "clinic.sqlite")}
-    OneSite(settings, {"site": "clinic", "public-size": 50, **own}).train()
+    site = OneSite(settings, {"site": "clinic", "public-size": 50, **own})
+    site.rule()
+    site.train()
 
 
 def test_a_run_of_unknown_sites_is_not_resumed_on_a_guess(toy_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_refusals_are_made_of_listed_fields_and_quote_no_record(
         raise ValueError("record 7 says: a lovely film")
 
     site.node["ledger"] = str(tmp_path / "fresh.sqlite")
-    del site.node["policy"]
+    site.rule()
     monkeypatch.setattr(local_training, "_take_steps", quote)
     collect(site.ask(site.task()))
     assert set(refusals) == {"task", "policy", "budget", "failed"}

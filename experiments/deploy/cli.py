@@ -18,6 +18,13 @@ doctor_app = typer.Typer(
     no_args_is_help=True, help="Look a server's or a site's folder over; exit code 1 if anything fails."
 )
 
+Text = Annotated[str | None, typer.Option(help="Column of the text, as the setting data.text.")]
+TextPair = Annotated[str | None, typer.Option(help="Column of a second text, as data.text-pair; none if left out.")]
+Label = Annotated[str | None, typer.Option(help="Column of the label, as data.label.")]
+Labels = Annotated[str, typer.Option(help="All labels in the job's order, separated by commas, as data.labels.")]
+Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, as data.prompt.")]
+Completion = Annotated[str | None, typer.Option(help="Column of the completion, as data.completion.")]
+MaxLength = Annotated[int, typer.Option(help="Most tokens that a job may cut a record to.")]
 Folder = Annotated[Path, typer.Argument(help="The server's or the site's folder.")]
 
 
@@ -131,13 +138,22 @@ def site_init(
     epsilon: Annotated[float, typer.Option(help="Budget of the data set, over all runs.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Below one over the number of records.")] = 1e-5,
     node: Annotated[str, typer.Option(help="More node settings, such as 'partition-id=0 num-partitions=2'.")] = "",
-    model: Annotated[str, typer.Option(help="Base model that the doctor checks.")] = "all-MiniLM-L6-v2",
-    task: Annotated[str, typer.Option(help="What it is used for, as the setting model.task.")] = "classification",
-    fingerprint: Annotated[str, typer.Option(help="The base model's fingerprint, from the coordinator.")] = "",
+    task: Annotated[str, typer.Option(help="What the records are for, as the setting model.task.")] = "classification",
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
+    labels: Labels = "",
+    prompt: Prompt = None,
+    completion: Completion = None,
+    max_length: MaxLength = 128,
+    model: Annotated[
+        str, typer.Option(help="Base model that the doctor checks and the policy allows.")
+    ] = "all-MiniLM-L6-v2",
+    fingerprint: Annotated[str, typer.Option(help="Its fingerprint, from the coordinator.")] = "",
     runtime_port: Annotated[int, typer.Option(help="Loopback port for Flower's own processes.")] = 9094,
 ) -> None:
     """Make a site's folder: key pair, policy file, service unit."""
-    from experiments.deploy.policy_file import policy_text
+    from experiments.deploy.policy_file import models_of, pins_of, policy_text
     from experiments.deploy.site_folder import make_site
     from experiments.deploy.units import site_steps, write_site_unit
 
@@ -149,11 +165,14 @@ def site_init(
             raise ConfigError(f"--data: there is nothing at {data}")
         node = f'data="{data}" {node}'.strip()
     site = name or folder.expanduser().absolute().name
+    columns = _columns(text=text, text_pair=text_pair, label=label, prompt=prompt, completion=completion)
+    # A part of a public data set needs no pins, and then nobody may know its labels here.
+    pins = pins_of(task, columns, labels, max_length) if data or columns or labels else {}
     made = make_site(
         folder,
         site,
         server,
-        policy=policy_text(site, public_size, epsilon, delta),
+        policy=policy_text(site, public_size, epsilon, delta, pins, models_of(model, fingerprint)),
         node=node,
         authority=ca,
         runtime_port=runtime_port,
@@ -169,17 +188,42 @@ def site_init(
 @for_people
 def site_check(
     folder: Folder,
-    config: Annotated[
-        list[str] | None, typer.Option("-c", "--config", help="Settings of a job, where the policy leaves them open.")
-    ] = None,
     node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
 ) -> None:
     """Read the site's records as a round does, and list the rows that are none, by number and reason."""
     from experiments.deploy.site_check import check_site
     from experiments.deploy.site_folder import open_site_folder
-    from experiments.settings import parse_settings
 
-    check_site(open_site_folder(folder), _say, node, parse_settings(config or []))
+    check_site(open_site_folder(folder), _say, node)
+
+
+@site_app.command("pin")
+@for_people
+def site_pin(
+    folder: Annotated[Path, typer.Argument(help="The site's folder, or a policy file, which is made if need be.")],
+    task: Annotated[str, typer.Option(help="What the records are for, as model.task.")] = "classification",
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
+    labels: Labels = "",
+    prompt: Prompt = None,
+    completion: Completion = None,
+    max_length: MaxLength = 128,
+) -> None:
+    """Write into the site's policy what its records are for; any job that asks for something else is refused."""
+    from experiments.deploy.pin import pin
+    from experiments.deploy.policy_file import pins_of
+
+    columns = _columns(text=text, text_pair=text_pair, label=label, prompt=prompt, completion=completion)
+    path = folder.expanduser().absolute()
+    path = path / "policy.toml" if path.is_dir() else path
+    pin(path, pins_of(task, columns, labels, max_length))
+    _say(f"{path} pins what its records are for; the next round holds it")
+
+
+def _columns(**given: str | None) -> dict[str, str]:
+    """Return the columns that were given, by their settings."""
+    return {name.replace("_", "-"): column for name, column in given.items() if column is not None}
 
 
 @site_app.command("start")

@@ -12,6 +12,10 @@ import socket
 import ssl
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from strategies import Job
 
 FOLDER, PKI = Path("/federation"), Path("/pki")
 FLEET_PORT, CONTROL_PORT = 9092, 8000
@@ -21,7 +25,9 @@ ESTABLISHED = "01"
 """A TCP connection's state in /proc/net/tcp."""
 
 
-def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, settings: str = "") -> None:
+def make_keys(
+    sites: int, epsilon: float, delta: float, pki: Path = PKI, *, settings: str = "", fingerprint: str = ""
+) -> None:
     """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
 
     Each site gets its part of a job's data for good: another number of sites, or another division, later would
@@ -33,19 +39,23 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, setting
         epsilon: budget in each site's policy.
         delta: the delta that it holds at.
         pki: where the volumes are mounted: ``authority``, ``server``, ``coordinator``, ``site-1``, ...
-        settings: the job's, which say how its data are divided.
+        settings: of the job, as ``fedveil run -c`` takes them: each new site's policy pins what it asks for, and its
+            node how the data are divided.
+        fingerprint: of the job's base model, needed unless FedVeil knows that by its hash.
 
     Raises:
-        FedVeilError: a volume cannot be written, or holds half a folder; a setting is wrong.
+        FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
+            cannot say what they ask for.
     """
     from common.partition import division_of
-    from experiments.deploy.policy_file import policy_text
+    from experiments.deploy.policy_file import models_of, pins_of_job, policy_text
     from experiments.deploy.server_folder import make_server
     from experiments.deploy.site_folder import make_site
     from experiments.settings import parse_settings
     from strategies import configure
 
     job = configure(parse_settings([settings]))
+    model = job.config.model
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)
@@ -63,11 +73,18 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, setting
                 folder,
                 name,
                 f"{SERVER}:{FLEET_PORT}",
-                policy=policy_text(name, 0, epsilon, delta),
+                policy=policy_text(
+                    name, 0, epsilon, delta, pins_of_job(job.config), models_of(model.name, fingerprint)
+                ),
                 node=part,
                 authority=pki / "server" / "ca.crt",
+                model=model.name,
+                task=model.task,
+                fingerprint=fingerprint,
             )
             print(f"made the key pair of {name}", flush=True)
+        else:
+            _say_if_refused(folder, name, job)
         if not part:
             print(
                 f"{name} has no part of the job's data, which are divided among {parts} sites: it needs "
@@ -76,6 +93,17 @@ def make_keys(sites: int, epsilon: float, delta: float, pki: Path = PKI, setting
             )
         (folder / "ledger").mkdir(exist_ok=True)
         shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
+
+
+def _say_if_refused(folder: Path, name: str, job: Job) -> None:
+    """Print why a site whose policy was made for another job will refuse this one, if it will."""
+    from client.policy import load_policy
+    from common.errors import FedVeilError
+
+    try:
+        load_policy(folder / "policy.toml").check_job(job, private=False)
+    except FedVeilError as error:
+        print(f"{name} will refuse this job: {error}; see 'fedveil site pin'", flush=True)
 
 
 def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
@@ -113,7 +141,7 @@ def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/
     return False
 
 
-def _make_keys() -> int:
+def _make_keys_by_environment() -> int:
     from common.errors import FedVeilError
 
     try:
@@ -122,6 +150,7 @@ def _make_keys() -> int:
             float(os.environ.get("SITE_EPSILON", "8")),
             float(os.environ.get("SITE_DELTA", "1e-5")),
             settings=os.environ.get("FEDVEIL_SETTINGS", ""),
+            fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
         )
     except FedVeilError as error:
         print(f"fedveil: {error}", file=sys.stderr)
@@ -136,7 +165,7 @@ def main(role: str) -> int:
     if role == "healthy-site":
         return 0 if site_is_well() else 1
     if role == "keys":
-        return _make_keys()
+        return _make_keys_by_environment()
     print(f"unknown role {role!r}: keys, healthy-server or healthy-site", file=sys.stderr)
     return 2
 

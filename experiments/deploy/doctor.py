@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import PolicyRefusal
 from common.privacy.ledger import Ledger
 from experiments.deploy import shared_checks as shared
 from experiments.deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
@@ -19,7 +20,7 @@ from experiments.deploy.fleet import Answer, ask_to_join
 from experiments.deploy.node_keys import is_pair, read_node_key
 from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import ServerFolder
-from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
+from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings, policy_of_node
 
 RENEW = "renew it with 'fedveil server renew'"
 
@@ -51,6 +52,8 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("key pair", lambda: _pair(folder)),
             ("node settings", lambda: _settings(folder)),
             ("policy", lambda: _policy(folder)),
+            ("pins", lambda: _pins(folder)),
+            ("models", lambda: _models(folder)),
             ("ledger", lambda: _ledger(folder)),
             ("disk", lambda: shared.disk(folder.ledger, "disk")),
             ("base model", lambda: shared.base_model(folder.model, folder.task, folder.fingerprint)),
@@ -139,6 +142,23 @@ def _policy(folder: SiteFolder) -> Iterator[Finding]:
     if math.isfinite(policy.epsilon):
         budget = f"ε ≤ {policy.epsilon} at δ = {policy.delta} over all runs"
     yield Finding(True, "policy", budget)
+
+
+def _pins(folder: SiteFolder) -> Iterator[Finding]:
+    from client.pins import spoken
+
+    pinned = spoken(check_pinned(folder, node_settings(folder)))
+    yield Finding(True, "pins", pinned or "none: this site plays parts of FedVeil's own data sets alone")
+
+
+def _models(folder: SiteFolder) -> Iterator[Finding]:
+    policy = policy_of_node(node_settings(folder))
+    try:
+        policy.check_model_name(folder.model)
+    except PolicyRefusal:
+        yield Finding(False, "models", f"site.toml names {folder.model}, the policy allows {policy.allowed_models}")
+        return
+    yield Finding(True, "models", policy.allowed_models)
 
 
 def _ledger(folder: SiteFolder) -> Iterator[Finding]:

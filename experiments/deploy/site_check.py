@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from common.config import Scalar, defaults, from_mapping, to_mapping
+from common.config import DataConfig
 from common.errors import DataError, UnreadableFile
+from common.roles import ROLES
 from common.tables import Unfit
-from experiments.deploy.site_folder import SiteFolder, node_settings, policy_of_node
-from experiments.people import counted
+from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 if TYPE_CHECKING:
     from client.policy import Policy
@@ -18,59 +18,44 @@ ROWS_SHOWN = 20
 """Numbers of rows that a line names."""
 
 
-def check_site(
-    folder: SiteFolder,
-    say: Callable[[str], None],
-    more: str = "",
-    job: Mapping[str, Scalar] | None = None,
-    *,
-    rows: bool = True,
-) -> None:
+def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *, rows: bool = True) -> None:
     """Read the records as every round will, and say how many rows are records and which are none.
 
     Args:
         folder: the site's folder.
         say: prints one line.
         more: node settings that win over the folder's.
-        job: settings of a run, which say what the policy does not: task, columns, labels.
         rows: whether to list the rows that are none.
 
     Raises:
-        ConfigError: a setting is wrong, or with this policy every round would be refused.
+        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
+            the site's own records among them if the policy does not pin what they are for.
         DataError: the records are not there, or lack a column; the rows of a file cannot be told apart; or no row
             is a record. Every round would then send noise alone, and pay for it.
     """
-    from common.data import load_protected, tables_of
+    from common.data import load_protected
 
     settings = node_settings(folder, more)
-    policy = policy_of_node(settings)
+    policy = check_pinned(folder, settings)
     if "data" not in settings:
         say("records: a part of a job's data, which this site does not choose")
         return
-    source, known = str(settings["data"]), {**_pinned(policy), **(job or {})}
-    if not known:
-        total = sum(table.size for table in tables_of(source))
-        say(f"records: {counted(total, 'row')} can be told apart; what a job reads of them is checked with -c SETTINGS")
-        return
-    config = from_mapping(known)
-    reading = load_protected(config.data, config.model.task, source)
+    reading = load_protected(_pinned(policy), policy.task, str(settings["data"]))
     if reading.unreadable:
         raise UnreadableFile(reading.unreadable[0])
-    if not reading.dataset.examples:
-        why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if reading.unfit else "there is none"
-        raise DataError(f"{source}: no row is a record ({why}): mend the rows, or name other columns or labels")
     fit, others = len(reading.dataset.examples), len(reading.unfit)
+    if not fit:
+        why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if others else "there is none"
+        raise DataError(f"{settings['data']}: no row is a record ({why}): mend the rows, or pin what they are")
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
     for line in _by_reason(reading.unfit) if rows else ():
         say(line)
 
 
-def _pinned(policy: Policy) -> dict[str, Scalar]:
-    """Return what the policy says that every job must have for ``data.*`` and the task; empty if it says nothing."""
-    keys = defaults()
-    rules = {key: value for key, value in to_mapping(policy).items() if value != ""}
-    pinned = {f"data.{key}": value for key, value in rules.items() if f"data.{key}" in keys}
-    return pinned | ({"model.task": rules["task"]} if "task" in rules else {})
+def _pinned(policy: Policy) -> DataConfig:
+    """Return what every job that the policy allows says about the site's own records."""
+    columns = {role.attribute: getattr(policy, role.attribute) for role in ROLES[policy.task]}
+    return DataConfig(partition="iid", labels=policy.labels, **columns)
 
 
 def _by_reason(unfit: Sequence[Unfit]) -> list[str]:

@@ -189,3 +189,18 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
             "in a simulation"
         )
     return policy
+
+
+def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
+    """Return the steward's policy, once it says what the site's own records are for.
+
+    Raises:
+        ConfigError: it does not; the message holds the command that adds it. Or as for policy_of_node.
+    """
+    from client.pins import unpinned
+
+    policy = policy_of_node(settings)
+    if "data" in settings and not policy.task:
+        place = folder.path if settings["policy"] == str(folder.path / "policy.toml") else settings["policy"]
+        raise ConfigError(unpinned(str(place), folder.task))
+    return policy

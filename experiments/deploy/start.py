@@ -53,7 +53,8 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         more: node settings that win over the folder's.
 
     Raises:
-        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused.
+        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
+            the site's own records among them if the policy does not pin what they are for.
         DataError: a file of the folder is missing or damaged, or the records cannot be read: see ``check_site``.
     """
     check_site(folder, say, more, rows=False)

@@ -1,0 +1,128 @@
+"""Pins: the one question that a site's records answer, in the steward's own words.
+
+A server that names the columns, the labels or their order asks about records with every job: what it sends back
+follows from them, and so does what fails. So a policy pins the kind of task, each column that the task reads
+(``common.roles``), the labels and the longest length, and a job that asks for anything else is refused before a
+record is read. Records that are nobody's, those of a data set that FedVeil names, need no pins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.check import not_negative, one_of
+from common.config import ModelConfig, RunConfig
+from common.data import known_labels
+from common.errors import ConfigError, PolicyRefusal
+from common.roles import ROLES, has_labels
+
+if TYPE_CHECKING:
+    from client.policy import Policy
+
+LABELS, MAX_LENGTH, TASK = "labels", "max-length", "task"
+SETTINGS = tuple(dict.fromkeys(role.setting for roles in ROLES.values() for role in roles))
+"""Every setting that pins a column."""
+KEYS = (TASK, *SETTINGS, LABELS, MAX_LENGTH)
+"""A policy's pins, in the order in which they are written."""
+
+
+def keys_of(task: str) -> tuple[str, ...]:
+    """Return the pins of a kind of task."""
+    labels = (LABELS,) if has_labels(task) else ()
+    return (TASK, *(role.setting for role in ROLES[task]), *labels, MAX_LENGTH)
+
+
+def check_whole(policy: Policy) -> None:
+    """Raise ConfigError unless the policy pins all that one kind of task reads, or nothing at all."""
+    not_negative(max_length=policy.max_length)
+    set_here = [key for key in KEYS if _own(policy, key)]
+    if not set_here:
+        return
+    if not policy.task:
+        raise ConfigError(f"{set_here[0]} is pinned, but task is not: name the kind of task, {' or '.join(ROLES)}")
+    one_of(ROLES, task=policy.task)
+    optional = {role.setting for role in ROLES[policy.task] if role.optional}
+    lacking = [key for key in keys_of(policy.task) if key not in (*set_here, *optional)]
+    if lacking:
+        raise ConfigError(f"task is pinned, but {', '.join(lacking)} is not: a policy pins all that a task reads")
+    foreign = [key for key in set_here if key not in keys_of(policy.task)]
+    if foreign:
+        raise ConfigError(f"{foreign[0]} is pinned, which the task {policy.task!r} does not read: remove it")
+    labels = _labels(policy)
+    if has_labels(policy.task) and (len(labels) < 2 or len(set(labels)) < len(labels)):
+        raise ConfigError(f"labels are {', '.join(labels)}: name at least 2 different ones, in the job's order")
+
+
+def check_pins(policy: Policy, config: RunConfig, *, private: bool, place: str = "POLICY") -> None:
+    """Raise PolicyRefusal unless the run asks exactly what the policy pins.
+
+    Args:
+        policy: the steward's rules.
+        config: the run.
+        private: whether the records are anybody's. Then a policy without pins refuses every run.
+        place: what the steward's command is to change, for the message.
+    """
+    if not policy.task:
+        if private:
+            raise PolicyRefusal(unpinned(place))
+        return
+    _same(TASK, policy.task, "model.task", config.model.task)
+    for role in ROLES[policy.task]:
+        own, asked = _own(policy, role.setting), getattr(config.data, role.attribute)
+        _same(role.setting, own, f"data.{role.setting}", asked)
+    if has_labels(policy.task):
+        _same(LABELS, ",".join(_labels(policy)), "data.labels", ",".join(known_labels(config.data)))
+    if config.model.max_length > policy.max_length:
+        raise refusal(MAX_LENGTH, policy.max_length, f"model.max-length = {config.model.max_length}")
+
+
+def unpinned(place: str, task: str = "") -> str:
+    """Return why a policy without pins governs no private records, with the command that adds them."""
+    return (
+        "the site's policy does not pin which task, columns and labels its records are for, so that a server could ask "
+        f"them anything; pin your own: {pin_command(place, task)}"
+    )
+
+
+def pin_command(place: str, task: str = "") -> str:
+    """Return the command that pins a task, with a job's default columns and, as an example, two labels."""
+    task = task if task in ROLES else next(iter(ROLES))
+    columns = " ".join(f"--{role.setting} {role.setting}" for role in ROLES[task] if not role.optional)
+    labels = f" --{LABELS} bad,good" if has_labels(task) else ""
+    length = ModelConfig().max_length
+    return f"fedveil site pin {place} --{TASK} {task} {columns}{labels} --{MAX_LENGTH} {length}"
+
+
+def spoken(policy: Policy) -> str:
+    """Return a policy's pins in words; an empty text if it has none.
+
+    >>> from client.policy import Policy
+    >>> spoken(Policy(task="causal-lm", prompt="question", completion="answer", max_length=64))
+    "task 'causal-lm', prompt 'question', completion 'answer', max-length 64"
+    """
+    if not policy.task:
+        return ""
+    values = {key: _labels(policy) if key == LABELS else _own(policy, key) for key in keys_of(policy.task)}
+    return ", ".join(
+        f"{key} {', '.join(map(repr, value)) if isinstance(value, tuple) else repr(value)}"
+        for key, value in values.items()
+    )
+
+
+def refusal(rule: str, own: object, asked: str) -> PolicyRefusal:
+    """Return the refusal by a rule, with both values."""
+    return PolicyRefusal(f"the site's policy has {rule} = {own}; the run asks for {asked}")
+
+
+def _own(policy: Policy, key: str) -> str | int:
+    value: str | int = getattr(policy, key.replace("-", "_"))
+    return value
+
+
+def _labels(policy: Policy) -> tuple[str, ...]:
+    return tuple(label.strip() for label in policy.labels.split(",")) if policy.labels else ()
+
+
+def _same(rule: str, own: str | int, setting: str, asked: str) -> None:
+    if own != asked:
+        raise refusal(rule, repr(own), f"{setting} = {asked!r}")

@@ -1,0 +1,391 @@
+"""A hostile server learns nothing by what it asks: columns, labels, lengths and models are the steward's to name."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from conftest import write_questions, write_reviews
+from one_site import OneSite, clinic, pins
+
+from client.outgoing import UNLOADED
+from client.policy import Policy
+from client.site import check_job, open_site, own_settings
+from common import tasks
+from common.config import TASKS, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
+from common.data import load_dataset
+from common.errors import ConfigError, FedVeilError, PolicyRefusal
+from common.messages import Refusal
+from common.roles import ROLES, Role
+from strategies import configure
+
+CODES = [f"code-{i:02}" for i in range(40)]
+RARE = "code-99"
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    return clinic(toy_settings, tmp_path)
+
+
+def with_codes(path: Path, last: str) -> Path:
+    """Write 41 reviews with a column of postcodes, of which ``last`` is the one of the last record."""
+    with write_reviews(path, 41).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label", "author", "postcode"])
+        writer.writeheader()
+        writer.writerows({**row, "postcode": code} for row, code in zip(rows, [*CODES, last], strict=True))
+    return path
+
+
+def questions() -> Iterator[dict[str, Scalar]]:
+    """Yield twelve questions: six of a binary search for a postcode, and one of every other kind."""
+    asked = [*CODES, RARE]
+    for _ in range(6):
+        asked = asked[len(asked) // 2 :] if len(asked) > 3 else CODES[:2]
+        yield {"data.label": "postcode", "data.labels": ",".join(asked)}
+    yield {"data.labels": "good,bad"}
+    yield {"data.labels": "bad,fair,good"}
+    yield {"data.text": "postcode"}
+    yield {"data.text-pair": "postcode"}
+    yield {"model.max-length": 25}
+    yield {
+        "model.task": "causal-lm",
+        "head.policy": "frozen",
+        "data.prompt": "postcode",
+        "data.completion": "text",
+    }
+
+
+def replies(site: OneSite, folder: Path) -> list[list[Refusal]]:
+    """Return what twelve questions are answered, by a site without the rare record, with it, and without any file."""
+    task, settings, found = site.task(), dict(site.settings), []
+    files = (with_codes(folder / "without.csv", CODES[0]), with_codes(folder / "with.csv", RARE), folder / "no.csv")
+    for data in files:
+        site.node["data"] = str(data)
+        heard = []
+        for question in questions():
+            site.settings = {**settings, **question}
+            reply = site.ask(task)
+            heard.append(reply if isinstance(reply, Refusal) else Refusal("", 1, "", "trained", ""))
+        found.append(heard)
+    site.settings = settings
+    return found
+
+
+def learnt(site: OneSite, folder: Path) -> list[str]:
+    """Return what a server learns by twelve questions that are not the steward's."""
+    without, rare, absent = replies(site, folder)
+    found = [f"question {i} is answered: {reply.kind}" for i, reply in enumerate(rare) if reply.kind != "policy"]
+    found += ["the answers tell whether the rare record is there"] if without != rare else []
+    return found + (["a file that is not there is missed"] if absent != rare else [])
+
+
+def test_twelve_questions_of_a_hostile_server_are_refused_unread_in_the_same_words(
+    site: OneSite, tmp_path: Path
+) -> None:
+    assert learnt(site, tmp_path) == []
+    assert site.charges() == []
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Check nothing."""
+
+
+def test_a_policy_whose_pins_are_not_held_is_found_out(site: OneSite, tmp_path: Path) -> None:
+    with patch("client.policy.check_pins", nothing):
+        found = learnt(site, tmp_path)
+    assert "a file that is not there is missed" in found
+    assert len(found) > 12
+
+
+# The table of roles.
+
+OF_TASK: Mapping[str, dict[str, Scalar]] = {
+    "classification": {"data.labels": "bad,good"},
+    "causal-lm": {"head.policy": "frozen"},
+}
+"""Settings that a task needs besides its columns."""
+
+
+def node_for(task: str, folder: Path, settings: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Return a site whose policy lets it into a run of ``settings``; its records are nowhere."""
+    own = OneSite(settings, {"site": "clinic", "data": str(folder / "nowhere.csv"), "ledger": str(folder / "l.db")})
+    own.rule()
+    return own.node
+
+
+def test_every_task_has_its_roles_and_every_role_its_pin() -> None:
+    assert set(ROLES) == set(TASKS) == set(tasks.TASKS)
+    fields = {item.name for item in dataclasses.fields(Policy)}
+    for role in (role for roles in ROLES.values() for role in roles):
+        assert role.attribute in fields, f"data.{role.setting} names a column that no policy can pin"
+
+
+@pytest.mark.parametrize(("task", "role"), [(task, role) for task in ROLES for role in ROLES[task]], ids=str)
+def test_another_column_of_any_role_is_refused_unread(task: str, role: Role, tmp_path: Path) -> None:
+    settings: dict[str, Scalar] = {"model.task": task, **OF_TASK[task]}
+    node = node_for(task, tmp_path, settings)
+    check_job(node, configure(settings), simulated=False)
+    with pytest.raises(PolicyRefusal, match=rf"has {role.setting} = .*asks for data\.{role.setting} = 'other'"):
+        check_job(node, configure({**settings, f"data.{role.setting}": "other"}), simulated=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"data.labels": "good,bad"}, r"labels = 'bad,good'; the run asks for data\.labels = 'good,bad'"),
+        ({"data.labels": ""}, r"data\.labels = ''"),
+        ({"model.max-length": 129}, r"max-length = 128; the run asks for model\.max-length = 129"),
+        ({"model.task": "causal-lm", "head.policy": "frozen"}, r"task = 'classification'"),
+    ],
+)
+def test_what_else_is_pinned_is_refused_unread(asked: dict[str, Scalar], words: str, tmp_path: Path) -> None:
+    settings: dict[str, Scalar] = {"data.name": "reviews.csv", "data.labels": "bad,good"}
+    node = node_for("classification", tmp_path, settings)
+    with pytest.raises(PolicyRefusal, match=words):
+        check_job(node, configure({**settings, **asked}), simulated=False)
+    check_job(node, configure({**settings, "model.max-length": 64, "data.labels": " bad, good"}), simulated=False)
+
+
+# Every other setting of data.* and model.*.
+
+PINNED = {"model.task", "model.max-length", "data.labels", *(f"data.{r.setting}" for rs in ROLES.values() for r in rs)}
+NAMED = {"model.name"}
+"""Asked by the policy's ``models``."""
+COMPUTED = {"model.feature-scale"}
+"""Changes what is clipped, noised and paid for, and no more."""
+
+
+def asked_of_own_records(settings: dict[str, Scalar], node: dict[str, Scalar]) -> Any:
+    """Return which records a site with ``node`` reads for a run of ``settings``."""
+    return open_site(node, from_mapping(settings), "1", simulated=False).data.examples
+
+
+def others(source: str) -> Iterator[tuple[str, dict[str, Scalar]]]:
+    """Yield every ``data.*`` setting that no policy pins, with another value that a hostile server would choose."""
+    worst: dict[str, Scalar] = {"name": source, "test": "/no/such.csv", "partition": "natural", "key": "postcode"}
+    for key, value in to_mapping(DataConfig(partition="iid"), "data.").items():
+        if key not in PINNED:
+            other = worst.get(key.removeprefix("data."), value + 1 if isinstance(value, int | float) else "postcode")
+            key_too = {"data.key": "postcode", "data.name": source, "data.partition": "natural"}
+            yield key, {**(key_too if isinstance(value, str) else {}), key: other}
+
+
+def unpinned_questions(site: OneSite, folder: Path) -> list[str]:
+    """Return the settings of data.* that no policy pins and that change what is read of a site's own records."""
+    source = with_codes(folder / "own.csv", "")  # a blank cell in a column that nobody named
+    site.node["data"] = str(source)
+    settings = {**site.settings, "data.name": "rotten-tomatoes"}
+    before, found = asked_of_own_records(settings, site.node), []
+    for key, asked in others(str(source)):
+        try:
+            same = asked_of_own_records({**settings, **asked}, site.node) == before
+        except FedVeilError:
+            same = False
+        found += [] if same else [key]
+    return found
+
+
+def test_no_other_setting_of_the_data_changes_what_is_read_of_a_sites_own_records(
+    site: OneSite, tmp_path: Path
+) -> None:
+    assert unpinned_questions(site, tmp_path) == []
+    with patch("client.site.own_settings", lambda config: config.data):
+        assert "data.key" in unpinned_questions(site, tmp_path), "a column that is read and not pinned is missed"
+
+
+def test_every_setting_of_the_model_is_pinned_or_named_or_only_computed_with() -> None:
+    assert set(to_mapping(ModelConfig(), "model.")) == {key for key in PINNED if key[0] == "m"} | NAMED | COMPUTED
+
+
+def test_own_settings_are_the_columns_of_the_task_and_no_more() -> None:
+    config = from_mapping({"data.key": "postcode", "data.text": "note", "data.prompt": "q", "data.labels": "a,b"})
+    assert own_settings(config) == DataConfig(text="note", labels="a,b", partition="iid")
+
+
+# Who needs a policy.
+
+
+def test_a_site_with_data_and_no_policy_takes_part_in_nothing_and_is_told_how_to_write_one(site: OneSite) -> None:
+    task = site.task()
+    site.node["data"] = "nowhere.csv"
+    del site.node["policy"]
+    for mode in ("dp-sgd", "none"):
+        site.settings["privacy.mode"] = mode
+        reply = site.ask(task)
+        assert isinstance(reply, Refusal)
+        assert "a node with 'data' needs a 'policy'" in reply.reason
+        assert "fedveil site pin policy.toml --task classification --text text" in reply.reason
+
+
+def test_a_policy_without_pins_lets_nobody_at_records_that_are_not_public(site: OneSite, tmp_path: Path) -> None:
+    policy = tmp_path / "bare.toml"
+    policy.write_text("epsilon = 1.0\ndelta = 1e-3\n")
+    job = configure({**site.settings, "model.name": "all-MiniLM-L6-v2"})
+    part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": str(policy)}
+    for node in ({"data": "nowhere.csv", "policy": str(policy)}, part):
+        with pytest.raises(PolicyRefusal, match=f"pin your own: fedveil site pin {policy} --task classification"):
+            check_job(node, job, simulated=False)
+    check_job(part, configure({}), simulated=False)
+
+
+def test_a_deployed_site_without_a_policy_plays_parts_of_named_data_sets_and_named_models_alone(
+    site: OneSite,
+) -> None:
+    part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
+    check_job(part, configure({}), simulated=False)
+    for asked in ({"data.name": "/etc/passwd"}, {"data.name": "hub:clinic/notes"}):
+        with pytest.raises(PolicyRefusal, match="plays parts of rotten-tomatoes, imdb, asdiv alone"):
+            check_job(part, configure(asked), simulated=False)
+        check_job(part, configure(asked), simulated=True)
+    with pytest.raises(PolicyRefusal, match="models = all-MiniLM-L6-v2"):
+        check_job(part, configure({"model.name": "/srv/model"}), simulated=False)
+
+
+def test_a_deployed_part_of_a_public_data_set_does_not_open_the_servers_test_file() -> None:
+    part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
+    config = from_mapping({"data.partition": "iid", "data.test": "/no/such.csv"})
+    assert len(open_site(part, config, "1", simulated=False).data.examples) > 4000
+    with pytest.raises(FedVeilError, match=r"no data set '/no/such\.csv'"):
+        open_site(part, config, "1", simulated=True)
+
+
+# Models.
+
+
+@pytest.fixture
+def places(tmp_path: Path, model_folder: Callable[[str], str]) -> list[str]:
+    """Return folders and files that a server might look for on a site's disks."""
+    empty, odd, broken = (tmp_path / name for name in ("empty", "odd", "broken"))
+    for folder in (empty, odd, broken):
+        folder.mkdir()
+    (odd / "config.json").write_text('{"model_type": "patients-of-ward-7"}')
+    (broken / "config.json").write_text("[1, 2")
+    half = tmp_path / "half"
+    shutil.copytree(model_folder("bert"), half)
+    (half / "model.safetensors").write_bytes(b"\x00" * 64)
+    file = tmp_path / "file.csv"
+    file.write_text("text,label\n")
+    return [str(place) for place in (tmp_path / "absent", empty, "/etc", file, odd, broken, half)]
+
+
+def heard(site: OneSite, places: list[str]) -> list[Refusal | None]:
+    """Return what a server hears that names these base models."""
+    task, found = site.task(), list[Refusal | None]()
+    for place in places:
+        site.settings["model.name"] = place
+        reply = site.ask(task)
+        found.append(reply if isinstance(reply, Refusal) else None)
+    return found
+
+
+def test_a_model_that_the_policy_does_not_name_is_not_looked_at(
+    site: OneSite, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(name: str, task: str) -> Any:
+        loaded.append(name)
+        raise ConfigError("a model was loaded")
+
+    site.rule(models=None)
+    task = site.task()
+    monkeypatch.setattr("common.model.load_base_model", load)
+    monkeypatch.setattr(site, "task", lambda: task)
+    here = [*places, "nobody/hub-model"]
+    said = heard(site, here)
+    assert loaded == []
+    assert {reply.kind for reply in said if reply} == {"policy"}
+    assert len({reply.reason for reply in said[: len(places)] if reply}) == 1, "the words tell which paths exist"
+
+    with patch.object(Policy, "check_model_name", nothing):
+        heard(site, here)
+    assert loaded == here, "a site that does not ask before it loads is missed"
+
+
+def test_a_model_that_does_not_load_is_one_refusal_whatever_is_there(
+    site: OneSite, places: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    site.rule(models=[f"{place}=0123456789ab" for place in places])
+    task = site.task()
+    with patch.object(site, "task", lambda: task):
+        said = heard(site, places)
+    assert {(reply.kind, reply.reason) for reply in said if reply} == {("failed", UNLOADED)}
+    assert None not in said
+    assert "patients-of-ward-7" in caplog.text, "the site's own log does not say why"
+
+
+@pytest.mark.parametrize("fault", [nullcontext(), patch.object(Policy, "check_model", nothing)], ids=["", "unasked"])
+def test_another_model_under_an_allowed_name_is_refused_before_a_record_is_tokenised(
+    site: OneSite, fault: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised = []
+    monkeypatch.setattr("client.app._records", lambda *_: tokenised.append(True) or [])
+    task = site.task()
+    site.rule(models=[f"{site.settings['model.name']}=000000000000"])
+    with fault as planted:
+        reply = site.ask(task)
+    if planted is None:
+        assert isinstance(reply, Refusal)
+        assert (reply.kind, tokenised) == ("policy", [])
+        assert "models = <path>; the run asks for the base model" in reply.reason
+    else:
+        assert tokenised, "a policy that does not ask the fingerprint is missed"
+
+
+def test_no_loader_runs_code_that_comes_with_a_model(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from common.base_model import load_base_model
+
+    said = []
+    for loader in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer):
+        whole = loader.from_pretrained
+
+        def spied(*arguments: Any, whole: Any = whole, **options: Any) -> Any:
+            said.append(options.get("trust_remote_code"))
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", spied)
+    load_base_model(model_folder("bert"), "classification")
+    load_base_model(model_folder("llama"), "causal-lm")
+    load_base_model("all-MiniLM-L6-v2", "classification")
+    assert len(said) >= 8
+    assert set(said) == {False}
+
+
+def test_a_site_with_questions_is_pinned_to_its_columns(toy_generation: dict[str, Any], tmp_path: Path) -> None:
+    site = clinic(toy_generation, tmp_path)
+    site.node["data"] = str(write_questions(tmp_path / "own.csv", 30))
+    site.rule()
+    assert set(pins(site.settings)) >= {"task", "prompt", "completion", "max-length"}
+    site.train()
+    site.settings["data.completion"] = "prompt"
+    reply = site.ask(site.task(2))
+    assert isinstance(reply, Refusal)
+    assert "completion = 'completion'; the run asks for data.completion = 'prompt'" in reply.reason
+
+
+def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
+    """Not one beside it: each cell tells its column."""
+    names = [f"{role.setting}-column" for roles in ROLES.values() for role in roles]
+    path = tmp_path / "columns.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names, names, [f"{name}-2" for name in names]])
+    for task, roles in ROLES.items():
+        config = DataConfig(**{role.attribute: f"{role.setting}-column" for role in roles})
+        data = load_dataset(config, task, str(path))
+        for role in roles:
+            value = getattr(data.examples[0], role.field)
+            assert (data.label_names[value] if role.field == "label" else value) == f"{role.setting}-column"

@@ -1,0 +1,301 @@
+"""How a steward's policy comes to say what its records are for, and that a site without it does not go online."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from client.policy import load_policy
+from client.site import check_job
+from common.config import Scalar
+from common.errors import ConfigError, DataError, PolicyRefusal
+from experiments.cli import app
+from experiments.deploy import container
+from experiments.deploy.doctor import examine_site
+from experiments.deploy.findings import Finding
+from experiments.deploy.pin import pin
+from experiments.deploy.policy_file import pins_of, policy_text
+from experiments.deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
+from experiments.deploy.start import start_site
+from experiments.settings import parse_settings
+from strategies import configure
+
+ROOT = Path(__file__).resolve().parent.parent
+PINS = pins_of("classification", {"text": "note"}, "bad,good", 64)
+JOB: dict[str, Scalar] = {
+    "data.name": "test.csv",
+    "data.text": "note",
+    "data.labels": "bad,good",
+    "model.max-length": 64,
+}
+
+
+def fedveil(*words: str) -> str:
+    """Run a command that must succeed and return what it says."""
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def site_with(tmp_path: Path, policy: str, node: str = 'data="records.csv" public-size=50') -> SiteFolder:
+    return make_site(tmp_path / "clinic", "clinic", "fl.example.org", policy=policy, node=node)
+
+
+def findings(folder: SiteFolder) -> dict[str, Finding]:
+    found = examine_site(dataclasses.replace(folder, server="127.0.0.1:1"))
+    return {finding.what: finding for finding in found}
+
+
+# site pin.
+
+STEWARDS = """\
+# Ours since May.
+"epsilon" = 3.0   # agreed with the board
+delta = 1e-4
+
+'text' = "body"  # was note # before
+labels = [
+  "no",  # 0
+  "yes", # 1 and a "#" of its own
+]
+models = [
+  "mini=0123456789ab", # text = "x"
+]
+task = "classification"
+label = "label" # theirs
+max-length = 128
+text-pair = "second # column"
+# The end."""
+
+
+def test_pins_are_put_in_and_the_stewards_other_words_stay(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(STEWARDS, encoding="utf-8")
+    path.chmod(0o640)
+    pin(path, PINS)
+    text, policy = path.read_text(encoding="utf-8"), load_policy(path)
+    assert (policy.text, policy.labels, policy.max_length, policy.text_pair) == ("note", "bad,good", 64, "")
+    assert (policy.epsilon, policy.delta, policy.models) == (3.0, 1e-4, "mini=0123456789ab")
+    for kept in (
+        *("# Ours since May.", "# agreed with the board", "# was note # before", "# 0\n", '# 1 and a "#" of its own'),
+        *('# text = "x"', "# The end.", 'label = "label" # theirs', 'models = [\n  "mini=0123456789ab"'),
+    ):
+        assert kept in text, f"{kept!r} is gone"
+    assert "second" not in text
+    assert path.stat().st_mode & 0o777 == 0o640
+    pin(path, PINS)
+    assert path.read_text(encoding="utf-8") == text, "the same pins change the file"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pins_of_another_task_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(policy_text("clinic", 2000, 4.0, 1e-5, PINS), encoding="utf-8")
+    pin(path, pins_of("causal-lm", {"completion": "reply"}, "", 32))
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert values == {
+        "dataset-id": "clinic",
+        "epsilon": 4.0,
+        "delta": 1e-5,
+        "public-size": 2000,
+        "task": "causal-lm",
+        "prompt": "prompt",
+        "completion": "reply",
+        "max-length": 32,
+    }
+
+
+def test_pins_added_to_an_old_policy_are_said_to_be_pins(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("epsilon = 4.0\ndelta = 1e-5", encoding="utf-8")  # no line end
+    fedveil("site", "pin", str(path), "--text", "note", "--labels", "bad,good", "--max-length", "64")
+    assert load_policy(path).text == "note"
+    assert "1e-5\n# What the records are for." in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epsilon = ", "cannot change"),
+        ("epsilom = 1.0\n", "did you mean 'epsilon'"),
+        ('models = ["0123456789ab"]\n', "write NAME=DIGITS"),
+        ("[site]\nepsilon = 1\n", "text, a number"),
+    ],
+)
+def test_a_file_that_would_be_no_policy_is_left_as_it_is(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises((ConfigError, DataError), match=words):
+        pin(path, PINS)
+    assert path.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_fault_that_drops_a_key_of_the_stewards_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(STEWARDS, encoding="utf-8")
+    monkeypatch.setattr("experiments.deploy.pin._pin_at", lambda lines, keys: ("text", 4))
+    with pytest.raises((ConfigError, DataError, ValueError, KeyError)):
+        pin(path, PINS)
+    assert path.read_text(encoding="utf-8") == STEWARDS
+
+
+# A site without pins.
+
+
+def test_a_site_whose_policy_pins_nothing_does_not_start_and_the_command_in_the_message_mends_it(
+    tmp_path: Path,
+) -> None:
+    folder = site_with(tmp_path, "epsilon = 4.0\ndelta = 1e-3\n")
+    with pytest.raises(ConfigError, match=r"does not pin .* pin your own: fedveil site pin") as refusal:
+        start_site(folder, pytest.fail)
+    assert "\n" not in str(refusal.value)
+    before = findings(folder)
+    assert (before["policy"].ok, before["pins"].ok) == (True, False)
+    assert before["pins"].found == str(refusal.value)
+    job = configure({"data.labels": "bad,good", "data.name": "test.csv"})
+    with pytest.raises(PolicyRefusal, match="fedveil site pin"):
+        check_job(node_settings(folder), job, simulated=False)
+
+    command = str(refusal.value).partition("pin your own: ")[2]
+    assert command.startswith(f"fedveil site pin {folder.path} ")
+    fedveil(*shlex.split(command)[1:])
+    check_job(node_settings(folder), job, simulated=False)
+    pins = findings(folder)["pins"]
+    assert pins.ok
+    assert "task 'classification', text 'text', text-pair '', label 'label', labels 'bad', 'good'" in pins.found
+
+
+def test_a_site_that_plays_a_part_of_a_public_data_set_needs_no_pins(tmp_path: Path) -> None:
+    folder = site_with(tmp_path, "", "partition-id=0 num-partitions=2")
+    found = findings(folder)
+    assert found["pins"].ok
+    assert "parts of FedVeil's own data sets alone" in found["pins"].found
+    check_job(node_settings(folder), configure({}), simulated=False)
+
+
+def test_the_doctor_says_which_models_are_allowed_and_fails_if_the_sites_own_is_not(tmp_path: Path) -> None:
+    folder = site_with(tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS, ["/srv/mini=0123456789ab"]))
+    found = findings(folder)["models"]
+    assert not found.ok
+    assert "site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini=0123456789ab" in found.found
+    assert findings(dataclasses.replace(folder, model="/srv/mini"))["models"].ok
+
+
+# site init.
+
+
+def made(tmp_path: Path, *words: str) -> dict[str, Any]:
+    (tmp_path / "records.csv").write_text("note,label\n")
+    own = ("--data", str(tmp_path / "records.csv"), "--public-size", "500", "--delta", "1e-3")
+    fedveil("site", "init", str(tmp_path / "clinic"), "--server", "fl.example.org", *own, *words)
+    return tomllib.loads((tmp_path / "clinic" / "policy.toml").read_text(encoding="utf-8"))
+
+
+def test_a_new_site_pins_what_its_records_are_for(tmp_path: Path) -> None:
+    policy = made(tmp_path, "--text", "note", "--labels", "bad,good", "--max-length", "64")
+    pins = {"task": "classification", "text": "note", "text-pair": "", "label": "label", "labels": ["bad", "good"]}
+    assert policy == {
+        "dataset-id": "clinic",
+        "epsilon": 8.0,
+        "delta": 1e-3,
+        "public-size": 500,
+        **pins,
+        "max-length": 64,
+    }
+    check_job(node_settings(open_site_folder(tmp_path / "clinic")), configure(JOB), simulated=False)
+
+
+def test_a_new_site_names_the_model_of_its_coordinator(tmp_path: Path) -> None:
+    digits = "0123456789abcdef" * 4
+    policy = made(tmp_path, "--task", "causal-lm", "--model", "/srv/small", "--fingerprint", digits)
+    assert policy["models"] == [f"/srv/small={digits}"]
+    assert (policy["prompt"], policy["completion"]) == ("prompt", "completion")
+
+
+# Containers.
+
+
+def volumes(tmp_path: Path, *sites: str) -> None:
+    for name in ("authority", "server", "coordinator", *sites):
+        (tmp_path / name).mkdir()
+
+
+def test_containers_pin_what_the_job_asks_for_and_say_which_later_job_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volumes(tmp_path, "site-1", "site-2")
+    asked = 'data.name="/data/test.csv" data.text="note" data.labels="bad,good" model.max-length=64'
+    container.make_keys(1, 8.0, 1e-5, tmp_path, settings=asked)
+    node = node_settings(open_site_folder(tmp_path / "site-1"))
+    check_job(node, configure(parse_settings([asked])), simulated=False)
+    capsys.readouterr()
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    said = capsys.readouterr().out
+    assert (
+        "site-1 will refuse this job: the site's policy has text = 'note'; the run asks for data.text = 'text'" in said
+    )
+    assert "site-2 will refuse" not in said
+    assert load_policy(tmp_path / "site-2" / "policy.toml").labels == "negative,positive"
+    check_job(node_settings(open_site_folder(tmp_path / "site-2")), configure({}), simulated=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            'data.name="/data/test.csv"',
+            "the labels of '/data/test.csv' are not known to a policy: name all in data.labels",
+        ),
+        ('data.labels="a,b" model.name="/data/model"', "the fingerprint of the base model '/data/model' is needed"),
+        ("roundz=3", "unknown setting 'roundz'"),
+    ],
+)
+def test_containers_make_no_site_for_a_job_that_no_policy_can_pin(
+    settings: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    volumes(tmp_path, "site-1")
+    make = container.make_keys
+    monkeypatch.setattr(container, "make_keys", lambda *figures, **job: make(*figures, tmp_path, **job))
+    monkeypatch.setenv("SITES", "1")
+    monkeypatch.setenv("FEDVEIL_SETTINGS", settings)
+    assert container.main("keys") == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "site-1" / "site.toml").exists()
+
+
+def test_the_keys_see_the_settings_of_the_job() -> None:
+    import yaml
+
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    wanted = services["keys"]["environment"]
+    assert wanted["FEDVEIL_SETTINGS"] == services["job"]["environment"]["FEDVEIL_SETTINGS"]
+    assert set(wanted) >= {"FEDVEIL_SETTINGS", "MODEL_FINGERPRINT"}
+
+
+# By hand.
+
+
+def test_the_readmes_trial_by_hand_has_a_policy_that_lets_it_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = next(b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "site pin" in b)
+    pinning, node = (shlex.split(line) for line in block.strip().splitlines())
+    fedveil(*pinning[pinning.index("site") :])
+    assert (tmp_path / "policy.toml").stat().st_mode & 0o777 == 0o600
+    settings = parse_settings([node[node.index("--node-config") + 1]])
+    check_job(settings, configure({"data.name": "test.csv", "data.labels": "bad,good"}), simulated=False)
