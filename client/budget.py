@@ -1,8 +1,12 @@
-"""What a round costs a site: the stricter of run, policy and ledger, charged before a record is used."""
+"""What a round costs a site: the stricter of run, policy and ledger, charged before a record is used.
+
+A round without privacy costs what no budget can pay: it is written down instead, before a record is used.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from client.site import Site
@@ -21,16 +25,13 @@ def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spend
 
     Raises:
         BudgetExhausted: the round would exceed the budget, or that of another data set that shares records.
-        PolicyRefusal: the run has had all its rounds or steps here.
+        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy.
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path) as ledger:
         plan = plan_of(job, site, _terms(site, ledger))
         releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
-        return plan, _charge(
-            *(ledger, site, plan, releases, task),
-            allow=lambda rounds, taken: site.policy.check_round(rounds + 1, taken + steps),
-        )
+        return plan, _charge(ledger, site, plan, releases, task, allow=_within(site, steps))
 
 
 def pay_initialisation(site: Site, job: Job, source: GradientSource, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
@@ -45,6 +46,29 @@ def pay_initialisation(site: Site, job: Job, source: GradientSource, task: Train
             expected_batch_size=source.sample_rate * site.public_size,
         )
         return plan, _charge(ledger, site, plan, [release], task)
+
+
+def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
+    """Write down that a round releases records without privacy; round 0, a start from a full gradient, has no steps.
+
+    Raises:
+        PolicyRefusal: the run has had all its rounds or steps here; nothing was written.
+    """
+    steps = job.config.training.local_steps if task.round_number else 0
+    with Ledger(site.ledger_path) as ledger:
+        ledger.expose(
+            site.dataset_id,
+            run=task.run,
+            round_number=task.round_number,
+            steps=steps,
+            records=record_hashes(site.data, ledger.key),
+            allow=_within(site, steps) if task.round_number else None,
+        )
+
+
+def _within(site: Site, steps: int) -> Callable[[int, int], None]:
+    """Return what refuses one more round, of so many ``steps``, where the policy has no more."""
+    return lambda rounds, taken: site.policy.check_round(rounds + 1, taken + steps)
 
 
 def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
@@ -101,6 +125,7 @@ def _charge(
         clip_norm=plan.clip_norm,
         records=record_hashes(site.data, ledger.key),
         allow=allow,
+        after_exposure=site.policy.after_no_privacy,
     )
     return Spending(
         kind=releases[0].kind,
@@ -111,8 +136,8 @@ def _charge(
         steps_total=charged.steps_total,
         delta=charged.delta,
         epsilon_round=charged.epsilon_increment,
-        epsilon_total=charged.epsilon_after,
+        epsilon_total=math.inf if charged.exposed else charged.epsilon_after,
         epsilon_budget=charged.max_epsilon,
-        epsilon_remaining=charged.epsilon_remaining,
+        epsilon_remaining=0.0 if charged.exposed else charged.epsilon_remaining,
         accountant=charged.accountant,
     )

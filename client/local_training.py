@@ -1,7 +1,7 @@
 """One site's part of a round, start to end; the only training loop.
 
 Order matters: what the server sent is checked first, then the round is priced and charged to the
-ledger on disk, and only then a record is touched.
+ledger on disk, or written down there as one without privacy, and only then a record is touched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from client.budget import evaluation_releases, pay_initialisation, pay_round
+from client.budget import evaluation_releases, note_exposure, pay_initialisation, pay_round
 from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.site import Site
@@ -58,7 +58,7 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
     if job.config.privacy.on:
         plan, spending = pay_round(site, job, task)
     else:
-        site.policy.check_round(task.round_number, task.round_number * job.config.training.local_steps)
+        note_exposure(site, job, task)
     model.write(job.strategy.install(merge(model.start, task.basis), task.state))
     if plan and evaluation_releases(job, site, 1):
         noise = site.policy.metrics_noise
@@ -93,6 +93,7 @@ def initial_round(
         most = max(1, INITIAL_BATCH_BYTES // record_bytes(model))
         gradient = private_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS, most), plan)
     else:
+        note_exposure(site, job, task)
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
         chosen = order[: max(1, round(source.sample_rate * size))]
         gradient = mean_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS))

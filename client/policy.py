@@ -15,10 +15,10 @@ from pathlib import Path
 
 from client.pins import LABELS, check_pins, check_whole, refusal
 from common.base_model import NAMED_MODELS
-from common.check import below, in_range, not_negative, one_of, positive
+from common.check import at_least, below, in_range, not_negative, one_of, positive
 from common.config import HEAD_POLICIES, Scalar, from_section
 from common.errors import ConfigError
-from common.privacy.accounting import MOST_NOISE
+from common.privacy.accounting import LEAST_DELTA, MOST_NOISE
 from strategies import STRATEGIES, Job
 
 UNLIMITED = 2**62
@@ -71,6 +71,8 @@ class Policy:
     """Standard deviation of the noise on that count, in records."""
     allow_no_privacy: bool = False
     """Whether the site joins runs that promise nothing about any record."""
+    after_no_privacy: bool = False
+    """Whether it joins private runs on records that such a run has released: their epsilon is infinite."""
 
     def __post_init__(self) -> None:
         positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
@@ -83,6 +85,7 @@ class Policy:
             positive(epsilon=self.epsilon)
             in_range(0, 0.5, delta=self.delta)
             below(0.5, delta=self.delta)
+            at_least(LEAST_DELTA, delta=self.delta)
         for name in _names(self.strategies):
             one_of(STRATEGIES, strategies=name)
         for name in _names(self.head_policies):

@@ -11,7 +11,7 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``dataset-id``  what the ledger calls the data; default: the site's name
 ``public-size`` number of records declared as public; needed with ``data``, and by a
                 steward's partition of a file or a hub name (of a named data set it follows)
-``ledger``      file of the ledger; it outlives every run
+``ledger``      file of the ledger; it outlives every run; default: the user's one
 ``policy``      TOML file of the steward's rules (see ``client.policy``); needed with ``data``
 =============== =====================================================================
 """
@@ -36,6 +36,7 @@ from common.examples import Dataset
 from common.log import about
 from common.partition import check_division, declared_size, division_of, site_part
 from common.paths import run_folder
+from common.privacy.ledger_file import only_ledger
 from common.roles import ROLES
 from strategies import Job
 
@@ -107,13 +108,14 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     """Build the site that this node's configuration describes.
 
     In a simulation each run has ledgers of its own in the run's folder. A deployed site's ledger
-    outlives runs; if the steward names no file it is kept in the user's data folder, so that
-    forgetting the setting never means a fresh budget.
+    outlives runs; if the steward names no file it is the user's one, whatever the site is called, so
+    that forgetting the setting, or another name, never means a fresh budget.
 
     Raises:
         ConfigError: a node setting is unknown, missing or out of range.
         DataError: the data are not there, or have not the columns of the run.
         PolicyRefusal: the run divides the records otherwise than when this site was given its part.
+        LedgerError: no ledger is named, and the user's data folder holds others than the user's one.
     """
     for key in node:
         if key not in NODE_KEYS:
@@ -146,7 +148,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         ledger = run_folder(config, run) / "ledgers" / f"{name}.sqlite"
     else:
         home = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
-        ledger = home / "fedveil" / f"{name}.sqlite"
+        ledger = only_ledger(home / "fedveil")
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy)
 

@@ -37,6 +37,13 @@ def not_negative(**values: float) -> None:
             raise ConfigError(f"{_spoken(name)} must be at least 0, not {value!r}")
 
 
+def at_least(limit: float, **values: float) -> None:
+    """Raise ConfigError unless every value is at least ``limit``."""
+    for name, value in values.items():
+        if not value >= limit:
+            raise ConfigError(f"{_spoken(name)} must be at least {limit:g}, not {value!r}")
+
+
 def in_range(low: float, high: float, **values: float) -> None:
     """Raise ConfigError unless ``low < value <= high`` for every value."""
     for name, value in values.items():

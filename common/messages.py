@@ -61,7 +61,8 @@ class Spending:
     epsilon_round: float
     """What this round added to the total."""
     epsilon_total: float
-    """Of everything the ledger holds for this data set, over all runs."""
+    """Of everything the ledger holds for this data set, over all runs. Infinite, and the only figure that may be,
+    if records of it were released without privacy: then no epsilon holds for them."""
     epsilon_budget: float
     epsilon_remaining: float
     accountant: str

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from common.config import RunConfig
+from common.errors import ConfigError
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A server chooses it, and it is written into ledgers, file names and reports of others."""
 
 
 def run_folder(config: RunConfig, run: str) -> Path:
@@ -22,5 +27,15 @@ def run_folder(config: RunConfig, run: str) -> Path:
 
 
 def run_name(config: RunConfig, run: str) -> str:
-    """Return what messages, records and ledgers call the run: Flower's id, when resumed that of the first start."""
-    return run_folder(config, run).name.removeprefix(f"{config.strategy}-") if config.resume else run
+    """Return what messages, records and ledgers call the run: Flower's id, when resumed that of the first start.
+
+    Raises:
+        ConfigError: it is not made of plain characters.
+    """
+    name = run_folder(config, run).name.removeprefix(f"{config.strategy}-") if config.resume else run
+    if not RUN_NAME.fullmatch(name):
+        raise ConfigError(
+            f"the run's name is {name[:70]!r}, which is not a letter or digit and at most 63 of letters, digits, '.', "
+            "'_' and '-' after it: resume names the folder of a run by the name that it began with"
+        )
+    return name

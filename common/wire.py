@@ -54,6 +54,7 @@ _PREFIX, _LENGTH, _CODE = struct.Struct("<BI"), struct.Struct("<H"), struct.Stru
 _TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
 _SPENT, _COUNT = struct.Struct("<B3dIQ5d"), struct.Struct("<id")
 _KINDS = ("train", "result", *REFUSAL_KINDS)
+_SPENT_TOTAL = [item.name for item in fields(Spending)].index("epsilon_total")
 _SPENDING, _COUNTED = 1, 2
 """Bits of a result's ``parts``."""
 _ACCOUNTANTS = (("", ""), ("PLD (dp-accounting ", ", discretisation 1e-3)"), ("RDP (dp-accounting ", ")"))
@@ -131,12 +132,13 @@ class _Reader:
         self.kind = _KINDS[code]
         self.run = self.text("run")
 
-    def take(self, form: struct.Struct, name: str) -> tuple[Any, ...]:
-        """Return the next fields; a float among them is finite."""
+    def take(self, form: struct.Struct, name: str, endless: int | None = None) -> tuple[Any, ...]:
+        """Return the next fields; a float among them is finite, or infinite (not less) at the place ``endless``."""
         if len(self._rest) < form.size:
             raise ProtocolError(f"the message's header ends before its {name}")
         values = form.unpack(self._rest[: form.size])
-        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        finite = (v for place, v in enumerate(values) if isinstance(v, float) and (place, v) != (endless, math.inf))
+        if not all(map(math.isfinite, finite)):
             raise ProtocolError(f"a figure of the message's {name} is not finite")
         self._rest = self._rest[form.size :]
         return values
@@ -321,7 +323,7 @@ def _pack_spending(spent: Spending) -> bytes:
 
 
 def _spending(reader: _Reader) -> Spending:
-    kind, *figures = reader.take(_SPENT, "spending")
+    kind, *figures = reader.take(_SPENT, "spending", _SPENT_TOTAL)
     (code,) = reader.take(_CODE, "accountant")
     told = reader.text("accountant")
     if kind >= len(SPENDING_KINDS) or code >= len(_ACCOUNTANTS):

@@ -21,12 +21,18 @@ from common.privacy.figures import epsilon_text, remaining_text
 from experiments.people import for_people
 
 if TYPE_CHECKING:
-    from common.privacy.charges import Budget, Entry
+    from common.privacy.charges import Budget, Entry, Exposure
     from common.privacy.ledger import Ledger
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
 console = Console(highlight=False, soft_wrap=True)
 
+EXPOSED = (
+    "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "
+    "policy has after-no-privacy = true."
+)
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""What a text begins with that a spreadsheet would compute."""
 LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
 
 
@@ -38,13 +44,17 @@ def show(path: LedgerFile) -> None:
         entries = ledger.entries()
         for dataset in _datasets(ledger):
             terms = ledger.terms(dataset)
-            spent = ledger.epsilon(dataset, terms.delta) if terms.delta < 1 else 0.0
+            spent = ledger.epsilon(dataset, min(terms.delta, 1.0))
             budget = f" of {terms.epsilon:g}" if terms.epsilon < float("inf") else ""
-            _say(f"{dataset}: ε {epsilon_text(spent, decimals=4)}{budget} at δ {terms.delta:g}")
+            at = f" at δ {terms.delta:g}" if terms.delta < 1 else ""
+            _say(f"{dataset}: ε {epsilon_text(spent, decimals=4)}{budget}{at}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
+            events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
             for when, what in sorted(events, key=lambda event: event[0]):
                 _say(f"  {when}  {what}")
+            if ledger.exposed(dataset):
+                _say(f"  {EXPOSED}")
 
 
 @ledger_app.command("remaining")
@@ -68,12 +78,14 @@ def remaining(
             raise ConfigError(f"{path} holds no budget for data set {dataset!r}: give one with --epsilon")
         if at == unlimited:
             raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
-        spent = ledger.epsilon(dataset, at)
+        spent, exposed = ledger.epsilon(dataset, at), ledger.exposed(dataset)
     # Rounded against the site: what is left is never shown larger than it is.
     left = max(0.0, budget - spent)
     rest, gone = remaining_text(left, decimals=4), epsilon_text(spent, decimals=4)
     _say(f"{dataset}: ε {rest} of {budget:g} is left at δ {at:g}; {gone} is spent")
-    if not left:
+    if exposed:
+        _say(EXPOSED)
+    elif not left:
         _say("The site refuses every further round on these records.")
 
 
@@ -92,12 +104,14 @@ def budget(
         if at == float("inf"):
             raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
         before, after = ledger.set_budget(dataset, epsilon, at), ledger.terms(dataset)
-        spent = ledger.epsilon(dataset, after.delta)
+        spent, exposed = ledger.epsilon(dataset, after.delta), ledger.exposed(dataset)
     was = f"was {before.epsilon:g}" if before.epsilon < float("inf") else "had none"
     _say(f"{dataset}: budget ε {epsilon:g} at δ {after.delta:g} ({was}); {epsilon_text(spent, decimals=4)} is spent")
     if delta is not None and after.delta < delta:
         _say(f"δ {after.delta:g} holds instead of {delta:g}: releases were charged at it, and a δ never grows.")
-    if spent >= epsilon:
+    if exposed:
+        _say(EXPOSED)
+    elif spent >= epsilon:
         _say("That is no more than what is spent: the site refuses every further round on these records.")
     elif epsilon > before.epsilon:
         _say("A policy with a smaller epsilon lowers it again at the next round: change the policy as well.")
@@ -110,12 +124,14 @@ def export(
     form: Annotated[str, typer.Option("--format", help="json or csv.")] = "json",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file; without it, to the terminal.")] = None,
 ) -> None:
-    """Write every charge and every budget of a ledger as JSON, or every charge as CSV."""
+    """Write every charge, exposure and budget of a ledger as JSON, or every charge and exposure as CSV."""
     one_of(("json", "csv"), format=form)
     with _opened(path) as ledger:
         charges = [dataclasses.asdict(entry) for entry in ledger.entries()]
+        exposures = [dataclasses.asdict(exposure) for exposure in ledger.exposures()]
         budgets = [dataclasses.asdict(budget) for budget in ledger.budgets()]
-    text = _csv(charges) if form == "csv" else json.dumps({"charges": charges, "budgets": budgets}, indent=2) + "\n"
+    held = {"charges": charges, "exposures": exposures, "budgets": budgets}
+    text = _csv(charges, exposures) if form == "csv" else json.dumps(held, indent=2) + "\n"
     if output is None:
         sys.stdout.write(text)
         return
@@ -125,7 +141,7 @@ def export(
         replace_file(output, text.encode())
     except OSError as error:
         raise DataError(f"{output} cannot be written ({error.strerror}): name another file") from error
-    _say(f"{len(charges)} charges are in {output}")
+    _say(f"{len(charges)} charges and {len(exposures)} exposures are in {output}")
 
 
 @contextmanager
@@ -139,7 +155,8 @@ def _opened(path: Path) -> Iterator[Ledger]:
 
 
 def _datasets(ledger: Ledger) -> list[str]:
-    return sorted({entry.dataset for entry in ledger.entries()} | {budget.dataset for budget in ledger.budgets()})
+    names = {entry.dataset for entry in ledger.entries()} | {budget.dataset for budget in ledger.budgets()}
+    return sorted(names | {exposure.dataset for exposure in ledger.exposures()})
 
 
 def _require(ledger: Ledger, path: Path, dataset: str) -> None:
@@ -155,19 +172,38 @@ def _spoken_charge(entry: Entry) -> str:
     )
 
 
+def _spoken_exposure(row: Exposure) -> str:
+    return f"run {row.run} round {row.round_number}  released without privacy: {row.steps} steps"
+
+
 def _spoken_budget(row: Budget) -> str:
     was = "" if row.replaced is None else f", was {row.replaced:g}"
     return f"budget set to ε {row.epsilon:g}{was}, at δ {row.delta:g}"
 
 
-def _csv(charges: list[dict[str, Any]]) -> str:
+def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]]) -> str:
+    """Return charges, then exposures as rows of kind ``without privacy`` that have no noise, rate or delta."""
     from common.privacy.charges import Entry
 
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [item.name for item in dataclasses.fields(Entry)])
     writer.writeheader()
-    writer.writerows(charges)
+    open_rows = [
+        {
+            **{name: row[name] for name in ("id", "dataset", "run", "round_number")},
+            "kind": "without privacy",
+            "count": row["steps"],
+            "charged_at": row["released_at"],
+        }
+        for row in exposures
+    ]
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in [*charges, *open_rows])
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Return a cell that a spreadsheet takes for text where it is text: names come from servers and stewards."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _say(line: str) -> None:

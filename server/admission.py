@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from common.errors import FedVeilError
 from common.messages import Spending, TrainResult
-from common.privacy.accounting import MOST_NOISE, noise_multiplier_for
+from common.privacy.accounting import LEAST_DELTA, LEAST_RATE, MOST_NOISE, noise_multiplier_for
+from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from strategies import Job, ServerState
@@ -122,7 +124,8 @@ class Admission:
             return "the reply states no privacy spending in a private run"
         past = before.spending if before else None
         if past and (spent.epsilon_total < past.epsilon_total * (1 - ROUNDING) or spent.steps_total < past.steps_total):
-            return f"the site's total went back from ε {past.epsilon_total:.4f} to {spent.epsilon_total:.4f}"
+            before_it, now = (epsilon_text(s.epsilon_total, decimals=4) for s in (past, spent))
+            return f"the site's total went back from ε {before_it} to {now}"
         return self._laxer(result, spent, plan)
 
     def _laxer(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:
@@ -135,6 +138,11 @@ class Admission:
             return f"the reply's spending is for {spent.steps_round} steps, not {steps}"
         if not min(spent.sample_rate, spent.clip_norm, spent.delta) > 0:
             return "the spending's sample rate, clip norm and delta must all be above 0"
+        # A report computes the price again; figures that no honest site has would keep it busy.
+        if spent.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
+            return f"the spending's sample rate is below {LEAST_RATE:g}, or its delta below {LEAST_DELTA:g}"
+        # Infinite: records were released without privacy, and the budget holds for what was charged alone.
+        total = spent.epsilon_budget if math.isinf(spent.epsilon_total) else spent.epsilon_total
         noises = [("noise multiplier", spent.noise_multiplier, plan.noise_multiplier)]
         if result.noised_correct:
             one_count = noise_multiplier_for(plan.max_epsilon, plan.delta, 1.0, 1)
@@ -148,8 +156,8 @@ class Admission:
             ("clip norm", spent.clip_norm, plan.clip_norm),
             ("delta", spent.delta, plan.delta),
             ("budget", spent.epsilon_budget, plan.max_epsilon),
-            ("total", spent.epsilon_total, spent.epsilon_budget),
-            ("price of the round", spent.epsilon_round, spent.epsilon_total),
+            ("total", total, spent.epsilon_budget),
+            ("price of the round", spent.epsilon_round, total),
             ("remainder", spent.epsilon_remaining, spent.epsilon_budget),
         ):
             if figure > most * (1 + ROUNDING):

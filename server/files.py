@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,10 +29,19 @@ def replace_file(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def finite(value: Any) -> Any:
+    """Return ``value`` with figures that have no JSON, in whatever is nested in it, as the text ``inf`` or ``nan``."""
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Append JSON lines, durably; a crash in between leaves a part, which ``cut_file`` takes away."""
     with path.open("ab") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        file.write("".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines).encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -33,7 +33,7 @@ from common.privacy import claim
 from common.types import AdapterState
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
-from server.files import append_lines, cut_file, length, replace_file
+from server.files import append_lines, cut_file, finite, length, replace_file
 from server.rounds import RoundOutcome
 from strategies import Job, ServerState
 
@@ -72,7 +72,7 @@ def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader never sees half of it."""
-    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+    replace_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from common.batching import epoch_batches
 from common.data import train_and_test
 from common.messages import TrainResult, TrainTask
 from common.model import FederatedModel
+from common.privacy.ledger import Ledger
 from common.randomness import stream
 from common.tasks import TASKS, Record
 from common.tensors import clone, entries, start_fingerprint
@@ -172,8 +173,10 @@ def test_a_round_starts_from_what_the_server_sent_and_not_from_what_the_model_he
     assert gap(first.contribution, again.contribution) == 0.0, "something of the first round stayed in the model"
 
 
-def test_a_run_without_privacy_states_no_spending_and_touches_no_ledger(world: Callable[..., Any]) -> None:
+def test_a_run_without_privacy_states_no_spending_and_charges_nothing(world: Callable[..., Any]) -> None:
     job, model, site, records = world()
     result, _ = federated_round(job, model, site, records, 1)
     assert result.spending is None
-    assert not site.ledger_path.exists()
+    with Ledger(site.ledger_path) as ledger:
+        assert ledger.entries() == []
+        assert [(e.run, e.round_number, e.steps) for e in ledger.exposures()] == [("1", 1, STEPS)]

@@ -258,7 +258,7 @@ def test_a_federation_in_containers_runs_to_its_end_and_keeps_its_walls(federati
     ended = compose("wait", "job")
     assert ended.stdout.split()[-1] == "0", compose("logs", "job", "superlink").stdout
     ledgers = compose("exec", "site-1", "ls", "/site/ledger").stdout.split()
-    assert ledgers == ["site-1.sqlite"]
+    assert ledgers == ["ledger.sqlite"]
     began = time.monotonic()
     assert compose("down").returncode == 0
     assert time.monotonic() - began < 30

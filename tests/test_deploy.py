@@ -179,7 +179,7 @@ def test_the_walk_through_ends_in_a_finished_run(
     (folder,) = (tmp_path / "server" / "runs").iterdir()
     assert read_json(folder / "result.json")["status"] == "completed"
     for site in ("clinic", "ward"):
-        with Ledger(tmp_path / site / "ledger" / f"{site}.sqlite") as ledger:
+        with Ledger(tmp_path / site / "ledger" / "ledger.sqlite") as ledger:
             assert [entry.dataset for entry in ledger.entries()] == [site]
     revoked = run([FEDVEIL, "server", "revoke", "server", "ward"], tmp_path)
     assert revoked.returncode == 0, revoked.stderr

@@ -100,8 +100,8 @@ def test_rounds_and_steps_of_a_run_end_where_the_policy_says(site: OneSite) -> N
     site.train(2)
     refusal(site, "max-rounds = 2", "3 rounds", round_number=3)
     site.rule(max_steps=3)
-    site.train(1, "another run")
-    got = site.refuse(2, "another run")
+    site.train(1, "another-run")
+    got = site.refuse(2, "another-run")
     assert (got.kind, "max-steps = 3" in got.reason, "4 steps" in got.reason) == ("policy", True, True)
 
 

@@ -105,7 +105,7 @@ def test_a_task_of_an_earlier_round_is_refused_before_any_charge(site: OneSite, 
     got = site.refuse(1)
     assert got.kind == "task"
     assert f"has answered round {answered}" in got.reason
-    site.train(1, run="another run")
+    site.train(1, run="another-run")
 
 
 def test_only_the_last_reply_is_kept(site: OneSite) -> None:

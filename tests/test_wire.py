@@ -352,13 +352,21 @@ def test_half_a_surrogate_pair_does_not_keep_a_refusal_from_arriving() -> None:
 SPENT_AT = body(encode_reply(RESULT)).index(_pack_spending(SPENDING))
 FIGURES = [*range(1, 25, 8), *range(37, 77, 8)]
 """Where the floats of a packed spending begin."""
+TOTAL_AT = 53
+"""Where its total is, which is infinite after a release without privacy."""
 
 
 @pytest.mark.parametrize("position", FIGURES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
 def test_a_privacy_figure_that_is_negative_or_not_finite_is_refused(position: int, value: float) -> None:
+    told = with_bytes(encode_reply(RESULT), SPENT_AT + position, struct.pack("<d", value))
+    if (position, value) == (TOTAL_AT, math.inf):
+        got = read_reply(told)
+        assert isinstance(got, TrainResult)
+        assert got.spending == replace(SPENDING, epsilon_total=math.inf)
+        return
     with pytest.raises(ProtocolError, match="spending"):
-        read_reply(with_bytes(encode_reply(RESULT), SPENT_AT + position, struct.pack("<d", value)))
+        read_reply(told)
 
 
 @pytest.mark.parametrize(("position", "code"), [(0, len(SPENDING_KINDS)), (0, 255), (77, 3), (77, 255)])

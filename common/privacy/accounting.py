@@ -16,6 +16,10 @@ Which accountant answers depends on the releases and delta alone, all of them pu
   add up to more than ``PLD_DIVERGENCE_LIMIT``: epsilon is then in the hundreds or more, and the grid
   of the PLD needs seconds or gigabytes (the kernel may kill the process, which no one can catch);
 * the PLD raises, or has no finite answer, which happens for a delta below about 1e-14.
+
+A price takes seconds, whatever was released (``MOST_WORK``): of a history with very many different
+releases, noise is rounded down and rates up until few enough are left, which only raises epsilon, and
+the accountant's words say so. ``check_terms`` refuses figures that no honest job has.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
-from common.check import in_range, positive
+from common.check import at_least, in_range, positive
 from common.errors import BudgetExhausted, ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +50,12 @@ PLD_INTERVAL = 1e-3
 PLD_NOISE_FLOOR = 0.1
 PLD_DIVERGENCE_LIMIT = 1000.0
 LEAST_NOISE, MOST_NOISE = 0.01, 1e5
-"""Ends of the range that ``noise_multiplier_for`` searches."""
+"""Ends of the range that ``noise_multiplier_for`` searches, and of what may be charged."""
+LEAST_RATE = 1e-6
+MOST_COUNT = 10**6
+LEAST_DELTA = 1e-12
+MOST_WORK = 300.0
+"""Of one price, in units of some 8 ms: every distinct release takes 3, and 1/noise² more for the PLD's grid."""
 
 _LIBRARY = f"dp-accounting {version('dp-accounting')}"
 
@@ -72,6 +81,22 @@ class Release:
         in_range(0, 1, sample_rate=self.sample_rate)
         if not isinstance(self.count, int) or isinstance(self.count, bool):
             raise ConfigError(f"count must be a whole number, not {self.count!r}")
+
+
+def check_terms(releases: Sequence[Release], delta: float) -> None:
+    """Raise ConfigError for figures that no honest job has and that would take long to price.
+
+    Another party proposes them: what it makes up must not keep a site's processor busy.
+    """
+    at_least(LEAST_DELTA, delta=delta)
+    for release in releases:
+        at_least(LEAST_RATE, sample_rate=release.sample_rate)
+        if not LEAST_NOISE <= release.noise_multiplier <= MOST_NOISE:
+            raise ConfigError(
+                f"noise-multiplier must be from {LEAST_NOISE:g} to {MOST_NOISE:g}, not {release.noise_multiplier!r}"
+            )
+        if release.count > MOST_COUNT:
+            raise ConfigError(f"a charge is for at most {MOST_COUNT:,} steps, not {release.count:,}")
 
 
 def epsilon(releases: Sequence[Release], delta: float, *, method: Method = "pld") -> float:
@@ -129,8 +154,38 @@ def _merge(releases: Sequence[Release]) -> Merged:
     return tuple((noise, rate, count) for (noise, rate), count in sorted(counts.items()))
 
 
+def _work(merged: Merged) -> float:
+    return sum(3 + (noise**-2 if noise >= PLD_NOISE_FLOOR else 0.0) for noise, _, _ in merged)
+
+
+def _affordable(merged: Merged) -> tuple[Merged, str]:
+    """Return ``merged``, or fewer releases that together cost at least as much privacy, and in words what was done.
+
+    Less noise on the same sample, or the same noise on a sample that more records are in, loses no less: a
+    release is the other one with noise added, or with records left out at random first. The grids of noise and
+    rate are powers of two, each of which holds all of the next, so a longer history never costs less.
+    """
+    step, rounded = 1 / 64, merged
+    while _work(rounded) > MOST_WORK and step <= 64:
+        coarse: Counter[tuple[float, float]] = Counter()
+        for noise, rate, count in merged:
+            lower = min(noise, 2.0 ** (step * math.floor(math.log2(noise) / step)))
+            higher = max(rate, 2.0 ** (step * math.ceil(math.log2(rate) / step)))
+            coarse[lower, higher] += count
+        rounded = tuple((noise, rate, count) for (noise, rate), count in sorted(coarse.items()))
+        step *= 2
+    percent = 100 * (2 ** (step / 2) - 1)
+    return rounded, "" if rounded == merged else f" (noise rounded down and rates up, by up to {percent:.2g} %)"
+
+
 @lru_cache(maxsize=4096)
 def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
+    merged, rounding = _affordable(merged)
+    value, words = _answer(merged, delta, method)
+    return value, words + rounding
+
+
+def _answer(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
     reason = ""
     if method == "pld":
         reason = _why_not_pld(merged)

@@ -1,4 +1,4 @@
-"""What a ledger holds and hands out: terms, budgets, charges with their price, and the rows as they stand."""
+"""What a ledger holds and hands out: terms, budgets, exposures, charges with their price, and rows as they stand."""
 
 from __future__ import annotations
 
@@ -62,6 +62,9 @@ class Charge:
     """The budget that held: the caller's or the ledger's, whichever is smaller."""
     delta: float
     """The delta at which all of the data set's releases were composed."""
+    exposed: bool = False
+    """Whether records of the data set were released without privacy too. Then no epsilon holds for them: the
+    figures above are of what was charged alone."""
 
     @property
     def epsilon_increment(self) -> float:
@@ -84,6 +87,20 @@ class Entry:
     delta: float
     clip_norm: float
     charged_at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """One row of the ledger: a round that released records without privacy, which no budget pays for."""
+
+    id: int
+    dataset: str
+    run: str
+    round_number: int
+    steps: int
+    """Optimiser steps; 0 for a start from a full gradient."""
+    released_at: str
     """UTC, ISO 8601."""
 
 

@@ -1,8 +1,12 @@
 """The durable ledger of one site: what every data set has paid, over all runs, rounds and restarts.
 
-A charge is priced and written in one SQLite transaction that holds the write lock from before the
-history is read, so two processes can never spend the same remainder. It is on disk before
+A charge is priced first, and written in one SQLite transaction that holds the write lock and begins by
+asking whether anybody has written since the history was read: then it is priced again. So two processes
+can never spend the same remainder, and none waits while another computes. A charge is on disk before
 ``charge`` returns, and only then may a record be touched. Rows are only ever added.
+
+A round without privacy costs no budget, because no budget could pay for it: it is written down as an
+exposure. From then on no epsilon holds for the data set, nor for another one with one of its records.
 
 Beside charges the ledger keeps, per data set, the budgets that its steward has set (the latest one
 holds) and keyed hashes of every record that it was charged for. A charge for records of which another
@@ -18,20 +22,25 @@ How the file survives crashes, and what it cannot know, stands in ``ledger_file`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
-from common.check import below, in_range, not_negative, positive
-from common.errors import BudgetExhausted, ConfigError, LedgerError
+from common.check import in_range, not_negative, positive
+from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy import accounting
-from common.privacy.accounting import TRAINING, Release
-from common.privacy.charges import EVALUATION, Budget, Charge, Entry, Terms, of_all, price
+from common.privacy.accounting import TRAINING, Release, check_terms
+from common.privacy.budgets import BudgetHistory
+from common.privacy.charges import EVALUATION, Charge, Entry, Exposure, of_all, price
 from common.privacy.figures import epsilon_text, remaining_text
-from common.privacy.ledger_file import LedgerFile, one_line
+from common.privacy.ledger_file import now, one_line
+
+PRICES = 4
+"""How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""
 
 
-class Ledger(LedgerFile):
-    """The ledger in the file ``path``: charges, budgets and what is known of records. See ``LedgerFile``."""
+class Ledger(BudgetHistory):
+    """The ledger in the file ``path``: charges, exposures, budgets and what is known of records. See ``LedgerFile``."""
 
     def charge(
         self,
@@ -45,6 +54,7 @@ class Ledger(LedgerFile):
         clip_norm: float,
         records: Collection[int] = (),
         allow: Callable[[int, int], None] | None = None,
+        after_exposure: bool = False,
     ) -> Charge:
         """Price ``releases`` on top of all that ``dataset`` has spent, and write them down durably.
 
@@ -67,9 +77,12 @@ class Ledger(LedgerFile):
             records: ``record_hashes`` under ``key`` of the records that are about to be used; they are
                 kept. Records under the same name may change: they stay on the same budget.
             allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
+            after_exposure: whether to charge also where records were released without privacy; the budget
+                then holds for what was charged, and the receipt says ``exposed``.
 
         Raises:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
+            PolicyRefusal: records were released without privacy.
             ConfigError: a figure is out of range, or there is nothing to charge.
             LedgerError: the file cannot be read or written, or was locked for 60 seconds.
         """
@@ -78,11 +91,17 @@ class Ledger(LedgerFile):
         not_negative(round_number=round_number)
         if not releases or not dataset or not run:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
-        with self._transaction():
-            names = [dataset, *self._recognise(dataset, records)]
+        check_terms(releases, delta)
+        with self._offer(dataset, records, releases, delta, max_epsilon) as prices:
             if allow:
                 allow(*self.trained(dataset, run))
-            prices = self._prices(names, releases, delta, max_epsilon)
+            self._remember(dataset, records)
+            exposed = self.exposed(dataset)
+            if exposed and not after_exposure:
+                raise PolicyRefusal(
+                    f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
+                    "them: a private run needs after-no-privacy = true in the site's policy"
+                )
             charge = prices[dataset]
             what = f"data set {dataset!r} refuses round {round_number} of run {run!r}"
             if not charge.epsilon_after <= charge.max_epsilon:
@@ -105,85 +124,116 @@ class Ledger(LedgerFile):
                 [
                     (
                         *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, charge.delta),
-                        *(1.0 if r.kind == EVALUATION else clip_norm, _now()),
+                        *(1.0 if r.kind == EVALUATION else clip_norm, now()),
                     )
-                    for name in names
+                    for name in prices
                     for r in releases
                 ],
             )
-            self._connection.executemany(
-                "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
-            )
-        return of_all(charge, prices.values())
+        return replace(of_all(charge, prices.values()), exposed=exposed)
 
-    def set_budget(self, dataset: str, epsilon: float, delta: float) -> Terms:
-        """Make (epsilon, delta) the steward's budget of ``dataset`` and return what held until then.
+    def expose(
+        self,
+        dataset: str,
+        *,
+        run: str,
+        round_number: int,
+        steps: int,
+        records: Collection[int] = (),
+        allow: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write down durably that a round is about to release records of ``dataset`` without privacy.
 
-        This is how a budget is raised, too; earlier ones stay in the history. A delta that the data set
-        was already charged or budgeted at never grows.
+        Guarantees: when this returns, the event is on disk; when it raises, nothing was written. From then on
+        ``exposed`` is true of this data set, and of any other that shares a record with it.
+
+        Args:
+            steps: optimiser steps of the round.
+            dataset, run, round_number, records, allow: as in ``charge``.
 
         Raises:
-            ConfigError: a figure is out of range, or the name is empty.
-            LedgerError: the file cannot be written.
+            ConfigError: a figure is out of range, or a name is empty.
+            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
         """
-        positive(epsilon=epsilon)
-        in_range(0, 0.5, delta=delta)
-        below(0.5, delta=delta)
-        if not dataset:
-            raise ConfigError("a budget needs a data set: name it")
+        not_negative(round_number=round_number, steps=steps)
+        if not dataset or not run:
+            raise ConfigError("a release without privacy needs a data set and a run: name both")
         with self._transaction():
-            before = self.terms(dataset)
-            self._insert_budget(dataset, epsilon, delta)
-        return before
+            if allow:
+                allow(*self.trained(dataset, run))
+            self._remember(dataset, records)
+            self._connection.execute(
+                "INSERT INTO exposures (dataset, run, round, steps, released_at) VALUES (?, ?, ?, ?, ?)",
+                (dataset, run, round_number, steps, now()),
+            )
 
-    def lower_budget(self, dataset: str, epsilon: float, delta: float) -> Terms:
-        """Take the stricter of the stored budget and this one, store it if it is new, and return what now holds.
+    @contextmanager
+    def _offer(
+        self, dataset: str, records: Collection[int], releases: Sequence[Release], delta: float, max_epsilon: float
+    ) -> Iterator[dict[str, Charge]]:
+        """Hold the write lock with the prices of ``releases`` on top of everything that the ledger holds by then.
 
-        Infinite figures stand for "as stored"; without any budget nothing is stored.
+        They are computed before the lock is taken, and again if anybody else has written meanwhile. Who is
+        too slow ``PRICES`` times computes them under the lock: some seconds, by the accountant's ``MOST_WORK``.
         """
-        with self._transaction():
-            stored = self.terms(dataset)
-            wanted = stored.stricter(epsilon, delta)
-            if wanted != (stored.epsilon, stored.delta) and all(map(math.isfinite, wanted)):
-                self._insert_budget(dataset, *wanted)
-        return Terms(*wanted)
 
-    def _insert_budget(self, dataset: str, epsilon: float, delta: float) -> None:
-        self._connection.execute(
-            "INSERT INTO budgets (dataset, epsilon, delta, set_at) VALUES (?, ?, ?, ?)",
-            (dataset, epsilon, delta, _now()),
+        def offer() -> dict[str, Charge]:
+            return self._prices([dataset, *self._recognise(dataset, records)], releases, delta, max_epsilon)
+
+        for left in reversed(range(PRICES + 1)):
+            seen, prices = self._version(), offer()
+            with self._transaction():
+                if self._version() != seen:
+                    if left:
+                        continue
+                    prices = offer()
+                yield prices
+                return
+
+    def _version(self) -> int:
+        """Return a number that is another one once any other connection has written to the file."""
+        with one_line(self.path, "read"):
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def _remember(self, dataset: str, records: Collection[int]) -> None:
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
         )
 
-    def terms(self, dataset: str) -> Terms:
-        """Return the budget and the delta that hold for ``dataset`` by what the ledger has seen."""
-        with one_line(self.path, "read"):
-            latest = self._connection.execute(
-                "SELECT epsilon FROM budgets WHERE dataset = ? ORDER BY id DESC LIMIT 1", (dataset,)
-            ).fetchone()
-            (delta,) = self._connection.execute(
-                "SELECT MIN(delta) FROM (SELECT delta FROM budgets WHERE dataset = :name "
-                "UNION ALL SELECT delta FROM charges WHERE dataset = :name)",
-                {"name": dataset},
-            ).fetchone()
-        return Terms(latest[0] if latest else math.inf, math.inf if delta is None else delta)
-
-    def budgets(self) -> list[Budget]:
-        """Return every budget that was ever set, of all data sets, oldest first."""
-        with one_line(self.path, "read"):
-            rows = self._connection.execute(
-                "SELECT dataset, epsilon, delta, set_at, LAG(epsilon) OVER (PARTITION BY dataset ORDER BY id) "
-                "FROM budgets ORDER BY id"
-            )
-            return [Budget(*row) for row in rows]
-
     def trained(self, dataset: str, run: str) -> tuple[int, int]:
-        """Return how often a round of a run, and how many steps, were charged to ``dataset``; a round again counts."""
+        """Return how many rounds of a run, and how many steps, ``dataset`` has trained; a round again counts again.
+
+        Charged ones, and ones without privacy. A start from a full gradient is no round.
+        """
         with one_line(self.path, "read"):
             rounds, steps = self._connection.execute(
-                "SELECT COUNT(*), COALESCE(SUM(count), 0) FROM charges WHERE dataset = ? AND run = ? AND kind = ?",
-                (dataset, run, TRAINING),
+                "SELECT COUNT(*), COALESCE(SUM(steps), 0) FROM ("
+                "SELECT count AS steps FROM charges WHERE dataset = :name AND run = :run AND kind = :kind "
+                "UNION ALL SELECT steps FROM exposures WHERE dataset = :name AND run = :run AND round > 0)",
+                {"name": dataset, "run": run, "kind": TRAINING},
             ).fetchone()
         return rounds, steps
+
+    def exposed(self, dataset: str) -> bool:
+        """Return whether records of ``dataset`` were released without privacy, under this name or another one."""
+        with one_line(self.path, "read"):
+            names = [name for (name,) in self._connection.execute("SELECT DISTINCT dataset FROM exposures")]
+            if not names or dataset in names:
+                return bool(names)
+            (shared,) = self._connection.execute(
+                "SELECT EXISTS (SELECT 1 FROM records AS own JOIN records AS open USING (hash) WHERE own.dataset = ? "
+                "AND open.dataset IN (SELECT dataset FROM exposures))",
+                (dataset,),
+            ).fetchone()
+        return bool(shared)
+
+    def exposures(self) -> list[Exposure]:
+        """Return every round that released records without privacy, of all data sets, oldest first."""
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT id, dataset, run, round, steps, released_at FROM exposures ORDER BY id"
+            )
+            return [Exposure(*row) for row in rows]
 
     @property
     def key(self) -> bytes:
@@ -202,14 +252,15 @@ class Ledger(LedgerFile):
         """
         if not records:
             return []
-        self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
-        self._connection.execute("DELETE FROM opened")
-        self._connection.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
-        rows = self._connection.execute(
-            "SELECT DISTINCT dataset FROM opened JOIN records USING (hash) WHERE dataset != ? ORDER BY dataset",
-            (dataset,),
-        )
-        return [name for (name,) in rows.fetchall()]
+        with one_line(self.path, "read"):
+            self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
+            self._connection.execute("DELETE FROM opened")
+            self._connection.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
+            rows = self._connection.execute(
+                "SELECT DISTINCT dataset FROM opened JOIN records USING (hash) WHERE dataset != ? ORDER BY dataset",
+                (dataset,),
+            )
+            return [name for (name,) in rows.fetchall()]
 
     def _prices(
         self, names: Sequence[str], releases: Sequence[Release], delta: float, max_epsilon: float
@@ -244,11 +295,11 @@ class Ledger(LedgerFile):
             raise LedgerError(f"the ledger {self.path} is damaged ({error}): do not train, ask for help") from error
 
     def epsilon(self, dataset: str, delta: float) -> float:
-        """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name."""
-        return accounting.epsilon(self.spent(dataset), delta)
+        """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
+        return math.inf if self.exposed(dataset) else accounting.epsilon(self.spent(dataset), delta)
 
     def entries(self) -> list[Entry]:
-        """Return every row, of all data sets, oldest first."""
+        """Return every charge, of all data sets, oldest first."""
         with one_line(self.path, "read"):
             return [
                 Entry(*row)
@@ -257,10 +308,6 @@ class Ledger(LedgerFile):
                     "charged_at FROM charges ORDER BY id"
                 )
             ]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _spoken(releases: Sequence[Release]) -> str:

@@ -9,15 +9,23 @@ after the journal's removal; with FULL the journal could reappear and undo a fin
 What no file can know: a ledger restored from an old copy, or deleted, forgets. Keep it on a local
 disk (network file systems lock unreliably), mount its folder rather than the file, and never restore
 it from a backup.
+
+One name only. The journal is named after the path by which the file was opened. Of two hard links
+one would not see the journal that a killed process left under the other, and go on from half a
+charge, which the first link's journal then undoes together with all that came after it. So a file
+with two names is refused before SQLite looks at it. A symbolic link is no second name: the journal
+lies beside the file that it leads to.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,7 +34,7 @@ from common.errors import LedgerError
 
 APPLICATION_ID = 0x46564C44
 """``FVLD``, in the file's header."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_SECONDS = 60
 
 _CHARGES = """
@@ -61,14 +69,43 @@ CREATE TRIGGER no_record_update BEFORE UPDATE ON records BEGIN SELECT RAISE(ABOR
 CREATE TRIGGER no_record_delete BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
 CREATE TABLE secrets (key BLOB NOT NULL);
 """
-
-
-def _finish_schema() -> str:
-    """Return what brings the first format, made or just laid out, to the present one; with a new random key."""
-    return f"""{_SINCE_2}
-INSERT INTO secrets VALUES (X'{os.urandom(32).hex()}');
-PRAGMA user_version = {SCHEMA_VERSION};
+_SINCE_3 = """
+CREATE TABLE exposures (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    steps INTEGER NOT NULL CHECK (steps >= 0),
+    released_at TEXT NOT NULL
+);
+CREATE TRIGGER no_exposure_update BEFORE UPDATE ON exposures
+    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
+CREATE TRIGGER no_exposure_delete BEFORE DELETE ON exposures
+    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
 """
+
+
+def _finish_schema(present: int) -> str:
+    """Return what brings format ``present`` to this one; the first, made or just laid out, gets a new random key."""
+    key = f"INSERT INTO secrets VALUES (X'{os.urandom(32).hex()}');"
+    since = {2: f"{_SINCE_2}\n{key}", 3: _SINCE_3}
+    steps = "\n".join(script for version, script in since.items() if version > present)
+    return f"{steps}\nPRAGMA user_version = {SCHEMA_VERSION};\n"
+
+
+def only_ledger(folder: Path) -> Path:
+    """Return the file of the one ledger of ``folder``: the one that is there, or where the first one is made.
+
+    Raises:
+        LedgerError: there are several. What one of them holds would be forgotten by using another.
+    """
+    held = sorted(folder.glob("*.sqlite"))
+    if len(held) > 1:
+        raise LedgerError(
+            f"{held[0]} and {held[1]} are ledgers of one folder: name the one that goes on in the node's configuration "
+            "(ledger = FILE), since what the other one holds would count for nothing"
+        )
+    return held[0] if held else folder / "ledger.sqlite"
 
 
 class LedgerFile:
@@ -77,14 +114,16 @@ class LedgerFile:
     Every process and every thread opens its own. A context manager: it closes itself.
 
     Raises:
-        LedgerError: the file is not a ledger, is damaged, was written by a newer FedVeil, or cannot
-            be made or opened. An empty file is not a ledger: an existing one may have been cut short.
+        LedgerError: the file is not a ledger, is damaged, has a second name (a hard link), was written
+            by a newer FedVeil, or cannot be made or opened. An empty file is not a ledger: an existing
+            one may have been cut short.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         if not self.path.exists():
             _create(self.path)
+        _refuse_second_name(self.path)
         with one_line(self.path, "opened"):
             # mode=rw: a file that vanishes meanwhile is an error and not a new, empty history.
             self._connection = _connect(f"{self.path.absolute().as_uri()}?mode=rw", uri=True)
@@ -127,7 +166,7 @@ class LedgerFile:
             )
             if application != APPLICATION_ID:
                 raise LedgerError(f"{self.path} is not a FedVeil ledger: name another file")
-            if schema == 1 and finding == "ok":
+            if 1 <= schema < SCHEMA_VERSION and finding == "ok":
                 schema = self._migrate()
             if schema != SCHEMA_VERSION:
                 raise LedgerError(
@@ -138,12 +177,18 @@ class LedgerFile:
                 raise sqlite3.DatabaseError(str(finding))
 
     def _migrate(self) -> int:
-        """Bring a ledger of the first format to the present one, whole or not at all; return its format."""
+        """Bring a ledger of an earlier format to the present one, whole or not at all; return its format."""
         with self._transaction():
             (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
-            if schema == 1:  # else another process was first
-                _run_script(self._connection, _finish_schema())
-        return SCHEMA_VERSION if schema == 1 else schema
+            if schema >= SCHEMA_VERSION:  # another process was first
+                return int(schema)
+            _run_script(self._connection, _finish_schema(schema))
+        return SCHEMA_VERSION
+
+
+def now() -> str:
+    """Return the time that a row is written with: UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _run_script(connection: sqlite3.Connection, script: str) -> None:
@@ -173,12 +218,12 @@ def _create(path: Path) -> None:
     """
     with one_line(path, "made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+        descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)  # mode 0600
         os.close(descriptor)
         try:
             connection = _connect(draft)
             connection.executescript(
-                f"BEGIN; {_CHARGES} PRAGMA application_id = {APPLICATION_ID}; {_finish_schema()} COMMIT;"
+                f"BEGIN; {_CHARGES} PRAGMA application_id = {APPLICATION_ID}; {_finish_schema(1)} COMMIT;"
             )
             connection.close()
             try:
@@ -186,12 +231,40 @@ def _create(path: Path) -> None:
             except FileExistsError:
                 return
         finally:
-            os.unlink(draft)
+            Path(draft).unlink(missing_ok=True)  # who opened the ledger meanwhile may have been first
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _refuse_second_name(path: Path) -> None:
+    """Raise LedgerError if the ledger has another hard link than this one.
+
+    Between the two calls that put a new ledger in its place, and for good if its maker is killed there, the draft's
+    name is a second one. Whoever opens the ledger takes that name away: no one has opened the ledger by it.
+    """
+    with one_line(path, "opened"):
+        if path.stat().st_nlink > 1:
+            place = path.resolve()
+            drafts = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]+\.draft")
+            for other in place.parent.iterdir():
+                if drafts.fullmatch(other.name) and _is_same(other, place):
+                    other.unlink(missing_ok=True)
+        names = path.stat().st_nlink
+    if names > 1:
+        raise LedgerError(
+            f"the ledger {path} has {names} names (hard links), and charges would be lost between them: "
+            "remove all but one, and keep the one that has a file of its name with '-journal' beside it, if any has"
+        )
+
+
+def _is_same(other: Path, place: Path) -> bool:
+    try:
+        return other.samefile(place)
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from common.check import clip_norm, in_range, positive
 from common.config import PrivacyConfig, TrainingConfig
 from common.errors import ConfigError, PrivacyError
-from common.privacy.accounting import Release, noise_multiplier_for
+from common.privacy.accounting import Release, check_terms, noise_multiplier_for
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PrivacyPlan:
         records that the site declares, not the one that it counts.
 
         Raises:
-            ConfigError: privacy is off, or a figure is out of range.
+            ConfigError: privacy is off, or a figure is out of range, or none that an honest job has (``check_terms``).
             PrivacyError: delta is above one over the declared size, so that publishing a whole record
                 at random would satisfy it.
         """
@@ -72,6 +72,8 @@ class PrivacyPlan:
                 f"privacy.delta is {privacy.delta:g}, above 1/{public_size} = {1 / public_size:.3g} of the declared "
                 f"size {public_size}: set privacy.delta to {1 / public_size:.1g} or less"
             )
+        steps = Release(privacy.noise_multiplier or 1.0, training.sample_rate, total_steps)
+        check_terms([steps, *before], privacy.delta)
         return cls(
             clip_norm=privacy.clip_norm,
             noise_multiplier=privacy.noise_multiplier

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from common.check import nearest, positive
 from common.config import Scalar
 from common.errors import ConfigError
+from common.privacy.ledger_file import only_ledger
 from experiments.deploy.certificates import read_certificate
 from experiments.deploy.files import make_folder, read_bytes
 from experiments.deploy.node_keys import new_node_key
@@ -67,8 +68,8 @@ class SiteFolder:
 
     @property
     def ledger(self) -> Path:
-        """The privacy ledger."""
-        return self.path / "ledger" / f"{self.site}.sqlite"
+        """The privacy ledger: one, whatever the site is called; LedgerError if the folder holds several."""
+        return only_ledger(self.path / "ledger")
 
 
 def open_site_folder(path: Path) -> SiteFolder:

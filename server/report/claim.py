@@ -61,13 +61,20 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         sentence = OFF if mode == "none" else NOTHING_YET
         return Claim(False, mode, sentence, "", "", "", "", "", head, [], [], _gaps(files, sites, unpaid, mode))
     accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
+    sentence = (
+        f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
+        f"differentially private in {claim.UNIT}. Both are the maximum over sites: their records are disjoint."
+    )
+    if any(site.agreement == "exposed" for site in sites):
+        # Without names: a sentence is not escaped as they are. The gaps name the sites.
+        sentence = (
+            "ε is ∞: records of a site were released without privacy before, so nothing is promised about them, "
+            "whatever noise this run added. What each site has spent stands in the table of sites."
+        )
     return Claim(
         made=True,
         privacy_mode=mode,
-        sentence=(
-            f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
-            f"differentially private in {claim.UNIT}. Both are the maximum over sites: their records are disjoint."
-        ),
+        sentence=sentence,
         unit=claim.UNIT,
         neighbours=claim.ADJACENCY,
         adversary=claim.ADVERSARY,
@@ -86,7 +93,7 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], m
     settings = files.config["settings"]
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []
-    gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown")]
+    gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
     if unpaid:
         gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
     accounted = {(line["round"], line["site"]) for line in files.privacy}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 from common.errors import DataError
-from server.files import replace_file
+from server.files import finite, replace_file
 from server.report.data import ReportData, report_of
 from server.report.markdown import to_markdown
 from server.report.page import to_html
@@ -24,16 +22,8 @@ def to_json(data: ReportData) -> bytes:
 
     Figures that are not finite have no JSON; they are written as the text ``inf``, ``-inf`` or ``nan``.
     """
-    value = _finite(dataclasses.asdict(data))
+    value = finite(dataclasses.asdict(data))
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown_report(folder: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,8 @@ def _round_fault(line: Line) -> str:
 
 
 def _privacy_fault(line: Line) -> str:
+    if line.get("epsilon_total") == "inf":
+        line["epsilon_total"] = math.inf
     fault = _fault(line, {"round": int, "site": str})
     makes_no_claim = all(line.get(name) is None for name in SPENT_FIELDS if name != "accountant")
     return fault or ("" if makes_no_claim else _fault(line, SPENT_FIELDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -72,9 +73,9 @@ def epsilon_chart(data: ReportData) -> Chart | None:
 
 
 def accuracy_chart(data: ReportData) -> Chart | None:
-    """Return accuracy against ε, or against rounds where there is no ε."""
+    """Return accuracy against ε, or against rounds where there is no finite ε."""
     y = Axis("accuracy on public test data", percent=True)
-    if data.headline.epsilon is None:
+    if data.headline.epsilon is None or not math.isfinite(data.headline.epsilon):
         points = [(float(r.round_number), r.accuracy) for r in data.rounds if r.accuracy is not None]
         return line_chart(
             "accuracy", "Accuracy over rounds", Axis("round", whole=True), y, [Curve(data.strategy, points)]

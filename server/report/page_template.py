@@ -96,7 +96,7 @@ PAGE = """\
 <h2>Course of the run</h2>
 <div class="pair">
 {{ figure(epsilon_chart, "Privacy spent over rounds.", "ε by the sites' own ledgers; the dashed line is the budget.") }}
-{% if head.epsilon is not none %}
+{% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
 {{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
 {% else %}
 {{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before training.") }}

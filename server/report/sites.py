@@ -7,6 +7,7 @@ that reports less than its own lines cost is wrong, and the report says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ from server.report.folder import Line, RunFiles
 
 EVALUATION = "evaluation"
 """A site's count of its own records that the model gets right: one record changes it by at most 1."""
+EXPOSED = (
+    "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
+    "rounds all the same; the figures computed again are of this run's releases alone"
+)
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
 
@@ -47,7 +52,8 @@ class SiteReport:
     epsilon_rdp: float | None
     """Of this run's releases, by RDP: the cross-check."""
     agreement: str
-    """``agrees``, ``larger`` or ``smaller`` (the site's total against the recomputed one), ``unknown`` or ``none``."""
+    """``agrees``, ``larger`` or ``smaller`` (the site's total against the recomputed one), ``exposed`` (its total is
+    infinite), ``unknown`` or ``none``."""
     note: str
     """The agreement in words."""
 
@@ -198,6 +204,8 @@ def _recompute(
 def _compare(total: float | None, recomputed: float | None, fault: str) -> tuple[str, str]:
     if total is None:
         return "none", "released nothing that was paid for"
+    if total == math.inf:
+        return "exposed", EXPOSED
     if recomputed is None:
         return "unknown", f"cannot be computed again: {fault}"
     if abs(total - recomputed) <= TOLERANCE or total == recomputed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ def epsilon_words(members: Iterable[Member]) -> str:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)
     total, delta = epsilon_text(worst.epsilon_total), max(s.delta for s in spent)
-    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, record-level, worst site)"
+    why = ", its records were released without privacy before" if math.isinf(worst.epsilon_total) else ""
+    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, record-level, worst site{why})"
 
 
 def score_words(score: Score | None) -> str:

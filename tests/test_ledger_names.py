@@ -1,0 +1,316 @@
+"""A ledger has one name, a folder one ledger, and a name that the making leaves behind stands in nobody's way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.site import open_site
+from common.config import Scalar, from_mapping
+from common.errors import LedgerError
+from common.privacy.accounting import Release
+from common.privacy.charges import Charge
+from common.privacy.ledger import Ledger
+from common.privacy.ledger_file import only_ledger
+
+WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)
+# fork: a child that has to import the libraries again takes seconds.
+processes = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "site.sqlite"
+
+
+def charge(path: Path, round_number: int = 1, records: frozenset[int] = frozenset(), dataset: str = "ward") -> Charge:
+    with Ledger(path) as ledger:
+        return ledger.charge(
+            *(dataset, [WHISPER]),
+            run="1",
+            round_number=round_number,
+            delta=1e-5,
+            max_epsilon=8.0,
+            clip_norm=1.0,
+            records=records,
+        )
+
+
+def rounds(path: Path) -> list[int]:
+    with Ledger(path) as ledger:
+        return [entry.round_number for entry in ledger.entries()]
+
+
+def check_that_a_second_name_is_refused(path: Path) -> None:
+    charge(path)
+    second = path.with_name("link.sqlite")
+    os.link(path, second)
+    for name in (path, second):
+        with pytest.raises(LedgerError, match=r"2 names \(hard links\)") as error:
+            charge(name, 2)
+        assert "\n" not in str(error.value)
+    second.unlink()
+    assert rounds(path) == [1]
+
+
+def test_a_ledger_with_a_second_hard_link_is_refused_by_both_names(path: Path) -> None:
+    check_that_a_second_name_is_refused(path)
+
+
+def test_a_ledger_that_takes_two_names_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.privacy.ledger_file._refuse_second_name", lambda _: None)
+    with pytest.raises(pytest.fail.Exception):
+        check_that_a_second_name_is_refused(path)
+
+
+def charge_and_die(path: Path) -> None:
+    """Charge with so many records that pages are written before the commit, and be killed there."""
+    with Ledger(path) as ledger:
+        connection = ledger._connection
+        connection.execute("PRAGMA cache_size = 5")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(
+            "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
+            "charged_at) VALUES ('ward', '1', 9, 'training', 20.0, 0.01, 1, 1e-5, 1.0, 'now')"
+        )
+        ledger._remember("ward", range(20_000))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def charges_lost_between_two_links(path: Path) -> bool:
+    """Kill a charge under one name, charge three times under another, and say whether the first name forgets them."""
+    charge(path, 1)
+    child = processes.Process(target=charge_and_die, args=(path,))
+    child.start()
+    child.join()
+    assert Path(f"{path}-journal").exists(), "nothing was written before the kill: the test tests nothing"
+    second = path.with_name("link.sqlite")
+    os.link(path, second)
+    try:
+        for number in (2, 3, 4):
+            charge(second, number)
+    except LedgerError:
+        second.unlink()
+        return rounds(path) != [1]
+    second.unlink()
+    return rounds(path) != [1, 2, 3, 4]
+
+
+def test_no_charge_is_lost_between_two_links_and_what_allowed_them_is_found_out(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not charges_lost_between_two_links(path)
+    monkeypatch.setattr("common.privacy.ledger_file._refuse_second_name", lambda _: None)
+    (tmp_path / "old").mkdir()
+    try:
+        lost = charges_lost_between_two_links(tmp_path / "old" / "site.sqlite")
+    except LedgerError:  # damaged, which is no better
+        lost = True
+    assert lost, "two links lose nothing here: the check has no reason"
+
+
+def test_a_symbolic_link_is_no_second_name(path: Path) -> None:
+    charge(path, 1)
+    link = path.with_name("link.sqlite")
+    link.symlink_to(path)
+    charge(link, 2)
+    assert rounds(path) == [1, 2]
+
+
+def make_and_stop(path: Path, linked: Event) -> None:
+    """Make a ledger, and be killed between its two names."""
+    unlink = Path.unlink
+
+    def stop(self: Path, missing_ok: bool = False) -> None:
+        if self.name.endswith(".draft"):
+            linked.set()
+            signal.pause()
+        unlink(self, missing_ok=missing_ok)
+
+    Path.unlink = stop  # type: ignore[method-assign]
+    Ledger(path)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["while it is made", "after its maker was killed"])
+def test_a_name_that_the_making_leaves_is_taken_away_by_whoever_opens(path: Path, killed: bool) -> None:
+    linked = processes.Event()
+    maker = processes.Process(target=make_and_stop, args=(path, linked))
+    maker.start()
+    assert linked.wait(30)
+    if killed:
+        maker.kill()
+        maker.join()
+    assert path.stat().st_nlink == 2, "the maker was not caught between its two steps"
+    charge(path)
+    assert rounds(path) == [1]
+    assert os.listdir(path.parent) == [path.name]
+    maker.kill()
+    maker.join()
+
+
+def open_often(folder: Path, begin: Event) -> None:
+    begin.wait()
+    for number in range(60):
+        Ledger(folder / f"{number}.sqlite").close()
+
+
+def test_two_processes_that_make_the_same_ledgers_disturb_each_other_nowhere(tmp_path: Path) -> None:
+    begin = processes.Event()
+    children = [processes.Process(target=open_often, args=(tmp_path, begin)) for _ in range(2)]
+    for child in children:
+        child.start()
+    begin.set()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{number}.sqlite" for number in range(60))
+
+
+# One ledger of a user.
+
+
+def default_ledger(site: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the ledger of a deployed site that names none."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(home))
+    node: dict[str, Scalar] = {"site": site, "partition-id": 0, "num-partitions": 2}
+    return open_site(node, from_mapping({"data.name": "rotten-tomatoes"}), "1", simulated=False).ledger_path
+
+
+def check_that_another_name_is_no_fresh_budget(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = frozenset(range(10))
+    first = charge(default_ledger("clinic", home, monkeypatch), 1, records, "clinic")
+    second = charge(default_ledger("renamed", home, monkeypatch), 1, records, "renamed")
+    assert second.epsilon_before == first.epsilon_after > 0, "another name is a fresh budget"
+
+
+def test_a_user_has_one_ledger_whatever_the_site_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_that_another_name_is_no_fresh_budget(tmp_path, monkeypatch)
+    assert default_ledger("any", tmp_path, monkeypatch) == tmp_path / "fedveil" / "ledger.sqlite"
+
+
+def test_a_ledger_for_every_name_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(("clinic.sqlite", "renamed.sqlite"))
+    monkeypatch.setattr("client.site.only_ledger", lambda folder: folder / next(names))
+    with pytest.raises(AssertionError, match="a fresh budget"):
+        check_that_another_name_is_no_fresh_budget(tmp_path, monkeypatch)
+
+
+def test_a_ledger_of_an_earlier_version_goes_on_and_of_two_one_must_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "fedveil" / "clinic.sqlite"
+    charge(old)
+    assert default_ledger("another", tmp_path, monkeypatch) == old
+    charge(old.with_name("ward.sqlite"))
+    with pytest.raises(LedgerError, match="name the one that goes on") as error:
+        default_ledger("clinic", tmp_path, monkeypatch)
+    assert "\n" not in str(error.value)
+
+
+def test_a_half_made_ledger_or_a_journal_is_no_ledger_of_the_folder(tmp_path: Path) -> None:
+    for name in (".ledger.sqlite.abc_1234.draft", "ledger.sqlite-journal", "notes.txt"):
+        (tmp_path / name).touch()
+    assert only_ledger(tmp_path) == only_ledger(tmp_path / "nowhere").parent.parent / "ledger.sqlite"
+
+
+# Ledgers of earlier formats.
+
+SECOND_FORMAT = """
+CREATE TABLE charges (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+    kind TEXT NOT NULL, noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
+    sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
+    count INTEGER NOT NULL CHECK (count >= 1), delta REAL NOT NULL, clip_norm REAL NOT NULL, charged_at TEXT NOT NULL
+);
+CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+CREATE TABLE budgets (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, epsilon REAL NOT NULL CHECK (epsilon > 0),
+    delta REAL NOT NULL CHECK (delta > 0 AND delta < 0.5), set_at TEXT NOT NULL
+);
+CREATE TRIGGER no_budget_update BEFORE UPDATE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
+CREATE TRIGGER no_budget_delete BEFORE DELETE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
+CREATE TABLE records (hash INTEGER NOT NULL, dataset TEXT NOT NULL, PRIMARY KEY (hash, dataset)) WITHOUT ROWID;
+CREATE TRIGGER no_record_update BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
+CREATE TRIGGER no_record_delete BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
+CREATE TABLE secrets (key BLOB NOT NULL);
+INSERT INTO secrets VALUES (x'000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f');
+INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, charged_at)
+VALUES ('ward', 'old', 1, 'training', 20.0, 0.01, 1, 1e-5, 0.5, '2026-01-02T03:04:05+00:00');
+INSERT INTO budgets (dataset, epsilon, delta, set_at) VALUES ('ward', 3.0, 1e-5, '2026-01-02T03:04:05+00:00');
+INSERT INTO records VALUES (7, 'ward');
+PRAGMA application_id = 0x46564C44;
+PRAGMA user_version = 2;
+"""
+
+
+@pytest.fixture
+def second_format(path: Path) -> Path:
+    connection = sqlite3.connect(path)
+    connection.executescript(SECOND_FORMAT)
+    connection.close()
+    return path
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Return the format, the tables' columns and triggers, and the rows that format 2 has."""
+    connection = sqlite3.connect(path)
+    tables = ("charges", "budgets", "records", "secrets")
+    found = {
+        "format": connection.execute("PRAGMA user_version").fetchone()[0],
+        "names": sorted(connection.execute("SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")),
+        "columns": {name: [row[1:] for row in connection.execute(f"PRAGMA table_info({name})")] for name in tables},
+        "rows": {name: connection.execute(f"SELECT * FROM {name}").fetchall() for name in tables},
+    }
+    connection.close()
+    return found
+
+
+def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
+    second_format: Path, tmp_path: Path
+) -> None:
+    before = content(second_format)
+    Ledger(second_format).close()
+    after = content(second_format)
+    assert (before["format"], after["format"]) == (2, 3)
+    assert after["rows"] == before["rows"]
+    Ledger(tmp_path / "new.sqlite").close()
+    new = content(tmp_path / "new.sqlite")
+    assert (after["names"], after["columns"]) == (new["names"], new["columns"])
+    charge(second_format, 2)
+    assert rounds(second_format) == [1, 2]
+
+
+def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) -> None:
+    """Migrate a ledger, and be killed after so many of the migration's statements."""
+    import common.privacy.ledger_file as file
+
+    def some(connection: sqlite3.Connection, statements: str) -> None:
+        whole = [part for part in statements.splitlines(keepends=True) if part.strip()]
+        script(connection, "".join(whole[:after]))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    file._run_script = some
+    Ledger(path)
+
+
+@pytest.mark.parametrize("after", [8, 12, 14])
+def test_a_migration_that_is_killed_leaves_the_old_ledger_whole(second_format: Path, after: int) -> None:
+    from common.privacy.ledger_file import _run_script
+
+    before = content(second_format)
+    child = processes.Process(target=migrate_and_die, args=(second_format, _run_script, after))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert content(second_format) == before
+    assert rounds(second_format) == [1]
+    assert content(second_format)["format"] == 3
