@@ -160,7 +160,8 @@ def own_settings(config: RunConfig) -> DataConfig:
     was read of these records as well would be one more question about them.
     """
     columns = {role.attribute: getattr(config.data, role.attribute) for role in ROLES[config.model.task]}
-    return DataConfig(name=config.data.name, labels=config.data.labels, partition="iid", **columns)
+    name = config.data.name if is_public(config.data.name) else ""
+    return DataConfig(name=name, labels=config.data.labels, partition="iid", **columns)
 
 
 def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:

@@ -6,28 +6,39 @@ import csv
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from conftest import write_questions, write_reviews
+from conftest import write_questions
 from one_site import OneSite, clinic, pins
 
+from audits.faults import SOUND, Fault
+from audits.hostile_questions import (
+    DIGITS,
+    FINGERPRINTS,
+    NAMES,
+    PINS,
+    audit_questions,
+    heard,
+    learnt,
+    looked_at,
+    models_unasked,
+    pins_unheld,
+    places,
+    with_codes,
+)
 from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
 from common import tasks
 from common.config import TASKS, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
 from common.data import load_dataset
-from common.errors import ConfigError, FedVeilError, PolicyRefusal
+from common.errors import FedVeilError, PolicyRefusal
 from common.messages import Refusal
 from common.roles import ROLES, Role
 from strategies import configure
-
-CODES = [f"code-{i:02}" for i in range(40)]
-RARE = "code-99"
 
 
 @pytest.fixture
@@ -35,76 +46,24 @@ def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
     return clinic(toy_settings, tmp_path)
 
 
-def with_codes(path: Path, last: str) -> Path:
-    """Write 41 reviews with a column of postcodes, of which ``last`` is the one of the last record."""
-    with write_reviews(path, 41).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["text", "label", "author", "postcode"])
-        writer.writeheader()
-        writer.writerows({**row, "postcode": code} for row, code in zip(rows, [*CODES, last], strict=True))
-    return path
-
-
-def questions() -> Iterator[dict[str, Scalar]]:
-    """Yield twelve questions: six of a binary search for a postcode, and one of every other kind."""
-    asked = [*CODES, RARE]
-    for _ in range(6):
-        asked = asked[len(asked) // 2 :] if len(asked) > 3 else CODES[:2]
-        yield {"data.label": "postcode", "data.labels": ",".join(asked)}
-    yield {"data.labels": "good,bad"}
-    yield {"data.labels": "bad,fair,good"}
-    yield {"data.text": "postcode"}
-    yield {"data.text-pair": "postcode"}
-    yield {"model.max-length": 25}
-    yield {
-        "model.task": "causal-lm",
-        "head.policy": "frozen",
-        "data.prompt": "postcode",
-        "data.completion": "text",
-    }
-
-
-def replies(site: OneSite, folder: Path) -> list[list[Refusal]]:
-    """Return what twelve questions are answered, by a site without the rare record, with it, and without any file."""
-    task, settings, found = site.task(), dict(site.settings), []
-    files = (with_codes(folder / "without.csv", CODES[0]), with_codes(folder / "with.csv", RARE), folder / "no.csv")
-    for data in files:
-        site.node["data"] = str(data)
-        heard = []
-        for question in questions():
-            site.settings = {**settings, **question}
-            reply = site.ask(task)
-            heard.append(reply if isinstance(reply, Refusal) else Refusal("", 1, "", "trained", ""))
-        found.append(heard)
-    site.settings = settings
-    return found
-
-
-def learnt(site: OneSite, folder: Path) -> list[str]:
-    """Return what a server learns by twelve questions that are not the steward's."""
-    without, rare, absent = replies(site, folder)
-    found = [f"question {i} is answered: {reply.kind}" for i, reply in enumerate(rare) if reply.kind != "policy"]
-    found += ["the answers tell whether the rare record is there"] if without != rare else []
-    return found + (["a file that is not there is missed"] if absent != rare else [])
-
-
 def test_twelve_questions_of_a_hostile_server_are_refused_unread_in_the_same_words(
     site: OneSite, tmp_path: Path
 ) -> None:
-    assert learnt(site, tmp_path) == []
+    assert learnt(site, site.task(), tmp_path) == []
     assert site.charges() == []
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    """Check nothing."""
-
-
 def test_a_policy_whose_pins_are_not_held_is_found_out(site: OneSite, tmp_path: Path) -> None:
-    with patch("client.policy.check_pins", nothing):
-        found = learnt(site, tmp_path)
-    assert "a file that is not there is missed" in found
+    task = site.task()
+    with pins_unheld():
+        found = learnt(site, task, tmp_path)
+    assert "the answers tell that there is a file: it was read" in found
     assert len(found) > 12
+
+
+@pytest.mark.parametrize("fault", [SOUND, PINS, NAMES, FINGERPRINTS], ids=lambda fault: fault.name or "sound")
+def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_fault(fault: Fault, tmp_path: Path) -> None:
+    assert audit_questions(tmp_path, fault).passed
 
 
 # The table of roles.
@@ -263,83 +222,45 @@ def test_a_deployed_part_of_a_public_data_set_does_not_open_the_servers_test_fil
 
 
 @pytest.fixture
-def places(tmp_path: Path, model_folder: Callable[[str], str]) -> list[str]:
-    """Return folders and files that a server might look for on a site's disks."""
-    empty, odd, broken = (tmp_path / name for name in ("empty", "odd", "broken"))
-    for folder in (empty, odd, broken):
-        folder.mkdir()
-    (odd / "config.json").write_text('{"model_type": "patients-of-ward-7"}')
-    (broken / "config.json").write_text("[1, 2")
+def names(tmp_path: Path, model_folder: Callable[[str], str]) -> list[str]:
+    """Return what a server might look for, and a model's folder whose weights are none."""
     half = tmp_path / "half"
     shutil.copytree(model_folder("bert"), half)
     (half / "model.safetensors").write_bytes(b"\x00" * 64)
-    file = tmp_path / "file.csv"
-    file.write_text("text,label\n")
-    return [str(place) for place in (tmp_path / "absent", empty, "/etc", file, odd, broken, half)]
+    return [*places(tmp_path), str(half)]
 
 
-def heard(site: OneSite, places: list[str]) -> list[Refusal | None]:
-    """Return what a server hears that names these base models."""
-    task, found = site.task(), list[Refusal | None]()
-    for place in places:
-        site.settings["model.name"] = place
-        reply = site.ask(task)
-        found.append(reply if isinstance(reply, Refusal) else None)
-    return found
-
-
-def test_a_model_that_the_policy_does_not_name_is_not_looked_at(
-    site: OneSite, places: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = []
-
-    def load(name: str, task: str) -> Any:
-        loaded.append(name)
-        raise ConfigError("a model was loaded")
-
+def test_a_model_that_the_policy_does_not_name_is_not_looked_at(site: OneSite, names: list[str]) -> None:
     site.rule(models=None)
-    task = site.task()
-    monkeypatch.setattr("common.model.load_base_model", load)
-    monkeypatch.setattr(site, "task", lambda: task)
-    here = [*places, "nobody/hub-model"]
-    said = heard(site, here)
-    assert loaded == []
+    task, here = site.task(), [*names, "nobody/hub-model"]
+    assert looked_at(site, task, here) == []
+    said = heard(site, task, here[:-1])
     assert {reply.kind for reply in said if reply} == {"policy"}
-    assert len({reply.reason for reply in said[: len(places)] if reply}) == 1, "the words tell which paths exist"
-
-    with patch.object(Policy, "check_model_name", nothing):
-        heard(site, here)
-    assert loaded == here, "a site that does not ask before it loads is missed"
+    assert len({reply.reason for reply in said if reply}) == 1, "the words tell which paths exist"
+    with models_unasked():
+        assert looked_at(site, task, here) == here, "a site that does not ask before it loads is missed"
 
 
 def test_a_model_that_does_not_load_is_one_refusal_whatever_is_there(
-    site: OneSite, places: list[str], caplog: pytest.LogCaptureFixture
+    site: OneSite, names: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site.rule(models=[f"{place}=0123456789ab" for place in places])
-    task = site.task()
-    with patch.object(site, "task", lambda: task):
-        said = heard(site, places)
+    site.rule(models=[f"{name}={DIGITS}" for name in names])
+    said = heard(site, site.task(), names)
     assert {(reply.kind, reply.reason) for reply in said if reply} == {("failed", UNLOADED)}
     assert None not in said
     assert "patients-of-ward-7" in caplog.text, "the site's own log does not say why"
 
 
-@pytest.mark.parametrize("fault", [nullcontext(), patch.object(Policy, "check_model", nothing)], ids=["", "unasked"])
 def test_another_model_under_an_allowed_name_is_refused_before_a_record_is_tokenised(
-    site: OneSite, fault: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenised = []
-    monkeypatch.setattr("client.app._records", lambda *_: tokenised.append(True) or [])
+    monkeypatch.setattr("client.app._records", lambda *_: pytest.fail("a record was tokenised"))
     task = site.task()
-    site.rule(models=[f"{site.settings['model.name']}=000000000000"])
-    with fault as planted:
-        reply = site.ask(task)
-    if planted is None:
-        assert isinstance(reply, Refusal)
-        assert (reply.kind, tokenised) == ("policy", [])
-        assert "models = <path>; the run asks for the base model" in reply.reason
-    else:
-        assert tokenised, "a policy that does not ask the fingerprint is missed"
+    site.rule(models=[f"{site.settings['model.name']}={DIGITS}"])
+    reply = site.ask(task)
+    assert isinstance(reply, Refusal)
+    assert reply.kind == "policy"
+    assert "models = <path>; the run asks for the base model" in reply.reason
 
 
 def test_no_loader_runs_code_that_comes_with_a_model(
