@@ -15,6 +15,8 @@ from conftest import write_questions
 from one_site import OneSite, clinic
 
 import client.site
+from audits.faults import SOUND, Fault
+from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from client import local_training
 from client.outgoing import UNTOLD
 from common.config import DataConfig
@@ -319,3 +321,9 @@ def test_the_whole_row_is_known_again_from_another_kind_of_file(tmp_path: Path) 
     assert len(set(rows[0])) == 2
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         assert ledger.key, "rows are hashed once more under it"
+
+
+@pytest.mark.parametrize("fault", [SOUND, ROWS, COLUMNS, APART, DIVISIONS], ids=lambda fault: fault.name or "sound")
+def test_a_hostile_server_learns_nothing_by_records_and_each_fault_is_found(fault: Fault, tmp_path: Path) -> None:
+    finding = audit_records(tmp_path, fault)
+    assert finding.passed, finding
