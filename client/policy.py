@@ -2,7 +2,8 @@
 
 The server proposes a run. Where figures can be stricter the site takes the stricter one (smaller
 epsilon and delta, larger noise); where it is a matter of yes or no it refuses, and names the rule
-and both values. The file is read anew for every round.
+and both values; what the settings alone decide, before anything that they name is looked at. The file
+is read anew for every round.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ MODEL_DIGITS = 12
 
 @dataclass(frozen=True)
 class Policy:
-    """What a site allows. Every field is public; the defaults leave everything but unprotected runs to the server."""
+    """What a site allows. Every field is public.
+
+    The defaults leave to the server all but unprotected runs, private records and base models of its own.
+    """
 
     dataset_id: str = ""
     """What the ledger calls the data; empty: the node configuration's, or the site's name."""
