@@ -127,7 +127,7 @@ class Kills:
 
     def start(self, life: Life, task: TrainTask) -> Child:
         """Start the process that answers the next round's task."""
-        wanted = replace(task, run=str(life.number), round_number=life.released + 1)
+        wanted = replace(task, run=f"life-{life.number}", round_number=life.released + 1)
 
         def work(send: Send) -> None:
             send("started")

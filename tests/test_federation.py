@@ -49,7 +49,10 @@ def test_every_strategy_runs_with_and_without_privacy(
     if mode == "none":
         assert all(line["epsilon_total"] is None and "nothing is promised" in line["accountant"] for line in privacy)
         assert "Privacy was OFF" in (folder / "report.md").read_text()
-        assert not list(folder.glob("ledgers/*")), "a run without privacy has no ledger to charge"
+        for path in folder.glob("ledgers/*"):
+            with Ledger(path) as ledger:
+                assert ledger.entries() == [], "a run without privacy has nothing to charge"
+                assert [row.round_number for row in ledger.exposures()] == [1, 2]
     else:
         assert 0 < privacy[0]["epsilon_total"] < privacy[-1]["epsilon_total"] <= 8.0
 
