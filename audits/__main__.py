@@ -41,7 +41,10 @@ FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "
 def noise_and_sensitivity(folder: Path) -> list[Finding]:
     """Return the findings about the mechanism's noise and clip."""
     worlds = [world_of(folder / family, family, adapter, head) for family, adapter, head in FAMILIES]
-    seen = [audit_noise(worlds[0], f) for f in (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.SHARED_SEED)]
+    seen = [
+        audit_noise(worlds[0], f)
+        for f in (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.FLOATING, faults.SHARED_SEED)
+    ]
     for world in worlds:
         couples = () if world.model.task.has_head else (faults.TOKEN_MEAN,)
         seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, *couples)]

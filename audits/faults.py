@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from client import budget, local_training
 from common.privacy import dpsgd
 from common.privacy.ledger import Ledger
-from common.randomness import private_normal
+from common.randomness import _entropy, add_private_noise
 from common.tasks import Batch, Task
 
 Plant = Callable[[], AbstractContextManager[Any]]
@@ -44,14 +44,26 @@ def same_seeds() -> None:
     random.seed(5)
 
 
-def zero_noise(shape: tuple[int, ...], _: float) -> Tensor:
-    """Stand in for ``private_normal`` without noise."""
-    return torch.zeros(shape, dtype=torch.float64)
+def zero_noise(total: Tensor, _: float) -> Tensor:
+    """Stand in for ``add_private_noise`` without noise."""
+    return total.double()
+
+
+def float_noise(total: Tensor, std: float) -> Tensor:
+    """Stand in for ``add_private_noise`` with noise by inverse CDF of 52 bits, added in float64, on no grid."""
+    bits = (_entropy(total.numel()) >> np.uint64(12)).astype(np.float64)
+    noise = torch.special.ndtri(torch.from_numpy((bits + 0.5) * 2.0**-52)) * std
+    return total.double() + noise.reshape(total.shape)
+
+
+def noise_in_floating_point() -> AbstractContextManager[Any]:
+    """Noise whose lowest bits, and gaps in the tails, tell what it was added to."""
+    return patch.object(dpsgd, "add_private_noise", float_noise)
 
 
 def noise_halved() -> AbstractContextManager[Any]:
     """Half the standard deviation."""
-    return patch.object(dpsgd, "private_normal", lambda shape, std: private_normal(shape, std / 2))
+    return patch.object(dpsgd, "add_private_noise", lambda total, std: add_private_noise(total, std / 2))
 
 
 @contextmanager
@@ -60,7 +72,7 @@ def noise_on_every_second_step() -> Iterator[None]:
     steps, add_noise = count(), dpsgd._Mechanism.add_noise
 
     def sometimes(mechanism: Any) -> None:
-        with nullcontext() if next(steps) % 2 else patch.object(dpsgd, "private_normal", zero_noise):
+        with nullcontext() if next(steps) % 2 else patch.object(dpsgd, "add_private_noise", zero_noise):
             add_noise(mechanism)
 
     with patch.object(dpsgd._Mechanism, "add_noise", sometimes):
@@ -98,14 +110,14 @@ def ledger_reset() -> Iterator[None]:
 def shared_seed() -> Iterator[None]:
     """Noise and batches from generators that every site seeds alike."""
 
-    def noise(shape: tuple[int, ...], std: float) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64) * std
+    def noise(total: Tensor, std: float) -> Tensor:
+        return total + torch.randn(total.shape, dtype=torch.float64) * std
 
     def sample(size: int, rate: float) -> Tensor:
         return (torch.rand(size) < rate).nonzero()[:, 0]
 
     with (
-        patch.object(dpsgd, "private_normal", noise),
+        patch.object(dpsgd, "add_private_noise", noise),
         patch.object(local_training, "private_poisson_sample", sample),
     ):
         yield
@@ -158,8 +170,9 @@ HALVED = Fault("noise halved", noise_halved)
 EVERY_SECOND = Fault("no noise on every second step", noise_on_every_second_step)
 DOUBLED = Fault("clip doubled", clip_doubled)
 RESET = Fault("ledger reset each round", ledger_reset)
+FLOATING = Fault("noise in floating point", noise_in_floating_point)
 SHARED_SEED = Fault("one seed for all sites", shared_seed)
 SHUFFLED = Fault("shuffled batches", shuffled_batches)
 TOKEN_MEAN = Fault("mean over the batch's tokens", token_mean_loss)
 PRIVATE_SIZE = Fault("divisor counts the records", divisor_of_records)
-FAULTS = (HALVED, EVERY_SECOND, DOUBLED, RESET, SHARED_SEED, SHUFFLED, TOKEN_MEAN, PRIVATE_SIZE)
+FAULTS = (HALVED, EVERY_SECOND, DOUBLED, RESET, FLOATING, SHARED_SEED, SHUFFLED, TOKEN_MEAN, PRIVATE_SIZE)

@@ -1,5 +1,7 @@
 """The noise law: what steps on no record put on a model is independent Gaussian noise of the size that was paid for.
 
+And it lies on the public grid, so that no number tells by its lowest bits what the noise was added to.
+
 Every band raises a false alarm about once in a million runs.
 """
 
@@ -15,6 +17,7 @@ from audits.finding import Finding, judged
 from audits.worlds import Gradient, Recorder, World, flat, plan
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
+from common.randomness import noise_grid
 
 STEPS = 40
 """Steps on no record, at each of two sites."""
@@ -60,6 +63,15 @@ def noise_only(world: World, figures: PrivacyPlan, steps_taken: int) -> list[Gra
     return optimizer.given
 
 
+def beside_the_grid(given: list[Gradient], figures: PrivacyPlan) -> float:
+    """Return the share of numbers that are no multiples of the noise's grid over the divisor, or zeros with a sign."""
+    sent = torch.stack([flat(gradient) for gradient in given])
+    cells = sent * figures.expected_batch_size / noise_grid(figures.noise_multiplier * figures.clip_norm)
+    # Float32 after the divisor errs by 2⁻²⁴ of the value: 2⁻⁹ of a step at 16 standard deviations.
+    beside = ((cells - cells.round()).abs() > 2.0**-8) | ((cells == 0) & cells.signbit())
+    return float(beside.double().mean())
+
+
 def audit_noise(world: World, fault: Fault = SOUND) -> Finding:
     """Look at the noise of two sites whose every seed is equal, with ``fault`` built in."""
     with fault.plant():
@@ -71,6 +83,9 @@ def audit_noise(world: World, fault: Fault = SOUND) -> Finding:
     here, there = (torch.stack([flat(gradient) for gradient in site]) for site in (first, second))
     if related(here, there):
         wrong.add("two sites")
+    beside = beside_the_grid([*first, *second], NOISY)
+    if beside:
+        wrong.add("grid")
     return judged(
         "noise law",
         fault.name,
@@ -78,6 +93,7 @@ def audit_noise(world: World, fault: Fault = SOUND) -> Finding:
         {
             "numbers drawn": here.numel(),
             "noise over what was paid for": float(here.std()) / NOISY.gradient_noise_std,
+            "beside the grid": beside,
             "wrong": ", ".join(sorted(wrong)) or "nothing",
         },
     )

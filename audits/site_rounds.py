@@ -14,12 +14,12 @@ from torch import Tensor
 from audits.bands import out_of_band, related
 from audits.faults import SOUND, Fault, same_seeds
 from audits.finding import Finding, judged
-from client import local_training
 from client.local_training import train_round
 from client.site import Site
 from common.examples import Dataset, Example
 from common.messages import TrainTask
-from common.model import model_of
+from common.model import FederatedModel, model_of
+from common.tasks import Record
 from common.tensors import entries, fingerprint, start_fingerprint
 from strategies import configure
 
@@ -86,17 +86,19 @@ class SiteRounds:
     def play(self, name: str, size: int) -> Round:
         """Return the round of a new site called ``name`` that has ``size`` records, and declares 100."""
         chosen: list[list[int]] = []
-        cut = local_training._parts
-
-        def spy(records: Sequence[Any], indices: Sequence[int], *rest: Any) -> Any:
-            chosen.append(list(indices))
-            return cut(records, indices, *rest)
-
         data = Dataset(name, tuple(Example(text="the film was", label=i % 2) for i in range(size)), ("bad", "good"))
         site = Site(name, data, name, 100, self._folder / f"{name}.sqlite")
+        records = self._model.tokenise(data.examples)
+        numbers = {id(record): number for number, record in enumerate(records)}
+        cut = FederatedModel.fixed_batches
+
+        def spy(model: FederatedModel, batch: Sequence[Record], *rest: Any) -> Any:
+            chosen.append([numbers[id(record)] for record in batch])
+            return cut(model, batch, *rest)
+
         same_seeds()
-        with patch.object(local_training, "_parts", spy):
-            result = train_round(site, self._job, self._model, self._model.tokenise(data.examples), self._task)
+        with patch.object(FederatedModel, "fixed_batches", spy):
+            result = train_round(site, self._job, self._model, records, self._task)
         start = self._model.start
         before = torch.cat([start[layer][factor].flatten() for layer, factor, _ in entries(result.contribution)])
         after = torch.cat([tensor.flatten() for _, _, tensor in entries(result.contribution)])

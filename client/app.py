@@ -10,14 +10,17 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.local_training import initial_round, train_round
+from client.budget import evaluation_releases
+from client.deadline import Deadline, Timing
+from client.local_training import Limit, initial_round, train_round, unlimited
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
-from client.rehearsal import rehearse
-from client.site import Site, check_job, open_site
+from client.own_records import tokenised
+from client.rehearsal import rehearse, rehearse_initial
+from client.site import Site, check_job, open_site, policy_of
 from common.config import DataConfig, Scalar
 from common.device import own_cores
-from common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
+from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
@@ -37,8 +40,8 @@ class _Process:
     model: FederatedModel | None = None
     records: dict[tuple[DataConfig, str], list[Record]] = field(default_factory=dict)
     """Tokenised records of each site's data; of the current model's tokenizer."""
-    rehearsed: bool = False
-    """Whether the current model is known to be one that can be trained privately."""
+    rehearsed: dict[bool, Timing] = field(default_factory=dict)
+    """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
 
 
 _process = _Process()
@@ -61,17 +64,39 @@ def _model(job: Job, site: Site) -> FederatedModel:
     # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
-        _process.model, _process.records, _process.rehearsed = model, {}, False
-    if config.privacy.on and not _process.rehearsed:
-        rehearse(model)
-        _process.rehearsed = True
+        _process.model, _process.records, _process.rehearsed = model, {}, {}
     return model
+
+
+def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, initial: bool) -> Limit:
+    """Let the model rehearse what it is about to do, and return what keeps that within the time of the answer.
+
+    Raises:
+        ModelError: it cannot be trained privately.
+        PolicyRefusal: it may take longer than the policy's ``reply-after``.
+    """
+    if not job.config.privacy.on:
+        return unlimited
+    if False not in _process.rehearsed:
+        _process.rehearsed[False] = rehearse(model)
+    if initial and True not in _process.rehearsed:
+        _process.rehearsed[True] = rehearse_initial(model)
+    timing, training = _process.rehearsed[initial], job.config.training
+    if initial and job.strategy.gradient:
+        steps, rate = 1, job.strategy.gradient.sample_rate
+    else:
+        steps, rate = training.local_steps, training.sample_rate
+    scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
+    deadline.allow(timing.worst(steps, rate * site.public_size, scored))
+    return lambda parts: deadline.within(parts, timing.reserve)
 
 
 def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
     key = (config, site.data.name)
     if key not in _process.records:
-        _process.records[key] = model.tokenise(site.data.examples)
+        # One form of a site's records at a time: by names of runs and data sets alone a server fills no memory.
+        _process.records = {other: kept for other, kept in _process.records.items() if other[1] != site.data.name}
+        _process.records[key] = tokenised(model, site.data.examples)
     return _process.records[key]
 
 
@@ -81,6 +106,7 @@ def answer(
     settings: Mapping[str, Scalar],
     run: str,
     memory: MutableMapping[str, bytes],
+    deadline: Deadline | None = None,
     *,
     simulated: bool | None = None,
 ) -> Reply:
@@ -92,8 +118,10 @@ def answer(
         settings: the run's configuration, flat.
         run: the run's id as Flower knows it.
         memory: what this node keeps from message to message (``client.memory``); may be lost.
+        deadline: when the reply is to leave; whoever calls waits for it.
         simulated: whether site and server are one machine's own experiment; None: whether Flower's Ray simulates.
     """
+    deadline = deadline or Deadline(_reply_after(node))
     simulated = _in_simulation() if simulated is None else simulated
     name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
     number = round_of(content)
@@ -117,8 +145,9 @@ def answer(
         whole = kept.with_basis(task, basis_layout)
         if whole is None:
             return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
+        limit = _limit(job, site, model, deadline, initial=not number)
         answer_round = train_round if number else initial_round
-        result = answer_round(site, job, model, _records(model, job.config.data, site), whole)
+        result = answer_round(site, job, model, _records(model, job.config.data, site), whole, limit)
         kept.keep(task, result)
         log.info("trained and answered", extra=about(run, number, name))
         return result
@@ -142,11 +171,21 @@ def _refuse(refusal: Refusal, error: Exception) -> Refusal:
     return refusal
 
 
+def _reply_after(node: Mapping[str, Scalar]) -> float:
+    """Return the policy's ``reply-after``; 0 where the policy cannot be read: such a site refuses everything."""
+    try:
+        return policy_of(node).reply_after
+    except ConfigError:
+        return 0.0
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer one round's task."""
     kept = context.state.config_records.get("kept", ConfigRecord())
     memory = {key: value for key, value in kept.items() if isinstance(value, bytes)}
-    reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory)
+    deadline = Deadline(_reply_after(context.node_config))
+    reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory, deadline)
     context.state["kept"] = ConfigRecord(dict(memory))
+    deadline.wait()
     return Message(encode_reply(reply), reply_to=message)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from common.device import autocast
+from common.log import place_of
 from common.model import FederatedModel
-from common.randomness import private_normal
+from common.randomness import add_private_noise
 from common.tasks import Record
+
+log = logging.getLogger("fedveil.site")
 
 
 @torch.no_grad()
@@ -18,14 +22,21 @@ def noised_correct(model: FederatedModel, records: Sequence[Record], noise_std: 
 
     Adding or removing a record changes the count by at most 1. Records pass one at a time, because a
     batch's shape moves results by rounding, and a neighbour could so turn another record's answer.
-    Rounding after the noise costs nothing and hides its lowest bits. The price must be paid before.
+    The noised count is a multiple of a public grid before it is rounded. The price must be paid before.
     """
     was_training = model.module.training
     model.module.eval()
     count = 0.0
     for record in records:
-        batch = model.batch([record])
-        with autocast(model.device, model.precision):
-            count += float(model.task.sums(model.module, batch).correct.sum().clamp(0, 1))
+        count += _is_correct(model, record)
     model.module.train(was_training)
-    return float(round(count + private_normal((1,), noise_std).item()))
+    return float(round(add_private_noise(torch.tensor(count, dtype=torch.float64), noise_std).item()))
+
+
+def _is_correct(model: FederatedModel, record: Record) -> float:
+    try:
+        with autocast(model.device, model.precision):
+            return float(model.task.sums(model.module, model.batch([record])).correct.sum().clamp(0, 1))
+    except Exception as error:
+        log.warning("a record could not be scored and counts as wrong: %s", place_of(error))
+        return 0.0

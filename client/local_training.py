@@ -6,8 +6,8 @@ ledger on disk, or written down there as one without privacy, and only then a re
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,29 +16,42 @@ from torch.optim import Optimizer
 from client.budget import evaluation_releases, note_exposure, pay_initialisation, pay_round
 from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
+from client.outgoing import own_words
 from client.site import Site
 from common.batching import epoch_batches, length_batches
 from common.device import choose_batch_tokens
 from common.errors import ProtocolError
-from common.initial_gradient import mean_gradient, private_gradient, record_bytes
+from common.initial_gradient import BATCH_TOKENS, initial_shapes, mean_gradient, private_gradient
+from common.log import about
 from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.schedule import learning_rate
+from common.shapes import FixedBatch
 from common.tasks import Batch, Record
 from common.tensors import fingerprint, merge, start_fingerprint
+from common.types import AdapterState
 from strategies import Job
 
-INITIAL_BATCH_TOKENS = 1024
-"""Tokens of one forward pass in round 0, which is one batch: small parts cost it little time."""
-INITIAL_BATCH_BYTES = 2**30
-"""Of the records' gradients of one such pass. A record's is as large as the adapted layers (RoBERTa-large, query and
-value: 201 MB), however short it is; a site that runs out of memory has paid, and pays again when it is asked again."""
+log = logging.getLogger("fedveil.site")
+Limit = Callable[[Iterable[FixedBatch]], Iterable[FixedBatch]]
 
 
-def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[Record], task: TrainTask) -> TrainResult:
+def unlimited(parts: Iterable[FixedBatch]) -> Iterable[FixedBatch]:
+    """Pass on every part of a step, however long it takes."""
+    return parts
+
+
+def train_round(
+    site: Site,
+    job: Job,
+    model: FederatedModel,
+    records: Sequence[Record],
+    task: TrainTask,
+    parts: Limit = unlimited,
+) -> TrainResult:
     """Train one round and return what the strategy sends.
 
     Args:
@@ -47,6 +60,7 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
         model: this process's model; its adapter state is overwritten.
         records: the site's records, tokenised.
         task: what the server sent.
+        parts: passes on the parts of a private step, or raises when there is no time left for one.
 
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
@@ -59,11 +73,15 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
         plan, spending = pay_round(site, job, task)
     else:
         note_exposure(site, job, task)
-    model.write(job.strategy.install(merge(model.start, task.basis), task.state))
+    received = job.strategy.install(merge(model.start, task.basis), task.state)
+    model.write(received)
     if plan and evaluation_releases(job, site, 1):
         noise = site.policy.metrics_noise
         counted = NoisedCount(noised_correct(model, records, noise), noise)
-    _take_steps(records, job, model, task.round_number, site, plan)
+    if plan:
+        _private_steps(records, job, model, task, received, plan, parts)
+    else:
+        _open_steps(records, job, model, task.round_number, site)
     trained = {
         layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
         for layer, factors in model.trained().items()
@@ -75,7 +93,12 @@ def train_round(site: Site, job: Job, model: FederatedModel, records: Sequence[R
 
 
 def initial_round(
-    site: Site, job: Job, model: FederatedModel, records: Sequence[Record], task: TrainTask
+    site: Site,
+    job: Job,
+    model: FederatedModel,
+    records: Sequence[Record],
+    task: TrainTask,
+    parts: Limit = unlimited,
 ) -> TrainResult:
     """Answer round 0: one full gradient of the adapted layers, privatised and charged while privacy is on.
 
@@ -90,13 +113,17 @@ def initial_round(
     if job.config.privacy.on:
         plan, spending = pay_initialisation(site, job, source, task)
         chosen = private_poisson_sample(size, source.sample_rate).tolist()
-        most = max(1, INITIAL_BATCH_BYTES // record_bytes(model))
-        gradient = private_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS, most), plan)
+        try:
+            batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
+            gradient = private_gradient(model, parts(batches), plan)
+        except Exception as error:
+            _say_noise(error, task)
+            gradient = private_gradient(model, [], plan)
     else:
         note_exposure(site, job, task)
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
         chosen = order[: max(1, round(source.sample_rate * size))]
-        gradient = mean_gradient(model, _parts(records, chosen, model, INITIAL_BATCH_TOKENS))
+        gradient = mean_gradient(model, _parts(records, chosen, model, BATCH_TOKENS))
     return TrainResult(task.run, 0, site.name, site.public_size, gradient, spending)
 
 
@@ -118,28 +145,59 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         raise ProtocolError("the adapter's start differs from the server's: seed, rank, targets or versions differ")
 
 
-def _take_steps(
-    records: Sequence[Record], job: Job, model: FederatedModel, round_number: int, site: Site, plan: PrivacyPlan | None
+def _private_steps(
+    records: Sequence[Record],
+    job: Job,
+    model: FederatedModel,
+    task: TrainTask,
+    received: AdapterState,
+    plan: PrivacyPlan,
+    parts: Limit,
 ) -> None:
+    """Take the round's private steps; if they fail, after all, take them on no record.
+
+    The rehearsal has seen every shape pass, and what fails on one record is left out. Should a step fail all the same,
+    such as for memory that others took meanwhile, a refusal would show it, so noise is sent. That is no part of the
+    claim: from a whole sum to none is further than one clip.
+    """
+    config = job.config.site_training
+    first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
+    optimizer = build_optimizer(model.trained(), config)
+    margin = rounding_margin(model.precision, model.device)
+    try:
+        with PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
+            for step in range(config.local_steps):
+                set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
+                chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
+                steps.step(parts(model.fixed_batches([records[i] for i in chosen])), model.losses)
+    except Exception as error:
+        if not records:
+            raise
+        _say_noise(error, task)
+        model.write(received)
+        _private_steps([], job, model, task, received, plan, unlimited)
+
+
+def _say_noise(error: Exception, task: TrainTask) -> None:
+    log.error(
+        "the round failed after its charge, and noise alone is sent: %s",
+        own_words(error),
+        extra=about(task.run, task.round_number),
+    )
+
+
+def _open_steps(records: Sequence[Record], job: Job, model: FederatedModel, round_number: int, site: Site) -> None:
     config = job.config.site_training
     parameters = [p for factors in model.trained().values() for p in factors.values()]
-    first = (round_number - 1) * config.local_steps
-    peak, total = config.learning_rate, job.config.total_steps
+    first, total = (round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
     budget = choose_batch_tokens(config.batch_tokens, model.device)
     model.module.train()
-    if plan is not None:
-        with PrivateSteps(model.module, optimizer, plan, noise_margin=rounding_margin(model.precision)) as steps:
-            for step in range(config.local_steps):
-                set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
-                chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
-                steps.step(_parts(records, chosen, model, budget), model.losses)
-        return
     # One order for the whole run: a round goes on where the last one ended.
     order = stream(job.config.seed, "batches", site.name)
     batches = epoch_batches([len(record["input_ids"]) for record in records], config.sample_rate, order, first)
     for step in range(config.local_steps):
-        set_learning_rate(optimizer, learning_rate(config.schedule, peak, first + step, total))
+        set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
         plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters)
 
 
@@ -160,8 +218,6 @@ def plain_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _parts(
-    records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int, most: float = math.inf
-) -> Iterator[Batch]:
-    for group in length_batches([len(records[i]["input_ids"]) for i in chosen], budget, most):
+def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int) -> Iterator[Batch]:
+    for group in length_batches([len(records[i]["input_ids"]) for i in chosen], budget):
         yield model.batch([records[chosen[i]] for i in group])

@@ -73,6 +73,8 @@ class Policy:
     """Whether each round's count of correctly classified records may be sent, noised and paid for."""
     metrics_noise: float = 30.0
     """Standard deviation of the noise on that count, in records."""
+    reply_after: float = 0.0
+    """Seconds after a task at which the site answers, whatever its records are; 0: as soon as it can."""
     allow_no_privacy: bool = False
     """Whether the site joins runs that promise nothing about any record."""
     after_no_privacy: bool = False
@@ -80,7 +82,11 @@ class Policy:
 
     def __post_init__(self) -> None:
         positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
-        not_negative(public_size=self.public_size, min_noise_multiplier=self.min_noise_multiplier)
+        not_negative(
+            public_size=self.public_size,
+            min_noise_multiplier=self.min_noise_multiplier,
+            reply_after=self.reply_after,
+        )
         # More than any server takes: the site would pay for replies that are dropped.
         below(MOST_NOISE, min_noise_multiplier=self.min_noise_multiplier, metrics_noise=self.metrics_noise)
         if math.isfinite(self.epsilon) != math.isfinite(self.delta) or math.isnan(self.epsilon + self.delta):

@@ -9,7 +9,8 @@ Transformers takes seconds to import, so only a function that loads a model does
 from __future__ import annotations
 
 import hashlib
-import os
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ import torch
 from torch import nn
 
 from common.errors import ModelNotLoaded
-from common.packaged import MINILM, SMOLLM2, packaged_file, packaged_folder
+from common.packaged import MINILM, packaged_folder
+from common.unpacked import unpacked_smollm2
 
+UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
+"""Parts of a configuration that change nothing of what the model computes as it is loaded here."""
 OWN_CODE = {"trust_remote_code": False}
 """For every loader: code that comes with a model never runs; unset, transformers asks whoever sits at the terminal."""
 
@@ -33,12 +37,23 @@ class BaseModel:
     module: nn.Module
     tokenizer: Any
     fingerprint: str
-    """SHA-256 over the names, shapes and values of all weights."""
+    """SHA-256 of what the model computes: weights, configuration and tokenizer, see ``model_fingerprint``."""
 
     @property
     def hidden_size(self) -> int:
         """Width of the last hidden state."""
         return int(self.module.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def positions(self) -> int:
+        """Most tokens that the model has positions for; without a limit of its own, as many as anyone asks for."""
+        known = getattr(self.module.config, "max_position_embeddings", None)
+        limits = [int(known)] if isinstance(known, int) and known > 0 else []
+        for name, child in self.module.named_modules():
+            if name.rpartition(".")[2] == "position_embeddings" and isinstance(child, nn.Embedding):
+                # RoBERTa counts from behind the padding's own position.
+                limits.append(child.num_embeddings - (0 if child.padding_idx is None else child.padding_idx + 1))
+        return min(limits, default=sys.maxsize)
 
     @property
     def pad_id(self) -> int:
@@ -56,36 +71,65 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def model_fingerprint(module: nn.Module, tokenizer: Any) -> str:
+    """Return the SHA-256 of all that decides what a model makes of a text, in hexadecimal.
+
+    Weights alone do not: with another configuration, such as one that scales positions by the longest
+    record of a batch, or with another tokenizer, the same weights are another function. Where the files lie, by
+    which version of transformers they were written and in which precision does not count.
+    """
+    settings = module.config.to_diff_dict()  # type: ignore[union-attr,operator]
+    parts = {
+        "weights": weights_fingerprint(module),
+        "class": type(module).__name__,
+        "config": {key: value for key, value in settings.items() if key not in UNCOUNTED and not key.startswith("_")},
+        "tokenizer": _tokenizer_parts(tokenizer),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    parts = {
+        "class": type(tokenizer).__name__,
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+        "inputs": list(tokenizer.model_input_names),
+    }
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Both are set anew by every call.
+        return {**parts, "rules": {key: value for key, value in rules.items() if key not in ("truncation", "padding")}}
+    # Files count by their content, wherever they lie.
+    options = {key: _content(value) for key, value in tokenizer.init_kwargs.items() if key not in UNCOUNTED}
+    return {**parts, "vocabulary": tokenizer.get_vocab(), "options": options}
+
+
+def _content(value: object) -> object:
+    path = Path(value) if isinstance(value, str) and "/" in value else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else value
+
+
 def _load_minilm() -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    folder = packaged_folder(MINILM)
-    # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
-    module = AutoModel.from_pretrained(folder, add_pooling_layer=False, **OWN_CODE)
-    return module, AutoTokenizer.from_pretrained(folder, **OWN_CODE)
+    with packaged_folder(MINILM) as folder:
+        # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
+        module = AutoModel.from_pretrained(folder, add_pooling_layer=False, **OWN_CODE)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, **OWN_CODE))
 
 
 def _load_smollm2() -> tuple[nn.Module, Any]:
-    """Unpack the quantised file once into a plain copy in the user's cache (then it loads in 0.2 s)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = packaged_file(SMOLLM2)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedveil" / SMOLLM2.sha256[:16]
-    if not (cache / "config.json").is_file():
-        folder, file = str(source.parent), source.name
-        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, **OWN_CODE)
-        settings = quantised.config.to_dict()
-        for key in ("quantization_config", "_name_or_path"):
-            settings.pop(key, None)
-        plain = type(quantised)(type(quantised.config)(**settings))
-        plain.load_state_dict(quantised.state_dict())
-        plain.tie_weights()
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-        plain.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file, **OWN_CODE).save_pretrained(partial)
-        if not cache.exists():
-            partial.rename(cache)
-    return AutoModelForCausalLM.from_pretrained(cache, **OWN_CODE), AutoTokenizer.from_pretrained(cache, **OWN_CODE)
+    with unpacked_smollm2() as folder:
+        module = AutoModelForCausalLM.from_pretrained(folder, **OWN_CODE)
+        return _nameless(module, AutoTokenizer.from_pretrained(folder, **OWN_CODE))
+
+
+def _nameless(module: Any, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Forget the folder that they were loaded from: it is another one every time, and gone."""
+    module.name_or_path = module.config.name_or_path = tokenizer.name_or_path = ""
+    return module, tokenizer
 
 
 NAMED_MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
@@ -126,4 +170,4 @@ def load_base_model(name: str, task: str) -> BaseModel:
                 f"no folder, and the hub did not give it ({reason})"
             ) from error
     module = module.float().eval().requires_grad_(False)
-    return BaseModel(name, module, tokenizer, weights_fingerprint(module))
+    return BaseModel(name, module, tokenizer, model_fingerprint(module, tokenizer))

@@ -1,13 +1,12 @@
 """Batches of records of like length: a logical batch cut into forward passes, and epochs cut into batches.
 
-Under DP-SGD the order of records inside a logical batch changes nothing (a sum of clipped
-gradients), so sorting by length is free and saves the padding. Without privacy batches are small,
-and sorting pays only across several of them; DP-SGD's batches are a Poisson sample and never made here.
+Scoring does not care in which order records pass, so sorting by length is free and saves the padding.
+In training without privacy batches are small, and sorting pays only across several of them. DP-SGD's
+batches are a Poisson sample, cut by ``common.shapes``, and never made here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,8 +17,8 @@ WINDOW = 8
 """Batches of an epoch among which records are sorted by length: a quarter fewer tokens on the default job."""
 
 
-def length_batches(lengths: Sequence[int], budget: int, most: float = math.inf) -> list[list[int]]:
-    """Return positions of ``lengths``, longest first, in groups of at most ``most`` with count × longest ≤ ``budget``.
+def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Return positions of ``lengths``, longest first, in groups with count × longest ≤ ``budget``.
 
     Every position appears exactly once; a record longer than the budget gets a group of its own.
 
@@ -28,7 +27,7 @@ def length_batches(lengths: Sequence[int], budget: int, most: float = math.inf) 
     """
     groups: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and len(groups[-1]) < most and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
             groups[-1].append(position)
         else:
             groups.append([position])

@@ -241,8 +241,9 @@ class RunConfig:
     max_update_norm: float = 0.0
     """Largest L2 norm of a site's change to what it received; 0: what the run's own settings make plausible."""
     max_size_ratio: float = 100.0
-    """Largest public size that a site may declare, over the median of the round's (three sites or more); a site
-    weighs as much as it declares."""
+    """Largest public size that a site may declare, over the median of the round's (three sites or more)."""
+    max_share: float = 0.5
+    """Largest part of a round's average that one site may be (three sites or more), whatever size it declares."""
     resume: str = ""
     """Id or folder of a run to go on with after its last complete round; empty: a new run."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -264,6 +265,7 @@ class RunConfig:
             evaluate_every=self.evaluate_every,
             max_size_ratio=self.max_size_ratio,
         )
+        in_range(0, 1, max_share=self.max_share)
         not_negative(round_retries=self.round_retries, max_update_norm=self.max_update_norm)
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)
         if self.model.task == "causal-lm" and self.head.policy != "frozen":

@@ -7,6 +7,7 @@ noised and divided by a public constant: one release, by the same mechanism as a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -19,8 +20,21 @@ from common.errors import ModelError
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.plan import PrivacyPlan
+from common.shapes import Shapes
 from common.tasks import Batch
 from common.types import AdapterState
+
+BATCH_TOKENS = 1024
+"""Tokens of one forward pass, which is one batch of the run: small parts cost it little time."""
+BATCH_BYTES = 2**30
+"""Of the records' gradients of one such pass. A record's is as large as the adapted layers (RoBERTa-large, query and
+value: 201 MB), however short it is; a site that runs out of memory has paid, and pays again when it is asked again."""
+
+
+def initial_shapes(model: FederatedModel) -> Shapes:
+    """Return the shapes in which records' gradients of the adapted layers' weights are computed."""
+    most = max(1, BATCH_BYTES // record_bytes(model))
+    return dataclasses.replace(model.shapes, tokens=BATCH_TOKENS, most=min(most, model.shapes.most))
 
 
 def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
@@ -29,7 +43,7 @@ def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState
     Raises:
         ModelError: there is no record, or the gradient vanishes because the head starts at zero.
     """
-    with _open_weights(model) as weights:
+    with open_weights(model) as weights:
         model.module.train()
         seen = 0
         for part in parts:
@@ -44,9 +58,9 @@ def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState
 
 def private_gradient(model: FederatedModel, parts: Iterable[Batch], plan: PrivacyPlan) -> AdapterState:
     """Return the clipped, noised, publicly scaled sum of per-record gradients, factor ``G`` per layer."""
-    with _open_weights(model) as weights:
+    with open_weights(model) as weights:
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
-        margin = rounding_margin(model.precision)
+        margin = rounding_margin(model.precision, model.device)
         with PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
             released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
@@ -65,7 +79,7 @@ def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _open_weights(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
+def open_weights(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
     """Let exactly the adapted layers' own weights take a gradient; put everything back afterwards."""
     before = [(p, p.requires_grad) for p in model.module.parameters()]
     model.module.requires_grad_(False)

@@ -6,7 +6,7 @@ only adapter states move. It is built once per process (``model_of``) and rewrit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,10 +19,18 @@ from common.adapters import Adapter
 from common.base_model import BaseModel, load_base_model
 from common.batching import length_batches
 from common.config import HeadConfig, ModelConfig
-from common.device import autocast, choose_attention, choose_batch_tokens, choose_device, choose_precision
+from common.device import (
+    autocast,
+    choose_attention,
+    choose_batch_tokens,
+    choose_device,
+    choose_precision,
+    choose_private_tokens,
+)
 from common.errors import ConfigError, ProtocolError
 from common.examples import Example
 from common.randomness import stream
+from common.shapes import FixedBatch, Shapes, longest_within
 from common.tasks import TASKS, Batch, CompletionModel, Record, Task, TextClassifier
 from common.types import HEAD, AdapterState
 
@@ -56,8 +64,10 @@ class FederatedModel:
         precision: str = "auto",
     ) -> None:
         self.base, self.adapter, self.task = base, adapter, task
-        self.max_length = max_length
+        self.max_length = min(max_length, longest_within(base.positions))
         self.device = choose_device(device)
+        self.shapes = Shapes(self.max_length, choose_private_tokens(self.device))
+        """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.precision = choose_precision(precision, self.device)
         choose_attention(base.module, self.device)
         self.head_trained = task.has_head and head.policy == "trained"
@@ -116,17 +126,30 @@ class FederatedModel:
                 live[name].copy_(tensor)
 
     def tokenise(self, examples: Sequence[Example]) -> list[Record]:
-        """Return tokenised records, cut to the run's ``max_length``."""
+        """Return tokenised records, cut to the run's ``max_length``, or to what has room in the model's positions."""
         return self.task.tokenise(self.base.tokenizer, examples, self.max_length)
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
         return {k: v.to(self.device) for k, v in self.task.collate(records, self.base.pad_id).items()}
 
+    def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
+        """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
+        shapes = shapes or self.shapes
+        for length, group in shapes.groups([len(record["input_ids"]) for record in records]):
+            yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length))
+
+    def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
+        """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
+        filler = [self.task.made_up(records[0], [self.base.pad_id])] * (rows - len(records))
+        tensors = self.task.collate([*records, *filler], self.base.pad_id, length)
+        return FixedBatch({key: value.to(self.device) for key, value in tensors.items()}, len(records))
+
     def losses(self, batch: Batch) -> Tensor:
-        """Return one loss per record under the run's precision, shape (records,), float32."""
+        """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
         with autocast(self.device, self.precision):
-            return self.task.losses(self.module, batch)
+            losses = self.task.losses(self.module, batch)
+        return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
 
     def score(self, records: Sequence[Record]) -> Score:
         """Return accuracy and mean loss on ``records`` (at least one)."""

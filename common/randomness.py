@@ -7,6 +7,22 @@ Two kinds that must never be mixed up:
 * **Private randomness** (Poisson sampling, Gaussian noise) comes from the operating system's
   entropy. No function here takes a seed for it; whoever knows every seed of a run learns nothing
   about it (PRIVACY: pitfall 11).
+
+Floating-point noise betrays what it is added to by the values that it cannot take (Mironov 2012,
+"On significance of the least significant bits for differential privacy"). Noise therefore never exists
+here as a number of its own: ``add_private_noise`` returns a multiple of a public grid g, with exactly
+the law of g · round((S + N) / g) for the sum S as it is in float64 and a real N ~ N(0, std²). Rounding
+is post-processing, so that the account of the Gaussian mechanism holds as it is. How:
+
+* N = std · Φ⁻¹(W) for a real W, uniform on (0, 1). Bits 1 to 96 of W are drawn (a sign, and 95 bits of the
+  distance to the nearer end, so that both tails are alike), and float64 finds the cell of S + N to
+  within ``_DOUBT`` standard deviations; S enters as what it exceeds a multiple of g by, which is exact.
+* Where another W with these bits could give another cell, because a border is that near or N lies beyond
+  ``_TAIL`` standard deviations (at most 2⁻²⁸ of all numbers), as many more bits are drawn as decide, in interval
+  arithmetic of any precision.
+
+So sampler and grid add no δ. This rests on three things: the operating system's bits are uniform, float64's
+error stays below ``_DOUBT``, and mpmath's Φ keeps half of its guard bits. Tests hold the last two, with room.
 """
 
 from __future__ import annotations
@@ -14,10 +30,22 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from common.check import in_range
+
+GRID_BITS = 10
+"""A grid step is the noise's standard deviation over 2 to this power, or up to half of that."""
+_DOUBT = 2.0**-40
+"""Bound on the error of float64's normal quantile within ``_TAIL``, in standard deviations; measured: 2⁻⁴⁸."""
+_TAIL = 8.0
+_CHUNK = 1 << 14
+"""Numbers at a time, so that what is computed on the way stays in a processor's cache."""
+_STDS = (2.0**-500, 2.0**500)
 
 
 def stream(seed: int, *names: object) -> torch.Generator:
@@ -31,12 +59,74 @@ def _entropy(count: int) -> np.ndarray:
     return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
 
 
-def private_normal(shape: tuple[int, ...], std: float) -> Tensor:
-    """Return N(0, std²) noise as float64 on the CPU, by inverse CDF of 52 random bits a value."""
-    bits = (_entropy(math.prod(shape)) >> np.uint64(12)).astype(np.float64)
-    # 52 bits and a half fit float64 exactly; one bit more could round up to 1, whose inverse is infinite.
-    uniform = torch.from_numpy((bits + 0.5) * 2.0**-52)
-    return (torch.special.ndtri(uniform) * std).reshape(shape)
+def noise_grid(std: float) -> float:
+    """Return the step of the public grid for noise of that standard deviation: a power of two.
+
+    >>> noise_grid(1.0), noise_grid(1.99) == noise_grid(1.0), noise_grid(30.0)
+    (0.0009765625, True, 0.015625)
+    """
+    return 2.0 ** (math.frexp(std)[1] - 1 - GRID_BITS)
+
+
+def add_private_noise(total: Tensor, std: float) -> Tensor:
+    """Return ``total`` + N(0, std²), rounded to a multiple of ``noise_grid(std)``, as float64 on the CPU.
+
+    Guarantees: exactly the law of the rounded sum of a real Gaussian (module docstring), each number on its
+    own, for every finite ``total`` of any shape and device; zeros carry no sign.
+
+    Raises:
+        ConfigError: ``std`` is not above 0, or beyond what float64 can hold a grid for.
+    """
+    in_range(*_STDS, noise_std=std)
+    step = noise_grid(std)
+    # A power of two: the division moves no bit.
+    sums = total.detach().cpu().double().flatten() / step
+    for chunk in sums.split(_CHUNK):
+        chunk.copy_(_noised_cells(chunk, std / step))
+    # A zero's sign would tell on which side of it the sum was.
+    return (sums + 0.0).mul_(step).view(total.shape)
+
+
+def _noised_cells(sums: Tensor, std: float) -> Tensor:
+    """Return round(sums + N(0, std²)), all in steps of the grid; shape (numbers,)."""
+    count = len(sums)
+    words = _entropy(count + (count + 1) // 2)
+    first, second = words[:count], words[count:].view(np.uint32)[:count]
+    side = torch.from_numpy(1.0 - 2.0 * (first & np.uint64(1)))
+    distance = ((first >> np.uint64(1)) + (second + 0.5) * 2.0**-32) * 2.0**-64
+    lower = torch.special.ndtri(torch.from_numpy(distance))  # <= 0
+    whole = sums.round()
+    rest = sums - whole  # exact, whereas what exceeds the next lower multiple is not
+    place = rest + side * lower * std
+    cells = place.round()
+    doubtful = ((place - cells).abs() > 0.5 - _DOUBT * std) | (lower < -_TAIL)
+    for i in doubtful.nonzero()[:, 0].tolist():
+        bits = int(first[i] >> np.uint64(1)) << 32 | int(second[i])
+        # Mirrored where the noise is above 0, so that it always lies in the lower tail.
+        sign = int(side[i])
+        cells[i] = sign * _settled(bits, sign * float(rest[i]), std, sign * int(cells[i]))
+    return whole + cells
+
+
+def _settled(bits: int, rest: float, std: float, guess: int) -> int:
+    """Return round(rest + std · Φ⁻¹(W)) for a W that opens with the 96 ``bits``; more are drawn until it is decided."""
+    from mpmath.ctx_mp import MPContext
+
+    exact, known, cell = MPContext(), 96, guess
+    while True:
+        exact.prec = known + 128
+
+        def up_to(cell: int) -> Any:
+            return exact.ncdf((cell + exact.mpf(0.5) - rest) / std)
+
+        low, high, slack = (exact.mpf(n) / 2**known for n in (bits, bits + 1, exact.mpf(2) ** -64))
+        while up_to(cell) <= low:
+            cell += 1
+        while 0 < low < up_to(cell - 1):
+            cell -= 1
+        if up_to(cell - 1) + slack <= low and high + slack <= up_to(cell):
+            return cell
+        bits, known = bits << 64 | int(_entropy(1)[0]), known + 64
 
 
 def private_poisson_sample(size: int, rate: float) -> Tensor:

@@ -123,19 +123,19 @@ def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float]
 
 def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
     """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if private)."""
-    budget = choose_batch_tokens(config.training.batch_tokens, model.device)
-    groups = length_batches([len(record["input_ids"]) for record in records], budget)
     optimizer = build_optimizer(model.trained(), config.site_training)
-    parts = (model.batch([records[i] for i in group]) for group in groups)
     parameters = [p for factors in model.trained().values() for p in factors.values()]
     model.module.train()
     began = time.perf_counter()
     if not config.privacy.on:
+        budget = choose_batch_tokens(config.training.batch_tokens, model.device)
+        groups = length_batches([len(record["input_ids"]) for record in records], budget)
+        parts = (model.batch([records[i] for i in group]) for group in groups)
         plain_step(parts, model, optimizer, parameters)
         return time.perf_counter() - began, torch.zeros(0)
     plan = PrivacyPlan(config.privacy.clip_norm, NO_NOISE, 1.0, float(len(records)), 1e-6, 1.0)
     with PrivateSteps(model.module, optimizer, plan) as steps:
-        released = steps.release(parts, model.losses)
+        released = steps.release(model.fixed_batches(records), model.losses)
     seconds = time.perf_counter() - began
     return seconds, torch.cat([gradient.flatten() for gradient in released]).double().cpu() / plan.clip_norm
 

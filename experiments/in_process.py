@@ -48,6 +48,10 @@ class InProcessTransport:
         del wanted
         return [node for node in range(len(self._nodes)) if node not in besides]
 
+    def registered(self) -> Mapping[int, str] | None:
+        """Return None: these sites have no keys."""
+        return None
+
     def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
         replies: dict[int, Reply] = {}

@@ -198,7 +198,7 @@ def signal_to_noise(
         sizes: declared sizes, which are the averaging weights.
         steps: of a site in the whole run.
         trained_numbers: how many numbers are clipped and noised together.
-        margin: factor on the noise for a rounded forward pass (``rounding_margin``).
+        margin: factor on the noise where equal bits are not certain (``rounding_margin``).
         alignment: length of the mean clipped gradient over the clip norm, in [0, 1], and its upper end; None: not
             measured.
     """

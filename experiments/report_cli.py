@@ -19,7 +19,7 @@ console = Console(highlight=False, soft_wrap=True)
 @for_people
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
-    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign report.json with.")] = None,
+    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
     from server.report import write_reports
@@ -31,17 +31,25 @@ def report(
 
 @for_people
 def verify(
-    report_json: Annotated[Path, typer.Argument(help="The report.json; its signature lies beside it.")],
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or its report.json; the signature lies beside it.")],
     key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
 ) -> None:
-    """Say whether a report is signed by a key and was not changed since: exit code 0 if so, 1 if not."""
-    from server.report.signature import is_genuine
+    """Say which run's report was signed by a key, when and with which figures: exit code 0, or 1 if not genuine."""
+    from server.report.signature import NotGenuine, verified
+    from server.report.words import visible
 
-    signature = report_json.with_name(report_json.name + ".sig")
-    if not is_genuine(report_json, signature, key):
-        console.print(f"invalid: {report_json} was changed, or {key} is not the signer's key", markup=False)
-        raise typer.Exit(1)
-    console.print(f"valid: {report_json} is as the owner of {key} signed it", markup=False)
+    try:
+        signed = verified(folder if folder.is_dir() else folder.parent, key)
+    except NotGenuine as error:
+        console.print(f"invalid: {error}", markup=False)
+        raise typer.Exit(1) from None
+    epsilon, delta = signed["epsilon"], signed["delta"]
+    claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
+    console.print(
+        f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}, {claim}; "
+        f"signed {signed['signed']} by the owner of {key}; {', '.join(sorted(signed['files']))}",
+        markup=False,
+    )
 
 
 @for_people

@@ -29,6 +29,7 @@ from faults.plan import VARIABLE, Plan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
 from server.records import read_json
+from server.registered import NODES
 from strategies import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
@@ -101,7 +102,7 @@ class Federation:
     def start_server(self) -> None:
         """Start the SuperLink and wait until its Control API answers."""
         command = self._warm(superlink_command(self.server))
-        self.processes.start("superlink", command, self._environment("server"))
+        self.processes.start("superlink", command, {**self._environment("server"), NODES: str(self.server.nodes)})
 
         def answers() -> bool:
             try:

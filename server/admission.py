@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from common.errors import FedVeilError
@@ -13,6 +12,8 @@ from common.privacy.accounting import LEAST_DELTA, LEAST_RATE, MOST_NOISE, noise
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
+from server.registered import misnamed
+from server.terms import least_plan
 from strategies import Job, ServerState
 
 ROOM = 1e-3
@@ -34,15 +35,22 @@ class Member:
 class Admission:
     """Judges a round's results by the run's settings and by what each site said before."""
 
-    def __init__(self, job: Job, members: Mapping[int, Member]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        members: Mapping[int, Member],
+        registered: Callable[[], Mapping[int, str] | None] = lambda: None,
+    ) -> None:
         self._job = job
+        self.registered = registered
+        """Returns the name that each node's key is registered under; None where no names are registered."""
         self.members: dict[int, Member] = dict(members)
         """By node, in the order in which they first counted."""
 
     def owner(self, site: str, online: Collection[int]) -> int | None:
-        """Return whose a name is: the first node's that counted under it and is online; None while it is free.
+        """Return whose a name is where none is registered: the first node's that counted under it and is online.
 
-        A site that was started again may be another node, where nodes have no keys: the old one is offline then.
+        None while it is free: a site that was started again may be another node, and the old one is offline then.
         """
         return next((node for node, member in self.members.items() if member.site == site and node in online), None)
 
@@ -56,8 +64,12 @@ class Admission:
         """
         reasons: dict[int, str] = {}
         claimed: set[str] = set()
+        names = self.registered()
         for node, result in results.items():
-            if self.owner(result.site, online) not in (None, node):
+            if reason := misnamed(node, result.site, names):
+                reasons[node] = reason
+                continue
+            if names is None and self.owner(result.site, online) not in (None, node):
                 reasons[node] = f"another node that is online counted as {result.site} before"
                 continue
             if result.site in claimed:
@@ -75,7 +87,7 @@ class Admission:
         reasons |= oversized({n: r.public_size for n, r in left.items()}, self._job.config.max_size_ratio)
         left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(result, state) for node, result in left.items()}
-        bounds = {n: largest_norm(self._job.config, self._plan(r), r, state) for n, r in left.items()}
+        bounds = {n: largest_norm(self._job.config, least_plan(self._job, r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)
 
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
@@ -88,26 +100,6 @@ class Admission:
         namesakes = [member for member in self.members.values() if member.site == site]
         return self.members.get(node) or (namesakes[-1] if namesakes else None)
 
-    def _plan(self, result: TrainResult) -> PrivacyPlan | None:
-        """Return the least that an honest site does in this round, whatever its policy; None without privacy.
-
-        A site calibrates its noise for the rounds that its policy lets it join, after a start that may cost it
-        less than the run's. Who joins one round needs least; only noise that the run sets itself holds for all.
-        """
-        config, source = self._job.config, self._job.strategy.gradient
-        if not config.privacy.on:
-            return None
-        plan = PrivacyPlan.for_run(config.privacy, config.training, config.training.local_steps, result.public_size)
-        if source is None or result.round_number:
-            return plan
-        return dataclasses.replace(
-            plan,
-            clip_norm=source.clip_norm,
-            noise_multiplier=source.noise_multiplier,
-            sample_rate=source.sample_rate,
-            expected_batch_size=source.sample_rate * result.public_size,
-        )
-
     def _contradiction(self, node: int, result: TrainResult) -> str:
         """Return why a result contradicts the run or the site's own past; empty if it does not.
 
@@ -117,7 +109,7 @@ class Admission:
         before, spent = self._past(node, result.site), result.spending
         if before and before.public_size != result.public_size:
             return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
-        plan = self._plan(result)
+        plan = least_plan(self._job, result)
         if plan is None:
             return "the reply states a privacy spending in a run without privacy" if spent else ""
         if spent is None:

@@ -1,13 +1,108 @@
-"""From the results that count to what a strategy averages."""
+"""From the results that count to what a strategy averages: weights and lengths, so that nobody is more than a share.
+
+A site's share of the average is ``p_k ∝ n_k / max(1, σ_k / σ)²``, with n_k the size that it declares, σ_k the
+noise multiplier that it tells and σ the run's own (``usual_noise``): independent parts are best weighed by one
+over their variance. Where all tell the same noise the shares are those of the sizes. Who tells more noise may
+send an update that is longer by as much (``plausible``), and weighs less by its square; who tells less than the
+run's gains nothing.
+
+With three sites or more, two bounds hold whatever is told. No share is above ``max-share``. And no update is
+longer than ``LONGEST`` times the round's middle one (``LONGEST_OPEN`` without privacy), each over what an honest
+one can be: it is scaled down to that (norm clipping; Sun et al. 2019, "Can you really backdoor federated
+learning?"). Norms are of what was noised at the sites, so both are free under privacy. Of all updates' weighted
+lengths one site is then at most ``LONGEST p / (LONGEST p + 1 - p)``, where the others are as long as the middle one.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
+from statistics import median
 
+from common.log import about
 from common.messages import TrainResult
-from strategies import Contribution
+from common.tensors import apply
+from common.types import AdapterState
+from server.plausible import held_by, honest_norm, update_norm
+from server.terms import least_plan, usual_noise
+from strategies import Contribution, Job, ServerState
+
+log = logging.getLogger("fedveil.server")
+LONGEST, LONGEST_OPEN = 2.0, 3.0
+"""Times the round's middle update that one may be long. In trials honest ones were up to 1.13 times as long where noise
+or Adam decided, 2.05 times with SGD on models so tiny that the records did, and 2.7 times without privacy."""
+ENOUGH = 3
+"""Sites that a middle needs."""
 
 
-def contributions(results: Sequence[TrainResult]) -> list[Contribution]:
-    """Return what a strategy averages, weighted by the sizes that sites declare as public."""
-    return [Contribution(result.site, float(result.public_size), result.contribution) for result in results]
+def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[Contribution]:
+    """Return what a strategy averages.
+
+    Args:
+        job: the run.
+        results: those that count, all of one round.
+        state: what the sites started from.
+    """
+    shares, factors = shares_of(job, results), factors_of(job, results, state)
+    for result, factor in zip(results, factors, strict=True):
+        if factor < 1:
+            where = about(result.run, result.round_number, result.site)
+            log.warning("the update is scaled by %.3g: it is longer than the others'", factor, extra=where)
+    return [
+        Contribution(result.site, share, shortened(result, state, factor))
+        for result, share, factor in zip(results, shares, factors, strict=True)
+    ]
+
+
+def shares_of(job: Job, results: Sequence[TrainResult]) -> list[float]:
+    """Return the weight of each result, in records; only ratios matter."""
+    weights = [result.public_size / _noise_ratio(job, result) ** 2 for result in results]
+    return capped(weights, job.config.max_share) if len(weights) >= ENOUGH else weights
+
+
+def _noise_ratio(job: Job, result: TrainResult) -> float:
+    """Return how many times the run's own noise a site tells, at least 1."""
+    return max(1.0, result.spending.noise_multiplier / usual_noise(job, result)) if result.spending else 1.0
+
+
+def capped(weights: Sequence[float], most: float) -> list[float]:
+    """Return the weights, the largest lowered until none is above ``most`` of their sum; if none can be, all equal.
+
+    >>> capped([10.0, 10.0, 980.0], 0.5)
+    [10.0, 10.0, 20.0]
+    """
+    ordered = sorted(weights, reverse=True)
+    for lowered in range(len(weights)):
+        rest = math.fsum(ordered[lowered:])
+        if lowered * most >= 1:
+            break
+        # With the first ``lowered`` weights at c, c = most (lowered c + rest).
+        bound = most * rest / (1 - lowered * most)
+        if ordered[lowered] <= bound:
+            return [min(weight, bound) for weight in weights] if lowered else list(weights)
+    return [1.0] * len(weights)
+
+
+def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float]:
+    """Return what each update is scaled by: 1, or less for one that is longer than the others'."""
+    if len(results) < ENOUGH:
+        return [1.0] * len(results)
+    lengths = []
+    for result in results:
+        honest = honest_norm(job.config, least_plan(job, result), result, state)
+        lengths.append(update_norm(result, state) / (honest if math.isfinite(honest) and honest else 1.0))
+    longest = (LONGEST if job.config.privacy.on else LONGEST_OPEN) * median(lengths)
+    return [longest / length if length > longest else 1.0 for length in lengths]
+
+
+def shortened(result: TrainResult, state: ServerState, factor: float) -> AdapterState:
+    """Return the contribution whose change of what the site received is ``factor`` times as long."""
+    if factor == 1:
+        return result.contribution
+    held = held_by(result, state)
+    own = {
+        layer: {name: held.get(layer, {}).get(name, 0 * tensor) for name, tensor in factors.items()}
+        for layer, factors in result.contribution.items()
+    }
+    return apply(lambda sent, old: old + factor * (sent - old), result.contribution, own)

@@ -17,6 +17,7 @@ from server.conduct import conduct
 from server.evaluation import Evaluator
 from server.pulls import Pulls
 from server.records import RunFolder
+from server.registered import registered_names
 from server.replies import read_reply, refusal
 from server.sites import Exchange
 from strategies import Job, configure
@@ -35,6 +36,7 @@ class FlowerTransport:
     def __init__(self, grid: Grid, job: Job, evaluator: Evaluator, folder: RunFolder) -> None:
         self._grid, self._job, self._folder = grid, job, folder
         self._layout_of_round = evaluator.reply_layout
+        log.info("sites have the names %s", "in their replies" if self.registered() is None else "of their keys")
 
     def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
         """Return the nodes online other than ``besides``; wait up to the round's time-out for ``wanted`` of them."""
@@ -45,6 +47,10 @@ class FlowerTransport:
                 return nodes
             self._folder.progress(phase="waiting for sites", online=len(nodes), wanted=wanted)
             time.sleep(POLL_SECONDS)
+
+    def registered(self) -> Mapping[int, str] | None:
+        """Return the name that each node's key is registered under, where the coordinator's folder says so."""
+        return registered_names()
 
     def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
         """Send the tasks, poll for replies, give up on the rest after ``timeout`` seconds.

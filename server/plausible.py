@@ -7,11 +7,13 @@ honest one, whatever its records are:
   (Kingma & Ba 2015, section 2.1).
 * A private step's gradient is a sum of vectors of norm at most C plus noise of norm about σC√d,
   over the expected batch b: at most about C (1 + σ√d / b). σ is what the site says: a policy or a
-  small budget may ask for far more than the run, and only up to ``MOST_TIMES`` as much is believed.
+  small budget may ask for far more than the run. Who says more weighs less by its square
+  (``aggregation``), so a lie about it buys nothing.
 
-Both are met with room (``SLACK``), for large Poisson batches. Plain SGD without privacy has no such
-bound; there a contribution is measured against the median of the round, if at least three sites
-answered.
+Both are met with room (``SLACK``), for large Poisson batches; what is above is not counted. Plain SGD
+without privacy has no such bound; there a contribution is measured against the median of the round,
+if at least three sites answered. How much of the average a contribution within the bound may be is
+``aggregation``'s to say.
 """
 
 from __future__ import annotations
@@ -29,15 +31,13 @@ from common.types import AdapterState
 from strategies import ServerState
 
 SLACK = 10.0
-MOST_TIMES = 100.0
-"""How many times the run's least noise a site's own widens its bound: a site that lies gains no more."""
 MEDIANS = 100.0
 """How many times the round's median an update may be where nothing else bounds it."""
 
 
 def update_norm(result: TrainResult, state: ServerState) -> float:
     """Return the L2 norm of a contribution minus what the adapter holds in its place (0 where it holds nothing)."""
-    held = state.adapter if result.round_number else {}
+    held = held_by(result, state)
     change: AdapterState = {}
     for layer, factors in result.contribution.items():
         old = held.get(layer, {})
@@ -45,27 +45,30 @@ def update_norm(result: TrainResult, state: ServerState) -> float:
     return l2_norm(change)
 
 
-def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResult, state: ServerState) -> float:
-    """Return the bound on ``update_norm`` that follows from the settings alone; infinite if none does.
+def held_by(result: TrainResult, state: ServerState) -> AdapterState:
+    """Return what a contribution is a change of: the adapter, and nothing in round 0, which brings a gradient."""
+    return state.adapter if result.round_number else {}
+
+
+def honest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResult, state: ServerState) -> float:
+    """Return about how large ``update_norm`` can be by the settings alone; infinite if nothing follows from them.
 
     Args:
-        config: the run's configuration; ``max-update-norm``, if set, is a bound of its own.
+        config: the run's configuration.
         plan: the least that the site does to its records in this round; None without privacy.
         result: the site's answer; only its round, the noise that it tells and the number of its tensors'
             elements are used.
         state: what the site started from.
     """
-    known = config.max_update_norm or math.inf
     numbers = count(result.contribution)
     gradient = math.inf
     if plan is not None:
-        least, told = plan.noise_multiplier, result.spending.noise_multiplier if result.spending else 0.0
-        noise = min(max(least, told), MOST_TIMES * least)
+        noise = max(plan.noise_multiplier, result.spending.noise_multiplier if result.spending else 0.0)
         gradient = plan.clip_norm * (1 + noise * math.sqrt(numbers) / plan.expected_batch_size)
     if result.round_number == 0:
-        return min(known, SLACK * gradient)
+        return gradient
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
-        return known
+        return math.inf
     training = config.site_training
     first, steps = (result.round_number - 1) * training.local_steps, training.local_steps
     way = sum(
@@ -77,14 +80,18 @@ def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResul
         step = max(1.0, (1 - training.momentum) / math.sqrt(1 - training.beta2)) * math.sqrt(numbers)
     else:
         step = gradient / (1 - training.momentum if training.optimizer == "momentum" else 1.0)
-    return min(known, SLACK * way * (step + decay)) if math.isfinite(step) else known
+    return way * (step + decay) if math.isfinite(step) else math.inf
+
+
+def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResult, state: ServerState) -> float:
+    """Return the bound on ``update_norm``; ``max-update-norm``, if set, is a bound of its own. Else as honest_norm."""
+    return min(config.max_update_norm or math.inf, SLACK * honest_norm(config, plan, result, state))
 
 
 def oversized(sizes: Mapping[int, int], ratio: float) -> dict[int, str]:
     """Return the nodes that declare more than ``ratio`` times the median size, with the reason; both are by node.
 
-    A site weighs as much as it declares, so one that declares a thousand times too much would be the
-    average. Fewer than three sites have no middle to be measured against.
+    Such a figure is rather a slip than a size. Fewer than three sites have no middle to be measured against.
     """
     middle = median(sizes.values()) if len(sizes) >= 3 else math.inf
     return {

@@ -39,7 +39,7 @@ from strategies import Job, ServerState
 
 log = logging.getLogger("fedveil.server")
 
-PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy")
+PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "mpmath", "numpy")
 
 
 def head_words(job: Job) -> str:

@@ -76,7 +76,7 @@ def run_rounds(
         RunFailed: fewer than ``min-sites`` sites succeeded in a round, in ``round-retries`` attempts
             after the first too; names each with its reason.
     """
-    admission = Admission(job, saved.members if saved else {})
+    admission = Admission(job, saved.members if saved else {}, transport.registered)
     sites = Sites(job, run, transport, evaluator, admission)
     if saved:
         state, score = saved.state, saved.score
@@ -97,7 +97,8 @@ def run_rounds(
                 break
             raise _too_few(got, round_number, job.config.min_sites)
         step = partial(server_step, job.config)
-        state = job.strategy.server_update(state, contributions(got.ordered_results()), step)
+        averaged = contributions(job, got.ordered_results(), state)
+        state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = evaluator.score(state.adapter) if due else None
         observer.finished(_outcome(round_number, got, score, began), state, admission.members)
@@ -136,7 +137,7 @@ def _initialise(job: Job, sites: Sites, evaluator: Evaluator, observer: Observer
         observer.missed(_outcome(0, got, evaluator.score(state.adapter), began, counts=False))
         raise _too_few(got, 0, job.config.min_sites)
     observer.initialised(_outcome(0, got, None, began))
-    return job.strategy.begin(state, contributions(got.ordered_results()))
+    return job.strategy.begin(state, contributions(job, got.ordered_results(), state))
 
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:

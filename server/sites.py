@@ -37,6 +37,9 @@ class Transport(Protocol):
     def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
         """Return the nodes online other than ``besides``; waits for ``wanted`` of them up to the round's time-out."""
 
+    def registered(self) -> Mapping[int, str] | None:
+        """Return the name that each node's key is registered under; None where no names are registered."""
+
     def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
         """Send one task per node and collect what comes back within ``timeout`` seconds; nothing later counts."""
 
@@ -137,7 +140,13 @@ class Sites:
             self._note(got, Failure(round_number, got.attempts, refusal.site, refusal.kind, refusal.reason))
 
     def _name(self, node: int, told: str, got: Gathering, online: Collection[int]) -> str:
-        """Return what a node that did not take part is called: as it counted before, and never by another's name."""
+        """Return what a node that did not take part is called: as registered, or else as it counted before.
+
+        It is never called by another's name.
+        """
+        names = self._admission.registered()
+        if names is not None:
+            return names.get(node, f"node {node}")
         member = self._admission.members.get(node)
         name = member.site if member else told
         taken = {result.site for result in got.results.values()}

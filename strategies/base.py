@@ -2,7 +2,7 @@
 
 A strategy is pure: states in, states out. It knows no Flower, no model, no data and no noise, and
 both halves (server and site) stand in one file that reads like its paper. Averaging weights come
-from public sizes; everything it sees from a site has passed the site's mechanism.
+from public sizes and told noise; everything it sees from a site has passed the site's mechanism.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Contribution:
 
     site: str
     weight: float
-    """The site's declared public size; only ratios matter."""
+    """The site's declared public size, less where it tells more noise than the run asks for; only ratios matter."""
     state: AdapterState
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import random
-from collections.abc import Callable
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +184,29 @@ def toy_generation(model_folder: Callable[[str], str], tmp_path: Path, toy_setti
         "adapter.targets": TARGETS["llama"],
         "head.policy": "frozen",
     }
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[Callable[[Any], int]]:
+    """Return a function that serves bare TLS with a server folder's certificate and returns the port."""
+    sockets: list[socket.socket] = []
+
+    def serve(folder: Any) -> int:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder.path / "server.pem", folder.path / "server.key")
+        listening = socket.create_server(("127.0.0.1", 0))
+        sockets.append(listening)
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    plain, _ = listening.accept()
+                    with suppress(OSError), context.wrap_socket(plain, server_side=True):
+                        pass
+
+        threading.Thread(target=answer, daemon=True).start()
+        return int(listening.getsockname()[1])
+
+    yield serve
+    for one in sockets:
+        one.close()

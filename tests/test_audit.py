@@ -21,7 +21,7 @@ from audits.bounds import free_bound, gaussian_bound, gaussian_epsilon
 from audits.canary import probe
 from audits.concurrent import UNLOCKED, charge_at_once
 from audits.dirac import Dirac
-from audits.faults import DOUBLED, HALVED, SHARED_SEED, SHUFFLED, SOUND, TOKEN_MEAN, Fault
+from audits.faults import DOUBLED, FLOATING, HALVED, SHARED_SEED, SHUFFLED, SOUND, TOKEN_MEAN, Fault
 from audits.finding import Finding, as_json, judged, show
 from audits.kills import PHASES, charge_late, kill_rounds
 from audits.noise_law import audit_noise
@@ -103,7 +103,7 @@ def test_rounds_of_two_sites_are_poisson_and_share_nothing_or_are_found(
     assert found.passed, found.figures
 
 
-@pytest.mark.parametrize("fault", [SOUND, SHARED_SEED], ids=name_of)
+@pytest.mark.parametrize("fault", [SOUND, SHARED_SEED, FLOATING], ids=name_of)
 def test_noise_of_two_sites_is_independent_or_is_found(tmp_path: Path, fault: Fault) -> None:
     found = audit_noise(world_of(tmp_path / "bert", *FAMILIES[0]), fault)
     assert found.passed, found.figures

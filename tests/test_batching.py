@@ -20,14 +20,11 @@ def take(lengths: list[int], rate: float, steps: int, *, skipped: int = 0, seed:
     return list(islice(epoch_batches(lengths, rate, stream(seed, "batches", "site"), skipped), steps))
 
 
-@given(LENGTHS, st.integers(1, 200), st.integers(1, 9))
-def test_parts_hold_no_more_records_than_they_may_and_every_one_once(
-    lengths: list[int], budget: int, most: int
-) -> None:
-    groups = length_batches(lengths, budget, most)
+@given(LENGTHS, st.integers(1, 200))
+def test_parts_hold_no_more_tokens_than_they_may_and_every_record_once(lengths: list[int], budget: int) -> None:
+    groups = length_batches(lengths, budget)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or len(group) * lengths[group[0]] <= budget for group in groups)
-    assert max(map(len, groups)) <= most
 
 
 @given(LENGTHS, st.floats(0.01, 1.0))

@@ -22,6 +22,7 @@ from experiments.deploy.commands import node_config
 from experiments.deploy.server_folder import CONTROL_PORT, FLEET_PORT
 from experiments.deploy.site_folder import node_settings, open_site_folder
 from experiments.deploy.start import start_site
+from server.registered import NODES
 from strategies import configure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,9 @@ def test_every_service_is_hardened(service: str) -> None:
     assert found["cap_drop"] == ["ALL"]
     assert "no-new-privileges:true" in found["security_opt"]
     assert found["init"] is True, "nobody reaps its processes"
+    kind = "SITE" if service in SITES else "SERVER"
+    assert found["mem_limit"] == f"${{{kind}_MEMORY:-8g}}", "it may take the machine's memory"
+    assert f"{kind}_CPUS" in found["cpus"]
     assert found["image"] == SERVICES["keys"]["image"], "there is one image"
     for key in ("privileged", "cap_add", "devices", "pid", "ipc", "ports", "env_file"):
         assert key not in found, f"{key} is set"
@@ -169,6 +173,9 @@ def test_keys_stay_on_their_volumes() -> None:
     assert holders["authority"] == ["keys"]
     assert holders["server-keys"] == ["keys", "superlink"]
     assert volumes_of("superlink")["server-keys"].endswith(":ro")
+    assert volumes_of("superlink")["coordinator"] == "/coordinator:ro", "a run cannot see who was registered"
+    assert volumes_of("job")["coordinator"] == "/federation", "the job registers elsewhere"
+    assert SERVICES["superlink"]["environment"] == {NODES: "/coordinator/nodes"}
     for site in SITES:
         assert holders[f"{site}-keys"] == ["keys", site]
         assert volumes_of(site)[f"{site}-keys"] == "/site:ro"
@@ -214,7 +221,16 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in ignored, ".dockerignore must name what goes in, not what stays out"
     kept = {line[1:] for line in ignored if line.startswith("!")}
-    assert kept == {"pyproject.toml", "README.md", "common", "strategies", "client", "server", "experiments"}
+    assert kept == {
+        "pyproject.toml",
+        "README.md",
+        "requirements",
+        "common",
+        "strategies",
+        "client",
+        "server",
+        "experiments",
+    }
 
 
 def engine() -> bool:

@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -178,6 +177,7 @@ def test_the_walk_through_ends_in_a_finished_run(
     assert {"server init", "server start", "site init", "server register", "site start", "server submit"} <= set(seen)
     (folder,) = (tmp_path / "server" / "runs").iterdir()
     assert read_json(folder / "result.json")["status"] == "completed"
+    assert "sites have the names of their keys" in (folder / "log.jsonl").read_text(encoding="utf-8")
     for site in ("clinic", "ward"):
         with Ledger(tmp_path / site / "ledger" / "ledger.sqlite") as ledger:
             assert [entry.dataset for entry in ledger.entries()] == [site]
@@ -263,32 +263,6 @@ def test_an_expired_server_is_refused_by_itself_by_flower_and_by_name(processes:
     while "does not answer" in (reason := why_refused(site)) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert "does not know this site's key" in reason
-
-
-@pytest.fixture
-def tls_server(tmp_path: Path) -> Iterator[Callable[[ServerFolder], int]]:
-    """Return a function that serves bare TLS with a folder's certificate and returns the port."""
-    sockets: list[socket.socket] = []
-
-    def serve(folder: ServerFolder) -> int:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder.path / "server.pem", folder.path / "server.key")
-        listening = socket.create_server(("127.0.0.1", 0))
-        sockets.append(listening)
-
-        def answer() -> None:
-            with suppress(OSError):
-                while True:
-                    plain, _ = listening.accept()
-                    with suppress(OSError), context.wrap_socket(plain, server_side=True):
-                        pass
-
-        threading.Thread(target=answer, daemon=True).start()
-        return int(listening.getsockname()[1])
-
-    yield serve
-    for one in sockets:
-        one.close()
 
 
 def site_for(tmp_path: Path, port: int, authority: Path, host: str = "127.0.0.1") -> SiteFolder:

@@ -97,7 +97,7 @@ def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
     config = configure({}).config
     assert config.model.name == "all-MiniLM-L6-v2", "the default model is another: read that one's layers here"
     targets = config.adapter.target_modules
-    with safe_open(str(packaged_folder(MINILM) / "model.safetensors"), framework="pt") as file:
+    with packaged_folder(MINILM) as folder, safe_open(str(folder / "model.safetensors"), framework="pt") as file:
         weights = [key for key in file.keys() if key.removesuffix(".weight").rsplit(".", 1)[-1] in targets]  # noqa: SIM118
         shapes = sorted(tuple(file.get_slice(key).get_shape()) for key in weights)
     assert shapes == sorted(DEFAULT_SHAPES), f"the default job adapts {len(shapes)} layers, of {set(shapes)}"
@@ -168,3 +168,11 @@ def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_
     )
     assert done.returncode == 0, done.stdout
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 20, done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])
+def test_no_command_of_flowers_reports_to_anyone(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```(?:sh|text)\n(.*?)```", text, flags=re.DOTALL):
+        if re.search(r"^(\w+=\S* )*(flower-\w+|flwr) ", block, flags=re.MULTILINE):
+            assert "FLWR_TELEMETRY_ENABLED=0" in block, f"{page} starts Flower's programs as they come:\n{block}"

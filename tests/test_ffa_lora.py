@@ -178,7 +178,7 @@ def test_fedveils_own_mechanism_scales_alike(monkeypatch: pytest.MonkeyPatch) ->
 
     def train(c: float, rate: float, clip: float) -> Tensor:
         draws = iter(noise)
-        monkeypatch.setattr(dpsgd, "private_normal", lambda shape, std: next(draws) * std)
+        monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total + next(draws) * std)
         model = OneLayer(A.float(), 2.0 * c)
         plan = PrivacyPlan(clip, 1.0, 1.0, float(len(x)), 1e-3, 8.0)
         with PrivateSteps(model, torch.optim.SGD(model.B.parameters(), rate), plan) as steps:

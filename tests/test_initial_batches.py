@@ -12,11 +12,12 @@ from one_site import OneSite, clinic
 
 from audits.worlds import plan
 from client import local_training
+from common import initial_gradient
 from common.initial_gradient import private_gradient, record_bytes
 from common.messages import TrainResult
 from common.model import FederatedModel
 from common.privacy.plan import PrivacyPlan
-from common.tasks import Batch
+from common.shapes import FixedBatch
 from common.tensors import l2_norm, subtract
 from common.types import AdapterState
 
@@ -29,21 +30,21 @@ def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
     return clinic({**toy_settings, **own}, tmp_path, RECORDS)
 
 
-def parts_of(site: OneSite, limit: int, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+def parts_of(site: OneSite, limit: int, monkeypatch: pytest.MonkeyPatch) -> list[FixedBatch]:
     """Return the parts in which the site computes round 0 with ``limit`` bytes for the records' gradients."""
-    seen: list[Batch] = []
+    seen: list[FixedBatch] = []
 
-    def spy(model: FederatedModel, parts: Iterable[Batch], figures: PrivacyPlan) -> AdapterState:
+    def spy(model: FederatedModel, parts: Iterable[FixedBatch], figures: PrivacyPlan) -> AdapterState:
         seen.extend(parts)
         return private_gradient(model, seen, figures)
 
     site.memory.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(local_training, "INITIAL_BATCH_BYTES", limit)
+        patch.setattr(initial_gradient, "BATCH_BYTES", limit)
         patch.setattr(local_training, "private_gradient", spy)
         reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
     assert isinstance(reply, TrainResult), reply
-    assert sum(len(part["input_ids"]) for part in seen) == RECORDS
+    assert sum(part.records for part in seen) == RECORDS
     return seen
 
 
@@ -58,7 +59,7 @@ def test_parts_keep_to_the_bytes_and_the_gradient_does_not_depend_on_them(
     model = site.model()
     one = record_bytes(model)
     cuts = {most: parts_of(site, most * one, monkeypatch) for most in (0, 3, 1000)}
-    largest = {most: max(len(part["input_ids"]) for part in parts) for most, parts in cuts.items()}
+    largest = {most: max(part.rows for part in parts) for most, parts in cuts.items()}
     assert (largest[0], largest[3]) == (1, 3), "round 0 holds more records' gradients at once than it may"
     assert largest[1000] > 3, "the tokens alone cut as finely: the test tests nothing"
     gradients = {most: private_gradient(model, parts, plan(clip=0.05)) for most, parts in cuts.items()}

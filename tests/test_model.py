@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from audits.worlds import plan
 from client.local_training import plain_step
 from client.optimizers import build_optimizer
 from common.adapters import ADAPTERS
-from common.base_model import BaseModel, load_base_model, weights_fingerprint
+from common.base_model import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
 from common.config import HeadConfig, ModelConfig, TrainingConfig
 from common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
 from common.examples import Example
@@ -445,10 +447,65 @@ def test_the_fingerprint_changes_with_one_weight_one_name_and_one_shape() -> Non
         assert weights_fingerprint(changed) != original
 
 
-def test_the_fingerprint_of_a_base_is_that_of_its_weights(model_folder: Callable[[str], str]) -> None:
+def changed_folder(folder: str, place: Path, name: str, change: Callable[[dict[str, Any]], None]) -> str:
+    """Return a copy of a model's folder in which one of its JSON files is changed."""
+    shutil.copytree(folder, place)
+    file = place / name
+    values = json.loads(file.read_text(encoding="utf-8"))
+    change(values)
+    file.write_text(json.dumps(values), encoding="utf-8")
+    return str(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda config: config.update(rope_parameters={"rope_type": "dynamic", "factor": 2.0})),
+        ("config.json", lambda config: config.update(rms_norm_eps=1e-3)),
+        ("tokenizer.json", lambda rules: rules["model"]["vocab"].update({"film": 6, "story": 5})),
+        ("tokenizer.json", lambda rules: rules.update(normalizer={"type": "Lowercase"})),
+    ],
+    ids=["rotary scaling", "a norm's epsilon", "two words swapped", "lower case"],
+)
+def test_the_same_weights_as_another_function_have_another_fingerprint(
+    name: str, change: Callable[[dict[str, Any]], None], model_folder: Callable[[str], str], tmp_path: Path
+) -> None:
+    stock = load_base_model(model_folder("llama"), "causal-lm")
+    other = load_base_model(changed_folder(model_folder("llama"), tmp_path / "model", name, change), "causal-lm")
+    assert weights_fingerprint(other.module) == weights_fingerprint(stock.module)
+    assert other.fingerprint != stock.fingerprint
+    same = load_base_model(changed_folder(model_folder("llama"), tmp_path / "same", name, lambda _: None), "causal-lm")
+    assert same.fingerprint == stock.fingerprint, "where a model lies changes its fingerprint"
+
+
+def test_using_a_tokenizer_leaves_its_fingerprint(model_folder: Callable[[str], str]) -> None:
+    base = load_base_model(model_folder("bert"), "classification")
+    base.tokenizer(["the film was", "the"], truncation=True, padding=True, max_length=4)
+    assert model_fingerprint(base.module, base.tokenizer) == base.fingerprint
+
+
+def test_records_are_cut_to_one_less_than_the_models_positions(model_for: ModelFor) -> None:
+    model = model_for()
+    assert model.base.positions == 40
+    long = FederatedModel(
+        *(load_base_model(model.base.name, "classification"), ADAPTERS["lora"](2, 2.0, ("query",))),
+        *(TASKS["classification"], HeadConfig(start="random")),
+        seed=1,
+        label_names=("bad", "good"),
+        max_length=64,
+    )
+    (record,) = long.tokenise([Example(text="the film was " * 60, label=0)])
+    assert len(record["input_ids"]) == 39
+    for batch in long.fixed_batches([record]):
+        long.losses(batch)
+
+
+def test_the_fingerprint_of_a_base_is_that_of_weights_configuration_and_tokenizer(
+    model_folder: Callable[[str], str],
+) -> None:
     stock = load_base_model(model_folder("bert"), "classification")
     again = load_base_model(model_folder("bert"), "classification")
-    assert stock.fingerprint == again.fingerprint == weights_fingerprint(stock.module)
+    assert stock.fingerprint == again.fingerprint == model_fingerprint(stock.module, stock.tokenizer)
     assert stock.fingerprint != load_base_model(model_folder("llama"), "causal-lm").fingerprint
 
 
@@ -460,6 +517,8 @@ def test_the_weights_under_an_adapter_have_the_bases_fingerprint_also_after_trai
 ) -> None:
     model = model_for(family, adapter, head=HeadConfig("trained" if family == "bert" else "frozen", "random"))
     records, before = records_of(model), model.read()
+    task = "classification" if family == "bert" else "causal-lm"
+    stock = weights_fingerprint(load_base_model(model.base.name, task).module)
     optimizer = build_optimizer(model.trained(), TrainingConfig(optimizer="adam", learning_rate=0.05, head_rate=1.0))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     model.module.train()
@@ -473,7 +532,7 @@ def test_the_weights_under_an_adapter_have_the_bases_fingerprint_also_after_trai
     model.score(records)
     moved = [not torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read())]
     assert sum(moved) == len(parameters), "training moved something else than what is trained: nothing is proved"
-    assert weights_fingerprint(model.peft_model.unload()) == model.base.fingerprint, "the base moved under the adapter"
+    assert weights_fingerprint(model.peft_model.unload()) == stock, "the base moved under the adapter"
 
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])

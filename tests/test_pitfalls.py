@@ -12,14 +12,18 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from audits.account import PUBLIC, RECORDS, account_faults, account_site, spying
 from audits.faults import PRIVATE_SIZE, RESET, SHUFFLED, Fault
 from audits.tiny_site import tiny_site
 from client import local_training
+from common import initial_gradient
 from common.messages import TrainResult
-from common.privacy.dpsgd import PrivateSteps
+from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.ledger import Ledger
+
+GPU = torch.device("cuda")
 
 
 def test_what_was_charged_is_what_was_done_also_on_empty_batches(tmp_path: Path) -> None:
@@ -59,10 +63,21 @@ def test_a_fault_built_in_is_found(fault: Fault, words: str, tmp_path: Path) -> 
     assert any(words in wrong for wrong in account_faults(account_site(tmp_path), fault))
 
 
-@pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("bfloat16", 1.01)])
-def test_a_round_carries_the_noise_that_was_charged_and_the_margin_of_its_precision(
-    precision: str, margin: float, tmp_path: Path
+MARGINS = pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("bfloat16", 1.0), ("bfloat16", 1.01)])
+
+
+def with_margin(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the margin be that of another device, where it is not 1."""
+    if margin != 1.0:
+        for module in (local_training, initial_gradient):
+            monkeypatch.setattr(module, "rounding_margin", lambda precision, _: rounding_margin(precision, GPU))
+
+
+@MARGINS
+def test_a_round_carries_the_noise_that_was_charged_and_the_margin_of_precision_and_device(
+    precision: str, margin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with_margin(margin, monkeypatch)
     site = tiny_site(tmp_path, RECORDS, precision=precision)
     with spying() as spy:
         site.train(1)
@@ -72,8 +87,11 @@ def test_a_round_carries_the_noise_that_was_charged_and_the_margin_of_its_precis
     assert all(draw.noise == pytest.approx(margin * row.noise_multiplier) for draw in spy.draws)
 
 
-@pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("bfloat16", 1.01)])
-def test_round_0_does_what_was_charged_for_it(precision: str, margin: float, tmp_path: Path) -> None:
+@MARGINS
+def test_round_0_does_what_was_charged_for_it(
+    precision: str, margin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_margin(margin, monkeypatch)
     own = {"init": "dp-gradient", "init-sample-rate": 0.3, "init-clip-norm": 2.5, "init-noise-multiplier": 5.0}
     settings = {f"fed-sb.{key}": value for key, value in own.items()}
     site = tiny_site(tmp_path, RECORDS, strategy="fed-sb", precision=precision, **settings)

@@ -228,7 +228,7 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     both = [Release(2.0, 0.25, result.spending.steps_round), Release(12.0, 1.0, 1)]
     assert result.spending.epsilon_total == epsilon(both, 1e-3) > epsilon(both[:1], 1e-3)
 
-    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.zeros(shape))
+    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total)
     exact, model, config = site.train(2).noised_correct, site.model(), configure(site.settings).config
     records = model.tokenise(load_dataset(config.data, config.model.task, str(site.node["data"])).examples)
     model.write(model.start)
@@ -240,22 +240,27 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
 def test_no_record_reaches_the_model_before_its_round_is_paid_for(
     site: OneSite, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events, batch, charge = list[str](), FederatedModel.batch, Ledger.charge
+    events, charge = list[str](), Ledger.charge
+    ways = {name: getattr(FederatedModel, name) for name in ("batch", "fixed_batch")}
     data = configure(site.settings).config.data
     examples = load_dataset(data, "classification", str(site.node["data"])).examples
     own = [record["input_ids"] for record in site.model().tokenise(examples)]
 
-    def seen(model: FederatedModel, records: Any) -> Any:
-        # What is made up to try the model out is no one's record.
-        events.extend("record" for record in records if record["input_ids"] in own)
-        return batch(model, records)
+    def seen(way: str) -> Any:
+        def look(model: FederatedModel, records: Any, *shape: int) -> Any:
+            # What is made up to try the model out is no one's record.
+            events.extend("record" for record in records if record["input_ids"] in own)
+            return ways[way](model, records, *shape)
+
+        return look
 
     def paid(ledger: Ledger, *arguments: Any, **terms: Any) -> Any:
         receipt = charge(ledger, *arguments, **terms)
         events.append("paid")
         return receipt
 
-    monkeypatch.setattr(FederatedModel, "batch", seen)
+    for way in ways:
+        monkeypatch.setattr(FederatedModel, way, seen(way))
     monkeypatch.setattr(Ledger, "charge", paid)
     if number:
         site.rule(send_noised_metrics=True)
@@ -281,7 +286,7 @@ def test_the_count_carries_the_noise_that_is_paid_for_and_follows_no_seed(
     assert not out_of_band(float((first / 12.0).pow(2).sum()), 1000)
     assert not related(first, second)
 
-    monkeypatch.setattr("client.evaluation.private_normal", lambda shape, std: torch.randn(shape) * std / 2)
+    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total + torch.randn(()) * std / 2)
     first, second = counts_of_nothing(site), counts_of_nothing(site)
     assert out_of_band(float((first / 12.0).pow(2).sum()), 1000), "half the noise went unnoticed"
     assert related(first, second), "noise that follows a seed went unnoticed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.ledger import Ledger
 from experiments.cli import app
 from server.report import federation_epsilon, markdown_report, report_of, to_json, write_reports
+from server.report.audits import WHOSE
 from server.report.page import to_html
 
 HOSTILE = "<script>alert(1)</script>\x1b[2K\u202e|`*"
@@ -305,31 +307,24 @@ def test_an_audit_of_other_versions_or_without_findings_is_not_taken_for_one_of_
     assert [r["file"] for r in value["audit_results"]] == ["audit.json"]
 
 
-def test_a_signed_report_is_valid_until_a_byte_changes(made: MadeRun, tmp_path: Path) -> None:
-    key, other, report = tmp_path / "server.pem", tmp_path / "other.pem", made.folder / "report.json"
-    assert fedveil("keygen", key)[0] == 0
-    assert key.stat().st_mode & 0o077 == 0, "others can read the private key"
-    assert fedveil("keygen", key)[0] == 1, "a key was overwritten"
-    assert fedveil("keygen", other)[0] == 0
-    assert fedveil("report", made.folder, "--sign", key)[0] == 0
-    code, words = fedveil("verify", report, "--key", tmp_path / "server.pub.pem")
-    assert (code, words.startswith("valid: "), words.count("\n")) == (0, True, 1)
-    assert fedveil("verify", report, "--key", tmp_path / "other.pub.pem")[0] == 1
-    assert fedveil("report", made.folder)[0] == 0
-    assert fedveil("verify", report, "--key", tmp_path / "server.pub.pem")[0] == 0, "the same report needs no new key"
-    content = report.read_bytes()
-    for place in (0, len(content) // 2, len(content) - 1):
-        report.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        code, words = fedveil("verify", report, "--key", tmp_path / "server.pub.pem")
-        assert (code, words.startswith("invalid: "), words.count("\n")) == (1, True, 1)
+@pytest.mark.parametrize(
+    "address", ["https://d.example/x", "ftp://d.example", "www.d.example", "mailto:a@d.example", "WWW.d.example"]
+)
+def test_an_address_in_a_name_makes_no_link(tmp_path: Path, address: str) -> None:
+    run = MadeRun(tmp_path / "run", sites={address: 10, "south": 10}).start()
+    run.round(1, 0.7, refusals={"south": ("failed", f"see {address}")}).end("stopped", address)
+    text = forms(run.folder)["md"]
+    assert address not in text, "a reader of Markdown makes a link of a bare address"
+    assert html.unescape(text).count(address) >= 3, "the address is no longer shown as it is"
+    assert not re.search(r"(?i)://|www\.|mailto:|@", text)
 
 
-def test_a_signature_of_another_report_does_not_stay(made: MadeRun, tmp_path: Path) -> None:
-    fedveil("keygen", tmp_path / "server.pem")
-    fedveil("report", made.folder, "--sign", tmp_path / "server.pem")
-    made.round(4, 0.77)
-    write_reports(made.folder)
-    assert not (made.folder / "report.json.sig").exists()
+def test_the_report_says_that_anyone_may_have_put_the_findings_there(made: MadeRun) -> None:
+    assert all(WHOSE not in text for text in forms(made.folder).values())
+    made.write("audit.json", audit_file(("kills", "as it is", True)))
+    texts = forms(made.folder)
+    assert WHOSE in texts["md"]
+    assert WHOSE in html.unescape(texts["html"])
 
 
 def test_what_is_no_key_is_said_in_one_line(made: MadeRun, tmp_path: Path) -> None:

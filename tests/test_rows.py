@@ -77,14 +77,14 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Make noise and batches follow a seed; return what starts them anew."""
     generator = torch.Generator()
 
-    def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * std
+    def noised(total: torch.Tensor, std: float) -> torch.Tensor:
+        return total + torch.randn(total.shape, generator=generator, dtype=torch.float64) * std
 
     def every_third(size: int, rate: float) -> torch.Tensor:
         return torch.arange(0, size, 3)
 
     for module in (dpsgd, client.evaluation):
-        monkeypatch.setattr(module, "private_normal", normal)
+        monkeypatch.setattr(module, "add_private_noise", noised)
     monkeypatch.setattr(local_training, "private_poisson_sample", every_third)
     return lambda: generator.manual_seed(5) and None
 
@@ -94,6 +94,7 @@ class Asked:
 
     def __init__(self, site: OneSite) -> None:
         self.site, self.number, self.task = site, 0, site.task()
+        self(lambda: None)  # the rehearsal of the model draws from the same generator, once
 
     def __call__(self, start: Callable[[], None]) -> Reply:
         """Ask for round 1 as if the site had never been asked before."""

@@ -123,9 +123,9 @@ def test_the_noise_in_a_layers_weights_has_the_predicted_norm(
     ratio = mean_ratio(name, toy_settings, tmp_path)
     assert abs(ratio - 1) < band, f"{name}: the weights carry {ratio:.2f} times the predicted noise (squared norm)"
 
-    draw = dpsgd.private_normal
+    noised = dpsgd.add_private_noise
     for factor in (0.5, 2.0):
         with monkeypatch.context() as patch:
-            patch.setattr(dpsgd, "private_normal", lambda shape, std, factor=factor: draw(shape, factor * std))
+            patch.setattr(dpsgd, "add_private_noise", lambda total, std, factor=factor: noised(total, factor * std))
             planted = mean_ratio(name, toy_settings, tmp_path)
         assert abs(planted - 1) > 2 * band, f"{factor} times the noise went unnoticed ({planted:.2f})"

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Literal
 
 from common.check import at_least, in_range, positive
 from common.errors import BudgetExhausted, ConfigError
+from common.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent, PrivacyAccountant
@@ -270,8 +271,8 @@ def _least_noise(target: float, delta: float, sample_rate: float, steps: int, sp
     already = epsilon(history, delta)
     if already > target:
         raise BudgetExhausted(
-            f"epsilon {already:.4f} is spent already, above the budget of {target:g} at delta {delta:g}: "
-            "no step is left; train on other data or agree on a larger budget"
+            f"epsilon {epsilon_text(already, decimals=4)} is spent already, above the budget of {target:g} at "
+            f"delta {delta:g}: no step is left; train on other data or agree on a larger budget"
         )
 
     def cost(noise: float) -> float:
@@ -282,8 +283,8 @@ def _least_noise(target: float, delta: float, sample_rate: float, steps: int, sp
         enough *= 2
         if enough > MOST_NOISE:
             raise BudgetExhausted(
-                f"epsilon {already:.4f} of {target:g} is spent at delta {delta:g}, too little is left for {steps} more "
-                "steps at any noise: ask for fewer steps or agree on a larger budget"
+                f"epsilon {epsilon_text(already, decimals=4)} of {target:g} is spent at delta {delta:g}, too little is "
+                f"left for {steps} more steps at any noise: ask for fewer steps or agree on a larger budget"
             )
     short = enough / 2
     while cost(short) <= target:

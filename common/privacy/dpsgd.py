@@ -6,20 +6,24 @@ what a federation needs and Opacus leaves open (PRIVACY: 1.3, 2.4):
 * one joint clip over all trained tensors; norms, clip and sum in float64, whatever the forward pass is in;
 * a record whose gradient is not finite contributes zero instead of destroying the update;
 * noise also on an empty batch, so that emptiness is not visible;
-* noise from the operating system's entropy, drawn in float64;
+* noise from the operating system's entropy, rounded with the sum to a public grid before it goes anywhere;
 * the divisor is a public constant, never the realised batch;
 * a gradient that did not come from here cannot reach the optimiser.
 
 Guarantee: with per-record losses, adding or removing one record changes the noiseless sum by at
-most ``clip_norm`` in L2 over all trained tensors together. That holds for exact per-record gradients.
-A forward pass rounds them, a little differently in a batch of another shape, so that a record also
-moves what others contribute: measured on CPUs, the change stays below 1 + 1e-5 times the clip in
-float32, and below 1.0017 times in bfloat16. Steps in bfloat16 therefore carry noise for 1.01 times
-the clip (``rounding_margin``), and tests hold both.
+most ``clip_norm`` in L2 over all trained tensors together. That needs every record's gradient to be its
+own to the last bit, whoever is beside it: the batches have shapes that follow from each record alone
+(``common.shapes``), and a model that mixes records, or keeps something from one pass to the next, is
+refused before its first round (``client.rehearsal``). A record whose gradient cannot be computed in its
+own shape contributes zero.
+
+Bit-equality in every row is tested on CPUs, in float32 and bfloat16. No GPU has been tested so far, so
+steps in bfloat16 on a GPU carry noise for 1.01 times the clip beside it (``rounding_margin``).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -32,11 +36,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import MechanismError
+from common.log import place_of
 from common.privacy.plan import PrivacyPlan
-from common.randomness import private_normal
+from common.randomness import add_private_noise
+from common.shapes import FixedBatch
 
-TRACES = ("activations", "max_batch_len", "grad_sample", "summed_grad", "_current_grad_sample", "_forward_counter")
-"""What Opacus hangs on layers and parameters."""
+log = logging.getLogger("fedveil.site")
+PASSING = ("activations", "max_batch_len", "_current_grad_sample")
+TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter")
+"""What Opacus hangs on layers and parameters; ``PASSING`` is what it keeps within one pass."""
 
 
 class _Mechanism(DPOptimizer):
@@ -66,12 +74,11 @@ class _Mechanism(DPOptimizer):
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
     def add_noise(self) -> None:
-        """Write sum + N(0, (noise_multiplier · clip_norm)²) into every ``grad``."""
+        """Write sum + N(0, (noise_multiplier · clip_norm)²), rounded to a public grid, into every ``grad``."""
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
-            total = parameter.summed_grad.double()
-            noise = private_normal(tuple(total.shape), std).to(total.device)
-            parameter.grad = (total + noise).to(parameter.dtype)
+            # The grid before all else: float32 is finer near zero, and rounds only what may be public.
+            parameter.grad = add_private_noise(parameter.summed_grad, std).to(parameter)
 
 
 def _rows(sample: Tensor) -> Tensor:
@@ -79,9 +86,9 @@ def _rows(sample: Tensor) -> Tensor:
     return sample.reshape(len(sample), math.prod(sample.shape[1:]))
 
 
-def rounding_margin(precision: torch.dtype) -> float:
-    """Return by how much the noise must exceed the plan's to cover the forward pass's rounding."""
-    return 1.0 if precision in (torch.float32, torch.float64) else 1.01
+def rounding_margin(precision: torch.dtype, device: torch.device) -> float:
+    """Return by how much the noise exceeds the plan's, beside the shapes, where bit-equality was never tested."""
+    return 1.01 if device.type != "cpu" and precision not in (torch.float32, torch.float64) else 1.0
 
 
 class PrivateSteps:
@@ -174,23 +181,26 @@ class PrivateSteps:
         self._forget()
         return gradients
 
-    def try_out(self, batch: Any, losses: Callable[[Any], Tensor]) -> None:
-        """Compute the gradients of one part and forget them: nothing is stepped, released or noised.
+    def samples(self, batch: Any, losses: Callable[[Any], Tensor]) -> list[Tensor]:
+        """Return each trained tensor's gradients of the records of one part; nothing is stepped, released or noised.
+
+        Returns:
+            One tensor of shape (records, *parameter's) for each trained parameter, in the order of ``trained``.
 
         Raises:
             MechanismError: some trained tensor gets no gradient of its own from each record.
         """
-        self._differentiate(batch, losses)
-        self._forget()
+        try:
+            self._differentiate(batch, losses)
+            return [parameter.grad_sample for parameter in self._trained]
+        finally:
+            self._abandon()
 
     def _privatise(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         self._mechanism.zero_grad(set_to_none=True)
         seen = False
         for batch in batches:
-            self._differentiate(batch, losses)
-            self._mechanism.clip_and_accumulate()
-            self._forget()
-            seen = True
+            seen = self._accumulate(batch, losses) or seen
         for parameter in self._trained:
             # Opacus reads the device and the number of parts off grad_sample.
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
@@ -199,23 +209,57 @@ class PrivateSteps:
         self._mechanism.add_noise()
         self._mechanism.scale_grad()
 
+    def _accumulate(self, batch: Any, losses: Callable[[Any], Tensor]) -> bool:
+        """Add a part's clipped gradients to the sum; return whether there were any.
+
+        If the pass fails, each record of it passes alone in the same shape, which gives the same gradient, and one that
+        fails there contributes zero.
+        """
+        try:
+            self._differentiate(batch, losses)
+        except MechanismError:
+            raise
+        except Exception as error:
+            self._abandon()
+            if not isinstance(batch, FixedBatch):
+                raise
+            if batch.records == 1:
+                log.warning("a record could not be computed and contributes zero: %s", place_of(error))
+                return False
+            seen = [self._accumulate(batch.alone(row), losses) for row in range(batch.records)]
+            return any(seen)
+        self._mechanism.clip_and_accumulate()
+        self._forget()
+        return True
+
     def _differentiate(self, batch: Any, losses: Callable[[Any], Tensor]) -> None:
         """Leave in every trained tensor's ``grad_sample`` the gradient of each record of ``batch``."""
         values = losses(batch)
         values.sum().backward()
+        rows = batch.rows if isinstance(batch, FixedBatch) else len(values)
         for parameter in self._trained:
             sample = getattr(parameter, "grad_sample", None)
-            if sample is None or len(sample) != len(values):
+            if sample is None or len(sample) != rows:
                 # No count: how many records were drawn is private, and errors are read by others.
                 raise MechanismError(
                     f"a trained tensor of shape {tuple(parameter.shape)} got no gradient of its own for each record: "
                     "the model does not use it, or mixes records"
                 )
+            parameter.grad_sample = sample[: len(values)]
 
     def _forget(self) -> None:
         for parameter in self._trained:
             parameter.grad_sample = None
             parameter.grad = None
+
+    def _abandon(self) -> None:
+        """Drop what a pass that failed half-way has left: the next one's hooks would take it for its own."""
+        self._forget()
+        for holder in (*self._module.modules(), *self._trained):
+            for name in PASSING:
+                vars(holder).pop(name, None)
+        for parameter in self._trained:
+            parameter._forward_counter = 0
 
     def _check(self, optimizer: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         released = {id(gradient): version for gradient, version in self._released}

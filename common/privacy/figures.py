@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 NO_CLAIM = "no claim"
 
@@ -10,20 +11,31 @@ NO_CLAIM = "no claim"
 def epsilon_text(value: float | None, absent: str = NO_CLAIM, decimals: int = 3) -> str:
     """Return an ε that is never rounded down.
 
-    >>> epsilon_text(7.99941), epsilon_text(None), epsilon_text(float("inf"))
-    ('8.000', 'no claim', '∞')
+    >>> epsilon_text(7.99941), epsilon_text(7.0000000009), epsilon_text(0.1), epsilon_text(7.995)
+    ('8.000', '7.001', '0.100', '7.995')
+    >>> epsilon_text(None), epsilon_text(float("inf"))
+    ('no claim', '∞')
     """
     if value is None:
         return absent
     if not math.isfinite(value):
         return "∞" if value > 0 else "not a number"
-    scale = 10**decimals
-    return f"{math.ceil(value * scale - 1e-6) / scale:.{decimals}f}"
+    return _rounded(value, decimals, ROUND_CEILING)
 
 
 def remaining_text(value: float | None, decimals: int = 3) -> str:
-    """Return what is left of a budget, never rounded up."""
+    """Return what is left of a budget, never rounded up.
+
+    >>> remaining_text(0.9999999995), remaining_text(0.3)
+    ('0.999', '0.300')
+    """
     if value is None or not math.isfinite(value):
         return epsilon_text(value)
-    scale = 10**decimals
-    return f"{math.floor(value * scale + 1e-6) / scale:.{decimals}f}"
+    return _rounded(value, decimals, ROUND_FLOOR)
+
+
+def _rounded(value: float, decimals: int, towards: str) -> str:
+    # The shortest decimal that reads back as this number: what was typed as 0.1 is shown as 0.100.
+    typed = Decimal(repr(float(value)))
+    # A float has up to 309 digits before its point.
+    return f"{typed.quantize(Decimal(10) ** -decimals, towards, Context(prec=400)):zf}"

@@ -38,8 +38,12 @@ class Task(ABC):
         """Return one record per example, cut to ``max_length`` tokens."""
 
     @abstractmethod
-    def collate(self, records: Sequence[Record], pad_id: int) -> Batch:
-        """Return int64 tensors of shape (records, tokens), padded on the right."""
+    def collate(self, records: Sequence[Record], pad_id: int, length: int = 0) -> Batch:
+        """Return int64 tensors of shape (records, tokens), padded on the right to the longest, or to ``length``."""
+
+    @abstractmethod
+    def made_up(self, like: Record, tokens: Sequence[int], label: int = 0) -> Record:
+        """Return a record that is no one's, of these tokens and with the fields of ``like``."""
 
     @abstractmethod
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
@@ -51,7 +55,7 @@ class Task(ABC):
         return sums.loss / sums.weight
 
 
-def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return ``rows`` as one int64 tensor, filled up on the right with ``value``."""
-    longest = max(len(row) for row in rows)
+def padded(rows: Sequence[Sequence[int]], value: int, length: int = 0) -> Tensor:
+    """Return ``rows`` as one int64 tensor, filled up on the right with ``value`` to the longest, or to ``length``."""
+    longest = length or max(len(row) for row in rows)
     return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])

@@ -62,10 +62,16 @@ class CausalLM(Task):
             )
         return records
 
-    def collate(self, records: Sequence[Record], pad_id: int) -> Batch:
+    def collate(self, records: Sequence[Record], pad_id: int, length: int = 0) -> Batch:
         """Return tensors of shape (records, tokens); padding is never a target."""
         fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
-        return {key: padded([record[key] for record in records], fill[key]) for key in records[0]}
+        return {key: padded([record[key] for record in records], fill[key], length) for key in records[0]}
+
+    def made_up(self, like: Record, tokens: Sequence[int], label: int = 0) -> Record:
+        """Return a record whose last third is the completion; of one token, it has no target and its loss is 0."""
+        prompt = len(tokens) - len(tokens) // 3
+        labels = [IGNORED] * prompt + list(tokens[prompt:])
+        return {"input_ids": list(tokens), "attention_mask": [1] * len(tokens), "labels": labels}
 
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Return negative log-likelihood and hits, summed over the completion's tokens."""

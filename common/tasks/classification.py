@@ -63,14 +63,19 @@ class Classification(Task):
             records.append({**{k: encoded[k][i] for k in encoded}, "labels": [example.label]})
         return records
 
-    def collate(self, records: Sequence[Record], pad_id: int) -> Batch:
+    def collate(self, records: Sequence[Record], pad_id: int, length: int = 0) -> Batch:
         """Return tensors of shape (records, tokens) and ``labels`` of shape (records,)."""
         batch = {
-            key: padded([record[key] for record in records], pad_id if key == "input_ids" else 0)
+            key: padded([record[key] for record in records], pad_id if key == "input_ids" else 0, length)
             for key in records[0]
             if key != "labels"
         }
         return {**batch, "labels": torch.tensor([record["labels"][0] for record in records])}
+
+    def made_up(self, like: Record, tokens: Sequence[int], label: int = 0) -> Record:
+        """Return a record of one text, of this label."""
+        fill = {"input_ids": list(tokens), "attention_mask": [1] * len(tokens), "labels": [label]}
+        return {key: fill.get(key, [0] * len(tokens)) for key in like}
 
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Return cross-entropy and hits, one unit a record."""

@@ -1,5 +1,8 @@
 """The federation's certificate authority and the server's certificate (X.509, ECDSA P-384).
 
+Both hold what RFC 5280 asks for and Python's contexts check by default from 3.13 on (VERIFY_X509_STRICT): key
+identifiers (sections 4.2.1.1 and 4.2.1.2) and critical key usage (4.2.1.3).
+
 Sites know one thing of the server: the authority's certificate. Whoever has the authority's key can
 pose as the server, so it is needed only to issue, and is best kept on another machine.
 """
@@ -39,21 +42,13 @@ def new_authority(name: str) -> Issued:
     """Return a new certificate authority that can issue server certificates and no further authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    usage = x509.KeyUsage(
-        key_cert_sign=True,
-        crl_sign=True,
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     builder = (
         _builder(subject, subject, key, AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(own, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False)
     )
     return Issued(_pem(builder.sign(key, hashes.SHA384())), _key_pem(key))
 
@@ -76,8 +71,11 @@ def new_server_certificate(names: Sequence[str], authority: Issued, now: datetim
     builder = (
         _builder(subject, issuer.subject, key, SERVER_DAYS, now)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(alternatives, critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(_identifier_of(issuer), critical=False)
     )
     return Issued(_pem(builder.sign(_read_key(authority.key), hashes.SHA384())), _key_pem(key))
 
@@ -137,9 +135,36 @@ def belongs_to(certificate: x509.Certificate, key_pem: bytes) -> bool:
     return _read_key(key_pem).public_key() == certificate.public_key()
 
 
+def lacks(certificate: x509.Certificate) -> list[str]:
+    """Return the names of what Python 3.13's default context asks of a certificate and this one has not."""
+    wanted = {
+        "subject key identifier": x509.SubjectKeyIdentifier,
+        "authority key identifier": x509.AuthorityKeyIdentifier,
+        "key usage": x509.KeyUsage,
+    }
+    held = {type(extension.value) for extension in certificate.extensions}
+    return [name for name, kind in wanted.items() if kind not in held]
+
+
 def fingerprint(certificate: x509.Certificate) -> str:
     """Return a certificate's SHA-256 as people read it to each other: ``AB:CD:...``."""
     return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+
+
+def _identifier_of(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    """Return how a certificate names its issuer's key: as the issuer does itself."""
+    try:
+        own = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        own = x509.SubjectKeyIdentifier.from_public_key(issuer.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
+
+
+def _usage(**allowed: bool) -> x509.KeyUsage:
+    uses = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    return x509.KeyUsage(
+        **dict.fromkeys((*uses, "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"), False) | allowed
+    )
 
 
 def _builder(

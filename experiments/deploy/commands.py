@@ -11,6 +11,7 @@ from pathlib import Path
 from common.config import Scalar
 from experiments.deploy.server_folder import ServerFolder
 from experiments.deploy.site_folder import SiteFolder, node_settings
+from server.registered import NODES
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -29,6 +30,14 @@ def environment(home: Path) -> dict[str, str]:
     """Return this process's environment with Flower's own folder at ``home``."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def superlink_environment(folder: ServerFolder, home: Path) -> dict[str, str]:
+    """Return the SuperLink's environment: as ``environment``, and where its runs find the sites' registered names.
+
+    A container, whose coordinator has a folder of its own, names another place than ``folder`` has.
+    """
+    return {NODES: str(folder.nodes), **environment(home)}
 
 
 def superlink_command(folder: ServerFolder) -> list[str]:

@@ -19,10 +19,11 @@ from experiments.deploy.findings import Finding, examine
 from experiments.deploy.fleet import Answer, ask_to_join
 from experiments.deploy.node_keys import is_pair, read_node_key
 from experiments.deploy.refusal import why_refused, why_unreachable
-from experiments.deploy.server_folder import ServerFolder
+from experiments.deploy.server_folder import RENEWAL, ServerFolder
 from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings, policy_of_node
 
 RENEW = "renew it with 'fedveil server renew'"
+NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
 
 
 def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Finding]:
@@ -66,7 +67,8 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
 
 def _authority(path: Path) -> Iterator[Finding]:
     authority = read_certificate(read_bytes(path / "ca.crt", "the authority's certificate"), "the authority")
-    return shared.validity(authority, "authority", "make a new one and give every site its ca.crt")
+    yield from shared.validity(authority, "authority", NEW_AUTHORITY)
+    yield from shared.strictness(authority, "authority", NEW_AUTHORITY)
 
 
 def _server_certificate(folder: ServerFolder) -> Iterator[Finding]:
@@ -74,8 +76,11 @@ def _server_certificate(folder: ServerFolder) -> Iterator[Finding]:
     server = read_certificate(read_bytes(folder.path / "server.pem", what), "the server")
     authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     yield from shared.validity(server, what, RENEW)
+    yield from shared.strictness(server, what, RENEW)
     if not is_issued_by(server, authority):
         yield Finding(False, what, f"it is not of the authority in ca.crt: {RENEW}")
+    if (folder.path / RENEWAL).exists():
+        yield Finding(False, what, f"a renewal was interrupted: {RENEW}, or start the server")
     if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
         yield Finding(False, what, f"server.key is not its key: {RENEW}")
     held = names_of(server)
@@ -87,9 +92,15 @@ def _server_certificate(folder: ServerFolder) -> Iterator[Finding]:
 
 
 def _control_is_local(folder: ServerFolder) -> Iterator[Finding]:
-    open_to_all = folder.control_host in ("0.0.0.0", "::", "")
-    advice = "; whoever reaches it can run code at every site: set control-host to 127.0.0.1" if open_to_all else ""
-    yield Finding(not open_to_all, "Control port", f"{folder.control_host}:{folder.control_port}{advice}")
+    host = folder.control_host
+    open_to_all, local = host in ("0.0.0.0", "::", ""), host in ("127.0.0.1", "::1", "localhost")
+    advice = "set control-host to 127.0.0.1" if open_to_all else "let nobody else there"
+    who = "every user of this machine does" if local else "it has no login"
+    yield Finding(
+        not open_to_all,
+        "Control port",
+        f"{host}:{folder.control_port}; who reaches it can let nodes in and submit runs, and {who}: {advice}",
+    )
 
 
 def _server_ports(folder: ServerFolder) -> Iterator[Finding]:

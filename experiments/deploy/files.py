@@ -51,6 +51,21 @@ def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str
         raise DataError(f"cannot make {folder} ({error.strerror}): name a folder that you may write") from error
 
 
+def put_file(path: Path, content: bytes, *, private: bool) -> None:
+    """Put ``content`` at ``path`` in one step, in place of what is there.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        draft.unlink(missing_ok=True)  # of one that was interrupted
+        _write(draft, content, PRIVATE_MODE if private else PUBLIC_MODE)
+        draft.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path} ({error.strerror}): check rights and space") from error
+
+
 def _write(path: Path, content: bytes, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The mode is set when the file is made: a key is at no moment readable by others.

@@ -9,6 +9,7 @@ from experiments.deploy.control import control_of
 from experiments.deploy.files import read_bytes
 from experiments.deploy.server_folder import ServerFolder
 from experiments.deploy.site_folder import SITE_NAME
+from server.files import replace_file
 
 
 def register_site(folder: ServerFolder, public_key: Path) -> str:
@@ -33,8 +34,9 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
             raise ConfigError(f"{name}'s key was shut out: the site makes a new one with 'fedveil site init'")
         return f"{name} was registered before"
     folder.nodes.mkdir(exist_ok=True)
-    (folder.nodes / f"{name}.id").write_text(f"{node}\n", encoding="utf-8")
-    kept.write_text(" ".join(line) + "\n", encoding="utf-8")
+    # A run reads these while it goes on (``server.registered``): never half a file.
+    replace_file(folder.nodes / f"{name}.id", f"{node}\n".encode())
+    replace_file(kept, (" ".join(line) + "\n").encode())
     return f"{name} is registered as node {node}"
 
 

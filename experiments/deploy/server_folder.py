@@ -6,6 +6,7 @@
 ``ca.crt``          the authority's certificate: this goes to every site
 ``server.pem``      the server's certificate
 ``server.key``      its private key
+``renewal.key``     both, while a renewal goes on or after one that was interrupted
 ``flwr/``           Flower's own folder (FLWR_HOME) with the connection ``fedveil``
 ``nodes/``          public keys of the sites, ``NAME.pub``
 ``state/``          the SuperLink's database: registered sites and runs
@@ -23,9 +24,16 @@ from typing import Any, TypeVar
 
 from common.check import nearest
 from common.config import Scalar
-from common.errors import ConfigError
-from experiments.deploy.certificates import Issued, alternative_names, new_authority, new_server_certificate
-from experiments.deploy.files import FOLDER_MODE, make_folder, read_bytes
+from common.errors import ConfigError, DataError
+from experiments.deploy.certificates import (
+    Issued,
+    alternative_names,
+    belongs_to,
+    new_authority,
+    new_server_certificate,
+    read_certificate,
+)
+from experiments.deploy.files import FOLDER_MODE, make_folder, put_file, read_bytes
 from experiments.settings import read_settings_file, to_toml
 
 Folder = TypeVar("Folder")
@@ -34,6 +42,7 @@ FLEET_PORT = 9092
 CONTROL_PORT = 8000
 CONNECTION = "fedveil"
 """Name of the server's connection in Flower's configuration."""
+RENEWAL = "renewal.key"
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 """Always in the certificate: the server's own programs dial these."""
 
@@ -140,6 +149,7 @@ def make_server(
     authority = (authority or path / "authority").expanduser().absolute()
     alternative_names(names)
     dialled = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
+    _make_private(path)  # before the authority's folder, which may lie in it
     issuer = _authority(authority)
     certificate = new_server_certificate(list(dialled), issuer, now)
     folder = ServerFolder(path, ",".join(names), f"0.0.0.0:{fleet_port}", control_host, control_port)
@@ -162,6 +172,14 @@ def make_server(
     return folder
 
 
+def _make_private(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make {path} ({error.strerror}): name a folder that you may write") from error
+
+
 def connection_toml(folder: ServerFolder) -> str:
     """Return Flower's configuration file with the connection to this server's Control API."""
     connection: dict[str, Scalar] = {
@@ -174,19 +192,39 @@ def connection_toml(folder: ServerFolder) -> str:
 def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
     """Replace the server's certificate and key by new ones of the same authority; sites need nothing new.
 
+    Both are written to one file first, in one step, and go to their places from there: whoever stops in between
+    leaves a pair that ``finish_renewal`` puts in place, and what an earlier renewal left is written over.
+
     Raises:
-        DataError: the authority's folder is not there or not whole.
+        DataError: the authority's folder is not there or not whole, or this one cannot be written.
     """
     authority = (authority or folder.path / "authority").expanduser().absolute()
     names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
-    certificate = new_server_certificate(names, _read_authority(authority))
-    for name, content, private in (
-        ("server.pem", certificate.certificate, False),
-        ("server.key", certificate.key, True),
-    ):
-        make_folder(folder.path, {f"{name}.new": content}, frozenset({f"{name}.new"} if private else ()))
-    for name in ("server.pem", "server.key"):
-        (folder.path / f"{name}.new").replace(folder.path / name)
+    made = new_server_certificate(names, _read_authority(authority))
+    put_file(folder.path / RENEWAL, made.key + made.certificate, private=True)
+    finish_renewal(folder)
+
+
+def finish_renewal(folder: ServerFolder) -> bool:
+    """Put a renewed certificate and its key in their places, and say whether there were any that were not.
+
+    Raises:
+        DataError: the folder cannot be written, or the file with both is damaged.
+    """
+    pending = folder.path / RENEWAL
+    if not pending.is_file():
+        return False
+    content = read_bytes(pending, "the renewed certificate")
+    key, mark, rest = content.partition(b"-----BEGIN CERTIFICATE-----")
+    if not belongs_to(read_certificate(mark + rest, "the server"), key):
+        raise DataError(f"{pending} is damaged: remove it, and run 'fedveil server renew'")
+    put_file(folder.path / "server.key", key, private=True)
+    put_file(folder.path / "server.pem", mark + rest, private=False)
+    try:
+        pending.unlink()
+    except OSError as error:
+        raise DataError(f"cannot remove {pending} ({error.strerror})") from error
+    return True
 
 
 def _authority(path: Path) -> Issued:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from cryptography import x509
 from packaging.requirements import Requirement
+from packaging.version import Version
 
-from experiments.deploy.certificates import days_left, fingerprint
+from experiments.deploy.certificates import days_left, fingerprint, lacks
 from experiments.deploy.findings import Finding
 
 WATCHED = ("flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "grpcio")
+SAFE_CRYPTOGRAPHY = "50"
 LOW_DISK_BYTES = 1 << 30
 RENEW_DAYS = 30
 
@@ -37,6 +39,17 @@ def versions() -> Iterator[Finding]:
         fits = name not in wanted or wanted[name].specifier.contains(found, prereleases=True)
         advice = "" if fits else f": pip install '{name}{allowed}'"
         yield Finding(fits, name, f"{found}, allowed is {allowed}{advice}")
+    yield _override(version("cryptography"))
+
+
+def _override(found: str) -> Finding:
+    """Return whether cryptography is the one that has no known advisory. Flower's pin asks for an older one."""
+    safe = Version(found) >= Version(SAFE_CRYPTOGRAPHY)
+    advice = (
+        "" if safe else f": pip install --upgrade --no-deps --only-binary :all: 'cryptography>={SAFE_CRYPTOGRAPHY}'"
+    )
+    words = f"{SAFE_CRYPTOGRAPHY} or newer is wanted" if safe else "has known advisories, see docs/security.md"
+    return Finding(safe, "cryptography", f"{found}, {words}{advice}")
 
 
 def private_file(path: Path, what: str) -> Iterator[Finding]:
@@ -61,6 +74,13 @@ def validity(certificate: x509.Certificate, what: str, renewal: str) -> Iterator
     else:
         soon = f", {renewal}" if left < RENEW_DAYS else ""
         yield Finding(True, what, f"valid for {left:.0f} more days{soon}; SHA-256 {fingerprint(certificate)}")
+
+
+def strictness(certificate: x509.Certificate, what: str, renewal: str) -> Iterator[Finding]:
+    """A certificate has what Python 3.13 and newer ask of it; nothing is said where it has."""
+    missing = lacks(certificate)
+    if missing:
+        yield Finding(False, what, f"it lacks {', '.join(missing)}, so Python 3.13 and newer refuse it: {renewal}")
 
 
 def disk(path: Path, what: str) -> Iterator[Finding]:

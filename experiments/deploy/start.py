@@ -9,10 +9,10 @@ from pathlib import Path
 
 from common.errors import DataError
 from experiments.deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
-from experiments.deploy.commands import environment, superlink_command, supernode_command
+from experiments.deploy.commands import environment, superlink_command, superlink_environment, supernode_command
 from experiments.deploy.files import read_bytes
 from experiments.deploy.refusal import why_refused
-from experiments.deploy.server_folder import ServerFolder
+from experiments.deploy.server_folder import ServerFolder, finish_renewal
 from experiments.deploy.site_check import check_site
 from experiments.deploy.site_folder import SiteFolder
 
@@ -26,6 +26,8 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     Raises:
         DataError: the certificate is expired, not the authority's, or not the key's; a file is missing.
     """
+    if finish_renewal(folder):
+        say("an interrupted renewal of the server's certificate is complete now")
     server = read_certificate(read_bytes(folder.path / "server.pem", "the server's certificate"), "the server")
     authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     if days_left(server) < 0:
@@ -34,11 +36,11 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         raise DataError("server.pem is not of the authority in ca.crt: renew it with 'fedveil server renew'")
     if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
         raise DataError("server.key does not belong to server.pem: renew both with 'fedveil server renew'")
-    for place in (folder.database.parent, folder.runs):
+    for place in (folder.database.parent, folder.runs, folder.nodes):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
     command = superlink_command(folder)
-    os.execve(command[0], command, environment(_flower_home(folder.database.parent)))
+    os.execve(command[0], command, superlink_environment(folder, _flower_home(folder.database.parent)))
 
 
 def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:

@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 from server.report.data import ReportData, federation_epsilon, report_of
-from server.report.files import REPORT_JSON, SIGNATURE, markdown_report, to_json, write_reports
+from server.report.files import REPORT_JSON, markdown_report, to_json, write_reports
 from server.report.folder import read_lines
 from server.report.terminal import round_line, score_words
 
 __all__ = [
     "REPORT_JSON",
-    "SIGNATURE",
     "ReportData",
     "federation_epsilon",
     "markdown_report",

@@ -11,10 +11,9 @@ from server.files import finite, replace_file
 from server.report.data import ReportData, report_of
 from server.report.markdown import to_markdown
 from server.report.page import to_html
-from server.report.signature import sign
+from server.report.signature import SIGNATURE, STATEMENT, covers, sign, statement
 
 REPORT_JSON = "report.json"
-SIGNATURE = "report.json.sig"
 
 
 def to_json(data: ReportData) -> bytes:
@@ -34,8 +33,8 @@ def markdown_report(folder: Path) -> str:
 def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
     """Write ``report.md``, ``report.html`` and ``report.json`` into a run's folder, and return their paths.
 
-    With ``key``, also ``report.json.sig``. Without one, a signature that is there stays if it is
-    still of the same bytes, and goes if it is not.
+    With ``key``, also the signed statement on them and its signature. Without one, those that are there stay if
+    they are still of the same bytes, and go if they are not.
 
     Raises:
         DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key.
@@ -46,13 +45,15 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
         "report.html": to_html(data).encode(),
         REPORT_JSON: to_json(data),
     }
-    signature, report = folder / SIGNATURE, folder / REPORT_JSON
     try:
-        stale = not report.is_file() or report.read_bytes() != contents[REPORT_JSON]
+        signable = contents | {name: (folder / name).read_bytes() for name in data.audits}
         if key is not None:
-            contents[SIGNATURE] = sign(contents[REPORT_JSON], key)
-        elif stale:
-            signature.unlink(missing_ok=True)
+            head = data.headline
+            signed = statement(data.run, data.strategy, data.status, head.epsilon, head.delta, signable)
+            contents |= {STATEMENT: signed, SIGNATURE: sign(signed, key)}
+        elif not (folder / STATEMENT).is_file() or not covers((folder / STATEMENT).read_bytes(), signable):
+            for name in (SIGNATURE, STATEMENT):
+                (folder / name).unlink(missing_ok=True)
         for name, content in contents.items():
             replace_file(folder / name, content)
     except OSError as error:

@@ -49,6 +49,8 @@ SPENT_FIELDS: Fields = {
         (int, float),
     ),
 }
+AUDITS = "audit*"
+"""Names of the files in which audits leave their findings."""
 RESULTS = ("completed", "stopped", "failed")
 """The ends that ``result.json`` can tell of."""
 
@@ -99,7 +101,7 @@ def read_run(folder: Path) -> RunFiles:
     if result is not None and result.get("status") not in RESULTS:
         problems.append("result.json does not say how the run ended, and is left out")
         result = None
-    audits = [path for path in sorted(folder.glob("audit*")) if path.is_file()]
+    audits = [path for path in sorted(folder.glob(AUDITS)) if path.is_file()]
     return RunFiles(
         config,
         baseline,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
-from server.report.audits import NONE_RUN, audit_words
+from server.report.audits import NONE_RUN, WHOSE, audit_words
 from server.report.data import ReportData
 from server.report.words import (
     UNKNOWN,
@@ -20,14 +20,18 @@ from server.report.words import (
     visible,
 )
 
+LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
+"""The character by which readers of Markdown know a bare address; written as its number it makes no link."""
+
 
 def plain(text: str) -> str:
-    """Return ``text`` so that Markdown shows it as it is, in a table too.
+    """Return ``text`` so that Markdown shows it as it is, in a table too, and makes no link of an address in it.
 
-    >>> plain("a|b <script> *c*")
-    'a\\\\|b &lt;script&gt; \\\\*c\\\\*'
+    >>> plain("a|b <script> *c* https://d.example")
+    'a\\\\|b &lt;script&gt; \\\\*c\\\\* https&#58;//d.example'
     """
-    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(visible(text), quote=False))
+    escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(visible(text), quote=False))
+    return LINKED.sub(lambda match: f"&#{ord(match.group())};", escaped)
 
 
 def to_markdown(data: ReportData) -> str:
@@ -188,7 +192,7 @@ def _origin(data: ReportData) -> list[str]:
         "## Audit",
         "",
         *audits,
-        *(["", *files] if files else []),
+        *(["", WHOSE, "", *files] if files else []),
         "",
         "## Settings",
         "",

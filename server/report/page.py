@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from common.privacy import figures
 from server.report import words
-from server.report.audits import NONE_RUN, audit_words
+from server.report.audits import NONE_RUN, WHOSE, audit_words
 from server.report.charts import Axis, Chart, Curve, Mark, line_chart
 from server.report.data import ReportData
 from server.report.page_style import STYLE
@@ -41,6 +41,7 @@ def to_html(data: ReportData) -> str:
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
+        whose=WHOSE,
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),
         accuracy_chart=accuracy_chart(data),

@@ -221,6 +221,7 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <p>{{ none_run }}</p>
 {% endif %}
 {% if data.audits %}
+<p>{{ whose }}</p>
 <ul>{% for name, digest in data.audits.items() %}<li>{{ name }}<br>
 <code>SHA-256 {{ digest }}</code></li>{% endfor %}</ul>
 {% endif %}

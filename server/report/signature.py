@@ -1,14 +1,25 @@
-"""The signature of a report: Ed25519 (RFC 8032) over the bytes of ``report.json``.
+"""The signature of a report: Ed25519 (RFC 8032) over a statement that names the run and hashes every file of it.
 
-The signature file holds the 64 raw bytes, so that other tools can check it as well::
+The statement (``report.signed.json``) is one JSON object in canonical form. It begins with what it is for
+(``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
+that ended, its ε and when it was signed; and it holds the SHA-256 of the report in all three forms and of every audit
+file in the folder. The signature file holds the 64 raw bytes, so that other tools can check it as well::
 
-    openssl pkeyutl -verify -pubin -inkey PUBLIC.pem -rawin -in report.json -sigfile report.json.sig
+    openssl pkeyutl -verify -pubin -inkey PUBLIC.pem -rawin -in report.signed.json -sigfile report.signed.json.sig
+
+An older statement on the same run stays genuine: its time and its figures tell which is which.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -22,6 +33,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from common.errors import DataError
+from server.report.folder import AUDITS
+
+CONTEXT = "FedVeil signed report, 1"
+STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
+
+
+class NotGenuine(DataError):
+    """A report is not what was signed."""
 
 
 def make_key(path: Path) -> Path:
@@ -64,10 +83,38 @@ def sign(content: bytes, key_file: Path) -> bytes:
     return key.sign(content)
 
 
-def is_genuine(report: Path, signature: Path, key_file: Path) -> bool:
-    """Return whether ``signature`` is that of the very bytes of ``report``, by the key whose public half is given.
+def statement(
+    run: str, strategy: str, status: str, epsilon: float | None, delta: float | None, files: Mapping[str, bytes]
+) -> bytes:
+    """Return what is signed, with the present time; ε and δ are None without a claim, ``files`` are by name."""
+    spoken = None if epsilon is None or math.isfinite(epsilon) else str(epsilon)
+    value = {
+        "context": CONTEXT,
+        "run": run,
+        "strategy": strategy,
+        "status": status,
+        "epsilon": spoken or epsilon,
+        "delta": delta,
+        "signed": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def covers(signed: bytes, files: Mapping[str, bytes]) -> bool:
+    """Whether a statement is of these files, to the last byte, and of no others."""
+    try:
+        named = json.loads(signed)["files"]
+    except (ValueError, TypeError, KeyError):
+        return False
+    return bool(named == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+
+def verified(folder: Path, key_file: Path) -> dict[str, Any]:
+    """Return the statement on the report in ``folder``, once signature and every file have been found right.
 
     Raises:
+        NotGenuine: the signature is not of this statement by this key, or a file was changed or added.
         DataError: a file cannot be read, or ``key_file`` holds no Ed25519 public key.
     """
     try:
@@ -76,11 +123,21 @@ def is_genuine(report: Path, signature: Path, key_file: Path) -> bool:
         raise DataError(f"{key_file} holds no public key in PEM: ask the server's owner for it") from error
     if not isinstance(key, Ed25519PublicKey):
         raise DataError(f"{key_file} is not an Ed25519 public key: ask the server's owner for it")
+    signed = _read(folder / STATEMENT, "signed statement")
     try:
-        key.verify(_read(signature, "signature"), _read(report, "report"))
+        key.verify(_read(folder / SIGNATURE, "signature"), signed)
     except InvalidSignature:
-        return False
-    return True
+        raise NotGenuine(f"{folder / STATEMENT} was changed, or {key_file} is not the signer's key") from None
+    value: dict[str, Any] = json.loads(signed)
+    if value.get("context") != CONTEXT:
+        raise NotGenuine(f"{folder / STATEMENT} is signed, but is no statement on a report")
+    for name, digest in value["files"].items():
+        if hashlib.sha256(_read(folder / name, "signed file")).hexdigest() != digest:
+            raise NotGenuine(f"{folder / name} was changed after it was signed")
+    added = sorted(path.name for path in folder.glob(AUDITS) if path.is_file() and path.name not in value["files"])
+    if added:
+        raise NotGenuine(f"{', '.join(added)} in {folder} came after the report was signed")
+    return value
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -1,0 +1,106 @@
+"""Adapter states that no honest server would send: how far one record then moves the sum, others included.
+
+Any finite state is installed. With large factors the layers of a deep model blow rounding up until another
+rounding is another answer. What must hold all the same is that a record moves nothing but its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from audits.faults import SOUND, Fault
+from audits.finding import Finding, judged
+from audits.worlds import minus, norm, plan
+from common.base_model import load_base_model
+from common.batching import length_batches
+from common.data import train_and_test
+from common.model import FederatedModel
+from common.privacy.dpsgd import PrivateSteps
+from common.tasks import TASKS, Record
+from strategies import configure
+
+CLIP = 1e-3
+MOST = 1 + 1e-5
+"""Clips that one record may move the sum by: float64 sums, and a release in float32."""
+SIZES = {"query": 30.0, "value": 3.0}
+"""Of B in layers by their names: the state whose rounding grows most, of those that were tried."""
+
+
+def by_neighbours(model: FederatedModel, records: Sequence[Record]) -> Iterable[Any]:
+    """Cut a batch into as few tokens as fit, so that a record's shape depends on who is beside it (a fault)."""
+    for group in length_batches([len(record["input_ids"]) for record in records], 64):
+        yield model.batch([records[i] for i in group])
+
+
+def install(model: FederatedModel, sizes: dict[str, float]) -> None:
+    """Write a random B into each layer: of the size of the first key of ``sizes`` that is in the layer's name."""
+    draw = torch.Generator().manual_seed(5)
+    model.write(model.start)
+    with torch.no_grad():
+        for layer, factors in sorted(model.places().items()):
+            if "B" in factors:
+                size = next((size for word, size in sizes.items() if word in layer), 1.0)
+                factors["B"].copy_(size * torch.randn(factors["B"].shape, generator=draw))
+
+
+def neighbours() -> AbstractContextManager[Any]:
+    """Shapes that follow from who is beside a record."""
+    return patch.object(FederatedModel, "fixed_batches", by_neighbours)
+
+
+NEIGHBOURS = Fault("shapes by neighbours", neighbours)
+
+
+def clips_moved(model: FederatedModel, records: Sequence[Record], leave_out: Iterable[int]) -> float:
+    """Return how far, in clips, the noiseless sum moves at most when one of ``leave_out`` is taken away."""
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+
+    def total(chosen: Sequence[Record]) -> list[Tensor]:
+        with PrivateSteps(model.module, SGD(trained, lr=0.0), plan(CLIP)) as steps:
+            return [gradient.double() for gradient in steps.release(model.fixed_batches(chosen), model.losses)]
+
+    whole = total(records)
+    return max(norm(minus(whole, total([*records[:i], *records[i + 1 :]]))) for i in leave_out) / CLIP
+
+
+def default_model(precision: str) -> tuple[FederatedModel, list[Record]]:
+    """Return the default job's model in a hostile state, and 24 of its reviews, tokenised."""
+    job = configure({})
+    config, (train, _) = job.config, train_and_test(job.config.data, job.config.model.task)
+    model = FederatedModel(
+        load_base_model(config.model.name, config.model.task),
+        job.adapter,
+        TASKS[config.model.task],
+        config.head,
+        seed=config.seed,
+        label_names=train.label_names,
+        label_phrases=train.label_phrases,
+        feature_scale=config.model.feature_scale,
+        max_length=config.model.max_length,
+        device="cpu",
+        precision=precision,
+    )
+    install(model, SIZES)
+    return model, model.tokenise(train.examples[:24])
+
+
+def audit_state(model: FederatedModel, records: Sequence[Record], fault: Fault = SOUND) -> Finding:
+    """Return how far single records move the default model's sum under a hostile state.
+
+    Args:
+        model: from ``default_model``.
+        records: its records, of which those in the middle by length are left out in turn: they have most neighbours.
+        fault: what is built in.
+    """
+    middle = sorted(range(len(records)), key=lambda i: len(records[i]["input_ids"]))[8:17:4]
+    with fault.plant():
+        moved = clips_moved(model, records, middle)
+    figures: dict[str, int | float | str] = {"clips": f"{moved:.7f}", "precision": str(model.precision)}
+    return judged("hostile state", fault.name, moved > MOST, figures)

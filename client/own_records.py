@@ -1,0 +1,39 @@
+"""A site's records as the model takes them; what it cannot take is left out, which is to contribute zero.
+
+Under Poisson sampling every record is drawn on its own, and divisor, noise and price follow from public figures. So a
+record that is left out changes the sum as one whose gradient is zero, and nobody but the site can tell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from common.examples import Example
+from common.log import place_of
+from common.model import FederatedModel
+from common.tasks import Record
+
+log = logging.getLogger("fedveil.site")
+
+
+def tokenised(model: FederatedModel, examples: Sequence[Example]) -> list[Record]:
+    """Return the tokenised records, in order, of those ``examples`` that the model can take."""
+    try:
+        records = model.tokenise(examples)
+    except Exception:  # one of them; which, shows when each passes by itself
+        records = [record for example in examples for record in _one(model, example)]
+    known = model.base.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    # A token without an embedding ends a process on a GPU, and with it a whole round.
+    fitting = [record for record in records if record["input_ids"] and max(record["input_ids"]) < known]
+    if len(fitting) < len(records):
+        log.warning("records with tokens that the model does not know, or with none, contribute zero")
+    return fitting
+
+
+def _one(model: FederatedModel, example: Example) -> list[Record]:
+    try:
+        return model.tokenise([example])
+    except Exception as error:
+        log.warning("a record could not be tokenised and contributes zero: %s", place_of(error))
+        return []

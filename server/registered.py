@@ -1,0 +1,60 @@
+"""Who is who: the names under which the coordinator let the sites' keys in.
+
+``fedveil server register`` keeps a file ``NAME.id`` with the node's number for every site, and ``fedveil server
+start`` tells the SuperLink, and so every run of its, where they lie: nothing that a job's sender could forget.
+A SuperLink that was started otherwise has no such table, and a name is what a reply says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.errors import DataError
+
+NODES = "FEDVEIL_NODES"
+"""Environment variable of the SuperLink that names the folder."""
+SUFFIX = ".id"
+
+
+def registered_names() -> dict[int, str] | None:
+    """Return the name of every registered node, read anew: sites come and go while a run goes on. None: no table.
+
+    Raises:
+        DataError: the folder that the environment names cannot be read.
+    """
+    folder = os.environ.get(NODES)
+    return None if not folder else names_in(Path(folder))
+
+
+def names_in(folder: Path) -> dict[int, str]:
+    """Return the names in a folder by node; a file that holds no number names nobody.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    try:
+        texts = {path.name.removesuffix(SUFFIX): _text(path) for path in folder.iterdir() if path.suffix == SUFFIX}
+    except OSError as error:
+        raise DataError(
+            f"the registered sites cannot be read from {folder} ({error.strerror}): "
+            "make the folder readable for the SuperLink's user, and restart it with 'fedveil server start'"
+        ) from error
+    return {int(text): name for name, text in sorted(texts.items()) if text.isascii() and text.isdigit()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:  # shut out since the folder was listed
+        return ""
+
+
+def misnamed(node: int, site: str, names: Mapping[int, str] | None) -> str:
+    """Return why a node may not answer under a name; empty if it may, or if there is no table."""
+    if names is None or names.get(node) == site:
+        return ""
+    if node not in names:
+        return "the server's folder has no name for this node's key: let it in with 'fedveil server register'"
+    return f"this node's key is registered as {names[node]}, and the reply names {site}"

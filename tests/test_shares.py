@@ -1,0 +1,175 @@
+"""How much of the average one site can be: its share, whatever it tells of its noise, its size or its update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_admission import DEAR_START, NUMBERS, STATE, answer, plan
+
+from common.errors import BudgetExhausted, ConfigError
+from common.messages import TrainResult
+from common.tensors import l2_norm
+from server import aggregation
+from server.admission import Admission
+from server.aggregation import LONGEST, LONGEST_OPEN, capped, contributions
+from server.plausible import largest_norm
+from server.terms import least_plan, usual_noise
+from strategies import Job, ServerState, configure
+
+PRIVATE: dict[str, Any] = {"server.optimizer": "none", "training.optimizer": "sgd", "training.learning-rate": 0.1}
+OPEN: dict[str, Any] = {**PRIVATE, "privacy.mode": "none"}
+NOISE_TIMES = {"noise": 100.0, "boundless noise": 1e5}
+
+
+def round_of(job: Job, sites: int = 4, **told: Any) -> list[TrainResult]:
+    """Return what honest sites of one size send in round 1: noise of the size that they tell, each its own."""
+    if job.config.privacy.on:
+        results = [answer(job, plan(job), **told) for _ in range(sites)]
+    else:
+        results = [replace(answer(configure(PRIVATE), plan(configure(PRIVATE))), spending=None) for _ in range(sites)]
+    length = l2_norm(results[0].contribution)
+    return [replace(r, site=f"site-{i}", contribution=update(length, i)) for i, r in enumerate(results)]
+
+
+def update(length: float, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    tensor = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(seed))
+    return {"layer": {"B": tensor * (length / float(tensor.norm()))}}
+
+
+def long_as_allowed(job: Job, liar: TrainResult, seed: int = 99) -> TrainResult:
+    """Return the answer with the largest update that is plausible by what it tells."""
+    length = 0.999 * largest_norm(job.config, least_plan(job, liar), liar, STATE)
+    return replace(liar, contribution=update(length, seed))
+
+
+def part_of(job: Job, results: list[TrainResult]) -> float:
+    """Return how much of the average the last of the results is: its weighted length, of all."""
+    assert Admission(job, {}).judge(dict(enumerate(results)), STATE, range(9)) == {}, "a lie is dropped: no case"
+    averaged = contributions(job, results, STATE)
+    lengths = [c.weight * l2_norm(c.state) for c in averaged]
+    return lengths[-1] / sum(lengths)
+
+
+def bound(longest: float, share: float = 0.25) -> float:
+    return longest * share / (longest * share + 1 - share) + 1e-6
+
+
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weigh by declared sizes alone and let every update be as long as it is."""
+    monkeypatch.setattr(aggregation, "usual_noise", lambda *_: math.inf)
+    monkeypatch.setattr(aggregation, "factors_of", lambda _, results, __: [1.0] * len(results))
+
+
+def liar_among(job: Job, lie: str) -> list[TrainResult]:
+    *honest, last = round_of(job)
+    if lie in NOISE_TIMES and last.spending:
+        told = replace(last.spending, noise_multiplier=NOISE_TIMES[lie] * plan(job).noise_multiplier)
+        last = replace(last, spending=told)
+    return [*honest, long_as_allowed(job, last)]
+
+
+@pytest.mark.parametrize("lie", [*NOISE_TIMES, "length"])
+def test_a_site_that_lies_about_its_noise_or_sends_all_that_is_plausible_is_no_more_than_its_share(
+    lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = configure(PRIVATE)
+    results = liar_among(job, lie)
+    # Telling 100 times the noise multiplies the length by less: the signal's part of the bound stays.
+    assert part_of(job, results) < (0.05 if lie in NOISE_TIMES else bound(LONGEST))
+    as_before(monkeypatch)
+    assert part_of(job, results) > 0.9, "the fault is not found"
+
+
+def test_without_privacy_a_long_update_is_shortened_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = configure(OPEN)
+    *honest, last = round_of(job)
+    results = [*honest, replace(last, contribution=update(99 * l2_norm(last.contribution), 99))]
+    assert part_of(job, results) < bound(LONGEST_OPEN)
+    as_before(monkeypatch)
+    assert part_of(job, results) > 0.9, "the fault is not found"
+
+
+def test_a_site_that_declares_99_times_the_others_size_is_half_the_average_at_most() -> None:
+    sizes = [100, 100, 100, 9_900]
+    job, free = configure(OPEN), configure({**OPEN, "max-share": 1.0})
+    results = [replace(r, public_size=n) for r, n in zip(round_of(job), sizes, strict=True)]
+    assert part_of(job, results) == pytest.approx(0.5)
+    assert part_of(free, results) > 0.97, "the fault is not found"
+
+
+def test_equal_noise_weighs_by_public_sizes_to_the_last_bit() -> None:
+    for settings in (PRIVATE, OPEN, {}):
+        job = configure(settings)
+        results = [replace(r, public_size=n) for r, n in zip(round_of(job, 3), (50, 70, 90), strict=True)]
+        averaged = contributions(job, results, STATE)
+        assert [c.weight for c in averaged] == [50.0, 70.0, 90.0]
+        assert all(c.state is r.contribution for c, r in zip(averaged, results, strict=True))
+
+
+def test_weights_are_sizes_over_told_variances_and_less_noise_than_the_runs_buys_nothing() -> None:
+    job = configure(PRIVATE)
+    usual = plan(job).noise_multiplier
+    results = [answer(job, plan(job), noise_multiplier=usual * times) for times in (1.0, 2.0, 0.7)]
+    weights = [c.weight for c in contributions(job, results, STATE)]
+    assert [w / weights[0] for w in weights] == pytest.approx([1.0, 0.25, 1.0])
+
+
+def test_an_update_is_shortened_in_its_own_direction_from_what_the_site_received() -> None:
+    job = configure(OPEN)
+    held = {"layer": {"B": torch.full((NUMBERS,), 0.5)}}
+    moved = [{"layer": {"B": 0.5 + u["layer"]["B"]}} for u in (update(1.0, 1), update(1.1, 2), update(30.0, 3))]
+    results = [replace(r, contribution=c) for r, c in zip(round_of(job, 3), moved, strict=True)]
+    averaged = contributions(job, results, ServerState(0, held))
+    assert all(torch.equal(a.state["layer"]["B"], m["layer"]["B"]) for a, m in zip(averaged[:2], moved, strict=False))
+    change = averaged[2].state["layer"]["B"] - 0.5
+    assert torch.allclose(change, update(1.1 * LONGEST_OPEN, 3)["layer"]["B"], atol=1e-6)
+
+
+def test_two_sites_have_no_middle_and_are_averaged_by_their_sizes() -> None:
+    job = configure(OPEN)
+    results = [replace(r, public_size=n) for r, n in zip(round_of(job, 2), (10, 990), strict=True)]
+    assert [c.weight for c in contributions(job, results, STATE)] == [10.0, 990.0]
+
+
+def test_the_runs_own_noise_is_what_a_site_without_rules_adds() -> None:
+    for settings in (PRIVATE, DEAR_START, {"privacy.noise-multiplier": 2.0}):
+        job = configure(settings)
+        assert usual_noise(job, answer(job, plan(job))) == plan(job).noise_multiplier
+
+
+def test_a_run_whose_budget_is_too_small_for_every_round_weighs_by_the_least_noise() -> None:
+    job = configure({"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 0.3})
+    with pytest.raises(BudgetExhausted):  # a site whose policy counts on fewer rounds may have answered
+        plan(job)
+    reply = answer(job, plan(configure(PRIVATE)))
+    assert usual_noise(job, reply) == least_plan(job, reply).noise_multiplier
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
+def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
+    with pytest.raises(ConfigError, match="max-share"):
+        configure({"max-share": share})
+
+
+@given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=8), st.floats(0.01, 1.0))
+def test_capped_weights_keep_the_bound_and_their_order_and_lower_no_more_than_needed(
+    weights: list[float], most: float
+) -> None:
+    lowered = capped(weights, most)
+    assert max(lowered) <= max(most, 1 / len(weights)) * sum(lowered) * (1 + 1e-9)
+    assert all(b <= a or lowered == [1.0] * len(weights) for a, b in zip(weights, lowered, strict=True))
+    if max(weights) <= most * sum(weights) * (1 - 1e-9):
+        assert lowered == weights
+
+
+def test_the_module_says_the_figures_that_the_documents_have() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
+    assert f"{LONGEST:g} times" in text
+    assert f"{LONGEST_OPEN:g} times" in text
