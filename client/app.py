@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 
 from client.budget import evaluation_releases
 from client.deadline import Deadline, Timing
+from client.leftovers import left_nothing, tensors_digest
 from client.local_training import Limit, initial_round, train_round, unlimited
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
@@ -42,6 +43,8 @@ class _Process:
     """Tokenised records of each site's data; of the current model's tokenizer."""
     rehearsed: dict[bool, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
+    built: str = ""
+    """Digest of the current model's tensors as it was built."""
 
 
 _process = _Process()
@@ -65,6 +68,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
         _process.model, _process.records, _process.rehearsed = model, {}, {}
+        _process.built = tensors_digest(model.module)
     return model
 
 
@@ -123,8 +127,7 @@ def answer(
     """
     deadline = deadline or Deadline(_reply_after(node))
     simulated = _in_simulation() if simulated is None else simulated
-    name = str(node.get("site") or f"site-{node.get('partition-id', '?')}")
-    number = round_of(content)
+    name, number = name_of(node), round_of(content)
     try:
         set_up()
         torch.set_num_threads(own_cores())
@@ -152,8 +155,23 @@ def answer(
         log.info("trained and answered", extra=about(run, number, name))
         return result
     except Exception as error:
-        reason = public_reason(error, node, simulated=simulated)
-        return _refuse(Refusal(run, number, name, _kind_of(error), reason), error)
+        return refused(error, node, run, number, simulated=simulated)
+
+
+def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:
+    """Return what the server is told of an error in round ``number``, and say it in the site's own log."""
+    reason = public_reason(error, node, simulated=simulated)
+    return _refuse(Refusal(run, number, name_of(node), _kind_of(error), reason), error)
+
+
+def name_of(node: Mapping[str, Scalar]) -> str:
+    """Return what the site of this node's configuration is called."""
+    return str(node.get("site") or f"site-{node.get('partition-id', '?')}")
+
+
+def is_clean() -> bool:
+    """Bring this process's model back to its start; whether nothing that was trained here is left in it."""
+    return _process.model is None or left_nothing(_process.model, _process.built)
 
 
 def _kind_of(error: Exception) -> str:

@@ -23,9 +23,12 @@ from common.privacy.accounting import LEAST_DELTA, MOST_NOISE
 from strategies import STRATEGIES, Job
 
 UNLIMITED = 2**62
-LISTS = ("strategies", "head-policies", "models", LABELS)
+LISTS = ("strategies", "head-policies", "models", "bundles", LABELS)
 MODEL_DIGITS = 12
 """Least hexadecimal digits of its fingerprint by which a policy may name a base model."""
+HEXADECIMAL = frozenset("0123456789abcdef")
+BUNDLE_DIGITS = 64
+"""Hexadecimal digits of a bundle's hash."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Policy:
     models: str = ""
     """Base models, each as ``NAME=DIGITS``: the job's ``model.name``, which is asked before anything is loaded, and at
     least the first ``MODEL_DIGITS`` digits of its fingerprint. Empty: those whose files FedVeil knows by hash."""
+    bundles: str = ""
+    """Hashes of the bundles of code whose runs the site joins, whole; empty: that of the installed version alone.
+    Kept by ``fedveil site start``, which runs the installed code whatever is in a bundle."""
     task: str = ""
     """Kind of task that the records are for. This and the keys up to ``max_length`` are the pins: see
     ``client.pins``."""
@@ -101,11 +107,16 @@ class Policy:
         for name in _names(self.head_policies):
             one_of(HEAD_POLICIES, head_policies=name)
         for name, digits in self._models():
-            if not name or len(digits) < MODEL_DIGITS or not set(digits) <= set("0123456789abcdef"):
+            if not name or len(digits) < MODEL_DIGITS or not set(digits) <= HEXADECIMAL:
                 entry = f"{name}={digits}" if name else digits
                 raise ConfigError(
                     f"models names {entry!r}: write NAME=DIGITS, the job's model.name and at least {MODEL_DIGITS} "
                     "digits (0-9, a-f) of its fingerprint"
+                )
+        for name in _names(self.bundles):
+            if len(name) != BUNDLE_DIGITS or not set(name) <= HEXADECIMAL:
+                raise ConfigError(
+                    f"bundles names {name!r}: give all {BUNDLE_DIGITS} digits (0-9, a-f) that 'fedveil bundle' prints"
                 )
         check_whole(self)
 
@@ -157,6 +168,17 @@ class Policy:
         """Return name and digits of each entry of ``models``; an entry without a name has an empty one."""
         parts = [entry.rpartition("=") for entry in _names(self.models)]
         return [(name, digits) for name, _, digits in parts]
+
+    def allowed_bundles(self, own: str) -> tuple[str, ...]:
+        """Return the hashes of the bundles that are allowed, where ``own`` is the installed version's."""
+        return _names(self.bundles) or (own,)
+
+    def check_bundle(self, digest: str, own: str) -> None:
+        """Raise PolicyRefusal unless a bundle of this hash is allowed."""
+        allowed = self.allowed_bundles(own)
+        if digest not in allowed:
+            names = ", ".join(name[:MODEL_DIGITS] for name in allowed)
+            raise refusal("bundles", names, f"the bundle {digest[:MODEL_DIGITS]}")
 
     def check_round(self, rounds: int, steps: int) -> None:
         """Raise PolicyRefusal if the run would then have had more ``rounds`` or ``steps`` here than are allowed."""

@@ -112,6 +112,18 @@ def settings(config: Settings = None) -> None:
 
 @app.command()
 @_for_people
+def bundle(
+    file: Annotated[Path | None, typer.Argument(help="A bundle as 'flwr build' writes it (.fab).")] = None,
+) -> None:
+    """Print the hash of the installed version's own bundle, or of a file, for ``bundles`` in a site's policy."""
+    from common.bundle import bundle_digest, own_digest
+    from experiments.deploy.files import read_bytes
+
+    print(bundle_digest(read_bytes(file, "the bundle")) if file else own_digest())
+
+
+@app.command()
+@_for_people
 def strategies() -> None:
     """Print the table of strategies as Markdown."""
     from strategies.table import strategy_table

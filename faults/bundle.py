@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+from common.bundle import OWN_SETTINGS, SETTINGS
+
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "strategies", "client", "server")
 APPS = ("__init__", "plan", "faulty_site", "faulty_server")
@@ -25,5 +27,6 @@ def make_bundle(folder: Path) -> Path:
         if found != 1:
             raise ValueError(f"pyproject.toml names {found} apps as {role}, not one")
     text = text.replace("fab-include = [", 'fab-include = ["faults/*.py", ')
-    (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+    for place in (SETTINGS, OWN_SETTINGS):
+        (folder / place).write_text(text, encoding="utf-8")
     return folder

@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import TARGETS, write_reviews
 from one_site import pins
@@ -129,6 +130,12 @@ def page_commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("fedveil ")]
 
 
+def ask_for_a_task(port: int) -> int:
+    """Return the status with which a site's Runtime API answers whoever does not know its secret."""
+    head = {"content-type": "application/protobuf", "accept": "application/protobuf"}
+    return httpx.post(f"http://127.0.0.1:{port}/v1/runtime/acquire-task", content=b"", headers=head).status_code
+
+
 @pytest.mark.deployment
 def test_the_walk_through_ends_in_a_finished_run(
     processes: Processes, tmp_path: Path, model_folder: Callable[[str], str]
@@ -171,6 +178,8 @@ def test_the_walk_through_ends_in_a_finished_run(
             name = Path(words[2]).name
             processes.start(name, [FEDVEIL, *words])
             processes.wait_for(name, "Uvicorn running" if words[0] == "server" else "SuperNode ID")
+            if words[0] == "site":
+                processes.wait_for(name, "the worker is ready")
             continue
         done = run([FEDVEIL, *words], tmp_path)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
@@ -181,6 +190,10 @@ def test_the_walk_through_ends_in_a_finished_run(
     for site in ("clinic", "ward"):
         with Ledger(tmp_path / site / "ledger" / "ledger.sqlite") as ledger:
             assert [entry.dataset for entry in ledger.entries()] == [site]
+        assert "trained and answered" in processes.log(site)
+        assert not (tmp_path / site / "flwr" / "apps").exists(), "something of the bundle is on the disk"
+        port = open_site_folder(tmp_path / site).runtime_port
+        assert ask_for_a_task(port) == 401, "any user of the machine may take a site's tasks"
     revoked = run([FEDVEIL, "server", "revoke", "server", "ward"], tmp_path)
     assert revoked.returncode == 0, revoked.stderr
     assert "does not know this site's key" in why_refused(open_site_folder(tmp_path / "ward"))

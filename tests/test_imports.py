@@ -22,6 +22,8 @@ DOORS = {
     "flwr": {
         "audits/simulated_site.py",
         "client/app.py",
+        "client/runtime.py",
+        "client/worker.py",
         "server/app.py",
         "server/pulls.py",
         "server/submission.py",

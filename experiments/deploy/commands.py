@@ -56,17 +56,39 @@ def superlink_command(folder: ServerFolder) -> list[str]:
     ]
 
 
-def supernode_command(folder: SiteFolder, more: str = "") -> list[str]:
-    """Return the SuperNode's command; ``more`` are node settings that win over the folder's."""
+def supernode_command(folder: SiteFolder, more: str = "", secret: Path | None = None) -> list[str]:
+    """Return the SuperNode's command.
+
+    Args:
+        folder: the site's folder.
+        more: node settings that win over the folder's.
+        secret: file that a worker proves itself by; None: the SuperNode starts a process for every message, which
+            runs the code of the server's bundle, and any local user may ask its port for tasks.
+    """
+    isolation = ["subprocess"] if secret is None else ["process", "--superexec-auth-secret-file", str(secret)]
     return [
         program("flower-supernode"),
         *("--root-certificates", str(folder.path / "ca.crt")),
         *("--auth-supernode-private-key", str(folder.path / "node.key")),
         *("--superlink", folder.server),
         *("--host", "127.0.0.1", "--port", str(folder.runtime_port)),
-        *("--isolation", "subprocess"),
+        *("--isolation", *isolation),
         *("--node-config", node_config(node_settings(folder, more))),
     ]
+
+
+def worker_command(folder: SiteFolder, secret: Path, more: str = "") -> list[str]:
+    """Return the command of the site's own worker, which runs the installed code; ``more`` as for the SuperNode."""
+    return [
+        *own_module("client.worker"),
+        *("--port", str(folder.runtime_port), "--secret", str(secret)),
+        *("--node", json.dumps(node_settings(folder, more))),
+    ]
+
+
+def own_module(name: str) -> list[str]:
+    """Return the command that runs an installed module; without -P a folder beside it would come first."""
+    return [sys.executable, "-P", "-m", name]
 
 
 def node_config(settings: Mapping[str, Scalar]) -> str:

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from common.privacy.ledger import Ledger
 from experiments.deploy import shared_checks as shared
@@ -21,6 +22,7 @@ from experiments.deploy.node_keys import is_pair, read_node_key
 from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import RENEWAL, ServerFolder
 from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings, policy_of_node
+from experiments.deploy.start import secret_file
 
 RENEW = "renew it with 'fedveil server renew'"
 NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
@@ -55,6 +57,8 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("policy", lambda: _policy(folder)),
             ("pins", lambda: _pins(folder)),
             ("models", lambda: _models(folder)),
+            ("bundles", lambda: _bundles(folder)),
+            ("worker's secret", lambda: _secret(folder)),
             ("ledger", lambda: _ledger(folder)),
             ("disk", lambda: shared.disk(folder.ledger, "disk")),
             ("base model", lambda: shared.base_model(folder.model, folder.task, folder.fingerprint)),
@@ -170,6 +174,22 @@ def _models(folder: SiteFolder) -> Iterator[Finding]:
         yield Finding(False, "models", f"site.toml names {folder.model}, the policy allows {policy.allowed_models}")
         return
     yield Finding(True, "models", policy.allowed_models)
+
+
+def _bundles(folder: SiteFolder) -> Iterator[Finding]:
+    own = own_digest()
+    allowed = policy_of_node(node_settings(folder)).allowed_bundles(own)
+    note = f"{own} (the installed version's own)"
+    named = ", ".join(note if digest == own else digest for digest in allowed)
+    yield Finding(True, "bundles", named if own in allowed else f"{named}; not {note}")
+
+
+def _secret(folder: SiteFolder) -> Iterator[Finding]:
+    file, what = secret_file(folder), "worker's secret"
+    if file.exists():
+        yield from shared.private_file(file, what)
+    else:
+        yield Finding(True, what, "made anew at every start, for this user alone")
 
 
 def _ledger(folder: SiteFolder) -> Iterator[Finding]:

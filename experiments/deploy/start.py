@@ -1,16 +1,25 @@
-"""Become the SuperLink or the SuperNode of a folder, and say first what stands in the way."""
+"""Become the SuperLink of a folder, or a SuperNode and its worker, and say first what stands in the way."""
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import DataError
 from experiments.deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
-from experiments.deploy.commands import environment, superlink_command, superlink_environment, supernode_command
-from experiments.deploy.files import read_bytes
+from experiments.deploy.commands import (
+    environment,
+    own_module,
+    superlink_command,
+    superlink_environment,
+    supernode_command,
+    worker_command,
+)
+from experiments.deploy.files import FOLDER_MODE, put_file, read_bytes
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.server_folder import ServerFolder, finish_renewal
 from experiments.deploy.site_check import check_site
@@ -44,7 +53,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
 
 
 def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:
-    """Wait until the server lets this site in, then replace this process by the SuperNode.
+    """Wait until the server lets this site in, then replace this process by the SuperNode and its worker.
 
     What keeps it out is said once, and again every five minutes. Most reasons go away at the server,
     so the site waits rather than ends.
@@ -60,7 +69,8 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         DataError: a file of the folder is missing or damaged, or the records cannot be read: see ``check_site``.
     """
     check_site(folder, say, more, rows=False)
-    command = supernode_command(folder, more)
+    secret = secret_file(folder)
+    pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     said, when = "", 0.0
     while reason := why_refused(folder):
         if reason != said or time.monotonic() - when > SAY_AGAIN_SECONDS:
@@ -68,9 +78,17 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
             say(f"waiting: {reason}")
         time.sleep(RETRY_SECONDS)
     say(f"the server at {folder.server} lets this site in")
+    secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    put_file(secret, secrets.token_hex(32).encode(), private=True)
+    command = [*own_module("experiments.deploy.pair"), *map(json.dumps, pair)]
     os.execve(command[0], command, environment(_flower_home(folder.path)))
 
 
+def secret_file(folder: SiteFolder) -> Path:
+    """Return the file by which the site's worker proves itself to its SuperNode; new at every start."""
+    return _flower_home(folder.path) / f"{folder.site}.secret"
+
+
 def _flower_home(folder: Path) -> Path:
-    """Return where Flower unpacks bundles: FLWR_HOME if it is set (a container's folders are read-only)."""
+    """Return Flower's own folder: FLWR_HOME if it is set (a container's folders are read-only)."""
     return Path(os.environ.get("FLWR_HOME") or folder / "flwr")

@@ -22,6 +22,7 @@ ExecStart={command}
 Restart=always
 RestartSec=10
 TimeoutStopSec=15
+KillMode={kill_mode}
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 PrivateTmp=yes
@@ -42,21 +43,29 @@ WantedBy=multi-user.target
 
 def write_server_unit(folder: ServerFolder) -> None:
     """Put ``fedveil-server.service`` into a server's folder."""
-    _write(folder, "fedveil-server", "FedVeil server (Flower SuperLink)", f"server start {folder.path}", "yes")
+    name, words = "fedveil-server", f"server start {folder.path}"
+    _write(folder, name, "FedVeil server (Flower SuperLink)", words, "yes", "control-group")
 
 
 def write_site_unit(folder: SiteFolder) -> None:
-    """Put ``fedveil-site.service`` into a site's folder. GPUs are devices, so a site keeps /dev."""
-    _write(folder, "fedveil-site", f"FedVeil site {folder.site} (Flower SuperNode)", f"site start {folder.path}", "no")
+    """Put ``fedveil-site.service`` into a site's folder. GPUs are devices, so a site keeps /dev.
+
+    Its first process ends the others: a SuperNode that is told twice does not take leave of the server.
+    """
+    name, words = "fedveil-site", f"site start {folder.path}"
+    _write(folder, name, f"FedVeil site {folder.site} (SuperNode and worker)", words, "no", "mixed")
 
 
-def _write(folder: ServerFolder | SiteFolder, name: str, description: str, words: str, private_devices: str) -> None:
+def _write(
+    folder: ServerFolder | SiteFolder, name: str, description: str, words: str, private_devices: str, kill_mode: str
+) -> None:
     text = UNIT.format(
         name=name,
         description=description,
         user=getpass.getuser(),
         command=f"{program('fedveil')} {words}",
         private_devices=private_devices,
+        kill_mode=kill_mode,
         writable=folder.path,
     )
     make_folder(folder.path, {f"{name}.service": text.encode()}, frozenset())

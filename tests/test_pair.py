@@ -1,0 +1,236 @@
+"""A site's two processes end together, and a worker that ends comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import runtime
+from common.bundle import own_digest
+from experiments.deploy import pair, start
+from experiments.deploy.commands import own_module
+from experiments.deploy.doctor import examine_site
+from experiments.deploy.site_folder import SiteFolder, make_site
+from experiments.deploy.units import write_site_unit
+
+ROOT = Path(__file__).resolve().parent.parent
+STAYS = "open({place!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
+PATIENCE = 30.0
+POLICY = """\
+dataset-id = "clinic"
+public-size = 50
+task = "classification"
+text = "text"
+label = "label"
+labels = ["bad", "good"]
+max-length = 128
+"""
+
+
+def program(code: str, place: Path) -> list[str]:
+    return [sys.executable, "-SIc", "import os, signal, sys, time; " + code.format(place=str(place))]
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(node: str = STAYS, worker_code: str = STAYS) -> subprocess.Popen[str]:
+        commands = [json.dumps(program(node, tmp_path / "node")), json.dumps(program(worker_code, tmp_path / "worker"))]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        words = [*own_module("experiments.deploy.pair"), *commands]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env))
+        return running[-1]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def pids(place: Path, count: int = 1) -> list[int]:
+    """Return who has begun, once so many have."""
+    deadline = time.monotonic() + PATIENCE
+    while len(lines := place.read_text().split() if place.exists() else []) < count:
+        assert time.monotonic() < deadline, f"{place.name}: {len(lines)} of {count} have begun"
+        time.sleep(0.05)
+    return [int(line) for line in lines]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def gone(numbers: Sequence[int]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while any(map(alive, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, numbers))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_whoever_stops_the_pair_stops_both(
+    number: signal.Signals, started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    both = started()
+    children = pids(tmp_path / "node") + pids(tmp_path / "worker")
+    began = time.monotonic()
+    both.send_signal(number)
+    assert both.wait(PATIENCE) == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    assert gone(children), "a process outlives the pair"
+    assert time.monotonic() - began < 4
+
+
+def test_what_does_not_end_by_itself_is_killed(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    both = started(node="signal.signal(signal.SIGTERM, signal.SIG_IGN); " + STAYS)
+    children = pids(tmp_path / "node") + pids(tmp_path / "worker")
+    both.terminate()
+    assert both.wait(PATIENCE) == 0
+    assert gone(children)
+
+
+def test_a_killed_worker_comes_back_and_its_node_stays(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    both = started()
+    (node,), (first,) = pids(tmp_path / "node"), pids(tmp_path / "worker")
+    os.kill(first, signal.SIGKILL)
+    assert len(pids(tmp_path / "worker", 2)) == 2
+    assert pids(tmp_path / "node") == [node]
+    assert both.poll() is None
+
+
+def test_a_worker_that_wants_to_begin_anew_does_as_often_as_it_wants(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    ends = f"open({{place!r}}, 'a').write(f'{{{{os.getpid()}}}}\\n'); sys.exit({pair.ANEW})"
+    both = started(worker_code=ends)
+    pids(tmp_path / "worker", pair.MOST_SHORT_LIVES + 2)
+    assert both.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("node", "worker_code", "code", "words"),
+    [
+        ("sys.exit(3)", STAYS, 3, "the SuperNode ended with 3"),
+        ("sys.exit(0)", STAYS, 1, "the SuperNode ended with 0"),
+        (STAYS, f"sys.exit({pair.NODE_TOO})", 1, ""),
+        (STAYS, "sys.exit(1)", 1, "again and again"),
+    ],
+)
+def test_a_pair_ends_with_its_node_and_when_its_worker_cannot_go_on(
+    node: str,
+    worker_code: str,
+    code: int,
+    words: str,
+    started: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+) -> None:
+    both = started(node, worker_code)
+    said, _ = both.communicate(timeout=PATIENCE)
+    assert both.returncode == code
+    assert words in said
+    for place in ("node", "worker"):
+        path = tmp_path / place
+        assert gone([int(line) for line in path.read_text().split()] if path.exists() else [])
+
+
+def test_both_sides_mean_the_same_by_an_exit_code_and_the_supervisor_stays_small() -> None:
+    assert (pair.ANEW, pair.NODE_TOO) == (runtime.ANEW, runtime.NODE_TOO)
+    code = "import sys, experiments.deploy.pair; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "flwr", "client", "typer"} & set(done.stdout.split())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> SiteFolder:
+    (tmp_path / "records.csv").write_text("text,label\nfine,good\n")
+    return make_site(
+        *(tmp_path / "clinic", "clinic", "127.0.0.1:1"),
+        policy=POLICY,
+        node=f'data="{tmp_path / "records.csv"}"',
+    )
+
+
+def started_command(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """Return the SuperNode's and the worker's command that ``fedveil site start`` runs."""
+    taken: list[Any] = []
+    monkeypatch.setattr(start, "why_refused", lambda folder: "")
+    monkeypatch.setattr(start.os, "execve", lambda *words: taken.append(words))
+    start.start_site(site, lambda line: None, 'site="at-night"')
+    ((_, command, _),) = taken
+    assert command[:4] == [sys.executable, "-P", "-m", "experiments.deploy.pair"]
+    node, own = map(json.loads, command[4:])
+    return node, own
+
+
+def test_a_start_makes_a_new_secret_for_the_site_s_user_alone(
+    site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+    node, own = started_command(site, monkeypatch)
+    file = site.path / "flwr" / "clinic.secret"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert node[node.index("--isolation") + 1] == "process"
+    assert node[node.index("--superexec-auth-secret-file") + 1] == own[own.index("--secret") + 1] == str(file)
+    assert own[:4] == [sys.executable, "-P", "-m", "client.worker"], "-P: a folder named client beside it is not ours"
+    settings = json.loads(own[own.index("--node") + 1])
+    assert settings["policy"] == str(site.path / "policy.toml")
+    assert settings["site"] == "at-night"
+    first = file.read_bytes()
+    assert len(first) == 64
+    started_command(site, monkeypatch)
+    assert file.read_bytes() != first
+
+
+def test_the_secret_lies_where_flower_s_folder_is_when_the_site_s_cannot_be_written(
+    site: SiteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "tmpfs"))
+    started_command(site, monkeypatch)
+    assert (tmp_path / "tmpfs" / "clinic.secret").exists()
+    assert not (site.path / "flwr").exists()
+
+
+def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
+    site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+
+    def said(what: str) -> tuple[bool, str]:
+        without_model = dataclasses.replace(site, model="no/such-model")
+        found = {finding.what: finding for finding in examine_site(without_model)}[what]
+        return found.ok, found.found
+
+    ok, words = said("bundles")
+    assert ok
+    assert words.startswith(f"{own_digest()} (the installed version's own)")
+    assert said("worker's secret") == (True, "made anew at every start, for this user alone")
+    started_command(site, monkeypatch)
+    secret = start.secret_file(site)
+    assert said("worker's secret") == (True, f"{secret}, mode 0600")
+    secret.chmod(0o640)
+    ok, words = said("worker's secret")
+    assert not ok
+    assert "chmod 600" in words
+    (site.path / "policy.toml").write_text(POLICY + f'bundles = ["{"b" * 64}"]\n')
+    assert said("bundles") == (True, f"{'b' * 64}; not {own_digest()} (the installed version's own)")
+
+
+def test_the_unit_tells_the_first_process_alone_to_end(site: SiteFolder) -> None:
+    write_site_unit(site)
+    assert "KillMode=mixed\n" in (site.path / "fedveil-site.service").read_text()

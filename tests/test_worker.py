@@ -1,0 +1,296 @@
+"""A site runs its own code: the worker against the Runtime API of the pinned Flower, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TARGETS
+from flwr.cli.build import build_fab_from_files
+from one_site import OneSite, clinic
+from runtime_api import SECRET, RuntimeApi, runtime_api
+
+from client import app as installed
+from client import runtime, worker
+from client.leftovers import tensors_digest
+from client.outgoing import UNTOLD
+from common.bundle import PROJECT, bundle_digest, files_of, own_digest
+from common.messages import Refusal, TrainResult
+from common.model import model_of
+from common.wire import decode_reply, encode_task, layout_of
+from strategies import configure
+
+FLWR_CLIENTAPP = Path(sys.executable).parent / "flwr-clientapp"
+
+
+def own_bundle(**replaced: str) -> bytes:
+    """Return the bundle that Flower builds of this version, with the texts of some files replaced."""
+    files = files_of(PROJECT) | {path.replace("__", "/") + ".py": text.encode() for path, text in replaced.items()}
+    return build_fab_from_files(files)[0]
+
+
+@pytest.fixture
+def api() -> Iterator[RuntimeApi]:
+    with runtime_api() as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As after a start: no model is kept, and what a test does to one goes into no other test."""
+    model_of.cache_clear()
+    monkeypatch.setattr(installed, "_process", installed._Process())
+    yield
+    model_of.cache_clear()
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    return clinic(toy_settings, tmp_path)
+
+
+class OneTask(runtime.Node):
+    """Asks until it has had one task, and then takes the node for somebody else's, which ends the worker."""
+
+    had = False
+
+    def acquire(self) -> str:
+        if self.had:
+            raise runtime.NotOurNode("enough")
+        token = super().acquire()
+        self.had = bool(token)
+        return token
+
+
+def work(api: RuntimeApi, site: OneSite, secret: bytes = SECRET) -> int:
+    return worker.work(OneTask(api.port, secret), site.node)
+
+
+def answered(api: RuntimeApi, site: OneSite) -> TrainResult | Refusal:
+    strategy, model = configure(site.settings).strategy, site.model()
+    layout = layout_of(strategy.contribution(model.read()))
+    return decode_reply(api.reply().content, layout, "1", 1)
+
+
+def test_the_installed_client_answers_and_the_node_keeps_what_it_must_remember(api: RuntimeApi, site: OneSite) -> None:
+    for _ in range(2):
+        api.give(encode_task(site.task()), own_bundle(), site.settings, {})
+        assert work(api, site) == runtime.NODE_TOO
+        assert isinstance(answered(api, site), TrainResult)
+        assert site.charges() == [("1", 1, "training")], "what was kept did not come back: the same task was paid twice"
+        assert "kept" in api.kept()
+
+
+def test_whose_policy_records_and_ledger_is_the_folder_s_word_and_not_the_node_s(
+    api: RuntimeApi, site: OneSite, tmp_path: Path
+) -> None:
+    lax = tmp_path / "lax.toml"
+    lax.write_text("allow-no-privacy = true\n")
+    site.rule(max_rounds=1)
+    others = {"site": "ward", "policy": str(lax), "ledger": str(tmp_path / "other.sqlite"), "data": "/etc/passwd"}
+    api.give(encode_task(site.task()), own_bundle(), site.settings | {"privacy.mode": "none"}, others)
+    work(api, site)
+    refused = answered(api, site)
+    assert isinstance(refused, Refusal)
+    assert (refused.site, refused.kind) == ("clinic", "policy")
+    assert "allow-no-privacy = false" in refused.reason
+    assert not (tmp_path / "other.sqlite").exists()
+
+
+MARK = """
+import pathlib
+from flwr.clientapp import ClientApp
+pathlib.Path({mark!r}).write_text("the bundle's code ran")
+app = ClientApp()
+"""
+
+
+def foreign_bundle(mark: Path) -> bytes:
+    """Return this version's bundle with another ``client/app.py``, which leaves a mark as soon as it is imported."""
+    return own_bundle(client__app=MARK.format(mark=str(mark)))
+
+
+def test_a_bundle_that_is_not_allowed_is_refused_by_its_hash_and_nothing_of_it_runs(
+    api: RuntimeApi, site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, home = tmp_path / "mark", tmp_path / "home"
+    monkeypatch.setenv("FLWR_HOME", str(home))
+    bundle = foreign_bundle(mark)
+    api.give(encode_task(site.task()), bundle, site.settings, site.node)
+    work(api, site)
+    refused = answered(api, site)
+    assert isinstance(refused, Refusal)
+    assert refused.kind == "policy"
+    assert refused.reason == (
+        f"the site's policy has bundles = {own_digest()[:12]}; the run asks for the bundle {bundle_digest(bundle)[:12]}"
+    )
+    assert not site.charges()
+    assert not mark.exists()
+    assert not home.exists(), "something of the bundle was unpacked"
+
+
+def test_the_refusal_of_a_bundle_is_of_the_run_that_is_resumed(api: RuntimeApi, site: OneSite, tmp_path: Path) -> None:
+    resumed = {**site.settings, "resume": "77"}
+    api.give(encode_task(site.task()), foreign_bundle(tmp_path / "mark"), resumed, site.node)
+    work(api, site)
+    assert isinstance(decode_reply(api.reply().content, {}, "77", 1), Refusal)
+
+
+def test_a_bundle_that_the_policy_names_gives_settings_and_no_code(
+    api: RuntimeApi, site: OneSite, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    site.rule(bundles=[bundle_digest(foreign_bundle(mark))])
+    api.give(encode_task(site.task()), foreign_bundle(mark), site.settings, site.node)
+    work(api, site)
+    assert isinstance(answered(api, site), TrainResult)
+    assert not mark.exists()
+    api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+    work(api, site)
+    assert isinstance(answered(api, site), Refusal), "a list of bundles must name the own one too, or refuse it"
+
+
+def test_flower_s_own_way_runs_the_bundle_s_code_which_the_mark_shows(site: OneSite, tmp_path: Path) -> None:
+    """The planted fault: the way before there was a worker."""
+    mark = tmp_path / "mark"
+    with runtime_api(secret=None) as api:
+        api.give(encode_task(site.task()), foreign_bundle(mark), site.settings, site.node)
+        token = runtime.Node(api.port, b"any").acquire()
+        words = ["--insecure", "--runtime-api-address", f"127.0.0.1:{api.port}", "--token", token]
+        env = {**os.environ, "FLWR_HOME": str(tmp_path / "home"), "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+        subprocess.run([str(FLWR_CLIENTAPP), *words], env=env, capture_output=True, timeout=120, check=False)
+    assert mark.exists(), "the bundle's code did not run: the tests above would pass whatever the worker does"
+
+
+def test_without_the_site_s_secret_nobody_gets_a_task(api: RuntimeApi, site: OneSite) -> None:
+    api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+    assert work(api, site, secret=b"guessed") == runtime.NODE_TOO
+    assert api.waiting() == 1
+    with runtime_api(secret=None) as open_to_all:
+        open_to_all.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+        assert runtime.Node(open_to_all.port, b"guessed").acquire(), (
+            "planted: without a secret it hands tasks to anyone"
+        )
+
+
+def test_a_node_that_another_user_of_the_machine_plays_gets_no_answer(
+    api: RuntimeApi, site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+    monkeypatch.setattr(runtime, "is_own_port", lambda port: False)
+    assert work(api, site) == runtime.NODE_TOO
+    assert not site.charges()
+    row = "   0: {}:2386 00000000:0000 {} 00000000:00000000 00:00000000 00000000  {}        0 1\n"
+    table = tmp_path / "tcp"
+    for rows, own in (
+        ([("0100007F", "0A", os.getuid())], True),
+        ([("0100007F", "0A", os.getuid() + 1)], False),
+        ([("0100007F", "0A", os.getuid()), ("0100007F", "01", os.getuid() + 1)], True),
+        ([("00000000", "0A", os.getuid())], False),
+        ([], False),
+    ):
+        table.write_text("head\n" + "".join(row.format(*values) for values in rows))
+        monkeypatch.undo()
+        assert runtime.is_own_port(0x2386, table) is own, rows
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "train.other"])
+def test_what_the_client_cannot_answer_is_told_in_one_constant_line(kind: str, api: RuntimeApi, site: OneSite) -> None:
+    api.give(encode_task(site.task()), own_bundle(), site.settings, site.node, message_type=kind)
+    work(api, site)
+    reply = api.reply()
+    assert reply.has_error()
+    assert reply.error.reason == UNTOLD
+
+
+def test_a_task_whose_message_another_worker_took_has_the_node_started_anew(
+    api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "MESSAGE_SECONDS", 0.2)
+    api.give(None, own_bundle(), site.settings, site.node)
+    assert work(api, site) == runtime.NODE_TOO
+    assert not site.charges()
+
+
+def test_a_node_that_is_not_there_is_waited_for() -> None:
+    assert runtime.Node(1, SECRET).acquire() == ""
+
+
+def test_records_that_have_changed_are_read_by_a_process_of_their_own(
+    api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        with Path(str(site.node["data"])).open("a") as file:
+            file.write("one more,bad,nobody\n")
+
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    assert worker.work(runtime.Node(api.port, SECRET), site.node) == runtime.ANEW
+    assert len(slept) == 1
+
+
+def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(
+    api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = installed.train_round
+    weight = next(p for p in site.model().module.parameters() if not p.requires_grad)
+
+    def leaves_something(*words: Any) -> TrainResult:
+        result = honest(*words)
+        weight.data.view(-1)[0] += 1e-6  # moves no version counter
+        return result
+
+    monkeypatch.setattr(installed, "train_round", leaves_something)
+    api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+    assert work(api, site) == runtime.ANEW
+    monkeypatch.setattr(installed, "is_clean", lambda: True)
+    api.give(encode_task(site.task(2)), own_bundle(), site.settings, site.node)
+    assert work(api, site) == runtime.NODE_TOO, "planted: a worker that does not look goes on to the next task"
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_private_rounds_leave_nothing_in_a_model_and_whatever_is_left_is_found(
+    family: str,
+    model_folder: Callable[[str], str],
+    toy_settings: dict[str, Any],
+    toy_generation: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    settings = toy_settings if family == "bert" else toy_generation
+    own = {"model.name": model_folder(family), "adapter.targets": TARGETS[family]}
+    site = clinic({**settings, **own}, tmp_path)
+    if family != "bert":
+        site.node["data"], site.settings["data.labels"] = settings["data.name"], ""
+    for number in (1, 2):
+        site.train(number)
+        assert installed.is_clean(), "an honest round must not cost a restart"
+    model = installed._process.model
+    assert model is not None
+    changes: list[Callable[[], object]] = [
+        lambda: setattr(model.module, "angles", torch.ones(3)),
+        lambda: model.module.register_buffer("since", torch.zeros(2), persistent=False),
+        lambda: next(iter(model.module.parameters())).data.mul_(1.0000001),
+    ]
+    before = tensors_digest(model.module)
+    for change in changes:
+        change()
+        assert not installed.is_clean()
+        after = tensors_digest(model.module)
+        assert after != before
+        before = after
+
+
+def test_a_server_that_asks_with_ever_other_settings_does_not_fill_the_memory(site: OneSite) -> None:
+    for seed in (45, 46, 47):
+        site.settings["data.seed"] = seed
+        site.train(run=str(seed))
+        assert [config.seed for config, _ in installed._process.records] == [seed]
