@@ -112,14 +112,14 @@ def charge_at_once(folder: Path, bouts: int, rounds: int = 12, fault: Fault = SO
 @contextmanager
 def unlocked() -> Iterator[None]:
     """Decide by what was read before the lock, and never look whether it still is what the ledger holds."""
-    priced = Ledger._price
+    priced = Ledger._prices
 
     def slowly(ledger: Ledger, *terms: Any) -> Any:
-        charge = priced(ledger, *terms)
+        prices = priced(ledger, *terms)
         time.sleep(0.1)  # longer than all else in a charge, so that both processes read the same remainder
-        return charge
+        return prices
 
-    with patch.object(Ledger, "_price", slowly), patch.object(Ledger, "_version", lambda _: 0):
+    with patch.object(Ledger, "_prices", slowly), patch.object(Ledger, "_version", lambda _: 0):
         yield
 
 

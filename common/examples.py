@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class Example:
     completion: str | None = None
     key: str = ""
     """Value of the natural partition's column, such as an author."""
+    row: bytes = field(default=b"", compare=False, repr=False)
+    """SHA-256 of the whole row that it was read from, whichever columns were chosen; empty: made up."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Environment variable ``FEDVEIL_LOG``: ``text`` (default) or ``json``, for what a process writes to
 its standard error. A server also keeps ``log.jsonl`` in the run's folder, whatever the variable says.
 
-Nothing computed from records is ever logged: no text, no label, no count, no loss, no norm. An
+Nothing computed from records is ever logged: no text, no label, no count, no loss, no norm. The one
+exception is a site's own line on rows that are no records, with reasons and how often each occurs. An
 unforeseen error can quote a record in its message, so only its type and place are written.
 """
 

@@ -7,13 +7,15 @@ import dataclasses
 import io
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
+from urllib.parse import parse_qsl, urlencode
 
 import torch
 
-from common.check import positive
-from common.config import DataConfig, RunConfig
-from common.errors import ConfigError, DataError
+from common.check import nearest, positive
+from common.config import DataConfig, RunConfig, Scalar, defaults, to_mapping
+from common.errors import ConfigError, DataError, PolicyRefusal
 from common.examples import Dataset
 from common.randomness import stream
 
@@ -29,6 +31,47 @@ def check_partition(config: RunConfig) -> None:
     """
     if config.model.task == "causal-lm" and config.data.partition == "dirichlet":
         raise ConfigError(NO_LABEL)
+
+
+def division_of(config: RunConfig) -> str:
+    """Return every setting that decides which records a site's part holds, as the node setting ``division``.
+
+    One word without blanks or quotes, so that Flower's ``--node-config`` takes it.
+    """
+    return urlencode(_dividing(to_mapping(config)))
+
+
+def check_division(fixed: str, config: RunConfig) -> None:
+    """Raise PolicyRefusal, naming the setting, if a run divides the records otherwise than ``fixed`` says.
+
+    Args:
+        fixed: what ``division_of`` returned when the part was handed out; a setting that it lacks had its default.
+        config: the run.
+
+    Raises:
+        ConfigError: ``fixed`` is no such text, or names an unknown setting.
+    """
+    try:
+        kept = dict(parse_qsl(fixed, keep_blank_values=True, strict_parsing=True))
+    except ValueError as error:
+        raise ConfigError(
+            f"the node setting 'division' cannot be read ({error}): write name=value&name=value"
+        ) from error
+    handed_out, asked = _dividing(defaults()), _dividing(to_mapping(config))
+    for key in kept:
+        if key not in handed_out:
+            raise ConfigError(f"the node setting 'division' names {key!r}{nearest(key, handed_out)}")
+    for key, value in {**handed_out, **kept}.items():
+        if asked[key] != value:
+            raise PolicyRefusal(
+                f"this site's part of the records was handed out with {key} = {value!r}; the run asks for "
+                f"{asked[key]!r}, which would divide them anew"
+            )
+
+
+def _dividing(settings: Mapping[str, Scalar]) -> dict[str, str]:
+    # Columns, labels and task decide as well: which rows are records, and which of them have equal texts.
+    return {key: str(value) for key, value in settings.items() if key.startswith("data.") or key == "model.task"}
 
 
 def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partitions: int) -> Dataset:

@@ -1,15 +1,39 @@
-"""Reading files and hub data sets into columns, before any check of their values."""
+"""Reading files and hub data sets into columns, before any check of their cells.
+
+A row that cannot be read (not JSON, another number of fields than the header) keeps its place as a row
+of empty cells, with the reason beside it. A file whose rows cannot be told apart is an error.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, UnreadableFile
+
+Columns = dict[str, list[object]]
+UNREADABLE = object()
+"""In place of a cell that no Python value can hold, such as a time before the year 1."""
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A row that is no record."""
+
+    origin: str
+    """The file or the hub's name."""
+    row: int
+    """Counted from 1, without the header."""
+    reason: str
+    """For a steward: it names columns and settings, and quotes nothing of the row."""
+    words: str
+    """The whole line for those who may see the row; it may quote it."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +44,15 @@ class Table:
     columns: Mapping[str, Sequence[object]]
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Labels of a column in the order that the source itself gives, where it does."""
+    unread: Mapping[int, Unfit] = field(default_factory=dict)
+    """Rows, counted from 0, that could not be read; in the columns their cells are None."""
+    has_header: bool = True
+    """Whether the source names its columns; else they are those that some row has."""
+
+    @property
+    def size(self) -> int:
+        """Number of rows, the unread ones among them."""
+        return max((len(column) for column in self.columns.values()), default=len(self.unread))
 
 
 def read_hub(source: str) -> Table:
@@ -55,58 +88,126 @@ def read_file(path: Path) -> Table:
     """Return the columns of a CSV, TSV, JSONL or Parquet file.
 
     Raises:
-        DataError: the file cannot be read as what its ending says, or is empty.
+        UnreadableFile: its rows cannot be told apart, or there is none, or two columns have one name.
+        DataError: the file cannot be opened.
     """
     try:
-        columns = READERS[path.suffix.lower()](path)
+        table = READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except (csv.Error, ValueError, OSError) as error:  # Arrow's and json's errors are ValueErrors
-        raise DataError(f"{path} cannot be read as {path.suffix[1:].upper()}: {str(error).splitlines()[0]}") from error
-    if not any(columns.values()):
-        raise DataError(f"{path} is empty: it has no records")
-    return Table(str(path), columns)
+        raise UnreadableFile(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        if not path.is_file() or error.errno is not None:
+            raise DataError(f"{path} cannot be opened ({error.strerror or error}): check path and rights") from error
+        raise _unreadable(path, error) from error  # Arrow says so of files that were cut short
+    except (csv.Error, ValueError, LookupError, TypeError, NotImplementedError) as error:
+        # csv's errors are of quotes that do not match and of line ends inside a cell: the rows after them are
+        # anyone's guess. Arrow's are kinds of the others.
+        raise _unreadable(path, error) from error
+    if not table.size:
+        raise UnreadableFile(f"{path} is empty: it has no records")
+    return table
 
 
-def _read_delimited(path: Path, delimiter: str, quoting: int) -> dict[str, list[object]]:
+def _unreadable(path: Path, error: Exception) -> UnreadableFile:
+    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return UnreadableFile(f"{path} cannot be read as {path.suffix[1:].upper()}: {what}: mend it or save it anew")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise ValueError if two columns have one name: nobody could say which of them is meant."""
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise ValueError(f"two columns are called {twice!r}")
+
+
+@contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    """Lift csv's limit on a cell, which would refuse the file; what is too large is decided row by row."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
     options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines, _cells_of_any_size():
         rows = [row for row in csv.reader(lines, **options) if row]
     header = rows[0] if rows else []
-    for number, row in enumerate(rows[1:], start=1):
+    _check_names(header)
+    unread: dict[int, Unfit] = {}
+    for i, row in enumerate(rows[1:]):
         if len(row) != len(header):
-            raise ValueError(
-                f"row {number} has {len(row)} fields, but the header names {len(header)} "
-                f"(a text that contains the separator must be quoted in CSV and changed in TSV)"
-            )
-    return {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
+            where = f"row {i + 1} has {len(row)} fields, but the header names {len(header)}"
+            advice = "(a text that contains the separator must be quoted in CSV and changed in TSV)"
+            unread[i] = _unread(path, i, "has another number of fields than the header", f"{where} {advice}")
+    empty: list[object] = [None] * len(header)
+    kept = [empty if i in unread else row for i, row in enumerate(rows[1:])]
+    return Table(str(path), {name: [row[i] for row in kept] for i, name in enumerate(header)}, unread=unread)
 
 
-def _read_jsonl(path: Path) -> dict[str, list[object]]:
+def _unread(path: Path, row: int, reason: str, words: str) -> Unfit:
+    kind = path.suffix[1:].upper()
+    return Unfit(str(path), row + 1, reason, f"{path} cannot be read as {kind}: {words}")
+
+
+def _read_jsonl(path: Path) -> Table:
     records: list[dict[str, object]] = []
+    unread: dict[int, Unfit] = {}
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON ({error.msg})") from error
+                record = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                unread[len(records)] = _unread(path, len(records), "is not JSON", f"line {number} is not JSON ({what})")
+                record = {}
             if not isinstance(record, dict):
-                raise ValueError(f"line {number} is not a JSON object")
+                unread[len(records)] = _unread(
+                    path, len(records), "is not a JSON object", f"line {number} is not a JSON object"
+                )
+                record = {}
             records.append(record)
     names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
+    columns: Columns = {name: [record.get(name) for record in records] for name in names}
+    return Table(str(path), columns, unread=unread, has_header=False)
 
 
-def _read_parquet(path: Path) -> dict[str, list[object]]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return dict(pairs)
+
+
+def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet  # slow to import, and only this kind of file needs it
 
-    columns: dict[str, list[object]] = pyarrow.parquet.read_table(path).to_pydict()
-    return columns
+    table = pyarrow.parquet.read_table(path)
+    _check_names(table.column_names)
+    return Table(str(path), {name: _values(table.column(name)) for name in table.column_names})
 
 
-READERS: Mapping[str, Callable[[Path], dict[str, list[object]]]] = {
+def _values(column: Any) -> list[object]:
+    """Return a column's cells; one that Python cannot hold must not hide the others."""
+    try:
+        values: list[object] = column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value(cell) for cell in column]
+    return values
+
+
+def _value(cell: Any) -> object:
+    try:
+        value: object = cell.as_py()
+    except (ValueError, OverflowError):
+        return UNREADABLE
+    return value
+
+
+READERS: Mapping[str, Callable[[Path], Table]] = {
     ".csv": lambda path: _read_delimited(path, ",", csv.QUOTE_MINIMAL),
     ".tsv": lambda path: _read_delimited(path, "\t", csv.QUOTE_NONE),
     ".jsonl": _read_jsonl,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from common.data import unprotected_test
 from common.errors import FedVeilError
 from common.log import about, kept_in, place_of, set_up
 from common.model import Score
@@ -99,6 +100,8 @@ def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[Evaluator
     evaluator: Evaluator | None = None
     try:
         folder.progress(phase="loading model and data")
+        if told := unprotected_test(job.config.data.name, job.config.data.test):
+            folder.say(told)
         evaluator, observer = Evaluator(job), _Observer(job, folder)
         run_rounds(job, run, connect(evaluator, folder), evaluator, observer, folder.saved)
         _leave(folder, evaluator, "stopped" if observer.stop_reason else "completed", observer.stop_reason)

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
 
-from common.errors import ConfigError
+from client.site import open_site
+from common.errors import ConfigError, PolicyRefusal
 from experiments.deploy import container
+from experiments.deploy.commands import node_config
 from experiments.deploy.server_folder import CONTROL_PORT, FLEET_PORT
 from experiments.deploy.site_folder import node_settings, open_site_folder
 from experiments.deploy.start import start_site
 from server.registered import NODES
+from strategies import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -124,6 +128,43 @@ def test_the_data_are_divided_once_whatever_number_of_sites_comes_later(
     assert "site-4 has no part of the job's data, which are divided among 3 sites" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="this site has no records"):
         start_site(open_site_folder(tmp_path / "site-4"), pytest.fail)
+
+
+def check_that_parts_are_handed_out_once(pki: Path) -> None:
+    """Play M4: make keys for a job, then ask site 1 with settings that would give it records of others."""
+    for name in ("authority", "server", "coordinator", *SITES):
+        (pki / name).mkdir(parents=True)
+    container.make_keys(4, 8.0, 1e-5, pki, settings="rounds=2 data.seed=46 data.partition='iid'")
+    shutil.rmtree(pki / "site-4")
+    (pki / "site-4").mkdir()
+    container.make_keys(4, 8.0, 1e-5, pki, settings="data.seed=47")  # the rest of what was begun with other settings
+    nodes = [node_settings(open_site_folder(pki / name)) for name in SITES[:4]]
+    assert len({node["division"] for node in nodes}) == 1, "sites have parts of several divisions"
+    node = nodes[0]
+    assert parse_config_args([node_config(node)]) == node, "Flower reads the node's settings otherwise"
+    handed_out = {"data.seed": 46, "data.partition": "iid"}
+    first = open_site(node, configure(handed_out).config, "1", simulated=False).data
+    others = [{"data.seed": 45}, {"data.partition": "dirichlet"}, {"data.test-size": 900}, {"data.name": "imdb"}]
+    for other in (*others, {"data.test": "imdb"}):
+        (key,) = other
+        with pytest.raises(PolicyRefusal, match=f"was handed out with {key} = .*the run asks for") as refusal:
+            open_site(node, configure({**handed_out, **other}).config, "1", simulated=False)
+        assert "\n" not in str(refusal.value)
+    same = {**handed_out, "rounds": 3, "strategy": "fed-sb", "model.max-length": 40}
+    assert open_site(node, configure(same).config, "1", simulated=False).data == first
+
+
+def test_a_job_that_divides_the_data_otherwise_than_when_they_were_handed_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_that_parts_are_handed_out_once(tmp_path / "fixed")
+    monkeypatch.setattr("client.site.check_division", lambda *_: None)  # planted: the job's settings divide anew
+    with pytest.raises(pytest.fail.Exception):
+        check_that_parts_are_handed_out_once(tmp_path / "anew")
+
+
+def test_the_keys_are_made_with_the_settings_of_the_job() -> None:
+    assert SERVICES["keys"]["environment"]["FEDVEIL_SETTINGS"] == SERVICES["job"]["environment"]["FEDVEIL_SETTINGS"]
 
 
 def test_keys_stay_on_their_volumes() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import TARGETS, write_reviews
+from one_site import pins
 from typer.testing import CliRunner
 
 from client.policy import load_policy
@@ -38,6 +39,7 @@ from experiments.deploy.node_keys import is_pair, new_node_key
 from experiments.deploy.policy_file import policy_text
 from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import ServerFolder, make_server, open_server, renew_server
+from experiments.deploy.site_check import check_site
 from experiments.deploy.site_folder import SiteFolder, make_site, open_site_folder
 from experiments.deploy.start import start_server, start_site
 from experiments.ports import free_ports
@@ -419,6 +421,60 @@ def test_a_policy_that_every_round_would_refuse_stops_the_site_and_fails_the_doc
     assert not found["policy"].ok
     assert reason in found["policy"].found
     with pytest.raises(ConfigError, match=re.escape(reason)):
+        start_site(site, pytest.fail)
+
+
+def site_with_records(tmp_path: Path, name: str, content: bytes) -> SiteFolder:
+    """Return the folder of a site whose records are in the file ``name``."""
+    (tmp_path / name).write_bytes(content)
+    server = make_server(tmp_path / f"server-{name}", ["127.0.0.1"])
+    site = site_for(tmp_path, free_ports(1)[0], server.path)
+    pinned = {**pins({"data.labels": "bad,good"}), "public-size": 50}
+    (site.path / "policy.toml").write_text(to_toml(pinned), encoding="utf-8")
+    node = to_toml({"node": f'data="{tmp_path / name}"'})
+    kept = [line for line in (site.path / "site.toml").read_text(encoding="utf-8").splitlines() if '"node"' not in line]
+    (site.path / "site.toml").write_text("\n".join([*kept, node]), encoding="utf-8")
+    return open_site_folder(site.path)
+
+
+def test_a_steward_reads_which_rows_are_no_records_and_why_but_not_what_is_in_them(tmp_path: Path) -> None:
+    rows = ["the film,good", "a secret,fair", ",good", *["a secret,fine"] * 25, "a secret,good,more"]
+    site = site_with_records(tmp_path, "own.csv", "\n".join(["text,label", *rows]).encode())
+    done = CliRunner().invoke(app, ["site", "check", str(site.path)])
+    assert done.exit_code == 0, done.output
+    own = tmp_path / "own.csv"
+    assert done.output.splitlines() == [
+        "records: 1 of 29 rows fit; the others count as none",
+        f"  {own}: row 2, {', '.join(map(str, range(4, 23)))} and 6 more has a label that is not among data.labels",
+        f"  {own}: row 3 has no value in column 'text' (data.text)",
+        f"  {own}: row 29 has another number of fields than the header",
+    ]
+    assert "secret" not in done.output
+    said: list[str] = []
+    check_site(site, said.append, rows=False)
+    assert said == done.output.splitlines()[:1], "a start lists rows"
+
+
+UNREADABLE = [
+    ("quote.csv", b'text,label\n"never closed,good\n', "quote.csv cannot be read as CSV: unexpected end of data: mend"),
+    ("latin.csv", "text,label\n\u00e9,good\n".encode("latin-1"), "latin.csv is not UTF-8 (byte 11): save it as UTF-8"),
+    ("half.parquet", b"PAR1half", "half.parquet cannot be read as PARQUET"),
+    ("twice.csv", b"text,label,text\na,good,b\n", "two columns are called 'text'"),
+    ("none.csv", b"text,label\n", "none.csv is empty: it has no records"),
+    ("column.csv", b"text,stars\na,5\n", "has no column 'label' (data.label); it has text, stars"),
+    ("odd.csv", b"text,label\n,good\n", "no row is a record (row 1 has no value in column 'text' (data.text)): mend"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE, ids=[name for name, _, _ in UNREADABLE])
+def test_data_that_every_round_would_answer_with_noise_alone_stop_check_and_start(
+    name: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
+    site = site_with_records(tmp_path, name, content)
+    done = CliRunner().invoke(app, ["site", "check", str(site.path)])
+    assert (done.exit_code, done.output.count("\n")) == (1, 1), done.output
+    assert reason in done.output
+    with pytest.raises(DataError, match=re.escape(reason)):
         start_site(site, pytest.fail)
 
 

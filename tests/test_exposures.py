@@ -13,19 +13,21 @@ from typing import Any
 
 import pytest
 from made_run import MadeRun
-from one_site import OneSite, clinic
+from one_site import OneSite, clinic, pins
 from test_report import fedveil
 
 from client.policy import Policy
 from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset, Example
 from common.messages import Refusal, Spending
+from common.partition import division_of
 from common.privacy.accounting import Release
 from common.privacy.charges import Charge
 from common.privacy.contents import record_hashes
 from common.privacy.ledger import Ledger
 from common.wire import decode_reply, encode_reply, layout_of
 from experiments.in_process import run_in_process, simulated_nodes
+from experiments.settings import to_toml
 from server.admission import Admission
 from server.report import federation_epsilon, report_of, write_reports
 from strategies import configure
@@ -282,10 +284,11 @@ def test_every_form_of_the_report_says_infinite_and_why(tmp_path: Path) -> None:
 
 
 def test_a_whole_run_with_one_exposed_site_says_so_to_the_end(toy_settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "policy.toml").write_text("allow-no-privacy = true\nafter-no-privacy = true\npublic-size = 100\n")
-    nodes = simulated_nodes(2, tmp_path)
-    nodes[0]["policy"] = str(tmp_path / "policy.toml")
     settings = {**toy_settings, "rounds": 1, "privacy.noise-multiplier": 2.0, "data.labels": "bad,good"}
+    rules = {**pins(settings), "allow-no-privacy": True, "after-no-privacy": True, "public-size": 100}
+    (tmp_path / "policy.toml").write_text(to_toml(rules), encoding="utf-8")
+    nodes = simulated_nodes(2, tmp_path)
+    nodes[0] |= {"policy": str(tmp_path / "policy.toml"), "division": division_of(configure(settings).config)}
     run_in_process({**settings, **OPEN}, nodes, "open")
     folder = run_in_process(settings, nodes, "private")
     assert "ε ∞ of 8" in (folder / "run.log").read_text(encoding="utf-8")

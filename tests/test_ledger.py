@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import pytest
 
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.examples import Dataset, Example
+from common.privacy import contents
 from common.privacy.accounting import Release, epsilon
 from common.privacy.charges import EVALUATION, Charge
 from common.privacy.contents import record_hashes
@@ -434,59 +436,129 @@ def test_the_files_mark_is_the_documented_one(path: Path) -> None:
 # The same records under another name.
 
 
-def texts(*numbers: int) -> Dataset:
-    return Dataset("any", tuple(Example(text=f"record {n}", label=n % 2) for n in numbers), ("no", "yes"))
+def texts(*numbers: int, column: str = "record") -> Dataset:
+    """Return records of which a run read the column ``column``; a number's whole row is the same in any."""
+    examples = (Example(text=f"{column} {n}", label=n % 2, row=f"row {n}".encode()) for n in numbers)
+    return Dataset("any", tuple(examples), ("no", "yes"))
 
 
-def charge_for(path: Path, dataset: str, data: Dataset) -> Charge:
+def charge_for(path: Path, dataset: str, data: Dataset, release: Release = WHISPER, **terms: Any) -> Charge:
     with Ledger(path) as ledger:
-        return charge(ledger, 1, WHISPER, dataset=dataset, records=record_hashes(data, ledger.key))
+        return charge(ledger, 1, release, dataset=dataset, records=record_hashes(data, ledger.key), **terms)
 
 
-def check_that_the_same_records_are_known_again(path: Path) -> None:
-    charge_for(path, "ward", texts(*range(20)))
-    with pytest.raises(PolicyRefusal, match=r"'clinic'.*'ward'") as refusal:
-        charge_for(path, "clinic", texts(*reversed(range(20))))
+def charged(path: Path) -> list[tuple[str, str, int]]:
+    with Ledger(path) as ledger:
+        return [(entry.dataset, entry.run, entry.round_number) for entry in ledger.entries()]
+
+
+def check_that_the_same_records_stay_on_one_budget(path: Path, again: Dataset) -> None:
+    """Use twenty records as ``ward``, then ``again`` as ``clinic`` until it is refused."""
+    budget = cost_of(2) + 1e-6
+    first = charge_for(path, "ward", texts(*range(20)), ROUND, max_epsilon=budget)
+    second = charge_for(path, "clinic", again, ROUND, max_epsilon=budget)
+    assert (second.epsilon_before, second.epsilon_after) == (first.epsilon_after, cost_of(2)), "a name is a new start"
+    assert charged(path) == [("ward", "run-1", 1), ("clinic", "run-1", 1), ("ward", "run-1", 1)]
+    before = path.read_bytes()
+    with pytest.raises(BudgetExhausted, match="records that it shares with another data set") as refusal:
+        charge_for(path, "clinic", again, ROUND, max_epsilon=budget)
     assert "\n" not in str(refusal.value)
-    with Ledger(path) as ledger:
-        assert {entry.dataset for entry in ledger.entries()} == {"ward"}, "a refused charge was written"
+    assert not re.search(r"ward|\d\.\d", str(refusal.value).split(";")[0]), "it tells of the other data set"
+    assert path.read_bytes() == before, "a refused charge was written"
 
 
-def test_the_same_records_under_another_name_are_refused_in_any_order(path: Path) -> None:
-    check_that_the_same_records_are_known_again(path)
+READINGS = {
+    "the same": texts(*reversed(range(20))),
+    "another column": texts(*range(20), column="second"),
+    "a part": texts(*range(10)),
+    "many more": texts(*range(200)),
+    "one of them": texts(19, *range(100, 150)),
+    "one, through another column": texts(19, *range(100, 150), column="second"),
+}
 
 
-def test_a_ledger_that_does_not_look_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ledger, "_recognise", lambda *_: None)
-    with pytest.raises(pytest.fail.Exception):
-        check_that_the_same_records_are_known_again(path)
+@pytest.mark.parametrize("again", READINGS.values(), ids=READINGS.keys())
+def test_the_same_records_under_another_name_are_charged_to_both(path: Path, again: Dataset) -> None:
+    check_that_the_same_records_stay_on_one_budget(path, again)
 
 
-@pytest.mark.parametrize(
-    ("second", "refused"),
-    [
-        (range(10), True),  # a part of the known ones
-        (range(200), True),  # the known ones and many more
-        (range(10, 30), True),  # half of them
-        (range(11, 31), False),  # just below half
-        (range(20, 40), False),  # none
-    ],
-)
-def test_a_large_overlap_is_refused_and_a_small_one_is_not(path: Path, second: range, refused: bool) -> None:
+def content_alone(data: Dataset, key: bytes) -> frozenset[int]:
+    """The fault of old: what the run's columns made of a row is all that is known of it."""
+    rowless = tuple(Example(example.text, label=example.label) for example in data.examples)
+    return contents.record_hashes(Dataset(data.name, rowless, data.label_names), key)
+
+
+def test_a_ledger_that_does_not_look_or_knows_the_read_columns_alone_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("test_ledger.record_hashes", content_alone)
+        check_that_the_same_records_stay_on_one_budget(tmp_path / "one", READINGS["the same"])
+        with pytest.raises(AssertionError, match="a name is a new start"):
+            check_that_the_same_records_stay_on_one_budget(tmp_path / "two", READINGS["another column"])
+    monkeypatch.setattr(Ledger, "_recognise", lambda *_: [])
+    with pytest.raises(AssertionError, match="a name is a new start"):
+        check_that_the_same_records_stay_on_one_budget(tmp_path / "three", READINGS["the same"])
+
+
+def test_data_sets_that_share_no_record_have_budgets_of_their_own(path: Path) -> None:
     charge_for(path, "ward", texts(*range(20)))
-    if refused:
-        with pytest.raises(PolicyRefusal):
-            charge_for(path, "clinic", texts(*second))
-    else:
-        assert charge_for(path, "clinic", texts(*second)).epsilon_before == 0.0
+    assert charge_for(path, "clinic", texts(*range(20, 40))).epsilon_before == 0.0
+    assert charged(path) == [("ward", "run-1", 1), ("clinic", "run-1", 1)]
+
+
+def test_the_other_names_own_budget_holds_and_its_smaller_delta(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.set_budget("ward", cost_of(1) + 1e-6, DELTA / 10)
+    charge_for(path, "ward", texts(1, 2), WHISPER)
+    with pytest.raises(BudgetExhausted, match="shares with another data set"):
+        charge_for(path, "clinic", texts(2, 3), ROUND)
+    shared = charge_for(path, "clinic", texts(2, 3), WHISPER)
+    assert shared.delta == DELTA / 10
+    assert (shared.steps_total, shared.max_epsilon) == (1, 8.0), "figures that are not of the data set asked for"
+    assert shared.epsilon_after == epsilon([Release(20.0, 0.01, 2)], DELTA / 10)
+    assert shared.epsilon_remaining == 8.0 - shared.epsilon_after
+
+
+def check_that_every_record_is_within_the_largest_figure(path: Path) -> None:
+    """Charge three names in turn, with records that come and go, and follow each record's own history."""
+    held = {"ward": {0, 1, 2}, "clinic": {2, 3}, "lab": {3, 4}}
+    turns = [("ward", set()), ("clinic", set()), ("lab", set()), ("ward", {4}), ("clinic", set()), ("lab", {0})]
+    uses: dict[int, int] = {}
+    for dataset, more in turns:
+        held[dataset] |= more
+        receipt = charge_for(path, dataset, texts(*held[dataset]), ROUND, max_epsilon=100.0)
+        for number in held[dataset]:
+            uses[number] = uses.get(number, 0) + 1
+        worst = max(uses[number] for number in held[dataset])
+        assert receipt.epsilon_after >= cost_of(worst), f"a record of {dataset} has spent more than is said"
+
+
+def test_no_record_has_spent_more_than_is_said_however_names_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_that_every_record_is_within_the_largest_figure(tmp_path / "sound")
+    monkeypatch.setattr("common.privacy.ledger.of_all", lambda charge, prices: charge)
+    with pytest.raises(AssertionError, match="has spent more than is said"):
+        check_that_every_record_is_within_the_largest_figure(tmp_path / "its own history alone")
 
 
 def test_changed_records_under_one_name_stay_on_one_budget_and_old_ones_stay_known(path: Path) -> None:
     first = charge_for(path, "ward", texts(*range(20)))
     second = charge_for(path, "ward", texts(*range(100, 120)))
     assert second.epsilon_before == first.epsilon_after
-    with pytest.raises(PolicyRefusal):
-        charge_for(path, "clinic", texts(*range(20)))
+    assert charge_for(path, "clinic", texts(*range(20))).epsilon_before == second.epsilon_after
+
+
+def test_a_ledger_that_knows_records_by_what_was_read_of_them_still_knows_them(path: Path) -> None:
+    with Ledger(path) as ledger:
+        charge(ledger, 1, WHISPER, records=content_alone(texts(*range(20)), ledger.key))
+    assert charge_for(path, "clinic", texts(*range(20))).epsilon_before > 0
+
+
+def test_a_charge_for_no_record_at_all_is_a_charge(path: Path) -> None:
+    assert charge_for(path, "ward", texts()).epsilon_after > 0
+    assert charged(path) == [("ward", "run-1", 1)]
 
 
 def test_hashes_follow_the_records_and_the_ledgers_own_key(path: Path, tmp_path: Path) -> None:
@@ -495,7 +567,8 @@ def test_hashes_follow_the_records_and_the_ledgers_own_key(path: Path, tmp_path:
         one, other = texts(1, 2), texts(2, 1, 1)
         assert record_hashes(one, here.key) == record_hashes(other, here.key)
         assert not record_hashes(one, here.key) & record_hashes(one, there.key)
-        renumbered = Dataset("x", tuple(Example(text=f"record {n}", label=(n + 1) % 2) for n in (1, 2)), ("yes", "no"))
+        turned = tuple(dataclasses.replace(example, label=1 - (example.label or 0)) for example in one.examples)
+        renumbered = Dataset("x", turned, ("yes", "no"))
         assert record_hashes(renumbered, here.key) == record_hashes(one, here.key), "label numbers count"
 
 

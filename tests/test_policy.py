@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import logging
 import math
@@ -13,6 +14,7 @@ import torch
 from conftest import write_questions
 from one_site import OneSite, clinic, pins
 
+import client.site
 from audits.bands import out_of_band, related
 from audits.faults import same_seeds
 from client.budget import plan_of
@@ -20,11 +22,12 @@ from client.evaluation import noised_correct
 from client.policy import Policy, load_policy
 from client.site import Site, open_site
 from common.config import Scalar, from_mapping
-from common.data import load_dataset
-from common.errors import ConfigError
+from common.data import load_dataset, train_and_test
+from common.errors import ConfigError, DataError, PolicyRefusal
 from common.examples import Dataset
 from common.messages import Spending
 from common.model import FederatedModel
+from common.partition import division_of
 from common.privacy.accounting import Release, epsilon
 from common.privacy.charges import EVALUATION, Terms
 from common.privacy.ledger import Ledger
@@ -157,10 +160,40 @@ def test_a_deployed_site_joins_no_run_without_privacy_unless_its_policy_says_so(
     refusal(site, "max-rounds = 1", round_number=2)
 
 
-def test_the_same_records_under_another_id_are_refused(site: OneSite) -> None:
-    site.train()
-    site.node["dataset-id"] = "renamed"
-    refusal(site, "'renamed'", "'clinic'", round_number=2)
+def write_notes(path: Path) -> None:
+    """Write reviews that have the text twice: in ``text``, and, in other words, in ``note``."""
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "note", "label"])
+        writer.writeheader()
+        writer.writerows({"text": r["text"], "note": f"a {r['text']}", "label": r["label"]} for r in rows)
+
+
+def check_that_another_column_is_no_new_budget(site: OneSite) -> None:
+    """Play M1 of the hostile server: the same file under another id, read through another column, then as pairs."""
+    write_notes(Path(str(site.node["data"])))
+    first = spent(site)
+    for number, asked in enumerate(({"data.text": "note"}, {"data.text-pair": "note"}), start=2):
+        site.node["dataset-id"] = f"renamed-{number}"
+        site.settings |= asked
+        site.rule()  # the steward agrees
+        again = spent(site, run=str(number))
+        assert again.epsilon_total > first.epsilon_total, "records have a fresh budget under another name"
+        assert again.epsilon_total == epsilon([Release(2.0, 0.25, 2 * number)], 1e-3)
+    with Ledger(site.ledger) as ledger:
+        assert ledger.epsilon("clinic", 1e-3) == again.epsilon_total
+
+
+def test_the_same_file_under_another_id_or_through_another_column_stays_on_one_budget(
+    site: OneSite, toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_that_another_column_is_no_new_budget(site)
+    # Planted fault: rows are known by what the run's columns make of them.
+    monkeypatch.setattr("common.rows._row_digest", lambda *_: b"")
+    client.site._own_data.cache_clear()
+    with pytest.raises(AssertionError, match="a fresh budget"):
+        check_that_another_column_is_no_new_budget(clinic(toy_settings, tmp_path, 40, 1))
+    client.site._own_data.cache_clear()
 
 
 def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -370,7 +403,8 @@ def test_every_rule_has_a_line_in_the_docs() -> None:
 def declared(name: str, *, labels: str = "", simulated: bool = False, **node: Scalar) -> int:
     """Return the size that the first of two parts of the data set ``name`` is declared to have."""
     config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40, "data.labels": labels})
-    settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **node}
+    fixed: dict[str, Scalar] = {"division": division_of(config)} if "policy" in node else {}
+    settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **fixed, **node}
     return open_site(settings, config, "1", simulated=simulated).public_size
 
 
@@ -385,6 +419,40 @@ def test_a_stewards_part_of_a_file_needs_a_declared_size_and_one_of_a_public_dat
     assert declared("rotten-tomatoes", policy=policy) == 4200
     site.rule(public_size=60)
     assert declared(file, labels="bad,good", policy=policy) == 60
+
+
+def test_a_stewards_part_of_a_file_is_divided_as_its_node_says_or_not_at_all(site: OneSite) -> None:
+    file = str(site.settings["data.name"])
+    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
+    policy = site.node["policy"]
+    other = from_mapping(
+        {"data.name": file, "data.partition": "iid", "data.test-size": 40, "data.labels": "bad,good", "data.seed": 7}
+    )
+    with pytest.raises(PolicyRefusal, match=r"handed out with data\.seed = '7'; the run asks for '45', which would"):
+        declared(file, labels="bad,good", policy=policy, division=division_of(other))
+    with pytest.raises(ConfigError, match=r"names 'data\.sed' \(did you mean 'data\.seed'"):
+        declared(file, labels="bad,good", policy=policy, division="data.sed=7")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        declared(file, labels="bad,good", policy=policy, division="iid")
+    config = from_mapping({"data.name": file, "data.labels": "bad,good"})
+    node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": policy}
+    with pytest.raises(ConfigError, match="nothing says how this site's part of it was made: add division="):
+        open_site(node, config, "1", simulated=False)
+
+
+def test_a_row_of_a_stewards_part_that_is_no_record_is_left_out(site: OneSite) -> None:
+    file = Path(str(site.settings["data.name"]))
+    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
+    config = from_mapping({"data.name": str(file), "data.labels": "bad,good", "data.test-size": 40})
+    node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
+    mine: dict[str, Scalar] = {**node, "policy": site.node["policy"], "division": division_of(config)}
+    before = open_site(mine, config, "1", simulated=False).data
+    file.write_text(f"{file.read_text(encoding='utf-8')}the film,fair,a1\n", encoding="utf-8")
+    for kept in (client.site._partition, train_and_test):
+        kept.cache_clear()
+    assert open_site(mine, config, "1", simulated=False).data == before
+    with pytest.raises(DataError, match="row 241 has the label 'fair'"):
+        open_site(node, config, "1", simulated=True)
 
 
 def test_the_labels_of_a_stewards_part_of_a_file_are_not_read_off_its_records(site: OneSite) -> None:

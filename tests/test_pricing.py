@@ -24,6 +24,7 @@ from common.privacy.plan import PrivacyPlan
 
 DELTA = 1e-5
 ROUND = Release(noise_multiplier=1.0, sample_rate=0.1, count=5)
+TERMS: dict[str, Any] = {"run": "1", "round_number": 1, "delta": DELTA, "max_epsilon": 8.0, "clip_norm": 0.5}
 COST = [epsilon([Release(1.0, 0.1, 5 * rounds)] if rounds else [], DELTA) for rounds in range(4)]
 
 
@@ -33,8 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def charge(ledger: Ledger, release: Release = ROUND, **overrides: Any) -> Charge:
-    terms = {"run": "1", "round_number": 1, "delta": DELTA, "max_epsilon": 8.0, "clip_norm": 0.5}
-    return ledger.charge("ward", [release], **{**terms, **overrides})
+    return ledger.charge("ward", [release], **{**TERMS, **overrides})
 
 
 def during_prices(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
@@ -65,9 +65,9 @@ def test_the_lock_is_free_while_a_price_is_made(path: Path, monkeypatch: pytest.
 
 def test_a_price_under_the_lock_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def locked(ledger: Ledger, *terms: Any) -> Iterator[Charge]:
+    def locked(ledger: Ledger, dataset: str, _: Any, *terms: Any) -> Iterator[dict[str, Charge]]:
         with ledger._transaction():
-            yield ledger._price(*terms)
+            yield ledger._prices([dataset], *terms)
 
     monkeypatch.setattr(Ledger, "_offer", locked)
     with pytest.raises(LedgerError, match="in use"):
@@ -93,6 +93,21 @@ def check_that_a_price_is_made_again(path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_others_charge_meanwhile_is_in_the_price(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_that_a_price_is_made_again(path, monkeypatch)
+
+
+def test_who_begins_to_share_records_meanwhile_is_charged_as_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = iter((1, 2))
+
+    def another() -> None:
+        if next(others, None) == 1:
+            with Ledger(path) as other:
+                other.charge("clinic", [ROUND], **TERMS, records=[7, 8])
+
+    with Ledger(path) as ledger:
+        during_prices(monkeypatch, another)
+        receipt = charge(ledger, records=[8, 9])
+        assert (receipt.epsilon_before, receipt.epsilon_after) == (COST[1], COST[2])
+        assert [entry.dataset for entry in ledger.entries()] == ["clinic", "ward", "clinic"]
 
 
 def test_a_price_that_nobody_looks_at_again_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

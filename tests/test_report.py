@@ -210,6 +210,19 @@ def test_participants_without_a_privacy_line_weaken_the_claim(made: MadeRun) -> 
     assert any("no line in privacy.jsonl for north" in gap for gap in report_of(made.folder).claim.gaps)
 
 
+def test_a_test_part_of_ones_own_file_is_called_unprotected_in_every_form(tmp_path: Path) -> None:
+    for i, (settings, told) in enumerate(
+        [
+            ({}, False),
+            ({"data.name": "own.csv"}, True),
+            ({"data.name": "hub:clinic/notes"}, True),
+            ({"data.name": "own.csv", "data.test": "public.csv"}, False),
+        ]
+    ):
+        run = MadeRun(tmp_path / str(i), {"rounds": 1, **settings}).start().round(1, 0.7).end()
+        assert {"itself and is not protected" in text for text in forms(run.folder).values()} == {told}, settings
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
 def test_a_folder_that_is_no_runs_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from common.privacy import accounting
 from common.privacy.accounting import TRAINING, Release, epsilon_with_method
@@ -44,8 +44,10 @@ class Charge:
     """The receipt of one charge. Epsilons are record level, add/remove one record, at the charge's delta."""
 
     epsilon_before: float
+    """As ``epsilon_after``, before this charge."""
     epsilon_after: float
-    """Of everything charged to the data set, this charge included."""
+    """Of everything charged to the data set, this charge included; where it shares records with others of its ledger,
+    the largest of theirs and its own, since a shared record's history is among them."""
     epsilon_round: float
     """Of this charge's releases alone, as if nothing had been spent. These do not add up over rounds."""
     epsilon_remaining: float
@@ -100,6 +102,23 @@ class Exposure:
     """Optimiser steps; 0 for a start from a full gradient."""
     released_at: str
     """UTC, ISO 8601."""
+
+
+def of_all(charge: Charge, prices: Iterable[Charge]) -> Charge:
+    """Return the receipt of a data set whose records others hold too: ``charge`` with the largest of all histories.
+
+    Each record's whole history is that of one of ``prices``, so their maximum bounds what any record has spent.
+    """
+    dearest = max(prices, key=lambda other: other.epsilon_after)
+    if dearest.epsilon_after <= charge.epsilon_after:
+        return charge
+    return replace(
+        charge,
+        epsilon_before=dearest.epsilon_before,
+        epsilon_after=dearest.epsilon_after,
+        epsilon_remaining=max(0.0, charge.max_epsilon - dearest.epsilon_after),
+        accountant=dearest.accountant,
+    )
 
 
 def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, max_epsilon: float) -> Charge:

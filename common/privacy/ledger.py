@@ -9,7 +9,10 @@ A round without privacy costs no budget, because no budget could pay for it: it 
 exposure. From then on no epsilon holds for the data set, nor for another one with one of its records.
 
 Beside charges the ledger keeps, per data set, the budgets that its steward has set (the latest one
-holds) and a keyed hash of every record that it was charged for. The strictest of what the caller
+holds) and keyed hashes of every record that it was charged for. A charge for records of which another
+data set holds any is a charge to that one too, within its budget: so the history of the name that a
+record was first used under has all that ever became of it, and no record passes the largest of the
+figures, whatever it is called. The strictest of what the caller
 asks for and what the ledger holds wins: the smaller epsilon, and the smallest delta that the data
 set was ever charged or budgeted at, so that everything it released is composed at one delta.
 
@@ -28,8 +31,7 @@ from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefus
 from common.privacy import accounting
 from common.privacy.accounting import TRAINING, Release, check_terms
 from common.privacy.budgets import BudgetHistory
-from common.privacy.charges import EVALUATION, Charge, Entry, Exposure, price
-from common.privacy.contents import SHARED
+from common.privacy.charges import EVALUATION, Charge, Entry, Exposure, of_all, price
 from common.privacy.figures import epsilon_text, remaining_text
 from common.privacy.ledger_file import now, one_line
 
@@ -60,6 +62,8 @@ class Ledger(BudgetHistory):
         (after a disk failure during the write, nothing or all of it). The data set's epsilon never
         passes ``max_epsilon`` nor the budget that is stored here, whoever else charges at the same
         time. The same run and round charged again is charged again: a repeated round releases anew.
+        Every data set of this ledger that shares a record with ``records`` is charged the same, and
+        keeps its own budget and the caller's; the receipt's epsilon is the largest of theirs.
 
         Args:
             dataset: the site's name for the records; budgets of different names are separate.
@@ -70,17 +74,15 @@ class Ledger(BudgetHistory):
                 the ledger holds for it.
             max_epsilon: the budget that the caller allows; a smaller one that is stored wins.
             clip_norm: L2, for the record; the price does not depend on it.
-            records: ``record_hashes`` under ``key`` of the records that are about to be used. They are
-                kept, and other data sets of this ledger may not hold the same records. Records under
-                the same name may change: they stay on the same budget.
+            records: ``record_hashes`` under ``key`` of the records that are about to be used; they are
+                kept. Records under the same name may change: they stay on the same budget.
             allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
             after_exposure: whether to charge also where records were released without privacy; the budget
                 then holds for what was charged, and the receipt says ``exposed``.
 
         Raises:
-            BudgetExhausted: the releases would exceed the budget.
-            PolicyRefusal: the records are in this ledger under another data set's name, or were released
-                without privacy.
+            BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
+            PolicyRefusal: records were released without privacy.
             ConfigError: a figure is out of range, or there is nothing to charge.
             LedgerError: the file cannot be read or written, or was locked for 60 seconds.
         """
@@ -90,8 +92,7 @@ class Ledger(BudgetHistory):
         if not releases or not dataset or not run:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
         check_terms(releases, delta)
-        with self._offer(dataset, releases, delta, max_epsilon) as charge:
-            self._recognise(dataset, records)
+        with self._offer(dataset, records, releases, delta, max_epsilon) as prices:
             if allow:
                 allow(*self.trained(dataset, run))
             self._remember(dataset, records)
@@ -101,26 +102,35 @@ class Ledger(BudgetHistory):
                     f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
                     "them: a private run needs after-no-privacy = true in the site's policy"
                 )
+            charge = prices[dataset]
+            what = f"data set {dataset!r} refuses round {round_number} of run {run!r}"
             if not charge.epsilon_after <= charge.max_epsilon:
                 before, after = (epsilon_text(e, decimals=4) for e in (charge.epsilon_before, charge.epsilon_after))
                 left = remaining_text(max(0.0, charge.max_epsilon - charge.epsilon_before), decimals=4)
                 raise BudgetExhausted(
-                    f"data set {dataset!r} refuses round {round_number} of run {run!r} ({_spoken(releases)}): epsilon "
-                    f"{before} is spent, this would make it {after}, the budget is {charge.max_epsilon:g} at delta "
-                    f"{charge.delta:g}, {left} is left; see `fedveil ledger show {self.path}`"
+                    f"{what} ({_spoken(releases)}): epsilon {before} is spent, this would make it {after}, the budget "
+                    f"is {charge.max_epsilon:g} at delta {charge.delta:g}, {left} is left; see "
+                    f"`fedveil ledger show {self.path}`"
+                )
+            if not all(other.epsilon_after <= other.max_epsilon for other in prices.values()):
+                # No figures and no names: this line leaves the site.
+                raise BudgetExhausted(
+                    f"{what}: records that it shares with another data set have no budget left for it; see "
+                    f"`fedveil ledger show {self.path}`"
                 )
             self._connection.executemany(
                 "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "
                 "clip_norm, charged_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
-                        *(dataset, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, charge.delta),
+                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, charge.delta),
                         *(1.0 if r.kind == EVALUATION else clip_norm, now()),
                     )
+                    for name in prices
                     for r in releases
                 ],
             )
-        return replace(charge, exposed=exposed)
+        return replace(of_all(charge, prices.values()), exposed=exposed)
 
     def expose(
         self,
@@ -158,25 +168,27 @@ class Ledger(BudgetHistory):
             )
 
     @contextmanager
-    def _offer(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Iterator[Charge]:
-        """Hold the write lock with the price of ``releases`` on top of everything that the ledger holds by then.
+    def _offer(
+        self, dataset: str, records: Collection[int], releases: Sequence[Release], delta: float, max_epsilon: float
+    ) -> Iterator[dict[str, Charge]]:
+        """Hold the write lock with the prices of ``releases`` on top of everything that the ledger holds by then.
 
-        The price is computed before the lock is taken, and again if anybody else has written meanwhile. Who is
-        too slow ``PRICES`` times computes it under the lock: some seconds, by the accountant's ``MOST_WORK``.
+        They are computed before the lock is taken, and again if anybody else has written meanwhile. Who is
+        too slow ``PRICES`` times computes them under the lock: some seconds, by the accountant's ``MOST_WORK``.
         """
+
+        def offer() -> dict[str, Charge]:
+            return self._prices([dataset, *self._recognise(dataset, records)], releases, delta, max_epsilon)
+
         for left in reversed(range(PRICES + 1)):
-            seen, charge = self._version(), self._price(dataset, releases, delta, max_epsilon)
+            seen, prices = self._version(), offer()
             with self._transaction():
                 if self._version() != seen:
                     if left:
                         continue
-                    charge = self._price(dataset, releases, delta, max_epsilon)
-                yield charge
+                    prices = offer()
+                yield prices
                 return
-
-    def _price(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Charge:
-        max_epsilon, delta = self.terms(dataset).stricter(max_epsilon, delta)
-        return price(self.spent(dataset), releases, delta, max_epsilon)
 
     def _version(self) -> int:
         """Return a number that is another one once any other connection has written to the file."""
@@ -232,25 +244,38 @@ class Ledger(BudgetHistory):
             raise LedgerError(f"the ledger {self.path} is damaged (it has no key): do not train, ask for help")
         return bytes(row[0])
 
-    def _recognise(self, dataset: str, records: Collection[int]) -> None:
-        """Refuse records that another data set of this ledger has been charged for."""
+    def _recognise(self, dataset: str, records: Collection[int]) -> list[str]:
+        """Return the other data sets of this ledger that were charged for any of these records, sorted.
+
+        One is enough: what was released of it under either name composes. That short records such as "ok" are
+        equal by chance only makes the charge too high.
+        """
         if not records:
-            return
-        self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
-        self._connection.execute("DELETE FROM opened")
-        self._connection.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
-        shared = self._connection.execute(
-            "SELECT dataset, COUNT(*) FROM opened JOIN records USING (hash) WHERE dataset != ? GROUP BY dataset",
-            (dataset,),
-        ).fetchall()
-        for other, count in shared:
-            (known,) = self._connection.execute("SELECT COUNT(*) FROM records WHERE dataset = ?", (other,)).fetchone()
-            if count >= SHARED * min(known, len(records)):
-                # No figures: this line leaves the site.
-                raise PolicyRefusal(
-                    f"data set {dataset!r} holds records that this ledger knows as data set {other!r}: name it "
-                    f"{other!r}, so that they stay on one budget"
-                )
+            return []
+        with one_line(self.path, "read"):
+            self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
+            self._connection.execute("DELETE FROM opened")
+            self._connection.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
+            rows = self._connection.execute(
+                "SELECT DISTINCT dataset FROM opened JOIN records USING (hash) WHERE dataset != ? ORDER BY dataset",
+                (dataset,),
+            )
+            return [name for (name,) in rows.fetchall()]
+
+    def _prices(
+        self, names: Sequence[str], releases: Sequence[Release], delta: float, max_epsilon: float
+    ) -> dict[str, Charge]:
+        """Return what ``releases`` cost each data set, at one delta: the first has the records, the others share some.
+
+        No name may pass the budget of the first one: it is a budget of records that the others hold as well.
+        """
+        terms = {name: self.terms(name) for name in names}
+        delta = min(delta, *(held.delta for held in terms.values()))
+        max_epsilon = min(max_epsilon, terms[names[0]].epsilon)
+        return {
+            name: price(self.spent(name), releases, delta, min(max_epsilon, held.epsilon))
+            for name, held in terms.items()
+        }
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.

@@ -184,6 +184,19 @@ def site_init(
     _say(site_steps(made))
 
 
+@site_app.command("check")
+@for_people
+def site_check(
+    folder: Folder,
+    node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
+) -> None:
+    """Read the site's records as a round does, and list the rows that are none, by number and reason."""
+    from experiments.deploy.site_check import check_site
+    from experiments.deploy.site_folder import open_site_folder
+
+    check_site(open_site_folder(folder), _say, node)
+
+
 @site_app.command("pin")
 @for_people
 def site_pin(

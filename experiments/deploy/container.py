@@ -30,21 +30,24 @@ def make_keys(
 ) -> None:
     """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
 
-    Each site gets its part of a job's data for good: another number of sites later would divide the records
-    anew, and ledgers would count for records that others hold. A site beyond the first number has no part.
+    Each site gets its part of a job's data for good: another number of sites, or another division, later would
+    divide the records anew, and ledgers would count for records that others hold. So what divides them is written
+    into the sites' settings, and they refuse a job that divides otherwise. A site beyond the first number has no part.
 
     Args:
         sites: how many sites get a key pair.
         epsilon: budget in each site's policy.
         delta: the delta that it holds at.
         pki: where the volumes are mounted: ``authority``, ``server``, ``coordinator``, ``site-1``, ...
-        settings: of the job, as ``fedveil run -c`` takes them: each new site's policy pins what it asks for.
+        settings: of the job, as ``fedveil run -c`` takes them: each new site's policy pins what it asks for, and its
+            node how the data are divided.
         fingerprint: of the job's base model, needed unless FedVeil knows that by its hash.
 
     Raises:
         FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
             cannot say what they ask for.
     """
+    from common.partition import division_of
     from experiments.deploy.policy_file import models_of, pins_of_job, policy_text
     from experiments.deploy.server_folder import make_server
     from experiments.deploy.site_folder import make_site
@@ -61,10 +64,10 @@ def make_keys(
         (coordinator / place).mkdir(exist_ok=True)
     for name in ("ca.crt", "server.toml"):
         shutil.copyfile(pki / "server" / name, coordinator / name)
-    parts = _parts(pki / "site-1", sites)
+    parts, fixed = _handed_out(pki / "site-1", sites, division_of(job.config))
     for number in range(1, sites + 1):
         folder, name = pki / f"site-{number}", f"site-{number}"
-        part = f"partition-id={number - 1} num-partitions={parts}" if number <= parts else ""
+        part = f"partition-id={number - 1} num-partitions={parts}{fixed}" if number <= parts else ""
         if not (folder / "site.toml").is_file():
             make_site(
                 folder,
@@ -103,13 +106,14 @@ def _say_if_refused(folder: Path, name: str, job: Job) -> None:
         print(f"{name} will refuse this job: {error}; see 'fedveil site pin'", flush=True)
 
 
-def _parts(first: Path, sites: int) -> int:
-    """Return among how many sites a job's data are divided: as many as there were when the first was made."""
+def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
+    """Return among how many sites a job's data are divided, and how, as when the first was made."""
     from experiments.deploy.site_folder import node_settings, open_site_folder
 
-    if not (first / "site.toml").is_file():
-        return sites
-    return int(node_settings(open_site_folder(first)).get("num-partitions", 0))
+    if (first / "site.toml").is_file():
+        node = node_settings(open_site_folder(first))
+        sites, division = int(node.get("num-partitions", 0)), str(node.get("division", ""))
+    return sites, f' division="{division}"' if division else ""
 
 
 def server_is_well(folder: Path = FOLDER) -> bool:

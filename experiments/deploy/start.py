@@ -22,7 +22,8 @@ from experiments.deploy.commands import (
 from experiments.deploy.files import FOLDER_MODE, put_file, read_bytes
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.server_folder import ServerFolder, finish_renewal
-from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings
+from experiments.deploy.site_check import check_site
+from experiments.deploy.site_folder import SiteFolder
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0
@@ -65,9 +66,9 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
     Raises:
         ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
             the site's own records among them if the policy does not pin what they are for.
-        DataError: a file of the folder is missing or damaged.
+        DataError: a file of the folder is missing or damaged, or the records cannot be read: see ``check_site``.
     """
-    check_pinned(folder, node_settings(folder, more))
+    check_site(folder, say, more, rows=False)
     secret = secret_file(folder)
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     said, when = "", 0.0

@@ -95,7 +95,8 @@ def site_steps(folder: SiteFolder) -> str:
 Next:{authority}
   1. read the policy   {folder.path}/policy.toml: budget and limits are yours to set
   2. send the coordinator {folder.path}/node.pub (never node.key)
-  3. look it over      fedveil doctor site {folder.path}
+  3. look it over      fedveil site check {folder.path} (which rows are no records)
+                       fedveil doctor site {folder.path}
                        (compare the authority's fingerprint with the coordinator's by another way)
   4. start it          fedveil site start {folder.path}
                        (or install {folder.path}/fedveil-site.service)

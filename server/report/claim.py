@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.data import unprotected_test
 from common.privacy import claim
 from common.privacy.figures import epsilon_text
 from server.report.folder import RunFiles
@@ -89,7 +90,10 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
 def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], mode: str) -> list[str]:
     if mode == "none":
         return []
-    gaps = [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
+    settings = files.config["settings"]
+    told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
+    gaps = [told] if told and "data.name" in settings else []
+    gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
     if unpaid:
         gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
     accounted = {(line["round"], line["site"]) for line in files.privacy}

@@ -1,0 +1,71 @@
+"""Which rows of a site's own data are no records, by number and reason, for its steward alone; none is quoted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from common.config import DataConfig
+from common.errors import DataError, UnreadableFile
+from common.roles import ROLES
+from common.tables import Unfit
+from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings
+
+if TYPE_CHECKING:
+    from client.policy import Policy
+
+ROWS_SHOWN = 20
+"""Numbers of rows that a line names."""
+
+
+def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *, rows: bool = True) -> None:
+    """Read the records as every round will, and say how many rows are records and which are none.
+
+    Args:
+        folder: the site's folder.
+        say: prints one line.
+        more: node settings that win over the folder's.
+        rows: whether to list the rows that are none.
+
+    Raises:
+        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
+            the site's own records among them if the policy does not pin what they are for.
+        DataError: the records are not there, or lack a column; the rows of a file cannot be told apart; or no row
+            is a record. Every round would then send noise alone, and pay for it.
+    """
+    from common.data import load_protected
+
+    settings = node_settings(folder, more)
+    policy = check_pinned(folder, settings)
+    if "data" not in settings:
+        say("records: a part of a job's data, which this site does not choose")
+        return
+    reading = load_protected(_pinned(policy), policy.task, str(settings["data"]))
+    if reading.unreadable:
+        raise UnreadableFile(reading.unreadable[0])
+    fit, others = len(reading.dataset.examples), len(reading.unfit)
+    if not fit:
+        why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if others else "there is none"
+        raise DataError(f"{settings['data']}: no row is a record ({why}): mend the rows, or pin what they are")
+    say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
+    for line in _by_reason(reading.unfit) if rows else ():
+        say(line)
+
+
+def _pinned(policy: Policy) -> DataConfig:
+    """Return what every job that the policy allows says about the site's own records."""
+    columns = {role.attribute: getattr(policy, role.attribute) for role in ROLES[policy.task]}
+    return DataConfig(partition="iid", labels=policy.labels, **columns)
+
+
+def _by_reason(unfit: Sequence[Unfit]) -> list[str]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row in unfit:
+        groups.setdefault((row.origin, row.reason), []).append(row.row)
+    return [f"  {origin}: {_numbers(numbers)} {reason}" for (origin, reason), numbers in groups.items()]
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
+    more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
+    return f"row {shown}{more}"
