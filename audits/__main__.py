@@ -22,6 +22,7 @@ from audits.canary import probe_all
 from audits.concurrent import bouts_of_all
 from audits.faults import SOUND
 from audits.finding import Finding, as_json, quiet, show
+from audits.hostile_server import hostile_server
 from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
 from audits.sensitivity import audit_sensitivity
@@ -83,6 +84,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         noise_and_sensitivity,
         steps_of_all,
         rounds_of_all,
+        lambda own: list(hostile_server(own)),
         probe_all,
         probe_runs,
     )

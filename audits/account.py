@@ -19,6 +19,8 @@ from audits.faults import SOUND, Fault
 from audits.finding import Finding, judged
 from audits.tiny_site import OneSite, tiny_site
 from client import local_training
+from client.deadline import Timing
+from client.rehearsal import _Rehearsal
 from common.privacy import dpsgd
 from common.privacy.ledger import Ledger
 from common.randomness import private_poisson_sample
@@ -49,13 +51,21 @@ class Spy:
 def spying() -> Iterator[Spy]:
     """Look on while a site trains."""
     seen = Spy()
-    add_noise = dpsgd._Mechanism.add_noise
+    add_noise, rehearsed, rehearsing = dpsgd._Mechanism.add_noise, _Rehearsal.run, [False]
 
     def noisy(mechanism: Any) -> None:
-        seen.draws.append(
-            Draw(mechanism.noise_multiplier, mechanism.max_grad_norm, float(mechanism.expected_batch_size))
-        )
+        if not rehearsing[0]:
+            seen.draws.append(
+                Draw(mechanism.noise_multiplier, mechanism.max_grad_norm, float(mechanism.expected_batch_size))
+            )
         add_noise(mechanism)
+
+    def rehearsal(self: _Rehearsal) -> Timing:
+        rehearsing[0] = True  # on no record, and nothing of it is sent
+        try:
+            return rehearsed(self)
+        finally:
+            rehearsing[0] = False
 
     def sampled(size: int, rate: float) -> torch.Tensor:
         seen.samples.append((size, rate))
@@ -63,6 +73,7 @@ def spying() -> Iterator[Spy]:
 
     with (
         patch.object(dpsgd._Mechanism, "add_noise", noisy),
+        patch.object(_Rehearsal, "run", rehearsal),
         patch.object(local_training, "private_poisson_sample", sampled),
     ):
         yield seen

@@ -155,7 +155,7 @@ def test_a_start_from_a_raw_gradient_is_an_exposure_and_no_round(site: OneSite) 
 
 
 def test_it_is_on_disk_before_a_record_is_used(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.local_training._take_steps", lambda *_: 1 / 0)
+    monkeypatch.setattr("client.local_training._open_steps", lambda *_: 1 / 0)
     one = openly(site)
     assert isinstance(one.ask(one.task(1)), Refusal)
     assert len(exposures(site)) == 1, "a round that failed may have looked at records all the same"

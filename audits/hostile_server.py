@@ -1,0 +1,160 @@
+"""A server that lies: every lie of the list through the real client, and the old behaviour, which each must find.
+
+What is asked for by settings, records, models and adapter states stands in modules of their own; here are the bundle
+and the rounds that are asked for again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from flwr.app import Context, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+from flwr.cli.build import build_fab_from_files
+
+from audits import hostile_questions, hostile_records
+from audits.faults import SOUND, Fault
+from audits.finding import Finding, judged
+from audits.hostile_models import UNREHEARSED, audit_models
+from audits.hostile_state import NEIGHBOURS, audit_state, default_model
+from audits.tiny_site import tiny_site
+from client.policy import Policy
+from client.worker import reply_to
+from common.bundle import PROJECT, files_of
+from common.messages import Refusal, TrainResult
+from common.privacy.ledger import Ledger
+from common.types import AdapterState
+from common.wire import encode_task
+
+MARK = """
+from pathlib import Path
+from flwr.clientapp import ClientApp
+Path({mark!r}).write_text("the bundle's code ran")
+app = ClientApp()
+"""
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Check nothing."""
+
+
+def any_bundle() -> AbstractContextManager[Any]:
+    """A bundle's hash is nobody's business."""
+    return patch.object(Policy, "check_bundle", nothing)
+
+
+def forgotten() -> AbstractContextManager[Any]:
+    """A run without privacy leaves no trace."""
+    return patch("client.local_training.note_exposure", nothing)
+
+
+def unpaid() -> AbstractContextManager[Any]:
+    """A round that was charged once is free from then on, whatever is asked."""
+    charge = Ledger.charge
+    receipts: dict[tuple[str, int], Any] = {}
+
+    def once(ledger: Ledger, dataset: str, releases: Any, *, run: str, round_number: int, **terms: Any) -> Any:
+        if (run, round_number) not in receipts:
+            receipts[run, round_number] = charge(ledger, dataset, releases, run=run, round_number=round_number, **terms)
+        return receipts[run, round_number]
+
+    return patch.object(Ledger, "charge", once)
+
+
+BUNDLES = Fault("any bundle is taken", any_bundle)
+FORGOTTEN = Fault("no trace of runs without privacy", forgotten)
+UNPAID = Fault("a round again is free", unpaid)
+
+
+def audit_bundle(folder: Path, fault: Fault = SOUND) -> Finding:
+    """Return whether a bundle whose client is the server's own is taken, and whether a line of it runs.
+
+    Args:
+        folder: empty; model, records and the mark go there.
+        fault: SOUND or BUNDLES.
+    """
+    site, mark = tiny_site(folder), folder / "mark"
+    own = {"client/app.py": MARK.format(mark=str(mark)).encode()}
+    bundle = build_fab_from_files(files_of(PROJECT) | own)[0]
+    metadata = Metadata(1, "", 1, 1, "", "1", time.time(), 600.0, "train")
+    message = make_message(metadata, encode_task(site.task()))
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=site.settings)
+    with fault.plant():
+        reply = reply_to(message, context, bundle, site.node)
+    trained = bool(site.ledger.exists() and site.charges())
+    figures: dict[str, int | float | str] = {
+        "taken": str(trained),
+        "its code ran": str(mark.exists()),
+        "answered": str(reply.has_content()),
+    }
+    return judged("bundle of the server's own", fault.name, trained or mark.exists(), figures)
+
+
+def audit_rounds(folder: Path, fault: Fault = SOUND) -> Finding:
+    """Return what a server gets that asks the same round again with other states, and after a run without privacy.
+
+    Args:
+        folder: empty; model, records and ledger go there.
+        fault: SOUND, UNPAID or FORGOTTEN.
+    """
+    site, wrong = tiny_site(folder), list[str]()
+    with fault.plant():
+        for times in range(1, 4):
+            reply = site.ask(site.task(1, change=_scaled(float(times))))
+            if isinstance(reply, TrainResult) and len(site.charges()) < times:
+                wrong.append(f"release {times} of round 1 was free")
+        site.rule(allow_no_privacy=True)
+        opened = replace(site, settings={**site.settings, "privacy.mode": "none"})
+        opened.ask(opened.task(1, run="open"))
+        after = site.ask(site.task(1, run="later"))
+        if not isinstance(after, Refusal):
+            wrong.append("a private run after one without privacy claims as if there had been none")
+    figures: dict[str, int | float | str] = {"charges": len(site.charges()), "wrong": "; ".join(wrong) or "nothing"}
+    return judged("rounds asked for again", fault.name, bool(wrong), figures)
+
+
+def _scaled(factor: float) -> Callable[[AdapterState], AdapterState]:
+    """Return what makes another state of one: the same task a second time is answered from memory, and free."""
+    return lambda state: {
+        layer: {name: tensor * factor + 0.01 * factor for name, tensor in factors.items()}
+        for layer, factors in state.items()
+    }
+
+
+def hostile_server(folder: Path) -> Iterator[Finding]:
+    """Yield the findings of every lie, and of the old behaviour behind each; ``folder`` must be empty."""
+
+    def own() -> Path:
+        return Path(tempfile.mkdtemp(dir=folder))
+
+    parts: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
+        hostile_questions.audit_questions: (
+            hostile_questions.PINS,
+            hostile_questions.NAMES,
+            hostile_questions.FINGERPRINTS,
+        ),
+        hostile_records.audit_records: (
+            hostile_records.ROWS,
+            hostile_records.COLUMNS,
+            hostile_records.APART,
+            hostile_records.DIVISIONS,
+        ),
+        audit_models: (UNREHEARSED,),
+        audit_bundle: (BUNDLES,),
+        audit_rounds: (UNPAID, FORGOTTEN),
+    }
+    for audit, faults in parts.items():
+        for fault in (SOUND, *faults):
+            yield audit(own(), fault)
+    for precision, cases in (("float32", (SOUND, NEIGHBOURS)), ("bfloat16", (SOUND,))):
+        model, records = default_model(precision)
+        for fault in cases:
+            yield audit_state(model, records, fault)

@@ -1,0 +1,32 @@
+"""A lying server gets nothing, and the old behaviour behind each of its lies is found; small forms of the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from audits.faults import SOUND, Fault
+from audits.finding import Finding
+from audits.hostile_models import UNREHEARSED, audit_models
+from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
+from audits.hostile_server import BUNDLES, FORGOTTEN, UNPAID, audit_bundle, audit_rounds
+
+Audit = Callable[[Path, Fault], Finding]
+CASES: dict[Audit, tuple[Fault, ...]] = {
+    audit_records: (ROWS, COLUMNS, APART, DIVISIONS),
+    audit_models: (UNREHEARSED,),
+    audit_bundle: (BUNDLES,),
+    audit_rounds: (UNPAID, FORGOTTEN),
+}
+
+
+@pytest.mark.parametrize(
+    ("audit", "fault"),
+    [(audit, fault) for audit, faults in CASES.items() for fault in (SOUND, *faults)],
+    ids=lambda value: value.name or "as it is" if isinstance(value, Fault) else value.__name__,
+)
+def test_a_lie_is_refused_and_the_fault_behind_it_is_found(audit: Audit, fault: Fault, tmp_path: Path) -> None:
+    finding = audit(tmp_path, fault)
+    assert finding.passed, finding
