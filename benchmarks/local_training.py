@@ -90,7 +90,8 @@ def site_peak(records: int) -> float:
     tokenised = model.tokenise(train.examples)
     for start in (0, records):
         optimizer = build_optimizer(model.trained(), job.config.training)
-        with PrivateSteps(model.module, optimizer, PrivacyPlan(1.0, 0.8, 0.1, float(records), 1e-5, 8.0)) as steps:
+        plan = PrivacyPlan(1.0, 0.8, 0.1, float(records), 1e-5, 8.0)
+        with model.many_passes(), PrivateSteps(model.module, optimizer, plan) as steps:
             steps.step(model.fixed_batches(tokenised[start : start + records]), model.losses)
     # Not getrusage: its peak includes what the parent held when it started this process.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -100,8 +101,8 @@ def site_peak(records: int) -> float:
 def main() -> None:
     """Run the three loops in turn and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=384, help="records of one logical batch")
-    parser.add_argument("--repeats", type=int, default=5, help="logical batches per loop, after one to warm up")
+    parser.add_argument("--records", type=int, default=620, help="of one logical batch; a site's, as expected")
+    parser.add_argument("--repeats", type=int, default=4, help="logical batches per loop, after one to warm up")
     arguments = parser.parse_args()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         peak = pool.submit(site_peak, arguments.records).result()
@@ -138,7 +139,7 @@ def main() -> None:
     def private_step(parts: Iterable[Batch]) -> None:
         # A new one for every step, as a site has in every round: a private optimiser serves one mechanism only.
         optimizer = build_optimizer(ours.trained(), job.config.training)
-        with PrivateSteps(ours.module, optimizer, plan) as steps:
+        with ours.many_passes(), PrivateSteps(ours.module, optimizer, plan) as steps:
             steps.step(parts, ours.losses)
 
     def private_loop(chosen: list[int]) -> None:

@@ -165,7 +165,7 @@ def _private_steps(
     optimizer = build_optimizer(model.trained(), config)
     margin = rounding_margin(model.precision, model.device)
     try:
-        with PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
+        with model.many_passes(), PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
             for step in range(config.local_steps):
                 set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()

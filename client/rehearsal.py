@@ -148,7 +148,14 @@ class _Rehearsal:
     # --- 2 and 3 ---
 
     def _settle_shapes(self) -> None:
-        if self._same_bits():
+        try:
+            same = self._same_bits()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or not self.model.lowers:
+                raise
+            self.model.lowers = False  # some layer leaves autocast, and meets a weight of another precision
+            same = self._same_bits()
+        if same:
             return
         if self.model.device.type != "cpu":
             self.model.base.module.set_attn_implementation("eager")  # type: ignore[operator]
@@ -163,7 +170,7 @@ class _Rehearsal:
     def _same_bits(self, tolerance: float = 0.0) -> bool:
         grid = self.shapes.lengths
         cases = {length: self._cases(length) for length in grid}
-        with self._steps() as steps:
+        with self.model.many_passes(), self._steps() as steps:
             first = {length: self._picked(steps, cases[length][0]) for length in grid}
             for length in reversed(grid):
                 began = time.monotonic()

@@ -39,7 +39,7 @@ class ModelConfig:
     task: str = "classification"
     """``classification`` (encoder, mean pool, linear head) or ``causal-lm`` (prompt, completion)."""
     max_length: int = 128
-    """Tokens a record is cut to."""
+    """Tokens a record is cut to; or fewer, where the model has no positions for so many and one of padding."""
     feature_scale: float = 1.0
     """Classification: length that the pooled features are brought to; 0 leaves them as they are."""
 
@@ -153,7 +153,8 @@ class TrainingConfig:
     """For ``adam`` and ``adamw``."""
     weight_decay: float = 0.0
     batch_tokens: int = 0
-    """Tokens (with padding) of one forward pass, 0: what suits the device; changes speed and memory, not the result."""
+    """Tokens (with padding) of a forward pass without privacy, 0: what suits the device; changes speed and memory, not
+    the result. Under privacy shapes are fixed (``common.shapes``), and this has no say."""
 
     def __post_init__(self) -> None:
         in_range(0, 1, training__beta2=self.beta2)

@@ -61,7 +61,7 @@ def private_gradient(model: FederatedModel, parts: Iterable[Batch], plan: Privac
     with open_weights(model) as weights:
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
         margin = rounding_margin(model.precision, model.device)
-        with PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
+        with model.many_passes(), PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
             released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
 

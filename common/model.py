@@ -7,6 +7,7 @@ only adapter states move. It is built once per process (``model_of``) and rewrit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,7 @@ from common.device import (
 )
 from common.errors import ConfigError, ProtocolError
 from common.examples import Example
+from common.lowered import lowered
 from common.randomness import stream
 from common.shapes import FixedBatch, Shapes, longest_within
 from common.tasks import TASKS, Batch, CompletionModel, Record, Task, TextClassifier
@@ -70,6 +72,8 @@ class FederatedModel:
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.precision = choose_precision(precision, self.device)
         choose_attention(base.module, self.device)
+        self.lowers = True
+        """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
         self.head_trained = task.has_head and head.policy == "trained"
         self.peft_model = adapter.attach(base.module, seed)
         if task.has_head:
@@ -144,6 +148,11 @@ class FederatedModel:
         filler = [self.task.made_up(records[0], [self.base.pad_id])] * (rows - len(records))
         tensors = self.task.collate([*records, *filler], self.base.pad_id, length)
         return FixedBatch({key: value.to(self.device) for key, value in tensors.items()}, len(records))
+
+    def many_passes(self) -> AbstractContextManager[None]:
+        """Return the context of many passes in a row: frozen weights are in the run's precision inside it."""
+        # The head computes in float32, outside autocast.
+        return lowered(self.peft_model, self.precision if self.lowers else torch.float32)
 
     def losses(self, batch: Batch) -> Tensor:
         """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""

@@ -156,3 +156,35 @@ def test_a_record_that_cannot_be_computed_contributes_zero_and_the_others_count(
     got = fixed_release(world, world.records)
     assert norm(minus(got, want)) < 1e-8 * norm(want)
     assert 1 in passes, "no record passed alone: the test tests nothing"
+
+
+# --- lowered weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "adapter", "head"), [*FAMILIES, ("bert", "lora", "frozen")])
+def test_lowered_weights_give_the_same_bits_and_are_put_back(
+    family: str, adapter: str, head: str, model_folder: Callable[[str], str]
+) -> None:
+    model = fresh_world(model_folder(family), family, adapter, head, "bfloat16").model
+    world = World(model, fresh_world(model_folder(family), family, adapter, head).records)
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    (batch, *_) = model.fixed_batches(world.records)
+
+    def gradients() -> list[Tensor]:
+        with PrivateSteps(model.module, SGD(world.trained, lr=0.0), plan()) as steps:
+            return [sample.clone() for sample in steps.samples(batch, model.losses)]
+
+    want = gradients()
+    with model.many_passes():
+        low = [name for name, p in model.module.named_parameters() if p.dtype == torch.bfloat16]
+        got = gradients()
+    assert all(map(torch.equal, got, want))
+    # GPT-2's layers are no linear ones: they stay as they are.
+    assert bool(low) == (family != "gpt2")
+    trained = {name for name, p in model.module.named_parameters() if p.requires_grad}
+    assert not trained & set(low)
+    assert not any(name.startswith("head") for name in low)
+    after = model.module.state_dict()
+    assert all(
+        after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
