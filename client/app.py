@@ -13,15 +13,16 @@ from flwr.clientapp import ClientApp
 from client.budget import evaluation_releases
 from client.deadline import Deadline, Timing
 from client.leftovers import left_nothing, tensors_digest
-from client.local_training import Limit, initial_round, train_round, unlimited
+from client.local_training import Limit, check_task, initial_round, train_round, unlimited
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import tokenised
 from client.rehearsal import rehearse, rehearse_initial
 from client.site import Site, check_job, open_site, policy_of
-from common.config import DataConfig, Scalar
+from common.config import Scalar
 from common.device import own_cores
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
+from common.examples import Dataset
 from common.log import about, set_up
 from common.messages import Refusal, Reply
 from common.model import FederatedModel, model_of
@@ -39,8 +40,8 @@ class _Process:
     """What this process has built and keeps between rounds."""
 
     model: FederatedModel | None = None
-    records: dict[tuple[DataConfig, str], list[Record]] = field(default_factory=dict)
-    """Tokenised records of each site's data; of the current model's tokenizer."""
+    records: dict[str, tuple[Dataset, list[Record]]] = field(default_factory=dict)
+    """Each site's records as read and as tokenised for the current model."""
     rehearsed: dict[bool, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
     built: str = ""
@@ -95,13 +96,12 @@ def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, i
     return lambda parts: deadline.within(parts, timing.reserve)
 
 
-def _records(model: FederatedModel, config: DataConfig, site: Site) -> list[Record]:
-    key = (config, site.data.name)
-    if key not in _process.records:
-        # One form of a site's records at a time: by names of runs and data sets alone a server fills no memory.
-        _process.records = {other: kept for other, kept in _process.records.items() if other[1] != site.data.name}
-        _process.records[key] = tokenised(model, site.data.examples)
-    return _process.records[key]
+def _records(model: FederatedModel, site: Site) -> list[Record]:
+    """Return the site's tokenised records, made once for all settings that read them alike."""
+    kept = _process.records.get(site.name)
+    if kept is None or kept[0] is not site.data:
+        kept = _process.records[site.name] = (site.data, tokenised(model, site.data.examples))
+    return kept[1]
 
 
 def answer(
@@ -148,9 +148,10 @@ def answer(
         whole = kept.with_basis(task, basis_layout)
         if whole is None:
             return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
+        check_task(whole, job, model)
         limit = _limit(job, site, model, deadline, initial=not number)
         answer_round = train_round if number else initial_round
-        result = answer_round(site, job, model, _records(model, job.config.data, site), whole, limit)
+        result = answer_round(site, job, model, _records(model, site), whole, limit)
         kept.keep(task, result)
         log.info("trained and answered", extra=about(run, number, name))
         return result

@@ -161,7 +161,9 @@ def own_settings(config: RunConfig) -> DataConfig:
     """
     columns = {role.attribute: getattr(config.data, role.attribute) for role in ROLES[config.model.task]}
     name = config.data.name if is_public(config.data.name) else ""
-    return DataConfig(name=name, labels=config.data.labels, partition="iid", **columns)
+    # Labels are the pinned ones, however a job spaces them: no second spelling gets the records read again.
+    labels = ",".join(label.strip() for label in config.data.labels.split(","))
+    return DataConfig(name=name, labels=labels, partition="iid", **columns)
 
 
 def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:

@@ -304,7 +304,34 @@ def test_runs_of_other_names_leave_one_copy_of_the_records_in_memory(site: OneSi
     for number, name in enumerate(("a.csv", "b.csv", "c.csv"), start=1):
         site.settings["data.name"] = name
         site.train(number)
-    assert [data for _, data in _process.records] == [str(site.node["data"])]
+    assert list(_process.records) == ["clinic"]
+
+
+def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_task_is_checked(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from client import app
+
+    passed, tokenised = [0], app.tokenised
+
+    def counted(*arguments: Any) -> Any:
+        passed[0] += 1
+        return tokenised(*arguments)
+
+    monkeypatch.setattr(app, "tokenised", counted)
+    monkeypatch.setattr(app, "_process", app._Process())
+    labels = str(site.settings["data.labels"])
+    wrong = dataclasses.replace(site.task(1), start_fingerprint="0" * 64)
+    for seed in range(3):
+        site.settings.update({"data.seed": seed, "data.labels": labels.replace(",", " ," + " " * seed)})
+        reply = site.ask(wrong)
+        assert isinstance(reply, Refusal)
+        assert reply.kind == "task", reply
+    assert passed == [0], "a task that fits nothing had the records tokenised"
+    for number in (1, 2, 3):
+        site.settings["data.seed"] = 50 + number
+        site.train(number)
+    assert passed == [1]
 
 
 def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
