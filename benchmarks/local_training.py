@@ -139,11 +139,12 @@ def main() -> None:
     def private_step(parts: Iterable[Batch]) -> None:
         # A new one for every step, as a site has in every round: a private optimiser serves one mechanism only.
         optimizer = build_optimizer(ours.trained(), job.config.training)
-        with ours.many_passes(), PrivateSteps(ours.module, optimizer, plan) as steps:
+        with PrivateSteps(ours.module, optimizer, plan) as steps:
             steps.step(parts, ours.losses)
 
     def private_loop(chosen: list[int]) -> None:
-        private_step(ours.fixed_batches([records[i] for i in chosen]))
+        with ours.many_passes():
+            private_step(ours.fixed_batches([records[i] for i in chosen]))
 
     def sorted_loop(chosen: list[int]) -> None:
         private_step(_parts(records, chosen, ours, budget))
