@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from flwr.app import Context, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
@@ -154,7 +155,14 @@ def hostile_server(folder: Path) -> Iterator[Finding]:
     for audit, faults in parts.items():
         for fault in (SOUND, *faults):
             yield audit(own(), fault)
-    for precision, cases in (("float32", (SOUND, NEIGHBOURS)), ("bfloat16", (SOUND,))):
+    before = torch.get_num_threads()
+    for precision, threads, cases in (
+        ("float32", 1, (SOUND, NEIGHBOURS)),
+        ("float32", 2, (SOUND,)),
+        ("bfloat16", 1, (SOUND,)),
+    ):
+        torch.set_num_threads(threads)
         model, records = default_model(precision)
         for fault in cases:
             yield audit_state(model, records, fault)
+    torch.set_num_threads(before)

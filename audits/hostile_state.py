@@ -18,6 +18,7 @@ from torch.optim import SGD
 from audits.faults import SOUND, Fault
 from audits.finding import Finding, judged
 from audits.worlds import minus, norm, plan
+from client.rehearsal import rehearse
 from common.base_model import load_base_model
 from common.batching import length_batches
 from common.data import train_and_test
@@ -71,7 +72,7 @@ def clips_moved(model: FederatedModel, records: Sequence[Record], leave_out: Ite
 
 
 def default_model(precision: str) -> tuple[FederatedModel, list[Record]]:
-    """Return the default job's model in a hostile state, and 24 of its reviews, tokenised."""
+    """Return the default job's model, rehearsed and then in a hostile state, and 24 of its reviews, tokenised."""
     job = configure({})
     config, (train, _) = job.config, train_and_test(job.config.data, job.config.model.task)
     model = FederatedModel(
@@ -87,6 +88,7 @@ def default_model(precision: str) -> tuple[FederatedModel, list[Record]]:
         device="cpu",
         precision=precision,
     )
+    rehearse(model)
     install(model, SIZES)
     return model, model.tokenise(train.examples[:24])
 
@@ -102,5 +104,9 @@ def audit_state(model: FederatedModel, records: Sequence[Record], fault: Fault =
     middle = sorted(range(len(records)), key=lambda i: len(records[i]["input_ids"]))[8:17:4]
     with fault.plant():
         moved = clips_moved(model, records, middle)
-    figures: dict[str, int | float | str] = {"clips": f"{moved:.7f}", "precision": str(model.precision)}
+    figures: dict[str, int | float | str] = {
+        "clips": f"{moved:.7f}",
+        "precision": str(model.precision),
+        "threads": torch.get_num_threads(),
+    }
     return judged("hostile state", fault.name, moved > MOST, figures)

@@ -82,10 +82,14 @@ def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, i
     """
     if not job.config.privacy.on:
         return unlimited
-    if False not in _process.rehearsed:
-        _process.rehearsed[False] = rehearse(model)
-    if initial and True not in _process.rehearsed:
-        _process.rehearsed[True] = rehearse_initial(model)
+    with deadline.extended():
+        if False not in _process.rehearsed:
+            _process.rehearsed[False] = rehearse(model)
+        if initial and True not in _process.rehearsed:
+            attention = model.attention
+            _process.rehearsed[True] = rehearse_initial(model)
+            if model.attention != attention:  # what was rehearsed before attends otherwise
+                _process.rehearsed[False] = rehearse(model)
     timing, training = _process.rehearsed[initial], job.config.training
     if initial and job.strategy.gradient:
         steps, rate = 1, job.strategy.gradient.sample_rate
@@ -93,7 +97,7 @@ def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, i
         steps, rate = training.local_steps, training.sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     deadline.allow(timing.worst(steps, rate * site.public_size, scored))
-    return lambda parts: deadline.within(parts, timing.reserve)
+    return lambda: deadline.check(timing.reserve)
 
 
 def _records(model: FederatedModel, site: Site) -> list[Record]:
@@ -135,7 +139,8 @@ def answer(
         run = run_name(job.config, run)
         check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
-        model = _model(job, site)
+        with deadline.extended():
+            model = _model(job, site)
         state = job.strategy.start(model.start)
         basis_layout = layout_of(job.strategy.basis(state))
         task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)

@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from common.errors import PolicyRefusal
 
-Part = TypeVar("Part")
 DEVIATIONS = 6.0
 """Standard deviations of the number of records drawn that a round must have time for: more are drawn once in 10⁹."""
 log = logging.getLogger("fedveil.site")
@@ -58,7 +57,7 @@ class Timing:
         return max(self.passes.values()) + 2 * self.empty
 
 
-@dataclass(frozen=True)
+@dataclass
 class Deadline:
     """The time of the answer to one task."""
 
@@ -74,12 +73,19 @@ class Deadline:
                 f"take {worst:.1f} seconds here: it needs fewer steps, a lower sample rate or shorter records"
             )
 
-    def within(self, parts: Iterable[Part], reserve: float) -> Iterator[Part]:
-        """Yield ``parts`` as long as ``reserve`` seconds are left; then raise TooLate."""
-        for part in parts:
-            if self.seconds and time.monotonic() - self.began > self.seconds - reserve:
-                raise TooLate
-            yield part
+    @contextmanager
+    def extended(self) -> Iterator[None]:
+        """Answer later by as long as this takes: building and rehearsing a model, which follow from no record."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.began += time.monotonic() - began
+
+    def check(self, reserve: float) -> None:
+        """Raise TooLate unless ``reserve`` seconds are left."""
+        if self.seconds and time.monotonic() - self.began > self.seconds - reserve:
+            raise TooLate
 
     def wait(self) -> None:
         """Return when the answer may leave."""

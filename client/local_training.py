@@ -7,7 +7,7 @@ ledger on disk, or written down there as one without privacy, and only then a re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -29,19 +29,18 @@ from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.schedule import learning_rate
-from common.shapes import FixedBatch
 from common.tasks import Batch, Record
 from common.tensors import fingerprint, merge, start_fingerprint
 from common.types import AdapterState
 from strategies import Job
 
 log = logging.getLogger("fedveil.site")
-Limit = Callable[[Iterable[FixedBatch]], Iterable[FixedBatch]]
+Limit = Callable[[], None]
+"""Called before each pass of a private step; raises when there is no time left for one."""
 
 
-def unlimited(parts: Iterable[FixedBatch]) -> Iterable[FixedBatch]:
-    """Pass on every part of a step, however long it takes."""
-    return parts
+def unlimited() -> None:
+    """Let a step take as long as it takes."""
 
 
 def train_round(
@@ -50,7 +49,7 @@ def train_round(
     model: FederatedModel,
     records: Sequence[Record],
     task: TrainTask,
-    parts: Limit = unlimited,
+    limit: Limit = unlimited,
 ) -> TrainResult:
     """Train one round and return what the strategy sends.
 
@@ -60,7 +59,7 @@ def train_round(
         model: this process's model; its adapter state is overwritten.
         records: the site's records, tokenised.
         task: what the server sent.
-        parts: passes on the parts of a private step, or raises when there is no time left for one.
+        limit: called before each pass of a private step; raises when there is no time left for one.
 
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
@@ -79,7 +78,7 @@ def train_round(
         noise = site.policy.metrics_noise
         counted = NoisedCount(noised_correct(model, records, noise), noise)
     if plan:
-        _private_steps(records, job, model, task, received, plan, parts)
+        _private_steps(records, job, model, task, received, plan, limit)
     else:
         _open_steps(records, job, model, task.round_number, site)
     trained = {
@@ -98,7 +97,7 @@ def initial_round(
     model: FederatedModel,
     records: Sequence[Record],
     task: TrainTask,
-    parts: Limit = unlimited,
+    limit: Limit = unlimited,
 ) -> TrainResult:
     """Answer round 0: one full gradient of the adapted layers, privatised and charged while privacy is on.
 
@@ -115,7 +114,7 @@ def initial_round(
         chosen = private_poisson_sample(size, source.sample_rate).tolist()
         try:
             batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
-            gradient = private_gradient(model, parts(batches), plan)
+            gradient = private_gradient(model, batches, plan, limit)
         except Exception as error:
             _say_noise(error, task)
             gradient = private_gradient(model, [], plan)
@@ -152,7 +151,7 @@ def _private_steps(
     task: TrainTask,
     received: AdapterState,
     plan: PrivacyPlan,
-    parts: Limit,
+    limit: Limit,
 ) -> None:
     """Take the round's private steps; if they fail, after all, take them on no record.
 
@@ -163,13 +162,16 @@ def _private_steps(
     config = job.config.site_training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
-    margin = rounding_margin(model.precision, model.device)
+    margin = rounding_margin(model.device)
     try:
-        with model.many_passes(), PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
+        with (
+            model.many_passes(),
+            PrivateSteps(model.module, optimizer, plan, noise_margin=margin, before_pass=limit) as steps,
+        ):
             for step in range(config.local_steps):
                 set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
                 chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
-                steps.step(parts(model.fixed_batches([records[i] for i in chosen])), model.losses)
+                steps.step(model.fixed_batches([records[i] for i in chosen]), model.losses)
     except Exception as error:
         if not records:
             raise

@@ -24,10 +24,14 @@ def tokenised(model: FederatedModel, examples: Sequence[Example]) -> list[Record
     except Exception:  # one of them; which, shows when each passes by itself
         records = [record for example in examples for record in _one(model, example)]
     known = model.base.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    # A token without an embedding ends a process on a GPU, and with it a whole round.
-    fitting = [record for record in records if record["input_ids"] and max(record["input_ids"]) < known]
+    # A token without an embedding ends a process on a GPU, and with it a whole round; one too many has no shape.
+    fitting = [
+        record
+        for record in records
+        if 0 < len(record["input_ids"]) <= model.max_length and max(record["input_ids"]) < known
+    ]
     if len(fitting) < len(records):
-        log.warning("records with tokens that the model does not know, or with none, contribute zero")
+        log.warning("records that are too long, empty, or of tokens that the model does not know contribute zero")
     return fitting
 
 

@@ -5,11 +5,13 @@ model keeps to that: one may project something shared beside the records, scale 
 a batch, or remember what passed before. So, on records that are no one's, with factors away from zero:
 
 1. **No record moves another.** Short, middle and longest records in row 0 and in the last row of a batch, in float32:
-   each gradient is that of the record alone, computed without hooks, to 1e-4 of it.
+   each gradient is that of the record alone, without hooks and in the same shape, to 1e-4 of it.
 2. **To the last bit.** In the run's own precision, for every shape that the run can use, in ascending and then in
-   descending order: a record's gradient is the same in another row and beside others, long ones and short ones.
-   Where a device cannot do that, plain attention is tried, and then shapes of one row, where no other record is.
+   descending order: a record that fills a batch has one gradient in all its rows, and the same behind shorter ones.
+   Where a device cannot do that, with so many threads, fewer rows are tried, at last one: no other record is there.
 3. **It fits.** Every shape of 2 is a full one, so memory that does not suffice shows here and not after the charge.
+
+Scales, head and factors are the rehearsal's own: a server could choose some under which nothing shows.
 
 Left to the round, such a model would be refused after the charge, at every retry again, or not at all.
 """
@@ -21,7 +23,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +43,14 @@ MIXED = 1e-4
 """Deviation of a record's gradient, over its norm, above which records are mixed. Honest models: 1e-6; float32."""
 SMALL = 1e-2
 """Share of a record's whole gradient below which a tensor's is not held against its own norm, but against that."""
-AWAY = 0.02
-"""Standard deviation of what is added to the factors, so that none is zero."""
+COARSE = 0.05
+"""The same between passes of one record in bfloat16, whose rounding alone is about a percent."""
+LEAST = 1e-9
+"""Norm of a whole gradient, and its inverse, outside which float32 might not show what is compared."""
+AWAY = 0.05
+"""Standard deviation of the factors while a model rehearses."""
+ROWS = 3
+"""Rows of the batches in which gradients are compared with those of a record alone."""
 _PLAN = PrivacyPlan(
     clip_norm=1.0, noise_multiplier=1.0, sample_rate=1.0, expected_batch_size=1.0, delta=1e-5, max_epsilon=1.0
 )
@@ -64,15 +72,6 @@ def rehearse_initial(model: FederatedModel) -> Timing:
     """Check round 0, whose gradient is that of the adapted layers' own weights; as ``rehearse``."""
     with open_weights(model):
         return _Rehearsal(model, initial=True).run()
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A made-up batch of one length: where the watched records stand in it."""
-
-    batch: FixedBatch
-    rows: tuple[int, ...]
-    """Row of each watched record, in one order in all cases of a length."""
 
 
 class _Rehearsal:
@@ -115,18 +114,19 @@ class _Rehearsal:
         self.model.module.train()
         with _in_float32(self.model):
             # Ascending, each before anything longer has passed: what a model keeps of that shows in the comparison.
-            alone = {length: [self._alone(record) for record in pairs[length]] for length in lengths}
+            alone = {length: [self._alone(record, length) for record in pairs[length]] for length in lengths}
             with self._steps() as steps:
                 for length in reversed(lengths):
                     short, long = pairs[length]
                     other = self.invent(length // 2, 1)
                     for order, wanted in (([short, other, long], (0, 1)), ([long, other, short], (1, 0))):
-                        found = steps.samples(self.model.fixed_batch(order, length, 3), self.model.losses)
-                        for row, number in zip((0, 2), wanted, strict=True):
+                        found = steps.samples(self.model.fixed_batch(order, length, ROWS), self.model.losses)
+                        for row, number in zip((0, ROWS - 1), wanted, strict=True):
                             self._compare([sample[row] for sample in found], alone[length][number])
 
-    def _alone(self, record: Record) -> list[Tensor]:
-        loss = self.model.losses(self.model.batch([record])).sum()
+    def _alone(self, record: Record, length: int) -> list[Tensor]:
+        """Return a record's gradient without hooks and beside filler alone, in the shape of the comparison."""
+        loss = self.model.losses(self.model.fixed_batch([record], length, ROWS)).sum()
         found = torch.autograd.grad(loss, self.trained, allow_unused=True)
         if any(gradient is None for gradient in found):
             unused = next(p for p, gradient in zip(self.trained, found, strict=True) if gradient is None)
@@ -137,6 +137,8 @@ class _Rehearsal:
 
     def _compare(self, found: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         whole = float(torch.stack([w.double().norm() for w in want]).norm())
+        if not LEAST < whole < 1 / LEAST:
+            raise self._refusal("a made-up record has no gradient that could be compared: it is zero or not finite")
         for parameter, f, w in zip(self.trained, found, want, strict=True):
             scale = max(float(w.double().norm()), SMALL * whole)
             if not float((f.double() - w.double()).norm()) <= MIXED * scale:
@@ -149,57 +151,86 @@ class _Rehearsal:
 
     def _settle_shapes(self) -> None:
         try:
-            same = self._same_bits()
+            wanted = self._narrowed()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or not self.model.lowers:
                 raise
             self.model.lowers = False  # some layer leaves autocast, and meets a weight of another precision
-            same = self._same_bits()
-        if same:
-            return
-        if self.model.device.type != "cpu":
+            wanted = self._narrowed()
+        if self.model.device.type != "cpu" and wanted.narrow and self.model.attention != "eager":
             self.model.base.module.set_attn_implementation("eager")  # type: ignore[operator]
-            if self._same_bits():
-                return
-        # Alone in its pass a record is beside no other, whatever the device does.
-        log.warning("this device does not compute equal rows to equal bits: every record passes by itself, slowly")
-        self.model.shapes = self.model.shapes.single()
-        if not self._same_bits(tolerance=MIXED):
-            raise self._refusal("a record's gradient depends on what was computed before it")
+            wanted = self._narrowed()
+        if any(rows == 1 for _, rows in wanted.narrow):
+            # Alone in its pass a record is beside no other, whatever the device does.
+            log.warning("this device does not compute equal rows to equal bits: some records pass one by one, slowly")
+        if self.initial:
+            self.model.initial_shapes = wanted
+        else:
+            self.model.shapes = wanted
 
-    def _same_bits(self, tolerance: float = 0.0) -> bool:
-        grid = self.shapes.lengths
-        cases = {length: self._cases(length) for length in grid}
+    def _narrowed(self) -> Shapes:
+        """Return the shapes with as many rows of each length as are equal to the last bit; all of them pass."""
+        shapes, first = self.shapes, dict[int, list[Tensor]]()
         with self.model.many_passes(), self._steps() as steps:
-            first = {length: self._picked(steps, cases[length][0]) for length in grid}
-            for length in reversed(grid):
+            for length in shapes.lengths:
+                for rows in _fewer(shapes.rows_of(length)):
+                    found = self._equal_rows(steps, length, rows)
+                    if found is not None:
+                        break
+                first[length] = self._finite(found)
+                if rows < shapes.rows_of(length):
+                    shapes = shapes.narrowed(length, rows)
+            for length in reversed(shapes.lengths):
                 began = time.monotonic()
-                now_here = self._picked(steps, cases[length][1])
+                now = self._among_others(steps, length, shapes.rows_of(length))
                 self.seconds[length] = time.monotonic() - began
-                for before, now in zip(first[length], now_here, strict=True):
-                    if float((before - now).double().norm()) > tolerance * float(before.double().norm()):
-                        return False
-                del first[length]
-        return True
+                if not all(map(torch.equal, first[length], now)):
+                    shapes = shapes.narrowed(length, 1)
+                    self._remembers(first[length], self._among_others(steps, length, 1))
+            # The clip and the sum need memory too: most of it where most rows are, and in the longest.
+            ends = (shapes.lengths[0], shapes.lengths[-1])
+            steps.release([self._others(length, shapes.rows_of(length), None) for length in ends], self.model.losses)
+        return shapes
 
-    def _picked(self, steps: PrivateSteps, case: _Case) -> list[Tensor]:
-        return [sample[list(case.rows)].cpu() for sample in steps.samples(case.batch, self.model.losses)]
+    def _equal_rows(self, steps: PrivateSteps, length: int, rows: int) -> list[Tensor] | None:
+        """Return the gradient of one record that fills a batch, as long as the shape takes; None if its rows differ."""
+        batch = self.model.fixed_batch([self._longest(length)] * rows, length, rows)
+        found = steps.samples(batch, self.model.losses)
+        if rows > 1 and not all(bool((sample == sample[:1]).all()) for sample in found):
+            return None
+        return [sample[0].cpu() for sample in found]
 
-    def _cases(self, length: int) -> tuple[_Case, _Case]:
-        """Return the watched records first among records as long as the shape takes, then last among shorter ones."""
-        rows = self.shapes.rows_of(length)
-        watched = self._watched(length)[:rows]
-        full = [self.invent(length - 1, i) for i in range(rows - len(watched))]
-        partial = [self.invent(1 + 3 * i % (length - 1), i) for i in range(rows - len(watched))]
-        here, there = range(len(watched)), range(rows - len(watched), rows)
-        return (
-            _Case(self.model.fixed_batch([*watched, *full], length, rows), tuple(here)),
-            _Case(self.model.fixed_batch([*partial, *reversed(watched)], length, rows), tuple(reversed(there))),
+    def _among_others(self, steps: PrivateSteps, length: int, rows: int) -> list[Tensor]:
+        """Return the same record's gradient in the last row, behind others that are shorter."""
+        batch = self._others(length, rows, self._longest(length))
+        return [sample[-1].cpu() for sample in steps.samples(batch, self.model.losses)]
+
+    def _others(self, length: int, rows: int, last: Record | None) -> FixedBatch:
+        records = [self.invent(1 + 3 * i % (length - 1), i) for i in range(rows)]
+        return self.model.fixed_batch([*records[: rows - 1], last or records[-1]], length, rows)
+
+    def _longest(self, length: int) -> Record:
+        return self.invent(length - 1, 100)
+
+    def _finite(self, found: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return gradients that say something; a comparison of zeros, or of what is no number, would not."""
+        if found is None or not all(bool(gradient.isfinite().all()) for gradient in found):
+            raise self._refusal("a gradient of a made-up record is not finite, so nothing can be compared")
+        return list(found)
+
+    def _remembers(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+        """Refuse a model whose gradient of a record changes with what passed before it."""
+        coarse = MIXED if self.model.precision == torch.float32 else COARSE
+        whole, apart = (
+            float(torch.stack([g.double().norm() for g in gradients]).norm())
+            for gradients in (before, [n.double() - b.double() for b, n in zip(before, now, strict=True)])
         )
+        if not apart <= coarse * whole:
+            raise self._refusal("a record's gradient depends on what was computed before it")
 
     def _watched(self, length: int) -> list[Record]:
         """Return a record that leaves the shape room, and one as long as it takes."""
-        return [self.invent(max(1, length - 4), 101), self.invent(length - 1, 100)]
+        return [self.invent(max(1, length - 4), 101), self._longest(length)]
 
     def _timing(self) -> Timing:
         with self._steps() as steps:
@@ -246,19 +277,46 @@ def _layer_of(name: str) -> str:
 
 @contextmanager
 def _away_from_zero(model: FederatedModel) -> Iterator[None]:
-    """Add a little to every factor and to the head, and put back what was there."""
-    factors = [parameter for layer in model.places().values() for parameter in layer.values()]
-    before = [parameter.detach().clone() for parameter in factors]
+    """Give factors, head and scales values of no one's choice, and put back what was there.
+
+    A server that chose them could make gradients so small that nothing shows, and send others afterwards.
+    """
+    tensors = [
+        parameter for layer in model.adapter.parameters(model.peft_model).values() for parameter in layer.values()
+    ]
+    head = [model.module.head.weight, model.module.head.bias] if model.task.has_head else []
+    layers: list[Any] = [m for m in model.peft_model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    before = [parameter.detach().clone() for parameter in (*tensors, *head)]
+    scales, feature_scale = [dict(layer.scaling) for layer in layers], getattr(model.module, "feature_scale", 0.0)
     draw = stream(0, "rehearsal")
     try:
         with torch.no_grad():
-            for parameter in factors:
-                parameter.add_((AWAY * torch.randn(parameter.shape, generator=draw)).to(parameter))
+            for parameter in tensors:
+                parameter.copy_(AWAY * torch.randn(parameter.shape, generator=draw))
+            for parameter in head:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw))
+        for layer in layers:
+            layer.scaling.update(dict.fromkeys(layer.scaling, 1.0))
+        if feature_scale:
+            model.module.feature_scale = 1.0
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(factors, before, strict=True):
+            for parameter, value in zip((*tensors, *head), before, strict=True):
                 parameter.copy_(value)
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling.update(scale)
+        if feature_scale:
+            model.module.feature_scale = feature_scale
+
+
+def _fewer(rows: int) -> Iterator[int]:
+    """Yield numbers of rows to try, most first: others than multiples of 4 are often cut unevenly between threads.
+
+    >>> list(_fewer(13))
+    [13, 12, 8, 4, 2, 1]
+    """
+    yield from sorted({n for n in (rows, rows // 8 * 8, rows // 4 * 4, rows // 2 * 2, 4, 2, 1) if 0 < n <= rows})[::-1]
 
 
 @contextmanager

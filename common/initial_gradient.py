@@ -7,8 +7,7 @@ noised and divided by a public constant: one release, by the same mechanism as a
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -34,7 +33,7 @@ value: 201 MB), however short it is; a site that runs out of memory has paid, an
 def initial_shapes(model: FederatedModel) -> Shapes:
     """Return the shapes in which records' gradients of the adapted layers' weights are computed."""
     most = max(1, BATCH_BYTES // record_bytes(model))
-    return dataclasses.replace(model.shapes, tokens=BATCH_TOKENS, most=min(most, model.shapes.most))
+    return model.initial_shapes or Shapes(model.max_length, BATCH_TOKENS, most)
 
 
 def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
@@ -56,12 +55,20 @@ def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState
         return _oriented(model, gradients)
 
 
-def private_gradient(model: FederatedModel, parts: Iterable[Batch], plan: PrivacyPlan) -> AdapterState:
-    """Return the clipped, noised, publicly scaled sum of per-record gradients, factor ``G`` per layer."""
+def private_gradient(
+    model: FederatedModel, parts: Iterable[Batch], plan: PrivacyPlan, before_pass: Callable[[], None] = lambda: None
+) -> AdapterState:
+    """Return the clipped, noised, publicly scaled sum of per-record gradients, factor ``G`` per layer.
+
+    ``before_pass`` is called before each pass, and may raise.
+    """
     with open_weights(model) as weights:
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
-        margin = rounding_margin(model.precision, model.device)
-        with model.many_passes(), PrivateSteps(model.module, optimizer, plan, noise_margin=margin) as steps:
+        margin = rounding_margin(model.device)
+        with (
+            model.many_passes(),
+            PrivateSteps(model.module, optimizer, plan, noise_margin=margin, before_pass=before_pass) as steps,
+        ):
             released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
 

@@ -67,9 +67,18 @@ class FederatedModel:
     ) -> None:
         self.base, self.adapter, self.task = base, adapter, task
         self.max_length = min(max_length, longest_within(base.positions))
+        own = base.tokenizer.num_special_tokens_to_add(pair=True)
+        if self.max_length <= own:
+            # Truncation does nothing then, and a record keeps its whole length.
+            raise ConfigError(
+                f"model.max-length is {self.max_length}, of which the tokenizer of {base.name!r} itself takes up to "
+                f"{own}: set it to {own + 1} or more"
+            )
         self.device = choose_device(device)
         self.shapes = Shapes(self.max_length, choose_private_tokens(self.device))
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
+        self.initial_shapes: Shapes | None = None
+        """The same of round 0, once it is rehearsed."""
         self.precision = choose_precision(precision, self.device)
         choose_attention(base.module, self.device)
         self.lowers = True
@@ -148,6 +157,11 @@ class FederatedModel:
         filler = [self.task.made_up(records[0], [self.base.pad_id])] * (rows - len(records))
         tensors = self.task.collate([*records, *filler], self.base.pad_id, length)
         return FixedBatch({key: value.to(self.device) for key, value in tensors.items()}, len(records))
+
+    @property
+    def attention(self) -> str:
+        """How the base model computes attention, as transformers calls it."""
+        return str(self.base.module.config._attn_implementation)  # type: ignore[union-attr]
 
     def many_passes(self) -> AbstractContextManager[None]:
         """Return the context of many passes in a row: frozen weights are in the run's precision inside it."""

@@ -63,6 +63,8 @@ class Shapes:
     """Tokens of one forward pass, rows of filler included; a longer record has a pass of its own."""
     most: int = sys.maxsize
     """Most rows of one pass."""
+    narrow: tuple[tuple[int, int], ...] = ()
+    """Lengths with fewer rows than that, and how many: what ``client.rehearsal`` found the device to compute alike."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -81,22 +83,27 @@ class Shapes:
 
     def rows_of(self, length: int) -> int:
         """Return the rows of a batch of records of this length; at least 1."""
-        return max(1, min(self.most, self.tokens // length))
+        return max(1, min(self.most, self.tokens // length, dict(self.narrow).get(length, self.most)))
 
-    def single(self) -> Shapes:
-        """Return shapes of one row: slow, and right on any device."""
-        return replace(self, most=1)
+    def narrowed(self, length: int, rows: int) -> Shapes:
+        """Return these shapes with at most so many rows for this length."""
+        return replace(self, narrow=tuple(sorted((dict(self.narrow) | {length: rows}).items())))
 
     def groups(self, tokens: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         """Yield (length, positions of ``tokens``): every position once, at most ``rows_of(length)`` in a group.
 
         Args:
-            tokens: each record's number of tokens, at most ``longest``.
+            tokens: each record's number of tokens, at most ``longest``: a longer one is no record of this run.
+
+        Raises:
+            ValueError: a record is longer than that.
 
         >>> list(Shapes(longest=16, tokens=16).groups([3, 9, 4, 8]))
-        [(8, [0, 2]), (24, [1]), (24, [3])]
+        [(8, [0, 2]), (16, [1]), (16, [3])]
         """
         grid = self.lengths
+        if max(tokens, default=0) > self.longest:
+            raise ValueError(f"a record has more than {self.longest} tokens")
         members: dict[int, list[int]] = {}
         for position, count in enumerate(tokens):
             members.setdefault(grid[bisect_right(grid, count)], []).append(position)

@@ -156,7 +156,7 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
             sizes,
             job.config.total_steps,
             trained,
-            margin=rounding_margin(evaluator.model.precision, evaluator.model.device),
+            margin=rounding_margin(evaluator.model.device),
             alignment=calibration.alignment if calibration else None,
         )
         if plans

@@ -30,13 +30,18 @@ def test_a_time_below_the_worst_is_refused_and_none_is_as_fast_as_it_goes() -> N
         Deadline(3.0).allow(4.6)
     Deadline(5.0).allow(4.6)
     Deadline().allow(1e9)
-    assert list(Deadline().within(range(3), 1e9)) == [0, 1, 2]
+    Deadline().check(1e9)
 
 
-def test_no_part_is_begun_that_might_not_end_in_time() -> None:
-    parts = Deadline(10.0, began=time.monotonic() - 8.0).within(iter(range(3)), reserve=3.0)
+def test_no_pass_is_begun_that_might_not_end_in_time_and_a_models_own_time_does_not_count() -> None:
+    deadline = Deadline(10.0, began=time.monotonic() - 8.0)
+    deadline.check(reserve=1.0)
     with pytest.raises(TooLate):
-        next(parts)
+        deadline.check(reserve=3.0)
+    before = deadline.began
+    with deadline.extended():
+        time.sleep(0.05)
+    assert 0.05 <= deadline.began - before < 5.0
 
 
 @pytest.fixture
@@ -46,14 +51,13 @@ def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
 
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let every pass of a step take longer than it was rehearsed to take."""
-    cut = FederatedModel.fixed_batches
+    losses = FederatedModel.losses
 
-    def later(model: FederatedModel, *arguments: Any) -> Any:
-        for batch in cut(model, *arguments):
-            time.sleep(seconds)
-            yield batch
+    def later(model: FederatedModel, batch: Any) -> Any:
+        time.sleep(seconds)
+        return losses(model, batch)
 
-    monkeypatch.setattr(FederatedModel, "fixed_batches", later)
+    monkeypatch.setattr(FederatedModel, "losses", later)
 
 
 def test_a_round_that_would_be_late_sends_noise_in_time(

@@ -11,7 +11,7 @@ import pytest
 from one_site import OneSite, clinic
 
 from audits.worlds import plan
-from client import local_training
+from client import app, local_training
 from common import initial_gradient
 from common.initial_gradient import private_gradient, record_bytes
 from common.messages import TrainResult
@@ -34,11 +34,13 @@ def parts_of(site: OneSite, limit: int, monkeypatch: pytest.MonkeyPatch) -> list
     """Return the parts in which the site computes round 0 with ``limit`` bytes for the records' gradients."""
     seen: list[FixedBatch] = []
 
-    def spy(model: FederatedModel, parts: Iterable[FixedBatch], figures: PrivacyPlan) -> AdapterState:
+    def spy(model: FederatedModel, parts: Iterable[FixedBatch], figures: PrivacyPlan, _: Any) -> AdapterState:
         seen.extend(parts)
         return private_gradient(model, seen, figures)
 
     site.memory.clear()
+    site.model().initial_shapes = None
+    app._process.rehearsed.clear()
     with monkeypatch.context() as patch:
         patch.setattr(initial_gradient, "BATCH_BYTES", limit)
         patch.setattr(local_training, "private_gradient", spy)

@@ -70,7 +70,7 @@ def with_margin(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the margin be that of another device, where it is not 1."""
     if margin != 1.0:
         for module in (local_training, initial_gradient):
-            monkeypatch.setattr(module, "rounding_margin", lambda precision, _: rounding_margin(precision, GPU))
+            monkeypatch.setattr(module, "rounding_margin", lambda _: rounding_margin(GPU))
 
 
 @MARGINS

@@ -20,7 +20,7 @@ from client.rehearsal import rehearse, rehearse_initial
 from common.adapters import ADAPTERS
 from common.base_model import BaseModel, load_base_model
 from common.config import HeadConfig
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.examples import Example
 from common.messages import Refusal, TrainResult
 from common.model import FederatedModel
@@ -204,6 +204,68 @@ def test_shapes_that_do_not_fit_the_memory_are_refused_before_a_charge(
     assert not site.ledger.exists() or not site.charges()
 
 
+def test_a_server_cannot_scale_the_rehearsal_until_nothing_shows(saved: Callable[[Any], str]) -> None:
+    """Under these settings all gradients are zero in float32; a later state makes them large, and records mix."""
+    model = FederatedModel(
+        load_base_model(saved(tiny_deberta()), "classification"),
+        *(ADAPTERS["lora"](4, 4.2e-45, ("query_proj", "key_proj")), TASKS["classification"], HeadConfig(start="zeros")),
+        seed=1,
+        label_names=("bad", "good"),
+        feature_scale=1e-4,
+        max_length=39,
+        device="cpu",
+        precision="float32",
+    )
+    scale, before = model.module.feature_scale, model.read()
+    with pytest.raises(ModelError, match="in the layer"):
+        rehearse(model)
+    assert model.module.feature_scale == scale
+    assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
+    assert {s for m in model.peft_model.modules() for s in getattr(m, "scaling", {}).values()} == {4.2e-45 / 4}
+
+
+def test_gradients_that_say_nothing_are_refused(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for factor in (0.0, 1e-30, float("nan"), float("inf")):
+        model = federated(model_folder("bert"), "classification", "query,value")
+        losses = model.losses
+        monkeypatch.setattr(model, "losses", lambda batch, f=factor, own=losses: own(batch) * f)
+        with pytest.raises(ModelError, match=r"could be compared|depends on"):
+            rehearse(model)
+
+
+def test_a_row_in_the_middle_that_is_computed_otherwise_costs_the_rows_of_that_length(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    samples = PrivateSteps.samples
+
+    def uneven(steps: PrivateSteps, batch: Any, losses: Any) -> list[Tensor]:
+        """Round the fourth row otherwise, in batches of 13 alone: as threads do whose share is cut in a row."""
+        found = samples(steps, batch, losses)
+        if batch.rows == 13:
+            for sample in found:
+                sample[3] *= 1 + 1e-6
+        return found
+
+    monkeypatch.setattr(PrivateSteps, "samples", uneven)
+    rehearse(model)
+    assert {length: model.shapes.rows_of(length) for length in (8, 16, 24, 32)} == {8: 40, 16: 20, 24: 12, 32: 10}
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_a_length_that_leaves_no_room_for_a_text_is_refused(longest: int, model_folder: Callable[[str], str]) -> None:
+    with pytest.raises(ConfigError, match=r"model.max-length is \d, of which the tokenizer"):
+        FederatedModel(
+            *(load_base_model(model_folder("bert"), "classification"), ADAPTERS["lora"](4, 4.0, ("query",))),
+            *(TASKS["classification"], HeadConfig(start="random")),
+            seed=1,
+            label_names=("bad", "good"),
+            max_length=longest,
+        )
+
+
 # --- after the charge -------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +301,7 @@ def test_round_0_that_fails_after_its_charge_sends_noise(
     site = clinic({**toy_settings, **own}, tmp_path)
     private_gradient = local_training.private_gradient
 
-    def fail(model: FederatedModel, parts: Any, plan: Any) -> Any:
+    def fail(model: FederatedModel, parts: Any, plan: Any, *_: Any) -> Any:
         if list(parts):
             raise MemoryError
         return private_gradient(model, [], plan)
@@ -274,10 +336,11 @@ def test_a_record_that_the_model_cannot_take_is_left_out(
         if any(example.text == "odd" for example in examples):
             raise TypeError("TextInputSequence must be str")
         records = tokenise(tokenizer, examples, longest)
-        return [
-            {**r, "input_ids": [SIZE + 3]} if e.text == "two" else r for r, e in zip(records, examples, strict=True)
-        ]
+        others = {"two": [SIZE + 3], "three": [5] * (model.max_length + 1)}  # unknown, and not cut
+        pairs = zip(records, examples, strict=True)
+        return [{**record, "input_ids": others.get(e.text, record["input_ids"])} for record, e in pairs]
 
     monkeypatch.setattr(type(model.task), "tokenise", lambda _, *arguments: picky(*arguments))
-    assert tokenised(model, [good[0], Example(text="odd", label=0), Example(text="two", label=1), good[1]]) == wanted
+    odd = [Example(text="odd", label=0), Example(text="two", label=1), Example(text="three", label=1)]
+    assert tokenised(model, [good[0], *odd, good[1]]) == wanted
     assert tokenised(model, []) == []

@@ -18,7 +18,7 @@ refused before its first round (``client.rehearsal``). A record whose gradient c
 own shape contributes zero.
 
 Bit-equality in every row is tested on CPUs, in float32 and bfloat16. No GPU has been tested so far, so
-steps in bfloat16 on a GPU carry noise for 1.01 times the clip beside it (``rounding_margin``).
+steps on a GPU carry noise for 1.01 times the clip beside it (``rounding_margin``).
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def _rows(sample: Tensor) -> Tensor:
     return sample.reshape(len(sample), math.prod(sample.shape[1:]))
 
 
-def rounding_margin(precision: torch.dtype, device: torch.device) -> float:
+def rounding_margin(device: torch.device) -> float:
     """Return by how much the noise exceeds the plan's, beside the shapes, where bit-equality was never tested."""
-    return 1.01 if device.type != "cpu" and precision not in (torch.float32, torch.float64) else 1.0
+    return 1.0 if device.type == "cpu" else 1.01
 
 
 class PrivateSteps:
@@ -99,6 +99,7 @@ class PrivateSteps:
         optimizer: any torch optimiser over exactly those parameters.
         plan: clip, noise and public divisor.
         noise_margin: factor on the noise beyond what the ledger is charged for, see ``rounding_margin``.
+        before_pass: called before each pass; what it raises ends the step.
 
     Raises:
         MechanismError: the optimiser does not cover exactly the trained parameters, or it is
@@ -107,7 +108,13 @@ class PrivateSteps:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, *, noise_margin: float = 1.0
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        plan: PrivacyPlan,
+        *,
+        noise_margin: float = 1.0,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         trained = [p for p in module.parameters() if p.requires_grad]
         covered = [p for group in optimizer.param_groups for p in group["params"]]
@@ -123,7 +130,7 @@ class PrivateSteps:
                     f"the layer {name!r} is a {type(child).__name__}, through which each record moves the others: "
                     "choose a base model without batch normalisation"
                 )
-        self._module, self._optimizer = module, optimizer
+        self._module, self._optimizer, self._before_pass = module, optimizer, before_pass
         # Opacus hangs grad_sample and summed_grad on parameters, which torch's types do not know.
         self._trained: list[Any] = trained
         self._mechanism = _Mechanism(
@@ -215,6 +222,7 @@ class PrivateSteps:
         If the pass fails, each record of it passes alone in the same shape, which gives the same gradient, and one that
         fails there contributes zero.
         """
+        self._before_pass()
         try:
             self._differentiate(batch, losses)
         except MechanismError:
