@@ -191,9 +191,11 @@ def test_a_policy_without_pins_lets_nobody_at_records_that_are_not_public(site: 
     policy.write_text("epsilon = 1.0\ndelta = 1e-3\n")
     job = configure({**site.settings, "model.name": "all-MiniLM-L6-v2"})
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": str(policy)}
-    for node in ({"data": "nowhere.csv", "policy": str(policy)}, part):
-        with pytest.raises(PolicyRefusal, match=f"pin your own: fedveil site pin {policy} --task classification"):
-            check_job(node, job, simulated=False)
+    own: dict[str, Scalar] = {"data": "nowhere.csv", "policy": str(policy)}
+    with pytest.raises(PolicyRefusal, match=f"pin your own: fedveil site pin {policy} --task classification"):
+        check_job(own, job, simulated=False)
+    with pytest.raises(PolicyRefusal, match="give each site its own file as 'data'"):
+        check_job(part, job, simulated=False)
     check_job(part, configure({}), simulated=False)
 
 

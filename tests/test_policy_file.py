@@ -235,7 +235,9 @@ def test_containers_pin_what_the_job_asks_for_and_say_which_later_job_is_refused
     asked = 'data.name="/data/test.csv" data.text="note" data.labels="bad,good" model.max-length=64'
     container.make_keys(1, 8.0, 1e-5, tmp_path, settings=asked)
     node = node_settings(open_site_folder(tmp_path / "site-1"))
-    check_job(node, configure(parse_settings([asked])), simulated=False)
+    check_job({**node, "data": "/data"}, configure(parse_settings([asked])), simulated=False)
+    with pytest.raises(PolicyRefusal, match="give each site its own file as 'data'"):
+        check_job(node, configure(parse_settings([asked])), simulated=False)
     capsys.readouterr()
     container.make_keys(2, 8.0, 1e-5, tmp_path)
     said = capsys.readouterr().out
