@@ -281,6 +281,7 @@ def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     Ledger(second_format).close()
     after = content(second_format)
     assert (before["format"], after["format"]) == (2, 3)
+    before["rows"]["charges"] = [(*row, None) for row in before["rows"]["charges"]]  # all of them its own
     assert after["rows"] == before["rows"]
     Ledger(tmp_path / "new.sqlite").close()
     new = content(tmp_path / "new.sqlite")
