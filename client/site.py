@@ -30,7 +30,7 @@ from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config import DataConfig, RunConfig, Scalar
-from common.data import DATASETS, Reading, is_public, load_dataset, load_protected, train_and_test
+from common.data import DATASETS, Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
 from common.log import about
@@ -119,7 +119,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
     name, policy = str(node.get("site") or f"site-{node.get('partition-id', 0)}"), policy_of(node)
     if "data" in node:
-        if config.model.task == "classification" and not config.data.labels:
+        if config.model.task == "classification" and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
         data = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
         size = node.get("public-size", policy.public_size)
@@ -159,7 +159,7 @@ def own_settings(config: RunConfig) -> DataConfig:
     """
     columns = {role.attribute: getattr(config.data, role.attribute) for role in ROLES[config.model.task]}
     name = config.data.name if is_public(config.data.name) else ""
-    return DataConfig(name=name, labels=config.data.labels, partition="iid", **columns)
+    return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", **columns)
 
 
 def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> None:
