@@ -147,6 +147,29 @@ def test_a_fault_that_drops_a_key_of_the_stewards_is_found(tmp_path: Path, monke
     assert path.read_text(encoding="utf-8") == STEWARDS
 
 
+def test_pins_that_a_call_does_not_name_stay_and_all_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    said = fedveil("site", "pin", str(path), "--text", "note", "--text-pair", "title", "--labels", "bad,good")
+    assert f"made a new policy, with no budget: {path}" in said.replace("\n", "")
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["max-length"] == 128
+    said = fedveil("site", "pin", str(path), "--max-length", "64", "--label", "verdict")
+    assert "made" not in said
+    policy = load_policy(path)
+    assert (policy.text, policy.text_pair, policy.label) == ("note", "title", "verdict")
+    assert (policy.labels, policy.max_length, policy.task) == ("bad,good", 64, "classification")
+    assert "text 'note', text-pair 'title', label 'verdict', labels 'bad', 'good', max-length 64" in said
+    fedveil("site", "pin", str(path), "--task", "causal-lm", "--prompt", "question")
+    policy = load_policy(path)
+    assert (policy.prompt, policy.completion, policy.labels, policy.max_length) == ("question", "completion", "", 64)
+
+
+def test_a_mistyped_folder_makes_no_policy(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["site", "pin", str(tmp_path / "clinc"), "--labels", "bad,good"])
+    assert done.exit_code != 0
+    assert "a new policy's name ends in .toml" in done.output.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
 # A site without pins.
 
 
