@@ -145,10 +145,18 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     elif simulated:
         ledger = run_folder(config, run) / "ledgers" / f"{name}.sqlite"
     else:
-        home = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
-        ledger = only_ledger(home / "fedveil")
+        ledger = only_ledger(user_folder())
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy)
+
+
+def user_folder() -> Path:
+    """Return the folder of the user's own ledger, the same whichever folder the process is started in.
+
+    The XDG specification has an ``XDG_DATA_HOME`` that is empty or relative count as unset.
+    """
+    named = Path(os.environ.get("XDG_DATA_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".local" / "share") / "fedveil"
 
 
 def own_settings(config: RunConfig) -> DataConfig:
