@@ -129,7 +129,10 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
     [
         ({"strategies": ["fed-sb", "fed-svd"]}, ("strategies = fed-sb, fed-svd", "ffa-lora")),
         ({"head_policies": ["frozen"]}, ("head-policies = frozen", "trained")),
-        ({"models": ["mini=0123456789ab"]}, ("models = mini=0123456789ab", "model.name")),
+        (
+            {"models": ["mini=0123456789abcdef0123456789abcdef"]},
+            ("models = mini=0123456789abcdef0123456789abcdef", "model.name"),
+        ),
         ({"models": None}, ("models = all-MiniLM-L6-v2, SmolLM2-135M-Instruct", "model.name")),
         ({"text": "note"}, ("text = 'note'", "data.text = 'text'")),
         ({"max_length": 23}, ("max-length = 23", "model.max-length = 24")),
@@ -146,7 +149,7 @@ def test_what_is_not_allowed_is_refused_with_both_values(
 
 def test_what_is_allowed_goes_on(site: OneSite) -> None:
     model = site.model().base
-    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:12]}"])
+    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:32]}"])
     site.train()
 
 
@@ -351,8 +354,8 @@ def plain_noise(site: OneSite) -> float:
         ('strategies = ["fedsb"]', "did you mean 'fed-sb'"),
         ('strategies = ["fed-sb,ffa-lora"]', "without commas"),
         ('head-policies = ["thawed"]', "head-policies"),
-        ('models = ["mini=0123456789a"]', "at least 12"),
-        ('models = ["mini=0123456789zz"]', "0-9, a-f"),
+        (f'models = ["mini={"0" * 31}"]', "at least 32"),
+        ('models = ["mini=0123456789abcdef0123456789abcdzz"]', "0-9, a-f"),
         ('models = ["0123456789ab"]', "'0123456789ab': write NAME=DIGITS"),
         ('models = ["=0123456789ab"]', "write NAME=DIGITS"),
         ('labels = ["a", "b"]', "labels is pinned, but task is not"),

@@ -66,7 +66,7 @@ labels = [
   "yes", # 1 and a "#" of its own
 ]
 models = [
-  "mini=0123456789ab", # text = "x"
+  "mini=0123456789abcdef0123456789abcdef", # text = "x"
 ]
 task = "classification"
 label = "label" # theirs
@@ -82,10 +82,15 @@ def test_pins_are_put_in_and_the_stewards_other_words_stay(tmp_path: Path) -> No
     pin(path, PINS)
     text, policy = path.read_text(encoding="utf-8"), load_policy(path)
     assert (policy.text, policy.labels, policy.max_length, policy.text_pair) == ("note", "bad,good", 64, "")
-    assert (policy.epsilon, policy.delta, policy.models) == (3.0, 1e-4, "mini=0123456789ab")
+    assert (policy.epsilon, policy.delta, policy.models) == (3.0, 1e-4, "mini=0123456789abcdef0123456789abcdef")
     for kept in (
         *("# Ours since May.", "# agreed with the board", "# was note # before", "# 0\n", '# 1 and a "#" of its own'),
-        *('# text = "x"', "# The end.", 'label = "label" # theirs', 'models = [\n  "mini=0123456789ab"'),
+        *(
+            '# text = "x"',
+            "# The end.",
+            'label = "label" # theirs',
+            'models = [\n  "mini=0123456789abcdef0123456789abcdef"',
+        ),
     ):
         assert kept in text, f"{kept!r} is gone"
     assert "second" not in text
@@ -205,10 +210,14 @@ def test_a_site_that_plays_a_part_of_a_public_data_set_needs_no_pins(tmp_path: P
 
 
 def test_the_doctor_says_which_models_are_allowed_and_fails_if_the_sites_own_is_not(tmp_path: Path) -> None:
-    folder = site_with(tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS, ["/srv/mini=0123456789ab"]))
+    folder = site_with(
+        tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS, ["/srv/mini=0123456789abcdef0123456789abcdef"])
+    )
     found = findings(folder)["models"]
     assert not found.ok
-    assert "site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini=0123456789ab" in found.found
+    assert (
+        "site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini=0123456789abcdef0123456789abcdef" in found.found
+    )
     assert findings(dataclasses.replace(folder, model="/srv/mini"))["models"].ok
 
 
