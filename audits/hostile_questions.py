@@ -24,7 +24,7 @@ from common.messages import Refusal, TrainTask
 
 CODES = [f"code-{i:02}" for i in range(40)]
 RARE = "code-99"
-DIGITS = "0123456789ab"
+DIGITS = "0123456789abcdef" * 2
 """Of a fingerprint that no model has."""
 
 

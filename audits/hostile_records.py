@@ -83,14 +83,15 @@ def spent_too_little(site: OneSite) -> float:
 
 
 def divided_anew(site: OneSite) -> list[str]:
-    """Return the settings by which a server gets a site that plays a part of a file to play another one."""
+    """Return the settings by which a server gets a part of a file of a site, which no part of a file may be."""
     task = site.task()
     del site.node["data"]
     site.rule(public_size=50)
     del site.node["public-size"]
     config = configure(site.settings).config
     site.node |= {"partition-id": 0, "num-partitions": 2, "division": division_of(config)}
-    others: dict[str, Any] = {"data.seed": 46, "data.test-size": 50, "data.partition": "dirichlet"}
+    same = site.settings["data.partition"]
+    others: dict[str, Any] = {"data.partition": same, "data.seed": 46, "data.test-size": 50}
     got, honest = [], dict(site.settings)
     for key, value in others.items():
         site.settings = {**honest, key: value}
@@ -116,14 +117,14 @@ def names_apart() -> AbstractContextManager[Any]:
 
 
 def divisions_open() -> AbstractContextManager[Any]:
-    """The run says how records are divided."""
-    return patch.object(client_site, "check_division", lambda *_: None)
+    """Files are divided among sites, and the run says how."""
+    return patch.multiple(client_site, check_division=lambda *_: None, _check_source=lambda *_, **__: None)
 
 
 ROWS = Fault("rows that are no records refuse the round", rows_refused)
 COLUMNS = Fault("records known by the read columns alone", rows_forgotten)
 APART = Fault("names that share records have budgets of their own", names_apart)
-DIVISIONS = Fault("the run divides handed-out parts anew", divisions_open)
+DIVISIONS = Fault("a file is divided among sites, as the run says", divisions_open)
 
 
 def audit_records(folder: Path, fault: Fault = SOUND) -> Finding:
@@ -145,6 +146,6 @@ def audit_records(folder: Path, fault: Fault = SOUND) -> Finding:
         "rows that are no records": len(ODD),
         "of them heard of": len(shown),
         "epsilon short under other names and columns": short,
-        "parts divided anew by": ", ".join(got) or "nothing",
+        "parts of a file got by": ", ".join(got) or "nothing",
     }
     return judged("records by name and row", fault.name, bool(shown or short > 1e-9 or got), figures)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from client.site import user_folder
 from common.config import Scalar
 from common.errors import (
     BudgetExhausted,
@@ -56,7 +58,9 @@ def public_reason(error: Exception, node: Mapping[str, Scalar], *, simulated: bo
 
 
 def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
-    """Return ``text`` with the node's own paths replaced by what they are, and any other by ``<path>``.
+    """Return ``text`` with the node's own paths and the user's folders by what they are, and any other as ``<path>``.
+
+    A path with a blank in it is known by its name alone; of any other one what stands after the blank would be told.
 
     >>> without_paths("see /srv/my data/l.sqlite and /etc/x; 1/50 stays", {"ledger": "/srv/my data/l.sqlite"})
     'see <ledger> and <path>; 1/50 stays'
@@ -65,7 +69,12 @@ def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
     for key in PATH_KEYS:
         if key in node:
             path = Path(str(node[key])).expanduser()
-            names |= {str(form): f"<{key}>" for form in (node[key], path, path.absolute()) if "/" in str(form)}
+            forms = (node[key], path, path.absolute(), os.path.realpath(path))
+            names |= {str(form): f"<{key}>" for form in forms if "/" in str(form)}
     for form in sorted(names, key=len, reverse=True):
         text = text.replace(form, names[form])
+    for folder, name in ((user_folder(), "<ledgers>"), (Path.home(), "<home>")):
+        for form in (str(folder), os.path.realpath(folder)):
+            if form != "/":
+                text = re.sub(re.escape(form) + r"(?![^/\s'\"`,;:()])", name, text)
     return _ANY_PATH.sub("<path>", text)

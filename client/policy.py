@@ -24,8 +24,11 @@ from strategies import STRATEGIES, Job
 
 UNLIMITED = 2**62
 LISTS = ("strategies", "head-policies", "models", "bundles", LABELS)
-MODEL_DIGITS = 12
-"""Least hexadecimal digits of its fingerprint by which a policy may name a base model."""
+MODEL_DIGITS = 32
+"""Least hexadecimal digits of its fingerprint by which a policy may name a base model: with fewer, somebody could make
+another one that begins alike."""
+SHOWN_DIGITS = 12
+"""Digits of a bundle's hash in messages, where nothing is compared."""
 HEXADECIMAL = frozenset("0123456789abcdef")
 BUNDLE_DIGITS = 64
 """Hexadecimal digits of a bundle's hash."""
@@ -177,8 +180,8 @@ class Policy:
         """Raise PolicyRefusal unless a bundle of this hash is allowed."""
         allowed = self.allowed_bundles(own)
         if digest not in allowed:
-            names = ", ".join(name[:MODEL_DIGITS] for name in allowed)
-            raise refusal("bundles", names, f"the bundle {digest[:MODEL_DIGITS]}")
+            names = ", ".join(name[:SHOWN_DIGITS] for name in allowed)
+            raise refusal("bundles", names, f"the bundle {digest[:SHOWN_DIGITS]}")
 
     def check_round(self, rounds: int, steps: int) -> None:
         """Raise PolicyRefusal if the run would then have had more ``rounds`` or ``steps`` here than are allowed."""

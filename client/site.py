@@ -5,12 +5,12 @@ A Flower node describes its site in the node configuration (``--node-config``):
 =============== =====================================================================
 ``site``        name in reports; default ``site-<partition-id>``
 ``data``        file or folder with this site's own records; without it the site plays
-                partition ``partition-id`` of ``num-partitions`` of the run's data set
+                partition ``partition-id`` of ``num-partitions`` of the run's data set,
+                which must be one that FedVeil names unless all of it is a simulation
 ``division``    settings by which those partitions were made when they were handed out; a run
                 that divides otherwise is refused (``common.partition.division_of``)
 ``dataset-id``  what the ledger calls the data; default: the site's name
-``public-size`` number of records declared as public; needed with ``data``, and by a
-                steward's partition of a file or a hub name (of a named data set it follows)
+``public-size`` number of records declared as public; needed with ``data`` (of a partition it follows)
 ``ledger``      file of the ledger; it outlives every run; default: the user's one
 ``policy``      TOML file of the steward's rules (see ``client.policy``); needed with ``data``
 =============== =====================================================================
@@ -30,11 +30,11 @@ from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config import DataConfig, RunConfig, Scalar
-from common.data import DATASETS, Reading, is_public, load_dataset, load_protected, protected_train, train_and_test
+from common.data import DATASETS, Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
 from common.log import about
-from common.partition import check_division, declared_size, division_of, site_part
+from common.partition import check_division, declared_size, site_part
 from common.paths import run_folder
 from common.privacy.ledger_file import only_ledger
 from common.roles import ROLES
@@ -89,18 +89,14 @@ def check_job(node: Mapping[str, Scalar], job: Job, *, simulated: bool) -> None:
     A simulation is one machine's own: there a node without a policy has nothing to refuse.
 
     Raises:
-        PolicyRefusal: a rule forbids the run; or a deployed node without a policy is asked for a part of anything
+        PolicyRefusal: a rule forbids the run; or a deployed node without ``data`` is asked for a part of anything
             but a data set that FedVeil names.
         ConfigError: as for policy_of.
     """
     policy, public = policy_of(node), is_public(job.config.data.name)
     if "policy" not in node and simulated:
         return
-    if "policy" not in node and not public:
-        raise PolicyRefusal(
-            f"a site without a policy plays parts of {', '.join(DATASETS)} alone, not of {job.config.data.name!r}: "
-            "name its records as 'data', and a 'policy', in the node's settings"
-        )
+    _check_source(node, job.config.data.name, simulated=simulated)
     policy.check_job(job, private="data" in node or not public, place=str(node.get("policy", "")))
 
 
@@ -114,7 +110,8 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     Raises:
         ConfigError: a node setting is unknown, missing or out of range.
         DataError: the data are not there, or have not the columns of the run.
-        PolicyRefusal: the run divides the records otherwise than when this site was given its part.
+        PolicyRefusal: the run divides the records otherwise than when this site was given its part, or wants a part
+            of a source whose records may be anybody's.
         LedgerError: no ledger is named, and the user's data folder holds others than the user's one.
     """
     for key in node:
@@ -122,7 +119,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
     name, policy = str(node.get("site") or f"site-{node.get('partition-id', 0)}"), policy_of(node)
     if "data" in node:
-        if config.model.task == "classification" and not config.data.labels:
+        if config.model.task == "classification" and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
         data = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
         size = node.get("public-size", policy.public_size)
@@ -136,21 +133,30 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             part, parts = int(node["partition-id"]), int(node["num-partitions"])
         except (KeyError, ValueError) as error:
             raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
-        _check_labels(config, node)
-        _check_division(config, node)
-        protected = "policy" in node and not is_public(config.data.name)
-        data = _partition(config.data, config.model.task, part, parts, simulated, name if protected else "")
-        size = int(node.get("public-size", policy.public_size)) or _size_of_part(data, config.data, node)
+        _check_source(node, config.data.name, simulated=simulated)
+        if "division" in node:
+            check_division(str(node["division"]), config)
+        data = _partition(config.data, config.model.task, part, parts, simulated)
+        # Anyone can repeat the division, so the size of a part follows from public settings.
+        size = int(node.get("public-size", policy.public_size)) or declared_size(len(data.examples))
     policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()
     elif simulated:
         ledger = run_folder(config, run) / "ledgers" / f"{name}.sqlite"
     else:
-        home = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
-        ledger = only_ledger(home / "fedveil")
+        ledger = only_ledger(user_folder())
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy)
+
+
+def user_folder() -> Path:
+    """Return the folder of the user's own ledger, the same whichever folder the process is started in.
+
+    The XDG specification has an ``XDG_DATA_HOME`` that is empty or relative count as unset.
+    """
+    named = Path(os.environ.get("XDG_DATA_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".local" / "share") / "fedveil"
 
 
 def own_settings(config: RunConfig) -> DataConfig:
@@ -161,49 +167,20 @@ def own_settings(config: RunConfig) -> DataConfig:
     """
     columns = {role.attribute: getattr(config.data, role.attribute) for role in ROLES[config.model.task]}
     name = config.data.name if is_public(config.data.name) else ""
-    # Labels are the pinned ones, however a job spaces them: no second spelling gets the records read again.
-    labels = ",".join(label.strip() for label in config.data.labels.split(","))
-    return DataConfig(name=name, labels=labels, partition="iid", **columns)
+    # However a job spaces its labels: no second spelling gets the records read again.
+    return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", **columns)
 
 
-def _check_labels(config: RunConfig, node: Mapping[str, Scalar]) -> None:
-    """Refuse to read labels off records that a steward's policy says are to be protected.
+def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> None:
+    """Refuse a deployed node a part of a source that is not known to be public.
 
-    The head's shape and errors about ``head.phrases`` tell them: one record with a label of its own would show.
+    Every division permutes all records, or counts them: one record more would move others from site to site.
     """
-    if "policy" not in node or is_public(config.data.name) or config.model.task != "classification":
-        return
-    if not config.data.labels:
-        raise ConfigError(
-            f"data.name {config.data.name!r} is not known to be public, nor which labels its records have: "
-            "name all labels in data.labels"
+    if "data" not in node and not simulated and not is_public(name):
+        raise PolicyRefusal(
+            f"a deployed site plays parts of {', '.join(DATASETS)} alone: the division of {name!r} would depend on all "
+            "of its records; give each site its own file as 'data', and a 'policy', in the node's settings"
         )
-
-
-def _check_division(config: RunConfig, node: Mapping[str, Scalar]) -> None:
-    """Refuse a run that would give this site records of others, or the public test part records of this one."""
-    if "division" in node:
-        check_division(str(node["division"]), config)
-    elif "policy" in node and not is_public(config.data.name):
-        raise ConfigError(
-            f"data.name {config.data.name!r} is not known to be public, and nothing says how this site's part of it "
-            f'was made: add division="{division_of(config)}" to the node\'s settings if that is how'
-        )
-
-
-def _size_of_part(part: Dataset, config: DataConfig, node: Mapping[str, Scalar]) -> int:
-    """Return the size of a partition whose steward declares none: it follows from the run's public settings.
-
-    That is true where ``data.name`` is a public data set, whose division anyone can repeat, and in an
-    experiment, where one machine holds all. A steward's policy says that there are records to protect: then
-    a file or a hub repository is taken for private, and its size for nobody's business.
-    """
-    if "policy" in node and not is_public(config.name):
-        raise ConfigError(
-            f"data.name {config.name!r} is not known to be public, nor how many records it has: "
-            "declare 'public-size' in the node configuration or in the policy"
-        )
-    return declared_size(len(part.examples))
 
 
 @lru_cache(maxsize=16)
@@ -212,9 +189,7 @@ def _own_data(config: DataConfig, task: str, source: str, site: str) -> Dataset:
 
 
 @lru_cache(maxsize=256)
-def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool, protected_by: str) -> Dataset:
-    if protected_by:
-        return site_part(_told(protected_train(config, task), protected_by), config, part, parts)
+def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool) -> Dataset:
     # The test part is the server's: a deployed site that opened whatever data.test names would tell which files it has.
     whole = simulated or not config.test
     train = train_and_test(config, task)[0] if whole else load_dataset(config, task)

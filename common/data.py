@@ -246,18 +246,6 @@ def train_and_test(config: DataConfig, task: str) -> tuple[Dataset, Dataset]:
     return train, test
 
 
-def protected_train(config: DataConfig, task: str) -> Reading:
-    """Return the records that sites divide of a source that they protect, without the public test part.
-
-    Raises:
-        DataError: as for load_protected, or no record is left beside the test part.
-    """
-    reading = load_protected(config, task)
-    if config.test:
-        return reading
-    return dataclasses.replace(reading, dataset=public_split(reading.dataset, config.test_size, config.seed)[0])
-
-
 def public_test(config: DataConfig, task: str) -> Dataset:
     """Return the server's public test records alone; with ``data.test`` set, nothing else is read."""
     if config.test:

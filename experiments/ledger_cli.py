@@ -166,9 +166,10 @@ def _require(ledger: Ledger, path: Path, dataset: str) -> None:
 
 
 def _spoken_charge(entry: Entry) -> str:
+    whose = f", as {entry.caused_by} shares records" if entry.caused_by else ""
     return (
         f"run {entry.run} round {entry.round_number}  {entry.kind}: {entry.count} × (noise "
-        f"{entry.noise_multiplier:.4g}, sample rate {entry.sample_rate:.4g}), clip {entry.clip_norm:.4g}"
+        f"{entry.noise_multiplier:.4g}, sample rate {entry.sample_rate:.4g}), clip {entry.clip_norm:.4g}{whose}"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_reviews
 from made_run import MadeRun
 from one_site import OneSite, clinic, pins
 from test_report import fedveil
@@ -20,7 +21,6 @@ from client.policy import Policy
 from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset, Example
 from common.messages import Refusal, Spending
-from common.partition import division_of
 from common.privacy.accounting import Release
 from common.privacy.charges import Charge
 from common.privacy.contents import record_hashes
@@ -288,7 +288,7 @@ def test_a_whole_run_with_one_exposed_site_says_so_to_the_end(toy_settings: dict
     rules = {**pins(settings), "allow-no-privacy": True, "after-no-privacy": True, "public-size": 100}
     (tmp_path / "policy.toml").write_text(to_toml(rules), encoding="utf-8")
     nodes = simulated_nodes(2, tmp_path)
-    nodes[0] |= {"policy": str(tmp_path / "policy.toml"), "division": division_of(configure(settings).config)}
+    nodes[0] |= {"policy": str(tmp_path / "policy.toml"), "data": str(write_reviews(tmp_path / "own.csv", 100, 1))}
     run_in_process({**settings, **OPEN}, nodes, "open")
     folder = run_in_process(settings, nodes, "private")
     assert "ε ∞ of 8" in (folder / "run.log").read_text(encoding="utf-8")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_reviews
 from one_site import pins
 
 from common.config import Scalar
 from common.errors import ConfigError, RunFailed
-from common.partition import division_of
 from common.privacy.accounting import Release, epsilon
 from common.privacy.ledger import Ledger
 from common.wire import round_of
@@ -20,7 +20,7 @@ from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.settings import to_toml
 from server.report import markdown_report, read_lines
-from strategies import STRATEGIES, configure, known_settings
+from strategies import STRATEGIES, known_settings
 
 PRIVACY_FIELDS = [
     *("round", "site", "unit", "adjacency", "adversary", "sampler", "sample_rate", "noise_multiplier", "clip_norm"),
@@ -140,9 +140,8 @@ def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_thr
     policy, budget = tmp_path / "policy.toml", epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     more = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
-    # Under a policy the labels of a file are not read off its records, and how it is divided is fixed.
     settings = {**toy_settings, **more, "data.labels": "bad,good"}
-    nodes[1] |= {"policy": str(policy), "public-size": 100, "division": division_of(configure(settings).config)}
+    nodes[1] |= {"policy": str(policy), "public-size": 100, "data": str(write_reviews(tmp_path / "own.csv", 100, 1))}
     policy.write_text(to_toml({**pins(settings), "epsilon": budget, "delta": 1e-3}), encoding="utf-8")
     folder = run_in_process(settings, nodes)
     lines = read_lines(folder / "rounds.jsonl")
@@ -167,7 +166,7 @@ def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise
     policy = tmp_path / "policy.toml"
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     settings = {**toy_settings, "rounds": 6, "data.labels": "bad,good"}
-    nodes[1] |= {"policy": str(policy), "public-size": 100, "division": division_of(configure(settings).config)}
+    nodes[1] |= {"policy": str(policy), "public-size": 100, "data": str(write_reviews(tmp_path / "own.csv", 100, 1))}
     policy.write_text(to_toml({**pins(settings), "max-rounds": 3}), encoding="utf-8")
     folder = run_in_process(settings, nodes)
     lines = read_lines(folder / "rounds.jsonl")

@@ -644,6 +644,31 @@ def test_several_deltas_compose_at_the_smallest(path: Path) -> None:
     assert last.epsilon_after == epsilon([Release(1.0, 0.1, 15)], 1e-6) > epsilon([Release(1.0, 0.1, 15)], 1e-4)
 
 
+def check_that_only_own_rounds_count(path: Path) -> None:
+    charge_for(path, "clinic", texts(1, 2))
+    charge_for(path, "ward", texts(2, 3), run="run-2")
+    with Ledger(path) as ledger:
+        assert [(entry.dataset, entry.caused_by) for entry in ledger.entries()] == [
+            *(("clinic", None), ("ward", None), ("clinic", "ward")),
+        ]
+        assert (ledger.trained("clinic", "run-2"), ledger.trained("ward", "run-2")) == ((0, 0), (1, 1))
+        assert sum(release.count for release in ledger.spent("clinic")) == 2
+
+
+def test_what_another_name_trained_is_charged_and_is_no_round_of_this_one(path: Path) -> None:
+    check_that_only_own_rounds_count(path)
+
+
+def test_a_count_of_others_rounds_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everyones(self: Ledger, dataset: str, run: str) -> tuple[int, int]:
+        rows = [entry for entry in self.entries() if (entry.dataset, entry.run) == (dataset, run)]
+        return len(rows), sum(entry.count for entry in rows)
+
+    monkeypatch.setattr(Ledger, "trained", everyones)
+    with pytest.raises(AssertionError):
+        check_that_only_own_rounds_count(path)
+
+
 def test_rounds_and_steps_of_a_run_are_counted(path: Path) -> None:
     with Ledger(path) as ledger:
         for round_number in (1, 2, 2):

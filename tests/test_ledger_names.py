@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from client.site import open_site
+from client.site import open_site, user_folder
 from common.config import Scalar, from_mapping
 from common.errors import LedgerError
 from common.privacy.accounting import Release
@@ -196,6 +196,16 @@ def test_a_user_has_one_ledger_whatever_the_site_is_called(tmp_path: Path, monke
     assert default_ledger("any", tmp_path, monkeypatch) == tmp_path / "fedveil" / "ledger.sqlite"
 
 
+@pytest.mark.parametrize("named", ["", "data", "./data"])
+def test_an_empty_or_relative_data_home_counts_as_unset(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_ledger("clinic", Path(named) if named else Path(), monkeypatch).is_relative_to(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", named)
+    assert user_folder() == tmp_path / ".local" / "share" / "fedveil"
+
+
 def test_a_ledger_for_every_name_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(("clinic.sqlite", "renamed.sqlite"))
     monkeypatch.setattr("client.site.only_ledger", lambda folder: folder / next(names))
@@ -281,6 +291,7 @@ def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     Ledger(second_format).close()
     after = content(second_format)
     assert (before["format"], after["format"]) == (2, 3)
+    before["rows"]["charges"] = [(*row, None) for row in before["rows"]["charges"]]  # all of them its own
     assert after["rows"] == before["rows"]
     Ledger(tmp_path / "new.sqlite").close()
     new = content(tmp_path / "new.sqlite")

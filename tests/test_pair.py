@@ -18,6 +18,7 @@ import pytest
 
 from client import runtime
 from common.bundle import own_digest
+from common.errors import ConfigError
 from experiments.deploy import pair, start
 from experiments.deploy.commands import own_module
 from experiments.deploy.doctor import examine_site
@@ -171,7 +172,7 @@ def started_command(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[
     taken: list[Any] = []
     monkeypatch.setattr(start, "why_refused", lambda folder: "")
     monkeypatch.setattr(start.os, "execve", lambda *words: taken.append(words))
-    start.start_site(site, lambda line: None, 'site="at-night"')
+    start.start_site(site, lambda line: None, "partition-id=7")
     ((_, command, _),) = taken
     assert command[:4] == [sys.executable, "-P", "-m", "experiments.deploy.pair"]
     node, own = map(json.loads, command[4:])
@@ -190,11 +191,25 @@ def test_a_start_makes_a_new_secret_for_the_site_s_user_alone(
     assert own[:4] == [sys.executable, "-P", "-m", "client.worker"], "-P: a folder named client beside it is not ours"
     settings = json.loads(own[own.index("--node") + 1])
     assert settings["policy"] == str(site.path / "policy.toml")
-    assert settings["site"] == "at-night"
+    assert (settings["site"], settings["partition-id"]) == ("clinic", 7)
     first = file.read_bytes()
     assert len(first) == 64
     started_command(site, monkeypatch)
     assert file.read_bytes() != first
+
+
+def test_a_name_that_is_not_the_key_s_is_refused_before_anything_starts(
+    site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "why_refused", lambda folder: pytest.fail("the server is asked"))
+    with pytest.raises(
+        ConfigError, match=r"answers as 'at-night', and its key in node\.pub is named 'clinic'"
+    ) as refusal:
+        start.start_site(site, pytest.fail, 'site="at-night"')
+    assert "\n" not in str(refusal.value)
+    renamed = dataclasses.replace(site, site="ward")
+    (found,) = (finding for finding in examine_site(renamed) if finding.what == "key pair")
+    assert (found.ok, "answers as 'ward'" in found.found) == (False, True)
 
 
 def test_the_secret_lies_where_flower_s_folder_is_when_the_site_s_cannot_be_written(

@@ -191,9 +191,11 @@ def test_a_policy_without_pins_lets_nobody_at_records_that_are_not_public(site: 
     policy.write_text("epsilon = 1.0\ndelta = 1e-3\n")
     job = configure({**site.settings, "model.name": "all-MiniLM-L6-v2"})
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": str(policy)}
-    for node in ({"data": "nowhere.csv", "policy": str(policy)}, part):
-        with pytest.raises(PolicyRefusal, match=f"pin your own: fedveil site pin {policy} --task classification"):
-            check_job(node, job, simulated=False)
+    own: dict[str, Scalar] = {"data": "nowhere.csv", "policy": str(policy)}
+    with pytest.raises(PolicyRefusal, match=f"pin your own: fedveil site pin {policy} --task classification"):
+        check_job(own, job, simulated=False)
+    with pytest.raises(PolicyRefusal, match="give each site its own file as 'data'"):
+        check_job(part, job, simulated=False)
     check_job(part, configure({}), simulated=False)
 
 
@@ -208,6 +210,23 @@ def test_a_deployed_site_without_a_policy_plays_parts_of_named_data_sets_and_nam
         check_job(part, configure(asked), simulated=True)
     with pytest.raises(PolicyRefusal, match="models = all-MiniLM-L6-v2"):
         check_job(part, configure({"model.name": "/srv/model"}), simulated=False)
+
+
+def test_a_site_of_its_own_records_joins_a_named_data_sets_job_which_leaves_its_labels_empty(
+    site: OneSite, tmp_path: Path
+) -> None:
+    data = tmp_path / "own.csv"
+    rows = "".join(f"a film {i},{'negative' if i % 2 else 'positive'}\n" for i in range(40))
+    data.write_text(f"text,label\n{rows}", encoding="utf-8")
+    site.node["data"] = str(data)
+    site.settings |= {"data.name": "rotten-tomatoes", "data.labels": ""}
+    site.rule()
+    job = configure(site.settings)
+    check_job(site.node, job, simulated=False)
+    opened = open_site(site.node, job.config, "1", simulated=False).data
+    named = load_dataset(job.config.data, job.config.model.task)
+    assert (opened.label_names, opened.label_phrases) == (named.label_names, named.label_phrases)
+    assert len(opened.examples) == 40
 
 
 def test_a_deployed_part_of_a_public_data_set_does_not_open_the_servers_test_file() -> None:

@@ -20,10 +20,10 @@ from audits.faults import same_seeds
 from client.budget import plan_of
 from client.evaluation import noised_correct
 from client.policy import Policy, load_policy
-from client.site import Site, open_site
+from client.site import Site, check_job, open_site
 from common.config import Scalar, from_mapping
 from common.data import load_dataset, train_and_test
-from common.errors import ConfigError, DataError, PolicyRefusal
+from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
 from common.messages import Spending
 from common.model import FederatedModel
@@ -129,7 +129,10 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
     [
         ({"strategies": ["fed-sb", "fed-svd"]}, ("strategies = fed-sb, fed-svd", "ffa-lora")),
         ({"head_policies": ["frozen"]}, ("head-policies = frozen", "trained")),
-        ({"models": ["mini=0123456789ab"]}, ("models = mini=0123456789ab", "model.name")),
+        (
+            {"models": ["mini=0123456789abcdef0123456789abcdef"]},
+            ("models = mini=0123456789abcdef0123456789abcdef", "model.name"),
+        ),
         ({"models": None}, ("models = all-MiniLM-L6-v2, SmolLM2-135M-Instruct", "model.name")),
         ({"text": "note"}, ("text = 'note'", "data.text = 'text'")),
         ({"max_length": 23}, ("max-length = 23", "model.max-length = 24")),
@@ -146,7 +149,7 @@ def test_what_is_not_allowed_is_refused_with_both_values(
 
 def test_what_is_allowed_goes_on(site: OneSite) -> None:
     model = site.model().base
-    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:12]}"])
+    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:32]}"])
     site.train()
 
 
@@ -200,7 +203,7 @@ def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any],
     settings = {**toy_settings, "rounds": 1, "data.labels": "bad,good"}
     (tmp_path / "policy.toml").write_text(to_toml({**pins(settings), "strategies": ["fed-sb"]}), encoding="utf-8")
     nodes = simulated_nodes(2, tmp_path)
-    nodes[1]["policy"] = str(tmp_path / "policy.toml")
+    nodes[1] |= {"policy": str(tmp_path / "policy.toml"), "data": "records.csv", "public-size": 100}
     line = read_lines(run_in_process(settings, nodes) / "rounds.jsonl")[0]
     assert line["participants"] == ["site-0"]
     assert [(r["site"], r["kind"]) for r in line["refusals"]] == [("site-1", "policy")]
@@ -351,8 +354,8 @@ def plain_noise(site: OneSite) -> float:
         ('strategies = ["fedsb"]', "did you mean 'fed-sb'"),
         ('strategies = ["fed-sb,ffa-lora"]', "without commas"),
         ('head-policies = ["thawed"]', "head-policies"),
-        ('models = ["mini=0123456789a"]', "at least 12"),
-        ('models = ["mini=0123456789zz"]', "0-9, a-f"),
+        (f'models = ["mini={"0" * 31}"]', "at least 32"),
+        ('models = ["mini=0123456789abcdef0123456789abcdzz"]', "0-9, a-f"),
         ('models = ["0123456789ab"]', "'0123456789ab': write NAME=DIGITS"),
         ('models = ["=0123456789ab"]', "write NAME=DIGITS"),
         ('labels = ["a", "b"]', "labels is pinned, but task is not"),
@@ -400,80 +403,62 @@ def test_every_rule_has_a_line_in_the_docs() -> None:
         assert f"`{item.name.replace('_', '-')}`" in text, f"docs/privacy.md does not say what {item.name} is"
 
 
-def declared(name: str, *, labels: str = "", simulated: bool = False, **node: Scalar) -> int:
+def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:
     """Return the size that the first of two parts of the data set ``name`` is declared to have."""
-    config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40, "data.labels": labels})
-    fixed: dict[str, Scalar] = {"division": division_of(config)} if "policy" in node else {}
-    settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **fixed, **node}
+    config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40})
+    settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **node}
     return open_site(settings, config, "1", simulated=simulated).public_size
 
 
-def test_a_stewards_part_of_a_file_needs_a_declared_size_and_one_of_a_public_data_set_does_not(site: OneSite) -> None:
-    file = str(site.settings["data.name"])
+def test_a_part_of_a_public_data_set_has_a_declared_size_without_a_declaration(site: OneSite) -> None:
     site.rule(epsilon=1.0, delta=1e-4)
-    policy = site.node["policy"]
-    with pytest.raises(ConfigError, match=r"is not known to be public, nor how many .* declare 'public-size'"):
-        declared(file, labels="bad,good", policy=policy)
-    assert declared(file, labels="bad,good", policy=policy, **{"public-size": 70}) == 70
-    assert declared(file, simulated=True) == 100
-    assert declared("rotten-tomatoes", policy=policy) == 4200
-    site.rule(public_size=60)
-    assert declared(file, labels="bad,good", policy=policy) == 60
+    assert declared("rotten-tomatoes", policy=site.node["policy"]) == 4200
+    assert declared(str(site.settings["data.name"]), simulated=True) == 100
 
 
-def test_a_stewards_part_of_a_file_is_divided_as_its_node_says_or_not_at_all(site: OneSite) -> None:
-    file = str(site.settings["data.name"])
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "natural"])
+def test_a_part_of_what_may_be_anybodys_is_refused_before_anything_is_read(
+    partition: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.rule(epsilon=1.0, delta=1e-4, public_size=60)
-    policy = site.node["policy"]
-    other = from_mapping(
-        {"data.name": file, "data.partition": "iid", "data.test-size": 40, "data.labels": "bad,good", "data.seed": 7}
-    )
-    with pytest.raises(PolicyRefusal, match=r"handed out with data\.seed = '7'; the run asks for '45', which would"):
-        declared(file, labels="bad,good", policy=policy, division=division_of(other))
-    with pytest.raises(ConfigError, match=r"names 'data\.sed' \(did you mean 'data\.seed'"):
-        declared(file, labels="bad,good", policy=policy, division="data.sed=7")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        declared(file, labels="bad,good", policy=policy, division="iid")
-    config = from_mapping({"data.name": file, "data.labels": "bad,good"})
-    node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": policy}
-    with pytest.raises(ConfigError, match="nothing says how this site's part of it was made: add division="):
-        open_site(node, config, "1", simulated=False)
+    part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": site.node["policy"]}
+    monkeypatch.setattr("common.data.load_dataset", lambda *_: pytest.fail("records are read"))
+    monkeypatch.setattr("client.site.load_dataset", lambda *_: pytest.fail("records are read"))
+    for name in (str(site.settings["data.name"]), "hub:clinic/gated-notes", "/srv"):
+        job = configure({**site.settings, "data.name": name, "data.partition": partition, "data.key": "author"})
+        node = {**part, "division": division_of(job.config)}
+        refusals = []
+        for ask in (
+            lambda node=node, job=job: check_job(node, job, simulated=False),
+            lambda node=node, job=job: open_site(node, job.config, "1", simulated=False),
+        ):
+            with pytest.raises(
+                PolicyRefusal, match="would depend on all of its records; give each site its"
+            ) as refusal:
+                ask()
+            refusals.append(str(refusal.value))
+        assert refusals[0] == refusals[1]
+        assert "\n" not in refusals[0]
 
 
-def test_a_row_of_a_stewards_part_that_is_no_record_is_left_out(site: OneSite) -> None:
+def test_one_record_more_moves_dozens_of_a_division_which_is_why(site: OneSite) -> None:
     file = Path(str(site.settings["data.name"]))
-    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
-    config = from_mapping({"data.name": str(file), "data.labels": "bad,good", "data.test-size": 40})
+    config = from_mapping({"data.name": str(file), "data.partition": "iid", "data.test-size": 40})
     node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
-    mine: dict[str, Scalar] = {**node, "policy": site.node["policy"], "division": division_of(config)}
-    before = open_site(mine, config, "1", simulated=False).data
-    file.write_text(f"{file.read_text(encoding='utf-8')}the film,fair,a1\n", encoding="utf-8")
-    for kept in (client.site._partition, train_and_test):
-        kept.cache_clear()
-    assert open_site(mine, config, "1", simulated=False).data == before
-    with pytest.raises(DataError, match="row 241 has the label 'fair'"):
-        open_site(node, config, "1", simulated=True)
+
+    def texts() -> set[str]:
+        for kept in (client.site._partition, train_and_test):
+            kept.cache_clear()
+        return {example.text for example in open_site(node, config, "1", simulated=True).data.examples}
+
+    before = texts()
+    file.write_text(f"{file.read_text(encoding='utf-8')}a film of its own,good,a1\n", encoding="utf-8")
+    assert len(texts() ^ before) > 20
 
 
-def test_the_labels_of_a_stewards_part_of_a_file_are_not_read_off_its_records(site: OneSite) -> None:
-    file = str(site.settings["data.name"])
-    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
-    with pytest.raises(ConfigError, match=r"nor which labels its records have: name all labels in data\.labels"):
-        declared(file, policy=site.node["policy"])
-
-
-def test_a_hub_name_is_not_taken_for_public_under_a_policy(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_hub_data_set_is_an_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": [f"note {i}" for i in range(80)], "label": ["bad", "good"] * 40})
     monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows)
-    name = "hub:clinic/gated-notes"
-    site.rule(epsilon=1.0, delta=1e-4)
-    policy = site.node["policy"]
-    with pytest.raises(ConfigError, match=r"name all labels in data\.labels"):
-        declared(name, policy=policy)
-    with pytest.raises(ConfigError, match="declare 'public-size'"):
-        declared(name, labels="bad,good", policy=policy)
-    site.rule(epsilon=1.0, delta=1e-4, public_size=60)
-    assert declared(name, labels="bad,good", policy=policy) == 60
-    assert declared(name, simulated=True) == 20, "an experiment on a hub data set needs no declaration"
+    assert declared("hub:clinic/gated-notes", simulated=True) == 20

@@ -66,7 +66,7 @@ labels = [
   "yes", # 1 and a "#" of its own
 ]
 models = [
-  "mini=0123456789ab", # text = "x"
+  "mini=0123456789abcdef0123456789abcdef", # text = "x"
 ]
 task = "classification"
 label = "label" # theirs
@@ -82,10 +82,15 @@ def test_pins_are_put_in_and_the_stewards_other_words_stay(tmp_path: Path) -> No
     pin(path, PINS)
     text, policy = path.read_text(encoding="utf-8"), load_policy(path)
     assert (policy.text, policy.labels, policy.max_length, policy.text_pair) == ("note", "bad,good", 64, "")
-    assert (policy.epsilon, policy.delta, policy.models) == (3.0, 1e-4, "mini=0123456789ab")
+    assert (policy.epsilon, policy.delta, policy.models) == (3.0, 1e-4, "mini=0123456789abcdef0123456789abcdef")
     for kept in (
         *("# Ours since May.", "# agreed with the board", "# was note # before", "# 0\n", '# 1 and a "#" of its own'),
-        *('# text = "x"', "# The end.", 'label = "label" # theirs', 'models = [\n  "mini=0123456789ab"'),
+        *(
+            '# text = "x"',
+            "# The end.",
+            'label = "label" # theirs',
+            'models = [\n  "mini=0123456789abcdef0123456789abcdef"',
+        ),
     ):
         assert kept in text, f"{kept!r} is gone"
     assert "second" not in text
@@ -147,6 +152,29 @@ def test_a_fault_that_drops_a_key_of_the_stewards_is_found(tmp_path: Path, monke
     assert path.read_text(encoding="utf-8") == STEWARDS
 
 
+def test_pins_that_a_call_does_not_name_stay_and_all_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    said = fedveil("site", "pin", str(path), "--text", "note", "--text-pair", "title", "--labels", "bad,good")
+    assert f"made a new policy, with no budget: {path}" in said.replace("\n", "")
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["max-length"] == 128
+    said = fedveil("site", "pin", str(path), "--max-length", "64", "--label", "verdict")
+    assert "made" not in said
+    policy = load_policy(path)
+    assert (policy.text, policy.text_pair, policy.label) == ("note", "title", "verdict")
+    assert (policy.labels, policy.max_length, policy.task) == ("bad,good", 64, "classification")
+    assert "text 'note', text-pair 'title', label 'verdict', labels 'bad', 'good', max-length 64" in said
+    fedveil("site", "pin", str(path), "--task", "causal-lm", "--prompt", "question")
+    policy = load_policy(path)
+    assert (policy.prompt, policy.completion, policy.labels, policy.max_length) == ("question", "completion", "", 64)
+
+
+def test_a_mistyped_folder_makes_no_policy(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["site", "pin", str(tmp_path / "clinc"), "--labels", "bad,good"])
+    assert done.exit_code != 0
+    assert "a new policy's name ends in .toml" in done.output.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
 # A site without pins.
 
 
@@ -182,10 +210,14 @@ def test_a_site_that_plays_a_part_of_a_public_data_set_needs_no_pins(tmp_path: P
 
 
 def test_the_doctor_says_which_models_are_allowed_and_fails_if_the_sites_own_is_not(tmp_path: Path) -> None:
-    folder = site_with(tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS, ["/srv/mini=0123456789ab"]))
+    folder = site_with(
+        tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS, ["/srv/mini=0123456789abcdef0123456789abcdef"])
+    )
     found = findings(folder)["models"]
     assert not found.ok
-    assert "site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini=0123456789ab" in found.found
+    assert (
+        "site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini=0123456789abcdef0123456789abcdef" in found.found
+    )
     assert findings(dataclasses.replace(folder, model="/srv/mini"))["models"].ok
 
 
@@ -235,7 +267,9 @@ def test_containers_pin_what_the_job_asks_for_and_say_which_later_job_is_refused
     asked = 'data.name="/data/test.csv" data.text="note" data.labels="bad,good" model.max-length=64'
     container.make_keys(1, 8.0, 1e-5, tmp_path, settings=asked)
     node = node_settings(open_site_folder(tmp_path / "site-1"))
-    check_job(node, configure(parse_settings([asked])), simulated=False)
+    check_job({**node, "data": "/data"}, configure(parse_settings([asked])), simulated=False)
+    with pytest.raises(PolicyRefusal, match="give each site its own file as 'data'"):
+        check_job(node, configure(parse_settings([asked])), simulated=False)
     capsys.readouterr()
     container.make_keys(2, 8.0, 1e-5, tmp_path)
     said = capsys.readouterr().out

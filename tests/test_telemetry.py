@@ -22,7 +22,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from client import local_training
 from client.app import train
-from client.outgoing import TOLD, UNTOLD, public_reason
+from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
 from common.errors import DataError, FedVeilError, MechanismError
 from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult
 from common.privacy import dpsgd
@@ -272,6 +272,21 @@ def test_no_refusal_holds_a_path_of_the_sites_disks(
     if key != "data":  # an error about data may quote a record, so only its place is told
         assert f"<{key}>" in reply.reason
         assert str(site.node[key]) in caplog.text, "the steward's own log hides where to look"
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "the user's own"])
+def test_no_rest_of_a_path_with_blanks_is_told(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "Dr Quincy Secret"
+    (home / "kept here").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(home / "kept here")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    node: dict[str, Any] = {"ledger": str(tmp_path / "link" / "ledger.sqlite")} if named else {}
+    real = home / "kept here" / "ledger.sqlite" if named else home / ".local" / "share" / "fedveil" / "ledger.sqlite"
+    for place in (real, home / "other", home):
+        told = without_paths(f"the ledger {place} cannot be read; see {place}: twice", node)
+        assert not [word for word in ("Quincy", "Secret", "kept", "here", str(tmp_path)) if word in told], told
+    assert "<ledger" in without_paths(f"the ledger {real} is damaged", node)
 
 
 def test_the_list_has_every_field_of_every_reply_and_no_other() -> None:

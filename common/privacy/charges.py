@@ -88,6 +88,8 @@ class Entry:
     clip_norm: float
     charged_at: str
     """UTC, ISO 8601."""
+    caused_by: str | None
+    """The data set that was trained, where another one was charged because it shares a record; None: this one was."""
 
 
 @dataclass(frozen=True)

@@ -120,11 +120,11 @@ class Ledger(BudgetHistory):
                 )
             self._connection.executemany(
                 "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "
-                "clip_norm, charged_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "clip_norm, charged_at, caused_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
                         *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, charge.delta),
-                        *(1.0 if r.kind == EVALUATION else clip_norm, now()),
+                        *(1.0 if r.kind == EVALUATION else clip_norm, now(), None if name == dataset else dataset),
                     )
                     for name in prices
                     for r in releases
@@ -203,12 +203,14 @@ class Ledger(BudgetHistory):
     def trained(self, dataset: str, run: str) -> tuple[int, int]:
         """Return how many rounds of a run, and how many steps, ``dataset`` has trained; a round again counts again.
 
-        Charged ones, and ones without privacy. A start from a full gradient is no round.
+        Charged ones, and ones without privacy. A start from a full gradient is no round, and what was charged here
+        because another data set with one of its records was trained is that one's.
         """
         with one_line(self.path, "read"):
             rounds, steps = self._connection.execute(
                 "SELECT COUNT(*), COALESCE(SUM(steps), 0) FROM ("
-                "SELECT count AS steps FROM charges WHERE dataset = :name AND run = :run AND kind = :kind "
+                "SELECT count AS steps FROM charges "
+                "WHERE dataset = :name AND run = :run AND kind = :kind AND caused_by IS NULL "
                 "UNION ALL SELECT steps FROM exposures WHERE dataset = :name AND run = :run AND round > 0)",
                 {"name": dataset, "run": run, "kind": TRAINING},
             ).fetchone()
@@ -305,7 +307,7 @@ class Ledger(BudgetHistory):
                 Entry(*row)
                 for row in self._connection.execute(
                     "SELECT id, dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
-                    "charged_at FROM charges ORDER BY id"
+                    "charged_at, caused_by FROM charges ORDER BY id"
                 )
             ]
 

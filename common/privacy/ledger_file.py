@@ -82,6 +82,7 @@ CREATE TRIGGER no_exposure_update BEFORE UPDATE ON exposures
     BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
 CREATE TRIGGER no_exposure_delete BEFORE DELETE ON exposures
     BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
+ALTER TABLE charges ADD COLUMN caused_by TEXT;
 """
 
 

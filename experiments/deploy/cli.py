@@ -201,24 +201,31 @@ def site_check(
 @for_people
 def site_pin(
     folder: Annotated[Path, typer.Argument(help="The site's folder, or a policy file, which is made if need be.")],
-    task: Annotated[str, typer.Option(help="What the records are for, as model.task.")] = "classification",
+    task: Annotated[str, typer.Option(help="What the records are for, as model.task; at first, classification.")] = "",
     text: Text = None,
     text_pair: TextPair = None,
     label: Label = None,
     labels: Labels = "",
     prompt: Prompt = None,
     completion: Completion = None,
-    max_length: MaxLength = 128,
+    max_length: Annotated[int, typer.Option(min=0, help="Most tokens of a record; at first, 128.")] = 0,
 ) -> None:
-    """Write into the site's policy what its records are for; any job that asks for something else is refused."""
-    from experiments.deploy.pin import pin
-    from experiments.deploy.policy_file import pins_of
+    """Write into the site's policy what its records are for; any job that asks for something else is refused.
+
+    What is left out stays as it is pinned.
+    """
+    from client.pins import spoken
+    from client.policy import load_policy
+    from experiments.deploy.pin import changed_pins, pin
 
     columns = _columns(text=text, text_pair=text_pair, label=label, prompt=prompt, completion=completion)
     path = folder.expanduser().absolute()
     path = path / "policy.toml" if path.is_dir() else path
-    pin(path, pins_of(task, columns, labels, max_length))
-    _say(f"{path} pins what its records are for; the next round holds it")
+    made = not path.exists()
+    pin(path, changed_pins(path, task, columns, labels, max_length))
+    if made:
+        _say(f"made a new policy, with no budget: {path}")
+    _say(f"{path} pins {spoken(load_policy(path))}; the next round holds it")
 
 
 def _columns(**given: str | None) -> dict[str, str]:

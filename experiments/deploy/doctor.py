@@ -21,7 +21,7 @@ from experiments.deploy.fleet import Answer, ask_to_join
 from experiments.deploy.node_keys import is_pair, read_node_key
 from experiments.deploy.refusal import why_refused, why_unreachable
 from experiments.deploy.server_folder import RENEWAL, ServerFolder
-from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings, policy_of_node
+from experiments.deploy.site_folder import SiteFolder, check_name, check_pinned, node_settings, policy_of_node
 from experiments.deploy.start import secret_file
 
 RENEW = "renew it with 'fedveil server renew'"
@@ -141,6 +141,7 @@ def _registered(folder: ServerFolder) -> Iterator[Finding]:
 def _pair(folder: SiteFolder) -> Iterator[Finding]:
     private, public = (read_bytes(folder.path / name, "the site's key") for name in ("node.key", "node.pub"))
     same = is_pair(private, public)
+    check_name(folder, node_settings(folder))
     yield Finding(
         same, "key pair", "node.pub belongs to node.key" if same else "node.pub is not node.key's: make a new pair"
     )

@@ -7,12 +7,38 @@ import os
 import re
 import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.config import ModelConfig
 from common.errors import ConfigError, DataError
-from experiments.deploy.policy_file import PINS_HEAD, Pins
+from common.roles import ROLES
+from experiments.deploy.policy_file import PINS_HEAD, Pins, pins_of
 from experiments.settings import toml_value
+
+
+def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
+    """Return the pins of a policy file with those that are given in place of its own; what neither has is a job's.
+
+    Args:
+        path: the policy; it need not be there.
+        task, columns, labels, max_length: as for ``pins_of``; empty, or 0, is not given.
+
+    Raises:
+        ConfigError: as for pins_of.
+        DataError: the file cannot be read.
+    """
+    from client.pins import LABELS, MAX_LENGTH, TASK, keys_of
+
+    try:
+        held = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
+    task = task or str(held.get(TASK, ModelConfig().task))
+    held = {key: value for key, value in held.items() if task in ROLES and key in keys_of(task)}
+    kept = {key: str(value) for key, value in held.items() if key not in (TASK, LABELS, MAX_LENGTH)}
+    labels = labels or ",".join(map(str, held.get(LABELS, ())))
+    return pins_of(task, kept | dict(columns), labels, max_length or held.get(MAX_LENGTH, ModelConfig().max_length))
 
 
 def pin(path: Path, pins: Pins) -> None:
@@ -21,12 +47,15 @@ def pin(path: Path, pins: Pins) -> None:
     A file that is not there yet is made, with the pins alone: each run then proposes its own budget.
 
     Raises:
-        ConfigError: the file is not a policy, or would be none with these pins; nothing was changed.
+        ConfigError: the file is not a policy, or would be none with these pins, or is not there and its name is none
+            of a TOML file; nothing was changed.
         DataError: it cannot be read or written.
     """
     from client.pins import KEYS
     from client.policy import parse_policy
 
+    if not path.exists() and path.suffix != ".toml":
+        raise ConfigError(f"there is no site's folder or policy {path}: a new policy's name ends in .toml")
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         others = {key: value for key, value in tomllib.loads(before).items() if key not in KEYS}

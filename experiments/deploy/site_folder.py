@@ -169,6 +169,24 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
     return settings
 
 
+def check_name(folder: SiteFolder, settings: Mapping[str, Scalar]) -> None:
+    """Check that the node answers under the name that its key is registered by.
+
+    Under any other one it would train and pay for every round, and the server would drop its replies.
+
+    Raises:
+        ConfigError: the comment in node.pub is another name, or there is none.
+        DataError: node.pub cannot be read.
+    """
+    words = read_bytes(folder.path / "node.pub", "the site's public key").decode(errors="replace").split()
+    named, own = " ".join(words[2:]), str(settings["site"])
+    if named != own:
+        raise ConfigError(
+            f"this site answers as {own!r}, and its key in node.pub is named {named!r}: the server would drop every "
+            "reply, each of them paid for; set 'site' to the key's name, or make a folder of that name"
+        )
+
+
 def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
     """Return the steward's policy, checked with the node's settings as every round will check them again.
 

@@ -23,7 +23,7 @@ from experiments.deploy.files import FOLDER_MODE, put_file, read_bytes
 from experiments.deploy.refusal import why_refused
 from experiments.deploy.server_folder import ServerFolder, finish_renewal
 from experiments.deploy.site_check import check_site
-from experiments.deploy.site_folder import SiteFolder
+from experiments.deploy.site_folder import SiteFolder, check_name, node_settings
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0
@@ -64,10 +64,12 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         more: node settings that win over the folder's.
 
     Raises:
-        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
-            the site's own records among them if the policy does not pin what they are for.
+        ConfigError: a node setting is unknown, the site's name is not its key's, or with these settings and this
+            policy every round would be refused; the site's own records among them if the policy does not pin what
+            they are for.
         DataError: a file of the folder is missing or damaged, or the records cannot be read: see ``check_site``.
     """
+    check_name(folder, node_settings(folder, more))
     check_site(folder, say, more, rows=False)
     secret = secret_file(folder)
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
