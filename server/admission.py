@@ -133,8 +133,10 @@ class Admission:
         # A report computes the price again; figures that no honest site has would keep it busy.
         if spent.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
             return f"the spending's sample rate is below {LEAST_RATE:g}, or its delta below {LEAST_DELTA:g}"
-        # Infinite: records were released without privacy, and the budget holds for what was charged alone.
+        # The budget holds for what was charged under the site's own name. A total above it is that of records which
+        # other names of its ledger share, an infinite one that of records released without privacy: nothing remains.
         total = spent.epsilon_budget if math.isinf(spent.epsilon_total) else spent.epsilon_total
+        above = spent.epsilon_total > spent.epsilon_budget * (1 + ROUNDING)
         noises = [("noise multiplier", spent.noise_multiplier, plan.noise_multiplier)]
         if result.noised_correct:
             one_count = noise_multiplier_for(plan.max_epsilon, plan.delta, 1.0, 1)
@@ -148,9 +150,8 @@ class Admission:
             ("clip norm", spent.clip_norm, plan.clip_norm),
             ("delta", spent.delta, plan.delta),
             ("budget", spent.epsilon_budget, plan.max_epsilon),
-            ("total", total, spent.epsilon_budget),
             ("price of the round", spent.epsilon_round, total),
-            ("remainder", spent.epsilon_remaining, spent.epsilon_budget),
+            ("remainder", spent.epsilon_remaining, 0.0 if above else spent.epsilon_budget),
         ):
             if figure > most * (1 + ROUNDING):
                 return f"the spending's {name} {figure:.4g} is above {most:.4g}"
