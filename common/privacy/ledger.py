@@ -304,6 +304,20 @@ class Ledger(BudgetHistory):
         """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
         return math.inf if self.exposed(dataset) else accounting.epsilon(self.spent(dataset), delta)
 
+    def largest(self, dataset: str, delta: float) -> float | None:
+        """Return the largest epsilon of ``dataset`` and all that share a record with it; None if none does.
+
+        It bounds what any of its records has spent, at ``delta``; infinite if one of them was exposed.
+        """
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT DISTINCT other.dataset FROM records AS own JOIN records AS other USING (hash) "
+                "WHERE own.dataset = :name AND other.dataset != :name",
+                {"name": dataset},
+            ).fetchall()
+        others = [self.epsilon(name, min(delta, self.terms(name).delta)) for (name,) in rows]
+        return max(self.epsilon(dataset, delta), *others) if others else None
+
     def entries(self) -> list[Entry]:
         """Return every charge, of all data sets, oldest first."""
         with one_line(self.path, "read"):
