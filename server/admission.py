@@ -84,11 +84,18 @@ class Admission:
             else:
                 claimed.add(result.site)
         left = {node: result for node, result in results.items() if node not in reasons}
-        reasons |= oversized({n: r.public_size for n, r in left.items()}, self._job.config.max_size_ratio)
+        reasons |= self._oversized(left)
         left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(result, state) for node, result in left.items()}
         bounds = {n: largest_norm(self._job.config, least_plan(self._job, r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)
+
+    def _oversized(self, results: Mapping[int, TrainResult]) -> dict[int, str]:
+        """Return the nodes whose size is out of proportion to the sizes that this round and earlier ones declared."""
+        said = {member.site: member.public_size for member in self.members.values()}
+        said |= {result.site: result.public_size for result in results.values()}
+        reasons = oversized(said, self._job.config.max_size_ratio)
+        return {node: reasons[result.site] for node, result in results.items() if result.site in reasons}
 
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
         """Remember the nodes of a round that counts."""

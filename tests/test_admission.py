@@ -118,6 +118,18 @@ def test_a_total_of_shared_records_may_be_above_the_budget_and_the_terminal_says
     assert "charged under other names too" in words
 
 
+def test_a_size_is_measured_against_those_of_earlier_rounds_where_two_answer() -> None:
+    job = configure({"max-size-ratio": 10.0})
+    usual = answer(job, plan(job))
+    huge = replace(answer(job, plan(job, size=20 * SIZE), 20 * SIZE), site="lab")
+    admission = Admission(job, {})
+    assert admission.judge({1: usual, 3: huge}, STATE, [1, 3]) == {}, "two sizes have no middle"
+    admission.enrol({1: usual, 2: replace(usual, site="clinic")})
+    reasons = admission.judge({1: replace(usual, round_number=2), 3: replace(huge, round_number=2)}, STATE, [1, 3])
+    assert list(reasons) == [3]
+    assert "max-size-ratio" in reasons[3]
+
+
 def test_terms_that_allow_no_count_drop_the_reply_and_not_the_run() -> None:
     job = configure({"privacy.noise-multiplier": 50.0, "privacy.epsilon": 1e-6, "privacy.delta": 1e-12})
     told = answer(job, plan(configure({"privacy.noise-multiplier": 50.0})))
