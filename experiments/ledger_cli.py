@@ -44,10 +44,11 @@ def show(path: LedgerFile) -> None:
         entries = ledger.entries()
         for dataset in _datasets(ledger):
             terms = ledger.terms(dataset)
-            spent = ledger.epsilon(dataset, min(terms.delta, 1.0))
+            spent, largest = (figure(dataset, min(terms.delta, 1.0)) for figure in (ledger.epsilon, ledger.largest))
             budget = f" of {terms.epsilon:g}" if terms.epsilon < float("inf") else ""
             at = f" at δ {terms.delta:g}" if terms.delta < 1 else ""
-            _say(f"{dataset}: ε {epsilon_text(spent, decimals=4)}{budget}{at}")
+            shared = "" if largest is None else f"; its records' largest, under any name: {_figure(largest)}"
+            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{shared}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
@@ -163,6 +164,10 @@ def _require(ledger: Ledger, path: Path, dataset: str) -> None:
     known = _datasets(ledger)
     if dataset not in known:
         raise LedgerError(f"{path} holds nothing about data set {dataset!r}{nearest(dataset, known)}")
+
+
+def _figure(epsilon: float | None) -> str:
+    return epsilon_text(epsilon, decimals=4)
 
 
 def _spoken_charge(entry: Entry) -> str:

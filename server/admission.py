@@ -84,11 +84,18 @@ class Admission:
             else:
                 claimed.add(result.site)
         left = {node: result for node, result in results.items() if node not in reasons}
-        reasons |= oversized({n: r.public_size for n, r in left.items()}, self._job.config.max_size_ratio)
+        reasons |= self._oversized(left)
         left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(result, state) for node, result in left.items()}
         bounds = {n: largest_norm(self._job.config, least_plan(self._job, r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)
+
+    def _oversized(self, results: Mapping[int, TrainResult]) -> dict[int, str]:
+        """Return the nodes whose size is out of proportion to the sizes that this round and earlier ones declared."""
+        said = {member.site: member.public_size for member in self.members.values()}
+        said |= {result.site: result.public_size for result in results.values()}
+        reasons = oversized(said, self._job.config.max_size_ratio)
+        return {node: reasons[result.site] for node, result in results.items() if result.site in reasons}
 
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
         """Remember the nodes of a round that counts."""
@@ -133,8 +140,10 @@ class Admission:
         # A report computes the price again; figures that no honest site has would keep it busy.
         if spent.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
             return f"the spending's sample rate is below {LEAST_RATE:g}, or its delta below {LEAST_DELTA:g}"
-        # Infinite: records were released without privacy, and the budget holds for what was charged alone.
+        # The budget holds for what was charged under the site's own name. A total above it is that of records which
+        # other names of its ledger share, an infinite one that of records released without privacy: nothing remains.
         total = spent.epsilon_budget if math.isinf(spent.epsilon_total) else spent.epsilon_total
+        above = spent.epsilon_total > spent.epsilon_budget * (1 + ROUNDING)
         noises = [("noise multiplier", spent.noise_multiplier, plan.noise_multiplier)]
         if result.noised_correct:
             one_count = noise_multiplier_for(plan.max_epsilon, plan.delta, 1.0, 1)
@@ -148,9 +157,8 @@ class Admission:
             ("clip norm", spent.clip_norm, plan.clip_norm),
             ("delta", spent.delta, plan.delta),
             ("budget", spent.epsilon_budget, plan.max_epsilon),
-            ("total", total, spent.epsilon_budget),
             ("price of the round", spent.epsilon_round, total),
-            ("remainder", spent.epsilon_remaining, spent.epsilon_budget),
+            ("remainder", spent.epsilon_remaining, 0.0 if above else spent.epsilon_budget),
         ):
             if figure > most * (1 + ROUNDING):
                 return f"the spending's {name} {figure:.4g} is above {most:.4g}"

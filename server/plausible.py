@@ -88,16 +88,16 @@ def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResul
     return min(config.max_update_norm or math.inf, SLACK * honest_norm(config, plan, result, state))
 
 
-def oversized(sizes: Mapping[int, int], ratio: float) -> dict[int, str]:
-    """Return the nodes that declare more than ``ratio`` times the median size, with the reason; both are by node.
+def oversized(sizes: Mapping[str, int], ratio: float) -> dict[str, str]:
+    """Return the sites that declare more than ``ratio`` times the median size, with the reason; both are by name.
 
     Such a figure is rather a slip than a size. Fewer than three sites have no middle to be measured against.
     """
     middle = median(sizes.values()) if len(sizes) >= 3 else math.inf
     return {
-        node: f"the site declares the public size {size}, above {ratio:g} times the round's median {middle:g} "
+        site: f"the site declares the public size {size}, above {ratio:g} times the sites' median {middle:g} "
         "(max-size-ratio)"
-        for node, size in sizes.items()
+        for site, size in sizes.items()
         if size > ratio * middle
     }
 

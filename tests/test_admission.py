@@ -18,6 +18,7 @@ from common.privacy.charges import Terms
 from common.privacy.plan import PrivacyPlan
 from server.admission import Admission
 from server.report import round_line
+from server.report.terminal import epsilon_words
 from server.rounds import RoundOutcome
 from strategies import Job, ServerState, configure
 
@@ -104,6 +105,29 @@ def test_a_strict_site_is_not_implausible_by_the_noise_that_it_adds(size: int, p
     assert honest.spending is not None
     quiet = replace(honest, spending=replace(honest.spending, noise_multiplier=plan(job).noise_multiplier))
     assert "norm" in Admission(job, {}).judge({1: quiet}, STATE, [1])[1], "the bound does not follow the noise"
+
+
+def test_a_total_of_shared_records_may_be_above_the_budget_and_the_terminal_says_why() -> None:
+    job = configure({})
+    told = answer(job, plan(job), epsilon_total=9.5, epsilon_remaining=0.0)
+    admission = Admission(job, {})
+    assert admission.judge({1: told}, STATE, [1]) == {}
+    admission.enrol({1: told})
+    words = epsilon_words(admission.members.values())
+    assert words.startswith("ε 9.500 of 8 "), words
+    assert "charged under other names too" in words
+
+
+def test_a_size_is_measured_against_those_of_earlier_rounds_where_two_answer() -> None:
+    job = configure({"max-size-ratio": 10.0})
+    usual = answer(job, plan(job))
+    huge = replace(answer(job, plan(job, size=20 * SIZE), 20 * SIZE), site="lab")
+    admission = Admission(job, {})
+    assert admission.judge({1: usual, 3: huge}, STATE, [1, 3]) == {}, "two sizes have no middle"
+    admission.enrol({1: usual, 2: replace(usual, site="clinic")})
+    reasons = admission.judge({1: replace(usual, round_number=2), 3: replace(huge, round_number=2)}, STATE, [1, 3])
+    assert list(reasons) == [3]
+    assert "max-size-ratio" in reasons[3]
 
 
 def test_terms_that_allow_no_count_drop_the_reply_and_not_the_run() -> None:

@@ -24,6 +24,7 @@ from common.messages import Refusal, Spending
 from common.privacy.accounting import Release
 from common.privacy.charges import Charge
 from common.privacy.contents import record_hashes
+from common.privacy.figures import epsilon_text
 from common.privacy.ledger import Ledger
 from common.wire import decode_reply, encode_reply, layout_of
 from experiments.in_process import run_in_process, simulated_nodes
@@ -328,6 +329,20 @@ def test_the_steward_sees_an_exposure_among_the_events(mixed: Path) -> None:
     assert (code, "ε 0.0000 of 3" in words, "∞ is spent" in words, "after-no-privacy" in words) == (0, True, True, True)
     code, words = fedveil("ledger", "budget", mixed, "--dataset", "clinic", "--epsilon", 5)
     assert (code, "after-no-privacy" in words) == (0, True)
+
+
+def test_the_steward_sees_what_records_have_spent_under_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    for dataset, numbers in (("clinic", (1, 2)), ("ward", (2, 3)), ("lab", (4,))):
+        charge_for(path, dataset, texts(*numbers))
+    with Ledger(path) as ledger:
+        one, two = (ledger.epsilon(name, 1e-5) for name in ("ward", "clinic"))
+    assert one < two
+    lines = fedveil("ledger", "show", path)[1].splitlines()
+    said = {line.partition(":")[0]: line for line in lines if not line.startswith(" ")}
+    assert f"its records' largest, under any name: {epsilon_text(two, decimals=4)}" in said["ward"]
+    assert said["ward"].startswith(f"ward: ε {epsilon_text(one, decimals=4)} ")
+    assert "largest" not in said["lab"]
 
 
 def test_a_ledger_of_exposures_alone_is_shown(tmp_path: Path) -> None:

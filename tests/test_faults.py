@@ -276,7 +276,7 @@ PRIVATE_LIES: dict[str, tuple[Tamper, str, int]] = {
     "a larger clip": (spending(clip_norm=5.0), "clip norm", 1),
     "another delta": (spending(delta=0.1), "delta", 1),
     "a larger budget": (spending(epsilon_budget=100.0), "budget", 1),
-    "more than the budget": (spending(epsilon_total=9.0), "total", 1),
+    "more than the budget, and some left": (spending(epsilon_total=9.0), "remainder", 1),
     "fewer steps": (spending(steps_round=1), "steps", 1),
     "a total that goes back": (spending(epsilon_round=0.0, epsilon_total=0.01), "went back", 2),
     "a noise beyond arithmetic": (spending(noise_multiplier=1e200), "noise multiplier 1e+200 is above", 1),

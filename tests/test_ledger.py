@@ -455,6 +455,8 @@ def charged(path: Path) -> list[tuple[str, str, int]]:
 def check_that_the_same_records_stay_on_one_budget(path: Path, again: Dataset) -> None:
     """Use twenty records as ``ward``, then ``again`` as ``clinic`` until it is refused."""
     budget = cost_of(2) + 1e-6
+    with Ledger(path) as ledger:
+        ledger.set_budget("ward", budget, DELTA)
     first = charge_for(path, "ward", texts(*range(20)), ROUND, max_epsilon=budget)
     second = charge_for(path, "clinic", again, ROUND, max_epsilon=budget)
     assert (second.epsilon_before, second.epsilon_after) == (first.epsilon_after, cost_of(2)), "a name is a new start"
@@ -514,10 +516,46 @@ def test_the_other_names_own_budget_holds_and_its_smaller_delta(path: Path) -> N
     with pytest.raises(BudgetExhausted, match="shares with another data set"):
         charge_for(path, "clinic", texts(2, 3), ROUND)
     shared = charge_for(path, "clinic", texts(2, 3), WHISPER)
-    assert shared.delta == DELTA / 10
+    assert shared.delta == DELTA, "the other's delta is none of the caller's"
     assert (shared.steps_total, shared.max_epsilon) == (1, 8.0), "figures that are not of the data set asked for"
     assert shared.epsilon_after == epsilon([Release(20.0, 0.01, 2)], DELTA / 10)
     assert shared.epsilon_remaining == 8.0 - shared.epsilon_after
+
+
+def check_that_no_threshold_of_a_caller_asks_for_a_shared_record(folder: Path) -> None:
+    """Ask at budgets below and above what another name has spent, with a record of it and without."""
+    for number, budget in enumerate((cost_of(1), (cost_of(1) + cost_of(2)) / 2, cost_of(2))):
+        answers = []
+        for records in (texts(2, 3), texts(3, 4)):
+            path = folder / f"{number}-{len(answers)}.sqlite"
+            charge_for(path, "ward", texts(1, 2), ROUND, delta=DELTA / 10)
+            receipt = charge_for(path, "clinic", records, ROUND, max_epsilon=budget)
+            answers.append(receipt.delta)
+            if records == texts(2, 3):
+                assert receipt.epsilon_after == epsilon([Release(1.0, 0.1, 10)], DELTA / 10) > receipt.max_epsilon
+                assert receipt.epsilon_remaining == 0.0
+        assert answers == [DELTA, DELTA]
+
+
+def test_no_threshold_of_a_caller_asks_for_a_shared_record(tmp_path: Path) -> None:
+    check_that_no_threshold_of_a_caller_asks_for_a_shared_record(tmp_path)
+
+
+def test_a_callers_budget_that_holds_for_other_names_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = Ledger._prices
+
+    def everyones(self: Ledger, names: Any, releases: Any, delta: float, max_epsilon: float) -> dict[str, Charge]:
+        prices = sound(self, names, releases, delta, max_epsilon)
+        return {
+            name: dataclasses.replace(charge, max_epsilon=min(charge.max_epsilon, max_epsilon))
+            for name, charge in prices.items()
+        }
+
+    monkeypatch.setattr(Ledger, "_prices", everyones)
+    with pytest.raises(BudgetExhausted, match="shares with another"):
+        check_that_no_threshold_of_a_caller_asks_for_a_shared_record(tmp_path)
 
 
 def check_that_every_record_is_within_the_largest_figure(path: Path) -> None:

@@ -204,6 +204,17 @@ def test_a_round_that_does_not_count_is_no_progress(made: MadeRun) -> None:
     assert "did not count" in to_html(data)
 
 
+def test_a_total_above_the_budget_is_said_to_be_of_shared_records(made: MadeRun) -> None:
+    lines = made.lines("privacy.jsonl")
+    lines[-1] |= {"epsilon_total": 9.5, "epsilon_remaining": 0.0}
+    (made.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = report_of(made.folder)
+    assert data.headline.epsilon == 9.5
+    (gap,) = (gap for gap in data.claim.gaps if "above its budget of 8" in gap)
+    assert gap.startswith(f"{lines[-1]['site']}: ε 9.5")
+    assert "shares records with other names" in gap
+
+
 def test_participants_without_a_privacy_line_weaken_the_claim(made: MadeRun) -> None:
     lines = made.lines("privacy.jsonl")[:-1]
     (made.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

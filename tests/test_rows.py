@@ -53,6 +53,7 @@ ODD_LINES = {
     "a large cell": json.dumps({"text": "film " * 30_000, "label": "good"}),
 }
 BROKEN = {
+    "a cell that goes on behind its quote": b'text,label,author\n"Great" movie,good,a1\n',
     "an open quote": b'text,label\nthe film,good\n"never closed,bad\n',
     "not UTF-8": "text,label\nthe caf\u00e9,good\n".encode("latin-1"),
     "no rows": b"text,label\n",

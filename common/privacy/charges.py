@@ -47,7 +47,8 @@ class Charge:
     """As ``epsilon_after``, before this charge."""
     epsilon_after: float
     """Of everything charged to the data set, this charge included; where it shares records with others of its ledger,
-    the largest of theirs and its own, since a shared record's history is among them."""
+    the largest of theirs and its own, since a shared record's history is among them. Theirs are at deltas that are not
+    above this one's, so it holds at ``delta``; it may be above ``max_epsilon``, which limits the own one."""
     epsilon_round: float
     """Of this charge's releases alone, as if nothing had been spent. These do not add up over rounds."""
     epsilon_remaining: float

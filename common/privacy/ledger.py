@@ -62,8 +62,9 @@ class Ledger(BudgetHistory):
         (after a disk failure during the write, nothing or all of it). The data set's epsilon never
         passes ``max_epsilon`` nor the budget that is stored here, whoever else charges at the same
         time. The same run and round charged again is charged again: a repeated round releases anew.
-        Every data set of this ledger that shares a record with ``records`` is charged the same, and
-        keeps its own budget and the caller's; the receipt's epsilon is the largest of theirs.
+        Every data set of this ledger that shares a record with ``records`` is charged the same, within its
+        own stored budget if it has one; the receipt's epsilon is the largest of theirs, and so may be
+        above ``max_epsilon``.
 
         Args:
             dataset: the site's name for the records; budgets of different names are separate.
@@ -267,15 +268,18 @@ class Ledger(BudgetHistory):
     def _prices(
         self, names: Sequence[str], releases: Sequence[Release], delta: float, max_epsilon: float
     ) -> dict[str, Charge]:
-        """Return what ``releases`` cost each data set, at one delta: the first has the records, the others share some.
+        """Return what ``releases`` cost each data set: the first has the records, the others share some.
 
-        No name may pass the budget of the first one: it is a budget of records that the others hold as well.
+        The caller's budget is the first one's alone, and so is its delta: a caller that chose a limit for the others,
+        or met one of theirs at a figure of its choice, would learn by a refusal that a record is shared. Each of them
+        keeps its own stored budget, at its own delta where that is smaller.
         """
         terms = {name: self.terms(name) for name in names}
-        delta = min(delta, *(held.delta for held in terms.values()))
-        max_epsilon = min(max_epsilon, terms[names[0]].epsilon)
+        delta = min(delta, terms[names[0]].delta)
+        limits = {name: held.epsilon for name, held in terms.items()}
+        limits[names[0]] = min(max_epsilon, limits[names[0]])
         return {
-            name: price(self.spent(name), releases, delta, min(max_epsilon, held.epsilon))
+            name: price(self.spent(name), releases, min(delta, held.delta), limits[name])
             for name, held in terms.items()
         }
 
@@ -299,6 +303,20 @@ class Ledger(BudgetHistory):
     def epsilon(self, dataset: str, delta: float) -> float:
         """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
         return math.inf if self.exposed(dataset) else accounting.epsilon(self.spent(dataset), delta)
+
+    def largest(self, dataset: str, delta: float) -> float | None:
+        """Return the largest epsilon of ``dataset`` and all that share a record with it; None if none does.
+
+        It bounds what any of its records has spent, at ``delta``; infinite if one of them was exposed.
+        """
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT DISTINCT other.dataset FROM records AS own JOIN records AS other USING (hash) "
+                "WHERE own.dataset = :name AND other.dataset != :name",
+                {"name": dataset},
+            ).fetchall()
+        others = [self.epsilon(name, min(delta, self.terms(name).delta)) for (name,) in rows]
+        return max(self.epsilon(dataset, delta), *others) if others else None
 
     def entries(self) -> list[Entry]:
         """Return every charge, of all data sets, oldest first."""

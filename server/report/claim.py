@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,14 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], m
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []
     gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
+    gaps += [
+        f"{site.site}: ε {epsilon_text(site.epsilon_total)} is above its budget of {site.epsilon_budget:g}: it shares "
+        "records with other names of its ledger, and the figure is the dearest name's"
+        for site in sites
+        if site.epsilon_total is not None
+        and site.epsilon_budget is not None
+        and site.epsilon_budget < site.epsilon_total < math.inf
+    ]
     if unpaid:
         gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
     accounted = {(line["round"], line["site"]) for line in files.privacy}

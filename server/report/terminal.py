@@ -25,7 +25,11 @@ def epsilon_words(members: Iterable[Member]) -> str:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)
     total, delta = epsilon_text(worst.epsilon_total), max(s.delta for s in spent)
-    why = ", its records were released without privacy before" if math.isinf(worst.epsilon_total) else ""
+    why = ""
+    if math.isinf(worst.epsilon_total):
+        why = ", its records were released without privacy before"
+    elif worst.epsilon_total > worst.epsilon_budget:
+        why = ", its records were charged under other names too"
     return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, record-level, worst site{why})"
 
 
