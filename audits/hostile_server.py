@@ -1,13 +1,12 @@
 """A server that lies: every lie of the list through the real client, and the old behaviour, which each must find.
 
-What is asked for by settings, records, models and adapter states stands in modules of their own; here are the bundle
-and the rounds that are asked for again.
+What is asked for by settings, records, models, bundles and adapter states stands in modules of their own; here are the
+rounds that are asked for again.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,40 +15,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from flwr.app import Context, RecordDict
-from flwr.app.message import make_message
-from flwr.app.metadata import Metadata
-from flwr.cli.build import build_fab_from_files
 
 from audits import hostile_questions, hostile_records
 from audits.faults import SOUND, Fault
 from audits.finding import Finding, judged
+from audits.hostile_bundle import BUNDLES, audit_bundle
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
 from audits.tiny_site import tiny_site
-from client.policy import Policy
-from client.worker import reply_to
-from common.bundle import PROJECT, files_of
 from common.messages import Refusal, TrainResult
 from common.privacy.ledger import Ledger
 from common.types import AdapterState
-from common.wire import encode_task
-
-MARK = """
-from pathlib import Path
-from flwr.clientapp import ClientApp
-Path({mark!r}).write_text("the bundle's code ran")
-app = ClientApp()
-"""
 
 
 def nothing(*_: Any, **__: Any) -> None:
     """Check nothing."""
-
-
-def any_bundle() -> AbstractContextManager[Any]:
-    """A bundle's hash is nobody's business."""
-    return patch.object(Policy, "check_bundle", nothing)
 
 
 def forgotten() -> AbstractContextManager[Any]:
@@ -70,33 +50,8 @@ def unpaid() -> AbstractContextManager[Any]:
     return patch.object(Ledger, "charge", once)
 
 
-BUNDLES = Fault("any bundle is taken", any_bundle)
 FORGOTTEN = Fault("no trace of runs without privacy", forgotten)
 UNPAID = Fault("a round again is free", unpaid)
-
-
-def audit_bundle(folder: Path, fault: Fault = SOUND) -> Finding:
-    """Return whether a bundle whose client is the server's own is taken, and whether a line of it runs.
-
-    Args:
-        folder: empty; model, records and the mark go there.
-        fault: SOUND or BUNDLES.
-    """
-    site, mark = tiny_site(folder), folder / "mark"
-    own = {"client/app.py": MARK.format(mark=str(mark)).encode()}
-    bundle = build_fab_from_files(files_of(PROJECT) | own)[0]
-    metadata = Metadata(1, "", 1, 1, "", "1", time.time(), 600.0, "train")
-    message = make_message(metadata, encode_task(site.task()))
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=site.settings)
-    with fault.plant():
-        reply = reply_to(message, context, bundle, site.node)
-    trained = bool(site.ledger.exists() and site.charges())
-    figures: dict[str, int | float | str] = {
-        "taken": str(trained),
-        "its code ran": str(mark.exists()),
-        "answered": str(reply.has_content()),
-    }
-    return judged("bundle of the server's own", fault.name, trained or mark.exists(), figures)
 
 
 def audit_rounds(folder: Path, fault: Fault = SOUND) -> Finding:

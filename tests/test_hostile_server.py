@@ -9,9 +9,10 @@ import pytest
 
 from audits.faults import SOUND, Fault
 from audits.finding import Finding
+from audits.hostile_bundle import BUNDLES, audit_bundle
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
-from audits.hostile_server import BUNDLES, FORGOTTEN, UNPAID, audit_bundle, audit_rounds
+from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
 
 Audit = Callable[[Path, Fault], Finding]
 CASES: dict[Audit, tuple[Fault, ...]] = {

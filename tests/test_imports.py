@@ -20,6 +20,7 @@ MAY_IMPORT = {
 }
 DOORS = {
     "flwr": {
+        "audits/hostile_bundle.py",
         "audits/simulated_site.py",
         "client/app.py",
         "client/runtime.py",

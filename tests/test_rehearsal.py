@@ -14,7 +14,7 @@ from one_site import clinic
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from client import local_training, rehearsal
+from client import app, local_training, rehearsal
 from client.own_records import tokenised
 from client.rehearsal import rehearse, rehearse_initial
 from common.adapters import ADAPTERS
@@ -191,6 +191,7 @@ def test_shapes_that_do_not_fit_the_memory_are_refused_before_a_charge(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = clinic(toy_settings, tmp_path)
+    monkeypatch.setattr(app, "_process", app._Process())  # nothing is rehearsed
     losses = FederatedModel.losses
 
     def out_of_memory(model: FederatedModel, batch: Any) -> Tensor:

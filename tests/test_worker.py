@@ -293,4 +293,4 @@ def test_a_server_that_asks_with_ever_other_settings_does_not_fill_the_memory(si
     for seed in (45, 46, 47):
         site.settings["data.seed"] = seed
         site.train(run=str(seed))
-        assert [config.seed for config, _ in installed._process.records] == [seed]
+        assert list(installed._process.records) == ["clinic"]
