@@ -316,7 +316,7 @@ def _fewer(rows: int) -> Iterator[int]:
     >>> list(_fewer(13))
     [13, 12, 8, 4, 2, 1]
     """
-    yield from sorted({n for n in (rows, rows // 8 * 8, rows // 4 * 4, rows // 2 * 2, 4, 2, 1) if 0 < n <= rows})[::-1]
+    yield from sorted({rows, *range(4, rows, 4), *(n for n in (2, 1) if n < rows)}, reverse=True)
 
 
 @contextmanager
