@@ -23,6 +23,7 @@ from audits.finding import Finding
 from audits.shell import run_alone, with_each
 from audits.simulated_site import text_of
 from audits.tiny_site import save_tiny_model, tiny_run, write_reviews
+from common.bundle import OWN_SETTINGS
 from common.errors import ConfigError
 from common.partition import declared_size
 from experiments import app
@@ -45,7 +46,8 @@ def bundle(folder: Path, fault: Fault) -> Path:
     text, doors = re.subn(r"^clientapp = .*$", 'clientapp = "with_canaries:app"', text, flags=re.MULTILINE)
     if doors != 1:
         raise ConfigError(f"pyproject.toml names {doors} apps as clientapp: name one")
-    (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+    for place in ("pyproject.toml", OWN_SETTINGS):
+        (folder / place).write_text(text, encoding="utf-8")
     shutil.copy(app.PROJECT / "README.md", folder)
     (folder / "with_canaries.py").write_text(
         f"from audits.simulated_site import app_with\n\napp = app_with({fault.name!r})\n", encoding="utf-8"
