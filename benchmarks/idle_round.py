@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from audits.tiny_site import tiny_run, write_reviews
 from common.base_model import load_base_model
 from experiments.deploy.commands import environment, own_module, program, supernode_command, worker_command
 from experiments.deploy.files import put_file
@@ -36,6 +35,10 @@ from experiments.deploy.submit import submit
 from experiments.ports import free_ports
 from server.report import read_lines
 from strategies import configure
+
+# The audits' tiny sites are no part of the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from audits.tiny_site import tiny_run, write_reviews
 
 SITES = ("clinic", "ward")
 SLEEP, LOOK = 3.0, 0.5
