@@ -1,4 +1,4 @@
-"""A bundle whose client is the server's own: is it taken, and does a line of it run?"""
+"""A bundle whose client is the server's own: it must not be taken, and no line of it may run."""
 
 from __future__ import annotations
 

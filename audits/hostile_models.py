@@ -1,4 +1,4 @@
-"""Base models that mix records, which a server may name and a steward allow in good faith: is the run refused unpaid?
+"""Base models that mix records, which a steward may allow in good faith: the run must be refused unpaid.
 
 DeBERTa with shared projections passes its relative positions through the adapted layers as a batch of 1, and the
 gradient of that, a sum over all records, is taken for the first one's.

@@ -1,4 +1,4 @@
-"""What a hostile server learns, or gets twice, by records: rows that are none, other names, columns and divisions.
+"""Questions of a hostile server by records: rows that are none, other names, other columns and other divisions.
 
 Everything goes through the real client, with a policy that lets the server ask.
 """

@@ -1,4 +1,4 @@
-"""How fast private noise is drawn, as ratios within one run.
+"""The speed of private noise, as ratios within one run.
 
     .venv/bin/python benchmarks/noise.py                     # about 20 seconds on 2 cores
 

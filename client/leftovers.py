@@ -1,4 +1,4 @@
-"""What a task may leave behind in a process that goes on to the next one: nothing.
+"""The check that a task leaves nothing behind in a process that goes on to the next one.
 
 A long-lived worker keeps the model. Everything of it that the next task does not overwrite (base weights, frozen
 factors, buffers, also those that are never saved, such as rotary angles) must be, bit by bit, what it was when the

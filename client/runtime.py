@@ -1,4 +1,4 @@
-"""The Runtime API by which a site's worker gets tasks from Flower's SuperNode and hands replies over.
+"""A client of Flower's Runtime API: tasks come from the site's SuperNode, replies go to it.
 
 Everything of Flower that it calls internal is in this file, and ``tests/test_worker.py`` holds it to the version.
 Flower's own way for a task starts a process, unpacks the bundle that the server sent and runs the code in it. A

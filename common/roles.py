@@ -1,4 +1,4 @@
-"""What each kind of task reads of a record, and which setting of a job names the column.
+"""The table of roles: the fields that each kind of task reads of a record, and the setting that names each column.
 
 The one table of it: the loader reads these columns and no other, and a steward's policy pins every one of
 them (``client.pins``), so that a task or a column that is added here is pinned as well.

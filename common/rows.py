@@ -1,4 +1,4 @@
-"""Which rows of a table are records: the one place that decides, for public data and for protected ones.
+"""The one place that decides which rows of a table are records, for public data and for protected ones.
 
 Whoever reads public data gets an error that names the first row that does not fit. At a site that
 protects its records such a row contributes nothing, as if it were not there, and its steward alone hears of it.

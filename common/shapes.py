@@ -1,4 +1,4 @@
-"""The shapes in which private gradients are computed: a record's follows from its own length, never from another's.
+"""Shapes of private batches: a record's follows from its own length, never from another's.
 
 Arithmetic in floating point depends on the shape of a batch: a matrix product of other sizes may add
 in another order. If a record's shape depended on who is beside it, adding one record would move what

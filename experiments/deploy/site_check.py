@@ -1,4 +1,4 @@
-"""Which rows of a site's own data are no records, by number and reason, for its steward alone; none is quoted."""
+"""The list, for a site's steward alone, of rows that are no records, by number and reason; none is quoted."""
 
 from __future__ import annotations
 
