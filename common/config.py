@@ -244,7 +244,8 @@ class RunConfig:
     max_size_ratio: float = 100.0
     """Largest public size that a site may declare, over the median of the round's (three sites or more)."""
     max_share: float = 0.5
-    """Largest part of a round's average that one site may be (three sites or more), whatever size it declares."""
+    """Largest part of a round's average that one of three sites or more may be, whatever size it declares; of two sites
+    ``(1 + max-share) / 2``."""
     resume: str = ""
     """Id or folder of a run to go on with after its last complete round; empty: a new run."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -11,6 +11,10 @@ longer than ``LONGEST`` times the round's middle one (``LONGEST_OPEN`` without p
 one can be: it is scaled down to that (norm clipping; Sun et al. 2019, "Can you really backdoor federated
 learning?"). Norms are of what was noised at the sites, so both are free under privacy. Of all updates' weighted
 lengths one site is then at most ``LONGEST p / (LONGEST p + 1 - p)``, where the others are as long as the middle one.
+
+Two sites have no middle, and nobody can say which of them lies. No share is then above ``(1 + max-share) / 2``:
+half of what is free above ``max-share`` is left to an honest pair whose sizes differ. No update is longer than
+``LONGEST`` (``LONGEST_OPEN``) times what an honest one can be by the settings, where they bound it.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
     for result, factor in zip(results, factors, strict=True):
         if factor < 1:
             where = about(result.run, result.round_number, result.site)
-            log.warning("the update is scaled by %.3g: it is longer than the others'", factor, extra=where)
+            log.warning("the update is scaled by %.3g: it is longer than is likely", factor, extra=where)
     return [
         Contribution(result.site, share, shortened(result, state, factor))
         for result, share, factor in zip(results, shares, factors, strict=True)
@@ -58,7 +62,16 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
 def shares_of(job: Job, results: Sequence[TrainResult]) -> list[float]:
     """Return the weight of each result, in records; only ratios matter."""
     weights = [result.public_size / _noise_ratio(job, result) ** 2 for result in results]
-    return capped(weights, job.config.max_share) if len(weights) >= ENOUGH else weights
+    return capped(weights, most_of(len(weights), job.config.max_share))
+
+
+def most_of(sites: int, max_share: float) -> float:
+    """Return the largest share of the average that one of so many sites may be.
+
+    >>> [most_of(sites, 0.5) for sites in (1, 2, 3)]
+    [1.0, 0.75, 0.5]
+    """
+    return {1: 1.0, 2: (1 + max_share) / 2}.get(sites, max_share)
 
 
 def _noise_ratio(job: Job, result: TrainResult) -> float:
@@ -85,14 +98,18 @@ def capped(weights: Sequence[float], most: float) -> list[float]:
 
 
 def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float]:
-    """Return what each update is scaled by: 1, or less for one that is longer than the others'."""
-    if len(results) < ENOUGH:
+    """Return what each update is scaled by: 1, or less for one that is longer than the others', or than is honest."""
+    honest = [honest_norm(job.config, least_plan(job, result), result, state) for result in results]
+    bounded = all(math.isfinite(most) and most for most in honest)
+    if len(results) < ENOUGH and not bounded:
         return [1.0] * len(results)
-    lengths = []
-    for result in results:
-        honest = honest_norm(job.config, least_plan(job, result), result, state)
-        lengths.append(update_norm(result, state) / (honest if math.isfinite(honest) and honest else 1.0))
-    longest = (LONGEST if job.config.privacy.on else LONGEST_OPEN) * median(lengths)
+    lengths = [
+        update_norm(result, state) / (most if math.isfinite(most) and most else 1.0)
+        for result, most in zip(results, honest, strict=True)
+    ]
+    longest = LONGEST if job.config.privacy.on else LONGEST_OPEN
+    if len(results) >= ENOUGH:
+        longest *= median(lengths)
     return [longest / length if length > longest else 1.0 for length in lengths]
 
 

@@ -19,7 +19,7 @@ from common.tensors import l2_norm
 from server import aggregation
 from server.admission import Admission
 from server.aggregation import LONGEST, LONGEST_OPEN, capped, contributions
-from server.plausible import largest_norm
+from server.plausible import honest_norm, largest_norm
 from server.terms import least_plan, usual_noise
 from strategies import Job, ServerState, configure
 
@@ -132,10 +132,35 @@ def test_an_update_is_shortened_in_its_own_direction_from_what_the_site_received
     assert torch.allclose(change, update(1.1 * LONGEST_OPEN, 3)["layer"]["B"], atol=1e-6)
 
 
-def test_two_sites_have_no_middle_and_are_averaged_by_their_sizes() -> None:
-    job = configure(OPEN)
+def test_one_of_two_sites_is_three_quarters_of_the_average_at_most_whatever_size_it_declares() -> None:
+    job, free = configure(OPEN), configure({**OPEN, "max-share": 1.0})
     results = [replace(r, public_size=n) for r, n in zip(round_of(job, 2), (10, 990), strict=True)]
-    assert [c.weight for c in contributions(job, results, STATE)] == [10.0, 990.0]
+    assert part_of(job, results) == pytest.approx(0.75)
+    assert part_of(free, results) == pytest.approx(0.99), "the fault is not found"
+
+
+def test_two_sites_of_sizes_that_differ_less_are_averaged_by_them() -> None:
+    job = configure(OPEN)
+    results = [replace(r, public_size=n) for r, n in zip(round_of(job, 2), (10, 29), strict=True)]
+    assert [c.weight for c in contributions(job, results, STATE)] == [10.0, 29.0]
+
+
+def test_one_of_two_sites_that_sends_all_that_is_plausible_is_shortened_to_what_is_likely() -> None:
+    job = configure(PRIVATE)
+    honest, last = round_of(job, 2)
+    results = [honest, long_as_allowed(job, last)]
+    kept, shortened = contributions(job, results, STATE)
+    assert kept.state is honest.contribution
+    likely = honest_norm(job.config, least_plan(job, last), last, STATE)
+    assert l2_norm(shortened.state) == pytest.approx(LONGEST * likely, rel=1e-5)
+    assert l2_norm(results[1].contribution) > 4 * LONGEST * likely, "a case in which nothing is shortened"
+
+
+def test_one_site_alone_is_all_of_the_average_and_stays_as_long_as_it_is() -> None:
+    job = configure(OPEN)
+    (result,) = round_of(job, 1)
+    (only,) = contributions(job, [result], STATE)
+    assert (only.weight, only.state) == (result.public_size, result.contribution)
 
 
 def test_the_runs_own_noise_is_what_a_site_without_rules_adds() -> None:
