@@ -66,6 +66,16 @@ def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
         )
 
 
+def note_failure(site: Site, task: TrainTask, reason: str) -> None:
+    """Write down that a charged round failed and is answered by noise alone.
+
+    Raises:
+        LedgerError: the ledger cannot be written.
+    """
+    with Ledger(site.ledger_path) as ledger:
+        ledger.fail(site.dataset_id, run=task.run, round_number=task.round_number, reason=reason)
+
+
 def _within(site: Site, steps: int) -> Callable[[int, int], None]:
     """Return what refuses one more round, of so many ``steps``, where the policy has no more."""
     return lambda rounds, taken: site.policy.check_round(rounds + 1, taken + steps)

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from client.budget import evaluation_releases, note_exposure, pay_initialisation, pay_round
+from client.budget import evaluation_releases, note_exposure, note_failure, pay_initialisation, pay_round
 from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.site import Site
 from common.batching import epoch_batches, length_batches
 from common.device import choose_batch_tokens
-from common.errors import ProtocolError
+from common.errors import LedgerError, ProtocolError
 from common.initial_gradient import BATCH_TOKENS, initial_shapes, mean_gradient, private_gradient
 from common.log import about
 from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
@@ -78,7 +78,7 @@ def train_round(
         noise = site.policy.metrics_noise
         counted = NoisedCount(noised_correct(model, records, noise), noise)
     if plan:
-        _private_steps(records, job, model, task, received, plan, limit)
+        _private_steps(records, job, model, site, task, received, plan, limit)
     else:
         _open_steps(records, job, model, task.round_number, site)
     trained = {
@@ -116,7 +116,7 @@ def initial_round(
             batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
             gradient = private_gradient(model, batches, plan, limit)
         except Exception as error:
-            _say_noise(error, task)
+            _note_noise(error, site, task)
             gradient = private_gradient(model, [], plan)
     else:
         note_exposure(site, job, task)
@@ -148,6 +148,7 @@ def _private_steps(
     records: Sequence[Record],
     job: Job,
     model: FederatedModel,
+    site: Site,
     task: TrainTask,
     received: AdapterState,
     plan: PrivacyPlan,
@@ -175,17 +176,19 @@ def _private_steps(
     except Exception as error:
         if not records:
             raise
-        _say_noise(error, task)
+        _note_noise(error, site, task)
         model.write(received)
-        _private_steps([], job, model, task, received, plan, unlimited)
+        _private_steps([], job, model, site, task, received, plan, unlimited)
 
 
-def _say_noise(error: Exception, task: TrainTask) -> None:
-    log.error(
-        "the round failed after its charge, and noise alone is sent: %s",
-        own_words(error),
-        extra=about(task.run, task.round_number),
-    )
+def _note_noise(error: Exception, site: Site, task: TrainTask) -> None:
+    """Say at the site, in its log and its ledger, that noise alone is sent; a ledger that fails too is no refusal."""
+    where = about(task.run, task.round_number)
+    log.error("the round failed after its charge, and noise alone is sent: %s", own_words(error), extra=where)
+    try:
+        note_failure(site, task, own_words(error))
+    except LedgerError as failed:
+        log.error("and the ledger has no row of it: %s", own_words(failed), extra=where)
 
 
 def _open_steps(records: Sequence[Record], job: Job, model: FederatedModel, round_number: int, site: Site) -> None:

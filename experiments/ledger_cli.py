@@ -21,7 +21,7 @@ from common.privacy.figures import epsilon_text, remaining_text
 from experiments.people import for_people
 
 if TYPE_CHECKING:
-    from common.privacy.charges import Budget, Entry, Exposure
+    from common.privacy.charges import Budget, Entry, Exposure, Failure
     from common.privacy.ledger import Ledger
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
@@ -52,6 +52,7 @@ def show(path: LedgerFile) -> None:
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
+            events += [(f.failed_at, _spoken_failure(f)) for f in ledger.failures() if f.dataset == dataset]
             for when, what in sorted(events, key=lambda event: event[0]):
                 _say(f"  {when}  {what}")
             if ledger.exposed(dataset):
@@ -125,14 +126,15 @@ def export(
     form: Annotated[str, typer.Option("--format", help="json or csv.")] = "json",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file; without it, to the terminal.")] = None,
 ) -> None:
-    """Write every charge, exposure and budget of a ledger as JSON, or every charge and exposure as CSV."""
+    """Write all rows of a ledger as JSON, or all but its budgets as CSV."""
     one_of(("json", "csv"), format=form)
     with _opened(path) as ledger:
         charges = [dataclasses.asdict(entry) for entry in ledger.entries()]
         exposures = [dataclasses.asdict(exposure) for exposure in ledger.exposures()]
+        failures = [dataclasses.asdict(failure) for failure in ledger.failures()]
         budgets = [dataclasses.asdict(budget) for budget in ledger.budgets()]
-    held = {"charges": charges, "exposures": exposures, "budgets": budgets}
-    text = _csv(charges, exposures) if form == "csv" else json.dumps(held, indent=2) + "\n"
+    held = {"charges": charges, "exposures": exposures, "failures": failures, "budgets": budgets}
+    text = _csv(charges, exposures, failures) if form == "csv" else json.dumps(held, indent=2) + "\n"
     if output is None:
         sys.stdout.write(text)
         return
@@ -142,7 +144,7 @@ def export(
         replace_file(output, text.encode())
     except OSError as error:
         raise DataError(f"{output} cannot be written ({error.strerror}): name another file") from error
-    _say(f"{len(charges)} charges and {len(exposures)} exposures are in {output}")
+    _say(f"{len(charges)} charges, {len(exposures)} exposures and {len(failures)} failures are in {output}")
 
 
 @contextmanager
@@ -182,28 +184,34 @@ def _spoken_exposure(row: Exposure) -> str:
     return f"run {row.run} round {row.round_number}  released without privacy: {row.steps} steps"
 
 
+def _spoken_failure(row: Failure) -> str:
+    return (
+        f"run {row.run} round {row.round_number}  failed after its charge and was answered by noise alone, "
+        f"outside the claim: {row.reason}"
+    )
+
+
 def _spoken_budget(row: Budget) -> str:
     was = "" if row.replaced is None else f", was {row.replaced:g}"
     return f"budget set to ε {row.epsilon:g}{was}, at δ {row.delta:g}"
 
 
-def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]]) -> str:
-    """Return charges, then exposures as rows of kind ``without privacy`` that have no noise, rate or delta."""
+def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
+    """Return charges, then exposures and failures as rows of kinds of their own that have no noise, rate or delta."""
     from common.privacy.charges import Entry
 
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [item.name for item in dataclasses.fields(Entry)])
     writer.writeheader()
-    open_rows = [
-        {
-            **{name: row[name] for name in ("id", "dataset", "run", "round_number")},
-            "kind": "without privacy",
-            "count": row["steps"],
-            "charged_at": row["released_at"],
-        }
-        for row in exposures
-    ]
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in [*charges, *open_rows])
+    where = ("id", "dataset", "run", "round_number")
+    rows = [*charges]
+    for row in exposures:
+        rows.append({name: row[name] for name in where})
+        rows[-1] |= {"kind": "without privacy", "count": row["steps"], "charged_at": row["released_at"]}
+    for row in failures:
+        rows.append({name: row[name] for name in where})
+        rows[-1] |= {"kind": "noise alone", "charged_at": row["failed_at"]}
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

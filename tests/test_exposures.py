@@ -224,10 +224,15 @@ def test_an_impossible_exposure_is_refused(tmp_path: Path, terms: dict[str, Any]
         expose(tmp_path / "ledger.sqlite", "ward", texts(1), **terms)
 
 
-def test_exposures_can_neither_be_changed_nor_removed(tmp_path: Path) -> None:
+def test_exposures_and_failures_can_neither_be_changed_nor_removed(tmp_path: Path) -> None:
     expose(tmp_path / "ledger.sqlite", "ward", texts(1))
     connection = sqlite3.connect(tmp_path / "ledger.sqlite")
-    for statement in ("UPDATE exposures SET dataset = 'x'", "DELETE FROM exposures"):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.fail("ward", run="r", round_number=1, reason="no memory")
+    kept = ("exposures", "failures")
+    for statement in [
+        f"{verb} {t}{rest}" for t in kept for verb, rest in (("UPDATE", " SET run = 'x'"), ("DELETE FROM", ""))
+    ]:
         with pytest.raises(sqlite3.IntegrityError, match="only ever added"):
             connection.execute(statement)
     connection.close()
@@ -357,6 +362,19 @@ def test_exports_hold_the_exposures(mixed: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(fedveil("ledger", "export", mixed, "--format", "csv")[1])))
     assert [row["kind"] for row in rows] == ["training", "without privacy"]
     assert (rows[1]["count"], rows[1]["noise_multiplier"]) == ("2", "")
+
+
+def test_a_round_that_was_answered_by_noise_is_shown_and_exported(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    charge_for(path, "ward", texts(1))
+    with Ledger(path) as ledger:
+        ledger.fail("ward", run="late", round_number=3, reason="=no time")
+    (line,) = [line for line in fedveil("ledger", "show", path)[1].splitlines() if "run late" in line]
+    assert "round 3  failed after its charge and was answered by noise alone, outside the claim: =no time" in line
+    (row,) = json.loads(fedveil("ledger", "export", path)[1])["failures"]
+    assert (row["dataset"], row["run"], row["round_number"], row["reason"]) == ("ward", "late", 3, "=no time")
+    rows = list(csv.DictReader(io.StringIO(fedveil("ledger", "export", path, "--format", "csv")[1])))
+    assert (rows[-1]["kind"], rows[-1]["count"], rows[-1]["noise_multiplier"]) == ("noise alone", "", "")
 
 
 def check_that_no_cell_is_a_formula(path: Path) -> None:

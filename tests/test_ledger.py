@@ -328,7 +328,7 @@ def write_other_database(path: Path) -> None:
 def write_newer_format(path: Path) -> None:
     Ledger(path).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 4")
+    connection.execute("PRAGMA user_version = 5")
     connection.close()
 
 
@@ -362,7 +362,7 @@ def write_impossible_figure(path: Path) -> None:
         (write_text, "not a ledger"),
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
-        (write_newer_format, "format 4, this FedVeil reads 3"),
+        (write_newer_format, "format 5, this FedVeil reads 4"),
         (write_damaged, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
@@ -755,7 +755,7 @@ def test_a_ledger_of_the_first_format_keeps_its_history_and_gets_the_rest(old_le
         assert ledger.key == key, "the key changed when the ledger was opened again"
         assert charge(ledger, 2).epsilon_after == cost_of(2)
         ledger.set_budget("ward", 3.0, DELTA)
-        assert ledger._connection.execute("PRAGMA user_version").fetchone()[0] == 3
+        assert ledger._connection.execute("PRAGMA user_version").fetchone()[0] == 4
 
 
 def layout(path: Path) -> list[tuple[str, str]]:

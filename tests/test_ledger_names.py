@@ -262,10 +262,30 @@ PRAGMA user_version = 2;
 """
 
 
+THIRD_FORMAT = f"""{SECOND_FORMAT}
+CREATE TABLE exposures (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+    steps INTEGER NOT NULL CHECK (steps >= 0), released_at TEXT NOT NULL
+);
+CREATE TRIGGER no_exposure_update BEFORE UPDATE ON exposures
+    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
+CREATE TRIGGER no_exposure_delete BEFORE DELETE ON exposures
+    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
+ALTER TABLE charges ADD COLUMN caused_by TEXT;
+INSERT INTO exposures (dataset, run, round, steps, released_at)
+VALUES ('lab', 'open', 1, 2, '2026-01-02T03:04:05+00:00');
+PRAGMA user_version = 3;
+"""
+
+
 @pytest.fixture
 def second_format(path: Path) -> Path:
+    return laid_out(path, SECOND_FORMAT)
+
+
+def laid_out(path: Path, script: str) -> Path:
     connection = sqlite3.connect(path)
-    connection.executescript(SECOND_FORMAT)
+    connection.executescript(script)
     connection.close()
     return path
 
@@ -290,7 +310,7 @@ def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     before = content(second_format)
     Ledger(second_format).close()
     after = content(second_format)
-    assert (before["format"], after["format"]) == (2, 3)
+    assert (before["format"], after["format"]) == (2, 4)
     before["rows"]["charges"] = [(*row, None) for row in before["rows"]["charges"]]  # all of them its own
     assert after["rows"] == before["rows"]
     Ledger(tmp_path / "new.sqlite").close()
@@ -298,6 +318,20 @@ def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     assert (after["names"], after["columns"]) == (new["names"], new["columns"])
     charge(second_format, 2)
     assert rounds(second_format) == [1, 2]
+
+
+def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(path: Path, tmp_path: Path) -> None:
+    before = content(laid_out(path, THIRD_FORMAT))
+    with Ledger(path) as ledger:
+        assert [row.dataset for row in ledger.exposures()] == ["lab"]
+        assert ledger.failures() == []
+        ledger.fail("ward", run="old", round_number=1, reason="no memory")
+        assert [(row.dataset, row.round_number, row.reason) for row in ledger.failures()] == [("ward", 1, "no memory")]
+    after = content(path)
+    assert (before["format"], after["format"], after["rows"]) == (3, 4, before["rows"])
+    Ledger(tmp_path / "new.sqlite").close()
+    new = content(tmp_path / "new.sqlite")
+    assert (after["names"], after["columns"]) == (new["names"], new["columns"])
 
 
 def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) -> None:
@@ -324,4 +358,4 @@ def test_a_migration_that_is_killed_leaves_the_old_ledger_whole(second_format: P
     assert child.exitcode == -signal.SIGKILL
     assert content(second_format) == before
     assert rounds(second_format) == [1]
-    assert content(second_format)["format"] == 3
+    assert content(second_format)["format"] == 4

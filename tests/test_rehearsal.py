@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_deberta, tiny_tokenizer
-from one_site import clinic
+from one_site import OneSite, clinic
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,11 +20,13 @@ from client.rehearsal import rehearse, rehearse_initial
 from common.adapters import ADAPTERS
 from common.base_model import BaseModel, load_base_model
 from common.config import HeadConfig
-from common.errors import ConfigError, ModelError
+from common.errors import ConfigError, LedgerError, ModelError
 from common.examples import Example
 from common.messages import Refusal, TrainResult
 from common.model import FederatedModel
+from common.privacy.charges import Failure
 from common.privacy.dpsgd import PrivateSteps
+from common.privacy.ledger import Ledger
 from common.tasks import TASKS
 from common.tensors import entries
 
@@ -293,6 +295,35 @@ def test_a_round_that_fails_after_its_charge_sends_noise_and_says_so_at_the_site
     (line,) = [r.getMessage() for r in caplog.records if "noise alone is sent" in r.getMessage()]
     assert "lovely" not in line
     assert len(site.charges()) == 2
+    (failure,) = failures(site)
+    assert (failure.dataset, failure.run, failure.round_number) == ("clinic", task.run, 1)
+    assert "lovely" not in failure.reason
+
+
+def failures(site: OneSite) -> list[Failure]:
+    with Ledger(site.ledger) as ledger:
+        return ledger.failures()
+
+
+def test_a_ledger_that_cannot_note_the_failure_is_no_refusal(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    step = PrivateSteps.step
+
+    def fail(steps: PrivateSteps, batches: Any, losses: Any) -> None:
+        parts = list(batches)
+        if parts:
+            raise MemoryError
+        step(steps, parts, losses)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise LedgerError("the disk is full")
+
+    monkeypatch.setattr(PrivateSteps, "step", fail)
+    monkeypatch.setattr(Ledger, "fail", full)
+    assert isinstance(site.ask(site.task()), TrainResult)
+    assert failures(site) == []
 
 
 def test_round_0_that_fails_after_its_charge_sends_noise(
@@ -311,6 +342,7 @@ def test_round_0_that_fails_after_its_charge_sends_noise(
     reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
     assert isinstance(reply, TrainResult), reply
     assert all(float((tensor != 0).double().mean()) > 0.9 for _, _, tensor in entries(reply.contribution))
+    assert [failure.round_number for failure in failures(site)] == [0]
 
 
 def test_without_privacy_a_failure_is_a_refusal(

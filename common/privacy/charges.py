@@ -1,4 +1,4 @@
-"""What a ledger holds and hands out: terms, budgets, exposures, charges with their price, and rows as they stand."""
+"""What a ledger holds and hands out: terms, budgets, exposures, failures, charges with their price, and its rows."""
 
 from __future__ import annotations
 
@@ -104,6 +104,23 @@ class Exposure:
     steps: int
     """Optimiser steps; 0 for a start from a full gradient."""
     released_at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row of the ledger: a round that failed after its charge, and was answered by noise alone.
+
+    A whole sum replaced is more than one record's share of it, so such a round is outside the claim.
+    """
+
+    id: int
+    dataset: str
+    run: str
+    round_number: int
+    reason: str
+    """As in the site's own log: it quotes no record, and never leaves the site."""
+    failed_at: str
     """UTC, ISO 8601."""
 
 

@@ -7,6 +7,7 @@ can never spend the same remainder, and none waits while another computes. A cha
 
 A round without privacy costs no budget, because no budget could pay for it: it is written down as an
 exposure. From then on no epsilon holds for the data set, nor for another one with one of its records.
+A round that failed after its charge, and was answered by noise alone, is written down as a failure.
 
 Beside charges the ledger keeps, per data set, the budgets that its steward has set (the latest one
 holds) and keyed hashes of every record that it was charged for. A charge for records of which another
@@ -31,7 +32,7 @@ from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefus
 from common.privacy import accounting
 from common.privacy.accounting import TRAINING, Release, check_terms
 from common.privacy.budgets import BudgetHistory
-from common.privacy.charges import EVALUATION, Charge, Entry, Exposure, of_all, price
+from common.privacy.charges import EVALUATION, Charge, Entry, Exposure, Failure, of_all, price
 from common.privacy.figures import epsilon_text, remaining_text
 from common.privacy.ledger_file import now, one_line
 
@@ -168,6 +169,22 @@ class Ledger(BudgetHistory):
                 (dataset, run, round_number, steps, now()),
             )
 
+    def fail(self, dataset: str, *, run: str, round_number: int, reason: str) -> None:
+        """Write down durably that a charged round of ``dataset`` failed and is answered by noise alone.
+
+        Args:
+            dataset, run, round_number: as in ``charge``.
+            reason: what the site's own log says of it; no content of a record.
+
+        Raises:
+            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
+        """
+        with self._transaction():
+            self._connection.execute(
+                "INSERT INTO failures (dataset, run, round, reason, failed_at) VALUES (?, ?, ?, ?, ?)",
+                (dataset, run, round_number, reason, now()),
+            )
+
     @contextmanager
     def _offer(
         self, dataset: str, records: Collection[int], releases: Sequence[Release], delta: float, max_epsilon: float
@@ -237,6 +254,14 @@ class Ledger(BudgetHistory):
                 "SELECT id, dataset, run, round, steps, released_at FROM exposures ORDER BY id"
             )
             return [Exposure(*row) for row in rows]
+
+    def failures(self) -> list[Failure]:
+        """Return every charged round that was answered by noise alone, of all data sets, oldest first."""
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT id, dataset, run, round, reason, failed_at FROM failures ORDER BY id"
+            )
+            return [Failure(*row) for row in rows]
 
     @property
     def key(self) -> bytes:

@@ -34,7 +34,7 @@ from common.errors import LedgerError
 
 APPLICATION_ID = 0x46564C44
 """``FVLD``, in the file's header."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_SECONDS = 60
 
 _CHARGES = """
@@ -84,12 +84,26 @@ CREATE TRIGGER no_exposure_delete BEFORE DELETE ON exposures
     BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
 ALTER TABLE charges ADD COLUMN caused_by TEXT;
 """
+_SINCE_4 = """
+CREATE TABLE failures (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    failed_at TEXT NOT NULL
+);
+CREATE TRIGGER no_failure_update BEFORE UPDATE ON failures
+    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
+CREATE TRIGGER no_failure_delete BEFORE DELETE ON failures
+    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
+"""
 
 
 def _finish_schema(present: int) -> str:
     """Return what brings format ``present`` to this one; the first, made or just laid out, gets a new random key."""
     key = f"INSERT INTO secrets VALUES (X'{os.urandom(32).hex()}');"
-    since = {2: f"{_SINCE_2}\n{key}", 3: _SINCE_3}
+    since = {2: f"{_SINCE_2}\n{key}", 3: _SINCE_3, 4: _SINCE_4}
     steps = "\n".join(script for version, script in since.items() if version > present)
     return f"{steps}\nPRAGMA user_version = {SCHEMA_VERSION};\n"
 
