@@ -10,7 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.budget import evaluation_releases
+from client.budget import evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
 from client.leftovers import left_nothing, tensors_digest
 from client.local_training import Limit, check_task, initial_round, train_round, unlimited
@@ -86,10 +86,12 @@ def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, i
         if False not in _process.rehearsed:
             _process.rehearsed[False] = rehearse(model)
         if initial and True not in _process.rehearsed:
-            attention = model.attention
-            _process.rehearsed[True] = rehearse_initial(model)
-            if model.attention != attention:  # what was rehearsed before attends otherwise
-                _process.rehearsed[False] = rehearse(model)
+            # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
+            attention, rounds = model.attention, _process.rehearsed.pop(False)
+            start = rehearse_initial(model)
+            if model.attention != attention:
+                rounds = rehearse(model)
+            _process.rehearsed = {False: rounds, True: start}
     timing, training = _process.rehearsed[initial], job.config.training
     if initial and job.strategy.gradient:
         steps, rate = 1, job.strategy.gradient.sample_rate
@@ -158,6 +160,8 @@ def answer(
         answer_round = train_round if number else initial_round
         result = answer_round(site, job, model, _records(model, site), whole, limit)
         kept.keep(task, result)
+        if site.unreadable and job.config.privacy.on:
+            note_failure(site, task, site.unreadable)
         log.info("trained and answered", extra=about(run, number, name))
         return result
     except Exception as error:

@@ -57,6 +57,8 @@ class Site:
     public_size: int
     ledger_path: Path
     policy: Policy = field(default_factory=Policy)
+    unreadable: str = ""
+    """Why the file with the records is no table now, for the site's log and ledger; every round is then noise."""
 
 
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
@@ -121,7 +123,10 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     if "data" in node:
         if config.model.task == "classification" and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
-        data = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
+        reading = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
+        data, unreadable = reading.dataset, "; ".join(reading.unreadable)
+        if unreadable:
+            log.error("no record is read, and rounds cost the same: %s", unreadable, extra=about(run, site=name))
         size = node.get("public-size", policy.public_size)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(
@@ -129,6 +134,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
                 "a whole number you declare public"
             )
     else:
+        unreadable = ""
         try:
             part, parts = int(node["partition-id"]), int(node["num-partitions"])
         except (KeyError, ValueError) as error:
@@ -147,7 +153,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     else:
         ledger = only_ledger(user_folder())
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
-    return Site(name, data, dataset_id, size, ledger, policy)
+    return Site(name, data, dataset_id, size, ledger, policy, unreadable)
 
 
 def user_folder() -> Path:
@@ -184,22 +190,9 @@ def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> 
 
 
 @lru_cache(maxsize=16)
-def _own_data(config: DataConfig, task: str, source: str, site: str) -> Dataset:
-    return _told(load_protected(config, task, source), site)
-
-
-@lru_cache(maxsize=256)
-def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool) -> Dataset:
-    # The test part is the server's: a deployed site that opened whatever data.test names would tell which files it has.
-    whole = simulated or not config.test
-    train = train_and_test(config, task)[0] if whole else load_dataset(config, task)
-    return site_part(train, config, part, parts)
-
-
-def _told(reading: Reading, site: str) -> Dataset:
-    """Return the records, after saying in the site's own log, and nowhere else, what is none; no row is quoted."""
-    for words in reading.unreadable:
-        log.error("no record is read, and rounds cost the same: %s", words, extra=about(site=site))
+def _own_data(config: DataConfig, task: str, source: str, site: str) -> Reading:
+    """Read the records, and say once, in the site's own log and nowhere else, what is none; no row is quoted."""
+    reading = load_protected(config, task, source)
     if reading.unfit:
         reasons = Counter(row.reason for row in reading.unfit).most_common()
         spoken = "; ".join(f"{count} × {reason}" for reason, count in reasons)
@@ -208,4 +201,12 @@ def _told(reading: Reading, site: str) -> Dataset:
             spoken,
             extra=about(site=site),
         )
-    return reading.dataset
+    return reading
+
+
+@lru_cache(maxsize=256)
+def _partition(config: DataConfig, task: str, part: int, parts: int, simulated: bool) -> Dataset:
+    # The test part is the server's: a deployed site that opened whatever data.test names would tell which files it has.
+    whole = simulated or not config.test
+    train = train_and_test(config, task)[0] if whole else load_dataset(config, task)
+    return site_part(train, config, part, parts)

@@ -35,7 +35,7 @@ POLL_SECONDS = 0.2
 """Between two questions for a task. One takes 2.7 ms of a core, both processes together; with the work of an idle round
 it stays within the half second after which the SuperNode looks for the reply."""
 LOOK_SECONDS = 2.0
-"""Between two looks, while there is no task, at whether the files with the site's records have changed."""
+"""Between two looks, before a task is taken, at whether the files with the site's records have changed."""
 
 
 def reply_to(message: Message, context: Context, bundle: bytes, node: Mapping[str, Scalar]) -> Message:
@@ -67,13 +67,13 @@ def work(node: Node, settings: Mapping[str, Scalar]) -> int:
     records, looked = stamp(settings), time.monotonic()
     while True:
         try:
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                if stamp(settings) != records:
+                    log.info("the site's records have changed: the worker starts anew")
+                    return ANEW
             token = node.acquire()
             if not token:
-                if time.monotonic() - looked > LOOK_SECONDS:
-                    looked = time.monotonic()
-                    if stamp(settings) != records:
-                        log.info("the site's records have changed: the worker starts anew")
-                        return ANEW
                 time.sleep(POLL_SECONDS)
                 continue
             with node.task(token) as task:

@@ -135,15 +135,6 @@ def _check_named(source: str, task: str, labels: tuple[str, ...], config: DataCo
         )
 
 
-def tables_of(source: str) -> list[Table]:
-    """Return what a file, a folder or a hub data set holds, before any choice of columns.
-
-    Raises:
-        DataError: it is missing, or the rows of a file cannot be told apart.
-    """
-    return _tables(source, protected=False)[0]
-
-
 def _tables(source: str, *, protected: bool) -> tuple[list[Table], list[str]]:
     """Return what the files of a source hold, and of protected ones those that cannot be read, in words."""
     if source.startswith("hub:"):

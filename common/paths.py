@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from common.config import RunConfig
 from common.errors import ConfigError
@@ -29,10 +29,13 @@ def run_folder(config: RunConfig, run: str) -> Path:
 def run_name(config: RunConfig, run: str) -> str:
     """Return what messages, records and ledgers call the run: Flower's id, when resumed that of the first start.
 
+    It follows from the words of ``resume`` alone: a site that expanded ``~`` or looked at a folder would tell the
+    server what its users are called.
+
     Raises:
         ConfigError: it is not made of plain characters.
     """
-    name = run_folder(config, run).name.removeprefix(f"{config.strategy}-") if config.resume else run
+    name = PurePath(config.resume).name.removeprefix(f"{config.strategy}-") if config.resume else run
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(
             f"the run's name is {name[:70]!r}, which is not a letter or digit and at most 63 of letters, digits, '.', "

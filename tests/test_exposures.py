@@ -389,6 +389,15 @@ def test_no_cell_of_an_export_is_a_formula(mixed: Path, monkeypatch: pytest.Monk
         check_that_no_cell_is_a_formula(mixed)
 
 
+@pytest.mark.parametrize("resume", ["~", "~root", "~nosuch", "/home/~root/..", ".", "~/runs/.."])
+def test_a_runs_name_asks_nothing_about_the_sites_users_or_folders(site: OneSite, resume: str) -> None:
+    site.settings["resume"] = resume
+    got = site.refuse(1)
+    assert (got.kind, got.run) == ("failed", "1"), got
+    last = resume.rpartition("/")[2].removesuffix(".") if resume == "." else resume.rpartition("/")[2]
+    assert got.reason.startswith(f"the run's name is {last!r}, "), "the answer follows from the site's machine"
+
+
 @pytest.mark.parametrize("name", ['=HYPERLINK("http://x")', "..", "", "a b", "ward\u202e", "x" * 65, "-1"])
 def test_a_run_cannot_be_called_what_a_spreadsheet_or_a_path_would_read(site: OneSite, name: str) -> None:
     site.settings["resume"] = f"runs/ffa-lora-{name}" if name != ".." else "runs/.."

@@ -522,6 +522,21 @@ def test_the_other_names_own_budget_holds_and_its_smaller_delta(path: Path) -> N
     assert shared.epsilon_remaining == 8.0 - shared.epsilon_after
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1e3], ids=["a smaller delta", "a larger delta"])
+def test_no_delta_of_a_caller_moves_another_names_limit_or_its_delta(tmp_path: Path, factor: float) -> None:
+    # At the caller's smaller delta the second round would cost "ward" more than its budget.
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.set_budget("ward", cost_of(2) * 1.01, DELTA)
+    charge_for(path, "ward", texts(1, 2), ROUND, max_epsilon=100.0)
+    receipt = charge_for(path, "clinic", texts(2, 3), ROUND, delta=DELTA * factor, max_epsilon=100.0)
+    assert receipt.delta == DELTA * factor
+    assert receipt.epsilon_after == epsilon([Release(1.0, 0.1, 10)], min(DELTA, DELTA * factor))
+    with Ledger(path) as ledger:
+        assert ledger.terms("ward").delta == DELTA, "a run on another name made every later round dearer"
+        assert [entry.delta for entry in ledger.entries() if entry.dataset == "ward"] == [DELTA, DELTA]
+
+
 def check_that_no_threshold_of_a_caller_asks_for_a_shared_record(folder: Path) -> None:
     """Ask at budgets below and above what another name has spent, with a record of it and without."""
     for number, budget in enumerate((cost_of(1), (cost_of(1) + cost_of(2)) / 2, cost_of(2))):

@@ -65,9 +65,10 @@ def test_the_lock_is_free_while_a_price_is_made(path: Path, monkeypatch: pytest.
 
 def test_a_price_under_the_lock_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def locked(ledger: Ledger, dataset: str, _: Any, *terms: Any) -> Iterator[dict[str, Charge]]:
+    def locked(ledger: Ledger, dataset: str, _: Any, *terms: Any) -> Iterator[tuple[dict[str, Charge], list[Charge]]]:
         with ledger._transaction():
-            yield ledger._prices([dataset], *terms)
+            prices = ledger._prices([dataset], *terms)
+            yield prices, list(prices.values())
 
     monkeypatch.setattr(Ledger, "_offer", locked)
     with pytest.raises(LedgerError, match="in use"):

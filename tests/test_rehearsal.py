@@ -23,7 +23,7 @@ from common.config import HeadConfig
 from common.errors import ConfigError, LedgerError, ModelError
 from common.examples import Example
 from common.messages import Refusal, TrainResult
-from common.model import FederatedModel
+from common.model import FederatedModel, model_of
 from common.privacy.charges import Failure
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.ledger import Ledger
@@ -352,6 +352,25 @@ def test_without_privacy_a_failure_is_a_refusal(
     site.rule(allow_no_privacy=True)
     monkeypatch.setattr(local_training, "plain_step", lambda *_: 1 / 0)
     assert isinstance(site.ask(site.task()), Refusal)
+
+
+def test_a_start_whose_rehearsal_fails_leaves_no_round_rehearsed(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0, "privacy.epsilon": 50.0}
+    site = clinic({**toy_settings, **own}, tmp_path)
+    assert isinstance(site.ask(site.task(1)), TrainResult)
+    assert set(app._process.rehearsed) == {False}
+
+    def fails(model: FederatedModel) -> Any:
+        model.base.module.set_attn_implementation("eager")
+        raise ModelError("no memory")
+
+    monkeypatch.setattr(app, "rehearse_initial", fails)
+    refused = site.ask(replace(site.task(0, run="2"), state={}, basis={}, basis_fingerprint=""))
+    model_of.cache_clear()  # that model attends otherwise now
+    assert isinstance(refused, Refusal)
+    assert app._process.rehearsed == {}, "rounds count as rehearsed with an attention that they were not rehearsed with"
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

@@ -230,6 +230,20 @@ def test_a_file_that_breaks_while_a_site_is_online_is_answered_by_noise_whatever
     assert len({str(encode_reply(reply)) for reply in replies}) == 1, "the reply tells what is wrong"
 
 
+def test_a_file_that_stays_broken_is_said_in_every_round_by_log_and_ledger(
+    site: OneSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = [site.task(1), site.task(2)]
+    data_of(site).write_bytes(next(iter(BROKEN.values())))
+    client.site._own_data.cache_clear()
+    assert all(isinstance(site.ask(task), TrainResult) for task in tasks)
+    assert caplog.text.count("no record is read, and rounds cost the same") == 2
+    with Ledger(site.ledger) as ledger:
+        failures = ledger.failures()
+    assert [(row.dataset, row.round_number) for row in failures] == [("clinic", 1), ("clinic", 2)]
+    assert not any("never closed" in row.reason for row in failures), "the ledger quotes a record"
+
+
 def test_data_that_are_gone_are_one_refusal_without_a_path(site: OneSite) -> None:
     ask = Asked(site)
     data_of(site).unlink()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TARGETS
+from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from one_site import OneSite, clinic
 from runtime_api import SECRET, RuntimeApi, runtime_api
@@ -236,6 +237,25 @@ def test_records_that_have_changed_are_read_by_a_process_of_their_own(
     monkeypatch.setattr(worker.time, "sleep", sleep)
     assert worker.work(runtime.Node(api.port, SECRET), site.node) == runtime.ANEW
     assert len(slept) == 1
+
+
+def test_a_server_that_keeps_a_task_waiting_keeps_no_deleted_record_in_use(
+    api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
+    honest, answers = worker.reply_to, list[Message]()
+
+    def reply(*words: Any) -> Message:
+        answers.append(honest(*words))
+        with Path(str(site.node["data"])).open("a") as file:
+            file.write("one more,bad,nobody\n")
+        api.give(encode_task(site.task(2)), own_bundle(), site.settings, site.node)
+        return answers[-1]
+
+    monkeypatch.setattr(worker, "reply_to", reply)
+    api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+    assert worker.work(runtime.Node(api.port, SECRET), site.node) == runtime.ANEW
+    assert len(answers) == 1, "the next task was answered from records that are gone"
 
 
 def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(

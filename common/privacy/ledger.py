@@ -94,7 +94,7 @@ class Ledger(BudgetHistory):
         if not releases or not dataset or not run:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
         check_terms(releases, delta)
-        with self._offer(dataset, records, releases, delta, max_epsilon) as prices:
+        with self._offer(dataset, records, releases, delta, max_epsilon) as (prices, told):
             if allow:
                 allow(*self.trained(dataset, run))
             self._remember(dataset, records)
@@ -125,14 +125,14 @@ class Ledger(BudgetHistory):
                 "clip_norm, charged_at, caused_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
-                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, charge.delta),
+                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, priced.delta),
                         *(1.0 if r.kind == EVALUATION else clip_norm, now(), None if name == dataset else dataset),
                     )
-                    for name in prices
+                    for name, priced in prices.items()
                     for r in releases
                 ],
             )
-        return replace(of_all(charge, prices.values()), exposed=exposed)
+        return replace(of_all(charge, told), exposed=exposed)
 
     def expose(
         self,
@@ -188,15 +188,18 @@ class Ledger(BudgetHistory):
     @contextmanager
     def _offer(
         self, dataset: str, records: Collection[int], releases: Sequence[Release], delta: float, max_epsilon: float
-    ) -> Iterator[dict[str, Charge]]:
+    ) -> Iterator[tuple[dict[str, Charge], list[Charge]]]:
         """Hold the write lock with the prices of ``releases`` on top of everything that the ledger holds by then.
+
+        Yields each data set's price as it is judged, and the prices from which the receipt takes the largest.
 
         They are computed before the lock is taken, and again if anybody else has written meanwhile. Who is
         too slow ``PRICES`` times computes them under the lock: some seconds, by the accountant's ``MOST_WORK``.
         """
 
-        def offer() -> dict[str, Charge]:
-            return self._prices([dataset, *self._recognise(dataset, records)], releases, delta, max_epsilon)
+        def offer() -> tuple[dict[str, Charge], list[Charge]]:
+            prices = self._prices([dataset, *self._recognise(dataset, records)], releases, delta, max_epsilon)
+            return prices, self._at_most(prices, releases, prices[dataset].delta)
 
         for left in reversed(range(PRICES + 1)):
             seen, prices = self._version(), offer()
@@ -297,16 +300,24 @@ class Ledger(BudgetHistory):
 
         The caller's budget is the first one's alone, and so is its delta: a caller that chose a limit for the others,
         or met one of theirs at a figure of its choice, would learn by a refusal that a record is shared. Each of them
-        keeps its own stored budget, at its own delta where that is smaller.
+        keeps its own stored budget, at its own stored delta.
         """
-        terms = {name: self.terms(name) for name in names}
-        delta = min(delta, terms[names[0]].delta)
-        limits = {name: held.epsilon for name, held in terms.items()}
-        limits[names[0]] = min(max_epsilon, limits[names[0]])
-        return {
-            name: price(self.spent(name), releases, min(delta, held.delta), limits[name])
-            for name, held in terms.items()
-        }
+        own, *others = names
+        held = self.terms(own)
+        prices = {own: price(self.spent(own), releases, min(delta, held.delta), min(max_epsilon, held.epsilon))}
+        for name in others:
+            held = self.terms(name)
+            # A name that holds records without a charge or a budget was released without privacy: it has no delta yet.
+            at = held.delta if math.isfinite(held.delta) else prices[own].delta
+            prices[name] = price(self.spent(name), releases, at, held.epsilon)
+        return prices
+
+    def _at_most(self, prices: dict[str, Charge], releases: Sequence[Release], delta: float) -> list[Charge]:
+        """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
+        return [
+            charge if charge.delta <= delta else price(self.spent(name), releases, delta, charge.max_epsilon)
+            for name, charge in prices.items()
+        ]
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
