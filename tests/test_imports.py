@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +82,14 @@ def test_peft_comes_in_through_the_adapters_and_the_way_out() -> None:
 
 def test_accounting_knows_no_training_code() -> None:
     assert "torch" not in set(imports(ROOT / "common/privacy/accounting.py"))
+
+
+@pytest.mark.parametrize(
+    "module", ["common.config", "common.tasks", "experiments.cli", "experiments.deploy.policy_file"]
+)
+def test_settings_are_checked_without_torch(module: str) -> None:
+    """A command that only reads settings answers at once; torch and transformers take seconds to import."""
+    heavy = "torch", "transformers", "peft", "opacus"
+    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]", f"importing {module} imports {found.stdout}"
