@@ -47,7 +47,7 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
         for f in (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.FLOATING, faults.SHARED_SEED)
     ]
     for world in worlds:
-        couples = () if world.model.task.has_head else (faults.TOKEN_MEAN,)
+        couples = () if world.model.head else (faults.TOKEN_MEAN,)
         seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, *couples)]
     return seen
 

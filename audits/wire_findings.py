@@ -12,6 +12,7 @@ from audits.frames import SEALED, Capture, Stream, read_capture, tls_records
 from audits.needles import Needles, find, needles_of_tensors, needles_of_texts
 from common.base_model import load_base_model
 from common.data import train_and_test
+from common.tasks.text import TextExample
 from server.records import read_json
 from strategies import configure
 
@@ -50,7 +51,9 @@ def findings_of(heard: Sequence[Heard], run: Path, bundle: int, seconds: float, 
     captures = {one.site: read_capture(one.capture) for one in heard}
     config = configure(read_json(run / "config.json")["settings"]).config
     train, _ = train_and_test(config.data, config.model.task)
-    texts = needles_of_texts(t for e in train.examples for t in (e.text, e.text_pair, e.completion) if t)
+    texts = needles_of_texts(
+        t for e in train.examples if isinstance(e, TextExample) for t in (e.text, e.text_pair, e.completion) if t
+    )
     weights = needles_of_tensors(load_base_model(config.model.name, config.model.task).module.state_dict().values())
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     payload = sum(line["bytes_down"] + line["bytes_up"] for line in lines)

@@ -16,7 +16,7 @@ from client.leftovers import left_nothing, tensors_digest
 from client.local_training import Limit, check_task, initial_round, train_round, unlimited
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
-from client.own_records import tokenised
+from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial
 from client.site import Site, check_job, open_site, policy_of
 from common.config import Scalar
@@ -41,7 +41,7 @@ class _Process:
 
     model: FederatedModel | None = None
     records: dict[str, tuple[Dataset, list[Record]]] = field(default_factory=dict)
-    """Each site's records as read and as tokenised for the current model."""
+    """Each site's records as read and as the current model takes them."""
     rehearsed: dict[bool, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
     built: str = ""
@@ -103,10 +103,10 @@ def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, i
 
 
 def _records(model: FederatedModel, site: Site) -> list[Record]:
-    """Return the site's tokenised records, made once for all settings that read them alike."""
+    """Return the site's records as the model takes them, made once for all settings that read them alike."""
     kept = _process.records.get(site.name)
     if kept is None or kept[0] is not site.data:
-        kept = _process.records[site.name] = (site.data, tokenised(model, site.data.examples))
+        kept = _process.records[site.name] = (site.data, prepared(model, site.data.examples))
     return kept[1]
 
 

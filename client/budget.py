@@ -16,6 +16,7 @@ from common.privacy.charges import EVALUATION, Terms
 from common.privacy.contents import record_hashes
 from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
+from common.tasks import TASKS
 from strategies import Job
 from strategies.base import GradientSource
 
@@ -82,12 +83,12 @@ def _within(site: Site, steps: int) -> Callable[[int, int], None]:
 
 
 def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
-    """Return what the noised counts of ``rounds`` rounds cost: nothing unless the policy allows and labels exist.
+    """Return what the noised counts of ``rounds`` rounds cost: nothing unless the policy and the task allow them.
 
-    A count of correctly classified records changes by at most 1 with one record, so its noise
-    multiplier is its standard deviation.
+    Where each record is right or wrong as a whole, a count of the right ones changes by at most 1 with one
+    record, so its noise multiplier is its standard deviation.
     """
-    if not site.policy.send_noised_metrics or job.config.model.task != "classification":
+    if not site.policy.send_noised_metrics or not TASKS[job.config.model.task].counted:
         return []
     return [Release(site.policy.metrics_noise, 1.0, rounds, kind=EVALUATION)]
 

@@ -57,7 +57,7 @@ def train_round(
         site: the site's name, public size and ledger.
         job: the run's checked configuration.
         model: this process's model; its adapter state is overwritten.
-        records: the site's records, tokenised.
+        records: the site's records, as the model takes them.
         task: what the server sent.
         limit: called before each pass of a private step; raises when there is no time left for one.
 
@@ -200,7 +200,7 @@ def _open_steps(records: Sequence[Record], job: Job, model: FederatedModel, roun
     model.module.train()
     # One order for the whole run: a round goes on where the last one ended.
     order = stream(job.config.seed, "batches", site.name)
-    batches = epoch_batches([len(record["input_ids"]) for record in records], config.sample_rate, order, first)
+    batches = epoch_batches([model.task.size(record) for record in records], config.sample_rate, order, first)
     for step in range(config.local_steps):
         set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
         plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters)
@@ -224,5 +224,5 @@ def plain_step(
 
 
 def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int) -> Iterator[Batch]:
-    for group in length_batches([len(records[i]["input_ids"]) for i in chosen], budget):
+    for group in length_batches([model.task.size(records[i]) for i in chosen], budget):
         yield model.batch([records[chosen[i]] for i in group])

@@ -32,7 +32,7 @@ class Evaluator:
             *(test.label_names, test.label_phrases, config.device, config.precision),
         )
         self.start: AdapterState = self.model.start
-        self.records: Sequence[Record] = self.model.tokenise(test.examples)
+        self.records: Sequence[Record] = self.model.prepare(test.examples)
 
     def trained_start(self) -> AdapterState:
         """Return the part of the start that sites train: its layout is what they may send."""
@@ -62,10 +62,10 @@ class Evaluator:
                 f"the run has {', '.join(self.label_names)}"
             )
         order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
-        records = self.model.tokenise([data.examples[i] for i in order[: source.public_records]])
+        records = self.model.prepare([data.examples[i] for i in order[: source.public_records]])
         self.model.write(self.start)
         budget = choose_batch_tokens(config.training.batch_tokens, self.model.device)
-        groups = length_batches([len(record["input_ids"]) for record in records], budget)
+        groups = length_batches([self.model.task.size(record) for record in records], budget)
         return mean_gradient(self.model, (self.model.batch([records[i] for i in group]) for group in groups))
 
     def score(self, adapter: AdapterState) -> Score:

@@ -68,7 +68,7 @@ def world(toy_settings: Changes, tmp_path: Path) -> Callable[..., tuple[Job, Fed
         data = train_and_test(job.config.data, job.config.model.task)[0]
         data = replace(data, examples=data.examples[:47])
         site = Site("only", data, "only", 47, tmp_path / "ledger.sqlite")
-        return job, model, site, model.tokenise(data.examples)
+        return job, model, site, model.prepare(data.examples)
 
     return make
 

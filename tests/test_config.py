@@ -200,7 +200,7 @@ def test_a_number_too_large_for_a_computer_is_refused_and_not_a_crash(key: str) 
 
 
 CHOICES = {
-    "model.task": choices.TASKS,
+    "model.task": tuple(choices.TASKS),
     "data.partition": choices.PARTITIONS,
     "head.policy": choices.HEAD_POLICIES,
     "head.start": choices.HEAD_STARTS,

@@ -19,13 +19,14 @@ from test_report import fedveil
 
 from client.policy import Policy
 from common.errors import ConfigError, PolicyRefusal
-from common.examples import Dataset, Example
+from common.examples import Dataset
 from common.messages import Refusal, Spending
 from common.privacy.accounting import Release
 from common.privacy.charges import Charge
 from common.privacy.contents import record_hashes
 from common.privacy.figures import epsilon_text
 from common.privacy.ledger import Ledger
+from common.tasks.text import TextExample
 from common.wire import decode_reply, encode_reply, layout_of
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.settings import to_toml
@@ -174,7 +175,7 @@ def test_a_ledger_that_cannot_be_written_stops_a_run_without_privacy_too(site: O
 
 
 def texts(*numbers: int) -> Dataset:
-    return Dataset("any", tuple(Example(text=f"record {n}", label=n % 2) for n in numbers), ("no", "yes"))
+    return Dataset("any", tuple(TextExample(text=f"record {n}", label=n % 2) for n in numbers), ("no", "yes"))
 
 
 def charge_for(path: Path, dataset: str, data: Dataset, **terms: Any) -> Charge:

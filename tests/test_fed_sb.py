@@ -27,11 +27,11 @@ from common.base_model import load_base_model
 from common.config import HeadConfig
 from common.data import train_and_test
 from common.errors import ConfigError, ModelError
-from common.examples import Example
 from common.initial_gradient import mean_gradient, private_gradient
 from common.messages import TrainTask
 from common.model import FederatedModel
 from common.tasks import TASKS, Record
+from common.tasks.text import TextExample
 from common.tensors import fingerprint, start_fingerprint
 from common.types import HEAD, AdapterState
 from strategies import Contribution, Job, ServerState, configure
@@ -250,7 +250,7 @@ def test_svd_of_weights_spans_the_leading_singular_vectors_of_w0(model_folder: F
 
 
 EXAMPLES = [
-    Example(text=" ".join(FILLER[:length]), label=i % 2, completion=" ".join(GOOD[: 1 + i % 3]))
+    TextExample(text=" ".join(FILLER[:length]), label=i % 2, completion=" ".join(GOOD[: 1 + i % 3]))
     for i, length in enumerate((2, 11, 5, 8, 3, 9, 6))
 ]
 
@@ -299,7 +299,7 @@ def in_parts(model: FederatedModel, records: list[Record]) -> list[dict[str, Ten
 def test_the_mean_gradient_is_that_of_a_loop_over_records(model_folder: Folder, family: str) -> None:
     folder = model_folder(family)
     model = tiny(folder, family)
-    records = model.tokenise(EXAMPLES)
+    records = model.prepare(EXAMPLES)
     single = alone(model, folder, family, records)
     wanted = {layer: sum((g[layer] for g in single), torch.tensor(0.0)) / len(records) for layer in single[0]}
     check_gradient(mean_gradient(model, in_parts(model, records)), wanted)
@@ -311,7 +311,7 @@ def test_the_private_gradient_is_the_jointly_clipped_sum_over_the_public_divisor
 ) -> None:
     folder = model_folder(family)
     model = tiny(folder, family)
-    records = model.tokenise(EXAMPLES)
+    records = model.prepare(EXAMPLES)
     single = alone(model, folder, family, records)
     lengths = [math.sqrt(sum(float(g.square().sum()) for g in gradient.values())) for gradient in single]
     clip = sorted(lengths)[len(lengths) // 2]
@@ -337,7 +337,7 @@ def test_the_private_gradient_carries_the_plans_noise_also_without_a_record(mode
 
 def test_a_gradient_leaves_the_model_as_it_was(model_folder: Folder) -> None:
     model = tiny(model_folder("gpt2"), "gpt2")
-    records = model.tokenise(EXAMPLES)
+    records = model.prepare(EXAMPLES)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.module.named_parameters()}
     for take in (mean_gradient, lambda m, parts: private_gradient(m, parts, plan())):
         take(model, in_parts(model, records))
@@ -355,7 +355,7 @@ def test_a_gradient_that_says_nothing_is_refused(model_folder: Folder) -> None:
         mean_gradient(model, [])
     flat = tiny(model_folder("bert"), "bert", head="zeros")
     with pytest.raises(ModelError, match=r"set head\.start"):
-        mean_gradient(flat, [flat.batch(flat.tokenise(EXAMPLES))])
+        mean_gradient(flat, [flat.batch(flat.prepare(EXAMPLES))])
 
 
 # --- the start from it ------------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_a_noised_start_spans_the_sites_mean_gradient_and_moves_no_weight() -> N
 @each_family
 def test_the_published_start_lowers_the_loss_of_the_records_it_was_made_from(model_folder: Folder, family: str) -> None:
     model = tiny(model_folder(family), family)
-    batch = model.batch(model.tokenise(EXAMPLES))
+    batch = model.batch(model.prepare(EXAMPLES))
     strategy = FedSB(init="private-gradient")
     gradient = mean_gradient(model, [batch])
     state = strategy.begin(strategy.start(model.start), [Contribution("only", 1.0, gradient)])
@@ -456,7 +456,7 @@ def test_s3_the_base_is_the_same_bit_for_bit_after_a_start_a_round_and_the_expor
     model = tiny(folder, family, job.adapter.init)
     data = train_and_test(job.config.data, job.config.model.task)[0]
     site = Site("only", data, "only", 100, tmp_path / "ledger.sqlite")
-    records = model.tokenise(data.examples[:60])
+    records = model.prepare(data.examples[:60])
 
     state = job.strategy.start(model.start)
     if job.strategy.gradient:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from common.config import DataConfig
+from common.config import Columns, DataConfig
 from common.errors import DataError, UnreadableFile
-from common.roles import ROLES
 from common.tables import Unfit
+from common.tasks import TASKS
 from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
 
 def _pinned(policy: Policy) -> DataConfig:
     """Return what every job that the policy allows says about the site's own records."""
-    columns = {role.attribute: getattr(policy, role.attribute) for role in ROLES[policy.task]}
-    return DataConfig(partition="iid", labels=policy.labels, **columns)
+    columns = Columns({role.setting: policy.columns[role.setting] for role in TASKS[policy.task].roles})
+    return DataConfig(partition="iid", labels=policy.labels, columns=columns)
 
 
 def _by_reason(unfit: Sequence[Unfit]) -> list[str]:
