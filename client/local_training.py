@@ -86,7 +86,7 @@ def train_round(
         for layer, factors in model.trained().items()
     }
     return TrainResult(
-        *(task.run, task.round_number, site.name, site.public_size, job.strategy.contribution(trained)),
+        *(task.run, task.round_number, site.name, site.public_size, job.strategy.uplink(trained)),
         *(spending, counted),
     )
 
@@ -128,7 +128,7 @@ def initial_round(
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
-    wanted = job.strategy.basis(job.strategy.start(model.start))
+    wanted = job.strategy.basis(job.start(model.start))
     # In round 0 nothing is due; what comes all the same would be kept for the rounds after it.
     due = task.basis or (task.round_number and wanted)
     if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
