@@ -182,6 +182,19 @@ class Strategy(ABC):
         """Site: return what to write into the model, from the shared start and what was received."""
         return merge(start, received)
 
+    def correct(self, gradients: AdapterState, weights: AdapterState, received: AdapterState) -> AdapterState:
+        """Site: return what the optimiser takes for the gradient of one step.
+
+        Under privacy this is post-processing: it comes after clip and noise, and sees nothing that did not.
+
+        Args:
+            gradients: of what is trained; under privacy the noised sum over the expected batch, else the batch's mean.
+            weights: what is trained, before the step.
+            received: what the round started from: every factor, and the head if it is trained.
+        """
+        del weights, received
+        return gradients
+
     def uplink(self, trained: AdapterState) -> AdapterState:
         """Site: return what travels to the server, from the trained tensors."""
         return trained

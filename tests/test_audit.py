@@ -116,7 +116,7 @@ def test_no_record_moves_more_than_a_clip_or_is_found(tmp_path: Path, fault: Fau
 
 
 def test_every_text_of_a_canary_spells_its_axis(tmp_path: Path) -> None:
-    model = model_for("lora-frozen-a", tmp_path)
+    model = model_for("ffa-lora", tmp_path)
     axes = [0, 1, 11, 12, 3999, 20735]
     records = model.tokenise([Example(text=text_of(axis), label=0) for axis in axes])
     assert axes_of(model, model.batch(records)).tolist() == axes
