@@ -13,7 +13,7 @@ A only ever changes by an r × r matrix, ``A = M A₀``, so B and M travel down 
 one that joins late, rebuilds A from the seeded A₀.
 
 Worth knowing: under plain SGD or DP-SGD this equals FFA-LoRA with one orthonormalised A
-(``strategy = "ffa-lora"``, ``adapter.init = "orthonormal"``): rotating the basis changes neither
+(``strategy = "ffa-lora"``, ``adapter.init = "orthonormal"``): rotating A changes neither
 the step in weight space, nor the clip, nor the law of the noise. Under Adam it is a different
 algorithm. Tests prove both.
 """
