@@ -35,7 +35,7 @@ from server.files import replace_file
 from server.records import package_versions
 from strategies import STRATEGIES
 
-FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen"))
+FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen"))
 """Model family, adapter and head policy of the models that noise and sensitivity are looked at on."""
 
 

@@ -72,7 +72,7 @@ class SiteRounds:
             *(config.model, job.adapter, config.head, config.seed),
             *(("bad", "good"), (), config.device, config.precision),
         )
-        state = job.strategy.start(self._model.start)
+        state = job.start(self._model.start)
         basis = job.strategy.basis(state)
         self._task = TrainTask(
             run="1",

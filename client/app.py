@@ -143,7 +143,7 @@ def answer(
         site = open_site(node, job.config, run, simulated=simulated)
         with deadline.extended():
             model = _model(job, site)
-        state = job.strategy.start(model.start)
+        state = job.start(model.start)
         basis_layout = layout_of(job.strategy.basis(state))
         task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
         if task.run != run:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from client.budget import evaluation_releases, note_exposure, note_failure, pay_initialisation, pay_round
+from client.correction import correction
 from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
@@ -25,7 +26,7 @@ from common.initial_gradient import BATCH_TOKENS, initial_shapes, mean_gradient,
 from common.log import about
 from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.model import FederatedModel
-from common.privacy.dpsgd import PrivateSteps, rounding_margin
+from common.privacy.dpsgd import Correct, PrivateSteps, as_it_is, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.schedule import learning_rate
@@ -80,13 +81,13 @@ def train_round(
     if plan:
         _private_steps(records, job, model, site, task, received, plan, limit)
     else:
-        _open_steps(records, job, model, task.round_number, site)
+        _open_steps(records, job, model, task.round_number, received, site)
     trained = {
         layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
         for layer, factors in model.trained().items()
     }
     return TrainResult(
-        *(task.run, task.round_number, site.name, site.public_size, job.strategy.contribution(trained)),
+        *(task.run, task.round_number, site.name, site.public_size, job.strategy.uplink(trained)),
         *(spending, counted),
     )
 
@@ -128,7 +129,7 @@ def initial_round(
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
-    wanted = job.strategy.basis(job.strategy.start(model.start))
+    wanted = job.strategy.basis(job.start(model.start))
     # In round 0 nothing is due; what comes all the same would be kept for the rounds after it.
     due = task.basis or (task.round_number and wanted)
     if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
@@ -163,11 +164,13 @@ def _private_steps(
     config = job.config.site_training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
-    margin = rounding_margin(model.device)
+    margin, correct = rounding_margin(model.device), correction(job.strategy, model, received)
     try:
         with (
             model.many_passes(),
-            PrivateSteps(model.module, optimizer, plan, noise_margin=margin, before_pass=limit) as steps,
+            PrivateSteps(
+                model.module, optimizer, plan, noise_margin=margin, before_pass=limit, correct=correct
+            ) as steps,
         ):
             for step in range(config.local_steps):
                 set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
@@ -191,9 +194,17 @@ def _note_noise(error: Exception, site: Site, task: TrainTask) -> None:
         log.error("and the ledger has no row of it: %s", own_words(failed), extra=where)
 
 
-def _open_steps(records: Sequence[Record], job: Job, model: FederatedModel, round_number: int, site: Site) -> None:
+def _open_steps(
+    records: Sequence[Record],
+    job: Job,
+    model: FederatedModel,
+    round_number: int,
+    received: AdapterState,
+    site: Site,
+) -> None:
     config = job.config.site_training
-    parameters = [p for factors in model.trained().values() for p in factors.values()]
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    correct = correction(job.strategy, model, received)
     first, total = (round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
     budget = choose_batch_tokens(config.batch_tokens, model.device)
@@ -203,22 +214,27 @@ def _open_steps(records: Sequence[Record], job: Job, model: FederatedModel, roun
     batches = epoch_batches([model.task.size(record) for record in records], config.sample_rate, order, first)
     for step in range(config.local_steps):
         set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
-        plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters)
+        plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters, correct)
 
 
 def plain_step(
-    parts: Iterator[Batch], model: FederatedModel, optimizer: Optimizer, parameters: Sequence[nn.Parameter]
+    parts: Iterator[Batch],
+    model: FederatedModel,
+    optimizer: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    correct: Correct = as_it_is,
 ) -> None:
-    """Take one step on the mean loss of a batch given in parts; no privacy."""
+    """Take one step on the mean loss of a batch given in parts, its gradient as ``correct`` makes it; no privacy."""
     optimizer.zero_grad(set_to_none=True)
     seen = 0
     for part in parts:
         losses = model.losses(part)
         losses.sum().backward()
         seen += len(losses)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= seen
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad / seen for p in parameters]
+    for parameter, gradient in zip(parameters, correct(gradients), strict=True):
+        # What the loss does not reach keeps no gradient, so that no weight decay moves it.
+        parameter.grad = gradient if parameter.grad is not None or gradient.any() else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -118,7 +118,7 @@ class AdapterConfig:
     """The low-rank adapter."""
 
     name: str = "auto"
-    """``auto``: the strategy's own; any other is refused unless the strategy is defined for it."""
+    """``auto``: the strategy's own; any other is refused unless it trains and freezes what the strategy needs."""
     rank: int = 8
     alpha: float = 8.0
     """LoRA's alpha: the product of the factors is scaled by ``alpha / rank``."""

@@ -48,7 +48,7 @@ class Evaluator:
         if round_number == 0:
             layers = self.model.adapter.layers(self.model.peft_model)
             return {name: {"G": layer_shape(layer)} for name, layer in layers.items()}
-        return layout_of(self.job.strategy.contribution(self.trained_start()))
+        return layout_of(self.job.strategy.uplink(self.trained_start()))
 
     def public_gradient(self, source: GradientSource) -> AdapterState:
         """Return the mean full gradient over public records, for a strategy that starts from it."""

@@ -18,7 +18,7 @@ from server.evaluation import Evaluator
 from server.optimizer import server_step
 from server.replies import clean
 from server.sites import Failure, Gathering, Sites, Transport
-from strategies import Contribution, Job, ServerState
+from strategies import Job, ServerState, mean
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,20 @@ def _outcome(
 
 def _initialise(job: Job, sites: Sites, evaluator: Evaluator, observer: Observer) -> ServerState:
     """Return the state before round 1; only a start from a full gradient has a round 0."""
-    state, source = job.strategy.start(evaluator.start), job.strategy.gradient
+    state, source = job.start(evaluator.start), job.strategy.gradient
     if source is None:
         return state
     began = time.monotonic()
     if source.public_data:
         gradient = evaluator.public_gradient(source)
         observer.initialised(RoundOutcome(0, [], [], None, 0, 0, time.monotonic() - began))
-        return job.strategy.begin(state, [Contribution("public", 1.0, gradient)])
+        return job.strategy.initialise(state, gradient)
     got = sites.gather(0, state)
     if len(got.results) < job.config.min_sites:
         observer.missed(_outcome(0, got, evaluator.score(state.adapter), began, counts=False))
         raise _too_few(got, 0, job.config.min_sites)
     observer.initialised(_outcome(0, got, None, began))
-    return job.strategy.begin(state, contributions(job, got.ordered_results(), state))
+    return job.strategy.initialise(state, mean(contributions(job, got.ordered_results(), state)))
 
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:

@@ -77,7 +77,7 @@ def federated_round(
     job: Job, model: FederatedModel, site: Site, records: list[Record], round_number: int
 ) -> tuple[TrainResult, AdapterState]:
     """Return what the site sends, and the server's adapter after it."""
-    state = job.strategy.start(model.start)
+    state = job.start(model.start)
     task = TrainTask(
         run="1",
         round_number=round_number,

@@ -249,7 +249,7 @@ def test_an_infinite_total_arrives_and_counts_at_the_server(site: OneSite) -> No
     got = decode_reply(encode_reply(result), layout_of(result.contribution), "private", 1)
     assert got == replace(result, contribution=got.contribution)  # type: ignore[union-attr]
     job = configure(site.settings)
-    state = job.strategy.start(site.model().start)
+    state = job.start(site.model().start)
     admission = Admission(job, {})
     assert admission.judge({1: result}, state, [1]) == {}
     admission.enrol({1: result})

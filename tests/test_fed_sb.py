@@ -34,7 +34,7 @@ from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
 from common.tensors import fingerprint, start_fingerprint
 from common.types import HEAD, AdapterState
-from strategies import Contribution, Job, ServerState, configure
+from strategies import Contribution, Job, ServerState, configure, mean
 from strategies.fed_sb import FedSB, gradient_basis
 
 OUT, IN, RANK = 7, 12, 3
@@ -67,7 +67,7 @@ def test_s1_the_mean_of_r_is_the_mean_of_the_weights(weights: list[float], seed:
     start = basis(seed)
     strategy = FedSB()
     sites = [Contribution(str(k), w, {"l": {"R": draw(RANK, RANK, seed=seed + 7 * k)}}) for k, w in enumerate(weights)]
-    state = strategy.server_update(strategy.start({"l": start}), sites)
+    state = strategy.server_update(strategy.start({"l": start}, ("R",)), sites)
     exact = sum(
         w / sum(weights) * ADAPTER.delta({**start, "R": site.state["l"]["R"]})
         for w, site in zip(weights, sites, strict=True)
@@ -126,7 +126,7 @@ def test_s5_noise_on_r_enters_the_weights_at_its_own_norm() -> None:
 
 def test_s6_a_round_uses_only_its_own_sites() -> None:
     strategy = FedSB()
-    state = strategy.start({"l": basis()})
+    state = strategy.start({"l": basis()}, ("R",))
     for round_number, (first, second) in enumerate([(0, 1), (1, 2), (0, 2)]):
         own = [draw(RANK, RANK, seed=10 * round_number + k) for k in range(3)]
         sites = [Contribution(str(k), 1.0 + k, {"l": {"R": own[k]}}) for k in (first, second)]
@@ -172,7 +172,7 @@ def test_parties_whose_svd_has_other_signs_get_the_same_factors(
 
 
 def test_only_gradient_starts_send_a_basis() -> None:
-    state = FedSB().start({"l": basis()})
+    state = FedSB().start({"l": basis()}, ("R",))
     assert FedSB().basis(state) == {}
     assert set(FedSB(init="dp-gradient").basis(state)["l"]) == {"A", "B"}
 
@@ -372,7 +372,7 @@ def begun(strategy: FedSB) -> tuple[ServerState, dict[str, Tensor]]:
         Contribution(str(weight), weight, {layer: {"G": G} for layer, G in own.items()})
         for weight, own in ((1.0, first), (3.0, third))
     ]
-    state = strategy.begin(strategy.start({**start, HEAD: {"bias": torch.ones(2)}}), sites)
+    state = strategy.initialise(strategy.start({**start, HEAD: {"bias": torch.ones(2)}}, ("R",)), mean(sites))
     assert state.round_number == 0
     assert torch.equal(state.adapter[HEAD]["bias"], torch.ones(2)), "a start from a gradient touched the head"
     return state, {layer: 0.25 * first[layer] + 0.75 * third[layer] for layer in SHAPES}
@@ -407,7 +407,7 @@ def test_the_published_start_lowers_the_loss_of_the_records_it_was_made_from(mod
     batch = model.batch(model.prepare(EXAMPLES))
     strategy = FedSB(init="private-gradient")
     gradient = mean_gradient(model, [batch])
-    state = strategy.begin(strategy.start(model.start), [Contribution("only", 1.0, gradient)])
+    state = strategy.initialise(strategy.start(model.start, ("R",)), gradient)
     with torch.no_grad():
         before = float(model.losses(batch).mean())
         model.write(state.adapter)
@@ -458,10 +458,10 @@ def test_s3_the_base_is_the_same_bit_for_bit_after_a_start_a_round_and_the_expor
     site = Site("only", data, "only", 100, tmp_path / "ledger.sqlite")
     records = model.prepare(data.examples[:60])
 
-    state = job.strategy.start(model.start)
+    state = job.start(model.start)
     if job.strategy.gradient:
         sent = initial_round(site, job, model, records, round_task(job, model, state, 0))
-        state = job.strategy.begin(state, [Contribution("only", 1.0, sent.contribution)])
+        state = job.strategy.initialise(state, sent.contribution)
     sent = train_round(site, job, model, records, round_task(job, model, state, 1))
     after = job.strategy.server_update(state, [Contribution("only", 1.0, sent.contribution)]).adapter
     model.write(after)

@@ -195,7 +195,7 @@ def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str
     first = model_of(**settings)
     assert model_of(**settings) is first
     assert model_of(**{**settings, "seed": 2}) is not first
-    other = ADAPTERS["ffa-lora"](3, 6.0, ("query",))
+    other = ADAPTERS["lora-frozen-a"](3, 6.0, ("query",))
     assert model_of(**{**settings, "adapter": other}).adapter is other, "two adapters with equal fields were mixed up"
 
 

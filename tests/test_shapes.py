@@ -20,7 +20,7 @@ from common.shapes import FixedBatch, Shapes
 from common.tasks import Record
 from common.tasks.text import TextExample
 
-FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen")]
+FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen")]
 SHAPES = st.builds(Shapes, st.integers(1, 3000), st.integers(1, 5000), st.integers(1, 64))
 
 
