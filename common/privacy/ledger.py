@@ -86,7 +86,7 @@ class Ledger(BudgetHistory):
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
             PolicyRefusal: records were released without privacy.
             ConfigError: a figure is out of range, or there is nothing to charge.
-            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
+            LedgerError: the file cannot be read or written, or was locked for too long.
         """
         positive(max_epsilon=max_epsilon, clip_norm=clip_norm)
         in_range(0, 0.5, delta=delta)
@@ -155,7 +155,7 @@ class Ledger(BudgetHistory):
 
         Raises:
             ConfigError: a figure is out of range, or a name is empty.
-            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
+            LedgerError: the file cannot be read or written, or was locked for too long.
         """
         not_negative(round_number=round_number, steps=steps)
         if not dataset or not run:
@@ -177,7 +177,7 @@ class Ledger(BudgetHistory):
             reason: what the site's own log says of it; no content of a record.
 
         Raises:
-            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
+            LedgerError: the file cannot be read or written, or was locked for too long.
         """
         with self._transaction():
             self._connection.execute(
@@ -303,10 +303,11 @@ class Ledger(BudgetHistory):
         delta = min(delta, terms[names[0]].delta)
         limits = {name: held.epsilon for name, held in terms.items()}
         limits[names[0]] = min(max_epsilon, limits[names[0]])
-        return {
-            name: price(self.spent(name), releases, min(delta, held.delta), limits[name])
-            for name, held in terms.items()
-        }
+        spent = {name: self.spent(name) for name in names}
+        with self._apart():
+            return {
+                name: price(spent[name], releases, min(delta, held.delta), limits[name]) for name, held in terms.items()
+            }
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
