@@ -31,7 +31,7 @@ from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps
 from audits.tiny_site import save_tiny_model, tiny_run
 from audits.worlds import World, fresh_world
-from server.files import replace_file
+from common.files import replace_file
 from server.records import package_versions
 from strategies import STRATEGIES
 

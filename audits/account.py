@@ -20,9 +20,9 @@ from audits.finding import Finding, judged
 from audits.tiny_site import OneSite, tiny_site
 from client import local_training
 from client.deadline import Timing
+from client.ledger.ledger import Ledger
 from client.rehearsal import _Rehearsal
 from common.privacy import dpsgd
-from common.privacy.ledger import Ledger
 from common.randomness import private_poisson_sample
 
 STEPS, RATE, PUBLIC, RECORDS = 3, 0.25, 50, 40

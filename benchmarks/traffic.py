@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 import torch
 
-from common.messages import Spending, TrainResult, TrainTask
-from common.types import AdapterState
-from common.wire import encode_reply, encode_task, message_bytes
+from common.messages.round import Spending, TrainResult, TrainTask
+from common.messages.state import AdapterState
+from common.messages.wire import encode_reply, encode_task, message_bytes
 from strategies import STRATEGIES
 from strategies.table import payload, preset_adapter
 

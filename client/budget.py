@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable
 
 from client.deadline import Deadline
+from client.ledger.file import BUSY_SECONDS
+from client.ledger.ledger import Ledger
+from client.ledger.record_hashes import record_hashes
+from client.ledger.rows import EVALUATION, Terms
 from client.site import Site
-from common.messages import Spending, TrainTask
+from common.messages.round import Spending, TrainTask
 from common.privacy.accounting import Release
-from common.privacy.charges import EVALUATION, Terms
-from common.privacy.contents import record_hashes
-from common.privacy.ledger import Ledger
-from common.privacy.ledger_file import BUSY_SECONDS
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS
 from strategies import Job

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from audits.finding import Finding
-from common.privacy.ledger import Ledger
-from common.types import HEAD
+from client.ledger.ledger import Ledger
+from common.messages.state import HEAD
 from faults.federation import SIZES, Federation, Run
+from reports import read_lines
 from server.checkpoint import NAME
-from server.report import read_lines
 
 CLOSE = 1e-6
 """Largest difference of an element; values are of order 0.01, sent and averaged as float32."""

@@ -12,7 +12,7 @@ from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.network import Cable
 from faults.processes import wait_until
 from faults.stuttering_node import HALF, NODE
-from server.report import read_lines
+from reports import read_lines
 
 ROOM = 3.0
 """The deadline of a round over the time that a round without a fault took here."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from common.errors import FedVeilError
-from common.messages import Spending, TrainResult
+from common.messages.round import Spending, TrainResult
 from common.privacy.accounting import LEAST_DELTA, LEAST_RATE, MOST_NOISE, noise_multiplier_for
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan

@@ -11,8 +11,8 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from common.log import place_of
-from common.messages import Reply, TrainTask
-from common.wire import Layout, encode_task, payload_bytes
+from common.messages.round import Reply, TrainTask
+from common.messages.wire import Layout, encode_task, payload_bytes
 from server.conduct import conduct
 from server.evaluation import Evaluator
 from server.pulls import Pulls

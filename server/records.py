@@ -26,15 +26,15 @@ from typing import Any
 from safetensors.torch import save_file
 
 from common.errors import DataError
+from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
-from common.messages import Spending, TrainResult
-from common.model import FederatedModel, Score
+from common.messages.round import Spending, TrainResult
+from common.messages.state import AdapterState
+from common.model.federated import FederatedModel, Score
 from common.privacy import claim
 from common.tasks import TASKS
-from common.types import AdapterState
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
-from server.files import append_lines, cut_file, finite, length, replace_file
 from server.rounds import RoundOutcome
 from strategies import Job, ServerState
 

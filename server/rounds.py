@@ -9,8 +9,8 @@ from functools import partial
 from typing import Protocol
 
 from common.errors import RunFailed
-from common.messages import Refusal, TrainResult
-from common.model import Score
+from common.messages.round import Refusal, TrainResult
+from common.model.federated import Score
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint

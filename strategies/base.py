@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 
 from common.adapters import Adapter
 from common.errors import ConfigError, ProtocolError
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import merge, select, weighted_sum
 from common.privacy.accounting import Release
-from common.tensors import merge, select, weighted_sum
-from common.types import HEAD, AdapterState
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from audits.step_canaries import audit_steps, model_for
 from audits.worlds import flat
 from common.privacy.accounting import Release, epsilon
 from common.tasks.text import TextExample
-from server.report import markdown_report
+from reports import markdown_report
 from strategies import STRATEGIES
 
 DELTA = 1e-5

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import strategies
+from cli.main import app
 from client.site import NODE_KEYS
-from common.packaged import MINILM, packaged_folder
-from experiments.cli import app
+from common.config.text import parse_settings
+from common.data.packaged import MINILM, packaged_folder
 from experiments.in_process import run_in_process
-from experiments.settings import parse_settings
-from server.report import read_lines
+from reports import read_lines
 from strategies import configure
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
 

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunFailed
-from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
-from common.tensors import apply
-from common.types import AdapterState
-from common.wire import STYPE, decode_reply, encode_reply
+from common.files import length
+from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
+from common.messages.state import AdapterState
+from common.messages.tensors import apply
+from common.messages.wire import STYPE, decode_reply, encode_reply
 from experiments.in_process import InProcessTransport, run_in_process
-from server.files import length
+from reports import read_lines
 from server.records import read_json
 from server.replies import LONGEST_REASON, clean, refusal
-from server.report import read_lines
 from server.sites import Exchange
 
 Tamper = Callable[[TrainResult], Any]

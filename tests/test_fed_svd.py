@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.adapters import LoRAFrozenA
-from common.messages import TrainResult, TrainTask
-from common.model import model_of
-from common.types import HEAD, AdapterState
+from common.messages.round import TrainResult, TrainTask
+from common.messages.state import HEAD, AdapterState
+from common.model.federated import model_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
-from server.report import read_lines
+from reports import read_lines
 from server.sites import Exchange
 from strategies import Contribution, ServerState, configure
 from strategies.fed_svd import FedSVD, refactor

@@ -11,15 +11,15 @@ import torch
 from conftest import write_reviews
 from one_site import pins
 
-from common.config import Scalar
+from client.ledger.ledger import Ledger
+from common.config.sections import Scalar
+from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
+from common.messages.wire import round_of
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
-from common.wire import round_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
-from experiments.settings import to_toml
-from server.report import markdown_report, read_lines
+from reports import markdown_report, read_lines
 from strategies import STRATEGIES, known_settings
 from strategies.table import payload, preset_adapter
 

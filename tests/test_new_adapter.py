@@ -15,13 +15,13 @@ from common.adapters import ADAPTERS
 from common.adapters.base import ADAPTER_NAME, layer_shape, lora_modules
 from common.adapters.lora import LoRA
 from common.errors import ConfigError
-from common.types import HEAD, Factors
-from common.wire import decode_state, encode_state, layout_of
+from common.messages.state import HEAD, Factors
+from common.messages.wire import decode_state, encode_state, layout_of
 from experiments.evaluate import evaluate_run
-from experiments.forecast import forecast
 from experiments.in_process import run_in_process
+from experiments.planner.forecast import forecast
+from reports import read_lines
 from server.evaluation import Evaluator
-from server.report import read_lines
 from strategies import STRATEGIES, configure
 from strategies.fedavg import FedAvgLoRA
 from strategies.table import payload, preset_adapter, strategy_table, travels

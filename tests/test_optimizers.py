@@ -22,12 +22,12 @@ from torch.optim import Optimizer
 from client import local_training
 from client.optimizers import build_optimizer, set_learning_rate
 from common import randomness
-from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
-from common.schedule import learning_rate
-from common.tensors import entries
-from common.types import HEAD
+from common.config.schedule import learning_rate
+from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
+from common.messages.state import HEAD
+from common.messages.tensors import entries
 from experiments.in_process import run_in_process
-from server.report import read_lines
+from reports import read_lines
 from strategies import STRATEGIES, configure
 
 fast = settings(max_examples=25, deadline=None)

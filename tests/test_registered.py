@@ -11,14 +11,14 @@ import pytest
 from test_faults import Faulty, plain
 
 from common.errors import DataError
-from common.messages import Refusal, TrainResult, TrainTask
-from common.wire import decode_reply, encode_reply
-from experiments.deploy import start
-from experiments.deploy.commands import superlink_environment
-from experiments.deploy.server_folder import make_server
+from common.messages.round import Refusal, TrainResult, TrainTask
+from common.messages.wire import decode_reply, encode_reply
+from deploy import start
+from deploy.commands import superlink_environment
+from deploy.server_folder import make_server
 from experiments.in_process import run_in_process
+from reports import read_lines
 from server.registered import NODES, names_in, registered_names
-from server.report import read_lines
 
 NAMES = {0: "site-0", 1: "site-1", 2: "site-2"}
 

@@ -15,15 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from common import randomness
+from common import files, randomness
 from common.errors import DataError, RunFailed
-from common.messages import TrainTask
+from common.messages.round import TrainTask
 from experiments.in_process import InProcessTransport, run_in_process
-from experiments.resume import with_resumed
-from server import files
+from reports import read_lines
 from server.checkpoint import NAME
 from server.lock import GLANCE_SECONDS, is_written, only_writer
-from server.report import read_lines
+from server.resume import with_resumed
 from server.sites import Exchange
 from strategies import STRATEGIES
 

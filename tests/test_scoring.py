@@ -8,7 +8,7 @@ import pytest
 
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from server.report import read_lines
+from reports import read_lines
 from strategies import STRATEGIES
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from common.config import RunConfig, ServerConfig, TrainingConfig
-from common.types import HEAD, AdapterState
+from common.config.sections import RunConfig, ServerConfig, TrainingConfig
+from common.messages.state import HEAD, AdapterState
 from experiments.in_process import run_in_process
 from server.optimizer import server_step
 from strategies import STRATEGIES, Contribution, Moments, ServerState

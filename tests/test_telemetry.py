@@ -24,9 +24,9 @@ from client import local_training
 from client.app import train
 from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
 from common.errors import DataError, FedVeilError, MechanismError
-from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult
+from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult
+from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
 from common.privacy import dpsgd
-from common.wire import decode_reply, encode_reply, encode_task, layout_of
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {

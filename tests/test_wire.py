@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ProtocolError
-from common.messages import (
+from common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
     SPENDING_KINDS,
@@ -29,9 +29,9 @@ from common.messages import (
     TrainTask,
     same_fingerprint,
 )
-from common.tensors import count, entries
-from common.types import AdapterState
-from common.wire import (
+from common.messages.state import AdapterState
+from common.messages.tensors import count, entries
+from common.messages.wire import (
     STYPE,
     Layout,
     _pack_spending,
@@ -325,7 +325,8 @@ def test_an_unknown_kind_of_message_is_refused(message: str, code: int) -> None:
 
 def test_texts_too_long_or_not_utf8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "common.wire._text", lambda value, longest=0: len(value.encode()).to_bytes(2, "little") + value.encode()
+        "common.messages.wire._text",
+        lambda value, longest=0: len(value.encode()).to_bytes(2, "little") + value.encode(),
     )
     cases: list[tuple[Any, str, int]] = [(RESULT, "site", 200), (REFUSAL, "site", 200), (REFUSAL, "reason", 1000)]
     for good, key, longest in cases:
