@@ -22,7 +22,7 @@ from common.data.partition import division_of
 from common.data.sources import Reading, load_dataset
 from common.messages.round import Refusal, TrainResult, TrainTask
 from common.privacy.accounting import Release, epsilon
-from strategies import configure
+from strategies.job import configure
 
 ODD = (
     '" ",good,a1',

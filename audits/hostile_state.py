@@ -25,7 +25,7 @@ from common.model.batching import length_batches
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.tasks import TASKS, Record
-from strategies import configure
+from strategies.job import configure
 
 CLIP = 1e-3
 MOST = 1 + 1e-5

@@ -20,7 +20,7 @@ from common.model.federated import FederatedModel, model_of
 from common.privacy.accounting import Release, epsilon
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
-from strategies import configure
+from strategies.job import configure
 
 CANARIES, STEPS = 100, 50
 DELTA = 1e-5

@@ -19,8 +19,8 @@ from common.messages.round import Spending, TrainTask
 from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS
-from strategies import Job
 from strategies.base import GradientSource
+from strategies.job import Job
 
 
 def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:

@@ -34,7 +34,7 @@ from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.starts.gradient import BATCH_TOKENS, initial_shapes, mean_gradient, private_gradient
 from common.tasks import Batch, Record
-from strategies import Job
+from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
 

@@ -29,7 +29,7 @@ from common.privacy.figures import epsilon_text
 from experiments.site_count import record_sites, recorded_sites
 from server.lock import only_writer
 from server.records import read_json
-from strategies import Job, configure
+from strategies.job import Job, configure
 
 SHIPPED = Path(__file__).parent / "configs"
 DEFAULT = tuple(SHIPPED / f"{name}.toml" for name in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"))

@@ -28,7 +28,8 @@ from common.messages.state import AdapterState
 from common.messages.tensors import entries
 from common.model.federated import Score
 from server.admission import Member
-from strategies import Job, Moments, ServerState
+from strategies import Moments, ServerState
+from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
 FORMAT = "4"

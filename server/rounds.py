@@ -18,7 +18,8 @@ from server.evaluation import Evaluator
 from server.optimizer import server_step
 from server.replies import clean
 from server.sites import Failure, Gathering, Sites, Transport
-from strategies import Job, ServerState, mean
+from strategies import ServerState, mean
+from strategies.job import Job
 
 
 @dataclass(frozen=True)

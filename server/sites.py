@@ -12,7 +12,8 @@ from common.messages.round import Refusal, Reply, TrainResult, TrainTask
 from common.messages.tensors import fingerprint, start_fingerprint
 from server.admission import Admission
 from server.evaluation import Evaluator
-from strategies import Job, ServerState
+from strategies import ServerState
+from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
 ASK_AGAIN = ("late", "failed")

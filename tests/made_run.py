@@ -9,7 +9,7 @@ from typing import Any
 
 from common.privacy import claim
 from common.privacy.accounting import Release, epsilon_with_method
-from strategies import configure
+from strategies.job import configure
 
 DELTA = 1e-5
 

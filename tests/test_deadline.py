@@ -34,7 +34,7 @@ from common.messages.wire import encode_task
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
-from strategies import configure
+from strategies.job import configure
 
 TIMING = Timing(passes={8: 0.1, 24: 0.3}, rows={8: 40, 24: 10}, empty=0.5, score=0.01)
 BAND = 0.3

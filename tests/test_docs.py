@@ -22,7 +22,7 @@ from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
 from experiments.in_process import run_in_process
 from reports import read_lines
-from strategies import configure
+from strategies.job import configure
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
 
 ROOT = Path(__file__).resolve().parent.parent

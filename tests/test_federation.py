@@ -20,7 +20,8 @@ from common.privacy.accounting import Release, epsilon
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from reports import markdown_report, read_lines
-from strategies import STRATEGIES, known_settings
+from strategies import STRATEGIES
+from strategies.job import known_settings
 from strategies.table import payload, preset_adapter
 
 PRIVACY_FIELDS = [

@@ -27,7 +27,8 @@ from experiments.planner.find import RATES, find
 from experiments.planner.forecast import Forecast, forecast
 from experiments.planner.plan import last_within, signal_to_noise, simulated_sizes
 from reports import read_lines
-from strategies import STRATEGIES, configure
+from strategies import STRATEGIES
+from strategies.job import configure
 
 MEASURED = Calibration(64, 1, "cpu", 0.1, 0.01, 2.0, 500.0, 0.0, (0.1, 0.2))
 

@@ -40,7 +40,7 @@ from deploy.policy_file import pins_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from reports import read_lines
-from strategies import configure
+from strategies.job import configure
 
 WIDTH = 8
 
