@@ -63,9 +63,9 @@ def test_a_receipt_says_what_was_spent_and_what_is_left(path: Path) -> None:
     with Ledger(path) as ledger:
         first, second = charge(ledger, 1), charge(ledger, 2)
     assert first.epsilon_before == 0.0
-    assert first.epsilon_after == first.epsilon_round == first.epsilon_increment == cost_of(1)
+    assert first.epsilon_after == first.epsilon_increment == cost_of(1)
     assert (second.epsilon_before, second.epsilon_after) == (cost_of(1), cost_of(2))
-    assert second.epsilon_round == cost_of(1) > second.epsilon_increment == cost_of(2) - cost_of(1)
+    assert cost_of(1) > second.epsilon_increment == cost_of(2) - cost_of(1)
     assert second.epsilon_remaining == 8.0 - cost_of(2)
     assert (second.steps_round, second.steps_total) == (5, 10)
     assert second.accountant.startswith("PLD")
