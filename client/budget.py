@@ -6,46 +6,58 @@ A round without privacy costs what no budget can pay: it is written down instead
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 
+from client.deadline import Deadline
 from client.site import Site
+from common.errors import LedgerError
+from common.log import about
 from common.messages import Spending, TrainTask
 from common.privacy.accounting import Release
 from common.privacy.charges import EVALUATION, Terms
 from common.privacy.contents import record_hashes
 from common.privacy.ledger import Ledger
+from common.privacy.ledger_file import BUSY_SECONDS
 from common.privacy.plan import PrivacyPlan
 from strategies import Job
 from strategies.base import GradientSource
 
+log = logging.getLogger("fedveil.site")
 
-def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
+
+def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:
     """Charge a training round, and its noised evaluation if the policy sends one; return what to train with.
+
+    Prices, and locks that others hold, postpone the answer.
 
     Raises:
         BudgetExhausted: the round would exceed the budget, or that of another data set that shares records.
-        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy.
+        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy, or took
+            longer than their share of ``reply-after``.
     """
     steps = job.config.training.local_steps
-    with Ledger(site.ledger_path) as ledger:
-        plan = plan_of(job, site, _terms(site, ledger))
+    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
+        plan = _plan(ledger, site, job, deadline)
         releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
-        return plan, _charge(ledger, site, plan, releases, task, allow=_within(site, steps))
+        return plan, _charge(ledger, site, plan, releases, task, deadline, allow=_within(site, steps))
 
 
-def pay_initialisation(site: Site, job: Job, source: GradientSource, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
+def pay_initialisation(
+    site: Site, job: Job, source: GradientSource, task: TrainTask, deadline: Deadline
+) -> tuple[PrivacyPlan, Spending]:
     """Charge round 0 and return the plan of its one release; errors as in pay_round."""
-    with Ledger(site.ledger_path) as ledger:
+    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
         release = source.release(site.policy.min_noise_multiplier)
         plan = dataclasses.replace(
-            plan_of(job, site, _terms(site, ledger)),
+            _plan(ledger, site, job, deadline),
             clip_norm=source.clip_norm,
             noise_multiplier=release.noise_multiplier,
             sample_rate=source.sample_rate,
             expected_batch_size=source.sample_rate * site.public_size,
         )
-        return plan, _charge(ledger, site, plan, [release], task)
+        return plan, _charge(ledger, site, plan, [release], task, deadline)
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
@@ -66,14 +78,19 @@ def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
         )
 
 
-def note_failure(site: Site, task: TrainTask, reason: str) -> None:
-    """Write down that a charged round failed and is answered by noise alone.
+def note_failure(site: Site, task: TrainTask, reason: str, deadline: Deadline) -> None:
+    """Write down that a charged round failed and is answered by noise alone, once its reply is there.
 
-    Raises:
-        LedgerError: the ledger cannot be written.
+    A ledger that cannot be written by the time that the answer leaves is said in the site's log: a refusal, or an
+    answer that is late, would tell of the failure.
     """
-    with Ledger(site.ledger_path) as ledger:
-        ledger.fail(site.dataset_id, run=task.run, round_number=task.round_number, reason=reason)
+    try:
+        # Half: the row itself takes its time too.
+        with Ledger(site.ledger_path, patience=min(BUSY_SECONDS, deadline.left() / 2)) as ledger:
+            ledger.fail(site.dataset_id, run=task.run, round_number=task.round_number, reason=reason)
+    except LedgerError as error:
+        where = about(task.run, task.round_number)
+        log.error("the ledger has no row of a round that failed: %s", error, extra=where)
 
 
 def _within(site: Site, steps: int) -> Callable[[int, int], None]:
@@ -112,8 +129,10 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     return dataclasses.replace(plan, noise_multiplier=max(plan.noise_multiplier, site.policy.min_noise_multiplier))
 
 
-def _terms(site: Site, ledger: Ledger) -> Terms:
-    return ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
+def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPlan:
+    terms = ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
+    with deadline.extended():
+        return plan_of(job, site, terms)
 
 
 def _charge(
@@ -122,9 +141,15 @@ def _charge(
     plan: PrivacyPlan,
     releases: list[Release],
     task: TrainTask,
-    allow: Callable[[int, int], None] | None = None,
+    deadline: Deadline,
+    allow: Callable[[int, int], None] = lambda rounds, steps: None,
 ) -> Spending:
     """Write the round's cost to the site's ledger, durably, and return it for the report."""
+
+    def allowed(rounds: int, steps: int) -> None:
+        deadline.check_prepared()  # the last that is looked up of a record has been
+        allow(rounds, steps)
+
     charged = ledger.charge(
         site.dataset_id,
         releases,
@@ -134,7 +159,7 @@ def _charge(
         max_epsilon=plan.max_epsilon,
         clip_norm=plan.clip_norm,
         records=record_hashes(site.data, ledger.key),
-        allow=allow,
+        allow=allowed,
         after_exposure=site.policy.after_no_privacy,
     )
     return Spending(

@@ -145,6 +145,9 @@ class Policy:
             raise refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)
+        if self.reply_after >= config.round_timeout:
+            # Paid for, and then dropped by the server.
+            raise refusal("reply-after", f"{self.reply_after:g}", f"round-timeout = {config.round_timeout:g}")
         self.check_model_name(config.model.name)
 
     def check_model_name(self, name: str) -> None:

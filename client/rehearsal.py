@@ -83,6 +83,8 @@ class _Rehearsal:
         self.layers = {id(p): _layer_of(name) for name, p in model.module.named_parameters()}
         self.invent = _inventor(model)
         self.seconds: dict[int, float] = {}
+        self.clipped: tuple[float, int] = (0.0, 1)
+        """Seconds of two passes with clip, sum and noise, less the passes, and their rows."""
 
     @property
     def shapes(self) -> Shapes:
@@ -189,7 +191,10 @@ class _Rehearsal:
                     self._remembers(first[length], self._among_others(steps, length, 1))
             # The clip and the sum need memory too: most of it where most rows are, and in the longest.
             ends = (shapes.lengths[0], shapes.lengths[-1])
+            began = time.monotonic()
             steps.release([self._others(length, shapes.rows_of(length), None) for length in ends], self.model.losses)
+            more = time.monotonic() - began - sum(self.seconds[length] for length in ends)
+            self.clipped = more, sum(map(shapes.rows_of, ends))
         return shapes
 
     def _equal_rows(self, steps: PrivateSteps, length: int, rows: int) -> list[Tensor] | None:
@@ -239,8 +244,11 @@ class _Rehearsal:
             empty = time.monotonic() - began
         began = time.monotonic()
         self.model.score([self.invent(self.shapes.longest, 1)])
+        score = time.monotonic() - began
         rows = {length: self.shapes.rows_of(length) for length in self.seconds}
-        return Timing(self.seconds, rows, empty, time.monotonic() - began)
+        clip = max(0.0, self.clipped[0] - empty) / self.clipped[1]
+        passes = {length: seconds + rows[length] * clip for length, seconds in self.seconds.items()}
+        return Timing(passes, rows, empty, score)
 
     def _steps(self) -> PrivateSteps:
         return PrivateSteps(self.model.module, torch.optim.SGD(self.trained, lr=0.0), _PLAN)
