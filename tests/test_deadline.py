@@ -404,7 +404,7 @@ def test_a_failure_is_noted_once_the_reply_is_there_and_no_lock_makes_that_late(
     assert isinstance(reply, TrainResult), reply
     assert held[1:] == ["noise", "noted"]
     assert 2.0 <= counted < 2.0 + BAND
-    assert "the ledger has no row of it" in caplog.text
+    assert "the ledger has no row of a round that failed" in caplog.text
     assert not played.failures
 
 

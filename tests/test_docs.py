@@ -15,13 +15,13 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-import strategies
 from cli.main import app
 from client.site import NODE_KEYS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
 from experiments.in_process import run_in_process
 from reports import read_lines
+from strategies import STRATEGIES
 from strategies.job import configure
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
 
@@ -136,9 +136,11 @@ def the_pages_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     source, row, _ = blocks(ROOT / "docs" / "add-a-strategy.md", "python")
     (tmp_path / "fedavg_qr.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
-    exec(row, {"STRATEGIES": strategies.STRATEGIES, "FedAvgQR": __import__("fedavg_qr").FedAvgQR})
+    before = dict(STRATEGIES)
+    exec(row, {"STRATEGIES": STRATEGIES, "FedAvgQR": __import__("fedavg_qr").FedAvgQR})
     yield row
+    STRATEGIES.clear()
+    STRATEGIES.update(before)
     sys.modules.pop("fedavg_qr")
 
 
