@@ -305,7 +305,8 @@ def test_its_columns_are_settings_pins_and_options(site: OneSite, toy: dict[str,
         assert (folder, columns) == ("here", {"vector": "v"})
 
     assert "vector" in inspect.signature(command).parameters
-    command(folder="here", **dict.fromkeys(("text", "text_pair", "label", "prompt", "completion")), vector="v")
+    options = (role.setting.replace("-", "_") for role in tasks.roles_of_all())
+    command(folder="here", **{**dict.fromkeys(options), "vector": "v"})
 
 
 def test_a_setting_of_a_task_that_is_not_there_is_none() -> None:
