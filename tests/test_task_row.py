@@ -26,7 +26,6 @@ from client.own_records import prepared
 from common import tasks
 from common.config.sections import from_mapping, to_mapping
 from common.data.sources import load_dataset, load_protected
-from common.data.tables import Table
 from common.errors import ConfigError, DataError
 from common.messages.round import Refusal, TrainResult
 from common.model.base import OWN_CODE, BaseModel
@@ -36,6 +35,7 @@ from common.tasks.cells import Misfit
 from common.tasks.examples import Example
 from common.tasks.module import TaskModule
 from common.tasks.roles import LABEL, Role
+from common.tasks.tables import Table
 from deploy.policy_file import pins_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
@@ -305,7 +305,8 @@ def test_its_columns_are_settings_pins_and_options(site: OneSite, toy: dict[str,
         assert (folder, columns) == ("here", {"vector": "v"})
 
     assert "vector" in inspect.signature(command).parameters
-    command(folder="here", **dict.fromkeys(("text", "text_pair", "label", "prompt", "completion")), vector="v")
+    options = (role.setting.replace("-", "_") for role in tasks.roles_of_all())
+    command(folder="here", **{**dict.fromkeys(options), "vector": "v"})
 
 
 def test_a_setting_of_a_task_that_is_not_there_is_none() -> None:
