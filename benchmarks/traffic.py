@@ -15,15 +15,15 @@ import torch
 
 from common.adapters import ADAPTERS
 from common.messages import Spending, TrainResult, TrainTask
+from common.privacy.accounting import TRAINING, Accountant
 from common.types import AdapterState
 from common.wire import encode_reply, encode_task, message_bytes
 from strategies import STRATEGIES
 from strategies.table import factor_bytes
 
 SHAPES = ((1024, 1024),) * 48
-ACCOUNTANT = "PLD (dp-accounting 0.6.0, discretisation 1e-3)"
 ROOM = 0.02
-SPENDING = Spending("training", 0.1, 0.8, 1.0, 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, ACCOUNTANT)
+SPENDING = Spending(TRAINING, 0.1, 0.8, 1.0, 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, Accountant("pld", "0.6.0"))
 
 
 def adapter_start(name: str, rank: int) -> AdapterState:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from client.site import Site
 from common.messages import Spending, TrainTask
-from common.privacy.accounting import Release
-from common.privacy.charges import EVALUATION, Terms
+from common.privacy.accounting import EVALUATION, Release
+from common.privacy.charges import Terms
 from common.privacy.contents import record_hashes
 from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan

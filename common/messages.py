@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.privacy.accounting import INITIALISATION, TRAINING, Accountant
+from common.strict_json import Endless
 from common.types import AdapterState
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of these messages; both sides must speak the same."""
 
 FINGERPRINT_DIGITS = 32
@@ -43,7 +45,8 @@ class TrainTask:
     """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
 
 
-SPENDING_KINDS = ("training", "initialisation")
+SPENDING_KINDS = (TRAINING, INITIALISATION)
+"""Kinds of releases that a round may be for."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,12 @@ class Spending:
     delta: float
     epsilon_round: float
     """What this round added to the total."""
-    epsilon_total: float
+    epsilon_total: Endless
     """Of everything the ledger holds for this data set, over all runs. Infinite, and the only figure that may be,
     if records of it were released without privacy: then no epsilon holds for them."""
     epsilon_budget: float
     epsilon_remaining: float
-    accountant: str
+    accountant: Accountant
 
 
 @dataclass(frozen=True)

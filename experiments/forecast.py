@@ -97,7 +97,7 @@ class Forecast:
                 }
                 for k, size in enumerate(self.sizes)
             ],
-            "rounds": [dataclasses.asdict(one) for one in self.rounds],
+            "rounds": [{**dataclasses.asdict(one), "accountant": str(one.accountant)} for one in self.rounds],
             "rounds_within_budget": self.rounds_within,
             "rounds_within_budget_searched_to": MOST_ROUNDS,
             "bytes_per_site_and_round": dataclasses.asdict(self.traffic),

@@ -18,7 +18,7 @@ from common.data import train_and_test
 from common.errors import ConfigError
 from common.examples import Dataset
 from common.partition import declared_size, site_part
-from common.privacy.accounting import Release, epsilon, epsilon_with_method
+from common.privacy.accounting import Accountant, Release, epsilon, epsilon_with_method
 from common.privacy.charges import Terms
 from common.privacy.plan import PrivacyPlan
 from strategies import Job
@@ -43,8 +43,8 @@ class PricedRound:
     """The number of record, at the run's delta."""
     epsilon_rdp: float
     """The cross-check."""
-    accountant: str
-    """What gave ``epsilon``, in words."""
+    accountant: Accountant
+    """What gave ``epsilon``."""
 
 
 @dataclass(frozen=True)

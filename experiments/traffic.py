@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from common.adapters.base import layer_shape
 from common.messages import Spending, TrainResult, TrainTask
+from common.privacy.accounting import TRAINING, Accountant
 from common.privacy.plan import PrivacyPlan
 from common.tensors import fingerprint, start_fingerprint
 from common.types import HEAD, AdapterState
@@ -96,6 +97,5 @@ def _spending(plan: PrivacyPlan | None) -> Spending | None:
     """Return a spending of the usual length; the figures in it are not looked at."""
     if plan is None:
         return None
-    accountant = "PLD (dp-accounting 0.6.0, discretisation 1e-3)"
     public = (plan.sample_rate, plan.noise_multiplier, plan.clip_norm, 1, 1, plan.delta)
-    return Spending("training", *public, 1.0, 1.0, plan.max_epsilon, 1.0, accountant)
+    return Spending(TRAINING, *public, 1.0, 1.0, plan.max_epsilon, 1.0, Accountant("pld", "0.6.0"))

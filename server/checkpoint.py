@@ -22,8 +22,8 @@ from safetensors.torch import save
 
 from common.config import Scalar
 from common.errors import ConfigError, DataError
-from common.messages import Spending
 from common.model import Score
+from common.strict_json import from_json, to_json
 from common.tensors import entries
 from common.types import AdapterState
 from server.admission import Member
@@ -31,7 +31,7 @@ from server.files import length, replace_file
 from strategies import Job, ServerState
 
 NAME = "checkpoint.safetensors"
-FORMAT = "3"
+FORMAT = "4"
 MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
 
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "run": checkpoint.run,
         "round": checkpoint.state.round_number,
         "settings": dict(checkpoint.settings),
-        "members": {node: asdict(member) for node, member in checkpoint.members.items()},
+        "members": {node: to_json(member) for node, member in checkpoint.members.items()},
         "baseline": asdict(checkpoint.baseline),
         "score": asdict(checkpoint.score) if checkpoint.score else None,
         "lengths": dict(checkpoint.lengths),
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         run=about["run"],
         settings=about["settings"],
         state=state,
-        members={int(node): _member(member) for node, member in about["members"].items()},
+        members={int(node): from_json(Member, told, "a member") for node, told in about["members"].items()},
         baseline=Score(**about["baseline"]),
         score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],
@@ -112,11 +112,6 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         if length(folder / name) < size:
             raise DataError(f"{folder / name} is shorter than it was at the checkpoint: restore it, or start a new run")
     return checkpoint
-
-
-def _member(about: Mapping[str, Any]) -> Member:
-    spent = about["spending"]
-    return Member(**{**about, "spending": Spending(**spent) if spent else None})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:

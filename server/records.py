@@ -67,7 +67,7 @@ def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
         line |= dict.fromkeys(("unit", "adjacency", "adversary", "sampler", "accountant"), claim.NO_CLAIM)
         numbers = (item.name for item in fields(Spending) if item.name != "accountant")
         return {**line, **dict.fromkeys(numbers), "head": head_words(job)}
-    return {**line, **asdict(spent), "head": head_words(job)}
+    return {**line, **asdict(spent), "accountant": str(spent.accountant), "head": head_words(job)}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

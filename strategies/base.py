@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from common.errors import ProtocolError
-from common.privacy.accounting import Release
+from common.privacy.accounting import INITIALISATION, Release
 from common.tensors import merge, select, weighted_sum
 from common.types import HEAD, AdapterState
 
@@ -65,7 +65,7 @@ class GradientSource:
         Raises:
             ConfigError: there is no noise: without privacy nothing is priced.
         """
-        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind="initialisation")
+        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind=INITIALISATION)
 
 
 @dataclass(frozen=True)

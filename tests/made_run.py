@@ -83,7 +83,7 @@ class MadeRun:
             "epsilon_total": after[0],
             "epsilon_budget": 8.0,
             "epsilon_remaining": max(0.0, 8.0 - after[0]),
-            "accountant": after[1],
+            "accountant": str(after[1]),
         }
         if self.settings.get("privacy.mode") == "none":
             spending = ("kind", "sample_rate", "noise_multiplier", "clip_norm", "steps_round", "steps_total", "delta")

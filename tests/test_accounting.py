@@ -147,7 +147,7 @@ def test_a_nearly_free_release_is_never_priced_below_zero(method: accounting.Met
 
 
 def test_the_accountant_is_named_with_its_version() -> None:
-    _, name = epsilon_with_method([Release(1.0, RATE, 10)], DELTA)
+    name = str(epsilon_with_method([Release(1.0, RATE, 10)], DELTA)[1])
     assert name.startswith("PLD (dp-accounting ")
     assert name.endswith("discretisation 1e-3)")
 
@@ -163,8 +163,8 @@ def test_the_accountant_is_named_with_its_version() -> None:
 def test_rdp_answers_where_the_pld_cannot_and_says_why(release: Release, delta: float, reason: str) -> None:
     value, name = epsilon_with_method([release], delta)
     assert value == epsilon([release], delta, method="rdp")
-    assert name.startswith("RDP")
-    assert reason in name
+    assert name.method == "rdp"
+    assert reason in str(name)
 
 
 def test_rdp_answers_with_a_higher_figure_when_the_pld_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_rdp_answers_with_a_higher_figure_when_the_pld_fails(monkeypatch: pytest
     value, name = epsilon_with_method([release], DELTA)
     accounting._priced.cache_clear()
     assert value >= regular
-    assert "MemoryError" in name
+    assert "MemoryError" in str(name)
 
 
 def test_an_answer_that_is_no_number_reads_as_infinite_and_never_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_a_noise_that_no_accountant_can_work_with_costs_an_infinite_epsilon(
 ) -> None:
     value, name = epsilon_with_method([Release(noise_multiplier, 0.2, 1)], DELTA, method=method)
     assert value == math.inf
-    assert "failed with" in name
+    assert "failed with" in str(name)
 
 
 def test_rdp_does_not_fill_the_terminal_with_warnings(caplog: pytest.LogCaptureFixture) -> None:

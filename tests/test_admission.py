@@ -14,6 +14,7 @@ from client.policy import Policy
 from client.site import Site
 from common.examples import Dataset
 from common.messages import NoisedCount, Spending, TrainResult
+from common.privacy.accounting import TRAINING, Accountant
 from common.privacy.charges import Terms
 from common.privacy.plan import PrivacyPlan
 from server.admission import Admission
@@ -38,8 +39,8 @@ def plan(job: Job, policy: Policy | None = None, size: int = SIZE) -> PrivacyPla
 def answer(job: Job, own: PrivacyPlan, size: int = SIZE, **told: Any) -> TrainResult:
     """Return what an honest site called ward sends in round 1, told figures replaced; its update is its noise alone."""
     spent = Spending(
-        *("training", own.sample_rate, own.noise_multiplier, own.clip_norm, job.config.training.local_steps, 1),
-        *(own.delta, 0.2, 0.2, own.max_epsilon, own.max_epsilon - 0.2, "PLD"),
+        *(TRAINING, own.sample_rate, own.noise_multiplier, own.clip_norm, job.config.training.local_steps, 1),
+        *(own.delta, 0.2, 0.2, own.max_epsilon, own.max_epsilon - 0.2, Accountant("pld", "0.6.0")),
     )
     way = own.gradient_noise_std * job.config.site_training.learning_rate
     update = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(1)) * way

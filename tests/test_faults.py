@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunFailed
 from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
+from common.privacy.accounting import TRAINING, Accountant
 from common.tensors import apply
 from common.types import AdapterState
 from common.wire import STYPE, decode_reply, encode_reply
@@ -302,7 +303,7 @@ def test_a_spending_that_contradicts_the_run_is_dropped(toy_settings: dict[str, 
 
 
 def test_a_spending_in_a_run_without_privacy_is_no_claim(toy_settings: dict[str, Any]) -> None:
-    spent = Spending("training", 0.1, 0.8, 1.0, 2, 2, 1e-3, 0.5, 1.5, 8.0, 6.5, "PLD")
+    spent = Spending(TRAINING, 0.1, 0.8, 1.0, 2, 2, 1e-3, 0.5, 1.5, 8.0, 6.5, Accountant("pld", "0.6.0"))
     folder = run_in_process(plain(toy_settings), 3, "lie", hostile(lambda r: replace(r, spending=spent)))
     assert "without privacy" in read_lines(folder / "rounds.jsonl")[0]["failures"][0]["message"]
 

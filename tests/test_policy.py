@@ -28,8 +28,8 @@ from common.examples import Dataset
 from common.messages import Spending
 from common.model import FederatedModel
 from common.partition import division_of
-from common.privacy.accounting import Release, epsilon
-from common.privacy.charges import EVALUATION, Terms
+from common.privacy.accounting import EVALUATION, Release, epsilon
+from common.privacy.charges import Terms
 from common.privacy.ledger import Ledger
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.settings import to_toml

@@ -30,9 +30,9 @@ from dataclasses import replace
 from common.check import in_range, not_negative, positive
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy import accounting
-from common.privacy.accounting import TRAINING, Release, check_terms
+from common.privacy.accounting import EVALUATION, TRAINING, Release, check_terms
 from common.privacy.budgets import BudgetHistory
-from common.privacy.charges import EVALUATION, Charge, Entry, Exposure, Failure, of_all, price
+from common.privacy.charges import Charge, Entry, Exposure, Failure, of_all, price
 from common.privacy.figures import epsilon_text, remaining_text
 from common.privacy.ledger_file import now, one_line
 

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.errors import ConfigError
-from common.privacy.accounting import TRAINING, Release, epsilon_with_method
+from common.privacy.accounting import EVALUATION, TRAINING, Release, epsilon_with_method
 from server.report.folder import Line, RunFiles
 
-EVALUATION = "evaluation"
-"""A site's count of its own records that the model gets right: one record changes it by at most 1."""
 EXPOSED = (
     "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
     "rounds all the same; the figures computed again are of this run's releases alone"
@@ -196,7 +194,7 @@ def _recompute(
         counts = [Release(noise, 1.0, 1, EVALUATION) for noise in count_noises]
         releases = releases_of(paid) + counts
         value, accountant = epsilon_with_method(releases, delta)
-        return value, accountant, epsilon_with_method(releases, delta, method="rdp")[0], ""
+        return value, str(accountant), epsilon_with_method(releases, delta, method="rdp")[0], ""
     except ConfigError as error:
         return None, "", None, str(error)
 
