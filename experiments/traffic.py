@@ -12,7 +12,7 @@ from common.privacy.plan import PrivacyPlan
 from common.tensors import fingerprint, start_fingerprint
 from common.types import HEAD, AdapterState
 from common.wire import encode_reply, encode_task, message_bytes, payload_bytes
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from strategies import STRATEGIES, Job
 from strategies.table import factor_bytes
 
@@ -41,10 +41,10 @@ class Traffic:
         return sites * (rounds * self.down + self.once_down), sites * (rounds * self.up + self.once_up)
 
 
-def traffic(job: Job, evaluator: Evaluator, plan: PrivacyPlan | None) -> Traffic:
+def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Traffic:
     """Return the bytes of the job's messages, by encoding them; ``plan`` is None when privacy is off."""
     strategy, source = job.strategy, job.strategy.gradient
-    state = strategy.start(evaluator.start)
+    state = strategy.start(server_model.start)
     basis = strategy.basis(state)
     task = TrainTask(
         run=RUN,
@@ -52,15 +52,15 @@ def traffic(job: Job, evaluator: Evaluator, plan: PrivacyPlan | None) -> Traffic
         state=strategy.downlink(state),
         basis={},
         basis_fingerprint=fingerprint(basis) if basis else "",
-        base_fingerprint=evaluator.model.base.fingerprint,
-        start_fingerprint=start_fingerprint(evaluator.start),
+        base_fingerprint=server_model.model.base.fingerprint,
+        start_fingerprint=start_fingerprint(server_model.start),
     )
     result = TrainResult(
-        RUN, job.config.rounds, "site-0", 1800, strategy.contribution(evaluator.trained_start()), _spending(plan)
+        RUN, job.config.rounds, "site-0", 1800, strategy.contribution(server_model.trained_start()), _spending(plan)
     )
     down, up = encode_task(task), encode_reply(result)
     from_sites = source is not None and not source.public_data
-    gradients = evaluator.reply_layout(0).values() if from_sites else ()
+    gradients = server_model.reply_layout(0).values() if from_sites else ()
     return Traffic(
         down=payload_bytes(down),
         up=payload_bytes(up),
@@ -71,15 +71,15 @@ def traffic(job: Job, evaluator: Evaluator, plan: PrivacyPlan | None) -> Traffic
     )
 
 
-def payload_by_strategy(evaluator: Evaluator) -> dict[str, tuple[int, int]]:
+def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]:
     """Return payload bytes down and up of one site and round for every strategy, on this model at this rank.
 
     The head is counted where it is trained. What a strategy sends once is left out.
     """
-    model = evaluator.model
+    model = server_model.model
     layers = model.adapter.layers(model.peft_model).values()
     shapes: Sequence[tuple[int, int]] = [layer_shape(layer) for layer in layers]
-    head = _payload({HEAD: evaluator.start[HEAD]}) if model.head_trained else 0
+    head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0
     return {
         name: (
             head + factor_bytes(strategy.received, shapes, model.adapter.rank),

@@ -14,8 +14,8 @@ from common.paths import run_folder, run_name
 from common.privacy.figures import epsilon_text
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
-from server.evaluation import Evaluator
 from server.lock import GLANCE_SECONDS, only_writer
+from server.model import ServerModel
 from server.records import RunFolder
 from server.report import federation_epsilon, round_line, score_words, write_reports
 from server.rounds import RoundOutcome, run_rounds
@@ -64,7 +64,7 @@ class _Observer:
         self._folder.say(f"run ends early: {reason}")
 
 
-def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder], Transport]) -> Path:
+def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder], Transport]) -> Path:
     """Run a job, or go on with the run that it resumes, and leave everything in its folder, whose path is returned.
 
     Args:
@@ -96,42 +96,42 @@ def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder],
     return path
 
 
-def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[Evaluator, RunFolder], Transport]) -> None:
-    evaluator: Evaluator | None = None
+def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerModel, RunFolder], Transport]) -> None:
+    server_model: ServerModel | None = None
     try:
         folder.progress(phase="loading model and data")
         if told := unprotected_test(job.config.data.name, job.config.data.test):
             folder.say(told)
-        evaluator, observer = Evaluator(job), _Observer(job, folder)
-        run_rounds(job, run, connect(evaluator, folder), evaluator, observer, folder.saved)
-        _leave(folder, evaluator, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
+        server_model, observer = ServerModel(job), _Observer(job, folder)
+        run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
+        _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:
         reason = str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
         log.error("the run fails: %s", reason if isinstance(error, FedVeilError) else place_of(error), extra=about(run))
         rounds = folder.saved.state.round_number if folder.saved else 0
-        if evaluator is None or not rounds:
+        if server_model is None or not rounds:
             folder.result("failed", reason)
             raise
         hint = f"rounds up to {rounds} are kept; go on from there with resume = {run!r}"
         try:
-            _leave(folder, evaluator, "failed", f"{reason}. {hint}")
+            _leave(folder, server_model, "failed", f"{reason}. {hint}")
         except Exception as second:
             # A full disk, say: the first reason matters more than that the adapter could not be exported.
             folder.result("failed", f"{reason}. {hint}; the adapter could not be saved ({type(second).__name__})")
         raise
 
 
-def _leave(folder: RunFolder, evaluator: Evaluator, status: str, reason: str) -> None:
+def _leave(folder: RunFolder, server_model: ServerModel, status: str, reason: str) -> None:
     """Save the adapter of the last complete round, the report and how the run ended."""
     saved = folder.saved
     if saved is None:
         return
-    folder.save_adapter(evaluator.model, saved.state.adapter, evaluator.label_names)
+    folder.save_adapter(server_model.model, saved.state.adapter, server_model.label_names)
     folder.result(
         status,
         reason,
         accuracy_before=saved.baseline.accuracy,
-        accuracy=(saved.score or evaluator.score(saved.state.adapter)).accuracy,
+        accuracy=(saved.score or server_model.score(saved.state.adapter)).accuracy,
         epsilon=federation_epsilon(folder.path),
         rounds=saved.state.round_number,
     )

@@ -14,7 +14,7 @@ from common.model import Score
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from server.optimizer import server_step
 from server.replies import clean
 from server.sites import Failure, Gathering, Sites, Transport
@@ -65,7 +65,12 @@ class Observer(Protocol):
 
 
 def run_rounds(
-    job: Job, run: str, transport: Transport, evaluator: Evaluator, observer: Observer, saved: Checkpoint | None = None
+    job: Job,
+    run: str,
+    transport: Transport,
+    server_model: ServerModel,
+    observer: Observer,
+    saved: Checkpoint | None = None,
 ) -> ServerState:
     """Run every round, or those after ``saved``, and return the last state.
 
@@ -77,13 +82,13 @@ def run_rounds(
             after the first too; names each with its reason.
     """
     admission = Admission(job, saved.members if saved else {}, transport.registered)
-    sites = Sites(job, run, transport, evaluator, admission)
+    sites = Sites(job, run, transport, server_model, admission)
     if saved:
         state, score = saved.state, saved.score
         observer.resumed(saved)
     else:
-        state = _initialise(job, sites, evaluator, observer)
-        score = evaluator.score(state.adapter)
+        state = _initialise(job, sites, server_model, observer)
+        score = server_model.score(state.adapter)
         observer.started(score, state, admission.members)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
@@ -100,7 +105,7 @@ def run_rounds(
         averaged = contributions(job, got.ordered_results(), state)
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
-        score = evaluator.score(state.adapter) if due else None
+        score = server_model.score(state.adapter) if due else None
         observer.finished(_outcome(round_number, got, score, began), state, admission.members)
     return state
 
@@ -122,19 +127,19 @@ def _outcome(
     )
 
 
-def _initialise(job: Job, sites: Sites, evaluator: Evaluator, observer: Observer) -> ServerState:
+def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Observer) -> ServerState:
     """Return the state before round 1; only a start from a full gradient has a round 0."""
-    state, source = job.strategy.start(evaluator.start), job.strategy.gradient
+    state, source = job.strategy.start(server_model.start), job.strategy.gradient
     if source is None:
         return state
     began = time.monotonic()
     if source.public_data:
-        gradient = evaluator.public_gradient(source)
+        gradient = server_model.public_gradient(source)
         observer.initialised(RoundOutcome(0, [], [], None, 0, 0, time.monotonic() - began))
         return job.strategy.begin(state, [Contribution("public", 1.0, gradient)])
     got = sites.gather(0, state)
     if len(got.results) < job.config.min_sites:
-        observer.missed(_outcome(0, got, evaluator.score(state.adapter), began, counts=False))
+        observer.missed(_outcome(0, got, server_model.score(state.adapter), began, counts=False))
         raise _too_few(got, 0, job.config.min_sites)
     observer.initialised(_outcome(0, got, None, began))
     return job.strategy.begin(state, contributions(job, got.ordered_results(), state))

@@ -11,7 +11,7 @@ from common.log import about
 from common.messages import Refusal, Reply, TrainResult, TrainTask
 from common.tensors import fingerprint, start_fingerprint
 from server.admission import Admission
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from strategies import Job, ServerState
 
 log = logging.getLogger("fedveil.server")
@@ -88,10 +88,12 @@ class Gathering:
 class Sites:
     """Asks sites, and remembers which of them already have what is sent once."""
 
-    def __init__(self, job: Job, run: str, transport: Transport, evaluator: Evaluator, admission: Admission) -> None:
+    def __init__(
+        self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
+    ) -> None:
         self._job, self._run, self._transport, self._admission = job, run, transport, admission
-        self._base = evaluator.model.base.fingerprint
-        self._start = start_fingerprint(evaluator.start)
+        self._base = server_model.model.base.fingerprint
+        self._start = start_fingerprint(server_model.start)
         self._informed: set[int] = set()
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:

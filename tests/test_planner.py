@@ -119,7 +119,7 @@ def test_a_calibration_leaves_the_model_as_it_was_and_measures_something(toy_set
     assert measured.peak_mib > 50
     assert measured.alignment is not None
     assert 0 <= measured.alignment[0] <= measured.alignment[1] <= 1
-    model = forecasts.Evaluator(configure(toy_settings)).model
+    model = forecasts.ServerModel(configure(toy_settings)).model
     for layer, factors in model.read().items():
         assert all(torch.equal(tensor, model.start[layer][name]) for name, tensor in factors.items())
 

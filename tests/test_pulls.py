@@ -94,8 +94,8 @@ def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatc
 
 def exchange(grid: Any, tasks: int, timeout: float = 1.0) -> Any:
     job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout))
-    evaluator, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=lambda **_: None)
-    transport = FlowerTransport(*cast(Any, (grid, job, evaluator, folder)))
+    server_model, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=lambda **_: None)
+    transport = FlowerTransport(*cast(Any, (grid, job, server_model, folder)))
     task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
     return transport.exchange(dict.fromkeys(range(1, tasks + 1), task), timeout)
 
