@@ -14,11 +14,12 @@ from flwr.app.metadata import Metadata
 from flwr.cli.build import build_fab_from_files
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.tiny_site import tiny_site
 from client.policy import Policy
 from client.worker import reply_to
 from common.bundle import PROJECT, files_of
+from common.run_lines import Finding
 from common.wire import encode_task
 
 MARK = """

@@ -18,13 +18,14 @@ import torch
 
 from audits import hostile_questions, hostile_records
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.hostile_bundle import BUNDLES, audit_bundle
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
 from audits.tiny_site import tiny_site
 from common.messages import Refusal, TrainResult
 from common.privacy.ledger import Ledger
+from common.run_lines import Finding
 from common.types import AdapterState
 
 

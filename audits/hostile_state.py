@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.worlds import minus, norm, plan
 from client.rehearsal import rehearse
 from common.base_model import load_base_model
@@ -24,6 +24,7 @@ from common.batching import length_batches
 from common.data import train_and_test
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
+from common.run_lines import Finding
 from common.tasks import TASKS, Record
 from strategies import configure
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
 from audits.tiny_site import OneSite, tiny_site
@@ -37,6 +37,7 @@ from common.errors import LedgerError
 from common.messages import Refusal, TrainTask
 from common.privacy.accounting import Release, epsilon
 from common.privacy.ledger import Ledger
+from common.run_lines import Finding
 from common.wire import encode_reply
 
 DELTA = 1e-3

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.worlds import Losses, World, alone, minus, norm, plan, released
 from common.examples import Example
+from common.run_lines import Finding
 
 MOST = 1 + 1e-5
 """Clip norms by which one record may move the sum, and the rounding of a float32 forward pass."""

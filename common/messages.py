@@ -8,7 +8,7 @@ ledger's arithmetic on it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from common.privacy.accounting import INITIALISATION, TRAINING, Accountant
 from common.strict_json import Endless
@@ -50,7 +50,7 @@ SPENDING_KINDS = (TRAINING, INITIALISATION)
 
 
 @dataclass(frozen=True)
-class Spending:
+class SpendingFigures:
     """What one round cost one site, by its own ledger: a function of public settings only."""
 
     kind: str
@@ -68,7 +68,17 @@ class Spending:
     if records of it were released without privacy: then no epsilon holds for them."""
     epsilon_budget: float
     epsilon_remaining: float
+
+
+@dataclass(frozen=True)
+class Spending(SpendingFigures):
+    """The figures, and what computed them."""
+
     accountant: Accountant
+
+    def figures(self) -> SpendingFigures:
+        """Return the figures alone."""
+        return SpendingFigures(**{item.name: getattr(self, item.name) for item in fields(SpendingFigures)})
 
 
 @dataclass(frozen=True)

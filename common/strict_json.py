@@ -129,8 +129,8 @@ def _read(kind: Any, value: Any, what: str) -> Any:
         return float(value)
     if is_dataclass(kind) and isinstance(value, dict):
         return from_json(kind, value, what)  # type: ignore[arg-type]
-    if isinstance(value, list) and origin is tuple:
-        return tuple(_read(inside[0], item, what) for item in value)
+    if isinstance(value, list) and origin is list:
+        return [_read(inside[0], item, what) for item in value]
     if isinstance(value, dict) and origin is dict:
         return {name: _read(inside[1], item, what) for name, item in value.items()}
     plain = kind in (int, str, bool, NoneType) and isinstance(value, kind)

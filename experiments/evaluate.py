@@ -14,8 +14,8 @@ from common.data import public_test
 from common.device import choose_attention, choose_device
 from common.errors import DataError, ModelError
 from common.model import Score, score_records
+from common.run_lines import read_json
 from common.tasks import TASKS, CompletionModel, TextClassifier
-from server.records import read_json
 from strategies import configure
 
 

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.log import place_of
 from common.messages import Reply, TrainTask
+from common.run_lines import ProgressFile
 from common.wire import Layout, encode_task, payload_bytes
 from server.conduct import conduct
 from server.model import ServerModel
@@ -45,7 +46,7 @@ class FlowerTransport:
             nodes = sorted(set(_patiently(self._grid.get_node_ids)) - set(besides))
             if len(nodes) >= wanted or time.monotonic() > deadline:
                 return nodes
-            self._folder.progress(phase="waiting for sites", online=len(nodes), wanted=wanted)
+            self._folder.progress(ProgressFile("waiting for sites", online=len(nodes), wanted=wanted))
             time.sleep(POLL_SECONDS)
 
     def registered(self) -> Mapping[int, str] | None:
@@ -74,11 +75,13 @@ class FlowerTransport:
                 replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
                 up += size
             self._folder.progress(
-                phase="training",
-                round=task.round_number,
-                rounds=self._job.config.rounds,
-                answered=[reply.site for reply in replies.values()],
-                asked=len(tasks),
+                ProgressFile(
+                    "training",
+                    round_number=task.round_number,
+                    rounds=self._job.config.rounds,
+                    answered=[reply.site for reply in replies.values()],
+                    asked=len(tasks),
+                )
             )
             if waiting:
                 time.sleep(POLL_SECONDS)

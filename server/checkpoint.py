@@ -23,6 +23,7 @@ from safetensors.torch import save
 from common.config import Scalar
 from common.errors import ConfigError, DataError
 from common.model import Score
+from common.run_lines import ResultFile, read_if_there
 from common.strict_json import from_json, to_json
 from common.tensors import entries
 from common.types import AdapterState
@@ -105,8 +106,8 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
             f"resume: the checkpoint in {folder} is of run {checkpoint.run!r}: give the folder its name back"
         )
     _same_settings(checkpoint.settings, job.settings())
-    ended = folder / "result.json"
-    if ended.is_file() and json.loads(ended.read_text(encoding="utf-8")).get("status") == "completed":
+    ended = read_if_there(ResultFile, folder)
+    if ended and ended.status == "completed":
         raise ConfigError(f"resume: run {run!r} is complete, there is no round left: start a new one")
     for name, size in checkpoint.lengths.items():
         if length(folder / name) < size:

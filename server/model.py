@@ -1,4 +1,4 @@
-"""The server's model: where the adapter starts, what a site may send, a public gradient, the score on public records."""
+"""The server's model: where the adapter starts, what a site may send, a public gradient, the score on public data."""
 
 from __future__ import annotations
 

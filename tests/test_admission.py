@@ -21,6 +21,7 @@ from server.admission import Admission
 from server.report import round_line
 from server.report.terminal import epsilon_words
 from server.rounds import RoundOutcome
+from server.sites import Gathering
 from strategies import Job, ServerState, configure
 
 SIZE = 2000
@@ -185,5 +186,5 @@ def test_the_round_line_tells_what_the_federation_has_spent_also_if_the_worst_si
     admission.enrol({1: ward, 2: clinic})
     later = replace(clinic, round_number=2, spending=replace(clinic.spending, epsilon_total=4.0))
     admission.enrol({2: later})
-    line = round_line(job, RoundOutcome(2, [later], [], None, 0, 0, 1.0), admission.members)
+    line = round_line(job, RoundOutcome(2, Gathering({1: later}), None, 1.0), admission.members)
     assert "ε 7.500 of 8 (δ 1e-05, record-level, worst site)  1 sites" in line

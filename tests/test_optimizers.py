@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from itertools import count, pairwise
@@ -15,6 +14,7 @@ import torch
 from conftest import write_reviews
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_run import spent
 from one_site import clinic
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,11 +23,11 @@ from client import local_training
 from client.optimizers import build_optimizer, set_learning_rate
 from common import randomness
 from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
+from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from common.schedule import learning_rate
 from common.tensors import entries
 from common.types import HEAD
 from experiments.in_process import run_in_process
-from server.report import read_lines
 from strategies import STRATEGIES, configure
 
 fast = settings(max_examples=25, deadline=None)
@@ -122,10 +122,10 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
         assert config.privacy.on, "privacy is off by default"
         assert (config.server.optimizer, config.training.optimizer, config.training.local_steps) == ("adam", "sgd", 1)
         folder = run_in_process(chosen, 2, "default")
-        before = json.loads((folder / "baseline.json").read_text(encoding="utf-8"))["loss"]
-        after = read_lines(folder / "rounds.jsonl")[-1]["loss"]
+        before = read_file(BaselineFile, folder).loss
+        after = read_lines(RoundLine, folder)[-1].loss
         assert after < before - 0.01, f"{strategy}: the private default takes the loss from {before:.3f} to {after:.3f}"
-        assert read_lines(folder / "privacy.jsonl")[-1]["noise_multiplier"] == 1.0
+        assert spent(read_lines(PrivacyLine, folder)[-1]).noise_multiplier == 1.0
 
 
 def by_hand(name: str, value: float, gradients: list[float]) -> float:

@@ -31,9 +31,9 @@ from common.partition import division_of
 from common.privacy.accounting import EVALUATION, Release, epsilon
 from common.privacy.charges import Terms
 from common.privacy.ledger import Ledger
+from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.settings import to_toml
-from server.report import read_lines
 from strategies import configure
 
 PUBLIC = 50
@@ -204,10 +204,10 @@ def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any],
     (tmp_path / "policy.toml").write_text(to_toml({**pins(settings), "strategies": ["fed-sb"]}), encoding="utf-8")
     nodes = simulated_nodes(2, tmp_path)
     nodes[1] |= {"policy": str(tmp_path / "policy.toml"), "data": "records.csv", "public-size": 100}
-    line = read_lines(run_in_process(settings, nodes) / "rounds.jsonl")[0]
-    assert line["participants"] == ["site-0"]
-    assert [(r["site"], r["kind"]) for r in line["refusals"]] == [("site-1", "policy")]
-    assert "strategies = fed-sb" in line["refusals"][0]["reason"]
+    line = read_lines(RoundLine, run_in_process(settings, nodes))[0]
+    assert line.participants == ["site-0"]
+    assert [(r.site, r.kind) for r in line.refusals] == [("site-1", "policy")]
+    assert "strategies = fed-sb" in line.refusals[0].reason
 
 
 # The noised count.

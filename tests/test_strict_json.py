@@ -31,7 +31,7 @@ class Line:
     good: bool
     kind: Literal["a", "b"]
     cost: Cost | None = field(metadata=BESIDE)
-    parts: tuple[Part, ...]
+    parts: list[Part]
     figures: dict[str, int | float | str] = field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ WRITTEN = {
     "parts": [{"site": "north", "value": 1.5}, {"site": "south", "value": None}],
     "figures": {"n": 1, "x": 0.25, "s": "t"},
 }
-LINE = Line(3, True, "a", Cost(0.5, 4), (Part("north", 1.5), Part("south", None)), {"n": 1, "x": 0.25, "s": "t"})
+LINE = Line(3, True, "a", Cost(0.5, 4), [Part("north", 1.5), Part("south", None)], {"n": 1, "x": 0.25, "s": "t"})
 
 
 def test_a_line_is_written_by_its_names_and_read_as_it_was() -> None:

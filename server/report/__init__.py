@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from server.report.data import ReportData, federation_epsilon, report_of
 from server.report.files import REPORT_JSON, markdown_report, to_json, write_reports
-from server.report.folder import read_lines
 from server.report.terminal import round_line, score_words
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "ReportData",
     "federation_epsilon",
     "markdown_report",
-    "read_lines",
     "report_of",
     "round_line",
     "score_words",
