@@ -35,7 +35,7 @@ from common.strict_json import to_json
 from server.records import package_versions, write_json
 from strategies import STRATEGIES
 
-FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen"))
+FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen"))
 """Model family, adapter and head policy of the models that noise and sensitivity are looked at on."""
 
 
@@ -47,7 +47,7 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
         for f in (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.FLOATING, faults.SHARED_SEED)
     ]
     for world in worlds:
-        couples = () if world.model.task.has_head else (faults.TOKEN_MEAN,)
+        couples = () if world.model.head else (faults.TOKEN_MEAN,)
         seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, *couples)]
     return seen
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 from audits.faults import SOUND, Fault
@@ -19,6 +19,8 @@ from client.deadline import Timing
 from common.messages import Refusal
 from common.model import FederatedModel
 from common.run_lines import Finding
+from common.tasks import Record
+from common.tasks.text import TextExample, TextTask
 
 RECORDS = 24
 
@@ -61,11 +63,12 @@ def _worst_pair(model: FederatedModel) -> float:
     return max(clips_moved(model, [records[i], records[i + 1]], [0, 1]) for i in range(RECORDS - 1))
 
 
-def _records(model: FederatedModel) -> list[dict[str, list[int]]]:
-    like: dict[str, list[int]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    known = range(4, len(model.base.tokenizer))
+def _records(model: FederatedModel) -> list[Record]:
+    task = cast(TextTask, model.task)
+    (like,) = model.prepare([TextExample("the film", label=0)])
+    known = range(4, len(model.base.processor))
     # All in one shape, so that they pass together.
     return [
-        model.task.made_up(like, [known[(i * i + 3 * i * j + j) % len(known)] for j in range(4 + i % 4)], i % 2)
+        task.made_up(like, [known[(i * i + 3 * i * j + j) % len(known)] for j in range(4 + i % 4)], i % 2)
         for i in range(RECORDS)
     ]

@@ -7,8 +7,8 @@ import numpy as np
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.worlds import Losses, World, alone, minus, norm, plan, released
-from common.examples import Example
 from common.run_lines import Finding
+from common.tasks.text import TextExample
 
 MOST = 1 + 1e-5
 """Clip norms by which one record may move the sum, and the rounding of a float32 forward pass."""
@@ -26,11 +26,11 @@ def sensitivity(world: World, clip: float, losses: Losses) -> float:
 
 def with_one_long_record(world: World) -> World:
     """Return the world with six short completions and one of twelve words, which a mean over tokens favours."""
-    long = Example(
+    long = TextExample(
         text="the film", completion="warm story very quite dull a scene with actor and the tired film", label=1
     )
-    short = [Example(text="the film", completion="was", label=0)] * 6
-    return World(world.model, world.model.tokenise([long, *short]))
+    short = [TextExample(text="the film", completion="was", label=0)] * 6
+    return World(world.model, world.model.prepare([long, *short]))
 
 
 def audit_sensitivity(world: World, fault: Fault = SOUND) -> Finding:

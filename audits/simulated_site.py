@@ -21,6 +21,7 @@ from client.deadline import Timing
 from common.model import FederatedModel
 from common.shapes import FixedBatch
 from common.tasks import Batch
+from common.tasks.text import tokens_of
 
 DIGITS = 4
 """Words of a canary's text: the axis in base ``len(FILLER)``, highest digit first."""
@@ -39,8 +40,8 @@ def text_of(axis: int) -> str:
 
 def axes_of(model: FederatedModel, batch: Batch) -> Tensor:
     """Return the axes that the records of a batch spell, shape (records,)."""
-    first = int(model.base.tokenizer.convert_tokens_to_ids(FILLER[0]))
-    digits = batch["input_ids"][:, 1 : 1 + DIGITS] - first  # behind the token that every text begins with
+    first = int(model.base.processor.convert_tokens_to_ids(FILLER[0]))
+    digits = tokens_of(batch)[:, 1 : 1 + DIGITS] - first  # behind the token that every text begins with
     return (digits * len(FILLER) ** torch.arange(DIGITS - 1, -1, -1)).sum(1)
 
 

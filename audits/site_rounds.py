@@ -16,11 +16,12 @@ from audits.faults import SOUND, Fault, same_seeds
 from audits.finding import judged
 from client.local_training import train_round
 from client.site import Site
-from common.examples import Dataset, Example
+from common.examples import Dataset
 from common.messages import TrainTask
 from common.model import FederatedModel, model_of
 from common.run_lines import Finding
 from common.tasks import Record
+from common.tasks.text import TextExample
 from common.tensors import entries, fingerprint, start_fingerprint
 from strategies import configure
 
@@ -72,7 +73,7 @@ class SiteRounds:
             *(config.model, job.adapter, config.head, config.seed),
             *(("bad", "good"), (), config.device, config.precision),
         )
-        state = job.strategy.start(self._model.start)
+        state = job.start(self._model.start)
         basis = job.strategy.basis(state)
         self._task = TrainTask(
             run="1",
@@ -87,9 +88,9 @@ class SiteRounds:
     def play(self, name: str, size: int) -> Round:
         """Return the round of a new site called ``name`` that has ``size`` records, and declares 100."""
         chosen: list[list[int]] = []
-        data = Dataset(name, tuple(Example(text="the film was", label=i % 2) for i in range(size)), ("bad", "good"))
+        data = Dataset(name, tuple(TextExample(text="the film was", label=i % 2) for i in range(size)), ("bad", "good"))
         site = Site(name, data, name, 100, self._folder / f"{name}.sqlite")
-        records = self._model.tokenise(data.examples)
+        records = self._model.prepare(data.examples)
         numbers = {id(record): number for number, record in enumerate(records)}
         cut = FederatedModel.fixed_batches
 

@@ -12,6 +12,7 @@ from audits.needles import Needles, find, needles_of_tensors, needles_of_texts
 from common.base_model import load_base_model
 from common.data import train_and_test
 from common.run_lines import ConfigFile, Finding, RoundLine, read_file, read_lines
+from common.tasks.text import TextExample
 from strategies import configure
 
 FLEET_PORT = 9092
@@ -49,7 +50,9 @@ def findings_of(heard: Sequence[Heard], run: Path, bundle: int, seconds: float, 
     captures = {one.site: read_capture(one.capture) for one in heard}
     config = configure(read_file(ConfigFile, run).settings).config
     train, _ = train_and_test(config.data, config.model.task)
-    texts = needles_of_texts(t for e in train.examples for t in (e.text, e.text_pair, e.completion) if t)
+    texts = needles_of_texts(
+        t for e in train.examples if isinstance(e, TextExample) for t in (e.text, e.text_pair, e.completion) if t
+    )
     weights = needles_of_tensors(load_base_model(config.model.name, config.model.task).module.state_dict().values())
     payload = sum(line.bytes_down + line.bytes_up for line in read_lines(RoundLine, run))
     streams = [stream for capture in captures.values() for stream in capture.streams]

@@ -15,11 +15,11 @@ from audits.tiny_site import FILLER, TARGETS
 from common.adapters import ADAPTERS
 from common.base_model import load_base_model
 from common.config import HeadConfig
-from common.examples import Example
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS, Batch, Record
+from common.tasks.text import TextExample, tokens_of
 
 Gradient = list[Tensor]
 Losses = Callable[[Batch], Tensor]
@@ -42,7 +42,7 @@ class World:
     @property
     def mark(self) -> int:
         """Token of ``MARK``."""
-        return int(self.model.base.tokenizer.convert_tokens_to_ids(MARK))
+        return int(self.model.base.processor.convert_tokens_to_ids(MARK))
 
     def batch(self, records: Sequence[Record] | None = None) -> Batch:
         """Return ``records``, or all, as one padded batch."""
@@ -52,7 +52,7 @@ class World:
         """Return the model's losses with the marked record's multiplied by ``factor``."""
 
         def losses(batch: Batch) -> Tensor:
-            marked = (batch["input_ids"] == self.mark).any(1)
+            marked = (tokens_of(batch) == self.mark).any(1)
             return self.model.losses(batch) * torch.where(marked, factor, 1.0)
 
         return losses
@@ -81,15 +81,15 @@ def fresh_world(folder: str, family: str, adapter: str, head: str, precision: st
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
     words = random.Random(4)
     examples = [
-        Example(
+        TextExample(
             text=" ".join(words.choices(FILLER, k=length)),
             label=i % 2,
             completion=" ".join(words.choices(FILLER, k=1 + 3 * (i % 3))),
         )
         for i, length in enumerate((1, 18, 3, 9, 5, 12))
     ]
-    marked = Example(text=f"the {MARK} film", label=1, completion=f"{MARK} scene was warm")
-    return World(model, model.tokenise([*examples, marked]))
+    marked = TextExample(text=f"the {MARK} film", label=1, completion=f"{MARK} scene was warm")
+    return World(model, model.prepare([*examples, marked]))
 
 
 class Recorder(Optimizer):

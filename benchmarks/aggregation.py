@@ -66,7 +66,7 @@ def main() -> None:
         for k in range(arguments.sites)
     ]
     strategy = FedSVD()
-    state = strategy.start(adapter)
+    state = strategy.start(adapter, ("B",))
     whole = seconds(lambda: strategy.server_update(state, sites), 3)
     averaged = FedSVD(warmup=10).server_update(state, sites).adapter
     pairs = [(averaged[name]["B"], averaged[name]["A"]) for name in averaged]

@@ -87,7 +87,7 @@ def site_peak(records: int) -> float:
     job = configure({})
     model = build(job, precision="auto")
     train, _ = train_and_test(job.config.data, job.config.model.task)
-    tokenised = model.tokenise(train.examples)
+    tokenised = model.prepare(train.examples)
     for start in (0, records):
         optimizer = build_optimizer(model.trained(), job.config.training)
         plan = PrivacyPlan(1.0, 0.8, 0.1, float(records), 1e-5, 8.0)
@@ -114,7 +114,7 @@ def main() -> None:
     plain, ours = build(job, precision="float32"), build(job, precision="auto")
     print(f"two models built in {time.perf_counter() - began:.1f} s; forward pass in {ours.precision} on {ours.device}")
     plain.base.module.set_attn_implementation("sdpa")
-    records = ours.tokenise(train.examples)
+    records = ours.prepare(train.examples)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()
 
     plain.module.train()
@@ -159,7 +159,7 @@ def main() -> None:
     padded, sorted_tokens, fixed_tokens, own_tokens = 0, 0, 0, 0
     for repeat in range(arguments.repeats + 1):
         chosen = [order[(repeat * arguments.records + i) % len(order)] for i in range(arguments.records)]
-        lengths = [len(records[i]["input_ids"]) for i in chosen]
+        lengths = [ours.task.size(records[i]) for i in chosen]
         for name, loop in loops.items():
             began = time.perf_counter()
             loop(chosen)

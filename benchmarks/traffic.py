@@ -10,27 +10,28 @@ where it is more than 2 % off.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import torch
 
-from common.adapters import ADAPTERS
 from common.messages import Spending, TrainResult, TrainTask
 from common.privacy.accounting import TRAINING, Accountant
 from common.types import AdapterState
 from common.wire import encode_reply, encode_task, message_bytes
 from strategies import STRATEGIES
-from strategies.table import factor_bytes
+from strategies.table import payload, preset_adapter
 
 SHAPES = ((1024, 1024),) * 48
 ROOM = 0.02
 SPENDING = Spending(TRAINING, 0.1, 0.8, 1.0, 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, Accountant("pld", "0.6.0"))
 
 
-def adapter_start(name: str, rank: int) -> AdapterState:
-    shape = {"A": (rank, 1024), "B": (1024, rank), "R": (rank, rank)}
-    factors = (*ADAPTERS[name].trained, *ADAPTERS[name].frozen)
+def layers_of(factors: Mapping[str, tuple[int, ...]]) -> AdapterState:
+    """Return factors of these shapes in every layer, with names as long as a model's."""
     return {
-        f"encoder.layer.{i // 2}.attention.self.{('query', 'value')[i % 2]}": {f: torch.ones(shape[f]) for f in factors}
+        f"encoder.layer.{i // 2}.attention.self.{('query', 'value')[i % 2]}": {
+            factor: torch.ones(shape) for factor, shape in factors.items()
+        }
         for i in range(len(SHAPES))
     }
 
@@ -38,10 +39,12 @@ def adapter_start(name: str, rank: int) -> AdapterState:
 def measured(name: str, rank: int) -> tuple[int, int]:
     """Return the bytes of one encoded task and one encoded result."""
     strategy = STRATEGIES[name]()
-    start = adapter_start(strategy.adapters[0], rank)
-    state = strategy.start(start)
+    adapter = preset_adapter(STRATEGIES[name], rank)
+    shapes = adapter.shapes(*SHAPES[0])
+    state = strategy.start(layers_of(shapes), adapter.trained)
+    trained = layers_of({factor: shapes[factor] for factor in adapter.trained})
     task = TrainTask("12345678901234567890", 3, strategy.downlink(state), {}, "", "f" * 64, "f" * 64)
-    result = TrainResult(task.run, 3, "site-0", 1800, strategy.contribution(start), SPENDING)
+    result = TrainResult(task.run, 3, "site-0", 1800, strategy.uplink(trained), SPENDING)
     return message_bytes(encode_task(task)), message_bytes(encode_reply(result))
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     for rank in (8, 64):
         for name, strategy in STRATEGIES.items():
             down, up = measured(name, rank)
-            want_down, want_up = (factor_bytes(f, SHAPES, rank) for f in (strategy.received, strategy.sent))
+            want_down, want_up = payload(strategy(), preset_adapter(strategy, rank), SHAPES)
             total[name, rank] = down + up
             most = max(most, abs(down / want_down - 1), abs(up / want_up - 1))
             print(

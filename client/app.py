@@ -13,10 +13,10 @@ from flwr.clientapp import ClientApp
 from client.budget import evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
 from client.leftovers import left_nothing, tensors_digest
-from client.local_training import Limit, check_task, initial_round, train_round, unlimited
+from client.local_training import check_task, initial_round, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
-from client.own_records import tokenised
+from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial
 from client.site import Site, check_job, open_site, policy_of
 from common.config import Scalar
@@ -41,7 +41,7 @@ class _Process:
 
     model: FederatedModel | None = None
     records: dict[str, tuple[Dataset, list[Record]]] = field(default_factory=dict)
-    """Each site's records as read and as tokenised for the current model."""
+    """Each site's records as read and as the current model takes them."""
     rehearsed: dict[bool, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
     built: str = ""
@@ -73,40 +73,43 @@ def _model(job: Job, site: Site) -> FederatedModel:
     return model
 
 
-def _limit(job: Job, site: Site, model: FederatedModel, deadline: Deadline, *, initial: bool) -> Limit:
-    """Let the model rehearse what it is about to do, and return what keeps that within the time of the answer.
+def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *, initial: bool) -> None:
+    """Let the model rehearse what it is about to do, and hold that to the time of the answer.
+
+    The declared size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
+    and a start refuse fewer than there are.
 
     Raises:
         ModelError: it cannot be trained privately.
-        PolicyRefusal: it may take longer than the policy's ``reply-after``.
+        PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
     if not job.config.privacy.on:
-        return unlimited
-    with deadline.extended():
-        if False not in _process.rehearsed:
-            _process.rehearsed[False] = rehearse(model)
-        if initial and True not in _process.rehearsed:
-            # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
-            attention, rounds = model.attention, _process.rehearsed.pop(False)
-            start = rehearse_initial(model)
-            if model.attention != attention:
-                rounds = rehearse(model)
-            _process.rehearsed = {False: rounds, True: start}
+        return
+    if False not in _process.rehearsed:
+        _process.rehearsed[False] = rehearse(model)
+    if initial and True not in _process.rehearsed:
+        # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
+        attention, rounds = model.attention, _process.rehearsed.pop(False)
+        start = rehearse_initial(model)
+        if model.attention != attention:
+            rounds = rehearse(model)
+        _process.rehearsed = {False: rounds, True: start}
     timing, training = _process.rehearsed[initial], job.config.training
     if initial and job.strategy.gradient:
         steps, rate = 1, job.strategy.gradient.sample_rate
     else:
         steps, rate = training.local_steps, training.sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
-    deadline.allow(timing.worst(steps, rate * site.public_size, scored))
-    return lambda: deadline.check(timing.reserve)
+    deadline.allow(timing, steps, rate * site.public_size, scored)
+    if deadline.seconds and len(site.data.examples) > site.public_size:
+        log.error("there are more records than public-size says: when it answers, is not covered by the claim")
 
 
 def _records(model: FederatedModel, site: Site) -> list[Record]:
-    """Return the site's tokenised records, made once for all settings that read them alike."""
+    """Return the site's records as the model takes them, made once for all settings that read them alike."""
     kept = _process.records.get(site.name)
     if kept is None or kept[0] is not site.data:
-        kept = _process.records[site.name] = (site.data, tokenised(model, site.data.examples))
+        kept = _process.records[site.name] = (site.data, prepared(model, site.data.examples))
     return kept[1]
 
 
@@ -135,33 +138,34 @@ def answer(
     simulated = _in_simulation() if simulated is None else simulated
     name, number = name_of(node), round_of(content)
     try:
-        set_up()
-        torch.set_num_threads(own_cores())
-        job = configure(settings)
-        run = run_name(job.config, run)
-        check_job(node, job, simulated=simulated)
+        with deadline.extended():
+            set_up()
+            torch.set_num_threads(own_cores())
+            job = configure(settings)
+            run = run_name(job.config, run)
+            check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
         with deadline.extended():
             model = _model(job, site)
-        state = job.strategy.start(model.start)
-        basis_layout = layout_of(job.strategy.basis(state))
-        task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
-        if task.run != run:
-            raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
-        kept = Memory(memory)
-        told = kept.recall(task)
-        if told is not None:
-            return told
-        whole = kept.with_basis(task, basis_layout)
-        if whole is None:
-            return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
-        check_task(whole, job, model)
-        limit = _limit(job, site, model, deadline, initial=not number)
+            state = job.start(model.start)
+            basis_layout = layout_of(job.strategy.basis(state))
+            task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
+            if task.run != run:
+                raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
+            kept = Memory(memory)
+            told = kept.recall(task)
+            if told is not None:
+                return told
+            whole = kept.with_basis(task, basis_layout)
+            if whole is None:
+                return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
+            check_task(whole, job, model)
+            _hold_to(deadline, job, site, model, initial=not number)
         answer_round = train_round if number else initial_round
-        result = answer_round(site, job, model, _records(model, site), whole, limit)
+        result = answer_round(site, job, model, _records(model, site), whole, deadline)
         kept.keep(task, result)
         if site.unreadable and job.config.privacy.on:
-            note_failure(site, task, site.unreadable)
+            note_failure(site, task, site.unreadable, deadline)
         log.info("trained and answered", extra=about(run, number, name))
         return result
     except Exception as error:
@@ -215,5 +219,6 @@ def train(message: Message, context: Context) -> Message:
     deadline = Deadline(_reply_after(context.node_config))
     reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory, deadline)
     context.state["kept"] = ConfigRecord(dict(memory))
+    encoded = encode_reply(reply)
     deadline.wait()
-    return Message(encode_reply(reply), reply_to=message)
+    return Message(encoded, reply_to=message)

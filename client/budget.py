@@ -9,43 +9,51 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from client.deadline import Deadline
 from client.site import Site
 from common.messages import Spending, TrainTask
 from common.privacy.accounting import EVALUATION, Release
 from common.privacy.charges import Terms
 from common.privacy.contents import record_hashes
 from common.privacy.ledger import Ledger
+from common.privacy.ledger_file import BUSY_SECONDS
 from common.privacy.plan import PrivacyPlan
+from common.tasks import TASKS
 from strategies import Job
 from strategies.base import GradientSource
 
 
-def pay_round(site: Site, job: Job, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
+def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:
     """Charge a training round, and its noised evaluation if the policy sends one; return what to train with.
+
+    Prices, and locks that others hold, postpone the answer.
 
     Raises:
         BudgetExhausted: the round would exceed the budget, or that of another data set that shares records.
-        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy.
+        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy, or took
+            longer than their share of ``reply-after``.
     """
     steps = job.config.training.local_steps
-    with Ledger(site.ledger_path) as ledger:
-        plan = plan_of(job, site, _terms(site, ledger))
+    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
+        plan = _plan(ledger, site, job, deadline)
         releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
-        return plan, _charge(ledger, site, plan, releases, task, allow=_within(site, steps))
+        return plan, _charge(ledger, site, plan, releases, task, deadline, allow=_within(site, steps))
 
 
-def pay_initialisation(site: Site, job: Job, source: GradientSource, task: TrainTask) -> tuple[PrivacyPlan, Spending]:
+def pay_initialisation(
+    site: Site, job: Job, source: GradientSource, task: TrainTask, deadline: Deadline
+) -> tuple[PrivacyPlan, Spending]:
     """Charge round 0 and return the plan of its one release; errors as in pay_round."""
-    with Ledger(site.ledger_path) as ledger:
+    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
         release = source.release(site.policy.min_noise_multiplier)
         plan = dataclasses.replace(
-            plan_of(job, site, _terms(site, ledger)),
+            _plan(ledger, site, job, deadline),
             clip_norm=source.clip_norm,
             noise_multiplier=release.noise_multiplier,
             sample_rate=source.sample_rate,
             expected_batch_size=source.sample_rate * site.public_size,
         )
-        return plan, _charge(ledger, site, plan, [release], task)
+        return plan, _charge(ledger, site, plan, [release], task, deadline)
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
@@ -66,13 +74,14 @@ def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
         )
 
 
-def note_failure(site: Site, task: TrainTask, reason: str) -> None:
+def note_failure(site: Site, task: TrainTask, reason: str, deadline: Deadline) -> None:
     """Write down that a charged round failed and is answered by noise alone.
 
     Raises:
-        LedgerError: the ledger cannot be written.
+        LedgerError: the ledger cannot be written, or not before the answer leaves.
     """
-    with Ledger(site.ledger_path) as ledger:
+    # Half: the row itself takes its time too.
+    with Ledger(site.ledger_path, patience=min(BUSY_SECONDS, deadline.left() / 2)) as ledger:
         ledger.fail(site.dataset_id, run=task.run, round_number=task.round_number, reason=reason)
 
 
@@ -82,12 +91,12 @@ def _within(site: Site, steps: int) -> Callable[[int, int], None]:
 
 
 def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
-    """Return what the noised counts of ``rounds`` rounds cost: nothing unless the policy allows and labels exist.
+    """Return what the noised counts of ``rounds`` rounds cost: nothing unless the policy and the task allow them.
 
-    A count of correctly classified records changes by at most 1 with one record, so its noise
-    multiplier is its standard deviation.
+    Where each record is right or wrong as a whole, a count of the right ones changes by at most 1 with one
+    record, so its noise multiplier is its standard deviation.
     """
-    if not site.policy.send_noised_metrics or job.config.model.task != "classification":
+    if not site.policy.send_noised_metrics or not TASKS[job.config.model.task].counted:
         return []
     return [Release(site.policy.metrics_noise, 1.0, rounds, kind=EVALUATION)]
 
@@ -112,8 +121,10 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     return dataclasses.replace(plan, noise_multiplier=max(plan.noise_multiplier, site.policy.min_noise_multiplier))
 
 
-def _terms(site: Site, ledger: Ledger) -> Terms:
-    return ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
+def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPlan:
+    terms = ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
+    with deadline.extended():
+        return plan_of(job, site, terms)
 
 
 def _charge(
@@ -122,9 +133,15 @@ def _charge(
     plan: PrivacyPlan,
     releases: list[Release],
     task: TrainTask,
-    allow: Callable[[int, int], None] | None = None,
+    deadline: Deadline,
+    allow: Callable[[int, int], None] = lambda rounds, steps: None,
 ) -> Spending:
     """Write the round's cost to the site's ledger, durably, and return it for the report."""
+
+    def allowed(rounds: int, steps: int) -> None:
+        deadline.check_prepared()  # the last that is looked up of a record has been
+        allow(rounds, steps)
+
     charged = ledger.charge(
         site.dataset_id,
         releases,
@@ -134,7 +151,7 @@ def _charge(
         max_epsilon=plan.max_epsilon,
         clip_norm=plan.clip_norm,
         records=record_hashes(site.data, ledger.key),
-        allow=allow,
+        allow=allowed,
         after_exposure=site.policy.after_no_privacy,
     )
     return Spending(

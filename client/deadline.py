@@ -1,9 +1,18 @@
 """When a site answers: as soon as it can, or a fixed time after the task, which says nothing of its records.
 
 How long a round takes follows from how many records were drawn and how long they are; one long record can be
-nearly all of it. With ``reply-after`` in the policy an answer leaves at a fixed time. A time below the worst that
-the rehearsal makes likely is refused before the charge. A round that is not done in time all the same sends
-noise, as one that fails does.
+nearly all of it. With ``reply-after`` in the policy an answer leaves at a fixed time. What follows from no record
+postpones that time (``Deadline.extended``). The seconds themselves are divided by the policy alone, so that a server
+cannot choose its figures to learn how long the records took:
+
+======== ============================================================================================================
+``1/8``  reading, preparing, hashing and looking up the records; more is refused before the charge
+``1/16`` writing the charge down
+``3/4``  the round; a run that may take more, by the worst that the rehearsal makes likely, is refused before the charge
+``1/16`` writing down that a round has failed
+======== ============================================================================================================
+
+A round that is not done in time all the same sends noise, as one that fails does.
 """
 
 from __future__ import annotations
@@ -17,8 +26,14 @@ from dataclasses import dataclass, field
 
 from common.errors import PolicyRefusal
 
-DEVIATIONS = 6.0
-"""Standard deviations of the number of records drawn that a round must have time for: more are drawn once in 10⁹."""
+PREPARED = 1 / 8
+"""Share of ``reply-after`` that the site's records may take before they are paid for."""
+TRAINED = 3 / 4
+"""Share of it that a round may take."""
+NOTED = 1 / 16
+"""Share of it that the ledger's row of a charge, and that of a failure, may take."""
+MORE = 1e-9
+"""Chance that a step draws more records than a round has time for."""
 log = logging.getLogger("fedveil.site")
 
 
@@ -26,12 +41,24 @@ class TooLate(Exception):
     """The round would not be answered at the time that the policy sets."""
 
 
+def most_drawn(expected: float) -> int:
+    """Return a number of records that a Poisson sample of so many ``expected`` ones passes with a chance of ``MORE``.
+
+    Bernstein's inequality: the sample is a sum of independent zeros and ones, whose variance is at most its mean.
+
+    >>> most_drawn(1.0), most_drawn(25.0), most_drawn(2000.0)
+    (17, 64, 2294)
+    """
+    bits = -math.log(MORE)
+    return math.floor(expected + bits / 3 + math.sqrt(bits**2 / 9 + 2 * bits * expected))
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds that the rehearsal took, on records that are no one's."""
 
     passes: Mapping[int, float]
-    """Of one full pass, by its length."""
+    """Of one full pass, its clip included, by its length."""
     rows: Mapping[int, int]
     """Records of such a pass."""
     empty: float
@@ -40,21 +67,24 @@ class Timing:
     """Of scoring one record of the greatest length."""
 
     def worst(self, steps: int, batch: float, scored: int) -> float:
-        """Return the seconds of a round whose records are all of the slowest length.
+        """Return the seconds of a round that draws the most records, of the slowest lengths, with ``reserve`` in hand.
+
+        Every length that occurs costs a pass, however few records of it there are. Any other record costs its row of
+        a pass at most. With the reserve no pass of such a round is given up.
 
         Args:
             steps: private steps.
-            batch: expected records of a step.
+            batch: expected records of a step, by the declared size.
             scored: records that are scored for a noised count, by the declared size.
         """
-        most = batch + DEVIATIONS * math.sqrt(batch)
-        slowest = max(math.ceil(most / self.rows[length]) * seconds for length, seconds in self.passes.items())
-        return steps * (self.empty + slowest) + scored * self.score
+        most = most_drawn(batch)
+        begun = sum(sorted(self.passes.values())[-most:])
+        rows = (most - 1) * max(seconds / self.rows[length] for length, seconds in self.passes.items())
+        return steps * (begun + rows + self.empty) + scored * self.score + self.reserve(steps)
 
-    @property
-    def reserve(self) -> float:
-        """Seconds that a pass under way and the noise may still take."""
-        return max(self.passes.values()) + 2 * self.empty
+    def reserve(self, steps: int) -> float:
+        """Return the seconds from a pass that may be begun to an answer of noise: the pass, its step's noise, all."""
+        return max(self.passes.values()) + (steps + 1) * self.empty
 
 
 @dataclass
@@ -64,28 +94,50 @@ class Deadline:
     seconds: float = 0.0
     """From the task's arrival; 0: as soon as the answer is there."""
     began: float = field(default_factory=time.monotonic)
+    reserve: float = 0.0
+    """Seconds that a step needs to be left when it begins a pass; see ``Timing.reserve``."""
 
-    def allow(self, worst: float) -> None:
-        """Raise PolicyRefusal if a round that may take ``worst`` seconds might not be done in time."""
-        if self.seconds and self.seconds < worst:
+    def allow(self, timing: Timing, steps: int, batch: float, scored: int) -> None:
+        """Raise PolicyRefusal if a round might not be done in time, and hold it to that; arguments as Timing.worst.
+
+        It follows from public figures and the rehearsal alone. How long the records took so far is no part of it: a
+        server could choose steps and rate so that the refusal tells.
+        """
+        worst, room = timing.worst(steps, batch, scored), TRAINED * self.seconds
+        if self.seconds and room < worst:
             raise PolicyRefusal(
-                f"the site's policy has reply-after = {self.seconds:g}; by made-up records a round of this run may "
-                f"take {worst:.1f} seconds here: it needs fewer steps, a lower sample rate or shorter records"
+                f"the site's policy has reply-after = {self.seconds:g}, of which a round has {room:g} seconds; by "
+                f"made-up records a round of this run may take {worst:.1f} seconds here: it needs fewer steps, a lower "
+                "sample rate or shorter records"
             )
+        self.reserve = timing.reserve(steps)
 
     @contextmanager
     def extended(self) -> Iterator[None]:
-        """Answer later by as long as this takes: building and rehearsing a model, which follow from no record."""
+        """Answer later by as long as this takes: what follows from no record, such as building a model or a price."""
         began = time.monotonic()
         try:
             yield
         finally:
             self.began += time.monotonic() - began
 
-    def check(self, reserve: float) -> None:
-        """Raise TooLate unless ``reserve`` seconds are left."""
-        if self.seconds and time.monotonic() - self.began > self.seconds - reserve:
+    def check_prepared(self) -> None:
+        """Raise PolicyRefusal if the records took longer than their share so far, which the steward alone chooses."""
+        room = PREPARED * self.seconds
+        if self.seconds and time.monotonic() - self.began > room:
+            raise PolicyRefusal(
+                f"the site's policy has reply-after = {self.seconds:g}, of which its records have {room:g} seconds to "
+                "be read, prepared and hashed, and they took longer: the site's steward must raise it"
+            )
+
+    def check(self) -> None:
+        """Raise TooLate if a pass that began now might not end in time for an answer."""
+        if self.seconds and time.monotonic() - self.began > (1 - NOTED) * self.seconds - self.reserve:
             raise TooLate
+
+    def left(self) -> float:
+        """Return the seconds, at least 0, until the answer leaves; infinite if it leaves as soon as it can."""
+        return max(0.0, self.began + self.seconds - time.monotonic()) if self.seconds else math.inf
 
     def wait(self) -> None:
         """Return when the answer may leave."""

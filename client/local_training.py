@@ -7,13 +7,15 @@ ledger on disk, or written down there as one without privacy, and only then a re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from client.budget import evaluation_releases, note_exposure, note_failure, pay_initialisation, pay_round
+from client.correction import correction
+from client.deadline import Deadline
 from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
@@ -25,7 +27,7 @@ from common.initial_gradient import BATCH_TOKENS, initial_shapes, mean_gradient,
 from common.log import about
 from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.model import FederatedModel
-from common.privacy.dpsgd import PrivateSteps, rounding_margin
+from common.privacy.dpsgd import Correct, PrivateSteps, as_it_is, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.schedule import learning_rate
@@ -35,12 +37,6 @@ from common.types import AdapterState
 from strategies import Job
 
 log = logging.getLogger("fedveil.site")
-Limit = Callable[[], None]
-"""Called before each pass of a private step; raises when there is no time left for one."""
-
-
-def unlimited() -> None:
-    """Let a step take as long as it takes."""
 
 
 def train_round(
@@ -49,7 +45,7 @@ def train_round(
     model: FederatedModel,
     records: Sequence[Record],
     task: TrainTask,
-    limit: Limit = unlimited,
+    deadline: Deadline | None = None,
 ) -> TrainResult:
     """Train one round and return what the strategy sends.
 
@@ -57,9 +53,9 @@ def train_round(
         site: the site's name, public size and ledger.
         job: the run's checked configuration.
         model: this process's model; its adapter state is overwritten.
-        records: the site's records, tokenised.
+        records: the site's records, as the model takes them.
         task: what the server sent.
-        limit: called before each pass of a private step; raises when there is no time left for one.
+        deadline: when the answer is to leave; None: as soon as it is there.
 
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
@@ -67,9 +63,10 @@ def train_round(
         PolicyRefusal: a rule of the site's steward forbids the round; nothing was charged or trained.
     """
     check_task(task, job, model)
-    plan, spending, counted = None, None, None
+    deadline = deadline or Deadline()
+    plan, spending, counted, failure = None, None, None, None
     if job.config.privacy.on:
-        plan, spending = pay_round(site, job, task)
+        plan, spending = pay_round(site, job, task, deadline)
     else:
         note_exposure(site, job, task)
     received = job.strategy.install(merge(model.start, task.basis), task.state)
@@ -78,17 +75,20 @@ def train_round(
         noise = site.policy.metrics_noise
         counted = NoisedCount(noised_correct(model, records, noise), noise)
     if plan:
-        _private_steps(records, job, model, site, task, received, plan, limit)
+        failure = _private_steps(records, job, model, task, received, plan, deadline)
     else:
-        _open_steps(records, job, model, task.round_number, site)
+        _open_steps(records, job, model, task.round_number, received, site)
     trained = {
         layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
         for layer, factors in model.trained().items()
     }
-    return TrainResult(
-        *(task.run, task.round_number, site.name, site.public_size, job.strategy.contribution(trained)),
+    result = TrainResult(
+        *(task.run, task.round_number, site.name, site.public_size, job.strategy.uplink(trained)),
         *(spending, counted),
     )
+    if failure is not None:
+        _note_noise(failure, site, task, deadline)
+    return result
 
 
 def initial_round(
@@ -97,7 +97,7 @@ def initial_round(
     model: FederatedModel,
     records: Sequence[Record],
     task: TrainTask,
-    limit: Limit = unlimited,
+    deadline: Deadline | None = None,
 ) -> TrainResult:
     """Answer round 0: one full gradient of the adapted layers, privatised and charged while privacy is on.
 
@@ -107,28 +107,32 @@ def initial_round(
     source = job.strategy.gradient
     if source is None or source.public_data:
         raise ProtocolError(f"the server asks for an initial gradient, which {job.strategy.name!r} does not use here")
-    spending, size = None, len(records)
+    deadline = deadline or Deadline()
+    spending, failure, size = None, None, len(records)
     model.write(model.start)
     if job.config.privacy.on:
-        plan, spending = pay_initialisation(site, job, source, task)
+        plan, spending = pay_initialisation(site, job, source, task, deadline)
         chosen = private_poisson_sample(size, source.sample_rate).tolist()
         try:
             batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
-            gradient = private_gradient(model, batches, plan, limit)
+            gradient = private_gradient(model, batches, plan, deadline.check)
         except Exception as error:
-            _note_noise(error, site, task)
+            failure = own_words(error)
             gradient = private_gradient(model, [], plan)
     else:
         note_exposure(site, job, task)
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
         chosen = order[: max(1, round(source.sample_rate * size))]
         gradient = mean_gradient(model, _parts(records, chosen, model, BATCH_TOKENS))
-    return TrainResult(task.run, 0, site.name, site.public_size, gradient, spending)
+    result = TrainResult(task.run, 0, site.name, site.public_size, gradient, spending)
+    if failure is not None:
+        _note_noise(failure, site, task, deadline)
+    return result
 
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
-    wanted = job.strategy.basis(job.strategy.start(model.start))
+    wanted = job.strategy.basis(job.start(model.start))
     # In round 0 nothing is due; what comes all the same would be kept for the rounds after it.
     due = task.basis or (task.round_number and wanted)
     if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
@@ -148,81 +152,110 @@ def _private_steps(
     records: Sequence[Record],
     job: Job,
     model: FederatedModel,
-    site: Site,
     task: TrainTask,
     received: AdapterState,
     plan: PrivacyPlan,
-    limit: Limit,
-) -> None:
-    """Take the round's private steps; if they fail, after all, take them on no record.
+    deadline: Deadline,
+) -> str | None:
+    """Take the round's private steps; if they fail, after all, take them on no record, and return why.
 
     The rehearsal has seen every shape pass, and what fails on one record is left out. Should a step fail all the same,
     such as for memory that others took meanwhile, a refusal would show it, so noise is sent. That is no part of the
     claim: from a whole sum to none is further than one clip.
     """
+    try:
+        _take_steps(records, job, model, task, received, plan, deadline)
+    except Exception as error:
+        model.write(received)
+        _take_steps([], job, model, task, received, plan, Deadline())
+        return own_words(error)
+    return None
+
+
+def _take_steps(
+    records: Sequence[Record],
+    job: Job,
+    model: FederatedModel,
+    task: TrainTask,
+    received: AdapterState,
+    plan: PrivacyPlan,
+    deadline: Deadline,
+) -> None:
     config = job.config.site_training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
-    margin = rounding_margin(model.device)
-    try:
-        with (
-            model.many_passes(),
-            PrivateSteps(model.module, optimizer, plan, noise_margin=margin, before_pass=limit) as steps,
-        ):
-            for step in range(config.local_steps):
-                set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
-                chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
-                steps.step(model.fixed_batches([records[i] for i in chosen]), model.losses)
-    except Exception as error:
-        if not records:
-            raise
-        _note_noise(error, site, task)
-        model.write(received)
-        _private_steps([], job, model, site, task, received, plan, unlimited)
+    margin, correct = rounding_margin(model.device), correction(job.strategy, model, received)
+    with (
+        model.many_passes(),
+        PrivateSteps(
+            model.module, optimizer, plan, noise_margin=margin, before_pass=deadline.check, correct=correct
+        ) as steps,
+    ):
+        for step in range(config.local_steps):
+            deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
+            set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
+            chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
+            steps.step(model.fixed_batches([records[i] for i in chosen]), model.losses)
 
 
-def _note_noise(error: Exception, site: Site, task: TrainTask) -> None:
-    """Say at the site, in its log and its ledger, that noise alone is sent; a ledger that fails too is no refusal."""
+def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:
+    """Say at the site, in its log and its ledger, that noise alone is sent; a ledger that fails too is no refusal.
+
+    It is said once the reply is there, and waits for the ledger until that leaves: lateness would tell of the failure.
+    """
     where = about(task.run, task.round_number)
-    log.error("the round failed after its charge, and noise alone is sent: %s", own_words(error), extra=where)
+    log.error("the round failed after its charge, and noise alone is sent: %s", reason, extra=where)
     try:
-        note_failure(site, task, own_words(error))
+        note_failure(site, task, reason, deadline)
     except LedgerError as failed:
         log.error("and the ledger has no row of it: %s", own_words(failed), extra=where)
 
 
-def _open_steps(records: Sequence[Record], job: Job, model: FederatedModel, round_number: int, site: Site) -> None:
+def _open_steps(
+    records: Sequence[Record],
+    job: Job,
+    model: FederatedModel,
+    round_number: int,
+    received: AdapterState,
+    site: Site,
+) -> None:
     config = job.config.site_training
-    parameters = [p for factors in model.trained().values() for p in factors.values()]
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    correct = correction(job.strategy, model, received)
     first, total = (round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
     budget = choose_batch_tokens(config.batch_tokens, model.device)
     model.module.train()
     # One order for the whole run: a round goes on where the last one ended.
     order = stream(job.config.seed, "batches", site.name)
-    batches = epoch_batches([len(record["input_ids"]) for record in records], config.sample_rate, order, first)
+    batches = epoch_batches([model.task.size(record) for record in records], config.sample_rate, order, first)
     for step in range(config.local_steps):
         set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
-        plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters)
+        plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters, correct)
 
 
 def plain_step(
-    parts: Iterator[Batch], model: FederatedModel, optimizer: Optimizer, parameters: Sequence[nn.Parameter]
+    parts: Iterator[Batch],
+    model: FederatedModel,
+    optimizer: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    correct: Correct = as_it_is,
 ) -> None:
-    """Take one step on the mean loss of a batch given in parts; no privacy."""
+    """Take one step on the mean loss of a batch given in parts, its gradient as ``correct`` makes it; no privacy."""
     optimizer.zero_grad(set_to_none=True)
     seen = 0
     for part in parts:
         losses = model.losses(part)
         losses.sum().backward()
         seen += len(losses)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= seen
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad / seen for p in parameters]
+    for parameter, gradient in zip(parameters, correct(gradients), strict=True):
+        # What the loss does not reach keeps no gradient, so that no weight decay moves it.
+        parameter.grad = gradient if parameter.grad is not None or gradient.any() else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int) -> Iterator[Batch]:
-    for group in length_batches([len(records[i]["input_ids"]) for i in chosen], budget):
+    for group in length_batches([model.task.size(records[i]) for i in chosen], budget):
         yield model.batch([records[chosen[i]] for i in group])

@@ -1,6 +1,6 @@
 """The optimisers a site may use, made afresh every round.
 
-Moments must not cross a round: the server may have changed the basis they are expressed in
+Moments must not cross a round: the server may have changed the coordinates they are expressed in
 (FedSVD), and another site's contribution has moved the point. Under privacy all of them run on
 noised gradients, which is post-processing.
 """

@@ -17,27 +17,21 @@ from common.tasks import Record
 log = logging.getLogger("fedveil.site")
 
 
-def tokenised(model: FederatedModel, examples: Sequence[Example]) -> list[Record]:
-    """Return the tokenised records, in order, of those ``examples`` that the model can take."""
+def prepared(model: FederatedModel, examples: Sequence[Example]) -> list[Record]:
+    """Return the records, in order, of those ``examples`` that the model can take."""
     try:
-        records = model.tokenise(examples)
+        records = model.prepare(examples)
     except Exception:  # one of them; which, shows when each passes by itself
         records = [record for example in examples for record in _one(model, example)]
-    known = model.base.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    # A token without an embedding ends a process on a GPU, and with it a whole round; one too many has no shape.
-    fitting = [
-        record
-        for record in records
-        if 0 < len(record["input_ids"]) <= model.max_length and max(record["input_ids"]) < known
-    ]
+    fitting = [record for record in records if model.task.fits(model.base, record, model.max_length)]
     if len(fitting) < len(records):
-        log.warning("records that are too long, empty, or of tokens that the model does not know contribute zero")
+        log.warning("records that the model cannot take (too long, empty, of unknown tokens) contribute zero")
     return fitting
 
 
 def _one(model: FederatedModel, example: Example) -> list[Record]:
     try:
-        return model.tokenise([example])
+        return model.prepare([example])
     except Exception as error:
-        log.warning("a record could not be tokenised and contributes zero: %s", place_of(error))
+        log.warning("a record could not be prepared and contributes zero: %s", place_of(error))
         return []

@@ -11,37 +11,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.check import not_negative, one_of
-from common.config import ModelConfig, RunConfig
+from common.config import Columns, ModelConfig, RunConfig
 from common.data import known_labels
 from common.errors import ConfigError, PolicyRefusal
-from common.roles import ROLES, has_labels
+from common.tasks import TASKS, roles_of_all
 
 if TYPE_CHECKING:
     from client.policy import Policy
 
 LABELS, MAX_LENGTH, TASK = "labels", "max-length", "task"
-SETTINGS = tuple(dict.fromkeys(role.setting for roles in ROLES.values() for role in roles))
-"""Every setting that pins a column."""
-KEYS = (TASK, *SETTINGS, LABELS, MAX_LENGTH)
-"""A policy's pins, in the order in which they are written."""
+
+
+def pin_keys() -> tuple[str, ...]:
+    """Return the keys of all pins that a policy can have, in the order in which they are written."""
+    return (TASK, *(role.setting for role in roles_of_all()), LABELS, MAX_LENGTH)
+
+
+def unpinned_columns() -> Columns:
+    """Return the columns of a policy that pins none."""
+    return Columns({role.setting: "" for role in roles_of_all()})
 
 
 def keys_of(task: str) -> tuple[str, ...]:
     """Return the pins of a kind of task."""
-    labels = (LABELS,) if has_labels(task) else ()
-    return (TASK, *(role.setting for role in ROLES[task]), *labels, MAX_LENGTH)
+    labels = (LABELS,) if TASKS[task].labelled else ()
+    return (TASK, *(role.setting for role in TASKS[task].roles), *labels, MAX_LENGTH)
 
 
 def check_whole(policy: Policy) -> None:
     """Raise ConfigError unless the policy pins all that one kind of task reads, or nothing at all."""
     not_negative(max_length=policy.max_length)
-    set_here = [key for key in KEYS if _own(policy, key)]
+    set_here = [key for key in pin_keys() if _own(policy, key)]
     if not set_here:
         return
     if not policy.task:
-        raise ConfigError(f"{set_here[0]} is pinned, but task is not: name the kind of task, {' or '.join(ROLES)}")
-    one_of(ROLES, task=policy.task)
-    optional = {role.setting for role in ROLES[policy.task] if role.optional}
+        raise ConfigError(f"{set_here[0]} is pinned, but task is not: name the kind of task, {' or '.join(TASKS)}")
+    one_of(TASKS, task=policy.task)
+    optional = {role.setting for role in TASKS[policy.task].roles if role.optional}
     lacking = [key for key in keys_of(policy.task) if key not in (*set_here, *optional)]
     if lacking:
         raise ConfigError(f"task is pinned, but {', '.join(lacking)} is not: a policy pins all that a task reads")
@@ -49,7 +55,7 @@ def check_whole(policy: Policy) -> None:
     if foreign:
         raise ConfigError(f"{foreign[0]} is pinned, which the task {policy.task!r} does not read: remove it")
     labels = _labels(policy)
-    if has_labels(policy.task) and (len(labels) < 2 or len(set(labels)) < len(labels)):
+    if TASKS[policy.task].labelled and (len(labels) < 2 or len(set(labels)) < len(labels)):
         raise ConfigError(f"labels are {', '.join(labels)}: name at least 2 different ones, in the job's order")
 
 
@@ -67,10 +73,10 @@ def check_pins(policy: Policy, config: RunConfig, *, private: bool, place: str =
             raise PolicyRefusal(unpinned(place))
         return
     _same(TASK, policy.task, "model.task", config.model.task)
-    for role in ROLES[policy.task]:
-        own, asked = _own(policy, role.setting), getattr(config.data, role.attribute)
+    for role in TASKS[policy.task].roles:
+        own, asked = _own(policy, role.setting), config.data.columns[role.setting]
         _same(role.setting, own, f"data.{role.setting}", asked)
-    if has_labels(policy.task):
+    if TASKS[policy.task].labelled:
         _same(LABELS, ",".join(_labels(policy)), "data.labels", ",".join(known_labels(config.data)))
     if config.model.max_length > policy.max_length:
         raise refusal(MAX_LENGTH, policy.max_length, f"model.max-length = {config.model.max_length}")
@@ -86,18 +92,19 @@ def unpinned(place: str, task: str = "") -> str:
 
 def pin_command(place: str, task: str = "") -> str:
     """Return the command that pins a task, with a job's default columns and, as an example, two labels."""
-    task = task if task in ROLES else next(iter(ROLES))
-    columns = " ".join(f"--{role.setting} {role.setting}" for role in ROLES[task] if not role.optional)
-    labels = f" --{LABELS} bad,good" if has_labels(task) else ""
+    kind = TASKS[task if task in TASKS else next(iter(TASKS))]
+    columns = " ".join(f"--{role.setting} {role.setting}" for role in kind.roles if not role.optional)
+    labels = f" --{LABELS} bad,good" if kind.labelled else ""
     length = ModelConfig().max_length
-    return f"fedveil site pin {place} --{TASK} {task} {columns}{labels} --{MAX_LENGTH} {length}"
+    return f"fedveil site pin {place} --{TASK} {kind.name} {columns}{labels} --{MAX_LENGTH} {length}"
 
 
 def spoken(policy: Policy) -> str:
     """Return a policy's pins in words; an empty text if it has none.
 
     >>> from client.policy import Policy
-    >>> spoken(Policy(task="causal-lm", prompt="question", completion="answer", max_length=64))
+    >>> from common.config import Columns
+    >>> spoken(Policy(task="causal-lm", columns=Columns({"prompt": "question", "completion": "answer"}), max_length=64))
     "task 'causal-lm', prompt 'question', completion 'answer', max-length 64"
     """
     if not policy.task:
@@ -115,6 +122,8 @@ def refusal(rule: str, own: object, asked: str) -> PolicyRefusal:
 
 
 def _own(policy: Policy, key: str) -> str | int:
+    if key in policy.columns:
+        return policy.columns[key]
     value: str | int = getattr(policy, key.replace("-", "_"))
     return value
 

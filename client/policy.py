@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from client.pins import LABELS, check_pins, check_whole, refusal
+from client.pins import LABELS, check_pins, check_whole, refusal, unpinned_columns
 from common.base_model import NAMED_MODELS
 from common.check import at_least, below, in_range, not_negative, one_of, positive
-from common.config import HEAD_POLICIES, Scalar, from_section
+from common.config import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError
 from common.privacy.accounting import LEAST_DELTA, MOST_NOISE
 from strategies import STRATEGIES, Job
@@ -67,13 +67,8 @@ class Policy:
     task: str = ""
     """Kind of task that the records are for. This and the keys up to ``max_length`` are the pins: see
     ``client.pins``."""
-    text: str = ""
-    """Columns that the task reads, as in the job's ``data.text``, ``data.text-pair`` and so on."""
-    text_pair: str = ""
-    """Empty: no such column is read."""
-    label: str = ""
-    prompt: str = ""
-    completion: str = ""
+    columns: Columns = field(default_factory=unpinned_columns)
+    """Columns that the task reads, each by the key that a job has under ``data.``; empty: no such column is read."""
     labels: str = ""
     """All labels in the job's order."""
     max_length: int = 0
@@ -90,6 +85,7 @@ class Policy:
     """Whether it joins private runs on records that such a run has released: their epsilon is infinite."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", Columns({**unpinned_columns(), **self.columns}))
         positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
         not_negative(
             public_size=self.public_size,
@@ -145,6 +141,9 @@ class Policy:
             raise refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)
+        if self.reply_after >= config.round_timeout:
+            # Paid for, and then dropped by the server.
+            raise refusal("reply-after", f"{self.reply_after:g}", f"round-timeout = {config.round_timeout:g}")
         self.check_model_name(config.model.name)
 
     def check_model_name(self, name: str) -> None:

@@ -19,7 +19,6 @@ Left to the round, such a model would be refused after the charge, at every retr
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from torch import Tensor
 
 from client.deadline import Timing
 from common.errors import MechanismError, ModelError
-from common.examples import Example
 from common.initial_gradient import initial_shapes, open_weights
 from common.model import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
@@ -83,6 +81,8 @@ class _Rehearsal:
         self.layers = {id(p): _layer_of(name) for name, p in model.module.named_parameters()}
         self.invent = _inventor(model)
         self.seconds: dict[int, float] = {}
+        self.clipped: tuple[float, int] = (0.0, 1)
+        """Seconds of two passes with clip, sum and noise, less the passes, and their rows."""
 
     @property
     def shapes(self) -> Shapes:
@@ -118,7 +118,7 @@ class _Rehearsal:
             with self._steps() as steps:
                 for length in reversed(lengths):
                     short, long = pairs[length]
-                    other = self.invent(length // 2, 1)
+                    other = self.invent(max(1, length // 2), 1)
                     for order, wanted in (([short, other, long], (0, 1)), ([long, other, short], (1, 0))):
                         found = steps.samples(self.model.fixed_batch(order, length, ROWS), self.model.losses)
                         for row, number in zip((0, ROWS - 1), wanted, strict=True):
@@ -189,7 +189,10 @@ class _Rehearsal:
                     self._remembers(first[length], self._among_others(steps, length, 1))
             # The clip and the sum need memory too: most of it where most rows are, and in the longest.
             ends = (shapes.lengths[0], shapes.lengths[-1])
+            began = time.monotonic()
             steps.release([self._others(length, shapes.rows_of(length), None) for length in ends], self.model.losses)
+            more = time.monotonic() - began - sum(self.seconds[length] for length in ends)
+            self.clipped = more, sum(map(shapes.rows_of, ends))
         return shapes
 
     def _equal_rows(self, steps: PrivateSteps, length: int, rows: int) -> list[Tensor] | None:
@@ -206,11 +209,11 @@ class _Rehearsal:
         return [sample[-1].cpu() for sample in steps.samples(batch, self.model.losses)]
 
     def _others(self, length: int, rows: int, last: Record | None) -> FixedBatch:
-        records = [self.invent(1 + 3 * i % (length - 1), i) for i in range(rows)]
+        records = [self.invent(1 + 3 * i % max(1, length - 1), i) for i in range(rows)]
         return self.model.fixed_batch([*records[: rows - 1], last or records[-1]], length, rows)
 
     def _longest(self, length: int) -> Record:
-        return self.invent(length - 1, 100)
+        return self.invent(max(1, length - 1), 100)
 
     def _finite(self, found: Sequence[Tensor] | None) -> list[Tensor]:
         """Return gradients that say something; a comparison of zeros, or of what is no number, would not."""
@@ -239,26 +242,20 @@ class _Rehearsal:
             empty = time.monotonic() - began
         began = time.monotonic()
         self.model.score([self.invent(self.shapes.longest, 1)])
+        score = time.monotonic() - began
         rows = {length: self.shapes.rows_of(length) for length in self.seconds}
-        return Timing(self.seconds, rows, empty, time.monotonic() - began)
+        clip = max(0.0, self.clipped[0] - empty) / self.clipped[1]
+        passes = {length: seconds + rows[length] * clip for length, seconds in self.seconds.items()}
+        return Timing(passes, rows, empty, score)
 
     def _steps(self) -> PrivateSteps:
         return PrivateSteps(self.model.module, torch.optim.SGD(self.trained, lr=0.0), _PLAN)
 
 
 def _inventor(model: FederatedModel) -> Callable[[int, int], Record]:
-    """Return what makes up a record of so many tokens; the number picks its tokens and its label."""
-    tokenizer, embeddings = model.base.tokenizer, model.base.module.get_input_embeddings()  # type: ignore[operator]
-    special = set(tokenizer.all_special_ids)
-    usual = [token for token in range(min(len(tokenizer), embeddings.num_embeddings)) if token not in special]
-    (like,) = model.tokenise([Example(text="one", label=0, completion="two")])
-    classes = model.module.head.out_features if model.task.has_head else 1
-
-    def invent(length: int, number: int) -> Record:
-        draw = random.Random(f"{length}/{number}")
-        return model.task.made_up(like, draw.choices(usual, k=length), number % classes)
-
-    return invent
+    """Return what makes up a record of so many tokens; the number picks what it holds and its label."""
+    made_up, classes = model.task.inventor(model.base, model.max_length), max(1, model.classes)
+    return lambda length, number: made_up(length, number, number % classes)
 
 
 def _layer_of(name: str) -> str:
@@ -284,10 +281,10 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
     tensors = [
         parameter for layer in model.adapter.parameters(model.peft_model).values() for parameter in layer.values()
     ]
-    head = [model.module.head.weight, model.module.head.bias] if model.task.has_head else []
+    head = list(model.head.values())
     layers: list[Any] = [m for m in model.peft_model.modules() if isinstance(getattr(m, "scaling", None), dict)]
     before = [parameter.detach().clone() for parameter in (*tensors, *head)]
-    scales, feature_scale = [dict(layer.scaling) for layer in layers], getattr(model.module, "feature_scale", 0.0)
+    scales, feature_scale = [dict(layer.scaling) for layer in layers], model.module.feature_scale
     draw = stream(0, "rehearsal")
     try:
         with torch.no_grad():

@@ -29,7 +29,7 @@ from pathlib import Path
 from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
-from common.config import DataConfig, RunConfig, Scalar
+from common.config import Columns, DataConfig, RunConfig, Scalar
 from common.data import DATASETS, Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
@@ -37,7 +37,7 @@ from common.log import about
 from common.partition import check_division, declared_size, site_part
 from common.paths import run_folder
 from common.privacy.ledger_file import only_ledger
-from common.roles import ROLES
+from common.tasks import TASKS
 from strategies import Job
 
 NODE_KEYS = (
@@ -121,7 +121,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
     name, policy = str(node.get("site") or f"site-{node.get('partition-id', 0)}"), policy_of(node)
     if "data" in node:
-        if config.model.task == "classification" and not known_labels(config.data):
+        if TASKS[config.model.task].labelled and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
         reading = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
         data, unreadable = reading.dataset, "; ".join(reading.unreadable)
@@ -171,10 +171,10 @@ def own_settings(config: RunConfig) -> DataConfig:
     Everything else of ``data.*`` is about data sets that are divided. A column of the natural partition, say, that
     was read of these records as well would be one more question about them.
     """
-    columns = {role.attribute: getattr(config.data, role.attribute) for role in ROLES[config.model.task]}
+    columns = Columns({role.setting: config.data.columns[role.setting] for role in TASKS[config.model.task].roles})
     name = config.data.name if is_public(config.data.name) else ""
     # However a job spaces its labels: no second spelling gets the records read again.
-    return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", **columns)
+    return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", columns=columns)
 
 
 def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> None:

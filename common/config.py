@@ -8,7 +8,7 @@ names the key. Everything in here is public: the server knows it, and so does ev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar, cast, get_type_hints
@@ -16,11 +16,11 @@ from typing import Any, TypeVar, cast, get_type_hints
 from common.check import below, clip_norm, in_range, nearest, not_negative, one_of, positive
 from common.errors import ConfigError
 from common.recipe import fill
+from common.tasks import TASKS, roles_of_all
 
 Scalar = str | int | float | bool
 Section = TypeVar("Section")
 
-TASKS = ("classification", "causal-lm")
 PARTITIONS = ("iid", "dirichlet", "natural")
 HEAD_POLICIES = ("trained", "frozen")
 HEAD_STARTS = ("zeros", "random", "label-words")
@@ -30,6 +30,36 @@ PRIVACY_MODES = ("dp-sgd", "none")
 SERVER_OPTIMIZERS = ("auto", "none", "adam")
 
 
+class Columns(Mapping[str, str]):
+    """The column of every role that some task has, by the role's setting; each is a key of its section.
+
+    >>> Columns({"text": "note"})["text"]
+    'note'
+    """
+
+    def __init__(self, named: Mapping[str, str]) -> None:
+        self._named = dict(named)
+
+    def __getitem__(self, setting: str) -> str:
+        return self._named[setting]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._named.items()))
+
+    def __repr__(self) -> str:
+        return f"Columns({self._named})"
+
+
+def _columns_of_jobs() -> Columns:
+    return Columns({role.setting: role.column for role in roles_of_all()})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The frozen base model."""
@@ -37,7 +67,8 @@ class ModelConfig:
     name: str = "all-MiniLM-L6-v2"
     """A named model (see ``common.base_model``), a folder, or a hub id."""
     task: str = "classification"
-    """``classification`` (encoder, mean pool, linear head) or ``causal-lm`` (prompt, completion)."""
+    """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``causal-lm``
+    (prompt, completion)."""
     max_length: int = 128
     """Tokens a record is cut to; or fewer, where the model has no positions for so many and one of padding."""
     feature_scale: float = 1.0
@@ -59,15 +90,12 @@ class DataConfig:
     """The server's public held-out file or hub split; empty: a seeded part of ``name``."""
     test_size: int = 1000
     """Records of the public test part when ``test`` is empty."""
-    text: str = "text"
-    text_pair: str = ""
-    label: str = "label"
-    prompt: str = "prompt"
-    completion: str = "completion"
+    columns: Columns = field(default_factory=_columns_of_jobs)
+    """Which column of the source each role is read from: ``data.text``, ``data.label`` and so on (``common.roles``)."""
     labels: str = ""
     """Label values in order, separated by commas; empty: the sorted distinct values of the file."""
     partition: str = "dirichlet"
-    """How simulated sites divide the records: ``iid``, ``dirichlet`` (by label, so not for ``causal-lm``), ``natural``
+    """How simulated sites divide the records: ``iid``, ``dirichlet`` (by label, where there is one), ``natural``
     (by ``key``)."""
     dirichlet_alpha: float = 1.0
     """Concentration of the label-Dirichlet partition: smaller is more uneven."""
@@ -78,6 +106,7 @@ class DataConfig:
     is the one whose label skew over four sites is the median (total variation 0.22)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", Columns({**_columns_of_jobs(), **self.columns}))
         one_of(PARTITIONS, data__partition=self.partition)
         positive(data__test_size=self.test_size, data__dirichlet_alpha=self.dirichlet_alpha)
         if self.partition == "natural" and not self.key:
@@ -89,7 +118,7 @@ class AdapterConfig:
     """The low-rank adapter."""
 
     name: str = "auto"
-    """``auto``: the strategy's own; any other is refused unless the strategy is defined for it."""
+    """``auto``: the strategy's own; any other is refused unless it trains and freezes what the strategy needs."""
     rank: int = 8
     alpha: float = 8.0
     """LoRA's alpha: the product of the factors is scaled by ``alpha / rank``."""
@@ -270,13 +299,7 @@ class RunConfig:
         in_range(0, 1, max_share=self.max_share)
         not_negative(round_retries=self.round_retries, max_update_norm=self.max_update_norm)
         one_of(("auto", "float32", "bfloat16"), precision=self.precision)
-        if self.model.task == "causal-lm" and self.head.policy != "frozen":
-            raise ConfigError("model.task 'causal-lm' has no classification head: set head.policy to 'frozen'")
-        if self.model.task == "classification" and (self.head.policy, self.head.start) == ("frozen", "zeros"):
-            raise ConfigError(
-                "head.policy 'frozen' keeps head.start 'zeros', through which no adapter gets a gradient: "
-                "set head.start to 'label-words' or 'random', or head.policy to 'trained'"
-            )
+        TASKS[self.model.task].check(self)
 
     @property
     def site_training(self) -> TrainingConfig:
@@ -300,11 +323,11 @@ def defaults(section: type[Any] = RunConfig, prefix: str = "") -> dict[str, Scal
     flat: dict[str, Scalar] = {}
     instance = section()
     for item in dataclasses.fields(section):
-        key, value = prefix + item.name.replace("_", "-"), getattr(instance, item.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(defaults(type(value), key + "."))
+        value = getattr(instance, item.name)
+        if dataclasses.is_dataclass(value):  # as it is by itself: a RunConfig fills in what waits for the privacy mode
+            flat.update(defaults(cast(type[Any], type(value)), _key(item, prefix) + "."))
         else:
-            flat[key] = value
+            flat.update(_flat(item, value, prefix))
     return flat
 
 
@@ -340,8 +363,12 @@ def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str) ->
     hints = _hints(section)  # type: ignore[arg-type]  # mypy takes no class for hashable
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
-        key, kind = prefix + item.name.replace("_", "-"), hints[item.name]
-        if dataclasses.is_dataclass(kind):
+        key, kind = _key(item, prefix), hints[item.name]
+        if kind is Columns:
+            keys = {role.setting: prefix + role.setting for role in roles_of_all()}
+            named = {setting: _typed(key, values[key], str) for setting, key in keys.items() if key in values}
+            arguments[item.name] = Columns({setting: str(column) for setting, column in named.items()})
+        elif dataclasses.is_dataclass(kind):
             arguments[item.name] = _build(cast(type[Any], kind), values, key + ".")
         elif key in values:
             arguments[item.name] = _typed(key, values[key], kind)
@@ -363,6 +390,16 @@ def to_mapping(config: Any, prefix: str = "") -> dict[str, Scalar]:
     """Return the flat, dotted, kebab-case form of ``config``: the inverse of from_mapping."""
     flat: dict[str, Scalar] = {}
     for item in dataclasses.fields(config):
-        key, value = prefix + item.name.replace("_", "-"), getattr(config, item.name)
-        flat.update(to_mapping(value, key + ".") if dataclasses.is_dataclass(value) else {key: value})
+        flat.update(_flat(item, getattr(config, item.name), prefix))
     return flat
+
+
+def _flat(item: dataclasses.Field[Any], value: Any, prefix: str) -> dict[str, Scalar]:
+    if isinstance(value, Columns):
+        return {prefix + setting: column for setting, column in value.items()}
+    key = _key(item, prefix)
+    return to_mapping(value, key + ".") if dataclasses.is_dataclass(value) else {key: value}
+
+
+def _key(item: dataclasses.Field[Any], prefix: str) -> str:
+    return prefix + item.name.replace("_", "-")

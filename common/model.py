@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +31,8 @@ from common.errors import ConfigError, ProtocolError
 from common.examples import Example
 from common.lowered import lowered
 from common.randomness import stream
-from common.shapes import FixedBatch, Shapes, longest_within
-from common.tasks import TASKS, Batch, CompletionModel, Record, Task, TextClassifier
+from common.shapes import FixedBatch, Shapes
+from common.tasks import TASKS, Batch, Record, Task
 from common.types import HEAD, AdapterState
 
 
@@ -66,16 +65,10 @@ class FederatedModel:
         precision: str = "auto",
     ) -> None:
         self.base, self.adapter, self.task = base, adapter, task
-        self.max_length = min(max_length, longest_within(base.positions))
-        own = base.tokenizer.num_special_tokens_to_add(pair=True)
-        if self.max_length <= own:
-            # Truncation does nothing then, and a record keeps its whole length.
-            raise ConfigError(
-                f"model.max-length is {self.max_length}, of which the tokenizer of {base.name!r} itself takes up to "
-                f"{own}: set it to {own + 1} or more"
-            )
+        self.max_length = task.limit(base, max_length)
+        self.classes = len(label_names)
         self.device = choose_device(device)
-        self.shapes = Shapes(self.max_length, choose_private_tokens(self.device))
+        self.shapes = task.shapes(base, self.max_length, choose_private_tokens(self.device))
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
@@ -83,19 +76,21 @@ class FederatedModel:
         choose_attention(base.module, self.device)
         self.lowers = True
         """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
-        self.head_trained = task.has_head and head.policy == "trained"
         self.peft_model = adapter.attach(base.module, seed)
-        if task.has_head:
-            self.module: Any = TextClassifier(self.peft_model, base.hidden_size, len(label_names), feature_scale)
-        else:
-            self.module = CompletionModel(self.peft_model)
+        self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
         self.module.to(self.device)
-        if task.has_head:
-            start_head(self, head, seed, phrases_of(head, label_names, label_phrases))
+        self.head_trained = head.policy == "trained"
+        if self.module.head is not None:
+            start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
             self.module.head.requires_grad_(self.head_trained)
         _turn_dropout_off(self.module)
         self.start: AdapterState = self.read()
         """The adapter state before any training; later states are written over the model, never over this."""
+
+    @property
+    def head(self) -> dict[str, nn.Parameter]:
+        """The live parameters of the head, trained or not; empty where the task has none."""
+        return dict(self.module.head.named_parameters()) if self.module.head is not None else {}
 
     def places(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the live parameters behind a full adapter state, by layer and factor.
@@ -103,8 +98,8 @@ class FederatedModel:
         The head is part of the state only when it is trained: a frozen one never travels.
         """
         places = self.adapter.parameters(self.peft_model)
-        if self.head_trained:
-            places[HEAD] = {"weight": self.module.head.weight, "bias": self.module.head.bias}
+        if self.head_trained and self.head:
+            places[HEAD] = self.head
         return places
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -138,24 +133,24 @@ class FederatedModel:
             for name, tensor in head.items():
                 live[name].copy_(tensor)
 
-    def tokenise(self, examples: Sequence[Example]) -> list[Record]:
-        """Return tokenised records, cut to the run's ``max_length``, or to what has room in the model's positions."""
-        return self.task.tokenise(self.base.tokenizer, examples, self.max_length)
+    def prepare(self, examples: Sequence[Example]) -> list[Record]:
+        """Return records as the model takes them, cut to the run's ``max_length``, or to what has room in it."""
+        return self.task.prepare(self.base, examples, self.max_length)
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
-        return {k: v.to(self.device) for k, v in self.task.collate(records, self.base.pad_id).items()}
+        return {k: v.to(self.device) for k, v in self.task.collate(self.base, records).items()}
 
     def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
         """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
         shapes = shapes or self.shapes
-        for length, group in shapes.groups([len(record["input_ids"]) for record in records]):
+        for length, group in shapes.groups([self.task.size(record) for record in records]):
             yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length))
 
     def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
         """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
-        filler = [self.task.made_up(records[0], [self.base.pad_id])] * (rows - len(records))
-        tensors = self.task.collate([*records, *filler], self.base.pad_id, length)
+        filler = [self.task.filler(self.base, records[0])] * (rows - len(records))
+        tensors = self.task.collate(self.base, [*records, *filler], length)
         return FixedBatch({key: value.to(self.device) for key, value in tensors.items()}, len(records))
 
     @property
@@ -176,15 +171,15 @@ class FederatedModel:
 
     def score(self, records: Sequence[Record]) -> Score:
         """Return accuracy and mean loss on ``records`` (at least one)."""
-        return score_records(self.module, self.task, records, self.base.pad_id, self.device, self.precision)
+        return score_records(self.module, self.task, self.base, records, self.device, self.precision)
 
 
 @torch.no_grad()
 def score_records(
     module: nn.Module,
     task: Task,
+    base: BaseModel,
     records: Sequence[Record],
-    pad_id: int,
     device: torch.device,
     precision: torch.dtype,
     batch_tokens: int = 0,
@@ -193,10 +188,8 @@ def score_records(
     was_training = module.training
     module.eval()
     totals = torch.zeros(3, dtype=torch.float64)
-    for group in length_batches(
-        [len(record["input_ids"]) for record in records], choose_batch_tokens(batch_tokens, device)
-    ):
-        batch = {k: v.to(device) for k, v in task.collate([records[i] for i in group], pad_id).items()}
+    for group in length_batches([task.size(record) for record in records], choose_batch_tokens(batch_tokens, device)):
+        batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
             sums = task.sums(module, batch)
         totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
@@ -220,17 +213,18 @@ def _turn_dropout_off(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_head(model: FederatedModel, head: HeadConfig, seed: int, phrases: Sequence[Sequence[str]]) -> None:
+def start_head(
+    model: FederatedModel, linear: nn.Linear, head: HeadConfig, seed: int, phrases: Sequence[Sequence[str]]
+) -> None:
     """Set the classification head's start; uses no record, so it costs no privacy.
 
     ``label-words`` writes into each row how the base model's features of public phrases about
-    that label differ from their mean over labels, scaled to ``head.margin``; the bias makes a text
+    that label differ from their mean over labels, scaled to ``head.margin``; the bias makes a record
     whose features are that mean equally likely for all labels.
 
     Raises:
         ConfigError: the base model cannot tell the labels' phrases apart, and the head is frozen.
     """
-    linear = model.module.head
     linear.bias.zero_()
     linear.weight.zero_()
     if head.start == "random":
@@ -274,7 +268,7 @@ def phrases_of(
 
 
 def _mean_features(model: FederatedModel, phrases: Sequence[str]) -> Tensor:
-    records = model.tokenise([Example(text=phrase.strip(), label=0) for phrase in phrases])
+    records = model.prepare([model.task.of_phrase(phrase) for phrase in phrases])
     # One phrase at a time and in float32: the start must not depend on batching or on the device's precision.
     features = torch.cat([model.module.features(model.batch([record])) for record in records])
     return features.mean(0)

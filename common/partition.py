@@ -18,6 +18,7 @@ from common.config import DataConfig, RunConfig, Scalar, defaults, to_mapping
 from common.errors import ConfigError, DataError, PolicyRefusal
 from common.examples import Dataset
 from common.randomness import stream
+from common.tasks import TASKS
 
 NO_LABEL = (
     "data.partition is 'dirichlet', but the records have no label: set it to 'iid', or to 'natural' with data.key"
@@ -29,7 +30,7 @@ def check_partition(config: RunConfig) -> None:
 
     Only a simulation asks: sites with data of their own divide nothing, whatever ``data.partition`` says.
     """
-    if config.model.task == "causal-lm" and config.data.partition == "dirichlet":
+    if not TASKS[config.model.task].labelled and config.data.partition == "dirichlet":
         raise ConfigError(NO_LABEL)
 
 

@@ -1,15 +1,14 @@
-"""The table of roles: the fields that each kind of task reads of a record, and the setting that names each column.
+"""A role: one column that a kind of task reads of a record, and the setting that names it.
 
-The one table of it: the loader reads these columns and no other, and a steward's policy pins every one of
-them (``client.pins``), so that a task or a column that is added here is pinned as well.
+Each task states its roles (``common.tasks``). The loader reads these columns and no other, and a steward's policy
+pins every one of them (``client.pins``), so a task or a column that is added is pinned as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.config import DataConfig
+from common.cells import Reader, read_text, read_word
 
 
 @dataclass(frozen=True)
@@ -17,38 +16,37 @@ class Role:
     """One column of a task."""
 
     setting: str
-    """What names it: ``data.<setting>`` in a job, ``<setting>`` in a policy."""
+    """What names it: ``data.<setting>`` in a job, ``<setting>`` in a policy, ``--<setting>`` on the command line."""
     field: str
-    """Field of ``Example`` that its values become."""
+    """Field of the task's ``Example`` that its values become."""
+    about: str
+    """What it holds, in words for a command's help."""
     optional: bool = False
     """Whether a job may leave the setting empty, and then no such column is read."""
+    read: Reader = read_text
+    """How a cell becomes the field's value."""
 
     @property
-    def attribute(self) -> str:
-        """The setting as a field of DataConfig and of Policy."""
-        return self.setting.replace("-", "_")
+    def column(self) -> str:
+        """The column that a job reads unless it names another; empty: none."""
+        return "" if self.optional else self.setting
 
 
-LABEL = "label"
-"""The setting whose column holds one of ``data.labels``."""
-ROLES: Mapping[str, tuple[Role, ...]] = {
-    "classification": (Role("text", "text"), Role("text-pair", "text_pair", optional=True), Role(LABEL, "label")),
-    "causal-lm": (Role("prompt", "text"), Role("completion", "completion")),
-}
+@dataclass(frozen=True)
+class Column:
+    """A column to be read."""
+
+    role: Role
+    name: str
+    """As the source's header has it."""
+
+    @property
+    def setting(self) -> str:
+        """The job's setting that names it, such as ``data.text``."""
+        return f"data.{self.role.setting}"
 
 
-def has_labels(task: str) -> bool:
-    """Return whether a task's records have labels."""
-    return any(role.setting == LABEL for role in ROLES[task])
-
-
-def columns_of(config: DataConfig, task: str) -> dict[str, tuple[str, str]]:
-    """Return the setting and the column of every field of Example that a task reads.
-
-    >>> columns_of(DataConfig(text="note"), "classification")
-    {'text': ('data.text', 'note'), 'label': ('data.label', 'label')}
-    """
-    columns = {role: str(getattr(config, role.attribute)) for role in ROLES[task]}
-    return {
-        role.field: (f"data.{role.setting}", column) for role, column in columns.items() if column or not role.optional
-    }
+LABEL = Role("label", "label", "the label", read=read_word)
+"""Holds one of ``data.labels``; the field is its number among them."""
+KEY = Role("key", "key", "the natural partition", read=read_word)
+"""Column of the natural partition: of no task, and never read of records that somebody protects."""

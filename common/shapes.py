@@ -8,8 +8,8 @@ the last bit in every row and beside any others.
 
 Records are padded to a grid of lengths, about four to an octave. Each is a multiple of 8: with others, rows begin at
 addresses of another alignment, and kernels round them otherwise. Each record gets one token of padding at least: where
-no row has any, models drop the mask and take another road. Small batches waste less on filler, large ones less on
-calls (``choose_private_tokens``).
+no row has any, models drop the mask and take another road. Records that are all of one size, as images are, have no
+mask and one shape. Small batches waste less on filler, large ones less on calls (``choose_private_tokens``).
 """
 
 from __future__ import annotations
@@ -63,16 +63,22 @@ class Shapes:
     """Tokens of one forward pass, rows of filler included; a longer record has a pass of its own."""
     most: int = sys.maxsize
     """Most rows of one pass."""
+    uniform: bool = False
+    """Whether all records are of the longest size, as images are: then one shape without padding serves all."""
     narrow: tuple[tuple[int, int], ...] = ()
     """Lengths with fewer rows than that, and how many: what ``client.rehearsal`` found the device to compute alike."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The grid of lengths, ascending; the last is the next multiple of 8 above ``longest``.
+        """The grid of lengths, ascending; the last is the next multiple of 8 above ``longest``, or that where all are.
 
         >>> Shapes(longest=128, tokens=256).lengths
         (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 136)
+        >>> Shapes(longest=17, tokens=256, uniform=True).lengths
+        (17,)
         """
+        if self.uniform:
+            return (self.longest,)
         grid, length, top = [], FINEST, (self.longest // FINEST + 1) * FINEST
         while length < top:
             grid.append(length)
@@ -93,10 +99,11 @@ class Shapes:
         """Yield (length, positions of ``tokens``): every position once, at most ``rows_of(length)`` in a group.
 
         Args:
-            tokens: each record's number of tokens, at most ``longest``: a longer one is no record of this run.
+            tokens: each record's number of tokens, at most ``longest`` (of uniform ones exactly): others are no
+                records of this run.
 
         Raises:
-            ValueError: a record is longer than that.
+            ValueError: a record is longer than that, or shorter where all are of one size.
 
         >>> list(Shapes(longest=16, tokens=16).groups([3, 9, 4, 8]))
         [(8, [0, 2]), (16, [1]), (16, [3])]
@@ -104,9 +111,11 @@ class Shapes:
         grid = self.lengths
         if max(tokens, default=0) > self.longest:
             raise ValueError(f"a record has more than {self.longest} tokens")
+        if self.uniform and min(tokens, default=self.longest) < self.longest:
+            raise ValueError(f"a record has fewer than {self.longest} tokens, which all have")
         members: dict[int, list[int]] = {}
         for position, count in enumerate(tokens):
-            members.setdefault(grid[bisect_right(grid, count)], []).append(position)
+            members.setdefault(grid[0 if self.uniform else bisect_right(grid, count)], []).append(position)
         for length in sorted(members):
             rows = self.rows_of(length)
             for start in range(0, len(members[length]), rows):

@@ -1,4 +1,4 @@
-"""Which records are the public test part: seeded, stratified, and no text on both sides."""
+"""Which records are the public test part: seeded, stratified, and no two records that are alike on both sides."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from common.examples import Dataset
 def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, Dataset]:
     """Divide a data set into a training part and a public test part.
 
-    The parts are disjoint and together are the data set. Records with the same ``text`` (but for case
-    and blanks) are on the same side, so a premise with several hypotheses is never split. The test
-    part follows from the texts and the seed alone, not from the order of records, the platform or a
-    library. Its classes are in the proportions of the whole, as far as equal texts allow.
+    The parts are disjoint and together are the data set. Records that are alike (``Example.likeness``: texts that
+    differ in case and blanks alone) are on the same side, so a premise with several hypotheses is never split. The
+    test part follows from what records hold and the seed alone, not from the order of records, the platform or a
+    library. Its classes are in the proportions of the whole, as far as records that are alike allow.
 
     Args:
         dataset: records.
-        test_size: records of the test part; it has fewer only where equal texts leave no other choice.
+        test_size: records of the test part; it has fewer only where records that are alike leave no other choice.
         seed: picks the test part.
 
     Returns:
@@ -56,7 +56,7 @@ def _test_records(dataset: Dataset, test_size: int, seed: int) -> tuple[int, ...
     """Return the indices of the test part, in its order."""
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(dataset.examples):
-        groups.setdefault(" ".join(example.text.split()).casefold(), []).append(i)
+        groups.setdefault(example.likeness(), []).append(i)
     # Sorting by a keyed hash is a shuffle that no library version can change.
     mixed = sorted(groups, key=lambda text: hashlib.sha256(f"{seed}/public-test/{text}".encode()).digest())
     places = _quotas(Counter(example.label for example in dataset.examples), test_size)

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.cells import UNREADABLE
 from common.errors import DataError, UnreadableFile
 
 Columns = dict[str, list[object]]
-UNREADABLE = object()
-"""In place of a cell that no Python value can hold, such as a time before the year 1."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Table:
     """Rows, counted from 0, that could not be read; in the columns their cells are None."""
     has_header: bool = True
     """Whether the source names its columns; else they are those that some row has."""
+    folder: Path | None = None
+    """Where the file lies that was read, for cells that name other files; None: it is no file of this machine's."""
 
     @property
     def size(self) -> int:
@@ -144,7 +145,8 @@ def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
             unread[i] = _unread(path, i, "has another number of fields than the header", f"{where} {advice}")
     empty: list[object] = [None] * len(header)
     kept = [empty if i in unread else row for i, row in enumerate(rows[1:])]
-    return Table(str(path), {name: [row[i] for row in kept] for i, name in enumerate(header)}, unread=unread)
+    columns = {name: [row[i] for row in kept] for i, name in enumerate(header)}
+    return Table(str(path), columns, unread=unread, folder=path.parent)
 
 
 def _unread(path: Path, row: int, reason: str, words: str) -> Unfit:
@@ -173,7 +175,7 @@ def _read_jsonl(path: Path) -> Table:
             records.append(record)
     names = dict.fromkeys(name for record in records for name in record)
     columns: Columns = {name: [record.get(name) for record in records] for name in names}
-    return Table(str(path), columns, unread=unread, has_header=False)
+    return Table(str(path), columns, unread=unread, has_header=False, folder=path.parent)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -187,7 +189,8 @@ def _read_parquet(path: Path) -> Table:
 
     table = pyarrow.parquet.read_table(path)
     _check_names(table.column_names)
-    return Table(str(path), {name: _values(table.column(name)) for name in table.column_names})
+    columns = {name: _values(table.column(name)) for name in table.column_names}
+    return Table(str(path), columns, folder=path.parent)
 
 
 def _values(column: Any) -> list[object]:

@@ -129,7 +129,7 @@ def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -
     began = time.perf_counter()
     if not config.privacy.on:
         budget = choose_batch_tokens(config.training.batch_tokens, model.device)
-        groups = length_batches([len(record["input_ids"]) for record in records], budget)
+        groups = length_batches([model.task.size(record) for record in records], budget)
         parts = (model.batch([records[i] for i in group]) for group in groups)
         plain_step(parts, model, optimizer, parameters)
         return time.perf_counter() - began, torch.zeros(0)

@@ -15,7 +15,7 @@ from common.device import choose_attention, choose_device
 from common.errors import DataError, ModelError
 from common.model import Score, score_records
 from common.run_lines import read_json
-from common.tasks import TASKS, CompletionModel, TextClassifier
+from common.tasks import TASKS
 from strategies import configure
 
 
@@ -33,10 +33,10 @@ def load_result(adapter: Path) -> tuple[nn.Module, dict[str, Any]]:
     if base.fingerprint != about["base_fingerprint"]:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     peft_model = PeftModel.from_pretrained(base.module, str(adapter))
-    if about["task"] == "causal-lm":
-        return CompletionModel(peft_model), {**about, "base": base}
-    model = TextClassifier(peft_model, base.hidden_size, len(about["label_names"]), about["feature_scale"])
-    model.head.load_state_dict(load_file(str(adapter / "head.safetensors")))
+    task, classes = TASKS[about["task"]], len(about["label_names"])
+    model = task.module(peft_model, base, classes if task.labelled else 0, about["feature_scale"])
+    if model.head is not None:
+        model.head.load_state_dict(load_file(str(adapter / "head.safetensors")))
     return model, {**about, "base": base}
 
 
@@ -50,5 +50,5 @@ def evaluate_run(folder: Path) -> Score:
     task, base = TASKS[about["task"]], about["base"]
     device = choose_device(job.config.device)
     choose_attention(base.module, device)
-    records = task.tokenise(base.tokenizer, test.examples, about["max_length"])
-    return score_records(module.to(device), task, records, base.pad_id, device, getattr(torch, about["precision"]))
+    records = task.prepare(base, test.examples, task.limit(base, about["max_length"]))
+    return score_records(module.to(device), task, base, records, device, getattr(torch, about["precision"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 from common.adapters.base import layer_shape
@@ -14,7 +14,7 @@ from common.types import HEAD, AdapterState
 from common.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from server.model import ServerModel
 from strategies import STRATEGIES, Job
-from strategies.table import factor_bytes
+from strategies.table import payload, preset_adapter
 
 RUN = "1" * 20
 """A run's name as long as Flower's are."""
@@ -44,7 +44,7 @@ class Traffic:
 def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Traffic:
     """Return the bytes of the job's messages, by encoding them; ``plan`` is None when privacy is off."""
     strategy, source = job.strategy, job.strategy.gradient
-    state = strategy.start(server_model.start)
+    state = job.start(server_model.start)
     basis = strategy.basis(state)
     task = TrainTask(
         run=RUN,
@@ -56,7 +56,7 @@ def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Tr
         start_fingerprint=start_fingerprint(server_model.start),
     )
     result = TrainResult(
-        RUN, job.config.rounds, "site-0", 1800, strategy.contribution(server_model.trained_start()), _spending(plan)
+        RUN, job.config.rounds, "site-0", 1800, strategy.uplink(server_model.trained_start()), _spending(plan)
     )
     down, up = encode_task(task), encode_reply(result)
     from_sites = source is not None and not source.public_data
@@ -67,26 +67,27 @@ def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Tr
         message_down=message_bytes(down),
         message_up=message_bytes(up),
         once_down=_payload(basis),
-        once_up=sum(4 * shape[0] * shape[1] for factors in gradients for shape in factors.values()),
+        once_up=sum(4 * math.prod(shape) for factors in gradients for shape in factors.values()),
     )
 
 
 def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]:
     """Return payload bytes down and up of one site and round for every strategy, on this model at this rank.
 
-    The head is counted where it is trained. What a strategy sends once is left out.
+    The job's own strategy is on the job's adapter, every other on the one that it takes by default. The head is
+    counted where it is trained. What a strategy sends once is left out.
     """
-    model = server_model.model
-    layers = model.adapter.layers(model.peft_model).values()
-    shapes: Sequence[tuple[int, int]] = [layer_shape(layer) for layer in layers]
+    model, own = server_model.model, server_model.job.strategy
+    layers = [layer_shape(layer) for layer in model.adapter.layers(model.peft_model).values()]
     head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0
-    return {
-        name: (
-            head + factor_bytes(strategy.received, shapes, model.adapter.rank),
-            head + factor_bytes(strategy.sent, shapes, model.adapter.rank),
-        )
-        for name, strategy in STRATEGIES.items()
-    }
+    found = {}
+    for name, strategy in STRATEGIES.items():
+        if name == own.name:
+            down, up = payload(own, model.adapter, layers)
+        else:
+            down, up = payload(strategy(), preset_adapter(strategy, model.adapter.rank), layers)
+        found[name] = (head + down, head + up)
+    return found
 
 
 def _payload(state: AdapterState) -> int:

@@ -48,8 +48,8 @@ def _mine(plan: Plan, strategy: str) -> None:
 
     Sites.gather = before(Sites.gather, lambda _, number, state: number, BEFORE)  # type: ignore[method-assign]
     kind = STRATEGIES[strategy]
-    kind.aggregate = before(  # type: ignore[method-assign]
-        kind.aggregate, lambda _, state, got: state.round_number + 1, AGGREGATING
+    kind.server_update = before(  # type: ignore[method-assign]
+        kind.server_update, lambda _, state, *got: state.round_number + 1, AGGREGATING
     )
     save, rename = save_checkpoint, os.replace
 

@@ -1,6 +1,6 @@
 """What a run goes on from after its server was killed: one file, replaced in one step after every round.
 
-It holds the strategy's state (adapter, memory, rounds done), what the server remembers of every
+It holds the server's state (adapter, memory, the optimiser's moments, rounds done), what the server remembers of every
 site, the scores so far, and how long the run's line files were: whatever a crash appended after the
 last checkpoint is cut off again, so at most the round in flight is lost. What sites spent in it
 stays charged to their ledgers.
@@ -29,10 +29,12 @@ from common.tensors import entries
 from common.types import AdapterState
 from server.admission import Member
 from server.files import length, replace_file
-from strategies import Job, ServerState
+from strategies import Job, Moments, ServerState
 
 NAME = "checkpoint.safetensors"
-FORMAT = "4"
+FORMAT = "5"
+PARTS = ("adapter", "memory", "first moments", "second moments")
+"""Where a stored tensor belongs."""
 MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
 
@@ -49,7 +51,6 @@ class Checkpoint:
     baseline: Score
     score: Score | None
     """Of ``state``; None if its round was not scored."""
-    """Of ``state.adapter``."""
     lengths: Mapping[str, int]
     """Bytes of the run's line files, by name."""
 
@@ -58,13 +59,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint of a run's folder over the one before it, atomically and durably."""
     order: list[tuple[str, str, str]] = []
     tensors = {}
-    for part, state in (("adapter", checkpoint.state.adapter), ("memory", checkpoint.state.memory)):
+    held = checkpoint.state
+    parts = (held.adapter, held.memory, held.optimizer.first, held.optimizer.second)
+    for part, state in zip(PARTS, parts, strict=True):
         for layer, factor, tensor in entries(state):
             tensors[str(len(order))] = tensor.detach().cpu().contiguous().clone()
             order.append((part, layer, factor))
     about = {
         "run": checkpoint.run,
-        "round": checkpoint.state.round_number,
+        "round": held.round_number,
+        "trained": held.trained,
+        "steps": dict(held.optimizer.steps),
         "settings": dict(checkpoint.settings),
         "members": {node: to_json(member) for node, member in checkpoint.members.items()},
         "baseline": asdict(checkpoint.baseline),
@@ -124,12 +129,14 @@ def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
                     f"{path} has format {metadata.get('format')}, not {FORMAT}: use the FedVeil that wrote it"
                 )
             about: dict[str, Any] = json.loads(metadata["about"])
-            parts: dict[str, AdapterState] = {"adapter": {}, "memory": {}}
+            parts: dict[str, AdapterState] = {part: {} for part in PARTS}
             for place, (part, layer, factor) in enumerate(about["tensors"]):
                 parts[part].setdefault(layer, {})[factor] = file.get_tensor(str(place))
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} is damaged ({' '.join(str(error).split())}): start a new run") from error
-    return about, ServerState(about["round"], parts["adapter"], parts["memory"])
+    adapter, memory, first, second = (parts[part] for part in PARTS)
+    moments = Moments(first, second, about["steps"])
+    return about, ServerState(about["round"], adapter, tuple(about["trained"]), memory, moments)
 
 
 def _same_settings(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:

@@ -36,7 +36,7 @@ class ServerModel:
             *(test.label_names, test.label_phrases, config.device, config.precision),
         )
         self.start: AdapterState = self.model.start
-        self.records: Sequence[Record] = self.model.tokenise(test.examples)
+        self.records: Sequence[Record] = self.model.prepare(test.examples)
 
     def trained_start(self) -> AdapterState:
         """Return the part of the start that sites train: its layout is what they may send."""
@@ -52,7 +52,7 @@ class ServerModel:
         if round_number == 0:
             layers = self.model.adapter.layers(self.model.peft_model)
             return {name: {"G": layer_shape(layer)} for name, layer in layers.items()}
-        return layout_of(self.job.strategy.contribution(self.trained_start()))
+        return layout_of(self.job.strategy.uplink(self.trained_start()))
 
     def public_gradient(self, source: GradientSource) -> AdapterState:
         """Return the mean full gradient over public records, for a strategy that starts from it."""
@@ -66,10 +66,10 @@ class ServerModel:
                 f"the run has {', '.join(self.label_names)}"
             )
         order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
-        records = self.model.tokenise([data.examples[i] for i in order[: source.public_records]])
+        records = self.model.prepare([data.examples[i] for i in order[: source.public_records]])
         self.model.write(self.start)
         budget = choose_batch_tokens(config.training.batch_tokens, self.model.device)
-        groups = length_batches([len(record["input_ids"]) for record in records], budget)
+        groups = length_batches([self.model.task.size(record) for record in records], budget)
         return mean_gradient(self.model, (self.model.batch([records[i] for i in group]) for group in groups))
 
     def score(self, adapter: AdapterState) -> Score:

@@ -6,8 +6,8 @@ drift apart within a round, and under privacy the noise of all sites is averaged
 divides by it, instead of every site's Adam scaling its own noise up to full steps.
 
 It sees averages of noised contributions only: post-processing, at no privacy cost. Moments are
-kept per coordinate and each layer counts its own steps: a strategy that turns the factors' basis drops
-what belongs to the old one (``settle``), and those layers begin anew.
+kept per coordinate and each layer counts its own steps: a strategy that writes a layer's factors in other
+coordinates drops what belongs to the old ones (``settle``), and that layer begins anew.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 
 from common.config import RunConfig
 from common.schedule import learning_rate
-from common.tensors import merge, subtract
+from common.tensors import subtract
 from common.types import HEAD, AdapterState
-from strategies import ServerState
-from strategies.base import FIRST_MOMENT, SECOND_MOMENT, STEPS
+from strategies import Moments, ServerState
 
 BETA1, BETA2 = 0.9, 0.999
 """Adam's usual constants."""
@@ -43,22 +42,20 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
         return averaged
     rate = learning_rate(config.training.schedule, config.server.learning_rate, before.round_number, config.rounds)
     adapter: AdapterState = {}
-    moments: AdapterState = {}
+    first: AdapterState = {}
+    second: AdapterState = {}
+    steps: dict[str, int] = {}
+    held = before.optimizer
     for layer, change in subtract(before.adapter, averaged.adapter).items():
         eta = rate * (config.training.head_rate if layer == HEAD else 1.0)
-        begun = before.memory.get(STEPS + layer)
-        t = 1 + int(begun["t"]) if begun else 1
-        first, second, moved = {}, {}, {}
+        steps[layer] = t = 1 + held.steps.get(layer, 0)
+        adapter[layer], first[layer], second[layer] = {}, {}, {}
         for name, g in change.items():
-            m = before.memory[FIRST_MOMENT + layer][name] if begun else torch.zeros_like(g, dtype=torch.float64)
-            v = before.memory[SECOND_MOMENT + layer][name] if begun else torch.zeros_like(g, dtype=torch.float64)
-            first[name] = m = BETA1 * m + (1 - BETA1) * g.double()
-            second[name] = v = BETA2 * v + (1 - BETA2) * g.double().square()
-            x, step = (
-                before.adapter[layer][name],
-                (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + config.server.epsilon),
-            )
-            moved[name] = (x.double() - eta * step).to(x.dtype)
-        adapter[layer] = moved
-        moments |= {FIRST_MOMENT + layer: first, SECOND_MOMENT + layer: second, STEPS + layer: {"t": torch.tensor([t])}}
-    return replace(averaged, adapter=adapter, memory=merge(averaged.memory, moments))
+            x, g = before.adapter[layer][name], g.double()
+            m = held.first[layer][name] if t > 1 else torch.zeros_like(g)
+            v = held.second[layer][name] if t > 1 else torch.zeros_like(g)
+            first[layer][name] = m = BETA1 * m + (1 - BETA1) * g
+            second[layer][name] = v = BETA2 * v + (1 - BETA2) * g.square()
+            step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + config.server.epsilon)
+            adapter[layer][name] = (x.double() - eta * step).to(x.dtype)
+    return replace(averaged, adapter=adapter, optimizer=Moments(first, second, steps))

@@ -44,6 +44,7 @@ from common.run_lines import (
     read_file,
 )
 from common.strict_json import to_json
+from common.tasks import TASKS
 from common.types import AdapterState
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
@@ -58,7 +59,7 @@ PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-ac
 
 def head_words(job: Job) -> str:
     """Return the head policy as reports print it."""
-    if job.config.model.task == "causal-lm":
+    if not TASKS[job.config.model.task].labelled:
         return "none (the base model's own)"
     if job.config.head.policy == "frozen":
         return "frozen at its start"
@@ -190,8 +191,8 @@ class RunFolder:
         folder, config = self.path / "adapter", self.job.config
         model.write(adapter)
         model.adapter.export(model.peft_model, adapter, folder, config.model.name)
-        if model.task.has_head:
-            head = {name: p.detach().float().cpu().contiguous() for name, p in model.module.head.named_parameters()}
+        if model.head:
+            head = {name: p.detach().float().cpu().contiguous() for name, p in model.head.items()}
             save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})
         write_json(
             folder / "fedveil.json",

@@ -17,7 +17,7 @@ from server.model import ServerModel
 from server.optimizer import server_step
 from server.replies import clean
 from server.sites import Gathering, Sites, Transport
-from strategies import Contribution, Job, ServerState
+from strategies import Job, ServerState, mean
 
 
 @dataclass(frozen=True)
@@ -105,21 +105,21 @@ def run_rounds(
 
 def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Observer) -> ServerState:
     """Return the state before round 1; only a start from a full gradient has a round 0."""
-    state, source = job.strategy.start(server_model.start), job.strategy.gradient
+    state, source = job.start(server_model.start), job.strategy.gradient
     if source is None:
         return state
     began = time.monotonic()
     if source.public_data:
         gradient = server_model.public_gradient(source)
         observer.initialised(RoundOutcome(0, Gathering(attempts=1), None, time.monotonic() - began))
-        return job.strategy.begin(state, [Contribution("public", 1.0, gradient)])
+        return job.strategy.initialise(state, gradient)
     got = sites.gather(0, state)
     if len(got.results) < job.config.min_sites:
         score = server_model.score(state.adapter)
         observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
         raise _too_few(got, 0, job.config.min_sites)
     observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
-    return job.strategy.begin(state, contributions(job, list(got.results.values()), state))
+    return job.strategy.initialise(state, mean(contributions(job, list(got.results.values()), state)))
 
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:

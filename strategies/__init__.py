@@ -1,19 +1,22 @@
-"""One algorithm per file; ``STRATEGIES`` is the table of them.
+"""One strategy per file; ``STRATEGIES`` is the table of them.
 
-A new strategy is one file and one row. Its own options are the fields of its dataclass, and are
-set in the run configuration under its name: ``fed-svd.period = 2``.
+A strategy is a rule of aggregation with an adapter that it takes by default. A new one is one file
+and one row. Its own options are the fields of its dataclass, and are set in the run configuration
+under its name: ``fed-svd.period = 2``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from common.adapters import ADAPTERS, Adapter, build_adapter
+from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import nearest, one_of
 from common.config import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping
 from common.errors import ConfigError
-from strategies.base import Contribution, ServerState, Strategy, mean
+from common.types import AdapterState
+from strategies.average import Average
+from strategies.base import Contribution, Moments, ServerState, Strategy, mean
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
@@ -29,6 +32,10 @@ class Job:
     config: RunConfig
     strategy: Strategy
     adapter: Adapter
+
+    def start(self, adapter: AdapterState) -> ServerState:
+        """Return the server's state before anything is trained, from the adapter's start and the head's."""
+        return self.strategy.start(adapter, self.adapter.trained)
 
     def settings(self) -> dict[str, Scalar]:
         """Return every setting of the run, flat, as written beside its results."""
@@ -46,6 +53,8 @@ def known_settings() -> dict[str, Scalar]:
 def configure(values: Mapping[str, Scalar]) -> Job:
     """Check the flat settings of a run and build its strategy and adapter.
 
+    An adapter called by an alias has its own name in the result.
+
     Raises:
         ConfigError: a key is unknown (the nearest known one is named), ill-typed or out of range,
             or strategy, adapter and privacy do not fit together.
@@ -56,23 +65,23 @@ def configure(values: Mapping[str, Scalar]) -> Job:
             raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
     sections = tuple(f"{name}." for name in STRATEGIES)
     config = from_mapping({key: value for key, value in values.items() if not key.startswith(sections)})
+    asked = config.adapter.name
+    config = replace(config, adapter=replace(config.adapter, name=ALIASES.get(asked, asked)))
     one_of(STRATEGIES, strategy=config.strategy)
     strategy = from_section(STRATEGIES[config.strategy], values, f"{config.strategy}.")
     strategy.check(private=config.privacy.on)
-    name = strategy.adapters[0] if config.adapter.name == "auto" else config.adapter.name
+    name = strategy.adapter if config.adapter.name == "auto" else config.adapter.name
     one_of(ADAPTERS, adapter__name=name)
-    if name not in strategy.adapters:
-        raise ConfigError(
-            f"strategy {strategy.name!r} works on the adapter {' or '.join(strategy.adapters)}, not {name!r}: "
-            "leave adapter.name at 'auto'"
-        )
+    strategy.check_adapter(ADAPTERS[name])
     return Job(config, strategy, build_adapter(name, config.adapter, strategy.adapter_init(config.adapter.init)))
 
 
 __all__ = [
     "STRATEGIES",
+    "Average",
     "Contribution",
     "Job",
+    "Moments",
     "ServerState",
     "Strategy",
     "configure",

@@ -1,21 +1,43 @@
-"""What a federated strategy for low-rank adapters is.
+"""The interface of a federated strategy.
 
 A strategy is pure: states in, states out. It knows no Flower, no model, no data and no noise, and
-both halves (server and site) stand in one file that reads like its paper. Averaging weights come
+both halves (server and site) are in one file that reads like its paper. Averaging weights come
 from public sizes and told noise; everything it sees from a site has passed the site's mechanism.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from common.errors import ProtocolError
+from common.adapters import Adapter
+from common.errors import ConfigError, ProtocolError
 from common.privacy.accounting import INITIALISATION, Release
 from common.tensors import merge, select, weighted_sum
 from common.types import HEAD, AdapterState
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the server's Adam keeps of every tensor that it moves; the layers that it has not met are in none."""
+
+    first: AdapterState = field(default_factory=dict)
+    """Running mean of the gradient, float64, of the shape of the tensor it belongs to."""
+    second: AdapterState = field(default_factory=dict)
+    """Running mean of the gradient's square, alike."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Steps since a layer's moments began."""
+
+    def without(self, layers: Collection[str]) -> Moments:
+        """Return the moments of all other layers: for these Adam begins anew."""
+
+        def kept(state: AdapterState) -> AdapterState:
+            return {layer: factors for layer, factors in state.items() if layer not in layers}
+
+        steps = {layer: count for layer, count in self.steps.items() if layer not in layers}
+        return Moments(kept(self.first), kept(self.second), steps)
 
 
 @dataclass(frozen=True)
@@ -26,12 +48,14 @@ class ServerState:
     """Rounds done; 0 before the first."""
     adapter: AdapterState
     """The global adapter, complete: every factor of every layer, and the head."""
+    trained: tuple[str, ...]
+    """Factors of a layer that sites train; all else in a layer is frozen. A head that is here is trained."""
     memory: AdapterState = field(default_factory=dict)
-    """Whatever else the strategy or the server's optimiser needs, as tensors."""
+    """Whatever else the strategy needs, as tensors."""
+    optimizer: Moments = field(default_factory=Moments)
+    """What the server's optimiser needs."""
 
 
-FIRST_MOMENT, SECOND_MOMENT, STEPS = MOMENTS = "adam.m/", "adam.v/", "adam.t/"
-"""Prefixes of layer names under which the server optimiser's moments, and their steps, stand in the memory."""
 ServerStep = Callable[[ServerState, ServerState], ServerState]
 """From the state before a round and the one averaged to: the state after the server optimiser's step."""
 
@@ -70,26 +94,61 @@ class GradientSource:
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    """One aggregation algorithm; options of a strategy are its fields."""
+    """One rule of aggregation; options of a strategy are its fields.
+
+    A round of two sites, where training is stood in for by adding 1 and 4 to B:
+
+    >>> import torch
+    >>> from strategies.ffa_lora import FFALoRA
+    >>> strategy = FFALoRA()
+    >>> start = {"layer": {"A": torch.eye(2), "B": torch.zeros(1, 2)}}
+    >>> state = strategy.start(start, trained=("B",))
+    >>> contributions = []
+    >>> for site, size, step in (("north", 100, 1.0), ("south", 200, 4.0)):
+    ...     model = strategy.install(start, strategy.downlink(state))
+    ...     trained = {"layer": {"B": model["layer"]["B"] + step}}
+    ...     contributions.append(Contribution(site, size, strategy.uplink(trained)))
+    >>> state = strategy.server_update(state, contributions)
+    >>> state.round_number, state.adapter["layer"]["B"]
+    (1, tensor([[3., 3.]]))
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    adapters: ClassVar[tuple[str, ...]]
-    """Adapters it is defined for; the first is the default."""
-    sent: ClassVar[tuple[str, ...]]
-    """Factors that a site sends each round (and the head, when it is trained)."""
-    received: ClassVar[tuple[str, ...]]
-    """Factors that a site receives each round (and the head, when it is trained)."""
-    exact: ClassVar[bool]
-    """Whether the new weights are exactly the mean of the sites' weights."""
-    noise: ClassVar[str]
-    """How a site's noise x on what it trains enters a layer's weights, and the norm of that per step."""
+    adapter: ClassVar[str]
+    """The adapter that ``adapter.name = "auto"`` stands for; any other that fits ``trains`` and ``freezes`` may be
+    chosen."""
+    trains: ClassVar[tuple[str, ...]] = ()
+    """The factors that an adapter must train, these and no other; empty: any."""
+    freezes: ClassVar[tuple[str, ...]] = ()
+    """The factors that an adapter must keep frozen, at least."""
+    needs: ClassVar[Literal["mean", "each"]] = "each"
+    """What the server takes of the sites: their weighted mean alone, or what each has sent."""
+    noise: ClassVar[str] = ""
+    """How a site's noise enters a layer's weights; empty: as the adapter says."""
     privacy: ClassVar[str] = "dp-sgd, none"
     """Privacy modes it may run in."""
 
     def check(self, *, private: bool) -> None:
         """Raise ConfigError, saying what to do, if the options do not fit the privacy mode."""
         del private
+
+    @classmethod
+    def check_adapter(cls, adapter: type[Adapter]) -> None:
+        """Raise ConfigError, saying what to do, if this strategy is not defined for the adapter."""
+        fits = (not cls.trains or set(cls.trains) == set(adapter.trained)) and set(cls.freezes) <= set(adapter.frozen)
+        if not fits:
+            raise ConfigError(
+                f"strategy {cls.name!r} works on an adapter that {_factors(cls.trains, cls.freezes)}, "
+                f"not on {adapter.name!r}, which {_factors(adapter.trained, adapter.frozen)}: "
+                f"leave adapter.name at 'auto', which is {cls.adapter!r} here"
+            )
+
+    @classmethod
+    def exact(cls, adapter: type[Adapter]) -> bool:
+        """Return whether the new weights are exactly the mean of the sites' weights."""
+        del adapter
+        return False
 
     def adapter_init(self, configured: str) -> str:
         """Return how the adapter starts; most strategies leave it to ``adapter.init``."""
@@ -100,71 +159,64 @@ class Strategy(ABC):
         """What round 0 must bring, or None when the strategy starts without a gradient."""
         return None
 
-    @property
-    def sent_once(self) -> tuple[str, ...]:
-        """Factors that a site receives with the first task it gets and keeps."""
-        return ()
+    def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
+        """Return the state before round 1 (or round 0) from the adapter's start and the factors that sites train."""
+        return ServerState(0, adapter, trained)
 
-    def start(self, adapter: AdapterState) -> ServerState:
-        """Return the state before round 1 (or round 0) from the adapter's start."""
-        return ServerState(0, adapter)
-
-    def begin(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """Server: use what round 0 brought, one full gradient ``G`` per layer."""
-        del contributions
+    def initialise(self, state: ServerState, gradient: AdapterState) -> ServerState:
+        """Server: use what round 0 brought, one mean full gradient ``G`` of shape (out, in) per layer."""
+        del gradient
         return state
 
     def basis(self, state: ServerState) -> AdapterState:
-        """Server: return what travels once."""
-        return select(state.adapter, self.sent_once)
+        """Server: return the frozen factors that travel once, with the first task that a site gets, and are kept."""
+        del state
+        return {}
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Server: return what travels to every site. Full state, never an increment: sites may have missed rounds."""
-        return select(state.adapter, (*self.received, *_head_factors(state.adapter)))
+        head = {HEAD: state.adapter[HEAD]} if HEAD in state.adapter else {}
+        return {**select({k: v for k, v in state.adapter.items() if k != HEAD}, state.trained), **head}
 
     def install(self, start: AdapterState, received: AdapterState) -> AdapterState:
         """Site: return what to write into the model, from the shared start and what was received."""
         return merge(start, received)
 
-    def contribution(self, trained: AdapterState) -> AdapterState:
+    def correct(self, gradients: AdapterState, weights: AdapterState, received: AdapterState) -> AdapterState:
+        """Site: return what the optimiser takes for the gradient of one step.
+
+        Under privacy this is post-processing: it comes after clip and noise, and sees nothing that did not.
+
+        Args:
+            gradients: of what is trained; under privacy the noised sum over the expected batch, else the batch's mean.
+            weights: what is trained, before the step.
+            received: what the round started from: every factor, and the head if it is trained.
+        """
+        del weights, received
+        return gradients
+
+    def uplink(self, trained: AdapterState) -> AdapterState:
         """Site: return what travels to the server, from the trained tensors."""
-        return select(trained, (*self.sent, *_head_factors(trained)))
+        return trained
 
     @abstractmethod
-    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """Server: return the state that this round's contributions (at least one) average to, one round on."""
+    def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Server: return the state that this round's contributions (at least one) make, one round on."""
 
     def settle(self, state: ServerState) -> ServerState:
         """Server: bring a new state into the form that the next round starts from.
 
-        A strategy that changes the basis of a layer's factors drops that layer's moments (``without_moments``).
+        A strategy that writes a layer's factors in other coordinates drops that layer's moments
+        (``state.optimizer.without``).
         """
         return state
 
     def server_update(
         self, state: ServerState, contributions: Sequence[Contribution], step: ServerStep | None = None
     ) -> ServerState:
-        """Server: return the next state: aggregate, let the server's optimiser ``step`` (if any), settle.
-
-        ``aggregate`` sees the strategy's own memory only, ``settle`` the optimiser's as well.
-        """
-        averaged = self.aggregate(replace(state, memory=own_memory(state.memory)), contributions)
-        return self.settle(step(state, averaged) if step else averaged)
-
-
-def own_memory(memory: AdapterState) -> AdapterState:
-    """Return what the strategy itself keeps: all but the server optimiser's."""
-    return {layer: factors for layer, factors in memory.items() if not layer.startswith(MOMENTS)}
-
-
-def without_moments(memory: AdapterState, layers: Collection[str]) -> AdapterState:
-    """Return the memory without what the server's optimiser keeps about ``layers``: it begins anew for them."""
-    dropped = {prefix + layer for prefix in MOMENTS for layer in layers}
-    return {layer: factors for layer, factors in memory.items() if layer not in dropped}
-
-
-def _head_factors(state: AdapterState) -> tuple[str, ...]:
-    return tuple(state.get(HEAD, ()))
+        """Server: return the next state: combine, let the server's optimiser ``step`` (if any), settle."""
+        combined = self.combine(state, contributions)
+        return self.settle(step(state, combined) if step else combined)
 
 
 def mean(contributions: Sequence[Contribution]) -> AdapterState:
@@ -177,3 +229,8 @@ def mean(contributions: Sequence[Contribution]) -> AdapterState:
     if not contributions or any(not c.weight > 0 for c in contributions):
         raise ProtocolError("averaging needs at least one contribution, each of a public size above 0")
     return weighted_sum([c.weight / total for c in contributions], [c.state for c in contributions])
+
+
+def _factors(trained: Sequence[str], frozen: Sequence[str]) -> str:
+    said = [f"{verb} {' and '.join(names)}" for verb, names in (("trains", trained), ("freezes", frozen)) if names]
+    return " and ".join(said)

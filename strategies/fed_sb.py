@@ -18,7 +18,6 @@ Where B and A come from (``fed-sb.init``):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -28,23 +27,23 @@ from torch import Tensor
 from common.adapters.lora_sb import leading_singular_triple
 from common.check import clip_norm, in_range, one_of, positive
 from common.errors import ConfigError
-from common.tensors import merge
-from strategies.base import Contribution, GradientSource, ServerState, Strategy, mean
+from common.tensors import merge, select
+from common.types import AdapterState
+from strategies.average import Average
+from strategies.base import GradientSource, ServerState
 
 INITS = ("orthonormal", "svd-of-weights", "public-gradient", "dp-gradient", "private-gradient")
 
 
 @dataclass(frozen=True)
-class FedSB(Strategy):
+class FedSB(Average):
     """Sites train R; the server averages it."""
 
     name: ClassVar[str] = "fed-sb"
     paper: ClassVar[str] = "Singhal et al. 2025"
-    adapters: ClassVar[tuple[str, ...]] = ("lora-sb",)
-    sent: ClassVar[tuple[str, ...]] = ("R",)
-    received: ClassVar[tuple[str, ...]] = ("R",)
-    exact: ClassVar[bool] = True
-    noise: ClassVar[str] = "B x_R A: norm σC/b r, whatever m and n"
+    adapter: ClassVar[str] = "lora-sb"
+    trains: ClassVar[tuple[str, ...]] = ("R",)
+    freezes: ClassVar[tuple[str, ...]] = ("A", "B")
     privacy: ClassVar[str] = "dp-sgd, none (init 'private-gradient': only none)"
 
     init: str = "orthonormal"
@@ -109,24 +108,18 @@ class FedSB(Strategy):
             )
         return GradientSource(sample_rate=self.init_sample_rate) if self.init == "private-gradient" else None
 
-    @property
-    def sent_once(self) -> tuple[str, ...]:
-        """B and A travel once when they come from a gradient; else every party derives them."""
-        return ("A", "B") if self.gradient else ()
-
-    def begin(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def initialise(self, state: ServerState, gradient: AdapterState) -> ServerState:
         """Set B, A and R from the mean full gradient G of every layer (factor ``G``, shape (out, in))."""
         noisy = self.init == "dp-gradient"
-        basis = {
-            layer: gradient_basis(factors["G"], state.adapter[layer]["R"].shape[0], self.init_step, sign=not noisy)
-            for layer, factors in mean(contributions).items()
+        factors = {
+            layer: gradient_basis(held["G"], state.adapter[layer]["R"].shape[0], self.init_step, sign=not noisy)
+            for layer, held in gradient.items()
         }
-        return replace(state, adapter=merge(state.adapter, basis))
+        return replace(state, adapter=merge(state.adapter, factors))
 
-    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """Return R ← Σ p_k R_k over this round's sites only, head ← Σ p_k head_k."""
-        adapter = merge(state.adapter, mean(contributions))
-        return replace(state, round_number=state.round_number + 1, adapter=adapter)
+    def basis(self, state: ServerState) -> AdapterState:
+        """Return B and A, which travel once when they come from a gradient; else every party derives them."""
+        return select(state.adapter, ("A", "B")) if self.gradient else {}
 
 
 def gradient_basis(G: Tensor, rank: int, step: float, *, sign: bool) -> dict[str, Tensor]:

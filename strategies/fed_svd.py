@@ -13,14 +13,13 @@ A only ever changes by an r × r matrix, ``A = M A₀``, so B and M travel down 
 one that joins late, rebuilds A from the seeded A₀.
 
 Worth knowing: under plain SGD or DP-SGD this equals FFA-LoRA with one orthonormalised A
-(``strategy = "ffa-lora"``, ``adapter.init = "orthonormal"``): rotating the basis changes neither
+(``strategy = "ffa-lora"``, ``adapter.init = "orthonormal"``): rotating A changes neither
 the step in weight space, nor the clip, nor the law of the noise. Under Adam it is a different
 algorithm. Tests prove both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,22 +29,22 @@ from torch import Tensor
 from common.check import not_negative, one_of, positive
 from common.tensors import merge, select
 from common.types import AdapterState
-from strategies.base import Contribution, ServerState, Strategy, mean, without_moments
+from strategies.average import Average
+from strategies.base import ServerState
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest count as zero (float32 factors)."""
 
 
 @dataclass(frozen=True)
-class FedSVD(Strategy):
+class FedSVD(Average):
     """Sites train B; the server averages it, re-factorises, and sends B and the rotation M."""
 
     name: ClassVar[str] = "fed-svd"
     paper: ClassVar[str] = "Lee et al. 2025"
-    adapters: ClassVar[tuple[str, ...]] = ("ffa-lora",)
-    sent: ClassVar[tuple[str, ...]] = ("B",)
-    received: ClassVar[tuple[str, ...]] = ("B", "M")
-    exact: ClassVar[bool] = True
+    adapter: ClassVar[str] = "lora-frozen-a"
+    trains: ClassVar[tuple[str, ...]] = ("B",)
+    freezes: ClassVar[tuple[str, ...]] = ("A",)
     noise: ClassVar[str] = "s x_B A, A orthonormal after round 1: norm s σC/b √(m r)"
 
     period: int = 1
@@ -60,7 +59,7 @@ class FedSVD(Strategy):
         not_negative(fed_svd__warmup=self.warmup)
         one_of(("b", "square-root"), fed_svd__split=self.split)
 
-    def start(self, adapter: AdapterState) -> ServerState:
+    def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
         """Return A₀ and B₀ with M = I in every layer."""
         rotations = {
             layer: {"M": torch.eye(factors["A"].shape[0], dtype=factors["A"].dtype)}
@@ -68,7 +67,7 @@ class FedSVD(Strategy):
             if "A" in factors
         }
         start = {layer: {"A0": factors["A"]} for layer, factors in adapter.items() if "A" in factors}
-        return ServerState(0, adapter, merge(rotations, start))
+        return ServerState(0, adapter, trained, merge(rotations, start))
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Return B and M of every layer, and the head."""
@@ -82,16 +81,11 @@ class FedSVD(Strategy):
         rest = {layer: {n: t for n, t in factors.items() if n != "M"} for layer, factors in received.items()}
         return merge(merge(start, rest), rotated)
 
-    def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """Return B ← Σ p_k B_k, head ← Σ p_k head_k."""
-        adapter = merge(state.adapter, mean(contributions))
-        return replace(state, round_number=state.round_number + 1, adapter=adapter)
-
     def settle(self, state: ServerState) -> ServerState:
-        """Return the state re-factorised when it is due: A and M follow the basis.
+        """Return the state re-factorised when it is due: A and M turn with B.
 
         The server optimiser's moments of B do not: a second moment per coordinate says nothing about the
-        coordinates of another basis, so it begins anew for these layers.
+        coordinates that B is turned to, so it begins anew for these layers.
         """
         if state.round_number <= self.warmup or (state.round_number - self.warmup) % self.period:
             return state
@@ -101,8 +95,12 @@ class FedSVD(Strategy):
             new_b, change = refactor(B, A, square_root=self.split == "square-root")
             rotation = (change @ held["M"].double()).to(A.dtype)
             changes[layer] = {"B": new_b, "A": rotate(rotation, held["A0"]), "M": rotation}
-        memory = merge(without_moments(state.memory, changes), select(changes, ("M",)))
-        return replace(state, adapter=merge(state.adapter, select(changes, ("A", "B"))), memory=memory)
+        return replace(
+            state,
+            adapter=merge(state.adapter, select(changes, ("A", "B"))),
+            memory=merge(state.memory, select(changes, ("M",))),
+            optimizer=state.optimizer.without(changes),
+        )
 
 
 def rotate(M: Tensor, start: Tensor) -> Tensor:

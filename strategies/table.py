@@ -2,51 +2,100 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
-from common.adapters import ADAPTERS
+import torch
+
+from common.adapters import ADAPTERS, Adapter
+from common.types import AdapterState
 from strategies import STRATEGIES, Strategy
 
-FORMULAS = {"A": "r·n", "B": "m·r", "R": "r²", "M": "r²"}
-"""Numbers of one factor in a layer with n inputs and m outputs at rank r."""
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
 """(m, n) of the default job's layers: query and value of MiniLM's six blocks."""
 DEFAULT_RANK = 8
+_SIDES = ((5, 7, 11), (13, 17, 19))
+"""Stand-ins for the rank r, the outputs m and the inputs n of a layer: different primes, so that a product of them
+tells its factors."""
+_POWERS = {2: "²", 3: "³"}
 
 
-def factor_bytes(factors: Sequence[str], shapes: Sequence[tuple[int, int]], rank: int) -> int:
-    """Return the payload of these factors over all layers, in bytes, at four bytes a number."""
-    size = {
-        "A": lambda m, n: rank * n,
-        "B": lambda m, n: m * rank,
-        "R": lambda m, n: rank * rank,
-        "M": lambda m, n: rank * rank,
-    }
-    return 4 * sum(size[factor](m, n) for factor in factors for m, n in shapes)
+def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[AdapterState, AdapterState]:
+    """Return what travels down and up in a round for one layer with ``into`` inputs and ``out`` outputs, as examples.
+
+    The numbers are random; names and shapes are a run's. The head and what is sent once are left out.
+    """
+    draw = torch.Generator().manual_seed(0)
+    shapes = adapter.shapes(out, into).items()
+    layer = {"layer": {factor: torch.randn(shape, generator=draw) for factor, shape in shapes}}
+    trained = {"layer": {factor: layer["layer"][factor] for factor in adapter.trained}}
+    return strategy.downlink(strategy.start(layer, adapter.trained)), strategy.uplink(trained)
 
 
-def _travels(factors: Sequence[str]) -> str:
-    return " + ".join(FORMULAS[factor] for factor in factors)
+def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the bytes that travel down and up in a round over all layers of (out, in), at four bytes a number."""
+    down = up = 0
+    for (out, into), times in Counter(layers).items():
+        both = travels(strategy, adapter, out, into)
+        down, up = (total + 4 * times * _numbers(state) for total, state in zip((down, up), both, strict=True))
+    return down, up
+
+
+def preset_adapter(strategy: type[Strategy], rank: int) -> Adapter:
+    """Return the adapter that a strategy takes by default, at a rank, on no layer in particular."""
+    return ADAPTERS[strategy.adapter](rank, float(rank), ())
+
+
+def _numbers(state: AdapterState) -> int:
+    return sum(tensor.numel() for factors in state.values() for tensor in factors.values())
+
+
+def _formulas(strategy: type[Strategy]) -> list[str]:
+    """Return how many numbers of a layer travel down and up, in r, m and n."""
+    said = []
+    for sides in _SIDES:
+        rank, out, into = sides
+        both = travels(strategy(), preset_adapter(strategy, rank), out, into)
+        said.append([" + ".join(_product(t.shape, sides) for f in s.values() for t in f.values()) for s in both])
+    first, second = said
+    return [left if left == right else "by layer" for left, right in zip(first, second, strict=True)]
+
+
+def _product(shape: Sequence[int], sides: tuple[int, int, int]) -> str:
+    """Return the number of elements of a shape in letters.
+
+    >>> _product((7, 5), (5, 7, 11)), _product((5, 5), (5, 7, 11)), _product((22,), (5, 7, 11))
+    ('m·r', 'r²', '2·n')
+    """
+    rest, letters = math.prod(shape), Counter[str]()
+    for size in shape:
+        for letter, side in zip("rmn", sides, strict=True):
+            while size % side == 0:
+                size, rest, letters = size // side, rest // side, letters + Counter(letter)
+    words = [letter + _POWERS.get(power, "" if power == 1 else f"^{power}") for letter, power in letters.items()]
+    return "·".join([str(rest)] * (rest != 1 or not words) + words)
 
 
 def _row(strategy: type[Strategy]) -> str:
-    adapter = ADAPTERS[strategy.adapters[0]]
-    up = factor_bytes(strategy.sent, DEFAULT_SHAPES, DEFAULT_RANK)
-    down = factor_bytes(strategy.received, DEFAULT_SHAPES, DEFAULT_RANK)
+    adapter = preset_adapter(strategy, DEFAULT_RANK)
+    down, up = payload(strategy(), adapter, DEFAULT_SHAPES)
+    down_formula, up_formula = _formulas(strategy)
     cells = [
         f"`{strategy.name}` ({strategy.paper})",
+        f"`{adapter.name}`",
         ", ".join(adapter.trained),
-        f"{_travels(strategy.sent)} = {up:,} B",
-        f"{_travels(strategy.received)} = {down:,} B",
-        "yes" if strategy.exact else "no",
-        strategy.noise,
+        f"{up_formula} = {up:,} B",
+        f"{down_formula} = {down:,} B",
+        "yes" if strategy.exact(type(adapter)) else "no",
+        strategy.noise or adapter.noise,
         strategy.privacy,
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def strategy_table() -> str:
-    """Return the Markdown table of all strategies."""
-    header = "| strategy | trained | up: per layer = per site and round | down: per layer = per site and round "
-    header += "| exact | noise in the weights, per step | privacy modes |"
-    return "\n".join([header, "|" + "---|" * 7, *map(_row, STRATEGIES.values())])
+    """Return the Markdown table of all strategies, each with the adapter that it takes by default."""
+    header = "| strategy | adapter | trained | up: per layer = per site and round "
+    header += "| down: per layer = per site and round | exact | noise in the weights, per step | privacy modes |"
+    return "\n".join([header, "|" + "---|" * 8, *map(_row, STRATEGIES.values())])

@@ -61,8 +61,8 @@ class OneSite:
         self, round_number: int = 1, run: str = "1", change: Callable[[AdapterState], AdapterState] | None = None
     ) -> TrainTask:
         """Return the server's task for a round, from the adapter's start (or what ``change`` makes of it)."""
-        strategy, model = configure(self.settings).strategy, self.model()
-        state = strategy.start(model.start)
+        job, model = configure(self.settings), self.model()
+        strategy, state = job.strategy, job.start(model.start)
         basis, down = strategy.basis(state), strategy.downlink(state)
         return TrainTask(
             run=run,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from common.adapters import ADAPTERS, Adapter
-from common.adapters.base import start_of_a
+from common.adapters.base import layer_shape, start_of_a
 from common.errors import FedVeilError, ModelError, ProtocolError
 from common.randomness import stream
 from common.tensors import entries
@@ -276,6 +276,33 @@ def test_a_rank_that_no_orthonormal_factor_can_have_is_refused(model_folder: Fol
     adapter = ADAPTERS[name](30, ALPHA, tuple(TARGETS[family].split(",")), "orthonormal")
     with pytest.raises(FedVeilError, match="rank"):
         adapter.attach(stock(model_folder(family), family), 1)
+
+
+@each_adapter
+@each_family
+def test_the_stated_shapes_are_the_models_and_the_starts(model_folder: Folder, name: str, family: str) -> None:
+    adapter, model = attached(model_folder(family), name, family)
+    for layer, module in adapter.layers(model).items():
+        stated = adapter.shapes(*layer_shape(module))
+        assert set(stated) == {*adapter.trained, *adapter.frozen}
+        held = {factor: tuple(p.shape) for factor, p in adapter.parameters(model)[layer].items()}
+        started = {factor: tuple(t.shape) for factor, t in adapter.start(layer, module, 1).items()}
+        assert stated == held == started, f"{layer}: the adapter states other shapes than it has"
+
+
+@each_adapter
+def test_an_adapter_is_linear_if_and_only_if_it_says_so(name: str) -> None:
+    adapter, shares = build(name, "bert"), (0.25, 0.75)
+    draw = torch.Generator().manual_seed(2)
+
+    def factors(names: tuple[str, ...]) -> dict[str, Tensor]:
+        return {f: torch.randn(adapter.shapes(9, 5)[f], generator=draw, dtype=torch.float64) for f in names}
+
+    frozen, points = factors(adapter.frozen), [factors(adapter.trained) for _ in shares]
+    averaged = {f: sum((p * x[f] for p, x in zip(shares, points, strict=True)), torch.zeros(())) for f in points[0]}
+    wanted = sum((p * adapter.delta({**frozen, **x}) for p, x in zip(shares, points, strict=True)), torch.zeros(()))
+    gap = float((adapter.delta({**frozen, **averaged}) - wanted).abs().max())
+    assert (gap < 1e-12) == adapter.linear, f"{name} says linear: {adapter.linear}, but the mean is off by {gap:.1e}"
 
 
 def test_every_adapter_stands_on_peft_layers(model_folder: Folder) -> None:

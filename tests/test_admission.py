@@ -27,7 +27,7 @@ from strategies import Job, ServerState, configure
 SIZE = 2000
 NUMBERS = 40_000
 """About as many as the default job trains."""
-STATE = ServerState(0, {"layer": {"B": torch.zeros(NUMBERS)}})
+STATE = ServerState(0, {"layer": {"B": torch.zeros(NUMBERS)}}, ("B",))
 
 
 def plan(job: Job, policy: Policy | None = None, size: int = SIZE) -> PrivacyPlan:

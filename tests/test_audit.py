@@ -30,9 +30,9 @@ from audits.simulated_site import axes_of, text_of
 from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps, model_for
 from audits.worlds import flat
-from common.examples import Example
 from common.privacy.accounting import Release, epsilon
 from common.run_lines import Finding
+from common.tasks.text import TextExample
 from server.report import markdown_report
 from strategies import STRATEGIES
 
@@ -119,7 +119,7 @@ def test_no_record_moves_more_than_a_clip_or_is_found(tmp_path: Path, fault: Fau
 def test_every_text_of_a_canary_spells_its_axis(tmp_path: Path) -> None:
     model = model_for("ffa-lora", tmp_path)
     axes = [0, 1, 11, 12, 3999, 20735]
-    records = model.tokenise([Example(text=text_of(axis), label=0) for axis in axes])
+    records = model.prepare([TextExample(text=text_of(axis), label=0) for axis in axes])
     assert axes_of(model, model.batch(records)).tolist() == axes
 
 

@@ -68,7 +68,7 @@ def world(toy_settings: Changes, tmp_path: Path) -> Callable[..., tuple[Job, Fed
         data = train_and_test(job.config.data, job.config.model.task)[0]
         data = replace(data, examples=data.examples[:47])
         site = Site("only", data, "only", 47, tmp_path / "ledger.sqlite")
-        return job, model, site, model.tokenise(data.examples)
+        return job, model, site, model.prepare(data.examples)
 
     return make
 
@@ -77,7 +77,7 @@ def federated_round(
     job: Job, model: FederatedModel, site: Site, records: list[Record], round_number: int
 ) -> tuple[TrainResult, AdapterState]:
     """Return what the site sends, and the server's adapter after it."""
-    state = job.strategy.start(model.start)
+    state = job.start(model.start)
     task = TrainTask(
         run="1",
         round_number=round_number,

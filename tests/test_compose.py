@@ -224,6 +224,7 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
     assert kept == {
         "pyproject.toml",
         "README.md",
+        "LICENSE",
         "requirements",
         "common",
         "strategies",

@@ -200,7 +200,7 @@ def test_a_number_too_large_for_a_computer_is_refused_and_not_a_crash(key: str) 
 
 
 CHOICES = {
-    "model.task": choices.TASKS,
+    "model.task": tuple(choices.TASKS),
     "data.partition": choices.PARTITIONS,
     "head.policy": choices.HEAD_POLICIES,
     "head.start": choices.HEAD_STARTS,
@@ -228,7 +228,10 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
         ({"model.task": "causal-lm"}, "head.policy"),
         ({"data.partition": "natural"}, "data.key"),
         ({"adapter.targets": " , "}, "adapter.targets"),
-        ({"adapter.name": "lora", "strategy": "ffa-lora"}, "ffa-lora"),
+        ({"adapter.name": "lora", "strategy": "ffa-lora"}, "at 'auto', which is 'lora-frozen-a' here"),
+        ({"adapter.name": "lora", "strategy": "fed-svd"}, "that trains B and freezes A, not on 'lora', which trains A"),
+        ({"adapter.name": "lora-frozen-a", "strategy": "fed-sb"}, "freezes A and B, not on 'lora-frozen-a'"),
+        ({"adapter.name": "lora-sb", "adapter.init": "kaiming"}, "adapter.init is 'kaiming'; choose one of"),
         ({"adapter.name": "loro"}, "adapter.name"),
         ({"head.policy": "frozen", "head.start": "zeros"}, "set head.start to 'label-words' or 'random'"),
         ({"strategy": "fed-sb", "adapter.init": "kaiming"}, "choose fed-sb.init from orthonormal, svd-of-weights"),
@@ -238,6 +241,14 @@ def test_settings_that_do_not_go_together_are_refused_by_name(values: dict[str, 
     with pytest.raises(ConfigError, match=re.escape(named)) as refusal:
         configure(values)
     assert "\n" not in str(refusal.value)
+
+
+def test_an_adapter_keeps_the_name_that_it_had_and_is_called_by_its_own() -> None:
+    for strategy in ("ffa-lora", "fed-svd", "fedavg-lora"):
+        job = configure({"strategy": strategy, "adapter.name": "ffa-lora"})
+        assert job == configure({"strategy": strategy, "adapter.name": "lora-frozen-a"})
+        assert (job.adapter.name, job.settings()["adapter.name"]) == ("lora-frozen-a", "lora-frozen-a")
+    assert configure({"strategy": "ffa-lora"}).adapter.name == "lora-frozen-a"
 
 
 def test_a_language_model_has_no_head_that_could_be_zero() -> None:

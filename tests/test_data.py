@@ -18,13 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import DataConfig
+from common.config import Columns, DataConfig
 from common.data import DATASETS, _load_named, load_dataset, public_test, train_and_test
 from common.errors import ConfigError, DataError
-from common.examples import Dataset, Example
+from common.examples import Dataset
 from common.packaged import ASDIV, MOVIE_REVIEWS
 from common.partition import _shares, declared_size, site_part
+from common.privacy.contents import record_hashes
 from common.split import public_split
+from common.tasks.text import TextExample
 
 REVIEWS = [("a fine film", "good"), ('he said "no", twice', "bad"), ("quiet,\tslow", "bad"), ("a joy", "good")]
 HEADER = ("text", "label")
@@ -51,7 +53,12 @@ def write(path: Path, records: list[tuple[object, ...]], header: tuple[str, ...]
 
 def loaded(path: Path, task: str = "classification", **settings_: Any) -> Dataset:
     """Load a file or folder with ``data.*`` settings."""
-    return load_dataset(DataConfig(name=str(path), **settings_), task)
+    columns = {
+        setting: settings_.pop(name)
+        for setting in DataConfig().columns
+        if (name := setting.replace("-", "_")) in settings_
+    }
+    return load_dataset(DataConfig(name=str(path), columns=Columns(columns), **settings_), task)
 
 
 def refused(path: Path, message: str, task: str = "classification", **settings_: Any) -> None:
@@ -257,20 +264,20 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_rotten_tomatoes_are_the_rows_of_that_source() -> None:
     found = load_dataset(DataConfig(name="rotten-tomatoes"), "classification")
     assert found.label_names == ("negative", "positive"), "label 0 must be negative, 1 positive"
-    assert found.examples == (Example("fun", label=1), Example("grim", label=0)), "not the rotten_tomatoes rows"
+    assert found.examples == (TextExample("fun", label=1), TextExample("grim", label=0)), "not the rotten_tomatoes rows"
 
 
 @pytest.mark.usefixtures("carried")
 def test_imdb_has_both_labels_even_if_only_one_occurs() -> None:
     found = load_dataset(DataConfig(name="imdb", partition="natural", key="source"), "classification")
-    assert found.examples == (Example("dull", label=0, key="imdb"),), "not the imdb rows, or without their key"
+    assert found.examples == (TextExample("dull", label=0, key="imdb"),), "not the imdb rows, or without their key"
     assert found.label_names == ("negative", "positive"), "the labels depend on the rows"
 
 
 @pytest.mark.usefixtures("carried")
 def test_asdiv_is_asked_as_a_question() -> None:
     found = load_dataset(DataConfig(name="asdiv"), "causal-lm")
-    expected = Example("Question: Two apples. How many?\nAnswer:", completion=" 2 apples")
+    expected = TextExample("Question: Two apples. How many?\nAnswer:", completion=" 2 apples")
     assert found.examples == (expected,), "the prompt or the completion is not as documented"
 
 
@@ -297,8 +304,8 @@ def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
 
 
 def test_a_fingerprint_knows_records_not_their_order_or_the_order_of_labels() -> None:
-    whole = Dataset("a", (Example("x", label=0, key="k"), Example("y", label=1)), ("bad", "good"))
-    same = Dataset("b", (Example("y", label=0), Example("x", label=1)), ("good", "bad"))
+    whole = Dataset("a", (TextExample("x", label=0, key="k"), TextExample("y", label=1)), ("bad", "good"))
+    same = Dataset("b", (TextExample("y", label=0), TextExample("x", label=1)), ("good", "bad"))
     assert whole.fingerprint() == same.fingerprint(), "reordering gave the same records another fingerprint"
     for other in (
         dataclasses.replace(whole, examples=whole.examples[:1]),
@@ -309,21 +316,45 @@ def test_a_fingerprint_knows_records_not_their_order_or_the_order_of_labels() ->
         assert other.fingerprint() != whole.fingerprint(), f"other records have the same fingerprint: {other}"
 
 
+def test_texts_are_hashed_as_every_ledger_in_use_has_them() -> None:
+    """Digests taken before kinds of records had fields of their own: with others, paid records would look unpaid."""
+    rows = (
+        TextExample("a fine film", label=1, key="k", row=b"r" * 32),
+        TextExample("dull", "très long", label=0),
+        TextExample("Q: 2 + 2?", completion=" 4"),
+    )
+    data = Dataset("a", rows, ("bad", "good"))
+    assert data.canonical_records() == [
+        '["Q: 2 + 2?", null, null, " 4"]',
+        '["a fine film", null, "good", null]',
+        '["dull", "tr\\u00e8s long", "bad", null]',
+    ]
+    assert data.fingerprint() == "bd84908b676899ea2db987bdfda8f24a38afea8cbcb4a669fc3093b6f0cda57b"
+    assert record_hashes(data, b"k" * 32) == {
+        -8874705402532627407,
+        551857603960375406,
+        8260154237791550070,
+        8286975871006055226,
+    }
+
+
 # ---- the public test part ------------------------------------------------------------------------
 
 labelled = st.lists(
-    st.builds(Example, text=st.text("abAB \t", max_size=3), label=st.sampled_from([0, 1, 2])), min_size=3, max_size=60
+    st.builds(TextExample, text=st.text("abAB \t", max_size=3), label=st.sampled_from([0, 1, 2])),
+    min_size=3,
+    max_size=60,
 )
 
 
-def dataset(examples: list[Example], labels: tuple[str, ...] = ("a", "b", "c")) -> Dataset:
+def dataset(examples: list[TextExample], labels: tuple[str, ...] = ("a", "b", "c")) -> Dataset:
     """A data set of these examples."""
     return Dataset("drawn", tuple(examples), labels)
 
 
 def distinct(labels: list[int]) -> Dataset:
     """Records of different texts with these labels."""
-    return dataset([Example(f"text {i}", label=label, key=f"author {i % 7}") for i, label in enumerate(labels)])
+    return dataset([TextExample(f"text {i}", label=label, key=f"author {i % 7}") for i, label in enumerate(labels)])
 
 
 def split_or_none(whole: Dataset, test_size: int, seed: int) -> tuple[Dataset, Dataset] | None:
@@ -338,7 +369,9 @@ def split_or_none(whole: Dataset, test_size: int, seed: int) -> tuple[Dataset, D
 
 @given(labelled, st.data())
 @settings(deadline=None, max_examples=80)
-def test_training_and_test_part_share_no_text_and_lose_no_record(examples: list[Example], data: st.DataObject) -> None:
+def test_training_and_test_part_share_no_text_and_lose_no_record(
+    examples: list[TextExample], data: st.DataObject
+) -> None:
     test_size = data.draw(st.integers(1, len(examples) - 1))
     split = split_or_none(dataset(examples), test_size, 1)
     if split is None:
@@ -364,7 +397,7 @@ def test_distinct_texts_give_a_test_part_of_the_asked_size_and_classes(labels: l
 
 @given(labelled, st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=40)
-def test_the_test_part_does_not_depend_on_the_order_of_records(examples: list[Example], random: Random) -> None:
+def test_the_test_part_does_not_depend_on_the_order_of_records(examples: list[TextExample], random: Random) -> None:
     shuffled = list(examples)
     random.shuffle(shuffled)
     test_size = len(examples) // 2
@@ -387,20 +420,20 @@ def test_another_seed_gives_another_test_part() -> None:
 
 
 def test_a_premise_and_its_hypotheses_stay_together() -> None:
-    whole = dataset([Example(f"premise {i // 3}", f"hypothesis {i}", i % 3) for i in range(90)])
+    whole = dataset([TextExample(f"premise {i // 3}", f"hypothesis {i}", label=i % 3) for i in range(90)])
     train, test = public_split(whole, 30, 1)
     assert not {e.text for e in train.examples} & {e.text for e in test.examples}, "a premise is on both sides"
     assert Counter(e.label for e in test.examples) == {0: 10, 1: 10, 2: 10}, "classes are uneven without need"
 
 
 def test_doubled_texts_may_bend_the_class_shares_but_not_empty_the_test_part() -> None:
-    whole = dataset([Example(f"text {i // 2}", label=i // 10) for i in range(20)])
+    whole = dataset([TextExample(f"text {i // 2}", label=i // 10) for i in range(20)])
     _, test = public_split(whole, 2, 1)  # a fair share is one record of each class, but texts come in twos
     assert len(test.examples) == 2, "places that no class's texts fit into stayed empty"
 
 
 def test_records_without_labels_are_split_too() -> None:
-    whole = dataset([Example(f"prompt {i}", completion="x") for i in range(10)], ())
+    whole = dataset([TextExample(f"prompt {i}", completion="x") for i in range(10)], ())
     assert [len(part.examples) for part in public_split(whole, 3, 1)] == [7, 3], "unlabelled records split wrongly"
 
 
@@ -416,7 +449,7 @@ def test_a_test_part_of_no_records_is_refused() -> None:
 
 def test_one_text_only_cannot_be_split() -> None:
     with pytest.raises(DataError, match="every text occurs more than 2 times: name a file as"):
-        public_split(dataset([Example("same", label=0)] * 5), 2, 1)
+        public_split(dataset([TextExample("same", label=0)] * 5), 2, 1)
 
 
 def division(partition: str, seed: int = 1, alpha: float = 1.0) -> DataConfig:
@@ -470,7 +503,7 @@ def test_dirichlet_sites_do_not_follow_the_order_of_the_file() -> None:
 
 def test_natural_sites_keep_keys_whole_and_are_of_like_size(capfd: pytest.CaptureFixture[str]) -> None:
     sizes = {"ann": 6, "bo": 4, "cy": 3, "di": 2, "ed": 1}
-    train = dataset([Example(f"{key} {i}", label=0, key=key) for key, size in sizes.items() for i in range(size)])
+    train = dataset([TextExample(f"{key} {i}", label=0, key=key) for key, size in sizes.items() for i in range(size)])
     _shares.cache_clear()
     parts = [site_part(train, division("natural"), i, 2) for i in range(2)]
     keys = [{example.key for example in part.examples} for part in parts]
@@ -498,7 +531,7 @@ def test_a_hopeless_dirichlet_draw_says_what_to_change() -> None:
 
 
 def test_records_without_labels_cannot_be_divided_by_label() -> None:
-    train = dataset([Example(f"prompt {i}", completion="x") for i in range(10)], ())
+    train = dataset([TextExample(f"prompt {i}", completion="x") for i in range(10)], ())
     with pytest.raises(ConfigError, match="the records have no label: set it to 'iid', or to 'natural'"):
         site_part(train, division("dirichlet"), 0, 2)
     assert len(site_part(train, division("iid"), 0, 2).examples) == 5, "iid does not need labels"

@@ -2,98 +2,155 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
+import sqlite3
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from flwr.app import Context, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
 from one_site import OneSite, clinic
 
-from client import app, deadline
-from client.deadline import Deadline, Timing, TooLate
+from client import app, budget, deadline, local_training
+from client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
+from client.rehearsal import rehearse
 from common.errors import PolicyRefusal
-from common.messages import Refusal, TrainResult
+from common.messages import Refusal, Reply, TrainResult
 from common.model import FederatedModel
+from common.privacy import dpsgd, ledger
+from common.privacy.charges import price
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.ledger import Ledger
 from common.tensors import entries
+from common.wire import encode_task
+from strategies import configure
 
 TIMING = Timing(passes={8: 0.1, 24: 0.3}, rows={8: 40, 24: 10}, empty=0.5, score=0.01)
+BAND = 0.3
+"""Seconds after its time within which an answer counts as at its time: this machine may be busy."""
 
 
-def test_the_worst_round_has_all_its_records_in_the_slowest_shape() -> None:
-    # 25 expected records: 55 at six deviations, so six passes of 24 tokens and two of 8.
-    assert TIMING.worst(steps=2, batch=25.0, scored=0) == pytest.approx(2 * (0.5 + 6 * 0.3))
-    assert TIMING.worst(steps=2, batch=25.0, scored=100) == pytest.approx(2 * (0.5 + 6 * 0.3) + 1.0)
+# --- the worst round --------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_round_has_the_most_records_in_the_slowest_shape_and_one_in_every_other() -> None:
+    # 25 expected records: 64 at most. A pass of each length, and 63 records more at 0.03 seconds each.
+    step = 0.1 + 0.3 + 63 * 0.03 + 0.5
+    assert TIMING.reserve(steps=2) == pytest.approx(0.3 + 3 * 0.5)
+    assert TIMING.worst(steps=2, batch=25.0, scored=0) == pytest.approx(2 * step + 1.8)
+    assert TIMING.worst(steps=2, batch=25.0, scored=100) == pytest.approx(2 * step + 1.8 + 1.0)
+
+
+def all_in_the_slowest(timing: Timing, most: int) -> float:
+    """The planted fault: as if no other length occurred."""
+    return max(math.ceil(most / timing.rows[length]) * seconds for length, seconds in timing.passes.items())
+
+
+def bounded(timing: Timing, most: int) -> float:
+    """What ``worst`` gives a step beside noise and reserve."""
+    batch = next(b / 100 for b in itertools.count(1) if most_drawn(b / 100) >= most)
+    assert most_drawn(batch) == most
+    return timing.worst(1, batch, 0) - timing.empty - timing.reserve(1)
+
+
+def test_no_way_to_spread_records_over_the_lengths_takes_longer_and_one_length_alone_is_found_out() -> None:
+    draw, faulty = random.Random(1), 0
+    for _ in range(60):
+        lengths = range(8, 8 * draw.randint(2, 4), 8)
+        timing = Timing(
+            {length: draw.uniform(0.1, 2.0) for length in lengths},
+            {length: draw.randint(1, 12) for length in lengths},
+            *(0.0, 0.0),
+        )
+        most = draw.randint(15, 24)
+        spread = (c for c in itertools.product(range(most + 1), repeat=len(lengths)) if sum(c) == most)
+        slowest = max(
+            sum(
+                math.ceil(n / timing.rows[length]) * timing.passes[length] for n, length in zip(c, lengths, strict=True)
+            )
+            for c in spread
+        )
+        assert slowest <= bounded(timing, most) + 1e-9
+        faulty += slowest > all_in_the_slowest(timing, most) + 1e-9
+    assert faulty > 10
+
+
+def test_more_records_than_a_round_has_time_for_are_drawn_once_in_a_thousand_million_times() -> None:
+    for expected in (0.01, 1.0, 25.0, 2000.0):
+        beyond = range(most_drawn(expected) + 1, most_drawn(expected) + 400)
+        chance = sum(math.exp(n * math.log(expected) - expected - math.lgamma(n + 1)) for n in beyond)
+        assert chance < 1e-9
+    six_deviations = math.floor(1.0 + 6.0)
+    assert sum(math.exp(-1.0 - math.lgamma(n + 1)) for n in range(six_deviations + 1, 100)) > 1e-6, "planted: as before"
+
+
+def test_a_pass_is_timed_with_its_clip(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = dpsgd._Mechanism.clip_and_accumulate
+
+    def slow(mechanism: Any) -> None:
+        if len(mechanism.grad_samples[0]):
+            time.sleep(0.2)
+        clip(mechanism)
+
+    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", slow)
+    timing = rehearse(site.model())
+    ends = (min(timing.passes), max(timing.passes))
+    assert sum(timing.passes[length] for length in ends) > 0.4
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
 
 
 def test_a_time_below_the_worst_is_refused_and_none_is_as_fast_as_it_goes() -> None:
-    with pytest.raises(PolicyRefusal, match=r"reply-after = 3; by made-up records a round of this run may take 4\.6"):
-        Deadline(3.0).allow(4.6)
-    Deadline(5.0).allow(4.6)
-    Deadline().allow(1e9)
-    Deadline().check(1e9)
+    worst = TIMING.worst(2, 25.0, 0)
+    says = r"reply-after = 9, of which a round has 6\.75 seconds; by made-up records a round of this run may take 7\.4"
+    with pytest.raises(PolicyRefusal, match=says):
+        Deadline(9.0).allow(TIMING, 2, 25.0, 0)
+    with pytest.raises(PolicyRefusal):
+        Deadline(worst / TRAINED - 0.01).allow(TIMING, 2, 25.0, 0)
+    Deadline(worst / TRAINED + 0.01).allow(TIMING, 2, 25.0, 0)
+    free = Deadline(began=time.monotonic() - 1e6)
+    free.allow(TIMING, 10**6, 1e6, 0)
+    free.check_prepared()
+    free.check()
+    assert free.left() == math.inf
+
+
+def test_how_long_records_took_is_held_against_the_policy_alone_and_against_no_figure_of_a_servers() -> None:
+    for steps, gone, refused in ((2, 0.0, False), (2, 1.2, False), (1, 1.3, True), (2, 1.3, True)):
+        late = Deadline(10.0, began=time.monotonic() - gone)
+        late.allow(TIMING, steps, 25.0, 0)  # whatever is gone
+        if refused:
+            with pytest.raises(PolicyRefusal, match=r"its records have 1\.25 seconds to be read, prepared and hashed"):
+                late.check_prepared()
+        else:
+            late.check_prepared()
 
 
 def test_no_pass_is_begun_that_might_not_end_in_time_and_a_models_own_time_does_not_count() -> None:
-    deadline = Deadline(10.0, began=time.monotonic() - 8.0)
-    deadline.check(reserve=1.0)
+    at = Deadline(16.0, began=time.monotonic() - 12.0, reserve=2.5)
+    at.check()
+    at.reserve = 3.5
     with pytest.raises(TooLate):
-        deadline.check(reserve=3.0)
-    before = deadline.began
-    with deadline.extended():
+        at.check()
+    before = at.began
+    with at.extended():
         time.sleep(0.05)
-    assert 0.05 <= deadline.began - before < 5.0
-
-
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic({**toy_settings, "training.sample-rate": 1.0}, tmp_path)
-
-
-def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let every pass of a step take longer than it was rehearsed to take."""
-    losses = FederatedModel.losses
-
-    def later(model: FederatedModel, batch: Any) -> Any:
-        time.sleep(seconds)
-        return losses(model, batch)
-
-    monkeypatch.setattr(FederatedModel, "losses", later)
-
-
-def test_a_round_that_would_be_late_sends_noise_in_time(
-    site: OneSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    site.train(1, run="warm")
-    seconds = _worst(site) + 1.0
-    site.rule(reply_after=seconds)
-    slow(monkeypatch, 0.7 * seconds)
-    began = time.monotonic()
-    task = site.task(1)
-    reply = site.ask(task)
-    assert isinstance(reply, TrainResult), reply
-    assert time.monotonic() - began < 2 * seconds
-    assert any("noise alone is sent: TooLate" in record.getMessage() for record in caplog.records)
-    moved = [float((t != task.state[layer][name]).double().mean()) for layer, name, t in entries(reply.contribution)]
-    assert all(share > 0.9 for share in moved)
-    assert len(site.charges()) == 2
-
-
-def test_a_policy_whose_time_is_too_short_refuses_before_the_charge(site: OneSite) -> None:
-    site.train(1, run="warm")
-    site.rule(reply_after=1e-6)
-    reply = site.ask(site.task(1))
-    assert isinstance(reply, Refusal)
-    assert (reply.kind, "reply-after = 1e-06" in reply.reason) == ("policy", True)
-    assert len(site.charges()) == 1
-
-
-def _worst(site: OneSite) -> float:
-    (timing,) = app._process.rehearsed.values()
-    return timing.worst(10, 50.0, 0)
+    assert 0.05 <= at.began - before < 5.0
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["short records", "one long record"])
-def test_the_answer_leaves_at_its_time_whatever_the_records_are(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_waits_for_its_time_whatever_the_records_are(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, slept = [100.0], list[float]()
     monkeypatch.setattr(deadline.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(deadline.time, "sleep", lambda seconds: slept.append(seconds))
@@ -103,8 +160,355 @@ def test_the_answer_leaves_at_its_time_whatever_the_records_are(long: bool, monk
     assert clock[0] + slept[0] == pytest.approx(110.0)
 
 
-def test_an_answer_behind_its_time_is_said_at_the_site(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_answer_behind_its_time_is_said_at_the_site(caplog: pytest.LogCaptureFixture) -> None:
     Deadline(1.0, began=time.monotonic() - 3.0).wait()
     assert "is not covered by the claim" in caplog.text
+
+
+# --- a site's answers, through Flower's own entry ---------------------------------------------------------------------
+
+
+class Played:
+    """A site that is asked as Flower asks it, with times of passes and noise of the test's own."""
+
+    def __init__(self, site: OneSite, timing: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.site, self.timing, self.clocks = site, timing, list[Deadline]()
+        self.postpones, self.passes_postpone = False, False
+        played = self
+
+        class Watched(Deadline):
+            def __init__(self, seconds: float) -> None:
+                super().__init__(seconds)
+                played.clocks.append(self)
+
+            @contextmanager
+            def extended(self) -> Iterator[None]:
+                with super().extended():
+                    played.postpones = True
+                    yield
+                played.postpones = False
+
+        replies, answer = list[Reply](), app.answer
+        self.replies = replies
+
+        def answered(*words: Any) -> Reply:
+            replies.append(answer(*words))
+            return replies[-1]
+
+        monkeypatch.setattr(app, "answer", answered)
+        monkeypatch.setattr(app, "Deadline", Watched)
+        monkeypatch.setattr(app, "_process", app._Process())
+        monkeypatch.setattr(app, "rehearse", lambda _: timing)
+        noise = dpsgd._Mechanism.add_noise
+
+        def later(mechanism: Any) -> None:
+            time.sleep(timing.empty)
+            noise(mechanism)
+
+        monkeypatch.setattr(dpsgd._Mechanism, "add_noise", later)
+        self.slower = 1.0
+        losses = FederatedModel.losses
+
+        def passes(model: FederatedModel, batch: Any) -> Any:
+            self.passes_postpone |= self.postpones
+            time.sleep(self.slower * timing.passes[batch["input_ids"].shape[1]])
+            return losses(model, batch)
+
+        monkeypatch.setattr(FederatedModel, "losses", passes)
+
+    @property
+    def least(self) -> float:
+        """The shortest reply-after that the run is not refused for."""
+        training = configure(self.site.settings).config.training
+        return self.timing.worst(training.local_steps, training.sample_rate * 50, 0) / TRAINED + 0.01
+
+    def ask(self, number: int = 1) -> tuple[Reply, float, float]:
+        """Return the reply, the seconds from the task to it, and those of them that did not postpone it."""
+        task = self.site.task(number)
+        if not number:
+            task = replace(task, state={}, basis={}, basis_fingerprint="")
+        message = make_message(Metadata(1, "one", 1, 7, "", "1", time.time(), 600.0, "train"), encode_task(task))
+        context = Context(1, 7, dict(self.site.node), RecordDict(), dict(self.site.settings), series_id=0)
+        began = time.monotonic()
+        app.train(message, context)
+        now = time.monotonic()
+        return self.replies[-1], now - began, now - self.clocks[-1].began
+
+    def at_its_time(self, reply_after: float) -> tuple[Reply, float]:
+        """Ask under this ``reply-after``; the answer must leave at it. Return it, and the seconds it took in all."""
+        self.site.rule(reply_after=reply_after)
+        reply, whole, counted = self.ask()
+        assert reply_after <= counted < reply_after + BAND, f"{counted:.2f} seconds, reply-after = {reply_after:.2f}"
+        return reply, whole
+
+    @property
+    def failures(self) -> int:
+        with Ledger(self.site.ledger) as opened:
+            return len(opened.failures())
+
+
+def timing(long: float = 0.0, empty: float = 0.0) -> Timing:
+    """Return the seconds of the toy model's lengths, of which only the greatest is slow."""
+    rows = {8: 48, 16: 24, 24: 16, 32: 12}
+    return Timing({length: long if length == 32 else long / 16 for length in rows}, rows, empty, 0.0)
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    return clinic({**toy_settings, "training.sample-rate": 0.1, "training.local-steps": 10}, tmp_path)
+
+
+def fill(site: OneSite, words: int) -> None:
+    """Give the site records of so many words."""
+    rows = [f"{' '.join(['film'] * words)} n{i},{('bad', 'good')[i % 2]},a" for i in range(40)]
+    Path(str(site.node["data"])).write_text("\n".join(["text,label,author", *rows]), encoding="utf-8")
+
+
+def check_that_lengths_do_not_show(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, words in (("short", 2), ("long", 40)):
+        with monkeypatch.context() as patch:
+            path = site.ledger.with_name(f"{name}.csv")
+            site.node["data"], site.node["ledger"] = str(path), str(path.with_suffix(".sqlite"))
+            fill(site, words)
+            played = Played(site, timing(long=0.04, empty=0.02), patch)
+            reply, _ = played.at_its_time(played.least)
+            assert isinstance(reply, TrainResult), reply
+            assert not played.failures
+            assert not played.passes_postpone, "passes postpone the answer: it follows from the records when it leaves"
+
+
+def test_an_answer_leaves_at_its_time_for_short_records_and_for_long_ones(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_that_lengths_do_not_show(site, monkeypatch)
+
+
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deadline, "wait", lambda _: None)
+
+
+def training_postpones(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = local_training._take_steps
+
+    def postponed(*words: Any) -> None:
+        with words[-1].extended():
+            trained(*words)
+
+    monkeypatch.setattr(local_training, "_take_steps", postponed)
+
+
+@pytest.mark.parametrize("plant", [no_wait, training_postpones])
+def test_an_answer_whose_time_follows_from_lengths_is_found_out(
+    plant: Callable[[pytest.MonkeyPatch], None], site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match=r"reply-after|postpone"):
+        check_that_lengths_do_not_show(site, monkeypatch)
+
+
+def check_that_noise_is_in_time(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every pass take three times what it was rehearsed to take, in a round that draws all records in each step."""
+    fill(site, 40)
+    played = Played(site, timing(long=0.04, empty=0.1), monkeypatch)
+    played.slower = 3.0
+    monkeypatch.setattr(local_training, "private_poisson_sample", lambda size, _: torch.arange(size))
+    reply, _ = played.at_its_time(played.least)
+    assert isinstance(reply, TrainResult), reply
+    state = site.task(1).state
+    moved = [float((t != state[layer][name]).double().mean()) for layer, name, t in entries(reply.contribution)]
+    assert all(share > 0.9 for share in moved)
+    assert len(site.charges()) == played.failures == 1
+
+
+def test_a_round_that_would_be_late_sends_noise_in_time(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_that_noise_is_in_time(site, monkeypatch)
+    assert any("noise alone is sent: TooLate" in record.getMessage() for record in caplog.records)
+
+
+def test_a_reserve_for_the_noise_of_two_steps_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Timing, "reserve", lambda self, steps: max(self.passes.values()) + 2 * self.empty)
+    with pytest.raises(AssertionError, match="reply-after"):
+        check_that_noise_is_in_time(site, monkeypatch)
+
+
+def test_steps_that_draw_no_record_take_nothing_of_the_time_that_noise_needs(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass takes nearly all the time, nine steps take noise alone, and the last one has a pass again."""
+    played = Played(site, timing(empty=0.15), monkeypatch)
+    allowed = played.least
+    slow = (1 - deadline.NOTED) * allowed - played.timing.reserve(10) - 0.1
+    losses = FederatedModel.losses
+
+    def once(model: FederatedModel, batch: Any) -> Any:
+        time.sleep(slow)
+        return losses(model, batch)
+
+    drawn = itertools.cycle([1, *[0] * 8, 1])
+    monkeypatch.setattr(FederatedModel, "losses", once)
+    monkeypatch.setattr(local_training, "private_poisson_sample", lambda size, _: torch.arange(min(size, next(drawn))))
+    reply, _ = played.at_its_time(allowed)
+    assert isinstance(reply, TrainResult), reply
+    assert played.failures == 1
+
+
+@contextmanager
+def locked(path: Path, seconds: float = math.inf) -> Iterator[None]:
+    """Hold a ledger's lock as another process would, at most so long."""
+    other = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(min(seconds, 1e6), other.close)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        other.close()
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["a round", "round 0"])
+def test_a_failure_is_noted_once_the_reply_is_there_and_no_lock_makes_that_late(
+    initial: bool, site: OneSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.settings["training.local-steps"] = 1
+    if initial:
+        site.settings |= {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0}
+        site.settings |= {"privacy.epsilon": 50.0}
+    played = Played(site, timing(), monkeypatch)
+    monkeypatch.setattr(app, "rehearse_initial", lambda _: played.timing)
+    privatise, held = PrivateSteps._privatise, list[Any]()
+
+    def fail(steps: PrivateSteps, batches: Any, losses: Any) -> None:
+        if parts := list(batches):
+            held.append(locked(site.ledger))
+            held[-1].__enter__()
+            raise MemoryError
+        held.append("noise")
+        privatise(steps, parts, losses)
+
+    noted = local_training.note_failure
+
+    def note(*words: Any) -> None:
+        held.append("noted")
+        noted(*words)
+
+    monkeypatch.setattr(PrivateSteps, "_privatise", fail)
+    monkeypatch.setattr(local_training, "note_failure", note)
+    site.rule(reply_after=2.0)
+    reply, _, counted = played.ask(0 if initial else 1)
+    held[0].__exit__(None, None, None)
+    assert isinstance(reply, TrainResult), reply
+    assert held[1:] == ["noise", "noted"]
+    assert 2.0 <= counted < 2.0 + BAND
+    assert "the ledger has no row of it" in caplog.text
+    assert not played.failures
+
+
+def check_that_what_follows_from_no_record_postpones(slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.settings["training.local-steps"] = 1
+    played = Played(site, timing(), monkeypatch)
+    Ledger(site.ledger).close()
+    if slow == "a price":
+
+        def priced(*terms: Any) -> Any:
+            time.sleep(2.0)
+            return price(*terms)
+
+        monkeypatch.setattr(ledger, "price", priced)
+    if slow == "a search for noise":
+        planned = budget.plan_of
+
+        def searched(*terms: Any) -> Any:
+            time.sleep(2.0)
+            return planned(*terms)
+
+        monkeypatch.setattr(budget, "plan_of", searched)
+    with locked(site.ledger, 2.0 if slow == "a lock" else 0.0):
+        reply, whole = played.at_its_time(1.5)
+    assert isinstance(reply, TrainResult), reply
+    assert whole > 3.0
+    assert not played.failures, "noise alone was sent"
+
+
+SLOW = ["a price", "a search for noise", "a lock"]
+
+
+@pytest.mark.parametrize("slow", SLOW)
+def test_what_follows_from_no_record_postpones_the_answer_and_takes_nothing_of_the_round(
+    slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_that_what_follows_from_no_record_postpones(slow, site, monkeypatch)
+
+
+@pytest.mark.parametrize("slow", SLOW)
+def test_a_price_or_a_lock_that_takes_the_rounds_time_is_found_out(
+    slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def counted(_: Deadline) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(Deadline, "extended", counted)
+    with pytest.raises(AssertionError):
+        check_that_what_follows_from_no_record_postpones(slow, site, monkeypatch)
+
+
+@pytest.mark.parametrize(("place", "name"), [(app, "open_site"), (app, "prepared"), (budget, "record_hashes")])
+@pytest.mark.parametrize(("seconds", "refused"), [(0.05, False), (0.6, True)])
+def test_records_that_take_more_than_their_share_are_refused_before_the_charge(
+    seconds: float, refused: bool, place: Any, name: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.settings["training.local-steps"] = 1
+    played = Played(site, timing(), monkeypatch)
+    quick = getattr(place, name)
+
+    def slowly(*words: Any, **more: Any) -> Any:
+        time.sleep(seconds)
+        return quick(*words, **more)
+
+    monkeypatch.setattr(place, name, slowly)
+    reply, _ = played.at_its_time(2.4)
+    if refused:
+        assert isinstance(reply, Refusal)
+        assert (reply.kind, "its records have 0.3 seconds" in reply.reason) == ("policy", True)
+    assert isinstance(reply, Refusal) == (not site.charges()) == refused
+
+
+# --- what is refused, and what is not ---------------------------------------------------------------------------------
+
+
+def test_a_policy_whose_time_is_too_short_refuses_before_the_charge(site: OneSite) -> None:
+    site.train(1, run="warm")
+    site.rule(reply_after=1e-6)
+    reply = site.refuse()
+    assert (reply.kind, "reply-after = 1e-06" in reply.reason) == ("policy", True)
+    assert len(site.charges()) == 1
+
+
+@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+def test_a_time_that_the_server_does_not_wait_for_is_refused(mode: str, site: OneSite) -> None:
+    site.settings |= {"privacy.mode": mode, "round-timeout": 500.0}
+    for seconds in (500.0, 501.0):
+        site.rule(reply_after=seconds, allow_no_privacy=True)
+        wanted = f"the site's policy has reply-after = {seconds:g}; the run asks for round-timeout = 500"
+        assert site.refuse().reason == wanted
+    site.rule(reply_after=499.0, allow_no_privacy=True)
+    site.train()
+
+
+def test_more_records_than_are_declared_decide_nothing_that_shows_and_are_said_at_the_site(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.settings["training.local-steps"] = 1
+    site.node["public-size"] = 39
+    played = Played(site, timing(), monkeypatch)
+    reply, _ = played.at_its_time(1.5)
+    assert isinstance(reply, TrainResult), reply
+    assert "there are more records than public-size says" in caplog.text
+    caplog.clear()
+    site.node["public-size"] = 40
+    site.ask(site.task(2))
+    assert "public-size" not in caplog.text

@@ -457,6 +457,28 @@ def test_a_steward_reads_which_rows_are_no_records_and_why_but_not_what_is_in_th
     assert said == done.output.splitlines()[:1], "a start lists rows"
 
 
+def test_check_and_start_refuse_records_that_reply_after_has_no_time_for(tmp_path: Path) -> None:
+    rows = ["text,label", *[f"film {i},good" for i in range(51)]]
+    site = site_with_records(tmp_path, "own.csv", "\n".join(rows).encode())
+    rules = (site.path / "policy.toml").read_text(encoding="utf-8")
+
+    def rule(reply_after: float, public_size: int) -> None:
+        text = rules.replace('"public-size" = 50', f'"public-size" = {public_size}')
+        (site.path / "policy.toml").write_text(f"reply-after = {reply_after}\n{text}", encoding="utf-8")
+
+    check_site(site, print)  # without it answers leave when they are there
+    rule(600.0, 50)
+    for begin in (check_site, start_site):
+        with pytest.raises(ConfigError, match=r"51 records and public-size is 50, for which alone reply-after = 600"):
+            begin(site, print)
+    rule(1e-6, 51)
+    for begin in (check_site, start_site):
+        with pytest.raises(ConfigError, match=r"took \d+\.\d seconds to read, and reply-after = 1e-06 leaves 0\.0"):
+            begin(site, print)
+    rule(600.0, 51)
+    check_site(site, print)
+
+
 UNREADABLE = [
     ("quote.csv", b'text,label\n"never closed,good\n', "quote.csv cannot be read as CSV: unexpected end of data: mend"),
     ("latin.csv", "text,label\n\u00e9,good\n".encode("latin-1"), "latin.csv is not UTF-8 (byte 11): save it as UTF-8"),

@@ -55,17 +55,17 @@ from common.tasks import Batch
 CASES = [
     ("bert", "lora", "trained"),
     ("bert", "lora", "frozen"),
-    ("bert", "ffa-lora", "trained"),
-    ("bert", "ffa-lora", "frozen"),
+    ("bert", "lora-frozen-a", "trained"),
+    ("bert", "lora-frozen-a", "frozen"),
     ("gpt2", "lora", "frozen"),
-    ("gpt2", "ffa-lora", "frozen"),
+    ("gpt2", "lora-frozen-a", "frozen"),
     ("llama", "lora", "frozen"),
-    ("llama", "ffa-lora", "frozen"),
+    ("llama", "lora-frozen-a", "frozen"),
     ("bert", "lora-sb", "trained"),
     ("gpt2", "lora-sb", "frozen"),
     ("llama", "lora-sb", "frozen"),
 ]
-FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen")]
+FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen")]
 # --- small worlds -----------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from test_report import fedveil
 
 from client.policy import Policy
 from common.errors import ConfigError, PolicyRefusal
-from common.examples import Dataset, Example
+from common.examples import Dataset
 from common.messages import Refusal, Spending
 from common.privacy.accounting import Release
 from common.privacy.charges import Charge
@@ -27,6 +27,7 @@ from common.privacy.contents import record_hashes
 from common.privacy.figures import epsilon_text
 from common.privacy.ledger import Ledger
 from common.run_lines import ResultFile, RoundLine, read_file, read_lines
+from common.tasks.text import TextExample
 from common.wire import decode_reply, encode_reply, layout_of
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.settings import to_toml
@@ -175,7 +176,7 @@ def test_a_ledger_that_cannot_be_written_stops_a_run_without_privacy_too(site: O
 
 
 def texts(*numbers: int) -> Dataset:
-    return Dataset("any", tuple(Example(text=f"record {n}", label=n % 2) for n in numbers), ("no", "yes"))
+    return Dataset("any", tuple(TextExample(text=f"record {n}", label=n % 2) for n in numbers), ("no", "yes"))
 
 
 def charge_for(path: Path, dataset: str, data: Dataset, **terms: Any) -> Charge:
@@ -249,7 +250,7 @@ def test_an_infinite_total_arrives_and_counts_at_the_server(site: OneSite) -> No
     got = decode_reply(encode_reply(result), layout_of(result.contribution), "private", 1)
     assert got == replace(result, contribution=got.contribution)  # type: ignore[union-attr]
     job = configure(site.settings)
-    state = job.strategy.start(site.model().start)
+    state = job.start(site.model().start)
     admission = Admission(job, {})
     assert admission.judge({1: result}, state, [1]) == {}
     admission.enrol({1: result})

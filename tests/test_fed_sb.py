@@ -27,14 +27,14 @@ from common.base_model import load_base_model
 from common.config import HeadConfig
 from common.data import train_and_test
 from common.errors import ConfigError, ModelError
-from common.examples import Example
 from common.initial_gradient import mean_gradient, private_gradient
 from common.messages import TrainTask
 from common.model import FederatedModel
 from common.tasks import TASKS, Record
+from common.tasks.text import TextExample
 from common.tensors import fingerprint, start_fingerprint
 from common.types import HEAD, AdapterState
-from strategies import Contribution, Job, ServerState, configure
+from strategies import Contribution, Job, ServerState, configure, mean
 from strategies.fed_sb import FedSB, gradient_basis
 
 OUT, IN, RANK = 7, 12, 3
@@ -67,7 +67,7 @@ def test_s1_the_mean_of_r_is_the_mean_of_the_weights(weights: list[float], seed:
     start = basis(seed)
     strategy = FedSB()
     sites = [Contribution(str(k), w, {"l": {"R": draw(RANK, RANK, seed=seed + 7 * k)}}) for k, w in enumerate(weights)]
-    state = strategy.server_update(strategy.start({"l": start}), sites)
+    state = strategy.server_update(strategy.start({"l": start}, ("R",)), sites)
     exact = sum(
         w / sum(weights) * ADAPTER.delta({**start, "R": site.state["l"]["R"]})
         for w, site in zip(weights, sites, strict=True)
@@ -126,7 +126,7 @@ def test_s5_noise_on_r_enters_the_weights_at_its_own_norm() -> None:
 
 def test_s6_a_round_uses_only_its_own_sites() -> None:
     strategy = FedSB()
-    state = strategy.start({"l": basis()})
+    state = strategy.start({"l": basis()}, ("R",))
     for round_number, (first, second) in enumerate([(0, 1), (1, 2), (0, 2)]):
         own = [draw(RANK, RANK, seed=10 * round_number + k) for k in range(3)]
         sites = [Contribution(str(k), 1.0 + k, {"l": {"R": own[k]}}) for k in (first, second)]
@@ -172,7 +172,7 @@ def test_parties_whose_svd_has_other_signs_get_the_same_factors(
 
 
 def test_only_gradient_starts_send_a_basis() -> None:
-    state = FedSB().start({"l": basis()})
+    state = FedSB().start({"l": basis()}, ("R",))
     assert FedSB().basis(state) == {}
     assert set(FedSB(init="dp-gradient").basis(state)["l"]) == {"A", "B"}
 
@@ -250,7 +250,7 @@ def test_svd_of_weights_spans_the_leading_singular_vectors_of_w0(model_folder: F
 
 
 EXAMPLES = [
-    Example(text=" ".join(FILLER[:length]), label=i % 2, completion=" ".join(GOOD[: 1 + i % 3]))
+    TextExample(text=" ".join(FILLER[:length]), label=i % 2, completion=" ".join(GOOD[: 1 + i % 3]))
     for i, length in enumerate((2, 11, 5, 8, 3, 9, 6))
 ]
 
@@ -299,7 +299,7 @@ def in_parts(model: FederatedModel, records: list[Record]) -> list[dict[str, Ten
 def test_the_mean_gradient_is_that_of_a_loop_over_records(model_folder: Folder, family: str) -> None:
     folder = model_folder(family)
     model = tiny(folder, family)
-    records = model.tokenise(EXAMPLES)
+    records = model.prepare(EXAMPLES)
     single = alone(model, folder, family, records)
     wanted = {layer: sum((g[layer] for g in single), torch.tensor(0.0)) / len(records) for layer in single[0]}
     check_gradient(mean_gradient(model, in_parts(model, records)), wanted)
@@ -311,7 +311,7 @@ def test_the_private_gradient_is_the_jointly_clipped_sum_over_the_public_divisor
 ) -> None:
     folder = model_folder(family)
     model = tiny(folder, family)
-    records = model.tokenise(EXAMPLES)
+    records = model.prepare(EXAMPLES)
     single = alone(model, folder, family, records)
     lengths = [math.sqrt(sum(float(g.square().sum()) for g in gradient.values())) for gradient in single]
     clip = sorted(lengths)[len(lengths) // 2]
@@ -337,7 +337,7 @@ def test_the_private_gradient_carries_the_plans_noise_also_without_a_record(mode
 
 def test_a_gradient_leaves_the_model_as_it_was(model_folder: Folder) -> None:
     model = tiny(model_folder("gpt2"), "gpt2")
-    records = model.tokenise(EXAMPLES)
+    records = model.prepare(EXAMPLES)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.module.named_parameters()}
     for take in (mean_gradient, lambda m, parts: private_gradient(m, parts, plan())):
         take(model, in_parts(model, records))
@@ -355,7 +355,7 @@ def test_a_gradient_that_says_nothing_is_refused(model_folder: Folder) -> None:
         mean_gradient(model, [])
     flat = tiny(model_folder("bert"), "bert", head="zeros")
     with pytest.raises(ModelError, match=r"set head\.start"):
-        mean_gradient(flat, [flat.batch(flat.tokenise(EXAMPLES))])
+        mean_gradient(flat, [flat.batch(flat.prepare(EXAMPLES))])
 
 
 # --- the start from it ------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def begun(strategy: FedSB) -> tuple[ServerState, dict[str, Tensor]]:
         Contribution(str(weight), weight, {layer: {"G": G} for layer, G in own.items()})
         for weight, own in ((1.0, first), (3.0, third))
     ]
-    state = strategy.begin(strategy.start({**start, HEAD: {"bias": torch.ones(2)}}), sites)
+    state = strategy.initialise(strategy.start({**start, HEAD: {"bias": torch.ones(2)}}, ("R",)), mean(sites))
     assert state.round_number == 0
     assert torch.equal(state.adapter[HEAD]["bias"], torch.ones(2)), "a start from a gradient touched the head"
     return state, {layer: 0.25 * first[layer] + 0.75 * third[layer] for layer in SHAPES}
@@ -404,10 +404,10 @@ def test_a_noised_start_spans_the_sites_mean_gradient_and_moves_no_weight() -> N
 @each_family
 def test_the_published_start_lowers_the_loss_of_the_records_it_was_made_from(model_folder: Folder, family: str) -> None:
     model = tiny(model_folder(family), family)
-    batch = model.batch(model.tokenise(EXAMPLES))
+    batch = model.batch(model.prepare(EXAMPLES))
     strategy = FedSB(init="private-gradient")
     gradient = mean_gradient(model, [batch])
-    state = strategy.begin(strategy.start(model.start), [Contribution("only", 1.0, gradient)])
+    state = strategy.initialise(strategy.start(model.start, ("R",)), gradient)
     with torch.no_grad():
         before = float(model.losses(batch).mean())
         model.write(state.adapter)
@@ -456,12 +456,12 @@ def test_s3_the_base_is_the_same_bit_for_bit_after_a_start_a_round_and_the_expor
     model = tiny(folder, family, job.adapter.init)
     data = train_and_test(job.config.data, job.config.model.task)[0]
     site = Site("only", data, "only", 100, tmp_path / "ledger.sqlite")
-    records = model.tokenise(data.examples[:60])
+    records = model.prepare(data.examples[:60])
 
-    state = job.strategy.start(model.start)
+    state = job.start(model.start)
     if job.strategy.gradient:
         sent = initial_round(site, job, model, records, round_task(job, model, state, 0))
-        state = job.strategy.begin(state, [Contribution("only", 1.0, sent.contribution)])
+        state = job.strategy.initialise(state, sent.contribution)
     sent = train_round(site, job, model, records, round_task(job, model, state, 1))
     after = job.strategy.server_update(state, [Contribution("only", 1.0, sent.contribution)]).adapter
     model.write(after)

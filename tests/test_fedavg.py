@@ -45,7 +45,7 @@ def shares(contributions: list[Contribution]) -> list[float]:
 
 def aggregate(contributions: list[Contribution]) -> AdapterState:
     strategy = FedAvgLoRA()
-    return strategy.server_update(strategy.start(contributions[0].state), contributions).adapter
+    return strategy.server_update(strategy.start(contributions[0].state, ("A", "B")), contributions).adapter
 
 
 def error(contributions: list[Contribution], layer: str) -> Tensor:

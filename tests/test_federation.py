@@ -23,6 +23,7 @@ from experiments.in_process import run_in_process, simulated_nodes
 from experiments.settings import to_toml
 from server.report import markdown_report
 from strategies import STRATEGIES, known_settings
+from strategies.table import payload, preset_adapter
 
 PRIVACY_FIELDS = [
     *("round", "site", "unit", "adjacency", "adversary", "sampler", "sample_rate", "noise_multiplier", "clip_norm"),
@@ -59,22 +60,33 @@ def test_every_strategy_runs_with_and_without_privacy(
         assert 0 < spent(privacy[0]).epsilon_total < spent(privacy[-1]).epsilon_total <= 8.0
 
 
+# Tiny BERT, both of its layers: query, value, attention output (16 × 16), intermediate (24 × 16), output (16 × 24).
+SHAPES = 2 * [(16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
+
+
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_payload_is_exactly_the_numbers_that_the_strategy_sends(toy_settings: dict[str, Any], strategy: str) -> None:
     settings = {**toy_settings, "strategy": strategy, "rounds": 1, "adapter.rank": 3}
     line = read_lines(RoundLine, run_in_process(settings, 2))[0]
-    # Tiny BERT, both of its layers: query, value, attention output (16 × 16), intermediate (24 × 16), output (16 × 24).
-    shapes = 2 * [(16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
+    head, kind = 4 * (2 * 16 + 2), STRATEGIES[strategy]
+    down, up = payload(kind(), preset_adapter(kind, 3), SHAPES)
+    assert (line.bytes_down, line.bytes_up) == (2 * (down + head), 2 * (up + head))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "down", "up"),
+    [("fedavg-lora", "AB", "AB"), ("ffa-lora", "B", "B"), ("fed-sb", "R", "R"), ("fed-svd", "BM", "B")],
+)
+def test_each_strategy_sends_the_factors_of_its_paper_and_no_other(strategy: str, down: str, up: str) -> None:
     numbers = {
-        "A": sum(3 * n for _, n in shapes),
-        "B": sum(3 * m for m, _ in shapes),
-        "R": 9 * len(shapes),
-        "M": 9 * len(shapes),
+        "A": sum(3 * n for _, n in SHAPES),
+        "B": sum(3 * m for m, _ in SHAPES),
+        "R": 9 * len(SHAPES),
+        "M": 9 * len(SHAPES),
     }
-    head = 2 * 16 + 2
     kind = STRATEGIES[strategy]
-    assert line.bytes_up == 2 * 4 * (sum(numbers[f] for f in kind.sent) + head)
-    assert line.bytes_down == 2 * 4 * (sum(numbers[f] for f in kind.received) + head)
+    found = payload(kind(), preset_adapter(kind, 3), SHAPES)
+    assert found == (4 * sum(numbers[f] for f in down), 4 * sum(numbers[f] for f in up))
 
 
 def test_learning_without_privacy_works(toy_settings: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""FFA-LoRA: exact, one shared A, and alpha as a learning rate in disguise (ALGORITHMS 1.2; F1, F2, F3)."""
+"""FFA-LoRA: exact, one shared A, and alpha as a learning rate in disguise (F1, F2, F3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from common.adapters import FFALoRA as FFAAdapter
+from common.adapters import LoRAFrozenA
 from common.base_model import load_base_model
 from common.config import HeadConfig
 from common.model import FederatedModel
@@ -36,7 +36,7 @@ OUT, IN, RANK = 6, 9, 3
 @fast
 @given(st.integers(1, 5), st.integers(0, 2**32), st.floats(0.5, 64))
 def test_the_mean_of_the_products_is_the_product_of_the_mean(count: int, seed: int, alpha: float) -> None:
-    generator, adapter = torch.Generator().manual_seed(seed), FFAAdapter(RANK, alpha, ("l",))
+    generator, adapter = torch.Generator().manual_seed(seed), LoRAFrozenA(RANK, alpha, ("l",))
     A = torch.randn(RANK, IN, generator=generator, dtype=torch.float64)
     sites = [
         Contribution(
@@ -49,7 +49,7 @@ def test_the_mean_of_the_products_is_the_product_of_the_mean(count: int, seed: i
     for c in sites:
         wanted += c.weight / total * adapter.delta({"A": A, "B": c.state["l"]["B"]})
     start = {"l": {"A": A, "B": torch.zeros(OUT, RANK, dtype=torch.float64)}}
-    new = FFALoRA().server_update(FFALoRA().start(start), sites).adapter["l"]
+    new = FFALoRA().server_update(FFALoRA().start(start, ("B",)), sites).adapter["l"]
     assert torch.equal(new["A"], A), "A moved"
     assert float((adapter.delta(new) - wanted).abs().max()) < 1e-12 * max(1.0, alpha)
 
@@ -57,16 +57,16 @@ def test_the_mean_of_the_products_is_the_product_of_the_mean(count: int, seed: i
 PRINT_FINGERPRINT = """
 import sys, torch
 torch.manual_seed(int(sys.argv[3]))
-from common.adapters import FFALoRA
+from common.adapters import LoRAFrozenA
 from common.base_model import load_base_model
 from common.tensors import start_fingerprint
-adapter = FFALoRA(3, 6.0, ("query", "dense"), sys.argv[2])
+adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), sys.argv[2])
 print(start_fingerprint(adapter.read(adapter.attach(load_base_model(sys.argv[1], "classification").module, 1))))
 """
 
 
 def start_of(folder: str, init: str, seed: int) -> str:
-    adapter = FFAAdapter(3, 6.0, ("query", "dense"), init)
+    adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), init)
     return start_fingerprint(adapter.read(adapter.attach(load_base_model(folder, "classification").module, seed)))
 
 
@@ -101,7 +101,7 @@ def test_the_shared_a_follows_from_the_seed_alone(model_folder: Callable[[str], 
 
 
 def train_privately(
-    adapter: FFAAdapter, A: Tensor, x: Tensor, y: Tensor, noise: list[Tensor], rate: float, clip: float
+    adapter: LoRAFrozenA, A: Tensor, x: Tensor, y: Tensor, noise: list[Tensor], rate: float, clip: float
 ) -> tuple[list[Tensor], float]:
     """Return the change of the weight after every step of DP-SGD on B, and the share of clipped records."""
     B, course, clipped = torch.zeros(OUT, RANK, dtype=torch.float64), [], 0
@@ -135,8 +135,8 @@ def gap(left: list[Tensor], right: list[Tensor]) -> float:
 def test_scaling_alpha_equals_scaling_rate_and_clip_under_dp_sgd(seed: int, c: float) -> None:
     A, x, y, noise = problem(seed)
     clip = 0.6
-    plain, share = train_privately(FFAAdapter(RANK, 6.0, ("l",)), A, x, y, noise, 0.05, clip)
-    scaled, _ = train_privately(FFAAdapter(RANK, c * 6.0, ("l",)), A, x, y, noise, 0.05 / c**2, c * clip)
+    plain, share = train_privately(LoRAFrozenA(RANK, 6.0, ("l",)), A, x, y, noise, 0.05, clip)
+    scaled, _ = train_privately(LoRAFrozenA(RANK, c * 6.0, ("l",)), A, x, y, noise, 0.05 / c**2, c * clip)
     assert share > 0.2, "clipping is not active, so the example proves nothing"
     assert gap(plain, scaled) < 1e-12, "(s, eta, C) and (c s, eta / c^2, c C) train differently"
 
@@ -145,8 +145,8 @@ def test_scaling_alpha_equals_scaling_rate_and_clip_under_dp_sgd(seed: int, c: f
 @given(st.integers(0, 2**32), st.floats(0.2, 5))
 def test_scaling_a_equals_scaling_alpha_under_dp_sgd(seed: int, c: float) -> None:
     A, x, y, noise = problem(seed)
-    by_a, _ = train_privately(FFAAdapter(RANK, 6.0, ("l",)), c * A, x, y, noise, 0.05, 0.6)
-    by_alpha, _ = train_privately(FFAAdapter(RANK, c * 6.0, ("l",)), A, x, y, noise, 0.05, 0.6)
+    by_a, _ = train_privately(LoRAFrozenA(RANK, 6.0, ("l",)), c * A, x, y, noise, 0.05, 0.6)
+    by_alpha, _ = train_privately(LoRAFrozenA(RANK, c * 6.0, ("l",)), A, x, y, noise, 0.05, 0.6)
     assert gap(by_a, by_alpha) < 1e-12
 
 
@@ -155,8 +155,8 @@ def test_scaling_a_equals_scaling_alpha_under_dp_sgd(seed: int, c: float) -> Non
 )
 def test_another_rule_of_scaling_trains_another_model(rate: float, clip: float) -> None:
     A, x, y, noise = problem(4)
-    plain, _ = train_privately(FFAAdapter(RANK, 6.0, ("l",)), A, x, y, noise, 0.05, 0.6)
-    scaled, _ = train_privately(FFAAdapter(RANK, 12.0, ("l",)), A, x, y, noise, rate, clip)
+    plain, _ = train_privately(LoRAFrozenA(RANK, 6.0, ("l",)), A, x, y, noise, 0.05, 0.6)
+    scaled, _ = train_privately(LoRAFrozenA(RANK, 12.0, ("l",)), A, x, y, noise, rate, clip)
     assert gap(plain, scaled) > 1e-3
 
 
@@ -186,7 +186,7 @@ def test_fedveils_own_mechanism_scales_alike(monkeypatch: pytest.MonkeyPatch) ->
                 steps.step([x.float()], lambda batch: (model(batch) - y.float()).pow(2).sum(1) / 2)
         return (model.scaling * model.B.weight @ model.A).detach()
 
-    slow, _ = train_privately(FFAAdapter(RANK, 6.0, ("l",)), A, x, y, noise, 0.05, 0.6)
+    slow, _ = train_privately(LoRAFrozenA(RANK, 6.0, ("l",)), A, x, y, noise, 0.05, 0.6)
     assert gap([train(1.0, 0.05, 0.6)], [slow[-1].float()]) < 1e-5, "the mechanism differs from the slow reference"
     assert gap([train(1.0, 0.05, 0.6)], [train(3.0, 0.05 / 9, 1.8)]) < 1e-5
     assert gap([train(1.0, 0.05, 0.6)], [train(3.0, 0.05, 1.8)]) > 1e-3
@@ -207,7 +207,7 @@ def test_before_round_1_the_global_model_is_the_base_model_bit_for_bit(
 ) -> None:
     folder, task = model_folder(family), "classification" if family == "bert" else "causal-lm"
     stock = (AutoModel if family == "bert" else AutoModelForCausalLM).from_pretrained(folder).eval()
-    adapter = FFAAdapter(3, 6.0, tuple(TARGETS[family].split(",")))
+    adapter = LoRAFrozenA(3, 6.0, tuple(TARGETS[family].split(",")))
     model = FederatedModel(
         load_base_model(folder, task),
         adapter,
@@ -221,7 +221,7 @@ def test_before_round_1_the_global_model_is_the_base_model_bit_for_bit(
     # Another attention kernel rounds otherwise; which one is used is not the adapter's doing.
     stock.set_attn_implementation(model.base.module.config._attn_implementation)
     start = model.read()
-    state = FFALoRA().start(start)
+    state = FFALoRA().start(start, ("B",))
     model.write(FFALoRA().install(start, FFALoRA().downlink(state)))
     tokens = torch.randint(4, 20, (3, 7), generator=stream(1, "tokens"))
     model.module.eval()

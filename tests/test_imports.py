@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from common.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "strategies", "client", "server", "experiments", "audits")
@@ -78,5 +82,56 @@ def test_peft_comes_in_through_the_adapters_and_the_way_out() -> None:
     assert all(name.startswith("common/adapters/") or name == "experiments/evaluate.py" for name in found), found
 
 
+KINDS = {"Classification", "CausalLM", "TextTask", "TextExample", "has_head", "input_ids"}
+"""Names that only code for one kind of task has a use for."""
+
+
+def kinds_named(tree: ast.AST) -> Iterator[str]:
+    """Yield what in a file's code knows a kind of task: its names, and comparisons with a task's name."""
+    for node in ast.walk(tree):
+        for name in (getattr(node, field, None) for field in ("id", "attr", "name", "value")):
+            if isinstance(name, str) and name in KINDS:
+                yield name
+        if isinstance(node, ast.Compare):
+            sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            if any(side.endswith("model.task") or side.strip("'") in TASKS for side in sides):
+                yield ast.unparse(node)
+
+
+def test_only_tasks_know_kinds_of_records() -> None:
+    """An image task is one file and one row only as long as nobody else asks which task a run has."""
+    for path in sources():
+        name = path.relative_to(ROOT)
+        # The audits attack a model of text with texts of their own.
+        allowed = {"TextExample", "TextTask"} if name.parts[0] == "audits" else set()
+        found = set(kinds_named(ast.parse(path.read_text(encoding="utf-8")))) - allowed
+        assert name.is_relative_to("common/tasks") or not found, f"{name} knows a kind of task: {found}"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "if config.model.task == other: ...",
+        "if 'causal-lm' != kind: ...",
+        "len(record['input_ids'])",
+        "model.task.has_head",
+        "from common.tasks import CausalLM",
+    ],
+)
+def test_code_that_knows_a_kind_of_task_is_found(fault: str) -> None:
+    assert list(kinds_named(ast.parse(fault)))
+
+
 def test_accounting_knows_no_training_code() -> None:
     assert "torch" not in set(imports(ROOT / "common/privacy/accounting.py"))
+
+
+@pytest.mark.parametrize(
+    "module", ["common.config", "common.tasks", "experiments.cli", "experiments.deploy.policy_file"]
+)
+def test_settings_are_checked_without_torch(module: str) -> None:
+    """A command that only reads settings answers at once; torch and transformers take seconds to import."""
+    heavy = "torch", "transformers", "peft", "opacus"
+    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]", f"importing {module} imports {found.stdout}"

@@ -24,13 +24,14 @@ from typing import Any
 import pytest
 
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.examples import Dataset, Example
+from common.examples import Dataset
 from common.privacy import contents
 from common.privacy.accounting import EVALUATION, Accountant, Release, epsilon
 from common.privacy.charges import Charge
 from common.privacy.contents import record_hashes
 from common.privacy.ledger import Ledger
 from common.privacy.ledger_file import APPLICATION_ID
+from common.tasks.text import TextExample
 
 DELTA = 1e-5
 ROUND = Release(noise_multiplier=1.0, sample_rate=0.1, count=5)
@@ -63,9 +64,9 @@ def test_a_receipt_says_what_was_spent_and_what_is_left(path: Path) -> None:
     with Ledger(path) as ledger:
         first, second = charge(ledger, 1), charge(ledger, 2)
     assert first.epsilon_before == 0.0
-    assert first.epsilon_after == first.epsilon_round == first.epsilon_increment == cost_of(1)
+    assert first.epsilon_after == first.epsilon_increment == cost_of(1)
     assert (second.epsilon_before, second.epsilon_after) == (cost_of(1), cost_of(2))
-    assert second.epsilon_round == cost_of(1) > second.epsilon_increment == cost_of(2) - cost_of(1)
+    assert cost_of(1) > second.epsilon_increment == cost_of(2) - cost_of(1)
     assert second.epsilon_remaining == 8.0 - cost_of(2)
     assert (second.steps_round, second.steps_total) == (5, 10)
     assert second.accountant.method == "pld"
@@ -440,7 +441,7 @@ def test_the_files_mark_is_the_documented_one(path: Path) -> None:
 
 def texts(*numbers: int, column: str = "record") -> Dataset:
     """Return records of which a run read the column ``column``; a number's whole row is the same in any."""
-    examples = (Example(text=f"{column} {n}", label=n % 2, row=f"row {n}".encode()) for n in numbers)
+    examples = (TextExample(text=f"{column} {n}", label=n % 2, row=f"row {n}".encode()) for n in numbers)
     return Dataset("any", tuple(examples), ("no", "yes"))
 
 
@@ -488,7 +489,7 @@ def test_the_same_records_under_another_name_are_charged_to_both(path: Path, aga
 
 def content_alone(data: Dataset, key: bytes) -> frozenset[int]:
     """The fault of old: what the run's columns made of a row is all that is known of it."""
-    rowless = tuple(Example(example.text, label=example.label) for example in data.examples)
+    rowless = tuple(TextExample(example.text, label=example.label) for example in data.examples)
     return contents.record_hashes(Dataset(data.name, rowless, data.label_names), key)
 
 

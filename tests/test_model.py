@@ -22,10 +22,10 @@ from common.adapters import ADAPTERS
 from common.base_model import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
 from common.config import HeadConfig, ModelConfig, TrainingConfig
 from common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
-from common.examples import Example
 from common.model import FederatedModel, model_of, score_records
 from common.privacy.dpsgd import PrivateSteps
-from common.tasks import TASKS, Record
+from common.tasks import TASKS, Classification, Record
+from common.tasks.text import TextExample, pad_id
 from common.tensors import entries, fingerprint
 from common.types import HEAD, AdapterState
 
@@ -64,9 +64,9 @@ def model_for(model_folder: Callable[[str], str]) -> ModelFor:
 
 def records_of(model: FederatedModel, count: int = 9) -> list[Record]:
     words = random.Random(4)
-    return model.tokenise(
+    return model.prepare(
         [
-            Example(
+            TextExample(
                 text=" ".join(words.choices(FILLER, k=words.randint(1, 12))),
                 label=i % 2,
                 completion=" ".join(words.choices(FILLER, k=words.randint(1, 6))),
@@ -195,7 +195,7 @@ def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str
     first = model_of(**settings)
     assert model_of(**settings) is first
     assert model_of(**{**settings, "seed": 2}) is not first
-    other = ADAPTERS["ffa-lora"](3, 6.0, ("query",))
+    other = ADAPTERS["lora-frozen-a"](3, 6.0, ("query",))
     assert model_of(**{**settings, "adapter": other}).adapter is other, "two adapters with equal fields were mixed up"
 
 
@@ -266,7 +266,7 @@ def test_label_words_lead_on_their_own_phrases_by_the_margin_and_are_even_at_the
     for texts in phrases:
         rows = []
         for text in texts:
-            ids = torch.tensor([model.base.tokenizer(text)["input_ids"]])
+            ids = torch.tensor([model.base.processor(text)["input_ids"]])
             with torch.no_grad():
                 row = model.peft_model(input_ids=ids).last_hidden_state[0].mean(0)
             rows.append(row * feature_scale / row.norm() if feature_scale else row)
@@ -373,9 +373,7 @@ def test_the_score_does_not_depend_on_how_records_are_batched(family: str, model
     records = records_of(model, 17)
 
     def score(batch_tokens: int, order: list[Record]) -> tuple[float, float]:
-        got = score_records(
-            model.module, model.task, order, model.base.pad_id, model.device, torch.float32, batch_tokens
-        )
+        got = score_records(model.module, model.task, model.base, order, model.device, torch.float32, batch_tokens)
         return got.accuracy, got.loss
 
     want = score(16384, records)
@@ -421,16 +419,16 @@ def test_the_base_is_frozen_float32_and_without_a_pooler(model_folder: Callable[
 
 def test_padding_is_the_tokenizers_own_pad_token_also_when_that_is_token_0(model_folder: Callable[[str], str]) -> None:
     base = load_base_model(model_folder("bert"), "classification")
-    assert base.pad_id == base.tokenizer.pad_token_id == 0
+    assert pad_id(base) == base.processor.pad_token_id == 0
 
 
 def test_padding_falls_back_to_the_end_mark_and_then_to_token_0() -> None:
-    def pad_id(**ids: int | None) -> int:
-        return BaseModel("toy", nn.Identity(), SimpleNamespace(**ids), "-").pad_id
+    def padding(**ids: int | None) -> int:
+        return pad_id(BaseModel("toy", nn.Identity(), SimpleNamespace(**ids), "-"))
 
-    assert pad_id(pad_token_id=7, eos_token_id=2) == 7
-    assert pad_id(pad_token_id=None, eos_token_id=2) == 2
-    assert pad_id(pad_token_id=None, eos_token_id=None) == 0
+    assert padding(pad_token_id=7, eos_token_id=2) == 7
+    assert padding(pad_token_id=None, eos_token_id=2) == 2
+    assert padding(pad_token_id=None, eos_token_id=None) == 0
 
 
 def test_the_fingerprint_changes_with_one_weight_one_name_and_one_shape() -> None:
@@ -480,8 +478,8 @@ def test_the_same_weights_as_another_function_have_another_fingerprint(
 
 def test_using_a_tokenizer_leaves_its_fingerprint(model_folder: Callable[[str], str]) -> None:
     base = load_base_model(model_folder("bert"), "classification")
-    base.tokenizer(["the film was", "the"], truncation=True, padding=True, max_length=4)
-    assert model_fingerprint(base.module, base.tokenizer) == base.fingerprint
+    base.processor(["the film was", "the"], truncation=True, padding=True, max_length=4)
+    assert model_fingerprint(base.module, Classification().processor_parts(base.processor)) == base.fingerprint
 
 
 def test_records_are_cut_to_one_less_than_the_models_positions(model_for: ModelFor) -> None:
@@ -494,7 +492,7 @@ def test_records_are_cut_to_one_less_than_the_models_positions(model_for: ModelF
         label_names=("bad", "good"),
         max_length=64,
     )
-    (record,) = long.tokenise([Example(text="the film was " * 60, label=0)])
+    (record,) = long.prepare([TextExample(text="the film was " * 60, label=0)])
     assert len(record["input_ids"]) == 39
     for batch in long.fixed_batches([record]):
         long.losses(batch)
@@ -505,7 +503,11 @@ def test_the_fingerprint_of_a_base_is_that_of_weights_configuration_and_tokenize
 ) -> None:
     stock = load_base_model(model_folder("bert"), "classification")
     again = load_base_model(model_folder("bert"), "classification")
-    assert stock.fingerprint == again.fingerprint == model_fingerprint(stock.module, stock.tokenizer)
+    assert (
+        stock.fingerprint
+        == again.fingerprint
+        == model_fingerprint(stock.module, Classification().processor_parts(stock.processor))
+    )
     assert stock.fingerprint != load_base_model(model_folder("llama"), "causal-lm").fingerprint
 
 

@@ -32,12 +32,12 @@ from audits.hostile_questions import (
 from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
-from common import tasks
-from common.config import TASKS, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
+from common.config import Columns, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
 from common.data import load_dataset
 from common.errors import FedVeilError, PolicyRefusal
 from common.messages import Refusal
-from common.roles import ROLES, Role
+from common.roles import Role
+from common.tasks import TASKS, roles_of_all
 from strategies import configure
 
 
@@ -83,13 +83,20 @@ def node_for(task: str, folder: Path, settings: dict[str, Scalar]) -> dict[str, 
 
 
 def test_every_task_has_its_roles_and_every_role_its_pin() -> None:
-    assert set(ROLES) == set(TASKS) == set(tasks.TASKS)
-    fields = {item.name for item in dataclasses.fields(Policy)}
-    for role in (role for roles in ROLES.values() for role in roles):
-        assert role.attribute in fields, f"data.{role.setting} names a column that no policy can pin"
+    for task in TASKS.values():
+        assert task.roles
+        assert len({role.setting for role in task.roles}) == len({role.field for role in task.roles}) == len(task.roles)
+        fields = {item.name for item in dataclasses.fields(task.example)}
+        for role in task.roles:
+            assert role.setting in to_mapping(Policy()), f"data.{role.setting} names a column that no policy can pin"
+            assert role.field in fields, f"{task.name} reads {role.setting} into a field that its records do not have"
 
 
-@pytest.mark.parametrize(("task", "role"), [(task, role) for task in ROLES for role in ROLES[task]], ids=str)
+@pytest.mark.parametrize(
+    ("task", "role"),
+    [(name, role) for name, task in TASKS.items() for role in task.roles],
+    ids=lambda part: getattr(part, "setting", part),
+)
 def test_another_column_of_any_role_is_refused_unread(task: str, role: Role, tmp_path: Path) -> None:
     settings: dict[str, Scalar] = {"model.task": task, **OF_TASK[task]}
     node = node_for(task, tmp_path, settings)
@@ -117,7 +124,7 @@ def test_what_else_is_pinned_is_refused_unread(asked: dict[str, Scalar], words: 
 
 # Every other setting of data.* and model.*.
 
-PINNED = {"model.task", "model.max-length", "data.labels", *(f"data.{r.setting}" for rs in ROLES.values() for r in rs)}
+PINNED = {"model.task", "model.max-length", "data.labels", *(f"data.{r.setting}" for r in roles_of_all())}
 NAMED = {"model.name"}
 """Asked by the policy's ``models``."""
 COMPUTED = {"model.feature-scale"}
@@ -168,7 +175,7 @@ def test_every_setting_of_the_model_is_pinned_or_named_or_only_computed_with() -
 
 def test_own_settings_are_the_columns_of_the_task_and_no_more() -> None:
     config = from_mapping({"data.key": "postcode", "data.text": "note", "data.prompt": "q", "data.labels": "a,b"})
-    assert own_settings(config) == DataConfig(text="note", labels="a,b", partition="iid")
+    assert own_settings(config) == DataConfig(columns=Columns({"text": "note"}), labels="a,b", partition="iid")
 
 
 # Who needs a policy.
@@ -331,13 +338,13 @@ def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_t
 ) -> None:
     from client import app
 
-    passed, tokenised = [0], app.tokenised
+    passed, tokenised = [0], app.prepared
 
     def counted(*arguments: Any) -> Any:
         passed[0] += 1
         return tokenised(*arguments)
 
-    monkeypatch.setattr(app, "tokenised", counted)
+    monkeypatch.setattr(app, "prepared", counted)
     monkeypatch.setattr(app, "_process", app._Process())
     labels = str(site.settings["data.labels"])
     wrong = dataclasses.replace(site.task(1), start_fingerprint="0" * 64)
@@ -355,12 +362,12 @@ def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_t
 
 def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     """Not one beside it: each cell tells its column."""
-    names = [f"{role.setting}-column" for roles in ROLES.values() for role in roles]
+    names = [f"{role.setting}-column" for role in roles_of_all()]
     path = tmp_path / "columns.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([names, names, [f"{name}-2" for name in names]])
-    for task, roles in ROLES.items():
-        config = DataConfig(**{role.attribute: f"{role.setting}-column" for role in roles})
+    for task, roles in ((name, task.roles) for name, task in TASKS.items()):
+        config = DataConfig(columns=Columns({role.setting: f"{role.setting}-column" for role in roles}))
         data = load_dataset(config, task, str(path))
         for role in roles:
             value = getattr(data.examples[0], role.field)

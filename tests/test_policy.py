@@ -21,7 +21,7 @@ from client.budget import plan_of
 from client.evaluation import noised_correct
 from client.policy import Policy, load_policy
 from client.site import Site, check_job, open_site
-from common.config import Scalar, from_mapping
+from common.config import Scalar, from_mapping, to_mapping
 from common.data import load_dataset, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.examples import Dataset
@@ -233,7 +233,7 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
 
     monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total)
     exact, model, config = site.train(2).noised_correct, site.model(), configure(site.settings).config
-    records = model.tokenise(load_dataset(config.data, config.model.task, str(site.node["data"])).examples)
+    records = model.prepare(load_dataset(config.data, config.model.task, str(site.node["data"])).examples)
     model.write(model.start)
     assert exact is not None
     assert exact.value == round(model.score(records).accuracy * len(records))
@@ -247,7 +247,7 @@ def test_no_record_reaches_the_model_before_its_round_is_paid_for(
     ways = {name: getattr(FederatedModel, name) for name in ("batch", "fixed_batch")}
     data = configure(site.settings).config.data
     examples = load_dataset(data, "classification", str(site.node["data"])).examples
-    own = [record["input_ids"] for record in site.model().tokenise(examples)]
+    own = [record["input_ids"] for record in site.model().prepare(examples)]
 
     def seen(way: str) -> Any:
         def look(model: FederatedModel, records: Any, *shape: int) -> Any:
@@ -399,8 +399,8 @@ def test_a_delta_above_one_over_the_size_and_a_figure_said_twice_stop_the_site(s
 
 def test_every_rule_has_a_line_in_the_docs() -> None:
     text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
-    for item in dataclasses.fields(Policy):
-        assert f"`{item.name.replace('_', '-')}`" in text, f"docs/privacy.md does not say what {item.name} is"
+    for key in to_mapping(Policy()):
+        assert f"`{key}`" in text, f"docs/privacy.md does not say what {key} is"
 
 
 def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:

@@ -81,7 +81,12 @@ def test_pins_are_put_in_and_the_stewards_other_words_stay(tmp_path: Path) -> No
     path.chmod(0o640)
     pin(path, PINS)
     text, policy = path.read_text(encoding="utf-8"), load_policy(path)
-    assert (policy.text, policy.labels, policy.max_length, policy.text_pair) == ("note", "bad,good", 64, "")
+    assert (policy.columns["text"], policy.labels, policy.max_length, policy.columns["text-pair"]) == (
+        "note",
+        "bad,good",
+        64,
+        "",
+    )
     assert (policy.epsilon, policy.delta, policy.models) == (3.0, 1e-4, "mini=0123456789abcdef0123456789abcdef")
     for kept in (
         *("# Ours since May.", "# agreed with the board", "# was note # before", "# 0\n", '# 1 and a "#" of its own'),
@@ -121,7 +126,7 @@ def test_pins_added_to_an_old_policy_are_said_to_be_pins(tmp_path: Path) -> None
     path = tmp_path / "policy.toml"
     path.write_text("epsilon = 4.0\ndelta = 1e-5", encoding="utf-8")  # no line end
     fedveil("site", "pin", str(path), "--text", "note", "--labels", "bad,good", "--max-length", "64")
-    assert load_policy(path).text == "note"
+    assert load_policy(path).columns["text"] == "note"
     assert "1e-5\n# What the records are for." in path.read_text(encoding="utf-8")
 
 
@@ -160,12 +165,17 @@ def test_pins_that_a_call_does_not_name_stay_and_all_are_said(tmp_path: Path) ->
     said = fedveil("site", "pin", str(path), "--max-length", "64", "--label", "verdict")
     assert "made" not in said
     policy = load_policy(path)
-    assert (policy.text, policy.text_pair, policy.label) == ("note", "title", "verdict")
+    assert tuple(policy.columns[role] for role in ("text", "text-pair", "label")) == ("note", "title", "verdict")
     assert (policy.labels, policy.max_length, policy.task) == ("bad,good", 64, "classification")
     assert "text 'note', text-pair 'title', label 'verdict', labels 'bad', 'good', max-length 64" in said
     fedveil("site", "pin", str(path), "--task", "causal-lm", "--prompt", "question")
     policy = load_policy(path)
-    assert (policy.prompt, policy.completion, policy.labels, policy.max_length) == ("question", "completion", "", 64)
+    assert (policy.columns["prompt"], policy.columns["completion"], policy.labels, policy.max_length) == (
+        "question",
+        "completion",
+        "",
+        64,
+    )
 
 
 def test_a_mistyped_folder_makes_no_policy(tmp_path: Path) -> None:

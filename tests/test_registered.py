@@ -44,7 +44,7 @@ class Impostor(Faulty):
         return encode_reply(replace(honest, site=self.says))
 
 
-def rounds(settings: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
+def rounds(settings: dict[str, Any], **changes: Any) -> list[RoundLine]:
     kind = type("Kind", (Impostor,), changes)
     return read_lines(RoundLine, run_in_process(plain(settings), 3, "named", kind))
 

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from client import app, local_training, rehearsal
-from client.own_records import tokenised
+from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial
 from common.adapters import ADAPTERS
 from common.base_model import BaseModel, load_base_model
 from common.config import HeadConfig
 from common.errors import ConfigError, LedgerError, ModelError
-from common.examples import Example
 from common.messages import Refusal, TrainResult
 from common.model import FederatedModel, model_of
 from common.privacy.charges import Failure
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.ledger import Ledger
 from common.tasks import TASKS
+from common.tasks.text import TextExample
 from common.tensors import entries
 
 SIZE = len(VOCABULARY)
@@ -121,8 +121,8 @@ def test_longrope_follows_from_a_records_own_shape(saved: Callable[[Any], str]) 
     model = federated(saved(llama(40, scaling)), "causal-lm", "q_proj,v_proj")
     rehearse(model)
     with PrivateSteps(model.module, torch.optim.SGD(model_parameters(model), lr=0.0), rehearsal._PLAN) as steps:
-        short = model.tokenise([Example(text="the film", completion="was")])
-        long = model.tokenise([Example(text="the film was very " * 8, completion="warm")])
+        short = model.prepare([TextExample(text="the film", completion="was")])
+        long = model.prepare([TextExample(text="the film was very " * 8, completion="warm")])
 
         def gradient(records: list[Any]) -> list[Tensor]:
             first = next(model.fixed_batches(records))
@@ -380,8 +380,8 @@ def test_a_record_that_the_model_cannot_take_is_left_out(
     model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = federated(model_folder("bert"), "classification", "query,value")
-    good = [Example(text="the film", label=0), Example(text="warm story", label=1)]
-    wanted = model.tokenise(good)
+    good = [TextExample(text="the film", label=0), TextExample(text="warm story", label=1)]
+    wanted = model.prepare(good)
     tokenise = model.task.tokenise
 
     def picky(tokenizer: Any, examples: Any, longest: int) -> Any:
@@ -393,6 +393,6 @@ def test_a_record_that_the_model_cannot_take_is_left_out(
         return [{**record, "input_ids": others.get(e.text, record["input_ids"])} for record, e in pairs]
 
     monkeypatch.setattr(type(model.task), "tokenise", lambda _, *arguments: picky(*arguments))
-    odd = [Example(text="odd", label=0), Example(text="two", label=1), Example(text="three", label=1)]
-    assert tokenised(model, [good[0], *odd, good[1]]) == wanted
-    assert tokenised(model, []) == []
+    odd = [TextExample(text="odd", label=0), TextExample(text="two", label=1), TextExample(text="three", label=1)]
+    assert prepared(model, [good[0], *odd, good[1]]) == wanted
+    assert prepared(model, []) == []

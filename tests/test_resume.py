@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from made_run import spent
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from common import randomness
 from common.errors import DataError, RunFailed
@@ -190,3 +191,15 @@ def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: d
     (Path(settings["resume"]) / NAME).write_bytes(b"rubbish")
     with pytest.raises(DataError, match="is damaged"):
         with_resumed(given)
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dict[str, Any]) -> None:
+    with pytest.raises(Killed), killed_at(17):
+        run_in_process(toy_settings, 1, "77")
+    path = Path(toy_settings["output"]) / "ffa-lora-77" / NAME
+    with safe_open(str(path), framework="pt") as file:
+        about = file.metadata()["about"]
+    path.write_bytes(save(load_file(str(path)), metadata={"format": "3", "about": about}))
+    with pytest.raises(DataError, match=r"has format 3, not 4: use the FedVeil that wrote it$") as refused:
+        run_in_process({**toy_settings, "resume": "77"}, 1)
+    assert "\n" not in str(refused.value)

@@ -19,13 +19,13 @@ from audits.faults import SOUND, Fault
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from client import local_training
 from client.outgoing import UNTOLD
-from common.config import DataConfig
+from common.cells import CELL_CHARACTERS
+from common.config import Columns, DataConfig
 from common.data import Reading, load_dataset, load_protected
 from common.errors import DataError, UnreadableFile
 from common.messages import Refusal, Reply, TrainResult
 from common.privacy import dpsgd
 from common.privacy.ledger import Ledger
-from common.rows import CELL_CHARACTERS
 from common.tables import Unfit
 from common.wire import encode_reply
 
@@ -158,7 +158,9 @@ def test_an_odd_cell_of_a_parquet_file_is_a_row_that_is_no_record(tmp_path: Path
     reading = load_protected(DataConfig(name=str(path), labels="bad,good"), "classification")
     assert [e.text for e in reading.dataset.examples] == ["a film"]
     assert [(row.row, row.reason) for row in reading.unfit] == [(2, "has a label that is not among data.labels")]
-    by_time = load_protected(DataConfig(name=str(path), text="seen", labels="bad,good"), "classification")
+    by_time = load_protected(
+        DataConfig(name=str(path), columns=Columns({"text": "seen"}), labels="bad,good"), "classification"
+    )
     assert [row.reason for row in by_time.unfit] == [
         "has a datetime in column 'seen' (data.text)",
         "has a cell in column 'seen' (data.text)",
@@ -183,8 +185,12 @@ def test_no_choice_of_labels_or_columns_asks_a_question_for_free(tmp_path: Path)
     path = tmp_path / "own.csv"
     path.write_text("".join(["text,label,postcode,note\n", *rows]), encoding="utf-8")
     asked = [("postcode", "1000,1001,1002"), ("postcode", "1000,1001,1002,9037"), ("label", "good,fair")]
-    questions = [DataConfig(name=str(path), label=label, labels=labels) for label, labels in asked]
-    questions += [DataConfig(name=str(path), text=text, labels="bad,good") for text in ("note", "postcode")]
+    questions = [
+        DataConfig(name=str(path), columns=Columns({"label": label}), labels=labels) for label, labels in asked
+    ]
+    questions += [
+        DataConfig(name=str(path), columns=Columns({"text": text}), labels="bad,good") for text in ("note", "postcode")
+    ]
     assert told(load_protected, questions) == {"answered"}
     # Planted fault: the old reading tells by a refusal, free of charge, whether all records have one of these values.
     assert told(load_dataset, questions) == {"answered", "refused before the charge"}
@@ -316,7 +322,7 @@ def test_a_cell_of_the_largest_size_is_read_and_csvs_own_limit_stays_as_it_was(t
 def test_a_name_that_no_json_line_has_is_no_error_of_protected_data(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "x", "label": "good"}\n', encoding="utf-8")
-    config = DataConfig(name=str(path), text="note", labels="bad,good")
+    config = DataConfig(name=str(path), columns=Columns({"text": "note"}), labels="bad,good")
     with pytest.raises(DataError, match="has no column 'note'"):
         load_dataset(config, "classification")
     assert [row.row for row in load_protected(config, "classification").unfit] == [1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +12,7 @@ from common.run_lines import RoundLine, read_lines
 from common.types import HEAD, AdapterState
 from experiments.in_process import run_in_process
 from server.optimizer import server_step
-from strategies import STRATEGIES, Contribution, ServerState
-from strategies.base import MOMENTS, STEPS
+from strategies import STRATEGIES, Contribution, Moments, ServerState
 from strategies.fed_svd import FedSVD
 from strategies.ffa_lora import FFALoRA
 
@@ -43,7 +41,7 @@ def gradient_at(state: AdapterState, site: int) -> AdapterState:
 
 def test_one_plain_step_at_unequal_sites_makes_the_servers_adam_centralised_adam() -> None:
     weights, rate = [5.0, 1.0, 2.0], 0.3
-    state = ServerState(0, start())
+    state = ServerState(0, start(), ("B",))
     reference = {(k, n): t.clone().requires_grad_(n != "A") for k, f in start().items() for n, t in f.items()}
     trained = [t for t in reference.values() if t.requires_grad]
     shares = [3.0 if k == HEAD else 1.0 for (k, n), t in reference.items() if t.requires_grad]
@@ -75,23 +73,24 @@ def test_one_plain_step_at_unequal_sites_makes_the_servers_adam_centralised_adam
 
 
 def test_without_an_optimiser_the_average_is_the_new_model() -> None:
-    averaged = ServerState(1, start(1))
+    averaged = ServerState(1, start(1), ("B",))
     config = replace(CONFIG, server=ServerConfig(optimizer="none"))
-    assert server_step(config, ServerState(0, start()), averaged) is averaged
+    assert server_step(config, ServerState(0, start(), ("B",)), averaged) is averaged
 
 
 def test_the_adapter_keeps_its_dtype_and_the_moments_are_float64() -> None:
     single = {layer: {n: t.float() for n, t in f.items()} for layer, f in start().items()}
     other = {layer: {n: t.float() for n, t in f.items()} for layer, f in start(1).items()}
-    state = server_step(CONFIG, ServerState(0, single), ServerState(1, other))
+    state = server_step(CONFIG, ServerState(0, single, ("B",)), ServerState(1, other, ("B",)))
     assert {t.dtype for f in state.adapter.values() for t in f.values()} == {torch.float32}
-    moments = [t for layer, f in state.memory.items() if not layer.startswith(STEPS) for t in f.values()]
+    moments = [t for held in (state.optimizer.first, state.optimizer.second) for f in held.values() for t in f.values()]
+    assert len(moments) == 2 * 4
     assert {t.dtype for t in moments} == {torch.float64}
 
 
 def test_the_first_step_has_the_learning_rates_length_in_every_moved_coordinate() -> None:
     before, after = start(), start(1)
-    state = server_step(CONFIG, ServerState(0, before), ServerState(1, after))
+    state = server_step(CONFIG, ServerState(0, before, ("B",)), ServerState(1, after, ("B",)))
     moved = (state.adapter["layer"]["B"] - before["layer"]["B"]).abs()
     change = (before["layer"]["B"] - after["layer"]["B"]).abs()
     assert torch.allclose(moved, 0.05 * change / (change + 1e-3)), "Adam's first step is nearly the sign of the change"
@@ -110,34 +109,32 @@ def test_v8_moments_are_dropped_when_fed_svd_turns_the_basis_and_the_next_step_i
         settle.append(server_step(CONFIG, before, averaged))
         return settle[-1]
 
-    begun = strategy.start(start())
+    begun = strategy.start(start(), ("B",))
     first = strategy.server_update(begun, [site(1)], step)
-    assert {f"{prefix}layer" for prefix in MOMENTS} <= first.memory.keys(), "no basis turned, and moments are gone"
+    for held in (first.optimizer.first, first.optimizer.second, first.optimizer.steps):
+        assert "layer" in held, "nothing turned, and moments are gone"
     second = strategy.server_update(first, [site(2)], step)
-    assert not torch.allclose(second.adapter["layer"]["A"], first.adapter["layer"]["A"]), "the basis did not turn"
-    assert not [k for k in second.memory if k.endswith("layer") and k != "layer"], "moments of the old basis are kept"
-    assert int(second.memory[STEPS + HEAD]["t"]) == 2, "the head has no basis, its moments must stay"
+    assert not torch.allclose(second.adapter["layer"]["A"], first.adapter["layer"]["A"]), "A did not turn"
+    for held in (second.optimizer.first, second.optimizer.second, second.optimizer.steps):
+        assert set(held) == {HEAD}, "moments of the old coordinates are kept, or the head's are gone"
+    assert second.optimizer.steps[HEAD] == 2
     strategy.server_update(second, [site(3)], step)
-    fresh = server_step(CONFIG, replace(second, memory={}), strategy.aggregate(second, [site(3)]))
+    averaged = strategy.combine(second, [site(3)])
+    fresh = server_step(CONFIG, replace(second, optimizer=Moments()), averaged)
     assert torch.equal(settle[-1].adapter["layer"]["B"], fresh.adapter["layer"]["B"]), "the step is not a first one"
-    old = server_step(CONFIG, replace(second, memory=settle[1].memory), strategy.aggregate(second, [site(3)]))
+    old = server_step(CONFIG, replace(second, optimizer=settle[1].optimizer), averaged)
     assert not torch.allclose(old.adapter["layer"]["B"], fresh.adapter["layer"]["B"]), "keeping them changes nothing"
 
 
-def test_a_strategy_averages_without_seeing_the_optimisers_moments() -> None:
-    seen = []
-
-    class Watching(FFALoRA):
-        def aggregate(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-            seen.append(set(state.memory))
-            return super().aggregate(state, contributions)
-
-    state = ServerState(0, start(), {"own": {"x": torch.zeros(1)}})
+def test_the_optimiser_and_the_strategy_keep_their_own_apart() -> None:
+    memory = {"own": {"x": torch.zeros(1)}}
+    state = ServerState(0, start(), ("B",), memory)
     for seed in (1, 2):
         site = Contribution("s", 1.0, {"layer": {"B": start(seed)["layer"]["B"]}, HEAD: start(seed)[HEAD]})
-        state = Watching().server_update(state, [site], lambda a, b: server_step(CONFIG, a, b))
-    assert seen == [{"own"}, {"own"}]
-    assert {"own", STEPS + HEAD} <= state.memory.keys()
+        state = FFALoRA().server_update(state, [site], lambda a, b: server_step(CONFIG, a, b))
+    assert state.memory == memory
+    assert state.optimizer.steps == {"layer": 2, HEAD: 2}
+    assert state.trained == ("B",)
 
 
 def test_every_strategy_lowers_the_loss_under_the_servers_adam(toy_settings: dict[str, Any]) -> None:

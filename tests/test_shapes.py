@@ -15,12 +15,12 @@ from torch.optim import SGD
 
 from audits.hostile_state import MOST, NEIGHBOURS, audit_state, clips_moved, default_model, install
 from audits.worlds import World, fresh_world, minus, norm, plan, released
-from common.examples import Example
 from common.privacy.dpsgd import PrivateSteps
 from common.shapes import FixedBatch, Shapes
 from common.tasks import Record
+from common.tasks.text import TextExample
 
-FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "ffa-lora", "frozen")]
+FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen")]
 SHAPES = st.builds(Shapes, st.integers(1, 3000), st.integers(1, 5000), st.integers(1, 64))
 
 
@@ -71,7 +71,7 @@ def fixed_release(world: World, records: list[Record], clip: float = 0.5) -> lis
 
 def test_no_mask_of_a_private_batch_is_all_ones(model_folder: Callable[[str], str]) -> None:
     model = fresh_world(model_folder("bert"), "bert", "lora", "trained", "bfloat16").model
-    world = World(model, model.tokenise([Example(text="the film was " * 20, label=0)] * 40))
+    world = World(model, model.prepare([TextExample(text="the film was " * 20, label=0)] * 40))
     assert all(len(record["input_ids"]) == model.max_length for record in world.records)
     for batch in model.fixed_batches(world.records):
         assert not batch["attention_mask"].bool().all(), "the model drops the mask, and rounds otherwise than with it"
@@ -79,7 +79,7 @@ def test_no_mask_of_a_private_batch_is_all_ones(model_folder: Callable[[str], st
 
 def invent(world: World, length: int, number: int) -> Record:
     draw = random.Random(f"{length}/{number}")
-    tokens = draw.choices(range(4, len(world.model.base.tokenizer)), k=length)
+    tokens = draw.choices(range(4, len(world.model.base.processor)), k=length)
     return world.model.task.made_up(world.records[0], tokens, number % 2)
 
 

@@ -126,7 +126,7 @@ def test_an_update_is_shortened_in_its_own_direction_from_what_the_site_received
     held = {"layer": {"B": torch.full((NUMBERS,), 0.5)}}
     moved = [{"layer": {"B": 0.5 + u["layer"]["B"]}} for u in (update(1.0, 1), update(1.1, 2), update(30.0, 3))]
     results = [replace(r, contribution=c) for r, c in zip(round_of(job, 3), moved, strict=True)]
-    averaged = contributions(job, results, ServerState(0, held))
+    averaged = contributions(job, results, ServerState(0, held, ("B",)))
     assert all(torch.equal(a.state["layer"]["B"], m["layer"]["B"]) for a, m in zip(averaged[:2], moved, strict=False))
     change = averaged[2].state["layer"]["B"] - 0.5
     assert torch.allclose(change, update(1.1 * LONGEST_OPEN, 3)["layer"]["B"], atol=1e-6)

@@ -6,8 +6,10 @@ head), because a strategy may rewrite its factors as long as their product is ri
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.adapters import ADAPTERS, Adapter
+from common.adapters import ADAPTERS, Adapter, LoRA, LoRAFrozenA
 from common.errors import ProtocolError
-from common.tensors import entries, merge, scale, select
+from common.tensors import apply, entries, merge, scale, select
 from common.types import HEAD, AdapterState
 from common.wire import decode_state, encode_state, layout_of
-from strategies import STRATEGIES
+from strategies import STRATEGIES, base, table
+from strategies.average import Average
 from strategies.base import Contribution, ServerState, Strategy, mean
+from strategies.table import travels
 
 RANK = 3
 LAYERS = {"encoder.0.query": (5, 7), "encoder.1.dense": (8, 4)}
@@ -32,15 +36,26 @@ OPTIONS: dict[str, tuple[dict[str, object], ...]] = {"fed-svd": ({"period": 2}, 
 """Further settings of a strategy that the contract must hold for."""
 REBUILT: dict[str, tuple[str, ...]] = {"fed-svd": ("A",)}
 """Frozen factors that a strategy is documented to move although they never travel."""
+OTHERS: dict[str, tuple[str, ...]] = {"fedavg-lora": ("lora-frozen-a", "lora-sb")}
+"""Further adapters that the contract must hold a strategy's rule to."""
+
+
+def on(kind: type[Strategy], adapter: str) -> Strategy:
+    """Return a strategy whose preset is another adapter that it accepts."""
+    kind.check_adapter(ADAPTERS[adapter])
+    return type(kind.__name__, (kind,), {"adapter": adapter})()
 
 
 def variants() -> list[Strategy]:
     plain = [strategy() for strategy in STRATEGIES.values()]
-    return plain + [STRATEGIES[name](**o) for name, several in OPTIONS.items() if name in STRATEGIES for o in several]
+    options = [STRATEGIES[name](**o) for name, several in OPTIONS.items() if name in STRATEGIES for o in several]
+    return plain + options + [on(STRATEGIES[name], adapter) for name, several in OTHERS.items() for adapter in several]
 
 
 def spoken(strategy: Strategy) -> str:
     changed = {k: v for k, v in vars(strategy).items() if v != getattr(type(strategy)(), k)}
+    if strategy.adapter != STRATEGIES[strategy.name].adapter:
+        changed["adapter"] = strategy.adapter
     return strategy.name + "".join(f",{k}={v}" for k, v in changed.items())
 
 
@@ -48,44 +63,44 @@ each_strategy = pytest.mark.parametrize("strategy", variants(), ids=spoken)
 
 
 def adapter_of(strategy: Strategy) -> Adapter:
-    return ADAPTERS[strategy.adapters[0]](RANK, 2.0 * RANK, ("query", "dense"))
+    return ADAPTERS[strategy.adapter](RANK, 2.0 * RANK, ("query", "dense"))
 
 
-def shape(factor: str, out: int, into: int) -> tuple[int, int]:
-    return {"A": (RANK, into), "B": (out, RANK), "R": (RANK, RANK)}[factor]
+def exact(strategy: Strategy) -> bool:
+    return strategy.exact(type(adapter_of(strategy)))
 
 
-def random_state(factors: Sequence[str], seed: int, dtype: torch.dtype = torch.float64) -> AdapterState:
+def random_state(adapter: Adapter, factors: Sequence[str], seed: int, dtype: torch.dtype) -> AdapterState:
     """Return random ``factors`` of every layer, and a head."""
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=dtype)
 
-    layers = {layer: {f: tensor(*shape(f, *sizes)) for f in factors} for layer, sizes in LAYERS.items()}
+    layers = {layer: {f: tensor(*adapter.shapes(*sizes)[f]) for f in factors} for layer, sizes in LAYERS.items()}
     return {**layers, HEAD: {"weight": tensor(CLASSES, HIDDEN), "bias": tensor(CLASSES)}}
 
 
 def example_states(strategy: Strategy, dtype: torch.dtype = torch.float64) -> AdapterState:
     """Return an adapter's start as the strategy's default adapter would: every factor, and the head."""
     adapter = adapter_of(strategy)
-    return random_state((*adapter.frozen, *adapter.trained), seed=1, dtype=dtype)
+    return random_state(adapter, (*adapter.frozen, *adapter.trained), 1, dtype)
 
 
 def started(strategy: Strategy, dtype: torch.dtype = torch.float64) -> ServerState:
-    return strategy.start(example_states(strategy, dtype))
+    return strategy.start(example_states(strategy, dtype), adapter_of(strategy).trained)
 
 
 def trained_model(strategy: Strategy, state: ServerState, seed: int) -> AdapterState:
     """Return the whole adapter of a site that received ``state`` and trained to random values."""
     dtype = next(tensor for _, _, tensor in entries(state.adapter)).dtype
     here = strategy.install(example_states(strategy, dtype), strategy.downlink(state))
-    return merge(here, random_state(adapter_of(strategy).trained, seed, dtype))
+    return merge(here, random_state(adapter_of(strategy), adapter_of(strategy).trained, seed, dtype))
 
 
 def contribution(strategy: Strategy, model: AdapterState, weight: float, name: str = "site") -> Contribution:
     trained = select(model, (*adapter_of(strategy).trained, *model[HEAD]))
-    return Contribution(name, weight, strategy.contribution(trained))
+    return Contribution(name, weight, strategy.uplink(trained))
 
 
 def participants(strategy: Strategy, state: ServerState, seeds: Sequence[int]) -> list[Contribution]:
@@ -138,7 +153,7 @@ def expected(strategy: Strategy, state: ServerState, seeds: Sequence[int]) -> di
     models = [trained_model(strategy, state, seed) for seed in seeds]
     sizes = [10.0 * seed + 7 for seed in seeds]
     shares = [size / sum(sizes) for size in sizes]
-    if strategy.exact:
+    if exact(strategy):
         parts = [weights_of(strategy, model) for model in models]
         return {k: sum((p * part[k] for p, part in zip(shares, parts, strict=True)), torch.zeros(())) for k in parts[0]}
     average: AdapterState = {
@@ -223,9 +238,8 @@ def test_a_strategy_is_exact_if_and_only_if_it_says_so(strategy: Strategy) -> No
     gap = max(
         float((new[k] - sum(p * model[k] for p, model in zip(shares, models, strict=True))).abs().max()) for k in new
     )
-    assert (gap < 1e-12) == strategy.exact, (
-        f"{strategy.name}.exact is {strategy.exact}, but the mean is off by {gap:.1e}"
-    )
+    said = exact(strategy)
+    assert (gap < 1e-12) == said, f"{strategy.name} says exact: {said}, but the mean is off by {gap:.1e}"
 
 
 def moved(before: AdapterState, after: AdapterState) -> set[str]:
@@ -238,7 +252,7 @@ def test_frozen_factors_stay_bit_for_bit_unless_the_strategy_is_known_to_rebuild
     for seeds in ([2, 3], [4], [5, 6]):
         state = strategy.server_update(state, participants(strategy, state, seeds))
     known = REBUILT.get(strategy.name, ())
-    kept = set(adapter_of(strategy).frozen) - set(strategy.received) - set(known)
+    kept = set(adapter_of(strategy).frozen) - set(known)
     assert not moved(start, state.adapter) & kept, f"{strategy.name} moved the frozen {kept}"
     assert moved(start, state.adapter) >= {*adapter_of(strategy).trained, *known, "weight", "bias"}
 
@@ -270,27 +284,27 @@ def test_a_site_that_joins_late_has_the_servers_adapter_bit_for_bit(strategy: St
 def test_a_lost_factor_is_noticed_by_the_comparison_of_site_and_server(strategy: Strategy) -> None:
     state = started(strategy)
     state = strategy.server_update(state, participants(strategy, state, [2, 3]))
-    kept = [name for name in strategy.received if name in adapter_of(strategy).trained][1:]
-    broken = select(strategy.downlink(state), (*kept, *(n for n in strategy.received if n == "M"), "weight", "bias"))
+    received = strategy.downlink(state)
+    lost = adapter_of(strategy).trained[0]
+    broken = select(received, {name for _, name, _ in entries(received)} - {lost})
     assert moved(state.adapter, strategy.install(example_states(strategy), broken))
 
 
 @each_strategy
 @pytest.mark.parametrize("head", [True, False], ids=["trained head", "frozen head"])
-def test_a_site_sends_and_receives_exactly_what_the_strategy_declares(strategy: Strategy, head: bool) -> None:
-    start = {k: v for k, v in example_states(strategy).items() if head or k != HEAD}
-    sent = strategy.contribution(select(start, (*adapter_of(strategy).trained, "weight", "bias")))
-    received = strategy.downlink(strategy.start(start))
-    for what, names, state in (("sent", strategy.sent, sent), ("received", strategy.received, received)):
-        want = {**{layer: set(names) for layer in LAYERS}, **({HEAD: {"weight", "bias"}} if head else {})}
-        assert {layer: set(factors) for layer, factors in state.items()} == want, f"{strategy.name}: {what} is untrue"
-    assert set(strategy.sent) <= set(adapter_of(strategy).trained), "a factor that is not trained would be sent"
-
-
-@each_strategy
-def test_a_site_never_sends_a_frozen_factor_even_if_handed_one(strategy: Strategy) -> None:
-    sent = strategy.contribution(example_states(strategy))
-    assert not {name for _, name, _ in entries(sent)} & set(adapter_of(strategy).frozen)
+def test_a_site_sends_what_it_trains_and_no_frozen_factor_travels(strategy: Strategy, head: bool) -> None:
+    adapter, start = adapter_of(strategy), {k: v for k, v in example_states(strategy).items() if head or k != HEAD}
+    sent = strategy.uplink(select(start, (*adapter.trained, "weight", "bias")))
+    received = strategy.downlink(strategy.start(start, adapter.trained))
+    for layer, (out, into) in LAYERS.items():
+        down, up = travels(strategy, adapter, out, into)
+        assert set(sent[layer]) == set(adapter.trained), f"{strategy.name} does not send what is trained"
+        assert not set(received[layer]) & set(adapter.frozen), f"{strategy.name} sends a frozen factor every round"
+        assert layout_of({"layer": received[layer]}) == layout_of(down), "the tables count another message down"
+        assert layout_of({"layer": sent[layer]}) == layout_of(up), "the tables count another message up"
+    for state in (sent, received):
+        assert set(state.get(HEAD, ())) == ({"weight", "bias"} if head else set())
+        assert set(state) == {*LAYERS, *([HEAD] if head else [])}
 
 
 @each_strategy
@@ -353,6 +367,48 @@ def test_only_ratios_of_weights_matter() -> None:
 
 def test_names_are_kept_in_one_table() -> None:
     assert all(strategy.name == name for name, strategy in STRATEGIES.items())
-    assert all(adapter in ADAPTERS for strategy in STRATEGIES.values() for adapter in strategy.adapters)
+    for strategy in STRATEGIES.values():
+        strategy.check_adapter(ADAPTERS[strategy.adapter])
     assert set(REBUILT) <= set(STRATEGIES)
     assert set(OPTIONS) <= set(STRATEGIES)
+
+
+class Middle(Strategy):
+    """The coordinate-wise median: a rule that no mean is enough for."""
+
+    name, paper, adapter = "middle", "none", "lora"
+
+    def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        middle = apply(lambda *tensors: torch.stack(tensors).median(0).values, *(c.state for c in contributions))
+        return replace(state, round_number=state.round_number + 1, adapter=merge(state.adapter, middle))
+
+
+def test_a_strategy_that_needs_each_contribution_gets_them_and_one_that_needs_the_mean_gets_no_more() -> None:
+    states = [random_state(LoRA(RANK, 6.0, ()), ("A", "B"), seed, torch.float64) for seed in (1, 2, 3)]
+    sites = [Contribution(str(i), 1.0 + i, state) for i, state in enumerate(states)]
+    new = Middle().server_update(Middle().start(states[0], ("A", "B")), sites)
+    layer = next(iter(LAYERS))
+    wanted = torch.stack([state[layer]["A"] for state in states]).sort(0).values[1]
+    assert torch.equal(new.adapter[layer]["A"], wanted)
+    assert (Middle.needs, Middle.exact(LoRAFrozenA)) == ("each", False)
+
+    given: list[AdapterState] = []
+
+    class Watching(Average):
+        def update(self, state: ServerState, mean: AdapterState) -> ServerState:
+            given.append(mean)
+            return super().update(state, mean)
+
+    Watching().server_update(Watching().start(states[0], ("A", "B")), sites)
+    assert [layout_of(state) for state in given] == [layout_of(states[0])]
+    assert all(torch.equal(tensor, mean(sites)[layer][name]) for layer, name, tensor in entries(given[0]))
+    for strategy in STRATEGIES.values():
+        assert (strategy.needs == "mean") == issubclass(strategy, Average)
+        assert not issubclass(strategy, Average) or strategy.combine is Average.combine, "the mean is gone around"
+
+
+@pytest.mark.parametrize(("module", "examples"), [(base, 8), (table, 1)], ids=["a round", "the table"])
+def test_the_examples_in_docstrings_run(module: ModuleType, examples: int) -> None:
+    done = doctest.testmod(module)
+    assert done.attempted >= examples
+    assert not done.failed

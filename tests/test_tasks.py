@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,16 +20,18 @@ from torch import Tensor, nn
 from common.base_model import BaseModel, load_base_model
 from common.batching import length_batches
 from common.errors import DataError
-from common.examples import Example
-from common.tasks import CausalLM, Classification, CompletionModel, Record, Task, TextClassifier
+from common.tasks import TASKS, CausalLM, Classification, Record, Task
 from common.tasks.causal_lm import IGNORED
+from common.tasks.module import TaskModule
+from common.tasks.text import TextExample
 
 WORDS = random.Random(4)
 TEXTS = [" ".join(WORDS.choices(FILLER, k=length)) for length in (1, 14, 3, 9, 5)]
-SINGLE = [Example(text=text, label=i % 2) for i, text in enumerate(TEXTS)]
-PAIRS = [Example(text=text, text_pair=other, label=0) for text, other in zip(TEXTS, TEXTS[::-1], strict=True)]
+SINGLE = [TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)]
+PAIRS = [TextExample(text=text, text_pair=other, label=0) for text, other in zip(TEXTS, TEXTS[::-1], strict=True)]
 PROMPTS = [
-    Example(text=f"question {text} answer", completion=" ".join(FILLER[: 1 + 2 * i])) for i, text in enumerate(TEXTS)
+    TextExample(text=f"question {text} answer", completion=" ".join(FILLER[: 1 + 2 * i]))
+    for i, text in enumerate(TEXTS)
 ]
 
 Loaded = Callable[[str], BaseModel]
@@ -46,8 +50,9 @@ def loaded(model_folder: Callable[[str], str]) -> Loaded:
     return load
 
 
-def classifier(base: BaseModel, feature_scale: float = 0.0) -> TextClassifier:
-    model = TextClassifier(base.module, base.hidden_size, 2, feature_scale)
+def classifier(base: BaseModel, feature_scale: float = 0.0) -> TaskModule:
+    model = Classification().module(base.module, base, 2, feature_scale)
+    assert model.head is not None
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=draw))
@@ -55,21 +60,26 @@ def classifier(base: BaseModel, feature_scale: float = 0.0) -> TextClassifier:
     return model.eval()
 
 
+def padding_with(base: BaseModel, token: int) -> BaseModel:
+    """Return the base with a tokenizer that knows its padding alone."""
+    return dataclasses.replace(base, processor=SimpleNamespace(pad_token_id=token, eos_token_id=None))
+
+
 def alone_and_together(
-    task: Task, output: Callable[[dict[str, Tensor]], Tensor], records: Sequence[Record]
+    task: Task, base: BaseModel, output: Callable[[dict[str, Tensor]], Tensor], records: Sequence[Record]
 ) -> tuple[Tensor, Tensor]:
     """Return per-record outputs from forward passes of one record each, and from one padded batch."""
     with torch.no_grad():
-        return torch.cat([output(task.collate([r], 0)) for r in records]), output(task.collate(records, 0))
+        return torch.cat([output(task.collate(base, [r])) for r in records]), output(task.collate(base, records))
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
 def test_a_text_is_one_segment_and_a_pair_two(loaded: Loaded) -> None:
-    tokenizer, task = loaded("bert").tokenizer, Classification()
-    single = task.tokenise(tokenizer, [Example(text="the film", label=1)], 24)[0]
-    pair = task.tokenise(tokenizer, [Example(text="the film", text_pair="was warm", label=0)], 24)[0]
+    tokenizer, task = loaded("bert").processor, Classification()
+    single = task.tokenise(tokenizer, [TextExample(text="the film", label=1)], 24)[0]
+    pair = task.tokenise(tokenizer, [TextExample(text="the film", text_pair="was warm", label=0)], 24)[0]
     assert tokenizer.convert_ids_to_tokens(single["input_ids"]) == ["[CLS]", "the", "film", "[SEP]"]
     assert tokenizer.convert_ids_to_tokens(pair["input_ids"]) == [
         "[CLS]",
@@ -84,68 +94,70 @@ def test_a_text_is_one_segment_and_a_pair_two(loaded: Loaded) -> None:
 
 
 def test_the_segments_of_a_pair_reach_a_model_that_knows_them(loaded: Loaded) -> None:
-    tokenizer = copy.deepcopy(loaded("bert").tokenizer)
+    tokenizer = copy.deepcopy(loaded("bert").processor)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     records = Classification().tokenise(
-        tokenizer, [Example(text="the film", text_pair=other, label=0) for other in ("was warm", "was")], 24
+        tokenizer, [TextExample(text="the film", text_pair=other, label=0) for other in ("was warm", "was")], 24
     )
-    batch = Classification().collate(records, 0)
+    batch = Classification().collate(loaded("bert"), records)
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 0]]
 
 
 def test_the_second_text_of_a_pair_reaches_the_model(loaded: Loaded) -> None:
     task, model = Classification(), classifier(loaded("bert"))
-    examples = [Example(text="the film", text_pair=other, label=0) for other in ("was warm", "was cold")]
+    examples = [TextExample(text="the film", text_pair=other, label=0) for other in ("was warm", "was cold")]
     with torch.no_grad():
-        one, other = model(task.collate(task.tokenise(loaded("bert").tokenizer, examples, 24), 0))
+        one, other = model(task.collate(loaded("bert"), task.tokenise(loaded("bert").processor, examples, 24)))
     assert not torch.allclose(one, other)
 
 
 def test_no_record_is_longer_than_the_run_allows(loaded: Loaded) -> None:
     for task, examples in ((Classification(), SINGLE), (Classification(), PAIRS), (CausalLM(), PROMPTS)):
-        records = task.tokenise(loaded("bert").tokenizer, examples, 7)
+        records = task.tokenise(loaded("bert").processor, examples, 7)
         assert len(records) == len(examples)
         assert max(len(record["input_ids"]) for record in records) == 7
 
 
 def test_a_record_without_a_label_is_named(loaded: Loaded) -> None:
     with pytest.raises(DataError, match="record 2 has no label"):
-        Classification().tokenise(loaded("bert").tokenizer, [Example(text="a", label=0), Example(text="b")], 24)
+        Classification().tokenise(loaded("bert").processor, [TextExample(text="a", label=0), TextExample(text="b")], 24)
 
 
 def test_no_examples_are_no_records(loaded: Loaded) -> None:
-    assert Classification().tokenise(loaded("bert").tokenizer, [], 24) == []
-    assert CausalLM().tokenise(loaded("llama").tokenizer, [], 24) == []
+    assert Classification().tokenise(loaded("bert").processor, [], 24) == []
+    assert CausalLM().tokenise(loaded("llama").processor, [], 24) == []
 
 
 @pytest.mark.parametrize("feature_scale", [0.0, 4.0])
 @pytest.mark.parametrize("examples", [SINGLE, PAIRS], ids=["single", "pairs"])
 def test_class_logits_do_not_depend_on_batch_mates_or_padding(
-    examples: list[Example], feature_scale: float, loaded: Loaded
+    examples: list[TextExample], feature_scale: float, loaded: Loaded
 ) -> None:
     base, task = loaded("bert"), Classification()
-    model, records = classifier(base, feature_scale), task.tokenise(loaded("bert").tokenizer, examples, 40)
-    alone, together = alone_and_together(task, model, records)
+    model, records = classifier(base, feature_scale), task.tokenise(loaded("bert").processor, examples, 40)
+    alone, together = alone_and_together(task, base, model, records)
     assert torch.allclose(alone, together, rtol=1e-6, atol=1e-6)
 
     def mean_over_padding(batch: dict[str, Tensor]) -> Tensor:
         return model({**batch, "attention_mask": torch.ones_like(batch["attention_mask"])})
 
-    alone, together = alone_and_together(task, mean_over_padding, records)
+    alone, together = alone_and_together(task, base, mean_over_padding, records)
     assert not torch.allclose(alone, together, rtol=1e-3, atol=1e-3), "a model that sees padding went unnoticed"
 
 
 def test_what_stands_in_the_padding_does_not_matter(loaded: Loaded) -> None:
     task, model = Classification(), classifier(loaded("bert"))
-    records = task.tokenise(loaded("bert").tokenizer, SINGLE, 40)
+    records = task.tokenise(loaded("bert").processor, SINGLE, 40)
     with torch.no_grad():
-        assert torch.allclose(model(task.collate(records, 0)), model(task.collate(records, 9)), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(
+            *(model(task.collate(padding_with(loaded("bert"), pad), records)) for pad in (0, 9)), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0])
 def test_features_have_the_length_of_the_feature_scale(scale: float, loaded: Loaded) -> None:
     task = Classification()
-    batch = task.collate(task.tokenise(loaded("bert").tokenizer, SINGLE, 40), 0)
+    batch = task.collate(loaded("bert"), task.tokenise(loaded("bert").processor, SINGLE, 40))
     with torch.no_grad():
         raw, scaled = classifier(loaded("bert")).features(batch), classifier(loaded("bert"), scale).features(batch)
     assert torch.allclose(scaled.norm(dim=1), torch.full((len(TEXTS),), scale), rtol=1e-6)
@@ -155,9 +167,9 @@ def test_features_have_the_length_of_the_feature_scale(scale: float, loaded: Loa
 
 def test_features_are_the_mean_over_the_records_own_tokens(loaded: Loaded) -> None:
     base, task = loaded("bert"), Classification()
-    records = task.tokenise(base.tokenizer, SINGLE, 40)
+    records = task.tokenise(base.processor, SINGLE, 40)
     with torch.no_grad():
-        features = classifier(base).features(task.collate(records, 0))
+        features = classifier(base).features(task.collate(loaded("bert"), records))
         for record, row in zip(records, features, strict=True):
             hidden = base.module(input_ids=torch.tensor([record["input_ids"]])).last_hidden_state[0]
             assert torch.allclose(row, hidden.mean(0), atol=1e-5)
@@ -171,11 +183,14 @@ def test_a_record_without_a_token_has_finite_features(loaded: Loaded) -> None:
 
 def test_class_losses_are_one_cross_entropy_per_record(loaded: Loaded) -> None:
     task, model = Classification(), classifier(loaded("bert"))
-    records = task.tokenise(loaded("bert").tokenizer, SINGLE, 40)
+    records = task.tokenise(loaded("bert").processor, SINGLE, 40)
     with torch.no_grad():
-        losses, sums = task.losses(model, task.collate(records, 0)), task.sums(model, task.collate(records, 0))
+        losses, sums = (
+            task.losses(model, task.collate(loaded("bert"), records)),
+            task.sums(model, task.collate(loaded("bert"), records)),
+        )
         for i, record in enumerate(records):
-            logits = model(task.collate([record], 0))[0].double()
+            logits = model(task.collate(loaded("bert"), [record]))[0].double()
             label = record["labels"][0]
             assert float(losses[i]) == pytest.approx(float(logits.logsumexp(0) - logits[label]), abs=1e-5)
             assert bool(sums.correct[i]) == (int(logits.argmax()) == label)
@@ -189,8 +204,8 @@ DECODERS = ["gpt2", "llama"]
 
 
 def test_a_record_is_prompt_completion_and_end_and_only_the_last_two_are_targets(loaded: Loaded) -> None:
-    tokenizer = loaded("llama").tokenizer
-    record = CausalLM().tokenise(tokenizer, [Example(text="question one", completion="warm film")], 24)[0]
+    tokenizer = loaded("llama").processor
+    record = CausalLM().tokenise(tokenizer, [TextExample(text="question one", completion="warm film")], 24)[0]
     # The toy tokenizer puts [CLS] and [SEP] around a prompt; its end mark is [SEP].
     assert tokenizer.convert_ids_to_tokens(record["input_ids"]) == [
         "[CLS]",
@@ -210,8 +225,8 @@ def test_a_record_is_prompt_completion_and_end_and_only_the_last_two_are_targets
 def test_a_record_that_is_too_long_loses_the_beginning_of_its_prompt(
     prompt: int, completion: int, room: int, loaded: Loaded
 ) -> None:
-    tokenizer = loaded("llama").tokenizer
-    example = Example(text=" ".join(["film"] * prompt), completion=" ".join(["warm"] * completion))
+    tokenizer = loaded("llama").processor
+    example = TextExample(text=" ".join(["film"] * prompt), completion=" ".join(["warm"] * completion))
     full = CausalLM().tokenise(tokenizer, [example], 1000)[0]
     cut = CausalLM().tokenise(tokenizer, [example], room)[0]
     targets = [t for t in cut["labels"] if t != IGNORED]
@@ -225,17 +240,17 @@ def test_a_record_that_is_too_long_loses_the_beginning_of_its_prompt(
 
 @pytest.mark.parametrize("completion", ["", None])
 def test_an_empty_completion_is_refused_and_named(completion: str | None, loaded: Loaded) -> None:
-    examples = [Example(text="a", completion="b"), Example(text="a", completion=completion)]
+    examples = [TextExample(text="a", completion="b"), TextExample(text="a", completion=completion)]
     with pytest.raises(DataError, match="record 2 has an empty completion"):
-        CausalLM().tokenise(loaded("llama").tokenizer, examples, 24)
+        CausalLM().tokenise(loaded("llama").processor, examples, 24)
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_loss_is_the_mean_over_the_records_own_completion(family: str, loaded: Loaded) -> None:
     base, task = loaded(family), CausalLM()
-    records = task.tokenise(base.tokenizer, PROMPTS, 40)
+    records = task.tokenise(base.processor, PROMPTS, 40)
     with torch.no_grad():
-        losses = task.losses(CompletionModel(base.module), task.collate(records, base.pad_id))
+        losses = task.losses(task.module(base.module, base, 0, 0.0), task.collate(base, records))
         for i, record in enumerate(records):
             logits = base.module(input_ids=torch.tensor([record["input_ids"]])).logits[0].double()
             ids, start = record["input_ids"], record["labels"].count(IGNORED)
@@ -249,16 +264,16 @@ def test_the_loss_is_the_mean_over_the_records_own_completion(family: str, loade
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_prompts_own_tokens_are_never_targets(family: str, loaded: Loaded) -> None:
     base, task = loaded(family), CausalLM()
-    example = Example(text="question the film was very quite and a with answer", completion="warm film")
-    record = task.tokenise(base.tokenizer, [example], 40)[0]
-    model = CompletionModel(base.module)
-    logits = model(task.collate([record], base.pad_id)).detach().requires_grad_()
+    example = TextExample(text="question the film was very quite and a with answer", completion="warm film")
+    record = task.tokenise(base.processor, [example], 40)[0]
+    model = task.module(base.module, base, 0, 0.0)
+    logits = model(task.collate(base, [record])).detach().requires_grad_()
 
     class Fixed(nn.Module):
         def forward(self, batch: dict[str, Tensor]) -> Tensor:
             return logits
 
-    task.losses(Fixed(), task.collate([record], base.pad_id)).sum().backward()
+    task.losses(Fixed(), task.collate(base, [record])).sum().backward()
     assert logits.grad is not None
     touched = [t for t in range(logits.shape[1]) if logits.grad[0, t].abs().max() > 0]
     start = record["labels"].count(IGNORED)
@@ -268,15 +283,15 @@ def test_the_prompts_own_tokens_are_never_targets(family: str, loaded: Loaded) -
 @pytest.mark.parametrize("family", DECODERS)
 def test_completion_losses_do_not_depend_on_batch_mates_or_padding(family: str, loaded: Loaded) -> None:
     base, task = loaded(family), CausalLM()
-    records, model = task.tokenise(base.tokenizer, PROMPTS, 40), CompletionModel(base.module).eval()
-    alone, together = alone_and_together(task, lambda batch: task.losses(model, batch), records)
+    records, model = task.tokenise(base.processor, PROMPTS, 40), task.module(base.module, base, 0, 0.0).eval()
+    alone, together = alone_and_together(task, base, lambda batch: task.losses(model, batch), records)
     assert torch.allclose(alone, together, rtol=1e-6, atol=1e-6)
 
     def token_mean(batch: dict[str, Tensor]) -> Tensor:
         sums = task.sums(model, batch)
         return sums.loss * len(sums.loss) / sums.weight.sum()
 
-    alone, together = alone_and_together(task, token_mean, records)
+    alone, together = alone_and_together(task, base, token_mean, records)
     assert not torch.allclose(alone, together, rtol=0.05), "a mean over the tokens of the batch went unnoticed"
 
 
@@ -292,12 +307,12 @@ def test_hits_are_counted_on_the_completion_only(loaded: Loaded) -> None:
             following[:, 2] = 0
             return 9.0 * F.one_hot(following, 12).float()
 
-    sums = task.sums(Oracle(), task.collate([record, record], 0))
+    sums = task.sums(Oracle(), task.collate(loaded("llama"), [record, record]))
     assert (sums.correct.tolist(), sums.weight.tolist()) == ([1.0, 1.0], [2.0, 2.0])
 
 
 def test_padding_is_on_the_right_masked_and_never_a_target(loaded: Loaded) -> None:
-    batch = CausalLM().collate(CausalLM().tokenise(loaded("llama").tokenizer, PROMPTS[:2], 40), 3)
+    batch = CausalLM().collate(padding_with(loaded("llama"), 3), CausalLM().prepare(loaded("llama"), PROMPTS[:2], 40))
     padding = batch["attention_mask"] == 0
     assert padding.any()
     assert (padding.int().diff(dim=1) >= 0).all(), "padding is not on the right"
@@ -327,4 +342,5 @@ def test_batches_are_as_few_as_the_budget_allows() -> None:
 
 def test_every_task_says_what_it_is(loaded: Loaded) -> None:
     tasks: list[Any] = [Classification(), CausalLM()]
-    assert [(task.name, task.has_head) for task in tasks] == [("classification", True), ("causal-lm", False)]
+    assert [(task.name, task.labelled) for task in tasks] == [("classification", True), ("causal-lm", False)]
+    assert list(TASKS) == [task.name for task in tasks]

@@ -1,7 +1,7 @@
 """Noise where it matters: the norm that one private step puts on a layer's weights is the one predicted.
 
 A site without a record sends nothing but noise. Its plain step of rate 1 moves what it trains by
-x ~ N(0, (σC/b)²), and from there each strategy has its own way into the weights (ALGORITHMS: 6.6).
+x ~ N(0, (σC/b)²), and from there each strategy has its own way into the weights.
 """
 
 from __future__ import annotations
@@ -78,11 +78,14 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
         *(config.model, job.adapter, config.head, config.seed),
         *(("bad", "good"), (), config.device, config.precision),
     )
-    state = job.strategy.start(model.start)
+    state = job.start(model.start)
     # From a B that is not 0, and for FedSVD from factors that it has turned.
     moved = {
-        layer: {n: t + 0.3 * torch.randn(t.shape, generator=torch.Generator().manual_seed(5)) for n, t in f.items()}
-        for layer, f in job.strategy.contribution(model.start).items()
+        layer: {
+            n: model.start[layer][n] + 0.3 * torch.randn(t.shape, generator=torch.Generator().manual_seed(5))
+            for n, t in f.items()
+        }
+        for layer, f in model.trained().items()
     }
     state = job.strategy.server_update(state, [Contribution("s", 1.0, moved)])
     basis = job.strategy.basis(state)

@@ -24,8 +24,7 @@ from client.outgoing import UNTOLD
 from common.bundle import PROJECT, bundle_digest, files_of, own_digest
 from common.messages import Refusal, TrainResult
 from common.model import model_of
-from common.wire import decode_reply, encode_task, layout_of
-from strategies import configure
+from common.wire import decode_reply, encode_task
 
 FLWR_CLIENTAPP = Path(sys.executable).parent / "flwr-clientapp"
 
@@ -74,8 +73,10 @@ def work(api: RuntimeApi, site: OneSite, secret: bytes = SECRET) -> int:
 
 
 def answered(api: RuntimeApi, site: OneSite) -> TrainResult | Refusal:
-    strategy, model = configure(site.settings).strategy, site.model()
-    layout = layout_of(strategy.contribution(model.read()))
+    layout = {
+        layer: {name: tuple(tensor.shape) for name, tensor in factors.items()}
+        for layer, factors in site.model().trained().items()
+    }
     return decode_reply(api.reply().content, layout, "1", 1)
 
 

@@ -1,19 +1,27 @@
-"""One low-rank parameterisation per file; ``ADAPTERS`` is the table of them."""
+"""One parameterisation per file; ``ADAPTERS`` is the table of them."""
 
 from __future__ import annotations
 
 from common.adapters.base import Adapter
-from common.adapters.ffa_lora import FFALoRA
 from common.adapters.lora import LoRA
+from common.adapters.lora_frozen_a import LoRAFrozenA
 from common.adapters.lora_sb import LoRASB
+from common.check import one_of
 from common.config import AdapterConfig
 
-ADAPTERS: dict[str, type[Adapter]] = {adapter.name: adapter for adapter in (LoRA, FFALoRA, LoRASB)}
+ADAPTERS: dict[str, type[Adapter]] = {adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRASB)}
+ALIASES = {"ffa-lora": "lora-frozen-a"}
+"""Other names that ``adapter.name`` takes, and the adapter that each stands for."""
 
 
 def build_adapter(name: str, config: AdapterConfig, init: str) -> Adapter:
-    """Return the adapter called ``name`` with the run's rank, alpha and targets, and this start."""
+    """Return the adapter called ``name`` with the run's rank, alpha and targets, and this start.
+
+    Raises:
+        ConfigError: the adapter knows no such start.
+    """
+    one_of(ADAPTERS[name].inits, adapter__init=init)
     return ADAPTERS[name](config.rank, config.alpha, config.target_modules, init)
 
 
-__all__ = ["ADAPTERS", "Adapter", "FFALoRA", "LoRA", "LoRASB", "build_adapter"]
+__all__ = ["ADAPTERS", "ALIASES", "Adapter", "LoRA", "LoRAFrozenA", "LoRASB", "build_adapter"]

@@ -1,7 +1,8 @@
-"""What every low-rank parameterisation offers, on top of PEFT's LoRA layers.
+"""The interface of a parameterisation, on top of PEFT's LoRA layers.
 
 PEFT does the injection into the base model (also into GPT-2's transposed Conv1D), so an adapter
-says only which small ``nn.Linear`` holds which factor, how factors start, and which are trained.
+states only its factors: their shapes, the module that holds each, how they start, and which are
+trained. Bytes on the wire, tables, the planner and the exactness of averaging follow from that.
 Starts are drawn layer by layer from public streams of the run's seed, so that every party
 derives bit-identical tensors without sending them.
 """
@@ -33,7 +34,7 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True)
 class Adapter(ABC):
-    """A low-rank parameterisation of chosen layers; frozen, holds no tensor."""
+    """A parameterisation of the change of chosen layers; frozen, holds no tensor."""
 
     rank: int
     alpha: float
@@ -45,6 +46,13 @@ class Adapter(ABC):
     """Factors that a site trains: exactly these carry per-record gradients and are clipped."""
     frozen: ClassVar[tuple[str, ...]]
     """Factors that stay as the adapter's start or the server set them."""
+    linear: ClassVar[bool]
+    """Whether the weights are linear in what is trained, the frozen factors being what they are: then the weights of
+    averaged factors are the average of the weights."""
+    noise: ClassVar[str]
+    """How noise x on what is trained enters a layer's weights (m outputs, n inputs), and the norm of that per step."""
+    inits: ClassVar[tuple[str, ...]] = ("orthonormal", "kaiming")
+    """What ``init`` may be."""
 
     @property
     def scaling(self) -> float:
@@ -52,8 +60,12 @@ class Adapter(ABC):
         return self.alpha / self.rank
 
     @abstractmethod
-    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Linear]:
-        """Return the ``nn.Linear`` that holds each factor as its weight."""
+    def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every factor, trained or frozen, in a layer with ``into`` inputs and ``out`` outputs."""
+
+    @abstractmethod
+    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
+        """Return the module that holds each factor as its parameter ``weight``."""
 
     @abstractmethod
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
@@ -95,10 +107,9 @@ class Adapter(ABC):
                 )
             self.prepare(layer)
             for factor, tensor in self.start(name, layer, seed).items():
-                linear = self.factor_modules(layer)[factor]
-                linear.weight = nn.Parameter(
-                    tensor.to(linear.weight.device, torch.float32), requires_grad=factor in self.trained
-                )
+                holder = self.factor_modules(layer)[factor]
+                device = cast(Tensor, holder.weight).device
+                holder.weight = nn.Parameter(tensor.to(device, torch.float32), requires_grad=factor in self.trained)
         return model
 
     def prepare(self, layer: LoraLayer) -> None:  # noqa: B027  (a step that most adapters do not need)
@@ -117,7 +128,7 @@ class Adapter(ABC):
     def parameters(self, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         """Return every factor as the live parameter, by layer and factor name."""
         return {
-            name: {factor: cast(nn.Parameter, linear.weight) for factor, linear in self.factor_modules(layer).items()}
+            name: {factor: cast(nn.Parameter, holder.weight) for factor, holder in self.factor_modules(layer).items()}
             for name, layer in self.layers(model).items()
         }
 
@@ -217,9 +228,6 @@ def layer_shape(layer: LoraLayer) -> tuple[int, int]:
     return cast(int, layer.out_features), cast(int, layer.in_features)
 
 
-def lora_modules(layer: LoraLayer) -> dict[str, nn.Linear]:
+def lora_modules(layer: LoraLayer) -> dict[str, nn.Module]:
     """Return PEFT's two linear maps of a LoRA layer under the paper's letters."""
-    return {
-        "A": cast(nn.Linear, layer.lora_A[ADAPTER_NAME]),
-        "B": cast(nn.Linear, layer.lora_B[ADAPTER_NAME]),
-    }
+    return {"A": layer.lora_A[ADAPTER_NAME], "B": layer.lora_B[ADAPTER_NAME]}

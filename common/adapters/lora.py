@@ -22,8 +22,14 @@ class LoRA(Adapter):
     name: ClassVar[str] = "lora"
     trained: ClassVar[tuple[str, ...]] = ("A", "B")
     frozen: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = False
+    noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A): quadratic"
 
-    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Linear]:
+    def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        """Return those of A, (rank, into), and B, (out, rank)."""
+        return {"A": (self.rank, into), "B": (out, self.rank)}
+
+    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return PEFT's A and B."""
         return lora_modules(layer)
 

@@ -49,20 +49,27 @@ class LoRASB(Adapter):
     name: ClassVar[str] = "lora-sb"
     trained: ClassVar[tuple[str, ...]] = ("R",)
     frozen: ClassVar[tuple[str, ...]] = ("A", "B")
+    linear: ClassVar[bool] = True
+    noise: ClassVar[str] = "B x_R A: norm σC/b r, whatever m and n"
+    inits: ClassVar[tuple[str, ...]] = ("orthonormal", "svd-of-weights")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.rank))
 
+    def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        """Return those of A, (rank, into), B, (out, rank), and R, (rank, rank)."""
+        return {"A": (self.rank, into), "B": (out, self.rank), "R": (self.rank, self.rank)}
+
     def prepare(self, layer: LoraLayer) -> None:
         """Put R between PEFT's A and B."""
-        B = lora_modules(layer)["B"]
+        B = cast(nn.Linear, lora_modules(layer)["B"])
         R = nn.Linear(self.rank, self.rank, bias=False, device=B.weight.device, dtype=B.weight.dtype)
         layer.lora_B[ADAPTER_NAME] = _RThenB(R, B)
 
-    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Linear]:
+    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return PEFT's A, and the R and B that ``prepare`` put in a row."""
         R, B = cast(nn.Sequential, layer.lora_B[ADAPTER_NAME])
-        return {"A": cast(nn.Linear, layer.lora_A[ADAPTER_NAME]), "R": cast(nn.Linear, R), "B": cast(nn.Linear, B)}
+        return {"A": layer.lora_A[ADAPTER_NAME], "R": R, "B": B}
 
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
         """Return orthonormal B and A by ``init``, and R = 0."""

@@ -46,8 +46,6 @@ class Charge:
     """Of everything charged to the data set, this charge included; where it shares records with others of its ledger,
     the largest of theirs and its own, since a shared record's history is among them. Theirs are at deltas that are not
     above this one's, so it holds at ``delta``; it may be above ``max_epsilon``, which limits the own one."""
-    epsilon_round: float
-    """Of this charge's releases alone, as if nothing had been spent. These do not add up over rounds."""
     epsilon_remaining: float
     """Budget minus ``epsilon_after``; at least 0."""
     steps_round: int
@@ -145,7 +143,6 @@ def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, m
     return Charge(
         epsilon_before=accounting.epsilon(spent, delta),
         epsilon_after=after,
-        epsilon_round=accounting.epsilon(releases, delta),
         epsilon_remaining=max(0.0, max_epsilon - after),
         steps_round=steps,
         steps_total=steps + sum(release.count for release in spent if release.kind == TRAINING),

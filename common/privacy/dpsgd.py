@@ -8,7 +8,7 @@ what a federation needs and Opacus leaves open (PRIVACY: 1.3, 2.4):
 * noise also on an empty batch, so that emptiness is not visible;
 * noise from the operating system's entropy, rounded with the sum to a public grid before it goes anywhere;
 * the divisor is a public constant, never the realised batch;
-* a gradient that did not come from here cannot reach the optimiser.
+* only a gradient that came from here, or was made of one after clip and noise, reaches the optimiser.
 
 Guarantee: with per-record losses, adding or removing one record changes the noiseless sum by at
 most ``clip_norm`` in L2 over all trained tensors together. That needs every record's gradient to be its
@@ -45,6 +45,15 @@ log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")
 TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter")
 """What Opacus hangs on layers and parameters; ``PASSING`` is what it keeps within one pass."""
+
+
+Correct = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""From the gradients of one step to others of the same shapes."""
+
+
+def as_it_is(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients."""
+    return gradients
 
 
 class _Mechanism(DPOptimizer):
@@ -100,6 +109,9 @@ class PrivateSteps:
         plan: clip, noise and public divisor.
         noise_margin: factor on the noise beyond what the ledger is charged for, see ``rounding_margin``.
         before_pass: called before each pass; what it raises ends the step.
+        correct: from the released gradients of a step, in the order of ``trained``, to those that the optimiser gets.
+            When it is called nothing is left of the step that is not released: it is post-processing, as long as it
+            takes nothing of a record from elsewhere.
 
     Raises:
         MechanismError: the optimiser does not cover exactly the trained parameters, or it is
@@ -115,6 +127,7 @@ class PrivateSteps:
         *,
         noise_margin: float = 1.0,
         before_pass: Callable[[], None] = lambda: None,
+        correct: Correct = as_it_is,
     ) -> None:
         trained = [p for p in module.parameters() if p.requires_grad]
         covered = [p for group in optimizer.param_groups for p in group["params"]]
@@ -130,7 +143,8 @@ class PrivateSteps:
                     f"the layer {name!r} is a {type(child).__name__}, through which each record moves the others: "
                     "choose a base model without batch normalisation"
                 )
-        self._module, self._optimizer, self._before_pass = module, optimizer, before_pass
+        self._module, self._optimizer = module, optimizer
+        self._before_pass, self._correct = before_pass, correct
         # Opacus hangs grad_sample and summed_grad on parameters, which torch's types do not know.
         self._trained: list[Any] = trained
         self._mechanism = _Mechanism(
@@ -173,6 +187,10 @@ class PrivateSteps:
             losses: returns one loss per record, shape (records,), for a part.
         """
         self._privatise(batches, losses)
+        released = [parameter.grad for parameter in self._trained]
+        self._mechanism.zero_grad(set_to_none=True)
+        for parameter, gradient in zip(self._trained, self._correct(released), strict=True):
+            parameter.grad = gradient
         self._released = [(p.grad, p.grad._version) for p in self._trained]
         self._optimizer.step()
         self._released = []

@@ -86,7 +86,7 @@ class Ledger(BudgetHistory):
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
             PolicyRefusal: records were released without privacy.
             ConfigError: a figure is out of range, or there is nothing to charge.
-            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
+            LedgerError: the file cannot be read or written, or was locked for too long.
         """
         positive(max_epsilon=max_epsilon, clip_norm=clip_norm)
         in_range(0, 0.5, delta=delta)
@@ -155,7 +155,7 @@ class Ledger(BudgetHistory):
 
         Raises:
             ConfigError: a figure is out of range, or a name is empty.
-            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
+            LedgerError: the file cannot be read or written, or was locked for too long.
         """
         not_negative(round_number=round_number, steps=steps)
         if not dataset or not run:
@@ -177,7 +177,7 @@ class Ledger(BudgetHistory):
             reason: what the site's own log says of it; no content of a record.
 
         Raises:
-            LedgerError: the file cannot be read or written, or was locked for 60 seconds.
+            LedgerError: the file cannot be read or written, or was locked for too long.
         """
         with self._transaction():
             self._connection.execute(
@@ -303,21 +303,24 @@ class Ledger(BudgetHistory):
         keeps its own stored budget, at its own stored delta.
         """
         own, *others = names
-        held = self.terms(own)
-        prices = {own: price(self.spent(own), releases, min(delta, held.delta), min(max_epsilon, held.epsilon))}
-        for name in others:
-            held = self.terms(name)
-            # A name that holds records without a charge or a budget was released without privacy: it has no delta yet.
-            at = held.delta if math.isfinite(held.delta) else prices[own].delta
-            prices[name] = price(self.spent(name), releases, at, held.epsilon)
+        terms, spent = {name: self.terms(name) for name in names}, {name: self.spent(name) for name in names}
+        at = min(delta, terms[own].delta)
+        with self._apart():
+            prices = {own: price(spent[own], releases, at, min(max_epsilon, terms[own].epsilon))}
+            for name in others:
+                # A name that was released without privacy and never charged has no delta yet.
+                held = terms[name].delta if math.isfinite(terms[name].delta) else at
+                prices[name] = price(spent[name], releases, held, terms[name].epsilon)
         return prices
 
     def _at_most(self, prices: dict[str, Charge], releases: Sequence[Release], delta: float) -> list[Charge]:
         """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
-        return [
-            charge if charge.delta <= delta else price(self.spent(name), releases, delta, charge.max_epsilon)
-            for name, charge in prices.items()
-        ]
+        spent = {name: self.spent(name) for name, charge in prices.items() if charge.delta > delta}
+        with self._apart():
+            return [
+                price(spent[name], releases, delta, charge.max_epsilon) if name in spent else charge
+                for name, charge in prices.items()
+            ]
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.

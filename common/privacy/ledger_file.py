@@ -23,8 +23,8 @@ import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,8 @@ from common.errors import LedgerError
 APPLICATION_ID = 0x46564C44
 """``FVLD``, in the file's header."""
 SCHEMA_VERSION = 4
-BUSY_SECONDS = 60
+BUSY_SECONDS = 60.0
+"""How long a lock that others hold is waited for."""
 
 _CHARGES = """
 CREATE TABLE charges (
@@ -128,20 +129,31 @@ class LedgerFile:
 
     Every process and every thread opens its own. A context manager: it closes itself.
 
+    Args:
+        path: the file.
+        patience: seconds that a lock is waited for.
+        apart: makes the context of what takes its time whatever the records are: prices, and waiting for the lock.
+
     Raises:
         LedgerError: the file is not a ledger, is damaged, has a second name (a hard link), was written
             by a newer FedVeil, or cannot be made or opened. An empty file is not a ledger: an existing
             one may have been cut short.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        patience: float = BUSY_SECONDS,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.path, self._apart = Path(path), apart
         if not self.path.exists():
             _create(self.path)
         _refuse_second_name(self.path)
         with one_line(self.path, "opened"):
             # mode=rw: a file that vanishes meanwhile is an error and not a new, empty history.
-            self._connection = _connect(f"{self.path.absolute().as_uri()}?mode=rw", uri=True)
+            self._connection = _connect(f"{self.path.absolute().as_uri()}?mode=rw", patience, uri=True)
         try:
             self._check_file()
         except BaseException:
@@ -164,7 +176,8 @@ class LedgerFile:
     def _transaction(self) -> Iterator[None]:
         """Hold the write lock from the first read to the commit; undo everything if anything fails."""
         with one_line(self.path, "written"):
-            self._connection.execute("BEGIN IMMEDIATE")
+            with self._apart():
+                self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self._connection.execute("COMMIT")
@@ -216,9 +229,9 @@ def _run_script(connection: sqlite3.Connection, script: str) -> None:
             statement = ""
 
 
-def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
+def _connect(database: str, patience: float = BUSY_SECONDS, *, uri: bool = False) -> sqlite3.Connection:
     # isolation_level=None: transactions are exactly those written out in this file.
-    connection = sqlite3.connect(database, timeout=BUSY_SECONDS, isolation_level=None, uri=uri)
+    connection = sqlite3.connect(database, timeout=patience, isolation_level=None, uri=uri)
     connection.execute("PRAGMA journal_mode=DELETE")
     connection.execute("PRAGMA synchronous=EXTRA")
     connection.execute("PRAGMA temp_store=MEMORY")
@@ -289,9 +302,7 @@ def one_line(path: Path, done: str) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
-            raise LedgerError(
-                f"the ledger {path} was in use by another process for {BUSY_SECONDS} seconds: try again"
-            ) from error
+            raise LedgerError(f"the ledger {path} was in use by another process for too long: try again") from error
         raise LedgerError(f"the ledger {path} cannot be {done} ({error}): check rights and space") from error
     except sqlite3.ProgrammingError as error:
         raise LedgerError(

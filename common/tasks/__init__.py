@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from common.roles import Role
 from common.tasks.base import Batch, Record, Sums, Task
-from common.tasks.causal_lm import CausalLM, CompletionModel
-from common.tasks.classification import Classification, TextClassifier
+from common.tasks.causal_lm import CausalLM
+from common.tasks.classification import Classification
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
 
-__all__ = [
-    "TASKS",
-    "Batch",
-    "CausalLM",
-    "Classification",
-    "CompletionModel",
-    "Record",
-    "Sums",
-    "Task",
-    "TextClassifier",
-]
+
+def roles_of_all() -> tuple[Role, ...]:
+    """Return the roles of all tasks, one for each setting, in the table's order."""
+    return tuple({role.setting: role for task in TASKS.values() for role in task.roles}.values())
+
+
+__all__ = ["TASKS", "Batch", "CausalLM", "Classification", "Record", "Sums", "Task", "roles_of_all"]

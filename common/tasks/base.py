@@ -1,20 +1,38 @@
-"""What a kind of task must say: how records become tokens, one loss per record, and a score."""
+"""What a kind of task states: its columns, its base model, its records, what is on top, and a score.
+
+Whatever depends on the kind of records is decided here: nothing outside ``common.tasks`` asks which task it has.
+A row of the table is one file with one class. Settings are checked before anything large is loaded, so a
+task's file imports torch and transformers inside the methods that need them.
+"""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import torch
-from torch import Tensor, nn
-
+from common.errors import ConfigError, UnreadableFile
 from common.examples import Example
+from common.roles import LABEL, Column, Role
 
-Record = dict[str, list[int]]
-"""One tokenised record: ``input_ids`` and what the task needs beside it."""
-Batch = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from common.base_model import BaseModel
+    from common.config import DataConfig, RunConfig
+    from common.shapes import Shapes
+    from common.tables import Table
+    from common.tasks.module import TaskModule
+
+Record: TypeAlias = dict[str, Any]
+"""One record as a batch is made of it: lists of numbers, or tensors, by the names of the batch's tensors."""
+Batch: TypeAlias = "dict[str, Tensor]"
+"""Tensors whose first dimension is the records'; none holds anything that follows from several of them."""
+Inventor: TypeAlias = Callable[[int, int, int], Record]
+"""Makes up a record: takes its size, a number that picks what it holds, and its label."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +49,147 @@ class Task(ABC):
     """A kind of task; no state, so one instance serves every model."""
 
     name: ClassVar[str]
-    has_head: ClassVar[bool]
+    """What ``model.task`` calls it."""
+    roles: ClassVar[tuple[Role, ...]]
+    """The columns that it reads. With ``LABEL`` among them records have labels, and a head is on top of the base model;
+    without, the base model's own output is scored."""
+    example: ClassVar[type[Example]]
+    """What a row of a table becomes: its fields are those of ``roles``."""
+    counted: ClassVar[bool] = False
+    """Whether a record as a whole is right or wrong. Then one record changes the count of right ones by 1 at most, and
+    the count may be sent with noise for that."""
+
+    worded: ClassVar[bool] = False
+    """Whether its records hold words, so that a head can start from phrases about the labels (``of_phrase``)."""
+
+    # --- settings ---
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its records have labels."""
+        return LABEL in self.roles
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError, naming the setting, unless a run of this task can have this configuration."""
+        if not self.labelled:
+            if config.head.policy != "frozen":
+                raise ConfigError(f"model.task {self.name!r} has no classification head: set head.policy to 'frozen'")
+            return
+        if config.head.start == "label-words":
+            self.of_phrase("")
+        if (config.head.policy, config.head.start) == ("frozen", "zeros"):
+            others = "'label-words' or 'random'" if self.worded else "'random'"
+            raise ConfigError(
+                "head.policy 'frozen' keeps head.start 'zeros', through which no adapter gets a gradient: "
+                f"set head.start to {others}, or head.policy to 'trained'"
+            )
+
+    def columns(self, data: DataConfig) -> tuple[Column, ...]:
+        """Return the columns that a run reads; an optional one that is not named is none."""
+        named = [Column(role, data.columns[role.setting]) for role in self.roles]
+        return tuple(column for column in named if column.name or not column.role.optional)
+
+    # --- where records come from ---
+
+    def reads(self, source: Path) -> bool:
+        """Return whether ``source``, an existing file or folder, is of a kind that this task reads by itself.
+
+        Any other is read as ``common.tables`` reads it.
+        """
+        return False
+
+    def read_source(self, source: Path) -> Table:
+        """Return the table of a file or folder that ``reads`` says is this task's.
+
+        Raises:
+            UnreadableFile: its rows cannot be told apart.
+            DataError: it cannot be opened.
+        """
+        raise UnreadableFile(f"{source} is nothing that model.task {self.name!r} reads")
+
+    def of_phrase(self, phrase: str) -> Example:
+        """Return the example of a public phrase about a label, for ``head.start = "label-words"``.
+
+        Raises:
+            ConfigError: its records hold no words.
+        """
+        raise ConfigError(
+            f"the records of model.task {self.name!r} hold no words: set head.start to 'random' or 'zeros'"
+        )
+
+    # --- the base model ---
 
     @abstractmethod
-    def tokenise(self, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Record]:
-        """Return one record per example, cut to ``max_length`` tokens."""
+    def load(self, name: str) -> tuple[nn.Module, Any]:
+        """Return the stock transformers model and its processor (tokenizer, image processor) by a folder or hub id.
+
+        Code that comes with a model must not run: pass ``common.base_model.OWN_CODE`` to every loader. Any exception
+        is reported as a model that cannot be loaded.
+        """
 
     @abstractmethod
-    def collate(self, records: Sequence[Record], pad_id: int, length: int = 0) -> Batch:
-        """Return int64 tensors of shape (records, tokens), padded on the right to the longest, or to ``length``."""
+    def processor_parts(self, processor: Any) -> Mapping[str, Any]:
+        """Return all that decides what the processor makes of a record, for the base model's fingerprint."""
 
     @abstractmethod
-    def made_up(self, like: Record, tokens: Sequence[int], label: int = 0) -> Record:
-        """Return a record that is no one's, of these tokens and with the fields of ``like``."""
+    def limit(self, base: BaseModel, max_length: int) -> int:
+        """Return what ``prepare`` is to cut records to: ``max_length``, or less where the model has no room for that.
+
+        Raises:
+            ConfigError: the model can take no record that short or long.
+        """
+
+    # --- records and batches ---
+
+    @abstractmethod
+    def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int) -> list[Record]:
+        """Return one record per example, each made of its example alone, cut to ``limit``.
+
+        Raises:
+            DataError: an example lacks what the task needs.
+        """
+
+    @abstractmethod
+    def size(self, record: Record) -> int:
+        """Return the size of a record in tokens (positions of the base model): what batches are filled by."""
+
+    @abstractmethod
+    def fits(self, base: BaseModel, record: Record, limit: int) -> bool:
+        """Return whether the model can take a record; a site leaves out any other, which is to contribute zero."""
+
+    def shapes(self, base: BaseModel, limit: int, tokens: int, most: int = sys.maxsize) -> Shapes:
+        """Return the shapes of private batches for records cut to ``limit``; ``common.shapes`` has the arguments."""
+        from common.shapes import Shapes
+
+        return Shapes(limit, tokens, most)
+
+    @abstractmethod
+    def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
+        """Return records as tensors, filled up to the largest of them, or to ``size`` tokens."""
+
+    @abstractmethod
+    def filler(self, base: BaseModel, like: Record) -> Record:
+        """Return a record that is no one's, as small as can be and with the fields of ``like``, to fill up a batch."""
+
+    @abstractmethod
+    def inventor(self, base: BaseModel, limit: int) -> Inventor:
+        """Return what makes up records that are no one's: before a first round a model rehearses on them.
+
+        Different numbers give different records. A task whose records are all of one size may ignore the size asked.
+        """
+
+    # --- the model and its loss ---
+
+    @abstractmethod
+    def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
+        """Return the module that sites train: ``encoder`` as this task reads it, with a head if there are labels.
+
+        Args:
+            encoder: the base model with the adapter in it.
+            base: the base model as it was loaded.
+            classes: number of labels; 0: there are none.
+            feature_scale: length that the features below the head are brought to; 0 leaves them as they are.
+        """
 
     @abstractmethod
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
@@ -55,7 +201,12 @@ class Task(ABC):
         return sums.loss / sums.weight
 
 
-def padded(rows: Sequence[Sequence[int]], value: int, length: int = 0) -> Tensor:
-    """Return ``rows`` as one int64 tensor, filled up on the right with ``value`` to the longest, or to ``length``."""
-    longest = length or max(len(row) for row in rows)
-    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
+def classified(module: nn.Module, batch: Batch) -> Sums:
+    """Return cross-entropy and hits for ``labels`` of shape (records,), one unit a record."""
+    import torch
+    import torch.nn.functional as F
+
+    logits = module(batch)
+    loss = F.cross_entropy(logits, batch["labels"], reduction="none")
+    correct = (logits.argmax(-1) == batch["labels"]).float()
+    return Sums(loss, correct, torch.ones_like(loss))

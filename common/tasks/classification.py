@@ -1,55 +1,47 @@
-"""Sequence classification: encoder, mean over the mask, one linear head.
+"""Text classification: encoder, mean over the mask, one linear head.
 
-A mean-pool head keeps its accuracy under DP-SGD where BERT's pooler loses ten points (DATA).
+A mean-pool head keeps its accuracy under DP-SGD where BERT's pooler loses ten points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.errors import DataError
-from common.examples import Example
-from common.tasks.base import Batch, Record, Sums, Task, padded
+from common.roles import LABEL, Role
+from common.tasks.base import Batch, Record, Sums, classified
+from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from common.base_model import BaseModel
+    from common.tasks.module import TaskModule
 
 
-class TextClassifier(nn.Module):
-    """``head(pool(encoder(tokens)))``; the pooled features are brought to length ``feature_scale``."""
-
-    def __init__(self, encoder: nn.Module, hidden_size: int, classes: int, feature_scale: float) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(hidden_size, classes)
-        self.feature_scale = feature_scale
-
-    def features(self, batch: Batch) -> Tensor:
-        """Return pooled features, shape (records, hidden), float32."""
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        hidden = self.encoder(**inputs).last_hidden_state.float()
-        mask = batch["attention_mask"].unsqueeze(-1)
-        # A record without a token pools to zero instead of dividing by it.
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return F.normalize(pooled, dim=-1) * self.feature_scale if self.feature_scale else pooled
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return logits, shape (records, classes), float32."""
-        features = self.features(batch)
-        with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.head(features)
-        return logits
-
-
-class Classification(Task):
+class Classification(TextTask):
     """One label a record; loss is cross-entropy."""
 
     name: ClassVar[str] = "classification"
-    has_head: ClassVar[bool] = True
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role("text", "text", "the text"),
+        Role("text-pair", "text_pair", "a second text", optional=True),
+        LABEL,
+    )
+    counted: ClassVar[bool] = True
 
-    def tokenise(self, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Record]:
+    def load(self, name: str) -> tuple[nn.Module, Any]:
+        """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        from common.base_model import OWN_CODE
+
+        pooled = AutoConfig.from_pretrained(name, **OWN_CODE).model_type in ("bert", "roberta")
+        options = {"add_pooling_layer": False} if pooled else {}
+        return AutoModel.from_pretrained(name, **OWN_CODE, **options), AutoTokenizer.from_pretrained(name, **OWN_CODE)
+
+    def tokenise(self, tokenizer: Any, examples: Sequence[TextExample], max_length: int) -> list[Record]:
         """Return ``input_ids``, ``attention_mask``, ``token_type_ids`` where the model has them, ``labels``."""
         if not examples:
             return []
@@ -63,10 +55,12 @@ class Classification(Task):
             records.append({**{k: encoded[k][i] for k in encoded}, "labels": [example.label]})
         return records
 
-    def collate(self, records: Sequence[Record], pad_id: int, length: int = 0) -> Batch:
-        """Return tensors of shape (records, tokens) and ``labels`` of shape (records,)."""
+    def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
+        """Return int64 tensors of shape (records, tokens), padded on the right, and ``labels`` of shape (records,)."""
+        import torch
+
         batch = {
-            key: padded([record[key] for record in records], pad_id if key == "input_ids" else 0, length)
+            key: padded([record[key] for record in records], pad_id(base) if key == TOKENS else 0, size)
             for key in records[0]
             if key != "labels"
         }
@@ -74,12 +68,24 @@ class Classification(Task):
 
     def made_up(self, like: Record, tokens: Sequence[int], label: int = 0) -> Record:
         """Return a record of one text, of this label."""
-        fill = {"input_ids": list(tokens), "attention_mask": [1] * len(tokens), "labels": [label]}
+        fill = {TOKENS: list(tokens), "attention_mask": [1] * len(tokens), "labels": [label]}
         return {key: fill.get(key, [0] * len(tokens)) for key in like}
+
+    def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
+        """Return the encoder with a head on its pooled features."""
+        from common.tasks.module import TaskModule
+
+        return TaskModule(encoder, _pooled, base.hidden_size, classes, feature_scale)
 
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Return cross-entropy and hits, one unit a record."""
-        logits = module(batch)
-        loss = F.cross_entropy(logits, batch["labels"], reduction="none")
-        correct = (logits.argmax(-1) == batch["labels"]).float()
-        return Sums(loss, correct, torch.ones_like(loss))
+        return classified(module, batch)
+
+
+def _pooled(encoder: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean of the last hidden states over a record's tokens, shape (records, hidden), float32."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    hidden: Tensor = encoder(**inputs).last_hidden_state.float()
+    mask = batch["attention_mask"].unsqueeze(-1)
+    # A record without a token pools to zero instead of dividing by it.
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)

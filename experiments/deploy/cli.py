@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from common.errors import ConfigError
+from experiments.deploy.column_options import with_columns
 from experiments.deploy.findings import Finding
 from experiments.people import for_people
 
@@ -18,12 +19,7 @@ doctor_app = typer.Typer(
     no_args_is_help=True, help="Look a server's or a site's folder over; exit code 1 if anything fails."
 )
 
-Text = Annotated[str | None, typer.Option(help="Column of the text, as the setting data.text.")]
-TextPair = Annotated[str | None, typer.Option(help="Column of a second text, as data.text-pair; none if left out.")]
-Label = Annotated[str | None, typer.Option(help="Column of the label, as data.label.")]
 Labels = Annotated[str, typer.Option(help="All labels in the job's order, separated by commas, as data.labels.")]
-Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, as data.prompt.")]
-Completion = Annotated[str | None, typer.Option(help="Column of the completion, as data.completion.")]
 MaxLength = Annotated[int, typer.Option(help="Most tokens that a job may cut a record to.")]
 Folder = Annotated[Path, typer.Argument(help="The server's or the site's folder.")]
 
@@ -126,6 +122,7 @@ def server_submit(
 
 @site_app.command("init")
 @for_people
+@with_columns
 def site_init(
     folder: Folder,
     server: Annotated[str, typer.Option(help="HOST or HOST:PORT of the server.")],
@@ -139,12 +136,9 @@ def site_init(
     delta: Annotated[float, typer.Option(help="Below one over the number of records.")] = 1e-5,
     node: Annotated[str, typer.Option(help="More node settings, such as 'partition-id=0 num-partitions=2'.")] = "",
     task: Annotated[str, typer.Option(help="What the records are for, as the setting model.task.")] = "classification",
-    text: Text = None,
-    text_pair: TextPair = None,
-    label: Label = None,
+    *,
+    columns: dict[str, str],
     labels: Labels = "",
-    prompt: Prompt = None,
-    completion: Completion = None,
     max_length: MaxLength = 128,
     model: Annotated[
         str, typer.Option(help="Base model that the doctor checks and the policy allows.")
@@ -165,7 +159,6 @@ def site_init(
             raise ConfigError(f"--data: there is nothing at {data}")
         node = f'data="{data}" {node}'.strip()
     site = name or folder.expanduser().absolute().name
-    columns = _columns(text=text, text_pair=text_pair, label=label, prompt=prompt, completion=completion)
     # A part of a public data set needs no pins, and then nobody may know its labels here.
     pins = pins_of(task, columns, labels, max_length) if data or columns or labels else {}
     made = make_site(
@@ -199,15 +192,13 @@ def site_check(
 
 @site_app.command("pin")
 @for_people
+@with_columns
 def site_pin(
     folder: Annotated[Path, typer.Argument(help="The site's folder, or a policy file, which is made if need be.")],
     task: Annotated[str, typer.Option(help="What the records are for, as model.task; at first, classification.")] = "",
-    text: Text = None,
-    text_pair: TextPair = None,
-    label: Label = None,
+    *,
+    columns: dict[str, str],
     labels: Labels = "",
-    prompt: Prompt = None,
-    completion: Completion = None,
     max_length: Annotated[int, typer.Option(min=0, help="Most tokens of a record; at first, 128.")] = 0,
 ) -> None:
     """Write into the site's policy what its records are for; any job that asks for something else is refused.
@@ -218,7 +209,6 @@ def site_pin(
     from client.policy import load_policy
     from experiments.deploy.pin import changed_pins, pin
 
-    columns = _columns(text=text, text_pair=text_pair, label=label, prompt=prompt, completion=completion)
     path = folder.expanduser().absolute()
     path = path / "policy.toml" if path.is_dir() else path
     made = not path.exists()
@@ -226,11 +216,6 @@ def site_pin(
     if made:
         _say(f"made a new policy, with no budget: {path}")
     _say(f"{path} pins {spoken(load_policy(path))}; the next round holds it")
-
-
-def _columns(**given: str | None) -> dict[str, str]:
-    """Return the columns that were given, by their settings."""
-    return {name.replace("_", "-"): column for name, column in given.items() if column is not None}
 
 
 @site_app.command("start")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.config import ModelConfig
 from common.errors import ConfigError, DataError
-from common.roles import ROLES
+from common.tasks import TASKS
 from experiments.deploy.policy_file import PINS_HEAD, Pins, pins_of
 from experiments.settings import toml_value
 
@@ -35,7 +35,7 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
     task = task or str(held.get(TASK, ModelConfig().task))
-    held = {key: value for key, value in held.items() if task in ROLES and key in keys_of(task)}
+    held = {key: value for key, value in held.items() if task in TASKS and key in keys_of(task)}
     kept = {key: str(value) for key, value in held.items() if key not in (TASK, LABELS, MAX_LENGTH)}
     labels = labels or ",".join(map(str, held.get(LABELS, ())))
     return pins_of(task, kept | dict(columns), labels, max_length or held.get(MAX_LENGTH, ModelConfig().max_length))
@@ -51,17 +51,18 @@ def pin(path: Path, pins: Pins) -> None:
             of a TOML file; nothing was changed.
         DataError: it cannot be read or written.
     """
-    from client.pins import KEYS
+    from client.pins import pin_keys
     from client.policy import parse_policy
 
     if not path.exists() and path.suffix != ".toml":
         raise ConfigError(f"there is no site's folder or policy {path}: a new policy's name ends in .toml")
+    keys = pin_keys()
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
-        others = {key: value for key, value in tomllib.loads(before).items() if key not in KEYS}
-        after = _with_pins(before, pins, KEYS)
+        others = {key: value for key, value in tomllib.loads(before).items() if key not in keys}
+        after = _with_pins(before, pins, keys)
         parse_policy(after, path)
-        if {key: value for key, value in tomllib.loads(after).items() if key not in KEYS} != others:
+        if {key: value for key, value in tomllib.loads(after).items() if key not in keys} != others:
             raise ConfigError(f"{path} is written in a way that this command does not understand: add the pins by hand")
         _replace(path, after)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

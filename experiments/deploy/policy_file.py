@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from common.config import DataConfig, ModelConfig, RunConfig, Scalar
 from common.errors import ConfigError
-from common.roles import ROLES, has_labels
+from common.tasks import TASKS
 from experiments.settings import to_toml
 
 HEAD = """\
@@ -68,15 +68,16 @@ def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int)
     from client.pins import LABELS, MAX_LENGTH, TASK
 
     ModelConfig(task=task, max_length=max_length)
-    names = {role.setting: role.attribute for role in ROLES[task]}
+    kind, defaults = TASKS[task], DataConfig().columns
+    read = [role.setting for role in kind.roles]
     for setting in (*columns, *([LABELS] if labels else ())):
-        if setting not in names and not (setting == LABELS and has_labels(task)):
+        if setting not in read and not (setting == LABELS and kind.labelled):
             raise ConfigError(f"--{setting} is given, which the task {task!r} does not read: leave it out")
-    if has_labels(task) and not labels:
+    if kind.labelled and not labels:
         raise ConfigError("--labels is needed: name all labels in the job's order, such as --labels bad,good")
     pins: dict[str, Scalar | Sequence[str]] = {TASK: task}
-    pins |= {setting: columns.get(setting, getattr(DataConfig(), name)) for setting, name in names.items()}
-    if has_labels(task):
+    pins |= {setting: columns.get(setting, defaults[setting]) for setting in read}
+    if kind.labelled:
         pins[LABELS] = [label.strip() for label in labels.split(",")]
     return {**pins, MAX_LENGTH: max_length}
 
@@ -89,12 +90,12 @@ def pins_of_job(config: RunConfig) -> Pins:
     """
     from common.data import known_labels
 
-    task = config.model.task
-    labels = ",".join(known_labels(config.data)) if has_labels(task) else ""
-    if has_labels(task) and not labels:
+    task = TASKS[config.model.task]
+    labels = ",".join(known_labels(config.data)) if task.labelled else ""
+    if task.labelled and not labels:
         raise ConfigError(f"the labels of {config.data.name!r} are not known to a policy: name all in data.labels")
-    columns = {role.setting: getattr(config.data, role.attribute) for role in ROLES[task]}
-    return pins_of(task, columns, labels, config.model.max_length)
+    columns = {role.setting: config.data.columns[role.setting] for role in task.roles}
+    return pins_of(task.name, columns, labels, config.model.max_length)
 
 
 def models_of(name: str, fingerprint: str) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from common.config import DataConfig
-from common.errors import DataError, UnreadableFile
-from common.roles import ROLES
+from common.config import Columns, DataConfig
+from common.errors import ConfigError, DataError, UnreadableFile
 from common.tables import Unfit
+from common.tasks import TASKS
 from experiments.deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
 
     Raises:
         ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
-            the site's own records among them if the policy does not pin what they are for.
+            the site's own records among them if the policy does not pin what they are for; or ``reply-after`` does
+            not cover them: there are more than are declared, or they take longer to read than a round gives them.
         DataError: the records are not there, or lack a column; the rows of a file cannot be told apart; or no row
             is a record. Every round would then send noise alone, and pay for it.
     """
@@ -40,22 +42,45 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
     if "data" not in settings:
         say("records: a part of a job's data, which this site does not choose")
         return
+    began = time.monotonic()
     reading = load_protected(_pinned(policy), policy.task, str(settings["data"]))
+    seconds = time.monotonic() - began
     if reading.unreadable:
         raise UnreadableFile(reading.unreadable[0])
     fit, others = len(reading.dataset.examples), len(reading.unfit)
     if not fit:
         why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if others else "there is none"
         raise DataError(f"{settings['data']}: no row is a record ({why}): mend the rows, or pin what they are")
+    if policy.reply_after:
+        _check_time(policy.reply_after, int(settings.get("public-size", policy.public_size)), fit, seconds)
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
     for line in _by_reason(reading.unfit) if rows else ():
         say(line)
 
 
+def _check_time(reply_after: float, declared: int, records: int, seconds: float) -> None:
+    """Raise ConfigError if the time of every answer cannot be kept for so many records.
+
+    Here alone the real number counts: a round that did anything else with more records than are declared would tell.
+    """
+    from client.deadline import PREPARED
+
+    if records > declared:
+        raise ConfigError(
+            f"there are {records} records and public-size is {declared}, for which alone reply-after = {reply_after:g} "
+            "leaves time: declare at least as many as there are, or leave reply-after out"
+        )
+    if seconds > PREPARED * reply_after:
+        raise ConfigError(
+            f"the records took {seconds:.1f} seconds to read, and reply-after = {reply_after:g} leaves "
+            f"{PREPARED * reply_after:.1f}, preparing them included: set it to {2 * seconds / PREPARED:.0f} or more"
+        )
+
+
 def _pinned(policy: Policy) -> DataConfig:
     """Return what every job that the policy allows says about the site's own records."""
-    columns = {role.attribute: getattr(policy, role.attribute) for role in ROLES[policy.task]}
-    return DataConfig(partition="iid", labels=policy.labels, **columns)
+    columns = Columns({role.setting: policy.columns[role.setting] for role in TASKS[policy.task].roles})
+    return DataConfig(partition="iid", labels=policy.labels, columns=columns)
 
 
 def _by_reason(unfit: Sequence[Unfit]) -> list[str]:

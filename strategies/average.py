@@ -1,0 +1,37 @@
+"""Averaging: the new model is the weighted mean of what the sites trained.
+
+The server needs the mean alone, never one site's contribution. The weights are averaged exactly
+where they are linear in what is trained: ``L(sum p_k x_k) = sum p_k L(x_k)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, final
+
+from common.adapters import Adapter
+from common.tensors import merge
+from common.types import AdapterState
+from strategies.base import Contribution, ServerState, Strategy, mean
+
+
+@dataclass(frozen=True)
+class Average(Strategy):
+    """The server averages what sites train, whatever the adapter."""
+
+    needs: ClassVar[Literal["mean", "each"]] = "mean"
+
+    @classmethod
+    def exact(cls, adapter: type[Adapter]) -> bool:
+        """Return whether the weights are linear in what is averaged."""
+        return adapter.linear
+
+    @final
+    def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Return ``update`` of the mean, from which nothing else of a contribution can be read."""
+        return self.update(state, mean(contributions))
+
+    def update(self, state: ServerState, mean: AdapterState) -> ServerState:
+        """Server: return the state with the mean in place of what was trained, one round on."""
+        return replace(state, round_number=state.round_number + 1, adapter=merge(state.adapter, mean))
