@@ -20,9 +20,9 @@ from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
 from client import local_training
 from client.deadline import Timing
+from client.ledger.ledger import Ledger
 from client.rehearsal import _Rehearsal
 from common.privacy import dpsgd
-from common.privacy.ledger import Ledger
 from common.randomness import private_poisson_sample
 from common.run_lines import Finding
 

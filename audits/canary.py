@@ -25,8 +25,8 @@ from audits.dirac import Dirac
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, RESET, SOUND, Fault
 from audits.finding import judged
 from audits.shell import run_alone, with_each
+from client.ledger.ledger import Ledger
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample
 from common.run_lines import Finding

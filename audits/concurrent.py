@@ -20,9 +20,9 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
+from client.ledger.ledger import Ledger
 from common.errors import BudgetExhausted
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
 from common.run_lines import Finding
 
 ROUND = Release(2.0, 0.25, 2)

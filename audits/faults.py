@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from client import budget, local_training
+from client.ledger.ledger import Ledger
 from common.privacy import dpsgd
-from common.privacy.ledger import Ledger
 from common.randomness import _entropy, add_private_noise
 from common.tasks import Batch, Task
 

@@ -19,8 +19,8 @@ from audits.tiny_site import tiny_site
 from client.policy import Policy
 from client.worker import reply_to
 from common.bundle import PROJECT, files_of
+from common.messages.wire import encode_task
 from common.run_lines import Finding
-from common.wire import encode_task
 
 MARK = """
 from pathlib import Path

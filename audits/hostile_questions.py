@@ -18,9 +18,9 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site, write_reviews
 from client.policy import Policy
-from common.config import Scalar
+from common.config.sections import Scalar
 from common.errors import ModelNotLoaded
-from common.messages import Refusal, TrainTask
+from common.messages.round import Refusal, TrainTask
 from common.run_lines import Finding
 
 CODES = [f"code-{i:02}" for i in range(40)]
@@ -109,7 +109,7 @@ def looked_at(site: OneSite, task: TrainTask, names: Sequence[str]) -> list[str]
         loaded.append(name)
         raise ModelNotLoaded("a model was looked at")
 
-    with patch("common.model.load_base_model", load):
+    with patch("common.model.federated.load_base_model", load):
         heard(site, task, names)
     return loaded
 

@@ -17,11 +17,11 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
 from client import site as client_site
-from common.data import Reading, load_dataset
-from common.messages import Refusal, TrainResult, TrainTask
-from common.partition import division_of
+from client.ledger.ledger import Ledger
+from common.data.partition import division_of
+from common.data.sources import Reading, load_dataset
+from common.messages.round import Refusal, TrainResult, TrainTask
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
 from common.run_lines import Finding
 from strategies import configure
 
@@ -109,7 +109,7 @@ def rows_refused() -> AbstractContextManager[Any]:
 
 def rows_forgotten() -> AbstractContextManager[Any]:
     """A record is known by what the run's columns make of it alone."""
-    return patch("common.rows._row_digest", lambda *_: b"")
+    return patch("common.data.rows._row_digest", lambda *_: b"")
 
 
 def names_apart() -> AbstractContextManager[Any]:

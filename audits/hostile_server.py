@@ -23,10 +23,10 @@ from audits.hostile_bundle import BUNDLES, audit_bundle
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
 from audits.tiny_site import tiny_site
-from common.messages import Refusal, TrainResult
-from common.privacy.ledger import Ledger
+from client.ledger.ledger import Ledger
+from common.messages.round import Refusal, TrainResult
+from common.messages.state import AdapterState
 from common.run_lines import Finding
-from common.types import AdapterState
 
 
 def nothing(*_: Any, **__: Any) -> None:

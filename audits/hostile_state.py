@@ -19,10 +19,10 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.worlds import minus, norm, plan
 from client.rehearsal import rehearse
-from common.base_model import load_base_model
-from common.batching import length_batches
-from common.data import train_and_test
-from common.model import FederatedModel
+from common.data.sources import train_and_test
+from common.model.base import load_base_model
+from common.model.batching import length_batches
+from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.run_lines import Finding
 from common.tasks import TASKS, Record

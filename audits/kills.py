@@ -33,12 +33,12 @@ from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
 from audits.tiny_site import OneSite, tiny_site
+from client.ledger.ledger import Ledger
 from common.errors import LedgerError
-from common.messages import Refusal, TrainTask
+from common.messages.round import Refusal, TrainTask
+from common.messages.wire import encode_reply
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
 from common.run_lines import Finding
-from common.wire import encode_reply
 
 DELTA = 1e-3
 BUDGET_ROUNDS = 6

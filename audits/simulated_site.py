@@ -18,8 +18,8 @@ from audits.faults import FAULTS, SOUND
 from audits.tiny_site import FILLER
 from client import app as site
 from client.deadline import Timing
-from common.model import FederatedModel
-from common.shapes import FixedBatch
+from common.model.federated import FederatedModel
+from common.model.shapes import FixedBatch
 from common.tasks import Batch
 from common.tasks.text import tokens_of
 

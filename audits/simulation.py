@@ -23,17 +23,17 @@ from audits.shell import run_alone, with_each
 from audits.simulated_site import text_of
 from audits.tiny_site import save_tiny_model, tiny_run, write_reviews
 from common.bundle import OWN_SETTINGS
+from common.data.partition import declared_size
 from common.errors import ConfigError
-from common.partition import declared_size
 from common.run_lines import Finding, PrivacyLine, read_lines
-from experiments import app
+from deploy import app
 from experiments.evaluate import load_result
 from experiments.simulate import simulate
 
 CANARIES = 4000
 RANK = 8
 FAULTS = (HALVED, RESET)
-PACKAGES = ("audits", "client", "common", "experiments", "server", "strategies", "tests")
+PACKAGES = ("audits", "client", "common", "deploy", "experiments", "reports", "server", "strategies", "tests")
 
 
 def bundle(folder: Path, fault: Fault) -> Path:

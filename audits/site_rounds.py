@@ -16,13 +16,13 @@ from audits.faults import SOUND, Fault, same_seeds
 from audits.finding import judged
 from client.local_training import train_round
 from client.site import Site
-from common.examples import Dataset
-from common.messages import TrainTask
-from common.model import FederatedModel, model_of
+from common.messages.round import TrainTask
+from common.messages.tensors import entries, fingerprint, start_fingerprint
+from common.model.federated import FederatedModel, model_of
 from common.run_lines import Finding
 from common.tasks import Record
+from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
-from common.tensors import entries, fingerprint, start_fingerprint
 from strategies import configure
 
 RECORDS, RATE, STEPS = 60, 0.25, 100

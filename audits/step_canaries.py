@@ -16,7 +16,7 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import tiny_run
 from audits.worlds import Recorder, flat
-from common.model import FederatedModel, model_of
+from common.model.federated import FederatedModel, model_of
 from common.privacy.accounting import Release, epsilon
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan

@@ -9,8 +9,8 @@ from pathlib import Path
 from audits.finding import SOUND
 from audits.frames import SEALED, Capture, Stream, read_capture, tls_records
 from audits.needles import Needles, find, needles_of_tensors, needles_of_texts
-from common.base_model import load_base_model
-from common.data import train_and_test
+from common.data.sources import train_and_test
+from common.model.base import load_base_model
 from common.run_lines import ConfigFile, Finding, RoundLine, read_file, read_lines
 from common.tasks.text import TextExample
 from strategies import configure

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from audits.tiny_site import FILLER, TARGETS
 from common.adapters import ADAPTERS
-from common.base_model import load_base_model
-from common.config import HeadConfig
-from common.model import FederatedModel
+from common.config.sections import HeadConfig
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS, Batch, Record

@@ -23,17 +23,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.base_model import load_base_model
+from common.model.base import load_base_model
+from common.ports import free_ports
 from common.run_lines import RoundLine, read_lines
-from experiments.deploy.commands import environment, own_module, program, supernode_command, worker_command
-from experiments.deploy.files import put_file
-from experiments.deploy.policy_file import models_of, pins_of_job, policy_text
-from experiments.deploy.refusal import why_refused
-from experiments.deploy.registry import register_site
-from experiments.deploy.server_folder import ServerFolder, make_server
-from experiments.deploy.site_folder import SiteFolder, make_site
-from experiments.deploy.submit import submit
-from experiments.ports import free_ports
+from deploy.commands import environment, own_module, program, supernode_command, worker_command
+from deploy.files import put_file
+from deploy.policy_file import models_of, pins_of_job, policy_text
+from deploy.refusal import why_refused
+from deploy.registry import register_site
+from deploy.server_folder import ServerFolder, make_server
+from deploy.site_folder import SiteFolder, make_site
+from deploy.submit import submit
 from strategies import configure
 
 # The audits' tiny sites are no part of the installed package.
@@ -67,7 +67,7 @@ def site_command(site: SiteFolder, stamps: Path, *, plain: bool) -> list[str]:
     put_file(secret, os.urandom(32), private=True)
     worker = [sys.executable, __file__, "--worker", str(stamps), *worker_command(site, secret)[4:]]
     pair = supernode_command(site, "", secret), worker
-    return [*own_module("experiments.deploy.pair"), *map(json.dumps, pair)]
+    return [*own_module("deploy.pair"), *map(json.dumps, pair)]
 
 
 def stamped_worker(stamps: Path) -> int:

@@ -6,8 +6,8 @@ Three loops over the same logical batches of the default job's records:
 
 * plain: what one writes first. Stock model and attention, float32, batches padded as they come;
 * ours without privacy: sorted into parts of like length, the precision that pays on this device;
-* ours with privacy: in shapes that follow from each record alone (``common.shapes``), through per-record gradients,
-  clip and noise;
+* ours with privacy: in shapes that follow from each record alone (``common.model.shapes``), through per-record
+  gradients, clip and noise;
 * the same in parts of like length, as without privacy: what the shapes cost. Not private: records move each other.
 
 The loops take turns, so that a machine whose speed drifts drifts for all. The limit of the first
@@ -32,11 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from client.local_training import _parts, plain_step
 from client.optimizers import build_optimizer
-from common.base_model import load_base_model
-from common.batching import length_batches
-from common.data import train_and_test
-from common.device import choose_batch_tokens, own_cores
-from common.model import FederatedModel
+from common.data.sources import train_and_test
+from common.model.base import load_base_model
+from common.model.batching import length_batches
+from common.model.device import choose_batch_tokens, own_cores
+from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS, Batch

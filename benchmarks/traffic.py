@@ -14,10 +14,10 @@ from collections.abc import Mapping
 
 import torch
 
-from common.messages import Spending, TrainResult, TrainTask
-from common.privacy.accounting import TRAINING, Accountant
-from common.types import AdapterState
-from common.wire import encode_reply, encode_task, message_bytes
+from common.accountant import TRAINING, Accountant
+from common.messages.round import Spending, TrainResult, TrainTask
+from common.messages.state import AdapterState
+from common.messages.wire import encode_reply, encode_task, message_bytes
 from strategies import STRATEGIES
 from strategies.table import payload, preset_adapter
 

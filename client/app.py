@@ -19,16 +19,16 @@ from client.outgoing import own_words, public_reason
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial
 from client.site import Site, check_job, open_site, policy_of
-from common.config import Scalar
-from common.device import own_cores
+from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
-from common.examples import Dataset
 from common.log import about, set_up
-from common.messages import Refusal, Reply
-from common.model import FederatedModel, model_of
+from common.messages.round import Refusal, Reply
+from common.messages.wire import decode_task, encode_reply, layout_of, round_of
+from common.model.device import own_cores
+from common.model.federated import FederatedModel, model_of
 from common.paths import run_name
 from common.tasks import Record
-from common.wire import decode_task, encode_reply, layout_of, round_of
+from common.tasks.examples import Dataset
 from strategies import Job, configure
 
 log = logging.getLogger("fedveil.site")

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable
 
 from client.deadline import Deadline
+from client.ledger.file import BUSY_SECONDS
+from client.ledger.ledger import Ledger
+from client.ledger.record_hashes import record_hashes
+from client.ledger.rows import Terms
 from client.site import Site
-from common.messages import Spending, TrainTask
-from common.privacy.accounting import EVALUATION, Release
-from common.privacy.charges import Terms
-from common.privacy.contents import record_hashes
-from common.privacy.ledger import Ledger
-from common.privacy.ledger_file import BUSY_SECONDS
+from common.accountant import EVALUATION
+from common.messages.round import Spending, TrainTask
+from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS
 from strategies import Job

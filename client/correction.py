@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from common.errors import ProtocolError
-from common.model import FederatedModel
-from common.types import AdapterState
-from common.wire import layout_of
+from common.messages.state import AdapterState
+from common.messages.wire import layout_of
+from common.model.federated import FederatedModel
 from strategies import Strategy
 
 

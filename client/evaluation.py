@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from common.device import autocast
 from common.log import place_of
-from common.model import FederatedModel
+from common.model.device import autocast
+from common.model.federated import FederatedModel
 from common.randomness import add_private_noise
 from common.tasks import Record
 

@@ -20,20 +20,20 @@ from client.evaluation import noised_correct
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.site import Site
-from common.batching import epoch_batches, length_batches
-from common.device import choose_batch_tokens
+from common.config.schedule import learning_rate
 from common.errors import LedgerError, ProtocolError
-from common.initial_gradient import BATCH_TOKENS, initial_shapes, mean_gradient, private_gradient
 from common.log import about
-from common.messages import NoisedCount, TrainResult, TrainTask, same_fingerprint
-from common.model import FederatedModel
+from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
+from common.messages.state import AdapterState
+from common.messages.tensors import fingerprint, merge, start_fingerprint
+from common.model.batching import epoch_batches, length_batches
+from common.model.device import choose_batch_tokens
+from common.model.federated import FederatedModel
 from common.privacy.dpsgd import Correct, PrivateSteps, as_it_is, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
-from common.schedule import learning_rate
+from common.starts.gradient import BATCH_TOKENS, initial_shapes, mean_gradient, private_gradient
 from common.tasks import Batch, Record
-from common.tensors import fingerprint, merge, start_fingerprint
-from common.types import AdapterState
 from strategies import Job
 
 log = logging.getLogger("fedveil.site")

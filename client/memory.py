@@ -12,8 +12,8 @@ from collections.abc import MutableMapping
 from dataclasses import replace
 
 from common.errors import ProtocolError
-from common.messages import TrainResult, TrainTask
-from common.wire import Layout, decode_state, encode_state, layout_of, result_from_bytes, result_to_bytes
+from common.messages.round import TrainResult, TrainTask
+from common.messages.wire import Layout, decode_state, encode_state, layout_of, result_from_bytes, result_to_bytes
 
 
 class Memory:

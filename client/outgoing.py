@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from client.site import user_folder
-from common.config import Scalar
+from common.config.sections import Scalar
 from common.errors import (
     BudgetExhausted,
     ConfigError,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from common.examples import Example
 from common.log import place_of
-from common.model import FederatedModel
+from common.model.federated import FederatedModel
 from common.tasks import Record
+from common.tasks.examples import Example
 
 log = logging.getLogger("fedveil.site")
 

@@ -2,7 +2,7 @@
 
 A server that names the columns, the labels or their order asks about records with every job: what it sends back
 follows from them, and so does what fails. So a policy pins the kind of task, each column that the task reads
-(``common.roles``), the labels and the longest length, and a job that asks for anything else is refused before a
+(``common.tasks.roles``), the labels and the longest length, and a job that asks for anything else is refused before a
 record is read. Records that are nobody's, those of a data set that FedVeil names, need no pins.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.check import not_negative, one_of
-from common.config import Columns, ModelConfig, RunConfig
-from common.data import known_labels
+from common.config.sections import Columns, ModelConfig, RunConfig
+from common.data.sources import known_labels
 from common.errors import ConfigError, PolicyRefusal
 from common.tasks import TASKS, roles_of_all
 
@@ -103,7 +103,7 @@ def spoken(policy: Policy) -> str:
     """Return a policy's pins in words; an empty text if it has none.
 
     >>> from client.policy import Policy
-    >>> from common.config import Columns
+    >>> from common.config.sections import Columns
     >>> spoken(Policy(task="causal-lm", columns=Columns({"prompt": "question", "completion": "answer"}), max_length=64))
     "task 'causal-lm', prompt 'question', completion 'answer', max-length 64"
     """

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.pins import LABELS, check_pins, check_whole, refusal, unpinned_columns
-from common.base_model import NAMED_MODELS
 from common.check import at_least, below, in_range, not_negative, one_of, positive
-from common.config import HEAD_POLICIES, Columns, Scalar, from_section
+from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError
+from common.model.base import NAMED_MODELS
 from common.privacy.accounting import LEAST_DELTA, MOST_NOISE
 from strategies import STRATEGIES, Job
 

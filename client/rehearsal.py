@@ -29,12 +29,12 @@ from torch import Tensor
 
 from client.deadline import Timing
 from common.errors import MechanismError, ModelError
-from common.initial_gradient import initial_shapes, open_weights
-from common.model import FederatedModel
+from common.model.federated import FederatedModel
+from common.model.shapes import FixedBatch, Shapes
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
-from common.shapes import FixedBatch, Shapes
+from common.starts.gradient import initial_shapes, open_weights
 from common.tasks import Record
 
 MIXED = 1e-4

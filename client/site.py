@@ -8,7 +8,7 @@ A Flower node describes its site in the node configuration (``--node-config``):
                 partition ``partition-id`` of ``num-partitions`` of the run's data set,
                 which must be one that FedVeil names unless all of it is a simulation
 ``division``    settings by which those partitions were made when they were handed out; a run
-                that divides otherwise is refused (``common.partition.division_of``)
+                that divides otherwise is refused (``common.data.partition.division_of``)
 ``dataset-id``  what the ledger calls the data; default: the site's name
 ``public-size`` number of records declared as public; needed with ``data`` (of a partition it follows)
 ``ledger``      file of the ledger; it outlives every run; default: the user's one
@@ -26,18 +26,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from client.ledger.file import only_ledger
 from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
-from common.config import Columns, DataConfig, RunConfig, Scalar
-from common.data import DATASETS, Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
+from common.config.sections import Columns, DataConfig, RunConfig, Scalar
+from common.data.partition import check_division, declared_size, site_part
+from common.data.sources import DATASETS, Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
 from common.errors import ConfigError, PolicyRefusal
-from common.examples import Dataset
 from common.log import about
-from common.partition import check_division, declared_size, site_part
 from common.paths import run_folder
-from common.privacy.ledger_file import only_ledger
 from common.tasks import TASKS
+from common.tasks.examples import Dataset
 from strategies import Job
 
 NODE_KEYS = (

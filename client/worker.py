@@ -2,7 +2,7 @@
 
 It hashes the bundle that came with a task in memory, asks the policy, and runs the installed ``client.app``; the bundle
 is written nowhere and nothing of it is executed. The run's settings come in the context. Policy, ledger and records
-are those of the site's folder. The supervisor (``experiments.deploy.pair``) starts it anew whenever it ends.
+are those of the site's folder. The supervisor (``deploy.pair``) starts it anew whenever it ends.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from client.outgoing import UNTOLD
 from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLost, failed
 from client.site import policy_of
 from common.bundle import bundle_digest, own_digest
-from common.config import Scalar
+from common.config.sections import Scalar
 from common.errors import ConfigError
 from common.log import about, place_of, set_up
+from common.messages.wire import encode_reply, round_of
 from common.paths import run_name
-from common.wire import encode_reply, round_of
 from strategies import configure
 
 log = logging.getLogger("fedveil.site")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from common.config import Scalar
+from common.config.sections import Scalar
 from common.errors import DataError
-from common.messages import SpendingFigures
+from common.messages.round import SpendingFigures
 from common.strict_json import BESIDE, Endless, called, from_json
 
 AUDITS = "audit*"

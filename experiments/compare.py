@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from common.config import PRIVACY_MODES, Scalar
-from common.device import own_cores
+from common.config.sections import PRIVACY_MODES, Scalar
+from common.config.text import parse_settings
+from common.data.partition import check_partition
 from common.errors import ConfigError, DataError, RunFailed
-from common.partition import check_partition
+from common.model.device import own_cores
 from common.paths import run_folder
 from common.privacy.figures import epsilon_text
 from common.run_lines import ConfigFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
-from experiments.settings import parse_settings
-from experiments.simulated import record_sites, recorded_sites
+from experiments.site_count import record_sites, recorded_sites
 from server.lock import only_writer
 from strategies import Job, configure
 

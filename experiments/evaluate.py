@@ -9,11 +9,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from common.base_model import load_base_model
-from common.data import public_test
-from common.device import choose_attention, choose_device
+from common.data.sources import public_test
 from common.errors import DataError, ModelError
-from common.model import Score, score_records
+from common.model.base import load_base_model
+from common.model.device import choose_attention, choose_device
+from common.model.federated import Score, score_records
 from common.run_lines import read_json
 from common.tasks import TASKS
 from strategies import configure

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from client.app import answer
-from common.config import Scalar
-from common.messages import Reply, TrainTask
+from common.config.sections import Scalar
+from common.messages.round import Reply, TrainTask
+from common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
 from common.paths import run_folder
-from common.wire import Layout, encode_reply, encode_task, payload_bytes
 from server.conduct import conduct
 from server.model import ServerModel
 from server.records import RunFolder

@@ -19,16 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import Scalar
-from common.device import own_cores
+from common.config.sections import Scalar
+from common.config.text import to_toml
+from common.data.partition import check_partition
 from common.errors import ConfigError, RunFailed
-from common.partition import check_partition
+from common.model.device import own_cores, worker_count
 from common.paths import run_folder
+from common.ports import free_ports
 from common.run_lines import ProgressFile, ResultFile, read_if_there
-from experiments.app import app_folder
-from experiments.ports import free_ports
-from experiments.settings import to_toml
-from experiments.simulated import record_sites
+from deploy.app import app_folder
+from experiments.site_count import record_sites
 from server.lock import is_written
 from strategies import configure
 
@@ -158,14 +158,6 @@ def _submit(link: _Link, settings: Mapping[str, Scalar], sites: int, workers: in
     if found is None:
         raise RunFailed(f"flwr run did not start: {(done.stdout + done.stderr).strip()[-600:]}")
     return found.group(1)
-
-
-def worker_count(sites: int, workers: int) -> int:
-    """Return how many processes train at once: ``workers``, or with 0 one for each GPU, else for each core."""
-    import torch
-
-    cores = own_cores()
-    return min(workers or (torch.cuda.device_count() or cores), sites, cores)
 
 
 def _resources(sites: int, workers: int) -> str:

@@ -22,9 +22,9 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from common.privacy.ledger import Ledger
+from client.ledger.ledger import Ledger
+from common.messages.state import HEAD
 from common.run_lines import Finding, RoundLine, read_lines
-from common.types import HEAD
 from faults.federation import SIZES, Federation, Run
 from server.checkpoint import NAME
 

@@ -16,9 +16,9 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from client import app as honest
-from common.messages import Reply, TrainResult
-from common.tensors import apply
-from common.wire import STYPE, encode_reply, round_of
+from common.messages.round import Reply, TrainResult
+from common.messages.tensors import apply
+from common.messages.wire import STYPE, encode_reply, round_of
 from faults.plan import Plan, open_plan
 
 BEFORE, AFTER = "held before the charge", "held between charge and reply"

@@ -13,17 +13,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 from audits.tiny_site import tiny_run, write_reviews
-from common.base_model import load_base_model
-from common.config import Scalar
+from common.config.sections import Scalar
+from common.model.base import load_base_model
 from common.paths import run_folder
+from common.ports import free_ports
 from common.run_lines import ResultFile, read_file
-from experiments.deploy.commands import environment, superlink_command, supernode_command
-from experiments.deploy.control import Control, control_of
-from experiments.deploy.policy_file import models_of, pins_of_job, policy_text
-from experiments.deploy.registry import register_site
-from experiments.deploy.server_folder import make_server
-from experiments.deploy.site_folder import SiteFolder, make_site
-from experiments.ports import free_ports
+from deploy.commands import environment, superlink_command, supernode_command
+from deploy.control import Control, control_of
+from deploy.policy_file import models_of, pins_of_job, policy_text
+from deploy.registry import register_site
+from deploy.server_folder import make_server
+from deploy.site_folder import SiteFolder, make_site
 from faults.bundle import PROJECT, make_bundle
 from faults.plan import VARIABLE, Plan
 from faults.processes import Processes, wait_until
@@ -181,8 +181,8 @@ class Federation:
     def control(self) -> Iterator[Control]:
         """Yield the Control API, which submits the suite's bundle in place of the project."""
         with (
-            patch("experiments.app.PROJECT", self._bundle),
-            patch("experiments.deploy.control.program", lambda name: str(self._programs.folder / name)),
+            patch("deploy.app.PROJECT", self._bundle),
+            patch("deploy.control.program", lambda name: str(self._programs.folder / name)),
             control_of(self.server) as control,
         ):
             yield control

@@ -8,7 +8,7 @@ from functools import partial
 
 from common.errors import RunFailed
 from common.run_lines import Finding
-from experiments.deploy.control import Control
+from deploy.control import Control
 from faults.checks import Expected, charges, examine
 from faults.faulty_server import AGGREGATING, BEFORE, CHECKPOINT, RENAME, TRAINING
 from faults.faulty_site import AFTER

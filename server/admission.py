@@ -6,16 +6,10 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from common.accountant import INITIALISATION, TRAINING
 from common.errors import FedVeilError
-from common.messages import Spending, TrainResult
-from common.privacy.accounting import (
-    INITIALISATION,
-    LEAST_DELTA,
-    LEAST_RATE,
-    MOST_NOISE,
-    TRAINING,
-    noise_multiplier_for,
-)
+from common.messages.round import Spending, TrainResult
+from common.privacy.accounting import LEAST_DELTA, LEAST_RATE, MOST_NOISE, noise_multiplier_for
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm

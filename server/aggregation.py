@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from statistics import median
 
 from common.log import about
-from common.messages import TrainResult
-from common.tensors import apply
-from common.types import AdapterState
+from common.messages.round import TrainResult
+from common.messages.state import AdapterState
+from common.messages.tensors import apply
 from server.plausible import held_by, honest_norm, update_norm
 from server.terms import least_plan, usual_noise
 from strategies import Contribution, Job, ServerState

@@ -11,9 +11,9 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from common.log import place_of
-from common.messages import Reply, TrainTask
+from common.messages.round import Reply, TrainTask
+from common.messages.wire import Layout, encode_task, payload_bytes
 from common.run_lines import ProgressFile
-from common.wire import Layout, encode_task, payload_bytes
 from server.conduct import conduct
 from server.model import ServerModel
 from server.pulls import Pulls

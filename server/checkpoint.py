@@ -20,15 +20,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from common.config import Scalar
+from common.config.sections import Scalar
 from common.errors import ConfigError, DataError
-from common.model import Score
+from common.files import length, replace_file
+from common.messages.state import AdapterState
+from common.messages.tensors import entries
+from common.model.federated import Score
 from common.run_lines import ResultFile, read_if_there
 from common.strict_json import from_json, to_json
-from common.tensors import entries
-from common.types import AdapterState
 from server.admission import Member
-from server.files import length, replace_file
 from strategies import Job, Moments, ServerState
 
 NAME = "checkpoint.safetensors"

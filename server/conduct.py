@@ -6,21 +6,22 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from common.data import unprotected_test
+from common.data.sources import unprotected_test
 from common.errors import FedVeilError
 from common.log import about, kept_in, place_of, set_up
-from common.model import Score
+from common.model.federated import Score
 from common.paths import run_folder, run_name
 from common.privacy.figures import epsilon_text
 from common.run_lines import ProgressFile, Reached, ResultFile, Status
+from reports import federation_epsilon, write_reports
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.lock import GLANCE_SECONDS, only_writer
 from server.model import ServerModel
 from server.records import RunFolder
-from server.report import federation_epsilon, round_line, score_words, write_reports
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
+from server.terminal import round_line, score_words
 from strategies import Job, ServerState
 
 log = logging.getLogger("fedveil.server")

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from common.adapters.base import layer_shape
-from common.batching import length_batches
-from common.data import load_dataset, public_test
-from common.device import choose_batch_tokens
+from common.data.sources import load_dataset, public_test
 from common.errors import ConfigError
-from common.model import FederatedModel, Score, model_of
+from common.messages.state import AdapterState
+from common.messages.wire import Layout, layout_of
+from common.model.batching import length_batches
+from common.model.device import choose_batch_tokens
+from common.model.federated import FederatedModel, Score, model_of
 from common.randomness import stream
 from common.tasks import Record
-from common.types import AdapterState
-from common.wire import Layout, layout_of
 from strategies import Job
 from strategies.base import GradientSource
 
@@ -56,7 +56,7 @@ class ServerModel:
 
     def public_gradient(self, source: GradientSource) -> AdapterState:
         """Return the mean full gradient over public records, for a strategy that starts from it."""
-        from common.initial_gradient import mean_gradient  # It brings Opacus, for this initialisation only.
+        from common.starts.gradient import mean_gradient  # It brings Opacus, for this initialisation only.
 
         config = self.job.config
         data = load_dataset(config.data, config.model.task, source.public_data)

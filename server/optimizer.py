@@ -16,10 +16,10 @@ from dataclasses import replace
 
 import torch
 
-from common.config import RunConfig
-from common.schedule import learning_rate
-from common.tensors import subtract
-from common.types import HEAD, AdapterState
+from common.config.schedule import learning_rate
+from common.config.sections import RunConfig
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import subtract
 from strategies import Moments, ServerState
 
 BETA1, BETA2 = 0.9, 0.999

@@ -22,12 +22,12 @@ import math
 from collections.abc import Mapping
 from statistics import median
 
-from common.config import RunConfig
-from common.messages import TrainResult
+from common.config.schedule import learning_rate
+from common.config.sections import RunConfig
+from common.messages.round import TrainResult
+from common.messages.state import AdapterState
+from common.messages.tensors import count, l2_norm
 from common.privacy.plan import PrivacyPlan
-from common.schedule import learning_rate
-from common.tensors import count, l2_norm
-from common.types import AdapterState
 from strategies import ServerState
 
 SLACK = 10.0

@@ -28,9 +28,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
-from common.messages import TrainResult
-from common.model import FederatedModel, Score
+from common.messages.round import TrainResult
+from common.messages.state import AdapterState
+from common.model.federated import FederatedModel, Score
 from common.privacy import claim
 from common.run_lines import (
     BaselineFile,
@@ -45,10 +47,8 @@ from common.run_lines import (
 )
 from common.strict_json import to_json
 from common.tasks import TASKS
-from common.types import AdapterState
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
-from server.files import append_lines, cut_file, finite, length, replace_file
 from server.rounds import RoundOutcome
 from strategies import Job, ServerState
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from common.errors import ProtocolError
-from common.messages import Refusal, Reply, TrainTask
-from common.wire import Layout, decode_reply, round_of
+from common.messages.round import Refusal, Reply, TrainTask
+from common.messages.wire import Layout, decode_reply, round_of
 
 LONGEST_REASON = 500
 """Characters of a reason that reach the terminal and the records."""

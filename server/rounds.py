@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from common.errors import RunFailed
-from common.model import Score
+from common.model.federated import Score
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint

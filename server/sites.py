@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.log import about
-from common.messages import Refusal, Reply, TrainResult, TrainTask
+from common.messages.round import Refusal, Reply, TrainResult, TrainTask
+from common.messages.tensors import fingerprint, start_fingerprint
 from common.run_lines import Absence
-from common.tensors import fingerprint, start_fingerprint
 from server.admission import Admission
 from server.model import ServerModel
 from strategies import Job, ServerState

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.errors import BudgetExhausted
-from common.messages import TrainResult
+from common.messages.round import TrainResult
 from common.privacy.plan import PrivacyPlan
 from strategies import Job
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import nearest, one_of
-from common.config import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping
+from common.config.sections import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping
 from common.errors import ConfigError
-from common.types import AdapterState
+from common.messages.state import AdapterState
 from strategies.average import Average
 from strategies.base import Contribution, Moments, ServerState, Strategy, mean
 from strategies.fed_sb import FedSB

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 from common.adapters import Adapter
-from common.tensors import merge
-from common.types import AdapterState
+from common.messages.state import AdapterState
+from common.messages.tensors import merge
 from strategies.base import Contribution, ServerState, Strategy, mean
 
 

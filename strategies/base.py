@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from common.accountant import INITIALISATION
 from common.adapters import Adapter
 from common.errors import ConfigError, ProtocolError
-from common.privacy.accounting import INITIALISATION, Release
-from common.tensors import merge, select, weighted_sum
-from common.types import HEAD, AdapterState
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import merge, select, weighted_sum
+from common.privacy.accounting import Release
 
 
 @dataclass(frozen=True)

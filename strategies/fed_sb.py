@@ -27,8 +27,8 @@ from torch import Tensor
 from common.adapters.lora_sb import leading_singular_triple
 from common.check import clip_norm, in_range, one_of, positive
 from common.errors import ConfigError
-from common.tensors import merge, select
-from common.types import AdapterState
+from common.messages.state import AdapterState
+from common.messages.tensors import merge, select
 from strategies.average import Average
 from strategies.base import GradientSource, ServerState
 

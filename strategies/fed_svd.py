@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from common.check import not_negative, one_of, positive
-from common.tensors import merge, select
-from common.types import AdapterState
+from common.messages.state import AdapterState
+from common.messages.tensors import merge, select
 from strategies.average import Average
 from strategies.base import ServerState
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from common.adapters import ADAPTERS, Adapter
-from common.types import AdapterState
+from common.messages.state import AdapterState
 from strategies import STRATEGIES, Strategy
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.messages import SpendingFigures
+from common.accountant import TRAINING
+from common.messages.round import SpendingFigures
 from common.privacy import claim
-from common.privacy.accounting import TRAINING, Release, epsilon_with_method
+from common.privacy.accounting import Release, epsilon_with_method
 from common.run_lines import (
     Absence,
     AuditFile,

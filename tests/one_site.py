@@ -11,17 +11,17 @@ from typing import Any
 from conftest import write_reviews
 
 from client.app import answer
-from common.base_model import load_base_model
-from common.config import Scalar
-from common.data import load_dataset
-from common.messages import Refusal, Reply, TrainResult, TrainTask
-from common.model import FederatedModel, model_of
-from common.privacy.ledger import Ledger
-from common.tensors import fingerprint, start_fingerprint
-from common.types import AdapterState
-from common.wire import encode_task
-from experiments.deploy.policy_file import models_of, pins_of_job
-from experiments.settings import to_toml
+from client.ledger.ledger import Ledger
+from common.config.sections import Scalar
+from common.config.text import to_toml
+from common.data.sources import load_dataset
+from common.messages.round import Refusal, Reply, TrainResult, TrainTask
+from common.messages.state import AdapterState
+from common.messages.tensors import fingerprint, start_fingerprint
+from common.messages.wire import encode_task
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel, model_of
+from deploy.policy_file import models_of, pins_of_job
 from strategies import configure
 
 

@@ -22,9 +22,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from common.adapters import ADAPTERS, Adapter
 from common.adapters.base import layer_shape, start_of_a
 from common.errors import FedVeilError, ModelError, ProtocolError
+from common.messages.state import AdapterState
+from common.messages.tensors import entries
 from common.randomness import stream
-from common.tensors import entries
-from common.types import AdapterState
 
 RANK, ALPHA = 3, 12.0
 FAMILIES = ("bert", "gpt2", "llama")

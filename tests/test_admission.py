@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from client.budget import plan_of
+from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
-from common.examples import Dataset
-from common.messages import NoisedCount, Spending, TrainResult
-from common.privacy.accounting import TRAINING, Accountant
-from common.privacy.charges import Terms
+from common.accountant import TRAINING, Accountant
+from common.messages.round import NoisedCount, Spending, TrainResult
 from common.privacy.plan import PrivacyPlan
+from common.tasks.examples import Dataset
 from server.admission import Admission
-from server.report import round_line
-from server.report.terminal import epsilon_words
 from server.rounds import RoundOutcome
 from server.sites import Gathering
+from server.terminal import epsilon_words, round_line
 from strategies import Job, ServerState, configure
 
 SIZE = 2000

@@ -33,7 +33,7 @@ from audits.worlds import flat
 from common.privacy.accounting import Release, epsilon
 from common.run_lines import Finding
 from common.tasks.text import TextExample
-from server.report import markdown_report
+from reports import markdown_report
 from strategies import STRATEGIES
 
 DELTA = 1e-5

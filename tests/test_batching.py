@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.batching import WINDOW, epoch_batches, length_batches
 from common.errors import DataError
+from common.model.batching import WINDOW, epoch_batches, length_batches
 from common.randomness import stream
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=200)

@@ -15,12 +15,12 @@ import pytest
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 from typer.testing import CliRunner
 
+from cli.main import app
 from client.policy import Policy
 from common import bundle
 from common.bundle import MANIFEST, SETTINGS, bundle_digest, digest, files_of, own_digest
 from common.errors import ConfigError, PolicyRefusal, ProtocolError
-from experiments.app import app_folder
-from experiments.cli import app
+from deploy.app import app_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {SETTINGS: b'[project]\nname = "x"\n', "a/b.py": b"x = 1\n", "a/c.py": b""}
@@ -47,7 +47,7 @@ def test_what_flower_builds_of_this_version_has_the_installed_version_s_hash(tmp
 
 def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
     source, site_packages = tmp_path / "source", tmp_path / "site-packages"
-    for package in ("common", "strategies", "client", "server", "experiments"):
+    for package in ("common", "strategies", "client", "server", "reports", "deploy", "experiments", "cli"):
         shutil.copytree(ROOT / package, source / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (SETTINGS, "README.md"):
         shutil.copy(ROOT / name, source)

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from client.ledger.ledger import Ledger
 from client.local_training import train_round
 from client.site import Site
-from common.base_model import load_base_model
-from common.batching import epoch_batches
-from common.data import train_and_test
-from common.messages import TrainResult, TrainTask
-from common.model import FederatedModel
-from common.privacy.ledger import Ledger
+from common.data.sources import train_and_test
+from common.messages.round import TrainResult, TrainTask
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import clone, entries, start_fingerprint
+from common.model.base import load_base_model
+from common.model.batching import epoch_batches
+from common.model.federated import FederatedModel
 from common.randomness import stream
 from common.tasks import TASKS, Record
-from common.tensors import clone, entries, start_fingerprint
-from common.types import HEAD, AdapterState
 from strategies import STRATEGIES, Job, configure
 from strategies.base import Contribution
 

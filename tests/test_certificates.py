@@ -14,9 +14,9 @@ from cryptography import x509
 from test_deploy import site_for
 
 from common.errors import DataError
-from experiments.deploy import certificates, doctor, start
-from experiments.deploy.refusal import why_unreachable
-from experiments.deploy.server_folder import RENEWAL, ServerFolder, finish_renewal, make_server, renew_server
+from deploy import certificates, doctor, start
+from deploy.refusal import why_unreachable
+from deploy.server_folder import RENEWAL, ServerFolder, finish_renewal, make_server, renew_server
 
 
 class Crash(BaseException):

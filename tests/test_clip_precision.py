@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from audits.sensitivity import MOST
 from audits.worlds import plan
 from common.check import CLIP_NORMS
-from common.config import PrivacyConfig
+from common.config.sections import PrivacyConfig
 from common.errors import ConfigError
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps

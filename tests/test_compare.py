@@ -11,19 +11,19 @@ import pytest
 from made_run import MadeRun
 from typer.testing import CliRunner
 
+from cli.main import app
+from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
 from common.run_lines import Reached, RoundLine, read_lines
 from experiments import compare as comparison
-from experiments.cli import app
 from experiments.compare import DEFAULT, Outcome, compare, table
-from experiments.settings import to_toml
-from experiments.simulated import record_sites
+from experiments.site_count import record_sites
 from server.lock import is_written, only_writer
 from strategies import STRATEGIES, configure
 
 
 def test_the_shipped_comparison_is_of_every_strategy() -> None:
-    from experiments.settings import parse_settings
+    from common.config.text import parse_settings
 
     assert {configure(parse_settings([str(path)])).strategy.name for path in DEFAULT} == set(STRATEGIES)
 

@@ -17,11 +17,11 @@ from flwr.common.config import parse_config_args
 
 from client.site import open_site
 from common.errors import ConfigError, PolicyRefusal
-from experiments.deploy import container
-from experiments.deploy.commands import node_config
-from experiments.deploy.server_folder import CONTROL_PORT, FLEET_PORT
-from experiments.deploy.site_folder import node_settings, open_site_folder
-from experiments.deploy.start import start_site
+from deploy import container
+from deploy.commands import node_config
+from deploy.server_folder import CONTROL_PORT, FLEET_PORT
+from deploy.site_folder import node_settings, open_site_folder
+from deploy.start import start_site
 from server.registered import NODES
 from strategies import configure
 
@@ -70,7 +70,7 @@ def test_what_runs_on_has_a_health_check_and_comes_back() -> None:
     for name in ("superlink", *SITES):
         assert SERVICES[name]["restart"] == "unless-stopped", f"{name} does not survive a restart"
         test = SERVICES[name]["healthcheck"]["test"]
-        assert test[1:4] == ["python", "-m", "experiments.deploy.container"]
+        assert test[1:4] == ["python", "-m", "deploy.container"]
         assert test[4] == ("healthy-server" if name == "superlink" else "healthy-site")
     for name in ONCE:
         assert SERVICES[name]["restart"] == "no", f"{name} would do its work again by itself"
@@ -100,8 +100,8 @@ def test_the_control_port_listens_for_the_job_alone() -> None:
 
 
 def test_the_superlink_binds_its_control_port_to_that_network(tmp_path: Path) -> None:
-    from experiments.deploy.commands import superlink_command
-    from experiments.deploy.server_folder import open_server
+    from deploy.commands import superlink_command
+    from deploy.server_folder import open_server
 
     for name in ("authority", "server", "coordinator"):
         (tmp_path / name).mkdir()
@@ -230,7 +230,10 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
         "strategies",
         "client",
         "server",
+        "reports",
+        "deploy",
         "experiments",
+        "cli",
     }
 
 

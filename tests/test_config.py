@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import config as choices
-from common.config import RunConfig, Scalar, defaults, from_mapping, to_mapping
+from common.config import sections as choices
+from common.config.sections import RunConfig, Scalar, defaults, from_mapping, to_mapping
+from common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from common.errors import ConfigError
-from experiments.settings import flatten, parse_settings, read_settings_file, to_toml
 from strategies import STRATEGIES, configure, known_settings
 
 fast = settings(max_examples=25, deadline=None)

@@ -14,13 +14,13 @@ from torch import Tensor
 from client import local_training
 from client.local_training import train_round
 from client.site import Site
-from common.data import train_and_test
+from common.data.sources import train_and_test
 from common.errors import ProtocolError
-from common.messages import TrainResult, TrainTask
-from common.model import FederatedModel, model_of
+from common.messages.round import TrainResult, TrainTask
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import apply, entries, start_fingerprint
+from common.model.federated import FederatedModel, model_of
 from common.privacy import dpsgd
-from common.tensors import apply, entries, start_fingerprint
-from common.types import HEAD, AdapterState
 from strategies import STRATEGIES, Job, configure
 from strategies.ffa_lora import FFALoRA
 

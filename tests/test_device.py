@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.device import autocast, choose_attention, choose_device, choose_precision, own_cores
 from common.errors import ConfigError
+from common.model.device import autocast, choose_attention, choose_device, choose_precision, own_cores
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import strategies
+from cli.main import app
 from client.site import NODE_KEYS
-from common.packaged import MINILM, packaged_folder
+from common.config.text import parse_settings
+from common.data.packaged import MINILM, packaged_folder
 from common.run_lines import RoundLine, read_lines
-from experiments.cli import app
 from experiments.in_process import run_in_process
-from experiments.settings import parse_settings
 from strategies import configure
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
 

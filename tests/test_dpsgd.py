@@ -45,8 +45,8 @@ from audits.worlds import (
     plan,
     released,
 )
-from common.batching import length_batches
 from common.errors import MechanismError
+from common.model.batching import length_batches
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.randomness import add_private_noise

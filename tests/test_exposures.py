@@ -17,22 +17,22 @@ from made_run import MadeRun
 from one_site import OneSite, clinic, pins
 from test_report import fedveil
 
+from client.ledger.ledger import Ledger
+from client.ledger.record_hashes import record_hashes
+from client.ledger.rows import Charge
 from client.policy import Policy
+from common.config.text import to_toml
 from common.errors import ConfigError, PolicyRefusal
-from common.examples import Dataset
-from common.messages import Refusal, Spending
+from common.messages.round import Refusal, Spending
+from common.messages.wire import decode_reply, encode_reply, layout_of
 from common.privacy.accounting import Release
-from common.privacy.charges import Charge
-from common.privacy.contents import record_hashes
 from common.privacy.figures import epsilon_text
-from common.privacy.ledger import Ledger
 from common.run_lines import ResultFile, RoundLine, read_file, read_lines
+from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
-from common.wire import decode_reply, encode_reply, layout_of
 from experiments.in_process import run_in_process, simulated_nodes
-from experiments.settings import to_toml
+from reports import federation_epsilon, report_of, write_reports
 from server.admission import Admission
-from server.report import federation_epsilon, report_of, write_reports
 from strategies import configure
 
 OPEN = {"privacy.mode": "none"}
@@ -389,7 +389,7 @@ def check_that_no_cell_is_a_formula(path: Path) -> None:
 
 def test_no_cell_of_an_export_is_a_formula(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_that_no_cell_is_a_formula(mixed)
-    monkeypatch.setattr("experiments.ledger_cli._cell", lambda value: value)
+    monkeypatch.setattr("cli.ledger._cell", lambda value: value)
     with pytest.raises(AssertionError):
         check_that_no_cell_is_a_formula(mixed)
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.accountant import TRAINING, Accountant
 from common.errors import ConfigError, RunFailed
-from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
-from common.privacy.accounting import TRAINING, Accountant
+from common.files import length
+from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
+from common.messages.state import AdapterState
+from common.messages.tensors import apply
+from common.messages.wire import STYPE, decode_reply, encode_reply
 from common.run_lines import ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from common.tensors import apply
-from common.types import AdapterState
-from common.wire import STYPE, decode_reply, encode_reply
 from experiments.in_process import InProcessTransport, run_in_process
-from server.files import length
 from server.replies import LONGEST_REASON, clean, refusal
 from server.sites import Exchange
 

@@ -23,17 +23,17 @@ from client.local_training import initial_round, train_round
 from client.site import Site
 from common.adapters import LoRASB
 from common.adapters.lora_sb import leading_singular_triple
-from common.base_model import load_base_model
-from common.config import HeadConfig
-from common.data import train_and_test
+from common.config.sections import HeadConfig
+from common.data.sources import train_and_test
 from common.errors import ConfigError, ModelError
-from common.initial_gradient import mean_gradient, private_gradient
-from common.messages import TrainTask
-from common.model import FederatedModel
+from common.messages.round import TrainTask
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import fingerprint, start_fingerprint
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.starts.gradient import mean_gradient, private_gradient
 from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
-from common.tensors import fingerprint, start_fingerprint
-from common.types import HEAD, AdapterState
 from strategies import Contribution, Job, ServerState, configure, mean
 from strategies.fed_sb import FedSB, gradient_basis
 

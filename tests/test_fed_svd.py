@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.adapters import LoRAFrozenA
-from common.messages import TrainResult, TrainTask
-from common.model import model_of
+from common.messages.round import TrainResult, TrainTask
+from common.messages.state import HEAD, AdapterState
+from common.model.federated import model_of
 from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.types import HEAD, AdapterState
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
 from server.sites import Exchange

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.adapters import LoRA
-from common.types import AdapterState
+from common.messages.state import AdapterState
 from strategies.base import Contribution
 from strategies.fedavg import FedAvgLoRA
 

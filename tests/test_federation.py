@@ -11,17 +11,17 @@ from conftest import write_reviews
 from made_run import spent
 from one_site import pins
 
-from common.config import Scalar
+from client.ledger.ledger import Ledger
+from common.config.sections import Scalar
+from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
+from common.messages.wire import round_of
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
 from common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from common.strict_json import to_json
-from common.wire import round_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
-from experiments.settings import to_toml
-from server.report import markdown_report
+from reports import markdown_report
 from strategies import STRATEGIES, known_settings
 from strategies.table import payload, preset_adapter
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from common.adapters import LoRAFrozenA
-from common.base_model import load_base_model
-from common.config import HeadConfig
-from common.model import FederatedModel
+from common.config.sections import HeadConfig
+from common.messages.tensors import start_fingerprint
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.tasks import TASKS
-from common.tensors import start_fingerprint
 from strategies.base import Contribution
 from strategies.ffa_lora import FFALoRA
 
@@ -58,8 +58,8 @@ PRINT_FINGERPRINT = """
 import sys, torch
 torch.manual_seed(int(sys.argv[3]))
 from common.adapters import LoRAFrozenA
-from common.base_model import load_base_model
-from common.tensors import start_fingerprint
+from common.model.base import load_base_model
+from common.messages.tensors import start_fingerprint
 adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), sys.argv[2])
 print(start_fingerprint(adapter.read(adapter.attach(load_base_model(sys.argv[1], "classification").module, 1))))
 """

@@ -15,10 +15,10 @@ import pytest
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 from made_run import spent
 
-from common.privacy.ledger import Ledger
+from client.ledger.ledger import Ledger
+from common.config.text import to_toml
 from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from experiments.app import app_folder
-from experiments.settings import to_toml
+from deploy.app import app_folder
 from server.submission import OVERRIDES, refuse_wrong_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
 
 
 def test_settings_are_checked_without_the_libraries_that_only_training_needs() -> None:
-    code = "import sys, strategies, experiments.resume; strategies.configure({}); print(*sys.modules)"
+    code = "import sys, strategies, server.resume; strategies.configure({}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {"peft", "transformers", "opacus", "dp_accounting", "scipy"} & set(done.stdout.split())
     assert not loaded, f"a wrong setting is named only after {', '.join(sorted(loaded))} are imported: seconds"

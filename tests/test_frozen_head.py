@@ -9,7 +9,7 @@ import pytest
 from one_site import clinic
 
 from common.errors import ConfigError
-from common.messages import Refusal
+from common.messages.round import Refusal
 from server.model import ServerModel
 from strategies import configure
 

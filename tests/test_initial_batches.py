@@ -12,14 +12,14 @@ from one_site import OneSite, clinic
 
 from audits.worlds import plan
 from client import app, local_training
-from common import initial_gradient
-from common.initial_gradient import private_gradient, record_bytes
-from common.messages import TrainResult
-from common.model import FederatedModel
+from common.messages.round import TrainResult
+from common.messages.state import AdapterState
+from common.messages.tensors import l2_norm, subtract
+from common.model.federated import FederatedModel
+from common.model.shapes import FixedBatch
 from common.privacy.plan import PrivacyPlan
-from common.shapes import FixedBatch
-from common.tensors import l2_norm, subtract
-from common.types import AdapterState
+from common.starts import gradient as initial_gradient
+from common.starts.gradient import private_gradient, record_bytes
 
 RECORDS = 40
 

@@ -23,14 +23,15 @@ from typing import Any
 
 import pytest
 
+from client.ledger import record_hashes as contents
+from client.ledger.file import APPLICATION_ID
+from client.ledger.ledger import Ledger
+from client.ledger.record_hashes import record_hashes
+from client.ledger.rows import Charge
+from common.accountant import EVALUATION, Accountant
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.examples import Dataset
-from common.privacy import contents
-from common.privacy.accounting import EVALUATION, Accountant, Release, epsilon
-from common.privacy.charges import Charge
-from common.privacy.contents import record_hashes
-from common.privacy.ledger import Ledger
-from common.privacy.ledger_file import APPLICATION_ID
+from common.privacy.accounting import Release, epsilon
+from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
 
 DELTA = 1e-5
@@ -177,7 +178,7 @@ def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pyte
 
     with Ledger(path) as ledger:
         with monkeypatch.context() as patch:
-            patch.setattr("common.privacy.ledger.price", fail)
+            patch.setattr("client.ledger.ledger.price", fail)
             with pytest.raises(KeyboardInterrupt):
                 charge(ledger, 1)
         assert ledger.entries() == []
@@ -185,9 +186,7 @@ def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pyte
 
 
 def test_a_price_that_is_no_number_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "common.privacy.charges.epsilon_with_method", lambda *_: (float("nan"), Accountant("pld", "0.6.0"))
-    )
+    monkeypatch.setattr("client.ledger.rows.epsilon_with_method", lambda *_: (float("nan"), Accountant("pld", "0.6.0")))
     with Ledger(path) as ledger, pytest.raises(BudgetExhausted):
         charge(ledger, 1)
 
@@ -594,7 +593,7 @@ def test_no_record_has_spent_more_than_is_said_however_names_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_that_every_record_is_within_the_largest_figure(tmp_path / "sound")
-    monkeypatch.setattr("common.privacy.ledger.of_all", lambda charge, prices: charge)
+    monkeypatch.setattr("client.ledger.ledger.of_all", lambda charge, prices: charge)
     with pytest.raises(AssertionError, match="has spent more than is said"):
         check_that_every_record_is_within_the_largest_figure(tmp_path / "its own history alone")
 
@@ -794,7 +793,7 @@ def test_a_migration_that_fails_half_way_leaves_the_old_ledger(
     old_ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("common.privacy.ledger_file._finish_schema", lambda _: "CREATE TABLE budgets (id);\nNONSENSE;\n")
+        patch.setattr("client.ledger.file._finish_schema", lambda _: "CREATE TABLE budgets (id);\nNONSENSE;\n")
         with pytest.raises(LedgerError):
             Ledger(old_ledger)
     assert layout(old_ledger) == [("charges", "table"), ("no_delete", "trigger"), ("no_update", "trigger")]

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
+from client.ledger.file import only_ledger
+from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from client.site import open_site, user_folder
-from common.config import Scalar, from_mapping
+from common.config.sections import Scalar, from_mapping
 from common.errors import LedgerError
 from common.privacy.accounting import Release
-from common.privacy.charges import Charge
-from common.privacy.ledger import Ledger
-from common.privacy.ledger_file import only_ledger
 
 WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 # fork: a child that has to import the libraries again takes seconds.
@@ -66,7 +66,7 @@ def test_a_ledger_with_a_second_hard_link_is_refused_by_both_names(path: Path) -
 
 
 def test_a_ledger_that_takes_two_names_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.privacy.ledger_file._refuse_second_name", lambda _: None)
+    monkeypatch.setattr("client.ledger.file._refuse_second_name", lambda _: None)
     with pytest.raises(pytest.fail.Exception):
         check_that_a_second_name_is_refused(path)
 
@@ -108,7 +108,7 @@ def test_no_charge_is_lost_between_two_links_and_what_allowed_them_is_found_out(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not charges_lost_between_two_links(path)
-    monkeypatch.setattr("common.privacy.ledger_file._refuse_second_name", lambda _: None)
+    monkeypatch.setattr("client.ledger.file._refuse_second_name", lambda _: None)
     (tmp_path / "old").mkdir()
     try:
         lost = charges_lost_between_two_links(tmp_path / "old" / "site.sqlite")
@@ -336,7 +336,7 @@ def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(pat
 
 def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) -> None:
     """Migrate a ledger, and be killed after so many of the migration's statements."""
-    import common.privacy.ledger_file as file
+    import client.ledger.file as file
 
     def some(connection: sqlite3.Connection, statements: str) -> None:
         whole = [part for part in statements.splitlines(keepends=True) if part.strip()]
@@ -349,7 +349,7 @@ def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) 
 
 @pytest.mark.parametrize("after", [8, 12, 14])
 def test_a_migration_that_is_killed_leaves_the_old_ledger_whole(second_format: Path, after: int) -> None:
-    from common.privacy.ledger_file import _run_script
+    from client.ledger.file import _run_script
 
     before = content(second_format)
     child = processes.Process(target=migrate_and_die, args=(second_format, _run_script, after))

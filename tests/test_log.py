@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from one_site import pins
 
+from common.config.text import to_toml
 from common.errors import ConfigError
 from common.log import JsonLines, about, set_up
 from experiments.in_process import run_in_process
-from experiments.settings import to_toml
 
 CANARY = "zyzzyva"
 

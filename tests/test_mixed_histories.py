@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
+from common.accountant import PLD_INTERVAL
 from common.privacy import accounting
-from common.privacy.accounting import PLD_INTERVAL, Release, epsilon, epsilon_with_method
-from common.privacy.charges import Charge
-from common.privacy.ledger import Ledger
+from common.privacy.accounting import Release, epsilon, epsilon_with_method
 
 FINE = PLD_INTERVAL / 4
 DELTA = 1e-5

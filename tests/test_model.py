@@ -19,15 +19,15 @@ from audits.worlds import plan
 from client.local_training import plain_step
 from client.optimizers import build_optimizer
 from common.adapters import ADAPTERS
-from common.base_model import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
-from common.config import HeadConfig, ModelConfig, TrainingConfig
+from common.config.sections import HeadConfig, ModelConfig, TrainingConfig
 from common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
-from common.model import FederatedModel, model_of, score_records
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import entries, fingerprint
+from common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
+from common.model.federated import FederatedModel, model_of, score_records
 from common.privacy.dpsgd import PrivateSteps
 from common.tasks import TASKS, Classification, Record
 from common.tasks.text import TextExample, pad_id
-from common.tensors import entries, fingerprint
-from common.types import HEAD, AdapterState
 
 ModelFor = Callable[..., FederatedModel]
 

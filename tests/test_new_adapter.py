@@ -15,12 +15,12 @@ from common.adapters import ADAPTERS
 from common.adapters.base import ADAPTER_NAME, layer_shape, lora_modules
 from common.adapters.lora import LoRA
 from common.errors import ConfigError
+from common.messages.state import HEAD, Factors
+from common.messages.wire import decode_state, encode_state, layout_of
 from common.run_lines import RoundLine, read_lines
-from common.types import HEAD, Factors
-from common.wire import decode_state, encode_state, layout_of
 from experiments.evaluate import evaluate_run
-from experiments.forecast import forecast
 from experiments.in_process import run_in_process
+from experiments.planner.forecast import forecast
 from server.model import ServerModel
 from strategies import STRATEGIES, configure
 from strategies.fedavg import FedAvgLoRA

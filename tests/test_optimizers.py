@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 from client import local_training
 from client.optimizers import build_optimizer, set_learning_rate
 from common import randomness
-from common.config import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
+from common.config.schedule import learning_rate
+from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
+from common.messages.state import HEAD
+from common.messages.tensors import entries
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
-from common.schedule import learning_rate
-from common.tensors import entries
-from common.types import HEAD
 from experiments.in_process import run_in_process
 from strategies import STRATEGIES, configure
 

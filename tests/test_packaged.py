@@ -15,10 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_model, tiny_model
 
-from common import base_model
-from common.base_model import weights_fingerprint
-from common.errors import DataError
-from common.packaged import (
+from common.data.packaged import (
     ASDIV,
     HASH_BLOCK_BYTES,
     MINILM,
@@ -29,6 +26,9 @@ from common.packaged import (
     packaged_file,
     packaged_folder,
 )
+from common.errors import DataError
+from common.model import base as base_model
+from common.model.base import weights_fingerprint
 
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
 CARRIED = PackagedFile("veil-demo", "1.2.3", "veil_demo/data.csv", hashlib.sha256(CONTENT).hexdigest(), "demo")

@@ -19,11 +19,11 @@ import pytest
 from client import runtime
 from common.bundle import own_digest
 from common.errors import ConfigError
-from experiments.deploy import pair, start
-from experiments.deploy.commands import own_module
-from experiments.deploy.doctor import examine_site
-from experiments.deploy.site_folder import SiteFolder, make_site
-from experiments.deploy.units import write_site_unit
+from deploy import pair, start
+from deploy.commands import own_module
+from deploy.doctor import examine_site
+from deploy.site_folder import SiteFolder, make_site
+from deploy.units import write_site_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = "open({place!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
@@ -50,7 +50,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def begin(node: str = STAYS, worker_code: str = STAYS) -> subprocess.Popen[str]:
         commands = [json.dumps(program(node, tmp_path / "node")), json.dumps(program(worker_code, tmp_path / "worker"))]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        words = [*own_module("experiments.deploy.pair"), *commands]
+        words = [*own_module("deploy.pair"), *commands]
         running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env))
         return running[-1]
 
@@ -152,7 +152,7 @@ def test_a_pair_ends_with_its_node_and_when_its_worker_cannot_go_on(
 
 def test_both_sides_mean_the_same_by_an_exit_code_and_the_supervisor_stays_small() -> None:
     assert (pair.ANEW, pair.NODE_TOO) == (runtime.ANEW, runtime.NODE_TOO)
-    code = "import sys, experiments.deploy.pair; print(*sys.modules)"
+    code = "import sys, deploy.pair; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "flwr", "client", "typer"} & set(done.stdout.split())
 
@@ -174,7 +174,7 @@ def started_command(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[
     monkeypatch.setattr(start.os, "execve", lambda *words: taken.append(words))
     start.start_site(site, lambda line: None, "partition-id=7")
     ((_, command, _),) = taken
-    assert command[:4] == [sys.executable, "-P", "-m", "experiments.deploy.pair"]
+    assert command[:4] == [sys.executable, "-P", "-m", "deploy.pair"]
     node, own = map(json.loads, command[4:])
     return node, own
 

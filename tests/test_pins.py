@@ -32,12 +32,12 @@ from audits.hostile_questions import (
 from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
-from common.config import Columns, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
-from common.data import load_dataset
+from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
+from common.data.sources import load_dataset
 from common.errors import FedVeilError, PolicyRefusal
-from common.messages import Refusal
-from common.roles import Role
+from common.messages.round import Refusal
 from common.tasks import TASKS, roles_of_all
+from common.tasks.roles import Role
 from strategies import configure
 
 
@@ -294,7 +294,7 @@ def test_no_loader_runs_code_that_comes_with_a_model(
 ) -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from common.base_model import load_base_model
+    from common.model.base import load_base_model
 
     said = []
     for loader in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer):

@@ -18,10 +18,10 @@ from audits.account import PUBLIC, RECORDS, account_faults, account_site, spying
 from audits.faults import PRIVATE_SIZE, RESET, SHUFFLED, Fault
 from audits.tiny_site import tiny_site
 from client import local_training
-from common import initial_gradient
-from common.messages import TrainResult
+from client.ledger.ledger import Ledger
+from common.messages.round import TrainResult
 from common.privacy.dpsgd import PrivateSteps, rounding_margin
-from common.privacy.ledger import Ledger
+from common.starts import gradient as initial_gradient
 
 GPU = torch.device("cuda")
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from common.config import PrivacyConfig, TrainingConfig
+from common.config.sections import PrivacyConfig, TrainingConfig
 from common.errors import ConfigError, PrivacyError
 from common.privacy.accounting import Release, epsilon
 from common.privacy.plan import PrivacyPlan

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from made_run import spent
 from typer.testing import CliRunner
 
+from cli.main import app
+from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import Release, epsilon
 from common.privacy.plan import PrivacyPlan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
-from experiments import forecast as forecasts
-from experiments import plan_find
-from experiments.calibration import Calibration, alignment_of, round_seconds
-from experiments.cli import app
-from experiments.forecast import Forecast, forecast
 from experiments.in_process import run_in_process
-from experiments.plan import last_within, signal_to_noise, simulated_sizes
-from experiments.plan_find import RATES, find
-from experiments.settings import to_toml
+from experiments.planner import find as plan_find
+from experiments.planner import forecast as forecasts
+from experiments.planner.calibration import Calibration, alignment_of, round_seconds
+from experiments.planner.find import RATES, find
+from experiments.planner.forecast import Forecast, forecast
+from experiments.planner.plan import last_within, signal_to_noise, simulated_sizes
 from strategies import STRATEGIES, configure
 
 MEASURED = Calibration(64, 1, "cpu", 0.1, 0.01, 2.0, 500.0, 0.0, (0.1, 0.2))

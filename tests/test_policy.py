@@ -19,21 +19,22 @@ from audits.bands import out_of_band, related
 from audits.faults import same_seeds
 from client.budget import plan_of
 from client.evaluation import noised_correct
+from client.ledger.ledger import Ledger
+from client.ledger.rows import Terms
 from client.policy import Policy, load_policy
 from client.site import Site, check_job, open_site
-from common.config import Scalar, from_mapping, to_mapping
-from common.data import load_dataset, train_and_test
+from common.accountant import EVALUATION
+from common.config.sections import Scalar, from_mapping, to_mapping
+from common.config.text import to_toml
+from common.data.partition import division_of
+from common.data.sources import load_dataset, train_and_test
 from common.errors import ConfigError, PolicyRefusal
-from common.examples import Dataset
-from common.messages import Spending
-from common.model import FederatedModel
-from common.partition import division_of
-from common.privacy.accounting import EVALUATION, Release, epsilon
-from common.privacy.charges import Terms
-from common.privacy.ledger import Ledger
+from common.messages.round import Spending
+from common.model.federated import FederatedModel
+from common.privacy.accounting import Release, epsilon
 from common.run_lines import RoundLine, read_lines
+from common.tasks.examples import Dataset
 from experiments.in_process import run_in_process, simulated_nodes
-from experiments.settings import to_toml
 from strategies import configure
 
 PUBLIC = 50
@@ -192,7 +193,7 @@ def test_the_same_file_under_another_id_or_through_another_column_stays_on_one_b
 ) -> None:
     check_that_another_column_is_no_new_budget(site)
     # Planted fault: rows are known by what the run's columns make of them.
-    monkeypatch.setattr("common.rows._row_digest", lambda *_: b"")
+    monkeypatch.setattr("common.data.rows._row_digest", lambda *_: b"")
     client.site._own_data.cache_clear()
     with pytest.raises(AssertionError, match="a fresh budget"):
         check_that_another_column_is_no_new_budget(clinic(toy_settings, tmp_path, 40, 1))
@@ -422,7 +423,7 @@ def test_a_part_of_what_may_be_anybodys_is_refused_before_anything_is_read(
 ) -> None:
     site.rule(epsilon=1.0, delta=1e-4, public_size=60)
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": site.node["policy"]}
-    monkeypatch.setattr("common.data.load_dataset", lambda *_: pytest.fail("records are read"))
+    monkeypatch.setattr("common.data.sources.load_dataset", lambda *_: pytest.fail("records are read"))
     monkeypatch.setattr("client.site.load_dataset", lambda *_: pytest.fail("records are read"))
     for name in (str(site.settings["data.name"]), "hub:clinic/gated-notes", "/srv"):
         job = configure({**site.settings, "data.name": name, "data.partition": partition, "data.key": "author"})

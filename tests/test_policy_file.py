@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cli.main import app
 from client.policy import load_policy
 from client.site import check_job
-from common.config import Scalar
+from common.config.sections import Scalar
+from common.config.text import parse_settings
 from common.errors import ConfigError, DataError, PolicyRefusal
-from experiments.cli import app
-from experiments.deploy import container
-from experiments.deploy.doctor import examine_site
-from experiments.deploy.findings import Finding
-from experiments.deploy.pin import pin
-from experiments.deploy.policy_file import pins_of, policy_text
-from experiments.deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
-from experiments.deploy.start import start_site
-from experiments.settings import parse_settings
+from deploy import container
+from deploy.doctor import examine_site
+from deploy.findings import Finding
+from deploy.pin import pin
+from deploy.policy_file import pins_of, policy_text
+from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
+from deploy.start import start_site
 from strategies import configure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +151,7 @@ def test_a_file_that_would_be_no_policy_is_left_as_it_is(text: str, words: str, 
 def test_a_fault_that_drops_a_key_of_the_stewards_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(STEWARDS, encoding="utf-8")
-    monkeypatch.setattr("experiments.deploy.pin._pin_at", lambda lines, keys: ("text", 4))
+    monkeypatch.setattr("deploy.pin._pin_at", lambda lines, keys: ("text", 4))
     with pytest.raises((ConfigError, DataError, ValueError, KeyError)):
         pin(path, PINS)
     assert path.read_text(encoding="utf-8") == STEWARDS

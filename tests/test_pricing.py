@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from one_site import OneSite, clinic
 
-from common.config import PrivacyConfig, TrainingConfig
+from client.ledger.ledger import PRICES, Ledger
+from client.ledger.rows import Charge, price
+from common.config.sections import PrivacyConfig, TrainingConfig
 from common.errors import BudgetExhausted, ConfigError, LedgerError
 from common.privacy import accounting
 from common.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method
-from common.privacy.charges import Charge, price
-from common.privacy.ledger import PRICES, Ledger
 from common.privacy.plan import PrivacyPlan
 
 DELTA = 1e-5
@@ -44,7 +44,7 @@ def during_prices(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
         act()
         return price(*terms)
 
-    monkeypatch.setattr("common.privacy.ledger.price", watched)
+    monkeypatch.setattr("client.ledger.ledger.price", watched)
 
 
 def check_that_nobody_waits_on_a_price(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ ABSURD = [
 def test_figures_that_no_honest_job_has_are_refused_before_they_are_priced(
     path: Path, monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr("common.privacy.ledger.price", lambda *_: pytest.fail("a price was made"))
+    monkeypatch.setattr("client.ledger.ledger.price", lambda *_: pytest.fail("a price was made"))
     release = {"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure}
     delta = release.pop("delta", DELTA)
     with Ledger(path) as ledger, pytest.raises(ConfigError, match=words):

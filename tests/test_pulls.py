@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.messages import Refusal, TrainTask
+from common.messages.round import Refusal, TrainTask
 from server import pulls
 from server.app import FlowerTransport
 from server.pulls import Pulls

@@ -12,8 +12,8 @@ from one_site import OneSite, clinic
 
 import client.app
 from client.local_training import train_round
-from common.messages import Refusal, TrainResult, TrainTask
-from common.tensors import entries, scale
+from common.messages.round import Refusal, TrainResult, TrainTask
+from common.messages.tensors import entries, scale
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from test_faults import Faulty, plain
 
 from common.errors import DataError
-from common.messages import Refusal, TrainResult, TrainTask
+from common.messages.round import Refusal, TrainResult, TrainTask
+from common.messages.wire import decode_reply, encode_reply
 from common.run_lines import RoundLine, read_lines
-from common.wire import decode_reply, encode_reply
-from experiments.deploy import start
-from experiments.deploy.commands import superlink_environment
-from experiments.deploy.server_folder import make_server
+from deploy import start
+from deploy.commands import superlink_environment
+from deploy.server_folder import make_server
 from experiments.in_process import run_in_process
 from server.registered import NODES, names_in, registered_names
 

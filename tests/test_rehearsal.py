@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from client import app, local_training, rehearsal
+from client.ledger.ledger import Ledger
+from client.ledger.rows import Failure
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial
 from common.adapters import ADAPTERS
-from common.base_model import BaseModel, load_base_model
-from common.config import HeadConfig
+from common.config.sections import HeadConfig
 from common.errors import ConfigError, LedgerError, ModelError
-from common.messages import Refusal, TrainResult
-from common.model import FederatedModel, model_of
-from common.privacy.charges import Failure
+from common.messages.round import Refusal, TrainResult
+from common.messages.tensors import entries
+from common.model.base import BaseModel, load_base_model
+from common.model.federated import FederatedModel, model_of
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.ledger import Ledger
 from common.tasks import TASKS
 from common.tasks.text import TextExample
-from common.tensors import entries
 
 SIZE = len(VOCABULARY)
 HONEST = [("bert", "classification", "query,value"), ("gpt2", "causal-lm", "c_attn"), ("llama", "causal-lm", "q_proj")]

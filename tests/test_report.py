@@ -14,14 +14,14 @@ import pytest
 from made_run import DELTA, MadeRun
 from typer.testing import CliRunner
 
+from cli.main import app
+from client.ledger.ledger import Ledger
 from common.errors import BudgetExhausted, DataError
 from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
 from common.run_lines import AuditFile, Finding
-from experiments.cli import app
-from server.report import federation_epsilon, markdown_report, report_of, to_json, write_reports
-from server.report.audits import WHOSE
-from server.report.page import to_html
+from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
+from reports.audits import WHOSE
+from reports.page import to_html
 
 HOSTILE = "<script>alert(1)</script>\x1b[2K\u202e|`*"
 

@@ -17,15 +17,14 @@ from made_run import spent
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from common import randomness
+from common import files, randomness
 from common.errors import DataError, RunFailed
-from common.messages import TrainTask
+from common.messages.round import TrainTask
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
-from experiments.resume import with_resumed
-from server import files
 from server.checkpoint import NAME
 from server.lock import GLANCE_SECONDS, is_written, only_writer
+from server.resume import with_resumed
 from server.sites import Exchange
 from strategies import STRATEGIES
 
@@ -199,7 +198,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dic
     path = Path(toy_settings["output"]) / "ffa-lora-77" / NAME
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata()["about"]
-    path.write_bytes(save(load_file(str(path)), metadata={"format": "3", "about": about}))
-    with pytest.raises(DataError, match=r"has format 3, not 4: use the FedVeil that wrote it$") as refused:
+    path.write_bytes(save(load_file(str(path)), metadata={"format": "4", "about": about}))
+    with pytest.raises(DataError, match=r"has format 4, not 5: use the FedVeil that wrote it$") as refused:
         run_in_process({**toy_settings, "resume": "77"}, 1)
     assert "\n" not in str(refused.value)

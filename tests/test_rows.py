@@ -18,16 +18,16 @@ import client.site
 from audits.faults import SOUND, Fault
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from client import local_training
+from client.ledger.ledger import Ledger
 from client.outgoing import UNTOLD
-from common.cells import CELL_CHARACTERS
-from common.config import Columns, DataConfig
-from common.data import Reading, load_dataset, load_protected
+from common.config.sections import Columns, DataConfig
+from common.data.sources import Reading, load_dataset, load_protected
+from common.data.tables import Unfit
 from common.errors import DataError, UnreadableFile
-from common.messages import Refusal, Reply, TrainResult
+from common.messages.round import Refusal, Reply, TrainResult
+from common.messages.wire import encode_reply
 from common.privacy import dpsgd
-from common.privacy.ledger import Ledger
-from common.tables import Unfit
-from common.wire import encode_reply
+from common.tasks.cells import CELL_CHARACTERS
 
 ODD = {
     "no text": '" ",good,a1\n',

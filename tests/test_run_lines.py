@@ -11,7 +11,8 @@ import pytest
 from made_run import MadeRun
 
 from common.errors import DataError
-from common.messages import SpendingFigures
+from common.files import finite
+from common.messages.round import SpendingFigures
 from common.run_lines import (
     Absence,
     BaselineFile,
@@ -27,10 +28,9 @@ from common.run_lines import (
 )
 from common.strict_json import to_json
 from experiments.in_process import run_in_process
-from server.files import finite
-from server.report import report_of
-from server.report.audits import audit_reports
-from server.report.folder import read_run
+from reports import report_of
+from reports.audits import audit_reports
+from reports.folder import read_run
 
 FILES: tuple[type[RunFile], ...] = (ConfigFile, BaselineFile, ProgressFile, ResultFile)
 LINES: tuple[type[RunFile], ...] = (RoundLine, PrivacyLine)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from common.config import RunConfig, ServerConfig, TrainingConfig
+from common.config.sections import RunConfig, ServerConfig, TrainingConfig
+from common.messages.state import HEAD, AdapterState
 from common.run_lines import RoundLine, read_lines
-from common.types import HEAD, AdapterState
 from experiments.in_process import run_in_process
 from server.optimizer import server_step
 from strategies import STRATEGIES, Contribution, Moments, ServerState

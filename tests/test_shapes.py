@@ -15,8 +15,8 @@ from torch.optim import SGD
 
 from audits.hostile_state import MOST, NEIGHBOURS, audit_state, clips_moved, default_model, install
 from audits.worlds import World, fresh_world, minus, norm, plan, released
+from common.model.shapes import FixedBatch, Shapes
 from common.privacy.dpsgd import PrivateSteps
-from common.shapes import FixedBatch, Shapes
 from common.tasks import Record
 from common.tasks.text import TextExample
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_admission import DEAR_START, NUMBERS, STATE, answer, plan
 
 from common.errors import BudgetExhausted, ConfigError
-from common.messages import TrainResult
-from common.tensors import l2_norm
+from common.messages.round import TrainResult
+from common.messages.tensors import l2_norm
 from server import aggregation
 from server.admission import Admission
 from server.aggregation import LONGEST, LONGEST_OPEN, capped, contributions

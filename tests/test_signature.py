@@ -14,8 +14,8 @@ from made_run import MadeRun
 from test_report import audit_file, fedveil, found
 
 from common.privacy.figures import epsilon_text
-from server.report import report_of, write_reports
-from server.report.signature import SIGNATURE, STATEMENT, sign
+from reports import report_of, write_reports
+from reports.signature import SIGNATURE, STATEMENT, sign
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from made_run import MadeRun
 from one_site import OneSite
 from typer.testing import CliRunner
 
+from cli.main import app
 from common.errors import ConfigError, RunFailed
 from experiments import simulate as simulation
-from experiments.cli import app
 from experiments.in_process import InProcessTransport, run_in_process
-from experiments.simulated import record_sites, recorded_sites, sites_of
+from experiments.site_count import record_sites, recorded_sites, sites_of
 from server.checkpoint import NAME
 from server.lock import only_writer
 from strategies import configure

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.adapters import ADAPTERS, Adapter, LoRA, LoRAFrozenA
 from common.errors import ProtocolError
-from common.tensors import apply, entries, merge, scale, select
-from common.types import HEAD, AdapterState
-from common.wire import decode_state, encode_state, layout_of
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import apply, entries, merge, scale, select
+from common.messages.wire import decode_state, encode_state, layout_of
 from strategies import STRATEGIES, base, table
 from strategies.average import Average
 from strategies.base import Contribution, ServerState, Strategy, mean

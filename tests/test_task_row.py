@@ -22,23 +22,23 @@ from one_site import OneSite
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from cli.column_options import with_columns
 from client.own_records import prepared
 from common import tasks
-from common.base_model import OWN_CODE, BaseModel
-from common.cells import Misfit
-from common.config import from_mapping, to_mapping
-from common.data import load_dataset, load_protected
+from common.config.sections import from_mapping, to_mapping
+from common.data.sources import load_dataset, load_protected
+from common.data.tables import Table
 from common.errors import ConfigError, DataError
-from common.examples import Example
-from common.messages import Refusal, TrainResult
-from common.roles import LABEL, Role
+from common.messages.round import Refusal, TrainResult
+from common.model.base import OWN_CODE, BaseModel
+from common.model.shapes import Shapes
 from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.shapes import Shapes
-from common.tables import Table
 from common.tasks.base import Batch, Inventor, Record, Sums, Task, classified
+from common.tasks.cells import Misfit
+from common.tasks.examples import Example
 from common.tasks.module import TaskModule
-from experiments.deploy.column_options import with_columns
-from experiments.deploy.policy_file import pins_of
+from common.tasks.roles import LABEL, Role
+from deploy.policy_file import pins_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from strategies import configure

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from common.base_model import BaseModel, load_base_model
-from common.batching import length_batches
 from common.errors import DataError
+from common.model.base import BaseModel, load_base_model
+from common.model.batching import length_batches
 from common.tasks import TASKS, CausalLM, Classification, Record, Task
 from common.tasks.causal_lm import IGNORED
 from common.tasks.module import TaskModule

@@ -23,11 +23,11 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from client import local_training
 from client.app import train
 from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
+from common.accountant import Accountant, Detour
 from common.errors import DataError, FedVeilError, MechanismError
-from common.messages import NoisedCount, Refusal, Reply, Spending, TrainResult
+from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult
+from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
 from common.privacy import dpsgd
-from common.privacy.accounting import Accountant, Detour
-from common.wire import decode_reply, encode_reply, encode_task, layout_of
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.errors import ProtocolError
-from common.tensors import (
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import (
     add,
     clone,
     count,
@@ -26,7 +27,6 @@ from common.tensors import (
     subtract,
     weighted_sum,
 )
-from common.types import HEAD, AdapterState
 
 fast = settings(max_examples=25, deadline=None)
 sizes = st.integers(1, 5)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common import unpacked
-from common.unpacked import unpacked_smollm2
+from common.model import unpacked
+from common.model.unpacked import unpacked_smollm2
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from client.local_training import train_round
 from client.site import Site
-from common.examples import Dataset
-from common.messages import TrainTask
-from common.model import model_of
+from common.messages.round import TrainTask
+from common.messages.state import HEAD
+from common.messages.tensors import fingerprint, merge, start_fingerprint
+from common.model.federated import model_of
 from common.privacy import dpsgd
-from common.tensors import fingerprint, merge, start_fingerprint
-from common.types import HEAD
+from common.tasks.examples import Dataset
 from strategies import STRATEGIES, Contribution, configure
 
 ROUNDS = 60

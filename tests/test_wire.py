@@ -16,9 +16,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import wire
+from common.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
 from common.errors import ProtocolError
-from common.messages import (
+from common.messages import wire
+from common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
     SPENDING_KINDS,
@@ -30,11 +31,9 @@ from common.messages import (
     TrainTask,
     same_fingerprint,
 )
-from common.packed import Form
-from common.privacy.accounting import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
-from common.tensors import count, entries
-from common.types import AdapterState
-from common.wire import (
+from common.messages.state import AdapterState
+from common.messages.tensors import count, entries
+from common.messages.wire import (
     STYPE,
     Layout,
     _pack_spending,
@@ -51,6 +50,7 @@ from common.wire import (
     result_to_bytes,
     round_of,
 )
+from common.packed import Form
 
 fast = settings(max_examples=25, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -339,7 +339,8 @@ def test_an_unknown_kind_of_message_is_refused(message: str, code: int) -> None:
 
 def test_texts_too_long_or_not_utf8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "common.wire._text", lambda value, longest=0: len(value.encode()).to_bytes(2, "little") + value.encode()
+        "common.messages.wire._text",
+        lambda value, longest=0: len(value.encode()).to_bytes(2, "little") + value.encode(),
     )
     cases: list[tuple[Any, str, int]] = [(RESULT, "site", 200), (REFUSAL, "site", 200), (REFUSAL, "reason", 1000)]
     for good, key, longest in cases:

@@ -22,9 +22,9 @@ from client import runtime, worker
 from client.leftovers import tensors_digest
 from client.outgoing import UNTOLD
 from common.bundle import PROJECT, bundle_digest, files_of, own_digest
-from common.messages import Refusal, TrainResult
-from common.model import model_of
-from common.wire import decode_reply, encode_task
+from common.messages.round import Refusal, TrainResult
+from common.messages.wire import decode_reply, encode_task
+from common.model.federated import model_of
 
 FLWR_CLIENTAPP = Path(sys.executable).parent / "flwr-clientapp"
 

@@ -7,7 +7,7 @@ from common.adapters.lora import LoRA
 from common.adapters.lora_frozen_a import LoRAFrozenA
 from common.adapters.lora_sb import LoRASB
 from common.check import one_of
-from common.config import AdapterConfig
+from common.config.sections import AdapterConfig
 
 ADAPTERS: dict[str, type[Adapter]] = {adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRASB)}
 ALIASES = {"ffa-lora": "lora-frozen-a"}

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError, ProtocolError
+from common.messages.state import AdapterState, Factors
 from common.randomness import stream
-from common.types import AdapterState, Factors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
     from peft import LoraConfig, PeftModel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from common.adapters.base import Adapter, lora_modules, start_of_lora
-from common.types import Factors
+from common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

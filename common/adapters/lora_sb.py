@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.adapters.base import ADAPTER_NAME, Adapter, layer_shape, lora_modules, orthonormal_rows, stored_transposed
+from common.messages.state import Factors
 from common.randomness import stream
-from common.types import Factors
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

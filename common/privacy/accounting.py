@@ -32,8 +32,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from common.accountant import (
+    BELOW_FLOOR,
+    ERRORS,
+    FINEST_GRID,
+    MOST_GRID,
+    NOT_FINITE,
+    PLD_INTERVAL,
+    PLD_NOISE_FLOOR,
+    TOO_LARGE,
+    TRAINING,
+    Accountant,
+    Detour,
+    Method,
+)
 from common.check import at_least, in_range, positive
 from common.errors import BudgetExhausted, ConfigError
 from common.privacy.figures import epsilon_text
@@ -41,22 +55,9 @@ from common.privacy.figures import epsilon_text
 if TYPE_CHECKING:
     from dp_accounting import DpEvent, PrivacyAccountant
 
-Method = Literal["pld", "rdp"]
 Merged = tuple[tuple[float, float, int], ...]
 """Distinct (noise_multiplier, sample_rate) with their counts, sorted: the form that is priced and cached."""
 
-TRAINING, INITIALISATION, EVALUATION = KINDS = ("training", "initialisation", "evaluation")
-"""The kinds of releases: an optimiser step; a full gradient before round 1; a noised count of a site's own records that
-the model gets right, which one record changes by at most 1, without clipping."""
-METHODS: tuple[Method, ...] = ("pld", "rdp")
-BELOW_FLOOR, TOO_LARGE, NOT_FINITE = "noise", "loss", "delta"
-ERRORS = ("ArithmeticError", "FloatingPointError", "OverflowError", "ZeroDivisionError", "ValueError", "MemoryError")
-"""What a library of accountants may fail with on figures that another party made up."""
-REASONS = ("", BELOW_FLOOR, TOO_LARGE, NOT_FINITE, *ERRORS)
-"""Why RDP stands in for the PLD: a noise is below the floor, the loss is too large for the grid, no answer is finite at
-this delta, or the PLD failed with an error. Empty: it does not."""
-PLD_INTERVAL = 1e-3
-PLD_NOISE_FLOOR = 0.1
 PLD_DIVERGENCE_LIMIT = 1000.0
 LEAST_NOISE, MOST_NOISE = 0.01, 1e5
 """Ends of the range that ``noise_multiplier_for`` searches, and of what may be charged."""
@@ -66,60 +67,7 @@ LEAST_DELTA = 1e-12
 MOST_WORK = 150.0
 """Of one price, in units of some 8 ms: every distinct release takes 3, and 1/noise² more for the PLD's grid."""
 
-FINEST_GRID = 1 / 64
-"""The first step, in powers of two, of the grids on which noise and rates are rounded against us; each next is twice as
-wide."""
-MOST_GRID = 13
-"""Number of the widest grid, the finest being 1."""
-
 _VERSION = version("dp-accounting")
-
-
-@dataclass(frozen=True)
-class Detour:
-    """Why an epsilon is not simply that of its method on the releases as they are."""
-
-    reason: str = ""
-    """One of REASONS."""
-    figure: float = 0.0
-    """The least noise multiplier (``noise``) or the delta (``delta``) that is the reason."""
-    error: str = ""
-    """What RDP failed with, one of ERRORS: epsilon is infinite then. Empty: it did not."""
-    grid: int = 0
-    """On which grid noise and rates were rounded, the finest being 1. 0: on none."""
-
-
-@dataclass(frozen=True)
-class Accountant:
-    """What computed an epsilon; as text, the words of a report."""
-
-    method: Method
-    version: str
-    """Of dp-accounting."""
-    detour: Detour | None = None
-    """None for the method's own answer."""
-
-    def __str__(self) -> str:
-        """Return method, version and the reasons in words."""
-        library, detour = f"dp-accounting {self.version}", self.detour or Detour()
-        if self.method == "pld":
-            words = f"PLD ({library}, discretisation {PLD_INTERVAL:.0e})".replace("e-03", "e-3")
-        else:
-            words = f"RDP ({library})" + (f" (fallback: {_reason_in_words(detour)})" if detour.reason else "")
-        if detour.error:
-            words += f" (failed with {detour.error})"
-        if detour.grid:
-            percent = 100 * (2 ** (FINEST_GRID * 2 ** (detour.grid - 1)) - 1)
-            words += f" (noise rounded down and rates up, by up to {percent:.2g} %)"
-        return words
-
-
-def _reason_in_words(detour: Detour) -> str:
-    return {
-        BELOW_FLOOR: f"noise multiplier {detour.figure:g} is below {PLD_NOISE_FLOOR:g}",
-        TOO_LARGE: "the privacy loss is too large for the PLD's grid",
-        NOT_FINITE: f"the PLD has no finite answer at delta {detour.figure:g}",
-    }.get(detour.reason, f"the PLD failed with {detour.reason}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ what a federation needs and Opacus leaves open (PRIVACY: 1.3, 2.4):
 Guarantee: with per-record losses, adding or removing one record changes the noiseless sum by at
 most ``clip_norm`` in L2 over all trained tensors together. That needs every record's gradient to be its
 own to the last bit, whoever is beside it: the batches have shapes that follow from each record alone
-(``common.shapes``), and a model that mixes records, or keeps something from one pass to the next, is
+(``common.model.shapes``), and a model that mixes records, or keeps something from one pass to the next, is
 refused before its first round (``client.rehearsal``). A record whose gradient cannot be computed in its
 own shape contributes zero.
 
@@ -37,9 +37,9 @@ from torch.optim import Optimizer
 
 from common.errors import MechanismError
 from common.log import place_of
+from common.model.shapes import FixedBatch
 from common.privacy.plan import PrivacyPlan
 from common.randomness import add_private_noise
-from common.shapes import FixedBatch
 
 log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.check import clip_norm, in_range, positive
-from common.config import PrivacyConfig, TrainingConfig
+from common.config.sections import PrivacyConfig, TrainingConfig
 from common.errors import ConfigError, PrivacyError
 from common.privacy.accounting import Release, check_terms, noise_multiplier_for
 

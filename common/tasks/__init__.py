@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.roles import Role
 from common.tasks.base import Batch, Record, Sums, Task
 from common.tasks.causal_lm import CausalLM
 from common.tasks.classification import Classification
+from common.tasks.roles import Role
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from common.errors import ConfigError, UnreadableFile
-from common.examples import Example
-from common.roles import LABEL, Column, Role
+from common.tasks.examples import Example
+from common.tasks.roles import LABEL, Column, Role
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.base_model import BaseModel
-    from common.config import DataConfig, RunConfig
-    from common.shapes import Shapes
-    from common.tables import Table
+    from common.config.sections import DataConfig, RunConfig
+    from common.data.tables import Table
+    from common.model.base import BaseModel
+    from common.model.shapes import Shapes
     from common.tasks.module import TaskModule
 
 Record: TypeAlias = dict[str, Any]
@@ -94,7 +94,7 @@ class Task(ABC):
     def reads(self, source: Path) -> bool:
         """Return whether ``source``, an existing file or folder, is of a kind that this task reads by itself.
 
-        Any other is read as ``common.tables`` reads it.
+        Any other is read as ``common.data.tables`` reads it.
         """
         return False
 
@@ -123,7 +123,7 @@ class Task(ABC):
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the stock transformers model and its processor (tokenizer, image processor) by a folder or hub id.
 
-        Code that comes with a model must not run: pass ``common.base_model.OWN_CODE`` to every loader. Any exception
+        Code that comes with a model must not run: pass ``common.model.base.OWN_CODE`` to every loader. Any exception
         is reported as a model that cannot be loaded.
         """
 
@@ -158,8 +158,8 @@ class Task(ABC):
         """Return whether the model can take a record; a site leaves out any other, which is to contribute zero."""
 
     def shapes(self, base: BaseModel, limit: int, tokens: int, most: int = sys.maxsize) -> Shapes:
-        """Return the shapes of private batches for records cut to ``limit``; ``common.shapes`` has the arguments."""
-        from common.shapes import Shapes
+        """Return the shapes of private batches for records cut to ``limit``; see ``common.model.shapes``."""
+        from common.model.shapes import Shapes
 
         return Shapes(limit, tokens, most)
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.errors import DataError
-from common.roles import Role
 from common.tasks.base import Batch, Record, Sums
+from common.tasks.roles import Role
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.base_model import BaseModel
+    from common.model.base import BaseModel
     from common.tasks.module import TaskModule
 
 IGNORED = -100
@@ -37,7 +37,7 @@ class CausalLM(TextTask):
         """Return the decoder with its own language-model head."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from common.base_model import OWN_CODE
+        from common.model.base import OWN_CODE
 
         return AutoModelForCausalLM.from_pretrained(name, **OWN_CODE), AutoTokenizer.from_pretrained(name, **OWN_CODE)
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.errors import DataError
-from common.roles import LABEL, Role
 from common.tasks.base import Batch, Record, Sums, classified
+from common.tasks.roles import LABEL, Role
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.base_model import BaseModel
+    from common.model.base import BaseModel
     from common.tasks.module import TaskModule
 
 
@@ -35,7 +35,7 @@ class Classification(TextTask):
         """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        from common.base_model import OWN_CODE
+        from common.model.base import OWN_CODE
 
         pooled = AutoConfig.from_pretrained(name, **OWN_CODE).model_type in ("bert", "roberta")
         options = {"add_pooling_layer": False} if pooled else {}

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from common.errors import ConfigError
-from common.examples import Example
 from common.tasks.base import Batch, Inventor, Record, Task
+from common.tasks.examples import Example
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from common.base_model import BaseModel
+    from common.model.base import BaseModel
 
 TOKENS = "input_ids"
 
@@ -56,7 +56,7 @@ class TextTask(Task):
 
     def limit(self, base: BaseModel, max_length: int) -> int:
         """Return the tokens that records are cut to; fewer where the model has no positions for so many and padding."""
-        from common.shapes import longest_within
+        from common.model.shapes import longest_within
 
         limit = min(max_length, longest_within(base.positions))
         own = base.processor.num_special_tokens_to_add(pair=True)
@@ -133,7 +133,7 @@ def _embeddings(base: BaseModel) -> int:
 
 
 def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
-    from common.base_model import UNCOUNTED
+    from common.model.base import UNCOUNTED
 
     parts = {
         "class": type(tokenizer).__name__,

@@ -1,0 +1,1 @@
+"""The ``fedveil`` command: every subcommand, its words and its errors."""

@@ -1,0 +1,29 @@
+"""How a command speaks to people, and fails before them: one line, and an exit code that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from common.errors import FedVeilError
+
+
+def for_people(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error that is meant for people into one line and exit code 1."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except FedVeilError as error:
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"fedveil: {error}", markup=False)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            Console(stderr=True).print("fedveil: stopped by you; what was charged to a ledger stays charged")
+            raise typer.Exit(130) from None
+
+    return wrapped

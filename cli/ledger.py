@@ -1,0 +1,226 @@
+"""``fedveil ledger``: what a steward reads from a site's ledger, and the budget that a steward sets there."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cli.errors import for_people
+from common.check import in_range, nearest, one_of, positive
+from common.errors import ConfigError, DataError, LedgerError
+from common.privacy.figures import epsilon_text, remaining_text
+
+if TYPE_CHECKING:
+    from client.ledger.ledger import Ledger
+    from client.ledger.rows import Budget, Entry, Exposure, Failure
+
+ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
+console = Console(highlight=False, soft_wrap=True)
+
+EXPOSED = (
+    "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "
+    "policy has after-no-privacy = true."
+)
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""What a text begins with that a spreadsheet would compute."""
+LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
+
+
+@ledger_app.command("show")
+@for_people
+def show(path: LedgerFile) -> None:
+    """Print what has been charged to every data set of a ledger, and every budget that was set, in order of time."""
+    with _opened(path) as ledger:
+        entries = ledger.entries()
+        for dataset in _datasets(ledger):
+            terms = ledger.terms(dataset)
+            spent, largest = (figure(dataset, min(terms.delta, 1.0)) for figure in (ledger.epsilon, ledger.largest))
+            budget = f" of {terms.epsilon:g}" if terms.epsilon < float("inf") else ""
+            at = f" at δ {terms.delta:g}" if terms.delta < 1 else ""
+            shared = "" if largest is None else f"; its records' largest, under any name: {_figure(largest)}"
+            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{shared}")
+            events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
+            events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
+            events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
+            events += [(f.failed_at, _spoken_failure(f)) for f in ledger.failures() if f.dataset == dataset]
+            for when, what in sorted(events, key=lambda event: event[0]):
+                _say(f"  {when}  {what}")
+            if ledger.exposed(dataset):
+                _say(f"  {EXPOSED}")
+
+
+@ledger_app.command("remaining")
+@for_people
+def remaining(
+    path: LedgerFile,
+    dataset: Annotated[str, typer.Option(help="The data set's id, as the ledger calls it.")],
+    epsilon: Annotated[float | None, typer.Option(help="A budget; the ledger's own holds if it is smaller.")] = None,
+    delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
+) -> None:
+    """Print how much of its budget a data set has left."""
+    if epsilon is not None:
+        positive(epsilon=epsilon)
+    if delta is not None:
+        in_range(0, 0.5, delta=delta)
+    with _opened(path) as ledger:
+        _require(ledger, path, dataset)
+        unlimited = float("inf")
+        budget, at = ledger.terms(dataset).stricter(epsilon or unlimited, delta or unlimited)
+        if budget == unlimited:
+            raise ConfigError(f"{path} holds no budget for data set {dataset!r}: give one with --epsilon")
+        if at == unlimited:
+            raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
+        spent, exposed = ledger.epsilon(dataset, at), ledger.exposed(dataset)
+    # Rounded against the site: what is left is never shown larger than it is.
+    left = max(0.0, budget - spent)
+    rest, gone = remaining_text(left, decimals=4), epsilon_text(spent, decimals=4)
+    _say(f"{dataset}: ε {rest} of {budget:g} is left at δ {at:g}; {gone} is spent")
+    if exposed:
+        _say(EXPOSED)
+    elif not left:
+        _say("The site refuses every further round on these records.")
+
+
+@ledger_app.command("budget")
+@for_people
+def budget(
+    path: LedgerFile,
+    dataset: Annotated[str, typer.Option(help="The data set's id, as the ledger calls it.")],
+    epsilon: Annotated[float, typer.Option(help="The new budget, over all runs together.")],
+    delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
+) -> None:
+    """Raise or lower the budget of a data set; the old one stays in the ledger's history, with the time."""
+    with _opened(path) as ledger:
+        _require(ledger, path, dataset)
+        at = ledger.terms(dataset).delta if delta is None else delta
+        if at == float("inf"):
+            raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
+        before, after = ledger.set_budget(dataset, epsilon, at), ledger.terms(dataset)
+        spent, exposed = ledger.epsilon(dataset, after.delta), ledger.exposed(dataset)
+    was = f"was {before.epsilon:g}" if before.epsilon < float("inf") else "had none"
+    _say(f"{dataset}: budget ε {epsilon:g} at δ {after.delta:g} ({was}); {epsilon_text(spent, decimals=4)} is spent")
+    if delta is not None and after.delta < delta:
+        _say(f"δ {after.delta:g} holds instead of {delta:g}: releases were charged at it, and a δ never grows.")
+    if exposed:
+        _say(EXPOSED)
+    elif spent >= epsilon:
+        _say("That is no more than what is spent: the site refuses every further round on these records.")
+    elif epsilon > before.epsilon:
+        _say("A policy with a smaller epsilon lowers it again at the next round: change the policy as well.")
+
+
+@ledger_app.command("export")
+@for_people
+def export(
+    path: LedgerFile,
+    form: Annotated[str, typer.Option("--format", help="json or csv.")] = "json",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A file; without it, to the terminal.")] = None,
+) -> None:
+    """Write all rows of a ledger as JSON, or all but its budgets as CSV."""
+    one_of(("json", "csv"), format=form)
+    with _opened(path) as ledger:
+        charges = [dataclasses.asdict(entry) for entry in ledger.entries()]
+        exposures = [dataclasses.asdict(exposure) for exposure in ledger.exposures()]
+        failures = [dataclasses.asdict(failure) for failure in ledger.failures()]
+        budgets = [dataclasses.asdict(budget) for budget in ledger.budgets()]
+    held = {"charges": charges, "exposures": exposures, "failures": failures, "budgets": budgets}
+    text = _csv(charges, exposures, failures) if form == "csv" else json.dumps(held, indent=2) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        return
+    from common.files import replace_file
+
+    try:
+        replace_file(output, text.encode())
+    except OSError as error:
+        raise DataError(f"{output} cannot be written ({error.strerror}): name another file") from error
+    _say(f"{len(charges)} charges, {len(exposures)} exposures and {len(failures)} failures are in {output}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Ledger]:
+    from client.ledger.ledger import Ledger
+
+    if not path.is_file():
+        raise LedgerError(f"there is no ledger at {path}")
+    with Ledger(path) as ledger:
+        yield ledger
+
+
+def _datasets(ledger: Ledger) -> list[str]:
+    names = {entry.dataset for entry in ledger.entries()} | {budget.dataset for budget in ledger.budgets()}
+    return sorted(names | {exposure.dataset for exposure in ledger.exposures()})
+
+
+def _require(ledger: Ledger, path: Path, dataset: str) -> None:
+    known = _datasets(ledger)
+    if dataset not in known:
+        raise LedgerError(f"{path} holds nothing about data set {dataset!r}{nearest(dataset, known)}")
+
+
+def _figure(epsilon: float | None) -> str:
+    return epsilon_text(epsilon, decimals=4)
+
+
+def _spoken_charge(entry: Entry) -> str:
+    whose = f", as {entry.caused_by} shares records" if entry.caused_by else ""
+    return (
+        f"run {entry.run} round {entry.round_number}  {entry.kind}: {entry.count} × (noise "
+        f"{entry.noise_multiplier:.4g}, sample rate {entry.sample_rate:.4g}), clip {entry.clip_norm:.4g}{whose}"
+    )
+
+
+def _spoken_exposure(row: Exposure) -> str:
+    return f"run {row.run} round {row.round_number}  released without privacy: {row.steps} steps"
+
+
+def _spoken_failure(row: Failure) -> str:
+    return (
+        f"run {row.run} round {row.round_number}  failed after its charge and was answered by noise alone, "
+        f"outside the claim: {row.reason}"
+    )
+
+
+def _spoken_budget(row: Budget) -> str:
+    was = "" if row.replaced is None else f", was {row.replaced:g}"
+    return f"budget set to ε {row.epsilon:g}{was}, at δ {row.delta:g}"
+
+
+def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
+    """Return charges, then exposures and failures as rows of kinds of their own that have no noise, rate or delta."""
+    from client.ledger.rows import Entry
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [item.name for item in dataclasses.fields(Entry)])
+    writer.writeheader()
+    where = ("id", "dataset", "run", "round_number")
+    rows = [*charges]
+    for row in exposures:
+        rows.append({name: row[name] for name in where})
+        rows[-1] |= {"kind": "without privacy", "count": row["steps"], "charged_at": row["released_at"]}
+    for row in failures:
+        rows.append({name: row[name] for name in where})
+        rows[-1] |= {"kind": "noise alone", "charged_at": row["failed_at"]}
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Return a cell that a spreadsheet takes for text where it is text: names come from servers and stewards."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def _say(line: str) -> None:
+    from common.words import visible
+
+    console.print(visible(line), markup=False)

@@ -1,0 +1,138 @@
+"""The ``fedveil`` command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cli.compare import compare
+from cli.deployment import doctor_app, server_app, site_app
+from cli.errors import for_people as _for_people
+from cli.ledger import ledger_app
+from cli.plan import plan
+from cli.report import keygen, print_summary, report, verify
+from common.words import counted
+
+if TYPE_CHECKING:
+    from common.run_lines import ProgressFile
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
+app.add_typer(doctor_app, name="doctor")
+app.command()(plan)
+for command in (report, verify, keygen):
+    app.command()(command)
+app.command()(compare)
+console = Console(highlight=False, soft_wrap=True)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("-c", "--config", help="Settings: 'key=value key2=\"text\"' or a TOML file; may be given again."),
+]
+
+
+@app.command()
+@_for_people
+def run(
+    settings: Settings = None,
+    sites: Annotated[
+        int | None, typer.Option(help="Simulated sites that divide the data; 4, or as a resumed run began.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that train at once; 0: as many as pay off.")] = 0,
+) -> None:
+    """Run a simulated federation through ``flwr run`` and report on it."""
+    from common.config.text import parse_settings
+    from experiments.simulate import simulate
+    from experiments.site_count import sites_of
+    from reports import write_reports
+    from server.resume import with_resumed
+    from strategies import configure
+
+    # A kill must end the SuperLink and Ray as well, so it takes the way of Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began, overrides = time.monotonic(), with_resumed(parse_settings(settings or []))
+    job = configure(overrides)
+    number, privacy = sites_of(job.config, sites), job.config.privacy
+    promise = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site" if privacy.on else "privacy OFF"
+    console.print(
+        f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "
+        f"{counted(number, 'site')}, {counted(job.config.rounds, 'round')} of "
+        f"{counted(job.config.training.local_steps, 'step')}, {promise}"
+    )
+    with console.status("starting Flower") as status:
+
+        def watch(progress: Any) -> None:
+            for line in progress.lines:
+                console.print(line, markup=False)
+            status.update(_progress_words(progress.state, time.monotonic() - began))
+
+        folder = simulate(overrides, number, watch, workers=workers)
+    write_reports(folder)
+    print_summary(folder)
+    console.print(f"report: {folder / 'report.html'}\nadapter: {folder / 'adapter'}", markup=False)
+    console.print(f"{time.monotonic() - began:.0f} s in all")
+
+
+def _progress_words(state: ProgressFile, seconds: float) -> str:
+    if state.round_number is None:
+        return f"{state.phase} ({seconds:.0f} s)"
+    answered = ", ".join(state.answered) or "none yet"
+    return (
+        f"round {state.round_number}/{state.rounds}: {len(state.answered)} of {state.asked} sites "
+        f"have answered ({answered}) ({seconds:.0f} s)"
+    )
+
+
+@app.command()
+@_for_people
+def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Load a run's adapter with stock PEFT and score it on the run's public test data."""
+    from experiments.evaluate import evaluate_run
+
+    score = evaluate_run(folder)
+    console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.4f}")
+
+
+@app.command()
+@_for_people
+def settings(config: Settings = None) -> None:
+    """Print every setting with its value, as a TOML file that ``-c`` takes."""
+    from common.config.text import parse_settings, to_toml
+    from strategies import configure, known_settings
+
+    overrides = parse_settings(config or [])
+    configure(overrides)
+    sys.stdout.write(to_toml({**known_settings(), **overrides}))
+
+
+@app.command()
+@_for_people
+def bundle(
+    file: Annotated[Path | None, typer.Argument(help="A bundle as 'flwr build' writes it (.fab).")] = None,
+) -> None:
+    """Print the hash of the installed version's own bundle, or of a file, for ``bundles`` in a site's policy."""
+    from common.bundle import bundle_digest, own_digest
+    from deploy.files import read_bytes
+
+    print(bundle_digest(read_bytes(file, "the bundle")) if file else own_digest())
+
+
+@app.command()
+@_for_people
+def strategies() -> None:
+    """Print the table of strategies as Markdown."""
+    from strategies.table import strategy_table
+
+    sys.stdout.write(strategy_table() + "\n")
+
+
+if __name__ == "__main__":
+    app()

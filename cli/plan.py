@@ -1,0 +1,76 @@
+"""``fedveil plan``: what a run will cost, before it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from cli.errors import for_people
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from strategies import Job
+
+console = Console(highlight=False)
+
+
+@for_people
+def plan(
+    settings: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
+    sites: Annotated[int | None, typer.Option(help="Simulated sites that divide the data; 4 if not said.")] = None,
+    sizes: Annotated[str, typer.Option(help="Declared sizes instead, one per site: 700,2400,3400.")] = "",
+    find: Annotated[str, typer.Option(help="Turn it round: noise, rounds or sample-rate within the budget.")] = "",
+    calibration: Annotated[bool, typer.Option(help="Take a few steps on public records to estimate time.")] = True,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that train at once; 0: as many as pay off.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")] = None,
+) -> None:
+    """Print what a run will cost in privacy, bytes, time and memory, before any training."""
+    from common.config.text import parse_settings
+    from experiments.planner.find import find as find_within_budget
+    from experiments.planner.forecast import forecast
+    from experiments.planner.plan import site_plans
+    from experiments.planner.tables import print_forecast, print_found
+    from strategies import configure
+
+    overrides = parse_settings(settings or [])
+    job = configure(overrides)
+    declared = _sizes(job, sites, sizes)
+    if find:
+        found = find_within_budget(job, find)
+        job = configure({**overrides, found.setting: found.value})
+        site_plans(job, declared)
+        print_found(console, job, declared, found)
+        content = {**vars(found), "sizes": list(declared), "settings": job.settings()}
+    else:
+        planned = forecast(job, declared, workers=workers, calibrated=calibration)
+        print_forecast(console, planned)
+        content = planned.as_json()
+    if json_file is not None:
+        _write(json_file, content)
+
+
+def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
+    from experiments.planner.plan import simulated_sizes
+
+    if not sizes:
+        return simulated_sizes(job, 4 if sites is None else sites)
+    if sites is not None:
+        raise ConfigError("give --sizes or --sites, not both: the sizes say how many sites there are")
+    parts = [part.strip() for part in sizes.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--sizes is {sizes!r}: give whole numbers above 0, separated by commas, such as 700,2400")
+    return tuple(int(part) for part in parts)
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    from common.files import replace_file
+
+    try:
+        replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"--json: {path} cannot be written ({error.strerror}): name a file in a folder") from error
+    console.print(f"written to {path}", markup=False, soft_wrap=True)

@@ -1,0 +1,104 @@
+"""``fedveil report``, ``verify`` and ``keygen``, and the summary that a run ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli.errors import for_people
+from common.privacy.figures import epsilon_text, remaining_text
+from common.words import counted
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@for_people
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
+    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
+) -> None:
+    """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
+    from reports import write_reports
+
+    written = write_reports(folder, sign)
+    print_summary(folder)
+    console.print("\n".join(str(path) for path in written), markup=False)
+
+
+@for_people
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or its report.json; the signature lies beside it.")],
+    key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
+) -> None:
+    """Say which run's report was signed by a key, when and with which figures: exit code 0, or 1 if not genuine."""
+    from common.words import visible
+    from reports.signature import NotGenuine, verified
+
+    try:
+        signed = verified(folder if folder.is_dir() else folder.parent, key)
+    except NotGenuine as error:
+        console.print(f"invalid: {error}", markup=False)
+        raise typer.Exit(1) from None
+    epsilon, delta = signed["epsilon"], signed["delta"]
+    claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
+    console.print(
+        f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}, {claim}; "
+        f"signed {signed['signed']} by the owner of {key}; {', '.join(sorted(signed['files']))}",
+        markup=False,
+    )
+
+
+@for_people
+def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes, such as server.pem.")]) -> None:
+    """Make a pair of keys: the private one signs reports, the public one goes to whoever verifies them."""
+    from reports.signature import make_key
+
+    public = make_key(path)
+    console.print(f"private key: {path} (keep it to yourself)\npublic key: {public} (give it away)", markup=False)
+
+
+def print_summary(folder: Path) -> None:
+    """Print the table by site, the federation's figure and accuracy before and after."""
+    from common.words import (
+        number_text,
+        numbers_text,
+        percent_text,
+        visible,
+    )
+    from reports import report_of
+
+    data = report_of(folder)
+    table = Table(title="privacy spent, by site")
+    for column in ("site", "rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site in data.sites:
+        settings = (site.sample_rates, site.noise_multipliers, site.clip_norms)
+        table.add_row(
+            Text(visible(site.site)),
+            *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
+            *(epsilon_text(site.epsilon_total), number_text(site.epsilon_budget)),
+            remaining_text(site.epsilon_remaining),
+        )
+    console.print(table)
+    head = data.headline
+    if head.epsilon is not None:
+        console.print(
+            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per record, the maximum over sites"
+        )
+    else:
+        console.print(f"federation: {data.claim.sentence}")
+    for text in data.alarms:
+        console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))
+    for text in [*data.problems, *data.claim.gaps]:
+        console.print(f"take care: {visible(text)}", markup=False)
+    console.print(
+        f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
+        f"{percent_text(head.accuracy_after)} after {counted(head.rounds_done, 'round')}"
+    )
+    if data.status != "completed":
+        console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"), markup=False)

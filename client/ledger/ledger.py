@@ -1,0 +1,374 @@
+"""The durable ledger of one site: what every data set has paid, over all runs, rounds and restarts.
+
+A charge is priced first, and written in one SQLite transaction that holds the write lock and begins by
+asking whether anybody has written since the history was read: then it is priced again. So two processes
+can never spend the same remainder, and none waits while another computes. A charge is on disk before
+``charge`` returns, and only then may a record be touched. Rows are only ever added.
+
+A round without privacy costs no budget, because no budget could pay for it: it is written down as an
+exposure. From then on no epsilon holds for the data set, nor for another one with one of its records.
+A round that failed after its charge, and was answered by noise alone, is written down as a failure.
+
+Beside charges the ledger keeps, per data set, the budgets that its steward has set (the latest one
+holds) and keyed hashes of every record that it was charged for. A charge for records of which another
+data set holds any is a charge to that one too, within its budget: so the history of the name that a
+record was first used under has all that ever became of it, and no record passes the largest of the
+figures, whatever it is called. The strictest of what the caller
+asks for and what the ledger holds wins: the smaller epsilon, and the smallest delta that the data
+set was ever charged or budgeted at, so that everything it released is composed at one delta.
+
+How the file survives crashes, and what it cannot know, stands in ``ledger_file``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from client.ledger.budgets import BudgetHistory
+from client.ledger.file import now, one_line
+from client.ledger.rows import Charge, Entry, Exposure, Failure, of_all, price
+from common.accountant import EVALUATION, TRAINING
+from common.check import in_range, not_negative, positive
+from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
+from common.privacy import accounting
+from common.privacy.accounting import Release, check_terms
+from common.privacy.figures import epsilon_text, remaining_text
+
+PRICES = 4
+"""How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""
+
+
+class Ledger(BudgetHistory):
+    """The ledger in the file ``path``: charges, exposures, budgets and what is known of records. See ``LedgerFile``."""
+
+    def charge(
+        self,
+        dataset: str,
+        releases: Sequence[Release],
+        *,
+        run: str,
+        round_number: int,
+        delta: float,
+        max_epsilon: float,
+        clip_norm: float,
+        records: Collection[int] = (),
+        allow: Callable[[int, int], None] | None = None,
+        after_exposure: bool = False,
+    ) -> Charge:
+        """Price ``releases`` on top of all that ``dataset`` has spent, and write them down durably.
+
+        Guarantees: when this returns, the charge is on disk; when it raises, nothing was written
+        (after a disk failure during the write, nothing or all of it). The data set's epsilon never
+        passes ``max_epsilon`` nor the budget that is stored here, whoever else charges at the same
+        time. The same run and round charged again is charged again: a repeated round releases anew.
+        Every data set of this ledger that shares a record with ``records`` is charged the same, within its
+        own stored budget if it has one; the receipt's epsilon is the largest of theirs, and so may be
+        above ``max_epsilon``.
+
+        Args:
+            dataset: the site's name for the records; budgets of different names are separate.
+            releases: what is about to be released, at least one.
+            run: the run's name, for the record.
+            round_number: 1-based; 0 for releases before the first round.
+            delta: all releases of the data set are composed at one delta: this, or a smaller one that
+                the ledger holds for it.
+            max_epsilon: the budget that the caller allows; a smaller one that is stored wins.
+            clip_norm: L2, for the record; the price does not depend on it.
+            records: ``record_hashes`` under ``key`` of the records that are about to be used; they are
+                kept. Records under the same name may change: they stay on the same budget.
+            allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
+            after_exposure: whether to charge also where records were released without privacy; the budget
+                then holds for what was charged, and the receipt says ``exposed``.
+
+        Raises:
+            BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
+            PolicyRefusal: records were released without privacy.
+            ConfigError: a figure is out of range, or there is nothing to charge.
+            LedgerError: the file cannot be read or written, or was locked for too long.
+        """
+        positive(max_epsilon=max_epsilon, clip_norm=clip_norm)
+        in_range(0, 0.5, delta=delta)
+        not_negative(round_number=round_number)
+        if not releases or not dataset or not run:
+            raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
+        check_terms(releases, delta)
+        with self._offer(dataset, records, releases, delta, max_epsilon) as (prices, told):
+            if allow:
+                allow(*self.trained(dataset, run))
+            self._remember(dataset, records)
+            exposed = self.exposed(dataset)
+            if exposed and not after_exposure:
+                raise PolicyRefusal(
+                    f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
+                    "them: a private run needs after-no-privacy = true in the site's policy"
+                )
+            charge = prices[dataset]
+            what = f"data set {dataset!r} refuses round {round_number} of run {run!r}"
+            if not charge.epsilon_after <= charge.max_epsilon:
+                before, after = (epsilon_text(e, decimals=4) for e in (charge.epsilon_before, charge.epsilon_after))
+                left = remaining_text(max(0.0, charge.max_epsilon - charge.epsilon_before), decimals=4)
+                raise BudgetExhausted(
+                    f"{what} ({_spoken(releases)}): epsilon {before} is spent, this would make it {after}, the budget "
+                    f"is {charge.max_epsilon:g} at delta {charge.delta:g}, {left} is left; see "
+                    f"`fedveil ledger show {self.path}`"
+                )
+            if not all(other.epsilon_after <= other.max_epsilon for other in prices.values()):
+                # No figures and no names: this line leaves the site.
+                raise BudgetExhausted(
+                    f"{what}: records that it shares with another data set have no budget left for it; see "
+                    f"`fedveil ledger show {self.path}`"
+                )
+            self._connection.executemany(
+                "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "
+                "clip_norm, charged_at, caused_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, priced.delta),
+                        *(1.0 if r.kind == EVALUATION else clip_norm, now(), None if name == dataset else dataset),
+                    )
+                    for name, priced in prices.items()
+                    for r in releases
+                ],
+            )
+        return replace(of_all(charge, told), exposed=exposed)
+
+    def expose(
+        self,
+        dataset: str,
+        *,
+        run: str,
+        round_number: int,
+        steps: int,
+        records: Collection[int] = (),
+        allow: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write down durably that a round is about to release records of ``dataset`` without privacy.
+
+        Guarantees: when this returns, the event is on disk; when it raises, nothing was written. From then on
+        ``exposed`` is true of this data set, and of any other that shares a record with it.
+
+        Args:
+            steps: optimiser steps of the round.
+            dataset, run, round_number, records, allow: as in ``charge``.
+
+        Raises:
+            ConfigError: a figure is out of range, or a name is empty.
+            LedgerError: the file cannot be read or written, or was locked for too long.
+        """
+        not_negative(round_number=round_number, steps=steps)
+        if not dataset or not run:
+            raise ConfigError("a release without privacy needs a data set and a run: name both")
+        with self._transaction():
+            if allow:
+                allow(*self.trained(dataset, run))
+            self._remember(dataset, records)
+            self._connection.execute(
+                "INSERT INTO exposures (dataset, run, round, steps, released_at) VALUES (?, ?, ?, ?, ?)",
+                (dataset, run, round_number, steps, now()),
+            )
+
+    def fail(self, dataset: str, *, run: str, round_number: int, reason: str) -> None:
+        """Write down durably that a charged round of ``dataset`` failed and is answered by noise alone.
+
+        Args:
+            dataset, run, round_number: as in ``charge``.
+            reason: what the site's own log says of it; no content of a record.
+
+        Raises:
+            LedgerError: the file cannot be read or written, or was locked for too long.
+        """
+        with self._transaction():
+            self._connection.execute(
+                "INSERT INTO failures (dataset, run, round, reason, failed_at) VALUES (?, ?, ?, ?, ?)",
+                (dataset, run, round_number, reason, now()),
+            )
+
+    @contextmanager
+    def _offer(
+        self, dataset: str, records: Collection[int], releases: Sequence[Release], delta: float, max_epsilon: float
+    ) -> Iterator[tuple[dict[str, Charge], list[Charge]]]:
+        """Hold the write lock with the prices of ``releases`` on top of everything that the ledger holds by then.
+
+        Yields each data set's price as it is judged, and the prices from which the receipt takes the largest.
+
+        They are computed before the lock is taken, and again if anybody else has written meanwhile. Who is
+        too slow ``PRICES`` times computes them under the lock: some seconds, by the accountant's ``MOST_WORK``.
+        """
+
+        def offer() -> tuple[dict[str, Charge], list[Charge]]:
+            prices = self._prices([dataset, *self._recognise(dataset, records)], releases, delta, max_epsilon)
+            return prices, self._at_most(prices, releases, prices[dataset].delta)
+
+        for left in reversed(range(PRICES + 1)):
+            seen, prices = self._version(), offer()
+            with self._transaction():
+                if self._version() != seen:
+                    if left:
+                        continue
+                    prices = offer()
+                yield prices
+                return
+
+    def _version(self) -> int:
+        """Return a number that is another one once any other connection has written to the file."""
+        with one_line(self.path, "read"):
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def _remember(self, dataset: str, records: Collection[int]) -> None:
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
+        )
+
+    def trained(self, dataset: str, run: str) -> tuple[int, int]:
+        """Return how many rounds of a run, and how many steps, ``dataset`` has trained; a round again counts again.
+
+        Charged ones, and ones without privacy. A start from a full gradient is no round, and what was charged here
+        because another data set with one of its records was trained is that one's.
+        """
+        with one_line(self.path, "read"):
+            rounds, steps = self._connection.execute(
+                "SELECT COUNT(*), COALESCE(SUM(steps), 0) FROM ("
+                "SELECT count AS steps FROM charges "
+                "WHERE dataset = :name AND run = :run AND kind = :kind AND caused_by IS NULL "
+                "UNION ALL SELECT steps FROM exposures WHERE dataset = :name AND run = :run AND round > 0)",
+                {"name": dataset, "run": run, "kind": TRAINING},
+            ).fetchone()
+        return rounds, steps
+
+    def exposed(self, dataset: str) -> bool:
+        """Return whether records of ``dataset`` were released without privacy, under this name or another one."""
+        with one_line(self.path, "read"):
+            names = [name for (name,) in self._connection.execute("SELECT DISTINCT dataset FROM exposures")]
+            if not names or dataset in names:
+                return bool(names)
+            (shared,) = self._connection.execute(
+                "SELECT EXISTS (SELECT 1 FROM records AS own JOIN records AS open USING (hash) WHERE own.dataset = ? "
+                "AND open.dataset IN (SELECT dataset FROM exposures))",
+                (dataset,),
+            ).fetchone()
+        return bool(shared)
+
+    def exposures(self) -> list[Exposure]:
+        """Return every round that released records without privacy, of all data sets, oldest first."""
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT id, dataset, run, round, steps, released_at FROM exposures ORDER BY id"
+            )
+            return [Exposure(*row) for row in rows]
+
+    def failures(self) -> list[Failure]:
+        """Return every charged round that was answered by noise alone, of all data sets, oldest first."""
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT id, dataset, run, round, reason, failed_at FROM failures ORDER BY id"
+            )
+            return [Failure(*row) for row in rows]
+
+    @property
+    def key(self) -> bytes:
+        """The ledger's own random key for ``record_hashes``."""
+        with one_line(self.path, "read"):
+            row = self._connection.execute("SELECT key FROM secrets").fetchone()
+        if row is None or len(row[0]) != 32:
+            raise LedgerError(f"the ledger {self.path} is damaged (it has no key): do not train, ask for help")
+        return bytes(row[0])
+
+    def _recognise(self, dataset: str, records: Collection[int]) -> list[str]:
+        """Return the other data sets of this ledger that were charged for any of these records, sorted.
+
+        One is enough: what was released of it under either name composes. That short records such as "ok" are
+        equal by chance only makes the charge too high.
+        """
+        if not records:
+            return []
+        with one_line(self.path, "read"):
+            self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
+            self._connection.execute("DELETE FROM opened")
+            self._connection.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
+            rows = self._connection.execute(
+                "SELECT DISTINCT dataset FROM opened JOIN records USING (hash) WHERE dataset != ? ORDER BY dataset",
+                (dataset,),
+            )
+            return [name for (name,) in rows.fetchall()]
+
+    def _prices(
+        self, names: Sequence[str], releases: Sequence[Release], delta: float, max_epsilon: float
+    ) -> dict[str, Charge]:
+        """Return what ``releases`` cost each data set: the first has the records, the others share some.
+
+        The caller's budget is the first one's alone, and so is its delta: a caller that chose a limit for the others,
+        or met one of theirs at a figure of its choice, would learn by a refusal that a record is shared. Each of them
+        keeps its own stored budget, at its own stored delta.
+        """
+        own, *others = names
+        terms, spent = {name: self.terms(name) for name in names}, {name: self.spent(name) for name in names}
+        at = min(delta, terms[own].delta)
+        with self._apart():
+            prices = {own: price(spent[own], releases, at, min(max_epsilon, terms[own].epsilon))}
+            for name in others:
+                # A name that was released without privacy and never charged has no delta yet.
+                held = terms[name].delta if math.isfinite(terms[name].delta) else at
+                prices[name] = price(spent[name], releases, held, terms[name].epsilon)
+        return prices
+
+    def _at_most(self, prices: dict[str, Charge], releases: Sequence[Release], delta: float) -> list[Charge]:
+        """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
+        spent = {name: self.spent(name) for name, charge in prices.items() if charge.delta > delta}
+        with self._apart():
+            return [
+                price(spent[name], releases, delta, charge.max_epsilon) if name in spent else charge
+                for name, charge in prices.items()
+            ]
+
+    def spent(self, dataset: str) -> list[Release]:
+        """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
+
+        Raises:
+            LedgerError: the file cannot be read, or holds figures that no mechanism has.
+        """
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT noise_multiplier, sample_rate, SUM(count), kind FROM charges WHERE dataset = ? "
+                "GROUP BY noise_multiplier, sample_rate, kind ORDER BY MIN(id)",
+                (dataset,),
+            ).fetchall()
+        try:
+            return [Release(*row) for row in rows]
+        except (ConfigError, TypeError) as error:
+            raise LedgerError(f"the ledger {self.path} is damaged ({error}): do not train, ask for help") from error
+
+    def epsilon(self, dataset: str, delta: float) -> float:
+        """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
+        return math.inf if self.exposed(dataset) else accounting.epsilon(self.spent(dataset), delta)
+
+    def largest(self, dataset: str, delta: float) -> float | None:
+        """Return the largest epsilon of ``dataset`` and all that share a record with it; None if none does.
+
+        It bounds what any of its records has spent, at ``delta``; infinite if one of them was exposed.
+        """
+        with one_line(self.path, "read"):
+            rows = self._connection.execute(
+                "SELECT DISTINCT other.dataset FROM records AS own JOIN records AS other USING (hash) "
+                "WHERE own.dataset = :name AND other.dataset != :name",
+                {"name": dataset},
+            ).fetchall()
+        others = [self.epsilon(name, min(delta, self.terms(name).delta)) for (name,) in rows]
+        return max(self.epsilon(dataset, delta), *others) if others else None
+
+    def entries(self) -> list[Entry]:
+        """Return every charge, of all data sets, oldest first."""
+        with one_line(self.path, "read"):
+            return [
+                Entry(*row)
+                for row in self._connection.execute(
+                    "SELECT id, dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
+                    "charged_at, caused_by FROM charges ORDER BY id"
+                )
+            ]
+
+
+def _spoken(releases: Sequence[Release]) -> str:
+    return ", ".join(f"{r.count} {r.kind} at noise {r.noise_multiplier:g}, rate {r.sample_rate:g}" for r in releases)

@@ -1,0 +1,1 @@
+"""Settings: what exists, how people write them, and what they resolve to."""

@@ -1,0 +1,96 @@
+"""Settings as people give them: ``key=value`` pairs and TOML files, later ones winning."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config.sections import Scalar
+from common.errors import ConfigError
+
+PAIR = re.compile(r"""\s*([A-Za-z0-9_.-]+)=("[^"]*"|'[^']*'|\S+)\s*""")
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
+    """Return flat settings from ``key=value`` texts and paths of TOML files.
+
+    >>> parse_settings(['adapter.rank=4 strategy="fed-sb"', 'rounds=2'])
+    {'adapter.rank': 4, 'strategy': 'fed-sb', 'rounds': 2}
+
+    Raises:
+        ConfigError: a text is neither, a file cannot be read, or a value is not a TOML scalar.
+    """
+    settings: dict[str, Scalar] = {}
+    for text in texts:
+        if text.endswith(".toml") and "=" not in text:
+            settings |= read_settings_file(Path(text))
+            continue
+        position = 0
+        while position < len(text.rstrip()):
+            match = PAIR.match(text, position)
+            if match is None:
+                raise ConfigError(f"cannot read {text[position:].strip()!r}: write key=value, text in quotes")
+            key, value = match.groups()
+            try:
+                settings |= flatten(tomllib.loads(f"value = {value}"), rename={"value": key})
+            except tomllib.TOMLDecodeError as error:
+                raise ConfigError(f"cannot read the value of {key!r}: {value} (text needs quotes)") from error
+            position = match.end()
+    return settings
+
+
+def read_settings_file(path: Path) -> dict[str, Scalar]:
+    """Return the flat settings of a TOML file."""
+    try:
+        return flatten(tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str] | None = None) -> dict[str, Scalar]:
+    """Return nested tables as dotted keys.
+
+    Raises:
+        ConfigError: a value is neither text, number nor truth value.
+    """
+    flat: dict[str, Scalar] = {}
+    for name, value in table.items():
+        key = prefix + (rename or {}).get(name, name)
+        if isinstance(value, Mapping):
+            flat |= flatten(value, key + ".")
+        elif isinstance(value, str | int | float | bool):
+            flat[key] = value
+        else:
+            raise ConfigError(f"{key} must be text, a number, true or false, not {value!r}")
+    return flat
+
+
+def to_toml(settings: Mapping[str, Scalar | Sequence[str]]) -> str:
+    """Return flat settings as TOML text with dotted keys."""
+    lines = []
+    for key, value in settings.items():
+        quoted = ".".join(f'"{part}"' for part in key.split("."))
+        lines.append(f"{quoted} = {toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Scalar | Sequence[str]) -> str:
+    """Return a setting's value, or a list of texts, as TOML.
+
+    >>> toml_value(True), toml_value("a"), toml_value(0.5), toml_value(["bad", "good"])
+    ('true', '"a"', '0.5', '["bad", "good"]')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return repr(value)

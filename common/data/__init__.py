@@ -1,0 +1,1 @@
+"""Data sets and records: where they come from, which rows are records, and how they are divided."""

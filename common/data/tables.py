@@ -1,0 +1,218 @@
+"""Reading files and hub data sets into columns, before any check of their cells.
+
+A row that cannot be read (not JSON, another number of fields than the header) keeps its place as a row
+of empty cells, with the reason beside it. A file whose rows cannot be told apart is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError, UnreadableFile
+from common.tasks.cells import UNREADABLE
+
+Columns = dict[str, list[object]]
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A row that is no record."""
+
+    origin: str
+    """The file or the hub's name."""
+    row: int
+    """Counted from 1, without the header."""
+    reason: str
+    """For a steward: it names columns and settings, and quotes nothing of the row."""
+    words: str
+    """The whole line for those who may see the row; it may quote it."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length as read, before any check of their values."""
+
+    origin: str
+    columns: Mapping[str, Sequence[object]]
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Labels of a column in the order that the source itself gives, where it does."""
+    unread: Mapping[int, Unfit] = field(default_factory=dict)
+    """Rows, counted from 0, that could not be read; in the columns their cells are None."""
+    has_header: bool = True
+    """Whether the source names its columns; else they are those that some row has."""
+    folder: Path | None = None
+    """Where the file lies that was read, for cells that name other files; None: it is no file of this machine's."""
+
+    @property
+    def size(self) -> int:
+        """Number of rows, the unread ones among them."""
+        return max((len(column) for column in self.columns.values()), default=len(self.unread))
+
+
+def read_hub(source: str) -> Table:
+    """Return the columns of ``hub:NAME[:SPLIT]``.
+
+    Raises:
+        DataError: the hub does not give it, or it is empty.
+    """
+    name, _, split = source.removeprefix("hub:").partition(":")
+    import datasets  # slow to import, and only this source needs it
+
+    try:
+        loaded = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"{source} cannot be loaded from the hub ({reason}): check the name, the split and the connection, "
+            f"or name a file"
+        ) from error
+    if not len(loaded):
+        raise DataError(f"{source} is empty: it has no records")
+    columns: dict[str, list[Any]] = dict(loaded[:])
+    classes = {
+        column: tuple(kind.names) for column, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)
+    }
+    for column, names in classes.items():
+        # -1 is the hub's way to say that a record has no label.
+        columns[column] = [None if i is None or i < 0 else names[i] for i in columns[column]]
+    return Table(source, columns, classes)
+
+
+def read_file(path: Path) -> Table:
+    """Return the columns of a CSV, TSV, JSONL or Parquet file.
+
+    Raises:
+        UnreadableFile: its rows cannot be told apart, or there is none, or two columns have one name.
+        DataError: the file cannot be opened.
+    """
+    try:
+        table = READERS[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise UnreadableFile(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        if not path.is_file() or error.errno is not None:
+            raise DataError(f"{path} cannot be opened ({error.strerror or error}): check path and rights") from error
+        raise _unreadable(path, error) from error  # Arrow says so of files that were cut short
+    except (csv.Error, ValueError, LookupError, TypeError, NotImplementedError) as error:
+        # csv's errors are of quotes that do not match and of line ends inside a cell: the rows after them are
+        # anyone's guess. Arrow's are kinds of the others.
+        raise _unreadable(path, error) from error
+    if not table.size:
+        raise UnreadableFile(f"{path} is empty: it has no records")
+    return table
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableFile:
+    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return UnreadableFile(f"{path} cannot be read as {path.suffix[1:].upper()}: {what}: mend it or save it anew")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise ValueError if two columns have one name: nobody could say which of them is meant."""
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise ValueError(f"two columns are called {twice!r}")
+
+
+@contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    """Lift csv's limit on a cell, which would refuse the file; what is too large is decided row by row."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
+    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
+    with path.open(encoding="utf-8-sig", newline="") as lines, _cells_of_any_size():
+        rows = [row for row in csv.reader(lines, **options) if row]
+    header = rows[0] if rows else []
+    _check_names(header)
+    unread: dict[int, Unfit] = {}
+    for i, row in enumerate(rows[1:]):
+        if len(row) != len(header):
+            where = f"row {i + 1} has {len(row)} fields, but the header names {len(header)}"
+            advice = "(a text that contains the separator must be quoted in CSV and changed in TSV)"
+            unread[i] = _unread(path, i, "has another number of fields than the header", f"{where} {advice}")
+    empty: list[object] = [None] * len(header)
+    kept = [empty if i in unread else row for i, row in enumerate(rows[1:])]
+    columns = {name: [row[i] for row in kept] for i, name in enumerate(header)}
+    return Table(str(path), columns, unread=unread, folder=path.parent)
+
+
+def _unread(path: Path, row: int, reason: str, words: str) -> Unfit:
+    kind = path.suffix[1:].upper()
+    return Unfit(str(path), row + 1, reason, f"{path} cannot be read as {kind}: {words}")
+
+
+def _read_jsonl(path: Path) -> Table:
+    records: list[dict[str, object]] = []
+    unread: dict[int, Unfit] = {}
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                unread[len(records)] = _unread(path, len(records), "is not JSON", f"line {number} is not JSON ({what})")
+                record = {}
+            if not isinstance(record, dict):
+                unread[len(records)] = _unread(
+                    path, len(records), "is not a JSON object", f"line {number} is not a JSON object"
+                )
+                record = {}
+            records.append(record)
+    names = dict.fromkeys(name for record in records for name in record)
+    columns: Columns = {name: [record.get(name) for record in records] for name in names}
+    return Table(str(path), columns, unread=unread, has_header=False, folder=path.parent)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return dict(pairs)
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow.parquet  # slow to import, and only this kind of file needs it
+
+    table = pyarrow.parquet.read_table(path)
+    _check_names(table.column_names)
+    columns = {name: _values(table.column(name)) for name in table.column_names}
+    return Table(str(path), columns, folder=path.parent)
+
+
+def _values(column: Any) -> list[object]:
+    """Return a column's cells; one that Python cannot hold must not hide the others."""
+    try:
+        values: list[object] = column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value(cell) for cell in column]
+    return values
+
+
+def _value(cell: Any) -> object:
+    try:
+        value: object = cell.as_py()
+    except (ValueError, OverflowError):
+        return UNREADABLE
+    return value
+
+
+READERS: Mapping[str, Callable[[Path], Table]] = {
+    ".csv": lambda path: _read_delimited(path, ",", csv.QUOTE_MINIMAL),
+    ".tsv": lambda path: _read_delimited(path, "\t", csv.QUOTE_NONE),
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,128 @@
+"""What server and sites say to each other, as plain data.
+
+Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is
+the only field computed from records, and it has passed clip and noise; a site whose policy says so
+adds a noised count, which its ledger has paid for. The rest follows from configuration and from the
+ledger's arithmetic on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from common.accountant import INITIALISATION, TRAINING, Accountant
+from common.messages.state import AdapterState
+from common.strict_json import Endless
+
+PROTOCOL = 3
+"""Version of these messages; both sides must speak the same."""
+
+FINGERPRINT_DIGITS = 32
+"""Hexadecimal digits (128 bits) of a fingerprint that travel."""
+
+
+def same_fingerprint(told: str, own: str) -> bool:
+    """Return whether ``told``, whole or as it travels, is the beginning of the fingerprint ``own``."""
+    return len(told) >= FINGERPRINT_DIGITS and own.startswith(told)
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """Server to site: train one round from this state."""
+
+    run: str
+    round_number: int
+    """1-based; 0 asks for the full gradient that some strategies start from."""
+    state: AdapterState
+    """What the strategy sends down every round; empty in round 0."""
+    basis: AdapterState
+    """What it sends once; empty when the site has it already, or when nothing is sent once."""
+    basis_fingerprint: str
+    """Of what is sent once; empty when nothing is."""
+    base_fingerprint: str
+    """Of the base model's weights; a site with another base refuses."""
+    start_fingerprint: str
+    """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
+
+
+SPENDING_KINDS = (TRAINING, INITIALISATION)
+"""Kinds of releases that a round may be for."""
+
+
+@dataclass(frozen=True)
+class SpendingFigures:
+    """What one round cost one site, by its own ledger: a function of public settings only."""
+
+    kind: str
+    """One of SPENDING_KINDS; ``initialisation`` is a release before round 1."""
+    sample_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    steps_round: int
+    steps_total: int
+    delta: float
+    epsilon_round: float
+    """What this round added to the total."""
+    epsilon_total: Endless
+    """Of everything the ledger holds for this data set, over all runs. Infinite, and the only figure that may be,
+    if records of it were released without privacy: then no epsilon holds for them."""
+    epsilon_budget: float
+    epsilon_remaining: float
+
+
+@dataclass(frozen=True)
+class Spending(SpendingFigures):
+    """The figures, and what computed them."""
+
+    accountant: Accountant
+
+    def figures(self) -> SpendingFigures:
+        """Return the figures alone."""
+        return SpendingFigures(**{item.name: getattr(self, item.name) for item in fields(SpendingFigures)})
+
+
+@dataclass(frozen=True)
+class NoisedCount:
+    """How many of its own records the received model classifies correctly, noised and paid for."""
+
+    value: float
+    """A whole number; the noise can make it negative or larger than the data set."""
+    noise_std: float
+    """Standard deviation of the Gaussian noise, in records."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Site to server: what one round of training contributes."""
+
+    run: str
+    round_number: int
+    site: str
+    public_size: int
+    """Declared by the steward; never counted from the records."""
+    contribution: AdapterState
+    spending: Spending | None
+    """None when the run makes no privacy claim."""
+    noised_correct: NoisedCount | None = None
+    """Only if the site's policy sends it; ``spending`` includes its price."""
+
+
+REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")
+"""``budget``: spent; ``policy``: the site's rules; ``task``: what the server sent does not fit;
+``basis``: the site lacks what is sent once and asks for it; ``failed``: something broke."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Site to server: this round is not done here, and why. A normal answer, not a crash."""
+
+    run: str
+    round_number: int
+    site: str
+    kind: str
+    """One of REFUSAL_KINDS."""
+    reason: str
+    """One line for people; says nothing about records."""
+
+
+Reply = TrainResult | Refusal

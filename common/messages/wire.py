@@ -1,0 +1,383 @@
+"""Messages as Flower records, and back: the only place that knows the encoding.
+
+An adapter state travels as one block of raw little-endian float32 in canonical order. Both sides
+know the layout (names and shapes) from the run's configuration, so only a hash of it travels, and
+the fixed fields travel as one packed header: Fed-SB's few numbers are not drowned in names.
+Anything that does not fit the expected layout, is not finite, or comes from another run, round or
+protocol version is a ProtocolError.
+
+The header record has ``protocol`` (a whole number that every version can read) and ``body``::
+
+    every message   kind: u8 (0 task, 1 result, from 2 on REFUSAL_KINDS), round: u32, run: text
+    task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each
+    result          site: text, public size: i64, layout: 8 bytes, parts: u8, then the parts
+      1 spending    figures as in ``_SPENT``; accountant as in ``_ACCOUNTANT``; version of dp-accounting: text
+      2 count       value: i32, standard deviation of its noise: f64
+      4 detour      of the spending's accountant, as in ``_DETOUR``
+    refusal         site: text, reason: text
+
+Little-endian. A text is its length in bytes (u16) and UTF-8. Fingerprints travel as their first 128
+bits; zeros say that there is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from common.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
+from common.errors import ProtocolError
+from common.messages.round import (
+    FINGERPRINT_DIGITS,
+    PROTOCOL,
+    REFUSAL_KINDS,
+    SPENDING_KINDS,
+    NoisedCount,
+    Refusal,
+    Reply,
+    Spending,
+    TrainResult,
+    TrainTask,
+)
+from common.messages.state import AdapterState
+from common.messages.tensors import entries
+from common.packed import Form
+
+STYPE = "f32le"
+Layout = dict[str, dict[str, tuple[int, ...]]]
+
+_PREFIX, _LENGTH = struct.Struct("<BI"), struct.Struct("<H")
+_TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
+_COUNT = struct.Struct("<id")
+_KINDS = ("train", "result", *REFUSAL_KINDS)
+_SPENDING, _COUNTED, _DETOURED = 1, 2, 4
+"""Bits of a result's ``parts``."""
+_SPENT = Form(
+    Spending,
+    {
+        "kind": SPENDING_KINDS,
+        "sample_rate": "d",
+        "noise_multiplier": "d",
+        "clip_norm": "d",
+        "steps_round": "I",
+        "steps_total": "Q",
+        "delta": "d",
+        "epsilon_round": "d",
+        "epsilon_total": "d",
+        "epsilon_budget": "d",
+        "epsilon_remaining": "d",
+    },
+    besides=("accountant",),
+)
+_ACCOUNTANT = Form(Accountant, {"method": METHODS}, besides=("version", "detour"))
+_DETOUR = Form(
+    Detour,
+    {"reason": REASONS, "figure": "d", "error": ("", *ERRORS), "grid": tuple(range(MOST_GRID + 1))},
+)
+_VERSION = re.compile(r"[0-9A-Za-z.+!-]{1,40}")
+"""What the version of a Python package is made of."""
+
+
+def layout_of(state: AdapterState) -> Layout:
+    """Return names and shapes of a state."""
+    return {layer: {name: tuple(t.shape) for name, t in factors.items()} for layer, factors in state.items()}
+
+
+def _layout_hash(layout: Layout) -> bytes:
+    lines = (f"{layer}/{name}/{layout[layer][name]}" for layer in sorted(layout) for name in sorted(layout[layer]))
+    return hashlib.sha256("\n".join(lines).encode()).digest()[:8]
+
+
+def encode_state(state: AdapterState) -> bytes:
+    """Return all tensors as one block of little-endian float32, in canonical order."""
+    blocks = [tensor.detach().cpu().float().contiguous().numpy().astype("<f4") for _, _, tensor in entries(state)]
+    return b"".join(block.tobytes() for block in blocks)
+
+
+def decode_state(data: bytes, layout: Layout) -> AdapterState:
+    """Return the state of this layout that ``data`` holds.
+
+    Raises:
+        ProtocolError: the length does not fit, or a value is not finite.
+    """
+    sizes = {layer: {name: int(np.prod(shape)) for name, shape in f.items()} for layer, f in layout.items()}
+    total = sum(sum(factors.values()) for factors in sizes.values())
+    if len(data) != 4 * total:
+        raise ProtocolError(f"the adapter payload has {len(data)} bytes, {4 * total} are expected")
+    values = np.frombuffer(data, dtype="<f4")
+    if not np.isfinite(values).all():
+        raise ProtocolError("the adapter payload holds a value that is not finite")
+    flat, position = torch.from_numpy(values.astype(np.float32)), 0
+    state: AdapterState = {}
+    for layer in sorted(layout):
+        state[layer] = {}
+        for name in sorted(layout[layer]):
+            size = sizes[layer][name]
+            state[layer][name] = flat[position : position + size].reshape(layout[layer][name]).clone()
+            position += size
+    return state
+
+
+def payload_bytes(record: RecordDict) -> int:
+    """Return the bytes of adapter payload in an encoded message (0 for a refusal)."""
+    return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+
+
+def message_bytes(record: RecordDict) -> int:
+    """Return the bytes of a whole message's content as Flower serialises it: payload, header and framing."""
+    return len(recorddict_to_proto(record).SerializeToString())
+
+
+class _Reader:
+    """Takes a packed header apart; whatever is not there is a ProtocolError."""
+
+    def __init__(self, record: RecordDict) -> None:
+        header = record.config_records.get("header")
+        if header is None:
+            raise ProtocolError("the message has no header: it does not come from FedVeil")
+        if type(header.get("protocol")) is not int or header["protocol"] != PROTOCOL:
+            raise ProtocolError(
+                f"the other side speaks protocol {header.get('protocol')!r}, this one {PROTOCOL}: run the same version"
+            )
+        packed = header.get("body")
+        if not isinstance(packed, bytes):
+            raise ProtocolError("the message's header is not a block of bytes")
+        self._rest = packed
+        code, self.round_number = self.take(_PREFIX, "kind and round")
+        if code >= len(_KINDS):
+            raise ProtocolError(f"the message is of unknown kind {code}")
+        self.kind = _KINDS[code]
+        self.run = self.text("run")
+
+    def take(self, form: struct.Struct, name: str) -> tuple[Any, ...]:
+        """Return the next fields; a float among them is finite."""
+        values = form.unpack(self._next(form.size, name))
+        _check_finite(values, name)
+        return values
+
+    def fields(self, form: Form, name: str, endless: str = "") -> dict[str, Any]:
+        """Return the next fields by name; no number is below 0, and none infinite but the one called ``endless``."""
+        data = self._next(form.size, name)
+        try:
+            held = form.unpack(data)
+        except ProtocolError as error:
+            raise ProtocolError(f"in the message's {name}, {error}") from error
+        _check_finite([v for key, v in held.items() if (key, v) != (endless, math.inf)], name)
+        if any(isinstance(value, int | float) and value < 0 for value in held.values()):
+            raise ProtocolError(f"the message's {name} states a negative figure")
+        return held
+
+    def _next(self, size: int, name: str) -> bytes:
+        if len(self._rest) < size:
+            raise ProtocolError(f"the message's header ends before its {name}")
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    def text(self, name: str, longest: int = 1000) -> str:
+        """Return the next text, of at most ``longest`` characters."""
+        (size,) = self.take(_LENGTH, name)
+        data, self._rest = self._rest[:size], self._rest[size:]
+        try:
+            value = data.decode()
+        except UnicodeDecodeError as error:
+            raise ProtocolError(f"the message's {name} is not UTF-8") from error
+        if len(data) != size or len(value) > longest:
+            raise ProtocolError(f"the message's {name} is not a text of at most {longest} characters")
+        return value
+
+    def end(self) -> None:
+        """Refuse a header that goes on after its last field."""
+        if self._rest:
+            raise ProtocolError(f"the message's header has {len(self._rest)} bytes too many")
+
+
+def _check_finite(values: Iterable[Any], name: str) -> None:
+    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        raise ProtocolError(f"a figure of the message's {name} is not finite")
+
+
+def _pack(kind: str, round_number: int, run: str, rest: bytes, **blocks: AdapterState) -> RecordDict:
+    try:
+        packed = _PREFIX.pack(_KINDS.index(kind), round_number) + _text(run) + rest
+    except (ValueError, struct.error) as error:
+        raise ProtocolError(f"a message of kind {kind!r} and round {round_number} cannot be sent: {error}") from error
+    record = RecordDict({name: _block(state) for name, state in blocks.items()})
+    record["header"] = ConfigRecord({"protocol": PROTOCOL, "body": packed})
+    return record
+
+
+def _block(state: AdapterState) -> ArrayRecord:
+    data = encode_state(state)
+    return ArrayRecord({"state": Array("float32", (len(data) // 4,), STYPE, data)})
+
+
+def _text(value: str, longest: int = 1000) -> bytes:
+    # "replace": half a surrogate pair, as in a file name that is not UTF-8, must not keep a refusal from arriving.
+    data = value[:longest].encode(errors="replace")
+    return _LENGTH.pack(len(data)) + data
+
+
+def _mark(fingerprint: str) -> bytes:
+    if not fingerprint:
+        return bytes(16)
+    try:
+        data = bytes.fromhex(fingerprint[:FINGERPRINT_DIGITS])
+    except ValueError as error:
+        raise ProtocolError(f"{fingerprint!r} is not a fingerprint") from error
+    if len(data) != 16:
+        raise ProtocolError(f"the fingerprint {fingerprint!r} has fewer than {FINGERPRINT_DIGITS} digits")
+    return data
+
+
+def _fingerprint(mark: bytes) -> str:
+    return mark.hex() if any(mark) else ""
+
+
+def _state(record: RecordDict, mark: bytes, layout: Layout, block: str = "adapter") -> AdapterState:
+    arrays = record.array_records.get(block)
+    if arrays is None or list(arrays) != ["state"] or arrays["state"].stype != STYPE:
+        raise ProtocolError(f"the message carries no {block} block")
+    if mark != _layout_hash(layout):
+        raise ProtocolError(f"the {block} block has other layers, factors or shapes than this run's")
+    return decode_state(arrays["state"].data, layout)
+
+
+def round_of(record: RecordDict) -> int:
+    """Return the round that a message says it is of; 0 if it cannot be read. For refusals of what cannot be read."""
+    try:
+        return _Reader(record).round_number
+    except ProtocolError:
+        return 0
+
+
+def encode_task(task: TrainTask) -> RecordDict:
+    """Return a task as Flower records."""
+    marks = [_mark(value) for value in (task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint)]
+    basis = {"basis": task.basis} if task.basis else {}
+    layouts = _layout_hash(layout_of(task.state)), _layout_hash(layout_of(task.basis)) if basis else bytes(8)
+    return _pack("train", task.round_number, task.run, _TASK.pack(*marks, *layouts), adapter=task.state, **basis)
+
+
+def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None = None) -> TrainTask:
+    """Return the task; the layouts are what the site's own configuration says is sent every round, and once.
+
+    Fingerprints come back as their first ``FINGERPRINT_DIGITS`` digits.
+
+    Raises:
+        ProtocolError: anything in it is not as expected.
+    """
+    reader = _Reader(record)
+    if reader.kind != "train":
+        raise ProtocolError(f"a site expects a task, not a reply of kind {reader.kind!r}")
+    base, start, basis_mark, state_layout, once_layout = reader.take(_TASK, "fingerprints")
+    reader.end()
+    basis: AdapterState = {}
+    if "basis" in record.array_records:
+        basis = _state(record, once_layout, basis_layout or {}, "basis")
+    return TrainTask(
+        run=reader.run,
+        round_number=reader.round_number,
+        state=_state(record, state_layout, layout if reader.round_number else {}),
+        basis=basis,
+        basis_fingerprint=_fingerprint(basis_mark),
+        base_fingerprint=_fingerprint(base),
+        start_fingerprint=_fingerprint(start),
+    )
+
+
+def encode_reply(reply: Reply) -> RecordDict:
+    """Return a result or a refusal as Flower records."""
+    if isinstance(reply, Refusal):
+        return _pack(reply.kind, reply.round_number, reply.run, _text(reply.site, 200) + _text(reply.reason))
+    present, parts, layout = 0, b"", _layout_hash(layout_of(reply.contribution))
+    if reply.spending is not None:
+        present, parts = present | _SPENDING, parts + _pack_spending(reply.spending)
+    if reply.noised_correct is not None:
+        count = _COUNT.pack(round(reply.noised_correct.value), reply.noised_correct.noise_std)
+        present, parts = present | _COUNTED, parts + count
+    if reply.spending is not None and reply.spending.accountant.detour is not None:
+        present, parts = present | _DETOURED, parts + _DETOUR.pack(reply.spending.accountant.detour)
+    header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
+    return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
+
+
+def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int) -> Reply:
+    """Return the reply; ``layout`` is what the strategy lets a site send.
+
+    Raises:
+        ProtocolError: it belongs to another run or round, or anything in it is not as expected.
+    """
+    reader = _Reader(record)
+    if reader.kind == "train":
+        raise ProtocolError("the server expects a reply, not a task")
+    site = reader.text("site", 200)
+    if not site.isprintable():
+        raise ProtocolError(f"the reply's site name {site!r} holds characters that cannot be printed")
+    if reader.run != run or reader.round_number != round_number:
+        raise ProtocolError(f"{site} answers run {reader.run!r}, round {reader.round_number}, not this one")
+    if reader.kind != "result":
+        reason = reader.text("reason")
+        reader.end()
+        return Refusal(run, round_number, site, reader.kind, reason)
+    size, mark, present = reader.take(_RESULT, "public size")
+    if size < 1:
+        raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
+    if present & ~(_SPENDING | _COUNTED | _DETOURED):
+        raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
+    spending = _spending(reader) if present & _SPENDING else None
+    counted = _count(reader, spending) if present & _COUNTED else None
+    if present & _DETOURED:
+        spending = _detoured(reader, spending)
+    reader.end()
+    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted)
+
+
+def result_to_bytes(result: TrainResult) -> bytes:
+    """Return a result as one block of bytes, for the site's own memory."""
+    return recorddict_to_proto(encode_reply(result)).SerializeToString()
+
+
+def result_from_bytes(data: bytes, layout: Layout, run: str, round_number: int) -> TrainResult:
+    """Return the result that ``result_to_bytes`` made; ProtocolError if it is of another round or run."""
+    reply = decode_reply(recorddict_from_proto(ProtoRecordDict.FromString(data)), layout, run, round_number)
+    if not isinstance(reply, TrainResult):
+        raise ProtocolError("what was kept is not a result")
+    return reply
+
+
+def _count(reader: _Reader, spending: Spending | None) -> NoisedCount:
+    value, noise_std = reader.take(_COUNT, "noised count")
+    if spending is None or noise_std <= 0:
+        raise ProtocolError("the reply has a count without noise, or that no ledger has paid for")
+    return NoisedCount(float(value), noise_std)
+
+
+def _pack_spending(spent: Spending) -> bytes:
+    return _SPENT.pack(spent) + _ACCOUNTANT.pack(spent.accountant) + _text(spent.accountant.version)
+
+
+def _spending(reader: _Reader) -> Spending:
+    figures = reader.fields(_SPENT, "spending", endless="epsilon_total")
+    method = reader.fields(_ACCOUNTANT, "spending")
+    version = reader.text("accountant's version")
+    if not _VERSION.fullmatch(version):
+        raise ProtocolError("the reply's accountant has a version that is none")
+    return Spending(**figures, accountant=Accountant(**method, version=version))
+
+
+def _detoured(reader: _Reader, spending: Spending | None) -> Spending:
+    detour = Detour(**reader.fields(_DETOUR, "accountant's detour"))
+    if spending is None or detour == Detour():
+        raise ProtocolError("the reply has an accountant's detour without its spending, or one that is none")
+    return replace(spending, accountant=replace(spending.accountant, detour=detour))

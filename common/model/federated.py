@@ -1,0 +1,304 @@
+"""The model of a run: frozen base, attached adapter, and a head where the task has one.
+
+Server and sites build it from the same configuration and get bit-identical tensors; afterwards
+only adapter states move. It is built once per process (``model_of``) and rewritten every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.adapters import Adapter
+from common.config.sections import HeadConfig, ModelConfig
+from common.errors import ConfigError, ProtocolError
+from common.messages.state import HEAD, AdapterState
+from common.model.base import BaseModel, load_base_model
+from common.model.batching import length_batches
+from common.model.device import (
+    autocast,
+    choose_attention,
+    choose_batch_tokens,
+    choose_device,
+    choose_precision,
+    choose_private_tokens,
+)
+from common.model.lowered import lowered
+from common.model.shapes import FixedBatch, Shapes
+from common.randomness import stream
+from common.tasks import TASKS, Batch, Record, Task
+from common.tasks.examples import Example
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the model does on public data."""
+
+    accuracy: float
+    """Share of right labels, or of right next tokens of the completion."""
+    loss: float
+    """Mean cross-entropy per record, or per token of the completion; in nats."""
+
+
+class FederatedModel:
+    """A model whose adapter state can be read, written, trained and scored."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: Adapter,
+        task: Task,
+        head: HeadConfig,
+        *,
+        seed: int,
+        label_names: Sequence[str] = (),
+        label_phrases: Sequence[Sequence[str]] = (),
+        feature_scale: float = 0.0,
+        max_length: int = 128,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        self.base, self.adapter, self.task = base, adapter, task
+        self.max_length = task.limit(base, max_length)
+        self.classes = len(label_names)
+        self.device = choose_device(device)
+        self.shapes = task.shapes(base, self.max_length, choose_private_tokens(self.device))
+        """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
+        self.initial_shapes: Shapes | None = None
+        """The same of round 0, once it is rehearsed."""
+        self.precision = choose_precision(precision, self.device)
+        choose_attention(base.module, self.device)
+        self.lowers = True
+        """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
+        self.peft_model = adapter.attach(base.module, seed)
+        self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
+        self.module.to(self.device)
+        self.head_trained = head.policy == "trained"
+        if self.module.head is not None:
+            start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
+            self.module.head.requires_grad_(self.head_trained)
+        _turn_dropout_off(self.module)
+        self.start: AdapterState = self.read()
+        """The adapter state before any training; later states are written over the model, never over this."""
+
+    @property
+    def head(self) -> dict[str, nn.Parameter]:
+        """The live parameters of the head, trained or not; empty where the task has none."""
+        return dict(self.module.head.named_parameters()) if self.module.head is not None else {}
+
+    def places(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Return the live parameters behind a full adapter state, by layer and factor.
+
+        The head is part of the state only when it is trained: a frozen one never travels.
+        """
+        places = self.adapter.parameters(self.peft_model)
+        if self.head_trained and self.head:
+            places[HEAD] = self.head
+        return places
+
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Return the part of ``places`` that sites train: exactly what is clipped and noised."""
+        kept = {
+            layer: {name: p for name, p in factors.items() if p.requires_grad}
+            for layer, factors in self.places().items()
+        }
+        return {layer: factors for layer, factors in kept.items() if factors}
+
+    def read(self) -> AdapterState:
+        """Return a copy of all factors, and of the head when it is trained (float32, CPU)."""
+        return {
+            layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
+            for layer, factors in self.places().items()
+        }
+
+    def write(self, state: AdapterState) -> None:
+        """Copy ``state``, any part of a full one, into the model.
+
+        Raises:
+            ProtocolError: a name or a shape does not fit; nothing is written then.
+        """
+        head = state.get(HEAD, {})
+        live = self.places().get(HEAD, {})
+        for name, tensor in head.items():
+            if name not in live or live[name].shape != tensor.shape:
+                raise ProtocolError(f"the model has no head tensor {name!r} of shape {tuple(tensor.shape)}")
+        self.adapter.write(self.peft_model, {k: v for k, v in state.items() if k != HEAD})
+        with torch.no_grad():
+            for name, tensor in head.items():
+                live[name].copy_(tensor)
+
+    def prepare(self, examples: Sequence[Example]) -> list[Record]:
+        """Return records as the model takes them, cut to the run's ``max_length``, or to what has room in it."""
+        return self.task.prepare(self.base, examples, self.max_length)
+
+    def batch(self, records: Sequence[Record]) -> Batch:
+        """Return ``records`` as tensors on the model's device."""
+        return {k: v.to(self.device) for k, v in self.task.collate(self.base, records).items()}
+
+    def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
+        """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
+        shapes = shapes or self.shapes
+        for length, group in shapes.groups([self.task.size(record) for record in records]):
+            yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length))
+
+    def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
+        """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
+        filler = [self.task.filler(self.base, records[0])] * (rows - len(records))
+        tensors = self.task.collate(self.base, [*records, *filler], length)
+        return FixedBatch({key: value.to(self.device) for key, value in tensors.items()}, len(records))
+
+    @property
+    def attention(self) -> str:
+        """How the base model computes attention, as transformers calls it."""
+        return str(self.base.module.config._attn_implementation)  # type: ignore[union-attr]
+
+    def many_passes(self) -> AbstractContextManager[None]:
+        """Return the context of many passes in a row: frozen weights are in the run's precision inside it."""
+        # The head computes in float32, outside autocast.
+        return lowered(self.peft_model, self.precision if self.lowers else torch.float32)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
+        with autocast(self.device, self.precision):
+            losses = self.task.losses(self.module, batch)
+        return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
+
+    def score(self, records: Sequence[Record]) -> Score:
+        """Return accuracy and mean loss on ``records`` (at least one)."""
+        return score_records(self.module, self.task, self.base, records, self.device, self.precision)
+
+
+@torch.no_grad()
+def score_records(
+    module: nn.Module,
+    task: Task,
+    base: BaseModel,
+    records: Sequence[Record],
+    device: torch.device,
+    precision: torch.dtype,
+    batch_tokens: int = 0,
+) -> Score:
+    """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one)."""
+    was_training = module.training
+    module.eval()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for group in length_batches([task.size(record) for record in records], choose_batch_tokens(batch_tokens, device)):
+        batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
+        with autocast(device, precision):
+            sums = task.sums(module, batch)
+        totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
+    module.train(was_training)
+    loss, correct, weight = totals.tolist()
+    return Score(accuracy=correct / weight, loss=loss / weight)
+
+
+def _turn_dropout_off(module: nn.Module) -> None:
+    # Per-record gradients need train mode, but the base is frozen: its dropout would only add
+    # noise that no one accounts for.
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        for child in module.modules():
+            if hasattr(getattr(child, "config", None), name):
+                setattr(child.config, name, 0.0)
+            if isinstance(getattr(child, "attention_dropout", None), float):
+                child.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def start_head(
+    model: FederatedModel, linear: nn.Linear, head: HeadConfig, seed: int, phrases: Sequence[Sequence[str]]
+) -> None:
+    """Set the classification head's start; uses no record, so it costs no privacy.
+
+    ``label-words`` writes into each row how the base model's features of public phrases about
+    that label differ from their mean over labels, scaled to ``head.margin``; the bias makes a record
+    whose features are that mean equally likely for all labels.
+
+    Raises:
+        ConfigError: the base model cannot tell the labels' phrases apart, and the head is frozen.
+    """
+    linear.bias.zero_()
+    linear.weight.zero_()
+    if head.start == "random":
+        rows = torch.randn(linear.weight.shape, generator=stream(seed, "head"))
+        linear.weight.copy_(F.normalize(rows, dim=-1))
+    elif head.start == "label-words":
+        model.module.eval()
+        means = torch.stack([_mean_features(model, texts) for texts in phrases])
+        centred = means - means.mean(0)
+        # A label's logit on its own features leads the mean of the others by |row|² C / (C - 1).
+        lead = centred.pow(2).sum(1).mean() * len(phrases) / max(1, len(phrases) - 1)
+        told_apart = bool(lead > 1e-12)
+        if head.policy == "frozen" and not told_apart:
+            # Through a head that stays zero every adapter gradient is zero: sites would pay for sending noise.
+            raise ConfigError(
+                f"{model.base.name!r} cannot tell the labels' phrases apart, so the head starts at zero, and a frozen "
+                "one trains no adapter: set head.phrases to other words, head.start to 'random' or head.policy to "
+                "'trained'"
+            )
+        linear.weight.copy_(centred * (head.margin / lead) if told_apart else torch.zeros_like(centred))
+        linear.bias.copy_(-linear.weight @ means.mean(0))
+
+
+def phrases_of(
+    head: HeadConfig, label_names: Sequence[str], label_phrases: Sequence[Sequence[str]]
+) -> list[Sequence[str]]:
+    """Return the phrases about each label: those configured, else the data set's own, else the names.
+
+    Raises:
+        ConfigError: there are phrases for another number of labels than the data have.
+    """
+    if not head.phrases:
+        return list(label_phrases) or [[name] for name in label_names]
+    phrases: list[Sequence[str]] = [part.split("|") for part in head.phrases.split(";")]
+    if len(phrases) != len(label_names):
+        raise ConfigError(
+            f"head.phrases speaks of {len(phrases)} labels, the data have {len(label_names)} "
+            f"({', '.join(label_names)}): separate labels by ';' and phrases of one label by '|'"
+        )
+    return phrases
+
+
+def _mean_features(model: FederatedModel, phrases: Sequence[str]) -> Tensor:
+    records = model.prepare([model.task.of_phrase(phrase) for phrase in phrases])
+    # One phrase at a time and in float32: the start must not depend on batching or on the device's precision.
+    features = torch.cat([model.module.features(model.batch([record])) for record in records])
+    return features.mean(0)
+
+
+@lru_cache(maxsize=1)
+def model_of(
+    config: ModelConfig,
+    adapter: Adapter,
+    head: HeadConfig,
+    seed: int,
+    label_names: tuple[str, ...],
+    label_phrases: tuple[tuple[str, ...], ...],
+    device: str,
+    precision: str,
+) -> FederatedModel:
+    """Return this process's model for these settings, built on the first call and then kept.
+
+    The next user writes its own state over what the last one left, so nothing carries over.
+    """
+    return FederatedModel(
+        load_base_model(config.name, config.task),
+        adapter,
+        TASKS[config.task],
+        head,
+        seed=seed,
+        label_names=label_names,
+        label_phrases=label_phrases,
+        feature_scale=config.feature_scale,
+        max_length=config.max_length,
+        device=device,
+        precision=precision,
+    )

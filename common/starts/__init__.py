@@ -1,0 +1,1 @@
+"""Starts: where the factors of an adapter begin, and what that costs."""

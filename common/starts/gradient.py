@@ -1,0 +1,111 @@
+"""One full gradient of the adapted layers' own weights, for strategies that start from it.
+
+The base weights are opened for the gradient only inside ``full_gradient``; nothing is updated. At a
+site under privacy each record's gradient over all adapted layers together is clipped, the sum is
+noised and divided by a public constant: one release, by the same mechanism as a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from common.adapters.base import stored_transposed
+from common.errors import ModelError
+from common.messages.state import AdapterState
+from common.model.federated import FederatedModel
+from common.model.shapes import Shapes
+from common.privacy.dpsgd import PrivateSteps, rounding_margin
+from common.privacy.plan import PrivacyPlan
+from common.tasks import Batch
+
+BATCH_TOKENS = 1024
+"""Tokens of one forward pass, which is one batch of the run: small parts cost it little time."""
+BATCH_BYTES = 2**30
+"""Of the records' gradients of one such pass. A record's is as large as the adapted layers (RoBERTa-large, query and
+value: 201 MB), however short it is; a site that runs out of memory has paid, and pays again when it is asked again."""
+
+
+def initial_shapes(model: FederatedModel) -> Shapes:
+    """Return the shapes in which records' gradients of the adapted layers' weights are computed."""
+    most = max(1, BATCH_BYTES // record_bytes(model))
+    return model.initial_shapes or model.task.shapes(model.base, model.max_length, BATCH_TOKENS, most)
+
+
+def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
+    """Return the mean of per-record gradients, factor ``G`` of shape (out, in) per layer. No privacy.
+
+    Raises:
+        ModelError: there is no record, or the gradient vanishes because the head starts at zero.
+    """
+    with open_weights(model) as weights:
+        model.module.train()
+        seen = 0
+        for part in parts:
+            losses = model.losses(part)
+            losses.sum().backward()
+            seen += len(losses)
+        if not seen:
+            raise ModelError("the initial gradient needs at least one record: raise fed-sb.init-sample-rate")
+        gradients = {name: cast(Tensor, weight.grad) / seen for name, weight in weights.items()}
+        return _oriented(model, gradients)
+
+
+def private_gradient(
+    model: FederatedModel, parts: Iterable[Batch], plan: PrivacyPlan, before_pass: Callable[[], None] = lambda: None
+) -> AdapterState:
+    """Return the clipped, noised, publicly scaled sum of per-record gradients, factor ``G`` per layer.
+
+    ``before_pass`` is called before each pass, and may raise.
+    """
+    with open_weights(model) as weights:
+        optimizer = torch.optim.SGD(weights.values(), lr=0.0)
+        margin = rounding_margin(model.device)
+        with (
+            model.many_passes(),
+            PrivateSteps(model.module, optimizer, plan, noise_margin=margin, before_pass=before_pass) as steps,
+        ):
+            released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
+        return _oriented(model, {name: released[weight] for name, weight in weights.items()})
+
+
+def record_bytes(model: FederatedModel) -> int:
+    """Return what one record's gradient takes while records' gradients are apart, as under privacy."""
+    return sum(weight.numel() * weight.element_size() for weight in _own_weights(model).values())
+
+
+def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:
+    return {
+        name: cast(nn.Parameter, layer.get_base_layer().weight)
+        for name, layer in sorted(model.adapter.layers(model.peft_model).items())
+    }
+
+
+@contextmanager
+def open_weights(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
+    """Let exactly the adapted layers' own weights take a gradient; put everything back afterwards."""
+    before = [(p, p.requires_grad) for p in model.module.parameters()]
+    model.module.requires_grad_(False)
+    weights = _own_weights(model)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
+def _oriented(model: FederatedModel, gradients: dict[str, Tensor]) -> AdapterState:
+    layers = model.adapter.layers(model.peft_model)
+    if not any(bool(gradient.abs().max() > 0) for gradient in gradients.values()):
+        raise ModelError("the initial gradient is zero everywhere: set head.start to 'label-words' or 'random'")
+    return {
+        name: {"G": (gradient.T if stored_transposed(layers[name]) else gradient).detach().float().cpu().contiguous()}
+        for name, gradient in gradients.items()
+    }

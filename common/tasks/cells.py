@@ -1,0 +1,74 @@
+"""What a cell of a table may hold, and how it is read.
+
+A reader takes a cell and returns its value, or raises ``Misfit`` if the cell holds none. A role names its reader
+(``common.tasks.roles``), so a kind of task may read numbers, or the file that a cell names, where others read text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+CELL_CHARACTERS = 131_072
+"""Longest text of one cell."""
+UNREADABLE = object()
+"""In place of a cell that no Python value can hold, such as a time before the year 1."""
+
+Reader = Callable[[object, Path | None], object]
+"""Takes a cell and the folder of the file that it stands in (None: no file of this machine's); returns its value."""
+
+
+class Misfit(Exception):
+    """A cell that holds no value of its role.
+
+    Args:
+        what: what is wrong, in words that quote nothing of the cell; the column is named after them.
+        advice: what to do about it.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(what)
+        self.what, self.advice = what, advice
+
+
+def read_text(value: object, folder: Path | None = None) -> str:
+    """Return a cell as text, with its blanks.
+
+    Raises:
+        Misfit: it is blank, neither text nor a number, not finite, too long, or no text that can be written.
+    """
+    if is_missing(value):
+        raise Misfit("has no value", "fill it in or remove the row")
+    if not isinstance(value, str | int | float):
+        kind = "cell" if value is UNREADABLE else type(value).__name__
+        raise Misfit(f"has a {kind}", "make it text or a number")
+    if isinstance(value, float) and math.isinf(value):
+        raise Misfit("has a number that is not finite")
+    text = plain(value)
+    if len(text) > CELL_CHARACTERS:
+        raise Misfit(f"has more than {CELL_CHARACTERS} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Misfit("has half a character") from None
+    return text
+
+
+def read_word(value: object, folder: Path | None = None) -> str:
+    """Return a cell as text without blanks around it; errors as of read_text."""
+    return read_text(value).strip()
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a cell is empty: nothing, no number, or blanks alone."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+
+
+def plain(value: object) -> str:
+    """Return a cell as text, whatever it holds; a table with gaps stores whole numbers as floats.
+
+    >>> plain(3.0), plain("3.0")
+    ('3', '3.0')
+    """
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

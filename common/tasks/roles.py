@@ -1,0 +1,52 @@
+"""A role: one column that a kind of task reads of a record, and the setting that names it.
+
+Each task states its roles (``common.tasks``). The loader reads these columns and no other, and a steward's policy
+pins every one of them (``client.pins``), so a task or a column that is added is pinned as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.tasks.cells import Reader, read_text, read_word
+
+
+@dataclass(frozen=True)
+class Role:
+    """One column of a task."""
+
+    setting: str
+    """What names it: ``data.<setting>`` in a job, ``<setting>`` in a policy, ``--<setting>`` on the command line."""
+    field: str
+    """Field of the task's ``Example`` that its values become."""
+    about: str
+    """What it holds, in words for a command's help."""
+    optional: bool = False
+    """Whether a job may leave the setting empty, and then no such column is read."""
+    read: Reader = read_text
+    """How a cell becomes the field's value."""
+
+    @property
+    def column(self) -> str:
+        """The column that a job reads unless it names another; empty: none."""
+        return "" if self.optional else self.setting
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column to be read."""
+
+    role: Role
+    name: str
+    """As the source's header has it."""
+
+    @property
+    def setting(self) -> str:
+        """The job's setting that names it, such as ``data.text``."""
+        return f"data.{self.role.setting}"
+
+
+LABEL = Role("label", "label", "the label", read=read_word)
+"""Holds one of ``data.labels``; the field is its number among them."""
+KEY = Role("key", "key", "the natural partition", read=read_word)
+"""Column of the natural partition: of no task, and never read of records that somebody protects."""

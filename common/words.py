@@ -1,0 +1,75 @@
+"""Figures and foreign text as people read them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+UNKNOWN = "–"
+
+
+def visible(text: str) -> str:
+    """Return ``text`` on one line, with every character that cannot be seen replaced.
+
+    Names and reasons come from other machines: a control character or a change of the writing
+    direction must not change how the rest of a report reads.
+
+    >>> visible("site\\x1b[2K\\nfine")
+    'site\ufffd[2K fine'
+    """
+    spaced = re.sub(r"[\t\r\n]+", " ", text)
+    return "".join(character if character.isprintable() else "\ufffd" for character in spaced)
+
+
+def percent_text(share: float | None) -> str:
+    """Return a share in percent with one decimal."""
+    return UNKNOWN if share is None else f"{100 * share:.1f} %"
+
+
+def number_text(value: float | None) -> str:
+    """Return a figure with four significant digits; whole numbers with separators of thousands."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def numbers_text(values: list[float]) -> str:
+    """Return distinct figures one after another."""
+    return ", ".join(number_text(value) for value in values) or UNKNOWN
+
+
+def bytes_text(count: int | None) -> str:
+    """Return bytes in the unit that suits them, decimal.
+
+    >>> bytes_text(999), bytes_text(1_203_456)
+    ('999 B', '1.20 MB')
+    """
+    if count is None:
+        return UNKNOWN
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def seconds_text(value: float | None) -> str:
+    """Return seconds; from two minutes on in minutes."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def value_text(value: Any) -> str:
+    """Return a setting as the configuration writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def counted(number: int, word: str) -> str:
+    """Return the number with its word.
+
+    >>> counted(1, "step"), counted(20, "step")
+    ('1 step', '20 steps')
+    """
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -1,0 +1,100 @@
+"""The command lines of Flower's programs for a server's and a site's folder, and the environment they need."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.config.sections import Scalar
+from deploy.server_folder import ServerFolder
+from deploy.site_folder import SiteFolder, node_settings
+from server.registered import NODES
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""Flower reports to nobody and installs nothing at run time."""
+
+
+def program(name: str) -> str:
+    """Return the path of a program that was installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Return this process's environment with Flower's own folder at ``home``."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def superlink_environment(folder: ServerFolder, home: Path) -> dict[str, str]:
+    """Return the SuperLink's environment: as ``environment``, and where its runs find the sites' registered names.
+
+    A container, whose coordinator has a folder of its own, names another place than ``folder`` has.
+    """
+    return {NODES: str(folder.nodes), **environment(home)}
+
+
+def superlink_command(folder: ServerFolder) -> list[str]:
+    """Return the SuperLink's command: TLS on every port, and only registered keys may join."""
+    return [
+        program("flower-superlink"),
+        *("--ssl-ca-certfile", str(folder.path / "ca.crt")),
+        *("--ssl-certfile", str(folder.path / "server.pem")),
+        *("--ssl-keyfile", str(folder.path / "server.key")),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+        *("--isolation", "subprocess"),
+        *("--database", str(folder.database)),
+        *("--fleet-api-address", folder.fleet),
+        *("--host", folder.control_host, "--port", str(folder.control_port)),
+    ]
+
+
+def supernode_command(folder: SiteFolder, more: str = "", secret: Path | None = None) -> list[str]:
+    """Return the SuperNode's command.
+
+    Args:
+        folder: the site's folder.
+        more: node settings that win over the folder's.
+        secret: file that a worker proves itself by; None: the SuperNode starts a process for every message, which
+            runs the code of the server's bundle, and any local user may ask its port for tasks.
+    """
+    isolation = ["subprocess"] if secret is None else ["process", "--superexec-auth-secret-file", str(secret)]
+    return [
+        program("flower-supernode"),
+        *("--root-certificates", str(folder.path / "ca.crt")),
+        *("--auth-supernode-private-key", str(folder.path / "node.key")),
+        *("--superlink", folder.server),
+        *("--host", "127.0.0.1", "--port", str(folder.runtime_port)),
+        *("--isolation", *isolation),
+        *("--node-config", node_config(node_settings(folder, more))),
+    ]
+
+
+def worker_command(folder: SiteFolder, secret: Path, more: str = "") -> list[str]:
+    """Return the command of the site's own worker, which runs the installed code; ``more`` as for the SuperNode."""
+    return [
+        *own_module("client.worker"),
+        *("--port", str(folder.runtime_port), "--secret", str(secret)),
+        *("--node", json.dumps(node_settings(folder, more))),
+    ]
+
+
+def own_module(name: str) -> list[str]:
+    """Return the command that runs an installed module; without -P a folder beside it would come first."""
+    return [sys.executable, "-P", "-m", name]
+
+
+def node_config(settings: Mapping[str, Scalar]) -> str:
+    """Return settings as Flower's ``--node-config`` takes them.
+
+    >>> node_config({"site": "clinic", "partition-id": 0})
+    'site="clinic" partition-id=0'
+    """
+    return " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())

@@ -1,0 +1,174 @@
+"""The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, and saying who is well.
+
+Run as ``python -m deploy.container keys | healthy-server | healthy-site``. Health is asked
+for every few seconds, so its way imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from strategies import Job
+
+FOLDER, PKI = Path("/federation"), Path("/pki")
+FLEET_PORT, CONTROL_PORT = 9092, 8000
+SERVER, CONTROL = "superlink", "control"
+"""Host names on the sites' networks and on the coordinator's network."""
+ESTABLISHED = "01"
+"""A TCP connection's state in /proc/net/tcp."""
+
+
+def make_keys(
+    sites: int, epsilon: float, delta: float, pki: Path = PKI, *, settings: str = "", fingerprint: str = ""
+) -> None:
+    """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
+
+    Each site gets its part of a job's data for good: another number of sites, or another division, later would
+    divide the records anew, and ledgers would count for records that others hold. So what divides them is written
+    into the sites' settings, and they refuse a job that divides otherwise. A site beyond the first number has no part.
+
+    Args:
+        sites: how many sites get a key pair.
+        epsilon: budget in each site's policy.
+        delta: the delta that it holds at.
+        pki: where the volumes are mounted: ``authority``, ``server``, ``coordinator``, ``site-1``, ...
+        settings: of the job, as ``fedveil run -c`` takes them: each new site's policy pins what it asks for, and its
+            node how the data are divided.
+        fingerprint: of the job's base model, needed unless FedVeil knows that by its hash.
+
+    Raises:
+        FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
+            cannot say what they ask for.
+    """
+    from common.config.text import parse_settings
+    from common.data.partition import division_of
+    from deploy.policy_file import models_of, pins_of_job, policy_text
+    from deploy.server_folder import make_server
+    from deploy.site_folder import make_site
+    from strategies import configure
+
+    job = configure(parse_settings([settings]))
+    model = job.config.model
+    if not (pki / "server" / "server.toml").is_file():
+        make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
+        print("made the certificate authority and the server's certificate", flush=True)
+    coordinator = pki / "coordinator"
+    for place in ("runs", "nodes", "keys"):
+        (coordinator / place).mkdir(exist_ok=True)
+    for name in ("ca.crt", "server.toml"):
+        shutil.copyfile(pki / "server" / name, coordinator / name)
+    parts, fixed = _handed_out(pki / "site-1", sites, division_of(job.config))
+    for number in range(1, sites + 1):
+        folder, name = pki / f"site-{number}", f"site-{number}"
+        part = f"partition-id={number - 1} num-partitions={parts}{fixed}" if number <= parts else ""
+        if not (folder / "site.toml").is_file():
+            make_site(
+                folder,
+                name,
+                f"{SERVER}:{FLEET_PORT}",
+                policy=policy_text(
+                    name, 0, epsilon, delta, pins_of_job(job.config), models_of(model.name, fingerprint)
+                ),
+                node=part,
+                authority=pki / "server" / "ca.crt",
+                model=model.name,
+                task=model.task,
+                fingerprint=fingerprint,
+            )
+            print(f"made the key pair of {name}", flush=True)
+        else:
+            _say_if_refused(folder, name, job)
+        if not part:
+            print(
+                f"{name} has no part of the job's data, which are divided among {parts} sites: it needs "
+                f"SITE_{number}_DATA; 'docker compose down --volumes' starts over",
+                flush=True,
+            )
+        (folder / "ledger").mkdir(exist_ok=True)
+        shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
+
+
+def _say_if_refused(folder: Path, name: str, job: Job) -> None:
+    """Print why a site whose policy was made for another job will refuse this one, if it will."""
+    from client.policy import load_policy
+    from common.errors import FedVeilError
+
+    try:
+        load_policy(folder / "policy.toml").check_job(job, private=False)
+    except FedVeilError as error:
+        print(f"{name} will refuse this job: {error}; see 'fedveil site pin'", flush=True)
+
+
+def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
+    """Return among how many sites a job's data are divided, and how, as when the first was made."""
+    from deploy.site_folder import node_settings, open_site_folder
+
+    if (first / "site.toml").is_file():
+        node = node_settings(open_site_folder(first))
+        sites, division = int(node.get("num-partitions", 0)), str(node.get("division", ""))
+    return sites, f' division="{division}"' if division else ""
+
+
+def server_is_well(folder: Path = FOLDER) -> bool:
+    """Whether both ports of the SuperLink answer with a certificate of the federation's authority."""
+    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    try:
+        for host, port in (("localhost", FLEET_PORT), (CONTROL, CONTROL_PORT)):
+            with socket.create_connection((host, port), timeout=5) as plain:
+                context.wrap_socket(plain, server_hostname=host).close()
+    except OSError as error:
+        print(error)
+        return False
+    return True
+
+
+def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))) -> bool:
+    """Whether this site's node holds a connection to a Fleet port."""
+    for table in tables:
+        rows = table.read_text(encoding="ascii").splitlines()[1:] if table.is_file() else []
+        for row in rows:
+            remote, state = row.split()[2:4]
+            if state == ESTABLISHED and int(remote.rpartition(":")[2], 16) == FLEET_PORT:
+                return True
+    print("no connection to the server")
+    return False
+
+
+def _make_keys_by_environment() -> int:
+    from common.errors import FedVeilError
+
+    try:
+        make_keys(
+            int(os.environ.get("SITES", "4")),
+            float(os.environ.get("SITE_EPSILON", "8")),
+            float(os.environ.get("SITE_DELTA", "1e-5")),
+            settings=os.environ.get("FEDVEIL_SETTINGS", ""),
+            fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
+        )
+    except FedVeilError as error:
+        print(f"fedveil: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(role: str) -> int:
+    """Play one role and return the exit code."""
+    if role == "healthy-server":
+        return 0 if server_is_well() else 1
+    if role == "healthy-site":
+        return 0 if site_is_well() else 1
+    if role == "keys":
+        return _make_keys_by_environment()
+    print(f"unknown role {role!r}: keys, healthy-server or healthy-site", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]) if len(sys.argv) == 2 else 2)

@@ -1,0 +1,117 @@
+"""Flower's own command against a server's Control API: register, revoke, list, submit, status."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.config.sections import Scalar
+from common.config.text import to_toml
+from common.errors import RunFailed
+from deploy.app import app_folder
+from deploy.commands import environment, program
+from deploy.files import read_bytes
+from deploy.server_folder import CONNECTION, ServerFolder, connection_toml
+
+IN_USE, NO_SUCH_RUN = "already in use", "Run ID not found"
+ANSWER_SECONDS = 120.0
+
+
+class Control:
+    """The Control API of one server."""
+
+    def __init__(self, home: Path) -> None:
+        self._environment, self._home = environment(home), home
+
+    def register(self, public_key: Path) -> str:
+        """Register a site's public key and return its node id; an empty string if the server knows the key already.
+
+        Raises:
+            RunFailed: the server refused or did not answer.
+        """
+        answer = self._call("supernode", "register", str(public_key), CONNECTION)
+        if not answer.get("success") and IN_USE in str(answer.get("error-message")):
+            return ""
+        return str(self._good(answer, "register the key")["node-id"])
+
+    def revoke(self, node_id: str) -> None:
+        """Unregister a node: it is refused from its next call on.
+
+        Raises:
+            RunFailed: the server refused or did not answer.
+        """
+        self._good(self._call("supernode", "unregister", node_id, CONNECTION), "revoke the site")
+
+    def online(self) -> int:
+        """Return the number of sites that are online.
+
+        Raises:
+            RunFailed: the server did not answer.
+        """
+        nodes = self._good(self._call("supernode", "list", CONNECTION), "list the sites")["nodes"]
+        return sum(node["status"] == "online" for node in nodes)
+
+    def submit(self, settings: Mapping[str, Scalar]) -> str:
+        """Submit this project with ``settings`` and return the run's id.
+
+        Raises:
+            RunFailed: the server refused or did not answer.
+        """
+        overrides = self._home / "settings.toml"
+        overrides.write_text(to_toml(settings), encoding="utf-8")
+        with app_folder() as app:
+            answer = self._call("run", str(app), CONNECTION, "-c", str(overrides))
+        return str(self._good(answer, "submit the run")["run-id"])
+
+    def status(self, run: str) -> str:
+        """Return a run's status as Flower has it (``running``, ``finished:failed``); ``unknown``: it has no such run.
+
+        Raises:
+            RunFailed: the server did not answer, which says nothing about the run.
+        """
+        answer = self._call("list", CONNECTION, "--run-id", run)
+        if not answer.get("success") and NO_SUCH_RUN in str(answer.get("error-message")):
+            return "unknown"
+        return str(self._good(answer, "tell how the run stands")["runs"][0]["status"])
+
+    def _call(self, *words: str) -> dict[str, Any]:
+        command = [program("flwr"), *words, "--format", "json"]
+        try:
+            done = subprocess.run(
+                command,
+                env=self._environment,
+                cwd=self._home,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=ANSWER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error-message": f"no answer in {ANSWER_SECONDS:g} s"}
+        found = re.search(r"\{.*\}", done.stdout, flags=re.S)
+        try:
+            value: dict[str, Any] = json.loads(found.group(0)) if found else {}
+        except json.JSONDecodeError:
+            value = {}
+        return value or {"error-message": " ".join((done.stdout + done.stderr).split())[-600:] or "no answer"}
+
+    def _good(self, answer: dict[str, Any], what: str) -> dict[str, Any]:
+        if not answer.get("success"):
+            words = " ".join(str(answer.get("error-message", answer)).split())
+            raise RunFailed(f"the server did not {what}: {words}")
+        return answer
+
+
+@contextmanager
+def control_of(folder: ServerFolder) -> Iterator[Control]:
+    """Yield the Control API of a server's folder; needs ``server.toml`` and ``ca.crt`` of it, and no key."""
+    read_bytes(folder.path / "ca.crt", "the authority's certificate")
+    with tempfile.TemporaryDirectory(prefix="fedveil-") as home:
+        (Path(home) / "config.toml").write_text(connection_toml(folder), encoding="utf-8")
+        yield Control(Path(home))

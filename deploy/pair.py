@@ -1,0 +1,103 @@
+"""Run a site's SuperNode and its worker as one: whoever stops this stops both, and a worker that ends comes back.
+
+Run as ``python -P -m deploy.pair NODE WORKER``, both commands as JSON lists. It stays while they run,
+so it imports the standard library alone. The SuperNode's end is the pair's end: its unit or container starts
+the pair anew. A worker's end is nothing to the SuperNode, which keeps what the site must remember of a run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+ANEW, NODE_TOO = 75, 76
+"""Exit codes of a worker, as in ``client.runtime``: start it anew; end the SuperNode as well."""
+POLL_SECONDS = 0.2
+SHORT_LIFE, MOST_SHORT_LIVES = 10.0, 5
+"""A worker that dies within so many seconds, so many times in a row, does not come up at all."""
+AGAIN_SECONDS = 1.0
+PATIENCE = 4.0
+"""Seconds that both get to end by themselves."""
+_DIE_WITH_PARENT = 1
+"""prctl's PR_SET_PDEATHSIG."""
+
+
+def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> int:
+    """Run both until the SuperNode ends or a signal comes; return the exit code.
+
+    Args:
+        node: the SuperNode's command.
+        worker: the worker's.
+        say: prints one line.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    running = {"node": _start(node), "worker": _start(worker)}
+    began, short_lives = time.monotonic(), 0
+    try:
+        while not stopped:
+            time.sleep(POLL_SECONDS)
+            ended = running["node"].poll()
+            if ended is not None:
+                say(f"the SuperNode ended with {ended}: so does this site, until it is started again")
+                return ended or 1
+            ended = running["worker"].poll()
+            if ended is None:
+                continue
+            if ended == NODE_TOO:
+                return 1
+            short_lives = short_lives + 1 if ended != ANEW and time.monotonic() - began < SHORT_LIFE else 0
+            if short_lives == MOST_SHORT_LIVES:
+                say(f"the worker ended with {ended} again and again: its lines above say why")
+                return 1
+            if ended != ANEW:
+                say(f"the worker ended with {ended} and is started again")
+                time.sleep(AGAIN_SECONDS)
+            began, running["worker"] = time.monotonic(), _start(worker)
+        return 0
+    finally:
+        _end(list(running.values()))
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    # A group of its own, so that Ctrl-C reaches it once, from here; and it ends if this process is killed.
+    return subprocess.Popen(command, process_group=0, preexec_fn=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End both; the worker first, which would otherwise look for the SuperNode."""
+    deadline = time.monotonic() + PATIENCE
+    for process in reversed(processes):
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main() -> int:
+    """Run from ``fedveil site start``."""
+    node, worker = (json.loads(text) for text in sys.argv[1:3])
+    return run_pair(node, worker, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Pins put into a policy file that is there already; the steward's other keys and all comments stay as they are."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.config.sections import ModelConfig
+from common.config.text import toml_value
+from common.errors import ConfigError, DataError
+from common.tasks import TASKS
+from deploy.policy_file import PINS_HEAD, Pins, pins_of
+
+
+def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
+    """Return the pins of a policy file with those that are given in place of its own; what neither has is a job's.
+
+    Args:
+        path: the policy; it need not be there.
+        task, columns, labels, max_length: as for ``pins_of``; empty, or 0, is not given.
+
+    Raises:
+        ConfigError: as for pins_of.
+        DataError: the file cannot be read.
+    """
+    from client.pins import LABELS, MAX_LENGTH, TASK, keys_of
+
+    try:
+        held = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
+    task = task or str(held.get(TASK, ModelConfig().task))
+    held = {key: value for key, value in held.items() if task in TASKS and key in keys_of(task)}
+    kept = {key: str(value) for key, value in held.items() if key not in (TASK, LABELS, MAX_LENGTH)}
+    labels = labels or ",".join(map(str, held.get(LABELS, ())))
+    return pins_of(task, kept | dict(columns), labels, max_length or held.get(MAX_LENGTH, ModelConfig().max_length))
+
+
+def pin(path: Path, pins: Pins) -> None:
+    """Put pins into a policy file in place of those that it has; all its other keys and all comments stay.
+
+    A file that is not there yet is made, with the pins alone: each run then proposes its own budget.
+
+    Raises:
+        ConfigError: the file is not a policy, or would be none with these pins, or is not there and its name is none
+            of a TOML file; nothing was changed.
+        DataError: it cannot be read or written.
+    """
+    from client.pins import pin_keys
+    from client.policy import parse_policy
+
+    if not path.exists() and path.suffix != ".toml":
+        raise ConfigError(f"there is no site's folder or policy {path}: a new policy's name ends in .toml")
+    keys = pin_keys()
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        others = {key: value for key, value in tomllib.loads(before).items() if key not in keys}
+        after = _with_pins(before, pins, keys)
+        parse_policy(after, path)
+        if {key: value for key, value in tomllib.loads(after).items() if key not in keys} != others:
+            raise ConfigError(f"{path} is written in a way that this command does not understand: add the pins by hand")
+        _replace(path, after)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
+
+
+def _with_pins(text: str, pins: Pins, keys: Sequence[str]) -> str:
+    """Return a policy's text with ``pins`` and without any other of ``keys``."""
+    lines, kept, found = list(io.StringIO(text)), list[str](), set[str]()
+    while lines:
+        key, length = _pin_at(lines, keys)
+        taken, lines = lines[:length], lines[length:]
+        if not key or (key in pins and tomllib.loads("".join(taken))[key] == pins[key]):
+            kept += taken
+        else:
+            kept += [f"{comment}\n" for comment in _comments("".join(taken))]
+            kept += [f"{key} = {toml_value(pins[key])}\n"] if key in pins else []
+        found.add(key)
+    added = "".join(f"{key} = {toml_value(value)}\n" for key, value in pins.items() if key not in found)
+    whole = "".join(kept)
+    gap = "\n" if whole and not whole.endswith("\n") else ""
+    return whole + gap + ((PINS_HEAD if not found & set(keys) else "") + added if added else "")
+
+
+def _pin_at(lines: Sequence[str], keys: Sequence[str]) -> tuple[str, int]:
+    """Return the pin that the first line begins with, if any, and how many lines that takes."""
+    match = re.match(r"""\s*["']?([A-Za-z0-9-]+)["']?\s*=""", lines[0])
+    for length in range(1, len(lines) + 1 if match else 1):
+        try:
+            value = tomllib.loads("".join(lines[:length]))
+        except tomllib.TOMLDecodeError:
+            continue  # a list may go on in the next line
+        (key,) = value
+        return (key if key in keys else ""), length
+    return "", 1
+
+
+def _comments(text: str) -> list[str]:
+    """Return the comments in the text of one key: what can go without changing its value."""
+    value, comments, start = tomllib.loads(text), list[str](), 0
+    while (start := text.find("#", start)) >= 0:
+        end = start + len(text[start:].partition("\n")[0])
+        try:
+            free = tomllib.loads(text[:start] + text[end:]) == value
+        except tomllib.TOMLDecodeError:
+            free = False
+        if free:
+            comments.append(text[start:end].rstrip())
+        start = end if free else start + 1
+    return comments
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a policy beside its place and put it there; it keeps its mode, a new one is its owner's alone."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(draft).replace(path)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise

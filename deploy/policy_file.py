@@ -1,0 +1,113 @@
+"""The policy file that ``fedveil site init`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
+from common.config.text import to_toml
+from common.errors import ConfigError
+from common.tasks import TASKS
+
+HEAD = """\
+# What the data steward of this site allows. Where a job's figures are laxer, the site takes these; what it forbids
+# it refuses before a record is read.
+# The budget counts all runs on these records, whoever asks for them.
+"""
+PINS_HEAD = """\
+# What the records are for. A job that asks for another task, other columns or labels, or longer records is refused.
+"""
+
+Pins = Mapping[str, Scalar | Sequence[str]]
+"""A policy's pins by their keys."""
+
+
+def policy_text(
+    dataset: str, public_size: int, epsilon: float, delta: float, pins: Pins | None = None, models: Sequence[str] = ()
+) -> str:
+    """Return a policy's text: the budget of one data set, and what its records are for.
+
+    Args:
+        dataset: what the ledger calls the records.
+        public_size: number of records declared as public; 0 leaves it to the node's settings.
+        epsilon: budget over all runs.
+        delta: the delta that it holds at.
+        pins: what the records are for; without them they are a part of a public data set.
+        models: base models that are allowed, as ``models_of`` returns them; empty: those that FedVeil knows by hash.
+
+    Raises:
+        ConfigError: a site with this policy would refuse every round: a figure is out of range, delta
+            above one over the public size, or the pins are not whole.
+    """
+    from client.policy import parse_policy  # imports torch: seconds that only this needs
+
+    settings: dict[str, Scalar | Sequence[str]] = {"dataset-id": dataset, "epsilon": epsilon, "delta": delta}
+    if public_size:
+        settings["public-size"] = public_size
+    if models:
+        settings["models"] = models
+    text = HEAD + to_toml(settings) + (PINS_HEAD + to_toml(pins) if pins else "")
+    policy = parse_policy(text, "that would be written")
+    if public_size:
+        policy.check_size(public_size)
+    return text
+
+
+def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
+    """Return the pins of a task.
+
+    Args:
+        task: kind of task, as ``model.task``.
+        columns: by setting; one that is left out has a job's default.
+        labels: all labels in order, separated by commas; for a task without labels, none.
+        max_length: most tokens of a record.
+
+    Raises:
+        ConfigError: the task is unknown or lacks labels, or a column or labels are given that it does not read.
+    """
+    from client.pins import LABELS, MAX_LENGTH, TASK
+
+    ModelConfig(task=task, max_length=max_length)
+    kind, defaults = TASKS[task], DataConfig().columns
+    read = [role.setting for role in kind.roles]
+    for setting in (*columns, *([LABELS] if labels else ())):
+        if setting not in read and not (setting == LABELS and kind.labelled):
+            raise ConfigError(f"--{setting} is given, which the task {task!r} does not read: leave it out")
+    if kind.labelled and not labels:
+        raise ConfigError("--labels is needed: name all labels in the job's order, such as --labels bad,good")
+    pins: dict[str, Scalar | Sequence[str]] = {TASK: task}
+    pins |= {setting: columns.get(setting, defaults[setting]) for setting in read}
+    if kind.labelled:
+        pins[LABELS] = [label.strip() for label in labels.split(",")]
+    return {**pins, MAX_LENGTH: max_length}
+
+
+def pins_of_job(config: RunConfig) -> Pins:
+    """Return the pins with which a site takes part in a job.
+
+    Raises:
+        ConfigError: the job says neither its labels nor a data set that FedVeil names.
+    """
+    from common.data.sources import known_labels
+
+    task = TASKS[config.model.task]
+    labels = ",".join(known_labels(config.data)) if task.labelled else ""
+    if task.labelled and not labels:
+        raise ConfigError(f"the labels of {config.data.name!r} are not known to a policy: name all in data.labels")
+    columns = {role.setting: config.data.columns[role.setting] for role in task.roles}
+    return pins_of(task.name, columns, labels, config.model.max_length)
+
+
+def models_of(name: str, fingerprint: str) -> list[str]:
+    """Return the entry of a policy's ``models`` for a base model; none for one whose files FedVeil knows by hash.
+
+    Raises:
+        ConfigError: it is another model, and its fingerprint is not given.
+    """
+    from common.model.base import NAMED_MODELS  # imports torch
+
+    if not fingerprint and name not in NAMED_MODELS:
+        raise ConfigError(
+            f"the fingerprint of the base model {name!r} is needed: the coordinator's 'fedveil doctor server' shows it"
+        )
+    return [f"{name}={fingerprint}"] if fingerprint else []

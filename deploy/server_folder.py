@@ -1,0 +1,240 @@
+"""A server's folder: what ``fedveil server init`` makes and everything else reads.
+
+=================== ====================================================================
+``server.toml``     names, addresses and places (see ServerFolder)
+``authority/``      the certificate authority; its key is needed only to issue certificates
+``ca.crt``          the authority's certificate: this goes to every site
+``server.pem``      the server's certificate
+``server.key``      its private key
+``renewal.key``     both, while a renewal goes on or after one that was interrupted
+``flwr/``           Flower's own folder (FLWR_HOME) with the connection ``fedveil``
+``nodes/``          public keys of the sites, ``NAME.pub``
+``state/``          the SuperLink's database: registered sites and runs
+``runs/``           one folder a run
+=================== ====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.check import nearest
+from common.config.sections import Scalar
+from common.config.text import read_settings_file, to_toml
+from common.errors import ConfigError, DataError
+from deploy.certificates import (
+    Issued,
+    alternative_names,
+    belongs_to,
+    new_authority,
+    new_server_certificate,
+    read_certificate,
+)
+from deploy.files import FOLDER_MODE, make_folder, put_file, read_bytes
+
+Folder = TypeVar("Folder")
+
+FLEET_PORT = 9092
+CONTROL_PORT = 8000
+CONNECTION = "fedveil"
+"""Name of the server's connection in Flower's configuration."""
+RENEWAL = "renewal.key"
+LOCAL_NAMES = ("localhost", "127.0.0.1")
+"""Always in the certificate: the server's own programs dial these."""
+
+
+@dataclass(frozen=True)
+class ServerFolder:
+    """A server's folder as ``server.toml`` describes it."""
+
+    path: Path
+    names: str
+    """What sites dial, separated by commas."""
+    fleet: str = f"0.0.0.0:{FLEET_PORT}"
+    """Address of the Fleet API: the one port that sites need."""
+    control_host: str = "127.0.0.1"
+    """Address of the Control API. Whoever reaches it can run code at every site."""
+    control_port: int = CONTROL_PORT
+
+    @property
+    def name_list(self) -> tuple[str, ...]:
+        """The names in ``names``."""
+        return tuple(name.strip() for name in self.names.split(",") if name.strip())
+
+    @property
+    def fleet_port(self) -> int:
+        """Port of the Fleet API."""
+        return int(self.fleet.rpartition(":")[2])
+
+    @property
+    def home(self) -> Path:
+        """Flower's own folder."""
+        return self.path / "flwr"
+
+    @property
+    def database(self) -> Path:
+        """The SuperLink's database."""
+        return self.path / "state" / "superlink.db"
+
+    @property
+    def nodes(self) -> Path:
+        """Public keys and node ids of the registered sites."""
+        return self.path / "nodes"
+
+    @property
+    def runs(self) -> Path:
+        """Where run folders are made."""
+        return self.path / "runs"
+
+
+def open_server(path: Path) -> ServerFolder:
+    """Return the folder that ``fedveil server init`` made.
+
+    Raises:
+        ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key.
+    """
+    return open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
+
+
+def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Folder:
+    """Return a folder's description from its TOML file; keys are the fields of ``kind`` in kebab-case."""
+    if not (path / name).is_file():
+        raise ConfigError(f"{path} has no {name}: make the folder with '{command}'")
+    known = {field.name.replace("_", "-"): field for field in fields(kind) if field.name != "path"}  # type: ignore[arg-type]
+    values: dict[str, Scalar] = read_settings_file(path / name)
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{path / name}: unknown key {key!r}{nearest(key, known)}")
+        if type(value).__name__ != known[key].type:
+            raise ConfigError(f"{path / name}: {key} must be of type {known[key].type}, not {value!r}")
+    arguments: dict[str, Any] = {known[key].name: value for key, value in values.items()}
+    try:
+        return kind(**{"path": path, **arguments})
+    except TypeError as error:
+        raise ConfigError(f"{path / name} lacks a key: {error}") from error
+
+
+def make_server(
+    path: Path,
+    names: Sequence[str],
+    *,
+    authority: Path | None = None,
+    control_host: str = "127.0.0.1",
+    control_port: int = CONTROL_PORT,
+    fleet_port: int = FLEET_PORT,
+    now: datetime | None = None,
+) -> ServerFolder:
+    """Make a server's folder: authority, certificate, connection, service unit.
+
+    Args:
+        path: the folder.
+        names: host names and addresses that sites dial.
+        authority: folder of the certificate authority; made if it is not there. Default: inside ``path``.
+        control_host: address of the Control API; a name is resolved when the server starts.
+        control_port: its port.
+        fleet_port: port of the Fleet API, on all addresses.
+        now: when the certificate is issued; it is valid for SERVER_DAYS from then. Default: now.
+
+    Raises:
+        ConfigError: a name is not one, or the folder is there already; nothing was changed.
+        DataError: a folder cannot be written.
+    """
+    path = path.expanduser().absolute()
+    if (path / "server.toml").exists():
+        raise ConfigError(f"{path} is a server's folder already and is not overwritten: name another folder")
+    authority = (authority or path / "authority").expanduser().absolute()
+    alternative_names(names)
+    dialled = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
+    _make_private(path)  # before the authority's folder, which may lie in it
+    issuer = _authority(authority)
+    certificate = new_server_certificate(list(dialled), issuer, now)
+    folder = ServerFolder(path, ",".join(names), f"0.0.0.0:{fleet_port}", control_host, control_port)
+    described: dict[str, Scalar] = {
+        "names": folder.names,
+        "fleet": folder.fleet,
+        "control-host": folder.control_host,
+        "control-port": folder.control_port,
+    }
+    files = {
+        "ca.crt": issuer.certificate,
+        "server.pem": certificate.certificate,
+        "server.key": certificate.key,
+        "flwr/config.toml": connection_toml(folder).encode(),
+        "server.toml": to_toml(described).encode(),
+    }
+    make_folder(path, files, private=frozenset({"server.key"}))
+    for place in (folder.database.parent, folder.runs, folder.nodes):
+        place.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    return folder
+
+
+def _make_private(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make {path} ({error.strerror}): name a folder that you may write") from error
+
+
+def connection_toml(folder: ServerFolder) -> str:
+    """Return Flower's configuration file with the connection to this server's Control API."""
+    connection: dict[str, Scalar] = {
+        "address": f"{folder.control_host}:{folder.control_port}",
+        "root-certificates": str(folder.path / "ca.crt"),
+    }
+    return f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{to_toml(connection)}'
+
+
+def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
+    """Replace the server's certificate and key by new ones of the same authority; sites need nothing new.
+
+    Both are written to one file first, in one step, and go to their places from there: whoever stops in between
+    leaves a pair that ``finish_renewal`` puts in place, and what an earlier renewal left is written over.
+
+    Raises:
+        DataError: the authority's folder is not there or not whole, or this one cannot be written.
+    """
+    authority = (authority or folder.path / "authority").expanduser().absolute()
+    names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
+    made = new_server_certificate(names, _read_authority(authority))
+    put_file(folder.path / RENEWAL, made.key + made.certificate, private=True)
+    finish_renewal(folder)
+
+
+def finish_renewal(folder: ServerFolder) -> bool:
+    """Put a renewed certificate and its key in their places, and say whether there were any that were not.
+
+    Raises:
+        DataError: the folder cannot be written, or the file with both is damaged.
+    """
+    pending = folder.path / RENEWAL
+    if not pending.is_file():
+        return False
+    content = read_bytes(pending, "the renewed certificate")
+    key, mark, rest = content.partition(b"-----BEGIN CERTIFICATE-----")
+    if not belongs_to(read_certificate(mark + rest, "the server"), key):
+        raise DataError(f"{pending} is damaged: remove it, and run 'fedveil server renew'")
+    put_file(folder.path / "server.key", key, private=True)
+    put_file(folder.path / "server.pem", mark + rest, private=False)
+    try:
+        pending.unlink()
+    except OSError as error:
+        raise DataError(f"cannot remove {pending} ({error.strerror})") from error
+    return True
+
+
+def _authority(path: Path) -> Issued:
+    if not (path / "ca.crt").exists():
+        made = new_authority("FedVeil certificate authority")
+        make_folder(path, {"ca.key": made.key, "ca.crt": made.certificate}, private=frozenset({"ca.key"}))
+    return _read_authority(path)
+
+
+def _read_authority(path: Path) -> Issued:
+    return Issued(
+        read_bytes(path / "ca.crt", "the authority's certificate"), read_bytes(path / "ca.key", "the authority's key")
+    )

@@ -1,0 +1,96 @@
+"""The list, for a site's steward alone, of rows that are no records, by number and reason; none is quoted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from common.config.sections import Columns, DataConfig
+from common.data.tables import Unfit
+from common.errors import ConfigError, DataError, UnreadableFile
+from common.tasks import TASKS
+from deploy.site_folder import SiteFolder, check_pinned, node_settings
+
+if TYPE_CHECKING:
+    from client.policy import Policy
+
+ROWS_SHOWN = 20
+"""Numbers of rows that a line names."""
+
+
+def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *, rows: bool = True) -> None:
+    """Read the records as every round will, and say how many rows are records and which are none.
+
+    Args:
+        folder: the site's folder.
+        say: prints one line.
+        more: node settings that win over the folder's.
+        rows: whether to list the rows that are none.
+
+    Raises:
+        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
+            the site's own records among them if the policy does not pin what they are for; or ``reply-after`` does
+            not cover them: there are more than are declared, or they take longer to read than a round gives them.
+        DataError: the records are not there, or lack a column; the rows of a file cannot be told apart; or no row
+            is a record. Every round would then send noise alone, and pay for it.
+    """
+    from common.data.sources import load_protected
+
+    settings = node_settings(folder, more)
+    policy = check_pinned(folder, settings)
+    if "data" not in settings:
+        say("records: a part of a job's data, which this site does not choose")
+        return
+    began = time.monotonic()
+    reading = load_protected(_pinned(policy), policy.task, str(settings["data"]))
+    seconds = time.monotonic() - began
+    if reading.unreadable:
+        raise UnreadableFile(reading.unreadable[0])
+    fit, others = len(reading.dataset.examples), len(reading.unfit)
+    if not fit:
+        why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if others else "there is none"
+        raise DataError(f"{settings['data']}: no row is a record ({why}): mend the rows, or pin what they are")
+    if policy.reply_after:
+        _check_time(policy.reply_after, int(settings.get("public-size", policy.public_size)), fit, seconds)
+    say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
+    for line in _by_reason(reading.unfit) if rows else ():
+        say(line)
+
+
+def _check_time(reply_after: float, declared: int, records: int, seconds: float) -> None:
+    """Raise ConfigError if the time of every answer cannot be kept for so many records.
+
+    Here alone the real number counts: a round that did anything else with more records than are declared would tell.
+    """
+    from client.deadline import PREPARED
+
+    if records > declared:
+        raise ConfigError(
+            f"there are {records} records and public-size is {declared}, for which alone reply-after = {reply_after:g} "
+            "leaves time: declare at least as many as there are, or leave reply-after out"
+        )
+    if seconds > PREPARED * reply_after:
+        raise ConfigError(
+            f"the records took {seconds:.1f} seconds to read, and reply-after = {reply_after:g} leaves "
+            f"{PREPARED * reply_after:.1f}, preparing them included: set it to {2 * seconds / PREPARED:.0f} or more"
+        )
+
+
+def _pinned(policy: Policy) -> DataConfig:
+    """Return what every job that the policy allows says about the site's own records."""
+    columns = Columns({role.setting: policy.columns[role.setting] for role in TASKS[policy.task].roles})
+    return DataConfig(partition="iid", labels=policy.labels, columns=columns)
+
+
+def _by_reason(unfit: Sequence[Unfit]) -> list[str]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row in unfit:
+        groups.setdefault((row.origin, row.reason), []).append(row.row)
+    return [f"  {origin}: {_numbers(numbers)} {reason}" for (origin, reason), numbers in groups.items()]
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
+    more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
+    return f"row {shown}{more}"

@@ -1,0 +1,225 @@
+"""A site's folder: what ``fedveil site init`` makes and everything else reads.
+
+=============== ========================================================================
+``site.toml``   the server's address, the node's settings and places (see SiteFolder)
+``node.key``    the private key by which this site proves itself; never leaves the site
+``node.pub``    its public half: this goes to the coordinator
+``ca.crt``      the certificate authority's certificate, from the coordinator
+``policy.toml`` what the data steward allows; the server can ask for less, never for more
+``ledger/``     the privacy ledger; it outlives every run and is never restored
+=============== ========================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from client.ledger.file import only_ledger
+from common.check import nearest, positive
+from common.config.sections import Scalar
+from common.config.text import parse_settings, to_toml
+from common.errors import ConfigError
+from deploy.certificates import read_certificate
+from deploy.files import make_folder, read_bytes
+from deploy.node_keys import new_node_key
+from deploy.server_folder import FLEET_PORT, open_folder
+
+if TYPE_CHECKING:
+    from client.policy import Policy
+
+RUNTIME_PORT = 9094
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""It is the comment of the site's key, where a blank would end it, and names files at the server."""
+
+
+@dataclass(frozen=True)
+class SiteFolder:
+    """A site's folder as ``site.toml`` describes it."""
+
+    path: Path
+    site: str
+    """Name in reports."""
+    server: str
+    """HOST:PORT of the server's Fleet API."""
+    runtime_port: int = RUNTIME_PORT
+    """Port on this machine's loopback by which Flower's own processes talk."""
+    model: str = "all-MiniLM-L6-v2"
+    """Base model that ``fedveil doctor`` checks."""
+    task: str = "classification"
+    """What it is used for, as the setting ``model.task``."""
+    fingerprint: str = ""
+    """Its fingerprint, from the coordinator; empty: only shown."""
+    node: str = ""
+    """The node's settings besides site, ledger and policy, as Flower takes them: ``data="..." public-size=2000``."""
+
+    @property
+    def host(self) -> str:
+        """Host part of ``server``."""
+        return self.server.rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        """Port part of ``server``."""
+        return int(self.server.rpartition(":")[2])
+
+    @property
+    def ledger(self) -> Path:
+        """The privacy ledger: one, whatever the site is called; LedgerError if the folder holds several."""
+        return only_ledger(self.path / "ledger")
+
+
+def open_site_folder(path: Path) -> SiteFolder:
+    """Return the folder that ``fedveil site init`` made.
+
+    Raises:
+        ConfigError: it has no ``site.toml``, or that one has an unknown or ill-typed key.
+    """
+    return open_folder(SiteFolder, path.expanduser().absolute(), "site.toml", "fedveil site init")
+
+
+def make_site(
+    path: Path,
+    site: str,
+    server: str,
+    *,
+    policy: str,
+    node: str = "",
+    authority: Path | None = None,
+    runtime_port: int = RUNTIME_PORT,
+    model: str = "all-MiniLM-L6-v2",
+    task: str = "classification",
+    fingerprint: str = "",
+) -> SiteFolder:
+    """Make a site's folder: key pair, policy, description.
+
+    Args:
+        path: the folder.
+        site: the site's name in reports and as the key's comment.
+        server: HOST or HOST:PORT of the server.
+        policy: text of the site's policy file.
+        node: the node's other settings, as Flower takes them.
+        authority: the authority's certificate; None: it is copied to ``ca.crt`` later.
+        runtime_port: port on the loopback for Flower's own processes.
+        model: base model that the doctor checks.
+        task: what it is used for, as ``model.task``.
+        fingerprint: its fingerprint, from the coordinator.
+
+    Raises:
+        ConfigError: a setting is wrong, or the folder is there already; nothing was changed.
+        DataError: a file cannot be read or written.
+    """
+    path = path.expanduser().absolute()
+    positive(runtime_port=runtime_port)
+    if not SITE_NAME.fullmatch(site):
+        raise ConfigError(
+            f"the site's name is {site!r}: take a letter or digit, then at most 63 of letters, digits, '.', '_' and '-'"
+        )
+    host, _, port = server.rpartition(":") if ":" in server else (server, "", str(FLEET_PORT))
+    if not host or not port.isdigit():
+        raise ConfigError(f"the server is {server!r}: write HOST or HOST:PORT")
+    if (path / "site.toml").exists():
+        raise ConfigError(f"{path} is a site's folder already and is not overwritten: name another folder")
+    folder = SiteFolder(path, site, f"{host}:{port}", runtime_port, model, task, fingerprint, node)
+    node_settings(folder)
+    files: dict[str, bytes] = {}
+    if authority is not None:
+        files["ca.crt"] = read_bytes(authority.expanduser(), "the authority's certificate")
+        read_certificate(files["ca.crt"], "the authority")
+    key = new_node_key(site)
+    described: dict[str, Scalar] = {
+        "site": folder.site,
+        "server": folder.server,
+        "runtime-port": folder.runtime_port,
+        "model": folder.model,
+        "task": folder.task,
+        "fingerprint": folder.fingerprint,
+        "node": folder.node,
+    }
+    files |= {
+        "node.key": key.private,
+        "node.pub": key.public,
+        "policy.toml": policy.encode(),
+        "site.toml": to_toml(described).encode(),
+    }
+    make_folder(path, files, private=frozenset({"node.key", "policy.toml"}))
+    return folder
+
+
+def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
+    """Return the node's configuration: the folder's own, then ``node``, then ``more``.
+
+    Raises:
+        ConfigError: a key is unknown to a site.
+    """
+    from client.site import NODE_KEYS  # imports torch: seconds that only this needs
+
+    settings: dict[str, Scalar] = {
+        "site": folder.site,
+        "ledger": str(folder.ledger),
+        "policy": str(folder.path / "policy.toml"),
+    }
+    settings |= parse_settings([folder.node, more])
+    for key in settings:
+        if key not in NODE_KEYS:
+            raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
+    return settings
+
+
+def check_name(folder: SiteFolder, settings: Mapping[str, Scalar]) -> None:
+    """Check that the node answers under the name that its key is registered by.
+
+    Under any other one it would train and pay for every round, and the server would drop its replies.
+
+    Raises:
+        ConfigError: the comment in node.pub is another name, or there is none.
+        DataError: node.pub cannot be read.
+    """
+    words = read_bytes(folder.path / "node.pub", "the site's public key").decode(errors="replace").split()
+    named, own = " ".join(words[2:]), str(settings["site"])
+    if named != own:
+        raise ConfigError(
+            f"this site answers as {own!r}, and its key in node.pub is named {named!r}: the server would drop every "
+            "reply, each of them paid for; set 'site' to the key's name, or make a folder of that name"
+        )
+
+
+def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
+    """Return the steward's policy, checked with the node's settings as every round will check them again.
+
+    Raises:
+        ConfigError: the policy cannot be read, its delta is above one over the declared size, or the settings
+            say neither which records are the site's own nor which part of a job's data it plays.
+    """
+    from client.site import policy_of  # imports torch: seconds that only this needs
+
+    policy = policy_of(settings)
+    size = settings.get("public-size", policy.public_size)
+    if not isinstance(size, int) or size < 0 or ("data" in settings and size == 0):
+        raise ConfigError("'public-size' is needed beside 'data', in the node's settings or the policy: a whole number")
+    if size:
+        policy.check_size(size)
+    if "data" not in settings and not {"partition-id", "num-partitions"} <= settings.keys():
+        raise ConfigError(
+            "this site has no records: give 'data' in the node's settings, or 'partition-id' and 'num-partitions' "
+            "in a simulation"
+        )
+    return policy
+
+
+def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
+    """Return the steward's policy, once it says what the site's own records are for.
+
+    Raises:
+        ConfigError: it does not; the message holds the command that adds it. Or as for policy_of_node.
+    """
+    from client.pins import unpinned
+
+    policy = policy_of_node(settings)
+    if "data" in settings and not policy.task:
+        place = folder.path if settings["policy"] == str(folder.path / "policy.toml") else settings["policy"]
+        raise ConfigError(unpinned(str(place), folder.task))
+    return policy

@@ -1,0 +1,96 @@
+"""Become the SuperLink of a folder, or a SuperNode and its worker, and say first what stands in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import DataError
+from deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
+from deploy.commands import (
+    environment,
+    own_module,
+    superlink_command,
+    superlink_environment,
+    supernode_command,
+    worker_command,
+)
+from deploy.files import FOLDER_MODE, put_file, read_bytes
+from deploy.refusal import why_refused
+from deploy.server_folder import ServerFolder, finish_renewal
+from deploy.site_check import check_site
+from deploy.site_folder import SiteFolder, check_name, node_settings
+
+RETRY_SECONDS = 5.0
+SAY_AGAIN_SECONDS = 300.0
+
+
+def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
+    """Replace this process by the SuperLink.
+
+    Raises:
+        DataError: the certificate is expired, not the authority's, or not the key's; a file is missing.
+    """
+    if finish_renewal(folder):
+        say("an interrupted renewal of the server's certificate is complete now")
+    server = read_certificate(read_bytes(folder.path / "server.pem", "the server's certificate"), "the server")
+    authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
+    if days_left(server) < 0:
+        raise DataError("the server's certificate has expired: renew it with 'fedveil server renew'")
+    if not is_issued_by(server, authority):
+        raise DataError("server.pem is not of the authority in ca.crt: renew it with 'fedveil server renew'")
+    if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
+        raise DataError("server.key does not belong to server.pem: renew both with 'fedveil server renew'")
+    for place in (folder.database.parent, folder.runs, folder.nodes):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
+    command = superlink_command(folder)
+    os.execve(command[0], command, superlink_environment(folder, _flower_home(folder.database.parent)))
+
+
+def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:
+    """Wait until the server lets this site in, then replace this process by the SuperNode and its worker.
+
+    What keeps it out is said once, and again every five minutes. Most reasons go away at the server,
+    so the site waits rather than ends.
+
+    Args:
+        folder: the site's folder.
+        say: prints one line.
+        more: node settings that win over the folder's.
+
+    Raises:
+        ConfigError: a node setting is unknown, the site's name is not its key's, or with these settings and this
+            policy every round would be refused; the site's own records among them if the policy does not pin what
+            they are for.
+        DataError: a file of the folder is missing or damaged, or the records cannot be read: see ``check_site``.
+    """
+    check_name(folder, node_settings(folder, more))
+    check_site(folder, say, more, rows=False)
+    secret = secret_file(folder)
+    pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
+    said, when = "", 0.0
+    while reason := why_refused(folder):
+        if reason != said or time.monotonic() - when > SAY_AGAIN_SECONDS:
+            said, when = reason, time.monotonic()
+            say(f"waiting: {reason}")
+        time.sleep(RETRY_SECONDS)
+    say(f"the server at {folder.server} lets this site in")
+    secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    put_file(secret, secrets.token_hex(32).encode(), private=True)
+    command = [*own_module("deploy.pair"), *map(json.dumps, pair)]
+    os.execve(command[0], command, environment(_flower_home(folder.path)))
+
+
+def secret_file(folder: SiteFolder) -> Path:
+    """Return the file by which the site's worker proves itself to its SuperNode; new at every start."""
+    return _flower_home(folder.path) / f"{folder.site}.secret"
+
+
+def _flower_home(folder: Path) -> Path:
+    """Return Flower's own folder: FLWR_HOME if it is set (a container's folders are read-only)."""
+    return Path(os.environ.get("FLWR_HOME") or folder / "flwr")

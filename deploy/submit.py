@@ -1,0 +1,150 @@
+"""Submit a job to a server with ``flwr run`` and follow it to its end, whatever becomes of the SuperLink meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.config.sections import Scalar
+from common.errors import DataError, RunFailed
+from common.paths import run_folder
+from common.run_lines import ResultFile, read_file, read_json
+from deploy.control import Control, control_of
+from deploy.server_folder import ServerFolder
+from server.checkpoint import NAME as CHECKPOINT
+from server.conduct import DYING_SECONDS
+from server.lock import is_written
+from server.records import write_json
+from server.resume import settings_of_resumed, with_resumed
+from strategies import configure
+
+POLL_SECONDS = 1.0
+ASK_SECONDS = 20.0
+"""Asking Flower costs a second of a core."""
+SILENCE_SECONDS = 300.0
+"""How long the SuperLink may be silent, while nobody writes the run's folder, before a job is given up."""
+
+
+def submit(
+    folder: ServerFolder,
+    settings: Mapping[str, Scalar],
+    say: Callable[[str], None],
+    *,
+    sites: int = 1,
+    patience: float = 300.0,
+    once: bool = False,
+) -> Path:
+    """Run one job on a server's sites and return the run's folder.
+
+    Args:
+        folder: the server's folder, on the server's machine; its ``runs`` must be the SuperLink's.
+        settings: overrides of the defaults, flat.
+        say: prints one line.
+        sites: sites that must be online before the job is submitted.
+        patience: seconds to wait for them.
+        once: take up the last job where its settings are the same: report it if it ended well, follow it if it
+            still runs, resume it if it was cut off after a round.
+
+    Raises:
+        ConfigError: a setting is wrong; nothing was submitted.
+        RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
+    """
+    settings = settings_of_resumed({**settings, "output": str(folder.runs)})
+    configure(settings)
+    with control_of(folder) as control:
+        last = _last_job(folder, settings) if once else {}
+        path = Path(str(last.get("folder", "")))
+        if last and _ended_well(path):
+            say(f"run {last['run']} with these settings has ended: nothing to do")
+            return path
+        if last and (is_written(path) or not _is_over(control.status(last["run"]))):
+            say(f"run {last['run']} with these settings is under way")
+            _follow(control, last["run"], path, say, since=0.0)
+            return path
+        resumed = {**settings, "resume": str(path)} if last and (path / CHECKPOINT).is_file() else settings
+        if resumed.get("resume") and is_written(Path(str(resumed["resume"]))):
+            say(f"{resumed['resume']} is still written: waiting up to {DYING_SECONDS:g} s for its server's end")
+        resumed = with_resumed(resumed, DYING_SECONDS)
+        _wait_for_sites(control, sites, patience, say)
+        began = time.time()
+        run = control.submit(resumed)
+        path = run_folder(configure(resumed).config, run)
+        write_json(_job_file(folder), {"run": run, "folder": str(path), "settings": dict(settings)})
+        say(f"run {run} submitted" + (f", it goes on in {path}" if resumed.get("resume") else ""))
+        _follow(control, run, path, say, since=began)
+    return path
+
+
+def _job_file(folder: ServerFolder) -> Path:
+    return folder.path / "last-job.json"
+
+
+def _last_job(folder: ServerFolder, settings: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Return the last job if it had these settings; else nothing."""
+    if not _job_file(folder).is_file():
+        return {}
+    job = read_json(_job_file(folder))
+    return job if job["settings"] == dict(settings) else {}
+
+
+def _ended_well(path: Path) -> bool:
+    result = _result(path, since=0.0)
+    return result is not None and result.status != "failed"
+
+
+def _is_over(status: str) -> bool:
+    return status.startswith(("finished", "unknown"))
+
+
+def _wait_for_sites(control: Control, sites: int, patience: float, say: Callable[[str], None]) -> None:
+    deadline, said = time.monotonic() + patience, -1
+    while (online := control.online()) < sites:
+        if online != said:
+            said = online
+            say(f"{online} of {sites} sites are online")
+        if time.monotonic() > deadline:
+            raise RunFailed(f"{online} of {sites} sites are online after {patience:g} s: look at the sites' logs")
+        time.sleep(POLL_SECONDS)
+
+
+def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], *, since: float) -> None:
+    """Print a run's lines until it ends; a result older than ``since`` is that of the attempt before."""
+    printed, asked = 0, time.monotonic()
+    heard = asked
+    while True:
+        ended = _result(path, since)
+        log = path / "run.log"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        for line in lines[printed:]:
+            say(line)
+        printed = len(lines)
+        if ended and ended.status == "failed":
+            raise RunFailed(ended.reason)
+        if ended:
+            return
+        if time.monotonic() - asked > ASK_SECONDS:
+            try:
+                status, silence = control.status(run), ""
+            except RunFailed as error:
+                status, silence = "", str(error)
+            asked = time.monotonic()  # after the answer: on a machine that takes longer than ASK_SECONDS it never rests
+            # The lock before the result: who held it may have written one meanwhile.
+            if _is_over(status) and not is_written(path) and not _result(path, since):
+                raise RunFailed(
+                    f"run {run} ended as {status} and left no result, as when the SuperLink is restarted: submit it "
+                    f"again with resume={str(path)!r} if that folder has a {CHECKPOINT}"
+                )
+            if not silence or is_written(path):
+                heard = asked
+            elif asked - heard > SILENCE_SECONDS:
+                raise RunFailed(f"run {run} is given up after {asked - heard:.0f} s without a sign of life: {silence}")
+        time.sleep(POLL_SECONDS)
+
+
+def _result(path: Path, since: float) -> ResultFile | None:
+    try:
+        return read_file(ResultFile, path) if (path / ResultFile.NAME).stat().st_mtime >= since else None
+    except (DataError, FileNotFoundError):
+        return None

@@ -1,0 +1,103 @@
+"""systemd units for a server and a site, and the next steps that ``init`` prints."""
+
+from __future__ import annotations
+
+import getpass
+
+from deploy.commands import program
+from deploy.files import make_folder
+from deploy.server_folder import ServerFolder
+from deploy.site_folder import SiteFolder
+
+UNIT = """\
+# Install: copy to /etc/systemd/system/, then systemctl daemon-reload and systemctl enable --now {name}
+[Unit]
+Description={description}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+User={user}
+ExecStart={command}
+Restart=always
+RestartSec=10
+TimeoutStopSec=15
+KillMode={kill_mode}
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+PrivateTmp=yes
+PrivateDevices={private_devices}
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictSUIDSGID=yes
+ReadWritePaths={writable}
+UMask=0077
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def write_server_unit(folder: ServerFolder) -> None:
+    """Put ``fedveil-server.service`` into a server's folder."""
+    name, words = "fedveil-server", f"server start {folder.path}"
+    _write(folder, name, "FedVeil server (Flower SuperLink)", words, "yes", "control-group")
+
+
+def write_site_unit(folder: SiteFolder) -> None:
+    """Put ``fedveil-site.service`` into a site's folder. GPUs are devices, so a site keeps /dev.
+
+    Its first process ends the others: a SuperNode that is told twice does not take leave of the server.
+    """
+    name, words = "fedveil-site", f"site start {folder.path}"
+    _write(folder, name, f"FedVeil site {folder.site} (SuperNode and worker)", words, "no", "mixed")
+
+
+def _write(
+    folder: ServerFolder | SiteFolder, name: str, description: str, words: str, private_devices: str, kill_mode: str
+) -> None:
+    text = UNIT.format(
+        name=name,
+        description=description,
+        user=getpass.getuser(),
+        command=f"{program('fedveil')} {words}",
+        private_devices=private_devices,
+        kill_mode=kill_mode,
+        writable=folder.path,
+    )
+    make_folder(folder.path, {f"{name}.service": text.encode()}, frozenset())
+
+
+def server_steps(folder: ServerFolder, authority_fingerprint: str) -> str:
+    """Return what ``fedveil server init`` prints."""
+    return f"""\
+{folder.path} is ready. The authority's fingerprint (SHA-256), to be compared at every site:
+  {authority_fingerprint}
+Next:
+  1. start it          fedveil server start {folder.path}
+                       (or install {folder.path}/fedveil-server.service)
+  2. open port {folder.fleet_port} to the sites; keep {folder.control_host}:{folder.control_port} closed
+  3. give every site   {folder.path}/ca.crt and the name {folder.name_list[0]}:{folder.fleet_port}
+  4. let a site in     fedveil server register {folder.path} THE_SITES_node.pub
+  5. look it over      fedveil doctor server {folder.path}
+  6. run a job         fedveil server submit {folder.path} -c SETTINGS --sites 2
+Move {folder.path}/authority off this machine: it is needed only by 'fedveil server renew'."""
+
+
+def site_steps(folder: SiteFolder) -> str:
+    """Return what ``fedveil site init`` prints."""
+    authority = "" if (folder.path / "ca.crt").exists() else f"\n  0. put the coordinator's ca.crt into {folder.path}"
+    return f"""\
+{folder.path} is ready.
+Next:{authority}
+  1. read the policy   {folder.path}/policy.toml: budget and limits are yours to set
+  2. send the coordinator {folder.path}/node.pub (never node.key)
+  3. look it over      fedveil site check {folder.path} (which rows are no records)
+                       fedveil doctor site {folder.path}
+                       (compare the authority's fingerprint with the coordinator's by another way)
+  4. start it          fedveil site start {folder.path}
+                       (or install {folder.path}/fedveil-site.service)
+Never restore {folder.path}/ledger from a backup: it would forget what was spent."""

@@ -1,0 +1,1 @@
+"""The planner: what a run will cost in privacy, traffic, time and memory, before it."""

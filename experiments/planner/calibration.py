@@ -1,0 +1,161 @@
+"""A few real steps on public test records, timed: what a round will take on this machine.
+
+No site's record is used. Memory is this process's peak, which is about what a worker needs: it holds the
+same model, and one forward pass is limited by ``training.batch-tokens`` and not by the batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.local_training import plain_step
+from client.optimizers import build_optimizer
+from common.config.sections import RunConfig
+from common.model.batching import length_batches
+from common.model.device import choose_batch_tokens, own_cores
+from common.model.federated import FederatedModel
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import PrivacyPlan
+from common.randomness import stream
+from common.tasks import Record
+from server.model import ServerModel
+
+MOST_RECORDS = 512
+SCORED_RECORDS = 128
+FEW_RECORDS = 8
+CHUNKS = 8
+"""Steps that the measured records are divided among."""
+NO_NOISE = 1e-9
+"""Noise over clip of the measured steps: too little to change the mean gradient's length."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, on how many public records."""
+
+    records: int
+    threads: int
+    """Of one worker process."""
+    device: str
+    step_seconds: float
+    """Of a step, whatever its batch."""
+    record_seconds: float
+    """More for each record of the batch."""
+    score_seconds: float
+    """Of scoring the public test records once."""
+    peak_mib: float
+    """Peak memory of this process."""
+    accelerator_mib: float
+    """Peak memory on the GPU; 0 without one."""
+    alignment: tuple[float, float] | None
+    """Length of the mean clipped gradient over the clip norm at the start, and its upper end; see ``alignment_of``.
+    None when privacy is off."""
+
+    def site_seconds(self, steps: int, expected_batch: float) -> float:
+        """Return the time of one site's round."""
+        return steps * (self.step_seconds + expected_batch * self.record_seconds)
+
+
+def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Calibration:
+    """Take a few steps of the configured model on up to 512 public test records and time them.
+
+    Args:
+        server_model: the model and the public records; the model's state is put back to its start.
+        config: clip, optimiser and privacy mode of the run.
+        workers: how many processes will train at once; each has its share of the cores.
+    """
+    model, threads = server_model.model, torch.get_num_threads()
+    order = torch.randperm(len(server_model.records), generator=stream(config.seed, "calibration")).tolist()
+    records = [server_model.records[i] for i in order[:MOST_RECORDS]]
+    count = max(1, min(CHUNKS, len(records) // 2))
+    chunks, few = [records[i::count] for i in range(count)], records[:FEW_RECORDS]
+    worker_threads = max(1, own_cores() // workers)
+    torch.set_num_threads(worker_threads)
+    try:
+        model.write(server_model.start)
+        _step(model, few, config)  # the first step pays for what later ones find ready
+        short = min(_step(model, few, config)[0] for _ in range(2))
+        steps = [_step(model, chunk, config) for chunk in chunks]
+    finally:
+        torch.set_num_threads(threads)
+    more = len(records) - count * len(few)
+    long = sum(seconds for seconds, _ in steps)
+    per_record = max(0.0, long - count * short) / more if more > 0 else long / len(records)
+    scored = records[:SCORED_RECORDS]
+    began = time.perf_counter()
+    model.score(scored)
+    scoring = (time.perf_counter() - began) * len(server_model.records) / len(scored)
+    model.write(server_model.start)
+    cuda = model.device.type == "cuda"
+    return Calibration(
+        records=len(records),
+        threads=worker_threads,
+        device=str(model.device),
+        step_seconds=max(0.0, short - len(few) * per_record),
+        record_seconds=per_record,
+        score_seconds=scoring,
+        peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
+        alignment=alignment_of([mean for _, mean in steps]) if config.privacy.on else None,
+    )
+
+
+def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float], workers: int) -> tuple[float, float]:
+    """Return the time of one round: simulated here on ``workers`` processes, and with a machine for each site.
+
+    Sites are taken in order by the next free worker; both times include scoring the global model once.
+    """
+    sites = [calibration.site_seconds(steps, batch) for batch in batches]
+    busy = [0.0] * workers
+    for seconds in sites:
+        heapq.heapreplace(busy, busy[0] + seconds)
+    return max(busy) + calibration.score_seconds, max(sites) + calibration.score_seconds
+
+
+def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
+    """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if private)."""
+    optimizer = build_optimizer(model.trained(), config.site_training)
+    parameters = [p for factors in model.trained().values() for p in factors.values()]
+    model.module.train()
+    began = time.perf_counter()
+    if not config.privacy.on:
+        budget = choose_batch_tokens(config.training.batch_tokens, model.device)
+        groups = length_batches([model.task.size(record) for record in records], budget)
+        parts = (model.batch([records[i] for i in group]) for group in groups)
+        plain_step(parts, model, optimizer, parameters)
+        return time.perf_counter() - began, torch.zeros(0)
+    plan = PrivacyPlan(config.privacy.clip_norm, NO_NOISE, 1.0, float(len(records)), 1e-6, 1.0)
+    with PrivateSteps(model.module, optimizer, plan) as steps:
+        released = steps.release(model.fixed_batches(records), model.losses)
+    seconds = time.perf_counter() - began
+    return seconds, torch.cat([gradient.flatten() for gradient in released]).double().cpu() / plan.clip_norm
+
+
+def alignment_of(means: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the length of the expected gradient, and that length raised by two standard errors of its square.
+
+    The product of two independent means has the squared length as its expectation. The length of one mean over
+    n records would be too long by about 1 / n in the square, because the records' own directions do not average
+    out. The standard error is the jackknife's over the means; with fewer than three it is not known, and the
+    upper end is that of a perfect alignment, 1.
+
+    Args:
+        means: mean clipped gradients over the clip norm, of disjoint sets of records of about one size; flat.
+    """
+    products = torch.stack(list(means)) @ torch.stack(list(means)).T
+    count, apart = len(means), products - torch.diag(products.diag())
+    if count < 3:
+        return math.sqrt(max(0.0, float(apart.sum()))) / math.sqrt(max(1, count * (count - 1))), 1.0
+    square = float(apart.sum()) / (count * (count - 1))
+    without = (apart.sum() - 2 * apart.sum(1)) / ((count - 1) * (count - 2))
+    error = math.sqrt((count - 1) / count * float((without - without.mean()).square().sum()))
+    return math.sqrt(max(0.0, square)), min(1.0, math.sqrt(max(0.0, square + 2 * error)))

@@ -1,0 +1,122 @@
+"""Turn the plan round: the noise, the number of rounds, or the sample rate that a privacy budget allows.
+
+Every answer is priced again before it is given: it stays within the budget, and the next step beyond it
+does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.check import one_of
+from common.errors import BudgetExhausted, ConfigError, PrivacyError
+from common.privacy.accounting import LEAST_NOISE, Release, epsilon, noise_multiplier_for
+from experiments.planner.plan import MOST_ROUNDS, last_within, paid_before
+from strategies import Job
+
+RATES = (*(float(f"{digits}e{power}") for power in range(-7, -2) for digits in range(100, 1000)), 1.0)
+"""Sample rates of three digits, from 1e-5 to 1: the candidates of ``sample_rate_for``."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer, what it costs, and what one step further would cost."""
+
+    setting: str
+    """Key of the setting that takes the answer."""
+    value: float
+    epsilon: float
+    budget: float
+    next_value: float | None
+    """One step dearer; None when the search ends here for another reason than the budget."""
+    next_epsilon: float | None
+
+
+def find(job: Job, quantity: str) -> Found:
+    """Return what the budget ``privacy.epsilon`` allows of ``quantity``: noise, rounds or sample-rate.
+
+    Raises:
+        ConfigError: privacy is off, the quantity is unknown, or it needs ``privacy.noise-multiplier``.
+        BudgetExhausted: the budget allows not even the smallest step.
+    """
+    one_of(QUANTITIES, find=quantity)
+    if not job.config.privacy.on:
+        raise ConfigError("privacy.mode is 'none': there is no budget to plan for; set it to 'dp-sgd'")
+    if quantity != "noise" and not job.config.privacy.noise_multiplier:
+        raise ConfigError(
+            f"--find {quantity} needs a noise level: set privacy.noise-multiplier (0 lets the run choose it)"
+        )
+    found = QUANTITIES[quantity](job)
+    if not found.epsilon <= found.budget or (found.next_epsilon is not None and found.next_epsilon <= found.budget):
+        raise PrivacyError(f"{found.setting} = {found.value} did not stand its check: this is a fault of FedVeil")
+    return found
+
+
+def noise_for(job: Job) -> Found:
+    """Return the least noise multiplier that keeps every round within the budget, to a thousandth."""
+    privacy, training, steps = job.config.privacy, job.config.training, job.config.total_steps
+    before = tuple(paid_before(job))
+    noise = noise_multiplier_for(privacy.epsilon, privacy.delta, training.sample_rate, steps, before)
+    return _found(
+        job,
+        "privacy.noise-multiplier",
+        noise,
+        None if noise <= LEAST_NOISE else noise / 1.001,
+        lambda value: Release(value, training.sample_rate, steps),
+    )
+
+
+def rounds_for(job: Job) -> Found:
+    """Return the most rounds that stay within the budget at the configured noise."""
+    privacy, training = job.config.privacy, job.config.training
+
+    def release(rounds: float) -> Release:
+        return Release(privacy.noise_multiplier, training.sample_rate, int(rounds) * training.local_steps)
+
+    rounds = last_within(lambda count: _fits(job, release(count)), MOST_ROUNDS)
+    if not rounds:
+        raise _nothing(job, "one round")
+    return _found(job, "rounds", rounds, rounds + 1 if rounds < MOST_ROUNDS else None, release)
+
+
+def sample_rate_for(job: Job) -> Found:
+    """Return the largest sample rate of three digits that stays within the budget at the configured noise."""
+    privacy, steps = job.config.privacy, job.config.total_steps
+
+    def release(rate: float) -> Release:
+        return Release(privacy.noise_multiplier, rate, steps)
+
+    count = last_within(lambda n: _fits(job, release(RATES[n - 1])), len(RATES))
+    if not count:
+        raise _nothing(job, f"a sample rate of {RATES[0]:g}")
+    following = RATES[count] if count < len(RATES) else None
+    return _found(job, "training.sample-rate", RATES[count - 1], following, release)
+
+
+QUANTITIES: dict[str, Callable[[Job], Found]] = {
+    "noise": noise_for,
+    "rounds": rounds_for,
+    "sample-rate": sample_rate_for,
+}
+
+
+def _price(job: Job, release: Release) -> float:
+    return epsilon([*paid_before(job), release], job.config.privacy.delta)
+
+
+def _fits(job: Job, release: Release) -> bool:
+    return _price(job, release) <= job.config.privacy.epsilon
+
+
+def _nothing(job: Job, least: str) -> BudgetExhausted:
+    privacy = job.config.privacy
+    return BudgetExhausted(
+        f"at noise multiplier {privacy.noise_multiplier:g} not even {least} stays within epsilon {privacy.epsilon:g} "
+        f"at delta {privacy.delta:g}: raise privacy.noise-multiplier or privacy.epsilon"
+    )
+
+
+def _found(job: Job, setting: str, value: float, following: float | None, release: Callable[[float], Release]) -> Found:
+    dearer = None if following is None else _price(job, release(following))
+    return Found(setting, value, _price(job, release(value)), job.config.privacy.epsilon, following, dearer)

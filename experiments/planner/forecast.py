@@ -1,0 +1,164 @@
+"""Everything that is known about a run before it, in one object: privacy, traffic, time, memory, signal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.model.device import worker_count
+from common.privacy.claim import NO_CLAIM
+from common.privacy.dpsgd import rounding_margin
+from common.privacy.plan import PrivacyPlan
+from experiments.planner.calibration import Calibration, calibrate, round_seconds
+from experiments.planner.plan import (
+    LEAST_SIGNAL,
+    MOST_ROUNDS,
+    PricedRound,
+    SignalToNoise,
+    priced_rounds,
+    rounds_within,
+    signal_to_noise,
+    site_plans,
+)
+from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
+from server.model import ServerModel
+from strategies import Job
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What ``fedveil plan`` says. The parts about privacy are empty or None when privacy is off."""
+
+    job: Job
+    sizes: tuple[int, ...]
+    """Declared as public, one per site."""
+    plans: list[PrivacyPlan]
+    rounds: list[PricedRound]
+    rounds_within: int | None
+    """Rounds that a fresh budget lasts at this noise."""
+    traffic: Traffic
+    payloads: dict[str, tuple[int, int]]
+    """Bytes down and up of one site and round, by strategy."""
+    workers: int
+    calibration: Calibration | None
+    """None when nothing was measured."""
+    signal: SignalToNoise | None
+
+    @property
+    def expected_batches(self) -> list[float]:
+        """Records that a step of each site has on average."""
+        return [self.job.config.training.sample_rate * size for size in self.sizes]
+
+    @property
+    def round_seconds(self) -> tuple[float, float] | None:
+        """One round simulated on this machine, and with a machine like it for each site."""
+        if self.calibration is None:
+            return None
+        steps = self.job.config.training.local_steps
+        return round_seconds(self.calibration, steps, self.expected_batches, self.workers)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know before starting, in plain words."""
+        found, rounds = [], self.job.config.rounds
+        if not self.plans:
+            return [f"claim: {NO_CLAIM}"]
+        if self.rounds_within is not None and self.rounds_within < rounds:
+            found.append(
+                f"the budget ends after round {self.rounds_within}: rounds {self.rounds_within + 1} to {rounds} will "
+                "be refused; raise privacy.noise-multiplier, or set it to 0"
+            )
+        if self.signal and self.signal.too_low:
+            found.append(
+                "this job will hardly train: over the whole run the noise outweighs what the records say "
+                f"(signal-to-noise below {LEAST_SIGNAL:g}); take more records or sites, more ε, fewer trained numbers "
+                "(another strategy, a smaller rank), or another start"
+            )
+        if min(self.expected_batches) < 1:
+            found.append("a site's expected batch is below one record: most of its steps are noise alone")
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the forecast as plain values."""
+        config, seconds, signal = self.job.config, self.round_seconds, self.signal
+        down, up = self.traffic.run(config.rounds, len(self.sizes))
+        return {
+            "settings": self.job.settings(),
+            "private": bool(self.plans),
+            "sites": [
+                {
+                    "public_size": size,
+                    "sample_rate": config.training.sample_rate,
+                    "expected_batch": self.expected_batches[k],
+                    "steps": config.total_steps,
+                    "noise_multiplier": self.plans[k].noise_multiplier if self.plans else None,
+                }
+                for k, size in enumerate(self.sizes)
+            ],
+            "rounds": [{**dataclasses.asdict(one), "accountant": str(one.accountant)} for one in self.rounds],
+            "rounds_within_budget": self.rounds_within,
+            "rounds_within_budget_searched_to": MOST_ROUNDS,
+            "bytes_per_site_and_round": dataclasses.asdict(self.traffic),
+            "bytes_down_total": down,
+            "bytes_up_total": up,
+            "payload_per_site_and_round": {name: list(pair) for name, pair in self.payloads.items()},
+            "workers": self.workers,
+            "calibration": dataclasses.asdict(self.calibration) if self.calibration else None,
+            "round_seconds_simulated": seconds[0] if seconds else None,
+            "round_seconds_deployed": seconds[1] if seconds else None,
+            "signal_to_noise": None
+            if signal is None
+            else {
+                **dataclasses.asdict(signal),
+                "step": signal.step,
+                "step_bound": signal.step_bound,
+                "run": signal.run,
+                "run_bound": signal.run_bound,
+                "threshold": LEAST_SIGNAL,
+            },
+            "warnings": self.warnings,
+        }
+
+
+def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bool = True) -> Forecast:
+    """Return what a run of ``job`` over sites of these declared sizes will cost.
+
+    Args:
+        job: the checked configuration.
+        sizes: declared sizes, one per site.
+        workers: processes that train at once on this machine; 0: as many as ``fedveil run`` takes.
+        calibrated: take a few steps on public test records, for time, memory and alignment.
+
+    Raises:
+        PrivacyError: no such run can start: delta does not fit a size, or the budget cannot pay for a step.
+        DataError, ModelError: the public data or the model cannot be loaded.
+    """
+    plans = site_plans(job, sizes)
+    server_model = ServerModel(job)
+    workers = worker_count(len(sizes), workers)
+    calibration = calibrate(server_model, job.config, workers) if calibrated else None
+    trained = sum(tensor.numel() for factors in server_model.trained_start().values() for tensor in factors.values())
+    return Forecast(
+        job=job,
+        sizes=tuple(sizes),
+        plans=plans,
+        # Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
+        rounds=priced_rounds(job, plans[0]) if plans else [],
+        rounds_within=rounds_within(job, plans[0]) if plans else None,
+        traffic=traffic(job, server_model, plans[0] if plans else None),
+        payloads=payload_by_strategy(server_model),
+        workers=workers,
+        calibration=calibration,
+        signal=signal_to_noise(
+            plans,
+            sizes,
+            job.config.total_steps,
+            trained,
+            margin=rounding_margin(server_model.model.device),
+            alignment=calibration.alignment if calibration else None,
+        )
+        if plans
+        else None,
+    )

@@ -1,0 +1,210 @@
+"""What a run will cost in privacy, before it: from configuration and declared sizes only, never from a record.
+
+The noise is the one that the run itself will use: a plan is made by the same function that a site calls before
+it is charged (``client.budget.plan_of``), for a site without a policy and with a fresh ledger. A site's own
+policy may be stricter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.budget import plan_of
+from client.ledger.rows import Terms
+from client.site import Site
+from common.accountant import Accountant
+from common.data.partition import declared_size, site_part
+from common.data.sources import train_and_test
+from common.errors import ConfigError
+from common.privacy.accounting import Release, epsilon, epsilon_with_method
+from common.privacy.plan import PrivacyPlan
+from common.tasks.examples import Dataset
+from strategies import Job
+
+MOST_ROUNDS = 100_000
+"""Rounds beyond which no end of the budget is looked for."""
+MOST_PRICED = 100
+"""Rounds that are priced one by one; of a longer run so many, evenly spread, and always the last."""
+LEAST_SIGNAL = 0.25
+"""Signal-to-noise of a run below which it is said to hardly train; found by trying, see docs/planning.md."""
+
+
+@dataclass(frozen=True)
+class PricedRound:
+    """What a site has spent once a round is done."""
+
+    round_number: int
+    """1-based; 0 is a paid initialisation."""
+    steps: int
+    """Optimiser steps so far."""
+    epsilon: float
+    """The number of record, at the run's delta."""
+    epsilon_rdp: float
+    """The cross-check."""
+    accountant: Accountant
+    """What gave ``epsilon``."""
+
+
+@dataclass(frozen=True)
+class SignalToNoise:
+    """How far the sites' averaged gradient carries the trained numbers, over how far its noise does.
+
+    Signal of one step: the length of the mean clipped gradient, ``alignment`` · C. Alignment 1 would mean that
+    all records pull the same way with at least the clip's length; no job reaches it. Noise of one step: the
+    expected length of the noise on the average over sites, sqrt(d) sqrt(sum_k (p_k σ C / b_k)²), with d trained
+    numbers, p_k the averaging weight and b_k the expected batch of site k. Over T steps the signal adds up as T
+    and the noise as sqrt(T), so the run's figure is sqrt(T) times the step's. At 1, half of the squared
+    distance that plain gradient steps cover is noise. It leaves out the optimiser, and that sites drift apart.
+    """
+
+    trained_numbers: int
+    steps: int
+    noise: float
+    """Expected length of one step's averaged noise, in units of the clip norm."""
+    alignment: tuple[float, float] | None
+    """Measured on public records at the start: the estimate and its upper end; None: not measured."""
+
+    @property
+    def step_bound(self) -> float:
+        """The step's figure at alignment 1: an upper limit."""
+        return 1.0 / self.noise
+
+    @property
+    def run_bound(self) -> float:
+        """The run's figure at alignment 1: an upper limit."""
+        return math.sqrt(self.steps) * self.step_bound
+
+    @property
+    def step(self) -> float | None:
+        """The step's figure at the measured alignment."""
+        return None if self.alignment is None else self.alignment[0] * self.step_bound
+
+    @property
+    def run(self) -> tuple[float, float] | None:
+        """The run's figure at the measured alignment, and at its upper end."""
+        if self.alignment is None:
+            return None
+        estimate, upper = self.alignment
+        return estimate * self.run_bound, upper * self.run_bound
+
+    @property
+    def too_low(self) -> bool:
+        """Whether the job will hardly train: even the upper end of the run's figure is below ``LEAST_SIGNAL``."""
+        return (self.run_bound if self.run is None else self.run[1]) < LEAST_SIGNAL
+
+
+def simulated_sizes(job: Job, sites: int) -> tuple[int, ...]:
+    """Return the sizes that the sites of a simulation declare as public.
+
+    Raises:
+        ConfigError: there is no site, or the records cannot be divided as configured.
+        DataError: the records cannot be read, or are too few.
+    """
+    if sites < 1:
+        raise ConfigError(f"a federation needs at least 1 site, not {sites}")
+    train = train_and_test(job.config.data, job.config.model.task)[0]
+    return tuple(declared_size(len(site_part(train, job.config.data, k, sites).examples)) for k in range(sites))
+
+
+def paid_before(job: Job) -> list[Release]:
+    """Return the releases that a site makes ahead of its first step: a paid initialisation, or nothing."""
+    source = job.strategy.gradient
+    if not job.config.privacy.on or source is None or source.public_data:
+        return []
+    return [source.release(_planned_site(1).policy.min_noise_multiplier)]
+
+
+def site_plans(job: Job, sizes: Sequence[int]) -> list[PrivacyPlan]:
+    """Return each site's plan, as the run will make it; empty when privacy is off.
+
+    Raises:
+        PrivacyError: delta does not fit a size, or the budget is spent by the initialisation.
+    """
+    if not job.config.privacy.on:
+        return []
+    return [plan_of(job, _planned_site(size), Terms(math.inf, math.inf)) for size in sizes]
+
+
+def _planned_site(size: int) -> Site:
+    """Return a site of which nothing is known but its declared size: no record, no ledger, no policy."""
+    return Site("planned", Dataset("planned", (), ()), "planned", size, Path())
+
+
+def priced_rounds(job: Job, plan: PrivacyPlan) -> list[PricedRound]:
+    """Return what a site has spent after the initialisation, if it pays for one, and after each round."""
+    before, local = paid_before(job), job.config.training.local_steps
+    numbers = ([0] if before else []) + spread(job.config.rounds, MOST_PRICED)
+    priced = []
+    for number in numbers:
+        releases = [*before, plan.release(number * local)] if number else before
+        value, accountant = epsilon_with_method(releases, plan.delta)
+        rdp = epsilon(releases, plan.delta, method="rdp")
+        priced.append(PricedRound(number, number * local, value, rdp, accountant))
+    return priced
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return the numbers 1 to ``count``, or ``most`` of them, evenly spread, with the first and the last.
+
+    >>> spread(4, 10), spread(100, 4)
+    ([1, 2, 3, 4], [1, 34, 67, 100])
+    """
+    if count <= most:
+        return list(range(1, count + 1))
+    return [1 + round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def rounds_within(job: Job, plan: PrivacyPlan) -> int:
+    """Return how many rounds a fresh budget lasts at the plan's noise, from 0 to ``MOST_ROUNDS``."""
+    before, local = paid_before(job), job.config.training.local_steps
+    return last_within(
+        lambda rounds: epsilon([*before, plan.release(rounds * local)], plan.delta) <= plan.max_epsilon, MOST_ROUNDS
+    )
+
+
+def last_within(fits: Callable[[int], bool], most: int) -> int:
+    """Return an n from 0 to ``most`` such that n fits (or is 0) and n + 1 does not (or is above ``most``).
+
+    ``fits`` is asked in doubling steps and then by halving, so it must not hold again once it has failed.
+
+    >>> last_within(lambda n: n * n <= 50, 1000), last_within(lambda n: False, 9), last_within(lambda n: True, 9)
+    (7, 0, 9)
+    """
+    good, bad = 0, 1
+    while bad <= most and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def signal_to_noise(
+    plans: Sequence[PrivacyPlan],
+    sizes: Sequence[int],
+    steps: int,
+    trained_numbers: int,
+    *,
+    margin: float = 1.0,
+    alignment: tuple[float, float] | None = None,
+) -> SignalToNoise:
+    """Return the run's signal-to-noise figure.
+
+    Args:
+        plans: one per site, at least one.
+        sizes: declared sizes, which are the averaging weights.
+        steps: of a site in the whole run.
+        trained_numbers: how many numbers are clipped and noised together.
+        margin: factor on the noise where equal bits are not certain (``rounding_margin``).
+        alignment: length of the mean clipped gradient over the clip norm, in [0, 1], and its upper end; None: not
+            measured.
+    """
+    total = sum(sizes)
+    squares = sum(
+        (n / total * plan.gradient_noise_std / plan.clip_norm) ** 2 for n, plan in zip(sizes, plans, strict=True)
+    )
+    return SignalToNoise(trained_numbers, steps, margin * math.sqrt(trained_numbers * squares), alignment)

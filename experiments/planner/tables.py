@@ -1,0 +1,150 @@
+"""A forecast as tables and sentences that fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from common.accountant import INITIALISATION
+from common.privacy.figures import epsilon_text, remaining_text
+from common.words import counted
+from experiments.planner.find import Found
+from experiments.planner.forecast import Forecast
+from experiments.planner.plan import LEAST_SIGNAL, MOST_ROUNDS, spread
+from strategies import Job
+
+MOST_LINES = 10
+"""Lines of the table of rounds; ``--json`` has them all."""
+DEFINITION = (
+    "signal: the length of the mean clipped gradient; noise: the expected length of the noise on the average over "
+    "sites, √d · √Σ(p·σC/b)², with p a site's weight and b its expected batch; over T steps the ratio grows by √T. "
+    f"Below {LEAST_SIGNAL:g} in a run, it will hardly train (docs/planning.md)."
+)
+
+
+def print_forecast(console: Console, forecast: Forecast) -> None:
+    """Print all parts of a forecast."""
+    config, job = forecast.job.config, forecast.job
+    console.print(
+        f"{job.strategy.name} on {config.model.name} and {config.data.name}: "
+        f"{counted(len(forecast.sizes), 'site')}, {counted(config.rounds, 'round')} of "
+        f"{counted(config.training.local_steps, 'step')}. From settings and declared sizes; "
+        "a site's own policy may be stricter.",
+        markup=False,
+    )
+    _print_sites(console, forecast)
+    _print_rounds(console, forecast)
+    _print_bytes(console, forecast)
+    _print_machine(console, forecast)
+    _print_signal(console, forecast)
+    for warning in forecast.warnings:
+        console.print(f"WARNING: {warning}", markup=False, style="bold")
+
+
+def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:
+    """Print the answer of ``--find``, its check, and how to use it."""
+    console.print(f"{found.setting} = {found.value}", style="bold", markup=False)
+    console.print(f"  costs ε {epsilon_text(found.epsilon)} of {found.budget:g} at δ {job.config.privacy.delta:g}")
+    if found.next_value is None or found.next_epsilon is None:
+        console.print("  the search ends here; the budget would allow more")
+    else:
+        console.print(f"  one step further, {found.next_value:.6g}, would cost ε {epsilon_text(found.next_epsilon)}")
+    rate = job.config.training.sample_rate
+    batches = ", ".join(f"{rate * size:.1f} of {size}" for size in sizes)
+    console.print(f"  {job.config.total_steps} steps; expected batch by site: {batches}", markup=False)
+    console.print(f"use it: fedveil run -c '{found.setting}={found.value}' after your other settings")
+
+
+def _print_sites(console: Console, forecast: Forecast) -> None:
+    table = Table(title="sites")
+    for column in ("site", "declared size", "sample rate", "expected batch", "steps", "noise σ"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    config = forecast.job.config
+    for k, (size, batch) in enumerate(zip(forecast.sizes, forecast.expected_batches, strict=True)):
+        noise = f"{forecast.plans[k].noise_multiplier:.5g}" if forecast.plans else "none"
+        rate = f"{config.training.sample_rate:.4g}"
+        table.add_row(f"site-{k}", f"{size:,}", rate, f"{batch:.1f}", str(config.total_steps), noise)
+    console.print(table)
+
+
+def _print_rounds(console: Console, forecast: Forecast) -> None:
+    if not forecast.plans:
+        return
+    budget, delta = forecast.plans[0].max_epsilon, forecast.plans[0].delta
+    table = Table(title=f"ε of each site, budget {budget:g} at δ {delta:g}")
+    for column in ("after round", "steps", "ε (PLD)", "ε (RDP)", "left"):
+        table.add_column(column, justify="right")
+    for i in spread(len(forecast.rounds), MOST_LINES):
+        priced = forecast.rounds[i - 1]
+        name = str(priced.round_number) if priced.round_number else INITIALISATION
+        spent = epsilon_text(priced.epsilon) + ("" if priced.accountant.method == "pld" else "*")
+        left = remaining_text(budget - priced.epsilon) if priced.epsilon <= budget else "refused"
+        table.add_row(name, str(priced.steps), spent, epsilon_text(priced.epsilon_rdp), left)
+    console.print(table)
+    others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
+    for accountant in others:
+        console.print(f"* {accountant}", markup=False)
+    lasts = forecast.rounds_within
+    more = "at least " if lasts == MOST_ROUNDS else ""
+    console.print(f"A fresh budget lasts {more}{lasts:,} rounds at this noise.")
+
+
+def _print_bytes(console: Console, forecast: Forecast) -> None:
+    config, sites = forecast.job.config, len(forecast.sizes)
+    table = Table(title=f"adapter bytes at rank {config.adapter.rank}, with the head where it is trained")
+    table.add_column("strategy")
+    for column in ("down", "up", "down, run", "up, run"):
+        table.add_column(column, justify="right")
+    for name, (down, up) in forecast.payloads.items():
+        own = name == forecast.job.strategy.name
+        total = (
+            forecast.traffic.run(config.rounds, sites) if own else tuple(config.rounds * sites * n for n in (down, up))
+        )
+        table.add_row(
+            name + (" *" if own else ""), *(f"{n:,}" for n in (down, up, *total)), style="bold" if own else ""
+        )
+    console.print(table)
+    traffic = forecast.traffic
+    console.print(
+        f"down and up: one site and round; run: {sites} sites, {config.rounds} rounds. * whole messages: "
+        f"{traffic.message_down:,} down, {traffic.message_up:,} up."
+    )
+    if traffic.once_down or traffic.once_up:
+        console.print(f"once for each site: {traffic.once_down:,} bytes down, {traffic.once_up:,} up (initialisation).")
+
+
+def _print_machine(console: Console, forecast: Forecast) -> None:
+    measured, seconds = forecast.calibration, forecast.round_seconds
+    if measured is None or seconds is None:
+        console.print("Time and memory: not measured (--no-calibration).")
+        return
+    rounds = forecast.job.config.rounds
+    table = Table(title=f"time and memory, measured on {measured.records} public records on {measured.device}")
+    for column in ("", "a round", f"{rounds} rounds"):
+        table.add_column(column, justify="left" if not column else "right")
+    here = f"simulated here, {forecast.workers} workers of {measured.threads} threads"
+    for name, each in ((here, seconds[0]), ("a machine like this for each site", seconds[1])):
+        table.add_row(name, f"{each:.1f} s", f"{each * rounds:.0f} s")
+    console.print(table)
+    gpu = f", {measured.accelerator_mib:,.0f} MiB on the GPU" if measured.accelerator_mib else ""
+    console.print(
+        f"Memory: about {measured.peak_mib:,.0f} MiB for each worker and for the server{gpu}. Time is training and "
+        "scoring; start-up comes on top."
+    )
+
+
+def _print_signal(console: Console, forecast: Forecast) -> None:
+    signal = forecast.signal
+    if signal is None:
+        return
+    table = Table(title=f"signal-to-noise, d = {signal.trained_numbers:,} trained numbers, {signal.steps} steps")
+    for column in ("", "a step", "the run"):
+        table.add_column(column, justify="left" if not column else "right")
+    if signal.alignment is not None and signal.step is not None and signal.run is not None:
+        row = f"measured: alignment {signal.alignment[0]:.3f} (up to {signal.alignment[1]:.3f})"
+        table.add_row(row, f"{signal.step:.3f}", f"{signal.run[0]:.2f} (up to {signal.run[1]:.2f})")
+    table.add_row("limit: all records aligned", f"{signal.step_bound:.3f}", f"{signal.run_bound:.2f}")
+    console.print(table)
+    console.print(DEFINITION, markup=False)

@@ -1,0 +1,102 @@
+"""What travels in a run, counted from encoded messages before the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from common.accountant import TRAINING, Accountant
+from common.adapters.base import layer_shape
+from common.messages.round import Spending, TrainResult, TrainTask
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import fingerprint, start_fingerprint
+from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
+from common.privacy.plan import PrivacyPlan
+from server.model import ServerModel
+from strategies import STRATEGIES, Job
+from strategies.table import payload, preset_adapter
+
+RUN = "1" * 20
+"""A run's name as long as Flower's are."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one site: adapter payload, as in a run's report, unless said otherwise."""
+
+    down: int
+    """Each round, server to site."""
+    up: int
+    """Each round, site to server."""
+    message_down: int
+    """The whole message of a round, with header and framing."""
+    message_up: int
+    once_down: int
+    """Only with the first task: factors that are sent once."""
+    once_up: int
+    """Only before round 1: an initial gradient."""
+
+    def run(self, rounds: int, sites: int) -> tuple[int, int]:
+        """Return payload bytes down and up of a whole run in which every site joins every round."""
+        return sites * (rounds * self.down + self.once_down), sites * (rounds * self.up + self.once_up)
+
+
+def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Traffic:
+    """Return the bytes of the job's messages, by encoding them; ``plan`` is None when privacy is off."""
+    strategy, source = job.strategy, job.strategy.gradient
+    state = job.start(server_model.start)
+    basis = strategy.basis(state)
+    task = TrainTask(
+        run=RUN,
+        round_number=job.config.rounds,
+        state=strategy.downlink(state),
+        basis={},
+        basis_fingerprint=fingerprint(basis) if basis else "",
+        base_fingerprint=server_model.model.base.fingerprint,
+        start_fingerprint=start_fingerprint(server_model.start),
+    )
+    result = TrainResult(
+        RUN, job.config.rounds, "site-0", 1800, strategy.uplink(server_model.trained_start()), _spending(plan)
+    )
+    down, up = encode_task(task), encode_reply(result)
+    from_sites = source is not None and not source.public_data
+    gradients = server_model.reply_layout(0).values() if from_sites else ()
+    return Traffic(
+        down=payload_bytes(down),
+        up=payload_bytes(up),
+        message_down=message_bytes(down),
+        message_up=message_bytes(up),
+        once_down=_payload(basis),
+        once_up=sum(4 * math.prod(shape) for factors in gradients for shape in factors.values()),
+    )
+
+
+def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]:
+    """Return payload bytes down and up of one site and round for every strategy, on this model at this rank.
+
+    The job's own strategy is on the job's adapter, every other on the one that it takes by default. The head is
+    counted where it is trained. What a strategy sends once is left out.
+    """
+    model, own = server_model.model, server_model.job.strategy
+    layers = [layer_shape(layer) for layer in model.adapter.layers(model.peft_model).values()]
+    head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0
+    found = {}
+    for name, strategy in STRATEGIES.items():
+        if name == own.name:
+            down, up = payload(own, model.adapter, layers)
+        else:
+            down, up = payload(strategy(), preset_adapter(strategy, model.adapter.rank), layers)
+        found[name] = (head + down, head + up)
+    return found
+
+
+def _payload(state: AdapterState) -> int:
+    return 4 * sum(tensor.numel() for factors in state.values() for tensor in factors.values())
+
+
+def _spending(plan: PrivacyPlan | None) -> Spending | None:
+    """Return a spending of the usual length; the figures in it are not looked at."""
+    if plan is None:
+        return None
+    public = (plan.sample_rate, plan.noise_multiplier, plan.clip_norm, 1, 1, plan.delta)
+    return Spending(TRAINING, *public, 1.0, 1.0, plan.max_epsilon, 1.0, Accountant("pld", "0.6.0"))

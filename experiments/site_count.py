@@ -1,0 +1,55 @@
+"""Among how many simulated sites a run's data were divided: kept beside its ``config.json``.
+
+The number is no setting of the run (sites that own their data have none), yet another one divides
+the records anew: a run that went on with it would train on records that it holds out for another site's
+budget, and figures of two numbers do not compare.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.config.sections import RunConfig
+from common.errors import ConfigError
+from common.paths import run_folder
+from common.run_lines import read_json
+from server.records import write_json
+
+NAME = "simulated.json"
+USUAL = 4
+"""Sites of a run that nobody gave a number for."""
+
+
+def record_sites(folder: Path, sites: int) -> None:
+    """Write the number of simulated sites into a run's folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / NAME, {"sites": sites})
+
+
+def recorded_sites(folder: Path) -> int | None:
+    """Return the number of simulated sites of a run; None if its folder does not say."""
+    if not (folder / NAME).is_file():
+        return None
+    sites: int = read_json(folder / NAME)["sites"]
+    return sites
+
+
+def sites_of(config: RunConfig, asked: int | None) -> int:
+    """Return how many sites a run has: those asked for, or USUAL; a resumed run has those that it began with.
+
+    Raises:
+        ConfigError: another number is asked for than the resumed run began with, or nobody says what that was.
+    """
+    if not config.resume:
+        return USUAL if asked is None else asked
+    folder = run_folder(config, "")
+    began = recorded_sites(folder)
+    wanted = began if asked is None else asked
+    if wanted is None:
+        raise ConfigError(f"resume: {folder} does not say how many sites it began with: give --sites as at its start")
+    if began not in (None, wanted):
+        raise ConfigError(
+            f"resume: --sites is {asked}, the run in {folder} began with {began}, and another number divides the "
+            "records anew: leave --sites out, or start a new run"
+        )
+    return wanted

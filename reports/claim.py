@@ -1,0 +1,115 @@
+"""The privacy claim of a run in words: for whom, against whom, how it is counted, and what it leaves out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.data.sources import unprotected_test
+from common.privacy import claim
+from common.privacy.figures import epsilon_text
+from reports.folder import RunFiles
+from reports.sites import SiteReport, federation_delta, worst_site
+
+COVERED = (
+    "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
+    "the final model, its accuracy, the choice of a round",
+    "every release beside training that is listed in this report",
+    "all rounds together, and earlier runs as far as the site's ledger holds them",
+)
+NOT_COVERED = (
+    "a person with several records: the unit is one record",
+    "choices of settings made by looking at earlier runs on the same records",
+    "side channels, such as how long a site takes",
+    "the base model, which may have been trained on the same records before",
+    "rounds that a site charged and that never counted: the site's ledger has the last word",
+)
+OFF = (
+    "Privacy was OFF. This run promises nothing about any record: what the sites sent, and the final model, "
+    "may reveal their records."
+)
+NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The claim in words. Without one (``made`` false) only ``sentence`` and ``head`` are filled."""
+
+    made: bool
+    privacy_mode: str
+    sentence: str
+    unit: str
+    neighbours: str
+    adversary: str
+    sampler: str
+    accountant: str
+    head: str
+    covered: list[str]
+    not_covered: list[str]
+    gaps: list[str]
+    """Why the claim is weaker than it reads; empty when nothing stands against it."""
+
+
+def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
+    """Return what the run may claim, from its files alone."""
+    mode = str(files.config.settings.get("privacy.mode", "none"))
+    heads = sorted({*(line.head for line in files.privacy), *(line.head for line in files.rounds)})
+    head = "; ".join(heads) or "not recorded yet"
+    worst, delta = worst_site(sites), federation_delta(sites)
+    unpaid = sorted({line.site for line in files.privacy if line.spent is None})
+    if mode == "none" or worst is None or delta is None:
+        sentence = OFF if mode == "none" else NOTHING_YET
+        return Claim(False, mode, sentence, "", "", "", "", "", head, [], [], _gaps(files, sites, unpaid, mode))
+    accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
+    sentence = (
+        f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
+        f"differentially private in {claim.UNIT}. Both are the maximum over sites: their records are disjoint."
+    )
+    if any(site.agreement == "exposed" for site in sites):
+        # Without names: a sentence is not escaped as they are. The gaps name the sites.
+        sentence = (
+            "ε is ∞: records of a site were released without privacy before, so nothing is promised about them, "
+            "whatever noise this run added. What each site has spent stands in the table of sites."
+        )
+    return Claim(
+        made=True,
+        privacy_mode=mode,
+        sentence=sentence,
+        unit=claim.UNIT,
+        neighbours=claim.ADJACENCY,
+        adversary=claim.ADVERSARY,
+        sampler=claim.SAMPLER,
+        accountant=", ".join(accountants),
+        head=head,
+        covered=list(COVERED),
+        not_covered=list(NOT_COVERED),
+        gaps=_gaps(files, sites, unpaid, mode),
+    )
+
+
+def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], mode: str) -> list[str]:
+    if mode == "none":
+        return []
+    settings = files.config.settings
+    told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
+    gaps = [told] if told and "data.name" in settings else []
+    gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
+    gaps += [
+        f"{site.site}: ε {epsilon_text(site.epsilon_total)} is above its budget of {site.epsilon_budget:g}: it shares "
+        "records with other names of its ledger, and the figure is the dearest name's"
+        for site in sites
+        if site.epsilon_total is not None
+        and site.epsilon_budget is not None
+        and site.epsilon_budget < site.epsilon_total < math.inf
+    ]
+    if unpaid:
+        gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
+    accounted = {(line.round_number, line.site) for line in files.privacy}
+    for line in files.rounds:
+        missing = sorted(site for site in line.participants if (line.round_number, site) not in accounted)
+        if missing:
+            gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {', '.join(missing)}; ε is too low")
+    if files.result is None or files.result.status == "failed":
+        gaps.append("the run has no good end: sites may have charged a round that is not in these files")
+    return gaps

@@ -1,0 +1,241 @@
+"""The report as data: read from a run's folder, and all that Markdown, HTML and JSON are made from.
+
+The same files give the same report, to the last byte: it holds no clock and no random number, so a
+signature made today fits the report that is made from the same folder tomorrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.accountant import TRAINING
+from common.config.sections import Scalar
+from common.errors import FedVeilError
+from common.run_lines import Absence, PrivacyLine, RoundLine
+from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
+from reports.claim import Claim, claim_of
+from reports.folder import RunFiles, read_run
+from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
+from strategies import configure, known_settings
+
+SCHEMA = "fedveil-report/1"
+"""Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round. Bytes are adapter payload of all messages, accuracy a share, seconds wall time."""
+
+    round_number: int
+    """0: before training, or a start from a full gradient."""
+    counted: bool
+    """Whether enough sites took part; a round that does not count leaves the model as it was."""
+    participants: list[str]
+    accuracy: float | None
+    loss: float | None
+    """None, as accuracy, in a round that was not scored."""
+    bytes_down: int | None
+    bytes_up: int | None
+    seconds: float | None
+    epsilon_worst: float | None
+    """Largest total that a site had reported by then; None without a claim."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """ε after each round of sites that have spent alike: ``points`` are (round, ε)."""
+
+    sites: list[str]
+    budget: float
+    points: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, and whether someone chose another value than the default (None: a setting that has none here)."""
+
+    key: str
+    value: Any
+    default: Any
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The result in figures."""
+
+    accuracy_before: float | None
+    accuracy_after: float | None
+    epsilon: float | None
+    """The federation's figure: the maximum over sites."""
+    epsilon_budget: float | None
+    """Of the site that has spent most."""
+    delta: float | None
+    """The largest of the sites' own."""
+    worst_site: str
+    rounds_done: int
+    rounds_planned: int
+    sites: int
+    """Sites that took part in a round at least."""
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    """Of all finished rounds together."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything a report says."""
+
+    schema: str
+    run: str
+    strategy: str
+    started: str
+    status: str
+    """``completed``, ``stopped``, ``failed``, or ``unfinished`` (goes on, or was killed)."""
+    reason: str
+    problems: list[str]
+    """What could not be read; figures may then be too low."""
+    headline: Headline
+    claim: Claim
+    sites: list[SiteReport]
+    rounds: list[RoundReport]
+    spent: list[Spent]
+    other_releases: list[ReleaseReport]
+    refusals: list[Absence]
+    """Of every attempt at every round."""
+    settings: list[Setting]
+    versions: dict[str, str]
+    audits: dict[str, str]
+    """Audit files found in the folder, with their SHA-256; empty: not audited."""
+    audit_results: list[AuditReport]
+    """What they say; empty: nothing was audited, as far as anyone can see."""
+    alarms: list[str]
+    """Audits that failed; every form of the report says them first and loudly."""
+
+
+def report_of(folder: Path) -> ReportData:
+    """Return the report of a run, finished or not.
+
+    Raises:
+        DataError: ``folder`` is not the folder of a run.
+    """
+    files = read_run(folder)
+    settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
+    problems = list(files.problems)
+    audits = audit_reports(files.findings, problems)
+    return ReportData(
+        schema=SCHEMA,
+        run=files.config.run,
+        strategy=str(settings.get("strategy", "")),
+        started=files.config.started,
+        status=files.result.status if files.result else "unfinished",
+        reason=files.result.reason if files.result else "",
+        problems=[*problems, *audit_cares(audits, versions)],
+        headline=_headline(files, sites),
+        claim=claim_of(files, sites),
+        sites=sites,
+        rounds=_rounds(files),
+        spent=_spent(files.privacy),
+        other_releases=other_releases(files),
+        refusals=[absence for line in files.rounds for absence in line.failures],
+        settings=_settings(settings),
+        versions=versions,
+        audits=files.audits,
+        audit_results=audits,
+        alarms=audit_alarms(audits),
+    )
+
+
+def federation_epsilon(folder: Path) -> float | None:
+    """Return the maximum of the sites' ε, or None when no claim is made; errors as in report_of."""
+    worst = worst_site(site_reports(read_run(folder)))
+    return worst.epsilon_worst if worst else None
+
+
+def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
+    worst, planned = worst_site(sites), files.config.settings.get("rounds")
+    counted = [line for line in files.rounds if line.round_number and line.complete]
+    return Headline(
+        accuracy_before=files.baseline.accuracy if files.baseline else None,
+        accuracy_after=next((line.accuracy for line in reversed(counted) if line.accuracy is not None), None),
+        epsilon=worst.epsilon_worst if worst else None,
+        epsilon_budget=worst.epsilon_budget if worst else None,
+        delta=federation_delta(sites),
+        worst_site=worst.site if worst else "",
+        rounds_done=len({line.round_number for line in counted}),
+        rounds_planned=planned if isinstance(planned, int) else 0,
+        sites=sum(site.rounds_joined > 0 for site in sites),
+        bytes_down=sum(line.bytes_down for line in files.rounds),
+        bytes_up=sum(line.bytes_up for line in files.rounds),
+        seconds=sum(line.seconds for line in files.rounds),
+    )
+
+
+def _rounds(files: RunFiles) -> list[RoundReport]:
+    def worst_by(number: int) -> float | None:
+        paid = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
+        return max(paid, default=None)
+
+    def row(line: RoundLine, accuracy: float | None, loss: float | None) -> RoundReport:
+        return RoundReport(
+            round_number=line.round_number,
+            counted=line.complete,
+            participants=line.participants,
+            accuracy=accuracy,
+            loss=loss,
+            bytes_down=line.bytes_down,
+            bytes_up=line.bytes_up,
+            seconds=line.seconds,
+            epsilon_worst=worst_by(line.round_number),
+        )
+
+    rows, before = [], files.baseline
+    if before:
+        # A start from a full gradient is round 0, and what was scored before round 1 is its result.
+        first = next((line for line in files.rounds if _is_start(line)), None)
+        nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, worst_by(0))
+        rows.append(row(first, before.accuracy, before.loss) if first else nothing)
+    rows += [row(line, line.accuracy, line.loss) for line in files.rounds if not (before and _is_start(line))]
+    return rows
+
+
+def _is_start(line: RoundLine) -> bool:
+    return not line.round_number and line.complete
+
+
+def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
+    """Group sites whose ε runs alike, so that a chart of many equal sites has one line."""
+    points: dict[str, dict[int, float]] = {}
+    budgets: dict[str, float] = {}
+    for line in lines:
+        if line.spent is None:
+            continue
+        first = line.round_number if line.spent.kind != TRAINING else line.round_number - 1
+        own = points.setdefault(line.site, {first: line.spent.epsilon_total - line.spent.epsilon_round})
+        own[line.round_number] = line.spent.epsilon_total
+        budgets[line.site] = line.spent.epsilon_budget
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for site in sorted(points):
+        groups.setdefault((budgets[site], tuple(sorted(points[site].items()))), []).append(site)
+    return [Spent(sites, budget, list(course)) for (budget, course), sites in groups.items()]
+
+
+def _settings(values: Mapping[str, Scalar]) -> list[Setting]:
+    known = known_settings()
+    chosen = {key for key in values if key in known and values[key] != known[key] and not _filled_in(key, values)}
+    return [
+        Setting(key, value, known.get(key), key in chosen)
+        for key, value in sorted(values.items(), key=lambda item: ("." in item[0], item[0]))
+    ]
+
+
+def _filled_in(key: str, values: Mapping[str, Scalar]) -> bool:
+    """Return whether the run came to this value by itself, from a default that leaves it open."""
+    try:
+        return configure({**values, key: known_settings()[key]}).settings().get(key) == values[key]
+    except FedVeilError:  # the settings of another version, or values that only go together
+        return False

@@ -1,0 +1,63 @@
+"""The three forms of a report, written beside the run that they are about."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from common.errors import DataError
+from common.files import finite, replace_file
+from reports.data import ReportData, report_of
+from reports.markdown import to_markdown
+from reports.page import to_html
+from reports.signature import SIGNATURE, STATEMENT, covers, sign, statement
+
+REPORT_JSON = "report.json"
+
+
+def to_json(data: ReportData) -> bytes:
+    """Return the report in its one canonical form: sorted keys, no spaces, ASCII, one line.
+
+    Figures that are not finite have no JSON; they are written as the text ``inf``, ``-inf`` or ``nan``.
+    """
+    value = finite(dataclasses.asdict(data))
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def markdown_report(folder: Path) -> str:
+    """Return the report of a run's folder as Markdown, from its files alone; errors as in report_of."""
+    return to_markdown(report_of(folder))
+
+
+def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
+    """Write ``report.md``, ``report.html`` and ``report.json`` into a run's folder, and return their paths.
+
+    With ``key``, also the signed statement on them and its signature. Without one, those that are there stay if
+    they are still of the same bytes, and go if they are not.
+
+    Raises:
+        DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key.
+    """
+    data = report_of(folder)
+    contents = {
+        "report.md": to_markdown(data).encode(),
+        "report.html": to_html(data).encode(),
+        REPORT_JSON: to_json(data),
+    }
+    try:
+        signable = contents | {name: (folder / name).read_bytes() for name in data.audits}
+        if key is not None:
+            head = data.headline
+            signed = statement(data.run, data.strategy, data.status, head.epsilon, head.delta, signable)
+            contents |= {STATEMENT: signed, SIGNATURE: sign(signed, key)}
+        elif not (folder / STATEMENT).is_file() or not covers((folder / STATEMENT).read_bytes(), signable):
+            for name in (SIGNATURE, STATEMENT):
+                (folder / name).unlink(missing_ok=True)
+        for name, content in contents.items():
+            replace_file(folder / name, content)
+    except OSError as error:
+        raise DataError(
+            f"the report cannot be written to {folder} ({error.strerror}): check rights and space"
+        ) from error
+    return [folder / name for name in contents]

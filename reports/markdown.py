@@ -1,0 +1,209 @@
+"""The report as Markdown. Every word from elsewhere is escaped, every figure comes from the data."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+
+from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
+from common.words import (
+    UNKNOWN,
+    bytes_text,
+    number_text,
+    numbers_text,
+    percent_text,
+    seconds_text,
+    value_text,
+    visible,
+)
+from reports.audits import NONE_RUN, WHOSE, audit_words
+from reports.data import ReportData
+
+LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
+"""The character by which readers of Markdown know a bare address; written as its number it makes no link."""
+
+
+def plain(text: str) -> str:
+    """Return ``text`` so that Markdown shows it as it is, in a table too, and makes no link of an address in it.
+
+    >>> plain("a|b <script> *c* https://d.example")
+    'a\\\\|b &lt;script&gt; \\\\*c\\\\* https&#58;//d.example'
+    """
+    escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(visible(text), quote=False))
+    return LINKED.sub(lambda match: f"&#{ord(match.group())};", escaped)
+
+
+def to_markdown(data: ReportData) -> str:
+    """Return the whole report."""
+    parts = [
+        [f"# Run {plain(data.run)}: {plain(data.strategy)}"],
+        _notices(data),
+        _result(data),
+        _claim(data),
+        _sites(data),
+        _rounds(data),
+        _others(data),
+        _origin(data),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _notices(data: ReportData) -> list[str]:
+    alarms = [f"> **AUDIT FAILED:** {plain(text)}\n" for text in data.alarms]
+    return alarms + [f"> **Take care:** {plain(text)}\n" for text in [*data.problems, *data.claim.gaps]]
+
+
+def _result(data: ReportData) -> list[str]:
+    head = data.headline
+    ended = data.status + (f": {data.reason}" if data.reason else "")
+    accuracy = f"{percent_text(head.accuracy_before)} before → {percent_text(head.accuracy_after)} after"
+    lines = [
+        f"- status: {plain(ended)}",
+        f"- accuracy on public data: {accuracy}",
+        f"- rounds: {head.rounds_done} of {head.rounds_planned}, {head.sites} sites",
+        f"- adapter payload: {bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up; "
+        f"{seconds_text(head.seconds)}",
+    ]
+    if head.epsilon is not None and head.delta is not None:
+        lines.insert(
+            1,
+            f"- ε {epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)} at δ {head.delta:g} "
+            f"(worst site: {plain(head.worst_site)})",
+        )
+    return lines
+
+
+def _claim(data: ReportData) -> list[str]:
+    claim = data.claim
+    lines = ["## The claim", "", f"**{claim.sentence}**", ""]
+    if claim.made:
+        lines += _table(
+            ("", ""),
+            [
+                ("unit", claim.unit),
+                ("neighbours", claim.neighbours),
+                ("adversary", claim.adversary),
+                ("sampler", claim.sampler),
+                ("accountant", claim.accountant),
+            ],
+        )
+        lines += ["", "Covered:", "", *(f"- {text}" for text in claim.covered)]
+        lines += ["", "Not covered:", "", *(f"- {text}" for text in claim.not_covered), ""]
+    return [*lines, f"Head: {plain(claim.head)}."]
+
+
+def _sites(data: ReportData) -> list[str]:
+    columns = ("site", "public size", "rounds joined", "refused", "steps", "sample rate", "noise multiplier", "clip")
+    spent = ("site", "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
+    return [
+        "## Sites",
+        "",
+        *_table(
+            columns,
+            [
+                (
+                    s.site,
+                    number_text(s.public_size),
+                    str(s.rounds_joined),
+                    str(s.rounds_refused),
+                    number_text(s.steps),
+                    numbers_text(s.sample_rates),
+                    numbers_text(s.noise_multipliers),
+                    numbers_text(s.clip_norms),
+                )
+                for s in data.sites
+            ],
+        ),
+        "",
+        *_table(
+            spent,
+            [
+                (
+                    s.site,
+                    epsilon_text(s.epsilon_total),
+                    UNKNOWN if s.delta is None else f"{s.delta:g}",
+                    number_text(s.epsilon_budget),
+                    remaining_text(s.epsilon_remaining),
+                    epsilon_text(s.epsilon_recomputed),
+                    epsilon_text(s.epsilon_rdp),
+                    s.note,
+                )
+                for s in data.sites
+            ],
+        ),
+    ]
+
+
+def _rounds(data: ReportData) -> list[str]:
+    return [
+        "## Rounds",
+        "",
+        *_table(
+            ("round", "accuracy", "loss", "ε worst site", "participants", "bytes down", "bytes up", "seconds"),
+            [
+                (
+                    str(r.round_number),
+                    percent_text(r.accuracy),
+                    "–" if r.loss is None else f"{r.loss:.4f}",
+                    epsilon_text(r.epsilon_worst, NO_CLAIM if r.round_number or not data.claim.made else UNKNOWN),
+                    ", ".join(r.participants) if r.counted else "did not count",
+                    number_text(r.bytes_down),
+                    number_text(r.bytes_up),
+                    seconds_text(r.seconds),
+                )
+                for r in data.rounds
+            ],
+        ),
+    ]
+
+
+def _others(data: ReportData) -> list[str]:
+    lines = ["## Refusals and failures", ""]
+    refusals = [(str(r.round_number), str(r.attempt), r.site, r.kind, r.reason) for r in data.refusals]
+    lines += (
+        _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else ["None that is recorded."]
+    )
+    lines += ["", "## Releases other than training", ""]
+    releases = [
+        (
+            str(r.round_number),
+            r.site,
+            r.kind,
+            number_text(r.noise_multiplier),
+            number_text(r.sample_rate),
+            number_text(r.clip_norm),
+            epsilon_text(r.epsilon_added, "with the round"),
+            number_text(r.value),
+        )
+        for r in data.other_releases
+    ]
+    columns = ("round", "site", "kind", "noise multiplier", "sample rate", "clip", "ε added", "value")
+    return [*lines, *(_table(columns, releases) if releases else ["None."])]
+
+
+def _origin(data: ReportData) -> list[str]:
+    columns = ("audit", "outcome", "the code as it is", "faults built in", "with", "when", "file")
+    rows = [(r.audit, *audit_words(r), r.date, r.file) for r in data.audit_results]
+    audits = _table(columns, rows) if rows else [plain(NONE_RUN)]
+    files = [f"- {plain(name)} (SHA-256 `{digest}`)" for name, digest in data.audits.items()]
+    settings = [(s.key, value_text(s.value), value_text(s.default) if s.changed else "") for s in data.settings]
+    return [
+        "## Audit",
+        "",
+        *audits,
+        *(["", WHOSE, "", *files] if files else []),
+        "",
+        "## Settings",
+        "",
+        *_table(("setting", "value", "default, where it differs"), settings),
+        "",
+        "## Versions",
+        "",
+        *(f"- {plain(name)} {plain(number)}" for name, number in data.versions.items()),
+    ]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return head + ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]

@@ -1,0 +1,103 @@
+"""The report as one HTML page: nothing is loaded, nothing runs, everything from elsewhere is escaped."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from common import words
+from common.privacy import figures
+from reports.audits import NONE_RUN, WHOSE, audit_words
+from reports.charts import Axis, Chart, Curve, Mark, line_chart
+from reports.data import ReportData
+from reports.page_style import STYLE
+from reports.page_template import PAGE
+
+NAMED_SITES = 4
+"""Sites that a line of a chart names one by one."""
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    """Return the page's template, compiled once: a server writes the page after every round."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"epsilon": figures.epsilon_text, "remaining": figures.remaining_text}
+    for name in ("percent", "number", "numbers", "bytes", "seconds", "value"):
+        environment.filters[name] = getattr(words, f"{name}_text")
+    environment.filters["audit"] = audit_words
+    return environment.from_string(PAGE)
+
+
+def to_html(data: ReportData) -> str:
+    """Return the whole report as one self-contained page."""
+    return _template().render(
+        data=data,
+        head=data.headline,
+        claim=data.claim,
+        none_run=NONE_RUN,
+        whose=WHOSE,
+        style=Markup(STYLE),
+        epsilon_chart=epsilon_chart(data),
+        accuracy_chart=accuracy_chart(data),
+        groups=[_group(spent.sites) for spent in data.spent],
+        epsilon_rows=epsilon_rows(data),
+    )
+
+
+def _shown(value: Any) -> Any:
+    return words.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _group(sites: list[str]) -> str:
+    if len(sites) <= NAMED_SITES:
+        return ", ".join(sites)
+    return f"{sites[0]} … {sites[-1]} ({len(sites)} sites)"
+
+
+def epsilon_chart(data: ReportData) -> Chart | None:
+    """Return ε over rounds, one line for all sites that have spent alike, and the budgets; None without a claim."""
+    budgets = sorted({spent.budget for spent in data.spent})
+    return line_chart(
+        "epsilon",
+        "Privacy spent over rounds, by site, with the budget",
+        Axis("round", whole=True),
+        Axis("ε spent, by the site's ledger", from_zero=True),
+        [Curve(_group(spent.sites), spent.points) for spent in data.spent],
+        [Mark(budget, f"budget {budget:g}") for budget in budgets],
+    )
+
+
+def accuracy_chart(data: ReportData) -> Chart | None:
+    """Return accuracy against ε, or against rounds where there is no finite ε."""
+    y = Axis("accuracy on public test data", percent=True)
+    if data.headline.epsilon is None or not math.isfinite(data.headline.epsilon):
+        points = [(float(r.round_number), r.accuracy) for r in data.rounds if r.accuracy is not None]
+        return line_chart(
+            "accuracy", "Accuracy over rounds", Axis("round", whole=True), y, [Curve(data.strategy, points)]
+        )
+    course = [(r.epsilon_worst or 0.0, r.accuracy, r.round_number) for r in data.rounds if r.accuracy is not None]
+    ends = [] if len(course) < 2 else [course[0], course[-1]]
+    return line_chart(
+        "accuracy",
+        "Accuracy against the privacy spent by the worst site",
+        Axis("ε spent, worst site", from_zero=True),
+        y,
+        [Curve(data.strategy, [(epsilon, accuracy) for epsilon, accuracy, _ in course])],
+        [Mark(data.headline.epsilon_budget, f"budget {data.headline.epsilon_budget:g}", upright=True)]
+        if data.headline.epsilon_budget
+        else [],
+        [(epsilon, accuracy, f"round {n}" if n else "before") for epsilon, accuracy, n in ends],
+    )
+
+
+def epsilon_rows(data: ReportData) -> list[tuple[int, list[float | None]]]:
+    """Return the chart of ε as a table: by round, the ε of each group of sites."""
+    numbers = sorted({number for spent in data.spent for number, _ in spent.points})
+    courses = [dict(spent.points) for spent in data.spent]
+    return [(number, [course.get(number) for course in courses]) for number in numbers]

@@ -1,0 +1,221 @@
+"""What each site has spent: by its own ledger, and computed again here from every line that it sent.
+
+The ledger's total is the number of record. What is computed here knows this run only, so a site
+whose ledger holds earlier runs, or rounds that were charged and then failed, reports more. A site
+that reports less than its own lines cost is wrong, and the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from common.accountant import EVALUATION, TRAINING
+from common.errors import ConfigError
+from common.messages.round import SpendingFigures
+from common.privacy.accounting import Release, epsilon_with_method
+from reports.folder import RunFiles
+
+EXPOSED = (
+    "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
+    "rounds all the same; the figures computed again are of this run's releases alone"
+)
+TOLERANCE = 1e-3
+"""In ε: the PLD's discretisation."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site in the report. Epsilons: record level, add or remove one record, at ``delta``; None: no claim."""
+
+    site: str
+    public_size: int | None
+    """Records, as the site declares; None where the run's files do not say."""
+    rounds_joined: int
+    rounds_refused: int
+    steps: int | None
+    """Optimiser steps in this run."""
+    noise_multipliers: list[float]
+    """Of the training steps, distinct, in order of use."""
+    sample_rates: list[float]
+    clip_norms: list[float]
+    delta: float | None
+    epsilon_total: float | None
+    """By the site's ledger, over all runs that used it."""
+    epsilon_budget: float | None
+    epsilon_remaining: float | None
+    accountant: str
+    epsilon_recomputed: float | None
+    """Of this run's releases, by the number of record's accountant (PLD)."""
+    accountant_recomputed: str
+    epsilon_rdp: float | None
+    """Of this run's releases, by RDP: the cross-check."""
+    agreement: str
+    """``agrees``, ``larger`` or ``smaller`` (the site's total against the recomputed one), ``exposed`` (its total is
+    infinite), ``unknown`` or ``none``."""
+    note: str
+    """The agreement in words."""
+
+    @property
+    def epsilon_worst(self) -> float | None:
+        """The larger of what the site says and what its lines cost: a report never shows less."""
+        known = [value for value in (self.epsilon_total, self.epsilon_recomputed) if value is not None]
+        return max(known) if known else None
+
+
+@dataclass(frozen=True)
+class ReleaseReport:
+    """A release that is not a training step: an initialisation, a noised evaluation."""
+
+    round_number: int
+    site: str
+    kind: str
+    noise_multiplier: float
+    sample_rate: float
+    clip_norm: float
+    """L2; for a count, what one record can change."""
+    epsilon_added: float | None
+    """None: it was charged together with the training of its round."""
+    value: float | None = None
+    """What was released, where it is one figure."""
+
+
+def site_reports(files: RunFiles) -> list[SiteReport]:
+    """Return every site that the run's files name, by name."""
+    refused = [refusal.site for line in files.rounds for refusal in line.refusals]
+    joined = {site for line in files.rounds for site in line.participants}
+    names = joined | set(refused) | {line.site for line in files.privacy}
+    return [_site(name, files, refused.count(name)) for name in sorted(names)]
+
+
+def worst_site(sites: Iterable[SiteReport]) -> SiteReport | None:
+    """Return the site that has spent most, whose ε is the federation's; None if none has paid for anything."""
+    paid = [site for site in sites if site.epsilon_worst is not None]
+    return max(paid, key=lambda site: site.epsilon_worst or 0.0, default=None)
+
+
+def federation_delta(sites: Iterable[SiteReport]) -> float | None:
+    """Return the δ at which the worst site's ε holds for every site: the largest, since policies may ask for less.
+
+    What a site has spent at a smaller δ holds at a larger one as well; at a smaller one it costs more.
+    """
+    return max((site.delta for site in sites if site.delta is not None), default=None)
+
+
+def other_releases(files: RunFiles) -> list[ReleaseReport]:
+    """Return what was released beside training steps: initialisations, then noised counts of right answers."""
+    paid = [
+        ReleaseReport(
+            round_number=line.round_number,
+            site=line.site,
+            kind=line.spent.kind,
+            noise_multiplier=line.spent.noise_multiplier,
+            sample_rate=line.spent.sample_rate,
+            clip_norm=line.spent.clip_norm,
+            epsilon_added=line.spent.epsilon_round,
+        )
+        for line in files.privacy
+        if line.spent and line.spent.kind != TRAINING
+    ]
+    counts = [
+        ReleaseReport(number, site, EVALUATION, noise, 1.0, 1.0, None, value)
+        for number, site, noise, value in _noised_counts(files)
+    ]
+    return paid + counts
+
+
+def _noised_counts(files: RunFiles) -> list[tuple[int, str, float, float]]:
+    """Return (round, site, noise's standard deviation in records, count), each once even if told twice."""
+    told = [
+        (line.round_number, count.site, count.noise_std, count.value)
+        for line in files.rounds
+        for count in line.noised_correct
+    ]
+    return list(dict.fromkeys(told))
+
+
+def releases_of(paid: Iterable[SpendingFigures]) -> list[Release]:
+    """Return what a site's spendings say was released, in order.
+
+    One of kind ``training`` stands for its steps; any other for the one release that it is.
+
+    Raises:
+        ConfigError: one of them holds figures that no mechanism has.
+    """
+    return [
+        Release(
+            spent.noise_multiplier,
+            spent.sample_rate,
+            spent.steps_round if spent.kind == TRAINING else 1,
+            spent.kind,
+        )
+        for spent in paid
+    ]
+
+
+def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
+    own = [line for line in files.privacy if line.site == name]
+    paid = [line.spent for line in own if line.spent]
+    training = [spent for spent in paid if spent.kind == TRAINING]
+    last = paid[-1] if paid else None
+    total, delta = (last.epsilon_total, last.delta) if last else (None, None)
+    noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
+    recomputed, accountant, rdp, fault = _recompute(paid, noises, delta)
+    agreement, note = _compare(total, recomputed, fault)
+    return SiteReport(
+        site=name,
+        public_size=own[-1].public_size if own else None,
+        rounds_joined=sum(name in line.participants for line in files.rounds),
+        rounds_refused=refused,
+        steps=sum(spent.steps_round for spent in paid) if paid else None,
+        noise_multipliers=_distinct(spent.noise_multiplier for spent in training),
+        sample_rates=_distinct(spent.sample_rate for spent in training),
+        clip_norms=_distinct(spent.clip_norm for spent in training),
+        delta=delta,
+        epsilon_total=total,
+        epsilon_budget=last.epsilon_budget if last else None,
+        epsilon_remaining=last.epsilon_remaining if last else None,
+        accountant=next((line.accountant for line in reversed(own) if line.spent), ""),
+        epsilon_recomputed=recomputed,
+        accountant_recomputed=accountant,
+        epsilon_rdp=rdp,
+        agreement=agreement,
+        note=note,
+    )
+
+
+def _recompute(
+    paid: Sequence[SpendingFigures], count_noises: Sequence[float], delta: float | None
+) -> tuple[float | None, str, float | None, str]:
+    """Return ε by PLD, its accountant in words, ε by RDP, and what kept them from being computed."""
+    if delta is None:
+        return None, "", None, ""
+    try:
+        counts = [Release(noise, 1.0, 1, EVALUATION) for noise in count_noises]
+        releases = releases_of(paid) + counts
+        value, accountant = epsilon_with_method(releases, delta)
+        return value, str(accountant), epsilon_with_method(releases, delta, method="rdp")[0], ""
+    except ConfigError as error:
+        return None, "", None, str(error)
+
+
+def _compare(total: float | None, recomputed: float | None, fault: str) -> tuple[str, str]:
+    if total is None:
+        return "none", "released nothing that was paid for"
+    if total == math.inf:
+        return "exposed", EXPOSED
+    if recomputed is None:
+        return "unknown", f"cannot be computed again: {fault}"
+    if abs(total - recomputed) <= TOLERANCE or total == recomputed:
+        return "agrees", "agrees"
+    if total > recomputed:
+        return "larger", (
+            f"the site reports {total - recomputed:.3f} more: its ledger holds earlier runs, or rounds that were "
+            "charged and then did not count"
+        )
+    return "smaller", "DISAGREES: the site reports less than its own lines cost; the larger figure counts here"
+
+
+def _distinct(values: Iterable[float]) -> list[float]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,53 @@
+"""The settings of a run that goes on: those it was started with, unless they are given again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.config.sections import Scalar, defaults
+from common.errors import ConfigError
+from common.run_lines import ConfigFile, read_file
+from server.checkpoint import NAME, load_checkpoint
+from server.lock import GLANCE_SECONDS, only_writer
+from strategies import configure
+
+
+def with_resumed(overrides: Mapping[str, Scalar], patience: float = GLANCE_SECONDS) -> dict[str, Scalar]:
+    """Return overrides completed by the settings of the run that ``resume`` names, once it can go on.
+
+    Args:
+        overrides: settings, flat; returned unchanged if they resume nothing.
+        patience: seconds to wait for whoever still writes the run's folder.
+
+    Raises:
+        ConfigError: no run, or more than one, answers to the name, or it cannot go on with these settings.
+        DataError: its checkpoint is damaged.
+        RunFailed: it is under way.
+    """
+    settings = settings_of_resumed(overrides)
+    if settings.get("resume"):
+        folder = Path(str(settings["resume"]))
+        with only_writer(folder, patience):
+            load_checkpoint(folder, configure(settings), read_file(ConfigFile, folder).run)
+    return settings
+
+
+def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return overrides completed by the settings of the run that ``resume`` names; unchanged without it.
+
+    ``resume`` becomes the absolute path of the run's folder, because Flower starts the server elsewhere.
+
+    Raises:
+        ConfigError: no run, or more than one, answers to the name.
+    """
+    wanted = str(overrides.get("resume", ""))
+    if not wanted:
+        return dict(overrides)
+    output = Path(str(overrides.get("output", defaults()["output"]))).expanduser()
+    places = [Path(wanted).expanduser(), output / wanted, *sorted(output.glob(f"*-{wanted}"))]
+    found = list(dict.fromkeys(place.absolute() for place in places if (place / NAME).is_file()))
+    if len(found) != 1:
+        many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run with a checkpoint in {output}"
+        raise ConfigError(f"resume: {wanted!r} names {many}; give the path of the run's folder")
+    return {**read_file(ConfigFile, found[0]).settings, **overrides, "resume": str(found[0])}

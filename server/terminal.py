@@ -1,0 +1,49 @@
+"""The line that the terminal shows after each round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from common.privacy.figures import epsilon_text
+
+if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
+    from common.model.federated import Score
+    from server.admission import Member
+    from server.rounds import RoundOutcome
+    from strategies import Job
+
+
+def epsilon_words(members: Iterable[Member]) -> str:
+    """Return the federation's figures so far, each the maximum over sites, because their records are disjoint.
+
+    Sites that did not take part in the last round have spent what they had before.
+    """
+    spent = [member.spending for member in members if member.spending]
+    if not spent:
+        return "privacy OFF, no claim"
+    worst = max(spent, key=lambda s: s.epsilon_total)
+    total, delta = epsilon_text(worst.epsilon_total), max(s.delta for s in spent)
+    why = ""
+    if math.isinf(worst.epsilon_total):
+        why = ", its records were released without privacy before"
+    elif worst.epsilon_total > worst.epsilon_budget:
+        why = ", its records were charged under other names too"
+    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, record-level, worst site{why})"
+
+
+def score_words(score: Score | None) -> str:
+    """Return accuracy and loss, or that the round was not scored."""
+    return f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.3f}" if score else "not scored"
+
+
+def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -> str:
+    """Return the terminal line of one round, with one more line for every refusal; ``members`` are all that counted."""
+    got = outcome.got
+    payload = (got.bytes_down + got.bytes_up) / 1e6
+    line = (
+        f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
+        f"{epsilon_words(members.values())}  {len(got.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
+    )
+    return line + "".join(f"\n  {a.site} did not take part ({a.kind}): {a.reason}" for a in got.refusals.values())
