@@ -23,7 +23,7 @@ from common.data.sources import Reading, load_dataset
 from common.messages.round import Refusal, TrainResult, TrainTask
 from common.privacy.accounting import Release, epsilon
 from common.run_lines import Finding
-from strategies import configure
+from strategies.job import configure
 
 ODD = (
     '" ",good,a1',

@@ -26,7 +26,7 @@ from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.run_lines import Finding
 from common.tasks import TASKS, Record
-from strategies import configure
+from strategies.job import configure
 
 CLIP = 1e-3
 MOST = 1 + 1e-5

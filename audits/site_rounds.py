@@ -23,7 +23,7 @@ from common.run_lines import Finding
 from common.tasks import Record
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
-from strategies import configure
+from strategies.job import configure
 
 RECORDS, RATE, STEPS = 60, 0.25, 100
 CLIP, NOISE = 0.5, 20.0

@@ -21,7 +21,7 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.run_lines import Finding
-from strategies import configure
+from strategies.job import configure
 
 CANARIES, STEPS = 100, 50
 DELTA = 1e-5

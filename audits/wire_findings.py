@@ -13,7 +13,7 @@ from common.data.sources import train_and_test
 from common.model.base import load_base_model
 from common.run_lines import ConfigFile, Finding, RoundLine, read_file, read_lines
 from common.tasks.text import TextExample
-from strategies import configure
+from strategies.job import configure
 
 FLEET_PORT = 9092
 HARMLESS = frozenset({"ARP", "ICMP6", "IGMP"})

@@ -34,7 +34,7 @@ from deploy.registry import register_site
 from deploy.server_folder import ServerFolder, make_server
 from deploy.site_folder import SiteFolder, make_site
 from deploy.submit import submit
-from strategies import configure
+from strategies.job import configure
 
 # The audits' tiny sites are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -40,7 +40,7 @@ from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS, Batch
-from strategies import Job, configure
+from strategies.job import Job, configure
 
 PLAIN_BATCH = 64
 OWN = 64

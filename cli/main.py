@@ -54,7 +54,7 @@ def run(
     from experiments.site_count import sites_of
     from reports import write_reports
     from server.resume import with_resumed
-    from strategies import configure
+    from strategies.job import configure
 
     # A kill must end the SuperLink and Ray as well, so it takes the way of Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -106,7 +106,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) ->
 def settings(config: Settings = None) -> None:
     """Print every setting with its value, as a TOML file that ``-c`` takes."""
     from common.config.text import parse_settings, to_toml
-    from strategies import configure, known_settings
+    from strategies.job import configure, known_settings
 
     overrides = parse_settings(config or [])
     configure(overrides)

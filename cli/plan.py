@@ -13,7 +13,7 @@ from cli.errors import for_people
 from common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from strategies import Job
+    from strategies.job import Job
 
 console = Console(highlight=False)
 
@@ -34,7 +34,7 @@ def plan(
     from experiments.planner.forecast import forecast
     from experiments.planner.plan import site_plans
     from experiments.planner.tables import print_forecast, print_found
-    from strategies import configure
+    from strategies.job import configure
 
     overrides = parse_settings(settings or [])
     job = configure(overrides)

@@ -29,7 +29,7 @@ from common.model.federated import FederatedModel, model_of
 from common.paths import run_name
 from common.tasks import Record
 from common.tasks.examples import Dataset
-from strategies import Job, configure
+from strategies.job import Job, configure
 
 log = logging.getLogger("fedveil.site")
 app = ClientApp()

@@ -6,6 +6,7 @@ A round without privacy costs what no budget can pay: it is written down instead
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 
@@ -16,12 +17,16 @@ from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Terms
 from client.site import Site
 from common.accountant import EVALUATION
+from common.errors import LedgerError
+from common.log import about
 from common.messages.round import Spending, TrainTask
 from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
 from common.tasks import TASKS
-from strategies import Job
 from strategies.base import GradientSource
+from strategies.job import Job
+
+log = logging.getLogger("fedveil.site")
 
 
 def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:
@@ -76,14 +81,18 @@ def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
 
 
 def note_failure(site: Site, task: TrainTask, reason: str, deadline: Deadline) -> None:
-    """Write down that a charged round failed and is answered by noise alone.
+    """Write down that a charged round failed and is answered by noise alone, once its reply is there.
 
-    Raises:
-        LedgerError: the ledger cannot be written, or not before the answer leaves.
+    A ledger that cannot be written by the time that the answer leaves is said in the site's log: a refusal, or an
+    answer that is late, would tell of the failure.
     """
-    # Half: the row itself takes its time too.
-    with Ledger(site.ledger_path, patience=min(BUSY_SECONDS, deadline.left() / 2)) as ledger:
-        ledger.fail(site.dataset_id, run=task.run, round_number=task.round_number, reason=reason)
+    try:
+        # Half: the row itself takes its time too.
+        with Ledger(site.ledger_path, patience=min(BUSY_SECONDS, deadline.left() / 2)) as ledger:
+            ledger.fail(site.dataset_id, run=task.run, round_number=task.round_number, reason=reason)
+    except LedgerError as error:
+        where = about(task.run, task.round_number)
+        log.error("the ledger has no row of a round that failed: %s", error, extra=where)
 
 
 def _within(site: Site, steps: int) -> Callable[[int, int], None]:

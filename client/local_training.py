@@ -21,7 +21,7 @@ from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.site import Site
 from common.config.schedule import learning_rate
-from common.errors import LedgerError, ProtocolError
+from common.errors import ProtocolError
 from common.log import about
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
@@ -34,7 +34,7 @@ from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
 from common.starts.gradient import BATCH_TOKENS, initial_shapes, mean_gradient, private_gradient
 from common.tasks import Batch, Record
-from strategies import Job
+from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
 
@@ -199,16 +199,10 @@ def _take_steps(
 
 
 def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:
-    """Say at the site, in its log and its ledger, that noise alone is sent; a ledger that fails too is no refusal.
-
-    It is said once the reply is there, and waits for the ledger until that leaves: lateness would tell of the failure.
-    """
+    """Say at the site, in its log and its ledger, that noise alone is sent."""
     where = about(task.run, task.round_number)
     log.error("the round failed after its charge, and noise alone is sent: %s", reason, extra=where)
-    try:
-        note_failure(site, task, reason, deadline)
-    except LedgerError as failed:
-        log.error("and the ledger has no row of it: %s", own_words(failed), extra=where)
+    note_failure(site, task, reason, deadline)
 
 
 def _open_steps(

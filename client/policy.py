@@ -20,7 +20,8 @@ from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError
 from common.model.base import NAMED_MODELS
 from common.privacy.accounting import LEAST_DELTA, MOST_NOISE
-from strategies import STRATEGIES, Job
+from strategies import STRATEGIES
+from strategies.job import Job
 
 UNLIMITED = 2**62
 LISTS = ("strategies", "head-policies", "models", "bundles", LABELS)

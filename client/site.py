@@ -38,7 +38,7 @@ from common.log import about
 from common.paths import run_folder
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
-from strategies import Job
+from strategies.job import Job
 
 NODE_KEYS = (
     *("site", "data", "dataset-id", "public-size", "ledger", "policy"),

@@ -28,7 +28,7 @@ from common.errors import ConfigError
 from common.log import about, place_of, set_up
 from common.messages.wire import encode_reply, round_of
 from common.paths import run_name
-from strategies import configure
+from strategies.job import configure
 
 log = logging.getLogger("fedveil.site")
 POLL_SECONDS = 0.2

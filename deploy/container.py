@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from strategies import Job
+    from strategies.job import Job
 
 FOLDER, PKI = Path("/federation"), Path("/pki")
 FLEET_PORT, CONTROL_PORT = 9092, 8000
@@ -52,7 +52,7 @@ def make_keys(
     from deploy.policy_file import models_of, pins_of_job, policy_text
     from deploy.server_folder import make_server
     from deploy.site_folder import make_site
-    from strategies import configure
+    from strategies.job import configure
 
     job = configure(parse_settings([settings]))
     model = job.config.model

@@ -18,7 +18,7 @@ from server.conduct import DYING_SECONDS
 from server.lock import is_written
 from server.records import write_json
 from server.resume import settings_of_resumed, with_resumed
-from strategies import configure
+from strategies.job import configure
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 20.0

@@ -28,7 +28,7 @@ from common.privacy.figures import epsilon_text
 from common.run_lines import ConfigFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
 from experiments.site_count import record_sites, recorded_sites
 from server.lock import only_writer
-from strategies import Job, configure
+from strategies.job import Job, configure
 
 SHIPPED = Path(__file__).parent / "configs"
 DEFAULT = tuple(SHIPPED / f"{name}.toml" for name in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"))

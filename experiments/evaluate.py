@@ -16,7 +16,7 @@ from common.model.device import choose_attention, choose_device
 from common.model.federated import Score, score_records
 from common.run_lines import read_json
 from common.tasks import TASKS
-from strategies import configure
+from strategies.job import configure
 
 
 def load_result(adapter: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -20,7 +20,7 @@ from server.model import ServerModel
 from server.records import RunFolder
 from server.replies import read_reply
 from server.sites import Exchange, Transport
-from strategies import Job, configure
+from strategies.job import Job, configure
 
 
 def simulated_nodes(count: int, ledgers: Path) -> list[dict[str, Scalar]]:

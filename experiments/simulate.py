@@ -30,7 +30,7 @@ from common.run_lines import ProgressFile, ResultFile, read_if_there
 from deploy.app import app_folder
 from experiments.site_count import record_sites
 from server.lock import is_written
-from strategies import configure
+from strategies.job import configure
 
 START_SECONDS = 60.0
 QUIET_SECONDS = 45.0

@@ -16,7 +16,8 @@ from server import app as real
 from server import records
 from server.checkpoint import NAME, Checkpoint, save_checkpoint
 from server.sites import Sites
-from strategies import STRATEGIES, configure
+from strategies import STRATEGIES
+from strategies.job import configure
 
 BEFORE, TRAINING, AGGREGATING = "before sending", "while sites train", "while aggregating"
 RENAME, CHECKPOINT = "between the checkpoint's write and its rename", "after the checkpoint"

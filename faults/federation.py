@@ -29,7 +29,7 @@ from faults.plan import VARIABLE, Plan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
 from server.registered import NODES
-from strategies import configure
+from strategies.job import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
 """The sites and their declared public sizes: three different weights."""

@@ -19,7 +19,7 @@ from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
-from strategies import configure, known_settings
+from strategies.job import configure, known_settings
 
 SCHEMA = "fedveil-report/1"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""

@@ -15,7 +15,8 @@ from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from server.registered import misnamed
 from server.terms import least_plan
-from strategies import Job, ServerState
+from strategies import ServerState
+from strategies.job import Job
 
 ROOM = 1e-3
 """Relative. Two versions of an accountant may differ by this in the least noise for a budget."""

@@ -30,7 +30,8 @@ from common.messages.state import AdapterState
 from common.messages.tensors import apply
 from server.plausible import held_by, honest_norm, update_norm
 from server.terms import least_plan, usual_noise
-from strategies import Contribution, Job, ServerState
+from strategies import Contribution, ServerState
+from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
 LONGEST, LONGEST_OPEN = 2.0, 3.0

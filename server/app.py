@@ -21,7 +21,7 @@ from server.records import RunFolder
 from server.registered import registered_names
 from server.replies import read_reply, refusal
 from server.sites import Exchange
-from strategies import Job, configure
+from strategies.job import Job, configure
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0

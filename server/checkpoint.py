@@ -29,7 +29,8 @@ from common.model.federated import Score
 from common.run_lines import ResultFile, read_if_there
 from common.strict_json import from_json, to_json
 from server.admission import Member
-from strategies import Job, Moments, ServerState
+from strategies import Moments, ServerState
+from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
 FORMAT = "5"

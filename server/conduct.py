@@ -22,7 +22,8 @@ from server.records import RunFolder
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
 from server.terminal import round_line, score_words
-from strategies import Job, ServerState
+from strategies import ServerState
+from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
 DYING_SECONDS = 90.0

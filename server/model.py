@@ -16,8 +16,8 @@ from common.model.device import choose_batch_tokens
 from common.model.federated import FederatedModel, Score, model_of
 from common.randomness import stream
 from common.tasks import Record
-from strategies import Job
 from strategies.base import GradientSource
+from strategies.job import Job
 
 
 class ServerModel:

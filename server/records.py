@@ -50,7 +50,8 @@ from common.tasks import TASKS
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
 from server.rounds import RoundOutcome
-from strategies import Job, ServerState
+from strategies import ServerState
+from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
 

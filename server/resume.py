@@ -10,7 +10,7 @@ from common.errors import ConfigError
 from common.run_lines import ConfigFile, read_file
 from server.checkpoint import NAME, load_checkpoint
 from server.lock import GLANCE_SECONDS, only_writer
-from strategies import configure
+from strategies.job import configure
 
 
 def with_resumed(overrides: Mapping[str, Scalar], patience: float = GLANCE_SECONDS) -> dict[str, Scalar]:

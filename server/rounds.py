@@ -17,7 +17,8 @@ from server.model import ServerModel
 from server.optimizer import server_step
 from server.replies import clean
 from server.sites import Gathering, Sites, Transport
-from strategies import Job, ServerState, mean
+from strategies import ServerState, mean
+from strategies.job import Job
 
 
 @dataclass(frozen=True)

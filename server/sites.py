@@ -13,7 +13,8 @@ from common.messages.tensors import fingerprint, start_fingerprint
 from common.run_lines import Absence
 from server.admission import Admission
 from server.model import ServerModel
-from strategies import Job, ServerState
+from strategies import ServerState
+from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
 ASK_AGAIN = ("late", "failed")

@@ -32,7 +32,7 @@ def refuse_wrong_settings() -> None:
     from flwr.common.config import flatten_dict, get_project_config, parse_config_args
 
     try:
-        from strategies import configure
+        from strategies.job import configure
     except ImportError:
         return  # Sent from a place that has Flower only; the server checks.
     app = get_project_config(Path(context.params["app"]).expanduser())["tool"]["flwr"]["app"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # a report is made from files alone, without loading what tra
     from common.model.federated import Score
     from server.admission import Member
     from server.rounds import RoundOutcome
-    from strategies import Job
+    from strategies.job import Job
 
 
 def epsilon_words(members: Iterable[Member]) -> str:

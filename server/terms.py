@@ -7,7 +7,7 @@ import dataclasses
 from common.errors import BudgetExhausted
 from common.messages.round import TrainResult
 from common.privacy.plan import PrivacyPlan
-from strategies import Job
+from strategies.job import Job
 
 
 def least_plan(job: Job, result: TrainResult) -> PrivacyPlan | None:

@@ -24,7 +24,7 @@ from common.run_lines import (
     Status,
 )
 from common.strict_json import to_json
-from strategies import configure
+from strategies.job import configure
 
 DELTA = 1e-5
 HEAD = "trained and averaged, inside the clip"

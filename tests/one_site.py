@@ -22,7 +22,7 @@ from common.messages.wire import encode_task
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel, model_of
 from deploy.policy_file import models_of, pins_of_job
-from strategies import configure
+from strategies.job import configure
 
 
 @dataclass

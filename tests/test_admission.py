@@ -21,7 +21,8 @@ from server.admission import Admission
 from server.rounds import RoundOutcome
 from server.sites import Gathering
 from server.terminal import epsilon_words, round_line
-from strategies import Job, ServerState, configure
+from strategies import ServerState
+from strategies.job import Job, configure
 
 SIZE = 2000
 NUMBERS = 40_000

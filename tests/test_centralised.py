@@ -25,8 +25,9 @@ from common.model.batching import epoch_batches
 from common.model.federated import FederatedModel
 from common.randomness import stream
 from common.tasks import TASKS, Record
-from strategies import STRATEGIES, Job, configure
+from strategies import STRATEGIES
 from strategies.base import Contribution
+from strategies.job import Job, configure
 
 Changes = dict[str, Any]
 STEPS, RATE = 5, 0.3

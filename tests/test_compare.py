@@ -19,7 +19,8 @@ from experiments import compare as comparison
 from experiments.compare import DEFAULT, Outcome, compare, table
 from experiments.site_count import record_sites
 from server.lock import is_written, only_writer
-from strategies import STRATEGIES, configure
+from strategies import STRATEGIES
+from strategies.job import configure
 
 
 def test_the_shipped_comparison_is_of_every_strategy() -> None:

@@ -23,7 +23,7 @@ from deploy.server_folder import CONTROL_PORT, FLEET_PORT
 from deploy.site_folder import node_settings, open_site_folder
 from deploy.start import start_site
 from server.registered import NODES
-from strategies import configure
+from strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

@@ -17,7 +17,8 @@ from common.config import sections as choices
 from common.config.sections import RunConfig, Scalar, defaults, from_mapping, to_mapping
 from common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from common.errors import ConfigError
-from strategies import STRATEGIES, configure, known_settings
+from strategies import STRATEGIES
+from strategies.job import configure, known_settings
 
 fast = settings(max_examples=25, deadline=None)
 ROOT = Path(__file__).parent.parent

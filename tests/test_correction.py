@@ -21,8 +21,9 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import apply, entries, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import dpsgd
-from strategies import STRATEGIES, Job, configure
+from strategies import STRATEGIES
 from strategies.ffa_lora import FFALoRA
+from strategies.job import Job, configure
 
 Call = tuple[AdapterState, AdapterState, AdapterState]
 STEPS, RATE, MU = 3, 0.5, 0.4

@@ -34,7 +34,7 @@ from common.messages.wire import encode_task
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
-from strategies import configure
+from strategies.job import configure
 
 TIMING = Timing(passes={8: 0.1, 24: 0.3}, rows={8: 40, 24: 10}, empty=0.5, score=0.01)
 BAND = 0.3
@@ -404,7 +404,7 @@ def test_a_failure_is_noted_once_the_reply_is_there_and_no_lock_makes_that_late(
     assert isinstance(reply, TrainResult), reply
     assert held[1:] == ["noise", "noted"]
     assert 2.0 <= counted < 2.0 + BAND
-    assert "the ledger has no row of it" in caplog.text
+    assert "the ledger has no row of a round that failed" in caplog.text
     assert not played.failures
 
 

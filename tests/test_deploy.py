@@ -49,7 +49,7 @@ from deploy.start import start_server, start_site
 from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer
 from server.records import write_json
-from strategies import configure
+from strategies.job import configure
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
 FEDVEIL = str(Path(sys.executable).parent / "fedveil")

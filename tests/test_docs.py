@@ -15,14 +15,14 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-import strategies
 from cli.main import app
 from client.site import NODE_KEYS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
 from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
-from strategies import configure
+from strategies import STRATEGIES
+from strategies.job import configure
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,9 +136,11 @@ def the_pages_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     source, row, _ = blocks(ROOT / "docs" / "add-a-strategy.md", "python")
     (tmp_path / "fedavg_qr.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
-    exec(row, {"STRATEGIES": strategies.STRATEGIES, "FedAvgQR": __import__("fedavg_qr").FedAvgQR})
+    before = dict(STRATEGIES)
+    exec(row, {"STRATEGIES": STRATEGIES, "FedAvgQR": __import__("fedavg_qr").FedAvgQR})
     yield row
+    STRATEGIES.clear()
+    STRATEGIES.update(before)
     sys.modules.pop("fedavg_qr")
 
 

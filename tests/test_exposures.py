@@ -33,7 +33,7 @@ from common.tasks.text import TextExample
 from experiments.in_process import run_in_process, simulated_nodes
 from reports import federation_epsilon, report_of, write_reports
 from server.admission import Admission
-from strategies import configure
+from strategies.job import configure
 
 OPEN = {"privacy.mode": "none"}
 WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)

@@ -34,8 +34,9 @@ from common.model.federated import FederatedModel
 from common.starts.gradient import mean_gradient, private_gradient
 from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
-from strategies import Contribution, Job, ServerState, configure, mean
+from strategies import Contribution, ServerState, mean
 from strategies.fed_sb import FedSB, gradient_basis
+from strategies.job import Job, configure
 
 OUT, IN, RANK = 7, 12, 3
 SHAPES = {"wide": (5, 11), "tall": (13, 6)}

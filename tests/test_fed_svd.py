@@ -22,9 +22,10 @@ from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
 from server.sites import Exchange
-from strategies import Contribution, ServerState, configure
+from strategies import Contribution, ServerState
 from strategies.fed_svd import FedSVD, refactor
 from strategies.ffa_lora import FFALoRA
+from strategies.job import configure
 
 SHAPES = {"wide": (5, 11), "tall": (13, 6)}
 RANK = 3

@@ -22,7 +22,8 @@ from common.strict_json import to_json
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from reports import markdown_report
-from strategies import STRATEGIES, known_settings
+from strategies import STRATEGIES
+from strategies.job import known_settings
 from strategies.table import payload, preset_adapter
 
 PRIVACY_FIELDS = [

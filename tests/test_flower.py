@@ -150,7 +150,7 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     with app_folder() as folder:
         assert build_fab_from_disk(folder) == content, "what we hand to Flower is not what it would bundle itself"
     assert not folder.exists()
-    packages = ("common", "strategies", "client", "server")
+    packages = ("common", "strategies", "client", "reports", "server")
     found = zipfile.ZipFile(BytesIO(content)).namelist()
     wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}
     assert set(found) == wanted | {"pyproject.toml", ".info/CONTENT"}
@@ -158,7 +158,7 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
 
 
 def test_settings_are_checked_without_the_libraries_that_only_training_needs() -> None:
-    code = "import sys, strategies, server.resume; strategies.configure({}); print(*sys.modules)"
+    code = "import sys, strategies.job, server.resume; strategies.job.configure({}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {"peft", "transformers", "opacus", "dp_accounting", "scipy"} & set(done.stdout.split())
     assert not loaded, f"a wrong setting is named only after {', '.join(sorted(loaded))} are imported: seconds"

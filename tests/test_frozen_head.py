@@ -11,7 +11,7 @@ from one_site import clinic
 from common.errors import ConfigError
 from common.messages.round import Refusal
 from server.model import ServerModel
-from strategies import configure
+from strategies.job import configure
 
 # Neither word is in the tiny tokenizer's vocabulary, so both labels' features are those of an unknown word.
 ALIKE = {"head.policy": "frozen", "head.start": "label-words", "head.phrases": "excellent;terrible"}

@@ -22,8 +22,9 @@ from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.planner.forecast import forecast
 from server.model import ServerModel
-from strategies import STRATEGIES, configure
+from strategies import STRATEGIES
 from strategies.fedavg import FedAvgLoRA
+from strategies.job import configure
 from strategies.table import payload, preset_adapter, strategy_table, travels
 
 

@@ -28,7 +28,8 @@ from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
-from strategies import STRATEGIES, configure
+from strategies import STRATEGIES
+from strategies.job import configure
 
 fast = settings(max_examples=25, deadline=None)
 SETTINGS = TrainingConfig(head_rate=5.0, momentum=0.8, beta2=0.95, weight_decay=0.1)

@@ -38,7 +38,7 @@ from common.errors import FedVeilError, PolicyRefusal
 from common.messages.round import Refusal
 from common.tasks import TASKS, roles_of_all
 from common.tasks.roles import Role
-from strategies import configure
+from strategies.job import configure
 
 
 @pytest.fixture

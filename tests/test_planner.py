@@ -28,7 +28,8 @@ from experiments.planner.calibration import Calibration, alignment_of, round_sec
 from experiments.planner.find import RATES, find
 from experiments.planner.forecast import Forecast, forecast
 from experiments.planner.plan import last_within, signal_to_noise, simulated_sizes
-from strategies import STRATEGIES, configure
+from strategies import STRATEGIES
+from strategies.job import configure
 
 MEASURED = Calibration(64, 1, "cpu", 0.1, 0.01, 2.0, 500.0, 0.0, (0.1, 0.2))
 

@@ -35,7 +35,7 @@ from common.privacy.accounting import Release, epsilon
 from common.run_lines import RoundLine, read_lines
 from common.tasks.examples import Dataset
 from experiments.in_process import run_in_process, simulated_nodes
-from strategies import configure
+from strategies.job import configure
 
 PUBLIC = 50
 WHOLE = 'task = "classification"\ntext = "text"\nlabel = "label"\nlabels = ["bad", "good"]\nmax-length = 128\n'

@@ -25,7 +25,7 @@ from deploy.pin import pin
 from deploy.policy_file import pins_of, policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_site
-from strategies import configure
+from strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = pins_of("classification", {"text": "note"}, "bad,good", 64)

@@ -23,7 +23,7 @@ from client.outgoing import UNTOLD
 from common.config.sections import Columns, DataConfig
 from common.data.sources import Reading, load_dataset, load_protected
 from common.data.tables import Unfit
-from common.errors import DataError, UnreadableFile
+from common.errors import DataError, LedgerError, UnreadableFile
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.wire import encode_reply
 from common.privacy import dpsgd
@@ -248,6 +248,20 @@ def test_a_file_that_stays_broken_is_said_in_every_round_by_log_and_ledger(
         failures = ledger.failures()
     assert [(row.dataset, row.round_number) for row in failures] == [("clinic", 1), ("clinic", 2)]
     assert not any("never closed" in row.reason for row in failures), "the ledger quotes a record"
+
+
+def test_a_ledger_that_cannot_note_a_broken_file_is_no_refusal(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise LedgerError("the disk is full")
+
+    task = site.task(1)
+    data_of(site).write_bytes(next(iter(BROKEN.values())))
+    client.site._own_data.cache_clear()
+    monkeypatch.setattr(Ledger, "fail", full)
+    assert isinstance(site.ask(task), TrainResult), "the refusal tells that no record is read"
+    assert "the ledger has no row of a round that failed: the disk is full" in caplog.text
 
 
 def test_data_that_are_gone_are_one_refusal_without_a_path(site: OneSite) -> None:

@@ -21,7 +21,8 @@ from server.admission import Admission
 from server.aggregation import LONGEST, LONGEST_OPEN, capped, contributions
 from server.plausible import honest_norm, largest_norm
 from server.terms import least_plan, usual_noise
-from strategies import Job, ServerState, configure
+from strategies import ServerState
+from strategies.job import Job, configure
 
 PRIVATE: dict[str, Any] = {"server.optimizer": "none", "training.optimizer": "sgd", "training.learning-rate": 0.1}
 OPEN: dict[str, Any] = {**PRIVATE, "privacy.mode": "none"}

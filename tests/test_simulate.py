@@ -22,7 +22,7 @@ from experiments.in_process import InProcessTransport, run_in_process
 from experiments.site_count import record_sites, recorded_sites, sites_of
 from server.checkpoint import NAME
 from server.lock import only_writer
-from strategies import configure
+from strategies.job import configure
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from common.tasks.roles import LABEL, Role
 from deploy.policy_file import pins_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from strategies import configure
+from strategies.job import configure
 
 WIDTH = 8
 

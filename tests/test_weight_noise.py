@@ -24,7 +24,8 @@ from common.messages.tensors import fingerprint, merge, start_fingerprint
 from common.model.federated import model_of
 from common.privacy import dpsgd
 from common.tasks.examples import Dataset
-from strategies import STRATEGIES, Contribution, configure
+from strategies import STRATEGIES, Contribution
+from strategies.job import configure
 
 ROUNDS = 60
 Layer = dict[str, Tensor]

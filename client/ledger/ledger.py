@@ -304,24 +304,26 @@ class Ledger(BudgetHistory):
         keeps its own stored budget, at its own stored delta.
         """
         own, *others = names
-        terms, spent = {name: self.terms(name) for name in names}, {name: self.spent(name) for name in names}
-        at = min(delta, terms[own].delta)
-        with self._apart():
-            prices = {own: price(spent[own], releases, at, min(max_epsilon, terms[own].epsilon))}
-            for name in others:
-                # A name that was released without privacy and never charged has no delta yet.
-                held = terms[name].delta if math.isfinite(terms[name].delta) else at
-                prices[name] = price(spent[name], releases, held, terms[name].epsilon)
+        held = self.terms(own)
+        prices = {own: self._price(own, releases, min(delta, held.delta), min(max_epsilon, held.epsilon))}
+        for name in others:
+            held = self.terms(name)
+            # A name that holds records without a charge or a budget was released without privacy: it has no delta yet.
+            at = held.delta if math.isfinite(held.delta) else prices[own].delta
+            prices[name] = self._price(name, releases, at, held.epsilon)
         return prices
 
     def _at_most(self, prices: dict[str, Charge], releases: Sequence[Release], delta: float) -> list[Charge]:
         """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
-        spent = {name: self.spent(name) for name, charge in prices.items() if charge.delta > delta}
+        return [
+            charge if charge.delta <= delta else self._price(name, releases, delta, charge.max_epsilon)
+            for name, charge in prices.items()
+        ]
+
+    def _price(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Charge:
+        spent = self.spent(dataset)
         with self._apart():
-            return [
-                price(spent[name], releases, delta, charge.max_epsilon) if name in spent else charge
-                for name, charge in prices.items()
-            ]
+            return price(spent, releases, delta, max_epsilon)
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.

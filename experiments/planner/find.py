@@ -13,7 +13,7 @@ from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import LEAST_NOISE, Release, epsilon, noise_multiplier_for
 from experiments.planner.plan import MOST_ROUNDS, last_within, paid_before
-from strategies import Job
+from strategies.job import Job
 
 RATES = (*(float(f"{digits}e{power}") for power in range(-7, -2) for digits in range(100, 1000)), 1.0)
 """Sample rates of three digits, from 1e-5 to 1: the candidates of ``sample_rate_for``."""

@@ -24,7 +24,7 @@ from experiments.planner.plan import (
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
 from server.model import ServerModel
-from strategies import Job
+from strategies.job import Job
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from common.errors import ConfigError
 from common.privacy.accounting import Release, epsilon, epsilon_with_method
 from common.privacy.plan import PrivacyPlan
 from common.tasks.examples import Dataset
-from strategies import Job
+from strategies.job import Job
 
 MOST_ROUNDS = 100_000
 """Rounds beyond which no end of the budget is looked for."""

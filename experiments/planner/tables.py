@@ -13,7 +13,7 @@ from common.words import counted
 from experiments.planner.find import Found
 from experiments.planner.forecast import Forecast
 from experiments.planner.plan import LEAST_SIGNAL, MOST_ROUNDS, spread
-from strategies import Job
+from strategies.job import Job
 
 MOST_LINES = 10
 """Lines of the table of rounds; ``--json`` has them all."""

@@ -13,7 +13,8 @@ from common.messages.tensors import fingerprint, start_fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from common.privacy.plan import PrivacyPlan
 from server.model import ServerModel
-from strategies import STRATEGIES, Job
+from strategies import STRATEGIES
+from strategies.job import Job
 from strategies.table import payload, preset_adapter
 
 RUN = "1" * 20
