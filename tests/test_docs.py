@@ -19,8 +19,8 @@ from cli.main import app
 from client.site import NODE_KEYS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
+from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies import STRATEGIES
 from strategies.job import configure
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
@@ -151,8 +151,8 @@ def test_the_page_on_adding_a_strategy_works(server: str, toy_settings: dict[str
     settings = {**toy_settings, "rounds": 3, "server.optimizer": server}
     namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
     exec(f"folder = {run}", namespace)
-    lines = read_lines(namespace["folder"] / "rounds.jsonl")
-    assert [line["strategy"] for line in lines] == ["fedavg-qr"] * 3
+    lines = read_lines(RoundLine, namespace["folder"])
+    assert [line.strategy for line in lines] == ["fedavg-qr"] * 3
 
 
 def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_strategy: str, tmp_path: Path) -> None:
