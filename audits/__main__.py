@@ -28,7 +28,8 @@ from audits.sensitivity import audit_sensitivity
 from audits.simulation import probe_runs
 from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps
-from audits.tiny_site import save_tiny_model, tiny_run
+from audits.tiny_models import save_tiny_model
+from audits.tiny_site import tiny_run
 from audits.worlds import World, fresh_world
 from common.run_lines import ConfigFile, Finding
 from common.strict_json import to_json

@@ -14,7 +14,8 @@ from unittest.mock import patch
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.hostile_state import clips_moved, install
-from audits.tiny_site import tiny_deberta, tiny_site, tiny_tokenizer
+from audits.tiny_models import tiny_deberta, tiny_tokenizer
+from audits.tiny_site import tiny_site
 from client.deadline import Timing
 from common.messages.round import Refusal
 from common.model.federated import FederatedModel

@@ -16,7 +16,8 @@ from unittest.mock import patch
 
 from audits.faults import SOUND, Fault
 from audits.finding import judged
-from audits.tiny_site import OneSite, tiny_site, write_reviews
+from audits.tiny_models import write_reviews
+from audits.tiny_site import OneSite, tiny_site
 from client.policy import Policy
 from common.config.sections import Scalar
 from common.errors import ModelNotLoaded

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from audits.dirac import Dirac
 from audits.faults import FAULTS, SOUND
-from audits.tiny_site import FILLER
+from audits.tiny_models import FILLER
 from client import app as site
 from client.deadline import Timing
 from common.model.federated import FederatedModel

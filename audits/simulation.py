@@ -21,7 +21,8 @@ from audits.canary import DELTA, NOISE, ROUNDS, STEPS, compared
 from audits.faults import HALVED, RESET, SOUND, Fault
 from audits.shell import run_alone, with_each
 from audits.simulated_site import text_of
-from audits.tiny_site import save_tiny_model, tiny_run, write_reviews
+from audits.tiny_models import save_tiny_model, write_reviews
+from audits.tiny_site import tiny_run
 from common.bundle import OWN_SETTINGS
 from common.data.partition import declared_size
 from common.errors import ConfigError
@@ -33,7 +34,7 @@ from experiments.simulate import simulate
 CANARIES = 4000
 RANK = 8
 FAULTS = (HALVED, RESET)
-PACKAGES = ("audits", "client", "common", "deploy", "experiments", "reports", "server", "strategies", "tests")
+PACKAGES = ("audits", "client", "common", "deploy", "experiments", "reports", "server", "strategies")
 
 
 def bundle(folder: Path, fault: Fault) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from audits.tiny_site import FILLER, TARGETS
+from audits.tiny_models import FILLER, TARGETS
 from common.adapters import ADAPTERS
 from common.config.sections import HeadConfig
 from common.model.base import load_base_model

@@ -38,7 +38,8 @@ from strategies.job import configure
 
 # The audits' tiny sites are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from audits.tiny_site import tiny_run, write_reviews
+from audits.tiny_models import write_reviews
+from audits.tiny_site import tiny_run
 
 SITES = ("clinic", "ward")
 SLEEP, LOOK = 3.0, 0.5

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from audits.tiny_site import tiny_run, write_reviews
+from audits.tiny_models import write_reviews
+from audits.tiny_site import tiny_run
 from common.config.sections import Scalar
 from common.model.base import load_base_model
 from common.paths import run_folder

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import TARGETS
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from audits.tiny_models import TARGETS
 from common.adapters import ADAPTERS, Adapter
 from common.adapters.base import layer_shape, start_of_a
 from common.errors import FedVeilError, ModelError, ProtocolError

@@ -19,8 +19,8 @@ import torch
 from flwr.app import Context, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
-from one_site import OneSite, clinic
 
+from audits.tiny_site import OneSite, clinic
 from client import app, budget, deadline, local_training
 from client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
 from client.ledger import ledger

@@ -20,10 +20,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import TARGETS, write_reviews
-from one_site import pins
 from typer.testing import CliRunner
 
+from audits.tiny_models import TARGETS, write_reviews
+from audits.tiny_site import pins
 from cli.main import app
 from client.ledger.ledger import Ledger
 from client.policy import load_policy

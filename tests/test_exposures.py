@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_reviews
 from made_run import MadeRun
-from one_site import OneSite, clinic, pins
 from test_report import fedveil
 
+from audits.tiny_models import write_reviews
+from audits.tiny_site import OneSite, clinic, pins
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Charge

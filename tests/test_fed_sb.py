@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FILLER, GOOD, TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from audits.tiny_models import FILLER, GOOD, TARGETS
 from audits.worlds import plan
 from client.local_training import initial_round, train_round
 from client.site import Site

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_reviews
 from made_run import spent
-from one_site import pins
 
+from audits.tiny_models import write_reviews
+from audits.tiny_site import pins
 from client.ledger.ledger import Ledger
 from common.config.sections import Scalar
 from common.config.text import to_toml

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from audits.tiny_models import TARGETS
 from common.adapters import LoRAFrozenA
 from common.config.sections import HeadConfig
 from common.messages.tensors import start_fingerprint

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_site import clinic
 
+from audits.tiny_site import clinic
 from common.errors import ConfigError
 from common.messages.round import Refusal
 from server.model import ServerModel

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model, toy_run, write_reviews
 from safetensors.torch import load_file
 from torch import Tensor
 
+from audits.tiny_models import save_tiny_model, toy_run, write_reviews
 from client import local_training
 from common.privacy import dpsgd
 from experiments.in_process import run_in_process

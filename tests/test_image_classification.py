@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from digits import PATCH, PROCESSOR, SIDE, TOKENS, digits, encoded, save_vit, write_folder
-from one_site import OneSite
 from PIL import Image
 from torch import nn
 
+from audits.tiny_site import OneSite
 from client.own_records import prepared
 from client.rehearsal import rehearse
 from common.adapters import ADAPTERS

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_site import OneSite, clinic
 
+from audits.tiny_site import OneSite, clinic
 from audits.worlds import plan
 from client import app, local_training
 from common.messages.round import TrainResult

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_site import pins
 
+from audits.tiny_site import pins
 from common.config.text import to_toml
 from common.errors import ConfigError
 from common.log import JsonLines, about, set_up

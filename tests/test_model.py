@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
+from audits.tiny_models import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from audits.worlds import plan
 from client.local_training import plain_step
 from client.optimizers import build_optimizer

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_reviews
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_run import spent
-from one_site import clinic
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from audits.tiny_models import write_reviews
+from audits.tiny_site import clinic
 from client import local_training
 from client.optimizers import build_optimizer, set_learning_rate
 from common import randomness

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_model, tiny_model
 
+from audits.tiny_models import save_tiny_model, tiny_model
 from common.data.packaged import (
     ASDIV,
     DINOV2_SMALL,

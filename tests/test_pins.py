@@ -12,9 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from conftest import write_questions
 from digits import encoded
-from one_site import OneSite, clinic, pins
 
 from audits.faults import SOUND, Fault
 from audits.hostile_questions import (
@@ -31,6 +29,8 @@ from audits.hostile_questions import (
     places,
     with_codes,
 )
+from audits.tiny_models import write_questions
+from audits.tiny_site import OneSite, clinic, pins
 from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_reviews
 from hypothesis import given
 from hypothesis import strategies as st
 from made_run import spent
 from typer.testing import CliRunner
 
+from audits.tiny_models import write_reviews
 from cli.main import app
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_questions
-from one_site import OneSite, clinic, pins
 
 import client.site
 from audits.bands import out_of_band, related
 from audits.faults import same_seeds
+from audits.tiny_models import write_questions
+from audits.tiny_site import OneSite, clinic, pins
 from client.budget import plan_of
 from client.evaluation import noised_correct
 from client.ledger.ledger import Ledger

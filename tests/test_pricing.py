@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_site import OneSite, clinic
 
+from audits.tiny_site import OneSite, clinic
 from client.ledger.ledger import PRICES, Ledger
 from client.ledger.rows import Charge, price
 from common.config.sections import PrivacyConfig, TrainingConfig

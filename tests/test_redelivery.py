@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from one_site import OneSite, clinic
 
 import client.app
+from audits.tiny_site import OneSite, clinic
 from client.local_training import train_round
 from common.messages.round import Refusal, TrainResult, TrainTask
 from common.messages.tensors import entries, scale

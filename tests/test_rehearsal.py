@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_deberta, tiny_tokenizer
-from one_site import OneSite, clinic
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_tokenizer
+from audits.tiny_site import OneSite, clinic
 from client import app, local_training, rehearsal
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure

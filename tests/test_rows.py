@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_questions
-from one_site import OneSite, clinic
 
 import client.site
 from audits.faults import SOUND, Fault
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
+from audits.tiny_models import write_questions
+from audits.tiny_site import OneSite, clinic
 from client import local_training
 from client.ledger.ledger import Ledger
 from client.outgoing import UNTOLD

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import write_questions
 from made_run import MadeRun
-from one_site import OneSite
 from typer.testing import CliRunner
 
+from audits.tiny_models import write_questions
+from audits.tiny_site import OneSite
 from cli.main import app
 from common.errors import ConfigError, RunFailed
 from experiments import simulate as simulation

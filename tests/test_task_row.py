@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from made_run import spent
-from one_site import OneSite
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from audits.tiny_site import OneSite
 from cli.column_options import with_columns
 from client.own_records import prepared
 from common import tasks

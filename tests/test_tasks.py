@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FILLER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from audits.tiny_models import FILLER
 from common.errors import DataError
 from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_tokenizer, write_questions
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 from google.protobuf.message import Message as Proto
-from one_site import OneSite, clinic
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
+from audits.tiny_models import VOCABULARY, tiny_tokenizer, write_questions
+from audits.tiny_site import OneSite, clinic
 from client import local_training
 from client.app import train
 from client.outgoing import TOLD, UNTOLD, public_reason, without_paths

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TARGETS
 from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
-from one_site import OneSite, clinic
 from runtime_api import SECRET, RuntimeApi, runtime_api
 
+from audits.tiny_models import TARGETS
+from audits.tiny_site import OneSite, clinic
 from client import app as installed
 from client import runtime, worker
 from client.leftovers import tensors_digest
