@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.adapters.base import Adapter
+from common.adapters.dora import DoRA
 from common.adapters.lora import LoRA
 from common.adapters.lora_frozen_a import LoRAFrozenA
 from common.adapters.lora_sb import LoRASB
@@ -10,7 +11,7 @@ from common.check import one_of
 from common.config.sections import AdapterConfig
 from common.errors import ConfigError
 
-ADAPTERS: dict[str, type[Adapter]] = {adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRASB)}
+ADAPTERS: dict[str, type[Adapter]] = {adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRASB, DoRA)}
 ALIASES = {"ffa-lora": "lora-frozen-a"}
 """Other names that ``adapter.name`` takes, and the adapter that each stands for."""
 
@@ -30,4 +31,4 @@ def build_adapter(name: str, config: AdapterConfig, init: str) -> Adapter:
     return ADAPTERS[name](config.rank, config.alpha, config.target_modules, init, config.scale)
 
 
-__all__ = ["ADAPTERS", "ALIASES", "Adapter", "LoRA", "LoRAFrozenA", "LoRASB", "build_adapter"]
+__all__ = ["ADAPTERS", "ALIASES", "Adapter", "DoRA", "LoRA", "LoRAFrozenA", "LoRASB", "build_adapter"]
