@@ -20,11 +20,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from common.adapters import ADAPTERS, Adapter
+from common.adapters import ADAPTERS, Adapter, DoRA
 from common.adapters.base import ADAPTER_NAME, layer_shape, start_of_a
 from common.adapters.branch import Branch
 from common.adapters.low_rank import LowRank
-from common.adapters.mapped import Mapped
 from common.errors import FedVeilError, ModelError, ProtocolError
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
@@ -36,6 +35,10 @@ RANK, ALPHA = 3, 12.0
 FAMILIES = ("bert", "gpt2", "llama")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_adapter = pytest.mark.parametrize("name", ADAPTERS)
+each_with_a = pytest.mark.parametrize(
+    "name", [name for name, a in ADAPTERS.items() if "A" in a(1, 1.0, ()).shapes(2, 2)]
+)
+"""The adapters with a factor A, which starts from the seed."""
 Folder = Callable[[str], str]
 
 
@@ -110,7 +113,7 @@ def test_every_layer_that_a_target_names_is_adapted_and_no_other(model_folder: F
     assert any(out != into for out, into in shapes), "the example has only square layers, so it proves little"
 
 
-@each_adapter
+@each_with_a
 @each_family
 def test_the_start_follows_bit_for_bit_from_the_seed_and_differs_by_layer(
     model_folder: Folder, name: str, family: str
@@ -136,7 +139,7 @@ def test_the_start_changes_no_output_bit_for_bit(model_folder: Folder, name: str
     assert not torch.equal(output(model), output(stock(model_folder(family), family))), "the factors change nothing"
 
 
-@each_adapter
+@each_with_a
 @each_family
 def test_an_orthonormal_start_has_orthonormal_rows(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
@@ -189,19 +192,21 @@ def _unknown_factor(state: AdapterState) -> AdapterState:
     return {**state, last: {**state[last], "Q": torch.zeros(2, 2)}}
 
 
-def _other_rank(state: AdapterState) -> AdapterState:
+def _other_size(state: AdapterState) -> AdapterState:
     last = sorted(state)[-1]
-    return {**state, last: {**state[last], "A": torch.zeros(RANK + 1, state[last]["A"].shape[1])}}
+    factor, tensor = next(iter(state[last].items()))
+    return {**state, last: {**state[last], factor: torch.zeros(len(tensor) + 1, *tensor.shape[1:])}}
 
 
 def _broadcastable(state: AdapterState) -> AdapterState:
     last = sorted(state)[-1]
-    return {**state, last: {**state[last], "A": torch.zeros(1, state[last]["A"].shape[1])}}
+    factor, tensor = next(iter(state[last].items()))
+    return {**state, last: {**state[last], factor: torch.zeros(1, *tensor.shape[1:])}}
 
 
 @each_adapter
 @each_family
-@pytest.mark.parametrize("spoil", [_unknown_layer, _unknown_factor, _other_rank, _broadcastable])
+@pytest.mark.parametrize("spoil", [_unknown_layer, _unknown_factor, _other_size, _broadcastable])
 def test_a_state_that_does_not_fit_is_refused_and_nothing_of_it_is_written(
     model_folder: Folder, name: str, family: str, spoil: Callable[[AdapterState], AdapterState]
 ) -> None:
@@ -229,7 +234,7 @@ def test_delta_is_what_the_adapter_adds_to_the_layers_weight(model_folder: Folde
             ).T
         error = float((effective - weight - delta).abs().max())
         assert error < 1e-6, f"{layer}: delta is off the effective weight by {error:.1e}"
-        assert float(delta.abs().max()) > 1e-2
+        assert float(delta.abs().max()) > 1e-2 * float(weight.abs().max())
 
 
 @pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if issubclass(adapter, LowRank)])
@@ -261,7 +266,7 @@ def test_an_exported_adapter_is_the_same_model_in_stock_peft(
     loaded = PeftModel.from_pretrained(stock(folder, family), str(tmp_path / "adapter")).eval()
     ours, theirs, plain = output(model), output(loaded), output(base)
     scale = float(ours.abs().max())
-    assert float((ours - plain).abs().max()) > 1e-2 * scale, "the adapter hardly changes the model: nothing is proved"
+    assert float((ours - plain).abs().max()) > 1e-3 * scale, "the adapter hardly changes the model: nothing is proved"
     error = float((ours - theirs).abs().max()) / scale
     assert error < 1e-5, f"the stock model answers differently, by {error:.1e} of the largest logit"
     merged = loaded.merge_and_unload()
@@ -374,15 +379,28 @@ def test_a_sampler_that_is_a_little_off_is_found(model_folder: Folder, monkeypat
     assert furthest_from_alone(float64_model(model_folder("bert"), "dora", "bert")[1]) > 1e-8
 
 
-@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if issubclass(adapter, Mapped)])
+class OwnScale(DoRA):
+    """The fault: the map takes its scale from the adapter's alpha, which a server chooses."""
+
+    def change(self, factors: Any, inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float) -> Tensor:
+        return super().change(factors, inputs, projected, base_weight, self.scaling)
+
+
+def seen_in_a_rehearsal(folder: str, kind: type[Adapter], family: str, alpha: float) -> Tensor:
+    """Return what a model answers with the scale that a rehearsal puts in place of a server's."""
+    adapter = kind(RANK, alpha, tuple(TARGETS[family].split(",")))
+    model = adapter.attach(stock(folder, family), 1).eval()
+    adapter.write(model, random_values(adapter.read(model)))
+    for layer in adapter.layers(model).values():
+        assert layer.scaling == {ADAPTER_NAME: adapter.scaling}
+        layer.scaling[ADAPTER_NAME] = 1.0
+    return output(model)
+
+
+@each_adapter
 @each_family
-def test_a_map_takes_its_scale_from_the_layer_as_a_rehearsal_needs(
-    model_folder: Folder, name: str, family: str
-) -> None:
-    _, model = float64_model(model_folder(family), name, family)
-    before = output(model)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            assert module.scaling == {ADAPTER_NAME: ALPHA / RANK}
-            module.scaling[ADAPTER_NAME] = 1.0
-    assert not torch.equal(output(model), before), "the map has a scale of its own: a server's stays in the rehearsal"
+def test_nothing_of_a_servers_scale_is_left_in_a_rehearsal(model_folder: Folder, name: str, family: str) -> None:
+    answers = [seen_in_a_rehearsal(model_folder(family), ADAPTERS[name], family, alpha) for alpha in (6.0, 1e-6)]
+    assert torch.equal(*answers)
+    hidden = [seen_in_a_rehearsal(model_folder(family), OwnScale, family, alpha) for alpha in (6.0, 1e-6)]
+    assert not torch.equal(*hidden), "a map with a scale of its own is not found"

@@ -160,6 +160,20 @@ def test_noise_on_the_magnitudes_has_the_norm_of_the_noise_in_the_weights() -> N
     assert float(moved.norm()) == pytest.approx(float(x.norm()), rel=1e-12)
 
 
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_small_noise_on_the_direction_enters_the_weights_without_its_part_along_each_row(factor: str) -> None:
+    factors, weight = numbers()
+    draw = torch.Generator().manual_seed(5)
+    x = 1e-5 * torch.randn(factors[factor].shape, generator=draw, dtype=torch.float64)
+    s, (A, B, mu) = dora().scaling, (factors[name] for name in ("A", "B", "mu"))
+    V = weight + s * B @ A
+    unit, turned = V / V.norm(dim=1, keepdim=True), s * (x @ A if factor == "B" else B @ x)
+    wanted = (mu / V.norm(dim=1))[:, None] * (turned - (turned * unit).sum(1, keepdim=True) * unit)
+    moved = dora().delta({**factors, factor: factors[factor] + x}, weight) - dora().delta(factors, weight)
+    assert float((moved - wanted).norm() / wanted.norm()) < 1e-3
+    assert float((moved - (mu / V.norm(dim=1))[:, None] * turned).norm() / wanted.norm()) > 0.05
+
+
 @pytest.mark.parametrize(
     ("mu", "refusal", "said"),
     [(True, TypeError, "keyword-only"), (False, MechanismError, "got no gradient of its own")],
