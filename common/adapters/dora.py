@@ -43,19 +43,20 @@ class DoRA(Mapped):
         return {"A": (self.rank, into), "B": (out, self.rank), "mu": (out,)}
 
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return A from the seed, B = 0, and for mu the norms of W0's rows: the model starts as its base.
+        """Return A from the seed, B = 0, and for mu the norms of the rows of W0 + s B A: the model starts as its base.
 
         Raises:
             ModelError: a row of W0 is zero, so it has no direction.
         """
+        factors = start_of_lora(self, layer_name, layer, seed)
         # In float64, so that every party rounds to the same magnitudes.
-        norms = torch.linalg.vector_norm(base_weight(layer).cpu(), dim=1, dtype=torch.float64)
-        if not bool((norms > 0).all()):
+        weight = base_weight(layer).double().cpu()
+        if not bool((norms := weight.norm(dim=1)).all()):
             raise ModelError(
                 f"row {int(norms.argmin())} of {layer_name} is zero in the base model, and DoRA divides by its norm: "
                 "name other layers in adapter.targets, or set adapter.name to 'lora'"
             )
-        return {**start_of_lora(self, layer_name, layer, seed), "mu": norms.float()}
+        return {**factors, "mu": row_norms(weight, factors["A"], factors["B"], self.scaling).float()}
 
     def change(
         self, factors: Mapping[str, Tensor], inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float
