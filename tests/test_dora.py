@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from common.adapters import DoRA
 from common.adapters.dora import row_norms
+from common.config.text import parse_settings
 from common.errors import ConfigError, MechanismError, ModelError, ProtocolError
 from common.messages.tensors import start_fingerprint
 from common.privacy.dpsgd import PrivateSteps
@@ -235,3 +236,18 @@ def test_an_exported_adapter_says_dora_and_rslora(model_folder: Folder, tmp_path
     adapter.export(model, adapter.read(model), tmp_path, model_folder("bert"))
     loaded = PeftModel.from_pretrained(stock(model_folder("bert"), "bert"), str(tmp_path))
     assert (loaded.peft_config["default"].use_dora, loaded.peft_config["default"].use_rslora) == (True, True)
+
+
+def test_the_first_stage_of_gazal_r1_runs_on_another_model_and_exports(toy_generation: dict[str, Any]) -> None:
+    path = Path(__file__).parent.parent / "experiments" / "configs" / "gazal-r1-stage1.toml"
+    shipped = parse_settings([str(path)])
+    assert shipped["adapter.name"] == "dora", "the configuration trains something else"
+    assert shipped["adapter.scale"] == "sqrt-rank", "the configuration has another scale"
+    own = ("model.name", "model.max-length", "data.name", "data.test-size", "adapter.rank", "output", "device")
+    small = {key: toy_generation[key] for key in own} | {"privacy.delta": 1e-3, "training.sample-rate": 0.3}
+    folder = run_in_process({**shipped, **small}, 2)
+    lines = read_lines(folder / "rounds.jsonl")
+    assert [len(line["participants"]) for line in lines] == [2, 2, 2]
+    assert all(line["epsilon_total"] > 0 for line in read_lines(folder / "privacy.jsonl"))
+    scored = evaluate_run(folder)
+    assert (scored.accuracy, scored.loss) == (lines[-1]["accuracy"], pytest.approx(lines[-1]["loss"], rel=1e-5))
