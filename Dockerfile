@@ -4,7 +4,8 @@ FROM python:3.11-slim AS requirements
 COPY pyproject.toml ./
 # A stage of its own: a changed setting in pyproject.toml does not install everything again.
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*p['dependencies'], *p['optional-dependencies']['demo'], sep='\n')" > /requirements.txt
+        extras = p['optional-dependencies']; \
+        print(*p['dependencies'], *extras['demo'], *extras['vision'], sep='\n')" > /requirements.txt
 
 FROM python:3.11-slim
 

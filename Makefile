@@ -1,6 +1,7 @@
 # make demo   environment, then the main job: a private federated fine-tune on real text
 # make test   environment, then every test
 # make generative   the model and data of the generative example
+# make vision   the vision example: its model and images, then a private federated fine-tune on them
 # make test-deployment   the walk-through of docs/deploy.md with real processes, TLS and keys
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
@@ -11,17 +12,18 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 GENERATIVE := $(VENV)/.generative
+VISION     := $(VENV)/.vision
 
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment audit faults check format environment generative clean
+.PHONY: demo test test-deployment audit faults check format environment generative vision clean
 
 demo: environment
 	$(BIN)/fedveil run
 
-test: environment generative
+test: environment generative $(VISION)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-deployment: environment
@@ -49,7 +51,7 @@ $(READY): pyproject.toml requirements/demo.txt requirements/override.txt
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(EXACT) -r requirements/demo.txt
-	$(PIP) -e '.[demo,dev]'
+	$(PIP) -e '.[demo,vision,dev]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(READY)
 
@@ -59,6 +61,13 @@ generative: $(GENERATIVE)
 $(GENERATIVE): $(READY) requirements/generative.txt
 	$(PIP) $(EXACT) -r requirements/generative.txt
 	@touch $(GENERATIVE)
+
+vision: $(VISION)
+	$(BIN)/fedveil run -c experiments/configs/vision-dinov2.toml
+
+$(VISION): $(READY) requirements/vision.txt
+	$(PIP) $(EXACT) -r requirements/vision.txt
+	@touch $(VISION)
 
 clean:
 	rm -rf $(VENV) .flwr .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

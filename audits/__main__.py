@@ -7,7 +7,6 @@ make audit RUN=runs/my-run
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from audits.account import audit_account
 from audits.canary import probe_all
 from audits.concurrent import bouts_of_all
 from audits.faults import SOUND
-from audits.finding import Finding, as_json, quiet, show
+from audits.finding import audit_file, quiet, show
 from audits.hostile_server import hostile_server
 from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
@@ -31,8 +30,9 @@ from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps
 from audits.tiny_site import save_tiny_model, tiny_run
 from audits.worlds import World, fresh_world
-from common.files import replace_file
-from server.records import package_versions
+from common.run_lines import ConfigFile, Finding
+from common.strict_json import to_json
+from server.records import package_versions, write_json
 from strategies import STRATEGIES
 
 FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen"))
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--bouts", type=int, default=20)
     parser.add_argument("--run", type=Path, help="folder of a run: audit.json goes there")
     wanted = parser.parse_args()
-    if wanted.run and not (wanted.run / "config.json").is_file():
+    if wanted.run and not (wanted.run / ConfigFile.NAME).is_file():
         parser.error(f"{wanted.run} is not the folder of a run: it has no config.json")
     console = Console(highlight=False)
     quiet()
@@ -111,9 +111,9 @@ def main() -> None:
             findings += found
     show(console, findings)
     if wanted.run:
-        content = as_json(findings, datetime.now(UTC).isoformat(timespec="seconds"), package_versions())
+        content = audit_file(findings, datetime.now(UTC).isoformat(timespec="seconds"), package_versions())
         path = wanted.run / "audit.json"
-        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(path, to_json(content))
         console.print(f"written to {path}; 'fedveil report' names it from now on", markup=False, soft_wrap=True)
     sys.exit(not all(finding.passed for finding in findings))
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
 from client import local_training
 from client.deadline import Timing
@@ -24,6 +24,7 @@ from client.ledger.ledger import Ledger
 from client.rehearsal import _Rehearsal
 from common.privacy import dpsgd
 from common.randomness import private_poisson_sample
+from common.run_lines import Finding
 
 STEPS, RATE, PUBLIC, RECORDS = 3, 0.25, 50, 40
 

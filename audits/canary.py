@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from audits.bounds import free_bound, gaussian_bound
 from audits.dirac import Dirac
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, RESET, SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.shell import run_alone, with_each
 from client.ledger.ledger import Ledger
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample
+from common.run_lines import Finding
 
 CANARIES = 9000
 ROUNDS, STEPS = 5, 2

@@ -17,12 +17,13 @@ from typing import Any
 from unittest.mock import patch
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
 from client.ledger.ledger import Ledger
 from common.errors import BudgetExhausted
 from common.privacy.accounting import Release, epsilon
+from common.run_lines import Finding
 
 ROUND = Release(2.0, 0.25, 2)
 DELTA = 1e-3

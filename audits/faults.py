@@ -98,9 +98,9 @@ def ledger_reset() -> Iterator[None]:
     """Every ledger that is opened is a new one: a fresh accountant each round."""
     opened = Ledger.__init__
 
-    def forgetful(ledger: Ledger, path: Path) -> None:
+    def forgetful(ledger: Ledger, path: Path, **words: Any) -> None:
         Path(path).unlink(missing_ok=True)
-        opened(ledger, path)
+        opened(ledger, path, **words)
 
     with patch.object(Ledger, "__init__", forgetful):
         yield

@@ -5,33 +5,15 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from common.run_lines import AuditFile, Finding
+
 SOUND = "as it is"
-FAULT = "fault built in: "
-"""How a case begins in which something was broken on purpose."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one audit, or of one fault that was built in to see whether the audit sees it."""
-
-    audit: str
-    case: str
-    """What ran: the code as it is, or the fault that was built in."""
-    passed: bool
-    """The code as it is: no violation. A built-in fault: it was found."""
-    figures: dict[str, int | float | str]
-    """Counts and epsilons by name."""
-
-    @property
-    def fault(self) -> str:
-        """The fault's name; empty for the code as it is."""
-        return self.case.removeprefix(FAULT) if self.case.startswith(FAULT) else ""
+"""The case of a finding about the code, with nothing built in."""
+FAULT = "fault built in"
 
 
 def judged(audit: str, fault: str, alarm: bool, figures: dict[str, int | float | str]) -> Finding:
@@ -43,7 +25,7 @@ def judged(audit: str, fault: str, alarm: bool, figures: dict[str, int | float |
         alarm: whether the audit objects.
         figures: what it measured.
     """
-    return Finding(audit, f"{FAULT}{fault}" if fault else SOUND, alarm == bool(fault), figures)
+    return Finding(audit, fault or SOUND, bool(fault), alarm == bool(fault), figures)
 
 
 def quiet() -> None:
@@ -62,16 +44,17 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
         table.add_column(name)
     for finding in findings:
         figures = "\n".join(f"{name}: {_spoken(value)}" for name, value in finding.figures.items())
-        table.add_row(finding.audit, finding.case, _outcome(finding), figures, end_section=True)
+        case = f"{FAULT}: {finding.case}" if finding.built_in else finding.case
+        table.add_row(finding.audit, case, _outcome(finding), figures, end_section=True)
     console.print(table)
-    faults = list(dict.fromkeys(finding.fault for finding in findings if finding.fault))
+    faults = list(dict.fromkeys(finding.case for finding in findings if finding.built_in))
     if not faults:
         return
     grid = Table(title="Which audit found which fault", title_justify="left")
-    for name in ("fault built in", "found by", "missed by"):
+    for name in (FAULT, "found by", "missed by"):
         grid.add_column(name)
     for fault in faults:
-        own = [finding for finding in findings if finding.fault == fault]
+        own = [finding for finding in findings if finding.built_in and finding.case == fault]
         # Of several runs of one audit with one fault the worst counts.
         missed = dict.fromkeys(finding.audit for finding in own if not finding.passed)
         found = dict.fromkeys(finding.audit for finding in own if finding.audit not in missed)
@@ -79,18 +62,13 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
     console.print(grid)
 
 
-def as_json(findings: Sequence[Finding], when: str, versions: dict[str, str]) -> dict[str, Any]:
+def audit_file(findings: Sequence[Finding], when: str, versions: dict[str, str]) -> AuditFile:
     """Return the content of ``audit.json``: whether all passed, when, with which versions, and every finding."""
-    return {
-        "passed": all(finding.passed for finding in findings),
-        "date": when,
-        "versions": versions,
-        "findings": [asdict(finding) for finding in findings],
-    }
+    return AuditFile(all(finding.passed for finding in findings), when, versions, list(findings))
 
 
 def _outcome(finding: Finding) -> str:
-    good, bad = ("found", "MISSED") if finding.fault else ("passed", "FAILED")
+    good, bad = ("found", "MISSED") if finding.built_in else ("passed", "FAILED")
     return f"[green]{good}[/]" if finding.passed else f"[bold red]{bad}[/]"
 
 

@@ -14,12 +14,13 @@ from flwr.app.metadata import Metadata
 from flwr.cli.build import build_fab_from_files
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.tiny_site import tiny_site
 from client.policy import Policy
 from client.worker import reply_to
 from common.bundle import PROJECT, files_of
 from common.messages.wire import encode_task
+from common.run_lines import Finding
 
 MARK = """
 from pathlib import Path

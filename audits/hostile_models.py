@@ -12,12 +12,13 @@ from typing import Any, cast
 from unittest.mock import patch
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.hostile_state import clips_moved, install
 from audits.tiny_site import tiny_deberta, tiny_site, tiny_tokenizer
 from client.deadline import Timing
 from common.messages.round import Refusal
 from common.model.federated import FederatedModel
+from common.run_lines import Finding
 from common.tasks import Record
 from common.tasks.text import TextExample, TextTask
 

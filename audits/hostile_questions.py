@@ -15,12 +15,13 @@ from typing import Any
 from unittest.mock import patch
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site, write_reviews
 from client.policy import Policy
 from common.config.sections import Scalar
 from common.errors import ModelNotLoaded
 from common.messages.round import Refusal, TrainTask
+from common.run_lines import Finding
 
 CODES = [f"code-{i:02}" for i in range(40)]
 RARE = "code-99"

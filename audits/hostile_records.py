@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
 from client import site as client_site
 from client.ledger.ledger import Ledger
@@ -22,6 +22,7 @@ from common.data.partition import division_of
 from common.data.sources import Reading, load_dataset
 from common.messages.round import Refusal, TrainResult, TrainTask
 from common.privacy.accounting import Release, epsilon
+from common.run_lines import Finding
 from strategies.job import configure
 
 ODD = (

@@ -18,7 +18,7 @@ import torch
 
 from audits import hostile_questions, hostile_records
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.hostile_bundle import BUNDLES, audit_bundle
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
@@ -26,6 +26,7 @@ from audits.tiny_site import tiny_site
 from client.ledger.ledger import Ledger
 from common.messages.round import Refusal, TrainResult
 from common.messages.state import AdapterState
+from common.run_lines import Finding
 
 
 def nothing(*_: Any, **__: Any) -> None:

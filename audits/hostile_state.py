@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.worlds import minus, norm, plan
 from client.rehearsal import rehearse
 from common.data.sources import train_and_test
@@ -24,6 +24,7 @@ from common.model.base import load_base_model
 from common.model.batching import length_batches
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
+from common.run_lines import Finding
 from common.tasks import TASKS, Record
 from strategies.job import configure
 

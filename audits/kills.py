@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
 from audits.tiny_site import OneSite, tiny_site
@@ -38,6 +38,7 @@ from common.errors import LedgerError
 from common.messages.round import Refusal, TrainTask
 from common.messages.wire import encode_reply
 from common.privacy.accounting import Release, epsilon
+from common.run_lines import Finding
 
 DELTA = 1e-3
 BUDGET_ROUNDS = 6

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.worlds import Losses, World, alone, minus, norm, plan, released
+from common.run_lines import Finding
 from common.tasks.text import TextExample
 
 MOST = 1 + 1e-5

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, quiet, show
+from audits.finding import quiet, show
+from common.run_lines import Finding
 
 
 def with_each(faults: Sequence[Fault], folder: Path, audit: Callable[[Path, Fault], Finding]) -> list[Finding]:

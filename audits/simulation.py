@@ -19,17 +19,16 @@ import torch
 
 from audits.canary import DELTA, NOISE, ROUNDS, STEPS, compared
 from audits.faults import HALVED, RESET, SOUND, Fault
-from audits.finding import Finding
 from audits.shell import run_alone, with_each
 from audits.simulated_site import text_of
 from audits.tiny_site import save_tiny_model, tiny_run, write_reviews
 from common.bundle import OWN_SETTINGS
 from common.data.partition import declared_size
 from common.errors import ConfigError
+from common.run_lines import Finding, PrivacyLine, read_lines
 from deploy import app
 from experiments.evaluate import load_result
 from experiments.simulate import simulate
-from reports import read_lines
 
 CANARIES = 4000
 RANK = 8
@@ -101,7 +100,8 @@ def probe_run(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> F
     after = torch.cat([p.detach().double().flatten() for name, p in module.named_parameters() if "lora_B" in name])
     divisor = declared_size(int(present.sum()))
     scores = after[:canaries] * divisor / (ROUNDS * STEPS)
-    claimed = read_lines(run / "privacy.jsonl")[-1]["epsilon_total"]
+    spent = read_lines(PrivacyLine, run)[-1].spent
+    claimed = spent.epsilon_total if spent else 0.0  # without a claim nothing may be given away
     return compared("canaries through Flower", fault, scores.numpy(), present.numpy(), claimed)
 
 

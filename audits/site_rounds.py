@@ -13,12 +13,13 @@ from torch import Tensor
 
 from audits.bands import out_of_band, related
 from audits.faults import SOUND, Fault, same_seeds
-from audits.finding import Finding, judged
+from audits.finding import judged
 from client.local_training import train_round
 from client.site import Site
 from common.messages.round import TrainTask
 from common.messages.tensors import entries, fingerprint, start_fingerprint
 from common.model.federated import FederatedModel, model_of
+from common.run_lines import Finding
 from common.tasks import Record
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample

@@ -13,13 +13,14 @@ import torch
 from audits.bounds import gaussian_bound
 from audits.dirac import Dirac
 from audits.faults import SOUND, Fault
-from audits.finding import Finding, judged
+from audits.finding import judged
 from audits.tiny_site import tiny_run
 from audits.worlds import Recorder, flat
 from common.model.federated import FederatedModel, model_of
 from common.privacy.accounting import Release, epsilon
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
+from common.run_lines import Finding
 from strategies.job import configure
 
 CANARIES, STEPS = 100, 50

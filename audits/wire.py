@@ -29,8 +29,9 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from audits.finding import Finding, as_json, quiet
+from audits.finding import audit_file, quiet
 from common.errors import FedVeilError
+from common.run_lines import Finding
 
 QUIET_SECONDS = 60.0
 """How long to listen after the job: what nodes send while nothing goes on."""
@@ -85,14 +86,16 @@ def listen(folder: Path) -> list[Finding]:
         time.sleep(QUIET_SECONDS)
         counts.append(_counts(bridges))
     from audits.wire_findings import Heard, findings_of  # these import torch, which listening does not need
-    from server.records import package_versions, read_json, write_json
+    from common.run_lines import ConfigFile, read_file, read_json
+    from common.strict_json import to_json
+    from server.records import package_versions, write_json
 
     if code != "0":
         raise CannotListen(f"the job ended with exit code {code}: see 'docker compose logs job'")
     call("docker", "compose", "cp", "job:/federation/last-job.json", str(folder / "job.json"))
     run = read_json(folder / "job.json")["folder"]
     call("docker", "compose", "cp", f"superlink:{run}", str(folder / "run"))
-    started = datetime.fromisoformat(read_json(folder / "run" / "config.json")["started"])
+    started = datetime.fromisoformat(read_file(ConfigFile, folder / "run").started)
     if started < when.replace(microsecond=0):
         raise CannotListen(
             "the job began before this audit, so its rounds were not heard: give FEDVEIL_SETTINGS that have not been "
@@ -106,7 +109,8 @@ def listen(folder: Path) -> list[Finding]:
         for site in bridges
     ]
     findings = findings_of(heard, folder / "run", bundle, seconds, QUIET_SECONDS)
-    write_json(folder / "wire.json", as_json(findings, when.isoformat(timespec="seconds"), package_versions()))
+    content = audit_file(findings, when.isoformat(timespec="seconds"), package_versions())
+    write_json(folder / "wire.json", to_json(content))
     return findings
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from audits.finding import Finding
+from audits.finding import SOUND
 from audits.frames import SEALED, Capture, Stream, read_capture, tls_records
 from audits.needles import Needles, find, needles_of_tensors, needles_of_texts
 from common.data.sources import train_and_test
 from common.model.base import load_base_model
+from common.run_lines import ConfigFile, Finding, RoundLine, read_file, read_lines
 from common.tasks.text import TextExample
-from server.records import read_json
 from strategies.job import configure
 
 FLEET_PORT = 9092
@@ -49,14 +48,13 @@ def findings_of(heard: Sequence[Heard], run: Path, bundle: int, seconds: float, 
         DataError: a capture or a file of the run cannot be read.
     """
     captures = {one.site: read_capture(one.capture) for one in heard}
-    config = configure(read_json(run / "config.json")["settings"]).config
+    config = configure(read_file(ConfigFile, run).settings).config
     train, _ = train_and_test(config.data, config.model.task)
     texts = needles_of_texts(
         t for e in train.examples if isinstance(e, TextExample) for t in (e.text, e.text_pair, e.completion) if t
     )
     weights = needles_of_tensors(load_base_model(config.model.name, config.model.task).module.state_dict().values())
-    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    payload = sum(line["bytes_down"] + line["bytes_up"] for line in lines)
+    payload = sum(line.bytes_down + line.bytes_up for line in read_lines(RoundLine, run))
     streams = [stream for capture in captures.values() for stream in capture.streams]
     return [
         clear_text(captures),
@@ -83,7 +81,7 @@ def clear_text(captures: dict[str, Capture]) -> Finding:
         "in clear text": len(faults),
     }
     passed = not faults and records > 0
-    return Finding("clear text on the wire", "as it is", passed, {**figures, **_first(faults)})
+    return Finding("clear text on the wire", SOUND, False, passed, {**figures, **_first(faults)})
 
 
 def private_pieces(streams: Sequence[bytes], texts: Needles, weights: Needles) -> list[Finding]:
@@ -98,14 +96,14 @@ def private_pieces(streams: Sequence[bytes], texts: Needles, weights: Needles) -
         }
         searched = len(needles) > 0 and any(streams)
         findings.append(
-            Finding(f"{what} on the wire", "as it is", searched and not hits, figures),
+            Finding(f"{what} on the wire", SOUND, False, searched and not hits, figures),
         )
         longest = max(streams, key=len, default=b"")
         middle = len(longest) // 2
         planted = longest[:middle] + needles[len(needles) // 2 :][:1].tobytes() + longest[middle:]
         seen = find(planted, needles)
-        case = "fault built in: one piece in the longest stream"
-        findings.append(Finding(f"{what} on the wire", case, seen == [middle], {"found": len(seen)}))
+        case = "one piece in the longest stream"
+        findings.append(Finding(f"{what} on the wire", case, True, seen == [middle], {"found": len(seen)}))
     return findings
 
 
@@ -149,7 +147,7 @@ def traffic(
         "all the time: encrypted content": content,
     }
     agree = abs(counted - captured) <= TOLERANCE * captured
-    return Finding("bytes on the wire", "as it is", agree and captured > 0, figures)
+    return Finding("bytes on the wire", SOUND, False, agree and captured > 0, figures)
 
 
 def _ratio(value: float, of: float) -> float:

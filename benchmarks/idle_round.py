@@ -25,6 +25,7 @@ from typing import Any
 
 from common.model.base import load_base_model
 from common.ports import free_ports
+from common.run_lines import RoundLine, read_lines
 from deploy.commands import environment, own_module, program, supernode_command, worker_command
 from deploy.files import put_file
 from deploy.policy_file import models_of, pins_of_job, policy_text
@@ -33,7 +34,6 @@ from deploy.registry import register_site
 from deploy.server_folder import ServerFolder, make_server
 from deploy.site_folder import SiteFolder, make_site
 from deploy.submit import submit
-from reports import read_lines
 from strategies.job import configure
 
 # The audits' tiny sites are no part of the installed package.
@@ -119,7 +119,7 @@ def play(folder: Path, rounds: int, *, plain: bool) -> tuple[list[float], list[f
             stack.enter_context(process(folder, site.site + "-process", site_command(site, stamps, plain=plain)))
         run = submit(server, settings, print, sites=len(SITES), patience=300)
     if plain:
-        return [line["seconds"] for line in read_lines(run / "rounds.jsonl")][FIRST:], []
+        return [line.seconds for line in read_lines(RoundLine, run)][FIRST:], []
     stamps = [[*map(float, line.split())] for site in SITES for line in (folder / f"{site}.stamps").open()]
     by_round = [sorted(replies) for replies in zip(*_columns(stamps), strict=True)]
     ends = [replies[-1] for replies in by_round]

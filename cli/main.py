@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from cli.ledger import ledger_app
 from cli.plan import plan
 from cli.report import keygen, print_summary, report, verify
 from common.words import counted
+
+if TYPE_CHECKING:
+    from common.run_lines import ProgressFile
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(ledger_app, name="ledger")
@@ -78,12 +81,12 @@ def run(
     console.print(f"{time.monotonic() - began:.0f} s in all")
 
 
-def _progress_words(state: Any, seconds: float) -> str:
-    if state.get("phase") != "training":
-        return f"{state.get('phase', '')} ({seconds:.0f} s)"
-    answered = ", ".join(state["answered"]) or "none yet"
+def _progress_words(state: ProgressFile, seconds: float) -> str:
+    if state.round_number is None:
+        return f"{state.phase} ({seconds:.0f} s)"
+    answered = ", ".join(state.answered) or "none yet"
     return (
-        f"round {state['round']}/{state['rounds']}: {len(state['answered'])} of {state['asked']} sites "
+        f"round {state.round_number}/{state.rounds}: {len(state.answered)} of {state.asked} sites "
         f"have answered ({answered}) ({seconds:.0f} s)"
     )
 

@@ -14,8 +14,9 @@ from client.deadline import Deadline
 from client.ledger.file import BUSY_SECONDS
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import EVALUATION, Terms
+from client.ledger.rows import Terms
 from client.site import Site
+from common.accountant import EVALUATION
 from common.errors import LedgerError
 from common.log import about
 from common.messages.round import Spending, TrainTask

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from common.config.sections import Columns, DataConfig
-from common.data.tables import Unfit
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.tasks import TASKS
+from common.tasks.tables import Unfit
 from deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ from typing import Any
 from common.config.sections import Scalar
 from common.errors import DataError, RunFailed
 from common.paths import run_folder
+from common.run_lines import ResultFile, read_file, read_json
 from deploy.control import Control, control_of
 from deploy.server_folder import ServerFolder
 from server.checkpoint import NAME as CHECKPOINT
 from server.conduct import DYING_SECONDS
 from server.lock import is_written
-from server.records import read_json, write_json
+from server.records import write_json
 from server.resume import settings_of_resumed, with_resumed
 from strategies.job import configure
 
@@ -89,7 +90,8 @@ def _last_job(folder: ServerFolder, settings: Mapping[str, Scalar]) -> dict[str,
 
 
 def _ended_well(path: Path) -> bool:
-    return _result(path, since=0.0).get("status") in ("completed", "stopped")
+    result = _result(path, since=0.0)
+    return result is not None and result.status != "failed"
 
 
 def _is_over(status: str) -> bool:
@@ -118,8 +120,8 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
         for line in lines[printed:]:
             say(line)
         printed = len(lines)
-        if ended.get("status") == "failed":
-            raise RunFailed(ended["reason"])
+        if ended and ended.status == "failed":
+            raise RunFailed(ended.reason)
         if ended:
             return
         if time.monotonic() - asked > ASK_SECONDS:
@@ -141,9 +143,8 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
         time.sleep(POLL_SECONDS)
 
 
-def _result(path: Path, since: float) -> dict[str, Any]:
-    file = path / "result.json"
+def _result(path: Path, since: float) -> ResultFile | None:
     try:
-        return read_json(file) if file.stat().st_mtime >= since else {}
+        return read_file(ResultFile, path) if (path / ResultFile.NAME).stat().st_mtime >= since else None
     except (DataError, FileNotFoundError):
-        return {}
+        return None

@@ -8,7 +8,6 @@ goes on where it stopped; a result of others stops the comparison before anythin
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -22,13 +21,13 @@ from pathlib import Path
 from common.config.sections import PRIVACY_MODES, Scalar
 from common.config.text import parse_settings
 from common.data.partition import check_partition
-from common.errors import ConfigError, RunFailed
+from common.errors import ConfigError, DataError, RunFailed
 from common.model.device import own_cores
 from common.paths import run_folder
 from common.privacy.figures import epsilon_text
+from common.run_lines import ConfigFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
 from experiments.site_count import record_sites, recorded_sites
 from server.lock import only_writer
-from server.records import read_json
 from strategies.job import Job, configure
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -139,7 +138,8 @@ def _run(settings: dict[str, Scalar], sites: int, run: str) -> None:
 
 
 def _ended_well(folder: Path) -> bool:
-    return (folder / "result.json").is_file() and read_json(folder / "result.json")["status"] != "failed"
+    result = read_if_there(ResultFile, folder)
+    return result is not None and result.status != "failed"
 
 
 def _check_kept(job: Job, run: str, sites: int) -> None:
@@ -148,7 +148,7 @@ def _check_kept(job: Job, run: str, sites: int) -> None:
     if not _ended_well(folder):
         return
     # Folders may be moved; where a run was written is no part of its result.
-    had = {**read_json(folder / "config.json")["settings"], "output": job.config.output}
+    had = {**read_file(ConfigFile, folder).settings, "output": job.config.output}
     wanted = job.settings()
     differing = [(key, had.get(key), wanted.get(key)) for key in sorted({*had, *wanted})]
     for key, before, now in [*differing, ("--sites", recorded_sites(folder) or "unknown", sites)]:
@@ -160,19 +160,20 @@ def _check_kept(job: Job, run: str, sites: int) -> None:
 
 
 def read_outcome(name: str, folder: Path, private: bool, seed: int) -> Outcome:
-    """Return what the folder of a run that ended well says."""
-    result = read_json(folder / "result.json")
-    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Return what the folder of a run that ended well says; DataError if it does not."""
+    reached, rounds = read_file(ResultFile, folder).reached, read_lines(RoundLine, folder)
+    if reached is None:
+        raise DataError(f"{folder / ResultFile.NAME} does not say what the run has come to: move that folder away")
     return Outcome(
         name,
         private,
         seed,
-        result["accuracy_before"],
-        result["accuracy"],
-        result["epsilon"],
-        sum(line["bytes_down"] for line in rounds),
-        sum(line["bytes_up"] for line in rounds),
-        sum(line["seconds"] for line in rounds),
+        reached.accuracy_before,
+        reached.accuracy,
+        reached.epsilon,
+        sum(line.bytes_down for line in rounds),
+        sum(line.bytes_up for line in rounds),
+        sum(line.seconds for line in rounds),
     )
 
 

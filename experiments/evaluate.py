@@ -14,8 +14,8 @@ from common.errors import DataError, ModelError
 from common.model.base import load_base_model
 from common.model.device import choose_attention, choose_device
 from common.model.federated import Score, score_records
+from common.run_lines import read_json
 from common.tasks import TASKS
-from server.records import read_json
 from strategies.job import configure
 
 

@@ -16,7 +16,7 @@ from common.messages.round import Reply, TrainTask
 from common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
 from common.paths import run_folder
 from server.conduct import conduct
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from server.records import RunFolder
 from server.replies import read_reply
 from server.sites import Exchange, Transport
@@ -38,9 +38,9 @@ class InProcessTransport:
         self._layout_of_round: Callable[[int], Layout] = lambda _: {}
         self._memories: list[dict[str, bytes]] = [{} for _ in nodes]
 
-    def for_evaluator(self, evaluator: Evaluator) -> InProcessTransport:
+    def for_model(self, server_model: ServerModel) -> InProcessTransport:
         """Take from the server what replies must look like."""
-        self._layout_of_round = evaluator.reply_layout
+        self._layout_of_round = server_model.reply_layout
         return self
 
     def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
@@ -87,7 +87,7 @@ def run_in_process(
     described = simulated_nodes(nodes, folder / "ledgers") if isinstance(nodes, int) else list(nodes)
     transport = kind(described, settings, job)
 
-    def connect(evaluator: Evaluator, _: RunFolder) -> Transport:
-        return transport.for_evaluator(evaluator)
+    def connect(server_model: ServerModel, _: RunFolder) -> Transport:
+        return transport.for_model(server_model)
 
     return conduct(job, run, connect)

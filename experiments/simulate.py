@@ -6,7 +6,6 @@ SuperLink itself, submits with ``flwr run``, watches the run's folder, and ends 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.config.sections import Scalar
 from common.config.text import to_toml
@@ -28,6 +26,7 @@ from common.errors import ConfigError, RunFailed
 from common.model.device import own_cores, worker_count
 from common.paths import run_folder
 from common.ports import free_ports
+from common.run_lines import ProgressFile, ResultFile, read_if_there
 from deploy.app import app_folder
 from experiments.site_count import record_sites
 from server.lock import is_written
@@ -44,7 +43,7 @@ class Progress:
     """What a watcher is told: new lines of the run's log, and what goes on."""
 
     lines: list[str]
-    state: Mapping[str, Any]
+    state: ProgressFile
 
 
 def simulate(
@@ -72,7 +71,7 @@ def simulate(
         known = 0
         if job.config.resume:
             # The end and the lines that the run's folder has already are not those that are waited for.
-            (run_folder(job.config, "") / "result.json").unlink(missing_ok=True)
+            (run_folder(job.config, "") / ResultFile.NAME).unlink(missing_ok=True)
             known = len(_log_lines(run_folder(job.config, "")))
         run = _submit(link, settings, sites, workers)
         folder = run_folder(job.config, run)
@@ -176,9 +175,9 @@ def _resources(sites: int, workers: int) -> str:
 def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], None], printed: int) -> None:
     checked, seen = time.monotonic(), 0.0
     while True:
-        ended = _json(folder / "result.json")
+        ended = read_if_there(ResultFile, folder)
         lines = _log_lines(folder)
-        watch(Progress(lines[printed:], _json(folder / "progress.json") or {"phase": "starting Flower and Ray"}))
+        watch(Progress(lines[printed:], read_if_there(ProgressFile, folder) or ProgressFile("starting Flower and Ray")))
         printed = len(lines)
         if ended:
             break
@@ -191,15 +190,15 @@ def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], Non
         if time.monotonic() - checked > QUIET_SECONDS:
             checked = time.monotonic()
             status = _status(link, run)
-            if status.startswith("finished") and not (folder / "result.json").exists():
+            if status.startswith("finished") and not (folder / ResultFile.NAME).exists():
                 raise RunFailed(f"the run ended as {status} and left no result: {_last_words(link)}")
         time.sleep(0.4)
     # The reports come after the result; the server is ended, with the SuperLink, as soon as this returns or raises.
     deadline = time.monotonic() + REPORT_SECONDS
     while is_written(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
-    if ended["status"] == "failed":
-        raise RunFailed(ended["reason"])
+    if ended.status == "failed":
+        raise RunFailed(ended.reason)
 
 
 def _last_written(folder: Path) -> float:
@@ -214,14 +213,6 @@ def _last_written(folder: Path) -> float:
 def _log_lines(folder: Path) -> list[str]:
     path = folder / "run.log"
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return value
-    except FileNotFoundError:
-        return None
 
 
 def _status(link: _Link, run: str) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.paths import run_folder
-from server.records import read_json, write_json
+from common.run_lines import read_json
+from server.records import write_json
 
 NAME = "simulated.json"
 USUAL = 4

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from audits.finding import Finding, quiet
+from audits.finding import quiet
 from common.errors import FedVeilError, RunFailed
+from common.run_lines import Finding
 from faults.federation import Federation
 from faults.network import Cable
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
@@ -76,7 +77,7 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                     yield from scenarios[name]()
                 except Exception as error:
                     words = str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
-                    yield Finding(name, "did not come to its end", False, {"wrong": words})
+                    yield Finding(name, "did not come to its end", False, False, {"wrong": words})
     finally:
         cable.remove()
 
@@ -86,7 +87,7 @@ def _lay(cable: Cable) -> Finding | None:
     try:
         cable.lay()
     except RunFailed as error:
-        return Finding(NETWORK, "cut and healed", False, {"wrong": f"not run: {error}"})
+        return Finding(NETWORK, "cut and healed", False, False, {"wrong": f"not run: {error}"})
     return None
 
 

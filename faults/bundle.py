@@ -9,7 +9,7 @@ from pathlib import Path
 from common.bundle import OWN_SETTINGS, SETTINGS
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("common", "strategies", "client", "server")
+PACKAGES = ("common", "strategies", "client", "reports", "server")
 APPS = ("__init__", "plan", "faulty_site", "faulty_server")
 
 

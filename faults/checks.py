@@ -22,11 +22,10 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from audits.finding import Finding
 from client.ledger.ledger import Ledger
 from common.messages.state import HEAD
+from common.run_lines import Finding, RoundLine, read_lines
 from faults.federation import SIZES, Federation, Run
-from reports import read_lines
 from server.checkpoint import NAME
 
 CLOSE = 1e-6
@@ -40,7 +39,7 @@ class Expected:
     survivors: Sequence[str]
     """Sites whose reply counts."""
     failures: Mapping[str, tuple[Sequence[str], str]] = field(default_factory=dict)
-    """By site: the kinds that are right, and words of the message."""
+    """By site: the kinds that are right, and words of the reason."""
     charges: Mapping[str, int] = field(default_factory=dict)
     """Rows in the ledger of a site for this run and round, where it is not 1."""
     reply: int = -1
@@ -70,14 +69,14 @@ def examine(
         more: figures to show.
     """
     wrong, result = list(wrong), run.result()
-    if result["status"] != "completed":
-        wrong.append(f"the run {result['status']}: {result['reason']}")
+    if result.status != "completed":
+        wrong.append(f"the run {result.status}: {result.reason}")
     line = _line(run, number)
     told = _failures(federation, line, expected, wrong)
     ledgers = _ledgers(federation, run, number, expected, wrong)
     difference = _difference(federation, run, number, expected, wrong)
     figures: dict[str, int | float | str] = {
-        "took part": ", ".join(line.get("participants", [])) or "nobody",
+        "took part": ", ".join(line.participants if line else ()) or "nobody",
         "told": told or "no failure",
         "charged": ledgers,
         "adapter": f"the survivors' mean to {difference:.1e}",
@@ -85,32 +84,32 @@ def examine(
     }
     if wrong:
         figures["wrong"] = "; ".join(wrong)
-    return Finding(group, case, not wrong, figures)
+    return Finding(group, case, False, not wrong, figures)
 
 
-def _line(run: Run, number: int) -> dict[str, Any]:
-    lines = [line for line in read_lines(run.path / "rounds.jsonl") if line["round"] == number]
-    return lines[0] if len(lines) == 1 else {}
+def _line(run: Run, number: int) -> RoundLine | None:
+    lines = [line for line in read_lines(RoundLine, run.path) if line.round_number == number]
+    return lines[0] if len(lines) == 1 else None
 
 
-def _failures(federation: Federation, line: Mapping[str, Any], expected: Expected, wrong: list[str]) -> str:
+def _failures(federation: Federation, line: RoundLine | None, expected: Expected, wrong: list[str]) -> str:
     """Compare a round's line with what is expected, and return its failures in words."""
     if not line:
         wrong.append("rounds.jsonl does not have one line of this round")
         return ""
-    if not line["complete"]:
+    if not line.complete:
         wrong.append("the round does not count")
-    if sorted(line["participants"]) != sorted(expected.survivors):
+    if sorted(line.participants) != sorted(expected.survivors):
         wrong.append(f"{', '.join(expected.survivors)} should have taken part")
     names = {federation.node_name(site): site for site in federation.sites}
-    found = {names.get(f["site"], f["site"]): (f["kind"], f["message"]) for f in line["failures"]}
+    found = {names.get(f.site, f.site): (f.kind, f.reason) for f in line.failures}
     if set(found) != set(expected.failures):
         wrong.append(f"failures of {', '.join(expected.failures) or 'nobody'} should be told")
     for site, (kinds, words) in expected.failures.items():
-        kind, message = found.get(site, ("", ""))
-        if kind not in kinds or words not in message:
+        kind, reason = found.get(site, ("", ""))
+        if kind not in kinds or words not in reason:
             wrong.append(f"{site}'s failure should be {' or '.join(kinds)} with {words!r}")
-    return "; ".join(f"{site} ({kind}): {message}" for site, (kind, message) in found.items())
+    return "; ".join(f"{site} ({kind}): {reason}" for site, (kind, reason) in found.items())
 
 
 def _ledgers(federation: Federation, run: Run, number: int, expected: Expected, wrong: list[str]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 from audits.tiny_site import tiny_run, write_reviews
@@ -18,6 +17,7 @@ from common.config.sections import Scalar
 from common.model.base import load_base_model
 from common.paths import run_folder
 from common.ports import free_ports
+from common.run_lines import ResultFile, read_file
 from deploy.commands import environment, superlink_command, supernode_command
 from deploy.control import Control, control_of
 from deploy.policy_file import models_of, pins_of_job, policy_text
@@ -28,7 +28,6 @@ from faults.bundle import PROJECT, make_bundle
 from faults.plan import VARIABLE, Plan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
-from server.records import read_json
 from server.registered import NODES
 from strategies.job import configure
 
@@ -54,12 +53,12 @@ class Run:
 
     def ended(self) -> bool:
         """Whether it has said how it ended."""
-        return (self.path / "result.json").exists()
+        return (self.path / ResultFile.NAME).exists()
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> ResultFile:
         """Return how it ended, waiting for it."""
         wait_until(self.ended, f"the end of run {self.name}", PATIENCE)
-        return read_json(self.path / "result.json")
+        return read_file(ResultFile, self.path)
 
 
 class Federation:

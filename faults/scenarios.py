@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from audits.finding import Finding
+from common.run_lines import Finding, RoundLine, read_lines
 from faults.checks import Expected, charges, examine
 from faults.faulty_site import AFTER, BEFORE, LIES, TWICE
 from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.network import Cable
 from faults.processes import wait_until
 from faults.stuttering_node import HALF, NODE
-from reports import read_lines
 
 ROOM = 3.0
 """The deadline of a round over the time that a round without a fault took here."""
@@ -45,7 +44,7 @@ def sound(federation: Federation) -> tuple[Finding, float]:
     federation.plan.write({})
     run = federation.submit(rounds=1, min_sites=len(everyone))
     run.result()
-    seconds = read_lines(run.path / "rounds.jsonl")[0]["seconds"]
+    seconds = read_lines(RoundLine, run.path)[0].seconds
     deadline = max(LEAST_DEADLINE, ROOM * seconds)
     more = {"seconds of the round": seconds, "deadline from now on": deadline}
     return examine(federation, run, 1, "no fault", Expected(everyone), "none", more=more), deadline
@@ -68,18 +67,18 @@ def below_quorum(federation: Federation, deadline: float) -> Iterator[Finding]:
     federation.plan.write({"lab": {1: "NaN"}})
     run = federation.submit(rounds=1, round_timeout=deadline, min_sites=len(SIZES))
     result = run.result()
-    (line,) = read_lines(run.path / "rounds.jsonl")
+    (line,) = read_lines(RoundLine, run.path)
     paid = {site: charges(federation, site, run)[1] for site in federation.sites}
     wrong = [
         words
         for words, holds in (
-            ("the run should have failed", result["status"] == "failed"),
+            ("the run should have failed", result.status == "failed"),
             # No round counted yet, so the server has no name for the node but what the bad reply says.
             (
                 "the reason should tell of the lab's reply",
-                "(reply): " in result["reason"] and REFUSED["NaN"] in result["reason"],
+                "(reply): " in result.reason and REFUSED["NaN"] in result.reason,
             ),
-            ("the round should not count", not line["complete"] and not line["participants"]),
+            ("the round should not count", not line.complete and not line.participants),
             ("each site should have paid once", set(paid.values()) == {1}),
             ("no adapter should be left", not (run.path / "adapter").exists()),
         )
@@ -87,12 +86,12 @@ def below_quorum(federation: Federation, deadline: float) -> Iterator[Finding]:
     ]
     figures: dict[str, int | float | str] = {
         "took part": "nobody",
-        "told": result["reason"],
+        "told": result.reason,
         "charged": ", ".join(f"{site} {count}" for site, count in paid.items()),
         "adapter": "none",
     }
     yield Finding(
-        REPLY, "a lie where all are needed", not wrong, figures | ({"wrong": "; ".join(wrong)} if wrong else {})
+        REPLY, "a lie where all are needed", False, not wrong, figures | ({"wrong": "; ".join(wrong)} if wrong else {})
     )
 
 
@@ -121,7 +120,7 @@ def _counted_once(run: Run, number: int) -> Expected:
     Flower ties an upload to the announcement it belongs to; one that is announced anew before it is
     uploaded can stay without its objects, and the node that stuttered is late.
     """
-    took_part = read_lines(run.path / "rounds.jsonl")[number - 1]["participants"]
+    took_part = read_lines(RoundLine, run.path)[number - 1].participants
     return ALL if "lab" in took_part else NEVER_WHOLE
 
 
@@ -194,5 +193,4 @@ def cut(federation: Federation, cable: Cable, deadline: float) -> Iterator[Findi
 
 
 def _round_done(run: Run, number: int) -> bool:
-    path = run.path / "rounds.jsonl"
-    return path.exists() and any(line["round"] >= number for line in read_lines(path))
+    return any(line.round_number >= number for line in read_lines(RoundLine, run.path))

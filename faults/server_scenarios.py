@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from audits.finding import Finding
 from common.errors import RunFailed
+from common.run_lines import Finding
 from deploy.control import Control
 from faults.checks import Expected, charges, examine
 from faults.faulty_server import AGGREGATING, BEFORE, CHECKPOINT, RENAME, TRAINING
@@ -44,8 +44,8 @@ def server_killed(federation: Federation, deadline: float) -> Iterator[Finding]:
             federation.kill_app(run)
         wait_until(partial(federation.app_is_dead, run), f"the server's death {phase}", PATIENCE)
         if run.ended():
-            reason = str(run.result()["reason"])
-            yield Finding(GROUP, phase, False, {"wrong": f"the run ended before it was killed: {reason}"})
+            reason = str(run.result().reason)
+            yield Finding(GROUP, phase, False, False, {"wrong": f"the run ended before it was killed: {reason}"})
             return
         deaths.append(
             _Death(

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from reports.data import ReportData, federation_epsilon, report_of
 from reports.files import REPORT_JSON, markdown_report, to_json, write_reports
-from reports.folder import read_lines
 
 __all__ = [
     "REPORT_JSON",
     "ReportData",
     "federation_epsilon",
     "markdown_report",
-    "read_lines",
     "report_of",
     "to_json",
     "write_reports",

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-FAULT = "fault built in"
-"""How the case of a finding begins in which something was broken on purpose, to see whether it is found."""
+from common.run_lines import AuditFile
+
 COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
 """Packages that carry the promise: an audit with other versions of them is not of the code that ran."""
 NONE_RUN = "No audit was run: the run's folder holds no findings of one. make audit RUN=FOLDER puts them there."
@@ -41,24 +40,21 @@ class AuditReport:
     versions: dict[str, str]
 
 
-def audit_reports(contents: Mapping[str, Mapping[str, Any]], problems: list[str]) -> list[AuditReport]:
-    """Return what the files say, one entry per audit; what cannot be read is said in ``problems``.
+def audit_reports(contents: Mapping[str, AuditFile], problems: list[str]) -> list[AuditReport]:
+    """Return what the files say, one entry per audit; a file without findings is named in ``problems``.
 
     Args:
-        contents: JSON objects by file name.
+        contents: by file name.
         problems: sentences are added.
     """
     reports = []
     for file, content in contents.items():
-        findings, versions = content.get("findings"), content.get("versions")
-        if not isinstance(findings, list) or not findings or not all(map(_whole, findings)):
-            problems.append(f"{file} holds no findings that can be read: it does not say that any audit passed")
-            continue
-        known = {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {}
-        for audit in dict.fromkeys(finding["audit"] for finding in findings):
-            own = [finding for finding in findings if finding["audit"] == audit]
-            faults = [finding["passed"] for finding in own if finding["case"].startswith(FAULT)]
-            checks = [finding["passed"] for finding in own if not finding["case"].startswith(FAULT)]
+        if not content.findings:
+            problems.append(f"{file} holds no findings: it does not say that any audit passed")
+        for audit in dict.fromkeys(finding.audit for finding in content.findings):
+            own = [finding for finding in content.findings if finding.audit == audit]
+            faults = [finding.passed for finding in own if finding.built_in]
+            checks = [finding.passed for finding in own if not finding.built_in]
             reports.append(
                 AuditReport(
                     file=file,
@@ -69,8 +65,8 @@ def audit_reports(contents: Mapping[str, Mapping[str, Any]], problems: list[str]
                     checks_failed=checks.count(False),
                     faults=len(faults),
                     faults_missed=faults.count(False),
-                    date=str(content.get("date", "")) or "not recorded",
-                    versions=known,
+                    date=content.date or "not recorded",
+                    versions=content.versions,
                 )
             )
     return reports
@@ -108,13 +104,4 @@ def audit_words(report: AuditReport) -> tuple[str, str, str, str]:
         f"{report.checks - report.checks_failed} of {report.checks} passed",
         f"{report.faults - report.faults_missed} of {report.faults} found",
         versions or "not recorded",
-    )
-
-
-def _whole(finding: Any) -> bool:
-    return (
-        isinstance(finding, dict)
-        and isinstance(finding.get("audit"), str)
-        and isinstance(finding.get("case"), str)
-        and isinstance(finding.get("passed"), bool)
     )

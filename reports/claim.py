@@ -53,11 +53,11 @@ class Claim:
 
 def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     """Return what the run may claim, from its files alone."""
-    mode = str(files.config["settings"].get("privacy.mode", "none"))
-    heads = sorted({str(line["head"]) for line in [*files.privacy, *files.rounds] if line.get("head")})
+    mode = str(files.config.settings.get("privacy.mode", "none"))
+    heads = sorted({*(line.head for line in files.privacy), *(line.head for line in files.rounds)})
     head = "; ".join(heads) or "not recorded yet"
     worst, delta = worst_site(sites), federation_delta(sites)
-    unpaid = sorted({line["site"] for line in files.privacy if line["epsilon_total"] is None})
+    unpaid = sorted({line.site for line in files.privacy if line.spent is None})
     if mode == "none" or worst is None or delta is None:
         sentence = OFF if mode == "none" else NOTHING_YET
         return Claim(False, mode, sentence, "", "", "", "", "", head, [], [], _gaps(files, sites, unpaid, mode))
@@ -91,7 +91,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
 def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], mode: str) -> list[str]:
     if mode == "none":
         return []
-    settings = files.config["settings"]
+    settings = files.config.settings
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []
     gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
@@ -105,11 +105,11 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], m
     ]
     if unpaid:
         gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
-    accounted = {(line["round"], line["site"]) for line in files.privacy}
+    accounted = {(line.round_number, line.site) for line in files.privacy}
     for line in files.rounds:
-        missing = sorted(site for site in line["participants"] if (line["round"], site) not in accounted)
+        missing = sorted(site for site in line.participants if (line.round_number, site) not in accounted)
         if missing:
-            gaps.append(f"round {line['round']}: no line in privacy.jsonl for {', '.join(missing)}; ε is too low")
-    if files.result is None or files.result["status"] == "failed":
+            gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {', '.join(missing)}; ε is too low")
+    if files.result is None or files.result.status == "failed":
         gaps.append("the run has no good end: sites may have charged a round that is not in these files")
     return gaps

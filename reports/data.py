@@ -6,32 +6,23 @@ signature made today fits the report that is made from the same folder tomorrow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.accountant import TRAINING
+from common.config.sections import Scalar
 from common.errors import FedVeilError
-from common.privacy.accounting import TRAINING
+from common.run_lines import Absence, PrivacyLine, RoundLine
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
-from reports.folder import Line, RunFiles, read_run
+from reports.folder import RunFiles, read_run
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from strategies.job import configure, known_settings
 
 SCHEMA = "fedveil-report/1"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
-
-
-@dataclass(frozen=True)
-class RefusalReport:
-    """A site that did not take part in one attempt at a round, and why."""
-
-    round_number: int
-    attempt: int
-    site: str
-    kind: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,8 @@ class ReportData:
     rounds: list[RoundReport]
     spent: list[Spent]
     other_releases: list[ReleaseReport]
-    refusals: list[RefusalReport]
+    refusals: list[Absence]
+    """Of every attempt at every round."""
     settings: list[Setting]
     versions: dict[str, str]
     audits: dict[str, str]
@@ -132,18 +124,16 @@ def report_of(folder: Path) -> ReportData:
         DataError: ``folder`` is not the folder of a run.
     """
     files = read_run(folder)
-    settings, sites = files.config["settings"], site_reports(files)
-    result = files.result or {}
-    versions = {str(name): str(number) for name, number in files.config["versions"].items()}
+    settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
     problems = list(files.problems)
     audits = audit_reports(files.findings, problems)
     return ReportData(
         schema=SCHEMA,
-        run=str(files.config.get("run", folder.name)),
+        run=files.config.run,
         strategy=str(settings.get("strategy", "")),
-        started=str(files.config.get("started", "")),
-        status=str(result.get("status", "unfinished")),
-        reason=str(result.get("reason", "")),
+        started=files.config.started,
+        status=files.result.status if files.result else "unfinished",
+        reason=files.result.reason if files.result else "",
         problems=[*problems, *audit_cares(audits, versions)],
         headline=_headline(files, sites),
         claim=claim_of(files, sites),
@@ -151,20 +141,13 @@ def report_of(folder: Path) -> ReportData:
         rounds=_rounds(files),
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
-        refusals=[refusal for line in files.rounds for refusal in _refusals(line)],
+        refusals=[absence for line in files.rounds for absence in line.failures],
         settings=_settings(settings),
         versions=versions,
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
     )
-
-
-def _refusals(line: Line) -> list[RefusalReport]:
-    """Return what went wrong in a round: every attempt where the server told of them, else the last one's."""
-    if line["failures"]:
-        return [RefusalReport(f["round"], f["attempt"], f["site"], f["kind"], f["message"]) for f in line["failures"]]
-    return [RefusalReport(line["round"], 1, r["site"], r["kind"], r["reason"]) for r in line["refusals"]]
 
 
 def federation_epsilon(folder: Path) -> float | None:
@@ -174,69 +157,74 @@ def federation_epsilon(folder: Path) -> float | None:
 
 
 def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
-    worst, planned = worst_site(sites), files.config["settings"].get("rounds")
-    counted = [line for line in files.rounds if line["round"] and line.get("complete", True)]
+    worst, planned = worst_site(sites), files.config.settings.get("rounds")
+    counted = [line for line in files.rounds if line.round_number and line.complete]
     return Headline(
-        accuracy_before=files.baseline["accuracy"] if files.baseline else None,
-        accuracy_after=next((line["accuracy"] for line in reversed(counted) if line["accuracy"] is not None), None),
+        accuracy_before=files.baseline.accuracy if files.baseline else None,
+        accuracy_after=next((line.accuracy for line in reversed(counted) if line.accuracy is not None), None),
         epsilon=worst.epsilon_worst if worst else None,
         epsilon_budget=worst.epsilon_budget if worst else None,
         delta=federation_delta(sites),
         worst_site=worst.site if worst else "",
-        rounds_done=len({line["round"] for line in counted}),
+        rounds_done=len({line.round_number for line in counted}),
         rounds_planned=planned if isinstance(planned, int) else 0,
         sites=sum(site.rounds_joined > 0 for site in sites),
-        bytes_down=sum(line["bytes_down"] for line in files.rounds),
-        bytes_up=sum(line["bytes_up"] for line in files.rounds),
-        seconds=sum(line["seconds"] for line in files.rounds),
+        bytes_down=sum(line.bytes_down for line in files.rounds),
+        bytes_up=sum(line.bytes_up for line in files.rounds),
+        seconds=sum(line.seconds for line in files.rounds),
     )
 
 
 def _rounds(files: RunFiles) -> list[RoundReport]:
     def worst_by(number: int) -> float | None:
-        totals = [line["epsilon_total"] for line in files.privacy if line["round"] <= number]
-        return max((total for total in totals if total is not None), default=None)
+        paid = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
+        return max(paid, default=None)
 
-    rows = []
-    if files.baseline:
+    def row(line: RoundLine, accuracy: float | None, loss: float | None) -> RoundReport:
+        return RoundReport(
+            round_number=line.round_number,
+            counted=line.complete,
+            participants=line.participants,
+            accuracy=accuracy,
+            loss=loss,
+            bytes_down=line.bytes_down,
+            bytes_up=line.bytes_up,
+            seconds=line.seconds,
+            epsilon_worst=worst_by(line.round_number),
+        )
+
+    rows, before = [], files.baseline
+    if before:
         # A start from a full gradient is round 0, and what was scored before round 1 is its result.
         first = next((line for line in files.rounds if _is_start(line)), None)
-        start: Line = first or {"participants": [], "bytes_down": None, "bytes_up": None, "seconds": None}
-        traffic = (start["bytes_down"], start["bytes_up"], start["seconds"])
-        score = (files.baseline["accuracy"], files.baseline["loss"])
-        rows.append(RoundReport(0, True, start["participants"], *score, *traffic, worst_by(0)))
-    for line in files.rounds:
-        if files.baseline and _is_start(line):
-            continue
-        traffic = (line["bytes_down"], line["bytes_up"], line["seconds"])
-        score = (line["accuracy"], line["loss"])
-        who = (line["round"], bool(line.get("complete", True)), line["participants"])
-        rows.append(RoundReport(*who, *score, *traffic, worst_by(line["round"])))
+        nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, worst_by(0))
+        rows.append(row(first, before.accuracy, before.loss) if first else nothing)
+    rows += [row(line, line.accuracy, line.loss) for line in files.rounds if not (before and _is_start(line))]
     return rows
 
 
-def _is_start(line: Line) -> bool:
-    return not line["round"] and bool(line.get("complete", True))
+def _is_start(line: RoundLine) -> bool:
+    return not line.round_number and line.complete
 
 
-def _spent(lines: Sequence[Line]) -> list[Spent]:
+def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
     """Group sites whose ε runs alike, so that a chart of many equal sites has one line."""
     points: dict[str, dict[int, float]] = {}
     budgets: dict[str, float] = {}
     for line in lines:
-        if line["epsilon_total"] is None:
+        if line.spent is None:
             continue
-        first = line["round"] if line["kind"] != TRAINING else line["round"] - 1
-        own = points.setdefault(line["site"], {first: line["epsilon_total"] - line["epsilon_round"]})
-        own[line["round"]] = line["epsilon_total"]
-        budgets[line["site"]] = line["epsilon_budget"]
+        first = line.round_number if line.spent.kind != TRAINING else line.round_number - 1
+        own = points.setdefault(line.site, {first: line.spent.epsilon_total - line.spent.epsilon_round})
+        own[line.round_number] = line.spent.epsilon_total
+        budgets[line.site] = line.spent.epsilon_budget
     groups: dict[tuple[Any, ...], list[str]] = {}
     for site in sorted(points):
         groups.setdefault((budgets[site], tuple(sorted(points[site].items()))), []).append(site)
     return [Spent(sites, budget, list(course)) for (budget, course), sites in groups.items()]
 
 
-def _settings(values: Line) -> list[Setting]:
+def _settings(values: Mapping[str, Scalar]) -> list[Setting]:
     known = known_settings()
     chosen = {key for key in values if key in known and values[key] != known[key] and not _filled_in(key, values)}
     return [
@@ -245,7 +233,7 @@ def _settings(values: Line) -> list[Setting]:
     ]
 
 
-def _filled_in(key: str, values: Line) -> bool:
+def _filled_in(key: str, values: Mapping[str, Scalar]) -> bool:
     """Return whether the run came to this value by itself, from a default that leaves it open."""
     try:
         return configure({**values, key: known_settings()[key]}).settings().get(key) == values[key]

@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from common.errors import DataError
-from reports.folder import AUDITS
+from common.run_lines import AUDITS
 
 CONTEXT = "FedVeil signed report, 1"
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"

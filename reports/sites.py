@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from common.accountant import EVALUATION, TRAINING
 from common.errors import ConfigError
-from common.privacy.accounting import TRAINING, Release, epsilon_with_method
-from reports.folder import Line, RunFiles
+from common.messages.round import SpendingFigures
+from common.privacy.accounting import Release, epsilon_with_method
+from reports.folder import RunFiles
 
-EVALUATION = "evaluation"
-"""A site's count of its own records that the model gets right: one record changes it by at most 1."""
 EXPOSED = (
     "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
     "rounds all the same; the figures computed again are of this run's releases alone"
@@ -83,9 +83,9 @@ class ReleaseReport:
 
 def site_reports(files: RunFiles) -> list[SiteReport]:
     """Return every site that the run's files name, by name."""
-    refused = [refusal["site"] for line in files.rounds for refusal in line["refusals"]]
-    joined = {site for line in files.rounds for site in line["participants"]}
-    names = joined | set(refused) | {line["site"] for line in files.privacy}
+    refused = [refusal.site for line in files.rounds for refusal in line.refusals]
+    joined = {site for line in files.rounds for site in line.participants}
+    names = joined | set(refused) | {line.site for line in files.privacy}
     return [_site(name, files, refused.count(name)) for name in sorted(names)]
 
 
@@ -107,16 +107,16 @@ def other_releases(files: RunFiles) -> list[ReleaseReport]:
     """Return what was released beside training steps: initialisations, then noised counts of right answers."""
     paid = [
         ReleaseReport(
-            line["round"],
-            line["site"],
-            line["kind"],
-            line["noise_multiplier"],
-            line["sample_rate"],
-            line["clip_norm"],
-            line["epsilon_round"],
+            round_number=line.round_number,
+            site=line.site,
+            kind=line.spent.kind,
+            noise_multiplier=line.spent.noise_multiplier,
+            sample_rate=line.spent.sample_rate,
+            clip_norm=line.spent.clip_norm,
+            epsilon_added=line.spent.epsilon_round,
         )
         for line in files.privacy
-        if line["kind"] not in (None, TRAINING)
+        if line.spent and line.spent.kind != TRAINING
     ]
     counts = [
         ReleaseReport(number, site, EVALUATION, noise, 1.0, 1.0, None, value)
@@ -128,56 +128,55 @@ def other_releases(files: RunFiles) -> list[ReleaseReport]:
 def _noised_counts(files: RunFiles) -> list[tuple[int, str, float, float]]:
     """Return (round, site, noise's standard deviation in records, count), each once even if told twice."""
     told = [
-        (line["round"], count["site"], count["noise_std"], count["value"])
+        (line.round_number, count.site, count.noise_std, count.value)
         for line in files.rounds
-        for count in line["noised_correct"]
+        for count in line.noised_correct
     ]
     return list(dict.fromkeys(told))
 
 
-def releases_of(lines: Iterable[Line]) -> list[Release]:
-    """Return what a site's lines say was released, in order.
+def releases_of(paid: Iterable[SpendingFigures]) -> list[Release]:
+    """Return what a site's spendings say was released, in order.
 
-    A line of kind ``training`` stands for its steps; any other for the one release that it is.
+    One of kind ``training`` stands for its steps; any other for the one release that it is.
 
     Raises:
-        ConfigError: a line holds figures that no mechanism has.
+        ConfigError: one of them holds figures that no mechanism has.
     """
     return [
         Release(
-            line["noise_multiplier"],
-            line["sample_rate"],
-            line["steps_round"] if line["kind"] == TRAINING else 1,
-            line["kind"],
+            spent.noise_multiplier,
+            spent.sample_rate,
+            spent.steps_round if spent.kind == TRAINING else 1,
+            spent.kind,
         )
-        for line in lines
+        for spent in paid
     ]
 
 
 def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
-    own = [line for line in files.privacy if line["site"] == name]
-    paid = [line for line in own if line["epsilon_total"] is not None]
-    training = [line for line in paid if line["kind"] == TRAINING]
+    own = [line for line in files.privacy if line.site == name]
+    paid = [line.spent for line in own if line.spent]
+    training = [spent for spent in paid if spent.kind == TRAINING]
     last = paid[-1] if paid else None
-    sizes = [line["public_size"] for line in own if isinstance(line.get("public_size"), int)]
-    total, delta = (last["epsilon_total"], last["delta"]) if last else (None, None)
+    total, delta = (last.epsilon_total, last.delta) if last else (None, None)
     noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
     recomputed, accountant, rdp, fault = _recompute(paid, noises, delta)
     agreement, note = _compare(total, recomputed, fault)
     return SiteReport(
         site=name,
-        public_size=sizes[-1] if sizes else None,
-        rounds_joined=sum(name in line["participants"] for line in files.rounds),
+        public_size=own[-1].public_size if own else None,
+        rounds_joined=sum(name in line.participants for line in files.rounds),
         rounds_refused=refused,
-        steps=sum(line["steps_round"] for line in paid) if paid else None,
-        noise_multipliers=_distinct(line["noise_multiplier"] for line in training),
-        sample_rates=_distinct(line["sample_rate"] for line in training),
-        clip_norms=_distinct(line["clip_norm"] for line in training),
+        steps=sum(spent.steps_round for spent in paid) if paid else None,
+        noise_multipliers=_distinct(spent.noise_multiplier for spent in training),
+        sample_rates=_distinct(spent.sample_rate for spent in training),
+        clip_norms=_distinct(spent.clip_norm for spent in training),
         delta=delta,
         epsilon_total=total,
-        epsilon_budget=last["epsilon_budget"] if last else None,
-        epsilon_remaining=last["epsilon_remaining"] if last else None,
-        accountant=last["accountant"] if last else "",
+        epsilon_budget=last.epsilon_budget if last else None,
+        epsilon_remaining=last.epsilon_remaining if last else None,
+        accountant=next((line.accountant for line in reversed(own) if line.spent), ""),
         epsilon_recomputed=recomputed,
         accountant_recomputed=accountant,
         epsilon_rdp=rdp,
@@ -187,7 +186,7 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
 
 
 def _recompute(
-    paid: Sequence[Line], count_noises: Sequence[float], delta: float | None
+    paid: Sequence[SpendingFigures], count_noises: Sequence[float], delta: float | None
 ) -> tuple[float | None, str, float | None, str]:
     """Return ε by PLD, its accountant in words, ε by RDP, and what kept them from being computed."""
     if delta is None:
@@ -196,7 +195,7 @@ def _recompute(
         counts = [Release(noise, 1.0, 1, EVALUATION) for noise in count_noises]
         releases = releases_of(paid) + counts
         value, accountant = epsilon_with_method(releases, delta)
-        return value, accountant, epsilon_with_method(releases, delta, method="rdp")[0], ""
+        return value, str(accountant), epsilon_with_method(releases, delta, method="rdp")[0], ""
     except ConfigError as error:
         return None, "", None, str(error)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from common.accountant import INITIALISATION, TRAINING
 from common.errors import FedVeilError
 from common.messages.round import Spending, TrainResult
 from common.privacy.accounting import LEAST_DELTA, LEAST_RATE, MOST_NOISE, noise_multiplier_for
@@ -130,7 +131,7 @@ class Admission:
 
     def _laxer(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:
         """Return what a spending says that no honest site does, by the run's terms or by arithmetic."""
-        wanted = "training" if result.round_number else "initialisation"
+        wanted = TRAINING if result.round_number else INITIALISATION
         if spent.kind != wanted:
             return f"the reply's spending is of kind {spent.kind!r}, this round is {wanted!r}"
         steps = self._job.config.training.local_steps if result.round_number else 0

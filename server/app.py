@@ -13,8 +13,9 @@ from flwr.serverapp import Grid, ServerApp
 from common.log import place_of
 from common.messages.round import Reply, TrainTask
 from common.messages.wire import Layout, encode_task, payload_bytes
+from common.run_lines import ProgressFile
 from server.conduct import conduct
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from server.pulls import Pulls
 from server.records import RunFolder
 from server.registered import registered_names
@@ -33,9 +34,9 @@ app = ServerApp()
 class FlowerTransport:
     """Tasks over Flower's grid; tells the run's folder who has answered."""
 
-    def __init__(self, grid: Grid, job: Job, evaluator: Evaluator, folder: RunFolder) -> None:
+    def __init__(self, grid: Grid, job: Job, server_model: ServerModel, folder: RunFolder) -> None:
         self._grid, self._job, self._folder = grid, job, folder
-        self._layout_of_round = evaluator.reply_layout
+        self._layout_of_round = server_model.reply_layout
         log.info("sites have the names %s", "in their replies" if self.registered() is None else "of their keys")
 
     def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
@@ -45,7 +46,7 @@ class FlowerTransport:
             nodes = sorted(set(_patiently(self._grid.get_node_ids)) - set(besides))
             if len(nodes) >= wanted or time.monotonic() > deadline:
                 return nodes
-            self._folder.progress(phase="waiting for sites", online=len(nodes), wanted=wanted)
+            self._folder.progress(ProgressFile("waiting for sites", online=len(nodes), wanted=wanted))
             time.sleep(POLL_SECONDS)
 
     def registered(self) -> Mapping[int, str] | None:
@@ -74,11 +75,13 @@ class FlowerTransport:
                 replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
                 up += size
             self._folder.progress(
-                phase="training",
-                round=task.round_number,
-                rounds=self._job.config.rounds,
-                answered=[reply.site for reply in replies.values()],
-                asked=len(tasks),
+                ProgressFile(
+                    "training",
+                    round_number=task.round_number,
+                    rounds=self._job.config.rounds,
+                    answered=[reply.site for reply in replies.values()],
+                    asked=len(tasks),
+                )
             )
             if waiting:
                 time.sleep(POLL_SECONDS)
@@ -130,4 +133,4 @@ def _patiently(call: Callable[[], Answer]) -> Answer:
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry point: check every setting before anything else, then conduct the run."""
     job = configure(dict(context.run_config))
-    conduct(job, str(context.run_id), lambda evaluator, folder: FlowerTransport(grid, job, evaluator, folder))
+    conduct(job, str(context.run_id), lambda server_model, folder: FlowerTransport(grid, job, server_model, folder))

@@ -23,16 +23,17 @@ from safetensors.torch import save
 from common.config.sections import Scalar
 from common.errors import ConfigError, DataError
 from common.files import length, replace_file
-from common.messages.round import Spending
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
 from common.model.federated import Score
+from common.run_lines import ResultFile, read_if_there
+from common.strict_json import from_json, to_json
 from server.admission import Member
 from strategies import Moments, ServerState
 from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
-FORMAT = "4"
+FORMAT = "5"
 PARTS = ("adapter", "memory", "first moments", "second moments")
 """Where a stored tensor belongs."""
 MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")
@@ -71,7 +72,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "trained": held.trained,
         "steps": dict(held.optimizer.steps),
         "settings": dict(checkpoint.settings),
-        "members": {node: asdict(member) for node, member in checkpoint.members.items()},
+        "members": {node: to_json(member) for node, member in checkpoint.members.items()},
         "baseline": asdict(checkpoint.baseline),
         "score": asdict(checkpoint.score) if checkpoint.score else None,
         "lengths": dict(checkpoint.lengths),
@@ -101,7 +102,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         run=about["run"],
         settings=about["settings"],
         state=state,
-        members={int(node): _member(member) for node, member in about["members"].items()},
+        members={int(node): from_json(Member, told, "a member") for node, told in about["members"].items()},
         baseline=Score(**about["baseline"]),
         score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],
@@ -111,18 +112,13 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
             f"resume: the checkpoint in {folder} is of run {checkpoint.run!r}: give the folder its name back"
         )
     _same_settings(checkpoint.settings, job.settings())
-    ended = folder / "result.json"
-    if ended.is_file() and json.loads(ended.read_text(encoding="utf-8")).get("status") == "completed":
+    ended = read_if_there(ResultFile, folder)
+    if ended and ended.status == "completed":
         raise ConfigError(f"resume: run {run!r} is complete, there is no round left: start a new one")
     for name, size in checkpoint.lengths.items():
         if length(folder / name) < size:
             raise DataError(f"{folder / name} is shorter than it was at the checkpoint: restore it, or start a new run")
     return checkpoint
-
-
-def _member(about: Mapping[str, Any]) -> Member:
-    spent = about["spending"]
-    return Member(**{**about, "spending": Spending(**spent) if spent else None})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:

@@ -12,11 +12,12 @@ from common.log import about, kept_in, place_of, set_up
 from common.model.federated import Score
 from common.paths import run_folder, run_name
 from common.privacy.figures import epsilon_text
+from common.run_lines import ProgressFile, Reached, ResultFile, Status
 from reports import federation_epsilon, write_reports
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
-from server.evaluation import Evaluator
 from server.lock import GLANCE_SECONDS, only_writer
+from server.model import ServerModel
 from server.records import RunFolder
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
@@ -45,14 +46,14 @@ class _Observer:
 
     def initialised(self, outcome: RoundOutcome) -> None:
         self._folder.initialised(outcome)
-        results = outcome.results
+        results = outcome.got.results.values()
         spent = max((r.spending.epsilon_total for r in results if r.spending), default=None)
         cost = (
             "no record used" if not results else "no claim" if spent is None else f"ε {epsilon_text(spent)}, worst site"
         )
         self._folder.say(f"initialisation from a full gradient: {len(results)} sites, {cost}", 0)
-        for refusal in outcome.refusals:
-            self._folder.say(f"  {refusal.site} did not take part ({refusal.kind}): {refusal.reason}", 0)
+        for absence in outcome.got.refusals.values():
+            self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.finished(outcome, state, members)
@@ -66,7 +67,7 @@ class _Observer:
         self._folder.say(f"run ends early: {reason}")
 
 
-def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder], Transport]) -> Path:
+def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder], Transport]) -> Path:
     """Run a job, or go on with the run that it resumes, and leave everything in its folder, whose path is returned.
 
     Args:
@@ -98,42 +99,42 @@ def conduct(job: Job, flower_run: str, connect: Callable[[Evaluator, RunFolder],
     return path
 
 
-def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[Evaluator, RunFolder], Transport]) -> None:
-    evaluator: Evaluator | None = None
+def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerModel, RunFolder], Transport]) -> None:
+    server_model: ServerModel | None = None
     try:
-        folder.progress(phase="loading model and data")
+        folder.progress(ProgressFile("loading model and data"))
         if told := unprotected_test(job.config.data.name, job.config.data.test):
             folder.say(told)
-        evaluator, observer = Evaluator(job), _Observer(job, folder)
-        run_rounds(job, run, connect(evaluator, folder), evaluator, observer, folder.saved)
-        _leave(folder, evaluator, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
+        server_model, observer = ServerModel(job), _Observer(job, folder)
+        run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
+        _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:
         reason = str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
         log.error("the run fails: %s", reason if isinstance(error, FedVeilError) else place_of(error), extra=about(run))
         rounds = folder.saved.state.round_number if folder.saved else 0
-        if evaluator is None or not rounds:
-            folder.result("failed", reason)
+        if server_model is None or not rounds:
+            folder.ended(ResultFile("failed", reason, None))
             raise
         hint = f"rounds up to {rounds} are kept; go on from there with resume = {run!r}"
         try:
-            _leave(folder, evaluator, "failed", f"{reason}. {hint}")
+            _leave(folder, server_model, "failed", f"{reason}. {hint}")
         except Exception as second:
             # A full disk, say: the first reason matters more than that the adapter could not be exported.
-            folder.result("failed", f"{reason}. {hint}; the adapter could not be saved ({type(second).__name__})")
+            reason = f"{reason}. {hint}; the adapter could not be saved ({type(second).__name__})"
+            folder.ended(ResultFile("failed", reason, None))
         raise
 
 
-def _leave(folder: RunFolder, evaluator: Evaluator, status: str, reason: str) -> None:
+def _leave(folder: RunFolder, server_model: ServerModel, status: Status, reason: str) -> None:
     """Save the adapter of the last complete round, the report and how the run ended."""
     saved = folder.saved
     if saved is None:
         return
-    folder.save_adapter(evaluator.model, saved.state.adapter, evaluator.label_names)
-    folder.result(
-        status,
-        reason,
+    folder.save_adapter(server_model.model, saved.state.adapter, server_model.label_names)
+    reached = Reached(
         accuracy_before=saved.baseline.accuracy,
-        accuracy=(saved.score or evaluator.score(saved.state.adapter)).accuracy,
+        accuracy=(saved.score or server_model.score(saved.state.adapter)).accuracy,
         epsilon=federation_epsilon(folder.path),
         rounds=saved.state.round_number,
     )
+    folder.ended(ResultFile(status, reason, reached))

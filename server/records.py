@@ -1,6 +1,7 @@
 """What a run leaves in its folder.
 
 ``config.json``     every setting, with versions of what computed it
+``baseline.json``   the score before round 1
 ``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
 ``privacy.jsonl``   one line a round and site: the privacy report
 ``checkpoint.safetensors``  what the run goes on from (see ``server.checkpoint``)
@@ -9,6 +10,8 @@
 ``progress.json``   what goes on right now, for whoever watches
 ``adapter/``        the final adapter in PEFT's format, with the head and what is needed to score it
 ``result.json``     how the run ended
+
+What the JSON files hold is defined in ``common.run_lines``.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,13 +28,24 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from common.errors import DataError
 from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
-from common.messages.round import Spending, TrainResult
+from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.model.federated import FederatedModel, Score
 from common.privacy import claim
+from common.run_lines import (
+    BaselineFile,
+    ConfigFile,
+    CountLine,
+    PrivacyLine,
+    ProgressFile,
+    ResultFile,
+    RoundLine,
+    RunFile,
+    read_file,
+)
+from common.strict_json import to_json
 from common.tasks import TASKS
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
@@ -53,43 +67,26 @@ def head_words(job: Job) -> str:
     return "trained and averaged" + (", inside the clip" if job.config.privacy.on else "")
 
 
-def privacy_line(job: Job, result: TrainResult) -> dict[str, Any]:
-    """Return one line of ``privacy.jsonl``: everything the claim for this site rests on."""
-    line: dict[str, Any] = {
-        "round": result.round_number,
-        "site": result.site,
-        "public_size": result.public_size,
-        "unit": claim.UNIT,
-        "adjacency": claim.ADJACENCY,
-        "adversary": claim.ADVERSARY,
-        "sampler": claim.SAMPLER,
-    }
+def privacy_line(job: Job, result: TrainResult) -> PrivacyLine:
+    """Return the line of ``privacy.jsonl`` for one result."""
     spent = result.spending
-    if spent is None:
-        line |= dict.fromkeys(("unit", "adjacency", "adversary", "sampler", "accountant"), claim.NO_CLAIM)
-        numbers = (item.name for item in fields(Spending) if item.name != "accountant")
-        return {**line, **dict.fromkeys(numbers), "head": head_words(job)}
-    return {**line, **asdict(spent), "head": head_words(job)}
+    return PrivacyLine(
+        round_number=result.round_number,
+        site=result.site,
+        public_size=result.public_size,
+        unit=claim.UNIT if spent else claim.NO_CLAIM,
+        adjacency=claim.ADJACENCY if spent else claim.NO_CLAIM,
+        adversary=claim.ADVERSARY if spent else claim.NO_CLAIM,
+        sampler=claim.SAMPLER if spent else claim.NO_CLAIM,
+        spent=spent.figures() if spent else None,
+        accountant=str(spent.accountant) if spent else claim.NO_CLAIM,
+        head=head_words(job),
+    )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader never sees half of it."""
     replace_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file of a run's folder.
-
-    Raises:
-        DataError: the file is missing or not JSON.
-    """
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: {path.parent} is not the folder of a finished run") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    return value
 
 
 class RunFolder:
@@ -110,16 +107,16 @@ class RunFolder:
                 cut_file(path / name, size)
             for half_written in path.glob(".*.tmp"):
                 half_written.unlink()
-            (path / "result.json").unlink(missing_ok=True)
-            config = read_json(path / "config.json")
-            write_json(path / "config.json", {**config, "resumed": [*config.get("resumed", []), now]})
+            (path / ResultFile.NAME).unlink(missing_ok=True)
+            config = read_file(ConfigFile, path)
+            self._write(replace(config, resumed=[*config.resumed, now]))
             return
         versions = {"python": platform.python_version(), **package_versions()}
-        write_json(path / "config.json", {"run": run, "started": now, "settings": job.settings(), "versions": versions})
+        self._write(ConfigFile(run, now, job.settings(), versions))
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """Record the score before round 1."""
-        write_json(self.path / "baseline.json", asdict(baseline))
+        self._write(BaselineFile(baseline.accuracy, baseline.loss))
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
 
@@ -140,33 +137,38 @@ class RunFolder:
         self._lines(outcome)
 
     def _lines(self, outcome: RoundOutcome) -> None:
-        append_lines(self.path / "privacy.jsonl", [privacy_line(self.job, result) for result in outcome.results])
-        line = {
-            "round": outcome.round_number,
-            "complete": outcome.counts,
-            "strategy": self.job.strategy.name,
-            "participants": [result.site for result in outcome.results if outcome.counts],
-            "accuracy": outcome.score.accuracy if outcome.score else None,
-            "loss": outcome.score.loss if outcome.score else None,
-            "bytes_down": outcome.bytes_down,
-            "bytes_up": outcome.bytes_up,
-            "seconds": round(outcome.seconds, 3),
-            "privacy": self.job.config.privacy.mode,
-            "head": head_words(self.job),
-            "noised_correct": [
-                {"site": r.site, **asdict(r.noised_correct)} for r in outcome.results if r.noised_correct
-            ],
-            "refusals": [{"site": r.site, "kind": r.kind, "reason": r.reason} for r in outcome.refusals],
-            "attempts": outcome.attempts,
-            "failures": [
-                {"round": f.round_number, "attempt": f.attempt, "site": f.site, "kind": f.kind, "message": f.message}
-                for f in outcome.failures
-            ],
-        }
-        append_lines(self.path / "rounds.jsonl", [line])
+        got, results = outcome.got, outcome.got.results.values()
+        self._append(*(privacy_line(self.job, result) for result in results))
+        counts = [(result.site, result.noised_correct) for result in results]
+        self._append(
+            RoundLine(
+                round_number=outcome.round_number,
+                complete=outcome.counts,
+                strategy=self.job.strategy.name,
+                participants=[result.site for result in results if outcome.counts],
+                accuracy=outcome.score.accuracy if outcome.score else None,
+                loss=outcome.score.loss if outcome.score else None,
+                bytes_down=got.bytes_down,
+                bytes_up=got.bytes_up,
+                seconds=round(outcome.seconds, 3),
+                privacy=self.job.config.privacy.mode,
+                head=head_words(self.job),
+                noised_correct=[CountLine(site, c.value, c.noise_std) for site, c in counts if c],
+                refusals=list(got.refusals.values()),
+                attempts=got.attempts,
+                failures=got.failures,
+            )
+        )
+
+    def _write(self, file: RunFile) -> None:
+        write_json(self.path / file.NAME, to_json(file))
+
+    def _append(self, *lines: RunFile) -> None:
+        for name in dict.fromkeys(line.NAME for line in lines):
+            append_lines(self.path / name, [to_json(line) for line in lines if name == line.NAME])
 
     def _save(self, checkpoint: Checkpoint) -> None:
-        lengths = {name: length(self.path / name) for name in ("rounds.jsonl", "privacy.jsonl")}
+        lengths = {name: length(self.path / name) for name in (RoundLine.NAME, PrivacyLine.NAME)}
         self.saved = replace(checkpoint, lengths=lengths)
         save_checkpoint(self.path, self.saved)
 
@@ -177,13 +179,13 @@ class RunFolder:
         with (self.path / "run.log").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def progress(self, **values: Any) -> None:
+    def progress(self, progress: ProgressFile) -> None:
         """Say what goes on right now."""
-        write_json(self.path / "progress.json", values)
+        self._write(progress)
 
-    def result(self, status: str, reason: str = "", **values: Any) -> None:
-        """Say how the run ended: ``completed``, ``stopped`` (early and well) or ``failed``."""
-        write_json(self.path / "result.json", {"status": status, "reason": reason, **values})
+    def ended(self, result: ResultFile) -> None:
+        """Say how the run ended."""
+        self._write(result)
 
     def save_adapter(self, model: FederatedModel, adapter: AdapterState, label_names: tuple[str, ...]) -> Path:
         """Write the final adapter in PEFT's format, the head, and what scoring it needs."""

@@ -48,8 +48,4 @@ def read_reply(record: Any, layout: Layout, task: TrainTask, node: int) -> Reply
     except Exception as error:
         # A peer chooses these bytes; a decoder may fail in ways that nobody has foreseen.
         return refusal(task, node, "reply", f"the message cannot be read ({type(error).__name__})")
-    if isinstance(reply, Refusal):
-        return replace(reply, reason=clean(reply.reason))
-    if reply.spending is None:
-        return reply
-    return replace(reply, spending=replace(reply.spending, accountant=clean(reply.spending.accountant, 100)))
+    return replace(reply, reason=clean(reply.reason)) if isinstance(reply, Refusal) else reply

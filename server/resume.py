@@ -7,9 +7,9 @@ from pathlib import Path
 
 from common.config.sections import Scalar, defaults
 from common.errors import ConfigError
+from common.run_lines import ConfigFile, read_file
 from server.checkpoint import NAME, load_checkpoint
 from server.lock import GLANCE_SECONDS, only_writer
-from server.records import read_json
 from strategies.job import configure
 
 
@@ -29,7 +29,7 @@ def with_resumed(overrides: Mapping[str, Scalar], patience: float = GLANCE_SECON
     if settings.get("resume"):
         folder = Path(str(settings["resume"]))
         with only_writer(folder, patience):
-            load_checkpoint(folder, configure(settings), read_json(folder / "config.json")["run"])
+            load_checkpoint(folder, configure(settings), read_file(ConfigFile, folder).run)
     return settings
 
 
@@ -50,4 +50,4 @@ def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     if len(found) != 1:
         many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run with a checkpoint in {output}"
         raise ConfigError(f"resume: {wanted!r} names {many}; give the path of the run's folder")
-    return {**read_json(found[0] / "config.json")["settings"], **overrides, "resume": str(found[0])}
+    return {**read_file(ConfigFile, found[0]).settings, **overrides, "resume": str(found[0])}

@@ -4,43 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from common.errors import RunFailed
-from common.messages.round import Refusal, TrainResult
 from common.model.federated import Score
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from server.optimizer import server_step
 from server.replies import clean
-from server.sites import Failure, Gathering, Sites, Transport
+from server.sites import Gathering, Sites, Transport
 from strategies import ServerState, mean
 from strategies.job import Job
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """One finished round, as the records and the report see it."""
+    """One finished round, as the records and the terminal see it."""
 
     round_number: int
-    results: list[TrainResult]
-    """Of the sites that took part, and paid."""
-    refusals: list[Refusal]
-    """Of the sites that were asked and did not take part."""
+    got: Gathering
+    """What came of asking the sites; its results have been paid for, whether or not the round counts."""
     score: Score | None
     """None in a round that is not scored (``evaluate-every``)."""
-    bytes_down: int
-    bytes_up: int
     seconds: float
     counts: bool = True
     """Whether the quorum was reached; if not, nothing was averaged."""
-    attempts: int = 1
-    failures: list[Failure] = field(default_factory=list)
-    """Everything that went wrong, in every attempt."""
 
 
 class Observer(Protocol):
@@ -66,7 +58,12 @@ class Observer(Protocol):
 
 
 def run_rounds(
-    job: Job, run: str, transport: Transport, evaluator: Evaluator, observer: Observer, saved: Checkpoint | None = None
+    job: Job,
+    run: str,
+    transport: Transport,
+    server_model: ServerModel,
+    observer: Observer,
+    saved: Checkpoint | None = None,
 ) -> ServerState:
     """Run every round, or those after ``saved``, and return the last state.
 
@@ -78,19 +75,20 @@ def run_rounds(
             after the first too; names each with its reason.
     """
     admission = Admission(job, saved.members if saved else {}, transport.registered)
-    sites = Sites(job, run, transport, evaluator, admission)
+    sites = Sites(job, run, transport, server_model, admission)
     if saved:
         state, score = saved.state, saved.score
         observer.resumed(saved)
     else:
-        state = _initialise(job, sites, evaluator, observer)
-        score = evaluator.score(state.adapter)
+        state = _initialise(job, sites, server_model, observer)
+        score = server_model.score(state.adapter)
         observer.started(score, state, admission.members)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
         got = sites.gather(round_number, state)
         if len(got.results) < job.config.min_sites:
-            observer.missed(_outcome(round_number, got, score, began, counts=False))
+            observer.missed(RoundOutcome(round_number, got, score, time.monotonic() - began, counts=False))
+            # Nothing but spent budgets went wrong, in any attempt: the run has had all the rounds that it can have.
             spent = [r for r in got.refusals.values() if r.kind == "budget"]
             if round_number > 1 and spent and len(spent) == len(got.failures):
                 left = f"{len(got.results)} sites have" if got.results else "no site has"
@@ -98,51 +96,36 @@ def run_rounds(
                 break
             raise _too_few(got, round_number, job.config.min_sites)
         step = partial(server_step, job.config)
-        averaged = contributions(job, got.ordered_results(), state)
+        averaged = contributions(job, list(got.results.values()), state)
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
-        score = evaluator.score(state.adapter) if due else None
-        observer.finished(_outcome(round_number, got, score, began), state, admission.members)
+        score = server_model.score(state.adapter) if due else None
+        observer.finished(RoundOutcome(round_number, got, score, time.monotonic() - began), state, admission.members)
     return state
 
 
-def _outcome(
-    round_number: int, got: Gathering, score: Score | None, began: float, *, counts: bool = True
-) -> RoundOutcome:
-    return RoundOutcome(
-        round_number,
-        got.ordered_results(),
-        got.ordered_refusals(),
-        score,
-        got.bytes_down,
-        got.bytes_up,
-        time.monotonic() - began,
-        counts,
-        got.attempts,
-        got.failures,
-    )
-
-
-def _initialise(job: Job, sites: Sites, evaluator: Evaluator, observer: Observer) -> ServerState:
+def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Observer) -> ServerState:
     """Return the state before round 1; only a start from a full gradient has a round 0."""
-    state, source = job.start(evaluator.start), job.strategy.gradient
+    state, source = job.start(server_model.start), job.strategy.gradient
     if source is None:
         return state
     began = time.monotonic()
     if source.public_data:
-        gradient = evaluator.public_gradient(source)
-        observer.initialised(RoundOutcome(0, [], [], None, 0, 0, time.monotonic() - began))
+        gradient = server_model.public_gradient(source)
+        observer.initialised(RoundOutcome(0, Gathering(attempts=1), None, time.monotonic() - began))
         return job.strategy.initialise(state, gradient)
     got = sites.gather(0, state)
     if len(got.results) < job.config.min_sites:
-        observer.missed(_outcome(0, got, evaluator.score(state.adapter), began, counts=False))
+        score = server_model.score(state.adapter)
+        observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
         raise _too_few(got, 0, job.config.min_sites)
-    observer.initialised(_outcome(0, got, None, began))
-    return job.strategy.initialise(state, mean(contributions(job, got.ordered_results(), state)))
+    observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
+    return job.strategy.initialise(state, mean(contributions(job, list(got.results.values()), state)))
 
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:
-    reasons = "; ".join(f"{r.site} ({r.kind}): {r.reason}" for r in got.ordered_refusals()) or got.failures[-1].message
+    absent = got.refusals.values()
+    reasons = "; ".join(f"{a.site} ({a.kind}): {a.reason}" for a in absent) or got.failures[-1].reason
     attempts = f" in {got.attempts} attempts" if got.attempts > 1 else ""
     return RunFailed(
         f"round {round_number}: {len(got.results)} sites succeeded{attempts}, {wanted} needed. {clean(reasons, 2000)}"

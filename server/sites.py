@@ -10,8 +10,9 @@ from typing import Protocol
 from common.log import about
 from common.messages.round import Refusal, Reply, TrainResult, TrainTask
 from common.messages.tensors import fingerprint, start_fingerprint
+from common.run_lines import Absence
 from server.admission import Admission
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from strategies import ServerState
 from strategies.job import Job
 
@@ -45,54 +46,40 @@ class Transport(Protocol):
         """Send one task per node and collect what comes back within ``timeout`` seconds; nothing later counts."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """One site, or a whole attempt, that brought nothing."""
-
-    round_number: int
-    attempt: int
-    """1-based."""
-    site: str
-    """Empty where too few sites were online to ask any."""
-    kind: str
-    """A site's kind of refusal, or ``late``, ``failed``, ``reply`` or ``quorum``, which the server finds."""
-    message: str
-
-
 @dataclass
 class Gathering:
     """What all attempts at a round brought."""
 
     results: dict[int, TrainResult] = field(default_factory=dict)
     """By node; these count."""
-    refusals: dict[int, Refusal] = field(default_factory=dict)
-    """By node, the last word of each that has no result."""
-    failures: list[Failure] = field(default_factory=list)
+    refusals: dict[int, Absence] = field(default_factory=dict)
+    """By node, the last word of each that was asked and has no result."""
+    failures: list[Absence] = field(default_factory=list)
     """Everything that went wrong, also where a later attempt mended it."""
     attempts: int = 0
     bytes_down: int = 0
+    """Adapter payload of all tasks and, up, of all replies."""
     bytes_up: int = 0
 
     def settled(self) -> set[int]:
         """Return the nodes that it is no use to ask again in this round."""
         return {*self.results, *(node for node, r in self.refusals.items() if r.kind not in ASK_AGAIN)}
 
-    def ordered_results(self) -> list[TrainResult]:
-        """Return the results that count, by site."""
-        return sorted(self.results.values(), key=lambda result: result.site)
-
-    def ordered_refusals(self) -> list[Refusal]:
-        """Return the refusals, by site."""
-        return sorted(self.refusals.values(), key=lambda refusal: refusal.site)
+    def in_order(self) -> Gathering:
+        """Return the same, results and refusals in the order of the sites' names."""
+        results = dict(sorted(self.results.items(), key=lambda item: item[1].site))
+        return replace(self, results=results, refusals=dict(sorted(self.refusals.items(), key=lambda i: i[1].site)))
 
 
 class Sites:
     """Asks sites, and remembers which of them already have what is sent once."""
 
-    def __init__(self, job: Job, run: str, transport: Transport, evaluator: Evaluator, admission: Admission) -> None:
+    def __init__(
+        self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
+    ) -> None:
         self._job, self._run, self._transport, self._admission = job, run, transport, admission
-        self._base = evaluator.model.base.fingerprint
-        self._start = start_fingerprint(evaluator.start)
+        self._base = server_model.model.base.fingerprint
+        self._start = start_fingerprint(server_model.start)
         self._informed: set[int] = set()
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
@@ -101,7 +88,7 @@ class Sites:
         Nodes are looked up anew for every attempt, so a site that has just joined or come back is
         asked; results of earlier attempts are kept. No site is asked while too few are online to
         reach the quorum: it would spend budget on a round that cannot count. Results are enrolled
-        only if the quorum is reached.
+        only if the quorum is reached. What comes back is in the order of the sites' names.
         """
         config, got = self._job.config, Gathering()
         for attempt in range(1, config.round_retries + 2):
@@ -110,7 +97,7 @@ class Sites:
             nodes = self._transport.nodes(wanted, settled)
             if len(nodes) < wanted:
                 message = f"{len(nodes)} sites could be asked, {wanted} more are needed for min-sites"
-                self._note(got, Failure(round_number, attempt, "", "quorum", message))
+                self._note(got, Absence(round_number, attempt, "", None, "quorum", message))
                 continue
             self._attempt(got, nodes, round_number, state)
             if len(got.results) >= config.min_sites:
@@ -119,26 +106,28 @@ class Sites:
             if set(got.refusals) <= got.settled():
                 break
             log.warning("below quorum in attempt %d", attempt, extra=about(self._run, round_number))
-        return got
+        return got.in_order()
 
     def _attempt(self, got: Gathering, nodes: Collection[int], round_number: int, state: ServerState) -> None:
         online = {*nodes, *got.settled()}
         exchange = self._ask(nodes, round_number, state)
         got.bytes_down += exchange.bytes_down
         got.bytes_up += exchange.bytes_up
-        refused: dict[int, Refusal] = {}
+        told: dict[int, tuple[str, str, str]] = {}
         for node, reply in sorted(exchange.replies.items()):
             if isinstance(reply, Refusal):
-                refused[node] = reply
+                told[node] = (reply.site, reply.kind, reply.reason)
             else:
                 got.results[node] = reply
         for node, reason in self._admission.judge(got.results, state, online).items():
-            site = got.results.pop(node).site
-            refused[node] = Refusal(self._run, round_number, site, "reply", reason)
-        refused = {n: replace(r, site=self._name(n, r.site, got, online)) for n, r in refused.items()}
-        got.refusals = {n: r for n, r in {**got.refusals, **refused}.items() if n not in got.results}
-        for refusal in sorted(refused.values(), key=lambda refusal: refusal.site):
-            self._note(got, Failure(round_number, got.attempts, refusal.site, refusal.kind, refusal.reason))
+            told[node] = (got.results.pop(node).site, "reply", reason)
+        absent = {
+            node: Absence(round_number, got.attempts, self._name(node, site, got, online), node, kind, reason)
+            for node, (site, kind, reason) in told.items()
+        }
+        got.refusals = {n: a for n, a in {**got.refusals, **absent}.items() if n not in got.results}
+        for absence in sorted(absent.values(), key=lambda absence: absence.site):
+            self._note(got, absence)
 
     def _name(self, node: int, told: str, got: Gathering, online: Collection[int]) -> str:
         """Return what a node that did not take part is called: as registered, or else as it counted before.
@@ -153,10 +142,10 @@ class Sites:
         taken = {result.site for result in got.results.values()}
         return f"node {node}" if name in taken or self._admission.owner(name, online) not in (None, node) else name
 
-    def _note(self, got: Gathering, failure: Failure) -> None:
-        got.failures.append(failure)
-        where = about(self._run, failure.round_number, failure.site)
-        log.warning("%s: %s", failure.kind, failure.message, extra=where)
+    def _note(self, got: Gathering, absence: Absence) -> None:
+        got.failures.append(absence)
+        where = about(self._run, absence.round_number, absence.site)
+        log.warning("%s: %s", absence.kind, absence.reason, extra=where)
 
     def _ask(self, nodes: Iterable[int], round_number: int, state: ServerState) -> Exchange:
         """Send every node its task; a site that lost what is sent once gets it within the attempt."""

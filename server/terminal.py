@@ -40,9 +40,10 @@ def score_words(score: Score | None) -> str:
 
 def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -> str:
     """Return the terminal line of one round, with one more line for every refusal; ``members`` are all that counted."""
-    payload = (outcome.bytes_down + outcome.bytes_up) / 1e6
+    got = outcome.got
+    payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
         f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
-        f"{epsilon_words(members.values())}  {len(outcome.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
+        f"{epsilon_words(members.values())}  {len(got.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
     )
-    return line + "".join(f"\n  {r.site} did not take part ({r.kind}): {r.reason}" for r in outcome.refusals)
+    return line + "".join(f"\n  {a.site} did not take part ({a.kind}): {a.reason}" for a in got.refusals.values())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from common.accountant import INITIALISATION
 from common.adapters import Adapter
 from common.errors import ConfigError, ProtocolError
 from common.messages.state import HEAD, AdapterState
@@ -89,7 +90,7 @@ class GradientSource:
         Raises:
             ConfigError: there is no noise: without privacy nothing is priced.
         """
-        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind="initialisation")
+        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind=INITIALISATION)
 
 
 @dataclass(frozen=True)

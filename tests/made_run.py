@@ -7,11 +7,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.accountant import TRAINING
+from common.messages.round import SpendingFigures
 from common.privacy import claim
 from common.privacy.accounting import Release, epsilon_with_method
+from common.run_lines import (
+    Absence,
+    AuditFile,
+    BaselineFile,
+    ConfigFile,
+    PrivacyLine,
+    Reached,
+    ResultFile,
+    RoundLine,
+    RunFile,
+    Status,
+)
+from common.strict_json import to_json
 from strategies.job import configure
 
 DELTA = 1e-5
+HEAD = "trained and averaged, inside the clip"
+
+
+def spent(line: PrivacyLine) -> SpendingFigures:
+    """Return the figures of a line that makes a claim."""
+    assert line.spent is not None, "the line makes no claim"
+    return line.spent
 
 
 @dataclass
@@ -33,9 +55,8 @@ class MadeRun:
         settings = configure(self.settings).settings()
         versions = {"python": "3.11.7", "fedveil": "0.1.0", "flwr": "1.39.0", "torch": "2.13.0", "opacus": "1.6.0"}
         versions |= {"transformers": "5.24.0", "peft": "0.21.2", "dp-accounting": "0.6.0"}
-        config = {"run": "7", "started": "2026-11-24T10:00:00+00:00", "settings": settings, "versions": versions}
-        self.write("config.json", config)
-        self.write("baseline.json", {"accuracy": 0.695, "loss": 0.581})
+        self.write(ConfigFile("7", "2026-11-24T10:00:00+00:00", settings, versions))
+        self.write(BaselineFile(accuracy=0.695, loss=0.581))
         return self
 
     def round(self, number: int, accuracy: float, *, refusals: dict[str, tuple[str, str]] | None = None) -> MadeRun:
@@ -44,60 +65,77 @@ class MadeRun:
         joined = [site for site in self.sites if site not in refusals]
         for site in joined:
             self.release(number, site, Release(self.noise.get(site, 1.2), 0.05, 5))
-        self.append(
-            "rounds.jsonl",
-            {
-                "round": number,
-                "strategy": "ffa-lora",
-                "participants": joined,
-                "accuracy": accuracy,
-                "loss": 0.58 - 0.01 * number,
-                "bytes_down": 150_528 * len(joined),
-                "bytes_up": 150_400 * len(joined),
-                "seconds": 31.25,
-                "privacy": self.settings.get("privacy.mode", "dp-sgd"),
-                "head": "trained and averaged, inside the clip",
-                "refusals": [{"site": s, "kind": kind, "reason": why} for s, (kind, why) in refusals.items()],
-            },
+        absent = [
+            Absence(number, 1, site, list(self.sites).index(site), kind, why) for site, (kind, why) in refusals.items()
+        ]
+        line = RoundLine(
+            round_number=number,
+            complete=True,
+            strategy="ffa-lora",
+            participants=joined,
+            accuracy=accuracy,
+            loss=0.58 - 0.01 * number,
+            bytes_down=150_528 * len(joined),
+            bytes_up=150_400 * len(joined),
+            seconds=31.25,
+            privacy=str(self.settings.get("privacy.mode", "dp-sgd")),
+            head=HEAD,
+            noised_correct=[],
+            refusals=absent,
+            attempts=1,
+            failures=absent,
         )
+        self.append(RoundLine.NAME, to_json(line))
         return self
 
     def release(self, number: int, site: str, release: Release) -> MadeRun:
         """Append what one site released, priced on top of all that it had spent."""
-        line: dict[str, Any] = {"round": number, "site": site, "head": "trained and averaged, inside the clip"}
-        line |= {"unit": claim.UNIT, "sampler": claim.SAMPLER, "public_size": self.sites.get(site, 1000)}
-        training = release.kind == "training"
+        training = release.kind == TRAINING
         before = self._history.setdefault(site, list(self.earlier.get(site, [])))
         delta = self.delta.get(site, DELTA)
-        spent, after = epsilon_with_method(before, delta)[0], epsilon_with_method([*before, release], delta)
+        held, _ = epsilon_with_method(before, delta)
+        after, accountant = epsilon_with_method([*before, release], delta)
         before.append(release)
-        line |= {
-            "kind": release.kind,
-            "sample_rate": release.sample_rate,
-            "noise_multiplier": release.noise_multiplier,
-            "clip_norm": 1.0,
-            "steps_round": release.count if training else 0,
-            "steps_total": sum(r.count for r in before if r.kind == "training"),
-            "delta": delta,
-            "epsilon_round": after[0] - spent,
-            "epsilon_total": after[0],
-            "epsilon_budget": 8.0,
-            "epsilon_remaining": max(0.0, 8.0 - after[0]),
-            "accountant": after[1],
-        }
-        if self.settings.get("privacy.mode") == "none":
-            spending = ("kind", "sample_rate", "noise_multiplier", "clip_norm", "steps_round", "steps_total", "delta")
-            spending += ("epsilon_round", "epsilon_total", "epsilon_budget", "epsilon_remaining")
-            line |= dict.fromkeys(spending) | {"accountant": claim.NO_CLAIM}
-        self.append("privacy.jsonl", line)
+        figures = SpendingFigures(
+            kind=release.kind,
+            sample_rate=release.sample_rate,
+            noise_multiplier=release.noise_multiplier,
+            clip_norm=1.0,
+            steps_round=release.count if training else 0,
+            steps_total=sum(r.count for r in before if r.kind == TRAINING),
+            delta=delta,
+            epsilon_round=after - held,
+            epsilon_total=after,
+            epsilon_budget=8.0,
+            epsilon_remaining=max(0.0, 8.0 - after),
+        )
+        private = self.settings.get("privacy.mode") != "none"
+        line = PrivacyLine(
+            round_number=number,
+            site=site,
+            public_size=self.sites.get(site, 1000),
+            unit=claim.UNIT,
+            adjacency=claim.ADJACENCY,
+            adversary=claim.ADVERSARY,
+            sampler=claim.SAMPLER,
+            spent=figures if private else None,
+            accountant=str(accountant) if private else claim.NO_CLAIM,
+            head=HEAD,
+        )
+        self.append(PrivacyLine.NAME, to_json(line))
         return self
 
-    def end(self, status: str = "completed", reason: str = "") -> MadeRun:
-        self.write("result.json", {"status": status, "reason": reason})
+    def end(self, status: Status = "completed", reason: str = "", reached: Reached | None = None) -> MadeRun:
+        self.write(ResultFile(status, reason, reached))
         return self
 
-    def write(self, name: str, value: Any) -> None:
-        (self.folder / name).write_text(json.dumps(value), encoding="utf-8")
+    def write(self, file: RunFile) -> None:
+        (self.folder / file.NAME).write_text(json.dumps(to_json(file)), encoding="utf-8")
+
+    def audited(self, name: str, content: AuditFile) -> MadeRun:
+        """Leave the file of an audit."""
+        (self.folder / name).write_text(json.dumps(to_json(content)), encoding="utf-8")
+        return self
 
     def append(self, name: str, value: Any) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from common.accountant import Method
 from common.errors import BudgetExhausted, ConfigError
 from common.privacy import accounting
 from common.privacy.accounting import Release, epsilon, epsilon_with_method, noise_multiplier_for
@@ -141,13 +142,13 @@ def test_nothing_released_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", ["pld", "rdp"])
-def test_a_nearly_free_release_is_never_priced_below_zero(method: accounting.Method) -> None:
+def test_a_nearly_free_release_is_never_priced_below_zero(method: Method) -> None:
     # Opacus #585: RDP's conversion gives -0.105 here (PRIVACY.md 2.3).
     assert epsilon([Release(50.0, 1e-3, 1)], 0.1, method=method) == 0.0
 
 
 def test_the_accountant_is_named_with_its_version() -> None:
-    _, name = epsilon_with_method([Release(1.0, RATE, 10)], DELTA)
+    name = str(epsilon_with_method([Release(1.0, RATE, 10)], DELTA)[1])
     assert name.startswith("PLD (dp-accounting ")
     assert name.endswith("discretisation 1e-3)")
 
@@ -163,8 +164,8 @@ def test_the_accountant_is_named_with_its_version() -> None:
 def test_rdp_answers_where_the_pld_cannot_and_says_why(release: Release, delta: float, reason: str) -> None:
     value, name = epsilon_with_method([release], delta)
     assert value == epsilon([release], delta, method="rdp")
-    assert name.startswith("RDP")
-    assert reason in name
+    assert name.method == "rdp"
+    assert reason in str(name)
 
 
 def test_rdp_answers_with_a_higher_figure_when_the_pld_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_rdp_answers_with_a_higher_figure_when_the_pld_fails(monkeypatch: pytest
     value, name = epsilon_with_method([release], DELTA)
     accounting._priced.cache_clear()
     assert value >= regular
-    assert "MemoryError" in name
+    assert "MemoryError" in str(name)
 
 
 def test_an_answer_that_is_no_number_reads_as_infinite_and_never_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,11 +193,11 @@ def test_an_answer_that_is_no_number_reads_as_infinite_and_never_as_free(monkeyp
 @pytest.mark.parametrize("method", ["pld", "rdp"])
 @pytest.mark.parametrize("noise_multiplier", [1e200, 1e-200])
 def test_a_noise_that_no_accountant_can_work_with_costs_an_infinite_epsilon(
-    noise_multiplier: float, method: accounting.Method
+    noise_multiplier: float, method: Method
 ) -> None:
     value, name = epsilon_with_method([Release(noise_multiplier, 0.2, 1)], DELTA, method=method)
     assert value == math.inf
-    assert "failed with" in name
+    assert "failed with" in str(name)
 
 
 def test_rdp_does_not_fill_the_terminal_with_warnings(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,11 +13,13 @@ from client.budget import plan_of
 from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
+from common.accountant import TRAINING, Accountant
 from common.messages.round import NoisedCount, Spending, TrainResult
 from common.privacy.plan import PrivacyPlan
 from common.tasks.examples import Dataset
 from server.admission import Admission
 from server.rounds import RoundOutcome
+from server.sites import Gathering
 from server.terminal import epsilon_words, round_line
 from strategies import ServerState
 from strategies.job import Job, configure
@@ -38,8 +40,8 @@ def plan(job: Job, policy: Policy | None = None, size: int = SIZE) -> PrivacyPla
 def answer(job: Job, own: PrivacyPlan, size: int = SIZE, **told: Any) -> TrainResult:
     """Return what an honest site called ward sends in round 1, told figures replaced; its update is its noise alone."""
     spent = Spending(
-        *("training", own.sample_rate, own.noise_multiplier, own.clip_norm, job.config.training.local_steps, 1),
-        *(own.delta, 0.2, 0.2, own.max_epsilon, own.max_epsilon - 0.2, "PLD"),
+        *(TRAINING, own.sample_rate, own.noise_multiplier, own.clip_norm, job.config.training.local_steps, 1),
+        *(own.delta, 0.2, 0.2, own.max_epsilon, own.max_epsilon - 0.2, Accountant("pld", "0.6.0")),
     )
     way = own.gradient_noise_std * job.config.site_training.learning_rate
     update = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(1)) * way
@@ -184,5 +186,5 @@ def test_the_round_line_tells_what_the_federation_has_spent_also_if_the_worst_si
     admission.enrol({1: ward, 2: clinic})
     later = replace(clinic, round_number=2, spending=replace(clinic.spending, epsilon_total=4.0))
     admission.enrol({2: later})
-    line = round_line(job, RoundOutcome(2, [later], [], None, 0, 0, 1.0), admission.members)
+    line = round_line(job, RoundOutcome(2, Gathering({1: later}), None, 1.0), admission.members)
     assert "ε 7.500 of 8 (δ 1e-05, record-level, worst site)  1 sites" in line

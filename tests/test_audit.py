@@ -22,7 +22,7 @@ from audits.canary import probe
 from audits.concurrent import UNLOCKED, charge_at_once
 from audits.dirac import Dirac
 from audits.faults import DOUBLED, FLOATING, HALVED, SHARED_SEED, SHUFFLED, SOUND, TOKEN_MEAN, Fault
-from audits.finding import Finding, as_json, judged, show
+from audits.finding import audit_file, judged, show
 from audits.kills import PHASES, charge_late, kill_rounds
 from audits.noise_law import audit_noise
 from audits.sensitivity import audit_sensitivity
@@ -31,6 +31,7 @@ from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps, model_for
 from audits.worlds import flat
 from common.privacy.accounting import Release, epsilon
+from common.run_lines import Finding
 from common.tasks.text import TextExample
 from reports import markdown_report
 from strategies import STRATEGIES
@@ -158,9 +159,9 @@ def test_bounds_lie_below_the_truth_and_near_it_when_scores_are_many() -> None:
 
 def test_an_audit_in_a_runs_folder_is_in_its_report(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
-    findings = [Finding("kills", "as it is", True, {"kills": 10}), Finding("canaries", "as it is", False, {})]
-    content = as_json(findings, "2026-01-02T03:04:05+00:00", {"fedveil": "1"})
-    assert not content["passed"], "one failed audit fails the whole"
-    made.write("audit.json", content)
+    findings = [judged("kills", "", False, {"kills": 10}), judged("canaries", "", True, {})]
+    content = audit_file(findings, "2026-01-02T03:04:05+00:00", {"fedveil": "1"})
+    assert not content.passed, "one failed audit fails the whole"
+    made.audited("audit.json", content)
     assert json.loads((made.folder / "audit.json").read_text())["findings"][0]["figures"] == {"kills": 10}
     assert "audit.json" in markdown_report(made.folder)

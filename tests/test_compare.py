@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
+from common.run_lines import Reached, RoundLine, read_lines
 from experiments import compare as comparison
 from experiments.compare import DEFAULT, Outcome, compare, table
 from experiments.site_count import record_sites
@@ -41,8 +42,8 @@ def test_a_comparison_runs_both_modes_and_goes_on_where_it_stopped(
     for outcome in outcomes:
         mode = "dp-sgd" if outcome["private"] else "none"
         folder = tmp_path / "out" / f"ffa-lora-job-{mode}-{outcome['seed']}"
-        line = json.loads((folder / "rounds.jsonl").read_text(encoding="utf-8"))
-        assert (outcome["accuracy"], outcome["bytes_up"]) == (line["accuracy"], line["bytes_up"])
+        line = read_lines(RoundLine, folder)[0]
+        assert (outcome["accuracy"], outcome["bytes_up"]) == (line.accuracy, line.bytes_up)
         assert (outcome["epsilon"] is not None) == outcome["private"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("rounds.jsonl")}
     again = CliRunner().invoke(app, arguments)
@@ -68,7 +69,7 @@ def test_a_kept_result_of_other_settings_stops_the_comparison_before_anything_ru
     kept = output / "ffa-lora-job-dp-sgd-1"
     private = {**toy_settings, "privacy.mode": "dp-sgd", "seed": 1, "output": "/before/it/was/moved"}
     run = MadeRun(kept, private).start()
-    run.write("result.json", {"status": "completed", "accuracy_before": 0.5, "accuracy": 0.7, "epsilon": 7.9})
+    run.end(reached=Reached(accuracy_before=0.5, accuracy=0.7, epsilon=7.9, rounds=2))
     record_sites(kept, 2)
     for arguments, differs in (
         (["-c", "privacy.epsilon=1.0 rounds=4"], "privacy.epsilon = 8.0, not 1.0"),

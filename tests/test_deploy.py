@@ -32,6 +32,8 @@ from common.errors import ConfigError, DataError, RunFailed
 from common.model.base import load_base_model
 from common.paths import run_folder
 from common.ports import free_ports
+from common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
+from common.strict_json import to_json
 from deploy import certificates, container, registry
 from deploy import control as control_api
 from deploy import submit as submission
@@ -46,7 +48,7 @@ from deploy.site_folder import SiteFolder, make_site, open_site_folder
 from deploy.start import start_server, start_site
 from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer
-from server.records import read_json, write_json
+from server.records import write_json
 from strategies.job import configure
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
@@ -185,7 +187,7 @@ def test_the_walk_through_ends_in_a_finished_run(
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
     assert {"server init", "server start", "site init", "server register", "site start", "server submit"} <= set(seen)
     (folder,) = (tmp_path / "server" / "runs").iterdir()
-    assert read_json(folder / "result.json")["status"] == "completed"
+    assert read_file(ResultFile, folder).status == "completed"
     assert "sites have the names of their keys" in (folder / "log.jsonl").read_text(encoding="utf-8")
     for site in ("clinic", "ward"):
         with Ledger(tmp_path / site / "ledger" / "ledger.sqlite") as ledger:
@@ -557,7 +559,7 @@ SILENT = "silent"
 class FakeControl:
     """A Control API that submits to nobody and writes what a run would leave."""
 
-    def __init__(self, results: list[str], statuses: list[str]) -> None:
+    def __init__(self, results: list[Status], statuses: list[str]) -> None:
         self.results, self.statuses = results, statuses
         self.submitted: list[dict[str, Any]] = []
         self.keys: set[str] = set()
@@ -586,13 +588,18 @@ class FakeControl:
         run = f"10{len(self.submitted)}"
         path = run_folder(configure(settings).config, run)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "result.json", {"status": self.results.pop(0), "reason": "round 2: nobody answered"})
+        end(path, self.results.pop(0))
         return run
+
+
+def end(path: Path, status: Status = "completed") -> None:
+    """Leave the result of a run in its folder."""
+    write_json(path / ResultFile.NAME, to_json(ResultFile(status, "round 2: nobody answered", None)))
 
 
 @pytest.fixture
 def fake_control(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeControl]:
-    def make(*results: str, statuses: tuple[str, ...] = ()) -> FakeControl:
+    def make(*results: Status, statuses: tuple[str, ...] = ()) -> FakeControl:
         control = FakeControl(list(results), list(statuses))
         for module in (submission, registry):
             monkeypatch.setattr(module, "control_of", lambda folder: nullcontext(control))
@@ -639,7 +646,7 @@ def test_a_failed_job_is_submitted_anew_and_its_old_result_is_not_taken_for_the_
     assert len(control.submitted) == 2
     assert submission._ended_well(path)
     later = time.time() + 1
-    assert submission._result(path, later) == {}, "a result from before the submission counts"
+    assert submission._result(path, later) is None, "a result from before the submission counts"
 
 
 def test_a_job_that_still_runs_is_followed_and_not_submitted_twice(
@@ -651,7 +658,7 @@ def test_a_job_that_still_runs_is_followed_and_not_submitted_twice(
         submission.submit(server, {}, said.append, once=True)
     folder = Path(read_json(server.path / "last-job.json")["folder"])
     (folder / "result.json").unlink()
-    threading.Timer(0.5, write_json, (folder / "result.json", {"status": "completed", "reason": ""})).start()
+    threading.Timer(0.5, end, (folder,)).start()
     assert submission.submit(server, {}, said.append, once=True) == folder
     assert len(control.submitted) == 1
     assert "is under way" in said[-1]
@@ -664,11 +671,11 @@ def test_a_resumed_job_that_still_runs_is_followed_too(
     control, path = fake_control(), server.runs / "fedavg-lora-7"
     path.mkdir(parents=True)
     (path / CHECKPOINT).touch()
-    write_json(path / "config.json", {"run": "7", "settings": {"rounds": 9}})
+    write_json(path / "config.json", to_json(ConfigFile("7", "", {"rounds": 9}, {})))
     settings = {"rounds": 9, "output": str(server.runs), "resume": str(path)}
     write_json(server.path / "last-job.json", {"run": "8", "folder": str(path), "settings": settings})
     with only_writer(path):
-        threading.Timer(2.0, write_json, (path / "result.json", {"status": "completed", "reason": ""})).start()
+        threading.Timer(2.0, end, (path,)).start()
         assert submission.submit(server, {"resume": "7"}, said.append, once=True) == path
     assert control.submitted == []
     assert "run 8 with these settings is under way" in said
@@ -681,7 +688,7 @@ def test_a_job_is_resumed_only_once_its_server_has_ended(
     control, path = fake_control(), server.runs / "fedavg-lora-7"
     path.mkdir(parents=True)
     (path / CHECKPOINT).touch()
-    write_json(path / "config.json", {"run": "7", "settings": {}})
+    write_json(path / "config.json", to_json(ConfigFile("7", "", {}, {})))
     monkeypatch.setattr(submission, "DYING_SECONDS", 0.2)
     with only_writer(path), pytest.raises(RunFailed, match="is under way"):
         submission.submit(server, {"resume": "7"}, said.append)
@@ -698,7 +705,7 @@ def test_a_run_that_flower_ended_is_followed_while_its_server_writes(
     monkeypatch.setattr(submission, "ASK_SECONDS", 0.0)
     ended = FakeControl([], 1000 * ["finished:failed"])
     with only_writer(tmp_path):
-        threading.Timer(0.5, write_json, (tmp_path / "result.json", {"status": "completed", "reason": ""})).start()
+        threading.Timer(0.5, end, (tmp_path,)).start()
         submission._follow(ended, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
     (tmp_path / "result.json").unlink()
     with pytest.raises(RunFailed, match="ended as finished:failed and left no result"):
@@ -717,7 +724,7 @@ def test_a_silent_server_is_no_reason_to_submit_a_job_again(
     with pytest.raises(RunFailed, match="no answer"):
         submission.submit(server, {}, said.append, once=True)
     with only_writer(folder):
-        threading.Timer(0.5, write_json, (folder / "result.json", {"status": "completed", "reason": ""})).start()
+        threading.Timer(0.5, end, (folder,)).start()
         assert submission.submit(server, {}, said.append, once=True) == folder, "whoever writes the folder is alive"
     assert len(control.submitted) == 1
 
@@ -730,8 +737,7 @@ def test_a_job_is_given_up_once_neither_the_server_nor_the_run_shows_life(
     monkeypatch.setattr(submission, "SILENCE_SECONDS", 0.1)
     silent = FakeControl([], ["running", *1000 * [SILENT]])
     with only_writer(tmp_path):
-        result = (tmp_path / "result.json", {"status": "completed", "reason": ""})
-        threading.Timer(0.5, write_json, result).start()
+        threading.Timer(0.5, end, (tmp_path,)).start()
         submission._follow(silent, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
     (tmp_path / "result.json").unlink()
     with pytest.raises(RunFailed, match=r"run 7 is given up after .*no answer"):

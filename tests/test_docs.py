@@ -20,9 +20,9 @@ from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
+from common.run_lines import RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies import STRATEGIES
 from strategies.job import configure
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, adapter_table, strategy_table
@@ -153,8 +153,8 @@ def test_the_page_on_adding_a_strategy_works(server: str, toy_settings: dict[str
     settings = {**toy_settings, "rounds": 3, "server.optimizer": server}
     namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
     exec(f"folder = {run}", namespace)
-    lines = read_lines(namespace["folder"] / "rounds.jsonl")
-    assert [line["strategy"] for line in lines] == ["fedavg-qr"] * 3
+    lines = read_lines(RoundLine, namespace["folder"])
+    assert [line.strategy for line in lines] == ["fedavg-qr"] * 3
 
 
 def contract_tests(plugin: str, file: str, name: str, tmp_path: Path) -> int:
@@ -200,11 +200,11 @@ def test_the_page_on_adding_an_adapter_works(mode: str, toy_settings: dict[str, 
     settings = {**toy_settings, "privacy.mode": mode}
     namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
     exec(f"folder = {run}", namespace)
-    last = read_lines(namespace["folder"] / "rounds.jsonl")[-1]
+    last = read_lines(RoundLine, namespace["folder"])[-1]
     scored = evaluate_run(namespace["folder"])
-    assert (scored.accuracy, scored.loss) == (last["accuracy"], pytest.approx(last["loss"], rel=1e-6))
+    assert (scored.accuracy, scored.loss) == (last.accuracy, pytest.approx(last.loss, rel=1e-6))
     # Five layers in each of two blocks with 88 outputs, and a head of 2 × 16 + 2, of four bytes, from two sites.
-    assert last["bytes_up"] == 2 * 4 * (2 * 88 + 34), "it sends something else than z and the head"
+    assert last.bytes_up == 2 * 4 * (2 * 88 + 34), "it sends something else than z and the head"
     assert "output-scale" in adapter_table()
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import TARGETS
+from made_run import spent
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_adapters import losses, random_values, stock
@@ -23,9 +24,9 @@ from common.messages.tensors import start_fingerprint
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies.job import configure
 
 OUT, INTO, RANK, ALPHA = 7, 5, 3, 6.0
@@ -211,9 +212,9 @@ def test_a_run_moves_all_three_and_its_export_scores_as_the_run(
             assert not torch.equal(tensor, cast(Tensor, layer.weight).norm(dim=1)), f"{name} stayed where it was"
         assert "lora_B" not in name or bool(tensor.any()), f"{name} stayed 0"
     assert sum(name.endswith("lora_magnitude_vector") for name in tensors) == len(tensors) / 3 > 0
-    scored, last = evaluate_run(folder), read_lines(folder / "rounds.jsonl")[-1]
-    assert scored.accuracy == last["accuracy"]
-    assert scored.loss == pytest.approx(last["loss"], rel=1e-5)
+    scored, last = evaluate_run(folder), read_lines(RoundLine, folder)[-1]
+    assert scored.accuracy == last.accuracy
+    assert scored.loss == pytest.approx(last.loss, rel=1e-5)
 
 
 def test_strategies_that_need_a_frozen_factor_refuse_it() -> None:
@@ -246,8 +247,8 @@ def test_the_first_stage_of_gazal_r1_runs_on_another_model_and_exports(toy_gener
     own = ("model.name", "model.max-length", "data.name", "data.test-size", "adapter.rank", "output", "device")
     small = {key: toy_generation[key] for key in own} | {"privacy.delta": 1e-3, "training.sample-rate": 0.3}
     folder = run_in_process({**shipped, **small}, 2)
-    lines = read_lines(folder / "rounds.jsonl")
-    assert [len(line["participants"]) for line in lines] == [2, 2, 2]
-    assert all(line["epsilon_total"] > 0 for line in read_lines(folder / "privacy.jsonl"))
+    lines = read_lines(RoundLine, folder)
+    assert [len(line.participants) for line in lines] == [2, 2, 2]
+    assert all(spent(line).epsilon_total > 0 for line in read_lines(PrivacyLine, folder))
     scored = evaluate_run(folder)
-    assert (scored.accuracy, scored.loss) == (lines[-1]["accuracy"], pytest.approx(lines[-1]["loss"], rel=1e-5))
+    assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, pytest.approx(lines[-1].loss, rel=1e-5))

@@ -27,6 +27,7 @@ from common.messages.round import Refusal, Spending
 from common.messages.wire import decode_reply, encode_reply, layout_of
 from common.privacy.accounting import Release
 from common.privacy.figures import epsilon_text
+from common.run_lines import ResultFile, RoundLine, read_file, read_lines
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
 from experiments.in_process import run_in_process, simulated_nodes
@@ -300,16 +301,19 @@ def test_a_whole_run_with_one_exposed_site_says_so_to_the_end(toy_settings: dict
     folder = run_in_process(settings, nodes, "private")
     assert "ε ∞ of 8" in (folder / "run.log").read_text(encoding="utf-8")
     assert "released without privacy before" in (folder / "run.log").read_text(encoding="utf-8")
-    assert json.loads((folder / "result.json").read_text(encoding="utf-8"))["epsilon"] == "inf"
-    line = json.loads((folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert line["participants"] == ["site-0"], "the site without a policy allows nothing after a run without privacy"
+    assert json.loads((folder / "result.json").read_text(encoding="utf-8"))["epsilon"] == "inf", "no JSON holds ∞"
+    reached = read_file(ResultFile, folder).reached
+    assert reached is not None
+    assert reached.epsilon == math.inf
+    line = read_lines(RoundLine, folder)[0]
+    assert line.participants == ["site-0"], "the site without a policy allows nothing after a run without privacy"
 
 
 def test_a_simulation_without_privacy_goes_on_as_ever(toy_settings: dict[str, Any]) -> None:
     for run in ("1", "2"):
         folder = run_in_process({**toy_settings, "rounds": 1, **OPEN}, 2, run)
-        line = json.loads((folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        assert line["participants"] == ["site-0", "site-1"]
+        line = read_lines(RoundLine, folder)[0]
+        assert line.participants == ["site-0", "site-1"]
 
 
 # The steward's commands.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.accountant import TRAINING, Accountant
 from common.errors import ConfigError, RunFailed
 from common.files import length
 from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
 from common.messages.state import AdapterState
 from common.messages.tensors import apply
 from common.messages.wire import STYPE, decode_reply, encode_reply
+from common.run_lines import ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
-from reports import read_lines
-from server.records import read_json
 from server.replies import LONGEST_REASON, clean, refusal
 from server.sites import Exchange
 
@@ -93,14 +92,14 @@ def test_a_round_below_quorum_asks_again_only_those_that_failed(toy_settings: di
     settings = {**plain(toy_settings), "min-sites": 2}
     folder = run_in_process(settings, 3, "retried", kind)
     assert made[0].asked == [(1, [0, 1, 2]), (1, [1, 2]), (2, [0, 1, 2])]
-    first = read_lines(folder / "rounds.jsonl")[0]
-    assert (first["complete"], first["attempts"]) == (True, 2)
-    assert first["participants"] == ["site-0", "site-1", "site-2"]
-    assert [(f["attempt"], f["site"], f["kind"]) for f in first["failures"]] == [
+    first = read_lines(RoundLine, folder)[0]
+    assert (first.complete, first.attempts) == (True, 2)
+    assert first.participants == ["site-0", "site-1", "site-2"]
+    assert [(f.attempt, f.site, f.kind) for f in first.failures] == [
         (1, "node 1", "late"),
         (1, "node 2", "late"),
     ]
-    assert first["refusals"] == [], "a site that succeeded in the second attempt is no longer missing"
+    assert first.refusals == [], "a site that succeeded in the second attempt is no longer missing"
     assert same(folder, run_in_process(settings, 3, "whole")), "the retried round is not the round without a fault"
 
 
@@ -112,15 +111,15 @@ def test_a_site_that_counted_before_is_named_when_it_is_late_and_cannot_rename_i
 
     for transport, kind in ((faulty(lost={1: [1]})[0], "late"), (hostile(refuse, from_round=2), "policy")):
         folder = run_in_process(plain(toy_settings), 3, kind, transport)
-        (failure,) = read_lines(folder / "rounds.jsonl")[1]["failures"]
-        assert (failure["site"], failure["kind"]) == ("site-1", kind)
+        (failure,) = read_lines(RoundLine, folder)[1].failures
+        assert (failure.site, failure.kind) == ("site-1", kind)
 
 
 def test_weights_follow_who_took_part(toy_settings: dict[str, Any]) -> None:
     kind, _ = faulty(lost={0: [2], 1: [2]})
     folder = run_in_process(plain(toy_settings), 3, "lost", kind)
     gone, _ = faulty(away={0: [2], 1: [2]})
-    assert [line["participants"] for line in read_lines(folder / "rounds.jsonl")] == [["site-0", "site-1"]] * 2
+    assert [line.participants for line in read_lines(RoundLine, folder)] == [["site-0", "site-1"]] * 2
     assert same(folder, run_in_process(plain(toy_settings), 3, "away", gone)), "a lost site still has a weight"
 
 
@@ -131,18 +130,18 @@ def test_a_run_below_quorum_stops_with_a_reason_and_keeps_what_was_trained(toy_s
         run_in_process(settings, 2, "short", kind)
     assert made[0].asked[1:] == [(2, [0, 1]), (2, [1]), (2, [1])]
     folder = Path(settings["output"]) / "ffa-lora-short"
-    result = read_json(folder / "result.json")
-    assert (result["status"], result["rounds"]) == ("failed", 1)
-    assert "resume" in result["reason"]
-    last = read_lines(folder / "rounds.jsonl")[-1]
-    assert (last["round"], last["complete"], last["participants"]) == (2, False, [])
-    assert [f["attempt"] for f in last["failures"]] == [1, 2, 3]
+    result = read_file(ResultFile, folder)
+    assert (result.status, result.reached and result.reached.rounds) == ("failed", 1)
+    assert "resume" in result.reason
+    last = read_lines(RoundLine, folder)[-1]
+    assert (last.round_number, last.complete, last.participants) == (2, False, [])
+    assert [f.attempt for f in last.failures] == [1, 2, 3]
     whole = run_in_process({**settings, "rounds": 3}, 2, "one", faulty(lost={})[0])
     assert not same(folder, whole), "the test cannot tell one round from three"
     assert (folder / "report.md").is_file()
     resumed = run_in_process({**settings, "resume": "short"}, 2, "again")
     assert resumed == folder
-    assert [(r["round"], r["complete"]) for r in read_lines(folder / "rounds.jsonl")] == [
+    assert [(r.round_number, r.complete) for r in read_lines(RoundLine, folder)] == [
         *((1, True), (2, False), (2, True), (3, True)),
     ]
     assert same(resumed, whole)
@@ -158,8 +157,8 @@ def test_nobody_is_asked_and_charged_while_a_quorum_is_out_of_reach(toy_settings
 
 def test_a_site_that_joins_late_or_comes_back_takes_part_from_the_next_round(toy_settings: dict[str, Any]) -> None:
     kind, _ = faulty(away={0: [2], 1: [0]})
-    lines = read_lines(run_in_process({**plain(toy_settings), "rounds": 3}, 3, "late", kind) / "rounds.jsonl")
-    assert [line["participants"] for line in lines] == [
+    lines = read_lines(RoundLine, run_in_process({**plain(toy_settings), "rounds": 3}, 3, "late", kind))
+    assert [line.participants for line in lines] == [
         ["site-0", "site-1"],
         ["site-1", "site-2"],
         ["site-0", "site-1", "site-2"],
@@ -256,15 +255,15 @@ def test_a_lie_is_dropped_named_and_changes_no_bit(toy_settings: dict[str, Any],
     tamper, words, first = LIES[lie]
     settings = plain(toy_settings)
     folder = run_in_process(settings, 3, "lie", hostile(tamper, first))
-    lines = read_lines(folder / "rounds.jsonl")
+    lines = read_lines(RoundLine, folder)
     for line in lines:
-        lying = line["round"] >= first
-        assert line["participants"] == (["site-0", "site-2"] if lying else ["site-0", "site-1", "site-2"])
+        lying = line.round_number >= first
+        assert line.participants == (["site-0", "site-2"] if lying else ["site-0", "site-1", "site-2"])
         if lying:
-            (failure,) = line["failures"]
-            assert failure["kind"] == ("late" if lie == "an old round" else "reply")
-            assert words in failure["message"], f"the records do not say what was wrong: {failure['message']}"
-            assert len(failure["message"]) <= LONGEST_REASON
+            (failure,) = line.failures
+            assert failure.kind == ("late" if lie == "an old round" else "reply")
+            assert words in failure.reason, f"the records do not say what was wrong: {failure.reason}"
+            assert len(failure.reason) <= LONGEST_REASON
     gone, _ = faulty(away={number: [1] for number in range(first - 1, 2)})
     assert same(folder, run_in_process(settings, 3, "good", gone)), "the good replies imply another adapter"
 
@@ -294,17 +293,17 @@ PRIVATE_LIES: dict[str, tuple[Tamper, str, int]] = {
 def test_a_spending_that_contradicts_the_run_is_dropped(toy_settings: dict[str, Any], lie: str) -> None:
     tamper, words, first = PRIVATE_LIES[lie]
     folder = run_in_process(toy_settings, 3, "lie", hostile(tamper, first))
-    line = read_lines(folder / "rounds.jsonl")[first - 1]
-    assert line["participants"] == ["site-0", "site-2"]
-    assert words in line["failures"][0]["message"]
-    told = {(p["round"], p["site"]) for p in read_lines(folder / "privacy.jsonl")}
+    line = read_lines(RoundLine, folder)[first - 1]
+    assert line.participants == ["site-0", "site-2"]
+    assert words in line.failures[0].reason
+    told = {(p.round_number, p.site) for p in read_lines(PrivacyLine, folder)}
     assert (first, "site-1") not in told, "a figure that is not believed stands in the privacy records"
 
 
 def test_a_spending_in_a_run_without_privacy_is_no_claim(toy_settings: dict[str, Any]) -> None:
-    spent = Spending("training", 0.1, 0.8, 1.0, 2, 2, 1e-3, 0.5, 1.5, 8.0, 6.5, "PLD")
+    spent = Spending(TRAINING, 0.1, 0.8, 1.0, 2, 2, 1e-3, 0.5, 1.5, 8.0, 6.5, Accountant("pld", "0.6.0"))
     folder = run_in_process(plain(toy_settings), 3, "lie", hostile(lambda r: replace(r, spending=spent)))
-    assert "without privacy" in read_lines(folder / "rounds.jsonl")[0]["failures"][0]["message"]
+    assert "without privacy" in read_lines(RoundLine, folder)[0].failures[0].reason
 
 
 def test_unknown_records_in_a_good_reply_are_never_looked_at(toy_settings: dict[str, Any]) -> None:
@@ -345,10 +344,10 @@ def test_what_is_sent_in_another_sites_name_is_recorded_under_the_senders_number
             return encode_reply(replace(honest, site="site-2"))
 
     folder = run_in_process({**plain(toy_settings), "rounds": 3}, 3, way, Impostor)
-    lines = read_lines(folder / "rounds.jsonl")
-    assert [line["participants"] for line in lines] == [["site-0", "site-2"], ["site-0"], ["site-0", "site-2"]]
+    lines = read_lines(RoundLine, folder)
+    assert [line.participants for line in lines] == [["site-0", "site-2"], ["site-0"], ["site-0", "site-2"]]
     late, kind = ("site-2", "late"), "reply" if way == "result" else "policy"
-    told = [[(f["site"], f["kind"]) for f in line["failures"]] for line in lines]
+    told = [[(f.site, f.kind) for f in line.failures] for line in lines]
     assert told == [[], [("node 1", kind), late], [("node 1", kind)]]
 
 
@@ -367,9 +366,9 @@ def test_a_node_is_not_recorded_by_a_name_that_went_back_to_its_owner(toy_settin
             return encode_reply(replace(honest, site="site-1", public_size=sizes[1]) if node == 2 else honest)
 
     folder = run_in_process({**plain(toy_settings), "rounds": 3}, 3, "again", StartedAgain)
-    lines = read_lines(folder / "rounds.jsonl")
-    assert [line["participants"] for line in lines] == 3 * [["site-0", "site-1"]]
-    assert [[f["site"] for f in line["failures"]] for line in lines] == [[], [], ["node 2"]]
+    lines = read_lines(RoundLine, folder)
+    assert [line.participants for line in lines] == 3 * [["site-0", "site-1"]]
+    assert [[f.site for f in line.failures] for line in lines] == [[], [], ["node 2"]]
 
 
 def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> None:
@@ -380,7 +379,7 @@ def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> 
 def test_a_site_may_be_larger_than_the_others_within_the_ratio(toy_settings: dict[str, Any]) -> None:
     large = hostile(lambda r: replace(r, public_size=10**6 * r.public_size))
     folder = run_in_process({**plain(toy_settings), "max-size-ratio": 1e7}, 3, "large", large)
-    assert read_lines(folder / "rounds.jsonl")[0]["participants"] == ["site-0", "site-1", "site-2"]
+    assert read_lines(RoundLine, folder)[0].participants == ["site-0", "site-1", "site-2"]
 
 
 def test_a_hostile_reason_fills_neither_disk_nor_terminal(toy_settings: dict[str, Any]) -> None:
@@ -405,4 +404,4 @@ def test_a_run_does_not_go_on_with_other_settings_and_says_which(toy_settings: d
         run_in_process({**plain(toy_settings), "resume": "x"}, 2)
     with pytest.raises(ConfigError, match=r"holds no checkpoint"):
         run_in_process({**plain(toy_settings), "resume": "y"}, 2)
-    assert json.loads((folder / "config.json").read_text())["resumed"]
+    assert read_file(ConfigFile, folder).resumed

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_run import spent
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,9 +18,9 @@ from common.adapters import LoRAFrozenA
 from common.messages.round import TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.model.federated import model_of
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
-from reports import read_lines
 from server.sites import Exchange
 from strategies import Contribution, ServerState
 from strategies.fed_svd import FedSVD, refactor
@@ -311,6 +312,6 @@ def test_under_privacy_each_round_of_a_federation_is_the_servers_adam_on_b_and_t
                     off = float((turned @ turned.T - torch.eye(len(turned))).abs().max())
                     assert off < 1e-5, f"{layer}: rows of A are off orthonormal by {off:.1e} after a turn"
                     assert (turned - A).abs().max() > 1e-2, f"{layer}: the basis did not turn: nothing is proved"
-    line = read_lines(folder / "rounds.jsonl")[-1]
-    assert line["accuracy"] == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
-    assert 0 < read_lines(folder / "privacy.jsonl")[-1]["epsilon_total"] <= 8.0
+    line = read_lines(RoundLine, folder)[-1]
+    assert line.accuracy == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
+    assert 0 < spent(read_lines(PrivacyLine, folder)[-1]).epsilon_total <= 8.0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import write_reviews
+from made_run import spent
 from one_site import pins
 
 from client.ledger.ledger import Ledger
@@ -17,9 +17,11 @@ from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
 from common.messages.wire import round_of
 from common.privacy.accounting import Release, epsilon
+from common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from common.strict_json import to_json
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
-from reports import markdown_report, read_lines
+from reports import markdown_report
 from strategies import STRATEGIES
 from strategies.job import known_settings
 from strategies.table import payload, preset_adapter
@@ -40,23 +42,23 @@ def test_every_strategy_runs_with_and_without_privacy(
 ) -> None:
     settings = {**toy_settings, "strategy": strategy, "privacy.mode": mode, "head.policy": head}
     folder = run_in_process(settings, 3)
-    rounds, privacy = read_lines(folder / "rounds.jsonl"), read_lines(folder / "privacy.jsonl")
-    assert [line["round"] for line in rounds] == [1, 2]
-    assert all(set(line) >= set(ROUND_FIELDS) for line in rounds)
-    assert [(line["round"], line["site"]) for line in privacy] == [(r, f"site-{i}") for r in (1, 2) for i in range(3)]
-    assert all(set(line) >= set(PRIVACY_FIELDS) for line in privacy)
-    assert all(head in line["head"] for line in privacy)
+    rounds, privacy = read_lines(RoundLine, folder), read_lines(PrivacyLine, folder)
+    assert [line.round_number for line in rounds] == [1, 2]
+    assert all(set(to_json(line)) >= set(ROUND_FIELDS) for line in rounds)
+    assert [(line.round_number, line.site) for line in privacy] == [(r, f"site-{i}") for r in (1, 2) for i in range(3)]
+    assert all(set(to_json(line)) >= set(PRIVACY_FIELDS) for line in privacy)
+    assert all(head in line.head for line in privacy)
     assert "is not protected" in (folder / "run.log").read_text(encoding="utf-8").splitlines()[0]
-    assert rounds[-1]["accuracy"] == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
+    assert rounds[-1].accuracy == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
     if mode == "none":
-        assert all(line["epsilon_total"] is None and "nothing is promised" in line["accountant"] for line in privacy)
+        assert all(line.spent is None and "nothing is promised" in line.accountant for line in privacy)
         assert "Privacy was OFF" in (folder / "report.md").read_text()
         for path in folder.glob("ledgers/*"):
             with Ledger(path) as ledger:
                 assert ledger.entries() == [], "a run without privacy has nothing to charge"
                 assert [row.round_number for row in ledger.exposures()] == [1, 2]
     else:
-        assert 0 < privacy[0]["epsilon_total"] < privacy[-1]["epsilon_total"] <= 8.0
+        assert 0 < spent(privacy[0]).epsilon_total < spent(privacy[-1]).epsilon_total <= 8.0
 
 
 # Tiny BERT, both of its layers: query, value, attention output (16 × 16), intermediate (24 × 16), output (16 × 24).
@@ -66,10 +68,10 @@ SHAPES = 2 * [(16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_payload_is_exactly_the_numbers_that_the_strategy_sends(toy_settings: dict[str, Any], strategy: str) -> None:
     settings = {**toy_settings, "strategy": strategy, "rounds": 1, "adapter.rank": 3}
-    line = read_lines(run_in_process(settings, 2) / "rounds.jsonl")[0]
+    line = read_lines(RoundLine, run_in_process(settings, 2))[0]
     head, kind = 4 * (2 * 16 + 2), STRATEGIES[strategy]
     down, up = payload(kind(), preset_adapter(kind, 3), SHAPES)
-    assert (line["bytes_down"], line["bytes_up"]) == (2 * (down + head), 2 * (up + head))
+    assert (line.bytes_down, line.bytes_up) == (2 * (down + head), 2 * (up + head))
 
 
 @pytest.mark.parametrize(
@@ -91,33 +93,35 @@ def test_each_strategy_sends_the_factors_of_its_paper_and_no_other(strategy: str
 def test_learning_without_privacy_works(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "privacy.mode": "none", "rounds": 4, "training.local-steps": 12}
     folder = run_in_process({**settings, "training.learning-rate": 0.02, "strategy": "fedavg-lora"}, 2)
-    result = json.loads((folder / "result.json").read_text())
-    assert result["accuracy"] >= 0.7, f"labels are in the words, yet accuracy is {result['accuracy']}"
+    reached = read_file(ResultFile, folder).reached
+    assert reached is not None
+    assert reached.accuracy >= 0.7, f"labels are in the words, yet accuracy is {reached.accuracy}"
 
 
 def test_generation_lowers_the_loss_on_held_out_completions(toy_generation: dict[str, Any]) -> None:
     settings = {**toy_generation, "privacy.mode": "none", "training.local-steps": 8, "training.learning-rate": 0.05}
     folder = run_in_process(settings, 2)
-    before = json.loads((folder / "baseline.json").read_text())["loss"]
-    last = read_lines(folder / "rounds.jsonl")[-1]
-    assert last["loss"] < before - 0.1
-    assert last["loss"] == pytest.approx(evaluate_run(folder).loss, abs=1e-6)
+    before = read_file(BaselineFile, folder).loss
+    last = read_lines(RoundLine, folder)[-1]
+    assert last.loss is not None
+    assert last.loss < before - 0.1
+    assert last.loss == pytest.approx(evaluate_run(folder).loss, abs=1e-6)
 
 
 def test_epsilon_of_all_rounds_is_that_of_one_long_run(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "rounds": 3, "privacy.noise-multiplier": 1.5, "privacy.epsilon": 50.0}
-    last = read_lines(run_in_process(settings, 2) / "privacy.jsonl")[-1]
+    last = read_lines(PrivacyLine, run_in_process(settings, 2))[-1]
     whole = epsilon([Release(1.5, 0.25, 6)], 1e-3)
-    assert last["epsilon_total"] == pytest.approx(whole, abs=1e-9)
-    assert last["steps_total"] == 6
+    assert spent(last).epsilon_total == pytest.approx(whole, abs=1e-9)
+    assert spent(last).steps_total == 6
     reset = epsilon([Release(1.5, 0.25, 2)], 1e-3)
-    assert last["epsilon_total"] > 1.2 * reset, "a ledger that forgets between rounds would report less"
+    assert spent(last).epsilon_total > 1.2 * reset, "a ledger that forgets between rounds would report less"
 
 
 def test_epsilon_round_sums_to_epsilon_total(toy_settings: dict[str, Any]) -> None:
-    lines = read_lines(run_in_process({**toy_settings, "rounds": 3}, 2) / "privacy.jsonl")
-    own = [line for line in lines if line["site"] == "site-1"]
-    assert sum(line["epsilon_round"] for line in own) == pytest.approx(own[-1]["epsilon_total"], abs=1e-9)
+    lines = read_lines(PrivacyLine, run_in_process({**toy_settings, "rounds": 3}, 2))
+    own = [line for line in lines if line.site == "site-1"]
+    assert sum(spent(line).epsilon_round for line in own) == pytest.approx(spent(own[-1]).epsilon_total, abs=1e-9)
 
 
 def test_a_spent_site_refuses_and_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -129,22 +133,24 @@ def test_a_spent_site_refuses_and_the_others_go_on(toy_settings: dict[str, Any],
                 max_epsilon=1e6, clip_norm=1.0,
             )  # fmt: skip
     folder = run_in_process(toy_settings, nodes)
-    first = read_lines(folder / "rounds.jsonl")[0]
-    assert first["participants"] == ["site-0", "site-2"]
-    assert [r["kind"] for r in first["refusals"]] == ["budget"]
-    assert "site-1" in first["refusals"][0]["reason"]
-    assert {line["site"] for line in read_lines(folder / "privacy.jsonl")} == {"site-0", "site-2"}
+    first = read_lines(RoundLine, folder)[0]
+    assert first.participants == ["site-0", "site-2"]
+    assert [r.kind for r in first.refusals] == ["budget"]
+    assert "site-1" in first.refusals[0].reason
+    assert {line.site for line in read_lines(PrivacyLine, folder)} == {"site-0", "site-2"}
 
 
 def test_the_run_ends_early_and_well_when_every_budget_is_spent(toy_settings: dict[str, Any]) -> None:
     three_of_six = epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
     settings = {**toy_settings, "rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": three_of_six}
     folder = run_in_process(settings, 2)
-    result = json.loads((folder / "result.json").read_text())
-    assert (result["status"], result["rounds"]) == ("stopped", 3)
-    assert "budget" in result["reason"]
+    result = read_file(ResultFile, folder)
+    assert (result.status, result.reached and result.reached.rounds) == ("stopped", 3)
+    assert "budget" in result.reason
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert result["epsilon"] <= three_of_six
+    assert result.reached is not None
+    assert result.reached.epsilon is not None
+    assert result.reached.epsilon <= three_of_six
 
 
 def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_three(
@@ -157,14 +163,14 @@ def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_thr
     nodes[1] |= {"policy": str(policy), "public-size": 100, "data": str(write_reviews(tmp_path / "own.csv", 100, 1))}
     policy.write_text(to_toml({**pins(settings), "epsilon": budget, "delta": 1e-3}), encoding="utf-8")
     folder = run_in_process(settings, nodes)
-    lines = read_lines(folder / "rounds.jsonl")
-    assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
-    refusals = [[(r["site"], r["kind"]) for r in line["refusals"]] for line in lines]
+    lines = read_lines(RoundLine, folder)
+    assert [line.participants for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
+    refusals = [[(r.site, r.kind) for r in line.refusals] for line in lines]
     assert refusals == [[]] * 3 + [[("site-1", "budget")]] * 3
-    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
-    spent = [line["epsilon_total"] for line in read_lines(folder / "privacy.jsonl") if line["site"] == "site-1"]
-    assert len(spent) == 3
-    assert max(spent) <= budget
+    assert read_file(ResultFile, folder).status == "completed"
+    totals = [spent(line).epsilon_total for line in read_lines(PrivacyLine, folder) if line.site == "site-1"]
+    assert len(totals) == 3
+    assert max(totals) <= budget
     with Ledger(tmp_path / "ledgers" / "site-1.sqlite") as ledger:
         assert [entry.round_number for entry in ledger.entries()] == [1, 2, 3], "a refused round was charged"
     for said in (folder / "report.md", folder / "report.html", folder / "run.log"):
@@ -182,12 +188,12 @@ def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise
     nodes[1] |= {"policy": str(policy), "public-size": 100, "data": str(write_reviews(tmp_path / "own.csv", 100, 1))}
     policy.write_text(to_toml({**pins(settings), "max-rounds": 3}), encoding="utf-8")
     folder = run_in_process(settings, nodes)
-    lines = read_lines(folder / "rounds.jsonl")
-    assert [line["participants"] for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
-    refusals = [(r["site"], r["kind"]) for line in lines[3:] for r in line["refusals"]]
+    lines = read_lines(RoundLine, folder)
+    assert [line.participants for line in lines] == [["site-0", "site-1"]] * 3 + [["site-0"]] * 3
+    refusals = [(r.site, r.kind) for line in lines[3:] for r in line.refusals]
     assert refusals == [("site-1", "policy")] * 3
-    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
-    noise = {line["site"]: line["noise_multiplier"] for line in read_lines(folder / "privacy.jsonl")}
+    assert read_file(ResultFile, folder).status == "completed"
+    noise = {line.site: spent(line).noise_multiplier for line in read_lines(PrivacyLine, folder)}
     assert noise["site-1"] < 0.95 * noise["site-0"], "both have the same noise, so the test shows nothing"
     with Ledger(tmp_path / "ledgers" / "site-1.sqlite") as ledger:
         assert [entry.round_number for entry in ledger.entries()] == [1, 2, 3], "a refused round was charged"
@@ -197,9 +203,9 @@ def test_a_failing_site_is_named_with_its_reason(toy_settings: dict[str, Any], t
     nodes = simulated_nodes(3, tmp_path / "ledgers")
     nodes[2] = {**nodes[2], "ledgr": "typo"}
     folder = run_in_process(toy_settings, nodes)
-    refusal = read_lines(folder / "rounds.jsonl")[0]["refusals"][0]
-    assert refusal["site"] == "site-2"
-    assert "did you mean 'ledger'" in refusal["reason"]
+    refusal = read_lines(RoundLine, folder)[0].refusals[0]
+    assert refusal.site == "site-2"
+    assert "did you mean 'ledger'" in refusal.reason
 
 
 def test_a_run_in_which_no_site_succeeds_fails_with_every_reason(toy_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -207,14 +213,14 @@ def test_a_run_in_which_no_site_succeeds_fails_with_every_reason(toy_settings: d
     with pytest.raises(RunFailed, match=r"round 1: 0 sites succeeded.*site-0.*site-1"):
         run_in_process(toy_settings, nodes)
     results = list(Path(toy_settings["output"]).glob("*/result.json"))
-    assert json.loads(results[0].read_text())["status"] == "failed"
+    assert read_file(ResultFile, results[0].parent).status == "failed"
 
 
 def test_two_sites_under_one_name_count_once(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     nodes = [{**node, "site": "same"} for node in simulated_nodes(2, tmp_path / "ledgers")]
-    line = read_lines(run_in_process(toy_settings, nodes) / "rounds.jsonl")[0]
-    assert line["participants"] == ["same"]
-    assert "another node already answered" in line["refusals"][0]["reason"]
+    line = read_lines(RoundLine, run_in_process(toy_settings, nodes))[0]
+    assert line.participants == ["same"]
+    assert "another node already answered" in line.refusals[0].reason
 
 
 def own_node(settings: dict[str, Any], folder: Path) -> dict[str, Scalar]:
@@ -228,7 +234,7 @@ def own_node(settings: dict[str, Any], folder: Path) -> dict[str, Scalar]:
 def test_a_site_with_its_own_file_takes_part(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     own = own_node(toy_settings, tmp_path) | {"public-size": 200}
     folder = run_in_process({**toy_settings, "data.labels": "bad,good"}, [own])
-    assert read_lines(folder / "privacy.jsonl")[0]["site"] == "clinic"
+    assert read_lines(PrivacyLine, folder)[0].site == "clinic"
 
 
 def test_a_site_with_its_own_file_must_declare_a_size_and_know_the_labels(
@@ -262,26 +268,26 @@ def test_fed_sb_initialisations_cost_what_they_use(
     settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": init, "privacy.mode": mode}
     settings["fed-sb.init-data"] = toy_settings["data.name"]
     folder = run_in_process(settings, 2)
-    lines = read_lines(folder / "privacy.jsonl")
-    assert [line["kind"] for line in lines if line["round"] == 0 and line["epsilon_total"]] == releases * 2
+    lines = read_lines(PrivacyLine, folder)
+    assert [spent(line).kind for line in lines if line.round_number == 0 and line.spent] == releases * 2
     if releases:
         with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
             kinds = [entry.kind for entry in ledger.entries()]
         assert kinds == ["initialisation", "training", "training"]
-        own = [line for line in lines if line["site"] == "site-0"]
-        whole = [Release(own[0]["noise_multiplier"], 0.1, 1), Release(own[1]["noise_multiplier"], 0.25, 4)]
-        assert own[-1]["epsilon_total"] == pytest.approx(epsilon(whole, 1e-3), abs=1e-9)
-        assert own[-1]["epsilon_total"] <= 8.0, "the training noise must leave room for the initialisation"
-    lines = read_lines(folder / "rounds.jsonl")
-    rounds = [line for line in lines if line["round"]]
+        own = [line for line in lines if line.site == "site-0"]
+        whole = [Release(spent(own[0]).noise_multiplier, 0.1, 1), Release(spent(own[1]).noise_multiplier, 0.25, 4)]
+        assert spent(own[-1]).epsilon_total == pytest.approx(epsilon(whole, 1e-3), abs=1e-9)
+        assert spent(own[-1]).epsilon_total <= 8.0, "the training noise must leave room for the initialisation"
+    lines = read_lines(RoundLine, folder)
+    rounds = [line for line in lines if line.round_number]
     if len(lines) > len(rounds):
-        asked = len(lines[0]["participants"])
-        assert lines[0]["round"] == 0
+        asked = len(lines[0].participants)
+        assert lines[0].round_number == 0
         assert asked == (0 if init == "public-gradient" else 2)
-        assert (lines[0]["bytes_up"] > rounds[0]["bytes_up"]) == (asked > 0), "whole gradients are more than R"
+        assert (lines[0].bytes_up > rounds[0].bytes_up) == (asked > 0), "whole gradients are more than R"
     assert (len(lines) > len(rounds)) == init.endswith("gradient")
-    assert (rounds[0]["bytes_down"] > rounds[1]["bytes_down"]) == (init not in ("orthonormal", "svd-of-weights"))
-    assert rounds[1]["bytes_down"] == rounds[1]["bytes_up"], "after the first round only R and the head travel"
+    assert (rounds[0].bytes_down > rounds[1].bytes_down) == (init not in ("orthonormal", "svd-of-weights"))
+    assert rounds[1].bytes_down == rounds[1].bytes_up, "after the first round only R and the head travel"
 
 
 def test_fed_sb_refuses_the_published_initialisation_under_privacy(toy_settings: dict[str, Any]) -> None:
@@ -303,9 +309,9 @@ def test_a_site_that_lost_the_basis_gets_it_within_the_round(
 
     monkeypatch.setattr(in_process, "answer", forgetful)
     settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "private-gradient", "privacy.mode": "none"}
-    line = read_lines(run_in_process(settings, 2) / "rounds.jsonl")[1]
-    assert line["participants"] == ["site-0", "site-1"]
-    assert line["refusals"] == []
+    line = read_lines(RoundLine, run_in_process(settings, 2))[1]
+    assert line.participants == ["site-0", "site-1"]
+    assert line.refusals == []
 
 
 def test_seeds_decide_everything_without_privacy_and_nothing_with_it(toy_settings: dict[str, Any]) -> None:
@@ -326,17 +332,18 @@ def test_the_report_says_what_the_claim_rests_on(toy_settings: dict[str, Any]) -
     text = markdown_report(folder)
     for words in ("one training record", "add or remove one record", "sees every upload", "Poisson", "site-1", "PLD"):
         assert words in text, f"the report does not say {words!r}"
-    settings = json.loads((folder / "config.json").read_text())["settings"]
+    settings = read_file(ConfigFile, folder).settings
     assert set(settings) <= set(known_settings())
 
 
 def test_rounds_that_are_not_scored_say_so_and_the_last_one_always_is(toy_settings: dict[str, Any]) -> None:
     folder = run_in_process({**toy_settings, "rounds": 3, "evaluate-every": 2}, 2)
-    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["accuracy"] is None for line in lines] == [True, False, False]
-    assert [line["loss"] is None for line in lines] == [True, False, False]
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    assert result["accuracy"] == lines[-1]["accuracy"]
+    lines = read_lines(RoundLine, folder)
+    assert [line.accuracy is None for line in lines] == [True, False, False]
+    assert [line.loss is None for line in lines] == [True, False, False]
+    reached = read_file(ResultFile, folder).reached
+    assert reached is not None
+    assert reached.accuracy == lines[-1].accuracy
     assert "not scored" in (folder / "run.log").read_text(encoding="utf-8")
     for report in ("report.md", "report.html"):
         assert "–" in (folder / report).read_text(encoding="utf-8"), f"{report} hides that a round has no score"

@@ -13,12 +13,12 @@ from typing import Any
 import click
 import pytest
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
+from made_run import spent
 
 from client.ledger.ledger import Ledger
 from common.config.text import to_toml
+from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from deploy.app import app_folder
-from reports import read_lines
-from server.records import read_json
 from server.submission import OVERRIDES, refuse_wrong_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,17 +45,17 @@ def test_a_federation_runs_through_flower_and_ray(settings_file: Path, tmp_path:
     done = fedveil("run", "-c", str(settings_file), "-c", 'strategy="fed-svd"', "--sites", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    rounds, privacy = read_lines(folder / "rounds.jsonl"), read_lines(folder / "privacy.jsonl")
-    assert [line["participants"] for line in rounds] == [["site-0", "site-1", "site-2"]] * 2
+    rounds, privacy = read_lines(RoundLine, folder), read_lines(PrivacyLine, folder)
+    assert [line.participants for line in rounds] == [["site-0", "site-1", "site-2"]] * 2
     assert len(privacy) == 6
     for words in ("round 1/2", "round 2/2", "privacy spent, by site", "site-2", "(ε, δ) =", "before", "after 2 rounds"):
         assert words in done.stdout, f"the terminal does not say {words!r}:\n{done.stdout}"
     for site in range(3):
         with Ledger(folder / "ledgers" / f"site-{site}.sqlite") as ledger:
-            own = [line for line in privacy if line["site"] == f"site-{site}"]
-            assert ledger.epsilon(f"site-{site}", 1e-3) == pytest.approx(own[-1]["epsilon_total"], abs=1e-9)
+            own = [line for line in privacy if line.site == f"site-{site}"]
+            assert ledger.epsilon(f"site-{site}", 1e-3) == pytest.approx(spent(own[-1]).epsilon_total, abs=1e-9)
     scored = fedveil("evaluate", str(folder), cwd=tmp_path)
-    assert f"accuracy {100 * rounds[-1]['accuracy']:.1f} %" in scored.stdout
+    assert f"accuracy {100 * rounds[-1].accuracy:.1f} %" in scored.stdout
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
     assert not [line for line in left.splitlines() if "flower-superlink" in line and str(tmp_path) in line]
 
@@ -67,7 +67,7 @@ def test_a_run_in_which_every_site_fails_names_the_reasons(settings_file: Path, 
     assert "round 1: 0 sites succeeded" in done.stderr
     assert "site-0 (failed): privacy.delta is 0.2" in done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    assert read_json(folder / "result.json")["status"] == "failed"
+    assert read_file(ResultFile, folder).status == "failed"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     with app_folder() as folder:
         assert build_fab_from_disk(folder) == content, "what we hand to Flower is not what it would bundle itself"
     assert not folder.exists()
-    packages = ("common", "strategies", "client", "server")
+    packages = ("common", "strategies", "client", "reports", "server")
     found = zipfile.ZipFile(BytesIO(content)).namelist()
     wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}
     assert set(found) == wanted | {"pyproject.toml", ".info/CONTENT"}

@@ -10,7 +10,7 @@ from one_site import clinic
 
 from common.errors import ConfigError
 from common.messages.round import Refusal
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from strategies.job import configure
 
 # Neither word is in the tiny tokenizer's vocabulary, so both labels' features are those of an unknown word.
@@ -19,11 +19,11 @@ ALIKE = {"head.policy": "frozen", "head.start": "label-words", "head.phrases": "
 
 def test_the_server_refuses_labels_that_its_model_cannot_tell_apart(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"cannot tell the labels' phrases apart.*set head\.phrases") as refusal:
-        Evaluator(configure({**toy_settings, **ALIKE}))
+        ServerModel(configure({**toy_settings, **ALIKE}))
     assert "\n" not in str(refusal.value)
-    told = Evaluator(configure({**toy_settings, **ALIKE, "head.phrases": "dull;bright"}))
+    told = ServerModel(configure({**toy_settings, **ALIKE, "head.phrases": "dull;bright"}))
     assert told.model.module.head.weight.abs().max() > 0
-    trained = Evaluator(configure({**toy_settings, **ALIKE, "head.policy": "trained"}))
+    trained = ServerModel(configure({**toy_settings, **ALIKE, "head.policy": "trained"}))
     assert not trained.model.module.head.weight.any(), "a trained head may start at zero"
 
 

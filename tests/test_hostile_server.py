@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from audits.faults import SOUND, Fault
-from audits.finding import Finding
 from audits.hostile_bundle import BUNDLES, audit_bundle
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
+from common.run_lines import Finding
 
 Audit = Callable[[Path, Fault], Finding]
 CASES: dict[Audit, tuple[Fault, ...]] = {

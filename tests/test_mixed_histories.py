@@ -21,8 +21,9 @@ from scipy.stats import norm
 
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
+from common.accountant import PLD_INTERVAL
 from common.privacy import accounting
-from common.privacy.accounting import PLD_INTERVAL, Release, epsilon, epsilon_with_method
+from common.privacy.accounting import Release, epsilon, epsilon_with_method
 
 FINE = PLD_INTERVAL / 4
 DELTA = 1e-5
@@ -99,7 +100,7 @@ def test_there_are_ten_histories() -> None:
 def test_the_ledger_agrees_with_an_independent_account_and_is_never_below_it(name: str, tmp_path: Path) -> None:
     runs, deltas = HISTORIES[name]
     receipt = charged(tmp_path, runs, deltas)
-    assert receipt.accountant.startswith("PLD")
+    assert receipt.accountant.method == "pld"
     assert receipt.delta == min(deltas), "all runs compose at the smallest delta that any of them asked for"
     independent = independent_epsilon([release for run in runs for release in run], min(deltas))
     assert independent - 1e-9 <= receipt.epsilon_after <= independent + 1e-3
@@ -128,8 +129,8 @@ def test_one_extreme_release_hands_the_whole_history_to_rdp_which_says_so(extrem
     history = [train(1.0, 0.1, 10), extreme]
     value, accountant = epsilon_with_method(history, DELTA)
     assert value == epsilon(history, DELTA, method="rdp") > epsilon(history[:1], DELTA)
-    assert accountant.startswith("RDP")
-    assert reason in accountant
+    assert str(accountant).startswith("RDP")
+    assert reason in str(accountant)
 
 
 def test_when_the_pld_fails_the_ledger_charges_the_higher_rdp_figure_and_says_so(
@@ -146,8 +147,8 @@ def test_when_the_pld_fails_the_ledger_charges_the_higher_rdp_figure_and_says_so
     receipt = charged(tmp_path, [releases], [DELTA])
     accounting._priced.cache_clear()
     assert receipt.epsilon_after >= regular
-    assert "OverflowError" in receipt.accountant
-    assert receipt.accountant.startswith("RDP")
+    assert "OverflowError" in str(receipt.accountant)
+    assert str(receipt.accountant).startswith("RDP")
 
 
 few = settings(max_examples=5, deadline=None)

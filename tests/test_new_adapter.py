@@ -18,11 +18,11 @@ from common.adapters.low_rank import lora_modules
 from common.errors import ConfigError
 from common.messages.state import HEAD, Factors
 from common.messages.wire import decode_state, encode_state, layout_of
+from common.run_lines import RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.planner.forecast import forecast
-from reports import read_lines
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from strategies import STRATEGIES
 from strategies.fedavg import FedAvgLoRA
 from strategies.job import configure
@@ -119,9 +119,9 @@ def test_the_plan_counts_what_the_run_sends(chosen: dict[str, Any], toy_settings
     settings = {**toy_settings, "strategy": "fedavg-lora", "privacy.mode": "none", "rounds": 1, **chosen}
     job = configure(settings)
     before = forecast(job, (60, 60), calibrated=False)
-    rounds = read_lines(run_in_process(settings, 2) / "rounds.jsonl")
+    rounds = read_lines(RoundLine, run_in_process(settings, 2))
     assert before.payloads[job.strategy.name] == (before.traffic.down, before.traffic.up)
-    assert sum(line["bytes_up"] for line in rounds) == 2 * before.traffic.up
+    assert sum(line.bytes_up for line in rounds) == 2 * before.traffic.up
     # Five layers in each of two blocks with outputs 16, 16, 16, 24 and 16, and a head of 2 × 16 + 2.
     assert before.traffic.up == 4 * (2 * (4 * 16 + 24) + 34)
     other = preset_adapter(STRATEGIES["fed-sb"], job.adapter.rank)
@@ -136,7 +136,7 @@ def test_a_job_for_other_strategies_is_planned_beside_it(toy_settings: dict[str,
 
 def test_the_wires_layout_is_that_of_its_shapes(toy_settings: dict[str, Any]) -> None:
     job = configure({**toy_settings, "adapter.name": "scaled", "strategy": "fedavg-lora"})
-    server = Evaluator(job)
+    server = ServerModel(job)
     layers = server.model.adapter.layers(server.model.peft_model)
     expected = {name: {"Z": job.adapter.shapes(*layer_shape(layer))["Z"]} for name, layer in layers.items()}
     layout = server.reply_layout(1)
@@ -153,7 +153,7 @@ def test_it_trains_exports_and_scores_in_a_run(mode: str, toy_settings: dict[str
     folder = run_in_process({**toy_settings, **own}, 2)
     exported = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
     assert all(tensor.any() for name, tensor in exported.items() if "lora_B" in name), "Z stayed 0 somewhere"
-    assert evaluate_run(folder).accuracy == read_lines(folder / "rounds.jsonl")[-1]["accuracy"]
+    assert evaluate_run(folder).accuracy == read_lines(RoundLine, folder)[-1].accuracy
 
 
 def test_a_strategy_that_needs_other_factors_refuses_it(toy_settings: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from itertools import count, pairwise
@@ -15,6 +14,7 @@ import torch
 from conftest import write_reviews
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_run import spent
 from one_site import clinic
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,8 +26,8 @@ from common.config.schedule import learning_rate
 from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
 from common.messages.state import HEAD
 from common.messages.tensors import entries
+from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies import STRATEGIES
 from strategies.job import configure
 
@@ -123,10 +123,10 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
         assert config.privacy.on, "privacy is off by default"
         assert (config.server.optimizer, config.training.optimizer, config.training.local_steps) == ("adam", "sgd", 1)
         folder = run_in_process(chosen, 2, "default")
-        before = json.loads((folder / "baseline.json").read_text(encoding="utf-8"))["loss"]
-        after = read_lines(folder / "rounds.jsonl")[-1]["loss"]
+        before = read_file(BaselineFile, folder).loss
+        after = read_lines(RoundLine, folder)[-1].loss
         assert after < before - 0.01, f"{strategy}: the private default takes the loss from {before:.3f} to {after:.3f}"
-        assert read_lines(folder / "privacy.jsonl")[-1]["noise_multiplier"] == 1.0
+        assert spent(read_lines(PrivacyLine, folder)[-1]).noise_multiplier == 1.0
 
 
 def by_hand(name: str, value: float, gradients: list[float]) -> float:

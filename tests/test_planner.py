@@ -12,6 +12,7 @@ import torch
 from conftest import write_reviews
 from hypothesis import given
 from hypothesis import strategies as st
+from made_run import spent
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -19,6 +20,7 @@ from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import Release, epsilon
 from common.privacy.plan import PrivacyPlan
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import run_in_process
 from experiments.planner import find as plan_find
 from experiments.planner import forecast as forecasts
@@ -26,7 +28,6 @@ from experiments.planner.calibration import Calibration, alignment_of, round_sec
 from experiments.planner.find import RATES, find
 from experiments.planner.forecast import Forecast, forecast
 from experiments.planner.plan import last_within, signal_to_noise, simulated_sizes
-from reports import read_lines
 from strategies import STRATEGIES
 from strategies.job import configure
 
@@ -47,15 +48,15 @@ def check_that_plan_is_run(settings: dict[str, Any]) -> None:
     job = configure(settings)
     before = forecast(job, simulated_sizes(job, 2), calibrated=False)
     folder = run_in_process(settings, 2)
-    spent = [line for line in read_lines(folder / "privacy.jsonl") if line["site"] == "site-0"]
-    assert [round_.epsilon for round_ in before.rounds] == [line["epsilon_total"] for line in spent]
-    assert [round_.steps for round_ in before.rounds] == [line["steps_total"] for line in spent]
-    assert before.plans[0].noise_multiplier == spent[-1]["noise_multiplier"]
-    assert before.plans[0].sample_rate == spent[-1]["sample_rate"]
-    rounds = read_lines(folder / "rounds.jsonl")
+    own = [line for line in read_lines(PrivacyLine, folder) if line.site == "site-0"]
+    assert [round_.epsilon for round_ in before.rounds] == [spent(line).epsilon_total for line in own]
+    assert [round_.steps for round_ in before.rounds] == [spent(line).steps_total for line in own]
+    assert before.plans[0].noise_multiplier == spent(own[-1]).noise_multiplier
+    assert before.plans[0].sample_rate == spent(own[-1]).sample_rate
+    rounds = read_lines(RoundLine, folder)
     down, up = before.traffic.run(job.config.rounds, 2)
-    assert sum(line["bytes_down"] for line in rounds) == down
-    assert sum(line["bytes_up"] for line in rounds) == up
+    assert sum(line.bytes_down for line in rounds) == down
+    assert sum(line.bytes_up for line in rounds) == up
 
 
 def test_the_plan_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
@@ -120,7 +121,7 @@ def test_a_calibration_leaves_the_model_as_it_was_and_measures_something(toy_set
     assert measured.peak_mib > 50
     assert measured.alignment is not None
     assert 0 <= measured.alignment[0] <= measured.alignment[1] <= 1
-    model = forecasts.Evaluator(configure(toy_settings)).model
+    model = forecasts.ServerModel(configure(toy_settings)).model
     for layer, factors in model.read().items():
         assert all(torch.equal(tensor, model.start[layer][name]) for name, tensor in factors.items())
 

@@ -20,9 +20,10 @@ from audits.faults import same_seeds
 from client.budget import plan_of
 from client.evaluation import noised_correct
 from client.ledger.ledger import Ledger
-from client.ledger.rows import EVALUATION, Terms
+from client.ledger.rows import Terms
 from client.policy import Policy, load_policy
 from client.site import Site, check_job, open_site
+from common.accountant import EVALUATION
 from common.config.sections import Scalar, from_mapping, to_mapping
 from common.config.text import to_toml
 from common.data.partition import division_of
@@ -31,9 +32,9 @@ from common.errors import ConfigError, PolicyRefusal
 from common.messages.round import Spending
 from common.model.federated import FederatedModel
 from common.privacy.accounting import Release, epsilon
+from common.run_lines import RoundLine, read_lines
 from common.tasks.examples import Dataset
 from experiments.in_process import run_in_process, simulated_nodes
-from reports import read_lines
 from strategies.job import configure
 
 PUBLIC = 50
@@ -204,10 +205,10 @@ def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any],
     (tmp_path / "policy.toml").write_text(to_toml({**pins(settings), "strategies": ["fed-sb"]}), encoding="utf-8")
     nodes = simulated_nodes(2, tmp_path)
     nodes[1] |= {"policy": str(tmp_path / "policy.toml"), "data": "records.csv", "public-size": 100}
-    line = read_lines(run_in_process(settings, nodes) / "rounds.jsonl")[0]
-    assert line["participants"] == ["site-0"]
-    assert [(r["site"], r["kind"]) for r in line["refusals"]] == [("site-1", "policy")]
-    assert "strategies = fed-sb" in line["refusals"][0]["reason"]
+    line = read_lines(RoundLine, run_in_process(settings, nodes))[0]
+    assert line.participants == ["site-0"]
+    assert [(r.site, r.kind) for r in line.refusals] == [("site-1", "policy")]
+    assert "strategies = fed-sb" in line.refusals[0].reason
 
 
 # The noised count.

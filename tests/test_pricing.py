@@ -237,7 +237,7 @@ def test_a_price_is_of_bounded_work(number: int) -> None:
 
 
 def test_a_price_without_that_bound_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "_affordable", lambda merged: (merged, ""))
+    monkeypatch.setattr(accounting, "_affordable", lambda merged: (merged, 0))
     with pytest.raises(AssertionError, match="dear"):
         check_that_work_is_bounded(many(300))
 
@@ -245,11 +245,11 @@ def test_a_price_without_that_bound_is_found_out(monkeypatch: pytest.MonkeyPatch
 def test_a_rounded_history_costs_more_and_little_more_and_its_words_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "MOST_WORK", 60.0)
     releases = many(30, seed=4)
-    value, words = epsilon_with_method(releases, DELTA)
-    exact, exact_words = accounting._answer(accounting._merge(releases), DELTA, "pld")
+    value, accountant = epsilon_with_method(releases, DELTA)
+    exact, _, exact_detour = accounting._answer(accounting._merge(releases), DELTA, "pld")
     assert exact <= value <= 1.5 * exact
-    assert "noise rounded down and rates up" in words
-    assert "rounded" not in exact_words
+    assert "noise rounded down and rates up" in str(accountant)
+    assert exact_detour.grid == 0
     assert epsilon(list(reversed(releases)), DELTA) == value
 
 

@@ -94,8 +94,8 @@ def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatc
 
 def exchange(grid: Any, tasks: int, timeout: float = 1.0) -> Any:
     job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout))
-    evaluator, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=lambda **_: None)
-    transport = FlowerTransport(*cast(Any, (grid, job, evaluator, folder)))
+    server_model, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=lambda _: None)
+    transport = FlowerTransport(*cast(Any, (grid, job, server_model, folder)))
     task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
     return transport.exchange(dict.fromkeys(range(1, tasks + 1), task), timeout)
 
@@ -136,7 +136,7 @@ def test_a_superlink_that_fails_now_and_then_ends_no_run() -> None:
     busy = BusyGrid(2, a=answered("asked"))
     assert exchange(busy, 1).replies[1].reason == "asked"
     job = SimpleNamespace(config=SimpleNamespace(round_timeout=5.0))
-    folder = SimpleNamespace(progress=lambda **_: None)
+    folder = SimpleNamespace(progress=lambda _: None)
     transport = FlowerTransport(*cast(Any, (busy, job, SimpleNamespace(reply_layout=lambda _: {}), folder)))
     assert transport.nodes(1, {2}) == [1, 3]
 

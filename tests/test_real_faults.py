@@ -27,7 +27,7 @@ def test_a_lying_site_and_a_server_that_dies_in_a_round(tmp_path: Path, monkeypa
         assert not run.ended()
         federation.plan.write({})
         run = federation.submit(rounds=2, resume=str(run.path))
-        assert run.result()["status"] == "completed"
+        assert run.result().status == "completed"
         lied = Expected(["clinic"], {"lab": (("reply",), REFUSED["NaN"])})
         died = Expected(SITES, charges=dict.fromkeys(SITES, 2))
         for number, expected in ((1, lied), (2, died)):

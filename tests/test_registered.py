@@ -13,11 +13,11 @@ from test_faults import Faulty, plain
 from common.errors import DataError
 from common.messages.round import Refusal, TrainResult, TrainTask
 from common.messages.wire import decode_reply, encode_reply
+from common.run_lines import RoundLine, read_lines
 from deploy import start
 from deploy.commands import superlink_environment
 from deploy.server_folder import make_server
 from experiments.in_process import run_in_process
-from reports import read_lines
 from server.registered import NODES, names_in, registered_names
 
 NAMES = {0: "site-0", 1: "site-1", 2: "site-2"}
@@ -44,38 +44,38 @@ class Impostor(Faulty):
         return encode_reply(replace(honest, site=self.says))
 
 
-def rounds(settings: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
+def rounds(settings: dict[str, Any], **changes: Any) -> list[RoundLine]:
     kind = type("Kind", (Impostor,), changes)
-    return read_lines(run_in_process(plain(settings), 3, "named", kind) / "rounds.jsonl")
+    return read_lines(RoundLine, run_in_process(plain(settings), 3, "named", kind))
 
 
 def test_a_registered_site_that_states_anothers_name_is_dropped_and_the_other_counts(
     toy_settings: dict[str, Any],
 ) -> None:
     for line in rounds(toy_settings):
-        assert line["participants"] == ["site-1", "site-2"]
-        (failure,) = line["failures"]
-        assert (failure["site"], failure["kind"]) == ("site-0", "reply")
-        assert failure["message"] == "this node's key is registered as site-0, and the reply names site-1"
+        assert line.participants == ["site-1", "site-2"]
+        (failure,) = line.failures
+        assert (failure.site, failure.kind) == ("site-0", "reply")
+        assert failure.reason == "this node's key is registered as site-0, and the reply names site-1"
 
 
 def test_a_run_that_believes_the_name_in_the_reply_shuts_the_owner_out(toy_settings: dict[str, Any]) -> None:
     """The fault: no table. The impostor has the name from round 1 on; who owns it pays and never counts."""
     lines = rounds(toy_settings, names=None)
-    assert [line["participants"] for line in lines] == [["site-1", "site-2"]] * 2
-    assert [line["failures"][0]["site"] for line in lines] == ["node 1", "node 1"], "the fault is not found"
+    assert [line.participants for line in lines] == [["site-1", "site-2"]] * 2
+    assert [line.failures[0].site for line in lines] == ["node 1", "node 1"], "the fault is not found"
 
 
 def test_a_node_that_the_table_lacks_is_dropped(toy_settings: dict[str, Any]) -> None:
     for line in rounds(toy_settings, names={1: "site-1", 2: "site-2"}, says="site-9"):
-        assert line["participants"] == ["site-1", "site-2"]
-        assert line["failures"][0]["site"] == "node 0"
-        assert "fedveil server register" in line["failures"][0]["message"]
+        assert line.participants == ["site-1", "site-2"]
+        assert line.failures[0].site == "node 0"
+        assert "fedveil server register" in line.failures[0].reason
 
 
 def test_a_refusal_is_recorded_under_the_registered_name(toy_settings: dict[str, Any]) -> None:
     for line in rounds(toy_settings, refuses=True):
-        assert [(f["site"], f["kind"]) for f in line["failures"]] == [("site-0", "policy")]
+        assert [(f.site, f.kind) for f in line.failures] == [("site-0", "policy")]
 
 
 def test_a_site_with_a_new_key_keeps_its_name_although_its_old_node_passes_for_online(
@@ -93,9 +93,9 @@ def test_a_site_with_a_new_key_keeps_its_name_although_its_old_node_passes_for_o
             assert isinstance(honest, TrainResult)
             return encode_reply(replace(honest, public_size=60))
 
-    lines = read_lines(run_in_process(plain(toy_settings), 3, "renewed", Renewed) / "rounds.jsonl")
-    assert [line["participants"] for line in lines] == [["site-1", "site-2"]] * 2
-    assert [line["failures"][0]["site"] for line in lines] == ["node 1", "node 0"]
+    lines = read_lines(RoundLine, run_in_process(plain(toy_settings), 3, "renewed", Renewed))
+    assert [line.participants for line in lines] == [["site-1", "site-2"]] * 2
+    assert [line.failures[0].site for line in lines] == ["node 1", "node 0"]
 
 
 def test_names_are_read_anew_and_a_file_without_a_number_names_nobody(

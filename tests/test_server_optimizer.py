@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.config.sections import RunConfig, ServerConfig, TrainingConfig
 from common.messages.state import HEAD, AdapterState
+from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
 from server.optimizer import server_step
 from strategies import STRATEGIES, Contribution, Moments, ServerState
@@ -154,11 +152,7 @@ def test_every_strategy_lowers_the_loss_under_the_servers_adam(toy_settings: dic
             "training.local-steps": 1,
         }
         folder = run_in_process(settings, 3, f"adam-{name}")
-        lines = _lines(folder)
-        assert math.isfinite(lines[-1]["loss"])
-        assert lines[-1]["loss"] < lines[0]["loss"], f"{name}: the loss went from {lines[0]['loss']} up"
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+        first, *_, last = (line.loss for line in read_lines(RoundLine, folder))
+        assert first is not None
+        assert last is not None
+        assert last < first, f"{name}: the loss went from {first} up"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from made_run import MadeRun
-from test_report import audit_file, fedveil
+from test_report import audit_file, fedveil, found
 
 from common.privacy.figures import epsilon_text
 from reports import report_of, write_reports
@@ -27,7 +27,7 @@ def made(tmp_path: Path) -> MadeRun:
 @pytest.fixture
 def signed(made: MadeRun, tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """Sign the run's report with a new key and return what says whether a folder's report is genuine."""
-    made.write("audit.json", audit_file(("kills", "as it is", True)))
+    made.audited("audit.json", audit_file(found("kills")))
     assert fedveil("keygen", tmp_path / "server.pem")[0] == 0
     assert fedveil("report", made.folder, "--sign", tmp_path / "server.pem")[0] == 0
     return lambda folder=made.folder, key="server": fedveil("verify", folder, "--key", tmp_path / f"{key}.pub.pem")
@@ -55,7 +55,7 @@ def test_a_signed_report_is_valid_until_a_byte_of_any_form_changes(
             assert (code, words.startswith("invalid: "), words.count("\n")) == (1, True, 1), name
             assert name in words
         (made.folder / name).write_bytes(content)
-    made.write("audit-2.json", audit_file(("kills", "as it is", True)))
+    made.audited("audit-2.json", audit_file(found("kills")))
     code, words = signed()
     assert (code, "audit-2.json" in words) == (1, True), "findings that came later pass for signed ones"
 
@@ -100,7 +100,7 @@ def test_a_signature_of_another_report_does_not_stay(
     if change == "round":
         made.round(4, 0.77)
     else:
-        made.write("audit.json", audit_file(("kills", "as it is", True), ("canaries", "as it is", True)))
+        made.audited("audit.json", audit_file(found("kills"), found("canaries")))
     write_reports(made.folder)
     assert not (made.folder / SIGNATURE).exists()
     assert not (made.folder / STATEMENT).exists()

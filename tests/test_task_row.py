@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from made_run import spent
 from one_site import OneSite
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,20 +27,20 @@ from client.own_records import prepared
 from common import tasks
 from common.config.sections import from_mapping, to_mapping
 from common.data.sources import load_dataset, load_protected
-from common.data.tables import Table
 from common.errors import ConfigError, DataError
 from common.messages.round import Refusal, TrainResult
 from common.model.base import OWN_CODE, BaseModel
 from common.model.shapes import Shapes
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.tasks.base import Batch, Inventor, Record, Sums, Task, classified
 from common.tasks.cells import Misfit
 from common.tasks.examples import Example
 from common.tasks.module import TaskModule
 from common.tasks.roles import LABEL, Role
+from common.tasks.tables import Table
 from deploy.policy_file import pins_of
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies.job import configure
 
 WIDTH = 8
@@ -234,13 +235,13 @@ def site(toy: dict[str, Any], tmp_path: Path) -> OneSite:
 @pytest.mark.parametrize("strategy", ["ffa-lora", "fed-sb"])
 def test_a_private_federation_learns_and_its_adapter_scores_as_the_run_says(strategy: str, toy: dict[str, Any]) -> None:
     folder = run_in_process({**toy, "strategy": strategy}, 2)
-    lines = read_lines(folder / "rounds.jsonl")
-    assert [len(line["participants"]) for line in lines] == [2, 2]
-    assert not any(line["refusals"] or line["failures"] for line in lines)
+    lines = read_lines(RoundLine, folder)
+    assert [len(line.participants) for line in lines] == [2, 2]
+    assert not any(line.refusals or line.failures for line in lines)
     scored = evaluate_run(folder)
-    assert (scored.accuracy, scored.loss) == (lines[-1]["accuracy"], lines[-1]["loss"])
+    assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, lines[-1].loss)
     assert scored.accuracy > 0.6, "nothing was learned"
-    assert all(line["epsilon_total"] > 0 for line in read_lines(folder / "privacy.jsonl"))
+    assert all(spent(line).epsilon_total > 0 for line in read_lines(PrivacyLine, folder))
 
 
 def test_a_round_at_a_site_is_charged_trained_and_counted(site: OneSite) -> None:
@@ -305,7 +306,8 @@ def test_its_columns_are_settings_pins_and_options(site: OneSite, toy: dict[str,
         assert (folder, columns) == ("here", {"vector": "v"})
 
     assert "vector" in inspect.signature(command).parameters
-    command(folder="here", **dict.fromkeys(("text", "text_pair", "label", "prompt", "completion")), vector="v")
+    options = (role.setting.replace("-", "_") for role in tasks.roles_of_all())
+    command(folder="here", **{**dict.fromkeys(options), "vector": "v"})
 
 
 def test_a_setting_of_a_task_that_is_not_there_is_none() -> None:

@@ -23,6 +23,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from client import local_training
 from client.app import train
 from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
+from common.accountant import Accountant, Detour
 from common.errors import DataError, FedVeilError, MechanismError
 from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult
 from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
@@ -50,7 +51,18 @@ FIELDS: dict[type, dict[str, str]] = {
         "epsilon_total": "the accountant's, from such figures",
         "epsilon_budget": "from configuration, policy and ledger",
         "epsilon_remaining": "their difference",
-        "accountant": "the accountant's name",
+        "accountant": "see below",
+    },
+    Accountant: {
+        "method": "follows from such figures",
+        "version": "of an installed package",
+        "detour": "see below",
+    },
+    Detour: {
+        "reason": "follows from such figures",
+        "figure": "one of such figures",
+        "error": "the accountant's, on such figures",
+        "grid": "follows from how many such figures there are",
     },
     NoisedCount: {"value": "noised, and paid for", "noise_std": "from the policy"},
     Refusal: {

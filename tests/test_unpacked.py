@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from common.data.packaged import SMOLLM2
 from common.model import unpacked
-from common.model.unpacked import unpacked_smollm2
+from common.model.unpacked import Unpacked
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
 
 
 class Unpacking:
-    """Writes FILES in place of the model, and counts."""
+    """Writes FILES in place of a model, and counts."""
 
     times = 0
     files = FILES
@@ -27,6 +28,13 @@ class Unpacking:
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
+    def __init__(self) -> None:
+        self.model = Unpacked(SMOLLM2, {n: hashlib.sha256(c).hexdigest() for n, c in FILES.items()}, self)
+
+    def read(self) -> dict[str, bytes]:
+        with self.model.folder() as folder:
+            return {path.name: path.read_bytes() for path in folder.iterdir()}
+
 
 @pytest.fixture
 def unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unpacking:
@@ -34,17 +42,9 @@ def unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unpacking:
     def package(_: object) -> Iterator[Path]:
         yield tmp_path
 
-    fake = Unpacking()
     monkeypatch.setattr(unpacked, "packaged_folder", package)
-    monkeypatch.setattr(unpacked, "unpack", fake)
-    monkeypatch.setattr(unpacked, "UNPACKED", {n: hashlib.sha256(c).hexdigest() for n, c in FILES.items()})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return fake
-
-
-def read() -> dict[str, bytes]:
-    with unpacked_smollm2() as folder:
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return Unpacking()
 
 
 def alter(kept: Path) -> None:
@@ -65,31 +65,31 @@ def lose(kept: Path) -> None:
 
 
 def test_it_is_unpacked_once(unpacking: Unpacking) -> None:
-    assert [read() for _ in range(3)] == [FILES] * 3
+    assert [unpacking.read() for _ in range(3)] == [FILES] * 3
     assert unpacking.times == 1
 
 
 @pytest.mark.parametrize("spoil", [alter, add, link, lose])
 def test_a_copy_that_someone_touched_is_never_used_and_is_replaced(unpacking: Unpacking, spoil: object) -> None:
-    read()
-    spoil(unpacked._place())  # type: ignore[operator]
-    assert read() == FILES
-    assert (read(), unpacking.times) == (FILES, 2)
+    unpacking.read()
+    spoil(unpacking.model.place())  # type: ignore[operator]
+    assert unpacking.read() == FILES
+    assert (unpacking.read(), unpacking.times) == (FILES, 2)
 
 
 def test_a_cache_that_is_believed_is_found_out(unpacking: Unpacking, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault: a copy is used because it is there."""
-    read()
-    alter(unpacked._place())
-    monkeypatch.setattr(unpacked, "is_known", lambda folder: (folder / "config.json").is_file())
-    assert read() != FILES, "the fault is not found"
+    unpacking.read()
+    alter(unpacking.model.place())
+    monkeypatch.setattr(Unpacked, "is_known", lambda _, folder: (folder / "config.json").is_file())
+    assert unpacking.read() != FILES, "the fault is not found"
 
 
 def test_what_other_libraries_write_is_used_and_not_kept(unpacking: Unpacking) -> None:
-    unpacking.files = {**FILES, "config.json": b"{ }"}
-    assert [read(), read()] == [unpacking.files] * 2
+    unpacking.files = {**FILES, "config.json": b'{"a": 1}'}
+    assert [unpacking.read(), unpacking.read()] == [unpacking.files] * 2
     assert unpacking.times == 2
-    assert not unpacked._place().exists()
+    assert not unpacking.model.place().exists()
 
 
 def test_a_cache_that_cannot_be_written_is_none(
@@ -97,4 +97,4 @@ def test_a_cache_that_cannot_be_written_is_none(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert [read(), read()] == [FILES] * 2
+    assert [unpacking.read(), unpacking.read()] == [FILES] * 2

@@ -16,7 +16,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
 from common.errors import ProtocolError
+from common.messages import wire
 from common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
@@ -48,6 +50,7 @@ from common.messages.wire import (
     result_to_bytes,
     round_of,
 )
+from common.packed import Form
 
 fast = settings(max_examples=25, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -55,15 +58,21 @@ names = words.filter(str.isprintable)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 figures = st.floats(0, 1e6)
 whole = st.integers(-(2**31), 2**31 - 1).map(float)
-ACCOUNTANTS = (
-    *("PLD (dp-accounting 0.6.0, discretisation 1e-3)", "RDP (dp-accounting 0.6.0)", "PLD (dp-accounting 1", ""),
-    *(
-        "RDP (dp-accounting 0.6.0) (fallback: the PLD failed with MemoryError)",
-        "PLD (dp-accounting , discretisation 1e-3)",
-    ),
-)
+ACCOUNTANT = Accountant("pld", "0.6.0")
+DETOUR = Detour("noise", 0.05, "OverflowError", 3)
 BASE, START, ONCE = ("0a" * 16, "1b" * 16, "2c" * 16)
 """Fingerprints as they travel."""
+
+
+detours = st.builds(
+    Detour, st.sampled_from(REASONS), figures, st.sampled_from(("", *ERRORS)), st.integers(0, MOST_GRID)
+).filter(lambda detour: detour != Detour())
+accountants = st.builds(
+    Accountant,
+    st.sampled_from(METHODS),
+    st.from_regex(r"[0-9][0-9A-Za-z.+!-]{0,39}", fullmatch=True),
+    st.none() | detours,
+)
 
 
 @st.composite
@@ -78,9 +87,14 @@ def states(draw: st.DrawFn) -> AdapterState:
 
 @st.composite
 def spendings(draw: st.DrawFn) -> Spending:
-    kinds = {"int": st.integers(0, 10**6), "float": figures, "str": words | st.sampled_from(ACCOUNTANTS)}
-    values: dict[str, Any] = {item.name: draw(kinds[str(item.type)]) for item in dataclasses.fields(Spending)}
-    return Spending(**{**values, "kind": draw(st.sampled_from(SPENDING_KINDS))})
+    kinds = {
+        "str": st.sampled_from(SPENDING_KINDS),
+        "int": st.integers(0, 10**6),
+        "float": figures,
+        "Endless": figures | st.just(math.inf),
+        "Accountant": accountants,
+    }
+    return Spending(**{item.name: draw(kinds[str(item.type)]) for item in dataclasses.fields(Spending)})
 
 
 @st.composite
@@ -196,7 +210,7 @@ STATE: AdapterState = {
     "head": {"bias": torch.zeros(1)},
 }
 LAYOUT: Layout = layout_of(STATE)
-SPENDING = Spending("training", 0.1, 0.8, 1.0, 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5, ACCOUNTANTS[0])
+SPENDING = Spending("training", 0.1, 0.8, 1.0, 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5, ACCOUNTANT)
 TASK = TrainTask("17", 3, STATE, {"l": {"A": torch.ones(2, 2)}}, ONCE, BASE, START)
 RESULT = TrainResult("17", 3, "site-0", 500, STATE, SPENDING)
 REFUSAL = Refusal("17", 3, "site-0", "budget", "spent")
@@ -261,7 +275,7 @@ def test_a_message_without_header_or_of_another_protocol_is_refused(message: str
     for bad in (
         record,
         RecordDict(),
-        *(with_header(make(), protocol=v) for v in (0, 1, 3, -1, "2", [2], 2.0, True, None)),
+        *(with_header(make(), protocol=v) for v in (0, 1, 2, 4, -1, "2", [2], 2.0, True, None)),
     ):
         with pytest.raises(ProtocolError):
             read(bad)
@@ -370,7 +384,7 @@ def test_a_privacy_figure_that_is_negative_or_not_finite_is_refused(position: in
         read_reply(told)
 
 
-@pytest.mark.parametrize(("position", "code"), [(0, len(SPENDING_KINDS)), (0, 255), (77, 3), (77, 255)])
+@pytest.mark.parametrize(("position", "code"), [(0, len(SPENDING_KINDS)), (0, 255), (77, 2), (77, 255)])
 def test_a_spending_of_an_unknown_kind_or_accountant_is_refused(position: int, code: int) -> None:
     with pytest.raises(ProtocolError, match="unknown"):
         read_reply(with_bytes(encode_reply(RESULT), SPENT_AT + position, bytes([code])))
@@ -379,6 +393,76 @@ def test_a_spending_of_an_unknown_kind_or_accountant_is_refused(position: int, c
 def test_a_result_with_parts_that_this_version_does_not_know_is_refused() -> None:
     with pytest.raises(ProtocolError, match="parts that are unknown"):
         read_reply(with_bytes(encode_reply(RESULT), SPENT_AT - 1, b"\x81"))
+
+
+def test_the_order_of_a_dataclass_changes_no_byte_and_its_fields_are_held_to_the_table() -> None:
+    by_hand = struct.pack("<B3dIQ5d", 0, 0.1, 0.8, 1.0, 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5)
+    assert wire._SPENT.pack(SPENDING) == by_hand
+    table = wire._SPENT._table
+    assert wire._SPENT.unpack(by_hand) == {name: getattr(SPENDING, name) for name in table}
+    backwards = [field.name for field in reversed(dataclasses.fields(Spending))]
+    reordered = dataclasses.make_dataclass("Reordered", backwards)
+    value = reordered(*(getattr(SPENDING, name) for name in backwards))
+    assert Form(reordered, table, besides=("accountant",)).pack(value) == by_hand
+    # Planted fault: packed by the order of the fields, the same spending has other bytes or none.
+    by_place = Form(reordered, {name: table[name] for name in backwards if name in table}, besides=("accountant",))
+    assert by_place.pack(value) != by_hand
+
+
+def test_a_table_that_lacks_a_field_or_has_an_unknown_one_is_an_error_where_it_is_made() -> None:
+    table = {"value": "i", "noise_std": "d"}
+    Form(NoisedCount, table)
+    for wrong, besides in (({"value": "i"}, ()), ({**table, "unit": "B"}, ()), (table, ("value",)), (table, ("unit",))):
+        with pytest.raises(TypeError, match="NoisedCount must hold noise_std, value, each once"):
+            Form(NoisedCount, wrong, besides)
+
+
+def test_an_accountant_travels_in_eight_bytes_and_says_the_same_at_the_other_end() -> None:
+    assert len(_pack_spending(SPENDING)) == wire._SPENT.size + 8
+    for accountant in (ACCOUNTANT, replace(ACCOUNTANT, method="rdp", detour=DETOUR)):
+        got = read_reply(encode_reply(replace(RESULT, spending=replace(SPENDING, accountant=accountant))))
+        assert isinstance(got, TrainResult)
+        assert got.spending is not None
+        assert got.spending.accountant == accountant
+        assert str(got.spending.accountant) == str(accountant)
+    assert str(accountant) == (
+        "RDP (dp-accounting 0.6.0) (fallback: noise multiplier 0.05 is below 0.1) (failed with OverflowError) "
+        "(noise rounded down and rates up, by up to 4.4 %)"
+    )
+
+
+@pytest.mark.parametrize("wrong", ["", "0.6 0", "0.6\n", "<b>", "1" * 41, "é"])
+def test_a_version_that_is_none_is_refused(wrong: str) -> None:
+    told = replace(RESULT, spending=replace(SPENDING, accountant=Accountant("pld", wrong)))
+    with pytest.raises(ProtocolError, match="version"):
+        read_reply(encode_reply(told))
+
+
+DETOURED = replace(RESULT, spending=replace(SPENDING, accountant=Accountant("rdp", "0.6.0", DETOUR)))
+
+
+@pytest.mark.parametrize(
+    ("place", "data"),
+    [(0, bytes([len(REASONS)])), (9, bytes([1 + len(ERRORS)])), (10, bytes([MOST_GRID + 1])), (10, b"\xff")]
+    + [(1, struct.pack("<d", value)) for value in (math.nan, math.inf, -1.0)],
+)
+def test_a_detour_that_no_accountant_takes_is_refused(place: int, data: bytes) -> None:
+    record = encode_reply(DETOURED)
+    at = len(body(record)) - wire._DETOUR.size
+    read_reply(record)
+    with pytest.raises(ProtocolError, match="detour"):
+        read_reply(with_bytes(record, at + place, data))
+
+
+def test_a_detour_of_no_spending_or_that_is_none_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="without its spending, or one that is none"):
+        read_reply(
+            encode_reply(replace(RESULT, spending=replace(SPENDING, accountant=Accountant("pld", "0.6.0", Detour()))))
+        )
+    packed = body(encode_reply(replace(RESULT, spending=None)))
+    told = packed[:-1] + b"\x04" + wire._DETOUR.pack(DETOUR)
+    with pytest.raises(ProtocolError, match="without its spending, or one that is none"):
+        read_reply(with_header(encode_reply(RESULT), body=told))
 
 
 COUNTED = replace(RESULT, noised_correct=NoisedCount(-7.0, 30.0))

@@ -29,11 +29,12 @@ from dataclasses import replace
 
 from client.ledger.budgets import BudgetHistory
 from client.ledger.file import now, one_line
-from client.ledger.rows import EVALUATION, Charge, Entry, Exposure, Failure, of_all, price
+from client.ledger.rows import Charge, Entry, Exposure, Failure, of_all, price
+from common.accountant import EVALUATION, TRAINING
 from common.check import in_range, not_negative, positive
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy import accounting
-from common.privacy.accounting import TRAINING, Release, check_terms
+from common.privacy.accounting import Release, check_terms
 from common.privacy.figures import epsilon_text, remaining_text
 
 PRICES = 4

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from common.accountant import TRAINING, Accountant
 from common.privacy import accounting
-from common.privacy.accounting import TRAINING, Release, epsilon_with_method
-
-EVALUATION = "evaluation"
-"""The ``kind`` of a noised count of correctly classified records: sensitivity 1, no clipping."""
+from common.privacy.accounting import Release, epsilon_with_method
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Charge:
     """Releases of kind ``training`` in this charge."""
     steps_total: int
     """Releases of kind ``training`` of the data set, this charge included."""
-    accountant: str
-    """What computed ``epsilon_after``, in words."""
+    accountant: Accountant
+    """What computed ``epsilon_after``."""
     max_epsilon: float
     """The budget that held: the caller's or the ledger's, whichever is smaller."""
     delta: float

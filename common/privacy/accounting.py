@@ -19,7 +19,7 @@ Which accountant answers depends on the releases and delta alone, all of them pu
 
 A price takes seconds, whatever was released (``MOST_WORK``): of a history with very many different
 releases, noise is rounded down and rates up until few enough are left, which only raises epsilon, and
-the accountant's words say so. ``check_terms`` refuses figures that no honest job has.
+the accountant says so. ``check_terms`` refuses figures that no honest job has.
 """
 
 from __future__ import annotations
@@ -29,11 +29,25 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from common.accountant import (
+    BELOW_FLOOR,
+    ERRORS,
+    FINEST_GRID,
+    MOST_GRID,
+    NOT_FINITE,
+    PLD_INTERVAL,
+    PLD_NOISE_FLOOR,
+    TOO_LARGE,
+    TRAINING,
+    Accountant,
+    Detour,
+    Method,
+)
 from common.check import at_least, in_range, positive
 from common.errors import BudgetExhausted, ConfigError
 from common.privacy.figures import epsilon_text
@@ -41,14 +55,9 @@ from common.privacy.figures import epsilon_text
 if TYPE_CHECKING:
     from dp_accounting import DpEvent, PrivacyAccountant
 
-Method = Literal["pld", "rdp"]
 Merged = tuple[tuple[float, float, int], ...]
 """Distinct (noise_multiplier, sample_rate) with their counts, sorted: the form that is priced and cached."""
 
-TRAINING = "training"
-"""The ``kind`` of a release that is an optimiser step."""
-PLD_INTERVAL = 1e-3
-PLD_NOISE_FLOOR = 0.1
 PLD_DIVERGENCE_LIMIT = 1000.0
 LEAST_NOISE, MOST_NOISE = 0.01, 1e5
 """Ends of the range that ``noise_multiplier_for`` searches, and of what may be charged."""
@@ -58,7 +67,7 @@ LEAST_DELTA = 1e-12
 MOST_WORK = 150.0
 """Of one price, in units of some 8 ms: every distinct release takes 3, and 1/noise² more for the PLD's grid."""
 
-_LIBRARY = f"dp-accounting {version('dp-accounting')}"
+_VERSION = version("dp-accounting")
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,14 @@ def epsilon(releases: Sequence[Release], delta: float, *, method: Method = "pld"
     return epsilon_with_method(releases, delta, method=method)[0]
 
 
-def epsilon_with_method(releases: Sequence[Release], delta: float, *, method: Method = "pld") -> tuple[float, str]:
-    """Return ``epsilon(releases, delta)`` and, in words for a report, the accountant that gave it.
+def epsilon_with_method(
+    releases: Sequence[Release], delta: float, *, method: Method = "pld"
+) -> tuple[float, Accountant]:
+    """Return ``epsilon(releases, delta)`` and the accountant that gave it.
 
-    The words name the library's version, and the reason if RDP stood in for the PLD.
+    It names the library's version, and the reason if RDP stood in for the PLD.
 
-    >>> epsilon_with_method([Release(noise_multiplier=1.0, sample_rate=1.0, count=1)], 1e-5, method="rdp")[1][:3]
+    >>> str(epsilon_with_method([Release(noise_multiplier=1.0, sample_rate=1.0, count=1)], 1e-5, method="rdp")[1])[:3]
     'RDP'
     """
     in_range(0, 1, delta=delta)
@@ -159,67 +170,69 @@ def _work(merged: Merged) -> float:
     return sum(3 + (noise**-2 if noise >= PLD_NOISE_FLOOR else 0.0) for noise, _, _ in merged)
 
 
-def _affordable(merged: Merged) -> tuple[Merged, str]:
-    """Return ``merged``, or fewer releases that together cost at least as much privacy, and in words what was done.
+def _affordable(merged: Merged) -> tuple[Merged, int]:
+    """Return ``merged`` and 0, or fewer releases that together cost at least as much privacy, and their grid's number.
 
     Less noise on the same sample, or the same noise on a sample that more records are in, loses no less: a
     release is the other one with noise added, or with records left out at random first. The grids of noise and
     rate are powers of two, each of which holds all of the next, so a longer history never costs less.
     """
-    step, rounded = 1 / 64, merged
-    while _work(rounded) > MOST_WORK and step <= 64:
+    step, grid, rounded = FINEST_GRID, 0, merged
+    while _work(rounded) > MOST_WORK and grid < MOST_GRID:
         coarse: Counter[tuple[float, float]] = Counter()
         for noise, rate, count in merged:
             lower = min(noise, 2.0 ** (step * math.floor(math.log2(noise) / step)))
             higher = max(rate, 2.0 ** (step * math.ceil(math.log2(rate) / step)))
             coarse[lower, higher] += count
         rounded = tuple((noise, rate, count) for (noise, rate), count in sorted(coarse.items()))
-        step *= 2
-    percent = 100 * (2 ** (step / 2) - 1)
-    return rounded, "" if rounded == merged else f" (noise rounded down and rates up, by up to {percent:.2g} %)"
+        step, grid = 2 * step, grid + 1
+    return rounded, 0 if rounded == merged else grid
 
 
 @lru_cache(maxsize=4096)
-def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
-    merged, rounding = _affordable(merged)
-    value, words = _answer(merged, delta, method)
-    return value, words + rounding
+def _priced(merged: Merged, delta: float, method: Method) -> tuple[float, Accountant]:
+    merged, grid = _affordable(merged)
+    value, answered, detour = _answer(merged, delta, method)
+    detour = replace(detour, grid=grid)
+    return value, Accountant(answered, _VERSION, None if detour == Detour() else detour)
 
 
-def _answer(merged: Merged, delta: float, method: Method) -> tuple[float, str]:
-    reason = ""
+def _answer(merged: Merged, delta: float, method: Method) -> tuple[float, Method, Detour]:
+    detour = Detour()
     if method == "pld":
-        reason = _why_not_pld(merged)
-        if not reason:
+        detour = _why_not_pld(merged)
+        if not detour.reason:
             try:
                 # The dearest last: what is composed after it would be convolved with its large grid.
                 value = _compose(_accountant("pld"), tuple(sorted(merged, key=_divergence)), delta)
             except (ArithmeticError, ValueError, MemoryError) as error:
-                reason = f"the PLD failed with {type(error).__name__}"
+                detour = Detour(_error_name(error))
             else:
                 if math.isfinite(value):
-                    return max(0.0, value), f"PLD ({_LIBRARY}, discretisation {PLD_INTERVAL:.0e})".replace(
-                        "e-03", "e-3"
-                    )
-                reason = f"the PLD has no finite answer at delta {delta:g}"
-    words = f"RDP ({_LIBRARY})" + (f" (fallback: {reason})" if reason else "")
+                    return max(0.0, value), "pld", detour
+                detour = Detour(NOT_FINITE, delta)
     try:
         with _without_order_warnings():
             value = _compose(_accountant("rdp"), merged, delta)
     except (ArithmeticError, ValueError) as error:
         # Figures that another party made up must not stop whoever prices them.
-        return math.inf, f"{words} (failed with {type(error).__name__})"
+        return math.inf, "rdp", replace(detour, error=_error_name(error))
     # Not a number must never read as free; below 0 is what RDP can make of nearly free releases.
-    return math.inf if math.isnan(value) else max(0.0, value), words
+    return math.inf if math.isnan(value) else max(0.0, value), "rdp", detour
 
 
-def _why_not_pld(merged: Merged) -> str:
+def _error_name(error: Exception) -> str:
+    """Return the nearest of ERRORS that an error is a kind of."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS)
+
+
+def _why_not_pld(merged: Merged) -> Detour:
     least = min((noise for noise, _, _ in merged), default=math.inf)
     if least < PLD_NOISE_FLOOR:
-        return f"noise multiplier {least:g} is below {PLD_NOISE_FLOOR:g}"
+        return Detour(BELOW_FLOOR, least)
     if sum(map(_divergence, merged)) > PLD_DIVERGENCE_LIMIT:
-        return "the privacy loss is too large for the PLD's grid"
-    return ""
+        return Detour(TOO_LARGE)
+    return Detour()
 
 
 def _divergence(steps: tuple[float, float, int]) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from common.tasks.base import Batch, Record, Sums, Task
 from common.tasks.causal_lm import CausalLM
 from common.tasks.classification import Classification
+from common.tasks.image_classification import ImageClassification
 from common.tasks.roles import Role
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM(), ImageClassification())}
 
 
 def roles_of_all() -> tuple[Role, ...]:
@@ -15,4 +16,14 @@ def roles_of_all() -> tuple[Role, ...]:
     return tuple({role.setting: role for task in TASKS.values() for role in task.roles}.values())
 
 
-__all__ = ["TASKS", "Batch", "CausalLM", "Classification", "Record", "Sums", "Task", "roles_of_all"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "CausalLM",
+    "Classification",
+    "ImageClassification",
+    "Record",
+    "Sums",
+    "Task",
+    "roles_of_all",
+]

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from common.config.sections import DataConfig, RunConfig
-    from common.data.tables import Table
     from common.model.base import BaseModel
     from common.model.shapes import Shapes
     from common.tasks.module import TaskModule
+    from common.tasks.tables import Table
 
 Record: TypeAlias = dict[str, Any]
 """One record as a batch is made of it: lists of numbers, or tensors, by the names of the batch's tensors."""
@@ -94,7 +94,7 @@ class Task(ABC):
     def reads(self, source: Path) -> bool:
         """Return whether ``source``, an existing file or folder, is of a kind that this task reads by itself.
 
-        Any other is read as ``common.data.tables`` reads it.
+        Any other is read as ``common.tasks.tables`` reads it.
         """
         return False
 

@@ -27,7 +27,7 @@ from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.tasks import Record
-from server.evaluation import Evaluator
+from server.model import ServerModel
 
 MOST_RECORDS = 512
 SCORED_RECORDS = 128
@@ -65,23 +65,23 @@ class Calibration:
         return steps * (self.step_seconds + expected_batch * self.record_seconds)
 
 
-def calibrate(evaluator: Evaluator, config: RunConfig, workers: int) -> Calibration:
+def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Calibration:
     """Take a few steps of the configured model on up to 512 public test records and time them.
 
     Args:
-        evaluator: the model and the public records; the model's state is put back to its start.
+        server_model: the model and the public records; the model's state is put back to its start.
         config: clip, optimiser and privacy mode of the run.
         workers: how many processes will train at once; each has its share of the cores.
     """
-    model, threads = evaluator.model, torch.get_num_threads()
-    order = torch.randperm(len(evaluator.records), generator=stream(config.seed, "calibration")).tolist()
-    records = [evaluator.records[i] for i in order[:MOST_RECORDS]]
+    model, threads = server_model.model, torch.get_num_threads()
+    order = torch.randperm(len(server_model.records), generator=stream(config.seed, "calibration")).tolist()
+    records = [server_model.records[i] for i in order[:MOST_RECORDS]]
     count = max(1, min(CHUNKS, len(records) // 2))
     chunks, few = [records[i::count] for i in range(count)], records[:FEW_RECORDS]
     worker_threads = max(1, own_cores() // workers)
     torch.set_num_threads(worker_threads)
     try:
-        model.write(evaluator.start)
+        model.write(server_model.start)
         _step(model, few, config)  # the first step pays for what later ones find ready
         short = min(_step(model, few, config)[0] for _ in range(2))
         steps = [_step(model, chunk, config) for chunk in chunks]
@@ -93,8 +93,8 @@ def calibrate(evaluator: Evaluator, config: RunConfig, workers: int) -> Calibrat
     scored = records[:SCORED_RECORDS]
     began = time.perf_counter()
     model.score(scored)
-    scoring = (time.perf_counter() - began) * len(evaluator.records) / len(scored)
-    model.write(evaluator.start)
+    scoring = (time.perf_counter() - began) * len(server_model.records) / len(scored)
+    model.write(server_model.start)
     cuda = model.device.type == "cuda"
     return Calibration(
         records=len(records),

@@ -23,7 +23,7 @@ from experiments.planner.plan import (
     site_plans,
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from strategies.job import Job
 
 
@@ -97,7 +97,7 @@ class Forecast:
                 }
                 for k, size in enumerate(self.sizes)
             ],
-            "rounds": [dataclasses.asdict(one) for one in self.rounds],
+            "rounds": [{**dataclasses.asdict(one), "accountant": str(one.accountant)} for one in self.rounds],
             "rounds_within_budget": self.rounds_within,
             "rounds_within_budget_searched_to": MOST_ROUNDS,
             "bytes_per_site_and_round": dataclasses.asdict(self.traffic),
@@ -136,10 +136,10 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         DataError, ModelError: the public data or the model cannot be loaded.
     """
     plans = site_plans(job, sizes)
-    evaluator = Evaluator(job)
+    server_model = ServerModel(job)
     workers = worker_count(len(sizes), workers)
-    calibration = calibrate(evaluator, job.config, workers) if calibrated else None
-    trained = sum(tensor.numel() for factors in evaluator.trained_start().values() for tensor in factors.values())
+    calibration = calibrate(server_model, job.config, workers) if calibrated else None
+    trained = sum(tensor.numel() for factors in server_model.trained_start().values() for tensor in factors.values())
     return Forecast(
         job=job,
         sizes=tuple(sizes),
@@ -147,8 +147,8 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         # Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
         rounds=priced_rounds(job, plans[0]) if plans else [],
         rounds_within=rounds_within(job, plans[0]) if plans else None,
-        traffic=traffic(job, evaluator, plans[0] if plans else None),
-        payloads=payload_by_strategy(evaluator),
+        traffic=traffic(job, server_model, plans[0] if plans else None),
+        payloads=payload_by_strategy(server_model),
         workers=workers,
         calibration=calibration,
         signal=signal_to_noise(
@@ -156,7 +156,7 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
             sizes,
             job.config.total_steps,
             trained,
-            margin=rounding_margin(evaluator.model.device),
+            margin=rounding_margin(server_model.model.device),
             alignment=calibration.alignment if calibration else None,
         )
         if plans

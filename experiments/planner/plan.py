@@ -15,6 +15,7 @@ from pathlib import Path
 from client.budget import plan_of
 from client.ledger.rows import Terms
 from client.site import Site
+from common.accountant import Accountant
 from common.data.partition import declared_size, site_part
 from common.data.sources import train_and_test
 from common.errors import ConfigError
@@ -43,8 +44,8 @@ class PricedRound:
     """The number of record, at the run's delta."""
     epsilon_rdp: float
     """The cross-check."""
-    accountant: str
-    """What gave ``epsilon``, in words."""
+    accountant: Accountant
+    """What gave ``epsilon``."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from common.accountant import INITIALISATION
 from common.privacy.figures import epsilon_text, remaining_text
 from common.words import counted
 from experiments.planner.find import Found
@@ -77,12 +78,12 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
         table.add_column(column, justify="right")
     for i in spread(len(forecast.rounds), MOST_LINES):
         priced = forecast.rounds[i - 1]
-        name = str(priced.round_number) if priced.round_number else "initialisation"
-        spent = epsilon_text(priced.epsilon) + ("" if priced.accountant.startswith("PLD") else "*")
+        name = str(priced.round_number) if priced.round_number else INITIALISATION
+        spent = epsilon_text(priced.epsilon) + ("" if priced.accountant.method == "pld" else "*")
         left = remaining_text(budget - priced.epsilon) if priced.epsilon <= budget else "refused"
         table.add_row(name, str(priced.steps), spent, epsilon_text(priced.epsilon_rdp), left)
     console.print(table)
-    others = sorted({p.accountant for p in forecast.rounds if not p.accountant.startswith("PLD")})
+    others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
     for accountant in others:
         console.print(f"* {accountant}", markup=False)
     lasts = forecast.rounds_within

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from common.accountant import TRAINING, Accountant
 from common.adapters.base import layer_shape
 from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint, start_fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from common.privacy.plan import PrivacyPlan
-from server.evaluation import Evaluator
+from server.model import ServerModel
 from strategies import STRATEGIES
 from strategies.job import Job
 from strategies.table import payload, preset_adapter
@@ -41,10 +42,10 @@ class Traffic:
         return sites * (rounds * self.down + self.once_down), sites * (rounds * self.up + self.once_up)
 
 
-def traffic(job: Job, evaluator: Evaluator, plan: PrivacyPlan | None) -> Traffic:
+def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Traffic:
     """Return the bytes of the job's messages, by encoding them; ``plan`` is None when privacy is off."""
     strategy, source = job.strategy, job.strategy.gradient
-    state = job.start(evaluator.start)
+    state = job.start(server_model.start)
     basis = strategy.basis(state)
     task = TrainTask(
         run=RUN,
@@ -52,15 +53,15 @@ def traffic(job: Job, evaluator: Evaluator, plan: PrivacyPlan | None) -> Traffic
         state=strategy.downlink(state),
         basis={},
         basis_fingerprint=fingerprint(basis) if basis else "",
-        base_fingerprint=evaluator.model.base.fingerprint,
-        start_fingerprint=start_fingerprint(evaluator.start),
+        base_fingerprint=server_model.model.base.fingerprint,
+        start_fingerprint=start_fingerprint(server_model.start),
     )
     result = TrainResult(
-        RUN, job.config.rounds, "site-0", 1800, strategy.uplink(evaluator.trained_start()), _spending(plan)
+        RUN, job.config.rounds, "site-0", 1800, strategy.uplink(server_model.trained_start()), _spending(plan)
     )
     down, up = encode_task(task), encode_reply(result)
     from_sites = source is not None and not source.public_data
-    gradients = evaluator.reply_layout(0).values() if from_sites else ()
+    gradients = server_model.reply_layout(0).values() if from_sites else ()
     return Traffic(
         down=payload_bytes(down),
         up=payload_bytes(up),
@@ -71,15 +72,15 @@ def traffic(job: Job, evaluator: Evaluator, plan: PrivacyPlan | None) -> Traffic
     )
 
 
-def payload_by_strategy(evaluator: Evaluator) -> dict[str, tuple[int, int]]:
+def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]:
     """Return payload bytes down and up of one site and round for every strategy, on this model at this rank.
 
     The job's own strategy is on the job's adapter, every other on the one that it takes by default. The head is
     counted where it is trained. What a strategy sends once is left out.
     """
-    model, own = evaluator.model, evaluator.job.strategy
+    model, own = server_model.model, server_model.job.strategy
     layers = [layer_shape(layer) for layer in model.adapter.layers(model.peft_model).values()]
-    head = _payload({HEAD: evaluator.start[HEAD]}) if model.head_trained else 0
+    head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0
     found = {}
     for name, strategy in STRATEGIES.items():
         if name == own.name:
@@ -98,6 +99,5 @@ def _spending(plan: PrivacyPlan | None) -> Spending | None:
     """Return a spending of the usual length; the figures in it are not looked at."""
     if plan is None:
         return None
-    accountant = "PLD (dp-accounting 0.6.0, discretisation 1e-3)"
     public = (plan.sample_rate, plan.noise_multiplier, plan.clip_norm, 1, 1, plan.delta)
-    return Spending("training", *public, 1.0, 1.0, plan.max_epsilon, 1.0, accountant)
+    return Spending(TRAINING, *public, 1.0, 1.0, plan.max_epsilon, 1.0, Accountant("pld", "0.6.0"))

@@ -1,4 +1,4 @@
-"""Score the global adapter on the server's public held-out data."""
+"""The server's model: where the adapter starts, what a site may send, a public gradient, the score on public data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from strategies.base import GradientSource
 from strategies.job import Job
 
 
-class Evaluator:
-    """The server's model and its public test records. Nothing private comes near it."""
+class ServerModel:
+    """The base model with the run's adapter at the server, and the public test records. Nothing private comes near it.
+
+    It knows the start of the adapter and the layout of replies, takes the public gradient that some strategies start
+    from, scores every round's adapter, and holds the model that is exported.
+    """
 
     def __init__(self, job: Job) -> None:
         test = public_test(job.config.data, job.config.model.task)

@@ -75,6 +75,9 @@ def read_hub(source: str) -> Table:
         ) from error
     if not len(loaded):
         raise DataError(f"{source} is empty: it has no records")
+    for column, kind in loaded.features.items():
+        if isinstance(kind, datasets.Image):  # as bytes: whoever reads the cell decodes it, within limits
+            loaded = loaded.cast_column(column, datasets.Image(decode=False))
     columns: dict[str, list[Any]] = dict(loaded[:])
     classes = {
         column: tuple(kind.names) for column, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)

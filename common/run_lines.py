@@ -1,0 +1,252 @@
+"""The files of a run's folder: one frozen class for each, and one for each line of those that grow.
+
+The server writes them and every reader reads them through these classes, whose fields are the keys of the JSON.
+``run.log`` (what the terminal shows), ``log.jsonl`` (the server's log), the checkpoint and ``adapter/`` are not of this
+kind.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from common.config.sections import Scalar
+from common.errors import DataError
+from common.messages.round import SpendingFigures
+from common.strict_json import BESIDE, Endless, called, from_json
+
+AUDITS = "audit*"
+"""Names of the files in which audits leave their findings, each an ``AuditFile``."""
+
+
+Status = Literal["completed", "stopped", "failed"]
+
+
+class RunFile:
+    """A file of a run's folder, or a line of one."""
+
+    NAME: ClassVar[str]
+    """Of the file."""
+
+
+F = TypeVar("F", bound=RunFile)
+
+
+@dataclass(frozen=True)
+class ConfigFile(RunFile):
+    """Every setting of a run, with versions of what computed it."""
+
+    NAME: ClassVar[str] = "config.json"
+    run: str
+    """What messages, records and ledgers call it."""
+    started: str
+    """UTC, ISO 8601."""
+    settings: dict[str, Scalar]
+    versions: dict[str, str]
+    """Of Python and of packages, by name."""
+    resumed: list[str] = field(default_factory=list)
+    """When the run went on, as ``started``."""
+
+
+@dataclass(frozen=True)
+class BaselineFile(RunFile):
+    """The score on public data before round 1."""
+
+    NAME: ClassVar[str] = "baseline.json"
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class ProgressFile(RunFile):
+    """What goes on right now, for whoever watches."""
+
+    NAME: ClassVar[str] = "progress.json"
+    phase: str
+    online: int | None = None
+    """Sites, while the server waits for ``wanted`` of them."""
+    wanted: int | None = None
+    round_number: int | None = field(default=None, metadata=called("round"))
+    """While sites train."""
+    rounds: int | None = None
+    answered: list[str] = field(default_factory=list)
+    """Sites that have answered, of ``asked``."""
+    asked: int | None = None
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a run has come to with its last complete round."""
+
+    accuracy_before: float
+    """On public data, before round 1."""
+    accuracy: float
+    epsilon: Endless | None
+    """The federation's; None without a claim."""
+    rounds: int
+
+
+@dataclass(frozen=True)
+class ResultFile(RunFile):
+    """How a run ended."""
+
+    NAME: ClassVar[str] = "result.json"
+    status: Status
+    """``stopped``: before its last round, and well."""
+    reason: str
+    """Empty when it completed."""
+    reached: Reached | None = field(metadata=BESIDE)
+    """None if no round was complete, or nothing could be saved."""
+
+
+@dataclass(frozen=True)
+class Absence:
+    """A site that did not take part in one attempt at a round, and why; or a whole attempt that asked nobody."""
+
+    round_number: int = field(metadata=called("round"))
+    attempt: int
+    """1-based."""
+    site: str
+    """Its name as far as it can be trusted, else ``node N``; empty where too few sites were online to ask any."""
+    node: int | None
+    """Flower's number; None where ``site`` is empty."""
+    kind: str
+    """What the site refuses by (``REFUSAL_KINDS``), or what the server found: ``late``, ``failed``, ``reply`` (what it
+    sent is not acceptable) or ``quorum``."""
+    reason: str
+    """One line for people; says nothing about records."""
+
+
+@dataclass(frozen=True)
+class CountLine:
+    """A site's noised count of its own records that the model of a round gets right."""
+
+    site: str
+    value: float
+    noise_std: float
+    """Standard deviation, in records."""
+
+
+@dataclass(frozen=True)
+class RoundLine(RunFile):
+    """One round, asked for by the server, whether or not it counts."""
+
+    NAME: ClassVar[str] = "rounds.jsonl"
+    round_number: int = field(metadata=called("round"))
+    """0: a start from a full gradient."""
+    complete: bool
+    """Whether the quorum was reached; if not, nothing was averaged."""
+    strategy: str
+    participants: list[str]
+    """Sites whose result counts."""
+    accuracy: float | None
+    """On public data; None, as ``loss``, in a round that was not scored."""
+    loss: float | None
+    bytes_down: int
+    """Adapter payload of all tasks."""
+    bytes_up: int
+    """Adapter payload of all replies."""
+    seconds: float
+    privacy: str
+    """The setting ``privacy.mode``."""
+    head: str
+    """The head's policy in words."""
+    noised_correct: list[CountLine]
+    refusals: list[Absence]
+    """The last word of each site that was asked and did not take part."""
+    attempts: int
+    failures: list[Absence]
+    """Everything that went wrong, in every attempt, also where a later one mended it."""
+
+
+@dataclass(frozen=True)
+class PrivacyLine(RunFile):
+    """What one site released in one round: everything that the claim for it rests on."""
+
+    NAME: ClassVar[str] = "privacy.jsonl"
+    round_number: int = field(metadata=called("round"))
+    site: str
+    public_size: int
+    """Declared by the site's steward."""
+    unit: str
+    adjacency: str
+    adversary: str
+    sampler: str
+    spent: SpendingFigures | None = field(metadata=BESIDE)
+    """None where no claim is made."""
+    accountant: str
+    """In words."""
+    head: str
+    """The head's policy in words."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one audit, or of one fault that was built in to see whether the audit sees it."""
+
+    audit: str
+    case: str
+    """What ran, in words; for a fault that was built in, its name."""
+    built_in: bool
+    """Whether the case is a fault that was built in on purpose."""
+    passed: bool
+    """The code as it is: no violation. A built-in fault: it was found."""
+    figures: dict[str, int | float | str]
+    """Counts and epsilons by name."""
+
+
+@dataclass(frozen=True)
+class AuditFile:
+    """What audits of a run's code found."""
+
+    passed: bool
+    """Whether all did."""
+    date: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str]
+    findings: list[Finding]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file of a run's folder.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: {path.parent} is not the folder of a finished run") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    return value
+
+
+def read_file(of: type[F], folder: Path) -> F:
+    """Return a file of a run's folder; DataError if it is missing, or not as it is written."""
+    return from_json(of, read_json(folder / of.NAME), str(folder / of.NAME))
+
+
+def read_if_there(of: type[F], folder: Path) -> F | None:
+    """Return a file of a run's folder as ``read_file``, or None if it is not there."""
+    return read_file(of, folder) if (folder / of.NAME).is_file() else None
+
+
+def read_lines(of: type[F], folder: Path) -> list[F]:
+    """Return the lines of a file of a run's folder, none of an absent one.
+
+    Raises:
+        DataError: a line is not as it is written.
+    """
+    path = folder / of.NAME
+    if not path.is_file():
+        return []
+    lines: list[F] = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(from_json(of, json.loads(text), f"line {number} of {path}"))
+        except ValueError as error:
+            raise DataError(f"line {number} of {path} is not JSON: {error}") from error
+    return lines

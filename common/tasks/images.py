@@ -1,0 +1,199 @@
+"""Images as cells of a table hold them, and folders of images as tables.
+
+A cell holds a file's bytes, or its path below the table's folder. Only PNG and JPEG are decoded, by Pillow, after
+size and bytes were held against limits: a file of a few bytes may state any size. What cannot be decoded is no
+image, and its row no record.
+
+An image is told from others by its pixels: encoded otherwise without loss, it is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from common.errors import DataError, UnreadableFile
+from common.tasks.cells import UNREADABLE, Misfit, is_missing
+from common.tasks.tables import READERS, Table, Unfit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG")
+SUFFIXES = (".png", ".jpg", ".jpeg")
+MOST_PIXELS = 1 << 25
+"""Of one image as its file states them: 33 million, 100 MB once decoded."""
+MOST_BYTES = 64 << 20
+"""Of one image's file."""
+IMAGE, LABEL = "image", "label"
+"""Columns of a folder of images."""
+UNMEANT = ("thumbs.db", "desktop.ini")
+"""Files that a file manager leaves; so are those that begin with a dot."""
+_DEPTH = 8
+"""Bits of a pixel's channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image that can be decoded."""
+
+    pixels: str
+    """SHA-256 of width, height and RGB pixels, in hexadecimal."""
+    content: bytes = field(compare=False, repr=False)
+    """The file as it was read."""
+
+
+def read_image(value: object, folder: Path | None = None) -> Picture:
+    """Return the image of a cell: a file's bytes, a path below ``folder``, or as the hub has it, ``{"bytes": ...}``.
+
+    Raises:
+        Misfit: there is no image, or none within the limits.
+    """
+    if isinstance(value, Mapping) and {"bytes", "path"} >= set(value):
+        value = value.get("bytes") or value.get("path")
+    if value == b"" or (value is not UNREADABLE and is_missing(value)):
+        raise Misfit("has no value", "fill it in or remove the row")
+    if not isinstance(value, bytes | str):
+        raise Misfit("has no bytes and no path", "put an image's file or its path there")
+    content = value if isinstance(value, bytes) else file_within(value.strip(), folder)
+    image = decoded(content)
+    shape = f"{image.width}x{image.height}:".encode()
+    return Picture(hashlib.sha256(shape + image.tobytes()).hexdigest(), content)
+
+
+def decoded(content: bytes) -> Image:
+    """Return the first picture of a PNG or JPEG file as RGB, 8 bits a channel, turned as its own mark says.
+
+    Sixteen bits become eight by leaving the lower ones out. What lies under transparency is taken as it is.
+
+    Raises:
+        Misfit: it is no such file, is cut short, or states more than ``MOST_PIXELS``.
+    """
+    from PIL import Image, ImageOps
+
+    if len(content) > MOST_BYTES:
+        raise Misfit(f"has an image of more than {MOST_BYTES >> 20} MiB")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of sizes that are refused below
+            opened = Image.open(io.BytesIO(content), formats=FORMATS)
+        if opened.width * opened.height > MOST_PIXELS:
+            raise Misfit(f"has an image of more than {MOST_PIXELS} pixels", "make it smaller")
+        opened.load()
+        image: Image.Image = _in_eight_bits(ImageOps.exif_transpose(opened)).convert("RGB")
+        return image
+    except Misfit:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own limit, where a file states far more than ours
+        raise Misfit(f"has an image of more than {MOST_PIXELS} pixels", "make it smaller") from None
+    except Exception:  # Pillow raises whatever a broken file leads it to; its words might quote the file
+        raise Misfit("has an image that cannot be decoded", "save it anew as PNG or JPEG") from None
+
+
+def _in_eight_bits(image: Any) -> Any:
+    if not image.mode.startswith("I"):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    # Pillow's own way cuts at 255, and all of a radiograph is white.
+    return Image.fromarray((np.asarray(image).astype(np.uint32) >> _DEPTH).clip(max=255).astype(np.uint8))
+
+
+def file_within(name: str, folder: Path | None) -> bytes:
+    """Return the content of a plain file by its path below ``folder``; links that lead out of that are not followed.
+
+    Raises:
+        Misfit: it is not there, not below the folder, no plain file, or larger than ``MOST_BYTES``.
+    """
+    if folder is None:
+        raise Misfit("names a file, and no folder is known that it lies in", "give the image's bytes")
+    below = PurePosixPath(name)
+    if below.is_absolute() or ".." in below.parts or "\\" in name or PureWindowsPath(name).drive:
+        raise Misfit("names a file outside the table's own folder", "put it below that, and name it with '/'")
+    try:
+        root = folder.resolve(strict=True)
+        path = (root / below).resolve(strict=True)
+        if not path.is_relative_to(root):
+            raise Misfit("names a file outside the table's own folder", "put the file itself there and no link")
+        # Neither a link that was put there since, nor a pipe that would be waited for.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Misfit("names something that is no file")
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError, RuntimeError):  # of links in a circle, and names that no file can have
+        raise Misfit("names a file that is not there or cannot be opened", "check path and rights") from None
+    if len(content) > MOST_BYTES:
+        raise Misfit(f"names an image of more than {MOST_BYTES >> 20} MiB")
+    return content
+
+
+def is_image_folder(path: Path) -> bool:
+    """Return whether a path is a folder that has sub-folders and no table of its own."""
+    try:
+        entries = [entry for entry in path.iterdir() if not _is_unmeant(entry.name)]
+    except OSError:
+        return False
+    tables = any(entry.is_file() and entry.suffix.lower() in READERS for entry in entries)
+    return not tables and any(entry.is_dir() for entry in entries)
+
+
+def read_image_folder(path: Path) -> Table:
+    """Return the images below a folder's sub-folders, whose names are the labels: columns ``image`` and ``label``.
+
+    Rows are in the order of the files' paths. A file that is no image by its name, or cannot be read, is a row that
+    could not be read.
+
+    Raises:
+        UnreadableFile: there is no file in any sub-folder.
+        DataError: the folder cannot be opened.
+    """
+    images: list[object] = []
+    labels: list[object] = []
+    unread: dict[int, Unfit] = {}
+    try:
+        names = sorted(_files_below(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened ({error.strerror or error}): check path and rights") from error
+    for row, name in enumerate(names):
+        content: bytes | None = None
+        try:
+            if not name.lower().endswith(SUFFIXES):
+                raise Misfit("is no file that ends in " + ", ".join(SUFFIXES))
+            content = file_within(name, path)
+        except Misfit as misfit:
+            unread[row] = Unfit(str(path), row + 1, misfit.what, f"{path / name} {misfit.what}")
+        images.append(content)
+        labels.append(None if row in unread else PurePosixPath(name).parts[0].strip())
+    if not names:
+        raise UnreadableFile(f"{path} has no images: put them into one sub-folder a label")
+    return Table(str(path), {IMAGE: images, LABEL: labels}, unread=unread, folder=path)
+
+
+def _files_below(path: Path) -> Iterator[str]:
+    """Yield the paths of all files in sub-folders, relative and with forward slashes.
+
+    A link to a folder is not followed, and counts as a file.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(path, onerror=stop):
+        folders[:] = [name for name in folders if not _is_unmeant(name)]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        below = Path(place).relative_to(path)
+        if below.parts or links:
+            plain = files if below.parts else []
+            yield from ((below / name).as_posix() for name in (*plain, *links) if not _is_unmeant(name))
+
+
+def _is_unmeant(name: str) -> bool:
+    return name.startswith(".") or name.lower() in UNMEANT

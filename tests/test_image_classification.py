@@ -1,0 +1,467 @@
+"""Images end to end: fixed squares, features, what couples records, a private federation on digits."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from digits import PATCH, PROCESSOR, SIDE, TOKENS, digits, encoded, save_vit, write_folder
+from one_site import OneSite
+from PIL import Image
+from torch import nn
+
+from client.own_records import prepared
+from client.rehearsal import rehearse
+from common.adapters import ADAPTERS
+from common.config.sections import DataConfig, HeadConfig
+from common.data.sources import load_dataset
+from common.errors import ConfigError, ModelError, ModelNotLoaded
+from common.messages.round import TrainResult
+from common.model import dinov2
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.tasks import TASKS, images
+from common.tasks import image_classification as images_task
+from common.tasks.image_classification import CHANCE, ImageExample
+from common.tasks.image_processor import ImageProcessor
+from common.tasks.images import Picture, read_image
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process
+from reports import read_lines
+from strategies.job import configure
+
+NAME = "image-classification"
+TASK = TASKS[NAME]
+TARGETS = {"vit": "query,value", "clip": "q_proj,v_proj"}
+KINDS = ("dinov2", "registers", "vit", "clip")
+
+
+def example(pixels: np.ndarray, label: int = 0) -> ImageExample:
+    return ImageExample(image=read_image(encoded(pixels)), label=label)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def targets_of(folder: str) -> tuple[str, ...]:
+    """Return the names of the attention's projections of queries and values, as this kind of model calls them."""
+    names = {name.rpartition(".")[2] for name, _ in load_base_model(folder, NAME).module.named_modules()}
+    return ("q_proj", "v_proj") if "q_proj" in names else ("query", "value")
+
+
+def federated(folder: str, max_length: int = TOKENS, targets: tuple[str, ...] = (), **options: Any) -> FederatedModel:
+    return FederatedModel(
+        load_base_model(folder, NAME),
+        ADAPTERS["lora"](2, 2.0, targets or targets_of(folder)),
+        TASK,
+        HeadConfig("trained", "random"),
+        seed=1,
+        label_names=("0", "1"),
+        max_length=max_length,
+        device="cpu",
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    made: dict[str, str] = {}
+
+    def make(kind: str = "dinov2") -> str:
+        if kind not in made:
+            made[kind] = save_vit(tmp_path_factory.mktemp(f"tiny-{kind}"), kind)
+        return made[kind]
+
+    return make
+
+
+# What the processor's settings say.
+
+
+@pytest.mark.parametrize(
+    ("settings", "side", "edge"),
+    [
+        (PROCESSOR, SIDE, 0),
+        ({**PROCESSOR, "size": 16}, 16, 0),
+        ({**PROCESSOR, "size": {"shortest_edge": 16}}, 16, 16),
+        ({**PROCESSOR, "size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": 14}, 14, 16),
+        (
+            {
+                **PROCESSOR,
+                "size": {"shortest_edge": 16},
+                "do_center_crop": True,
+                "crop_size": {"height": 14, "width": 14},
+            },
+            14,
+            16,
+        ),
+        ({**PROCESSOR, "size": {"height": 16, "width": 16}, "do_center_crop": True, "crop_size": 14}, 14, 16),
+    ],
+)
+def test_the_square_is_the_processors(settings: dict[str, Any], side: int, edge: int) -> None:
+    processor = ImageProcessor.from_settings(settings)
+    assert (processor.side, processor.edge) == (side, edge)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"do_pad": True}, "do_pad"),
+        ({"do_resize": False}, "does not resize"),
+        ({"size": {"height": 8, "width": 16}}, "square"),
+        ({"size": {"longest_edge": 8}}, "square"),
+        ({"size": None}, "square"),
+        ({"size": {"shortest_edge": 8}, "do_center_crop": True, "crop_size": 16}, "square"),
+    ],
+)
+def test_a_processor_without_a_fixed_square_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ImageProcessor.from_settings({**PROCESSOR, **change})
+
+
+def test_an_image_is_prepared_as_the_models_authors_do_it() -> None:
+    """Bicubic to 256, the middle 224 cut out, ImageNet's constants: step by step with Pillow and numpy."""
+    pixels = noise(512, 512)
+    scaled = Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC).crop((16, 16, 240, 240))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    wanted = ((np.asarray(scaled) / 255 - mean) / std).transpose(2, 0, 1)
+    processor = ImageProcessor.from_settings(dinov2.PROCESSOR)
+    found = processor.normalised(processor.pixels(read_image(encoded(pixels)), 224)[None])[0]
+    assert found.dtype == torch.float32
+    assert np.abs(found.numpy() - wanted).max() < 0.02  # Pillow rounds to whole tones once more, or less
+
+
+@pytest.mark.parametrize("shape", [(1, 3000), (3000, 1), (7, 9), (500, 300)])
+@pytest.mark.parametrize("edge", [0, SIDE + 2])
+def test_every_image_becomes_the_same_square(shape: tuple[int, int], edge: int) -> None:
+    size = {"shortest_edge": edge} if edge else PROCESSOR["size"]
+    processor = ImageProcessor.from_settings(
+        {**PROCESSOR, "size": size, "do_center_crop": bool(edge), "crop_size": SIDE}
+    )
+    pixels = processor.pixels(read_image(encoded(noise(*shape))), 6)
+    assert pixels.shape == (3, 6, 6)
+    assert pixels.dtype == torch.uint8
+
+
+def test_what_is_scaled_is_only_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of one row, brought to an edge of 256 first, would have as many pixels as its length times 256²."""
+    made: list[int] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda image, size, *rest, **more: made.append(math.prod(size)) or resize(image, size, *rest, **more),
+    )
+    processor = ImageProcessor(16, 18, 3, 1 / 255, (0.0,) * 3, (1.0,) * 3)
+    assert processor.pixels(read_image(encoded(noise(1, 60_000))), 16).shape == (3, 16, 16)
+    assert made == [256]
+
+
+# What is read of a model.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_records_tokens_are_those_that_the_model_has(kind: str, vit: Callable[[str], str]) -> None:
+    model = federated(vit(kind))
+    special = model.max_length - (SIDE // PATCH if kind != "registers" else 3) ** 2
+    assert special == (4 if kind == "registers" else 1)
+    (record,) = model.prepare([example(digits(count=1)[0][0])])
+    batch = model.batch([record])
+    options = {"interpolate_pos_encoding": True} if kind in ("vit", "clip") else {}
+    hidden = model.base.module(pixel_values=batch["pixel_values"], **options).last_hidden_state
+    assert hidden.shape[1] == model.task.size(record) == model.max_length
+    features = model.module.features(batch)
+    wanted = torch.cat([hidden[:, 0], hidden[:, special:].mean(1)], dim=-1)
+    assert torch.allclose(features, wanted, atol=1e-6)
+    assert features.shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "side"), [(TOKENS, SIDE), (10_000, SIDE), (TOKENS - 1, 6), (10, 6), (9, 4), (5, 4), (4, 2), (2, 2)]
+)
+def test_the_size_of_images_follows_from_the_longest_length(
+    max_length: int, side: int, vit: Callable[[str], str]
+) -> None:
+    model = federated(vit("dinov2"), max_length)
+    assert model.max_length == (side // PATCH) ** 2 + 1 <= max_length
+    record = model.prepare([example(noise(50, 70))])[0]
+    assert tuple(record["pixel_values"].shape) == (3, side, side)
+    assert model.task.fits(model.base, record, model.max_length)
+    assert not model.task.fits(model.base, {**record, "pixel_values": record["pixel_values"][:, 1:]}, model.max_length)
+    assert model.shapes.uniform
+    assert model.shapes.lengths == (model.max_length,)
+
+
+def test_a_length_without_room_for_a_patch_is_refused(vit: Callable[[str], str]) -> None:
+    with pytest.raises(ConfigError, match=r"model.max-length is 1: set it to 2 or more"):
+        federated(vit("dinov2"), 1)
+
+
+def test_a_model_of_one_size_says_so(vit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_task, "_options", lambda _: {})
+    assert federated(vit("vit"), TOKENS, ("q_proj",)).max_length == TOKENS
+    with pytest.raises(ConfigError, match=rf"takes images of {SIDE} pixels alone: set it to {TOKENS}"):
+        federated(vit("vit"), TOKENS - 1, ("q_proj",))
+
+
+def test_size_and_constants_do_not_follow_from_other_images(vit: Callable[[str], str]) -> None:
+    model = federated(vit("dinov2"))
+    few = [example(noise(20, 30)), example(np.zeros((64, 9, 3), np.uint8)), example(np.full((5, 5, 3), 255, np.uint8))]
+    alone = [model.batch(model.prepare([one]))["pixel_values"] for one in few]
+    together = model.batch(model.prepare(few))["pixel_values"]
+    assert all(torch.equal(together[i : i + 1], one) for i, one in enumerate(alone))
+
+
+def test_what_a_model_leaves_out_by_chance_is_off(tmp_path: Path) -> None:
+    folder = save_vit(tmp_path / "dropping", drop_path_rate=0.5, hidden_dropout_prob=0.3)
+    assert json.loads((tmp_path / "dropping" / "config.json").read_text())["drop_path_rate"] == 0.5
+    model = federated(folder)
+    model.module.train()
+    batch = model.batch(model.prepare([example(noise(9, 9))] * 2))
+    with torch.no_grad():
+        found = [model.module(batch) for _ in range(3)]
+    assert all(torch.equal(one, found[0]) for one in found)
+    rehearse(model)
+
+
+def test_layers_that_are_dropped_by_chance_do_not_pass_the_rehearsal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault: the model's own settings are taken as they come."""
+    monkeypatch.setattr(images_task, "CHANCE", ())
+    with pytest.raises(ModelError, match="cannot be trained privately"):
+        rehearse(federated(save_vit(tmp_path / "dropping", drop_path_rate=0.9)))
+    assert "drop_path_rate" in CHANCE
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_models_pass_the_rehearsal_with_all_rows(kind: str, precision: str, vit: Callable[[str], str]) -> None:
+    model = federated(vit(kind), precision=precision)
+    shapes = model.shapes
+    rehearse(model)
+    assert model.shapes == shapes
+
+
+class ByTheBatch(nn.Module):
+    """A layer that takes its mean from the batch."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden - hidden.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"), [(ByTheBatch(), "depends on the records beside it"), (nn.BatchNorm1d(TOKENS), "BatchNorm1d")]
+)
+def test_a_model_that_normalises_by_the_batch_is_refused(
+    layer: nn.Module, words: str, vit: Callable[[str], str]
+) -> None:
+    model = federated(vit("dinov2"))
+    model.base.module.layernorm = nn.Sequential(model.base.module.layernorm, layer)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=words):
+        rehearse(model)
+
+
+def test_what_is_no_vision_transformer_is_refused_in_one_line(
+    tmp_path: Path, model_folder: Callable[[str], str]
+) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1])).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    with pytest.raises(ConfigError, match="no vision transformer"):
+        federated(str(tmp_path), targets=("convolution",))
+    with pytest.raises(ModelNotLoaded, match="image processor"):
+        load_base_model(model_folder("bert"), NAME)
+    with pytest.raises(
+        ModelNotLoaded, match=r"'all-MiniLM-L6-v2' is none that model\.task 'image-classification' takes"
+    ):
+        load_base_model("all-MiniLM-L6-v2", NAME)
+    with pytest.raises(ModelNotLoaded, match=r"'dinov2-small' is none that model\.task 'classification' takes"):
+        load_base_model("dinov2-small", "classification")
+
+
+def test_the_processors_settings_are_part_of_the_fingerprint(tmp_path: Path, vit: Callable[[str], str]) -> None:
+    other = save_vit(tmp_path / "other", processor={**PROCESSOR, "image_mean": [0.4, 0.5, 0.5]})
+    same = save_vit(tmp_path / "same")
+    assert load_base_model(same, NAME).fingerprint == load_base_model(vit("dinov2"), NAME).fingerprint
+    assert load_base_model(other, NAME).fingerprint != load_base_model(same, NAME).fingerprint
+
+
+def test_a_head_cannot_start_from_words(toy: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"hold no words: set head\.start to 'random' or 'zeros'"):
+        configure({**toy, "head.start": "label-words"})
+
+
+def test_without_pillow_a_job_is_refused_before_a_record_is_read(
+    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_task, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the library Pillow: pip install 'fedveil\[vision\]'"):
+        configure(toy)
+
+
+# A federation.
+
+
+@pytest.fixture
+def toy(vit: Callable[[str], str], tmp_path: Path) -> dict[str, Any]:
+    """Return settings of a private run on 240 digits, noughts and ones."""
+    return {
+        "strategy": "ffa-lora",
+        "model.name": vit("dinov2"),
+        "model.task": NAME,
+        "model.max-length": TOKENS,
+        "model.feature-scale": 8.0,
+        "data.name": str(write_folder(tmp_path / "digits", digits(count=240))),
+        "data.labels": "0,1",
+        "data.test-size": 40,
+        "data.partition": "iid",
+        "adapter.rank": 3,
+        "adapter.targets": "q_proj,v_proj,fc1",
+        "head.start": "zeros",
+        "rounds": 3,
+        "server.optimizer": "none",
+        "training.optimizer": "adam",
+        "training.learning-rate": 0.03,
+        "training.local-steps": 8,
+        "training.sample-rate": 0.5,
+        "privacy.delta": 1e-3,
+        "privacy.noise-multiplier": 0.2,
+        "privacy.epsilon": 1000.0,
+        "precision": "float32",
+        "device": "cpu",
+        "output": str(tmp_path / "runs"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("strategy", "least"), [("fedavg-lora", 0.8), ("ffa-lora", 0.8), ("fed-sb", 0.65), ("fed-svd", 0.8)]
+)
+def test_a_private_federation_on_digits_learns_and_its_adapter_scores_as_the_run_says(
+    strategy: str, least: float, toy: dict[str, Any]
+) -> None:
+    folder = run_in_process({**toy, "strategy": strategy}, 2)
+    lines = read_lines(folder / "rounds.jsonl")
+    assert not any(line["refusals"] or line["failures"] for line in lines)
+    assert [len(line["participants"]) for line in lines] == [2, 2, 2]
+    assert all(line["epsilon_total"] > 0 for line in read_lines(folder / "privacy.jsonl"))
+    scored = evaluate_run(folder)
+    assert (scored.accuracy, scored.loss) == (lines[-1]["accuracy"], lines[-1]["loss"])
+    assert scored.accuracy > least, "nothing was learned"
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_other_vision_transformers_train_too(kind: str, toy: dict[str, Any], vit: Callable[[str], str]) -> None:
+    settings = {**toy, "model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind))), "rounds": 1}
+    folder = run_in_process(settings, 2)
+    (line,) = read_lines(folder / "rounds.jsonl")
+    assert not [*line["refusals"], *line["failures"]]
+    assert evaluate_run(folder).loss == line["loss"]
+
+
+@pytest.fixture
+def site(toy: dict[str, Any], tmp_path: Path) -> OneSite:
+    """A site with forty digits of its own."""
+    own = write_folder(tmp_path / "own", digits(start=240, count=40))
+    node = {"site": "clinic", "data": str(own), "public-size": 40, "ledger": str(tmp_path / "clinic.sqlite")}
+    clinic = OneSite(toy, dict(node))
+    clinic.rule(send_noised_metrics=True, metrics_noise=5.0)
+    return clinic
+
+
+def test_a_round_at_a_site_with_a_folder_is_charged_trained_and_counted(site: OneSite) -> None:
+    result = site.train()
+    assert result.noised_correct is not None
+    assert site.charges() == [("1", 1, "training"), ("1", 1, "evaluation")]
+
+
+def test_a_file_that_is_no_record_changes_no_bit_of_what_a_site_prepares(site: OneSite) -> None:
+    folder, config, model = Path(str(site.node["data"])), configure(site.settings).config, site.model()
+    before = load_dataset(config.data, NAME, str(folder))
+    task = site.task()
+    (folder / "0" / "a-broken.png").write_bytes(b"\x89PNG\r\n\x1a\nhello")
+    (folder / "7").mkdir()
+    (folder / "7" / "seven.png").write_bytes(encoded(digits((7,), count=1)[0][0]))
+    assert isinstance(site.ask(task), TrainResult)
+    from common.data.sources import load_protected
+
+    after = load_protected(config.data, NAME, str(folder))
+    assert len(after.unfit) == 2
+    assert after.dataset.examples == before.examples
+    assert len(prepared(model, after.dataset.examples)) == 40
+
+
+def test_an_image_that_no_longer_decodes_contributes_zero_and_the_rest_stay(site: OneSite) -> None:
+    model = site.model()
+    good = example(digits(count=1)[0][0])
+    bad = ImageExample(image=Picture("0" * 64, b"gone"), label=0)
+    assert len(prepared(model, [good, bad, good])) == 2
+
+
+def test_the_ledger_knows_images_again_however_they_are_encoded(site: OneSite, tmp_path: Path) -> None:
+    first = site.train().spending
+    assert first is not None
+    again, others = tmp_path / "again", write_folder(tmp_path / "others", digits(start=280, count=40))
+    for i, (pixels, label) in enumerate(digits(start=240, count=40)):
+        (again / str(label)).mkdir(parents=True, exist_ok=True)
+        (again / str(label) / f"scan-{90 - i}.png").write_bytes(encoded(np.dstack([pixels] * 3), compress_level=0))
+    for name, folder, known in (("again", again, True), ("others", others, False)):
+        site.node |= {"data": str(folder), "dataset-id": name}
+        spent = site.train(run=name).spending
+        assert spent is not None
+        assert (spent.epsilon_total > first.epsilon_total + 0.1) is known, f"the records of {name} are taken for others"
+
+
+def test_a_ledger_that_hashes_files_is_found_out(
+    site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault: an image is told by its file and not by its pixels."""
+    import hashlib
+
+    monkeypatch.setattr(ImageExample, "canonical", lambda self, _: hashlib.sha256(self.image.content).hexdigest())
+    with pytest.raises(AssertionError, match="records of again"):
+        test_the_ledger_knows_images_again_however_they_are_encoded(site, tmp_path)
+
+
+def test_the_ledger_knows_a_file_again_that_another_decoder_reads(
+    site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions of Pillow may round a JPEG otherwise; the file with its label is hashed beside the pixels."""
+    first = site.train().spending
+    assert first is not None
+    decoded = images.decoded
+    monkeypatch.setattr(images, "decoded", lambda content: decoded(content).point(lambda tone: max(tone, 1)))
+    copy = Path(shutil.copytree(str(site.node["data"]), tmp_path / "copy"))
+    pixels = {e.likeness() for e in load_dataset(configure(site.settings).config.data, NAME, str(copy)).examples}
+    monkeypatch.undo()
+    assert not pixels & {
+        e.likeness() for e in load_dataset(configure(site.settings).config.data, NAME, str(copy)).examples
+    }
+    monkeypatch.setattr(images, "decoded", lambda content: decoded(content).point(lambda tone: max(tone, 1)))
+    site.node |= {"data": str(copy), "dataset-id": "copy"}
+    spent = site.train(run="copy").spending
+    assert spent is not None
+    assert spent.epsilon_total > first.epsilon_total + 0.1, "the same files are taken for others"
+
+
+def test_images_that_are_alike_are_on_one_side_of_the_split(toy: dict[str, Any], tmp_path: Path) -> None:
+    from common.data.sources import train_and_test
+
+    folder = tmp_path / "twice"
+    for name in ("first", "second"):
+        for i, (pixels, label) in enumerate(digits(count=30)):
+            (folder / str(label)).mkdir(parents=True, exist_ok=True)
+            level = 0 if name == "first" else 9
+            (folder / str(label) / f"{name}-{i}.png").write_bytes(encoded(pixels, compress_level=level))
+    train, test = train_and_test(DataConfig(name=str(folder), labels="0,1", test_size=20), NAME)
+    assert len(test.examples) == 20
+    assert not {e.likeness() for e in train.examples} & {e.likeness() for e in test.examples}

@@ -1,0 +1,110 @@
+"""The files of a run's folder: what the server writes is what every reader reads, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_run import MadeRun
+
+from common.errors import DataError
+from common.files import finite
+from common.messages.round import SpendingFigures
+from common.run_lines import (
+    Absence,
+    BaselineFile,
+    ConfigFile,
+    PrivacyLine,
+    ProgressFile,
+    ResultFile,
+    RoundLine,
+    RunFile,
+    read_file,
+    read_if_there,
+    read_lines,
+)
+from common.strict_json import to_json
+from experiments.in_process import run_in_process
+from reports import report_of
+from reports.audits import audit_reports
+from reports.folder import read_run
+
+FILES: tuple[type[RunFile], ...] = (ConfigFile, BaselineFile, ProgressFile, ResultFile)
+LINES: tuple[type[RunFile], ...] = (RoundLine, PrivacyLine)
+
+
+@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+def test_what_a_run_leaves_is_what_its_classes_hold_to_the_last_key(toy_settings: dict[str, Any], mode: str) -> None:
+    folder = run_in_process({**toy_settings, "privacy.mode": mode}, 2)
+    for kind in FILES:
+        raw = json.loads((folder / kind.NAME).read_text(encoding="utf-8"))
+        assert finite(to_json(read_file(kind, folder))) == raw, f"{kind.NAME} is read otherwise than it is written"
+    for kind in LINES:
+        raw = [json.loads(line) for line in (folder / kind.NAME).read_text(encoding="utf-8").splitlines()]
+        assert [finite(to_json(line)) for line in read_lines(kind, folder)] == raw
+    (first, *_), names = read_lines(PrivacyLine, folder), {field.name for field in fields(SpendingFigures)}
+    assert (first.spent is None) == (mode == "none")
+    assert names <= set(to_json(first)), "a figure of the ledger is not in the file"
+
+
+def test_what_is_not_there_is_an_error_or_none(tmp_path: Path) -> None:
+    assert read_if_there(ResultFile, tmp_path) is None
+    assert read_lines(RoundLine, tmp_path) == []
+    with pytest.raises(DataError, match=r"result\.json is missing"):
+        read_file(ResultFile, tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(DataError, match=r"result\.json is not JSON"):
+        read_file(ResultFile, tmp_path)
+    (tmp_path / "rounds.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match=r"line 1 of .*rounds\.jsonl is not JSON"):
+        read_lines(RoundLine, tmp_path)
+
+
+@pytest.mark.parametrize("kind", LINES, ids=lambda kind: kind.NAME)
+def test_a_line_with_another_key_is_an_error_and_the_report_says_that_it_is_left_out(
+    tmp_path: Path, kind: type[RunFile]
+) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
+    assert report_of(made.folder).problems == []
+    made.append(kind.NAME, {**made.lines(kind.NAME)[-1], "message": "of another version"})
+    with pytest.raises(DataError, match=r"line \d of .* has the unknown field 'message'$"):
+        read_lines(kind, made.folder)
+    (problem,) = report_of(made.folder).problems
+    assert "has the unknown field 'message', and is left out" in problem
+
+
+@pytest.mark.parametrize("kind", [BaselineFile, ResultFile], ids=lambda kind: kind.NAME)
+def test_a_file_with_another_key_is_left_out_of_the_report_which_says_so(tmp_path: Path, kind: type[RunFile]) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
+    raw = json.loads((made.folder / kind.NAME).read_text(encoding="utf-8"))
+    (made.folder / kind.NAME).write_text(json.dumps({**raw, "loss of the site": 0.1}), encoding="utf-8")
+    files = read_run(made.folder)
+    assert (files.baseline is None, files.result is None) == (kind is BaselineFile, kind is ResultFile)
+    assert files.problems == [f"{kind.NAME} has the unknown field 'loss of the site', and is left out"]
+
+
+def test_who_did_not_take_part_is_one_shape_from_the_attempt_to_the_report(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7, refusals={"south": ("late", "no answer")})
+    absence = Absence(1, 1, "south", 1, "late", "no answer")
+    (line,) = read_lines(RoundLine, made.folder)
+    assert line.refusals == line.failures == report_of(made.folder).refusals == [absence]
+    assert made.lines("rounds.jsonl")[0]["failures"] == [
+        {"round": 1, "attempt": 1, "site": "south", "node": 1, "kind": "late", "reason": "no answer"}
+    ]
+
+
+def test_whether_a_fault_was_built_in_is_a_field_and_no_words_of_the_case(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
+    case = {"audit": "kills", "case": "fault built in: late", "passed": False, "figures": {}}
+    content = {"passed": True, "date": "2026-11-25", "versions": {}, "findings": [{**case, "built_in": False}]}
+    (made.folder / "audit.json").write_text(json.dumps(content))
+    problems: list[str] = []
+    (report,) = audit_reports(read_run(made.folder).findings, problems)
+    assert (report.checks_failed, report.faults, problems) == (1, 0, [])
+    # Without the field nobody can tell a missed fault from code that failed: nothing is said to be audited.
+    (made.folder / "audit.json").write_text(json.dumps({**content, "findings": [case]}))
+    assert report_of(made.folder).audit_results == []
+    assert "audit.json lacks the field 'built_in': it does not say" in report_of(made.folder).problems[0]
