@@ -128,10 +128,10 @@ def bundle(
 @app.command()
 @_for_people
 def strategies() -> None:
-    """Print the table of strategies as Markdown."""
-    from strategies.table import strategy_table
+    """Print the tables of strategies and adapters as Markdown."""
+    from strategies.table import adapter_table, strategy_table
 
-    sys.stdout.write(strategy_table() + "\n")
+    sys.stdout.write(f"{strategy_table()}\n\n{adapter_table()}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of strategies in README and docs, made from the code; a test keeps the pages equal to it."""
+"""The tables of strategies and adapters in README and docs, made from the code; tests keep the pages equal."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ def _formulas(strategy: type[Strategy]) -> list[str]:
         both = travels(strategy(), preset_adapter(strategy, rank), out, into)
         said.append([" + ".join(_product(t.shape, sides) for f in s.values() for t in f.values()) for s in both])
     first, second = said
-    return [left if left == right else "by layer" for left, right in zip(first, second, strict=True)]
+    return [_agreed(left, right) for left, right in zip(first, second, strict=True)]
+
+
+def _agreed(left: str, right: str) -> str:
+    return left if left == right else "by layer"
 
 
 def _product(shape: Sequence[int], sides: tuple[int, int, int]) -> str:
@@ -99,3 +103,25 @@ def strategy_table() -> str:
     header = "| strategy | adapter | trained | up: per layer = per site and round "
     header += "| down: per layer = per site and round | exact | noise in the weights, per step | privacy modes |"
     return "\n".join([header, "|" + "---|" * 8, *map(_row, STRATEGIES.values())])
+
+
+def _factors(adapter: type[Adapter], names: Sequence[str]) -> str:
+    """Return each factor with how many numbers it has in a layer."""
+    first, second = (
+        {name: _product(shape, sides) for name, shape in adapter(sides[0], 1.0, ()).shapes(*sides[1:]).items()}
+        for sides in _SIDES
+    )
+    return ", ".join(f"{name} ({_agreed(first[name], second[name])})" for name in names) or "none"
+
+
+def adapter_table() -> str:
+    """Return the Markdown table of all adapters."""
+    lines = [
+        "| adapter | trained | frozen | linear in what is trained | noise in the weights, per step |",
+        "|" + "---|" * 5,
+    ]
+    for adapter in ADAPTERS.values():
+        trained, frozen = (_factors(adapter, names) for names in (adapter.trained, adapter.frozen))
+        cells = [f"`{adapter.name}`", trained, frozen, "yes" if adapter.linear else "no", adapter.noise]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -17,13 +17,15 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from client.site import NODE_KEYS
+from common.adapters import ADAPTERS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
 from common.run_lines import RoundLine, read_lines
+from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from strategies import STRATEGIES
 from strategies.job import configure
-from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, strategy_table
+from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, adapter_table, strategy_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -155,13 +157,13 @@ def test_the_page_on_adding_a_strategy_works(server: str, toy_settings: dict[str
     assert [line.strategy for line in lines] == ["fedavg-qr"] * 3
 
 
-def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_strategy: str, tmp_path: Path) -> None:
-    plugin = f"from fedavg_qr import FedAvgQR\nfrom strategies import STRATEGIES\n{the_pages_strategy}"
+def contract_tests(plugin: str, file: str, name: str, tmp_path: Path) -> int:
+    """Run the tests of ``file`` that are about the row ``name``, which ``plugin`` adds; return how many passed."""
     (tmp_path / "the_row.py").write_text(plugin, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-p", "the_row", "-p", "no:cacheprovider", "-p", "no:xdist"]
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
-        [*command, "tests/test_strategies.py", "-k", "fedavg-qr"],
+        [*command, file, "-k", name],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
         capture_output=True,
@@ -169,7 +171,52 @@ def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 20, done.stdout
+    return int(re.findall(r"(\d+) passed", done.stdout)[0])
+
+
+def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_strategy: str, tmp_path: Path) -> None:
+    plugin = f"from fedavg_qr import FedAvgQR\nfrom strategies import STRATEGIES\n{the_pages_strategy}"
+    assert contract_tests(plugin, "tests/test_strategies.py", "fedavg-qr", tmp_path) >= 20
+
+
+@pytest.fixture
+def the_pages_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write the adapter of the page into a file, put it into the table, and return the row's source."""
+    source, row, _ = blocks(ROOT / "docs" / "add-an-adapter.md", "python")
+    (tmp_path / "output_scale.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = dict(ADAPTERS)
+    exec(row, {"ADAPTERS": ADAPTERS, "OutputScale": __import__("output_scale").OutputScale})
+    yield row
+    ADAPTERS.clear()
+    ADAPTERS.update(before)
+    sys.modules.pop("output_scale")
+
+
+@pytest.mark.usefixtures("the_pages_adapter")
+@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+def test_the_page_on_adding_an_adapter_works(mode: str, toy_settings: dict[str, Any]) -> None:
+    run = blocks(ROOT / "docs" / "add-an-adapter.md", "python")[2]
+    settings = {**toy_settings, "privacy.mode": mode}
+    namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
+    exec(f"folder = {run}", namespace)
+    last = read_lines(RoundLine, namespace["folder"])[-1]
+    scored = evaluate_run(namespace["folder"])
+    assert (scored.accuracy, scored.loss) == (last.accuracy, pytest.approx(last.loss, rel=1e-6))
+    # Five layers in each of two blocks with 88 outputs, and a head of 2 × 16 + 2, of four bytes, from two sites.
+    assert last.bytes_up == 2 * 4 * (2 * 88 + 34), "it sends something else than z and the head"
+    assert "output-scale" in adapter_table()
+
+
+def test_the_contract_tests_cover_the_pages_adapter_as_the_page_says(the_pages_adapter: str, tmp_path: Path) -> None:
+    plugin = f"from output_scale import OutputScale\nfrom common.adapters import ADAPTERS\n{the_pages_adapter}"
+    assert contract_tests(plugin, "tests/test_adapters.py", "output-scale", tmp_path) >= 40
+
+
+def test_the_table_of_adapters_is_the_codes() -> None:
+    assert adapter_table() in (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8"), (
+        "the table in docs/strategies.md is not what the code says: put in the output of 'fedveil strategies'"
+    )
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])

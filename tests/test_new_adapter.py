@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.adapters import ADAPTERS
-from common.adapters.base import ADAPTER_NAME, layer_shape, lora_modules
+from common.adapters.base import ADAPTER_NAME, layer_shape
 from common.adapters.lora import LoRA
+from common.adapters.low_rank import lora_modules
 from common.errors import ConfigError
 from common.messages.state import HEAD, Factors
 from common.messages.wire import decode_state, encode_state, layout_of
@@ -64,7 +65,7 @@ class Scaled(LoRA):
         factors = super().start(layer_name, layer, seed)
         return {"A": factors["A"], "B": torch.ones_like(factors["B"]), "Z": torch.zeros(layer_shape(layer)[0])}
 
-    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         return factors["Z"][:, None] * super().delta(factors)
 
     def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:

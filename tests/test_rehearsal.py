@@ -19,7 +19,8 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial
-from common.adapters import ADAPTERS
+from common.adapters import ADAPTERS, DoRA
+from common.adapters.mapped import Mapped
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, LedgerError, ModelError
 from common.messages.round import Refusal, TrainResult
@@ -50,9 +51,11 @@ def llama(positions: int, scaling: dict[str, Any]) -> Any:
     )
 
 
-def federated(folder: str, task: str, targets: str, precision: str = "float32") -> FederatedModel:
+def federated(
+    folder: str, task: str, targets: str, precision: str = "float32", adapter: str = "lora"
+) -> FederatedModel:
     return FederatedModel(
-        *(load_base_model(folder, task), ADAPTERS["lora"](4, 4.0, tuple(targets.split(",")))),
+        *(load_base_model(folder, task), ADAPTERS[adapter](4, 4.0, tuple(targets.split(",")))),
         *(TASKS[task], HeadConfig("trained" if task == "classification" else "frozen", "random")),
         seed=1,
         label_names=("bad", "good"),
@@ -85,6 +88,39 @@ def test_honest_models_pass_with_many_rows_and_are_left_as_they_were(
     assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
     assert model.precision == getattr(torch, precision)
     assert all(p.grad is None for p in model.module.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if issubclass(adapter, Mapped)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "task", "targets"), HONEST)
+def test_an_adapter_with_a_map_of_its_own_passes_and_one_that_is_called_twice_does_not(
+    family: str, task: str, targets: str, precision: str, name: str, model_folder: Callable[[str], str], saved: Any
+) -> None:
+    model = federated(model_folder(family), task, targets, precision, name)
+    before, shapes = model.read(), model.shapes
+    rehearse(model)
+    rehearse_initial(model)
+    assert model.shapes == shapes, "an honest model on a CPU lost its rows"
+    assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
+    with pytest.raises(ModelError, match=r"in the layer 'encoder\.layer\.0\.attention\.self\.query_proj' a record"):
+        rehearse(federated(saved(tiny_deberta()), "classification", "query_proj,key_proj", precision, name))
+
+
+class Mixing(DoRA):
+    """The fault: what is added to a record's output depends on the inputs of all."""
+
+    name = "mixing"
+
+    def change(self, factors: Any, inputs: Any, projected: Any, base_weight: Any, scale: float) -> Any:
+        return super().change(factors, inputs - inputs.mean(0, keepdim=True), projected, base_weight, scale)
+
+
+def test_a_map_that_mixes_the_records_is_refused(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ADAPTERS, "mixing", Mixing)
+    with pytest.raises(ModelError, match=r"in the layer '\S+query' a record"):
+        rehearse(federated(model_folder("bert"), "classification", "query,value", adapter="mixing"))
 
 
 @pytest.mark.parametrize("check", [rehearse, rehearse_initial])

@@ -1,9 +1,10 @@
-"""The interface of a parameterisation, on top of PEFT's LoRA layers.
+"""The interface of a parameterisation, on top of PEFT's injection.
 
-PEFT does the injection into the base model (also into GPT-2's transposed Conv1D), so an adapter
-states only its factors: their shapes, the module that holds each, how they start, and which are
+PEFT finds the layers in the base model and names them (also GPT-2's transposed Conv1D), so an adapter
+states only its factors: their shapes, where a layer holds each, how they start, and which are
 trained. Bytes on the wire, tables, the planner and the exactness of averaging follow from that.
-Starts are drawn layer by layer from public streams of the run's seed, so that every party
+What a layer computes is PEFT's (``common.adapters.low_rank``) or the adapter's own map
+(``common.adapters.mapped``). Starts are drawn layer by layer from public streams of the run's seed, so that every party
 derives bit-identical tensors without sending them.
 """
 
@@ -40,6 +41,7 @@ class Adapter(ABC):
     alpha: float
     target_modules: tuple[str, ...]
     init: str = "kaiming"
+    scale: str = "rank"
 
     name: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
@@ -53,31 +55,51 @@ class Adapter(ABC):
     """How noise x on what is trained enters a layer's weights (m outputs, n inputs), and the norm of that per step."""
     inits: ClassVar[tuple[str, ...]] = ("orthonormal", "kaiming")
     """What ``init`` may be."""
+    scales: ClassVar[tuple[str, ...]] = ("rank", "sqrt-rank")
+    """What ``scale`` may be."""
 
     @property
     def scaling(self) -> float:
-        """Factor ``s`` in front of the product: alpha / rank (Hu et al. 2022, sec. 4.1)."""
-        return self.alpha / self.rank
+        """Factor ``s`` in front of the product, by ``scale``.
+
+        ``rank``: alpha / rank (Hu et al. 2022, sec. 4.1). ``sqrt-rank``: alpha / √rank, rsLoRA (Kalajdzievski 2023,
+        arXiv 2312.03732), under which a record's gradient and the noise in the weights keep their size over ranks.
+        """
+        return self.alpha / (math.sqrt(self.rank) if self.scale == "sqrt-rank" else self.rank)
 
     @abstractmethod
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of every factor, trained or frozen, in a layer with ``into`` inputs and ``out`` outputs."""
 
     @abstractmethod
-    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
-        """Return the module that holds each factor as its parameter ``weight``."""
+    def factors_of(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
+        """Return every factor of one layer as the live parameter."""
+
+    @abstractmethod
+    def hold(self, layer: LoraLayer, factor: str, tensor: nn.Parameter) -> None:
+        """Make ``tensor`` the layer's factor of this name."""
 
     @abstractmethod
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
         """Return the factors of one layer before round 1 (float32, CPU)."""
 
     @abstractmethod
-    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """Return the change of the layer's weight, shape (out, in), in the factors' dtype."""
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        """Return the change of the layer's weight, shape (out, in), in the factors' dtype.
+
+        Args:
+            factors: every factor of a layer.
+            base_weight: W0, shape (out, in), for an adapter whose change depends on it.
+        """
 
     @abstractmethod
-    def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:
-        """Return ``{"A", "B"}`` with ``scaling * B @ A == delta(factors)``, for export to stock PEFT."""
+    def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
+        """Return what stock PEFT loads for one layer, by the name it has there (``lora_A.weight``).
+
+        Args:
+            factors: every factor of the layer, float32.
+            base_weight: W0, shape (out, in).
+        """
 
     def attach(self, base: nn.Module, seed: int) -> PeftModel:
         """Put the adapter into ``base`` (in place), freeze everything else, and set the start.
@@ -92,8 +114,10 @@ class Adapter(ABC):
             type(module).__name__ == "Conv1D" and name.rsplit(".", 1)[-1] in self.target_modules
             for name, module in base.named_modules()
         )
+        config = self.peft_config(fan_in_fan_out=fan_in_fan_out)
+        self.route(config)
         try:
-            model = get_peft_model(base, self.peft_config(fan_in_fan_out=fan_in_fan_out))
+            model = get_peft_model(base, config)
         except ValueError as error:
             raise ModelError(
                 f"adapter.targets {','.join(self.target_modules)!r} fit no layer of {type(base).__name__}: {error}"
@@ -106,11 +130,14 @@ class Adapter(ABC):
                     f"choose a rank of at most {min(out_features, in_features)}"
                 )
             self.prepare(layer)
+            device = cast(Tensor, layer.get_base_layer().weight).device
             for factor, tensor in self.start(name, layer, seed).items():
-                holder = self.factor_modules(layer)[factor]
-                device = cast(Tensor, holder.weight).device
-                holder.weight = nn.Parameter(tensor.to(device, torch.float32), requires_grad=factor in self.trained)
+                held = nn.Parameter(tensor.to(device, torch.float32), requires_grad=factor in self.trained)
+                self.hold(layer, factor, held)
         return model
+
+    def route(self, config: LoraConfig) -> None:  # noqa: B027  (a step that most adapters do not need)
+        """Say in the configuration of the injection which layers are PEFT's and which are not; all are by default."""
 
     def prepare(self, layer: LoraLayer) -> None:  # noqa: B027  (a step that most adapters do not need)
         """Change the injected layer before its factors are set; plain LoRA needs nothing."""
@@ -127,10 +154,7 @@ class Adapter(ABC):
 
     def parameters(self, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         """Return every factor as the live parameter, by layer and factor name."""
-        return {
-            name: {factor: cast(nn.Parameter, holder.weight) for factor, holder in self.factor_modules(layer).items()}
-            for name, layer in self.layers(model).items()
-        }
+        return {name: self.factors_of(layer) for name, layer in self.layers(model).items()}
 
     def read(self, model: nn.Module) -> AdapterState:
         """Return a copy of all factors (float32, CPU)."""
@@ -168,22 +192,22 @@ class Adapter(ABC):
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=list(self.target_modules),
+            use_rslora=self.scale == "sqrt-rank",
             lora_dropout=0.0,
             bias="none",
             fan_in_fan_out=fan_in_fan_out,
         )
 
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
-        """Write ``state`` as a stock PEFT LoRA adapter that ``PeftModel.from_pretrained`` loads.
+        """Write ``state`` as a stock PEFT adapter that ``PeftModel.from_pretrained`` loads.
 
         Files: ``adapter_config.json`` and ``adapter_model.safetensors`` (float32).
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
-        for layer in self.layers(model):
-            lora = self.as_lora(state[layer])
-            for factor in ("A", "B"):
-                tensors[f"{PEFT_PREFIX}{layer}.lora_{factor}.weight"] = lora[factor].float().contiguous()
+        for name, layer in self.layers(model).items():
+            for suffix, tensor in self.exported(state[name], base_weight(layer).float().cpu()).items():
+                tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
         injected = model.peft_config[ADAPTER_NAME]
         config = self.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
         config.base_model_name_or_path = base_name
@@ -223,11 +247,12 @@ def stored_transposed(layer: LoraLayer) -> bool:
     return bool(getattr(layer, "fan_in_fan_out", False))
 
 
+def base_weight(layer: LoraLayer) -> Tensor:
+    """Return W0 of an adapted layer as (out, in), whichever way it is stored: the live weight, detached."""
+    weight = cast(Tensor, layer.get_base_layer().weight).detach()
+    return weight.T if stored_transposed(layer) else weight
+
+
 def layer_shape(layer: LoraLayer) -> tuple[int, int]:
     """Return (out, in) of an adapted layer, whichever way its weight is stored."""
     return cast(int, layer.out_features), cast(int, layer.in_features)
-
-
-def lora_modules(layer: LoraLayer) -> dict[str, nn.Module]:
-    """Return PEFT's two linear maps of a LoRA layer under the paper's letters."""
-    return {"A": layer.lora_A[ADAPTER_NAME], "B": layer.lora_B[ADAPTER_NAME]}

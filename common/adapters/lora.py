@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from common.adapters.base import Adapter, lora_modules, start_of_lora
+from common.adapters.base import start_of_lora
+from common.adapters.low_rank import LowRank, lora_modules
 from common.messages.state import Factors
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoRA(Adapter):
+class LoRA(LowRank):
     """Factors ``A`` (rank, in) and ``B`` (out, rank), both trained."""
 
     name: ClassVar[str] = "lora"
@@ -37,8 +38,9 @@ class LoRA(Adapter):
         """Return A from the seed, B = 0."""
         return start_of_lora(self, layer_name, layer, seed)
 
-    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return s B A."""
+        del base_weight
         return self.scaling * (factors["B"] @ factors["A"])
 
     def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME, Adapter, layer_shape, lora_modules, orthonormal_rows, stored_transposed
+from common.adapters.base import ADAPTER_NAME, layer_shape, orthonormal_rows, stored_transposed
+from common.adapters.low_rank import LowRank, lora_modules
 from common.messages.state import Factors
 from common.randomness import stream
 
@@ -40,7 +41,7 @@ class _RThenB(nn.Sequential):
 
 
 @dataclass(frozen=True)
-class LoRASB(Adapter):
+class LoRASB(LowRank):
     """Factors ``B`` (out, rank) and ``A`` (rank, in), frozen, and ``R`` (rank, rank), trained.
 
     ``init`` is ``orthonormal`` (from the seed) or ``svd-of-weights`` (singular vectors of W0).
@@ -52,6 +53,7 @@ class LoRASB(Adapter):
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "B x_R A: norm σC/b r, whatever m and n"
     inits: ClassVar[tuple[str, ...]] = ("orthonormal", "svd-of-weights")
+    scales: ClassVar[tuple[str, ...]] = ("rank",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.rank))
@@ -83,8 +85,9 @@ class LoRASB(Adapter):
         B = orthonormal_rows(self.rank, out_features, stream(seed, "adapter", layer_name, "B")).T
         return {"B": B.contiguous(), "R": R, "A": A}
 
-    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return B R A."""
+        del base_weight
         return factors["B"] @ factors["R"] @ factors["A"]
 
     def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:

@@ -122,7 +122,9 @@ class AdapterConfig:
     """``auto``: the strategy's own; any other is refused unless it trains and freezes what the strategy needs."""
     rank: int = 8
     alpha: float = 8.0
-    """LoRA's alpha: the product of the factors is scaled by ``alpha / rank``."""
+    """LoRA's alpha: the product of the factors is scaled by alpha over what ``scale`` says."""
+    scale: str = "rank"
+    """``rank``: the product is scaled by ``alpha / rank`` (LoRA); ``sqrt-rank``: by ``alpha / √rank`` (rsLoRA)."""
     targets: str = "query,value"
     """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``."""
     init: str = "orthonormal"
@@ -131,6 +133,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         positive(adapter__rank=self.rank, adapter__alpha=self.alpha)
         one_of(("kaiming", "orthonormal"), adapter__init=self.init)
+        one_of(("rank", "sqrt-rank"), adapter__scale=self.scale)
         if not self.target_modules:
             raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value'")
 

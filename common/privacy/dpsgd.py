@@ -30,11 +30,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleHooks
+from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.adapters.branch import Branch
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
@@ -46,6 +47,8 @@ PASSING = ("activations", "max_batch_len", "_current_grad_sample")
 TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter")
 """What Opacus hangs on layers and parameters; ``PASSING`` is what it keeps within one pass."""
 
+
+register_grad_sampler(Branch)(Branch.gradients)
 
 Correct = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """From the gradients of one step to others of the same shapes."""

@@ -1,0 +1,96 @@
+"""DoRA: W = diag(μ / c) (W0 + s B A) with c the norms of the rows of W0 + s B A (Liu et al. 2024, arXiv 2402.09353).
+
+Direction and magnitude of each output's weights are trained apart: A and B turn the rows, μ is their
+length. As in section 4.3 of the paper, and in PEFT, no gradient goes through c. A row of the weight
+is an output's, as in the authors' code; their text speaks of columns.
+
+Averages of factors are not averages of weights, whatever is frozen, because c moves with B. The
+difference is of second order in what the sites' factors differ by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.adapters.base import base_weight, start_of_lora
+from common.adapters.mapped import Mapped
+from common.errors import ModelError
+from common.messages.state import Factors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+
+@dataclass(frozen=True)
+class DoRA(Mapped):
+    """Factors ``A`` (rank, in), ``B`` (out, rank) and the magnitudes ``mu`` (out,), all trained."""
+
+    name: ClassVar[str] = "dora"
+    trained: ClassVar[tuple[str, ...]] = ("A", "B", "mu")
+    frozen: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = False
+    noise: ClassVar[str] = "diag(x_mu) V/c, norm σC/b √m; diag(mu/c) s (B x_A + x_B A) less its part along V's rows"
+
+    def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        """Return those of A, (rank, into), B, (out, rank), and mu, (out,)."""
+        return {"A": (self.rank, into), "B": (out, self.rank), "mu": (out,)}
+
+    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
+        """Return A from the seed, B = 0, and for mu the norms of the rows of W0 + s B A: the model starts as its base.
+
+        Raises:
+            ModelError: a row of W0 is zero, so it has no direction.
+        """
+        factors = start_of_lora(self, layer_name, layer, seed)
+        # In float64, so that every party rounds to the same magnitudes.
+        weight = base_weight(layer).double().cpu()
+        if not bool((norms := weight.norm(dim=1)).all()):
+            raise ModelError(
+                f"row {int(norms.argmin())} of {layer_name} is zero in the base model, and DoRA divides by its norm: "
+                "name other layers in adapter.targets, or set adapter.name to 'lora'"
+            )
+        return {**factors, "mu": row_norms(weight, factors["A"], factors["B"], self.scaling).float()}
+
+    def change(
+        self, factors: Mapping[str, Tensor], inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float
+    ) -> Tensor:
+        """Return (μ/c - 1) W0 x + (μ/c) s B A x."""
+        A, B, mu = factors["A"], factors["B"], factors["mu"]
+        lengthened = mu / row_norms(base_weight, A, B, scale).to(mu.dtype)
+        return (lengthened - 1) * projected + lengthened * F.linear(F.linear(inputs.to(A.dtype), A), B) * scale
+
+    def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
+        """Return the LoRA pair and PEFT's magnitudes, which have no ``.weight`` in their name."""
+        del base_weight
+        return {
+            "lora_A.weight": factors["A"],
+            "lora_B.weight": factors["B"],
+            "lora_magnitude_vector": factors["mu"],
+        }
+
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+        """Return LoRA's with ``use_dora``."""
+        config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
+        config.use_dora = True
+        return config
+
+
+def row_norms(base_weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return the norms of the rows of W0 + s B A, shape (out,), float64, without a gradient.
+
+    By |w + s A' b|² = |w|² + 2 s (W0 A')_i · b + s² b · (A A') b for each row, so that the sum is never formed.
+    """
+    # The one product of a row's length runs in float32, or in what the weight is wider in.
+    wide = torch.promote_types(base_weight.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        squares = torch.linalg.vector_norm(base_weight, dim=1, dtype=torch.float64).square()
+        crossed = (base_weight.to(wide) @ A.detach().to(wide).T).double()
+        A, B = A.detach().double(), B.detach().double()
+        return (squares + ((2 * scale * crossed + scale**2 * B @ (A @ A.T)) * B).sum(1)).sqrt()
