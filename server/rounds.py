@@ -53,7 +53,7 @@ class Observer(Protocol):
         """The run goes on after the checkpoint's round."""
 
     def initialised(self, outcome: RoundOutcome) -> None:
-        """Round 0 brought a full gradient, from the outcome's sites (none: from public data)."""
+        """Round 0 brought what the start needs, from the outcome's sites (none: from public records)."""
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         """A round is complete and counts."""
@@ -124,21 +124,25 @@ def _outcome(
 
 
 def _initialise(job: Job, sites: Sites, evaluator: Evaluator, observer: Observer) -> ServerState:
-    """Return the state before round 1; only a start from a full gradient has a round 0."""
-    state, source = job.start(evaluator.start), job.strategy.gradient
-    if source is None:
+    """Return the state before round 1; only a start that not every party derives has a round 0."""
+    state = job.start(evaluator.start)
+    if job.derived:
         return state
     began = time.monotonic()
-    if source.public_data:
-        gradient = evaluator.public_gradient(source)
-        observer.initialised(RoundOutcome(0, [], [], None, 0, 0, time.monotonic() - began))
-        return job.strategy.initialise(state, gradient)
-    got = sites.gather(0, state)
-    if len(got.results) < job.config.min_sites:
-        observer.missed(_outcome(0, got, evaluator.score(state.adapter), began, counts=False))
-        raise _too_few(got, 0, job.config.min_sites)
-    observer.initialised(_outcome(0, got, None, began))
-    return job.strategy.initialise(state, mean(contributions(job, got.ordered_results(), state)))
+    if job.origin.asked == "sites":
+        got = sites.gather(0, state)
+        if len(got.results) < job.config.min_sites:
+            observer.missed(_outcome(0, got, evaluator.score(state.adapter), began, counts=False))
+            raise _too_few(got, 0, job.config.min_sites)
+        observer.initialised(_outcome(0, got, None, began))
+        state = job.begin(evaluator.start, mean(contributions(job, got.ordered_results(), state)))
+        return job.start(evaluator.calibrated(state.adapter)) if job.calibrated else state
+    if job.origin.asked == "server":
+        state = job.begin(evaluator.start, evaluator.public_statistic())
+    if job.calibrated:
+        state = job.start(evaluator.calibrated(state.adapter))
+    observer.initialised(RoundOutcome(0, [], [], None, 0, 0, time.monotonic() - began))
+    return state
 
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from common.adapters.base import Adapter, lora_modules, start_of_lora
+from common.adapters.base import Adapter, lora_modules
 from common.messages.state import Factors
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ class LoRA(Adapter):
         """Return PEFT's A and B."""
         return lora_modules(layer)
 
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return A from the seed, B = 0."""
-        return start_of_lora(self, layer_name, layer, seed)
+    def begin(self, given: Factors) -> Factors:
+        """Return A; and B with s B A = B R A of a start that moves the weights."""
+        moved = {"B": given["B"] @ given["R"] / self.scaling} if "R" in given else {}
+        return {"A": given["A"], **moved}
 
     def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
         """Return s B A."""
