@@ -106,12 +106,13 @@ def settings(config: Settings = None) -> None:
     """Print every setting with its value, as a TOML file that ``-c`` takes."""
     from common.config.text import parse_settings, to_toml
     from strategies.job import configure, known_settings
-    from strategies.renamed import RENAMED
+    from strategies.renamed import RENAMED, by_new_names
 
     overrides = parse_settings(config or [])
     print_notes(configure(overrides))
-    known = {key: value for key, value in known_settings().items() if key not in RENAMED}
-    sys.stdout.write(to_toml({**known, **overrides}))
+    known = known_settings()
+    present = {key: value for key, value in known.items() if key not in RENAMED}
+    sys.stdout.write(to_toml({**present, **by_new_names(overrides, known)[0]}))
 
 
 @app.command()
