@@ -74,7 +74,7 @@ class SiteRounds:
             *(("bad", "good"), (), config.device, config.precision),
         )
         state = job.start(self._model.start)
-        basis = job.strategy.basis(state)
+        basis = job.basis(state)
         self._task = TrainTask(
             run="1",
             round_number=1,

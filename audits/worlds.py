@@ -18,6 +18,7 @@ from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
+from common.starts import STARTS
 from common.tasks import TASKS, Batch, Record
 from common.tasks.text import TextExample, tokens_of
 
@@ -61,9 +62,10 @@ class World:
 def fresh_world(folder: str, family: str, adapter: str, head: str, precision: str = "float32") -> World:
     """Return a world of its own; ``folder`` holds a tiny model of the ``family``."""
     task = "classification" if family == "bert" else "causal-lm"
+    start = STARTS["orthonormal" if adapter == "lora-sb" else "kaiming"]
     model = FederatedModel(
         load_base_model(folder, task),
-        ADAPTERS[adapter](8, 24.0, tuple(TARGETS[family].split(","))),
+        ADAPTERS[adapter](8, 24.0, tuple(TARGETS[family].split(",")), start()),
         TASKS[task],
         HeadConfig(policy=head, start="random"),
         seed=1,

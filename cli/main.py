@@ -15,6 +15,7 @@ from cli.compare import compare
 from cli.deployment import doctor_app, server_app, site_app
 from cli.errors import for_people as _for_people
 from cli.ledger import ledger_app
+from cli.notes import print_notes
 from cli.plan import plan
 from cli.report import keygen, print_summary, report, verify
 from common.words import counted
@@ -60,6 +61,7 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began, overrides = time.monotonic(), with_resumed(parse_settings(settings or []))
     job = configure(overrides)
+    print_notes(job)
     number, privacy = sites_of(job.config, sites), job.config.privacy
     promise = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site" if privacy.on else "privacy OFF"
     console.print(
@@ -107,10 +109,13 @@ def settings(config: Settings = None) -> None:
     """Print every setting with its value, as a TOML file that ``-c`` takes."""
     from common.config.text import parse_settings, to_toml
     from strategies.job import configure, known_settings
+    from strategies.renamed import RENAMED, by_new_names
 
     overrides = parse_settings(config or [])
-    configure(overrides)
-    sys.stdout.write(to_toml({**known_settings(), **overrides}))
+    print_notes(configure(overrides))
+    known = known_settings()
+    present = {key: value for key, value in known.items() if key not in RENAMED}
+    sys.stdout.write(to_toml({**present, **by_new_names(overrides, known)[0]}))
 
 
 @app.command()

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from cli.errors import for_people
+from cli.notes import print_notes
 from common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def plan(
 
     overrides = parse_settings(settings or [])
     job = configure(overrides)
+    print_notes(job)
     declared = _sizes(job, sites, sizes)
     if find:
         found = find_within_budget(job, find)

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from client.budget import evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
 from client.leftovers import left_nothing, tensors_digest
-from client.local_training import check_task, initial_round, train_round
+from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
@@ -95,10 +95,8 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
             rounds = rehearse(model)
         _process.rehearsed = {False: rounds, True: start}
     timing, training = _process.rehearsed[initial], job.config.training
-    if initial and job.strategy.gradient:
-        steps, rate = 1, job.strategy.gradient.sample_rate
-    else:
-        steps, rate = training.local_steps, training.sample_rate
+    paid = job.origin.release() if initial else None
+    steps, rate = (paid.count, paid.sample_rate) if paid else (training.local_steps, training.sample_rate)
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     deadline.allow(timing, steps, rate * site.public_size, scored)
     if deadline.seconds and len(site.data.examples) > site.public_size:
@@ -148,7 +146,7 @@ def answer(
         with deadline.extended():
             model = _model(job, site)
             state = job.start(model.start)
-            basis_layout = layout_of(job.strategy.basis(state))
+            basis_layout = layout_of(job.basis(state))
             task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
             if task.run != run:
                 raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
@@ -161,8 +159,7 @@ def answer(
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
             check_task(whole, job, model)
             _hold_to(deadline, job, site, model, initial=not number)
-        answer_round = train_round if number else initial_round
-        result = answer_round(site, job, model, _records(model, site), whole, deadline)
+        result = train_round(site, job, model, _records(model, site), whole, deadline)
         kept.keep(task, result)
         if site.unreadable and job.config.privacy.on:
             note_failure(site, task, site.unreadable, deadline)

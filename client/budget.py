@@ -17,53 +17,45 @@ from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Terms
 from client.site import Site
 from common.accountant import EVALUATION
-from common.errors import LedgerError
+from common.errors import LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import Spending, TrainTask
 from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
+from common.starts import PaidStart
 from common.tasks import TASKS
-from strategies.base import GradientSource
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
 
 
 def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:
-    """Charge a training round, and its noised evaluation if the policy sends one; return what to train with.
+    """Charge a round, and its noised evaluation if the policy sends one; return what to do to the records.
 
-    Prices, and locks that others hold, postpone the answer.
+    Round 0 is the release that the run's start is made from; a training round is its steps. Prices, and locks that
+    others hold, postpone the answer.
 
     Raises:
         BudgetExhausted: the round would exceed the budget, or that of another data set that shares records.
         PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy, or took
             longer than their share of ``reply-after``.
+        ProtocolError: it is round 0, and the start is made from no release.
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
         plan = _plan(ledger, site, job, deadline)
-        releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
-        return plan, _charge(ledger, site, plan, releases, task, deadline, allow=_within(site, steps))
-
-
-def pay_initialisation(
-    site: Site, job: Job, source: GradientSource, task: TrainTask, deadline: Deadline
-) -> tuple[PrivacyPlan, Spending]:
-    """Charge round 0 and return the plan of its one release; errors as in pay_round."""
-    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
-        release = source.release(site.policy.min_noise_multiplier)
-        plan = dataclasses.replace(
-            _plan(ledger, site, job, deadline),
-            clip_norm=source.clip_norm,
-            noise_multiplier=release.noise_multiplier,
-            sample_rate=source.sample_rate,
-            expected_batch_size=source.sample_rate * site.public_size,
-        )
-        return plan, _charge(ledger, site, plan, [release], task, deadline)
+        if task.round_number:
+            releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
+            return plan, _charge(ledger, site, plan, releases, task, deadline, allow=_within(site, steps))
+        if not isinstance(job.origin, PaidStart):
+            raise ProtocolError(f"no release is made for the start {job.origin.name!r}")
+        least = site.policy.min_noise_multiplier
+        plan = job.origin.plan(plan, site.public_size, least)
+        return plan, _charge(ledger, site, plan, [job.origin.release(least)], task, deadline)
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
-    """Write down that a round releases records without privacy; round 0, a start from a full gradient, has no steps.
+    """Write down that a round releases records without privacy; round 0, a start from them, has no steps.
 
     Raises:
         PolicyRefusal: the run has had all its rounds or steps here; nothing was written.
@@ -117,16 +109,16 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     Noise is calibrated for the stricter budget of run and site (``terms``) and for the most rounds
     that the policy lets the site join; it is never below the policy's least.
     """
-    config, source = job.config, job.strategy.gradient
+    config = job.config
     epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
     rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
-    before = [source.release(site.policy.min_noise_multiplier)] if source and not source.public_data else []
+    paid = job.origin.release(site.policy.min_noise_multiplier)
     plan = PrivacyPlan.for_run(
         dataclasses.replace(config.privacy, epsilon=epsilon, delta=delta),
         config.training,
         rounds * config.training.local_steps,
         site.public_size,
-        [*before, *evaluation_releases(job, site, rounds)],
+        [*([paid] if paid else []), *evaluation_releases(job, site, rounds)],
     )
     return dataclasses.replace(plan, noise_multiplier=max(plan.noise_multiplier, site.policy.min_noise_multiplier))
 

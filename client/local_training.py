@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from client.budget import evaluation_releases, note_exposure, note_failure, pay_initialisation, pay_round
+from client.budget import evaluation_releases, note_exposure, note_failure, pay_round
 from client.correction import correction
 from client.deadline import Deadline
 from client.evaluation import noised_correct
@@ -25,14 +26,15 @@ from common.errors import ProtocolError
 from common.log import about
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
-from common.messages.tensors import fingerprint, merge, start_fingerprint
+from common.messages.tensors import fingerprint, merge
 from common.model.batching import epoch_batches, length_batches
 from common.model.device import choose_batch_tokens
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import Correct, PrivateSteps, as_it_is, rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.randomness import private_poisson_sample, stream
-from common.starts.gradient import BATCH_TOKENS, initial_shapes, mean_gradient, private_gradient
+from common.starts import PaidStart, UnpaidStart
+from common.starts.gradient import BATCH_TOKENS, initial_shapes
 from common.tasks import Batch, Record
 from strategies.job import Job
 
@@ -47,7 +49,7 @@ def train_round(
     task: TrainTask,
     deadline: Deadline | None = None,
 ) -> TrainResult:
-    """Train one round and return what the strategy sends.
+    """Do one round and return what the server is sent; in round 0, the statistic that the start is made from.
 
     Args:
         site: the site's name, public size and ledger.
@@ -69,70 +71,62 @@ def train_round(
         plan, spending = pay_round(site, job, task, deadline)
     else:
         note_exposure(site, job, task)
-    received = job.strategy.install(merge(model.start, task.basis), task.state)
-    model.write(received)
-    if plan and evaluation_releases(job, site, 1):
-        noise = site.policy.metrics_noise
-        counted = NoisedCount(noised_correct(model, records, noise), noise)
-    if plan:
-        failure = _private_steps(records, job, model, task, received, plan, deadline)
+    if not task.round_number:
+        contribution, failure = _statistic(records, job, model, plan, deadline, site)
     else:
-        _open_steps(records, job, model, task.round_number, received, site)
-    trained = {
-        layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
-        for layer, factors in model.trained().items()
-    }
+        received = job.strategy.install(merge(model.start, task.basis), task.state)
+        model.write(received)
+        if plan and evaluation_releases(job, site, 1):
+            noise = site.policy.metrics_noise
+            counted = NoisedCount(noised_correct(model, records, noise), noise)
+        if plan:
+            failure = _private_steps(records, job, model, task, received, plan, deadline)
+        else:
+            _open_steps(records, job, model, task.round_number, received, site)
+        trained = {
+            layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
+            for layer, factors in model.trained().items()
+        }
+        contribution = job.strategy.uplink(trained)
     result = TrainResult(
-        *(task.run, task.round_number, site.name, site.public_size, job.strategy.uplink(trained)),
-        *(spending, counted),
+        *(task.run, task.round_number, site.name, site.public_size, contribution), *(spending, counted)
     )
     if failure is not None:
         _note_noise(failure, site, task, deadline)
     return result
 
 
-def initial_round(
-    site: Site,
+def _statistic(
+    records: Sequence[Record],
     job: Job,
     model: FederatedModel,
-    records: Sequence[Record],
-    task: TrainTask,
-    deadline: Deadline | None = None,
-) -> TrainResult:
-    """Answer round 0: one full gradient of the adapted layers, privatised and charged while privacy is on.
-
-    Arguments and errors as in train_round; also ProtocolError if the strategy asks sites for no gradient.
-    """
-    check_task(task, job, model)
-    source = job.strategy.gradient
-    if source is None or source.public_data:
-        raise ProtocolError(f"the server asks for an initial gradient, which {job.strategy.name!r} does not use here")
-    deadline = deadline or Deadline()
-    spending, failure, size = None, None, len(records)
+    plan: PrivacyPlan | None,
+    deadline: Deadline,
+    site: Site,
+) -> tuple[AdapterState, str | None]:
+    """Return what the start is made from, and why it is noise alone if it is; as _private_steps does it."""
+    origin, size = job.origin, len(records)
     model.write(model.start)
-    if job.config.privacy.on:
-        plan, spending = pay_initialisation(site, job, source, task, deadline)
-        chosen = private_poisson_sample(size, source.sample_rate).tolist()
-        try:
-            batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
-            gradient = private_gradient(model, batches, plan, deadline.check)
-        except Exception as error:
-            failure = own_words(error)
-            gradient = private_gradient(model, [], plan)
-    else:
-        note_exposure(site, job, task)
+    if plan is None:
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
-        chosen = order[: max(1, round(source.sample_rate * size))]
-        gradient = mean_gradient(model, _parts(records, chosen, model, BATCH_TOKENS))
-    result = TrainResult(task.run, 0, site.name, site.public_size, gradient, spending)
-    if failure is not None:
-        _note_noise(failure, site, task, deadline)
-    return result
+        open_start = cast(UnpaidStart, origin)  # check_task saw that it asks sites, and without a plan it is not paid
+        chosen = order[: max(1, round(open_start.sample_rate * size))]
+        return open_start.measure(model, _parts(records, chosen, model, BATCH_TOKENS)), None
+    paid = cast(PaidStart, origin)  # by no other is there a plan
+    chosen = private_poisson_sample(size, plan.sample_rate).tolist()
+    try:
+        batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
+        return paid.privatise(model, batches, plan, deadline.check), None
+    except Exception as error:
+        failure = own_words(error)
+        return paid.privatise(model, [], plan), failure
 
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
-    wanted = job.strategy.basis(job.start(model.start))
+    if not task.round_number and job.origin.asked != "sites":
+        raise ProtocolError(f"the server asks for round 0, in which the start {job.origin.name!r} asks no site")
+    wanted = job.basis(job.start(model.start))
     # In round 0 nothing is due; what comes all the same would be kept for the rounds after it.
     due = task.basis or (task.round_number and wanted)
     if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
@@ -144,8 +138,10 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
             f"the server's base model is {task.base_fingerprint[:12]}, this site's {model.base.name!r} is "
             f"{model.base.fingerprint[:12]}: install the same weights on both sides"
         )
-    if not same_fingerprint(task.start_fingerprint, start_fingerprint(model.start)):
-        raise ProtocolError("the adapter's start differs from the server's: seed, rank, targets or versions differ")
+    if not same_fingerprint(task.start_fingerprint, job.start_fingerprint(model.start)):
+        raise ProtocolError(
+            "the adapter's start differs from the server's: seed, rank, targets, public text or versions differ"
+        )
 
 
 def _private_steps(

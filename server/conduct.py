@@ -51,7 +51,9 @@ class _Observer:
         cost = (
             "no record used" if not results else "no claim" if spent is None else f"ε {epsilon_text(spent)}, worst site"
         )
-        self._folder.say(f"initialisation from a full gradient: {len(results)} sites, {cost}", 0)
+        text = self._job.origin.fingerprint
+        made = f", public text of SHA-256 {text}" if text else ""
+        self._folder.say(f"initialisation by {self._job.origin.name}{made}: {len(results)} sites, {cost}", 0)
         for absence in outcome.got.refusals.values():
             self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 

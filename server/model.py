@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
-
-from common.adapters.base import layer_shape
-from common.data.sources import load_dataset, public_test
-from common.errors import ConfigError
+from common.data.sources import public_test
 from common.messages.state import AdapterState
 from common.messages.wire import Layout, layout_of
-from common.model.batching import length_batches
-from common.model.device import choose_batch_tokens
-from common.model.federated import FederatedModel, Score, model_of
-from common.randomness import stream
+from common.model.federated import FederatedModel, Score, model_of, phrases_of
 from common.tasks import Record
-from strategies.base import GradientSource
 from strategies.job import Job
 
 
@@ -30,7 +23,7 @@ class ServerModel:
     def __init__(self, job: Job) -> None:
         test = public_test(job.config.data, job.config.model.task)
         config, self.job = job.config, job
-        self.label_names = test.label_names
+        self.label_names, self.label_phrases = test.label_names, test.label_phrases
         self.model: FederatedModel = model_of(
             *(config.model, job.adapter, config.head, config.seed),
             *(test.label_names, test.label_phrases, config.device, config.precision),
@@ -50,27 +43,21 @@ class ServerModel:
     def reply_layout(self, round_number: int) -> Layout:
         """Return names and shapes of what a site may send in a round."""
         if round_number == 0:
-            layers = self.model.adapter.layers(self.model.peft_model)
-            return {name: {"G": layer_shape(layer)} for name, layer in layers.items()}
+            return self.job.origin.layout(self.model)
         return layout_of(self.job.strategy.uplink(self.trained_start()))
 
-    def public_gradient(self, source: GradientSource) -> AdapterState:
-        """Return the mean full gradient over public records, for a strategy that starts from it."""
-        from common.starts.gradient import mean_gradient  # It brings Opacus, for this initialisation only.
-
-        config = self.job.config
-        data = load_dataset(config.data, config.model.task, source.public_data)
-        if data.label_names != self.label_names:
-            raise ConfigError(
-                f"the public data {source.public_data!r} have the labels {', '.join(data.label_names)}, "
-                f"the run has {', '.join(self.label_names)}"
-            )
-        order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
-        records = self.model.prepare([data.examples[i] for i in order[: source.public_records]])
+    def public_statistic(self) -> AdapterState:
+        """Return the statistic that the run's start asks the server for, of public records."""
         self.model.write(self.start)
-        budget = choose_batch_tokens(config.training.batch_tokens, self.model.device)
-        groups = length_batches([self.model.task.size(record) for record in records], budget)
-        return mean_gradient(self.model, (self.model.batch([records[i] for i in group]) for group in groups))
+        return self.job.origin.from_public(self.model, self.job.config, self.label_names)
+
+    def calibrated(self, adapter: AdapterState) -> AdapterState:
+        """Return ``adapter`` with its A as long as suits, by the public phrases about the labels."""
+        from common.starts.calibration import calibrated
+
+        task, phrases = self.model.task, phrases_of(self.job.config.head, self.label_names, self.label_phrases)
+        examples = [replace(task.of_phrase(text), label=label) for label, texts in enumerate(phrases) for text in texts]
+        return calibrated(self.model, adapter, self.model.prepare(examples))
 
     def score(self, adapter: AdapterState) -> Score:
         """Return accuracy and loss of the model under ``adapter``."""

@@ -45,7 +45,7 @@ class Observer(Protocol):
         """The run goes on after the checkpoint's round."""
 
     def initialised(self, outcome: RoundOutcome) -> None:
-        """Round 0 brought a full gradient, from the outcome's sites (none: from public data)."""
+        """Round 0 brought what the start needs, from the outcome's sites (none: from public records)."""
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         """A round is complete and counts."""
@@ -105,22 +105,26 @@ def run_rounds(
 
 
 def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Observer) -> ServerState:
-    """Return the state before round 1; only a start from a full gradient has a round 0."""
-    state, source = job.start(server_model.start), job.strategy.gradient
-    if source is None:
+    """Return the state before round 1; only a start that not every party derives has a round 0."""
+    state = job.start(server_model.start)
+    if job.derived:
         return state
     began = time.monotonic()
-    if source.public_data:
-        gradient = server_model.public_gradient(source)
-        observer.initialised(RoundOutcome(0, Gathering(attempts=1), None, time.monotonic() - began))
-        return job.strategy.initialise(state, gradient)
-    got = sites.gather(0, state)
-    if len(got.results) < job.config.min_sites:
-        score = server_model.score(state.adapter)
-        observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
-        raise _too_few(got, 0, job.config.min_sites)
-    observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
-    return job.strategy.initialise(state, mean(contributions(job, list(got.results.values()), state)))
+    if job.origin.asked == "sites":
+        got = sites.gather(0, state)
+        if len(got.results) < job.config.min_sites:
+            score = server_model.score(state.adapter)
+            observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
+            raise _too_few(got, 0, job.config.min_sites)
+        observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
+        state = job.begin(server_model.start, mean(contributions(job, list(got.results.values()), state)))
+        return job.start(server_model.calibrated(state.adapter)) if job.calibrated else state
+    if job.origin.asked == "server":
+        state = job.begin(server_model.start, server_model.public_statistic())
+    if job.calibrated:
+        state = job.start(server_model.calibrated(state.adapter))
+    observer.initialised(RoundOutcome(0, Gathering(attempts=1), None, time.monotonic() - began))
+    return state
 
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:

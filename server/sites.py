@@ -9,7 +9,7 @@ from typing import Protocol
 
 from common.log import about
 from common.messages.round import Refusal, Reply, TrainResult, TrainTask
-from common.messages.tensors import fingerprint, start_fingerprint
+from common.messages.tensors import fingerprint
 from common.run_lines import Absence
 from server.admission import Admission
 from server.model import ServerModel
@@ -79,7 +79,7 @@ class Sites:
     ) -> None:
         self._job, self._run, self._transport, self._admission = job, run, transport, admission
         self._base = server_model.model.base.fingerprint
-        self._start = start_fingerprint(server_model.start)
+        self._start = job.start_fingerprint(server_model.start)
         self._informed: set[int] = set()
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
@@ -163,7 +163,7 @@ class Sites:
 
     def _exchange(self, nodes: Iterable[int], round_number: int, state: ServerState) -> Exchange:
         strategy = self._job.strategy
-        basis = strategy.basis(state) if round_number else {}
+        basis = self._job.basis(state) if round_number else {}
         tasks = {
             node: TrainTask(
                 run=self._run,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from common.errors import BudgetExhausted
 from common.messages.round import TrainResult
 from common.privacy.plan import PrivacyPlan
+from common.starts import PaidStart
 from strategies.job import Job
 
 
@@ -19,19 +18,13 @@ def least_plan(job: Job, result: TrainResult) -> PrivacyPlan | None:
     Raises:
         FedVeilError: no plan follows from the size that the site declares.
     """
-    config, source = job.config, job.strategy.gradient
+    config = job.config
     if not config.privacy.on:
         return None
     plan = PrivacyPlan.for_run(config.privacy, config.training, config.training.local_steps, result.public_size)
-    if source is None or result.round_number:
+    if result.round_number or not isinstance(job.origin, PaidStart):
         return plan
-    return dataclasses.replace(
-        plan,
-        clip_norm=source.clip_norm,
-        noise_multiplier=source.noise_multiplier,
-        sample_rate=source.sample_rate,
-        expected_batch_size=source.sample_rate * result.public_size,
-    )
+    return job.origin.plan(plan, result.public_size)
 
 
 def usual_noise(job: Job, result: TrainResult) -> float:
@@ -44,11 +37,11 @@ def usual_noise(job: Job, result: TrainResult) -> float:
         ConfigError: the run makes no privacy claim.
         FedVeilError: as for least_plan.
     """
-    config, source = job.config, job.strategy.gradient
-    if source and not result.round_number:
-        return source.noise_multiplier
+    config, paid = job.config, job.origin.release()
+    if paid and not result.round_number:
+        return paid.noise_multiplier
     terms = (config.privacy, config.training)
-    before = [source.release()] if source and not source.public_data else []
+    before = [paid] if paid else []
     try:
         plan = PrivacyPlan.for_run(*terms, config.total_steps, result.public_size, before)
     except BudgetExhausted:

@@ -12,12 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from common.accountant import INITIALISATION
 from common.adapters import Adapter
 from common.errors import ConfigError, ProtocolError
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge, select, weighted_sum
-from common.privacy.accounting import Release
 
 
 @dataclass(frozen=True)
@@ -72,28 +70,6 @@ class Contribution:
 
 
 @dataclass(frozen=True)
-class GradientSource:
-    """A full gradient of the adapted layers that a strategy wants before round 1 (as "round 0")."""
-
-    public_data: str = ""
-    """Taken by the server from this public data set; empty: by every site from its own records."""
-    public_records: int = 0
-    sample_rate: float = 1.0
-    """At a site: chance of each record to be used."""
-    clip_norm: float = 0.0
-    noise_multiplier: float = 0.0
-    """At a site: above 0, the gradient is clipped, noised and charged; 0 is for runs without privacy."""
-
-    def release(self, least_noise: float = 0.0) -> Release:
-        """Return what it costs a site that adds at least ``least_noise``, over the clip norm.
-
-        Raises:
-            ConfigError: there is no noise: without privacy nothing is priced.
-        """
-        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind=INITIALISATION)
-
-
-@dataclass(frozen=True)
 class Strategy(ABC):
     """One rule of aggregation; options of a strategy are its fields.
 
@@ -123,6 +99,8 @@ class Strategy(ABC):
     """The factors that an adapter must train, these and no other; empty: any."""
     freezes: ClassVar[tuple[str, ...]] = ()
     """The factors that an adapter must keep frozen, at least."""
+    moves_frozen: ClassVar[bool] = False
+    """Whether the server gives frozen factors another length or direction, so that how they began does not last."""
     needs: ClassVar[Literal["mean", "each"]] = "each"
     """What the server takes of the sites: their weighted mean alone, or what each has sent."""
     noise: ClassVar[str] = ""
@@ -151,28 +129,18 @@ class Strategy(ABC):
         del adapter
         return False
 
-    def adapter_init(self, configured: str) -> str:
-        """Return how the adapter starts; most strategies leave it to ``adapter.init``."""
-        return configured
-
-    @property
-    def gradient(self) -> GradientSource | None:
-        """What round 0 must bring, or None when the strategy starts without a gradient."""
-        return None
-
     def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
-        """Return the state before round 1 (or round 0) from the adapter's start and the factors that sites train."""
+        """Return the state before anything is trained, from the adapter's start and the factors that sites train."""
         return ServerState(0, adapter, trained)
 
-    def initialise(self, state: ServerState, gradient: AdapterState) -> ServerState:
-        """Server: use what round 0 brought, one mean full gradient ``G`` of shape (out, in) per layer."""
-        del gradient
-        return state
-
     def basis(self, state: ServerState) -> AdapterState:
-        """Server: return the frozen factors that travel once, with the first task that a site gets, and are kept."""
-        del state
-        return {}
+        """Server: return the frozen factors as they were before round 1; a strategy that moves them remembers them.
+
+        They travel once, with the first task that a site gets, where no site can derive them (``Job.basis``).
+        """
+        layers = {layer: factors for layer, factors in state.adapter.items() if layer != HEAD}
+        frozen = {layer: {n: t for n, t in f.items() if n not in state.trained} for layer, f in layers.items()}
+        return {layer: factors for layer, factors in frozen.items() if factors}
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Server: return what travels to every site. Full state, never an increment: sites may have missed rounds."""

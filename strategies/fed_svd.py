@@ -13,7 +13,7 @@ A only ever changes by an r × r matrix, ``A = M A₀``, so B and M travel down 
 one that joins late, rebuilds A from the seeded A₀.
 
 Worth knowing: under plain SGD or DP-SGD this equals FFA-LoRA with one orthonormalised A
-(``strategy = "ffa-lora"``, ``adapter.init = "orthonormal"``): rotating A changes neither
+(``strategy = "ffa-lora"``, ``adapter.start = "orthonormal"``): rotating A changes neither
 the step in weight space, nor the clip, nor the law of the noise. Under Adam it is a different
 algorithm. Tests prove both.
 """
@@ -45,6 +45,7 @@ class FedSVD(Average):
     adapter: ClassVar[str] = "lora-frozen-a"
     trains: ClassVar[tuple[str, ...]] = ("B",)
     freezes: ClassVar[tuple[str, ...]] = ("A",)
+    moves_frozen: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A, A orthonormal after round 1: norm s σC/b √(m r)"
 
     period: int = 1
@@ -68,6 +69,10 @@ class FedSVD(Average):
         }
         start = {layer: {"A0": factors["A"]} for layer, factors in adapter.items() if "A" in factors}
         return ServerState(0, adapter, trained, merge(rotations, start))
+
+    def basis(self, state: ServerState) -> AdapterState:
+        """Return A₀, which every site rebuilds A from."""
+        return {layer: {"A": held["A0"]} for layer, held in state.memory.items() if "A0" in held}
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Return B and M of every layer, and the head."""

@@ -2,10 +2,10 @@
 
 Sun, Li, Li, Ding: Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024.
 
-Exact: ``s (sum p_k B_k) A = sum p_k s B_k A``. A never travels; every party derives it from the
-run's seed and checks a fingerprint. Noise on B enters the weights linearly. For SGD only
+Exact: ``s (sum p_k B_k) A = sum p_k s B_k A``. A never travels where every party can derive it
+and checks a fingerprint; else once. Noise on B enters the weights linearly. For SGD only
 ``eta s² A Aᵀ`` matters, so alpha and the scale of A are learning rates in disguise;
-``adapter.init = "orthonormal"`` is the control arm for FedSVD.
+``adapter.start = "orthonormal"`` is the control arm for FedSVD.
 """
 
 from __future__ import annotations

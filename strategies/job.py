@@ -1,65 +1,150 @@
-"""The composition of a run: its checked settings, and the strategy and adapter that they name."""
+"""The composition of a run: its checked settings, and the strategy, adapter and start that they name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import nearest, one_of
-from common.config.sections import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping
+from common.config.sections import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping, typed
 from common.errors import ConfigError
 from common.messages.state import AdapterState
+from common.messages.tensors import merge, start_fingerprint
+from common.starts import STARTS, Start
+from common.tasks import TASKS
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
+from strategies.renamed import RENAMED, by_new_names
+
+START = "start."
+"""What the options of a start begin with."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run: its configuration, and the strategy and adapter that it names."""
+    """A checked run: its configuration, and the strategy, the adapter and the start that it names."""
 
     config: RunConfig
     strategy: Strategy
     adapter: Adapter
+    origin: Start
+    """Where the adapter's factors begin."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """Lines for whoever wrote the settings, such as on one that has another name now."""
 
     def start(self, adapter: AdapterState) -> ServerState:
         """Return the server's state before anything is trained, from the adapter's start and the head's."""
         return self.strategy.start(adapter, self.adapter.trained)
 
+    def begin(self, adapter: AdapterState, statistic: AdapterState) -> ServerState:
+        """Return the state before round 1 from what every party derives and the mean statistic of round 0."""
+        measured = {
+            layer: self.adapter.begin(self.origin.from_statistic(held, self.adapter.rank))
+            for layer, held in statistic.items()
+        }
+        return self.start(merge(adapter, measured))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the server measures how long A is to be (``adapter.alpha = 0``)."""
+        return not self.config.adapter.alpha
+
+    @property
+    def derived(self) -> bool:
+        """Whether every party derives the adapter's start; else there is a round 0, and frozen factors travel once."""
+        return self.origin.asked == "nobody" and not self.calibrated
+
+    def start_fingerprint(self, adapter: AdapterState) -> str:
+        """Return what server and sites must agree on: the start as every party derives it, and the public text."""
+        return start_fingerprint(adapter, self.origin.fingerprint)
+
+    def basis(self, state: ServerState) -> AdapterState:
+        """Server: return the frozen factors that travel once, with the first task that a site gets, and are kept.
+
+        A start that every party derives sends none.
+        """
+        return {} if self.derived else self.strategy.basis(state)
+
     def settings(self) -> dict[str, Scalar]:
         """Return every setting of the run, flat, as written beside its results."""
-        return {**to_mapping(self.config), **to_mapping(self.strategy, f"{self.strategy.name}.")}
+        own = to_mapping(self.strategy, f"{self.strategy.name}.")
+        return {**to_mapping(self.config), **to_mapping(self.origin, START), **own}
 
 
 def known_settings() -> dict[str, Scalar]:
-    """Return every setting that exists with its default: the run's, and every strategy's own."""
+    """Return every setting that exists with its default: the run's, every start's and every strategy's own, old names.
+
+    Old names (``strategies.renamed``) have the default of their successors.
+    """
     known = defaults()
+    for start in STARTS.values():
+        known.update({START + key: value for key, value in defaults(start).items()})
     for name, strategy in STRATEGIES.items():
         known.update({f"{name}.{key}": value for key, value in defaults(strategy).items()})
-    return known
+    return {**known, **{old: known[new] for old, new in RENAMED.items()}}
 
 
 def configure(values: Mapping[str, Scalar]) -> Job:
-    """Check the flat settings of a run and build its strategy and adapter.
+    """Check the flat settings of a run and build its strategy, its adapter and its start.
 
-    An adapter called by an alias has its own name in the result.
+    An adapter called by an alias has its own name in the result, and a setting called by an old name its present one.
 
     Raises:
         ConfigError: a key is unknown (the nearest known one is named), ill-typed or out of range,
-            or strategy, adapter and privacy do not fit together.
+            or strategy, adapter, start and privacy do not fit together.
     """
     known = known_settings()
-    for key in values:
+    for key, value in values.items():
         if key not in known:
             raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
-    sections = tuple(f"{name}." for name in STRATEGIES)
-    config = from_mapping({key: value for key, value in values.items() if not key.startswith(sections)})
+        if key in RENAMED or key.startswith(START):
+            typed(key, value, type(known[key]))
+    settings, renamed = by_new_names(values, known)
+    sections = (START, *(f"{name}." for name in STRATEGIES))
+    config = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
     asked = config.adapter.name
     config = replace(config, adapter=replace(config.adapter, name=ALIASES.get(asked, asked)))
     one_of(STRATEGIES, strategy=config.strategy)
-    strategy = from_section(STRATEGIES[config.strategy], values, f"{config.strategy}.")
+    strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")
     strategy.check(private=config.privacy.on)
     name = strategy.adapter if config.adapter.name == "auto" else config.adapter.name
     one_of(ADAPTERS, adapter__name=name)
     strategy.check_adapter(ADAPTERS[name])
-    return Job(config, strategy, build_adapter(name, config.adapter, strategy.adapter_init(config.adapter.init)))
+    origin = _start(config.adapter.start, settings, values)
+    origin.check(config, ADAPTERS[name])
+    if not config.adapter.alpha:
+        _check_calibration(config, strategy)
+    job = Job(config, strategy, build_adapter(name, config.adapter, origin), origin)
+    own = job.settings()
+    notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
+    return replace(job, notes=notes)
+
+
+def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> Start:
+    """Return the start called ``name`` with its options.
+
+    Raises:
+        ConfigError: there is none, or an option is out of range, or ``given`` and not one of this start.
+    """
+    one_of(STARTS, adapter__start=name)
+    own, known = {START + key for key in defaults(STARTS[name])}, known_settings()
+    for key, value in given.items():
+        if key.startswith(START) and key not in own and value != known[key]:
+            owners = [other for other, start in STARTS.items() if key in {START + k for k in defaults(start)}]
+            raise ConfigError(f"{key} has no effect on adapter.start {name!r}: it is an option of {', '.join(owners)}")
+    return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START).resolved()
+
+
+def _check_calibration(config: RunConfig, strategy: Strategy) -> None:
+    """Raise ConfigError unless A can be calibrated on phrases about labels, and stays as long as it was made."""
+    if strategy.moves_frozen:
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"
+        )
+    task = TASKS[config.model.task]
+    if not (task.labelled and task.worded):
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated on phrases about labels, but model.task {task.name!r} has none: "
+            "give it a number"
+        )

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from audits.tiny_models import TARGETS
 from common.adapters import ADAPTERS, Adapter, DoRA
-from common.adapters.base import ADAPTER_NAME, layer_shape, start_of_a
+from common.adapters.base import ADAPTER_NAME, layer_shape
 from common.adapters.branch import Branch
 from common.adapters.low_rank import LowRank
 from common.errors import FedVeilError, ModelError, ProtocolError
@@ -30,6 +30,9 @@ from common.messages.tensors import entries
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
+from common.starts import STARTS
+from common.starts.directions import orthonormal_rows
+from common.starts.kaiming import uniform_rows
 
 RANK, ALPHA = 3, 12.0
 FAMILIES = ("bert", "gpt2", "llama")
@@ -49,7 +52,7 @@ def stock(folder: str, family: str) -> Any:
 
 
 def build(name: str, family: str, init: str = "orthonormal") -> Adapter:
-    return ADAPTERS[name](RANK, ALPHA, tuple(TARGETS[family].split(",")), init)
+    return ADAPTERS[name](RANK, ALPHA, tuple(TARGETS[family].split(",")), STARTS[init]())
 
 
 def attached(folder: str, name: str, family: str, seed: int = 1) -> tuple[Adapter, PeftModel]:
@@ -150,7 +153,7 @@ def test_an_orthonormal_start_has_orthonormal_rows(model_folder: Folder, name: s
 
 @pytest.mark.parametrize(("rank", "columns"), [(4, 50), (16, 400), (1, 7)])
 def test_a_kaiming_start_is_uniform_below_one_over_the_root_of_the_width(rank: int, columns: int) -> None:
-    draws = torch.cat([start_of_a(rank, columns, "kaiming", stream(seed, "A")) for seed in range(200)]).double()
+    draws = torch.cat([uniform_rows(rank, columns, stream(seed, "A")) for seed in range(200)]).double()
     bound = 1 / math.sqrt(columns)
     assert 0.99 * bound < float(draws.abs().max()) <= bound
     # Of n uniform draws the variance is bound²/3; its estimate has the relative error sqrt(0.8 / n), here four of them.
@@ -161,7 +164,7 @@ def test_a_kaiming_start_is_uniform_below_one_over_the_root_of_the_width(rank: i
 
 
 def test_an_orthonormal_start_prefers_no_direction() -> None:
-    draws = torch.stack([start_of_a(2, 5, "orthonormal", stream(seed, "A")) for seed in range(2000)]).double()
+    draws = torch.stack([orthonormal_rows(2, 5, stream(seed, "A")) for seed in range(2000)]).double()
     assert float(draws.mean(0).abs().max()) < 4 / math.sqrt(5 * 2000), "rows point somewhere on average"
     assert torch.allclose(draws.pow(2).mean(0), torch.full((2, 5), 0.2, dtype=torch.float64), atol=0.03)
 
@@ -279,7 +282,7 @@ def test_an_exported_adapter_is_the_same_model_in_stock_peft(
 
 @each_adapter
 def test_targets_that_fit_no_layer_are_refused_by_name(model_folder: Folder, name: str) -> None:
-    adapter = ADAPTERS[name](RANK, ALPHA, ("nowhere",), "orthonormal")
+    adapter = ADAPTERS[name](RANK, ALPHA, ("nowhere",), STARTS["orthonormal"]())
     with pytest.raises(ModelError, match=r"adapter\.targets 'nowhere'"):
         adapter.attach(stock(model_folder("bert"), "bert"), 1)
 
@@ -287,7 +290,7 @@ def test_targets_that_fit_no_layer_are_refused_by_name(model_folder: Folder, nam
 @each_adapter
 @each_family
 def test_a_rank_that_no_orthonormal_factor_can_have_is_refused(model_folder: Folder, name: str, family: str) -> None:
-    adapter = ADAPTERS[name](30, ALPHA, tuple(TARGETS[family].split(",")), "orthonormal")
+    adapter = ADAPTERS[name](30, ALPHA, tuple(TARGETS[family].split(",")), STARTS["orthonormal"]())
     with pytest.raises(FedVeilError, match="rank"):
         adapter.attach(stock(model_folder(family), family), 1)
 
@@ -388,7 +391,7 @@ class OwnScale(DoRA):
 
 def seen_in_a_rehearsal(folder: str, kind: type[Adapter], family: str, alpha: float) -> Tensor:
     """Return what a model answers with the scale that a rehearsal puts in place of a server's."""
-    adapter = kind(RANK, alpha, tuple(TARGETS[family].split(",")))
+    adapter = kind(RANK, alpha, tuple(TARGETS[family].split(",")), STARTS["orthonormal"]())
     model = adapter.attach(stock(folder, family), 1).eval()
     adapter.write(model, random_values(adapter.read(model)))
     for layer in adapter.layers(model).values():

@@ -18,7 +18,7 @@ from common.errors import ConfigError
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
-from strategies.fed_sb import FedSB
+from common.starts.dp_gradient import DPGradient
 
 
 def noiseless_sum(layer: nn.Linear, records: Tensor, part: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -87,10 +87,10 @@ def test_at_both_ends_of_the_clip_norms_the_noise_is_what_the_plan_says(monkeypa
     "setting",
     [
         lambda clip: PrivacyConfig(clip_norm=clip),
-        lambda clip: FedSB(init_clip_norm=clip),
+        lambda clip: DPGradient(clip_norm=clip),
         lambda clip: PrivacyPlan(clip, 1.0, 0.5, 1.0, 1e-5, 8.0),
     ],
-    ids=["the run's", "fed-sb's", "the plan's"],
+    ids=["the run's", "a paid start's", "the plan's"],
 )
 def test_a_clip_norm_whose_noise_float32_cannot_hold_is_refused(setting: Callable[[float], Any], wrong: float) -> None:
     with pytest.raises(ConfigError, match=r"clip-norm must be from 1e-06 to 1e\+06, .*, not"):

@@ -17,8 +17,10 @@ from common.config import sections as choices
 from common.config.sections import RunConfig, Scalar, defaults, from_mapping, to_mapping
 from common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from common.errors import ConfigError
+from common.starts import STARTS, Start
 from strategies import STRATEGIES
 from strategies.job import configure, known_settings
+from strategies.renamed import RENAMED
 
 fast = settings(max_examples=25, deadline=None)
 ROOT = Path(__file__).parent.parent
@@ -29,7 +31,22 @@ each_key = pytest.mark.parametrize("key", KNOWN)
 def job_with(key: str, value: Scalar) -> Any:
     """Configure a run with one setting changed, and the strategy whose setting it is."""
     owner = key.split(".")[0]
-    return configure({"strategy": owner if owner in STRATEGIES else "ffa-lora", key: value})
+    strategy = owner if owner in STRATEGIES else "ffa-lora"
+    return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), key: value})
+
+
+def with_owner(key: str) -> dict[str, Scalar]:
+    """Return the settings of a run whose start has the option ``key``; none if it is none of a start."""
+    owners = [name for name, start in STARTS.items() if key in options(start) and start().asked != "sites"]
+    owners += [name for name, start in STARTS.items() if key in options(start) and start.needs == "paid release"]
+    if not owners:
+        return {}
+    lacking = owners[0] == "public-gradient" and key != "start.data"
+    return {"adapter.start": owners[0], **({"start.data": "a.csv"} if lacking else {})}
+
+
+def options(start: type[Start]) -> set[str]:
+    return {f"start.{key}" for key in defaults(start)}
 
 
 # One list of settings
@@ -52,17 +69,19 @@ OPEN = (
     "training.optimizer",
     "training.learning-rate",
     "server.optimizer",
+    "start.text-sha256",
 )
-"""Settings that a run fills in when they are left at ``auto`` or 0."""
+"""Settings that a run fills in when they are left at ``auto``, 0 or empty."""
 
 
 def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return the settings without those that were left open."""
-    return {key: value for key, value in values.items() if key not in OPEN or value not in ("auto", 0)}
+    return {key: value for key, value in values.items() if key not in OPEN or value not in ("auto", 0, "")}
 
 
 def test_defaults_alone_are_a_valid_run() -> None:
-    own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in STRATEGIES or k.startswith("ffa-lora.")}
+    others = {*STRATEGIES, "start"} - {"ffa-lora"}
+    own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k not in RENAMED}
     settings = configure({}).settings()
     assert settings.keys() == own.keys()
     assert {key: settings[key] for key in decided(own)} == decided(own)
@@ -124,11 +143,16 @@ def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> No
 
 @each_key
 def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(key: str) -> None:
-    assert (job_with(key, KNOWN[key]).settings()[key] == KNOWN[key]) == (key not in OPEN)
+    if RENAMED.get(key, key) == "start.data":
+        assert job_with(key, "a.csv").settings()["start.data"] == "a.csv"
+        return
+    kept = job_with(key, KNOWN[key]).settings()[RENAMED.get(key, key)]
+    assert (kept == KNOWN[key]) == (key not in OPEN)
     if isinstance(KNOWN[key], float):
         most = KNOWN[key] if key in ("privacy.delta", "training.beta2", "training.momentum") else 1
         whole = job_with(key, most)
-        assert type(whole.settings()[key]) is float, f"{key} stays a whole number in the records of the run"
+        value = whole.settings()[RENAMED.get(key, key)]
+        assert type(value) is float, f"{key} stays a whole number in the records of the run"
 
 
 POSITIVE = (
@@ -139,7 +163,6 @@ POSITIVE = (
     "data.test-size",
     "data.dirichlet-alpha",
     "adapter.rank",
-    "adapter.alpha",
     "head.margin",
     "training.beta2",
     "server.learning-rate",
@@ -149,6 +172,7 @@ POSITIVE = (
     "privacy.clip-norm",
 )
 NOT_NEGATIVE = (
+    "adapter.alpha",
     "model.feature-scale",
     "training.local-steps",
     "training.head-rate",
@@ -210,7 +234,7 @@ CHOICES = {
     "training.schedule": choices.SCHEDULES,
     "privacy.mode": choices.PRIVACY_MODES,
     "precision": ("auto", "float32", "bfloat16"),
-    "adapter.init": ("kaiming", "orthonormal"),
+    "adapter.start": ("kaiming", "orthonormal", "svd-of-weights", "dp-gradient"),
 }
 
 
@@ -234,10 +258,18 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
         ({"adapter.name": "lora", "strategy": "ffa-lora"}, "at 'auto', which is 'lora-frozen-a' here"),
         ({"adapter.name": "lora", "strategy": "fed-svd"}, "that trains B and freezes A, not on 'lora', which trains A"),
         ({"adapter.name": "lora-frozen-a", "strategy": "fed-sb"}, "freezes A and B, not on 'lora-frozen-a'"),
-        ({"adapter.name": "lora-sb", "adapter.init": "kaiming"}, "adapter.init is 'kaiming'; choose one of"),
+        ({"adapter.name": "lora-sb", "adapter.init": "kaiming"}, "adapter.start 'kaiming' gives no B"),
         ({"adapter.name": "loro"}, "adapter.name"),
         ({"head.policy": "frozen", "head.start": "zeros"}, "set head.start to 'label-words' or 'random'"),
-        ({"strategy": "fed-sb", "adapter.init": "kaiming"}, "choose fed-sb.init from orthonormal, svd-of-weights"),
+        ({"strategy": "fed-sb", "adapter.init": "kaiming"}, "gives no B, which the adapter 'lora-sb' begins with"),
+        (
+            {"start.step": 0.5},
+            "start.step has no effect on adapter.start 'orthonormal': it is an option",
+        ),
+        (
+            {"adapter.start": "svd-of-weights", "adapter.init": "kaiming"},
+            "adapter.init is another name of adapter.start",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(values: dict[str, Scalar], named: str) -> None:

@@ -21,6 +21,7 @@ from common.adapters import ADAPTERS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
 from common.run_lines import RoundLine, read_lines
+from common.starts import STARTS
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from strategies import STRATEGIES
@@ -217,6 +218,51 @@ def test_the_table_of_adapters_is_the_codes() -> None:
     assert adapter_table() in (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8"), (
         "the table in docs/strategies.md is not what the code says: put in the output of 'fedveil strategies'"
     )
+
+
+@pytest.fixture
+def the_pages_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write the start of the page into a file, put it into the table, and return the row's source."""
+    source, row, _ = blocks(ROOT / "docs" / "add-a-start.md", "python")
+    (tmp_path / "longest_rows.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = dict(STARTS)
+    exec(row, {"STARTS": STARTS, "LongestRows": __import__("longest_rows").LongestRows})
+    yield row
+    STARTS.clear()
+    STARTS.update(before)
+    sys.modules.pop("longest_rows")
+
+
+@pytest.mark.usefixtures("the_pages_start")
+@pytest.mark.parametrize("strategy", ["ffa-lora", "fed-sb"])
+def test_the_page_on_adding_a_start_works(strategy: str, toy_settings: dict[str, Any]) -> None:
+    run = blocks(ROOT / "docs" / "add-a-start.md", "python")[2]
+    settings = {**toy_settings, "strategy": strategy, "privacy.mode": "none"}
+    namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
+    exec(f"folder = {run}", namespace)
+    lines = read_lines(RoundLine, namespace["folder"])
+    assert [line.round_number for line in lines] == [1, 2], "a start that every party derives has no round 0"
+    assert lines[0].bytes_down == lines[1].bytes_down, "something travelled once"
+    skipped, kept = (configure({**settings, "adapter.start": "longest-rows", "start.skip": n}) for n in (1, 0))
+    assert skipped.origin != kept.origin
+
+
+def test_the_tests_of_starts_cover_the_pages_start_as_the_page_says(the_pages_start: str, tmp_path: Path) -> None:
+    plugin = f"from longest_rows import LongestRows\nfrom common.starts import STARTS\n{the_pages_start}"
+    (tmp_path / "the_row.py").write_text(plugin, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "the_row", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [*command, "tests/test_starts.py", "tests/test_new_starts.py", "-k", "longest-rows"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 12, done.stdout
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])

@@ -25,6 +25,7 @@ from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.starts import STARTS
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from strategies.job import configure
@@ -37,7 +38,7 @@ FIGURES = PrivacyPlan(1.0, 1.0, sample_rate=0.5, expected_batch_size=2.0, delta=
 
 
 def dora(family: str = "bert", scale: str = "rank") -> DoRA:
-    return DoRA(RANK, ALPHA, tuple(TARGETS[family].split(",")), "kaiming", scale)
+    return DoRA(RANK, ALPHA, tuple(TARGETS[family].split(",")), STARTS["kaiming"](), scale)
 
 
 def numbers(seed: int = 1) -> tuple[dict[str, Tensor], Tensor]:
@@ -132,7 +133,7 @@ def test_a_row_of_zeros_is_refused(model_folder: Folder) -> None:
 
 
 def test_a_layer_that_is_not_linear_is_refused(model_folder: Folder) -> None:
-    adapter = DoRA(RANK, ALPHA, ("word_embeddings",))
+    adapter = DoRA(RANK, ALPHA, ("word_embeddings",), STARTS["kaiming"]())
     with pytest.raises(ModelError, match=r"changes linear layers.* is of type Embedding"):
         adapter.attach(stock(model_folder("bert"), "bert"), 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, GOOD, TARGETS
 from audits.worlds import plan
-from client.local_training import initial_round, train_round
+from client.local_training import train_round
 from client.site import Site
 from common.adapters import LoRASB
-from common.adapters.lora_sb import leading_singular_triple
 from common.config.sections import HeadConfig
 from common.data.sources import train_and_test
 from common.errors import ConfigError, ModelError
@@ -31,16 +31,20 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint, start_fingerprint
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.starts.gradient import mean_gradient, private_gradient
+from common.starts import STARTS, Start
+from common.starts.directions import leading_singular_triple
+from common.starts.dp_gradient import DPGradient
+from common.starts.gradient import gradient_basis, mean_gradient, private_gradient
+from common.starts.private_gradient import PrivateGradient
 from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
 from strategies import Contribution, ServerState, mean
-from strategies.fed_sb import FedSB, gradient_basis
+from strategies.fed_sb import FedSB
 from strategies.job import Job, configure
 
 OUT, IN, RANK = 7, 12, 3
 SHAPES = {"wide": (5, 11), "tall": (13, 6)}
-ADAPTER = LoRASB(RANK, 16.0, ("x",), "orthonormal")
+ADAPTER = LoRASB(RANK, 16.0, ("x",))
 Folder = Callable[[str], str]
 each_family = pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 
@@ -98,7 +102,7 @@ def test_s3_the_published_start_is_the_best_rank_r_sign_step() -> None:
 
 def test_s3_alpha_cancels() -> None:
     factors = {**basis(), "R": draw(RANK, RANK, seed=5)}
-    other = LoRASB(RANK, float(RANK), ("x",), "orthonormal")
+    other = LoRASB(RANK, float(RANK), ("x",))
     assert torch.equal(ADAPTER.delta(factors), other.delta(factors))
     assert ADAPTER.scaling == other.scaling == 1.0
 
@@ -142,12 +146,12 @@ def test_s6_a_round_uses_only_its_own_sites() -> None:
 
 def test_s7_raw_private_gradients_are_refused_under_privacy() -> None:
     with pytest.raises(ConfigError, match="raw gradients of private records"):
-        FedSB(init="private-gradient").check(private=True)
-    FedSB(init="private-gradient").check(private=False)
-    with pytest.raises(ConfigError, match=r"needs fed-sb\.init-data"):
-        FedSB(init="public-gradient").check(private=True)
+        configure({"strategy": "fed-sb", "adapter.start": "private-gradient"})
+    configure({"strategy": "fed-sb", "adapter.start": "private-gradient", "privacy.mode": "none"})
+    with pytest.raises(ConfigError, match=r"needs start\.data"):
+        configure({"strategy": "fed-sb", "adapter.start": "public-gradient"})
     with pytest.raises(ConfigError, match="without privacy use 'private-gradient'"):
-        FedSB(init="dp-gradient").check(private=False)
+        configure({"strategy": "fed-sb", "adapter.start": "dp-gradient", "privacy.mode": "none"})
 
 
 @pytest.mark.parametrize("flips", [(-1, -1, -1), (1, -1, 1), (-1, 1, 1)])
@@ -173,9 +177,9 @@ def test_parties_whose_svd_has_other_signs_get_the_same_factors(
 
 
 def test_only_gradient_starts_send_a_basis() -> None:
-    state = FedSB().start({"l": basis()}, ("R",))
-    assert FedSB().basis(state) == {}
-    assert set(FedSB(init="dp-gradient").basis(state)["l"]) == {"A", "B"}
+    for start, sent in (("orthonormal", set()), ("svd-of-weights", set()), ("dp-gradient", {"A", "B"})):
+        job = configure({"strategy": "fed-sb", "adapter.start": start})
+        assert set(job.basis(job.start({"l": basis()})).get("l", {})) == sent
 
 
 # --- where B and A come from ------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def tiny(folder: str, family: str, init: str = "orthonormal", head: str = "rando
     """Return a tiny model with LoRA-SB in it; only BERT has a head."""
     return FederatedModel(
         load_base_model(folder, task_of(family)),
-        LoRASB(RANK, 16.0, tuple(TARGETS[family].split(",")), init),
+        LoRASB(RANK, 16.0, tuple(TARGETS[family].split(",")), STARTS[init]()),
         TASKS[task_of(family)],
         HeadConfig(policy="trained" if family == "bert" else "frozen", start=head),
         seed=1,
@@ -352,7 +356,7 @@ def test_a_gradient_leaves_the_model_as_it_was(model_folder: Folder) -> None:
 
 def test_a_gradient_that_says_nothing_is_refused(model_folder: Folder) -> None:
     model = tiny(model_folder("bert"), "bert")
-    with pytest.raises(ModelError, match=r"raise fed-sb\.init-sample-rate"):
+    with pytest.raises(ModelError, match=r"raise start\.sample-rate"):
         mean_gradient(model, [])
     flat = tiny(model_folder("bert"), "bert", head="zeros")
     with pytest.raises(ModelError, match=r"set head\.start"):
@@ -362,7 +366,7 @@ def test_a_gradient_that_says_nothing_is_refused(model_folder: Folder) -> None:
 # --- the start from it ------------------------------------------------------------------------------------------------
 
 
-def begun(strategy: FedSB) -> tuple[ServerState, dict[str, Tensor]]:
+def begun(origin: Start) -> tuple[ServerState, dict[str, Tensor]]:
     """Return the state that two sites of sizes 1 and 3 begin, and the mean gradient of each layer."""
     start = {
         layer: {"B": draw(m, RANK, seed=m), "R": draw(RANK, RANK, seed=m + 1), "A": draw(RANK, n, seed=m + 2)}
@@ -373,7 +377,8 @@ def begun(strategy: FedSB) -> tuple[ServerState, dict[str, Tensor]]:
         Contribution(str(weight), weight, {layer: {"G": G} for layer, G in own.items()})
         for weight, own in ((1.0, first), (3.0, third))
     ]
-    state = strategy.initialise(strategy.start({**start, HEAD: {"bias": torch.ones(2)}}, ("R",)), mean(sites))
+    job = replace(configure({"strategy": "fed-sb", "adapter.rank": RANK}), origin=origin)
+    state = job.begin({**start, HEAD: {"bias": torch.ones(2)}}, mean(sites))
     assert state.round_number == 0
     assert torch.equal(state.adapter[HEAD]["bias"], torch.ones(2)), "a start from a gradient touched the head"
     return state, {layer: 0.25 * first[layer] + 0.75 * third[layer] for layer in SHAPES}
@@ -381,7 +386,7 @@ def begun(strategy: FedSB) -> tuple[ServerState, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("init", ["public-gradient", "private-gradient"])
 def test_the_published_start_is_one_sign_step_down_the_sites_mean_gradient(init: str) -> None:
-    state, means = begun(FedSB(init=init, init_step=0.02, init_data="notes.csv"))
+    state, means = begun(STARTS[init](step=0.02))
     for layer, G in means.items():
         D = 0.02 * torch.where(G > 0, -1.0, 1.0).double()
         left, right, values = leading(D)
@@ -393,7 +398,7 @@ def test_the_published_start_is_one_sign_step_down_the_sites_mean_gradient(init:
 
 
 def test_a_noised_start_spans_the_sites_mean_gradient_and_moves_no_weight() -> None:
-    state, means = begun(FedSB(init="dp-gradient"))
+    state, means = begun(DPGradient())
     for layer, G in means.items():
         left, right, _ = leading(G)
         B, A = state.adapter[layer]["B"], state.adapter[layer]["A"]
@@ -406,9 +411,8 @@ def test_a_noised_start_spans_the_sites_mean_gradient_and_moves_no_weight() -> N
 def test_the_published_start_lowers_the_loss_of_the_records_it_was_made_from(model_folder: Folder, family: str) -> None:
     model = tiny(model_folder(family), family)
     batch = model.batch(model.prepare(EXAMPLES))
-    strategy = FedSB(init="private-gradient")
-    gradient = mean_gradient(model, [batch])
-    state = strategy.initialise(strategy.start(model.start, ("R",)), gradient)
+    job = replace(configure({"strategy": "fed-sb", "adapter.rank": RANK}), origin=PrivateGradient())
+    state = job.begin(model.start, mean_gradient(model, [batch]))
     with torch.no_grad():
         before = float(model.losses(batch).mean())
         model.write(state.adapter)
@@ -420,7 +424,7 @@ def test_the_published_start_lowers_the_loss_of_the_records_it_was_made_from(mod
 
 
 def round_task(job: Job, model: FederatedModel, state: ServerState, round_number: int) -> TrainTask:
-    basis = job.strategy.basis(state) if round_number else {}
+    basis = job.basis(state) if round_number else {}
     return TrainTask(
         run="1",
         round_number=round_number,
@@ -450,19 +454,19 @@ def test_s3_the_base_is_the_same_bit_for_bit_after_a_start_a_round_and_the_expor
         "model.name": folder,
         "adapter.targets": TARGETS[family],
         "strategy": "fed-sb",
-        "fed-sb.init": init,
+        "adapter.start": init,
     }
     budget: dict[str, Any] = {"privacy.mode": mode, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
     job = configure({**(toy_settings if family == "bert" else toy_generation), **own, **budget})
-    model = tiny(folder, family, job.adapter.init)
+    model = tiny(folder, family, init)
     data = train_and_test(job.config.data, job.config.model.task)[0]
     site = Site("only", data, "only", 100, tmp_path / "ledger.sqlite")
     records = model.prepare(data.examples[:60])
 
     state = job.start(model.start)
-    if job.strategy.gradient:
-        sent = initial_round(site, job, model, records, round_task(job, model, state, 0))
-        state = job.strategy.initialise(state, sent.contribution)
+    if job.origin.asked == "sites":
+        sent = train_round(site, job, model, records, round_task(job, model, state, 0))
+        state = job.begin(model.start, sent.contribution)
     sent = train_round(site, job, model, records, round_task(job, model, state, 1))
     after = job.strategy.server_update(state, [Contribution("only", 1.0, sent.contribution)]).adapter
     model.write(after)

@@ -25,6 +25,7 @@ from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
+from common.starts import STARTS
 from common.tasks import TASKS
 from strategies.base import Contribution
 from strategies.ffa_lora import FFALoRA
@@ -59,14 +60,15 @@ import sys, torch
 torch.manual_seed(int(sys.argv[3]))
 from common.adapters import LoRAFrozenA
 from common.model.base import load_base_model
+from common.starts import STARTS
 from common.messages.tensors import start_fingerprint
-adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), sys.argv[2])
+adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), STARTS[sys.argv[2]]())
 print(start_fingerprint(adapter.read(adapter.attach(load_base_model(sys.argv[1], "classification").module, 1))))
 """
 
 
 def start_of(folder: str, init: str, seed: int) -> str:
-    adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), init)
+    adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), STARTS[init]())
     return start_fingerprint(adapter.read(adapter.attach(load_base_model(folder, "classification").module, seed)))
 
 
@@ -207,7 +209,7 @@ def test_before_round_1_the_global_model_is_the_base_model_bit_for_bit(
 ) -> None:
     folder, task = model_folder(family), "classification" if family == "bert" else "causal-lm"
     stock = (AutoModel if family == "bert" else AutoModelForCausalLM).from_pretrained(folder).eval()
-    adapter = LoRAFrozenA(3, 6.0, tuple(TARGETS[family].split(",")))
+    adapter = LoRAFrozenA(3, 6.0, tuple(TARGETS[family].split(",")), STARTS["kaiming"]())
     model = FederatedModel(
         load_base_model(folder, task),
         adapter,

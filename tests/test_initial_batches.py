@@ -11,13 +11,14 @@ import pytest
 
 from audits.tiny_site import OneSite, clinic
 from audits.worlds import plan
-from client import app, local_training
+from client import app
 from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.messages.tensors import l2_norm, subtract
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
 from common.privacy.plan import PrivacyPlan
+from common.starts import dp_gradient
 from common.starts import gradient as initial_gradient
 from common.starts.gradient import private_gradient, record_bytes
 
@@ -43,7 +44,7 @@ def parts_of(site: OneSite, limit: int, monkeypatch: pytest.MonkeyPatch) -> list
     app._process.rehearsed.clear()
     with monkeypatch.context() as patch:
         patch.setattr(initial_gradient, "BATCH_BYTES", limit)
-        patch.setattr(local_training, "private_gradient", spy)
+        patch.setattr(dp_gradient, "private_gradient", spy)
         reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
     assert isinstance(reply, TrainResult), reply
     assert sum(part.records for part in seen) == RECORDS

@@ -26,6 +26,8 @@ from common.messages.tensors import entries, fingerprint
 from common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
 from common.model.federated import FederatedModel, model_of, score_records
 from common.privacy.dpsgd import PrivateSteps
+from common.starts import STARTS
+from common.starts.kaiming import Kaiming
 from common.tasks import TASKS, Classification, Record
 from common.tasks.text import TextExample, pad_id
 
@@ -53,7 +55,12 @@ def model_for(model_folder: Callable[[str], str]) -> ModelFor:
         }
         return FederatedModel(
             base or load_base_model(model_folder(family), task),
-            ADAPTERS[adapter](3, 6.0, tuple(TARGETS[family].split(","))),
+            ADAPTERS[adapter](
+                3,
+                6.0,
+                tuple(TARGETS[family].split(",")),
+                STARTS["orthonormal" if adapter == "lora-sb" else "kaiming"](),
+            ),
             TASKS[task],
             head or HeadConfig(start="random"),
             **{**settings, **options},
@@ -181,7 +188,10 @@ def test_the_start_is_kept_apart_from_the_live_model(model_for: ModelFor) -> Non
 
 
 def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str]) -> None:
-    config, adapter = ModelConfig(name=model_folder("bert"), max_length=24), ADAPTERS["lora"](3, 6.0, ("query",))
+    config, adapter = (
+        ModelConfig(name=model_folder("bert"), max_length=24),
+        ADAPTERS["lora"](3, 6.0, ("query",), Kaiming()),
+    )
     settings: dict[str, Any] = {
         "config": config,
         "adapter": adapter,
@@ -195,7 +205,7 @@ def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str
     first = model_of(**settings)
     assert model_of(**settings) is first
     assert model_of(**{**settings, "seed": 2}) is not first
-    other = ADAPTERS["lora-frozen-a"](3, 6.0, ("query",))
+    other = ADAPTERS["lora-frozen-a"](3, 6.0, ("query",), Kaiming())
     assert model_of(**{**settings, "adapter": other}).adapter is other, "two adapters with equal fields were mixed up"
 
 
@@ -486,7 +496,10 @@ def test_records_are_cut_to_one_less_than_the_models_positions(model_for: ModelF
     model = model_for()
     assert model.base.positions == 40
     long = FederatedModel(
-        *(load_base_model(model.base.name, "classification"), ADAPTERS["lora"](2, 2.0, ("query",))),
+        *(
+            load_base_model(model.base.name, "classification"),
+            ADAPTERS["lora"](2, 2.0, ("query",), Kaiming()),
+        ),
         *(TASKS["classification"], HeadConfig(start="random")),
         seed=1,
         label_names=("bad", "good"),
@@ -556,7 +569,7 @@ def test_targets_that_fit_no_layer_are_refused_and_named(model_folder: Callable[
     with pytest.raises(FedVeilError, match="nonsense") as refusal:
         FederatedModel(
             load_base_model(model_folder("bert"), "classification"),
-            ADAPTERS["lora"](3, 6.0, ("nonsense",)),
+            ADAPTERS["lora"](3, 6.0, ("nonsense",), Kaiming()),
             TASKS["classification"],
             HeadConfig(start="zeros"),
             seed=1,

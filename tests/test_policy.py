@@ -301,8 +301,8 @@ def test_the_training_noise_leaves_room_for_the_initialisation(site: OneSite, tm
     job = configure({**site.settings, "privacy.noise-multiplier": 0.0, "strategy": "fed-sb", **dear})
     here = Site("ward", Dataset("ward", (), ("bad", "good")), "ward", PUBLIC, tmp_path / "ward.sqlite")
     plan = plan_of(job, here, Terms(math.inf, math.inf))
-    assert job.strategy.gradient is not None
-    whole = [job.strategy.gradient.release(), plan.release(job.config.total_steps)]
+    assert job.origin.release() is not None
+    whole = [job.origin.release(), plan.release(job.config.total_steps)]
     assert 7.9 < epsilon(whole, job.config.privacy.delta) <= 8.0
 
 

@@ -28,6 +28,8 @@ from common.messages.tensors import entries
 from common.model.base import BaseModel, load_base_model
 from common.model.federated import FederatedModel, model_of
 from common.privacy.dpsgd import PrivateSteps
+from common.starts import dp_gradient
+from common.starts.kaiming import Kaiming
 from common.tasks import TASKS
 from common.tasks.text import TextExample
 
@@ -55,7 +57,7 @@ def federated(
     folder: str, task: str, targets: str, precision: str = "float32", adapter: str = "lora"
 ) -> FederatedModel:
     return FederatedModel(
-        *(load_base_model(folder, task), ADAPTERS[adapter](4, 4.0, tuple(targets.split(",")))),
+        *(load_base_model(folder, task), ADAPTERS[adapter](4, 4.0, tuple(targets.split(",")), Kaiming())),
         *(TASKS[task], HeadConfig("trained" if task == "classification" else "frozen", "random")),
         seed=1,
         label_names=("bad", "good"),
@@ -247,7 +249,11 @@ def test_a_server_cannot_scale_the_rehearsal_until_nothing_shows(saved: Callable
     """Under these settings all gradients are zero in float32; a later state makes them large, and records mix."""
     model = FederatedModel(
         load_base_model(saved(tiny_deberta()), "classification"),
-        *(ADAPTERS["lora"](4, 4.2e-45, ("query_proj", "key_proj")), TASKS["classification"], HeadConfig(start="zeros")),
+        *(
+            ADAPTERS["lora"](4, 4.2e-45, ("query_proj", "key_proj"), Kaiming()),
+            TASKS["classification"],
+            HeadConfig(start="zeros"),
+        ),
         seed=1,
         label_names=("bad", "good"),
         feature_scale=1e-4,
@@ -297,7 +303,10 @@ def test_a_row_in_the_middle_that_is_computed_otherwise_costs_the_rows_of_that_l
 def test_a_length_that_leaves_no_room_for_a_text_is_refused(longest: int, model_folder: Callable[[str], str]) -> None:
     with pytest.raises(ConfigError, match=r"model.max-length is \d, of which the tokenizer"):
         FederatedModel(
-            *(load_base_model(model_folder("bert"), "classification"), ADAPTERS["lora"](4, 4.0, ("query",))),
+            *(
+                load_base_model(model_folder("bert"), "classification"),
+                ADAPTERS["lora"](4, 4.0, ("query",), Kaiming()),
+            ),
             *(TASKS["classification"], HeadConfig(start="random")),
             seed=1,
             label_names=("bad", "good"),
@@ -367,14 +376,14 @@ def test_round_0_that_fails_after_its_charge_sends_noise(
 ) -> None:
     own = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0, "privacy.epsilon": 50.0}
     site = clinic({**toy_settings, **own}, tmp_path)
-    private_gradient = local_training.private_gradient
+    private_gradient = dp_gradient.private_gradient
 
     def fail(model: FederatedModel, parts: Any, plan: Any, *_: Any) -> Any:
         if list(parts):
             raise MemoryError
         return private_gradient(model, [], plan)
 
-    monkeypatch.setattr(local_training, "private_gradient", fail)
+    monkeypatch.setattr(dp_gradient, "private_gradient", fail)
     reply = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
     assert isinstance(reply, TrainResult), reply
     assert all(float((tensor != 0).double().mean()) > 0.9 for _, _, tensor in entries(reply.contribution))

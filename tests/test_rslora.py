@@ -17,11 +17,12 @@ from torch import nn
 from transformers import AutoModel
 
 from common.adapters import LoRA, LoRAFrozenA
-from common.adapters.base import start_of_a
 from common.config.text import parse_settings
 from common.errors import ConfigError
 from common.randomness import stream
 from common.run_lines import RoundLine, read_lines
+from common.starts import STARTS
+from common.starts.directions import orthonormal_rows
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from strategies.job import configure
@@ -59,7 +60,7 @@ def test_it_trains_as_lora_does_at_another_rate_and_clip_under_dp_sgd() -> None:
 @pytest.mark.parametrize("rank", [4, 8, 16, 32])
 def test_the_noise_in_the_weights_is_alpha_times_that_of_one_column_at_every_rank(rank: int) -> None:
     out, into, alpha, std, draws = 40, 64, 8.0, 0.3, 400
-    A = start_of_a(rank, into, "orthonormal", stream(1, "A")).double()
+    A = orthonormal_rows(rank, into, stream(1, "A")).double()
     noise = std * torch.randn(draws, out, rank, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
     for scale, wanted in (("sqrt-rank", alpha), ("rank", alpha / math.sqrt(rank))):
         adapter = LoRAFrozenA(rank, alpha, ("l",), scale=scale)
@@ -78,7 +79,7 @@ def test_the_export_says_rslora_and_scores_as_the_run(toy_settings: dict[str, An
 
 
 def test_stock_peft_computes_with_the_same_scale(model_folder: Any, tmp_path: Path) -> None:
-    adapter = LoRA(3, 6.0, ("query",), scale="sqrt-rank")
+    adapter = LoRA(3, 6.0, ("query",), STARTS["orthonormal"](), scale="sqrt-rank")
     base: nn.Module = AutoModel.from_pretrained(model_folder("bert"))
     model = adapter.attach(base, 1)
     adapter.export(model, adapter.read(model), tmp_path, model_folder("bert"))

@@ -51,7 +51,7 @@ def square(layer: Layer, std: float, _: float) -> float:
 PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float]]] = {
     "fedavg-lora": ({}, lora),
     "ffa-lora": ({}, frozen_a),
-    "ffa-lora, orthonormal": ({"adapter.init": "orthonormal"}, frozen_a),
+    "ffa-lora, orthonormal": ({"adapter.start": "orthonormal"}, frozen_a),
     "fed-svd": ({}, frozen_a),
     "fed-sb": ({}, square),
 }
@@ -89,7 +89,7 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
         for layer, f in model.trained().items()
     }
     state = job.strategy.server_update(state, [Contribution("s", 1.0, moved)])
-    basis = job.strategy.basis(state)
+    basis = job.basis(state)
     task = TrainTask(
         run="1",
         round_number=2,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from common.adapters.base import Adapter
+from common.adapters.base import Adapter, Origin, Place
 from common.adapters.dora import DoRA
 from common.adapters.lora import LoRA
 from common.adapters.lora_frozen_a import LoRAFrozenA
 from common.adapters.lora_sb import LoRASB
-from common.check import one_of
 from common.config.sections import AdapterConfig
 from common.errors import ConfigError
 
@@ -16,19 +15,35 @@ ALIASES = {"ffa-lora": "lora-frozen-a"}
 """Other names that ``adapter.name`` takes, and the adapter that each stands for."""
 
 
-def build_adapter(name: str, config: AdapterConfig, init: str) -> Adapter:
+def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:
     """Return the adapter called ``name`` with the run's rank, alpha, scale and targets, and this start.
 
+    An alpha that is left open is the rank, so that the scale is 1.
+
     Raises:
-        ConfigError: the adapter knows no such start, or no such scale.
+        ConfigError: the adapter knows no such scale; or alpha is left open, and the adapter is not one whose scale a
+            start may choose.
     """
-    one_of(ADAPTERS[name].inits, adapter__init=init)
     if config.scale not in ADAPTERS[name].scales:
         raise ConfigError(
             f"adapter.scale {config.scale!r} has no effect on {name!r}, which has a scale of its own: "
             f"leave it at {ADAPTERS[name].scales[0]!r}"
         )
-    return ADAPTERS[name](config.rank, config.alpha, config.target_modules, init, config.scale)
+    if not config.alpha and not ADAPTERS[name].free_scale:
+        free = ", ".join(repr(other) for other, adapter in ADAPTERS.items() if adapter.free_scale)
+        raise ConfigError(f"adapter.alpha is 0, to be calibrated, which only {free} can be: give {name!r} a number")
+    return ADAPTERS[name](config.rank, config.alpha or float(config.rank), config.target_modules, origin, config.scale)
 
 
-__all__ = ["ADAPTERS", "ALIASES", "Adapter", "DoRA", "LoRA", "LoRAFrozenA", "LoRASB", "build_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "ALIASES",
+    "Adapter",
+    "DoRA",
+    "LoRA",
+    "LoRAFrozenA",
+    "LoRASB",
+    "Origin",
+    "Place",
+    "build_adapter",
+]

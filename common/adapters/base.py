@@ -1,21 +1,21 @@
 """The interface of a parameterisation, on top of PEFT's injection.
 
 PEFT finds the layers in the base model and names them (also GPT-2's transposed Conv1D), so an adapter
-states only its factors: their shapes, where a layer holds each, how they start, and which are
+states only its factors: their shapes, where a layer holds each, what a start gives them, and which are
 trained. Bytes on the wire, tables, the planner and the exactness of averaging follow from that.
 What a layer computes is PEFT's (``common.adapters.low_rank``) or the adapter's own map
-(``common.adapters.mapped``). Starts are drawn layer by layer from public streams of the run's seed, so that every party
-derives bit-identical tensors without sending them.
+(``common.adapters.mapped``). Where factors begin is another axis (``common.starts``): an adapter asks its start for
+directions, layer by layer.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
-from common.randomness import stream
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
     from peft import LoraConfig, PeftModel
@@ -34,13 +33,36 @@ ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
+class Place:
+    """One layer, as far as a start may look at it; every party sees the same."""
+
+    layer: str
+    """Its name in the stock base model."""
+    out: int
+    into: int
+    rank: int
+    seed: int
+    """The run's public seed."""
+    weight: Callable[[], Tensor]
+    """Returns a copy of the base weight W0, shape (out, into), float64, on the CPU."""
+
+
+class Origin(Protocol):
+    """What an adapter asks of a start (``common.starts.Start``)."""
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return ``A``, shape (rank, into), and ``B``, shape (out, rank), as far as ``wanted``; float32, CPU."""
+
+
+@dataclass(frozen=True)
 class Adapter(ABC):
     """A parameterisation of the change of chosen layers; frozen, holds no tensor."""
 
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
-    init: str = "kaiming"
+    origin: Origin | None = None
+    """Where the factors begin; None for computing with factors that are there, without a model."""
     scale: str = "rank"
 
     name: ClassVar[str]
@@ -53,10 +75,13 @@ class Adapter(ABC):
     averaged factors are the average of the weights."""
     noise: ClassVar[str]
     """How noise x on what is trained enters a layer's weights (m outputs, n inputs), and the norm of that per step."""
-    inits: ClassVar[tuple[str, ...]] = ("orthonormal", "kaiming")
-    """What ``init`` may be."""
     scales: ClassVar[tuple[str, ...]] = ("rank", "sqrt-rank")
     """What ``scale`` may be."""
+    directions: ClassVar[tuple[str, ...]] = ("A",)
+    """What it asks of a start: ``A``, rows among a layer's inputs, ``B``, columns among its outputs."""
+
+    free_scale: ClassVar[bool] = False
+    """Whether only the product of scale and A matters, A being frozen and B trained from 0: then a start may choose."""
 
     @property
     def scaling(self) -> float:
@@ -80,8 +105,25 @@ class Adapter(ABC):
         """Make ``tensor`` the layer's factor of this name."""
 
     @abstractmethod
+    def begin(self, given: Factors) -> Factors:
+        """Return the factors that follow from what a start gives; those it leaves out begin at 0, or where they are.
+
+        Args:
+            given: ``directions``; also ``R``, shape (rank, rank), from a start that moves the weights by ``B R A``.
+        """
+
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return the factors of one layer before round 1 (float32, CPU)."""
+        """Return the factors of one layer as every party derives them, before anything is measured (float32, CPU).
+
+        Raises:
+            ModelError: the adapter was made without a start.
+        """
+        if self.origin is None:
+            raise ModelError(f"the {self.name} adapter was made without a start: give it a row of common.starts.STARTS")
+        out, into = layer_shape(layer)
+        place = Place(layer_name, out, into, self.rank, seed, lambda: base_weight(layer).double().cpu().clone())
+        zeros = {factor: torch.zeros(shape) for factor, shape in self.shapes(out, into).items()}
+        return {**zeros, **self.begin(self.origin.factors(place, self.directions))}
 
     @abstractmethod
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
@@ -215,31 +257,6 @@ class Adapter(ABC):
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-
-
-def start_of_a(rank: int, in_features: int, init: str, generator: torch.Generator) -> Tensor:
-    """Return the start of A, shape (rank, in): PEFT's Kaiming-uniform or orthonormal rows, float32."""
-    if init == "orthonormal":
-        return orthonormal_rows(rank, in_features, generator)
-    bound = 1 / math.sqrt(in_features)
-    return (torch.rand(rank, in_features, generator=generator, dtype=torch.float64) * 2 - 1).mul(bound).float()
-
-
-def orthonormal_rows(rank: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Return a random matrix with orthonormal rows, shape (rank, columns), Haar distributed, float32."""
-    gaussian = torch.randn(columns, rank, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
-    # A QR is unique up to signs; fixing them makes the result Haar distributed and reproducible.
-    return (q * torch.sign(torch.diagonal(r))).T.contiguous().float()
-
-
-def start_of_lora(adapter: Adapter, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-    """Return A from the seed's public stream and B = 0, so that the model starts as its base."""
-    generator, (out_features, in_features) = stream(seed, "adapter", layer_name, "A"), layer_shape(layer)
-    return {
-        "A": start_of_a(adapter.rank, in_features, adapter.init, generator),
-        "B": torch.zeros(out_features, adapter.rank),
-    }
 
 
 def stored_transposed(layer: LoraLayer) -> bool:

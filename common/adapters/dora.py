@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.base import base_weight, start_of_lora
+from common.adapters.base import base_weight
 from common.adapters.mapped import Mapped
 from common.errors import ModelError
 from common.messages.state import Factors
@@ -42,13 +42,17 @@ class DoRA(Mapped):
         """Return those of A, (rank, into), B, (out, rank), and mu, (out,)."""
         return {"A": (self.rank, into), "B": (out, self.rank), "mu": (out,)}
 
+    def begin(self, given: Factors) -> Factors:
+        """Return A; B begins at 0, also where a start moves the weights, as mu are the lengths of the base's rows."""
+        return {"A": given["A"]}
+
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return A from the seed, B = 0, and for mu the norms of the rows of W0 + s B A: the model starts as its base.
+        """Return A by the start, B = 0, and for mu the norms of the rows of W0 + s B A: the model starts as its base.
 
         Raises:
             ModelError: a row of W0 is zero, so it has no direction.
         """
-        factors = start_of_lora(self, layer_name, layer, seed)
+        factors = super().start(layer_name, layer, seed)
         # In float64, so that every party rounds to the same magnitudes.
         weight = base_weight(layer).double().cpu()
         if not bool((norms := weight.norm(dim=1)).all()):

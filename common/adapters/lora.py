@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from common.adapters.base import start_of_lora
 from common.adapters.low_rank import LowRank, lora_modules
 from common.messages.state import Factors
 
@@ -34,9 +33,10 @@ class LoRA(LowRank):
         """Return PEFT's A and B."""
         return lora_modules(layer)
 
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return A from the seed, B = 0."""
-        return start_of_lora(self, layer_name, layer, seed)
+    def begin(self, given: Factors) -> Factors:
+        """Return A; and B with s B A = B R A of a start that moves the weights."""
+        moved = {"B": given["B"] @ given["R"] / self.scaling} if "R" in given else {}
+        return {"A": given["A"], **moved}
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return s B A."""

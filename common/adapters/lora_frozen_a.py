@@ -21,4 +21,5 @@ class LoRAFrozenA(LoRA):
     trained: ClassVar[tuple[str, ...]] = ("B",)
     frozen: ClassVar[tuple[str, ...]] = ("A",)
     linear: ClassVar[bool] = True
+    free_scale: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME, layer_shape, orthonormal_rows, stored_transposed
+from common.adapters.base import ADAPTER_NAME
 from common.adapters.low_rank import LowRank, lora_modules
 from common.messages.state import Factors
-from common.randomness import stream
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -42,18 +41,15 @@ class _RThenB(nn.Sequential):
 
 @dataclass(frozen=True)
 class LoRASB(LowRank):
-    """Factors ``B`` (out, rank) and ``A`` (rank, in), frozen, and ``R`` (rank, rank), trained.
-
-    ``init`` is ``orthonormal`` (from the seed) or ``svd-of-weights`` (singular vectors of W0).
-    """
+    """Factors ``B`` (out, rank) and ``A`` (rank, in), frozen, and ``R`` (rank, rank), trained."""
 
     name: ClassVar[str] = "lora-sb"
     trained: ClassVar[tuple[str, ...]] = ("R",)
     frozen: ClassVar[tuple[str, ...]] = ("A", "B")
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "B x_R A: norm σC/b r, whatever m and n"
-    inits: ClassVar[tuple[str, ...]] = ("orthonormal", "svd-of-weights")
     scales: ClassVar[tuple[str, ...]] = ("rank",)
+    directions: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.rank))
@@ -73,17 +69,9 @@ class LoRASB(LowRank):
         R, B = cast(nn.Sequential, layer.lora_B[ADAPTER_NAME])
         return {"A": layer.lora_A[ADAPTER_NAME], "R": R, "B": B}
 
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return orthonormal B and A by ``init``, and R = 0."""
-        out_features, in_features = layer_shape(layer)
-        R = torch.zeros(self.rank, self.rank)
-        if self.init == "svd-of-weights":
-            weight = cast(Tensor, layer.get_base_layer().weight).detach().double().cpu()
-            B, _, A = leading_singular_triple(weight.T if stored_transposed(layer) else weight, self.rank)
-            return {"B": B.float(), "R": R, "A": A.float()}
-        A = orthonormal_rows(self.rank, in_features, stream(seed, "adapter", layer_name, "A"))
-        B = orthonormal_rows(self.rank, out_features, stream(seed, "adapter", layer_name, "B")).T
-        return {"B": B.contiguous(), "R": R, "A": A}
+    def begin(self, given: Factors) -> Factors:
+        """Return A and B, and R of a start that moves the weights."""
+        return {factor: given[factor] for factor in ("A", "B", "R") if factor in given}
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return B R A."""
@@ -93,15 +81,3 @@ class LoRASB(LowRank):
     def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:
         """Return A, and R folded into B; exported with alpha = rank, so that the scale is 1."""
         return {"A": factors["A"], "B": factors["B"] @ factors["R"]}
-
-
-def leading_singular_triple(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, rank), S (rank,), Vᵀ (rank, in) of the largest singular values, signs fixed.
-
-    In each column of U the entry of largest magnitude is positive, so that every party that computes
-    this from the same matrix gets the same factors.
-    """
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
-    return (u * signs).contiguous(), s, (vt * signs.T).contiguous()

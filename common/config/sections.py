@@ -122,17 +122,18 @@ class AdapterConfig:
     """``auto``: the strategy's own; any other is refused unless it trains and freezes what the strategy needs."""
     rank: int = 8
     alpha: float = 8.0
-    """LoRA's alpha: the product of the factors is scaled by alpha over what ``scale`` says."""
+    """LoRA's alpha: the product of the factors is scaled by alpha over what ``scale`` says. 0, of a frozen A: as suits
+    the start, measured at the server on public phrases (``common.starts.calibration``)."""
     scale: str = "rank"
     """``rank``: the product is scaled by ``alpha / rank`` (LoRA); ``sqrt-rank``: by ``alpha / √rank`` (rsLoRA)."""
     targets: str = "query,value"
     """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``."""
-    init: str = "orthonormal"
-    """Start of A: ``orthonormal`` rows, or ``kaiming`` (PEFT's), which Fed-SB refuses: it has ``fed-sb.init``."""
+    start: str = "orthonormal"
+    """Where the factors begin: a row of ``common.starts.STARTS``, whose options are ``start.*``."""
 
     def __post_init__(self) -> None:
-        positive(adapter__rank=self.rank, adapter__alpha=self.alpha)
-        one_of(("kaiming", "orthonormal"), adapter__init=self.init)
+        positive(adapter__rank=self.rank)
+        not_negative(adapter__alpha=self.alpha)
         one_of(("rank", "sqrt-rank"), adapter__scale=self.scale)
         if not self.target_modules:
             raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value'")
@@ -370,16 +371,21 @@ def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str) ->
         key, kind = _key(item, prefix), hints[item.name]
         if kind is Columns:
             keys = {role.setting: prefix + role.setting for role in roles_of_all()}
-            named = {setting: _typed(key, values[key], str) for setting, key in keys.items() if key in values}
+            named = {setting: typed(key, values[key], str) for setting, key in keys.items() if key in values}
             arguments[item.name] = Columns({setting: str(column) for setting, column in named.items()})
         elif dataclasses.is_dataclass(kind):
             arguments[item.name] = _build(cast(type[Any], kind), values, key + ".")
         elif key in values:
-            arguments[item.name] = _typed(key, values[key], kind)
+            arguments[item.name] = typed(key, values[key], kind)
     return section(**arguments)
 
 
-def _typed(key: str, value: Scalar, kind: type) -> Scalar:
+def typed(key: str, value: Scalar, kind: type) -> Scalar:
+    """Return the value of a setting in its kind: a whole number serves as a number.
+
+    Raises:
+        ConfigError: it is of another kind, or too large.
+    """
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ConfigError(f"{key} is too large: a whole number must fit 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

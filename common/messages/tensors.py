@@ -106,12 +106,13 @@ def fingerprint(state: AdapterState) -> str:
     return digest.hexdigest()
 
 
-def start_fingerprint(start: AdapterState) -> str:
-    """Return the fingerprint of an adapter's seeded start, without the head.
+def start_fingerprint(start: AdapterState, text: str = "") -> str:
+    """Return the fingerprint of an adapter's seeded start, without the head, and of the public ``text`` if any.
 
     A head that starts from label words is computed by the base model, so it differs in its last bits from
     device to device, and of its hundreds of numbers some stand at the border of two steps of any grid: equal
     heads would look different. What it is computed from is the same everywhere: the configuration, whose
     phrases do not depend on records (``common.data.sources``), and the base model, which has a fingerprint of its own.
     """
-    return fingerprint({layer: factors for layer, factors in start.items() if layer != HEAD})
+    own = fingerprint({layer: factors for layer, factors in start.items() if layer != HEAD})
+    return hashlib.sha256(f"{own}/{text}".encode()).hexdigest() if text else own

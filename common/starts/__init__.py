@@ -1,1 +1,38 @@
-"""Starts: where the factors of an adapter begin, and what that costs."""
+"""Starts: where the factors of an adapter begin, and what that costs. One per file; ``STARTS`` is the table of them.
+
+A start is an axis of its own: any adapter begins in any start that gives the directions which it asks
+for. A new one is one file and one row. Its options are the fields of its dataclass, and are set in the
+run configuration under ``start``: ``start.records = 64``. Options of one name have one default in all rows.
+"""
+
+from __future__ import annotations
+
+from common.starts.base import PaidStart, Start, UnpaidStart
+from common.starts.dp_gradient import DPGradient
+from common.starts.eva import EVA
+from common.starts.kaiming import Kaiming
+from common.starts.minor_of_weights import MinorOfWeights
+from common.starts.nystrom import Nystrom
+from common.starts.orthonormal import Orthonormal
+from common.starts.private_gradient import PrivateGradient
+from common.starts.public_gradient import PublicGradient
+from common.starts.shards import Shards
+from common.starts.svd_of_weights import SVDOfWeights
+
+STARTS: dict[str, type[Start]] = {
+    start.name: start
+    for start in (
+        Orthonormal,
+        Kaiming,
+        Shards,
+        SVDOfWeights,
+        MinorOfWeights,
+        Nystrom,
+        EVA,
+        PublicGradient,
+        DPGradient,
+        PrivateGradient,
+    )
+}
+
+__all__ = ["STARTS", "PaidStart", "Start", "UnpaidStart"]

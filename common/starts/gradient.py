@@ -1,4 +1,4 @@
-"""One full gradient of the adapted layers' own weights, for strategies that start from it.
+"""One full gradient of the adapted layers' own weights, for starts that are made from it.
 
 The base weights are opened for the gradient only inside ``full_gradient``; nothing is updated. At a
 site under privacy each record's gradient over all adapted layers together is clipped, the sum is
@@ -14,13 +14,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from common.adapters.base import stored_transposed
+from common.adapters.base import layer_shape, stored_transposed
 from common.errors import ModelError
 from common.messages.state import AdapterState
+from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.model.shapes import Shapes
-from common.privacy.dpsgd import PrivateSteps, rounding_margin
 from common.privacy.plan import PrivacyPlan
+from common.starts.directions import leading_singular_triple
 from common.tasks import Batch
 
 BATCH_TOKENS = 1024
@@ -50,7 +51,7 @@ def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState
             losses.sum().backward()
             seen += len(losses)
         if not seen:
-            raise ModelError("the initial gradient needs at least one record: raise fed-sb.init-sample-rate")
+            raise ModelError("the initial gradient needs at least one record: raise start.sample-rate")
         gradients = {name: cast(Tensor, weight.grad) / seen for name, weight in weights.items()}
         return _oriented(model, gradients)
 
@@ -62,6 +63,8 @@ def private_gradient(
 
     ``before_pass`` is called before each pass, and may raise.
     """
+    from common.privacy.dpsgd import PrivateSteps, rounding_margin  # It brings Opacus, which no server needs.
+
     with open_weights(model) as weights:
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
         margin = rounding_margin(model.device)
@@ -71,6 +74,24 @@ def private_gradient(
         ):
             released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
+
+
+def gradient_layout(model: FederatedModel) -> Layout:
+    """Return ``G``, shape (out, in), of every adapted layer."""
+    return {name: {"G": layer_shape(layer)} for name, layer in model.adapter.layers(model.peft_model).items()}
+
+
+def gradient_basis(G: Tensor, rank: int, step: float, *, sign: bool) -> dict[str, Tensor]:
+    """Return B, A and R from a full gradient G of shape (out, in).
+
+    With ``sign`` this is LoRA-SB's Algorithm 1 at s = 1: D = -step · sign(G), and B R A is D's best
+    rank-r approximation (Eckart-Young), so the model starts one sign step down. Without it B and A
+    span G's leading singular vectors and R starts at 0.
+    """
+    D = -step * torch.sign(G.double()) if sign else -G.double()
+    U, S, Vt = leading_singular_triple(D, rank)
+    R = torch.diag(S) if sign else torch.zeros(rank, rank, dtype=torch.float64)
+    return {"B": U.to(G.dtype), "R": R.to(G.dtype), "A": Vt.to(G.dtype)}
 
 
 def record_bytes(model: FederatedModel) -> int:

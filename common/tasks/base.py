@@ -60,7 +60,7 @@ class Task(ABC):
     the count may be sent with noise for that."""
 
     worded: ClassVar[bool] = False
-    """Whether its records hold words, so that a head can start from phrases about the labels (``of_phrase``)."""
+    """Whether its records hold words, so that a head or an adapter can start from public phrases (``of_phrase``)."""
 
     # --- settings ---
 
@@ -108,7 +108,7 @@ class Task(ABC):
         raise UnreadableFile(f"{source} is nothing that model.task {self.name!r} reads")
 
     def of_phrase(self, phrase: str) -> Example:
-        """Return the example of a public phrase about a label, for ``head.start = "label-words"``.
+        """Return the example of a public phrase, about a label or not (``head.start``, ``start.text``).
 
         Raises:
             ConfigError: its records hold no words.

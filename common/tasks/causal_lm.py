@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.errors import DataError
 from common.tasks.base import Batch, Record, Sums
+from common.tasks.examples import Example
 from common.tasks.roles import Role
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
@@ -32,6 +33,10 @@ class CausalLM(TextTask):
         Role("prompt", "text", "the prompt"),
         Role("completion", "completion", "the completion"),
     )
+
+    def of_phrase(self, phrase: str) -> Example:
+        """Return the phrase as a completion of nothing."""
+        return TextExample(text="", completion=phrase.strip())
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""

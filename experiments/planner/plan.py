@@ -111,10 +111,8 @@ def simulated_sizes(job: Job, sites: int) -> tuple[int, ...]:
 
 def paid_before(job: Job) -> list[Release]:
     """Return the releases that a site makes ahead of its first step: a paid initialisation, or nothing."""
-    source = job.strategy.gradient
-    if not job.config.privacy.on or source is None or source.public_data:
-        return []
-    return [source.release(_planned_site(1).policy.min_noise_multiplier)]
+    paid = job.origin.release(_planned_site(1).policy.min_noise_multiplier)
+    return [paid] if paid else []
 
 
 def site_plans(job: Job, sizes: Sequence[int]) -> list[PrivacyPlan]:

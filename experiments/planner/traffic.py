@@ -9,7 +9,7 @@ from common.accountant import TRAINING, Accountant
 from common.adapters.base import layer_shape
 from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import fingerprint, start_fingerprint
+from common.messages.tensors import fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from common.privacy.plan import PrivacyPlan
 from server.model import ServerModel
@@ -35,7 +35,7 @@ class Traffic:
     once_down: int
     """Only with the first task: factors that are sent once."""
     once_up: int
-    """Only before round 1: an initial gradient."""
+    """Only before round 1: what the start is made from."""
 
     def run(self, rounds: int, sites: int) -> tuple[int, int]:
         """Return payload bytes down and up of a whole run in which every site joins every round."""
@@ -44,9 +44,9 @@ class Traffic:
 
 def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Traffic:
     """Return the bytes of the job's messages, by encoding them; ``plan`` is None when privacy is off."""
-    strategy, source = job.strategy, job.strategy.gradient
+    strategy = job.strategy
     state = job.start(server_model.start)
-    basis = strategy.basis(state)
+    basis = job.basis(state)
     task = TrainTask(
         run=RUN,
         round_number=job.config.rounds,
@@ -54,21 +54,20 @@ def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Tr
         basis={},
         basis_fingerprint=fingerprint(basis) if basis else "",
         base_fingerprint=server_model.model.base.fingerprint,
-        start_fingerprint=start_fingerprint(server_model.start),
+        start_fingerprint=job.start_fingerprint(server_model.start),
     )
     result = TrainResult(
         RUN, job.config.rounds, "site-0", 1800, strategy.uplink(server_model.trained_start()), _spending(plan)
     )
     down, up = encode_task(task), encode_reply(result)
-    from_sites = source is not None and not source.public_data
-    gradients = server_model.reply_layout(0).values() if from_sites else ()
+    statistic = server_model.reply_layout(0).values() if job.origin.asked == "sites" else ()
     return Traffic(
         down=payload_bytes(down),
         up=payload_bytes(up),
         message_down=message_bytes(down),
         message_up=message_bytes(up),
         once_down=_payload(basis),
-        once_up=sum(4 * math.prod(shape) for factors in gradients for shape in factors.values()),
+        once_up=sum(4 * math.prod(shape) for factors in statistic for shape in factors.values()),
     )
 
 

@@ -1,0 +1,15 @@
+"""What a command says of the settings that it was given, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from strategies.job import Job
+
+
+def print_notes(job: Job) -> None:
+    """Say each of the job's notes, such as on a setting that has another name now."""
+    for note in job.notes:
+        print(note, file=sys.stderr)

@@ -1,0 +1,202 @@
+"""The interface of a start.
+
+A start says which directions an adapter's factors begin in. Most follow from the seed or the base
+weights, so that every party derives them and compares a fingerprint. Others need a statistic first,
+such as a mean gradient: round 0 asks for it, at the server or at the sites, and what the statistic
+gives travels once. What records are used, and what that costs, is stated here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+from torch import Tensor
+
+from common.adapters import Adapter, Place
+from common.check import clip_norm, in_range, positive
+from common.config.sections import RunConfig
+from common.errors import ConfigError
+from common.messages.state import AdapterState, Factors
+from common.messages.wire import Layout
+from common.model.federated import FederatedModel
+from common.privacy.accounting import Release
+from common.privacy.plan import PrivacyPlan
+from common.randomness import stream
+from common.starts.directions import orthonormal_rows
+from common.tasks import Batch
+
+Needs = Literal["nothing", "weights", "public records", "paid release", "records, without privacy"]
+Asked = Literal["nobody", "server", "sites"]
+_ASKED: Mapping[Needs, Asked] = {
+    "nothing": "nobody",
+    "weights": "nobody",
+    "public records": "server",
+    "paid release": "sites",
+    "records, without privacy": "sites",
+}
+
+
+@dataclass(frozen=True)
+class Start(ABC):
+    """Where the factors begin; options of a start are its fields."""
+
+    name: ClassVar[str]
+    """What ``adapter.start`` calls it."""
+    needs: ClassVar[Needs]
+    """What it is made from, besides the run's public seed."""
+    gives: ClassVar[tuple[str, ...]] = ("A", "B")
+    """The directions that it has; an adapter that asks for more is refused."""
+
+    @property
+    def asked(self) -> Asked:
+        """Who is asked for a statistic in round 0; ``nobody``: there is no round 0."""
+        return _ASKED[self.needs]
+
+    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
+        """Raise ConfigError, saying what to do, unless the run can start so."""
+        if not set(adapter.directions) <= set(self.gives):
+            lacking = " and ".join(sorted(set(adapter.directions) - set(self.gives)))
+            raise ConfigError(
+                f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
+                "leave adapter.start at 'orthonormal', or choose one that is made for it"
+            )
+        if self.needs == "records, without privacy" and config.privacy.on:
+            raise ConfigError(
+                f"adapter.start {self.name!r} uses private records without privacy, which no ε covers: "
+                "choose another, or set privacy.mode to 'none'"
+            )
+        if self.needs == "paid release" and not config.privacy.on:
+            raise ConfigError(f"adapter.start {self.name!r} is for a private run: choose another")
+
+    def resolved(self) -> Self:
+        """Return the start with what its options leave open filled in."""
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the public text that it is made from, on which server and sites must agree; empty: none is."""
+        return ""
+
+    @abstractmethod
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return what every party derives: ``A``, shape (rank, into), and ``B``, shape (out, rank), if ``wanted``.
+
+        Float32, on the CPU. A start that needs a statistic returns what holds until it is there.
+        """
+
+    # --- round 0, of a start that needs a statistic ---
+
+    def layout(self, model: FederatedModel) -> Layout:
+        """Return names and shapes of the statistic, by layer."""
+        del model
+        return {}
+
+    def from_public(self, model: FederatedModel, config: RunConfig, label_names: tuple[str, ...]) -> AdapterState:
+        """Server: return the statistic of public records, for a start that needs those.
+
+        Raises:
+            ConfigError: the public records do not fit the run.
+            DataError: they cannot be read.
+        """
+        raise self._asks_nobody()
+
+    def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
+        """Return the mean statistic of records, given in parts. No privacy.
+
+        Raises:
+            ModelError: the records say nothing.
+        """
+        raise self._asks_nobody()
+
+    def from_statistic(self, statistic: Factors, rank: int) -> Factors:
+        """Server: return from one layer's mean statistic ``A`` and ``B`` as of ``factors``, and ``R`` if it moves W."""
+        raise self._asks_nobody()
+
+    # --- what it costs ---
+
+    def release(self, least_noise: float = 0.0) -> Release | None:
+        """Return what a site is charged that adds at least ``least_noise``, over the clip norm; None: nothing."""
+        del least_noise
+        return None
+
+    def _asks_nobody(self) -> TypeError:
+        return TypeError(f"the start {self.name!r} asks {self.asked} for a statistic, and not so")
+
+
+@dataclass(frozen=True)
+class PaidStart(Start):
+    """A start from one release of every site's records: clipped, noised, and charged to its ledger."""
+
+    needs: ClassVar[Needs] = "paid release"
+
+    sample_rate: float = 0.1
+    """Chance of each record to be used."""
+    noise_multiplier: float = 5.0
+    """Noise std over clip norm of the one release."""
+    clip_norm: float = 1.0
+    """L2 bound of one record's statistic over all adapted layers together."""
+
+    def __post_init__(self) -> None:
+        in_range(0, 1, start__sample_rate=self.sample_rate)
+        positive(start__noise_multiplier=self.noise_multiplier)
+        clip_norm(start__clip_norm=self.clip_norm)
+
+    def release(self, least_noise: float = 0.0) -> Release:
+        """Return the one release; also for a run's plan, before any site is known."""
+        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind="initialisation")
+
+    def plan(self, whole: PrivacyPlan, public_size: int, least_noise: float = 0.0) -> PrivacyPlan:
+        """Return the plan of the release, by which a site acts and the server judges.
+
+        Args:
+            whole: the site's plan of the run, whose budget and delta hold here too.
+            public_size: as the site declares it, in records.
+            least_noise: the least noise multiplier that the site's policy allows.
+        """
+        return dataclasses.replace(
+            whole,
+            clip_norm=self.clip_norm,
+            noise_multiplier=self.release(least_noise).noise_multiplier,
+            sample_rate=self.sample_rate,
+            expected_batch_size=self.sample_rate * public_size,
+        )
+
+    @abstractmethod
+    def privatise(
+        self,
+        model: FederatedModel,
+        parts: Iterable[Batch],
+        plan: PrivacyPlan,
+        before_pass: Callable[[], None] = lambda: None,
+    ) -> AdapterState:
+        """Site: return the clipped, noised, publicly scaled sum of the records' statistics.
+
+        ``before_pass`` is called before each pass, and may raise. Without a part it is noise alone.
+        """
+
+
+@dataclass(frozen=True)
+class UnpaidStart(Start):
+    """A start from every site's records as they are; no privacy."""
+
+    needs: ClassVar[Needs] = "records, without privacy"
+
+    sample_rate: float = 0.1
+    """Chance of each record to be used; a site uses at least one."""
+
+    def __post_init__(self) -> None:
+        in_range(0, 1, start__sample_rate=self.sample_rate)
+
+
+def seeded(place: Place, wanted: Collection[str]) -> Factors:
+    """Return orthonormal rows A and orthonormal columns B from public streams of the run's seed, each its own."""
+
+    def rows(factor: str, columns: int) -> Tensor:
+        return orthonormal_rows(place.rank, columns, stream(place.seed, "adapter", place.layer, factor))
+
+    made = {"A": lambda: rows("A", place.into), "B": lambda: rows("B", place.out).T.contiguous()}
+    return {factor: make() for factor, make in made.items() if factor in wanted}

@@ -1,0 +1,59 @@
+"""LoRA-SB's start from a mean gradient, paid for: one clipped, noised sum of every site's gradients.
+
+Without LoRA-SB's sign, because the sign of a noisy dense matrix is close to random, while a low-rank
+signal survives noise. What the server makes of the release is post-processing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.adapters import Adapter, Place
+from common.config.sections import RunConfig
+from common.errors import ConfigError
+from common.messages.state import AdapterState, Factors
+from common.messages.wire import Layout
+from common.model.federated import FederatedModel
+from common.privacy.plan import PrivacyPlan
+from common.starts.base import PaidStart, seeded
+from common.starts.gradient import gradient_basis, gradient_layout, private_gradient
+from common.tasks import Batch
+
+
+@dataclass(frozen=True)
+class DPGradient(PaidStart):
+    """B and A span the leading singular vectors of the sites' noised gradient; no weight moves."""
+
+    name: ClassVar[str] = "dp-gradient"
+
+    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
+        """Refuse a run without privacy, which has a better start."""
+        if not config.privacy.on:
+            raise ConfigError(
+                "adapter.start 'dp-gradient' is for a private run: without privacy use 'private-gradient'"
+            )
+        super().check(config, adapter)
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return orthonormal directions, which hold until the gradient is there."""
+        return seeded(place, wanted)
+
+    def layout(self, model: FederatedModel) -> Layout:
+        """Return ``G``, shape (out, in), of every adapted layer."""
+        return gradient_layout(model)
+
+    def privatise(
+        self,
+        model: FederatedModel,
+        parts: Iterable[Batch],
+        plan: PrivacyPlan,
+        before_pass: Callable[[], None] = lambda: None,
+    ) -> AdapterState:
+        """Return the records' gradients by the mechanism of a training step."""
+        return private_gradient(model, parts, plan, before_pass)
+
+    def from_statistic(self, statistic: Factors, rank: int) -> Factors:
+        """Return B and A, and R = 0."""
+        return gradient_basis(statistic["G"], rank, 0.0, sign=False)

@@ -1,0 +1,60 @@
+"""LoRA-SB's start from a mean gradient as published: on raw private records, only without privacy.
+
+Singhal, Ponkshe et al.: Initialization using Update Approximation is a Silver Bullet (LoRA-SB), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.adapters import Adapter, Place
+from common.check import positive
+from common.config.sections import RunConfig
+from common.errors import ConfigError
+from common.messages.state import AdapterState, Factors
+from common.messages.wire import Layout
+from common.model.federated import FederatedModel
+from common.starts.base import UnpaidStart, seeded
+from common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
+from common.tasks import Batch
+
+
+@dataclass(frozen=True)
+class PrivateGradient(UnpaidStart):
+    """B R A is the best rank-r part of one sign step down the sites' mean gradient."""
+
+    name: ClassVar[str] = "private-gradient"
+
+    step: float = 1e-3
+    """Length of the first sign step that is imitated: LoRA-SB's eta."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(start__step=self.step)
+
+    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
+        """Refuse a private run."""
+        if config.privacy.on:
+            raise ConfigError(
+                "adapter.start 'private-gradient' publishes raw gradients of private records, which no ε covers: "
+                "use 'dp-gradient', 'public-gradient', 'svd-of-weights' or 'orthonormal', or set privacy.mode to 'none'"
+            )
+        super().check(config, adapter)
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return orthonormal directions, which hold until the gradient is there."""
+        return seeded(place, wanted)
+
+    def layout(self, model: FederatedModel) -> Layout:
+        """Return ``G``, shape (out, in), of every adapted layer."""
+        return gradient_layout(model)
+
+    def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
+        """Return the mean of the records' gradients."""
+        return mean_gradient(model, parts)
+
+    def from_statistic(self, statistic: Factors, rank: int) -> Factors:
+        """Return B, A and R of LoRA-SB's algorithm 1."""
+        return gradient_basis(statistic["G"], rank, self.step, sign=True)

@@ -1,0 +1,81 @@
+"""LoRA-SB's start from a mean gradient, on public records at the server.
+
+Singhal, Ponkshe et al.: Initialization using Update Approximation is a Silver Bullet (LoRA-SB), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from common.adapters import Adapter, Place
+from common.check import positive
+from common.config.sections import RunConfig
+from common.data.sources import load_dataset
+from common.errors import ConfigError
+from common.messages.state import AdapterState, Factors
+from common.messages.wire import Layout
+from common.model.batching import length_batches
+from common.model.device import choose_batch_tokens
+from common.model.federated import FederatedModel
+from common.randomness import stream
+from common.starts.base import Needs, Start, seeded
+from common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
+from common.tasks import Batch
+
+
+@dataclass(frozen=True)
+class PublicGradient(Start):
+    """B R A is the best rank-r part of one sign step down the public records' mean gradient."""
+
+    name: ClassVar[str] = "public-gradient"
+    needs: ClassVar[Needs] = "public records"
+
+    data: str = ""
+    """The public data set or file, read with the run's ``data`` columns."""
+    records: int = 256
+    """How many of its records are used."""
+    step: float = 1e-3
+    """Length of the first sign step that is imitated: LoRA-SB's eta."""
+
+    def __post_init__(self) -> None:
+        positive(start__step=self.step, start__records=self.records)
+
+    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
+        """Refuse a start that lacks its data."""
+        super().check(config, adapter)
+        if not self.data:
+            raise ConfigError("adapter.start 'public-gradient' needs start.data: name a public data set or file")
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return orthonormal directions, which hold until the gradient is there."""
+        return seeded(place, wanted)
+
+    def layout(self, model: FederatedModel) -> Layout:
+        """Return ``G``, shape (out, in), of every adapted layer."""
+        return gradient_layout(model)
+
+    def from_public(self, model: FederatedModel, config: RunConfig, label_names: tuple[str, ...]) -> AdapterState:
+        """Return the mean gradient over a seeded choice of the public records."""
+        data = load_dataset(config.data, config.model.task, self.data)
+        if data.label_names != label_names:
+            raise ConfigError(
+                f"the public data {self.data!r} have the labels {', '.join(data.label_names)}, "
+                f"the run has {', '.join(label_names)}"
+            )
+        order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
+        records = model.prepare([data.examples[i] for i in order[: self.records]])
+        budget = choose_batch_tokens(config.training.batch_tokens, model.device)
+        groups = length_batches([model.task.size(record) for record in records], budget)
+        return self.measure(model, (model.batch([records[i] for i in group]) for group in groups))
+
+    def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
+        """Return the mean of the records' gradients."""
+        return mean_gradient(model, parts)
+
+    def from_statistic(self, statistic: Factors, rank: int) -> Factors:
+        """Return B, A and R of LoRA-SB's algorithm 1."""
+        return gradient_basis(statistic["G"], rank, self.step, sign=True)

@@ -1,0 +1,46 @@
+"""Settings that have another name now, and still work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.config.sections import Scalar
+from common.errors import ConfigError
+
+RENAMED: Mapping[str, str] = {
+    "adapter.init": "adapter.start",
+    "fed-sb.init": "adapter.start",
+    "fed-sb.init-step": "start.step",
+    "fed-sb.init-data": "start.data",
+    "fed-sb.init-records": "start.records",
+    "fed-sb.init-sample-rate": "start.sample-rate",
+    "fed-sb.init-noise-multiplier": "start.noise-multiplier",
+    "fed-sb.init-clip-norm": "start.clip-norm",
+}
+"""Each old name with its successor, whose default it shares."""
+
+
+def by_new_names(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], dict[str, str]]:
+    """Return flat settings by their present names, and each old name that says something with its successor.
+
+    An old name that is left at its default says nothing. One of a strategy that is not run never did.
+
+    Args:
+        values: settings as given.
+        known: every setting that exists, with its default.
+
+    Raises:
+        ConfigError: a setting is given by both names, and they differ.
+    """
+    settings = {key: value for key, value in values.items() if key not in RENAMED}
+    strategy, used = values.get("strategy", known["strategy"]), {}
+    for old, new in RENAMED.items():
+        value, default = values.get(old, known[old]), known[old]
+        owner = old.split(".")[0]
+        if value == default or owner not in ("adapter", strategy):
+            continue
+        if settings.get(new, default) not in (default, value):
+            raise ConfigError(f"{old} is another name of {new}, and they differ: give {new} alone")
+        settings[new] = value
+        used[old] = new
+    return settings, used

@@ -1,0 +1,483 @@
+"""Starts from weights, shards and public text: rows of the invariants, on layers that are not square."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import MissConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from audits.tiny_models import FILLER, GOOD, TARGETS
+from common.adapters import ADAPTERS, LoRAFrozenA, Place
+from common.config.sections import HeadConfig
+from common.errors import ConfigError, DataError, ModelError
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import fingerprint, merge
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.privacy import dpsgd
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import PrivacyPlan
+from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.starts import STARTS, Start
+from common.starts.calibration import calibrated
+from common.starts.directions import leading_rows, minor_rows, orthonormal_rows
+from common.starts.eva import EVA, input_moments
+from common.starts.public_text import packaged_sha256, read_text
+from common.tasks import TASKS
+from common.tasks.text import TextExample
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process
+from server.model import ServerModel
+from strategies.job import configure
+
+RANK = 3
+SHAPES = [(7, 12), (13, 6), (8, 8)]
+Folder = Callable[[str], str]
+each_family = pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+each_shape = pytest.mark.parametrize(("out", "into"), SHAPES)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def place(W: Tensor, rank: int = RANK) -> Place:
+    return Place("layer", W.shape[0], W.shape[1], rank, 1, W.clone)
+
+
+def off_identity(rows: Tensor) -> float:
+    return float((rows.double() @ rows.double().T - torch.eye(len(rows), dtype=torch.float64)).abs().max())
+
+
+def tiny(folder: str, family: str, start: Start, adapter: str = "lora-frozen-a", alpha: float = 3.0) -> FederatedModel:
+    task = "classification" if family == "bert" else "causal-lm"
+    return FederatedModel(
+        load_base_model(folder, task),
+        ADAPTERS[adapter](RANK, alpha, tuple(TARGETS[family].split(",")), start),
+        TASKS[task],
+        HeadConfig(policy="trained" if family == "bert" else "frozen", start="random"),
+        seed=1,
+        label_names=("bad", "good"),
+        max_length=24,
+        device="cpu",
+        precision="float32",
+    )
+
+
+OURS = ("orthonormal", "shards", "svd-of-weights", "minor-of-weights", "nystrom")
+"""Rows that another process has without being told."""
+
+# --- from the weights -------------------------------------------------------------------------------------------------
+
+
+@each_shape
+def test_minor_of_weights_is_orthonormal_and_spans_what_the_weight_reaches_least(out: int, into: int) -> None:
+    W = draw(out, into, seed=out)
+    made = STARTS["minor-of-weights"]().factors(place(W), ("A", "B"))
+    assert (made["A"].shape, made["B"].shape) == ((RANK, into), (out, RANK))
+    for rows, gram in ((made["A"], W.T @ W), (made["B"].T, W @ W.T)):
+        assert off_identity(rows) < 1e-6
+        least = torch.linalg.eigvalsh(gram)[:RANK]
+        assert (torch.diagonal(rows.double() @ gram @ rows.double().T) - least).abs().max() < 1e-5
+        assert (rows.double() @ gram - least[:, None] * rows.double()).abs().max() < 1e-5, "no eigenvectors"
+
+
+def test_minor_directions_that_a_weight_does_not_reach_are_the_same_whatever_basis_an_svd_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    W, real = draw(4, 9, seed=2), torch.linalg.svd
+    here = minor_rows(W, 6)
+
+    def elsewhere(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vt = real(matrix, full_matrices=full_matrices)
+        return -u, s, -vt
+
+    monkeypatch.setattr(torch.linalg, "svd", elsewhere)
+    assert (minor_rows(W, 6) - here).abs().max() < 1e-12
+    assert (W @ here[:5].T).abs().max() < 1e-12, "the first five are not in the weight's null space"
+    assert off_identity(here) < 1e-12
+
+
+@each_shape
+def test_nystrom_spans_the_first_rows_and_columns_and_leaves_the_model_as_it_was(out: int, into: int) -> None:
+    W = draw(out, into, seed=out)
+    made = {name: t.double() for name, t in STARTS["nystrom"]().factors(place(W), ("A", "B")).items()}
+    assert max(off_identity(made["A"]), off_identity(made["B"].T)) < 1e-6
+    rows, columns = W[:RANK], W[:, :RANK]
+    assert (rows @ made["A"].T @ made["A"] - rows).abs().max() < 1e-5
+    assert (made["B"] @ made["B"].T @ columns - columns).abs().max() < 1e-5
+    # The interpolation: W's first rows and columns are those of C U⁻¹ R, whose directions these are.
+    interpolated = columns @ torch.linalg.solve(W[:RANK, :RANK], rows)
+    assert (interpolated[:RANK] - rows).abs().max() < 1e-9
+    core = made["B"].T @ interpolated @ made["A"].T
+    assert (made["B"] @ core @ made["A"] - interpolated).abs().max() < 1e-5, "the core does not reach the Nyström form"
+
+
+def test_the_published_nystrom_start_is_another_model() -> None:
+    W = draw(7, 12, seed=7) * 0.1
+    moved = W[:, :RANK] @ W[:RANK, :RANK] @ W[:RANK]
+    assert float(moved.norm()) > 0.001 * float(W.norm())
+
+
+DERIVED = [name for name, start in STARTS.items() if start().asked == "nobody"]
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        (name, other)
+        for name in DERIVED
+        for other, kind in ADAPTERS.items()
+        if {*kind.directions} <= {*STARTS[name].gives}
+    ],
+)
+@each_family
+def test_a_start_that_every_party_derives_leaves_base_and_outputs_bit_for_bit(
+    model_folder: Folder, family: str, name: str, adapter: str
+) -> None:
+    folder = model_folder(family)
+    model = tiny(folder, family, STARTS[name](), adapter)
+    stock = load_base_model(folder, model.task.name).module.state_dict()
+    live = {
+        key.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for key, tensor in model.peft_model.state_dict().items()
+        if "lora_" not in key
+    }
+    assert all(torch.equal(live[key], tensor) for key, tensor in stock.items()), "the base moved"
+    assert all(not model.adapter.delta(factors).any() for layer, factors in model.start.items() if layer != HEAD)
+
+
+@pytest.mark.parametrize("name", [name for name in DERIVED if name in OURS])
+def test_two_processes_derive_the_same_start(model_folder: Folder, name: str) -> None:
+    code = (
+        "import sys; from common.adapters import LoRASB; from common.messages.tensors import fingerprint;"
+        "from common.model.base import load_base_model; from common.starts import STARTS;"
+        "a = LoRASB(3, 6.0, ('query', 'dense'), STARTS[sys.argv[2]]());"
+        "print(fingerprint(a.read(a.attach(load_base_model(sys.argv[1], 'classification').module, 1))))"
+    )
+    command = [sys.executable, "-c", code, model_folder("bert"), name]
+    there = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    adapter = ADAPTERS["lora-sb"](3, 6.0, ("query", "dense"), STARTS[name]())
+    here = adapter.read(adapter.attach(load_base_model(model_folder("bert"), "classification").module, 1))
+    assert there.stdout.split()[-1] == fingerprint(here)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@each_shape
+def test_shards_sum_every_rth_input(out: int, into: int) -> None:
+    W = draw(out, into)
+    plain = STARTS["shards"](normalised=False).factors(place(W), ("A", "B"))  # type: ignore[call-arg]
+    gram = plain["A"] @ plain["A"].T
+    assert torch.equal(gram, torch.diag(torch.diagonal(gram)))
+    assert set(torch.diagonal(gram).tolist()) <= {float(into // RANK), float(-(-into // RANK))}
+    x = draw(into, seed=3).float()
+    assert torch.allclose(plain["A"] @ x, torch.stack([x[k::RANK].sum() for k in range(RANK)]))
+    normalised = STARTS["shards"]().factors(place(W), ("A", "B"))
+    assert off_identity(normalised["A"]) < 1e-6
+    assert off_identity(normalised["B"].T) < 1e-6
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_shards_are_pefts_miss_also_when_exported(rank: int, tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config: dict[str, Any] = {"model_type": "custom"}
+            self.wide, self.tall = nn.Linear(12, 7), nn.Linear(7, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.tall(torch.tanh(self.wide(x))))
+
+    torch.manual_seed(3)
+    base = Two()
+    weights = base.state_dict()
+
+    def again() -> Two:
+        fresh = Two()
+        fresh.load_state_dict(weights)
+        return fresh
+
+    # PEFT's MiSS cuts what is left where r does not divide the inputs.
+    miss = get_peft_model(again(), MissConfig(r=rank, target_modules=["wide", "tall"], init_weights=True))
+    adapter = LoRAFrozenA(rank, float(rank), ("wide", "tall"), STARTS["shards"](normalised=False))  # type: ignore[call-arg]
+    ours = adapter.attach(again(), 1)
+    state = adapter.read(ours)
+    for name, factors in state.items():
+        B = draw(*factors["B"].shape, seed=len(name)).float()
+        state[name] = {"A": factors["A"], "B": B}
+        block = miss.base_model.model.get_submodule(name).miss_block["default"]
+        block.data.copy_(B.T)
+    adapter.write(ours, state)
+    x = draw(5, 12, seed=8).float()
+    assert torch.allclose(ours(x), miss(x), atol=1e-5)
+    adapter.export(ours, state, tmp_path, "base")
+    assert torch.allclose(PeftModel.from_pretrained(again(), tmp_path)(x), miss(x), atol=1e-5)
+
+
+def train_privately(A: Tensor, alpha: float, rate: float, clip: float, noise: list[Tensor]) -> Tensor:
+    """Return the change of the weight after DP-SGD on B under a frozen A, all in float64."""
+    x, y, rank = draw(6, 12, seed=4), draw(6, 7, seed=5), A.shape[0]
+    model = nn.Sequential(nn.Linear(12, rank, bias=False), nn.Linear(rank, 7, bias=False)).double()
+    model[0].weight = nn.Parameter(A, requires_grad=False)
+    nn.init.zeros_(model[1].weight)
+    drawn = iter(noise)
+    scale = alpha / rank
+
+    def losses(batch: dict[str, Tensor]) -> Tensor:
+        return (scale * model(batch["x"]) - batch["y"]).square().sum(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpsgd, "add_private_noise", lambda total, std: total.double() + std * next(drawn))
+        plan = PrivacyPlan(clip, 1.0, 1.0, 6.0, 1e-5, 50.0)
+        optimizer = torch.optim.SGD([model[1].weight], lr=rate)
+        with PrivateSteps(model, optimizer, plan) as steps:
+            for _ in noise:
+                steps.step([{"x": x, "y": y}], losses)
+    return scale * model[1].weight.detach() @ A
+
+
+def test_miss_trains_as_normalised_shards_do_under_the_scale_rule() -> None:
+    W, rank = draw(7, 12), 4
+    plain, unit = (
+        STARTS["shards"](normalised=n).factors(place(W, rank), ("A",))["A"].double()  # type: ignore[call-arg]
+        for n in (False, True)
+    )
+    noise = [draw(7, rank, seed=50 + k) for k in range(3)]
+    c = (12 / rank) ** 0.5
+    published = train_privately(plain, rank, 0.05, 0.6, noise)
+    ours = train_privately(unit, c * rank, 0.05, 0.6, noise)
+    assert (published - ours).abs().max() < 1e-7  # A is rounded to float32
+    slower = train_privately(unit, rank, 0.05 * c**2, 0.6 / c, noise)
+    assert (published - slower).abs().max() < 1e-7, "the scale rule does not hold"
+    assert (published - train_privately(unit, rank, 0.05, 0.6, noise)).abs().max() > 1e-3, "the check has no teeth"
+
+
+# --- EVA --------------------------------------------------------------------------------------------------------------
+
+TEXTS = ["the film was bright", " ".join(FILLER[:7]), " ".join(GOOD), "dull", "a cold story and an awful actor"]
+
+
+def moments(model: FederatedModel, texts: list[str]) -> AdapterState:
+    return input_moments(model, model.prepare([model.task.of_phrase(text) for text in texts]))
+
+
+def inputs_of(model: FederatedModel, texts: list[str]) -> dict[str, Tensor]:
+    """Return every token that reaches each layer, off hooks of its own, all texts in one padded batch."""
+    kept: dict[str, Tensor] = {}
+    records = model.prepare([model.task.of_phrase(text) for text in texts])
+    batch = model.batch(records)
+    mask = batch["attention_mask"].bool()
+    hooks = [
+        cast(nn.Module, layer).register_forward_hook(
+            lambda _, given, __, name=name: kept.__setitem__(name, given[0][mask].detach().double())
+        )
+        for name, layer in model.adapter.layers(model.peft_model).items()
+    ]
+    model.module.eval()
+    with torch.no_grad():
+        model.losses(batch)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+@each_family
+def test_moments_are_those_of_all_tokens_but_padding_whatever_the_batches(model_folder: Folder, family: str) -> None:
+    model = tiny(model_folder(family), family, EVA())
+    found = moments(model, TEXTS)
+    for name, X in inputs_of(model, TEXTS).items():
+        assert (found[name]["M"] - X.T @ X / len(X)).abs().max() < 1e-5 * X.square().mean() * X.shape[1]
+        assert (found[name]["m"] - X.mean(0)).abs().max() < 1e-5 * X.abs().max()
+    turned = moments(model, TEXTS[::-1])
+    assert all((turned[name]["M"] - held["M"]).abs().max() < 1e-12 for name, held in found.items())
+
+
+@each_family
+def test_eva_spans_the_principal_directions_of_the_inputs_and_layers_of_one_input_share_it(
+    model_folder: Folder, family: str
+) -> None:
+    model = tiny(model_folder(family), family, EVA())
+    found, inputs = moments(model, TEXTS), inputs_of(model, TEXTS)
+    made = {name: EVA().from_statistic(held, RANK)["A"] for name, held in found.items()}
+    shared = 0
+    for name, A in made.items():
+        top = torch.linalg.svd(inputs[name], full_matrices=False).Vh[:RANK]
+        assert off_identity(A) < 1e-6
+        assert (A.double().T @ A.double() - top.T @ top).abs().max() < 1e-3, f"{name}: another span than the inputs'"
+        for other, B in made.items():
+            if other < name and inputs[name].shape == inputs[other].shape and torch.equal(inputs[name], inputs[other]):
+                assert torch.equal(A, B), f"{name} and {other} have one input and two A"
+                shared += 1
+    assert shared or family == "gpt2", "no two layers share an input, so nothing is proved"
+
+
+def test_pooled_moments_are_those_of_all_texts_and_averaged_directions_are_not(model_folder: Folder) -> None:
+    model = tiny(model_folder("bert"), "bert", EVA())
+    parts = [TEXTS[:2], TEXTS[2:]]
+    tokens = [sum(len(r["input_ids"]) for r in model.prepare([model.task.of_phrase(t) for t in p])) for p in parts]
+    first, second, whole = moments(model, parts[0]), moments(model, parts[1]), moments(model, TEXTS)
+    for name, held in whole.items():
+        pooled = (tokens[0] * first[name]["M"] + tokens[1] * second[name]["M"]) / sum(tokens)
+        assert (pooled - held["M"]).abs().max() < 1e-12 * held["M"].abs().max() + 1e-12
+        mean = (leading_rows(first[name]["M"], RANK) + leading_rows(second[name]["M"], RANK)) / 2
+        assert (mean - leading_rows(held["M"], RANK)).abs().max() > 1e-3, "averaging A would do: nothing is proved"
+
+
+def test_centred_moments_give_what_pefts_incremental_pca_gives_of_one_batch(model_folder: Folder) -> None:
+    from peft.utils.incremental_pca import IncrementalPCA
+
+    model = tiny(model_folder("bert"), "bert", EVA(centred=True))
+    for name, X in inputs_of(model, TEXTS).items():
+        pca = IncrementalPCA(n_components=RANK, lowrank=False)
+        pca.partial_fit(X.float())
+        statistic = {"M": X.T @ X / len(X), "m": X.mean(0)}
+        A = EVA(centred=True).from_statistic(statistic, RANK)["A"]
+        overlap = (A @ pca.components_.float().T).abs()
+        assert (overlap - torch.eye(RANK)).abs().max() < 1e-3, f"{name}: other components than PEFT's"
+        assert (A - EVA().from_statistic(statistic, RANK)["A"]).abs().max() > 1e-2
+
+
+def test_the_text_is_known_by_its_fingerprint(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("one film\n\nanother film\n", encoding="utf-8")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert read_text(str(file), digest) == ["one film", "another film"]
+    with pytest.raises(DataError, match=rf"has the SHA-256 {digest}, start.text-sha256 is {'0' * 64}"):
+        read_text(str(file), "0" * 64)
+    assert len(read_text("phrases", packaged_sha256())) == 48
+    with pytest.raises(DataError, match="cannot be read"):
+        read_text(str(tmp_path / "absent"), digest)
+    file.write_bytes(b"\n")
+    with pytest.raises(DataError, match="holds no text"):
+        read_text(str(file), hashlib.sha256(b"\n").hexdigest())
+    with pytest.raises(ConfigError, match=r"set start\.text-sha256 to what sha256sum prints"):
+        configure({"adapter.start": "eva", "start.text": str(file)})
+    with pytest.raises(ConfigError, match="64 hexadecimal digits"):
+        configure({"adapter.start": "eva", "start.text-sha256": "abc"})
+
+
+def test_server_and_site_that_start_from_other_texts_disagree(model_folder: Folder) -> None:
+    model = tiny(model_folder("bert"), "bert", EVA())
+    told = {
+        configure({"adapter.start": "eva", "start.text": text, "start.text-sha256": digest}).start_fingerprint(
+            model.start
+        )
+        for text, digest in (("phrases", ""), ("a.txt", "0" * 64), ("a.txt", "1" * 64))
+    }
+    assert len(told) == 3
+    plain = configure({"adapter.start": "orthonormal"}).start_fingerprint(model.start)
+    assert plain not in told
+
+
+@pytest.mark.parametrize("strategy", ["ffa-lora", "fed-svd", "fed-sb", "fedavg-lora"])
+@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+def test_a_run_from_public_text_costs_nothing_and_sends_a_once(
+    strategy: str, mode: str, toy_settings: dict[str, Any]
+) -> None:
+    settings = {**toy_settings, "strategy": strategy, "adapter.start": "eva", "privacy.mode": mode, "rounds": 2}
+    folder = run_in_process(settings, 2)
+    lines = read_lines(RoundLine, folder)
+    assert [line.round_number for line in lines] == [0, 1, 2]
+    assert lines[0].participants == []
+    spent = read_lines(PrivacyLine, folder)
+    assert all(line.kind in ("training", None) for line in spent)
+    once = lines[1].bytes_down - lines[2].bytes_down
+    job = configure(settings)
+    frozen = ServerModel(job).model.adapter.frozen
+    start = ServerModel(job).start
+    numbers = sum(t.numel() for layer, f in start.items() if layer != HEAD for n, t in f.items() if n in frozen)
+    assert once == 2 * 4 * numbers, "frozen factors do not travel exactly once to each of two sites"
+    assert evaluate_run(folder).accuracy == lines[-1].accuracy
+    assert f"public text of SHA-256 {packaged_sha256()}" in (folder / "run.log").read_text()
+    exported = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
+    if strategy == "ffa-lora":
+        for name, held in ServerModel(job).public_statistic().items():
+            A = exported[f"base_model.model.{name}.lora_A.weight"]
+            assert torch.allclose(A, EVA().from_statistic(held, job.adapter.rank)["A"], atol=1e-5)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def gradients(model: FederatedModel, state: AdapterState, records: list[Any]) -> list[float]:
+    """Return the length of each record's gradient of all B, taken off the model as it trains."""
+    model.write(state)
+    model.module.eval()
+    factors = [p for layer, own in model.trained().items() if layer != HEAD for p in own.values()]
+    found = [torch.autograd.grad(model.losses(model.batch([record])).sum(), factors) for record in records]
+    return [float(torch.stack([g.norm() for g in one]).norm()) for one in found]
+
+
+@pytest.mark.parametrize("name", ["eva", "shards", "svd-of-weights", "kaiming", "minor-of-weights", "nystrom"])
+def test_after_calibration_gradients_are_as_long_as_with_random_rows(model_folder: Folder, name: str) -> None:
+    model = tiny(model_folder("bert"), "bert", STARTS[name]())
+    records = model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
+    state = model.start
+    if name == "eva":
+        found = moments(model, TEXTS)
+        given = {layer: model.adapter.begin(EVA().from_statistic(held, RANK)) for layer, held in found.items()}
+        state = merge(state, given)
+    # Of a hundred models with random rows: each record's root mean square, as it trains, and the median over records.
+    squares = torch.zeros(len(records), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(100):
+        rows = {
+            layer: {"A": orthonormal_rows(RANK, factors["A"].shape[1], generator)}
+            for layer, factors in state.items()
+            if layer != HEAD
+        }
+        squares += torch.tensor(gradients(model, merge(model.start, rows), records)).square() / 100
+    wanted = float(squares.sqrt().median())
+    after = torch.tensor(gradients(model, calibrated(model, state, records), records)).median()
+    assert float(after) == pytest.approx(wanted, rel=0.03)  # a hundred draws know it to 1 %
+
+
+def test_calibration_is_the_ratio_of_medians_and_moves_a_alone(model_folder: Folder) -> None:
+    model = tiny(model_folder("bert"), "bert", STARTS["shards"](normalised=False))  # type: ignore[call-arg]
+    records = model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
+    thrice = {
+        layer: {n: 3 * t if n == "A" else t for n, t in f.items()} if layer != HEAD else f
+        for layer, f in model.start.items()
+    }
+    made, again = (calibrated(model, state, records) for state in (model.start, thrice))
+    for layer, factors in made.items():
+        for name, tensor in factors.items():
+            assert torch.allclose(tensor, again[layer][name], rtol=1e-5), f"{layer}.{name} depends on A's length before"
+            if name != "A":
+                assert torch.equal(tensor, model.start[layer][name])
+    assert max(gradients(model, thrice, records)) > 2 * max(gradients(model, made, records))
+
+
+def test_a_calibrated_run_sends_its_a_once_and_a_head_of_zeros_is_refused(toy_settings: dict[str, Any]) -> None:
+    own = {"strategy": "ffa-lora", "adapter.start": "svd-of-weights", "adapter.alpha": 0.0, "rounds": 2}
+    lines = read_lines(RoundLine, run_in_process({**toy_settings, **own}, 2))
+    assert [line.round_number for line in lines] == [0, 1, 2]
+    assert lines[1].bytes_down > lines[2].bytes_down
+    server = ServerModel(configure({**toy_settings, **own, "head.start": "zeros"}))
+    with pytest.raises(ModelError, match=r"adapter\.alpha cannot be calibrated"):
+        server.calibrated(server.start)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"strategy": "fed-sb"}, "which only 'lora-frozen-a' can be"),
+        ({"strategy": "fedavg-lora"}, "which only 'lora-frozen-a' can be"),
+        ({"strategy": "fed-svd"}, "gives A another length"),
+        ({"strategy": "ffa-lora", "model.task": "causal-lm", "head.policy": "frozen"}, "phrases about labels"),
+    ],
+)
+def test_alpha_is_calibrated_only_where_the_scale_is_free(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"adapter.alpha is 0, .*{named}"):
+        configure({"adapter.alpha": 0.0, **values})

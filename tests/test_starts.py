@@ -1,0 +1,119 @@
+"""Starts: one table, one road through round 0, old names that still work, and what each start promises."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from common.config.sections import Scalar, defaults
+from common.errors import ConfigError
+from common.starts import STARTS, PaidStart, Start, UnpaidStart
+from strategies.job import configure, known_settings
+from strategies.renamed import RENAMED
+
+each_start = pytest.mark.parametrize("name", STARTS)
+
+
+def needed(name: str) -> dict[str, Scalar]:
+    """Return the settings that a run needs besides to have a start."""
+    own: dict[str, Scalar] = {"adapter.start": name}
+    if name == "public-gradient":
+        own["start.data"] = "public.csv"
+    if STARTS[name].needs == "records, without privacy":
+        own["privacy.mode"] = "none"
+    return own
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@each_start
+def test_options_of_one_name_have_one_default_in_all_starts(name: str) -> None:
+    known = known_settings()
+    for key, value in defaults(STARTS[name]).items():
+        assert known[f"start.{key}"] == value, f"start.{key} has another default in {name!r} than in another start"
+
+
+@each_start
+def test_a_start_is_called_by_its_own_name_and_its_job_comes_back_from_its_settings(name: str) -> None:
+    job = configure(needed(name))
+    assert (job.origin.name, job.adapter.origin) == (name, job.origin)
+    assert configure(job.settings()) == job
+    assert (
+        isinstance(job.origin, PaidStart) == (job.origin.release() is not None) == (job.origin.needs == "paid release")
+    )
+
+
+@each_start
+def test_records_are_used_by_no_start_that_a_private_run_does_not_pay_for(name: str) -> None:
+    start = STARTS[name]()
+    private = {key: value for key, value in needed(name).items() if key != "privacy.mode"}
+    if start.asked == "sites" and start.release() is None:
+        assert isinstance(start, UnpaidStart)
+        with pytest.raises(ConfigError, match="privacy"):
+            configure(private)
+    else:
+        configure(private)
+
+
+def test_what_needs_records_without_privacy_is_refused_whatever_its_row_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    careless = dataclasses.make_dataclass("Careless", [], bases=(STARTS["private-gradient"],), frozen=True)
+    careless.name, careless.check = "careless", Start.check  # type: ignore[attr-defined]
+    monkeypatch.setitem(STARTS, "careless", careless)
+    with pytest.raises(ConfigError, match="'careless' uses private records without privacy"):
+        configure({"adapter.start": "careless"})
+
+
+# --- old names --------------------------------------------------------------------------------------------------------
+
+OLD: list[tuple[dict[str, Scalar], dict[str, Scalar]]] = [
+    ({"strategy": "ffa-lora", "adapter.init": "kaiming"}, {"strategy": "ffa-lora", "adapter.start": "kaiming"}),
+    (
+        {"strategy": "fed-sb", "fed-sb.init": "svd-of-weights"},
+        {"strategy": "fed-sb", "adapter.start": "svd-of-weights"},
+    ),
+    (
+        {
+            "strategy": "fed-sb",
+            "fed-sb.init": "dp-gradient",
+            "fed-sb.init-clip-norm": 2,
+            "fed-sb.init-sample-rate": 1,
+        },
+        {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.clip-norm": 2.0, "start.sample-rate": 1.0},
+    ),
+    (
+        {"strategy": "fed-sb", "fed-sb.init": "public-gradient", "fed-sb.init-data": "a.csv", "fed-sb.init-step": 0.1},
+        {"strategy": "fed-sb", "adapter.start": "public-gradient", "start.data": "a.csv", "start.step": 0.1},
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD)
+def test_a_job_by_old_names_is_the_job_by_new_ones_and_says_so(old: dict[str, Scalar], new: dict[str, Scalar]) -> None:
+    job = configure(old)
+    assert job == configure(new)
+    assert not configure(new).notes
+    for key in (key for key in old if RENAMED.get(key) in new):
+        assert f"{key} is called {RENAMED[key]} now: write {RENAMED[key]} in its place" in job.notes
+    assert configure({**known_settings(), **old}) == job, "Flower gives every setting, and old names at their defaults"
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        {"strategy": "ffa-lora", "fed-sb.init": "dp-gradient", "fed-sb.init-step": 0.5},
+        {"strategy": "fed-sb", "fed-sb.init-data": "a.csv"},
+        {"strategy": "fed-sb", "fed-sb.init": "orthonormal"},
+    ],
+)
+def test_an_old_name_that_had_no_effect_has_none(ignored: dict[str, Any]) -> None:
+    job = configure(ignored)
+    assert job == configure({"strategy": ignored["strategy"]})
+    assert not job.notes
+
+
+def test_old_names_have_the_defaults_of_their_successors() -> None:
+    known = known_settings()
+    assert {old: known[old] for old in RENAMED} == {old: known[new] for old, new in RENAMED.items()}
