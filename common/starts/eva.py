@@ -68,8 +68,10 @@ class EVA(Start):
             raise ConfigError(f"adapter.start 'eva' is made from text, and model.task {config.model.task!r} has none")
 
     def resolved(self) -> Self:
-        """Return the start with the fingerprint of its text."""
-        return self if self.text_sha256 else dataclasses.replace(self, text_sha256=packaged_sha256())
+        """Return the start with the fingerprint of its text, which of a file has to be given."""
+        if self.text_sha256 or self.text != PACKAGED:
+            return self
+        return dataclasses.replace(self, text_sha256=packaged_sha256())
 
     @property
     def fingerprint(self) -> str:
