@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from digits import PATCH, PROCESSOR, SIDE, TOKENS, digits, encoded, save_vit, write_folder
+from made_run import spent
 from PIL import Image
 from torch import nn
 
@@ -27,6 +28,7 @@ from common.messages.round import TrainResult
 from common.model import dinov2
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.tasks import TASKS, images
 from common.tasks import image_classification as images_task
 from common.tasks.image_classification import CHANCE, ImageExample
@@ -34,7 +36,6 @@ from common.tasks.image_processor import ImageProcessor
 from common.tasks.images import Picture, read_image
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
-from reports import read_lines
 from strategies.job import configure
 
 NAME = "image-classification"
@@ -350,12 +351,12 @@ def test_a_private_federation_on_digits_learns_and_its_adapter_scores_as_the_run
     strategy: str, least: float, toy: dict[str, Any]
 ) -> None:
     folder = run_in_process({**toy, "strategy": strategy}, 2)
-    lines = read_lines(folder / "rounds.jsonl")
-    assert not any(line["refusals"] or line["failures"] for line in lines)
-    assert [len(line["participants"]) for line in lines] == [2, 2, 2]
-    assert all(line["epsilon_total"] > 0 for line in read_lines(folder / "privacy.jsonl"))
+    lines = read_lines(RoundLine, folder)
+    assert not any(line.refusals or line.failures for line in lines)
+    assert [len(line.participants) for line in lines] == [2, 2, 2]
+    assert all(spent(line).epsilon_total > 0 for line in read_lines(PrivacyLine, folder))
     scored = evaluate_run(folder)
-    assert (scored.accuracy, scored.loss) == (lines[-1]["accuracy"], lines[-1]["loss"])
+    assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, lines[-1].loss)
     assert scored.accuracy > least, "nothing was learned"
 
 
@@ -363,9 +364,9 @@ def test_a_private_federation_on_digits_learns_and_its_adapter_scores_as_the_run
 def test_other_vision_transformers_train_too(kind: str, toy: dict[str, Any], vit: Callable[[str], str]) -> None:
     settings = {**toy, "model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind))), "rounds": 1}
     folder = run_in_process(settings, 2)
-    (line,) = read_lines(folder / "rounds.jsonl")
-    assert not [*line["refusals"], *line["failures"]]
-    assert evaluate_run(folder).loss == line["loss"]
+    (line,) = read_lines(RoundLine, folder)
+    assert not [*line.refusals, *line.failures]
+    assert evaluate_run(folder).loss == line.loss
 
 
 @pytest.fixture
