@@ -29,6 +29,7 @@ from common.model import dinov2
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.starts import STARTS
 from common.tasks import TASKS, images
 from common.tasks import image_classification as images_task
 from common.tasks.image_classification import CHANCE, ImageExample
@@ -61,7 +62,7 @@ def targets_of(folder: str) -> tuple[str, ...]:
 def federated(folder: str, max_length: int = TOKENS, targets: tuple[str, ...] = (), **options: Any) -> FederatedModel:
     return FederatedModel(
         load_base_model(folder, NAME),
-        ADAPTERS["lora"](2, 2.0, targets or targets_of(folder)),
+        ADAPTERS["lora"](2, 2.0, targets or targets_of(folder), STARTS["orthonormal"]()),
         TASK,
         HeadConfig("trained", "random"),
         seed=1,

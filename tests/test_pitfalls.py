@@ -20,8 +20,8 @@ from audits.tiny_site import tiny_site
 from client import local_training
 from client.ledger.ledger import Ledger
 from common.messages.round import TrainResult
+from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps, rounding_margin
-from common.starts import gradient as initial_gradient
 
 GPU = torch.device("cuda")
 
@@ -69,7 +69,7 @@ MARGINS = pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("
 def with_margin(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the margin be that of another device, where it is not 1."""
     if margin != 1.0:
-        for module in (local_training, initial_gradient):
+        for module in (local_training, dpsgd):
             monkeypatch.setattr(module, "rounding_margin", lambda _: rounding_margin(GPU))
 
 
