@@ -1,4 +1,4 @@
-"""What a command says of the settings that it was given, on stderr."""
+"""Notes on the settings that a command was given, on stderr."""
 
 from __future__ import annotations
 

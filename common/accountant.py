@@ -1,4 +1,4 @@
-"""What an epsilon is of, and what computed it, as data: kinds of releases, and the accountant with its reasons."""
+"""An epsilon's origin as data: kinds of releases, and the accountant with its reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear layer under an adapter that has a map of its own, in the place of PEFT's layer.
+"""The linear layer under an adapter with a map of its own, in the place of PEFT's layer.
 
 PEFT finds, names and replaces the layer; what it computes is ``base(x) + branch(W0 x, x)``.
 """

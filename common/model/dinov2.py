@@ -1,4 +1,4 @@
-"""DINOv2-small out of an ONNX file that carries it under a saliency decoder: float32 weights and processor settings.
+"""DINOv2-small from an ONNX file, in which it lies under a saliency decoder: float32 weights and processor settings.
 
 The decoder is left out: it normalises by batches. Tracing has named the layers' matrices by numbers and turned them, so
 a matrix is known by the bias that is added to its product; the table of positions stands in two constants.

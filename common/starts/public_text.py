@@ -1,4 +1,4 @@
-"""Public text that a start is made from: phrases that come with FedVeil, or a file of the server's, one text a line.
+"""Public text for starts: phrases that come with FedVeil, or a file of the server's, one text a line.
 
 No site ever opens a file that a run's settings name. It knows the text by its fingerprint, which is part of the
 settings and of what a task must agree with.

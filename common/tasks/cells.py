@@ -1,4 +1,4 @@
-"""What a cell of a table may hold, and how it is read.
+"""Cells of a table: their limits, and their readers.
 
 A reader takes a cell and returns its value, or raises ``Misfit`` if the cell holds none. A role names its reader
 (``common.tasks.roles``), so a kind of task may read numbers, or the file that a cell names, where others read text.

@@ -1,4 +1,4 @@
-"""What a vision model's own settings say of an image: its size, how it is scaled, and its normalisation.
+"""A vision model's own settings for images: size, scaling and normalisation.
 
 The settings are those of ``preprocessor_config.json``. Nothing is taken from other images: neither size nor
 normalisation may follow from the batch, in which one record would move the others, or from a data set.

@@ -1,4 +1,4 @@
-"""What tasks on text share: examples of text, the tokenizer, and records of tokens."""
+"""The text half of tasks: examples of text, the tokenizer, and records of tokens."""
 
 from __future__ import annotations
 
