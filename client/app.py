@@ -17,7 +17,7 @@ from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_initial
+from client.rehearsal import rehearse, rehearse_features, rehearse_initial
 from client.site import Site, check_job, open_site, policy_of
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
@@ -44,6 +44,9 @@ class _Process:
     """Each site's records as read and as the current model takes them."""
     rehearsed: dict[bool, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
+    features: Timing | None = None
+    """How fast the current model computes features, where it was seen to do it rightly; None: it needs not, or was not.
+    """
     built: str = ""
     """Digest of the current model's tensors as it was built."""
 
@@ -68,7 +71,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
-        _process.model, _process.records, _process.rehearsed = model, {}, {}
+        _process.model, _process.records, _process.rehearsed, _process.features = model, {}, {}, None
         _process.built = tensors_digest(model.module)
     return model
 
@@ -85,6 +88,8 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
     """
     if not job.config.privacy.on:
         return
+    if model.head_only and _process.features is None:
+        _process.features = rehearse_features(model)
     if False not in _process.rehearsed:
         _process.rehearsed[False] = rehearse(model)
     if initial and True not in _process.rehearsed:
@@ -98,7 +103,9 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
     paid = job.origin.release() if initial else None
     steps, rate = (paid.count, paid.sample_rate) if paid else (training.local_steps, training.sample_rate)
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
-    deadline.allow(timing, steps, rate * site.public_size, scored)
+    # A process that began anew computes them in whatever round it is.
+    featured = _process.features.worst(1, site.public_size, 0) if _process.features else 0.0
+    deadline.allow(timing, steps, rate * site.public_size, scored, featured)
     if deadline.seconds and len(site.data.examples) > site.public_size:
         log.error("there are more records than public-size says: when it answers, is not covered by the claim")
 

@@ -97,13 +97,15 @@ class Deadline:
     reserve: float = 0.0
     """Seconds that a step needs to be left when it begins a pass; see ``Timing.reserve``."""
 
-    def allow(self, timing: Timing, steps: int, batch: float, scored: int) -> None:
+    def allow(self, timing: Timing, steps: int, batch: float, scored: int, before: float = 0.0) -> None:
         """Raise PolicyRefusal if a round might not be done in time, and hold it to that; arguments as Timing.worst.
+
+        ``before`` are the seconds that a round may take, at worst, ahead of its steps.
 
         It follows from public figures and the rehearsal alone. How long the records took so far is no part of it: a
         server could choose steps and rate so that the refusal tells.
         """
-        worst, room = timing.worst(steps, batch, scored), TRAINED * self.seconds
+        worst, room = before + timing.worst(steps, batch, scored), TRAINED * self.seconds
         if self.seconds and room < worst:
             raise PolicyRefusal(
                 f"the site's policy has reply-after = {self.seconds:g}, of which a round has {room:g} seconds; by "

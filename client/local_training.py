@@ -71,6 +71,13 @@ def train_round(
         plan, spending = pay_round(site, job, task, deadline)
     else:
         note_exposure(site, job, task)
+    try:
+        with model.many_passes():
+            model.featurise(records, deadline.check)
+    except Exception as error:
+        if plan is None:
+            raise
+        records, failure = [], own_words(error)  # paid for already, as a step that fails
     if not task.round_number:
         contribution, failure = _statistic(records, job, model, plan, deadline, site)
     else:
@@ -80,7 +87,8 @@ def train_round(
             noise = site.policy.metrics_noise
             counted = NoisedCount(noised_correct(model, records, noise), noise)
         if plan:
-            failure = _private_steps(records, job, model, task, received, plan, deadline)
+            failed = _private_steps(records, job, model, task, received, plan, deadline)
+            failure = failure or failed
         else:
             _open_steps(records, job, model, task.round_number, received, site)
         trained = {

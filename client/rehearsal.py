@@ -20,22 +20,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.deadline import Timing
 from common.errors import MechanismError, ModelError
+from common.messages.state import METRIC
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch, Shapes
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.starts.gradient import initial_shapes, open_weights
-from common.tasks import Record
+from common.tasks import Record, Task
 
 MIXED = 1e-4
 """Deviation of a record's gradient, over its norm, above which records are mixed. Honest models: 1e-6; float32."""
@@ -69,24 +70,39 @@ def rehearse(model: FederatedModel) -> Timing:
 def rehearse_initial(model: FederatedModel) -> Timing:
     """Check round 0, whose gradient is that of the adapted layers' own weights; as ``rehearse``."""
     with open_weights(model):
-        return _Rehearsal(model, initial=True).run()
+        return _OfStart(model).run()
+
+
+def rehearse_features(model: FederatedModel) -> Timing:
+    """Check the features that a head alone is trained on: they are a record's own as its gradient is; as ``rehearse``.
+
+    Afterwards ``model.feature_shapes`` are shapes that this device computes rightly.
+    """
+    return _OfFeatures(model).run()
 
 
 class _Rehearsal:
     """One model, with the parameters that require a gradient as the trained ones."""
 
-    def __init__(self, model: FederatedModel, *, initial: bool = False) -> None:
-        self.model, self.initial = model, initial
+    what: ClassVar[str] = "gradient"
+    """What of a record is compared."""
+
+    def __init__(self, model: FederatedModel) -> None:
+        self.model = model
         self.trained = [p for p in model.module.parameters() if p.requires_grad]
         self.layers = {id(p): _layer_of(name) for name, p in model.module.named_parameters()}
-        self.invent = _inventor(model)
+        self.invent = _inventor(model, model.task)
         self.seconds: dict[int, float] = {}
         self.clipped: tuple[float, int] = (0.0, 1)
         """Seconds of two passes with clip, sum and noise, less the passes, and their rows."""
 
     @property
     def shapes(self) -> Shapes:
-        return initial_shapes(self.model) if self.initial else self.model.shapes
+        return self.model.shapes
+
+    @shapes.setter
+    def shapes(self, found: Shapes) -> None:
+        self.model.shapes = found
 
     def run(self) -> Timing:
         try:
@@ -138,13 +154,13 @@ class _Rehearsal:
     def _compare(self, found: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         whole = float(torch.stack([w.double().norm() for w in want]).norm())
         if not LEAST < whole < 1 / LEAST:
-            raise self._refusal("a made-up record has no gradient that could be compared: it is zero or not finite")
+            raise self._refusal(f"a made-up record has no {self.what} that could be compared: zero or not finite")
         for parameter, f, w in zip(self.trained, found, want, strict=True):
             scale = max(float(w.double().norm()), SMALL * whole)
             if not float((f.double() - w.double()).norm()) <= MIXED * scale:
                 raise self._refusal(
-                    f"in the layer {self.layers[id(parameter)]!r} a record's gradient depends on the records beside it "
-                    "or before it; choose a model that computes each record by itself, or other adapter.targets"
+                    f"in the layer {self.layers[id(parameter)]!r} a record's {self.what} depends on the records beside "
+                    "it or before it; choose a model that computes each record by itself, or other adapter.targets"
                 )
 
     # --- 2 and 3 ---
@@ -163,10 +179,7 @@ class _Rehearsal:
         if any(rows == 1 for _, rows in wanted.narrow):
             # Alone in its pass a record is beside no other, whatever the device does.
             log.warning("this device does not compute equal rows to equal bits: some records pass one by one, slowly")
-        if self.initial:
-            self.model.initial_shapes = wanted
-        else:
-            self.model.shapes = wanted
+        self.shapes = wanted
 
     def _narrowed(self) -> Shapes:
         """Return the shapes with as many rows of each length as are equal to the last bit; all of them pass."""
@@ -195,7 +208,7 @@ class _Rehearsal:
             self.clipped = more, sum(map(shapes.rows_of, ends))
         return shapes
 
-    def _equal_rows(self, steps: PrivateSteps, length: int, rows: int) -> list[Tensor] | None:
+    def _equal_rows(self, steps: _Steps, length: int, rows: int) -> list[Tensor] | None:
         """Return the gradient of one record that fills a batch, as long as the shape takes; None if its rows differ."""
         batch = self.model.fixed_batch([self._longest(length)] * rows, length, rows)
         found = steps.samples(batch, self.model.losses)
@@ -203,7 +216,7 @@ class _Rehearsal:
             return None
         return [sample[0].cpu() for sample in found]
 
-    def _among_others(self, steps: PrivateSteps, length: int, rows: int) -> list[Tensor]:
+    def _among_others(self, steps: _Steps, length: int, rows: int) -> list[Tensor]:
         """Return the same record's gradient in the last row, behind others that are shorter."""
         batch = self._others(length, rows, self._longest(length))
         return [sample[-1].cpu() for sample in steps.samples(batch, self.model.losses)]
@@ -218,7 +231,7 @@ class _Rehearsal:
     def _finite(self, found: Sequence[Tensor] | None) -> list[Tensor]:
         """Return gradients that say something; a comparison of zeros, or of what is no number, would not."""
         if found is None or not all(bool(gradient.isfinite().all()) for gradient in found):
-            raise self._refusal("a gradient of a made-up record is not finite, so nothing can be compared")
+            raise self._refusal(f"a made-up record's {self.what} is not finite, so nothing can be compared")
         return list(found)
 
     def _remembers(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
@@ -229,7 +242,7 @@ class _Rehearsal:
             for gradients in (before, [n.double() - b.double() for b, n in zip(before, now, strict=True)])
         )
         if not apart <= coarse * whole:
-            raise self._refusal("a record's gradient depends on what was computed before it")
+            raise self._refusal(f"a record's {self.what} depends on what was computed before it")
 
     def _watched(self, length: int) -> list[Record]:
         """Return a record that leaves the shape room, and one as long as it takes."""
@@ -248,13 +261,73 @@ class _Rehearsal:
         passes = {length: seconds + rows[length] * clip for length, seconds in self.seconds.items()}
         return Timing(passes, rows, empty, score)
 
-    def _steps(self) -> PrivateSteps:
+    def _steps(self) -> AbstractContextManager[_Steps]:
         return PrivateSteps(self.model.module, torch.optim.SGD(self.trained, lr=0.0), _PLAN)
 
 
-def _inventor(model: FederatedModel) -> Callable[[int, int], Record]:
+class _OfStart(_Rehearsal):
+    """Round 0, while the adapted layers' own weights are open."""
+
+    @property
+    def shapes(self) -> Shapes:
+        return initial_shapes(self.model)
+
+    @shapes.setter
+    def shapes(self, found: Shapes) -> None:
+        self.model.initial_shapes = found
+
+
+class _OfFeatures(_Rehearsal):
+    """What the frozen base model says of a record."""
+
+    what = "features"
+
+    def __init__(self, model: FederatedModel) -> None:
+        super().__init__(model)
+        self.trained = [nn.Parameter(torch.zeros(0))]  # stands for them: nothing below the head has a gradient
+        self.layers = {id(self.trained[0]): "features"}
+        self.invent = _inventor(model, model.reading)
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.model.feature_shapes
+
+    @shapes.setter
+    def shapes(self, found: Shapes) -> None:
+        self.model.feature_shapes = found
+
+    def _alone(self, record: Record, length: int) -> list[Tensor]:
+        return [self.model.features(self.model.fixed_batch([record], length, ROWS))[0]]
+
+    def _steps(self) -> AbstractContextManager[_Steps]:
+        return nullcontext(_FeatureSteps(self.model))
+
+
+class _Steps(Protocol):
+    """What is compared of a batch's records, and what a round does with all of them."""
+
+    def samples(self, batch: Any, losses: Callable[[Any], Tensor]) -> list[Tensor]: ...
+
+    def release(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> list[Tensor]: ...
+
+
+class _FeatureSteps:
+    def __init__(self, model: FederatedModel) -> None:
+        self._model = model
+
+    def samples(self, batch: Any, losses: Callable[[Any], Tensor]) -> list[Tensor]:
+        del losses
+        return [self._model.features(batch)]
+
+    def release(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> list[Tensor]:
+        for batch in batches:
+            self.samples(batch, losses)
+        return []
+
+
+def _inventor(model: FederatedModel, task: Task) -> Callable[[int, int], Record]:
     """Return what makes up a record of so many tokens; the number picks what it holds and its label."""
-    made_up, classes = model.task.inventor(model.base, model.max_length), max(1, model.classes)
+    made_up, classes = task.inventor(model.base, model.max_length), max(1, model.classes)
     return lambda length, number: made_up(length, number, number % classes)
 
 
@@ -282,8 +355,9 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
         parameter for layer in model.adapter.parameters(model.peft_model).values() for parameter in layer.values()
     ]
     head = list(model.head.values())
+    metric = list(model.places().get(METRIC, {}).values())
     layers: list[Any] = [m for m in model.peft_model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    before = [parameter.detach().clone() for parameter in (*tensors, *head)]
+    before = [parameter.detach().clone() for parameter in (*tensors, *head, *metric)]
     scales, feature_scale = [dict(layer.scaling) for layer in layers], model.module.feature_scale
     draw = stream(0, "rehearsal")
     try:
@@ -292,6 +366,8 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
                 parameter.copy_(AWAY * torch.randn(parameter.shape, generator=draw))
             for parameter in head:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw))
+            if model.module.metric is not None:
+                model.module.metric.reset()
         for layer in layers:
             layer.scaling.update(dict.fromkeys(layer.scaling, 1.0))
         if feature_scale:
@@ -299,7 +375,7 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip((*tensors, *head), before, strict=True):
+            for parameter, value in zip((*tensors, *head, *metric), before, strict=True):
                 parameter.copy_(value)
         for layer, scale in zip(layers, scales, strict=True):
             layer.scaling.update(scale)

@@ -26,13 +26,15 @@ def load_result(adapter: Path) -> tuple[nn.Module, dict[str, Any]]:
         DataError: the folder holds no saved adapter.
         ModelError: the base model on this machine has other weights than the run's.
     """
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / "fedveil.json").is_file():
         raise DataError(f"{adapter} holds no adapter: give the folder of a finished run")
     about = read_json(adapter / "fedveil.json")
     base = load_base_model(about["base_model"], about["task"])
     if base.fingerprint != about["base_fingerprint"]:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
-    peft_model = PeftModel.from_pretrained(base.module, str(adapter))
+    # A run of the head alone has no adapter.
+    tuned = (adapter / "adapter_config.json").is_file()
+    peft_model = PeftModel.from_pretrained(base.module, str(adapter)) if tuned else base.module
     task, classes = TASKS[about["task"]], len(about["label_names"])
     model = task.module(peft_model, base, classes if task.labelled else 0, about["feature_scale"])
     if model.head is not None:

@@ -9,6 +9,7 @@ from common.data.sources import public_test
 from common.messages.state import AdapterState
 from common.messages.wire import Layout, layout_of
 from common.model.federated import FederatedModel, Score, model_of, phrases_of
+from common.starts import Labels
 from common.tasks import Record
 from strategies.job import Job
 
@@ -30,6 +31,7 @@ class ServerModel:
         )
         self.start: AdapterState = self.model.start
         self.records: Sequence[Record] = self.model.prepare(test.examples)
+        self.model.featurise(self.records)
 
     def trained_start(self) -> AdapterState:
         """Return the part of the start that sites train: its layout is what they may send."""
@@ -49,15 +51,19 @@ class ServerModel:
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records."""
         self.model.write(self.start)
-        return self.job.origin.from_public(self.model, self.job.config, self.label_names)
+        labels = Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
+        return self.job.origin.from_public(self.model, self.job.config, labels)
 
     def calibrated(self, adapter: AdapterState) -> AdapterState:
         """Return ``adapter`` with its A as long as suits, by the public phrases about the labels."""
         from common.starts.calibration import calibrated
 
-        task, phrases = self.model.task, phrases_of(self.job.config.head, self.label_names, self.label_phrases)
+        task, phrases = self.model.task, self._phrases()
         examples = [replace(task.of_phrase(text), label=label) for label, texts in enumerate(phrases) for text in texts]
         return calibrated(self.model, adapter, self.model.prepare(examples))
+
+    def _phrases(self) -> list[Sequence[str]]:
+        return phrases_of(self.job.config.head, self.label_names, self.label_phrases)
 
     def score(self, adapter: AdapterState) -> Score:
         """Return accuracy and loss of the model under ``adapter``."""

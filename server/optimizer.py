@@ -40,6 +40,8 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     """
     if config.server.optimizer == "none":
         return averaged
+    if config.server.optimizer == "momentum":
+        return _momentum(config, before, averaged)
     rate = learning_rate(config.training.schedule, config.server.learning_rate, before.round_number, config.rounds)
     adapter: AdapterState = {}
     first: AdapterState = {}
@@ -59,3 +61,25 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
             step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + config.server.epsilon)
             adapter[layer][name] = (x.double() - eta * step).to(x.dtype)
     return replace(averaged, adapter=adapter, optimizer=Moments(first, second, steps))
+
+
+def _momentum(config: RunConfig, before: ServerState, averaged: ServerState) -> ServerState:
+    """Return the state after ``v ← μ v + g``, ``x ← x - η v`` (heavy ball); all else as of ``server_step``.
+
+    It keeps the gradient's own metric, where Adam would put one of its own in its place.
+    """
+    rate = learning_rate(config.training.schedule, config.server.learning_rate, before.round_number, config.rounds)
+    adapter: AdapterState = {}
+    velocity: AdapterState = {}
+    held = before.optimizer
+    steps = {layer: 1 + held.steps.get(layer, 0) for layer in before.adapter}
+    for layer, change in subtract(before.adapter, averaged.adapter).items():
+        eta = rate * (config.training.head_rate if layer == HEAD else 1.0)
+        adapter[layer], velocity[layer] = {}, {}
+        for name, g in change.items():
+            x, v = before.adapter[layer][name], g.double()
+            if steps[layer] > 1:
+                v = config.server.momentum * held.first[layer][name] + v
+            velocity[layer][name] = v
+            adapter[layer][name] = (x.double() - eta * v).to(x.dtype)
+    return replace(averaged, adapter=adapter, optimizer=Moments(velocity, {}, steps))

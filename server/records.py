@@ -193,7 +193,7 @@ class RunFolder:
         model.write(adapter)
         model.adapter.export(model.peft_model, adapter, folder, config.model.name)
         if model.head:
-            head = {name: p.detach().float().cpu().contiguous() for name, p in model.head.items()}
+            head = {name: tensor.float().cpu().contiguous() for name, tensor in model.folded_head.items()}
             save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})
         write_json(
             folder / "fedveil.json",

@@ -9,7 +9,7 @@ from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import nearest, one_of
 from common.config.sections import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping, typed
 from common.errors import ConfigError
-from common.messages.state import AdapterState
+from common.messages.state import METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
 from common.starts import STARTS, Start
 from common.tasks import TASKS
@@ -40,7 +40,7 @@ class Job:
     def begin(self, adapter: AdapterState, statistic: AdapterState) -> ServerState:
         """Return the state before round 1 from what every party derives and the mean statistic of round 0."""
         measured = {
-            layer: self.adapter.begin(self.origin.from_statistic(held, self.adapter.rank))
+            layer: held if layer in OWN else self.adapter.begin(self.origin.from_statistic(held, self.adapter.rank))
             for layer, held in statistic.items()
         }
         return self.start(merge(adapter, measured))
@@ -111,8 +111,14 @@ def configure(values: Mapping[str, Scalar]) -> Job:
     name = strategy.adapter if config.adapter.name == "auto" else config.adapter.name
     one_of(ADAPTERS, adapter__name=name)
     strategy.check_adapter(ADAPTERS[name])
+    ADAPTERS[name].check(config)
     origin = _start(config.adapter.start, settings, values)
     origin.check(config, ADAPTERS[name])
+    if config.head.metric == "public" and METRIC not in origin.gives:
+        raise ConfigError(
+            f"head.metric is 'public', which adapter.start {config.adapter.start!r} does not make: set adapter.start to "
+            "'public-metric', or head.metric to 'none'"
+        )
     if not config.adapter.alpha:
         _check_calibration(config, strategy)
     job = Job(config, strategy, build_adapter(name, config.adapter, origin), origin)

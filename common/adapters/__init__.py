@@ -6,11 +6,16 @@ from common.adapters.base import Adapter, Origin, Place
 from common.adapters.dora import DoRA
 from common.adapters.lora import LoRA
 from common.adapters.lora_frozen_a import LoRAFrozenA
+from common.adapters.lora_frozen_b import LoRAFrozenB
+from common.adapters.lora_metric import LoRAMetric
 from common.adapters.lora_sb import LoRASB
+from common.adapters.none import NoAdapter
 from common.config.sections import AdapterConfig
 from common.errors import ConfigError
 
-ADAPTERS: dict[str, type[Adapter]] = {adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRASB, DoRA)}
+ADAPTERS: dict[str, type[Adapter]] = {
+    adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRAFrozenB, LoRAMetric, LoRASB, DoRA, NoAdapter)
+}
 ALIASES = {"ffa-lora": "lora-frozen-a"}
 """Other names that ``adapter.name`` takes, and the adapter that each stands for."""
 
@@ -42,7 +47,10 @@ __all__ = [
     "DoRA",
     "LoRA",
     "LoRAFrozenA",
+    "LoRAFrozenB",
+    "LoRAMetric",
     "LoRASB",
+    "NoAdapter",
     "Origin",
     "Place",
     "build_adapter",

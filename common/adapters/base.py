@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common.config.sections import RunConfig
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 
@@ -82,6 +83,10 @@ class Adapter(ABC):
 
     free_scale: ClassVar[bool] = False
     """Whether only the product of scale and A matters, A being frozen and B trained from 0: then a start may choose."""
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:  # noqa: B027  (most adapters fit every run)
+        """Raise ConfigError, saying what to do, if a run of this configuration cannot have the adapter."""
 
     @property
     def scaling(self) -> float:

@@ -23,11 +23,12 @@ Section = TypeVar("Section")
 
 PARTITIONS = ("iid", "dirichlet", "natural")
 HEAD_POLICIES = ("trained", "frozen")
+HEAD_METRICS = ("none", "public")
 HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "warmup-linear")
 PRIVACY_MODES = ("dp-sgd", "none")
-SERVER_OPTIMIZERS = ("auto", "none", "adam")
+SERVER_OPTIMIZERS = ("auto", "none", "adam", "momentum")
 
 
 class Columns(Mapping[str, str]):
@@ -157,10 +158,14 @@ class HeadConfig:
     """For ``label-words``: phrases of one label separated by ``|``, labels by ``;``, in label order."""
     margin: float = 3.0
     """For ``label-words``: logits by which a label leads the others on its own phrases, on average over labels."""
+    metric: str = "none"
+    """``none``, or ``public``: features are centred and whitened by public text (``adapter.start = "public-metric"``)
+    before the head sees them, so that clip and noise act where they differ."""
 
     def __post_init__(self) -> None:
         one_of(HEAD_POLICIES, head__policy=self.policy)
         one_of(HEAD_STARTS, head__start=self.start)
+        one_of(HEAD_METRICS, head__metric=self.metric)
         positive(head__margin=self.margin)
 
 
@@ -213,14 +218,18 @@ class ServerConfig:
 
     optimizer: str = "auto"
     """``none``: the average is the new model; ``adam``: the change is a gradient for the server's Adam (FedAdam);
-    ``auto``: ``adam`` under privacy, else ``none``."""
+    ``momentum``: the same for gradient descent with a heavy ball; ``auto``: ``adam`` under privacy, else ``none``."""
     learning_rate: float = 0.025
     epsilon: float = 1e-3
     """Added to the root of Adam's second moment (FedAdam's τ): changes well below it do not become full steps."""
+    momentum: float = 0.5
+    """For ``momentum``: how much of the last step's direction the next one keeps."""
 
     def __post_init__(self) -> None:
         one_of(SERVER_OPTIMIZERS, server__optimizer=self.optimizer)
         positive(server__learning_rate=self.learning_rate, server__epsilon=self.epsilon)
+        not_negative(server__momentum=self.momentum)
+        below(1, server__momentum=self.momentum)
 
 
 @dataclass(frozen=True)

@@ -15,3 +15,7 @@ AdapterState = dict[str, Factors]
 
 HEAD = "head"
 """Name of the classification head inside an AdapterState."""
+METRIC = "metric"
+"""Name of the public map of the head's features inside an AdapterState: ``{"centre": (in,), "map": (in, in)}``."""
+OWN = (HEAD, METRIC)
+"""What of an AdapterState is no adapted layer."""

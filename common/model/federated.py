@@ -6,7 +6,8 @@ only adapter states move. It is built once per process (``model_of``) and rewrit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from common.adapters import Adapter
 from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, ProtocolError
-from common.messages.state import HEAD, AdapterState
+from common.log import place_of
+from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
 from common.model.device import (
@@ -34,6 +36,10 @@ from common.model.shapes import FixedBatch, Shapes
 from common.randomness import stream
 from common.tasks import TASKS, Batch, Record, Task
 from common.tasks.examples import Example
+from common.tasks.featured import FEATURES, Featured, put_features
+from common.tasks.module import Metric
+
+log = logging.getLogger("fedveil.site")
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,19 @@ class FederatedModel:
         device: str = "auto",
         precision: str = "auto",
     ) -> None:
-        self.base, self.adapter, self.task = base, adapter, task
+        self.base, self.adapter = base, adapter
         self.max_length = task.limit(base, max_length)
         self.classes = len(label_names)
         self.device = choose_device(device)
-        self.shapes = task.shapes(base, self.max_length, choose_private_tokens(self.device))
+        tokens = choose_private_tokens(self.device)
+        self.head_only = not adapter.trained
+        """Whether sites train the head alone, so that what is below it says the same of a record in every round."""
+        self.reading = task
+        """The task, as records are read."""
+        self.task: Task = Featured(task) if self.head_only else task
+        self.feature_shapes = task.shapes(base, self.max_length, tokens)
+        """What features are computed in where the head alone is trained; ``client.rehearsal`` narrows it alike."""
+        self.shapes = self.task.shapes(base, self.max_length, tokens)
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
@@ -83,6 +97,8 @@ class FederatedModel:
         if self.module.head is not None:
             start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
             self.module.head.requires_grad_(self.head_trained)
+            if head.metric == "public":
+                self.module.metric = Metric(base.hidden_size).to(self.device)
         _turn_dropout_off(self.module)
         self.start: AdapterState = self.read()
         """The adapter state before any training; later states are written over the model, never over this."""
@@ -92,6 +108,12 @@ class FederatedModel:
         """The live parameters of the head, trained or not; empty where the task has none."""
         return dict(self.module.head.named_parameters()) if self.module.head is not None else {}
 
+    @property
+    def folded_head(self) -> dict[str, Tensor]:
+        """The head as a stock model takes it, on features as they are; empty where the task has none."""
+        head, metric = self.module.head, self.module.metric
+        return {k: p.detach() for k, p in self.head.items()} if metric is None or head is None else metric.folded(head)
+
     def places(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the live parameters behind a full adapter state, by layer and factor.
 
@@ -100,6 +122,8 @@ class FederatedModel:
         places = self.adapter.parameters(self.peft_model)
         if self.head_trained and self.head:
             places[HEAD] = self.head
+        if self.module.metric is not None:
+            places[METRIC] = dict(self.module.metric.named_parameters())
         return places
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -123,19 +147,54 @@ class FederatedModel:
         Raises:
             ProtocolError: a name or a shape does not fit; nothing is written then.
         """
-        head = state.get(HEAD, {})
-        live = self.places().get(HEAD, {})
-        for name, tensor in head.items():
-            if name not in live or live[name].shape != tensor.shape:
-                raise ProtocolError(f"the model has no head tensor {name!r} of shape {tuple(tensor.shape)}")
-        self.adapter.write(self.peft_model, {k: v for k, v in state.items() if k != HEAD})
+        places = self.places()
+        own = [(layer, name, tensor) for layer in OWN for name, tensor in state.get(layer, {}).items()]
+        for layer, name, tensor in own:
+            if name not in places.get(layer, {}) or places[layer][name].shape != tensor.shape:
+                raise ProtocolError(f"the model has no {layer} tensor {name!r} of shape {tuple(tensor.shape)}")
+        self.adapter.write(self.peft_model, {k: v for k, v in state.items() if k not in OWN})
         with torch.no_grad():
-            for name, tensor in head.items():
-                live[name].copy_(tensor)
+            for layer, name, tensor in own:
+                places[layer][name].copy_(tensor)
 
     def prepare(self, examples: Sequence[Example]) -> list[Record]:
         """Return records as the model takes them, cut to the run's ``max_length``, or to what has room in it."""
         return self.task.prepare(self.base, examples, self.max_length)
+
+    def featurise(self, records: Sequence[Record], before_pass: Callable[[], None] = lambda: None) -> None:
+        """Put into each record, in place of what it was read as, the features that a head alone is trained on.
+
+        Each is computed in a shape that follows from the record alone, and once: a record that has its features keeps
+        them. One that cannot be computed gets features that are no numbers, so that it contributes zero. Where more
+        than the head is trained, nothing happens.
+
+        Args:
+            records: as of ``prepare``.
+            before_pass: called before each pass, and may raise.
+        """
+        left = [record for record in records if FEATURES not in record] if self.head_only else []
+        sizes = [self.task.size(record) for record in left]
+        for length, group in self.feature_shapes.groups(sizes):
+            before_pass()
+            chosen = [left[i] for i in group]
+            batch = self.fixed_batch(chosen, length, self.feature_shapes.rows_of(length))
+            put_features(chosen, batch, self._features_or_nothing(batch))
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Tensor:
+        """Return what the head sees of a batch's records, shape (records, hidden), under the run's precision."""
+        with autocast(self.device, self.precision):
+            features = self.module.features(batch)
+        return features[: batch.records] if isinstance(batch, FixedBatch) else features
+
+    def _features_or_nothing(self, batch: FixedBatch) -> Tensor:
+        try:
+            return self.features(batch)
+        except Exception as error:
+            if batch.records > 1:
+                return torch.cat([self._features_or_nothing(batch.alone(row)) for row in range(batch.records)])
+            log.warning("a record could not be computed and contributes zero: %s", place_of(error))
+            return torch.full((1, self.base.hidden_size), torch.nan, device=self.device)
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""

@@ -7,7 +7,7 @@ run configuration under ``start``: ``start.records = 64``. Options of one name h
 
 from __future__ import annotations
 
-from common.starts.base import PaidStart, Start, UnpaidStart
+from common.starts.base import Labels, PaidStart, Start, UnpaidStart
 from common.starts.dp_gradient import DPGradient
 from common.starts.eva import EVA
 from common.starts.kaiming import Kaiming
@@ -16,6 +16,7 @@ from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
 from common.starts.private_gradient import PrivateGradient
 from common.starts.public_gradient import PublicGradient
+from common.starts.public_metric import PublicMetric
 from common.starts.shards import Shards
 from common.starts.svd_of_weights import SVDOfWeights
 
@@ -30,9 +31,10 @@ STARTS: dict[str, type[Start]] = {
         Nystrom,
         EVA,
         PublicGradient,
+        PublicMetric,
         DPGradient,
         PrivateGradient,
     )
 }
 
-__all__ = ["STARTS", "PaidStart", "Start", "UnpaidStart"]
+__all__ = ["STARTS", "Labels", "PaidStart", "Start", "UnpaidStart"]

@@ -41,6 +41,16 @@ _ASKED: Mapping[Needs, Asked] = {
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The labels of a run's records, as far as they are public."""
+
+    names: tuple[str, ...]
+    """In order; none: records have no labels."""
+    phrases: tuple[tuple[str, ...], ...]
+    """Of each label, phrases about it; at least its name."""
+
+
+@dataclass(frozen=True)
 class Start(ABC):
     """Where the factors begin; options of a start are its fields."""
 
@@ -59,10 +69,13 @@ class Start(ABC):
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Raise ConfigError, saying what to do, unless the run can start so."""
         if not set(adapter.directions) <= set(self.gives):
+            from common.starts import STARTS
+
             lacking = " and ".join(sorted(set(adapter.directions) - set(self.gives)))
+            fitting = ", ".join(name for name, start in STARTS.items() if set(adapter.directions) <= set(start.gives))
             raise ConfigError(
                 f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
-                "leave adapter.start at 'orthonormal', or choose one that is made for it"
+                f"set adapter.start to one that does ({fitting})"
             )
         if self.needs == "records, without privacy" and config.privacy.on:
             raise ConfigError(
@@ -95,7 +108,7 @@ class Start(ABC):
         del model
         return {}
 
-    def from_public(self, model: FederatedModel, config: RunConfig, label_names: tuple[str, ...]) -> AdapterState:
+    def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Server: return the statistic of public records, for a start that needs those.
 
         Raises:

@@ -12,7 +12,7 @@ import torch
 
 from common.adapters.base import stored_transposed
 from common.errors import ModelError
-from common.messages.state import HEAD, AdapterState
+from common.messages.state import OWN, AdapterState
 from common.model.federated import FederatedModel
 from common.starts.gradient import open_weights
 from common.tasks import Record
@@ -48,6 +48,6 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
             "'label-words' or 'random', or give adapter.alpha a number"
         )
     return {
-        layer: {name: t * (wanted / found) if (layer != HEAD and name == "A") else t for name, t in factors.items()}
+        layer: {name: t * (wanted / found) if (layer not in OWN and name == "A") else t for name, t in factors.items()}
         for layer, factors in adapter.items()
     }

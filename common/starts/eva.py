@@ -12,81 +12,40 @@ share A.
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from common.adapters import Adapter, Place
-from common.check import positive
+from common.adapters import Place
 from common.config.sections import RunConfig
-from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
 from common.model.federated import FederatedModel
-from common.starts.base import Needs, Start, seeded
+from common.starts.base import Labels, seeded
 from common.starts.directions import leading_rows
-from common.starts.public_text import PACKAGED, packaged_sha256, read_text
-from common.tasks import TASKS, Record
+from common.starts.from_text import FromText
+from common.tasks import Record
 
 
 @dataclass(frozen=True)
-class EVA(Start):
+class EVA(FromText):
     """The rows of A are the leading eigenvectors of a layer's second moment of inputs; B is random, from the seed."""
 
     name: ClassVar[str] = "eva"
-    needs: ClassVar[Needs] = "public records"
 
-    text: str = PACKAGED
-    """The public text: ``phrases``, which come with FedVeil, or a file of the server's, one text a line."""
-    text_sha256: str = ""
-    """Of that text's bytes, in hexadecimal; empty: of the packaged phrases."""
-    records: int = 256
-    """How many texts are used, from the first on."""
     centred: bool = False
     """Whether the mean input is taken out, as in the paper."""
-
-    def __post_init__(self) -> None:
-        positive(start__records=self.records)
-        if self.text_sha256 and not re.fullmatch("[0-9a-f]{64}", self.text_sha256):
-            raise ConfigError(
-                f"start.text-sha256 must be 64 hexadecimal digits, as sha256sum prints them, not {self.text_sha256!r}"
-            )
-
-    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a file without its fingerprint, and records that hold no words."""
-        super().check(config, adapter)
-        if self.text != PACKAGED and not self.text_sha256:
-            raise ConfigError(
-                f"start.text {self.text!r} is a file of the server's: set start.text-sha256 to what sha256sum prints "
-                "for it, so that every site knows which text the run starts from"
-            )
-        if not TASKS[config.model.task].worded:
-            raise ConfigError(f"adapter.start 'eva' is made from text, and model.task {config.model.task!r} has none")
-
-    def resolved(self) -> Self:
-        """Return the start with the fingerprint of its text, which of a file has to be given."""
-        if self.text_sha256 or self.text != PACKAGED:
-            return self
-        return dataclasses.replace(self, text_sha256=packaged_sha256())
-
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256 of the public text."""
-        return self.resolved().text_sha256
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the moments are there."""
         return seeded(place, wanted)
 
-    def from_public(self, model: FederatedModel, config: RunConfig, label_names: tuple[str, ...]) -> AdapterState:
+    def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return the moments of the text's tokens, each text passed by itself."""
-        del config, label_names
-        texts = read_text(self.text, self.fingerprint)[: self.records]
-        return input_moments(model, model.prepare([model.task.of_phrase(text) for text in texts]))
+        del config, labels
+        return input_moments(model, self.texts(model))
 
     def from_statistic(self, statistic: Factors, rank: int) -> Factors:
         """Return A from an eigendecomposition in float64, signs fixed."""

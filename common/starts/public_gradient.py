@@ -22,7 +22,7 @@ from common.model.batching import length_batches
 from common.model.device import choose_batch_tokens
 from common.model.federated import FederatedModel
 from common.randomness import stream
-from common.starts.base import Needs, Start, seeded
+from common.starts.base import Labels, Needs, Start, seeded
 from common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
 from common.tasks import Batch
 
@@ -58,13 +58,13 @@ class PublicGradient(Start):
         """Return ``G``, shape (out, in), of every adapted layer."""
         return gradient_layout(model)
 
-    def from_public(self, model: FederatedModel, config: RunConfig, label_names: tuple[str, ...]) -> AdapterState:
+    def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return the mean gradient over a seeded choice of the public records."""
         data = load_dataset(config.data, config.model.task, self.data)
-        if data.label_names != label_names:
+        if data.label_names != labels.names:
             raise ConfigError(
                 f"the public data {self.data!r} have the labels {', '.join(data.label_names)}, "
-                f"the run has {', '.join(label_names)}"
+                f"the run has {', '.join(labels.names)}"
             )
         order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
         records = model.prepare([data.examples[i] for i in order[: self.records]])

@@ -9,10 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.tasks.base import Batch
+from common.tasks.featured import FEATURES
+
+
+class Metric(nn.Module):
+    """A public map of features, the same at every party: ``(x - centre) map``, without a gradient.
+
+    Args:
+        width: of the features. It begins as the identity.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(width), requires_grad=False)
+        self.map = nn.Parameter(torch.eye(width), requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the mapped features, shape (records, width)."""
+        return (features - self.centre) @ self.map
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Make it the identity again."""
+        self.centre.zero_()
+        self.map.copy_(torch.eye(len(self.map)))
+
+    @torch.no_grad()
+    def folded(self, head: nn.Linear) -> dict[str, Tensor]:
+        """Return weight and bias with which a head does without the map what ``head`` does behind it."""
+        weight = head.weight.double() @ self.map.double().T
+        return {"weight": weight.float(), "bias": (head.bias.double() - weight @ self.centre.double()).float()}
 
 
 class TaskModule(nn.Module):
-    """``head(scale(reading(encoder, batch)))``, or the reading itself without a head.
+    """``head(metric(scale(reading(encoder, batch))))``, or the reading itself without a head.
 
     Args:
         encoder: the base model with the adapter in it.
@@ -35,9 +65,12 @@ class TaskModule(nn.Module):
         self.encoder, self.reading = encoder, reading
         self.head = nn.Linear(hidden_size, classes) if classes else None
         self.feature_scale = feature_scale
+        self.metric: Metric | None = None
 
     def features(self, batch: Batch) -> Tensor:
-        """Return what the head sees, shape (records, hidden), float32."""
+        """Return features, shape (records, hidden), float32; of a batch that has it already, that."""
+        if FEATURES in batch:
+            return batch[FEATURES]
         features = self.reading(self.encoder, batch)
         return F.normalize(features, dim=-1) * self.feature_scale if self.feature_scale else features
 
@@ -47,5 +80,5 @@ class TaskModule(nn.Module):
             return self.reading(self.encoder, batch)
         features = self.features(batch)
         with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.head(features)
+            logits: Tensor = self.head(self.metric(features) if self.metric is not None else features)
         return logits

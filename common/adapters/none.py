@@ -1,0 +1,93 @@
+"""No adapter: the base model stays as it is, and sites train the head alone.
+
+Then what the head sees of a record is the same in every round, and is computed once (``common.tasks.featured``): a step
+costs a product of the size of the head. The logits are linear in what is trained, so averages are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from torch import Tensor, nn
+
+from common.adapters.base import Adapter
+from common.config.sections import RunConfig
+from common.errors import ConfigError
+from common.messages.state import Factors
+from common.tasks import TASKS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+
+@dataclass(frozen=True)
+class NoAdapter(Adapter):
+    """No factors in no layer."""
+
+    name: ClassVar[str] = "none"
+    trained: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = True
+    noise: ClassVar[str] = "none: the head's alone"
+    directions: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse a run that would train nothing."""
+        if not TASKS[config.model.task].labelled:
+            raise ConfigError(
+                f"adapter.name is 'none', and model.task {config.model.task!r} has no head to train: name an adapter"
+            )
+        if config.head.policy != "trained":
+            raise ConfigError("adapter.name is 'none' and head.policy 'frozen', so nothing is trained: change one")
+
+    def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        """Return none."""
+        del out, into
+        return {}
+
+    def factors_of(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
+        """Return none."""
+        del layer
+        return {}
+
+    def hold(self, layer: LoraLayer, factor: str, tensor: nn.Parameter) -> None:
+        """Refuse: there is no factor."""
+        del layer, tensor
+        raise ConfigError(f"without an adapter there is no factor {factor!r}")
+
+    def begin(self, given: Factors) -> Factors:
+        """Return none."""
+        del given
+        return {}
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        """Return zero, of the base weight's shape."""
+        del factors
+        if base_weight is None:
+            raise TypeError("the change of no adapter has the shape of the base weight: give it")
+        return base_weight.new_zeros(base_weight.shape)
+
+    def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
+        """Return none."""
+        del factors, base_weight
+        return {}
+
+    def attach(self, base: nn.Module, seed: int) -> PeftModel:
+        """Freeze ``base`` and return it."""
+        del seed
+        return cast("PeftModel", base.requires_grad_(False))
+
+    def layers(self, model: nn.Module) -> dict[str, LoraLayer]:
+        """Return none."""
+        del model
+        return {}
+
+    def export(self, model: PeftModel, state: dict[str, Factors], folder: Path, base_name: str) -> None:
+        """Make the folder; there is nothing for PEFT, and the head is written beside."""
+        del model, state, base_name
+        folder.mkdir(parents=True, exist_ok=True)

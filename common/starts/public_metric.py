@@ -1,0 +1,194 @@
+"""The public metric: where labels live among a layer's outputs, and what all its inputs have in common.
+
+B takes the leading directions of the outputs' gradients on public phrases about the labels. V shrinks the few input
+directions along which gradients of any public text are longest, to the length of those after them: along these nearly
+all of a record's gradient lies, and they say nothing about the label. Both are made at the server before a record is
+read, so they cost nothing, and travel once. B is scaled so that the gradients of public text are as long as suits the
+clip, all adapted layers together, and equally long in each.
+
+In kin: DP-KFC (2026, arXiv 2605.13418) whitens DP-SGD by factors of public or synthetic text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.adapters import Adapter, Place
+from common.adapters.base import stored_transposed
+from common.adapters.lora_metric import SHRUNK
+from common.check import one_of, positive
+from common.config.sections import RunConfig
+from common.errors import ConfigError, ModelError
+from common.messages.state import HEAD, METRIC, AdapterState, Factors
+from common.model.federated import FederatedModel
+from common.randomness import stream
+from common.starts.base import Labels, seeded
+from common.starts.directions import leading_rows, with_fixed_signs
+from common.starts.from_text import FromText
+from common.starts.gradient import open_weights
+from common.tasks import TASKS, Record
+
+Gradients = Iterator[dict[str, Tensor]]
+"""Of one record after another: the gradient of each adapted layer's weight, shape (out, in), float64, CPU."""
+
+
+@dataclass(frozen=True)
+class PublicMetric(FromText):
+    """B spans the public outputs' directions, V shrinks the inputs' common ones; A begins at 0."""
+
+    name: ClassVar[str] = "public-metric"
+    gives: ClassVar[tuple[str, ...]] = ("B", "V", METRIC)
+
+    outputs: str = "public"
+    """Where B points: ``public`` (the phrases' gradients) or ``random`` (from the seed)."""
+    clip_share: float = 0.3
+    """The clip norm over the root mean square of the public gradients' norms, to which B is scaled."""
+
+    ridge: float = 0.3
+    """Of the head's features: what is added to their public covariance, in units of its mean eigenvalue."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(start__ridge=self.ridge)
+        one_of(("public", "random"), start__outputs=self.outputs)
+        positive(start__clip_share=self.clip_share)
+
+    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
+        """Refuse a task without labels, and an adapter that would not begin in B."""
+        super().check(config, adapter)
+        if not TASKS[config.model.task].labelled:
+            raise ConfigError(
+                f"adapter.start {self.name!r} is made from phrases about labels, and model.task "
+                f"{config.model.task!r} has none: choose another"
+            )
+        if "A" in adapter.directions:
+            raise ConfigError(
+                f"adapter.start {self.name!r} gives no A, which the adapter {adapter.name!r} begins with: "
+                "set adapter.name to 'lora-metric' or 'lora-frozen-b'"
+            )
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return orthonormal columns B, which hold until the gradients are there."""
+        return seeded(place, wanted)
+
+    def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
+        """Return B and V of every adapted layer, B scaled."""
+        model.write(model.start)
+        texts = self.texts(model, self.drawn_labels(len(labels.names), config.seed))
+        state: AdapterState = {}
+        columns = self._columns(model, _labelled(model, labels)) if model.adapter.directions else {}
+        moments = _moments(model, texts, columns) if columns else {}
+        scaling = model.adapter.scaling
+        for layer, B in columns.items():
+            V = shrinking(moments[layer]) if "V" in model.adapter.directions else torch.zeros(1, len(moments[layer]))
+            left = torch.eye(V.shape[1], dtype=torch.float64) - V.double().T @ V.double()
+            # Mean squared norm of s Bᵀ G (I - Vᵀ V) over the texts.
+            length = scaling * float((left @ moments[layer] @ left).trace()) ** 0.5
+            if not length > 0:
+                raise ModelError(
+                    f"no public text has a gradient in {layer}: set head.start to 'label-words' or 'random'"
+                )
+            wanted = config.privacy.clip_norm / self.clip_share / len(columns) ** 0.5
+            state[layer] = {"B": (B * (wanted / length)).float(), "V": V.float()}
+        if model.module.metric is not None:
+            state.update(self._of_head(model, texts, config.privacy.clip_norm / self.clip_share))
+        return state
+
+    @torch.no_grad()
+    def _of_head(self, model: FederatedModel, texts: Sequence[Record], length: float) -> AdapterState:
+        """Return the features' centre and map, and the head as it is behind them.
+
+        With covariance S of the texts' features and m its mean eigenvalue, the map is c (S + λ m I)^(-1/2), λ the
+        ``ridge``; c makes the texts' gradients of the head's weight have the root mean square ``length``, at an error
+        of 1/2.
+        """
+        seen = torch.cat([model.features(model.batch([record])).double().cpu() for record in texts])
+        centre = seen.mean(0)
+        covariance = (seen - centre).T @ (seen - centre) / len(seen)
+        values, vectors = torch.linalg.eigh(covariance)
+        values = values.clamp(min=0)
+        roots = (values + self.ridge * values.mean()).rsqrt()
+        whitening = vectors * roots @ vectors.T
+        c = length / (0.5 * float((values * roots.square()).sum().sqrt()))
+        head = {name: p.detach().double().cpu() for name, p in model.head.items()}
+        unmapped = vectors / roots @ vectors.T / c
+        return {
+            METRIC: {"centre": centre.float(), "map": (c * whitening).float()},
+            HEAD: {
+                "weight": (head["weight"] @ unmapped).float(),
+                "bias": (head["bias"] + head["weight"] @ centre).float(),
+            },
+        }
+
+    def from_statistic(self, statistic: Factors, rank: int) -> Factors:
+        """Return the statistic, which B and V are already."""
+        del rank
+        return dict(statistic)
+
+    def drawn_labels(self, classes: int, seed: int) -> list[int]:
+        """Return a label for each text: its gradient has a direction for every one, of which one is drawn."""
+        return torch.randint(classes, (self.records,), generator=stream(seed, self.name)).tolist()
+
+    def _columns(self, model: FederatedModel, phrases: Sequence[Record]) -> dict[str, Tensor]:
+        """Return B's orthonormal columns of every layer, shape (out, rank), float64."""
+        if self.outputs == "random":
+            return {layer: model.start[layer]["B"].double() for layer in model.adapter.layers(model.peft_model)}
+        grams: dict[str, Tensor] = {}
+        for gradients in _gradients(model, phrases):
+            for layer, G in gradients.items():
+                if length := float(G.square().sum()):
+                    grams[layer] = grams.get(layer, 0) + G @ G.T / length
+        if not grams:
+            raise ModelError("no public phrase has a gradient: set head.start to 'label-words' or 'random'")
+        return {layer: leading_rows(gram, model.adapter.rank).T for layer, gram in grams.items()}
+
+
+def _labelled(model: FederatedModel, labels: Labels) -> list[Record]:
+    """Return the phrases about each label as records of it."""
+    examples = [
+        replace(model.task.of_phrase(text), label=label) for label, texts in enumerate(labels.phrases) for text in texts
+    ]
+    return model.prepare(examples)
+
+
+def _moments(model: FederatedModel, records: Sequence[Record], columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean of (Bᵀ G)ᵀ (Bᵀ G) over records, shape (in, in), by layer."""
+    moments: dict[str, Tensor] = {}
+    for gradients in _gradients(model, records):
+        for layer, G in gradients.items():
+            seen = columns[layer].T @ G
+            moments[layer] = moments.get(layer, 0) + seen.T @ seen / len(records)
+    return moments
+
+
+def shrinking(moment: Tensor) -> Tensor:
+    """Return V, shape (at most 8, in), with which I - Vᵀ V takes the leading eigenvalues down to that after them.
+
+    A direction of eigenvalue λ keeps √(λ₉ / λ) of its length, and V has the root of the rest.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    count = min(SHRUNK, len(values))
+    leading, level = values[-count:].flip(0).clamp(min=0), values[max(0, len(values) - count - 1)].clamp(min=0)
+    kept = torch.where(leading > level, (level / leading).sqrt(), torch.ones_like(leading))
+    return (1 - kept).sqrt()[:, None] * with_fixed_signs(vectors[:, -count:].flip(1).T)
+
+
+def _gradients(model: FederatedModel, records: Sequence[Record]) -> Gradients:
+    layers = model.adapter.layers(model.peft_model)
+    was_training = model.module.training
+    model.module.eval()
+    try:
+        with open_weights(model) as weights:
+            for record in records:
+                found = torch.autograd.grad(model.losses(model.batch([record])).sum(), list(weights.values()))
+                yield {
+                    name: (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
+                    for name, gradient in zip(weights, found, strict=True)
+                }
+    finally:
+        model.module.train(was_training)

@@ -1,0 +1,124 @@
+"""A labelled task on records of which the base model's features are known, where nothing below the head is trained.
+
+A record's features follow from the record alone and from the frozen base model, so they are computed once, each record
+in its own fixed shape, and what is left of the record is that vector and its label. Steps then run on vectors, in one
+fixed shape. Records that have no features yet are the inner task's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from common.tasks.base import Batch, Inventor, Record, Sums, Task
+from common.tasks.examples import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from common.model.base import BaseModel
+    from common.model.shapes import Shapes
+    from common.tasks.module import TaskModule
+
+FEATURES = "features"
+"""What a record and a batch call the features, shape (hidden,) and (records, hidden), float32."""
+ROWS = 256
+"""Records of a pass."""
+
+
+class Featured(Task):
+    """The task ``inner``, whose records may be features."""
+
+    def __init__(self, inner: Task) -> None:
+        self.inner = inner
+        # Of this instance: a row of the table has them as its class's.
+        vars(self).update(
+            name=inner.name, roles=inner.roles, example=inner.example, counted=inner.counted, worded=inner.worded
+        )
+
+    def of_phrase(self, phrase: str) -> Example:
+        """Return what the inner task makes of a phrase."""
+        return self.inner.of_phrase(phrase)
+
+    def load(self, name: str) -> tuple[nn.Module, Any]:
+        """Return what the inner task loads."""
+        return self.inner.load(name)
+
+    def processor_parts(self, processor: Any) -> Mapping[str, Any]:
+        """Return what decides the inner task's records."""
+        return self.inner.processor_parts(processor)
+
+    def limit(self, base: BaseModel, max_length: int) -> int:
+        """Return the inner task's."""
+        return self.inner.limit(base, max_length)
+
+    def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int) -> list[Record]:
+        """Return the inner task's records, without features."""
+        return self.inner.prepare(base, examples, limit)
+
+    def size(self, record: Record) -> int:
+        """Return 1 for a vector."""
+        return 1 if FEATURES in record else self.inner.size(record)
+
+    def fits(self, base: BaseModel, record: Record, limit: int) -> bool:
+        """Return whether the base model can take a record, or took it already."""
+        return FEATURES in record or self.inner.fits(base, record, limit)
+
+    def shapes(self, base: BaseModel, limit: int, tokens: int, most: int = sys.maxsize) -> Shapes:
+        """Return the one shape of vectors; whatever a pass of tokens may hold, vectors are small."""
+        del base, limit, tokens
+        from common.model.shapes import Shapes
+
+        return Shapes(longest=1, tokens=ROWS, most=most, uniform=True)
+
+    def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
+        """Return ``features``, shape (records, hidden), and ``labels``, shape (records,); or the inner task's batch."""
+        import torch
+
+        if FEATURES not in records[0]:
+            return self.inner.collate(base, records, size)
+        return {
+            FEATURES: torch.stack([record[FEATURES] for record in records]),
+            "labels": torch.tensor([record["labels"] for record in records]),
+        }
+
+    def filler(self, base: BaseModel, like: Record) -> Record:
+        """Return a vector of zeros."""
+        if FEATURES not in like:
+            return self.inner.filler(base, like)
+        return {FEATURES: like[FEATURES].new_zeros(like[FEATURES].shape), "labels": 0}
+
+    def inventor(self, base: BaseModel, limit: int) -> Inventor:
+        """Return what draws vectors, each of length 1, by their number."""
+        del limit
+        import torch
+        import torch.nn.functional as F
+
+        from common.randomness import stream
+
+        def invent(size: int, number: int, label: int) -> Record:
+            drawn = torch.randn(base.hidden_size, generator=stream(number, "features", str(size)))
+            return {FEATURES: F.normalize(drawn, dim=0), "labels": label}
+
+        return invent
+
+    def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
+        """Return the inner task's module, whose head takes features as they are."""
+        return self.inner.module(encoder, base, classes, feature_scale)
+
+    def sums(self, module: nn.Module, batch: Batch) -> Sums:
+        """Return the inner task's, whose head takes a batch of vectors or of records."""
+        return self.inner.sums(module, batch)
+
+
+def put_features(records: Sequence[Record], batch: Batch, features: Tensor) -> None:
+    """Leave in each record its features and its label alone.
+
+    Args:
+        records: what ``batch`` was made of, in its order.
+        features: shape (records, hidden).
+    """
+    for record, vector, label in zip(records, features.detach().cpu(), batch["labels"].tolist(), strict=False):
+        record.clear()
+        record.update({FEATURES: vector.clone(), "labels": label})

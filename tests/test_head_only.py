@@ -1,0 +1,283 @@
+"""The head alone: features computed once, after the charge, each record's its own; steps on them are the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from audits.tiny_site import OneSite, clinic
+from client import app, local_training
+from client.ledger.ledger import Ledger
+from client.rehearsal import _PLAN, rehearse, rehearse_features
+from common.adapters import ADAPTERS
+from common.config.sections import HeadConfig
+from common.errors import ConfigError, ModelError
+from common.messages.round import Refusal, TrainResult
+from common.messages.state import HEAD
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.privacy.dpsgd import PrivateSteps
+from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.tasks import TASKS, Record
+from common.tasks.featured import FEATURES
+from common.tasks.text import TextExample
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process
+from strategies.job import configure
+
+Folder = Callable[[str], str]
+TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful", "is")
+
+
+def head_only(folder: str, precision: str = "float32") -> FederatedModel:
+    return FederatedModel(
+        *(load_base_model(folder, "classification"), ADAPTERS["none"](8, 8.0, ("query",))),
+        *(TASKS["classification"], HeadConfig(start="random")),
+        seed=1,
+        label_names=("bad", "good"),
+        feature_scale=2.0,
+        max_length=24,
+        device="cpu",
+        precision=precision,
+    )
+
+
+def records_of(model: FederatedModel, texts: Sequence[str] = TEXTS) -> list[Record]:
+    return model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(texts)])
+
+
+def featured(model: FederatedModel, texts: Sequence[str] = TEXTS) -> list[Record]:
+    records = records_of(model, texts)
+    model.featurise(records)
+    return records
+
+
+def settings(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
+    own = {
+        "strategy": "fedavg-lora",
+        "adapter.name": "none",
+        "training.sample-rate": 1.0,
+        "training.local-steps": 5,
+        "training.optimizer": "momentum",
+        "training.learning-rate": 0.5,
+    }
+    return {**toy, **own, **{key.replace("__", ".").replace("_", "-"): value for key, value in more.items()}}
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_features_are_a_records_own_to_the_bit_whoever_is_beside_it(model_folder: Folder, precision: str) -> None:
+    model = head_only(model_folder("bert"), precision)
+    rehearse_features(model)
+    together = featured(model, TEXTS * 9)
+    for i, text in enumerate(TEXTS):
+        (alone,) = featured(model, [text])
+        assert all(torch.equal(alone[FEATURES], other[FEATURES]) for other in together[i :: len(TEXTS)])
+    assert {tuple(sorted(record)) for record in together} == {(FEATURES, "labels")}, "more of a record is kept"
+
+
+def test_gradients_through_features_are_those_of_the_whole_model(model_folder: Folder) -> None:
+    model = head_only(model_folder("bert"))
+    for record, known in zip(records_of(model), featured(model), strict=True):
+        found = []
+        for each in (record, known):
+            model.module.zero_grad()
+            model.losses(model.batch([each])).sum().backward()
+            found.append([p.grad.clone() for p in model.head.values()])
+        assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-6
+
+
+def test_a_records_gradient_is_equal_in_every_row_and_beside_any_others(model_folder: Folder) -> None:
+    model = head_only(model_folder("bert"))
+    rehearse(model)
+    records = featured(model, TEXTS * 3)
+    with PrivateSteps(model.module, torch.optim.SGD(list(model.head.values()), lr=0.0), _PLAN) as steps:
+        (alone,) = model.fixed_batches(records[:1])
+        wanted = [sample[0].clone() for sample in steps.samples(alone, model.losses)]
+        for place in (0, 7, len(records) - 1):
+            order = [*records[1 : place + 1], records[0], *records[place + 1 :]]
+            (batch,) = model.fixed_batches(order)
+            found = [sample[place].clone() for sample in steps.samples(batch, model.losses)]
+            assert all(map(torch.equal, found, wanted))
+
+
+def test_features_are_computed_once(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = head_only(model_folder("bert"))
+    records, passes = records_of(model), []
+    reading = model.module.reading
+    monkeypatch.setattr(model.module, "reading", lambda *given: (passes.append(1), reading(*given))[1])
+    model.featurise(records)
+    first = len(passes)
+    model.featurise(records)
+    model.score(records)
+    assert first and len(passes) == first
+
+
+def test_a_record_that_cannot_be_computed_contributes_zero_and_no_other_one_less(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = head_only(model_folder("bert"))
+    odd = model.base.processor.convert_tokens_to_ids("two")
+    reading = model.module.reading
+
+    def failing(encoder: nn.Module, batch: Any) -> Tensor:
+        if bool((batch["input_ids"] == odd).any()):
+            raise RuntimeError("planted")
+        return reading(encoder, batch)
+
+    monkeypatch.setattr(model.module, "reading", failing)
+    texts = ["the film", "two", "a story"]
+    with_it, without = featured(model, texts), featured(model, [texts[0], texts[2]])
+    sums = []
+    for records in (with_it, without):
+        with PrivateSteps(model.module, torch.optim.SGD(list(model.head.values()), lr=0.0), _PLAN) as steps:
+            monkeypatch.setattr("common.privacy.dpsgd.add_private_noise", lambda total, std: total)
+            sums.append(steps.release(model.fixed_batches(records), model.losses))
+    assert with_it[1][FEATURES].isnan().all()
+    labels = [record["labels"] for record in with_it]
+    assert labels == [0, 1, 0]
+    # The third record has another label in the second call; only the first one's part is compared by its own label.
+    again = featured(model, [texts[0]])
+    assert torch.equal(with_it[0][FEATURES], again[0][FEATURES])
+    assert all(bool(tensor.isfinite().all()) for tensor in (*sums[0], *sums[1]))
+
+
+class Mixing:
+    """The fault: an encoder whose output for a record depends on the others of its batch, or on what passed before."""
+
+    def __init__(self, inner: Callable[..., Tensor], kind: str) -> None:
+        self.inner, self.kind, self.longest = inner, kind, 0
+
+    def __call__(self, encoder: nn.Module, batch: Any) -> Tensor:
+        features = self.inner(encoder, batch)
+        if self.kind == "centred by the batch":
+            return features - 0.01 * features.mean(0)
+        self.longest = max(self.longest, batch["input_ids"].shape[1])
+        return features * (1 + 0.01 * self.longest)
+
+
+@pytest.mark.parametrize("kind", ["centred by the batch", "scaled by the longest so far"])
+def test_features_that_mix_records_are_refused(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = head_only(model_folder("bert"))
+    rehearse_features(model)
+    monkeypatch.setattr(model.module, "reading", Mixing(model.module.reading, kind))
+    # The length that features are brought to would hide a factor.
+    monkeypatch.setattr(model.module, "feature_scale", 0.0)
+    with pytest.raises(ModelError, match="a record's features depends"):
+        rehearse_features(model)
+
+
+# --- a site -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_record_is_computed_before_it_is_paid_for(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, seen = clinic(settings(toy_settings), tmp_path), []
+    pay, featurise = local_training.pay_round, FederatedModel.featurise
+
+    def paying(*given: Any) -> Any:
+        seen.append("charge")
+        return pay(*given)
+
+    def computing(self: FederatedModel, records: Sequence[Record], *given: Any) -> None:
+        seen.append("features")
+        featurise(self, records, *given)
+
+    monkeypatch.setattr(local_training, "pay_round", paying)
+    monkeypatch.setattr(FederatedModel, "featurise", computing)
+    assert isinstance(site.ask(site.task()), TrainResult)
+    assert seen == ["charge", "features"]
+
+
+def test_features_that_fail_after_the_charge_are_answered_by_noise_and_written_down(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(settings(toy_settings), tmp_path)
+
+    def failing(*_: Any) -> None:
+        raise MemoryError("planted")
+
+    app._process.model = None
+    monkeypatch.setattr(FederatedModel, "featurise", failing)
+    reply = site.ask(site.task())
+    assert isinstance(reply, TrainResult), reply
+    assert reply.spending is not None
+    with Ledger(site.ledger) as ledger:
+        assert len(ledger.failures()) == 1
+
+
+def test_a_site_refuses_an_encoder_that_mixes_records_before_the_charge(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(settings(toy_settings), tmp_path)
+    model = site.model()
+    monkeypatch.setattr(model.module, "reading", Mixing(model.module.reading, "centred by the batch"))
+    app._process.model = None
+    reply = site.ask(site.task())
+    assert isinstance(reply, Refusal) and "features depends" in reply.reason
+    with Ledger(site.ledger) as ledger:
+        assert not list(ledger.entries())
+
+
+def test_the_worst_case_of_reply_after_has_the_features_in_it(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(settings(toy_settings), tmp_path)
+    app._process.model = None
+    real = app.rehearse_features
+
+    def slow(model: FederatedModel) -> Any:
+        timing = real(model)
+        return type(timing)({length: 1000.0 for length in timing.passes}, timing.rows, timing.empty, timing.score)
+
+    monkeypatch.setattr(app, "rehearse_features", slow)
+    site.rule(reply_after=60)
+    reply = site.ask(site.task())
+    assert isinstance(reply, Refusal) and "reply-after" in reply.reason
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+def test_a_run_of_the_head_alone_learns_and_evaluates_as_it_scored(toy_settings: dict[str, Any], mode: str) -> None:
+    more = {"privacy__mode": mode, "privacy__epsilon": 50.0, "rounds": 4, "training__batch_tokens": 0}
+    folder = run_in_process(settings(toy_settings, **more), 2)
+    lines = list(read_lines(RoundLine, folder))
+    score = evaluate_run(folder)
+    assert score.accuracy == pytest.approx(lines[-1].accuracy)
+    assert score.loss == pytest.approx(lines[-1].loss, rel=1e-5)
+    assert not (folder / "adapter" / "adapter_config.json").exists()
+    paid = list(read_lines(PrivacyLine, folder))
+    assert [line.spent is None for line in paid] == [mode == "none"] * len(paid)
+
+
+def test_only_the_head_travels(toy_settings: dict[str, Any]) -> None:
+    job = configure(settings(toy_settings))
+    config = job.config
+    model = FederatedModel(
+        *(load_base_model(config.model.name, config.model.task), job.adapter, TASKS[config.model.task], config.head),
+        seed=config.seed,
+        label_names=("bad", "good"),
+    )
+    assert set(job.strategy.downlink(job.start(model.start))) == {HEAD}
+    assert {p.shape for p in model.module.parameters() if p.requires_grad} == {p.shape for p in model.head.values()}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"head__policy": "frozen"}, "nothing is trained"), ({"model__task": "causal-lm", "head__policy": "frozen"}, "no head")],
+)
+def test_a_run_that_would_train_nothing_is_refused(toy_settings: dict[str, Any], more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configure(settings(toy_settings, **more))

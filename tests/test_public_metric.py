@@ -1,0 +1,243 @@
+"""The public metric: what it shrinks, how long it leaves gradients, and that no record has a say in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from audits.tiny_models import TARGETS, write_reviews
+from common.adapters import ADAPTERS
+from common.adapters.lora_metric import SHRUNK, in_weights
+from common.config.sections import HeadConfig
+from common.errors import ConfigError, ModelError
+from common.messages.state import HEAD, METRIC, AdapterState
+from common.messages.tensors import merge
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.run_lines import RoundLine, read_lines
+from common.starts.base import Labels
+from common.starts.public_metric import PublicMetric, shrinking
+from common.tasks import TASKS
+from common.tasks.text import TextExample
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process
+from server.model import ServerModel
+from strategies.job import configure
+
+Folder = Callable[[str], str]
+LABELS = Labels(("bad", "good"), (("dull film", "awful story", "cold"), ("warm film", "lovely story", "joyful")))
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny(folder: str, start: PublicMetric, adapter: str = "lora-metric", metric: str = "none") -> FederatedModel:
+    return FederatedModel(
+        load_base_model(folder, "classification"),
+        ADAPTERS[adapter](2, 4.0, tuple(TARGETS["bert"].split(",")), start),
+        TASKS["classification"],
+        HeadConfig(start="random", metric=metric),
+        seed=1,
+        label_names=LABELS.names,
+        max_length=24,
+        device="cpu",
+        precision="float32",
+    )
+
+
+def settings(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
+    own = {
+        "strategy": "fedavg-lora",
+        "adapter.name": "lora-metric",
+        "adapter.start": "public-metric",
+        "adapter.rank": 2,
+        "server.optimizer": "momentum",
+        "server.learning-rate": 0.5,
+        "training.optimizer": "sgd",
+        "training.learning-rate": 1.0,
+        "training.local-steps": 1,
+        "start.records": 16,
+    }
+    return {**toy, **own, **{key.replace("__", ".").replace("_", "-"): value for key, value in more.items()}}
+
+
+# --- the map ----------------------------------------------------------------------------------------------------------
+
+
+def test_v_takes_the_leading_directions_down_to_the_one_after_them_and_leaves_the_others() -> None:
+    vectors = torch.linalg.qr(draw(20, 20))[0]
+    values = torch.tensor([1000.0, 300, 90, 40, 30, 20, 11, 9, 7, *(1.0 / (i + 1) for i in range(11))]).double()
+    V = shrinking(vectors * values @ vectors.T)
+    left = torch.eye(20, dtype=torch.float64) - V.T @ V
+    found = torch.linalg.eigvalsh(left @ (vectors * values @ vectors.T) @ left).flip(0)
+    wanted = torch.cat([torch.full((SHRUNK + 1,), 7.0, dtype=torch.float64), values[SHRUNK + 1 :]])
+    assert (found - wanted).abs().max() < 1e-9
+    assert (left @ vectors[:, SHRUNK:] - vectors[:, SHRUNK:]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("width", [3, SHRUNK, SHRUNK + 1])
+def test_a_narrow_layer_has_fewer_directions_to_shrink(width: int) -> None:
+    moment = draw(width, width)
+    V = shrinking(moment @ moment.T)
+    assert V.shape == (min(SHRUNK, width), width)
+    assert bool(V.isfinite().all())
+
+
+def test_the_factors_in_weights_are_the_map_in_float64(model_folder: Folder) -> None:
+    A, B, V = draw(3, 12), draw(7, 3, seed=1), 0.3 * draw(8, 12, seed=2)
+    adapter = ADAPTERS["lora-metric"](3, 6.0, ("query",))
+    slow = 2.0 * B @ A @ (torch.eye(12, dtype=torch.float64) - V.T @ V)
+    assert (adapter.delta({"A": A, "B": B, "V": V}, torch.zeros(7, 12)) - slow).abs().max() < 1e-12
+    assert (2.0 * B @ in_weights({"A": A, "V": V}) - slow).abs().max() < 1e-12
+
+
+# --- what it is made from ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ["lora-metric", "lora-frozen-b"])
+def test_public_gradients_have_the_stated_length_in_each_layer_alike(model_folder: Folder, adapter: str) -> None:
+    start = PublicMetric(records=12, clip_share=0.25)
+    model = tiny(model_folder("bert"), start, adapter)
+    config = configure({"privacy.clip-norm": 0.5, "adapter.start": "public-metric", "adapter.name": adapter}).config
+    made = start.from_public(model, config, LABELS)
+    model.write(merge(model.start, {k: {n: t for n, t in f.items() if n in model.start[k]} for k, f in made.items()}))
+    # Slowly: each text by itself, through autograd of the trained factors.
+    texts = start.texts(model, start.drawn_labels(2, config.seed))
+    squares: dict[str, float] = {}
+    for record in texts:
+        model.module.zero_grad()
+        model.losses(model.batch([record])).sum().backward()
+        for layer, factors in model.adapter.parameters(model.peft_model).items():
+            squares[layer] = squares.get(layer, 0.0) + float(factors["A"].grad.double().square().sum()) / len(texts)
+    wanted = (0.5 / 0.25) ** 2 / len(squares)
+    assert max(abs(found / wanted - 1) for found in squares.values()) < 1e-4
+
+
+def test_columns_of_b_are_where_the_phrases_say_and_random_ones_are_not(model_folder: Folder) -> None:
+    config = configure({"adapter.start": "public-metric", "adapter.name": "lora-metric"}).config
+    made = {}
+    for outputs in ("public", "random"):
+        start = PublicMetric(records=12, outputs=outputs)
+        made[outputs] = start.from_public(tiny(model_folder("bert"), start), config, LABELS)
+    model = tiny(model_folder("bert"), PublicMetric())
+    for layer, factors in made["public"].items():
+        B = factors["B"].double()
+        gram = B.T @ B
+        assert (gram / gram[0, 0] - torch.eye(2, dtype=torch.float64)).abs().max() < 1e-5, "columns not orthogonal"
+        first = made["random"][layer]["B"].double()
+        began = model.start[layer]["B"].double()
+        assert (first / first.norm() - began / began.norm()).abs().max() < 1e-6
+        assert (B / B.norm() - began / began.norm()).abs().max() > 0.1
+
+
+def test_no_record_of_a_site_has_a_say_in_the_metric(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two federations over other records, of one public test file, hold the same bytes; a metric of records does not."""
+    test = str(write_reviews(tmp_path / "test.csv", 40, seed=3))
+
+    def basis(seed: int) -> AdapterState:
+        records = str(write_reviews(tmp_path / f"records{seed}.csv", 60, seed=seed))
+        job = configure(settings({**toy_settings, "data.name": records, "data.test": test}))
+        server = ServerModel(job)
+        return job.basis(job.begin(server.start, server.public_statistic()))
+
+    first, second = basis(1), basis(2)
+    assert first.keys() == second.keys() and first
+    assert all(torch.equal(first[layer][n], second[layer][n]) for layer in first for n in first[layer])
+
+    def private(self: PublicMetric, model: FederatedModel, labels: Any = ()) -> Any:
+        lines = (tmp_path / f"records{private.seed}.csv").read_text().splitlines()[1:13]  # type: ignore[attr-defined]
+        return model.prepare([TextExample(text=line, label=0) for line in lines])
+
+    monkeypatch.setattr(PublicMetric, "texts", private)
+    faulty = []
+    for seed in (1, 2):
+        private.seed = seed  # type: ignore[attr-defined]
+        faulty.append(basis(seed))
+    assert not all(torch.equal(faulty[0][layer]["V"], faulty[1][layer]["V"]) for layer in faulty[0])
+
+
+# --- the head's ---------------------------------------------------------------------------------------------------
+
+
+def test_the_heads_metric_moves_no_logit_and_whitens_public_features(model_folder: Folder) -> None:
+    start = PublicMetric(records=12, ridge=1e-6)
+    model = tiny(model_folder("bert"), start, "none", metric="public")
+    config = configure({"adapter.start": "public-metric", "adapter.name": "none", "head.metric": "public"}).config
+    texts = start.texts(model, [])
+    with torch.no_grad():
+        before = torch.cat([model.module(model.batch([record])) for record in texts])
+        seen = torch.cat([model.features(model.batch([record])) for record in texts]).double()
+        model.write(merge(model.start, start.from_public(model, config, LABELS)))
+        after = torch.cat([model.module(model.batch([record])) for record in texts])
+        mapped = model.module.metric(seen.float()).double()
+    assert (after - before).abs().max() < 1e-4
+    assert mapped.mean(0).abs().max() < 1e-4 * mapped.abs().max()
+    # As many directions as texts can span have one length.
+    spectrum = torch.linalg.eigvalsh(mapped.T @ mapped / len(mapped)).flip(0)
+    assert float(spectrum[0] / spectrum[min(len(texts), seen.shape[1]) - 3]) < 1.1
+    assert model.folded_head["weight"].shape == model.module.head.weight.shape
+    with torch.no_grad():
+        plain = seen.float() @ model.folded_head["weight"].T + model.folded_head["bias"]
+    assert (plain - before).abs().max() < 1e-4
+
+
+# --- in a run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"adapter__name": "lora-frozen-b"},
+        {"start__outputs": "random"},
+        {"head__metric": "public"},
+        {"adapter__name": "none", "head__metric": "public"},
+    ],
+    ids=["metric", "directions alone", "metric alone", "with the head's", "the head's alone"],
+)
+def test_a_private_run_trains_in_the_metric_and_evaluates_as_it_scored(
+    toy_settings: dict[str, Any], more: dict[str, Any]
+) -> None:
+    folder = run_in_process(settings(toy_settings, **more), 2)
+    lines = list(read_lines(RoundLine, folder))
+    assert lines[-1].accuracy is not None
+    score = evaluate_run(folder)
+    assert score.accuracy == pytest.approx(lines[-1].accuracy)
+    assert score.loss == pytest.approx(lines[-1].loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"adapter__name": "lora"}, "gives no A"),
+        ({"head__metric": "public", "adapter__start": "orthonormal", "adapter__name": "lora"}, "set adapter.start to 'public-metric'"),
+        ({"start__outputs": "private"}, "start.outputs"),
+        ({"start__clip_share": 0.0}, "start.clip-share"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_to_do(
+    toy_settings: dict[str, Any], more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configure({k: v for k, v in settings(toy_settings, **more).items() if k != "start.records"})
+
+
+def test_a_head_at_zero_is_refused_because_no_text_has_a_gradient(model_folder: Folder) -> None:
+    start = PublicMetric(records=4)
+    model = tiny(model_folder("bert"), start)
+    with torch.no_grad():
+        model.module.head.weight.zero_()
+    model.start = model.read()
+    config = replace(configure({"adapter.start": "public-metric", "adapter.name": "lora-metric"}).config)
+    with pytest.raises(ModelError, match=r"head\.start"):
+        start.from_public(model, config, LABELS)
+    assert HEAD in model.start and METRIC not in model.start
