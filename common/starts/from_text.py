@@ -13,7 +13,7 @@ from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.model.federated import FederatedModel
 from common.starts.base import Needs, Start
-from common.starts.public_text import PACKAGED, packaged_sha256, read_text
+from common.starts.public_text import MADE_UP, PACKAGED, packaged_sha256, read_text
 from common.tasks import TASKS, Record
 
 
@@ -22,11 +22,14 @@ class FromText(Start):
     """A start from a public text of the server's."""
 
     needs: ClassVar[Needs] = "public records"
+    suits: ClassVar[str] = PACKAGED
+    """What ``auto`` stands for."""
 
-    text: str = PACKAGED
-    """The public text: ``phrases``, which come with FedVeil, or a file of the server's, one text a line."""
+    text: str = "auto"
+    """The public text: ``phrases``, which come with FedVeil, ``made-up`` (words drawn from the model's vocabulary), or
+    a file of the server's, one text a line; ``auto``: what suits the start."""
     text_sha256: str = ""
-    """Of that text's bytes, in hexadecimal; empty: of the packaged phrases."""
+    """Of a file's bytes, in hexadecimal."""
     records: int = 256
     """How many texts are used, from the first on."""
 
@@ -40,7 +43,7 @@ class FromText(Start):
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a file without its fingerprint, and records that hold no words."""
         super().check(config, adapter)
-        if self.text != PACKAGED and not self.text_sha256:
+        if self.text not in ("auto", PACKAGED, MADE_UP) and not self.text_sha256:
             raise ConfigError(
                 f"start.text {self.text!r} is a file of the server's: set start.text-sha256 to what sha256sum prints "
                 "for it, so that every site knows which text the run starts from"
@@ -51,22 +54,29 @@ class FromText(Start):
             )
 
     def resolved(self) -> Self:
-        """Return the start with the fingerprint of its text, which of a file has to be given."""
-        if self.text_sha256 or self.text != PACKAGED:
-            return self
-        return replace(self, text_sha256=packaged_sha256())
+        """Return the start with its text, and of packaged phrases their fingerprint, which of a file has to be given."""
+        text = self.suits if self.text == "auto" else self.text
+        return replace(self, text=text, text_sha256=packaged_sha256() if text == PACKAGED else self.text_sha256)
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the public text."""
-        return self.resolved().text_sha256
+        """The SHA-256 of the public text; empty: it is made up."""
+        found = self.resolved()
+        return "" if found.text == MADE_UP else found.text_sha256
 
     def texts(self, model: FederatedModel, labels: Sequence[int] = ()) -> list[Record]:
         """Return the texts as the model takes them, each of its label, or all of the first one.
 
+        Made-up ones have 6 to 40 tokens, or as many as the run cuts records to.
+
         Raises:
             DataError: they cannot be read, or are not those of the fingerprint.
         """
-        texts = read_text(self.text, self.fingerprint)[: self.records]
-        given = labels or [0] * len(texts)
+        given = labels or [0] * self.records
+        text = self.resolved().text
+        if text == MADE_UP:
+            invent = model.reading.inventor(model.base, model.max_length)
+            sizes = [min(model.max_length, 6 + 7 * i % 35) for i in range(self.records)]
+            return [invent(size, i, label) for i, (size, label) in enumerate(zip(sizes, given, strict=True))]
+        texts = read_text(text, self.fingerprint)[: self.records]
         return model.prepare([replace(model.task.of_phrase(t), label=i) for t, i in zip(texts, given, strict=False)])

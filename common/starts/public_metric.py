@@ -31,6 +31,7 @@ from common.starts.base import Labels, seeded
 from common.starts.directions import leading_rows, with_fixed_signs
 from common.starts.from_text import FromText
 from common.starts.gradient import open_weights
+from common.starts.public_text import MADE_UP
 from common.tasks import TASKS, Record
 
 Gradients = Iterator[dict[str, Tensor]]
@@ -42,6 +43,7 @@ class PublicMetric(FromText):
     """B spans the public outputs' directions, V shrinks the inputs' common ones; A begins at 0."""
 
     name: ClassVar[str] = "public-metric"
+    suits: ClassVar[str] = MADE_UP
     gives: ClassVar[tuple[str, ...]] = ("B", "V", METRIC)
 
     outputs: str = "public"

@@ -14,6 +14,8 @@ from common.errors import DataError
 
 PACKAGED = "phrases"
 """What ``start.text`` calls the phrases that come with FedVeil."""
+MADE_UP = "made-up"
+"""What it calls words drawn from the base model's vocabulary, which are no text of anyone's."""
 
 
 def packaged_sha256() -> str:
