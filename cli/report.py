@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.errors import for_people
+from common.errors import ConfigError, DataError
 from common.privacy.figures import epsilon_text, remaining_text
 from common.words import counted
 
@@ -21,13 +22,34 @@ console = Console(highlight=False, soft_wrap=True)
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
     sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write one picture of the run (SVG) to this file, and nothing else.")
+    ] = None,
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
     from reports import write_reports
 
+    if picture is not None:
+        _write_picture(folder, picture, sign)
+        return
     written = write_reports(folder, sign)
     print_summary(folder)
     console.print("\n".join(str(path) for path in written), markup=False)
+
+
+def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
+    from common.files import replace_file
+    from reports import report_of
+    from reports.picture import to_svg
+
+    if sign is not None:
+        raise ConfigError("--picture writes no report that could be signed: give --sign without it")
+    svg = to_svg(report_of(folder))
+    try:
+        replace_file(picture, svg.encode())
+    except OSError as error:
+        raise DataError(f"{picture} cannot be written ({error.strerror}): name another file") from error
+    console.print(f"picture: {picture}", markup=False)
 
 
 @for_people

@@ -16,13 +16,10 @@ import pytest
 
 from audits.tiny_models import save_tiny_model, tiny_model
 from common.data.packaged import (
-    ASDIV,
     DINOV2_SMALL,
     HASH_BLOCK_BYTES,
     MINILM,
-    MOVIE_REVIEWS,
     SMOLLM2,
-    TEXTILE_IMAGES,
     PackagedFile,
     PackagedFolder,
     PackagedTree,
@@ -30,9 +27,13 @@ from common.data.packaged import (
     packaged_folder,
     packaged_tree,
 )
+from common.data.sets import DATASETS
 from common.errors import DataError
 from common.model import base as base_model
 
+MOVIE_REVIEWS, ASDIV, TEXTILE_IMAGES = (
+    DATASETS[name].file for name in ("rotten-tomatoes", "asdiv", "textile-images")
+)
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
 CARRIED = PackagedFile("veil-demo", "1.2.3", "veil_demo/data.csv", hashlib.sha256(CONTENT).hexdigest(), "demo")
 SAVED_MODEL = PackagedFolder(

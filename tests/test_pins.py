@@ -35,7 +35,8 @@ from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
 from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
-from common.data.sources import DATASETS, load_dataset
+from common.data.sets import DATASETS
+from common.data.sources import load_dataset
 from common.errors import FedVeilError, PolicyRefusal
 from common.messages.round import Refusal
 from common.tasks import TASKS, roles_of_all
