@@ -16,6 +16,7 @@ from common.errors import ConfigError
 from common.messages.state import AdapterState
 from common.starts import STARTS, Start
 from common.tasks import TASKS
+from common.words import bytes_text
 from strategies import STRATEGIES, Strategy
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
@@ -109,6 +110,19 @@ def strategy_table() -> str:
     header = "| strategy | adapter | trained | up: per layer = per site and round "
     header += "| down: per layer = per site and round | exact | noise in the weights, per step | privacy modes |"
     return "\n".join([header, "|" + "---|" * 8, *map(_row, STRATEGIES.values())])
+
+
+def short_table() -> str:
+    """Return the Markdown table of all strategies in words, for whoever reads the first page."""
+    header = ("strategy", "sites train", "frozen", "averages are exact", "a site sends in a round of the default job")
+    rows = []
+    for strategy in STRATEGIES.values():
+        adapter = preset_adapter(strategy, DEFAULT_RANK)
+        factors = [", ".join(adapter.trained), ", ".join(adapter.frozen) or "none"]
+        exact = "yes" if strategy.exact(type(adapter)) else "no"
+        sent = f"{bytes_text(payload(strategy(), adapter, DEFAULT_SHAPES)[1])}, and the head"
+        rows.append([f"`{strategy.name}` ({strategy.paper})", *factors, exact, sent])
+    return markdown(header, rows)
 
 
 def _factors(adapter: type[Adapter], names: Sequence[str]) -> str:

@@ -303,6 +303,16 @@ def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
     assert DATASETS["imdb"].file is DATASETS["rotten-tomatoes"].file, "imdb is documented as part of the same file"
 
 
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_named_data_set_loads_with_its_own_task_and_has_every_label(name: str) -> None:
+    named = DATASETS[name]
+    assert name == named.name
+    found = load_dataset(DataConfig(name=name), named.task)
+    assert len(found.examples) >= 100, "this is no data set to train on"
+    assert found.label_names == named.label_names
+    assert {example.label for example in found.examples} == set(range(len(named.labels)) or {None})
+
+
 def test_a_fingerprint_knows_records_not_their_order_or_the_order_of_labels() -> None:
     whole = Dataset("a", (TextExample("x", label=0, key="k"), TextExample("y", label=1)), ("bad", "good"))
     same = Dataset("b", (TextExample("y", label=0), TextExample("x", label=1)), ("good", "bad"))
