@@ -50,8 +50,9 @@ def tables_page() -> str:
         (
             "Strategies",
             strategy_table(),
-            "m outputs, n inputs, r the rank. Bytes are of the default job (12 layers of 384 × 384, r = 8), without the "
-            "head. σ noise multiplier, C clip norm, b expected batch, s the scale, x the noise on a trained factor.",
+            "m outputs, n inputs, r the rank. Bytes are of the default job (12 layers of 384 × 384, r = 8), without "
+            "the head. σ noise multiplier, C clip norm, b expected batch, s the scale, x the noise on a trained "
+            "factor.",
         ),
         (
             "Strategies and adapters",
@@ -63,10 +64,14 @@ def tables_page() -> str:
         (
             "Starts",
             start_table(),
-            "A start whose round 0 asks nobody costs nothing and sends nothing. A paid release is charged to each site's "
-            "ledger. Records without privacy are refused in a private run.",
+            "A start whose round 0 asks nobody costs nothing and sends nothing. A paid release is charged to each "
+            "site's ledger. Records without privacy are refused in a private run.",
         ),
-        ("Tasks", task_table(), "A column is a setting in a job, a pin in a policy, and an option on the command line."),
+        (
+            "Tasks",
+            task_table(),
+            "A column is a setting in a job, a pin in a policy, and an option on the command line.",
+        ),
         ("Data sets with a name", dataset_table(), "Any file, folder or `hub:NAME` is a data set as well."),
     )
 
@@ -81,9 +86,9 @@ def run_folder_page() -> str:
     parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested]
     return _page(
         "The folder of a run",
-        "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal showed, "
-        "`log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head beside it, `report.*` the "
-        "report. In a simulation `ledgers/` holds the sites' ledgers.",
+        "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
+        "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head beside it, "
+        "`report.*` the report. In a simulation `ledgers/` holds the sites' ledgers.",
         *parts,
     )
 
@@ -94,15 +99,16 @@ def wire_page() -> str:
     layout = (wire.__doc__ or "").split("``body``::\n\n")[1].split("\n\n")[0]
     return _page(
         f"What travels: protocol {PROTOCOL}",
-        "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is the "
-        "only field computed from records, and it has passed clip and noise; a noised count that the site's ledger has "
-        "paid for may be beside it. An adapter state is one block of little-endian float32.",
+        "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
+        "the only field computed from records, and it has passed clip and noise. A noised count may be beside it, "
+        "which the site's ledger has paid for. An adapter state is one block of little-endian float32.",
         *((kind.__name__, _fields(kind), _about(kind)) for kind in kinds),
         (
             "Bytes of a header",
             f"```text\n{layout}\n```",
-            "Little-endian. A text is its length in bytes (u16) and UTF-8. A fingerprint travels as its first 128 bits; "
-            f"zeros say that there is none. A refusal's kinds are {', '.join(f'`{kind}`' for kind in REFUSAL_KINDS)}.",
+            "Little-endian. A text is its length in bytes (u16) and UTF-8. A fingerprint travels as its first 128 "
+            "bits; zeros say that there is none. A refusal's kinds are "
+            f"{', '.join(f'`{kind}`' for kind in REFUSAL_KINDS)}.",
         ),
     )
 
@@ -114,8 +120,11 @@ def commands_page() -> str:
     root = typer.main.get_command(app)
     return _page(
         "Commands",
-        "`fedveil --help` and `fedveil COMMAND --help` print the same. An error is one line on stderr, and exit code 1.",
-        *((f"`{' '.join(words)}`", _options(words, command), command.help or "") for words, command in _leaves(root, ("fedveil",))),
+        "`fedveil COMMAND --help` prints the same. An error is one line on stderr, and exit code 1.",
+        *(
+            (f"`{' '.join(words)}`", _options(words, command), command.help or "")
+            for words, command in _leaves(root, ("fedveil",))
+        ),
     )
 
 

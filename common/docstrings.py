@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from itertools import pairwise
 from typing import Any
 
 
@@ -37,7 +38,7 @@ def _texts(of: type[Any]) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
     (lines,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
     found = {}
-    for field, below in zip(lines, lines[1:], strict=False):
+    for field, below in pairwise(lines):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             text = getattr(below.value, "value", None)
             if isinstance(text, str):

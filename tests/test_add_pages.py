@@ -136,7 +136,8 @@ def test_the_pages_have_one_form(page: Page) -> None:
     headings = re.findall(r"^## (.+)$", page.text, flags=re.M)
     assert headings[:3] == ["The file", "The row", "Run it"]
     assert len(page.blocks) == 3
-    assert page.text.startswith(f"# Add a{'n' if page is ADAPTER else ''} {page.name.split('-', 2)[2].replace('-', ' ')}\n")
+    article, what = page.name.removeprefix("add-").replace("-", " ").split(" ", 1)
+    assert page.text.startswith(f"# Add {article} {what}\n")
     for file in page.tests:
         assert f"`{file}`" in page.text, f"the page does not say that {file} tests its row"
 

@@ -134,9 +134,8 @@ def guide(who: str, step: int) -> list[list[str]]:
 
 def steward(step: int) -> list[list[str]]:
     """Return the commands of both stewards: ``clinic`` is the guide's, and the other does the same."""
-    return [
-        [word.replace("clinic", site) for word in line] for site in ("clinic", "ward") for line in guide("steward", step)
-    ]
+    both = [(site, line) for site in ("clinic", "ward") for line in guide("steward", step)]
+    return [[word.replace("clinic", site) for word in line] for site, line in both]
 
 
 def guides_commands() -> list[list[str]]:

@@ -175,9 +175,9 @@ def test_the_readmes_run_is_the_one_in_docs_demo_and_the_picture_is_of_it() -> N
     assert not changed, f"this is not the default job: {changed}"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("fedavg-lora on"))
-    log = (folder / "run.log").read_text(encoding="utf-8").splitlines()
+    log = (folder / "run.log").read_text(encoding="utf-8")
     lines = read_lines(RoundLine, folder)
-    assert [line for line in log if line.startswith("round ")] == [line for line in log if line in shown.splitlines()][-6:]
+    assert log in shown, "README shows other lines than the run's"
     for line in lines:
         assert f"round {line.round_number}/6  accuracy {100 * (line.accuracy or 0):.1f} %" in shown
     head = report.headline

@@ -72,6 +72,7 @@ def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_faul
 
 # The table of roles.
 
+
 def of_task(name: str) -> dict[str, Scalar]:
     """Return settings that a task needs besides its columns."""
     task = TASKS[name]
