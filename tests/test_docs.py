@@ -213,7 +213,16 @@ def researcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_settings: di
     assert header == "text,label,author"
     (tmp_path / "reviews.csv").write_text("\n".join(["review,stars,author", *rows]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    small = ("model.name", "model.max-length", "adapter.targets", "head.start", "precision", "device", "output")
+    small = (
+        "model.name",
+        "model.max-length",
+        "adapter.rank",
+        "adapter.targets",
+        "head.start",
+        "precision",
+        "device",
+        "output",
+    )
     return {**{key: toy_settings[key] for key in small}, "rounds": 1, "training.local-steps": 1, "privacy.delta": 1e-3}
 
 
@@ -232,7 +241,7 @@ def test_the_researchers_guide_ends_in_a_result(
                 namespace: dict[str, Any] = {}
                 monkeypatch.setattr(
                     "experiments.in_process.run_in_process",
-                    lambda own, sites: run_in_process({**researcher, **OWN_RECORDS, **own}, sites),
+                    lambda own, sites: run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run="own"),
                 )
                 exec(block, namespace)
                 folder = namespace.get("folder", folder)
@@ -248,7 +257,7 @@ def test_the_researchers_guide_ends_in_a_result(
                 if "asdiv" in line:
                     continue
                 asked = {k: v for k, v in parse_settings(texts).items() if k not in researcher}
-                folder = run_in_process({**researcher, **OWN_RECORDS, **asked}, 2)
+                folder = run_in_process({**researcher, **OWN_RECORDS, **asked}, 2, run=str(len(done)))
             else:
                 answer = CliRunner().invoke(app, words[1:])
                 assert answer.exit_code == 0, f"{line}\n{answer.output}"
