@@ -38,7 +38,7 @@ faults: environment
 
 docs: environment
 	$(BIN)/python -m cli.reference
-	$(BIN)/fedveil report docs/demo --picture docs/demo.svg
+	$(BIN)/python -m reports.picture docs/demo.json
 
 check: environment
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from common.run_lines import (
     Reached,
     ResultFile,
     RoundLine,
+    RunFile,
 )
 from strategies.table import (
     adapter_table,
@@ -78,12 +79,24 @@ def tables_page() -> str:
 
 def run_folder_page() -> str:
     """Return the page of a run's folder: every file, and the fields of each line."""
-    kinds = (ConfigFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile, AuditFile)
+    kinds: tuple[type[RunFile], ...] = (
+        ConfigFile,
+        BaselineFile,
+        RoundLine,
+        PrivacyLine,
+        ResultFile,
+        ProgressFile,
+        AuditFile,
+    )
     parts = [(f"`{'audit*.json' if kind is AuditFile else kind.NAME}`", _fields(kind), _about(kind)) for kind in kinds]
-    nested = ((SpendingFigures, "in `privacy.jsonl`, beside the other keys"), (Absence, "in `rounds.jsonl`"))
-    nested += ((CountLine, "in `rounds.jsonl`"), (Reached, "in `result.json`, beside the other keys"))
-    nested += ((Finding, "in `audit*.json`"),)
-    parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested]
+    nested: Mapping[type[Any], str] = {
+        SpendingFigures: "in `privacy.jsonl`, beside the other keys",
+        Absence: "in `rounds.jsonl`",
+        CountLine: "in `rounds.jsonl`",
+        Reached: "in `result.json`, beside the other keys",
+        Finding: "in `audit*.json`",
+    }
+    parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]
     return _page(
         "The folder of a run",
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,8 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
     sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Write one picture of the run (SVG) to this file, and nothing else.")
+        Path | None,
+        typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
     ] = None,
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
@@ -39,14 +41,18 @@ def report(
 
 def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
     from common.files import replace_file
+    from common.strict_json import to_json
     from reports import report_of
-    from reports.picture import to_svg
+    from reports.picture import picture_of, to_svg
 
+    if picture.suffix != ".svg":
+        raise ConfigError(f"--picture is {str(picture)!r}: name a file that ends in .svg")
     if sign is not None:
         raise ConfigError("--picture writes no report that could be signed: give --sign without it")
-    svg = to_svg(report_of(folder))
+    figures = picture_of(report_of(folder))
     try:
-        replace_file(picture, svg.encode())
+        replace_file(picture.with_suffix(".json"), (json.dumps(to_json(figures), indent=1) + "\n").encode())
+        replace_file(picture, to_svg(figures).encode())
     except OSError as error:
         raise DataError(f"{picture} cannot be written ({error.strerror}): name another file") from error
     console.print(f"picture: {picture}", markup=False)
