@@ -15,6 +15,7 @@ from common.docstrings import fields_said, said_of
 from common.messages import wire
 from common.messages.round import PROTOCOL, REFUSAL_KINDS, NoisedCount, Refusal, SpendingFigures, TrainResult, TrainTask
 from common.run_lines import (
+    AUDITS,
     Absence,
     AuditFile,
     BaselineFile,
@@ -26,7 +27,6 @@ from common.run_lines import (
     Reached,
     ResultFile,
     RoundLine,
-    RunFile,
 )
 from strategies.table import (
     adapter_table,
@@ -79,16 +79,9 @@ def tables_page() -> str:
 
 def run_folder_page() -> str:
     """Return the page of a run's folder: every file, and the fields of each line."""
-    kinds: tuple[type[RunFile], ...] = (
-        ConfigFile,
-        BaselineFile,
-        RoundLine,
-        PrivacyLine,
-        ResultFile,
-        ProgressFile,
-        AuditFile,
-    )
-    parts = [(f"`{'audit*.json' if kind is AuditFile else kind.NAME}`", _fields(kind), _about(kind)) for kind in kinds]
+    files = (ConfigFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile)
+    parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
+    parts.append((f"`{AUDITS}.json`", _fields(AuditFile), _about(AuditFile)))
     nested: Mapping[type[Any], str] = {
         SpendingFigures: "in `privacy.jsonl`, beside the other keys",
         Absence: "in `rounds.jsonl`",
