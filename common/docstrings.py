@@ -1,4 +1,4 @@
-"""What dataclasses say of their fields: the text below each, for pages and commands that print it."""
+"""The texts below the fields of dataclasses, for pages and commands that print them."""
 
 from __future__ import annotations
 
