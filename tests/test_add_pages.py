@@ -135,6 +135,9 @@ def run_of(page: Page, settings: dict[str, Any], **names: Any) -> Path:
 def test_the_pages_have_one_form(page: Page) -> None:
     headings = re.findall(r"^## (.+)$", page.text, flags=re.M)
     assert headings[:3] == ["The file", "The row", "Run it"]
+    rest = ["What each field says"] if page is DATASET else ["What a.* must keep to", "What else a.* can say"]
+    assert len(headings) == 3 + len(rest)
+    assert all(map(re.fullmatch, rest, headings[3:]))
     assert len(page.blocks) == 3
     article, what = page.name.removeprefix("add-").replace("-", " ").split(" ", 1)
     assert page.text.startswith(f"# Add {article} {what}\n")
