@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from client.ledger.file import only_ledger
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
+from client.ledger.ledger import Ledger, _remember
+from client.ledger.rows import Charge, Receipt
 from client.site import open_site, user_folder
 from common.config.sections import Scalar, from_mapping
 from common.errors import LedgerError
-from common.privacy.accounting import Release
+from common.privacy.accounting import gaussian_release
 
-WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)
+WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 # fork: a child that has to import the libraries again takes seconds.
 processes = multiprocessing.get_context("fork")
 
@@ -31,17 +31,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "site.sqlite"
 
 
-def charge(path: Path, round_number: int = 1, records: frozenset[int] = frozenset(), dataset: str = "ward") -> Charge:
+def charge(path: Path, round_number: int = 1, records: frozenset[int] = frozenset(), dataset: str = "ward") -> Receipt:
     with Ledger(path) as ledger:
-        return ledger.charge(
-            *(dataset, [WHISPER]),
-            run="1",
-            round_number=round_number,
-            delta=1e-5,
-            max_epsilon=8.0,
-            clip_norm=1.0,
-            records=records,
-        )
+        return ledger.charge(Charge(dataset, "1", round_number, (WHISPER,), 1e-5, 8.0), records=records)
 
 
 def rounds(path: Path) -> list[int]:
@@ -74,14 +66,15 @@ def test_a_ledger_that_takes_two_names_is_found_out(path: Path, monkeypatch: pyt
 def charge_and_die(path: Path) -> None:
     """Charge with so many records that pages are written before the commit, and be killed there."""
     with Ledger(path) as ledger:
-        connection = ledger._connection
+        connection = ledger._file._connection
         connection.execute("PRAGMA cache_size = 5")
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(
-            "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
-            "charged_at) VALUES ('ward', '1', 9, 'training', 20.0, 0.01, 1, 1e-5, 1.0, 'now')"
+            "INSERT INTO charges (dataset, run, round, purpose, kind, figures, count, delta, charged_at) "
+            "VALUES ('ward', '1', 9, 'training', ?, ?, 1, 1e-5, 'now')",
+            (WHISPER.event.kind, WHISPER.event.text()),
         )
-        ledger._remember("ward", range(20_000))
+        _remember(connection, "ward", range(20_000))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -304,15 +297,22 @@ def content(path: Path) -> dict[str, Any]:
     return found
 
 
+def as_data(*row: Any) -> tuple[Any, ...]:
+    """Return a charge of format 1 to 4 as format 5 has it: its figures as data, and all else as it was."""
+    number, dataset, run, round_number, kind, noise, rate, count, delta, clip, when, *cause = row
+    figures = f'{{"clip_norm":{clip!r},"noise_multiplier":{noise!r},"sample_rate":{rate!r}}}'
+    what = (kind, "sampled-gaussian", figures, count)
+    return number, dataset, run, round_number, *what, delta, when, *(cause or (None,))
+
+
 def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     second_format: Path, tmp_path: Path
 ) -> None:
     before = content(second_format)
     Ledger(second_format).close()
     after = content(second_format)
-    assert (before["format"], after["format"]) == (2, 4)
-    before["rows"]["charges"] = [(*row, None) for row in before["rows"]["charges"]]  # all of them its own
-    assert after["rows"] == before["rows"]
+    assert (before["format"], after["format"]) == (2, 5)
+    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
     Ledger(tmp_path / "new.sqlite").close()
     new = content(tmp_path / "new.sqlite")
     assert (after["names"], after["columns"]) == (new["names"], new["columns"])
@@ -328,7 +328,8 @@ def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(pat
         ledger.fail("ward", run="old", round_number=1, reason="no memory")
         assert [(row.dataset, row.round_number, row.reason) for row in ledger.failures()] == [("ward", 1, "no memory")]
     after = content(path)
-    assert (before["format"], after["format"], after["rows"]) == (3, 4, before["rows"])
+    assert (before["format"], after["format"]) == (3, 5)
+    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
     Ledger(tmp_path / "new.sqlite").close()
     new = content(tmp_path / "new.sqlite")
     assert (after["names"], after["columns"]) == (new["names"], new["columns"])
@@ -336,26 +337,26 @@ def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(pat
 
 def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) -> None:
     """Migrate a ledger, and be killed after so many of the migration's statements."""
-    import client.ledger.file as file
+    from client.ledger import migrations
 
     def some(connection: sqlite3.Connection, statements: str) -> None:
         whole = [part for part in statements.splitlines(keepends=True) if part.strip()]
         script(connection, "".join(whole[:after]))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    file._run_script = some
+    migrations.run_script = some
     Ledger(path)
 
 
 @pytest.mark.parametrize("after", [8, 12, 14])
 def test_a_migration_that_is_killed_leaves_the_old_ledger_whole(second_format: Path, after: int) -> None:
-    from client.ledger.file import _run_script
+    from client.ledger.migrations import run_script
 
     before = content(second_format)
-    child = processes.Process(target=migrate_and_die, args=(second_format, _run_script, after))
+    child = processes.Process(target=migrate_and_die, args=(second_format, run_script, after))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert content(second_format) == before
     assert rounds(second_format) == [1]
-    assert content(second_format)["format"] == 4
+    assert content(second_format)["format"] == 5

@@ -120,7 +120,7 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
     for strategy in STRATEGIES:
         chosen = {**own, **data, **noise, "strategy": strategy, "rounds": 6}
         config = configure(chosen).config
-        assert config.privacy.on, "privacy is off by default"
+        assert config.privacy.mechanism.claims, "privacy is off by default"
         assert (config.server.optimizer, config.training.optimizer, config.training.local_steps) == ("adam", "sgd", 1)
         folder = run_in_process(chosen, 2, "default")
         before = read_file(BaselineFile, folder).loss

@@ -29,7 +29,7 @@ from strategies.job import Job
 
 @dataclass(frozen=True)
 class Forecast:
-    """What ``fedveil plan`` says. The parts about privacy are empty or None when privacy is off."""
+    """What ``fedveil plan`` says. The parts about privacy are empty or None where nothing is charged."""
 
     job: Job
     sizes: tuple[int, ...]
@@ -86,14 +86,14 @@ class Forecast:
         down, up = self.traffic.run(config.rounds, len(self.sizes))
         return {
             "settings": self.job.settings(),
-            "private": bool(self.plans),
+            "private": self.job.mechanism.claims,
             "sites": [
                 {
                     "public_size": size,
                     "sample_rate": config.training.sample_rate,
                     "expected_batch": self.expected_batches[k],
                     "steps": config.total_steps,
-                    "noise_multiplier": self.plans[k].noise_multiplier if self.plans else None,
+                    "noise_multiplier": self.plans[k].event.noise_multiplier if self.plans else None,
                 }
                 for k, size in enumerate(self.sizes)
             ],
@@ -147,7 +147,7 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         # Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
         rounds=priced_rounds(job, plans[0]) if plans else [],
         rounds_within=rounds_within(job, plans[0]) if plans else None,
-        traffic=traffic(job, server_model, plans[0] if plans else None),
+        traffic=traffic(job, server_model, plans),
         payloads=payload_by_strategy(server_model),
         workers=workers,
         calibration=calibration,

@@ -63,7 +63,7 @@ def _print_sites(console: Console, forecast: Forecast) -> None:
         table.add_column(column, justify="left" if column == "site" else "right")
     config = forecast.job.config
     for k, (size, batch) in enumerate(zip(forecast.sizes, forecast.expected_batches, strict=True)):
-        noise = f"{forecast.plans[k].noise_multiplier:.5g}" if forecast.plans else "none"
+        noise = f"{forecast.plans[k].event.noise_multiplier:.5g}" if forecast.plans else "none"
         rate = f"{config.training.sample_rate:.4g}"
         table.add_row(f"site-{k}", f"{size:,}", rate, f"{batch:.1f}", str(config.total_steps), noise)
     console.print(table)
