@@ -20,7 +20,9 @@ from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
-from common.run_lines import RoundLine, read_lines
+from common.errors import ConfigError
+from common.privacy import MECHANISMS
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
@@ -263,6 +265,37 @@ def test_the_tests_of_starts_cover_the_pages_start_as_the_page_says(the_pages_st
     )
     assert done.returncode == 0, done.stdout
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 12, done.stdout
+
+
+@pytest.fixture
+def the_pages_mechanism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write the mechanism of the page into a file, put it into the table, and return the row's source."""
+    source, row, _ = blocks(ROOT / "docs" / "add-a-mechanism.md", "python")
+    (tmp_path / "full_batch.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = dict(MECHANISMS)
+    exec(row, {"MECHANISMS": MECHANISMS, "FullBatch": __import__("full_batch").FullBatch})
+    yield row
+    MECHANISMS.clear()
+    MECHANISMS.update(before)
+    sys.modules.pop("full_batch")
+
+
+@pytest.mark.usefixtures("the_pages_mechanism")
+def test_the_page_on_adding_a_mechanism_works(toy_settings: dict[str, Any]) -> None:
+    run = blocks(ROOT / "docs" / "add-a-mechanism.md", "python")[2]
+    namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": toy_settings}
+    exec(f"folder = {run}", namespace)
+    lines = read_lines(PrivacyLine, namespace["folder"])
+    assert {line.sampler for line in lines} == {"none: every record is in every step"}
+    assert {line.spent.event.sample_rate for line in lines if line.spent} == {1.0}
+    with pytest.raises(ConfigError, match="takes every record in every step"):
+        configure({**toy_settings, "privacy.mode": "full-batch", "training.sample-rate": 0.5})
+
+
+def test_the_tests_of_mechanisms_cover_the_pages_row_as_the_page_says(the_pages_mechanism: str, tmp_path: Path) -> None:
+    plugin = f"from full_batch import FullBatch\nfrom common.privacy import MECHANISMS\n{the_pages_mechanism}"
+    assert contract_tests(plugin, "tests/test_mechanisms.py", "full-batch", tmp_path) == 7
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])

@@ -28,7 +28,7 @@ from strategies.job import known_settings
 from strategies.table import payload, preset_adapter
 
 PRIVACY_FIELDS = [
-    *("round", "site", "unit", "adjacency", "adversary", "sampler", "sample_rate", "noise_multiplier", "clip_norm"),
+    *("round", "site", "unit", "adjacency", "adversary", "sampler", "purpose", "event"),
     *("steps_round", "steps_total", "delta", "epsilon_round", "epsilon_total", "epsilon_budget", "epsilon_remaining"),
     *("accountant", "head"),
 ]

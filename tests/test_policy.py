@@ -122,7 +122,7 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
     site.settings["privacy.noise-multiplier"] = 0.0
     site.rule(max_rounds=2)
     two = spent(site)
-    assert 7.9 < epsilon([gaussian_release(two.noise_multiplier, 0.25, 2 * two.steps_round)], 1e-3) <= 8.0
+    assert 7.9 < epsilon([gaussian_release(two.event.noise_multiplier, 0.25, 2 * two.steps_round)], 1e-3) <= 8.0
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     assert result.noised_correct.value == round(result.noised_correct.value)
     assert site.charges() == [("1", 1, "training"), ("1", 1, EVALUATION)]
     with Ledger(site.ledger) as ledger:
-        assert ledger.entries()[1].sample_rate == 1.0
+        assert ledger.entries()[1].event.sample_rate == 1.0
     assert result.spending is not None
     both = [gaussian_release(2.0, 0.25, result.spending.steps_round), gaussian_release(12.0, 1.0, 1)]
     assert result.spending.epsilon_total == epsilon(both, 1e-3) > epsilon(both[:1], 1e-3)
@@ -319,7 +319,7 @@ def test_the_training_noise_leaves_room_for_every_count(site: OneSite) -> None:
     site.rule(send_noised_metrics=True, metrics_noise=2.0)
     last = [spent(site, n) for n in (1, 2, 3, 4)][-1]
     assert 7.8 < last.epsilon_total <= 8.0
-    assert last.noise_multiplier > 1.01 * plain_noise(site)
+    assert last.event.noise_multiplier > 1.01 * plain_noise(site)
 
 
 def plain_noise(site: OneSite) -> float:
