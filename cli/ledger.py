@@ -205,7 +205,9 @@ def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failure
     where = ("id", "dataset", "run", "round_number")
     figures = sorted({name for row in charges for name in row["event"]["figures"]})
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*where, "purpose", "event", *figures, "count", "delta", "charged_at", "caused_by"])
+    writer = csv.DictWriter(
+        text, [*where, "purpose", "unit", "event", *figures, "count", "delta", "charged_at", "caused_by"]
+    )
     writer.writeheader()
     rows = [{**row, "event": row["event"]["kind"], **row["event"]["figures"]} for row in charges]
     for row in exposures:

@@ -84,6 +84,11 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
     if not job.mechanism.rehearsed:
+        if deadline.seconds and job.mechanism.conceals:
+            raise PolicyRefusal(
+                f"the site's policy has reply-after = {deadline.seconds:g}, and with privacy.mode = "
+                f"{job.mechanism.name!r} nobody knows how long a round takes"
+            )
         return
     if False not in _process.rehearsed:
         _process.rehearsed[False] = rehearse(model)

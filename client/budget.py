@@ -47,12 +47,14 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
         if task.round_number:
             releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
             fewer = releases[0].count < steps
-            return plan, _charge(ledger, site, plan, releases, task, deadline, allow=_within(site, steps, fewer=fewer))
+            return plan, _charge(
+                ledger, site, job, plan, releases, task, deadline, allow=_within(site, steps, fewer=fewer)
+            )
         if not isinstance(job.origin, PaidStart):
             raise ProtocolError(f"no release is made for the start {job.origin.name!r}")
         least = site.policy.min_noise_multiplier
         plan = job.origin.plan(plan, site.public_size, least)
-        return plan, _charge(ledger, site, plan, [job.origin.release(least)], task, deadline)
+        return plan, _charge(ledger, site, job, plan, [job.origin.release(least)], task, deadline)
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
@@ -102,7 +104,7 @@ def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
     Where each record is right or wrong as a whole, a count of the right ones changes by at most 1 with one
     record: that is its clip, without any clipping, and its noise multiplier is its standard deviation.
     """
-    allowed = site.policy.send_noised_metrics and TASKS[job.config.model.task].counted and job.mechanism.charged
+    allowed = site.policy.send_noised_metrics and TASKS[job.config.model.task].counted and job.mechanism.counted
     return [gaussian_release(site.policy.metrics_noise, 1.0, rounds, EVALUATION, clip_norm=1.0)] if allowed else []
 
 
@@ -136,6 +138,7 @@ def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPl
 def _charge(
     ledger: Ledger,
     site: Site,
+    job: Job,
     plan: PrivacyPlan,
     releases: list[Release],
     task: TrainTask,
@@ -148,7 +151,8 @@ def _charge(
         deadline.check_prepared()  # the last that is looked up of a record has been
         allow(rounds, steps)
 
-    charge = Charge(site.dataset_id, task.run, task.round_number, tuple(releases), plan.delta, plan.max_epsilon)
+    where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
+    charge = Charge(*where, tuple(releases), plan.delta, plan.max_epsilon, unit)
     charged = ledger.charge(
         charge,
         records=record_hashes(site.data, ledger.key),

@@ -49,7 +49,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def charge(ledger: Ledger, round_number: int = 1, release: Release = ROUND, **overrides: Any) -> Receipt:
-    terms = {"dataset": "ward", "run": "run-1", "delta": DELTA, "max_epsilon": 8.0}
+    terms = {"dataset": "ward", "run": "run-1", "delta": DELTA, "max_epsilon": 8.0, "unit": "record"}
     terms |= {"round_number": round_number, "releases": (release,)}
     charge = Charge(**{name: overrides.pop(name, value) for name, value in terms.items()})
     return ledger.charge(charge, **overrides)
@@ -504,6 +504,30 @@ def test_a_ledger_that_does_not_look_or_knows_the_read_columns_alone_is_found_ou
     monkeypatch.setattr(Ledger, "_recognise", lambda *_: [])
     with pytest.raises(AssertionError, match="a name is a new start"):
         check_that_the_same_records_stay_on_one_budget(tmp_path / "three", READINGS["the same"])
+
+
+def check_that_units_do_not_mix(path: Path) -> None:
+    """Charge records for one unit, and then, under their own name and another, for another."""
+    charge_for(path, "ward", texts(1, 2))
+    for name, records in (("ward", texts(1, 2)), ("ward", texts(7, 8)), ("clinic", texts(2, 3))):
+        with pytest.raises(PolicyRefusal, match="charged for another unit than one site") as refusal:
+            charge_for(path, name, records, unit="site")
+        assert "\n" not in str(refusal.value)
+    assert charge_for(path, "lab", texts(20, 21), unit="site").epsilon_before == 0.0
+    with pytest.raises(PolicyRefusal, match="another unit than one record"):
+        charge_for(path, "lab", texts(20, 21))
+    with Ledger(path) as ledger:
+        assert [(entry.dataset, entry.unit) for entry in ledger.entries()] == [("ward", "record"), ("lab", "site")]
+
+
+def test_charges_of_two_units_never_compose(path: Path) -> None:
+    check_that_units_do_not_mix(path)
+
+
+def test_a_ledger_that_adds_units_up_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "_hold_to_unit", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_that_units_do_not_mix(path)
 
 
 def test_data_sets_that_share_no_record_have_budgets_of_their_own(path: Path) -> None:

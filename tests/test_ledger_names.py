@@ -73,8 +73,8 @@ def charge_and_die(path: Path) -> None:
         connection.execute("PRAGMA cache_size = 5")
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(
-            "INSERT INTO charges (dataset, run, round, purpose, kind, figures, count, delta, charged_at) "
-            "VALUES ('ward', '1', 9, 'training', ?, ?, 1, 1e-5, 'now')",
+            "INSERT INTO charges (dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at) "
+            "VALUES ('ward', '1', 9, 'training', 'record', ?, ?, 1, 1e-5, 'now')",
             (WHISPER.event.kind, WHISPER.event.text()),
         )
         _remember(connection, "ward", range(20_000))
@@ -304,7 +304,7 @@ def as_data(*row: Any) -> tuple[Any, ...]:
     """Return a charge of format 1 to 4 as format 5 has it: its figures as data, and all else as it was."""
     number, dataset, run, round_number, kind, noise, rate, count, delta, clip, when, *cause = row
     figures = f'{{"clip_norm":{clip!r},"noise_multiplier":{noise!r},"sample_rate":{rate!r}}}'
-    what = (kind, "sampled-gaussian", figures, count)
+    what = (kind, "record", "sampled-gaussian", figures, count)
     return number, dataset, run, round_number, *what, delta, when, *(cause or (None,))
 
 
@@ -468,8 +468,8 @@ def check_that_what_has_no_price_is_never_free(path: Path, kind: str, figures: s
     charge(path, 1)
     connection = sqlite3.connect(path)
     connection.execute(
-        "INSERT INTO charges (dataset, run, round, purpose, kind, figures, count, delta, charged_at) "
-        "VALUES ('ward', 'x', 1, 'training', ?, ?, 1, 1e-5, 'now')",
+        "INSERT INTO charges (dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at) "
+        "VALUES ('ward', 'x', 1, 'training', 'record', ?, ?, 1, 1e-5, 'now')",
         (kind, figures),
     )
     connection.commit()

@@ -119,7 +119,11 @@ class Free(DPSGD):
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "records, without privacy"})
 
 
-@pytest.mark.parametrize("row", [Promising, Silent, Planless, Telling, Free])
+class Unnamed(DPSGD):
+    claim: ClassVar[Claim] = dataclasses.replace(DPSGD.claim, per="")
+
+
+@pytest.mark.parametrize("row", [Promising, Silent, Planless, Telling, Free, Unnamed])
 def test_a_row_that_contradicts_itself_is_refused_when_a_run_is_configured(
     row: type[Mechanism], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +340,7 @@ class WholeSite(DPSGD):
         per="site",
     )
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights"})
+    counted: ClassVar[bool] = False
     rehearsed: ClassVar[bool] = False
     plans: ClassVar[type[PrivacyPlan]] = WholeSitePlan
 
@@ -389,6 +394,30 @@ def test_a_policy_counts_steps_also_where_a_round_is_one_release(whole_site: dic
     site.train(1)
     site.train(2)
     assert "6 steps so far, this round's included" in site.refuse(3).reason
+
+
+def test_no_count_is_priced_for_a_unit_that_moves_it_by_more_than_one(
+    whole_site: dict[str, Any], tmp_path: Path
+) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.rule(send_noised_metrics=True, metrics_noise=30.0)
+    assert site.train(1).noised_correct is None
+    assert [purpose for _, _, purpose in site.charges()] == [TRAINING]
+
+
+def test_a_site_that_answers_at_a_fixed_time_refuses_a_row_without_a_rehearsal(
+    whole_site: dict[str, Any], tmp_path: Path
+) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.rule(reply_after=60.0)
+    assert "nobody knows how long a round takes" in site.refuse(1).reason
+
+
+def test_records_that_paid_for_one_unit_are_refused_to_another(whole_site: dict[str, Any], tmp_path: Path) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.train(1)
+    site.settings["privacy.mode"] = "dp-sgd"
+    assert "charged for another unit than one record" in site.refuse(1, run="later").reason
 
 
 def test_a_start_that_a_row_does_not_list_is_refused(whole_site: dict[str, Any]) -> None:

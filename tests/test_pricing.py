@@ -208,8 +208,8 @@ def test_a_policy_at_such_a_delta_is_an_error(toy_settings: dict[str, Any], tmp_
 def test_a_ledger_that_was_charged_at_such_a_delta_once_still_opens_and_prices(path: Path) -> None:
     with Ledger(path) as ledger:
         ledger._file._connection.execute(
-            "INSERT INTO charges (dataset, run, round, purpose, kind, figures, count, delta, charged_at) "
-            "VALUES ('ward', '0', 1, 'training', ?, ?, 5, 1e-20, '2026-01-02T03:04:05+00:00')",
+            "INSERT INTO charges (dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at) "
+            "VALUES ('ward', '0', 1, 'training', 'record', ?, ?, 5, 1e-20, '2026-01-02T03:04:05+00:00')",
             (ROUND.event.kind, ROUND.event.text()),
         )
         assert charge(ledger, max_epsilon=100.0).delta == 1e-20

@@ -449,7 +449,7 @@ def test_a_ledger_is_exported_whole(ledger_file: Path, tmp_path: Path) -> None:
     assert fedveil("ledger", "export", ledger_file, "--format", "csv", "-o", target)[0] == 0
     rows = target.read_text().splitlines()
     assert len(rows) == 3
-    assert rows[0].startswith("id,dataset,run,round_number,purpose,event,clip_norm,noise_multiplier")
+    assert rows[0].startswith("id,dataset,run,round_number,purpose,unit,event,clip_norm,noise_multiplier")
     assert fedveil("ledger", "export", ledger_file, "--format", "xml")[0] == 1
     assert fedveil("ledger", "export", ledger_file, "-o", tmp_path / "no" / "where")[0] == 1
 

@@ -23,7 +23,7 @@ How the file survives crashes, and what it cannot know, is in ``file``; its form
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +127,7 @@ class Ledger:
 
         Raises:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
-            PolicyRefusal: records were released without privacy.
+            PolicyRefusal: records were released without privacy, or charged for another unit.
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         dataset = charge.dataset
@@ -141,17 +141,19 @@ class Ledger:
                     f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
                     "them: a private run needs after-no-privacy = true in the site's policy"
                 )
+            self._hold_to_unit(charge, prices)
             self._hold_to_budgets(charge, prices)
             db.executemany(
                 "INSERT INTO charges "
-                "(dataset, run, round, purpose, kind, figures, count, delta, charged_at, caused_by) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
                         name,
                         charge.run,
                         charge.round_number,
                         release.purpose,
+                        charge.unit,
                         release.event.kind,
                         release.event.text(),
                         release.count,
@@ -164,6 +166,17 @@ class Ledger:
                 ],
             )
         return replace(of_all(prices[dataset], told), exposed=exposed)
+
+    def _hold_to_unit(self, charge: Charge, names: Iterable[str]) -> None:
+        """Raise PolicyRefusal if any of the data sets was charged for another unit: no epsilon holds for both."""
+        with self._file.reading() as db:
+            held = set(db.execute("SELECT DISTINCT dataset, unit FROM charges").fetchall())
+        if any((name, unit) in held for name in names for _, unit in held if unit != charge.unit):
+            # No name of another data set: this line leaves the site.
+            raise PolicyRefusal(
+                f"records of data set {charge.dataset!r} were charged for another unit than one {charge.unit}, and no "
+                "epsilon holds for both: this run needs records that no run of another unit has used"
+            )
 
     def _hold_to_budgets(self, charge: Charge, prices: Mapping[str, Receipt]) -> None:
         """Raise BudgetExhausted unless the charge fits the budget of every data set that has a price."""
@@ -408,10 +421,10 @@ class Ledger:
         """Return every charge, of all data sets, oldest first."""
         with self._file.reading() as db:
             rows = db.execute(
-                "SELECT id, dataset, run, round, purpose, kind, figures, count, delta, charged_at, caused_by "
+                "SELECT id, dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by "
                 "FROM charges ORDER BY id"
             ).fetchall()
-        split = [(row[:5], *row[5:]) for row in rows]
+        split = [(row[:6], *row[6:]) for row in rows]
         try:
             return [Entry(*what, event_from(kind, text), *rest) for what, kind, text, *rest in split]
         except ConfigError as error:

@@ -120,7 +120,8 @@ CREATE TRIGGER no_failure_delete BEFORE DELETE ON failures
 def m5_releases_as_data(db: sqlite3.Connection) -> None:
     """Turn the figures of a charge from columns into data: the kind of its event, and figures by name as JSON.
 
-    Every row keeps its number, and every float its bits: JSON holds the shortest decimal that reads back as it.
+    The unit that a charge protects is written down, too: until then it was one record. Every row keeps its number, and
+    every float its bits: JSON holds the shortest decimal that reads back as it.
 
     Raises:
         LedgerError: a row did not come over as it was; then nothing is changed.
@@ -134,6 +135,7 @@ CREATE TABLE releases (
     run TEXT NOT NULL,
     round INTEGER NOT NULL,
     purpose TEXT NOT NULL,
+    unit TEXT NOT NULL CHECK (unit != ''),
     kind TEXT NOT NULL CHECK (kind != ''),
     figures TEXT NOT NULL CHECK (figures != ''),
     count INTEGER NOT NULL CHECK (count >= 1),
@@ -150,7 +152,7 @@ CREATE TABLE releases (
     for number, dataset, run, round_number, purpose, noise, rate, clip, *rest in old:
         figures = {"clip_norm": clip, "noise_multiplier": noise, "sample_rate": rate}
         db.execute(
-            "INSERT INTO releases VALUES (?, ?, ?, ?, ?, 'sampled-gaussian', ?, ?, ?, ?, ?)",
+            "INSERT INTO releases VALUES (?, ?, ?, ?, ?, 'record', 'sampled-gaussian', ?, ?, ?, ?, ?)",
             (number, dataset, run, round_number, purpose, json.dumps(figures, separators=(",", ":")), *rest),
         )
     new = db.execute(

@@ -60,12 +60,14 @@ class Charge:
     """All releases of the data set are composed at one delta: this, or a smaller one that the ledger holds for it."""
     max_epsilon: float
     """The budget that the caller allows; a smaller one that is stored wins."""
+    unit: str = "record"
+    """What one neighbour is, in one word. Charges of several units do not compose."""
 
     def __post_init__(self) -> None:
         positive(max_epsilon=self.max_epsilon)
         in_range(0, 0.5, delta=self.delta)
         not_negative(round_number=self.round_number)
-        if not self.releases or not self.dataset or not self.run:
+        if not self.releases or not self.dataset or not self.run or not self.unit:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
         check_terms(self.releases, self.delta)
 
@@ -111,6 +113,8 @@ class Entry:
     run: str
     round_number: int
     purpose: str
+    unit: str
+    """What one neighbour is, in one word."""
     event: Event
     count: int
     delta: float

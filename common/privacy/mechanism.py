@@ -42,6 +42,8 @@ class Mechanism(ABC):
     charged: ClassVar[bool]
     """Whether a round is charged to the site's ledger as releases. If not, it is written down there as an exposure, for
     which no budget pays: the site's steward must allow that, and no ε holds afterwards."""
+    counted: ClassVar[bool]
+    """Whether adding or removing one unit moves a count of records by at most 1, so that a noised count has a price."""
     starts: ClassVar[frozenset[str]]
     """What the factors' start may be made from (``Start.needs``)."""
     rehearsed: ClassVar[bool]
@@ -74,6 +76,8 @@ class Mechanism(ABC):
                 f"the mechanism {self.name!r} must promise something, charge for it, add noise and have a plan, or do "
                 "none of it"
             )
+        if (self.charged and not self.claim.per) or self.counted > self.charged:
+            raise MechanismError(f"the mechanism {self.name!r} must name its unit in one word, and charge for counts")
         if self.charged and not self.conceals:
             raise MechanismError(f"the mechanism {self.name!r} must conceal failures: a refusal would tell of records")
         if self.charged and "records, without privacy" in self.starts:

@@ -76,6 +76,7 @@ class NoPrivacy(Mechanism):
     claim: ClassVar[Claim] = NOTHING
     noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]] = "nowhere"
     charged: ClassVar[bool] = False
+    counted: ClassVar[bool] = False
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records", "records, without privacy"})
     rehearsed: ClassVar[bool] = False
     conceals: ClassVar[bool] = False

@@ -30,6 +30,7 @@ class DPSGD(Mechanism):
     )
     noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]] = "at the site"
     charged: ClassVar[bool] = True
+    counted: ClassVar[bool] = True
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records", "paid release"})
     rehearsed: ClassVar[bool] = True
     conceals: ClassVar[bool] = True
