@@ -41,6 +41,8 @@ from common.privacy.accounting import Release
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, remaining_text
 
+ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
+"""Fields of an entry that are columns."""
 PRICES = 4
 """How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""
 
@@ -421,12 +423,11 @@ class Ledger:
         """Return every charge, of all data sets, oldest first."""
         with self._file.reading() as db:
             rows = db.execute(
-                "SELECT id, dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by "
+                "SELECT kind, figures, id, dataset, run, round, purpose, unit, count, delta, charged_at, caused_by "
                 "FROM charges ORDER BY id"
             ).fetchall()
-        split = [(row[:6], *row[6:]) for row in rows]
         try:
-            return [Entry(*what, event_from(kind, text), *rest) for what, kind, text, *rest in split]
+            return [Entry(event=event_from(*row[:2]), **dict(zip(ENTRY, row[2:], strict=True))) for row in rows]
         except ConfigError as error:
             raise LedgerError(f"the ledger {self.path} is damaged ({error}): do not train, ask for help") from error
 

@@ -18,6 +18,7 @@ from common.privacy.claim import NOTHING, Claim
 
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from common.privacy.events import Event
     from common.privacy.plan import Plan, PrivacyPlan
 
 
@@ -97,11 +98,22 @@ class Mechanism(ABC):
             ConfigError: nothing is charged, or as there.
             PrivacyError: as there.
         """
+        return self._planned().for_run(privacy, training, total_steps, public_size, before)
+
+    def event(self, privacy: PrivacyConfig, training: TrainingConfig) -> Event:
+        """Return what one step releases at the noise that the run sets; 1 where it leaves it open.
+
+        Raises:
+            ConfigError: nothing is charged.
+        """
+        return self._planned().event_of(privacy, training, privacy.noise_multiplier or 1.0)
+
+    def _planned(self) -> type[PrivacyPlan]:
         if self.plans is None:
             raise ConfigError(
                 f"privacy.mode is {self.name!r}: there is nothing to plan; set it to 'dp-sgd' for a private run"
             )
-        return self.plans.for_run(privacy, training, total_steps, public_size, before)
+        return self.plans
 
     def exposing_plan(self, training: TrainingConfig) -> Plan:
         """Return what a site does that is not charged, by its training settings."""

@@ -104,12 +104,7 @@ QUANTITIES: dict[str, Callable[[Job], Found]] = {
 
 
 def _event(job: Job) -> Event:
-    """Return what one step releases, at the noise that the run sets; 1 where it leaves it open."""
-    privacy = job.config.privacy
-    plans = job.mechanism.plans
-    if plans is None:
-        raise ConfigError(f"privacy.mode is {job.mechanism.name!r}: nothing is released that has a price")
-    return plans.event_of(privacy, job.config.training, privacy.noise_multiplier or 1.0)
+    return job.mechanism.event(job.config.privacy, job.config.training)
 
 
 def _price(job: Job, release: Release) -> float:
