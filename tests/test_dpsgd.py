@@ -792,5 +792,5 @@ def test_two_noiseless_steps_on_the_same_records_are_identical(
 def test_the_world_is_left_as_it_was(world_of: WorldOf) -> None:
     world = world_of("bert")
     before = values(world.model.module)
-    released(world, [world.records], replace(NOISY, noise_multiplier=50.0))
+    released(world, [world.records], replace(NOISY, event=NOISY.event.having(noise_multiplier=50.0)))
     assert unchanged(world.model.module, before)
