@@ -94,11 +94,11 @@ class OneSite:
         return reply
 
     def charges(self) -> list[tuple[str, int, str]]:
-        """Return run, round and kind of everything in the ledger."""
+        """Return run, round and purpose of everything in the ledger."""
         if not self.ledger.exists():
             return []
         with Ledger(self.ledger) as ledger:
-            return [(entry.run, entry.round_number, entry.kind) for entry in ledger.entries()]
+            return [(entry.run, entry.round_number, entry.purpose) for entry in ledger.entries()]
 
 
 def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int = 0) -> OneSite:

@@ -62,8 +62,7 @@ def run(
     began, overrides = time.monotonic(), with_resumed(parse_settings(settings or []))
     job = configure(overrides)
     print_notes(job)
-    number, privacy = sites_of(job.config, sites), job.config.privacy
-    promise = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site" if privacy.on else "privacy OFF"
+    number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
     console.print(
         f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "
         f"{counted(number, 'site')}, {counted(job.config.rounds, 'round')} of "

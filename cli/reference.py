@@ -14,6 +14,7 @@ from common.accountant import Accountant
 from common.docstrings import fields_said, said_of
 from common.messages import wire
 from common.messages.round import PROTOCOL, REFUSAL_KINDS, NoisedCount, Refusal, SpendingFigures, TrainResult, TrainTask
+from common.privacy.events import Event
 from common.run_lines import (
     AUDITS,
     Absence,
@@ -101,7 +102,7 @@ def run_folder_page() -> str:
 
 def wire_page() -> str:
     """Return the page of what server and sites send each other."""
-    kinds = (TrainTask, TrainResult, SpendingFigures, Accountant, NoisedCount, Refusal)
+    kinds = (TrainTask, TrainResult, SpendingFigures, Event, Accountant, NoisedCount, Refusal)
     layout = (wire.__doc__ or "").split("``body``::\n\n")[1].split("\n\n")[0]
     return _page(
         f"What travels: protocol {PROTOCOL}",

@@ -99,13 +99,14 @@ def print_summary(folder: Path) -> None:
         visible,
     )
     from reports import report_of
+    from reports.sites import distinct
 
     data = report_of(folder)
     table = Table(title="privacy spent, by site")
     for column in ("site", "rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for site in data.sites:
-        settings = (site.sample_rates, site.noise_multipliers, site.clip_norms)
+        settings = [distinct(site.events, name) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
         table.add_row(
             Text(visible(site.site)),
             *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
@@ -116,7 +117,8 @@ def print_summary(folder: Path) -> None:
     head = data.headline
     if head.epsilon is not None:
         console.print(
-            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per record, the maximum over sites"
+            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, the maximum "
+            "over sites"
         )
     else:
         console.print(f"federation: {data.claim.sentence}")

@@ -83,7 +83,12 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
-    if not job.config.privacy.on:
+    if not job.mechanism.rehearsed:
+        if deadline.seconds and job.mechanism.conceals:
+            raise PolicyRefusal(
+                f"the site's policy has reply-after = {deadline.seconds:g}, and with privacy.mode = "
+                f"{job.mechanism.name!r} nobody knows how long a round takes"
+            )
         return
     if False not in _process.rehearsed:
         _process.rehearsed[False] = rehearse(model)
@@ -96,7 +101,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         _process.rehearsed = {False: rounds, True: start}
     timing, training = _process.rehearsed[initial], job.config.training
     paid = job.origin.release() if initial else None
-    steps, rate = (paid.count, paid.sample_rate) if paid else (training.local_steps, training.sample_rate)
+    steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     deadline.allow(timing, steps, rate * site.public_size, scored)
     if deadline.seconds and len(site.data.examples) > site.public_size:
@@ -161,7 +166,7 @@ def answer(
             _hold_to(deadline, job, site, model, initial=not number)
         result = train_round(site, job, model, _records(model, site), whole, deadline)
         kept.keep(task, result)
-        if site.unreadable and job.config.privacy.on:
+        if site.unreadable and job.mechanism.conceals:
             note_failure(site, task, site.unreadable, deadline)
         log.info("trained and answered", extra=about(run, number, name))
         return result

@@ -32,7 +32,7 @@ from common.errors import MechanismError, ModelError
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch, Shapes
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.starts.gradient import initial_shapes, open_weights
 from common.tasks import Record
@@ -49,7 +49,7 @@ AWAY = 0.05
 """Standard deviation of the factors while a model rehearses."""
 ROWS = 3
 """Rows of the batches in which gradients are compared with those of a record alone."""
-_PLAN = PrivacyPlan(
+_PLAN = gaussian_plan(
     clip_norm=1.0, noise_multiplier=1.0, sample_rate=1.0, expected_batch_size=1.0, delta=1e-5, max_epsilon=1.0
 )
 log = logging.getLogger("fedveil.site")

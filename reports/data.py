@@ -21,7 +21,7 @@ from reports.folder import RunFiles, read_run
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from strategies.job import configure, known_settings
 
-SCHEMA = "fedveil-report/1"
+SCHEMA = "fedveil-report/2"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
 
 
@@ -214,7 +214,7 @@ def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
     for line in lines:
         if line.spent is None:
             continue
-        first = line.round_number if line.spent.kind != TRAINING else line.round_number - 1
+        first = line.round_number if line.spent.purpose != TRAINING else line.round_number - 1
         own = points.setdefault(line.site, {first: line.spent.epsilon_total - line.spent.epsilon_round})
         own[line.round_number] = line.spent.epsilon_total
         budgets[line.site] = line.spent.epsilon_budget

@@ -123,7 +123,7 @@ def _once(lines: Iterable[PrivacyLine]) -> list[PrivacyLine]:
 
 
 def _paid(line: PrivacyLine) -> tuple[str, int, float] | tuple[()]:
-    return (line.spent.kind, line.spent.steps_total, line.spent.epsilon_total) if line.spent else ()
+    return (line.spent.purpose, line.spent.steps_total, line.spent.epsilon_total) if line.spent else ()
 
 
 def _sha256(path: Path) -> str:

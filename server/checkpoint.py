@@ -33,7 +33,7 @@ from strategies import Moments, ServerState
 from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
-FORMAT = "5"
+FORMAT = "6"
 PARTS = ("adapter", "memory", "first moments", "second moments")
 """Where a stored tensor belongs."""
 MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")

@@ -16,6 +16,7 @@ from common.adapters import Adapter
 from common.errors import ConfigError, ProtocolError
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge, select, weighted_sum
+from common.privacy import Mechanism
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class Strategy(ABC):
     privacy: ClassVar[str] = "dp-sgd, none"
     """Privacy modes it may run in."""
 
-    def check(self, *, private: bool) -> None:
-        """Raise ConfigError, saying what to do, if the options do not fit the privacy mode."""
-        del private
+    def check(self, mechanism: Mechanism) -> None:
+        """Raise ConfigError, saying what to do, if the options do not fit the run's mechanism."""
+        del mechanism
 
     @classmethod
     def check_adapter(cls, adapter: type[Adapter]) -> None:

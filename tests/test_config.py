@@ -17,6 +17,7 @@ from common.config import sections as choices
 from common.config.sections import RunConfig, Scalar, defaults, from_mapping, to_mapping
 from common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from common.errors import ConfigError
+from common.privacy import MECHANISMS
 from common.starts import STARTS, Start
 from strategies import STRATEGIES
 from strategies.job import configure, known_settings
@@ -232,7 +233,7 @@ CHOICES = {
     "training.optimizer": ("auto", *choices.OPTIMIZERS),
     "server.optimizer": choices.SERVER_OPTIMIZERS,
     "training.schedule": choices.SCHEDULES,
-    "privacy.mode": choices.PRIVACY_MODES,
+    "privacy.mode": tuple(MECHANISMS),
     "precision": ("auto", "float32", "bfloat16"),
     "adapter.start": ("kaiming", "orthonormal", "svd-of-weights", "dp-gradient"),
 }
@@ -308,7 +309,7 @@ kinds = {
     "training.sample-rate": numbers,
     "training.optimizer": st.sampled_from(choices.OPTIMIZERS),
     "training.weight-decay": st.floats(0, 1),
-    "privacy.mode": st.sampled_from(choices.PRIVACY_MODES),
+    "privacy.mode": st.sampled_from(tuple(MECHANISMS)),
     "privacy.epsilon": st.floats(0.01, 100),
     "privacy.delta": numbers,
 }

@@ -256,7 +256,11 @@ def test_under_privacy_each_round_of_a_federation_is_the_servers_adam_on_b_and_t
     chosen = {**own, "strategy": "fed-svd", "fed-svd.period": period, "rounds": 4}
     job = configure(chosen)
     config = job.config
-    assert (config.privacy.on, config.server.optimizer, config.training.optimizer) == (True, "adam", "sgd")
+    assert (config.privacy.mechanism.claims, config.server.optimizer, config.training.optimizer) == (
+        True,
+        "adam",
+        "sgd",
+    )
     heard: list[tuple[TrainTask, list[TrainResult]]] = []
 
     class Listening(InProcessTransport):

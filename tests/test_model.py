@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from audits.worlds import plan
-from client.local_training import plain_step
 from client.optimizers import build_optimizer
 from common.adapters import ADAPTERS
 from common.config.sections import HeadConfig, ModelConfig, TrainingConfig
@@ -25,6 +24,7 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import entries, fingerprint
 from common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
 from common.model.federated import FederatedModel, model_of, score_records
+from common.model.plain import plain_step
 from common.privacy.dpsgd import PrivateSteps
 from common.starts import STARTS
 from common.starts.kaiming import Kaiming

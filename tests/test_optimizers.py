@@ -120,13 +120,13 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
     for strategy in STRATEGIES:
         chosen = {**own, **data, **noise, "strategy": strategy, "rounds": 6}
         config = configure(chosen).config
-        assert config.privacy.on, "privacy is off by default"
+        assert config.privacy.mechanism.claims, "privacy is off by default"
         assert (config.server.optimizer, config.training.optimizer, config.training.local_steps) == ("adam", "sgd", 1)
         folder = run_in_process(chosen, 2, "default")
         before = read_file(BaselineFile, folder).loss
         after = read_lines(RoundLine, folder)[-1].loss
         assert after < before - 0.01, f"{strategy}: the private default takes the loss from {before:.3f} to {after:.3f}"
-        assert spent(read_lines(PrivacyLine, folder)[-1]).noise_multiplier == 1.0
+        assert spent(read_lines(PrivacyLine, folder)[-1]).event.noise_multiplier == 1.0
 
 
 def by_hand(name: str, value: float, gradients: list[float]) -> float:

@@ -10,7 +10,7 @@ from made_run import MadeRun
 from typer.testing import CliRunner
 
 from cli.main import app
-from common.privacy.accounting import Release
+from common.privacy.accounting import gaussian_release
 from reports import report_of
 from reports.picture import Picture, PicturedRound, picture_of, read_picture, to_svg
 
@@ -42,7 +42,7 @@ def test_a_picture_has_the_figures_of_the_report(run: MadeRun) -> None:
 
 
 def test_what_a_ledger_held_before_the_run_is_shown(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path / "run", earlier={"north": [Release(1.0, 0.05, 20)]}).start().round(1, 0.7).end()
+    made = MadeRun(tmp_path / "run", earlier={"north": [gaussian_release(1.0, 0.05, 20)]}).start().round(1, 0.7).end()
     before, after = (line.epsilon for line in picture_of(report_of(made.folder)).rounds)
     assert before is not None
     assert after is not None

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 from common.check import below, clip_norm, in_range, nearest, not_negative, one_of, positive
 from common.config.recipe import fill
 from common.errors import ConfigError
+from common.privacy import MECHANISMS, Mechanism
 from common.tasks import TASKS, roles_of_all
 
 Scalar = str | int | float | bool
@@ -26,7 +27,6 @@ HEAD_POLICIES = ("trained", "frozen")
 HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
-PRIVACY_MODES = ("dp-sgd", "none")
 SERVER_OPTIMIZERS = ("auto", "none", "adam")
 
 
@@ -228,9 +228,10 @@ class PrivacyConfig:
     """What the run proposes to every site; a site may be stricter, never laxer."""
 
     mode: str = "dp-sgd"
-    """``dp-sgd`` or ``none``. ``none`` makes no privacy claim and says so everywhere."""
+    """A row of ``common.privacy.MECHANISMS``: ``dp-sgd`` or ``none``. ``none`` makes no privacy claim and says so
+    everywhere."""
     epsilon: float = 8.0
-    """Budget of a site for the whole run, record-level, add/remove."""
+    """Budget of a site for the whole run, for the mechanism's unit, add or remove one."""
     delta: float = 1e-5
     clip_norm: float = 1.0
     """L2 bound of one record's gradient over all trained tensors together."""
@@ -238,7 +239,7 @@ class PrivacyConfig:
     """Noise std over clip norm; 0: the least that keeps every round of the run within ``epsilon``."""
 
     def __post_init__(self) -> None:
-        one_of(PRIVACY_MODES, privacy__mode=self.mode)
+        one_of(MECHANISMS, privacy__mode=self.mode)
         positive(privacy__epsilon=self.epsilon)
         clip_norm(privacy__clip_norm=self.clip_norm)
         in_range(0, 0.5, privacy__delta=self.delta)
@@ -246,9 +247,9 @@ class PrivacyConfig:
         not_negative(privacy__noise_multiplier=self.noise_multiplier)
 
     @property
-    def on(self) -> bool:
-        """Whether the run makes a privacy claim."""
-        return self.mode != "none"
+    def mechanism(self) -> Mechanism:
+        """The row that the mode names."""
+        return MECHANISMS[self.mode]
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ class RunConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
-        training, server = fill(self.training, self.server, private=self.privacy.on)
+        training, server = fill(self.training, self.server, self.privacy.mechanism.recipe)
         object.__setattr__(self, "training", training)
         object.__setattr__(self, "server", server)
         positive(

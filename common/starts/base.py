@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
+from common.accountant import INITIALISATION
 from common.adapters import Adapter, Place
 from common.check import clip_norm, in_range, positive
 from common.config.sections import RunConfig
@@ -24,6 +25,7 @@ from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.privacy.accounting import Release
+from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.starts.directions import orthonormal_rows
@@ -37,6 +39,12 @@ _ASKED: Mapping[Needs, Asked] = {
     "public records": "server",
     "paid release": "sites",
     "records, without privacy": "sites",
+}
+
+_UNFIT: Mapping[Needs, str] = {
+    "records, without privacy": "uses private records without privacy, which no ε covers: choose another, or set "
+    "privacy.mode to 'none'",
+    "paid release": "is for a private run: choose another",
 }
 
 
@@ -64,13 +72,8 @@ class Start(ABC):
                 f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
                 "leave adapter.start at 'orthonormal', or choose one that is made for it"
             )
-        if self.needs == "records, without privacy" and config.privacy.on:
-            raise ConfigError(
-                f"adapter.start {self.name!r} uses private records without privacy, which no ε covers: "
-                "choose another, or set privacy.mode to 'none'"
-            )
-        if self.needs == "paid release" and not config.privacy.on:
-            raise ConfigError(f"adapter.start {self.name!r} is for a private run: choose another")
+        if self.needs not in config.privacy.mechanism.starts:
+            raise ConfigError(f"adapter.start {self.name!r} {self.unfit}")
 
     def resolved(self) -> Self:
         """Return the start with what its options leave open filled in."""
@@ -87,6 +90,11 @@ class Start(ABC):
 
         Float32, on the CPU. A start that needs a statistic returns what holds until it is there.
         """
+
+    @property
+    def unfit(self) -> str:
+        """What is said of it where the run's mechanism has no start that is made of what it needs."""
+        return _UNFIT.get(self.needs, f"needs {self.needs}, of which this privacy.mode makes no start: choose another")
 
     # --- round 0, of a start that needs a statistic ---
 
@@ -147,7 +155,8 @@ class PaidStart(Start):
 
     def release(self, least_noise: float = 0.0) -> Release:
         """Return the one release; also for a run's plan, before any site is known."""
-        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind="initialisation")
+        event = sampled_gaussian(max(self.noise_multiplier, least_noise), self.sample_rate, self.clip_norm)
+        return Release(event, 1, INITIALISATION)
 
     def plan(self, whole: PrivacyPlan, public_size: int, least_noise: float = 0.0) -> PrivacyPlan:
         """Return the plan of the release, by which a site acts and the server judges.
@@ -156,14 +165,12 @@ class PaidStart(Start):
             whole: the site's plan of the run, whose budget and delta hold here too.
             public_size: as the site declares it, in records.
             least_noise: the least noise multiplier that the site's policy allows.
+
+        Raises:
+            MechanismError: the run's mechanism does what is priced as another kind of event than the release is.
         """
-        return dataclasses.replace(
-            whole,
-            clip_norm=self.clip_norm,
-            noise_multiplier=self.release(least_noise).noise_multiplier,
-            sample_rate=self.sample_rate,
-            expected_batch_size=self.sample_rate * public_size,
-        )
+        event = self.release(least_noise).event
+        return dataclasses.replace(whole, event=event, expected_batch_size=event.sample_rate * public_size)
 
     @abstractmethod
     def privatise(

@@ -9,10 +9,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.adapters import Adapter, Place
+from common.adapters import Place
 from common.check import positive
-from common.config.sections import RunConfig
-from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
@@ -34,14 +32,13 @@ class PrivateGradient(UnpaidStart):
         super().__post_init__()
         positive(start__step=self.step)
 
-    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a private run."""
-        if config.privacy.on:
-            raise ConfigError(
-                "adapter.start 'private-gradient' publishes raw gradients of private records, which no ε covers: "
-                "use 'dp-gradient', 'public-gradient', 'svd-of-weights' or 'orthonormal', or set privacy.mode to 'none'"
-            )
-        super().check(config, adapter)
+    @property
+    def unfit(self) -> str:
+        """Name the starts that a private run has."""
+        return (
+            "publishes raw gradients of private records, which no ε covers: "
+            "use 'dp-gradient', 'public-gradient', 'svd-of-weights' or 'orthonormal', or set privacy.mode to 'none'"
+        )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the gradient is there."""

@@ -18,7 +18,6 @@ from common.data.sources import load_dataset
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
-from common.model.batching import length_batches
 from common.model.device import choose_batch_tokens
 from common.model.federated import FederatedModel
 from common.randomness import stream
@@ -69,8 +68,7 @@ class PublicGradient(Start):
         order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
         records = model.prepare([data.examples[i] for i in order[: self.records]])
         budget = choose_batch_tokens(config.training.batch_tokens, model.device)
-        groups = length_batches([model.task.size(record) for record in records], budget)
-        return self.measure(model, (model.batch([records[i] for i in group]) for group in groups))
+        return self.measure(model, model.length_batches(records, budget))
 
     def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
         """Return the mean of the records' gradients."""
