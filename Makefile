@@ -5,6 +5,7 @@
 # make test-deployment   the walk-through of docs/deploy.md with real processes, TLS and keys
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
+# make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
 PYTHON ?= python3
 VENV   := .venv
@@ -18,7 +19,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment audit faults check format environment generative vision clean
+.PHONY: demo test test-deployment audit faults settings check format environment generative vision clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -34,6 +35,9 @@ audit: environment
 
 faults: environment
 	$(BIN)/python -m faults
+
+settings: environment
+	$(BIN)/python -m cli.settings --write
 
 check: environment
 	$(BIN)/ruff check .

@@ -177,7 +177,7 @@ def _take_steps(
     plan: PrivacyPlan,
     deadline: Deadline,
 ) -> None:
-    config = job.config.site_training
+    config = job.config.training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
     margin, correct = rounding_margin(model.device), correction(job.strategy, model, received)
@@ -209,7 +209,7 @@ def _open_steps(
     received: AdapterState,
     site: Site,
 ) -> None:
-    config = job.config.site_training
+    config = job.config.training
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     correct = correction(job.strategy, model, received)
     first, total = (round_number - 1) * config.local_steps, job.config.total_steps

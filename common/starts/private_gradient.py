@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from common.adapters import Adapter, Place
-from common.check import positive
+from common.check import POSITIVE
+from common.config.fields import RATIO
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
@@ -27,12 +28,8 @@ class PrivateGradient(UnpaidStart):
 
     name: ClassVar[str] = "private-gradient"
 
-    step: float = 1e-3
+    step: Annotated[float, POSITIVE, RATIO] = 1e-3
     """Length of the first sign step that is imitated: LoRA-SB's eta."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(start__step=self.step)
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a private run."""

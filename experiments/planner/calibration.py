@@ -123,13 +123,13 @@ def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float]
 
 def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
     """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if private)."""
-    optimizer = build_optimizer(model.trained(), config.site_training)
+    optimizer = build_optimizer(model.trained(), config.training)
     parameters = [p for factors in model.trained().values() for p in factors.values()]
     model.module.train()
     began = time.perf_counter()
     if not config.privacy.on:
-        budget = choose_batch_tokens(config.training.batch_tokens, model.device)
-        groups = length_batches([model.task.size(record) for record in records], budget)
+        tokens = choose_batch_tokens(config.training.batch_tokens, model.device)
+        groups = length_batches([model.task.size(record) for record in records], tokens)
         parts = (model.batch([records[i] for i in group]) for group in groups)
         plain_step(parts, model, optimizer, parameters)
         return time.perf_counter() - began, torch.zeros(0)
