@@ -1,4 +1,4 @@
-"""What an audit found, for people and as JSON."""
+"""The finding of an audit, for people and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's public settings ask of a site in one round: the least noise, and the usual one."""
+"""The terms of a run for a site in one round: the least noise, and the usual one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a ledger holds and hands out: terms, budgets, exposures, failures, charges with their price, and its rows."""
+"""The rows of a ledger as data: terms, budgets, exposures, failures, and charges with their price."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Exposure:
     run: str
     round_number: int
     steps: int
-    """Optimiser steps; 0 for a start from a full gradient."""
+    """Optimiser steps; 0 for a start from a statistic."""
     released_at: str
     """UTC, ISO 8601."""
 

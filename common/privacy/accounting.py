@@ -72,7 +72,7 @@ _VERSION = version("dp-accounting")
 
 @dataclass(frozen=True)
 class Release:
-    """``count`` noised sums of a Poisson sample, all with one noise and one sampling rate.
+    """``count`` noised sums of a Poisson sample, all with one noise and one sample rate.
 
     Raises:
         ConfigError: the noise is not above 0, the rate not in (0, 1], or the count not a whole number >= 1.
