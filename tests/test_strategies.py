@@ -395,6 +395,8 @@ def test_a_strategy_that_needs_each_contribution_gets_them_and_one_that_needs_th
     given: list[AdapterState] = []
 
     class Watching(Average):
+        name = "watching"
+
         def update(self, state: ServerState, mean: AdapterState) -> ServerState:
             given.append(mean)
             return super().update(state, mean)
