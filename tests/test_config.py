@@ -32,7 +32,7 @@ each_key = pytest.mark.parametrize("key", KNOWN)
 
 def job_with(key: str, value: Scalar) -> Any:
     """Configure a run with one setting changed, and the strategy whose setting it is."""
-    owner = key.split(".")[0]
+    owner = key.split(".", maxsplit=1)[0]
     strategy = owner if owner in STRATEGIES else "ffa-lora"
     return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), key: value})
 

@@ -337,7 +337,7 @@ def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(pat
 
 def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) -> None:
     """Migrate a ledger, and be killed after so many of the migration's statements."""
-    import client.ledger.file as file
+    from client.ledger import file
 
     def some(connection: sqlite3.Connection, statements: str) -> None:
         whole = [part for part in statements.splitlines(keepends=True) if part.strip()]

@@ -63,7 +63,7 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
         {
             **settings,
             **extra,
-            "strategy": name.split(",")[0],
+            "strategy": name.split(",", maxsplit=1)[0],
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
             "schedule": "constant",

@@ -33,7 +33,7 @@ def files(*kinds: str) -> list[Path]:
 
 def tables() -> list[list[list[str]]]:
     """Return the tables of the glossary: rows of cells, without the header."""
-    found = re.findall(r"(?:^\|.*\n)+", GLOSSARY.read_text(encoding="utf-8"), flags=re.M)
+    found = re.findall(r"(?:^\|.*\n)+", GLOSSARY.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [[[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[2:]] for table in found]
 
 
@@ -100,7 +100,7 @@ def test_every_word_is_listed_once_and_says_what_it_stands_for() -> None:
 def others_in(text: str, instead: Mapping[str, str]) -> Iterator[tuple[int, str]]:
     """Yield line and word of every word that the glossary has another one for, in prose or as a name in code."""
     forms = [word.replace("-", "[-_]?").replace(" ", "[ _-]?") for word in instead]
-    pattern = re.compile(rf"(?<![a-z])(?:{'|'.join(forms)})s?(?![a-z])", flags=re.I)
+    pattern = re.compile(rf"(?<![a-z])(?:{'|'.join(forms)})s?(?![a-z])", flags=re.IGNORECASE)
     for number, line in enumerate(text.splitlines(), 1):
         for match in pattern.finditer(line):
             yield number, match[0]
@@ -139,7 +139,7 @@ def wrong_opening(line: str) -> str:
     """Return what is wrong with the first line of a module; empty: nothing."""
     if not line:
         return "there is no docstring"
-    if line.split()[0].strip(":,") in QUESTIONS:
+    if line.split(maxsplit=1)[0].strip(":,") in QUESTIONS:
         return "it answers a question: open with a noun phrase or an imperative"
     return "" if line.endswith((".", ":")) or "." in line else "it is no sentence"
 
