@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_imports import ROOMS, imports
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -145,6 +146,28 @@ def test_a_table_has_the_rows_that_it_has_when_it_is_asked() -> None:
     table["b"] = 2
     assert rule.holds("b")
     assert rule.words == "one of a, b"
+
+
+# Who sees it
+
+
+def test_after_the_composition_root_nothing_sees_what_was_asked() -> None:
+    """What is left open would be filled in twice, and perhaps otherwise."""
+    readers = {
+        str(path.relative_to(ROOT))
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.py")
+        if "common.config.asked" in set(imports(path))
+    }
+    assert readers == {"strategies/job.py", "cli/settings_reference.py"}
+
+
+def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
+    open_values = {key for key, value in configure({}).settings().items() if value in (0, "auto", "")}
+    each_machines = {"device", "precision", "training.batch-tokens"}
+    each_sites = {"privacy.noise-multiplier", "max-update-norm"}
+    none = {"resume", "data.test", "data.text-pair", "data.labels", "data.key", "head.phrases", "training.weight-decay"}
+    assert open_values == each_machines | each_sites | none
 
 
 # What is made from it
