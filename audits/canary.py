@@ -6,7 +6,7 @@ A linear model without bias has one weight a canary (``audits.dirac``): each ste
 i if record i is in, and noise to every weight, so the final weights say all that there is to say. A coin
 decides which records are in. Sampler, clip, noise, divisor, optimiser and ledger are the ones of a site, over
 several rounds; every record is in every batch (rate 1), because at small rates no audit of this size sees
-anything (PRIVACY: 4.1).
+anything.
 
 The code passes if the bound stays below the ledger's epsilon. Then faults are built in, one at a time, and
 the bound must exceed what the ledger claims: else the audit could not have seen them.

@@ -267,8 +267,9 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
 
 
 def kills_of_all(folder: Path, kills: int) -> list[Finding]:
-    """Kill ``kills`` rounds of the code as it is, and twenty with the fault built in, late enough to be after the
-    release; ``folder`` must be empty.
+    """Kill ``kills`` rounds of the code as it is, and twenty with the fault built in; ``folder`` must be empty.
+
+    These are late enough to be after the release.
     """
     for name in ("sound", "late"):
         (folder / name).mkdir()

@@ -16,7 +16,7 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import tiny_run
 from audits.worlds import Recorder, flat
-from common.model.federated import FederatedModel, model_of
+from common.model.federated import FederatedModel
 from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
@@ -33,11 +33,7 @@ CONFIDENCE = 0.999
 def model_for(strategy: str, folder: Path) -> FederatedModel:
     """Return the tiny BERT with the adapter that the strategy trains; files go to ``folder``."""
     job = configure({**tiny_run(folder), "strategy": strategy})
-    config = job.config
-    return model_of(
-        *(config.model, job.adapter, config.head, config.seed),
-        *(("bad", "good"), (), config.device, config.precision),
-    )
+    return job.model(("bad", "good"))
 
 
 def audit_steps(strategy: str, folder: Path, fault: Fault = SOUND) -> Finding:

@@ -155,10 +155,12 @@ def _about(kind: type[Any]) -> str:
 
 def _fields(of: type[Any]) -> str:
     """Return the table of a dataclass: what each field is called in a file, its type, and what the code says of it."""
-    texts, rows = fields_said(of), []
-    for item in dataclasses.fields(of):
-        if not item.metadata.get("beside"):
-            rows.append([f"`{item.metadata.get('key', item.name)}`", f"`{item.type}`", texts[item.name]])
+    texts = fields_said(of)
+    rows = [
+        [f"`{item.metadata.get('key', item.name)}`", f"`{item.type}`", texts[item.name]]
+        for item in dataclasses.fields(of)
+        if not item.metadata.get("beside")
+    ]
     return markdown(("field", "type", "what it is"), rows)
 
 

@@ -25,7 +25,7 @@ from common.log import about, set_up
 from common.messages.round import Refusal, Reply
 from common.messages.wire import decode_task, encode_reply, layout_of, round_of
 from common.model.device import own_cores
-from common.model.federated import FederatedModel, model_of
+from common.model.federated import FederatedModel
 from common.paths import run_name
 from common.tasks import Record
 from common.tasks.examples import Dataset
@@ -61,10 +61,7 @@ def _in_simulation() -> bool:
 
 def _model(job: Job, site: Site) -> FederatedModel:
     config, data = job.config, site.data
-    model = model_of(
-        *(config.model, job.adapter, config.head, config.seed),
-        *(data.label_names, data.label_phrases, config.device, config.precision),
-    )
+    model = job.model(data.label_names, data.label_phrases)
     # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:

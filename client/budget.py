@@ -1,4 +1,4 @@
-"""What a round costs a site: the stricter of run, policy and ledger, charged before a record is used.
+"""The price of a round at a site: the stricter of run, policy and ledger, charged before a record is used.
 
 A round of a mechanism that is not charged costs what no budget can pay: it is written down, before a record is used.
 """

@@ -68,7 +68,7 @@ def train_round(
         plan, spending = pay_round(site, job, task, deadline)
     else:
         note_exposure(site, job, task)
-        plan = job.mechanism.exposing_plan(job.config.site_training)
+        plan = job.mechanism.exposing_plan(job.config.training)
     if not task.round_number:
         contribution, failure = _statistic(records, job, model, plan, deadline, site)
     else:
@@ -171,7 +171,7 @@ def _take_steps(
     site: str,
     deadline: Deadline,
 ) -> None:
-    config = job.config.site_training
+    config = job.config.training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
     batches = plan.batches(model, records, stream(job.config.seed, "batches", site), first)

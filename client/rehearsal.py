@@ -1,4 +1,4 @@
-"""Made-up records pass before a site's first round: what cannot be trained privately is refused, unpaid.
+"""The rehearsal: made-up records pass first, and what cannot be trained privately is refused, unpaid.
 
 The account assumes that a record adds its own clipped gradient to a sum and changes nothing else. Not every
 model keeps to that: one may project something shared beside the records, scale positions by the longest record of

@@ -1,4 +1,4 @@
-"""What one site owns: its records, its declared public size, its ledger.
+"""A site: its records, its declared public size, its ledger.
 
 A Flower node describes its site in the node configuration (``--node-config``):
 

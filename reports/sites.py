@@ -1,4 +1,4 @@
-"""What each site has spent: by its own ledger, and computed again here from every line that it sent.
+"""The spending of each site: by its own ledger, and computed again here from every line that it sent.
 
 The ledger's total is the number of record. What is computed here knows this run only, so a site
 whose ledger holds earlier runs, or rounds that were charged and then failed, reports more. A site

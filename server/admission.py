@@ -1,4 +1,8 @@
-"""Which results count: one vote for each site, from a site that is what it was, with a spending that adds up."""
+"""Decide which results count.
+
+A result must come from the node that holds the site's name, declare the same public size as before, and state a
+privacy spending that is consistent with the run.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""From the results that count to what a strategy averages: weights and lengths, so that nobody is more than a share.
+"""Weights and lengths of the results that count: no site is more than its share of the average.
 
 A site's share of the average is ``p_k ∝ n_k / max(1, σ_k / σ)²``, with n_k the size that it declares, σ_k the
-noise multiplier that it tells and σ the run's own (``usual_noise``): independent parts are best weighed by one
-over their variance. Where all tell the same noise the shares are those of the sizes. Who tells more noise may
-send an update that is longer by as much (``plausible``), and weighs less by its square; who tells less than the
-run's gains nothing.
+noise multiplier that it states and σ the run's own (``usual_noise``): independent parts are best weighed by one
+over their variance. Where all state the same noise the shares are those of the sizes. A site that states more may
+send an update that is longer by as much (``plausible``), and weighs less by its square. A site that states less than
+the run's gains nothing.
 
-With three sites or more, two bounds hold whatever is told. No share is above ``max-share``. And no update is
+With three sites or more, two bounds hold whatever is stated. No share is above ``max-share``. And no update is
 longer than the mechanism's ``longest`` times the round's middle one, each over what an honest one can be: it is
 scaled down to that (norm clipping; Sun et al. 2019, "Can you really backdoor federated
 learning?"). Norms are of what was noised at the sites, so both are free under privacy. Of all updates' weighted
@@ -73,7 +73,7 @@ def most_of(sites: int, max_share: float) -> float:
 
 
 def _noise_ratio(job: Job, result: TrainResult) -> float:
-    """Return how many times the run's own noise a site tells, at least 1."""
+    """Return how many times the run's own noise a site states, at least 1."""
     return max(1.0, result.spending.event.noise_multiplier / usual_noise(job, result)) if result.spending else 1.0
 
 

@@ -31,23 +31,24 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
 
     With ``server.optimizer = "none"`` that is ``averaged`` itself. Otherwise, with
     ``g = before - averaged`` and t the steps since the layer's moments began, ``m ← β₁ m + (1 - β₁) g``,
-    ``v ← β₂ v + (1 - β₂) g²`` and ``x ← x - η m̂ / (√v̂ + ε)``, where m̂ and v̂ are corrected for their start
-    at zero. ε is large (1e-3): without noise the first steps would otherwise move every coordinate by the full
-    η. η follows ``training.schedule`` over the rounds; the head's is ``training.head-rate`` times that. Tensors
-    that the average leaves alone (frozen factors) keep g = 0 and never move.
+    ``v ← β₂ v + (1 - β₂) g²`` and ``x ← x - η m̂ / (√v̂ + τ)``, where m̂ and v̂ are corrected for their start
+    at zero. τ is ``server.adam-tau``, and large (1e-3): without noise the first steps would otherwise move every
+    coordinate by the full η. η follows ``schedule`` over the rounds; the head's is ``head-rate`` times that.
+    Tensors that the average leaves alone (frozen factors) keep g = 0 and never move.
 
     Computed in float64; the result has the adapter's dtype.
     """
-    if config.server.optimizer == "none":
+    server = config.server
+    if server.optimizer == "none":
         return averaged
-    rate = learning_rate(config.training.schedule, config.server.learning_rate, before.round_number, config.rounds)
+    rate = learning_rate(server.schedule, server.learning_rate, before.round_number, config.rounds)
     adapter: AdapterState = {}
     first: AdapterState = {}
     second: AdapterState = {}
     steps: dict[str, int] = {}
     held = before.optimizer
     for layer, change in subtract(before.adapter, averaged.adapter).items():
-        eta = rate * (config.training.head_rate if layer == HEAD else 1.0)
+        eta = rate * (server.head_rate if layer == HEAD else 1.0)
         steps[layer] = t = 1 + held.steps.get(layer, 0)
         adapter[layer], first[layer], second[layer] = {}, {}, {}
         for name, g in change.items():
@@ -56,6 +57,6 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
             v = held.second[layer][name] if t > 1 else torch.zeros_like(g)
             first[layer][name] = m = BETA1 * m + (1 - BETA1) * g
             second[layer][name] = v = BETA2 * v + (1 - BETA2) * g.square()
-            step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + config.server.epsilon)
+            step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + server.adam_tau)
             adapter[layer][name] = (x.double() - eta * step).to(x.dtype)
     return replace(averaged, adapter=adapter, optimizer=Moments(first, second, steps))

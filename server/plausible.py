@@ -1,4 +1,4 @@
-"""How far a site's contribution may lie from what the site received, given the run's public settings.
+"""Bounds on how far a site's contribution may lie from what the site received, by the run's public settings.
 
 One site that sends huge but finite numbers would ruin the average for all. Two facts bound an
 honest one, whatever its records are:
@@ -56,7 +56,7 @@ def honest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: Serve
     Args:
         config: the run's configuration.
         plan: the least that the site does to its records in this round.
-        result: the site's answer; only its round, the noise that it tells and the number of its tensors'
+        result: the site's answer; only its round, the noise that it states and the number of its tensors'
             elements are used.
         state: what the site started from.
     """
@@ -66,7 +66,7 @@ def honest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: Serve
         return gradient
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
-    training = config.site_training
+    training = config.training
     first, steps = (result.round_number - 1) * training.local_steps, training.local_steps
     way = sum(
         learning_rate(training.schedule, training.learning_rate, first + step, config.total_steps)

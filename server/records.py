@@ -1,4 +1,4 @@
-"""What a run leaves in its folder.
+"""The files of a run's folder, as the server writes them.
 
 ``config.json``     every setting, with versions of what computed it
 ``baseline.json``   the score before round 1
@@ -113,7 +113,7 @@ class RunFolder:
             self._write(replace(config, resumed=[*config.resumed, now]))
             return
         versions = {"python": platform.python_version(), **package_versions()}
-        self._write(ConfigFile(run, now, job.settings(), versions))
+        self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """Record the score before round 1."""

@@ -1,4 +1,4 @@
-"""What a run's public settings ask of a site in one round: the least noise, and the usual one."""
+"""The terms of a run for a site in one round: the least noise, and the usual one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def least_plan(job: Job, result: TrainResult) -> Plan:
     """
     if job.mechanism.charged:
         return paid_plan(job, result)
-    return job.mechanism.exposing_plan(job.config.site_training)
+    return job.mechanism.exposing_plan(job.config.training)
 
 
 def paid_plan(job: Job, result: TrainResult) -> PrivacyPlan:

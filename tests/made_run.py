@@ -59,10 +59,10 @@ class MadeRun:
 
     def start(self) -> MadeRun:
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = configure(self.settings).settings()
+        job = configure(self.settings)
         versions = {"python": "3.11.7", "fedveil": "0.1.0", "flwr": "1.39.0", "torch": "2.13.0", "opacus": "1.6.0"}
         versions |= {"transformers": "5.24.0", "peft": "0.21.2", "dp-accounting": "0.6.0"}
-        self.write(ConfigFile("7", "2026-11-24T10:00:00+00:00", settings, versions))
+        self.write(ConfigFile("7", "2026-11-24T10:00:00+00:00", job.settings(), versions, job.chosen()))
         self.write(BaselineFile(accuracy=0.695, loss=0.581))
         return self
 

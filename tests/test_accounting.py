@@ -19,7 +19,7 @@ from common.privacy.accounting import Release, epsilon, epsilon_with_method, gau
 
 DELTA = 1e-5
 RATE = 64 / 5000
-"""Sampling rate of the table in PRIVACY.md 2.2: n=5000, batch 64."""
+"""Sample rate of the tables below: 5,000 records, an expected batch of 64."""
 
 noises = st.floats(0.6, 8.0)
 rates = st.floats(0.01, 0.3)
@@ -75,7 +75,7 @@ def test_one_sampled_step_costs_what_numerical_integration_finds(noise_multiplie
 
 @pytest.mark.parametrize(
     ("rounds", "target", "pld_noise", "rdp_noise"),
-    # PRIVACY.md 2.2, columns PLD (google) and RDP (opacus = google); 10 steps a round.
+    # Noise multipliers that dp-accounting (PLD, RDP) and Opacus (RDP) were found to agree on; 10 steps a round.
     [(20, 8, 0.521, 0.556), (50, 3, 0.803, 0.858), (50, 8, 0.576, 0.608), (200, 3, 1.069, 1.125)],
 )
 def test_noise_agrees_with_the_calibration_table(
@@ -88,7 +88,7 @@ def test_noise_agrees_with_the_calibration_table(
 
 
 def test_a_thousand_steps_cost_239_and_not_the_49_of_an_account_reset_every_round() -> None:
-    # PRIVACY.md 2.3: sigma 1, 100 rounds of 10 steps. A reset account shows 0.49 and hides 2.39.
+    # Noise multiplier 1, 100 rounds of 10 steps. A reset account shows 0.49 and hides 2.39.
     assert epsilon([gaussian_release(1.0, RATE, 1000)], DELTA) == pytest.approx(2.39, abs=0.005)
     assert epsilon([gaussian_release(1.0, RATE, 10)], DELTA) == pytest.approx(0.49, abs=0.005)
 
@@ -148,7 +148,7 @@ def test_nothing_released_costs_nothing() -> None:
 
 @pytest.mark.parametrize("method", ["pld", "rdp"])
 def test_a_nearly_free_release_is_never_priced_below_zero(method: Method) -> None:
-    # Opacus #585: RDP's conversion gives -0.105 here (PRIVACY.md 2.3).
+    # Opacus #585: RDP's conversion gives -0.105 here.
     assert epsilon([gaussian_release(50.0, 1e-3, 1)], 0.1, method=method) == 0.0
 
 

@@ -44,7 +44,7 @@ def answer(job: Job, own: PrivacyPlan, size: int = SIZE, **figures: Any) -> Trai
         *(TRAINING, own.event, job.config.training.local_steps, 1),
         *(own.delta, 0.2, 0.2, own.max_epsilon, own.max_epsilon - 0.2, Accountant("pld", "0.6.0")),
     )
-    way = own.gradient_noise_std * job.config.site_training.learning_rate
+    way = own.gradient_noise_std * job.config.training.learning_rate
     update = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(1)) * way
     return TrainResult("1", 1, "ward", size, {"layer": {"B": update}}, told(spent, **figures))
 

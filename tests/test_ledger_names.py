@@ -20,9 +20,10 @@ from client.ledger.file import only_ledger
 from client.ledger.ledger import Ledger, _remember
 from client.ledger.rows import Charge, Receipt
 from client.site import open_site, user_folder
-from common.config.sections import Scalar, from_mapping
+from common.config.sections import Scalar
 from common.errors import LedgerError
 from common.privacy.accounting import Release, epsilon, gaussian_release
+from strategies.job import configure
 
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 # fork: a child that has to import the libraries again takes seconds.
@@ -177,7 +178,7 @@ def default_ledger(site: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """Return the ledger of a deployed site that names none."""
     monkeypatch.setenv("XDG_DATA_HOME", str(home))
     node: dict[str, Scalar] = {"site": site, "partition-id": 0, "num-partitions": 2}
-    return open_site(node, from_mapping({"data.name": "rotten-tomatoes"}), "1", simulated=False).ledger_path
+    return open_site(node, configure({"data.name": "rotten-tomatoes"}).config, "1", simulated=False).ledger_path
 
 
 def check_that_another_name_is_no_fresh_budget(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

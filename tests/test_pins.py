@@ -34,7 +34,7 @@ from audits.tiny_site import OneSite, clinic, pins
 from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
-from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
+from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, to_mapping
 from common.data.sets import DATASETS
 from common.data.sources import load_dataset
 from common.errors import FedVeilError, PolicyRefusal
@@ -138,7 +138,7 @@ COMPUTED = {"model.feature-scale"}
 
 def asked_of_own_records(settings: dict[str, Scalar], node: dict[str, Scalar]) -> Any:
     """Return which records a site with ``node`` reads for a run of ``settings``."""
-    return open_site(node, from_mapping(settings), "1", simulated=False).data.examples
+    return open_site(node, configure(settings).config, "1", simulated=False).data.examples
 
 
 def others(source: str) -> Iterator[tuple[str, dict[str, Scalar]]]:
@@ -179,7 +179,7 @@ def test_every_setting_of_the_model_is_pinned_or_named_or_only_computed_with() -
 
 
 def test_own_settings_are_the_columns_of_the_task_and_no_more() -> None:
-    config = from_mapping({"data.key": "postcode", "data.text": "note", "data.prompt": "q", "data.labels": "a,b"})
+    config = configure({"data.key": "postcode", "data.text": "note", "data.prompt": "q", "data.labels": "a,b"}).config
     assert own_settings(config) == DataConfig(columns=Columns({"text": "note"}), labels="a,b", partition="iid")
 
 
@@ -243,7 +243,7 @@ def test_a_site_of_its_own_records_joins_a_named_data_sets_job_which_leaves_its_
 
 def test_a_deployed_part_of_a_public_data_set_does_not_open_the_servers_test_file() -> None:
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
-    config = from_mapping({"data.partition": "iid", "data.test": "/no/such.csv"})
+    config = configure({"data.partition": "iid", "data.test": "/no/such.csv"}).config
     assert len(open_site(part, config, "1", simulated=False).data.examples) > 4000
     with pytest.raises(FedVeilError, match=r"no data set '/no/such\.csv'"):
         open_site(part, config, "1", simulated=True)

@@ -6,14 +6,15 @@ import dataclasses
 
 import pytest
 
-from common.config.sections import PrivacyConfig, TrainingConfig
+from common.config.asked import RunSettings, TrainingSettings, resolve
+from common.config.sections import PrivacyConfig
 from common.errors import ConfigError, MechanismError, PrivacyError
 from common.privacy import MECHANISMS
 from common.privacy.accounting import Release, epsilon
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.plan import PrivacyPlan, gaussian_plan
 
-TRAINING = TrainingConfig(local_steps=5, sample_rate=0.1)
+TRAINING = resolve(RunSettings(training=TrainingSettings(local_steps=5, sample_rate=0.1))).training
 
 
 def test_every_step_of_the_run_fits_the_budget_and_hardly_more() -> None:

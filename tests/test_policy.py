@@ -24,7 +24,7 @@ from client.ledger.rows import Terms
 from client.policy import Policy, load_policy
 from client.site import Site, check_job, open_site
 from common.accountant import EVALUATION
-from common.config.sections import Scalar, from_mapping, to_mapping
+from common.config.sections import Scalar, to_mapping
 from common.config.text import to_toml
 from common.data.partition import division_of
 from common.data.sources import load_dataset, train_and_test
@@ -406,7 +406,7 @@ def test_every_rule_has_a_line_in_the_docs() -> None:
 
 def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:
     """Return the size that the first of two parts of the data set ``name`` is declared to have."""
-    config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40})
+    config = configure({"data.name": name, "data.partition": "iid", "data.test-size": 40}).config
     settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **node}
     return open_site(settings, config, "1", simulated=simulated).public_size
 
@@ -444,7 +444,7 @@ def test_a_part_of_what_may_be_anybodys_is_refused_before_anything_is_read(
 
 def test_one_record_more_moves_dozens_of_a_division_which_is_why(site: OneSite) -> None:
     file = Path(str(site.settings["data.name"]))
-    config = from_mapping({"data.name": str(file), "data.partition": "iid", "data.test-size": 40})
+    config = configure({"data.name": str(file), "data.partition": "iid", "data.test-size": 40}).config
     node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
 
     def texts() -> set[str]:

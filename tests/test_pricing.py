@@ -16,7 +16,8 @@ import pytest
 from audits.tiny_site import OneSite, clinic
 from client.ledger.ledger import PRICES, Ledger
 from client.ledger.rows import Charge, Receipt, price
-from common.config.sections import PrivacyConfig, TrainingConfig
+from common.config.asked import RunSettings, TrainingSettings, resolve
+from common.config.sections import PrivacyConfig
 from common.errors import BudgetExhausted, ConfigError, LedgerError
 from common.privacy import accounting
 from common.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
@@ -171,8 +172,9 @@ def test_a_plan_refuses_them_before_it_looks_for_a_noise(
 ) -> None:
     monkeypatch.setattr("common.privacy.plan.noise_multiplier_for", lambda *_: pytest.fail("a price was made"))
     before = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
+    training = resolve(RunSettings(training=TrainingSettings(sample_rate=0.1))).training
     with pytest.raises(ConfigError, match=words):
-        PrivacyPlan.for_run(PrivacyConfig(), TrainingConfig(sample_rate=0.1), 10, 100, [before])
+        PrivacyPlan.for_run(PrivacyConfig(), training, 10, 100, [before])
 
 
 @pytest.mark.parametrize(

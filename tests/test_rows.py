@@ -168,7 +168,7 @@ def test_an_odd_cell_of_a_parquet_file_is_a_row_that_is_no_record(tmp_path: Path
 
 
 def told(load: Callable[[DataConfig, str], object], questions: list[DataConfig]) -> set[str]:
-    """Play C2 of the hostile server: return how rounds whose labels or columns ask about records would end."""
+    """Play the hostile server: return how rounds whose labels or columns ask about records would end."""
 
     def ending(question: DataConfig) -> str:
         try:

@@ -133,7 +133,7 @@ class Exposure:
     run: str
     round_number: int
     steps: int
-    """Optimiser steps; 0 for a start from a full gradient."""
+    """Optimiser steps; 0 for a start from a statistic."""
     released_at: str
     """UTC, ISO 8601."""
 

@@ -1,4 +1,4 @@
-"""Where records come from.
+"""The sources of records.
 
 A source is a name in ``common.data.sets.DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV,
 JSONL or Parquet file (UTF-8), or a folder of such files. A TSV is read without quoting, as GLUE's are
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from common.check import nearest, one_of
+from common.check import OneOf, nearest
 from common.config.sections import DataConfig
 from common.data.packaged import PackagedTree, packaged_file, packaged_tree
 from common.data.rows import read_rows
@@ -76,7 +76,7 @@ def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str,
 
 
 def _load(config: DataConfig, task: str, source: str | None, *, protected: bool) -> Reading:
-    one_of(TASKS, model__task=task)
+    OneOf(TASKS).check("model.task", task)
     source = config.name if source is None else source
     key = config.key if config.partition == "natural" and source == config.name else ""
     labels = _configured_labels(config)

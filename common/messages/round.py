@@ -1,4 +1,4 @@
-"""What server and sites say to each other, as plain data.
+"""The messages of a round, as plain data.
 
 Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is
 the only field computed from records, and it has passed clip and noise; a site whose policy says so
@@ -33,7 +33,7 @@ class TrainTask:
 
     run: str
     round_number: int
-    """1-based; 0 asks for the full gradient that some strategies start from."""
+    """1-based; 0 asks for the statistic that the run's start is made from."""
     state: AdapterState
     """What the strategy sends down every round; empty in round 0."""
     basis: AdapterState

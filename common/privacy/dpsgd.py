@@ -1,7 +1,7 @@
 """DP-SGD at a site: per-record gradients, clip, sum, noise, public divisor (Abadi et al. 2016, alg. 1).
 
-Opacus computes per-record gradients (hooks, model not wrapped) and scales the sum. Around it stands
-what a federation needs and Opacus leaves open (PRIVACY: 1.3, 2.4):
+Opacus computes per-record gradients (hooks, model not wrapped) and scales the sum. Around it is
+what a federation needs and Opacus leaves open:
 
 * one joint clip over all trained tensors; norms, clip and sum in float64, whatever the forward pass is in;
 * a record whose gradient is not finite contributes zero instead of destroying the update;

@@ -12,13 +12,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from torch import Tensor
 
 from common.accountant import INITIALISATION
 from common.adapters import Adapter, Place
-from common.check import clip_norm, in_range, positive
+from common.check import CLIP_NORM, POSITIVE, Interval
+from common.config.fields import Unit, check_fields
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
@@ -50,7 +51,7 @@ _UNFIT: Mapping[Needs, str] = {
 
 @dataclass(frozen=True)
 class Start(ABC):
-    """Where the factors begin; options of a start are its fields."""
+    """Where the factors begin; options of a start are its fields, which declare what they may be."""
 
     name: ClassVar[str]
     """What ``adapter.start`` calls it."""
@@ -58,6 +59,9 @@ class Start(ABC):
     """What it is made from, besides the run's public seed."""
     gives: ClassVar[tuple[str, ...]] = ("A", "B")
     """The directions that it has; an adapter that asks for more is refused."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "start.")
 
     @property
     def asked(self) -> Asked:
@@ -141,17 +145,12 @@ class PaidStart(Start):
 
     needs: ClassVar[Needs] = "paid release"
 
-    sample_rate: float = 0.1
+    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
     """Chance of each record to be used."""
-    noise_multiplier: float = 5.0
-    """Noise std over clip norm of the one release."""
-    clip_norm: float = 1.0
+    noise_multiplier: Annotated[float, POSITIVE, Unit("clip norms")] = 5.0
+    """Standard deviation of the noise of the one release over its clip norm."""
+    clip_norm: Annotated[float, CLIP_NORM, Unit("L2 norm")] = 1.0
     """L2 bound of one record's statistic over all adapted layers together."""
-
-    def __post_init__(self) -> None:
-        in_range(0, 1, start__sample_rate=self.sample_rate)
-        positive(start__noise_multiplier=self.noise_multiplier)
-        clip_norm(start__clip_norm=self.clip_norm)
 
     def release(self, least_noise: float = 0.0) -> Release:
         """Return the one release; also for a run's plan, before any site is known."""
@@ -192,11 +191,8 @@ class UnpaidStart(Start):
 
     needs: ClassVar[Needs] = "records, without privacy"
 
-    sample_rate: float = 0.1
+    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
     """Chance of each record to be used; a site uses at least one."""
-
-    def __post_init__(self) -> None:
-        in_range(0, 1, start__sample_rate=self.sample_rate)
 
 
 def seeded(place: Place, wanted: Collection[str]) -> Factors:

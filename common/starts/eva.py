@@ -2,8 +2,8 @@
 
 Paischer, Hauzenberger et al.: Parameter Efficient Fine-tuning via Explained Variance Adaptation. Theirs takes them from
 the training records, without clip or noise; this one from public text at the server, so that it costs nothing. Moments
-are not centred unless that is asked for: the mean input is a direction that gradients use (measured on movie reviews
-with 250 texts: A holds 48 % of a query layer's gradient, centred 30 %). Rows of A are as long as others', and gradients
+are not centred unless that is asked for: the mean input is a direction that gradients use (``experiments/LOG.md``,
+2026-11-26). Rows of A are as long as others', and gradients
 through them longer: ``adapter.alpha = 0`` brings these to what they are with random rows.
 
 What reaches a layer differs in its last bits from device to device, so A travels once. Layers that share an input
@@ -13,16 +13,16 @@ share A.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from common.adapters import Adapter, Place
-from common.check import positive
+from common.check import POSITIVE, Digits
+from common.config.fields import Unit
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
@@ -42,19 +42,12 @@ class EVA(Start):
 
     text: str = PACKAGED
     """The public text: ``phrases``, which come with FedVeil, or a file of the server's, one text a line."""
-    text_sha256: str = ""
-    """Of that text's bytes, in hexadecimal; empty: of the packaged phrases."""
-    records: int = 256
+    text_sha256: Annotated[str, Digits(64, "sha256sum")] = ""
+    """SHA-256 of that text's bytes. Empty: of the packaged phrases."""
+    records: Annotated[int, POSITIVE, Unit("records")] = 256
     """How many texts are used, from the first on."""
     centred: bool = False
     """Whether the mean input is taken out, as in the paper."""
-
-    def __post_init__(self) -> None:
-        positive(start__records=self.records)
-        if self.text_sha256 and not re.fullmatch("[0-9a-f]{64}", self.text_sha256):
-            raise ConfigError(
-                f"start.text-sha256 must be 64 hexadecimal digits, as sha256sum prints them, not {self.text_sha256!r}"
-            )
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a file without its fingerprint, and records that hold no words."""

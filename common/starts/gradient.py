@@ -1,6 +1,6 @@
 """One full gradient of the adapted layers' own weights, for starts that are made from it.
 
-The base weights are opened for the gradient only inside ``full_gradient``; nothing is updated. At a
+The base weights are opened for the gradient only inside ``open_weights``; nothing is updated. At a
 site under privacy each record's gradient over all adapted layers together is clipped, the sum is
 noised and divided by a public constant: one release, by the same mechanism as a training step.
 """

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from common.adapters import Place
-from common.check import positive
+from common.check import POSITIVE
+from common.config.fields import RATIO
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
@@ -25,12 +26,8 @@ class PrivateGradient(UnpaidStart):
 
     name: ClassVar[str] = "private-gradient"
 
-    step: float = 1e-3
+    step: Annotated[float, POSITIVE, RATIO] = 1e-3
     """Length of the first sign step that is imitated: LoRA-SB's eta."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(start__step=self.step)
 
     @property
     def unfit(self) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from common.adapters import Adapter, Place
-from common.check import positive
+from common.check import POSITIVE
+from common.config.fields import RATIO, Unit
 from common.config.sections import RunConfig
 from common.data.sources import load_dataset
 from common.errors import ConfigError
@@ -35,13 +36,10 @@ class PublicGradient(Start):
 
     data: str = ""
     """The public data set or file, read with the run's ``data`` columns."""
-    records: int = 256
+    records: Annotated[int, POSITIVE, Unit("records")] = 256
     """How many of its records are used."""
-    step: float = 1e-3
+    step: Annotated[float, POSITIVE, RATIO] = 1e-3
     """Length of the first sign step that is imitated: LoRA-SB's eta."""
-
-    def __post_init__(self) -> None:
-        positive(start__step=self.step, start__records=self.records)
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a start that lacks its data."""

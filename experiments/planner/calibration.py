@@ -121,7 +121,7 @@ def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float]
 
 def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
     """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if they are)."""
-    optimizer = build_optimizer(model.trained(), config.site_training)
+    optimizer = build_optimizer(model.trained(), config.training)
     model.module.train()
     began = time.perf_counter()
     if not config.privacy.mechanism.charged:

@@ -46,7 +46,7 @@ def find(job: Job, quantity: str) -> Found:
         raise ConfigError(f"privacy.mode is {job.mechanism.name!r}: there is no budget to plan for; set it to 'dp-sgd'")
     if quantity != "noise" and not job.config.privacy.noise_multiplier:
         raise ConfigError(
-            f"--find {quantity} needs a noise level: set privacy.noise-multiplier (0 lets the run choose it)"
+            f"--find {quantity} needs a noise multiplier: set privacy.noise-multiplier (0 lets the run choose it)"
         )
     found = QUANTITIES[quantity](job)
     if not found.epsilon <= found.budget or (found.next_epsilon is not None and found.next_epsilon <= found.budget):

@@ -1,4 +1,4 @@
-"""Everything that is known about a run before it, in one object: privacy, traffic, time, memory, signal."""
+"""The forecast of a run, in one object: privacy, traffic, time, memory, signal."""
 
 from __future__ import annotations
 

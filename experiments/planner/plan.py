@@ -1,4 +1,4 @@
-"""What a run will cost in privacy, before it: from configuration and declared sizes only, never from a record.
+"""The price of a run in privacy, before it: from configuration and public sizes only, never from a record.
 
 The noise is the one that the run itself will use: a plan is made by the same function that a site calls before
 it is charged (``client.budget.plan_of``), for a site without a policy and with a fresh ledger. A site's own

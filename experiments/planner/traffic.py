@@ -1,4 +1,4 @@
-"""What travels in a run, counted from encoded messages before the run."""
+"""The traffic of a run, counted from encoded messages before the run."""
 
 from __future__ import annotations
 
