@@ -1,4 +1,4 @@
-"""What a ledger takes and hands out: charges and their receipts, terms, budgets, exposures, failures, and its rows."""
+"""The rows of a ledger as data: charges and their receipts, terms, budgets, exposures, failures."""
 
 from __future__ import annotations
 
