@@ -2,9 +2,11 @@
 # make test   environment, then every test
 # make generative   the model and data of the generative example
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
-# make test-deployment   the walk-through of docs/deploy.md with real processes, TLS and keys
+# make test-deployment   the guides of coordinator and steward with real processes, TLS and keys
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
+# make docs   the pages of docs that are made from the code, and the README's picture
+# make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
 PYTHON ?= python3
 VENV   := .venv
@@ -18,7 +20,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment audit faults check format environment generative vision clean
+.PHONY: demo test test-deployment audit faults docs settings check format environment generative vision clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -34,6 +36,14 @@ audit: environment
 
 faults: environment
 	$(BIN)/python -m faults
+
+docs: environment
+	$(BIN)/python -m cli.settings --write
+	$(BIN)/python -m cli.reference
+	$(BIN)/python -m reports.picture docs/demo.json
+
+settings: environment
+	$(BIN)/python -m cli.settings --write
 
 check: environment
 	$(BIN)/ruff check .

@@ -73,7 +73,7 @@ def rounds_of_all(folder: Path) -> list[Finding]:
 
     settings = tiny_run(own("run"))
     sites = [audit_sites(settings, own(f"sites {f.name}"), f) for f in (SOUND, faults.SHUFFLED, faults.SHARED_SEED)]
-    cases = (SOUND, faults.RESET, faults.SHUFFLED, faults.PRIVATE_SIZE)
+    cases = (SOUND, faults.RESET, faults.SHUFFLED, faults.PRIVATE_SIZE, *faults.ROWS)
     return [*sites, *(audit_account(own(f"account {fault.name}"), fault) for fault in cases)]
 
 

@@ -18,15 +18,17 @@ import torch
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
-from client import local_training
 from client.deadline import Timing
 from client.ledger.ledger import Ledger
 from client.rehearsal import _Rehearsal
+from common import randomness
 from common.privacy import dpsgd
 from common.randomness import private_poisson_sample
 from common.run_lines import Finding
 
 STEPS, RATE, PUBLIC, RECORDS = 3, 0.25, 50, 40
+WITHIN = 0.25
+"""Relative. What the noise of one step's few hundred numbers may differ by from its law."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Draw:
     noise: float
     clip: float
     divisor: float
+    size: float
+    """Root mean square of what was handed over, before the divisor."""
 
 
 @dataclass
@@ -52,14 +56,14 @@ class Spy:
 def spying() -> Iterator[Spy]:
     """Look on while a site trains."""
     seen = Spy()
-    add_noise, rehearsed, rehearsing = dpsgd._Mechanism.add_noise, _Rehearsal.run, [False]
+    add_noise, rehearsed, rehearsing = dpsgd.ClipAndNoise.add_noise, _Rehearsal.run, [False]
 
     def noisy(mechanism: Any) -> None:
-        if not rehearsing[0]:
-            seen.draws.append(
-                Draw(mechanism.noise_multiplier, mechanism.max_grad_norm, float(mechanism.expected_batch_size))
-            )
         add_noise(mechanism)
+        if not rehearsing[0]:
+            noise, clip, divisor = mechanism.noise_multiplier, mechanism.max_grad_norm, mechanism.expected_batch_size
+            flat = torch.cat([parameter.grad.flatten().double() for parameter in mechanism.params])
+            seen.draws.append(Draw(noise, clip, float(divisor), float(flat.square().mean().sqrt())))
 
     def rehearsal(self: _Rehearsal) -> Timing:
         rehearsing[0] = True  # on no record, and nothing of it is sent
@@ -73,9 +77,9 @@ def spying() -> Iterator[Spy]:
         return torch.arange(0) if seen.empty else private_poisson_sample(size, rate)
 
     with (
-        patch.object(dpsgd._Mechanism, "add_noise", noisy),
+        patch.object(dpsgd.ClipAndNoise, "add_noise", noisy),
         patch.object(_Rehearsal, "run", rehearsal),
-        patch.object(local_training, "private_poisson_sample", sampled),
+        patch.object(randomness, "private_poisson_sample", sampled),
     ):
         yield seen
 
@@ -96,10 +100,13 @@ def account_faults(site: OneSite, fault: Fault = SOUND) -> list[str]:
     wrong = {
         "charged steps are not the noised steps": sum(row.count for row in rows) != len(spy.draws)
         or len(spy.draws) != 2 * STEPS,
-        "noise or clip differ from the charge": {(row.noise_multiplier, row.clip_norm) for row in rows}
+        "noise or clip differ from the charge": {(row.event.noise_multiplier, row.event.clip_norm) for row in rows}
         != {(draw.noise, draw.clip) for draw in spy.draws},
+        "steps on no record carry other noise than was charged": any(
+            abs(draw.size / (rows[-1].event.noise_multiplier * draw.clip) - 1) > WITHIN for draw in spy.draws[STEPS:]
+        ),
         "batches do not come from the sampler at the rate that was charged": spy.samples
-        != [(RECORDS, row.sample_rate) for row in rows for _ in range(row.count)],
+        != [(RECORDS, row.event.sample_rate) for row in rows for _ in range(row.count)],
         "the divisor knows how many records there are": {draw.divisor for draw in spy.draws} != {RATE * PUBLIC},
         "the epsilon reported is below the ledger's": [r.spending.epsilon_total for r in reported if r.spending][-1:]
         != [epsilon],

@@ -30,7 +30,7 @@ def gaussian_bound(scores: np.ndarray, present: np.ndarray, delta: float, confid
 
     That is what the code claims of its noise, so this tests the code; it is no bound for any mechanism whatever.
     Clopper-Pearson bounds of both error rates at ``THRESHOLD`` give a bound on the distance of the two
-    Gaussians, and that one on epsilon (PRIVACY: 4.2).
+    Gaussians, and that one on epsilon.
 
     Args:
         scores: shape (canaries,).

@@ -6,7 +6,7 @@ A linear model without bias has one weight a canary (``audits.dirac``): each ste
 i if record i is in, and noise to every weight, so the final weights say all that there is to say. A coin
 decides which records are in. Sampler, clip, noise, divisor, optimiser and ledger are the ones of a site, over
 several rounds; every record is in every batch (rate 1), because at small rates no audit of this size sees
-anything (PRIVACY: 4.1).
+anything.
 
 The code passes if the bound stays below the ledger's epsilon. Then faults are built in, one at a time, and
 the bound must exceed what the ledger claims: else the audit could not have seen them.
@@ -26,8 +26,9 @@ from audits.faults import DOUBLED, EVERY_SECOND, HALVED, RESET, SOUND, Fault
 from audits.finding import judged
 from audits.shell import run_alone, with_each
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PrivacyPlan, gaussian_plan
 from common.randomness import private_poisson_sample
 from common.run_lines import Finding
 
@@ -48,20 +49,17 @@ def probe(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> Findi
         fault: what to break.
         canaries: how many.
     """
-    plan = PrivacyPlan(1.0, NOISE, 1.0, expected_batch_size=canaries, delta=DELTA, max_epsilon=100.0)
+    plan = gaussian_plan(1.0, NOISE, 1.0, expected_batch_size=canaries, delta=DELTA, max_epsilon=100.0)
     present = torch.rand(canaries) < 0.5
     model = nn.Linear(canaries, 1, bias=False)
     nn.init.zeros_(model.weight)
     with fault.plant():
         for number in range(1, ROUNDS + 1):
             with Ledger(folder / "ledger.sqlite") as ledger:
-                releases = [plan.release(STEPS)]
-                charge = ledger.charge(
-                    "canaries", releases, run="1", round_number=number, delta=DELTA, max_epsilon=100.0, clip_norm=1.0
-                )
+                receipt = ledger.charge(Charge("canaries", "1", number, (plan.release(STEPS),), DELTA, 100.0))
             _train(model, present.nonzero().flatten(), plan)
     scores = model.weight.detach().flatten().double().numpy() * canaries / (ROUNDS * STEPS)
-    return compared("canaries", fault, scores, present.numpy(), charge.epsilon_after)
+    return compared("canaries", fault, scores, present.numpy(), receipt.epsilon_after)
 
 
 def compared(audit: str, fault: Fault, scores: np.ndarray, present: np.ndarray, claimed: float) -> Finding:
@@ -90,10 +88,10 @@ def compared(audit: str, fault: Fault, scores: np.ndarray, present: np.ndarray, 
 
 def _train(model: nn.Linear, records: Tensor, plan: PrivacyPlan) -> None:
     """Take one round's steps on the canaries that are in, as a site does."""
-    losses = Dirac(model, LENGTH * plan.clip_norm)
+    losses = Dirac(model, LENGTH * plan.event.clip_norm)
     with PrivateSteps(model, torch.optim.SGD(model.parameters(), lr=1.0), plan) as steps:
         for _ in range(STEPS):
-            chosen = private_poisson_sample(len(records), plan.sample_rate)
+            chosen = private_poisson_sample(len(records), plan.event.sample_rate)
             steps.step(records[chosen].split(PART), losses)
 
 

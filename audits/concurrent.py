@@ -21,11 +21,12 @@ from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from common.errors import BudgetExhausted
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import Release, epsilon, gaussian_release
 from common.run_lines import Finding
 
-ROUND = Release(2.0, 0.25, 2)
+ROUND = gaussian_release(2.0, 0.25, 2)
 DELTA = 1e-3
 PROCESSES = 2
 PAUSE_SECONDS = 0.01
@@ -33,7 +34,7 @@ PAUSE_SECONDS = 0.01
 
 def cost_of(rounds: int) -> float:
     """Return the epsilon of so many charges of ``ROUND``."""
-    return epsilon([Release(ROUND.noise_multiplier, ROUND.sample_rate, ROUND.count * rounds)], DELTA)
+    return epsilon([Release(ROUND.event, ROUND.count * rounds)], DELTA)
 
 
 def charge_to_the_end(path: Path, budget: float, signal: Path, send: Send) -> None:
@@ -45,9 +46,7 @@ def charge_to_the_end(path: Path, budget: float, signal: Path, send: Send) -> No
             pass
         try:
             while True:
-                ledger.charge(
-                    "ward", [ROUND], run="1", round_number=paid + 1, delta=DELTA, max_epsilon=budget, clip_norm=1.0
-                )
+                ledger.charge(Charge("ward", "1", paid + 1, (ROUND,), DELTA, budget))
                 paid += 1
                 # SQLite lets whoever waits sleep longer each time; without a pause one process pays it all.
                 time.sleep(random.uniform(0.0, PAUSE_SECONDS))

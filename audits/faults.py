@@ -7,7 +7,7 @@ mistake, so an audit that stays silent there proves nothing when it is silent ab
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
@@ -19,9 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client import budget, local_training
+from client import budget
 from client.ledger.ledger import Ledger
-from common.privacy import dpsgd
+from common import randomness
+from common.privacy import MECHANISMS, dpsgd
+from common.privacy.accounting import Release
+from common.privacy.plan import PrivacyPlan
+from common.privacy.record_level import DPSGD
 from common.randomness import _entropy, add_private_noise
 from common.tasks import Batch, Task
 
@@ -69,27 +73,27 @@ def noise_halved() -> AbstractContextManager[Any]:
 @contextmanager
 def noise_on_every_second_step() -> Iterator[None]:
     """No noise on the first step, the third and so on."""
-    steps, add_noise = count(), dpsgd._Mechanism.add_noise
+    steps, add_noise = count(), dpsgd.ClipAndNoise.add_noise
 
     def sometimes(mechanism: Any) -> None:
         with nullcontext() if next(steps) % 2 else patch.object(dpsgd, "add_private_noise", zero_noise):
             add_noise(mechanism)
 
-    with patch.object(dpsgd._Mechanism, "add_noise", sometimes):
+    with patch.object(dpsgd.ClipAndNoise, "add_noise", sometimes):
         yield
 
 
 @contextmanager
 def clip_doubled() -> Iterator[None]:
     """Gradients up to twice the bound, noise for the bound."""
-    clip = dpsgd._Mechanism.clip_and_accumulate
+    clip = dpsgd.ClipAndNoise.clip_and_accumulate
 
     def lax(mechanism: Any) -> None:
         mechanism.max_grad_norm *= 2
         clip(mechanism)
         mechanism.max_grad_norm /= 2
 
-    with patch.object(dpsgd._Mechanism, "clip_and_accumulate", lax):
+    with patch.object(dpsgd.ClipAndNoise, "clip_and_accumulate", lax):
         yield
 
 
@@ -118,7 +122,7 @@ def shared_seed() -> Iterator[None]:
 
     with (
         patch.object(dpsgd, "add_private_noise", noise),
-        patch.object(local_training, "private_poisson_sample", sample),
+        patch.object(randomness, "private_poisson_sample", sample),
     ):
         yield
 
@@ -139,7 +143,7 @@ def shuffled_epochs() -> Callable[[int, float], Tensor]:
 
 def shuffled_batches() -> AbstractContextManager[Any]:
     """Shuffled batches of one size, priced as Poisson samples."""
-    return patch.object(local_training, "private_poisson_sample", shuffled_epochs())
+    return patch.object(randomness, "private_poisson_sample", shuffled_epochs())
 
 
 def token_mean_loss() -> AbstractContextManager[Any]:
@@ -152,6 +156,67 @@ def token_mean_loss() -> AbstractContextManager[Any]:
     return patch.object(Task, "losses", losses)
 
 
+def faulty_row(**overrides: Any) -> AbstractContextManager[Any]:
+    """A mechanism that is wrong in its own row: ``overrides`` are its plan's, beside all that ``dp-sgd`` states."""
+    plans = type("FaultyPlan", (PrivacyPlan,), overrides)
+    return patch.dict(MECHANISMS, {"dp-sgd": type("FaultyRow", (DPSGD,), {"plans": plans})()})
+
+
+class _Quiet(dpsgd.ClipAndNoise):
+    """Clips and sums, and adds nothing."""
+
+    def add_noise(self) -> None:
+        for parameter in self.params:
+            parameter.grad = parameter.summed_grad.to(parameter)
+
+
+class _QuietSteps(dpsgd.PrivateSteps):
+    clipping = _Quiet
+
+
+class _ByTheBatch(dpsgd.PrivateSteps):
+    """Divides by the records that the step has drawn, at least one."""
+
+    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
+        parts = list(batches)
+        self._mechanism.expected_batch_size = max(1, sum(part.records for part in parts))
+        super().step(parts, losses)
+
+
+def row_without_noise() -> AbstractContextManager[Any]:
+    """A row whose plan forgets the noise that it is priced with."""
+    return faulty_row(stepping=lambda _: _QuietSteps)
+
+
+def row_with_another_rate() -> AbstractContextManager[Any]:
+    """A row whose plan draws twice as many records as it is priced for."""
+
+    def sample(plan: PrivacyPlan, size: int) -> list[int]:
+        drawn: list[int] = randomness.private_poisson_sample(size, min(1.0, 2 * plan.event.sample_rate)).tolist()
+        return drawn
+
+    return faulty_row(sample=sample)
+
+
+def row_with_realised_divisor() -> AbstractContextManager[Any]:
+    """A row whose plan divides by the batch that was drawn."""
+    return faulty_row(stepping=lambda _: _ByTheBatch)
+
+
+def row_with_another_price() -> AbstractContextManager[Any]:
+    """A row whose plan is charged for more noise than it adds."""
+
+    def release(plan: PrivacyPlan, steps: int) -> Release:
+        return Release(plan.event.having(noise_multiplier=1.5 * plan.event.noise_multiplier), steps)
+
+    return faulty_row(release=release)
+
+
+def row_with_another_count() -> AbstractContextManager[Any]:
+    """A row whose plan is charged for one step, however many it takes."""
+    return faulty_row(release=lambda plan, _: Release(plan.event, 1))
+
+
 @contextmanager
 def divisor_of_records() -> Iterator[None]:
     """A divisor that counts the site's records instead of taking the size that it declares."""
@@ -159,7 +224,7 @@ def divisor_of_records() -> Iterator[None]:
 
     def counted(job: Any, site: Any, terms: Any) -> Any:
         plan = planned(job, site, terms)
-        return replace(plan, expected_batch_size=plan.sample_rate * len(site.data.examples))
+        return replace(plan, expected_batch_size=plan.event.sample_rate * len(site.data.examples))
 
     with patch.object(budget, "plan_of", counted):
         yield
@@ -175,4 +240,11 @@ SHARED_SEED = Fault("one seed for all sites", shared_seed)
 SHUFFLED = Fault("shuffled batches", shuffled_batches)
 TOKEN_MEAN = Fault("mean over the batch's tokens", token_mean_loss)
 PRIVATE_SIZE = Fault("divisor counts the records", divisor_of_records)
+ROW_QUIET = Fault("a row that forgets the noise", row_without_noise)
+ROW_RATE = Fault("a row that samples at another rate", row_with_another_rate)
+ROW_DIVISOR = Fault("a row that divides by the batch", row_with_realised_divisor)
+ROW_PRICE = Fault("a row that prices other noise", row_with_another_price)
+ROW_COUNT = Fault("a row that prices one step", row_with_another_count)
+ROWS = (ROW_QUIET, ROW_RATE, ROW_DIVISOR, ROW_PRICE, ROW_COUNT)
+"""Mistakes that a new row of ``MECHANISMS`` may bring."""
 FAULTS = (HALVED, EVERY_SECOND, DOUBLED, RESET, FLOATING, SHARED_SEED, SHUFFLED, TOKEN_MEAN, PRIVATE_SIZE)

@@ -1,4 +1,4 @@
-"""What an audit found, for people and as JSON."""
+"""The finding of an audit, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ def _outcome(finding: Finding) -> str:
     return f"[green]{good}[/]" if finding.passed else f"[bold red]{bad}[/]"
 
 
-def _spoken(value: int | float | str) -> str:
+def _spoken(value: float | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

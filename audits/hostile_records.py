@@ -78,7 +78,7 @@ def spent_too_little(site: OneSite) -> float:
         if spending is None:
             return math.inf
         steps += spending.steps_round
-        whole = epsilon([Release(spending.noise_multiplier, spending.sample_rate, steps)], spending.delta)
+        whole = epsilon([Release(spending.event, steps)], spending.delta)
         short = max(short, whole - spending.epsilon_total)
     return short
 

@@ -24,6 +24,7 @@ from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
 from audits.tiny_site import tiny_site
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from common.messages.round import Refusal, TrainResult
 from common.messages.state import AdapterState
 from common.run_lines import Finding
@@ -40,13 +41,14 @@ def forgotten() -> AbstractContextManager[Any]:
 
 def unpaid() -> AbstractContextManager[Any]:
     """A round that was charged once is free from then on, whatever is asked."""
-    charge = Ledger.charge
+    pay = Ledger.charge
     receipts: dict[tuple[str, int], Any] = {}
 
-    def once(ledger: Ledger, dataset: str, releases: Any, *, run: str, round_number: int, **terms: Any) -> Any:
-        if (run, round_number) not in receipts:
-            receipts[run, round_number] = charge(ledger, dataset, releases, run=run, round_number=round_number, **terms)
-        return receipts[run, round_number]
+    def once(ledger: Ledger, charge: Charge, **terms: Any) -> Any:
+        key = charge.run, charge.round_number
+        if key not in receipts:
+            receipts[key] = pay(ledger, charge, **terms)
+        return receipts[key]
 
     return patch.object(Ledger, "charge", once)
 

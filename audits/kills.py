@@ -27,17 +27,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
 from audits.tiny_site import OneSite, tiny_site
+from client.ledger.file import LedgerFile
 from client.ledger.ledger import Ledger
 from common.errors import LedgerError
 from common.messages.round import Refusal, TrainTask
 from common.messages.wire import encode_reply
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import epsilon, gaussian_release
 from common.run_lines import Finding
 
 DELTA = 1e-3
@@ -75,16 +77,16 @@ def charge_late(site: OneSite, task: TrainTask, send: Send) -> None:
 @contextmanager
 def telling(send: Send) -> Iterator[None]:
     """Say when a transaction has begun, with nothing read yet, and when it is over."""
-    transaction = Ledger._transaction
+    transaction = LedgerFile.transaction
 
     @contextmanager
-    def told(ledger: Ledger) -> Iterator[None]:
-        with transaction(ledger):
+    def told(file: LedgerFile) -> Iterator[Any]:
+        with transaction(file) as db:
             send(f"begun {time.perf_counter()}")
-            yield
+            yield db
         send(f"ended {time.perf_counter()}")
 
-    with patch.object(Ledger, "_transaction", told):
+    with patch.object(LedgerFile, "transaction", told):
         yield
 
 
@@ -215,7 +217,7 @@ class Kills:
 
 def cost_of(rounds: int) -> float:
     """Return the epsilon of so many of the site's rounds."""
-    return epsilon([Release(2.0, 0.25, 2 * rounds)] if rounds else [], DELTA)
+    return epsilon([gaussian_release(2.0, 0.25, 2 * rounds)] if rounds else [], DELTA)
 
 
 def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: float = 0.0) -> Finding:
@@ -265,8 +267,9 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
 
 
 def kills_of_all(folder: Path, kills: int) -> list[Finding]:
-    """Kill ``kills`` rounds of the code as it is, and twenty with the fault built in, late enough to be after the
-    release; ``folder`` must be empty.
+    """Kill ``kills`` rounds of the code as it is, and twenty with the fault built in; ``folder`` must be empty.
+
+    These are late enough to be after the release.
     """
     for name in ("sound", "late"):
         (folder / name).mkdir()

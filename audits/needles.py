@@ -1,4 +1,4 @@
-"""Whether a byte stream holds a piece of given texts or tensors: every place, at any offset, in seconds."""
+"""Search a byte stream for pieces of given texts or tensors: every place, at any offset, in seconds."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def noise_only(world: World, figures: PrivacyPlan, steps_taken: int) -> list[Gra
 def beside_the_grid(given: list[Gradient], figures: PrivacyPlan) -> float:
     """Return the share of numbers that are no multiples of the noise's grid over the divisor, or zeros with a sign."""
     sent = torch.stack([flat(gradient) for gradient in given])
-    cells = sent * figures.expected_batch_size / noise_grid(figures.noise_multiplier * figures.clip_norm)
+    cells = sent * figures.expected_batch_size / noise_grid(figures.event.noise_multiplier * figures.event.clip_norm)
     # Float32 after the divisor errs by 2⁻²⁴ of the value: 2⁻⁹ of a step at 16 standard deviations.
     beside = ((cells - cells.round()).abs() > 2.0**-8) | ((cells == 0) & cells.signbit())
     return float(beside.double().mean())

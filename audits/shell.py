@@ -1,4 +1,4 @@
-"""How one audit is run with every fault, and alone from a shell; ``python -m audits`` runs them all."""
+"""Run one audit with every fault, or alone from a shell; ``python -m audits`` runs them all."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def settings_of(folder: Path, axes: list[int]) -> dict[str, Any]:
         "rounds": ROUNDS,
         "training.optimizer": "sgd",
         "training.learning-rate": 1.0,
-        "training.schedule": "constant",
+        "schedule": "constant",
         "training.local-steps": STEPS,
         "training.sample-rate": 1.0,
         "privacy.clip-norm": 1.0,

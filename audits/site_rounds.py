@@ -18,7 +18,7 @@ from client.local_training import train_round
 from client.site import Site
 from common.messages.round import TrainTask
 from common.messages.tensors import entries, fingerprint, start_fingerprint
-from common.model.federated import FederatedModel, model_of
+from common.model.federated import FederatedModel
 from common.run_lines import Finding
 from common.tasks import Record
 from common.tasks.examples import Dataset
@@ -59,20 +59,16 @@ class SiteRounds:
                 **settings,
                 "training.optimizer": "sgd",
                 "training.learning-rate": 1.0,
-                "training.head-rate": 1.0,
-                "training.schedule": "constant",
+                "head-rate": 1.0,
+                "schedule": "constant",
                 "training.local-steps": steps,
                 "training.sample-rate": RATE,
                 "privacy.clip-norm": CLIP,
                 "privacy.noise-multiplier": NOISE,
             }
         )
-        config = job.config
         self._job, self._folder = job, folder
-        self._model = model_of(
-            *(config.model, job.adapter, config.head, config.seed),
-            *(("bad", "good"), (), config.device, config.precision),
-        )
+        self._model = job.model(("bad", "good"))
         state = job.start(self._model.start)
         basis = job.basis(state)
         self._task = TrainTask(

@@ -16,10 +16,10 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import tiny_run
 from audits.worlds import Recorder, flat
-from common.model.federated import FederatedModel, model_of
-from common.privacy.accounting import Release, epsilon
+from common.model.federated import FederatedModel
+from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.run_lines import Finding
 from strategies.job import configure
 
@@ -33,18 +33,14 @@ CONFIDENCE = 0.999
 def model_for(strategy: str, folder: Path) -> FederatedModel:
     """Return the tiny BERT with the adapter that the strategy trains; files go to ``folder``."""
     job = configure({**tiny_run(folder), "strategy": strategy})
-    config = job.config
-    return model_of(
-        *(config.model, job.adapter, config.head, config.seed),
-        *(("bad", "good"), (), config.device, config.precision),
-    )
+    return job.model(("bad", "good"))
 
 
 def audit_steps(strategy: str, folder: Path, fault: Fault = SOUND) -> Finding:
     """Audit steps on what ``strategy`` trains, with ``fault`` built in."""
     module = model_for(strategy, folder).module
-    plan = PrivacyPlan(0.5, NOISE, 1.0, expected_batch_size=20.0, delta=DELTA, max_epsilon=100.0)
-    canaries = Dirac(module, 10 * plan.clip_norm)
+    plan = gaussian_plan(0.5, NOISE, 1.0, expected_batch_size=20.0, delta=DELTA, max_epsilon=100.0)
+    canaries = Dirac(module, 10 * plan.event.clip_norm)
     axes = torch.randperm(canaries.size)[:CANARIES]
     present = torch.rand(STEPS, CANARIES) < 0.5
     optimizer = Recorder(canaries.parameters)
@@ -52,8 +48,8 @@ def audit_steps(strategy: str, folder: Path, fault: Fault = SOUND) -> Finding:
         for row in present:
             steps.step([axes[row]], canaries)
     given = torch.stack([flat(gradient)[axes] for gradient in optimizer.given])
-    scores = -given * plan.expected_batch_size / plan.clip_norm
-    claimed = epsilon([Release(NOISE, 1.0, 1)], DELTA)
+    scores = -given * plan.expected_batch_size / plan.event.clip_norm
+    claimed = epsilon([gaussian_release(NOISE, 1.0, 1)], DELTA)
     bound = gaussian_bound(scores.flatten().numpy(), present.flatten().numpy(), DELTA, CONFIDENCE)
     return judged(
         "step canaries",

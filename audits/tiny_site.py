@@ -19,7 +19,7 @@ from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, start_fingerprint
 from common.messages.wire import encode_task
 from common.model.base import load_base_model
-from common.model.federated import FederatedModel, model_of
+from common.model.federated import FederatedModel
 from deploy.policy_file import models_of, pins_of_job
 from strategies.job import configure
 
@@ -52,10 +52,7 @@ class OneSite:
         job = configure(self.settings)
         config = job.config
         data = load_dataset(config.data, config.model.task, str(self.node["data"]))
-        return model_of(
-            *(config.model, job.adapter, config.head, config.seed),
-            *(data.label_names, data.label_phrases, config.device, config.precision),
-        )
+        return job.model(data.label_names, data.label_phrases)
 
     def task(
         self, round_number: int = 1, run: str = "1", change: Callable[[AdapterState], AdapterState] | None = None
@@ -94,11 +91,11 @@ class OneSite:
         return reply
 
     def charges(self) -> list[tuple[str, int, str]]:
-        """Return run, round and kind of everything in the ledger."""
+        """Return run, round and purpose of everything in the ledger."""
         if not self.ledger.exists():
             return []
         with Ledger(self.ledger) as ledger:
-            return [(entry.run, entry.round_number, entry.kind) for entry in ledger.entries()]
+            return [(entry.run, entry.round_number, entry.purpose) for entry in ledger.entries()]
 
 
 def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int = 0) -> OneSite:

@@ -1,4 +1,4 @@
-"""What captures of the sites' networks say: clear text, private pieces, and bytes by what they are for."""
+"""The findings in captures of the sites' networks: clear text, private pieces, and bytes by what they are for."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from common.config.sections import HeadConfig
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PrivacyPlan, gaussian_plan
 from common.starts import STARTS
 from common.tasks import TASKS, Batch, Record
 from common.tasks.text import TextExample, tokens_of
@@ -108,7 +108,7 @@ class Recorder(Optimizer):
 
 def plan(clip: float = 1.0, noise: float = 1e-12, divisor: float = 1.0) -> PrivacyPlan:
     """Return a plan; without ``noise`` there is so little that it does not show."""
-    return PrivacyPlan(clip, noise, sample_rate=0.5, expected_batch_size=divisor, delta=1e-3, max_epsilon=100.0)
+    return gaussian_plan(clip, noise, sample_rate=0.5, expected_batch_size=divisor, delta=1e-3, max_epsilon=100.0)
 
 
 def released(

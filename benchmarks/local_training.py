@@ -1,4 +1,4 @@
-"""How fast a site trains, as ratios within one run, and what it needs in memory.
+"""The speed of a site's training, as ratios within one run, and its need of memory.
 
     .venv/bin/python benchmarks/local_training.py            # about two minutes on 2 cores
 
@@ -30,15 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.local_training import _parts, plain_step
 from client.optimizers import build_optimizer
 from common.data.sources import train_and_test
 from common.model.base import load_base_model
 from common.model.batching import length_batches
 from common.model.device import choose_batch_tokens, own_cores
 from common.model.federated import FederatedModel
+from common.model.plain import plain_step
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.tasks import TASKS, Batch
 from strategies.job import Job, configure
 
@@ -90,7 +90,7 @@ def site_peak(records: int) -> float:
     tokenised = model.prepare(train.examples)
     for start in (0, records):
         optimizer = build_optimizer(model.trained(), job.config.training)
-        plan = PrivacyPlan(1.0, 0.8, 0.1, float(records), 1e-5, 8.0)
+        plan = gaussian_plan(1.0, 0.8, 0.1, float(records), 1e-5, 8.0)
         with model.many_passes(), PrivateSteps(model.module, optimizer, plan) as steps:
             steps.step(model.fixed_batches(tokenised[start : start + records]), model.losses)
     # Not getrusage: its peak includes what the parent held when it started this process.
@@ -127,14 +127,14 @@ def main() -> None:
             plain_optimizer.step()
             plain_optimizer.zero_grad()
 
-    budget = choose_batch_tokens(job.config.training.batch_tokens, ours.device)
+    tokens = choose_batch_tokens(job.config.training.batch_tokens, ours.device)
     mine = [p for factors in ours.trained().values() for p in factors.values()]
     open_optimizer = build_optimizer(ours.trained(), job.config.training)
-    plan = PrivacyPlan(1.0, 0.8, 0.1, float(arguments.records), 1e-5, 8.0)
+    plan = gaussian_plan(1.0, 0.8, 0.1, float(arguments.records), 1e-5, 8.0)
 
     def open_loop(chosen: list[int]) -> None:
         ours.module.train()
-        plain_step(_parts(records, chosen, ours, budget), ours, open_optimizer, mine)
+        plain_step(ours.length_batches([records[i] for i in chosen], tokens), ours, open_optimizer, mine)
 
     def private_step(parts: Iterable[Batch]) -> None:
         # A new one for every step, as a site has in every round: a private optimiser serves one mechanism only.
@@ -147,7 +147,7 @@ def main() -> None:
             private_step(ours.fixed_batches([records[i] for i in chosen]))
 
     def sorted_loop(chosen: list[int]) -> None:
-        private_step(_parts(records, chosen, ours, budget))
+        private_step(ours.length_batches([records[i] for i in chosen], tokens))
 
     loops: dict[str, Callable[[list[int]], None]] = {
         "plain": plain_loop,
@@ -167,7 +167,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
         for start in range(0, len(lengths), PLAIN_BATCH):
             padded += max(lengths[start : start + PLAIN_BATCH]) * len(lengths[start : start + PLAIN_BATCH])
-        sorted_tokens += sum(max(lengths[i] for i in group) * len(group) for group in length_batches(lengths, budget))
+        sorted_tokens += sum(max(lengths[i] for i in group) * len(group) for group in length_batches(lengths, tokens))
         fixed_tokens += sum(length * ours.shapes.rows_of(length) for length, _ in ours.shapes.groups(lengths))
         own_tokens += sum(lengths)
 

@@ -18,12 +18,13 @@ from common.accountant import TRAINING, Accountant
 from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import AdapterState
 from common.messages.wire import encode_reply, encode_task, message_bytes
+from common.privacy.events import sampled_gaussian
 from strategies import STRATEGIES
 from strategies.table import payload, preset_adapter
 
 SHAPES = ((1024, 1024),) * 48
 ROOM = 0.02
-SPENDING = Spending(TRAINING, 0.1, 0.8, 1.0, 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, Accountant("pld", "0.6.0"))
+SPENDING = Spending(TRAINING, sampled_gaussian(0.8, 0.1), 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, Accountant("pld", "0.6.0"))
 
 
 def layers_of(factors: Mapping[str, tuple[int, ...]]) -> AdapterState:

@@ -1,4 +1,4 @@
-"""How a command speaks to people, and fails before them: one line, and an exit code that says so."""
+"""Command-line errors: one line on stderr, and an exit code that is not zero."""
 
 from __future__ import annotations
 

@@ -174,9 +174,10 @@ def _figure(epsilon: float | None) -> str:
 
 def _spoken_charge(entry: Entry) -> str:
     whose = f", as {entry.caused_by} shares records" if entry.caused_by else ""
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in entry.event.figures.items())
     return (
-        f"run {entry.run} round {entry.round_number}  {entry.kind}: {entry.count} × (noise "
-        f"{entry.noise_multiplier:.4g}, sample rate {entry.sample_rate:.4g}), clip {entry.clip_norm:.4g}{whose}"
+        f"run {entry.run} round {entry.round_number}  {entry.purpose}: {entry.count} × {entry.event.kind} "
+        f"({figures}){whose}"
     )
 
 
@@ -197,20 +198,24 @@ def _spoken_budget(row: Budget) -> str:
 
 
 def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
-    """Return charges, then exposures and failures as rows of kinds of their own that have no noise, rate or delta."""
-    from client.ledger.rows import Entry
+    """Return charges, then exposures and failures for purposes of their own, which have no event and no delta.
 
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [item.name for item in dataclasses.fields(Entry)])
-    writer.writeheader()
+    Each figure that some event has is a column.
+    """
     where = ("id", "dataset", "run", "round_number")
-    rows = [*charges]
+    figures = sorted({name for row in charges for name in row["event"]["figures"]})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(
+        text, [*where, "purpose", "unit", "event", *figures, "count", "delta", "charged_at", "caused_by"]
+    )
+    writer.writeheader()
+    rows = [{**row, "event": row["event"]["kind"], **row["event"]["figures"]} for row in charges]
     for row in exposures:
         rows.append({name: row[name] for name in where})
-        rows[-1] |= {"kind": "without privacy", "count": row["steps"], "charged_at": row["released_at"]}
+        rows[-1] |= {"purpose": "without privacy", "count": row["steps"], "charged_at": row["released_at"]}
     for row in failures:
         rows.append({name: row[name] for name in where})
-        rows[-1] |= {"kind": "noise alone", "charged_at": row["failed_at"]}
+        rows[-1] |= {"purpose": "noise alone", "charged_at": row["failed_at"]}
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 

@@ -18,6 +18,7 @@ from cli.ledger import ledger_app
 from cli.notes import print_notes
 from cli.plan import plan
 from cli.report import keygen, print_summary, report, verify
+from cli.settings import settings
 from common.words import counted
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ app.command()(plan)
 for command in (report, verify, keygen):
     app.command()(command)
 app.command()(compare)
+app.command()(settings)
 console = Console(highlight=False, soft_wrap=True)
 
-Settings = Annotated[
+Overrides = Annotated[
     list[str] | None,
     typer.Option("-c", "--config", help="Settings: 'key=value key2=\"text\"' or a TOML file; may be given again."),
 ]
@@ -43,7 +45,7 @@ Settings = Annotated[
 @app.command()
 @_for_people
 def run(
-    settings: Settings = None,
+    settings: Overrides = None,
     sites: Annotated[
         int | None, typer.Option(help="Simulated sites that divide the data; 4, or as a resumed run began.")
     ] = None,
@@ -62,8 +64,7 @@ def run(
     began, overrides = time.monotonic(), with_resumed(parse_settings(settings or []))
     job = configure(overrides)
     print_notes(job)
-    number, privacy = sites_of(job.config, sites), job.config.privacy
-    promise = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site" if privacy.on else "privacy OFF"
+    number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
     console.print(
         f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "
         f"{counted(number, 'site')}, {counted(job.config.rounds, 'round')} of "
@@ -101,21 +102,6 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) ->
 
     score = evaluate_run(folder)
     console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.4f}")
-
-
-@app.command()
-@_for_people
-def settings(config: Settings = None) -> None:
-    """Print every setting with its value, as a TOML file that ``-c`` takes."""
-    from common.config.text import parse_settings, to_toml
-    from strategies.job import configure, known_settings
-    from strategies.renamed import RENAMED, by_new_names
-
-    overrides = parse_settings(config or [])
-    print_notes(configure(overrides))
-    known = known_settings()
-    present = {key: value for key, value in known.items() if key not in RENAMED}
-    sys.stdout.write(to_toml({**present, **by_new_names(overrides, known)[0]}))
 
 
 @app.command()

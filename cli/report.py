@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.errors import for_people
+from common.errors import ConfigError, DataError
 from common.privacy.figures import epsilon_text, remaining_text
 from common.words import counted
 
@@ -21,13 +23,39 @@ console = Console(highlight=False, soft_wrap=True)
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
     sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
+    ] = None,
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
     from reports import write_reports
 
+    if picture is not None:
+        _write_picture(folder, picture, sign)
+        return
     written = write_reports(folder, sign)
     print_summary(folder)
     console.print("\n".join(str(path) for path in written), markup=False)
+
+
+def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
+    from common.files import replace_file
+    from common.strict_json import to_json
+    from reports import report_of
+    from reports.picture import picture_of, to_svg
+
+    if picture.suffix != ".svg":
+        raise ConfigError(f"--picture is {str(picture)!r}: name a file that ends in .svg")
+    if sign is not None:
+        raise ConfigError("--picture writes no report that could be signed: give --sign without it")
+    figures = picture_of(report_of(folder))
+    try:
+        replace_file(picture.with_suffix(".json"), (json.dumps(to_json(figures), indent=1) + "\n").encode())
+        replace_file(picture, to_svg(figures).encode())
+    except OSError as error:
+        raise DataError(f"{picture} cannot be written ({error.strerror}): name another file") from error
+    console.print(f"picture: {picture}", markup=False)
 
 
 @for_people
@@ -71,13 +99,14 @@ def print_summary(folder: Path) -> None:
         visible,
     )
     from reports import report_of
+    from reports.sites import distinct
 
     data = report_of(folder)
     table = Table(title="privacy spent, by site")
     for column in ("site", "rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for site in data.sites:
-        settings = (site.sample_rates, site.noise_multipliers, site.clip_norms)
+        settings = [distinct(site.events, name) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
         table.add_row(
             Text(visible(site.site)),
             *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
@@ -88,7 +117,8 @@ def print_summary(folder: Path) -> None:
     head = data.headline
     if head.epsilon is not None:
         console.print(
-            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per record, the maximum over sites"
+            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, the maximum "
+            "over sites"
         )
     else:
         console.print(f"federation: {data.claim.sentence}")

@@ -25,7 +25,7 @@ from common.log import about, set_up
 from common.messages.round import Refusal, Reply
 from common.messages.wire import decode_task, encode_reply, layout_of, round_of
 from common.model.device import own_cores
-from common.model.federated import FederatedModel, model_of
+from common.model.federated import FederatedModel
 from common.paths import run_name
 from common.tasks import Record
 from common.tasks.examples import Dataset
@@ -64,10 +64,7 @@ def _in_simulation() -> bool:
 
 def _model(job: Job, site: Site) -> FederatedModel:
     config, data = job.config, site.data
-    model = model_of(
-        *(config.model, job.adapter, config.head, config.seed),
-        *(data.label_names, data.label_phrases, config.device, config.precision),
-    )
+    model = job.model(data.label_names, data.label_phrases)
     # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
@@ -86,7 +83,12 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
-    if not job.config.privacy.on:
+    if not job.mechanism.rehearsed:
+        if deadline.seconds and job.mechanism.conceals:
+            raise PolicyRefusal(
+                f"the site's policy has reply-after = {deadline.seconds:g}, and with privacy.mode = "
+                f"{job.mechanism.name!r} nobody knows how long a round takes"
+            )
         return
     if model.head_only and _process.features is None:
         _process.features = rehearse_features(model)
@@ -101,7 +103,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         _process.rehearsed = {False: rounds, True: start}
     timing, training = _process.rehearsed[initial], job.config.training
     paid = job.origin.release() if initial else None
-    steps, rate = (paid.count, paid.sample_rate) if paid else (training.local_steps, training.sample_rate)
+    steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
     featured = _process.features.worst(1, site.public_size, 0) if _process.features else 0.0
@@ -168,7 +170,7 @@ def answer(
             _hold_to(deadline, job, site, model, initial=not number)
         result = train_round(site, job, model, _records(model, site), whole, deadline)
         kept.keep(task, result)
-        if site.unreadable and job.config.privacy.on:
+        if site.unreadable and job.mechanism.conceals:
             note_failure(site, task, site.unreadable, deadline)
         log.info("trained and answered", extra=about(run, number, name))
         return result

@@ -1,6 +1,6 @@
-"""What a round costs a site: the stricter of run, policy and ledger, charged before a record is used.
+"""The price of a round at a site: the stricter of run, policy and ledger, charged before a record is used.
 
-A round without privacy costs what no budget can pay: it is written down instead, before a record is used.
+A round of a mechanism that is not charged costs what no budget can pay: it is written down, before a record is used.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from client.deadline import Deadline
 from client.ledger.file import BUSY_SECONDS
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Terms
+from client.ledger.rows import Charge, Terms
 from client.site import Site
 from common.accountant import EVALUATION
 from common.errors import LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import Spending, TrainTask
-from common.privacy.accounting import Release
+from common.privacy.accounting import Release, gaussian_release
 from common.privacy.plan import PrivacyPlan
 from common.starts import PaidStart
 from common.tasks import TASKS
@@ -46,12 +46,15 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
         plan = _plan(ledger, site, job, deadline)
         if task.round_number:
             releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
-            return plan, _charge(ledger, site, plan, releases, task, deadline, allow=_within(site, steps))
+            fewer = releases[0].count < steps
+            return plan, _charge(
+                ledger, site, job, plan, releases, task, deadline, allow=_within(site, steps, fewer=fewer)
+            )
         if not isinstance(job.origin, PaidStart):
             raise ProtocolError(f"no release is made for the start {job.origin.name!r}")
         least = site.policy.min_noise_multiplier
         plan = job.origin.plan(plan, site.public_size, least)
-        return plan, _charge(ledger, site, plan, [job.origin.release(least)], task, deadline)
+        return plan, _charge(ledger, site, job, plan, [job.origin.release(least)], task, deadline)
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
@@ -87,20 +90,22 @@ def note_failure(site: Site, task: TrainTask, reason: str, deadline: Deadline) -
         log.error("the ledger has no row of a round that failed: %s", error, extra=where)
 
 
-def _within(site: Site, steps: int) -> Callable[[int, int], None]:
-    """Return what refuses one more round, of so many ``steps``, where the policy has no more."""
-    return lambda rounds, taken: site.policy.check_round(rounds + 1, taken + steps)
+def _within(site: Site, steps: int, *, fewer: bool = False) -> Callable[[int, int], None]:
+    """Return what refuses one more round, of so many ``steps``, where the policy has no more.
+
+    The ledger counts releases. Where a round is ``fewer`` of them than it has steps, each round counts with its steps.
+    """
+    return lambda rounds, taken: site.policy.check_round(rounds + 1, (rounds * steps if fewer else taken) + steps)
 
 
 def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
-    """Return what the noised counts of ``rounds`` rounds cost: nothing unless the policy and the task allow them.
+    """Return what the noised counts of ``rounds`` rounds cost: nothing unless policy, task and mechanism allow them.
 
     Where each record is right or wrong as a whole, a count of the right ones changes by at most 1 with one
-    record, so its noise multiplier is its standard deviation.
+    record: that is its clip, without any clipping, and its noise multiplier is its standard deviation.
     """
-    if not site.policy.send_noised_metrics or not TASKS[job.config.model.task].counted:
-        return []
-    return [Release(site.policy.metrics_noise, 1.0, rounds, kind=EVALUATION)]
+    allowed = site.policy.send_noised_metrics and TASKS[job.config.model.task].counted and job.mechanism.counted
+    return [gaussian_release(site.policy.metrics_noise, 1.0, rounds, EVALUATION, clip_norm=1.0)] if allowed else []
 
 
 def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
@@ -113,14 +118,15 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
     rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
     paid = job.origin.release(site.policy.min_noise_multiplier)
-    plan = PrivacyPlan.for_run(
+    plan = job.mechanism.plan(
         dataclasses.replace(config.privacy, epsilon=epsilon, delta=delta),
         config.training,
         rounds * config.training.local_steps,
         site.public_size,
         [*([paid] if paid else []), *evaluation_releases(job, site, rounds)],
     )
-    return dataclasses.replace(plan, noise_multiplier=max(plan.noise_multiplier, site.policy.min_noise_multiplier))
+    noise = max(plan.event.noise_multiplier, site.policy.min_noise_multiplier)
+    return dataclasses.replace(plan, event=plan.event.having(noise_multiplier=noise))
 
 
 def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPlan:
@@ -132,6 +138,7 @@ def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPl
 def _charge(
     ledger: Ledger,
     site: Site,
+    job: Job,
     plan: PrivacyPlan,
     releases: list[Release],
     task: TrainTask,
@@ -144,23 +151,17 @@ def _charge(
         deadline.check_prepared()  # the last that is looked up of a record has been
         allow(rounds, steps)
 
+    where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
+    charge = Charge(*where, tuple(releases), plan.delta, plan.max_epsilon, unit)
     charged = ledger.charge(
-        site.dataset_id,
-        releases,
-        run=task.run,
-        round_number=task.round_number,
-        delta=plan.delta,
-        max_epsilon=plan.max_epsilon,
-        clip_norm=plan.clip_norm,
+        charge,
         records=record_hashes(site.data, ledger.key),
         allow=allowed,
         after_exposure=site.policy.after_no_privacy,
     )
     return Spending(
-        kind=releases[0].kind,
-        sample_rate=plan.sample_rate,
-        noise_multiplier=plan.noise_multiplier,
-        clip_norm=plan.clip_norm,
+        purpose=releases[0].purpose,
+        event=releases[0].event,
         steps_round=charged.steps_round,
         steps_total=charged.steps_total,
         delta=charged.delta,

@@ -1,4 +1,4 @@
-"""When a site answers: as soon as it can, or a fixed time after the task, which says nothing of its records.
+"""The time of a site's answer: as soon as it is there, or a fixed time after the task, which says nothing of records.
 
 How long a round takes follows from how many records were drawn and how long they are; one long record can be
 nearly all of it. With ``reply-after`` in the policy an answer leaves at a fixed time. What follows from no record

@@ -1,18 +1,17 @@
 """One site's part of a round, start to end; the only training loop.
 
 Order matters: what the server sent is checked first, then the round is priced and charged to the
-ledger on disk, or written down there as one without privacy, and only then a record is touched.
+ledger on disk, or written down there as an exposure, and only then a record is touched. Which records a
+step takes, how they pass, and what clips and noises is the plan's, which the mechanism has made.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from client.budget import evaluation_releases, note_exposure, note_failure, pay_round
 from client.correction import correction
@@ -27,15 +26,12 @@ from common.log import about
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
-from common.model.batching import epoch_batches, length_batches
-from common.model.device import choose_batch_tokens
 from common.model.federated import FederatedModel
-from common.privacy.dpsgd import Correct, PrivateSteps, as_it_is, rounding_margin
-from common.privacy.plan import PrivacyPlan
-from common.randomness import private_poisson_sample, stream
+from common.privacy.plan import Plan, PrivacyPlan
+from common.randomness import stream
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS, initial_shapes
-from common.tasks import Batch, Record
+from common.tasks import Record
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
@@ -66,16 +62,18 @@ def train_round(
     """
     check_task(task, job, model)
     deadline = deadline or Deadline()
-    plan, spending, counted, failure = None, None, None, None
-    if job.config.privacy.on:
+    plan: Plan
+    spending, counted, failure = None, None, None
+    if job.mechanism.charged:
         plan, spending = pay_round(site, job, task, deadline)
     else:
         note_exposure(site, job, task)
+        plan = job.mechanism.exposing_plan(job.config.training)
     try:
         with model.many_passes():
             model.featurise(records, deadline.check)
     except Exception as error:
-        if plan is None:
+        if not job.mechanism.conceals:
             raise
         records, failure = [], own_words(error)  # paid for already, as a step that fails
     if not task.round_number:
@@ -83,19 +81,16 @@ def train_round(
     else:
         received = job.strategy.install(merge(model.start, task.basis), task.state)
         model.write(received)
-        if plan and evaluation_releases(job, site, 1):
+        if evaluation_releases(job, site, 1):
             noise = site.policy.metrics_noise
             counted = NoisedCount(noised_correct(model, records, noise), noise)
-        if plan:
-            failed = _private_steps(records, job, model, task, received, plan, deadline)
-            failure = failure or failed
-        else:
-            _open_steps(records, job, model, task.round_number, received, site)
+        failed = _local_steps(records, job, model, task, received, plan, deadline, site)
+        failure = failure or failed
         trained = {
             layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
             for layer, factors in model.trained().items()
         }
-        contribution = job.strategy.uplink(trained)
+        contribution = plan.outgoing(job.strategy.uplink(trained), received)
     result = TrainResult(
         *(task.run, task.round_number, site.name, site.public_size, contribution), *(spending, counted)
     )
@@ -105,29 +100,23 @@ def train_round(
 
 
 def _statistic(
-    records: Sequence[Record],
-    job: Job,
-    model: FederatedModel,
-    plan: PrivacyPlan | None,
-    deadline: Deadline,
-    site: Site,
+    records: Sequence[Record], job: Job, model: FederatedModel, plan: Plan, deadline: Deadline, site: Site
 ) -> tuple[AdapterState, str | None]:
-    """Return what the start is made from, and why it is noise alone if it is; as _private_steps does it."""
+    """Return what the start is made from, and why it is noise alone if it is; as _local_steps does it."""
     origin, size = job.origin, len(records)
     model.write(model.start)
-    if plan is None:
+    if isinstance(origin, UnpaidStart):
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
-        open_start = cast(UnpaidStart, origin)  # check_task saw that it asks sites, and without a plan it is not paid
-        chosen = order[: max(1, round(open_start.sample_rate * size))]
-        return open_start.measure(model, _parts(records, chosen, model, BATCH_TOKENS)), None
-    paid = cast(PaidStart, origin)  # by no other is there a plan
-    chosen = private_poisson_sample(size, plan.sample_rate).tolist()
+        chosen = order[: max(1, round(origin.sample_rate * size))]
+        return origin.measure(model, model.length_batches([records[i] for i in chosen], BATCH_TOKENS)), None
+    paid, own = cast(PaidStart, origin), cast(PrivacyPlan, plan)  # pay_round refuses any other, and has paid for it
+    chosen = own.sample(size)
     try:
         batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
-        return paid.privatise(model, batches, plan, deadline.check), None
+        return paid.privatise(model, batches, own, deadline.check), None
     except Exception as error:
         failure = own_words(error)
-        return paid.privatise(model, [], plan), failure
+        return paid.privatise(model, [], own), failure
 
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
@@ -152,26 +141,30 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         )
 
 
-def _private_steps(
+def _local_steps(
     records: Sequence[Record],
     job: Job,
     model: FederatedModel,
     task: TrainTask,
     received: AdapterState,
-    plan: PrivacyPlan,
+    plan: Plan,
     deadline: Deadline,
+    site: Site,
 ) -> str | None:
-    """Take the round's private steps; if they fail, after all, take them on no record, and return why.
+    """Take the round's steps; if they fail where that must not show, take them on no record, and return why.
 
     The rehearsal has seen every shape pass, and what fails on one record is left out. Should a step fail all the same,
     such as for memory that others took meanwhile, a refusal would show it, so noise is sent. That is no part of the
     claim: from a whole sum to none is further than one clip.
     """
+    if not job.mechanism.conceals:
+        _take_steps(records, job, model, task, received, plan, site.name, Deadline())
+        return None
     try:
-        _take_steps(records, job, model, task, received, plan, deadline)
+        _take_steps(records, job, model, task, received, plan, site.name, deadline)
     except Exception as error:
         model.write(received)
-        _take_steps([], job, model, task, received, plan, Deadline())
+        _take_steps([], job, model, task, received, plan, site.name, Deadline())
         return own_words(error)
     return None
 
@@ -182,24 +175,21 @@ def _take_steps(
     model: FederatedModel,
     task: TrainTask,
     received: AdapterState,
-    plan: PrivacyPlan,
+    plan: Plan,
+    site: str,
     deadline: Deadline,
 ) -> None:
-    config = job.config.site_training
+    config = job.config.training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
-    margin, correct = rounding_margin(model.device), correction(job.strategy, model, received)
-    with (
-        model.many_passes(),
-        PrivateSteps(
-            model.module, optimizer, plan, noise_margin=margin, before_pass=deadline.check, correct=correct
-        ) as steps,
-    ):
+    batches = plan.batches(model, records, stream(job.config.seed, "batches", site), first)
+    correct = correction(job.strategy, model, received)
+    with plan.steps(model, optimizer, before_pass=deadline.check, correct=correct) as steps:
         for step in range(config.local_steps):
             deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
             set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
-            chosen = private_poisson_sample(len(records), plan.sample_rate).tolist()
-            steps.step(model.fixed_batches([records[i] for i in chosen]), model.losses)
+            chosen = next(batches)
+            steps.step(plan.parts(model, [records[i] for i in chosen]), model.losses)
 
 
 def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:
@@ -207,53 +197,3 @@ def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) ->
     where = about(task.run, task.round_number)
     log.error("the round failed after its charge, and noise alone is sent: %s", reason, extra=where)
     note_failure(site, task, reason, deadline)
-
-
-def _open_steps(
-    records: Sequence[Record],
-    job: Job,
-    model: FederatedModel,
-    round_number: int,
-    received: AdapterState,
-    site: Site,
-) -> None:
-    config = job.config.site_training
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
-    correct = correction(job.strategy, model, received)
-    first, total = (round_number - 1) * config.local_steps, job.config.total_steps
-    optimizer = build_optimizer(model.trained(), config)
-    budget = choose_batch_tokens(config.batch_tokens, model.device)
-    model.module.train()
-    # One order for the whole run: a round goes on where the last one ended.
-    order = stream(job.config.seed, "batches", site.name)
-    batches = epoch_batches([model.task.size(record) for record in records], config.sample_rate, order, first)
-    for step in range(config.local_steps):
-        set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
-        plain_step(_parts(records, next(batches), model, budget), model, optimizer, parameters, correct)
-
-
-def plain_step(
-    parts: Iterator[Batch],
-    model: FederatedModel,
-    optimizer: Optimizer,
-    parameters: Sequence[nn.Parameter],
-    correct: Correct = as_it_is,
-) -> None:
-    """Take one step on the mean loss of a batch given in parts, its gradient as ``correct`` makes it; no privacy."""
-    optimizer.zero_grad(set_to_none=True)
-    seen = 0
-    for part in parts:
-        losses = model.losses(part)
-        losses.sum().backward()
-        seen += len(losses)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad / seen for p in parameters]
-    for parameter, gradient in zip(parameters, correct(gradients), strict=True):
-        # What the loss does not reach keeps no gradient, so that no weight decay moves it.
-        parameter.grad = gradient if parameter.grad is not None or gradient.any() else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _parts(records: Sequence[Record], chosen: Sequence[int], model: FederatedModel, budget: int) -> Iterator[Batch]:
-    for group in length_batches([model.task.size(records[i]) for i in chosen], budget):
-        yield model.batch([records[chosen[i]] for i in group])

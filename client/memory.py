@@ -1,4 +1,4 @@
-"""What a node keeps from message to message within a run: the factors sent once, and its last reply.
+"""The cache of a node between the messages of a run: the factors that travel once, and its last reply.
 
 It lives in the memory of Flower's node and may be lost; then the factors are asked for again, and a
 repeated round is trained and charged again. Nothing in here has not been released already.

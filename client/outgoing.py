@@ -1,4 +1,4 @@
-"""What of an error may leave a site: rules and public figures; nothing of a record, and no path of its disks."""
+"""Redact errors before they leave a site: rules and public figures stay, a record's content and local paths go."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from common.check import at_least, below, in_range, not_negative, one_of, positi
 from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError
 from common.model.base import NAMED_MODELS
-from common.privacy.accounting import LEAST_DELTA, MOST_NOISE
+from common.privacy.accounting import LEAST_DELTA
+from common.privacy.events import MOST_NOISE
 from strategies import STRATEGIES
 from strategies.job import Job
 
@@ -138,7 +139,7 @@ class Policy:
         """
         config = job.config
         check_pins(self, config, private=private, place=place)
-        if not config.privacy.on and not self.allow_no_privacy:
+        if not job.mechanism.charged and not self.allow_no_privacy:
             raise refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)

@@ -1,4 +1,4 @@
-"""Made-up records pass before a site's first round: what cannot be trained privately is refused, unpaid.
+"""The rehearsal: made-up records pass first, and what cannot be trained privately is refused, unpaid.
 
 The account assumes that a record adds its own clipped gradient to a sum and changes nothing else. Not every
 model keeps to that: one may project something shared beside the records, scale positions by the longest record of
@@ -33,7 +33,7 @@ from common.messages.state import METRIC
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch, Shapes
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.starts.gradient import initial_shapes, open_weights
 from common.tasks import Record, Task
@@ -50,7 +50,7 @@ AWAY = 0.05
 """Standard deviation of the factors while a model rehearses."""
 ROWS = 3
 """Rows of the batches in which gradients are compared with those of a record alone."""
-_PLAN = PrivacyPlan(
+_PLAN = gaussian_plan(
     clip_norm=1.0, noise_multiplier=1.0, sample_rate=1.0, expected_batch_size=1.0, delta=1e-5, max_epsilon=1.0
 )
 log = logging.getLogger("fedveil.site")

@@ -1,4 +1,4 @@
-"""What one site owns: its records, its declared public size, its ledger.
+"""A site: its records, its declared public size, its ledger.
 
 A Flower node describes its site in the node configuration (``--node-config``):
 
@@ -32,7 +32,8 @@ from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config.sections import Columns, DataConfig, RunConfig, Scalar
 from common.data.partition import check_division, declared_size, site_part
-from common.data.sources import DATASETS, Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
+from common.data.sets import DATASETS
+from common.data.sources import Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.log import about
 from common.paths import run_folder

@@ -1,4 +1,4 @@
-"""An epsilon's origin as data: kinds of releases, and the accountant with its reasons."""
+"""An epsilon's origin as data: purposes of releases, and the accountant with its reasons."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 
 Method = Literal["pld", "rdp"]
 
-TRAINING, INITIALISATION, EVALUATION = KINDS = ("training", "initialisation", "evaluation")
-"""The kinds of releases: an optimiser step; a full gradient before round 1; a noised count of a site's own records that
+TRAINING, INITIALISATION, EVALUATION = PURPOSES = ("training", "initialisation", "evaluation")
+"""What releases are for: an optimiser step; a full gradient before round 1; a noised count of a site's own records that
 the model gets right, which one record changes by at most 1, without clipping."""
 METHODS: tuple[Method, ...] = ("pld", "rdp")
 BELOW_FLOOR, TOO_LARGE, NOT_FINITE = "noise", "loss", "delta"

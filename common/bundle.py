@@ -1,4 +1,4 @@
-"""The bundle of code that a server hands to sites (Flower's FAB, a zip), told by a hash of what is in it.
+"""The bundle of code that a server hands to sites (Flower's FAB, a zip), known by a hash of what is in it.
 
 The hash is SHA-256 over the sorted paths, each with the hash of its content, so neither the zip's times nor its
 packing matter. ``pyproject.toml`` counts by its values, because Flower writes its text anew, and Flower's own

@@ -1,4 +1,4 @@
-"""Where a run's files are, and what a run is called."""
+"""The folder of a run, and its name."""
 
 from __future__ import annotations
 

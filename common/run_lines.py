@@ -36,7 +36,7 @@ F = TypeVar("F", bound=RunFile)
 
 @dataclass(frozen=True)
 class ConfigFile(RunFile):
-    """Every setting of a run, with versions of what computed it."""
+    """Every setting of a run with the value that it has, and versions of what computed it."""
 
     NAME: ClassVar[str] = "config.json"
     run: str
@@ -46,6 +46,8 @@ class ConfigFile(RunFile):
     settings: dict[str, Scalar]
     versions: dict[str, str]
     """Of Python and of packages, by name."""
+    chosen: list[str] = field(default_factory=list)
+    """The settings that were asked for otherwise than by default."""
     resumed: list[str] = field(default_factory=list)
     """When the run went on, as ``started``."""
 
@@ -135,7 +137,7 @@ class RoundLine(RunFile):
 
     NAME: ClassVar[str] = "rounds.jsonl"
     round_number: int = field(metadata=called("round"))
-    """0: a start from a full gradient."""
+    """0: the statistic that the run's start is made from."""
     complete: bool
     """Whether the quorum was reached; if not, nothing was averaged."""
     strategy: str

@@ -1,4 +1,4 @@
-"""What ``fedveil doctor`` looks at, for a server's and for a site's folder."""
+"""The checks of ``fedveil doctor``, for a server's and for a site's folder."""
 
 from __future__ import annotations
 

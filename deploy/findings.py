@@ -1,4 +1,4 @@
-"""What ``fedveil doctor`` says: one line for each thing looked at, and what to do where it is not well."""
+"""The findings of ``fedveil doctor``: one line for each thing looked at, and what to do where it is not well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a server would not let a site in, in one line each; Flower itself only says that it could not connect."""
+"""The reason why a server would not let a site in, in one line; Flower itself only says that it could not connect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sites may join: their public keys and node ids, at the SuperLink and in the server's folder."""
+"""The registry of sites that may join: public keys and node ids, at the SuperLink and in the server's folder."""
 
 from __future__ import annotations
 

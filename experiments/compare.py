@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from common.config.sections import PRIVACY_MODES, Scalar
+from common.config.sections import Scalar
 from common.config.text import parse_settings
 from common.data.partition import check_partition
 from common.errors import ConfigError, DataError, RunFailed
 from common.model.device import own_cores
 from common.paths import run_folder
-from common.privacy.figures import epsilon_text
+from common.privacy import MECHANISMS
+from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import ConfigFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
 from experiments.site_count import record_sites, recorded_sites
 from server.lock import only_writer
@@ -40,12 +41,13 @@ class Outcome:
 
     name: str
     """Of the configuration."""
-    private: bool
+    mode: str
+    """``privacy.mode``."""
     seed: int
     accuracy_before: float
     accuracy: float
     epsilon: float | None
-    """The worst site's; None without privacy."""
+    """The worst site's; None without a claim."""
     bytes_down: int
     """Adapter payload of all rounds and sites."""
     bytes_up: int
@@ -79,7 +81,7 @@ def compare(
     """
     jobs: dict[tuple[str, str, int], tuple[dict[str, Scalar], str]] = {}
     for path in configs:
-        for mode in PRIVACY_MODES:
+        for mode in MECHANISMS:
             for seed in seeds:
                 settings: dict[str, Scalar] = {**parse_settings([str(path)]), **overrides}
                 settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
@@ -87,7 +89,7 @@ def compare(
                 job = configure(settings)
                 check_partition(job.config)
                 _check_kept(job, f"{path.stem}-{mode}-{seed}", sites)
-    if len(jobs) != len(configs) * len(PRIVACY_MODES) * len(seeds) or not jobs:
+    if len(jobs) != len(configs) * len(MECHANISMS) * len(seeds) or not jobs:
         raise ConfigError("a comparison needs configurations of different names and different seeds")
     outcomes = []
     context = multiprocessing.get_context("spawn")
@@ -102,7 +104,7 @@ def compare(
                 if (error := future.exception()) is not None:
                     raise RunFailed(f"{name}, privacy {mode}, seed {seed}: {error}") from error
                 settings, run = jobs[name, mode, seed]
-                outcomes.append(read_outcome(name, run_folder(configure(settings).config, run), mode != "none", seed))
+                outcomes.append(read_outcome(name, run_folder(configure(settings).config, run), mode, seed))
                 done(outcomes[-1], len(outcomes), len(jobs))
         except BaseException:
             # Runs under way come to their end, and are kept; a pool has handed out more jobs than it runs.
@@ -110,7 +112,7 @@ def compare(
             pool.shutdown(cancel_futures=True)
             raise
     order = {key: number for number, key in enumerate(jobs)}
-    return sorted(outcomes, key=lambda o: order[o.name, "dp-sgd" if o.private else "none", o.seed])
+    return sorted(outcomes, key=lambda o: order[o.name, o.mode, o.seed])
 
 
 _stopped: Event
@@ -159,14 +161,14 @@ def _check_kept(job: Job, run: str, sites: int) -> None:
             )
 
 
-def read_outcome(name: str, folder: Path, private: bool, seed: int) -> Outcome:
+def read_outcome(name: str, folder: Path, mode: str, seed: int) -> Outcome:
     """Return what the folder of a run that ended well says; DataError if it does not."""
     reached, rounds = read_file(ResultFile, folder).reached, read_lines(RoundLine, folder)
     if reached is None:
         raise DataError(f"{folder / ResultFile.NAME} does not say what the run has come to: move that folder away")
     return Outcome(
         name,
-        private,
+        mode,
         seed,
         reached.accuracy_before,
         reached.accuracy,
@@ -183,14 +185,14 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "| configuration | privacy | accuracy, % (each seed) | start, % | ε | down, kB | up, kB | seconds, one core |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, private in dict.fromkeys((o.name, o.private) for o in outcomes):
-        group = [o for o in outcomes if (o.name, o.private) == (name, private)]
+    for name, mode in dict.fromkeys((o.name, o.mode) for o in outcomes):
+        group = [o for o in outcomes if (o.name, o.mode) == (name, mode)]
         scores = [100 * o.accuracy for o in group]
         spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
         each = ", ".join(f"{score:.1f}" for score in scores)
-        epsilon = epsilon_text(max(o.epsilon or 0.0 for o in group)) if private else "no claim"
+        epsilon = epsilon_text(max(o.epsilon or 0.0 for o in group)) if MECHANISMS[mode].claims else NO_CLAIM
         lines.append(
-            f"| {name} | {'dp-sgd' if private else 'none'} | **{statistics.mean(scores):.1f}**{spread} ({each}) "
+            f"| {name} | {mode} | **{statistics.mean(scores):.1f}**{spread} ({each}) "
             f"| {100 * statistics.mean(o.accuracy_before for o in group):.1f} | {epsilon} "
             f"| {statistics.mean(o.bytes_down for o in group) / 1000:,.0f} "
             f"| {statistics.mean(o.bytes_up for o in group) / 1000:,.0f} "

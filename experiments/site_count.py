@@ -1,4 +1,4 @@
-"""Among how many simulated sites a run's data were divided: kept beside its ``config.json``.
+"""The number of simulated sites of a run, kept beside its ``config.json``.
 
 The number is no setting of the run (sites that own their data have none), yet another one divides
 the records anew: a run that went on with it would train on records that it holds out for another site's

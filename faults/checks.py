@@ -1,4 +1,4 @@
-"""What a round with a fault must leave: records, ledgers, and the adapter that the surviving replies imply.
+"""The checks of a round with a fault: records, ledgers, and the adapter that the surviving replies imply.
 
 The adapter is compared with an average of this module's own, in float64, of the replies as they were
 recorded at the sites, weighted by the declared public sizes, as all tell the same noise. What a round

@@ -1,4 +1,4 @@
-"""What each process of a federation is to do wrong, and what it says it has done: files in one folder.
+"""The plan of faults: what each process is to do wrong, and what it says it has done, as files in one folder.
 
 The suite writes ``plan.json``; the apps that it has Flower start find the folder by an environment
 variable, do what the plan says, and keep everything that they are sent and that they answer.

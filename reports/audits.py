@@ -1,4 +1,4 @@
-"""What the audits of a run's folder say: each passed or failed, when, and with which versions.
+"""The audits of a run's folder, as a report prints them: each passed or failed, when, and with which versions.
 
 ``make audit RUN=folder`` writes ``audit.json``. A report judges by the findings in it alone: a file
 that says "passed" but holds a failed finding has failed, and one without findings says nothing.

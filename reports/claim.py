@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.data.sources import unprotected_test
-from common.privacy import claim
+from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text
 from reports.folder import RunFiles
 from reports.sites import SiteReport, federation_delta, worst_site
@@ -19,7 +19,6 @@ COVERED = (
     "all rounds together, and earlier runs as far as the site's ledger holds them",
 )
 NOT_COVERED = (
-    "a person with several records: the unit is one record",
     "choices of settings made by looking at earlier runs on the same records",
     "side channels, such as how long a site takes",
     "the base model, which may have been trained on the same records before",
@@ -30,6 +29,7 @@ OFF = (
     "may reveal their records."
 )
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
+UNKNOWN = "The run's privacy.mode {!r} is none that this FedVeil knows. It can say nothing about any record."
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,12 @@ class Claim:
     """The claim in words. Without one (``made`` false) only ``sentence`` and ``head`` are filled."""
 
     made: bool
+    off: bool
+    """Whether the run promises nothing at all, so that no release will make a claim of it."""
     privacy_mode: str
     sentence: str
+    per: str
+    """The unit in one word."""
     unit: str
     neighbours: str
     adversary: str
@@ -58,13 +62,17 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     head = "; ".join(heads) or "not recorded yet"
     worst, delta = worst_site(sites), federation_delta(sites)
     unpaid = sorted({line.site for line in files.privacy if line.spent is None})
-    if mode == "none" or worst is None or delta is None:
-        sentence = OFF if mode == "none" else NOTHING_YET
-        return Claim(False, mode, sentence, "", "", "", "", "", head, [], [], _gaps(files, sites, unpaid, mode))
+    mechanism = MECHANISMS.get(mode)
+    if mechanism is None or not mechanism.claims:
+        sentence = OFF if mechanism else UNKNOWN.format(mode)
+        return Claim(False, True, mode, sentence, *6 * ("",), head, [], [], [])
+    claim, gaps = mechanism.claim, _gaps(files, sites, unpaid)
+    if worst is None or delta is None:
+        return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps)
     accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
     sentence = (
         f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
-        f"differentially private in {claim.UNIT}. Both are the maximum over sites: their records are disjoint."
+        f"differentially private in {claim.unit}. Both are the maximum over sites: their records are disjoint."
     )
     if any(site.agreement == "exposed" for site in sites):
         # Without names: a sentence is not escaped as they are. The gaps name the sites.
@@ -74,23 +82,23 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         )
     return Claim(
         made=True,
+        off=False,
         privacy_mode=mode,
         sentence=sentence,
-        unit=claim.UNIT,
-        neighbours=claim.ADJACENCY,
-        adversary=claim.ADVERSARY,
-        sampler=claim.SAMPLER,
+        per=claim.per,
+        unit=claim.unit,
+        neighbours=claim.adjacency,
+        adversary=claim.adversary,
+        sampler=claim.sampler,
         accountant=", ".join(accountants),
         head=head,
         covered=list(COVERED),
-        not_covered=list(NOT_COVERED),
-        gaps=_gaps(files, sites, unpaid, mode),
+        not_covered=[*claim.leaves_out, *NOT_COVERED],
+        gaps=gaps,
     )
 
 
-def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str], mode: str) -> list[str]:
-    if mode == "none":
-        return []
+def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str]) -> list[str]:
     settings = files.config.settings
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []

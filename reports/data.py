@@ -6,22 +6,21 @@ signature made today fits the report that is made from the same folder tomorrow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.accountant import TRAINING
 from common.config.sections import Scalar
-from common.errors import FedVeilError
 from common.run_lines import Absence, PrivacyLine, RoundLine
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
-from strategies.job import configure, known_settings
+from strategies.job import known_settings
 
-SCHEMA = "fedveil-report/1"
+SCHEMA = "fedveil-report/2"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
 
 
@@ -30,7 +29,7 @@ class RoundReport:
     """One round. Bytes are adapter payload of all messages, accuracy a share, seconds wall time."""
 
     round_number: int
-    """0: before training, or a start from a full gradient."""
+    """0: before training, or the statistic that the start is made from."""
     counted: bool
     """Whether enough sites took part; a round that does not count leaves the model as it was."""
     participants: list[str]
@@ -142,7 +141,7 @@ def report_of(folder: Path) -> ReportData:
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],
-        settings=_settings(settings),
+        settings=_settings(settings, files.config.chosen),
         versions=versions,
         audits=files.audits,
         audit_results=audits,
@@ -195,7 +194,7 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
 
     rows, before = [], files.baseline
     if before:
-        # A start from a full gradient is round 0, and what was scored before round 1 is its result.
+        # A start from a statistic is round 0, and what was scored before round 1 is its result.
         first = next((line for line in files.rounds if _is_start(line)), None)
         nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, worst_by(0))
         rows.append(row(first, before.accuracy, before.loss) if first else nothing)
@@ -214,7 +213,7 @@ def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
     for line in lines:
         if line.spent is None:
             continue
-        first = line.round_number if line.spent.kind != TRAINING else line.round_number - 1
+        first = line.round_number if line.spent.purpose != TRAINING else line.round_number - 1
         own = points.setdefault(line.site, {first: line.spent.epsilon_total - line.spent.epsilon_round})
         own[line.round_number] = line.spent.epsilon_total
         budgets[line.site] = line.spent.epsilon_budget
@@ -224,18 +223,9 @@ def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
     return [Spent(sites, budget, list(course)) for (budget, course), sites in groups.items()]
 
 
-def _settings(values: Mapping[str, Scalar]) -> list[Setting]:
+def _settings(values: Mapping[str, Scalar], chosen: Collection[str]) -> list[Setting]:
     known = known_settings()
-    chosen = {key for key in values if key in known and values[key] != known[key] and not _filled_in(key, values)}
     return [
         Setting(key, value, known.get(key), key in chosen)
         for key, value in sorted(values.items(), key=lambda item: ("." in item[0], item[0]))
     ]
-
-
-def _filled_in(key: str, values: Mapping[str, Scalar]) -> bool:
-    """Return whether the run came to this value by itself, from a default that leaves it open."""
-    try:
-        return configure({**values, key: known_settings()[key]}).settings().get(key) == values[key]
-    except FedVeilError:  # the settings of another version, or values that only go together
-        return False

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read so that a run that still goes on, or was killed, can be reported too.
+"""Read a run's folder, so that a run that still goes on, or was killed, can be reported too.
 
 A file that is absent says nothing; one that is damaged becomes a sentence in ``problems``, which
 every form of the report shows first. Only ``config.json`` must be there.
@@ -123,7 +123,7 @@ def _once(lines: Iterable[PrivacyLine]) -> list[PrivacyLine]:
 
 
 def _paid(line: PrivacyLine) -> tuple[str, int, float] | tuple[()]:
-    return (line.spent.kind, line.spent.steps_total, line.spent.epsilon_total) if line.spent else ()
+    return (line.spent.purpose, line.spent.steps_total, line.spent.epsilon_total) if line.spent else ()
 
 
 def _sha256(path: Path) -> str:

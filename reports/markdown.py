@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+from common.privacy.events import Event
 from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
 from common.words import (
     UNKNOWN,
@@ -19,6 +20,7 @@ from common.words import (
 )
 from reports.audits import NONE_RUN, WHOSE, audit_words
 from reports.data import ReportData
+from reports.sites import distinct
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
 """The character by which readers of Markdown know a bare address; written as its number it makes no link."""
@@ -108,9 +110,7 @@ def _sites(data: ReportData) -> list[str]:
                     str(s.rounds_joined),
                     str(s.rounds_refused),
                     number_text(s.steps),
-                    numbers_text(s.sample_rates),
-                    numbers_text(s.noise_multipliers),
-                    numbers_text(s.clip_norms),
+                    *_figures(s.events),
                 )
                 for s in data.sites
             ],
@@ -133,6 +133,12 @@ def _sites(data: ReportData) -> list[str]:
             ],
         ),
     ]
+
+
+def _figures(
+    events: Sequence[Event], names: Sequence[str] = ("sample_rate", "noise_multiplier", "clip_norm")
+) -> list[str]:
+    return [numbers_text(distinct(events, name)) for name in names]
 
 
 def _rounds(data: ReportData) -> list[str]:
@@ -169,10 +175,8 @@ def _others(data: ReportData) -> list[str]:
         (
             str(r.round_number),
             r.site,
-            r.kind,
-            number_text(r.noise_multiplier),
-            number_text(r.sample_rate),
-            number_text(r.clip_norm),
+            r.purpose,
+            *_figures([r.event], ("noise_multiplier", "sample_rate", "clip_norm")),
             epsilon_text(r.epsilon_added, "with the round"),
             number_text(r.value),
         )

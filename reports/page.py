@@ -16,6 +16,7 @@ from reports.charts import Axis, Chart, Curve, Mark, line_chart
 from reports.data import ReportData
 from reports.page_style import STYLE
 from reports.page_template import PAGE
+from reports.sites import distinct
 
 NAMED_SITES = 4
 """Sites that a line of a chart names one by one."""
@@ -30,7 +31,7 @@ def _template() -> Template:
     environment.filters |= {"epsilon": figures.epsilon_text, "remaining": figures.remaining_text}
     for name in ("percent", "number", "numbers", "bytes", "seconds", "value"):
         environment.filters[name] = getattr(words, f"{name}_text")
-    environment.filters["audit"] = audit_words
+    environment.filters |= {"audit": audit_words, "figures": distinct}
     return environment.from_string(PAGE)
 
 

@@ -36,7 +36,7 @@ PAGE = """\
 {% if data.reason %}<br>{{ data.reason }}{% endif %}
 {% if data.status == "unfinished" %}<br>The run goes on, or was killed: its folder holds no result yet.{% endif %}</p>
 
-{% if claim.privacy_mode == "none" %}
+{% if claim.off %}
 <p class="alarm"><strong>{{ claim.sentence }}</strong></p>
 {% endif %}
 {% for text in data.alarms %}
@@ -51,7 +51,7 @@ PAGE = """\
 {% if head.epsilon is not none %}
 <dd class="big">{{ head.epsilon|epsilon }} <small>of {{ head.epsilon_budget|number }}</small></dd>
 <dd class="note">at δ = {{ "%g"|format(head.delta) }}, worst site: {{ head.worst_site }}</dd>
-{% elif claim.privacy_mode == "none" %}
+{% elif claim.off %}
 <dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>
 {% else %}
 <dd class="big">–</dd><dd class="note">no site has reported a release yet</dd>
@@ -70,11 +70,7 @@ PAGE = """\
 </dl>
 
 <h2>What is promised</h2>
-{% if claim.privacy_mode != "none" %}
-<p class="claim">{{ claim.sentence }}</p>
-{% else %}
-<p class="claim">Nothing. {{ claim.sentence }}</p>
-{% endif %}
+<p class="claim">{% if claim.off %}Nothing. {% endif %}{{ claim.sentence }}</p>
 <dl class="words">
 {% if claim.made %}
 <dt>unit</dt><dd>{{ claim.unit }}</dd>
@@ -124,8 +120,9 @@ PAGE = """\
 <tbody>{% for site in data.sites %}
 <tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.public_size|number }}</td>
 <td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.rounds_refused }}</td>
-<td class="n">{{ site.steps|number }}</td><td class="n">{{ site.noise_multipliers|numbers }}</td>
-<td class="n">{{ site.sample_rates|numbers }}</td><td class="n">{{ site.clip_norms|numbers }}</td></tr>
+<td class="n">{{ site.steps|number }}</td><td class="n">{{ site.events|figures("noise_multiplier")|numbers }}</td>
+<td class="n">{{ site.events|figures("sample_rate")|numbers }}</td>
+<td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
 {% call table("What each site has spent, by its own ledger, and this run's releases computed again here") %}
@@ -193,9 +190,10 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <th scope="col" class="n">ε added</th><th scope="col" class="n">value</th></tr></thead>
 <tbody>{% for release in data.other_releases %}
 <tr><th scope="row" class="n">{{ release.round_number }}</th><td class="name">{{ release.site }}</td>
-<td>{{ release.kind }}</td>
-<td class="n">{{ release.noise_multiplier|number }}</td><td class="n">{{ release.sample_rate|number }}</td>
-<td class="n">{{ release.clip_norm|number }}</td>
+<td>{{ release.purpose }}</td>
+<td class="n">{{ [release.event]|figures("noise_multiplier")|numbers }}</td>
+<td class="n">{{ [release.event]|figures("sample_rate")|numbers }}</td>
+<td class="n">{{ [release.event]|figures("clip_norm")|numbers }}</td>
 <td class="n">{{ release.epsilon_added|epsilon("with the round") }}</td>
 <td class="n">{{ release.value|number }}</td></tr>
 {% endfor %}</tbody>

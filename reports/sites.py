@@ -1,4 +1,4 @@
-"""What each site has spent: by its own ledger, and computed again here from every line that it sent.
+"""The spending of each site: by its own ledger, and computed again here from every line that it sent.
 
 The ledger's total is the number of record. What is computed here knows this run only, so a site
 whose ledger holds earlier runs, or rounds that were charged and then failed, reports more. A site
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from common.accountant import EVALUATION, TRAINING
 from common.errors import ConfigError
 from common.messages.round import SpendingFigures
-from common.privacy.accounting import Release, epsilon_with_method
+from common.privacy.accounting import Release, epsilon_with_method, gaussian_release
+from common.privacy.events import Event, sampled_gaussian
 from reports.folder import RunFiles
 
 EXPOSED = (
@@ -27,7 +28,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site in the report. Epsilons: record level, add or remove one record, at ``delta``; None: no claim."""
+    """One site in the report. Epsilons: for the mechanism's unit, add or remove one, at ``delta``; None: no claim."""
 
     site: str
     public_size: int | None
@@ -36,10 +37,8 @@ class SiteReport:
     rounds_refused: int
     steps: int | None
     """Optimiser steps in this run."""
-    noise_multipliers: list[float]
+    events: list[Event]
     """Of the training steps, distinct, in order of use."""
-    sample_rates: list[float]
-    clip_norms: list[float]
     delta: float | None
     epsilon_total: float | None
     """By the site's ledger, over all runs that used it."""
@@ -70,11 +69,9 @@ class ReleaseReport:
 
     round_number: int
     site: str
-    kind: str
-    noise_multiplier: float
-    sample_rate: float
-    clip_norm: float
-    """L2; for a count, what one record can change."""
+    purpose: str
+    event: Event
+    """Of a count the clip is what one record can change."""
     epsilon_added: float | None
     """None: it was charged together with the training of its round."""
     value: float | None = None
@@ -109,17 +106,15 @@ def other_releases(files: RunFiles) -> list[ReleaseReport]:
         ReleaseReport(
             round_number=line.round_number,
             site=line.site,
-            kind=line.spent.kind,
-            noise_multiplier=line.spent.noise_multiplier,
-            sample_rate=line.spent.sample_rate,
-            clip_norm=line.spent.clip_norm,
+            purpose=line.spent.purpose,
+            event=line.spent.event,
             epsilon_added=line.spent.epsilon_round,
         )
         for line in files.privacy
-        if line.spent and line.spent.kind != TRAINING
+        if line.spent and line.spent.purpose != TRAINING
     ]
     counts = [
-        ReleaseReport(number, site, EVALUATION, noise, 1.0, 1.0, None, value)
+        ReleaseReport(number, site, EVALUATION, sampled_gaussian(noise, 1.0), None, value)
         for number, site, noise, value in _noised_counts(files)
     ]
     return paid + counts
@@ -138,26 +133,18 @@ def _noised_counts(files: RunFiles) -> list[tuple[int, str, float, float]]:
 def releases_of(paid: Iterable[SpendingFigures]) -> list[Release]:
     """Return what a site's spendings say was released, in order.
 
-    One of kind ``training`` stands for its steps; any other for the one release that it is.
+    One for training is as many as its steps; any other the one release that it is.
 
     Raises:
-        ConfigError: one of them holds figures that no mechanism has.
+        ConfigError: one of them holds figures that no mechanism has, or is of a kind that has no price here.
     """
-    return [
-        Release(
-            spent.noise_multiplier,
-            spent.sample_rate,
-            spent.steps_round if spent.kind == TRAINING else 1,
-            spent.kind,
-        )
-        for spent in paid
-    ]
+    return [Release(s.event, s.steps_round if s.purpose == TRAINING else 1, s.purpose) for s in paid]
 
 
 def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
     own = [line for line in files.privacy if line.site == name]
     paid = [line.spent for line in own if line.spent]
-    training = [spent for spent in paid if spent.kind == TRAINING]
+    training = [spent for spent in paid if spent.purpose == TRAINING]
     last = paid[-1] if paid else None
     total, delta = (last.epsilon_total, last.delta) if last else (None, None)
     noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
@@ -169,9 +156,7 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         rounds_joined=sum(name in line.participants for line in files.rounds),
         rounds_refused=refused,
         steps=sum(spent.steps_round for spent in paid) if paid else None,
-        noise_multipliers=_distinct(spent.noise_multiplier for spent in training),
-        sample_rates=_distinct(spent.sample_rate for spent in training),
-        clip_norms=_distinct(spent.clip_norm for spent in training),
+        events=list(dict.fromkeys(spent.event for spent in training)),
         delta=delta,
         epsilon_total=total,
         epsilon_budget=last.epsilon_budget if last else None,
@@ -192,7 +177,7 @@ def _recompute(
     if delta is None:
         return None, "", None, ""
     try:
-        counts = [Release(noise, 1.0, 1, EVALUATION) for noise in count_noises]
+        counts = [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in count_noises]
         releases = releases_of(paid) + counts
         value, accountant = epsilon_with_method(releases, delta)
         return value, str(accountant), epsilon_with_method(releases, delta, method="rdp")[0], ""
@@ -217,5 +202,6 @@ def _compare(total: float | None, recomputed: float | None, fault: str) -> tuple
     return "smaller", "DISAGREES: the site reports less than its own lines cost; the larger figure counts here"
 
 
-def _distinct(values: Iterable[float]) -> list[float]:
-    return list(dict.fromkeys(values))
+def distinct(events: Iterable[Event], figure: str) -> list[float]:
+    """Return a figure of events, distinct and in order; one that lacks it has none."""
+    return list(dict.fromkeys(event.figures[figure] for event in events if figure in event.figures))

@@ -1,4 +1,8 @@
-"""Which results count: one vote for each site, from a site that is what it was, with a spending that adds up."""
+"""Decide which results count.
+
+A result must come from the node that holds the site's name, declare the same public size as before, and state a
+privacy spending that is consistent with the run.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from dataclasses import dataclass
 from common.accountant import INITIALISATION, TRAINING
 from common.errors import FedVeilError
 from common.messages.round import Spending, TrainResult
-from common.privacy.accounting import LEAST_DELTA, LEAST_RATE, MOST_NOISE, noise_multiplier_for
+from common.privacy.accounting import LEAST_DELTA, noise_multiplier_for
+from common.privacy.events import LEAST_RATE, MOST_NOISE
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from server.registered import misnamed
-from server.terms import least_plan
+from server.terms import least_plan, paid_plan
 from strategies import ServerState
 from strategies.job import Job
 
@@ -31,7 +36,7 @@ class Member:
     """The name that it answered by."""
     public_size: int
     spending: Spending | None
-    """What it told last of its ledger; None without privacy."""
+    """What it told last of its ledger; None where nothing is charged."""
 
 
 class Admission:
@@ -118,9 +123,9 @@ class Admission:
         before, spent = self._past(node, result.site), result.spending
         if before and before.public_size != result.public_size:
             return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
-        plan = least_plan(self._job, result)
-        if plan is None:
+        if not self._job.mechanism.charged:
             return "the reply states a privacy spending in a run without privacy" if spent else ""
+        plan = paid_plan(self._job, result)
         if spent is None:
             return "the reply states no privacy spending in a private run"
         past = before.spending if before else None
@@ -132,21 +137,24 @@ class Admission:
     def _laxer(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:
         """Return what a spending says that no honest site does, by the run's terms or by arithmetic."""
         wanted = TRAINING if result.round_number else INITIALISATION
-        if spent.kind != wanted:
-            return f"the reply's spending is of kind {spent.kind!r}, this round is {wanted!r}"
-        steps = self._job.config.training.local_steps if result.round_number else 0
+        if spent.purpose != wanted:
+            return f"the reply's spending is of kind {spent.purpose!r}, this round is {wanted!r}"
+        told, own = spent.event, plan.event
+        if told.kind != own.kind:
+            return f"the spending's releases are {told.kind!r}, the run's are {own.kind!r}"
+        steps = plan.release(self._job.config.training.local_steps).count if result.round_number else 0
         if spent.steps_round != steps:
             return f"the reply's spending is for {spent.steps_round} steps, not {steps}"
-        if not min(spent.sample_rate, spent.clip_norm, spent.delta) > 0:
+        if not min(told.sample_rate, told.clip_norm, spent.delta) > 0:
             return "the spending's sample rate, clip norm and delta must all be above 0"
         # A report computes the price again; figures that no honest site has would keep it busy.
-        if spent.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
+        if told.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
             return f"the spending's sample rate is below {LEAST_RATE:g}, or its delta below {LEAST_DELTA:g}"
         # The budget holds for what was charged under the site's own name. A total above it is that of records which
         # other names of its ledger share, an infinite one that of records released without privacy: nothing remains.
         total = spent.epsilon_budget if math.isinf(spent.epsilon_total) else spent.epsilon_total
         above = spent.epsilon_total > spent.epsilon_budget * (1 + ROUNDING)
-        noises = [("noise multiplier", spent.noise_multiplier, plan.noise_multiplier)]
+        noises = [("noise multiplier", told.noise_multiplier, own.noise_multiplier)]
         if result.noised_correct:
             one_count = noise_multiplier_for(plan.max_epsilon, plan.delta, 1.0, 1)
             noises.append(("noise of the count", result.noised_correct.noise_std, one_count))
@@ -155,8 +163,8 @@ class Admission:
                 return f"the spending's {name} {figure:.4g} is below {least:.4g}, the run's least"
         for name, figure, most in (
             *((name, noise, MOST_NOISE) for name, noise, _ in noises),
-            ("sample rate", spent.sample_rate, plan.sample_rate),
-            ("clip norm", spent.clip_norm, plan.clip_norm),
+            ("sample rate", told.sample_rate, own.sample_rate),
+            ("clip norm", told.clip_norm, own.clip_norm),
             ("delta", spent.delta, plan.delta),
             ("budget", spent.epsilon_budget, plan.max_epsilon),
             ("price of the round", spent.epsilon_round, total),

@@ -1,20 +1,20 @@
-"""From the results that count to what a strategy averages: weights and lengths, so that nobody is more than a share.
+"""Weights and lengths of the results that count: no site is more than its share of the average.
 
 A site's share of the average is ``p_k ∝ n_k / max(1, σ_k / σ)²``, with n_k the size that it declares, σ_k the
-noise multiplier that it tells and σ the run's own (``usual_noise``): independent parts are best weighed by one
-over their variance. Where all tell the same noise the shares are those of the sizes. Who tells more noise may
-send an update that is longer by as much (``plausible``), and weighs less by its square; who tells less than the
-run's gains nothing.
+noise multiplier that it states and σ the run's own (``usual_noise``): independent parts are best weighed by one
+over their variance. Where all state the same noise the shares are those of the sizes. A site that states more may
+send an update that is longer by as much (``plausible``), and weighs less by its square. A site that states less than
+the run's gains nothing.
 
-With three sites or more, two bounds hold whatever is told. No share is above ``max-share``. And no update is
-longer than ``LONGEST`` times the round's middle one (``LONGEST_OPEN`` without privacy), each over what an honest
-one can be: it is scaled down to that (norm clipping; Sun et al. 2019, "Can you really backdoor federated
+With three sites or more, two bounds hold whatever is stated. No share is above ``max-share``. And no update is
+longer than the mechanism's ``longest`` times the round's middle one, each over what an honest one can be: it is
+scaled down to that (norm clipping; Sun et al. 2019, "Can you really backdoor federated
 learning?"). Norms are of what was noised at the sites, so both are free under privacy. Of all updates' weighted
-lengths one site is then at most ``LONGEST p / (LONGEST p + 1 - p)``, where the others are as long as the middle one.
+lengths one site is then at most ``longest p / (longest p + 1 - p)``, where the others are as long as the middle one.
 
 Two sites have no middle, and nobody can say which of them lies. No share is then above ``(1 + max-share) / 2``:
 half of what is free above ``max-share`` is left to an honest pair whose sizes differ. No update is longer than
-``LONGEST`` (``LONGEST_OPEN``) times what an honest one can be by the settings, where they bound it.
+``longest`` times what an honest one can be by the settings, where they bound it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ from strategies import Contribution, ServerState
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
-LONGEST, LONGEST_OPEN = 2.0, 3.0
-"""Times the round's middle update that one may be long. In trials honest ones were up to 1.13 times as long where noise
-or Adam decided, 2.05 times with SGD on models so tiny that the records did, and 2.7 times without privacy."""
 ENOUGH = 3
 """Sites that a middle needs."""
 
@@ -76,8 +73,8 @@ def most_of(sites: int, max_share: float) -> float:
 
 
 def _noise_ratio(job: Job, result: TrainResult) -> float:
-    """Return how many times the run's own noise a site tells, at least 1."""
-    return max(1.0, result.spending.noise_multiplier / usual_noise(job, result)) if result.spending else 1.0
+    """Return how many times the run's own noise a site states, at least 1."""
+    return max(1.0, result.spending.event.noise_multiplier / usual_noise(job, result)) if result.spending else 1.0
 
 
 def capped(weights: Sequence[float], most: float) -> list[float]:
@@ -108,7 +105,7 @@ def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> 
         update_norm(result, state) / (most if math.isfinite(most) and most else 1.0)
         for result, most in zip(results, honest, strict=True)
     ]
-    longest = LONGEST if job.config.privacy.on else LONGEST_OPEN
+    longest = job.mechanism.longest
     if len(results) >= ENOUGH:
         longest *= median(lengths)
     return [longest / length if length > longest else 1.0 for length in lengths]

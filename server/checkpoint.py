@@ -1,4 +1,4 @@
-"""What a run goes on from after its server was killed: one file, replaced in one step after every round.
+"""The checkpoint of a run: one file, replaced in one step after every round, from which a killed server's run goes on.
 
 It holds the server's state (adapter, memory, the optimiser's moments, rounds done), what the server remembers of every
 site, the scores so far, and how long the run's line files were: whatever a crash appended after the
@@ -33,7 +33,7 @@ from strategies import Moments, ServerState
 from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
-FORMAT = "5"
+FORMAT = "6"
 PARTS = ("adapter", "memory", "first moments", "second moments")
 """Where a stored tensor belongs."""
 MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")

@@ -1,4 +1,4 @@
-"""One server at a time writes a run's folder: two would cut each other's lines off and replace each other's checkpoint.
+"""The lock of a run's folder: two servers would cut each other's lines off and replace each other's checkpoint.
 
 The lock is the operating system's, on the folder itself: it ends with the process that holds it, however
 that ends, leaves no file, and can be asked after through a mount that is read-only.

@@ -1,4 +1,4 @@
-"""The server's model: where the adapter starts, what a site may send, a public gradient, the score on public data."""
+"""The server's model: where the adapter starts, what a site may send, a public statistic, the score on public data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from common.data.sources import public_test
 from common.messages.state import AdapterState
 from common.messages.wire import Layout, layout_of
-from common.model.federated import FederatedModel, Score, model_of, phrases_of
+from common.model.federated import FederatedModel, Score, phrases_of
 from common.starts import Labels
 from common.tasks import Record
 from strategies.job import Job
@@ -17,18 +17,15 @@ from strategies.job import Job
 class ServerModel:
     """The base model with the run's adapter at the server, and the public test records. Nothing private comes near it.
 
-    It knows the start of the adapter and the layout of replies, takes the public gradient that some strategies start
-    from, scores every round's adapter, and holds the model that is exported.
+    It knows the start of the adapter and the layout of replies, takes the public statistic that some starts are
+    made from, scores every round's adapter, and holds the model that is exported.
     """
 
     def __init__(self, job: Job) -> None:
         test = public_test(job.config.data, job.config.model.task)
-        config, self.job = job.config, job
+        self.job = job
         self.label_names, self.label_phrases = test.label_names, test.label_phrases
-        self.model: FederatedModel = model_of(
-            *(config.model, job.adapter, config.head, config.seed),
-            *(test.label_names, test.label_phrases, config.device, config.precision),
-        )
+        self.model: FederatedModel = job.model(test.label_names, test.label_phrases)
         self.start: AdapterState = self.model.start
         self.records: Sequence[Record] = self.model.prepare(test.examples)
         self.model.featurise(self.records)

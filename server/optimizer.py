@@ -31,25 +31,26 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
 
     With ``server.optimizer = "none"`` that is ``averaged`` itself. Otherwise, with
     ``g = before - averaged`` and t the steps since the layer's moments began, ``m ← β₁ m + (1 - β₁) g``,
-    ``v ← β₂ v + (1 - β₂) g²`` and ``x ← x - η m̂ / (√v̂ + ε)``, where m̂ and v̂ are corrected for their start
-    at zero. ε is large (1e-3): without noise the first steps would otherwise move every coordinate by the full
-    η. η follows ``training.schedule`` over the rounds; the head's is ``training.head-rate`` times that. Tensors
-    that the average leaves alone (frozen factors) keep g = 0 and never move.
+    ``v ← β₂ v + (1 - β₂) g²`` and ``x ← x - η m̂ / (√v̂ + τ)``, where m̂ and v̂ are corrected for their start
+    at zero. τ is ``server.adam-tau``, and large (1e-3): without noise the first steps would otherwise move every
+    coordinate by the full η. η follows ``schedule`` over the rounds; the head's is ``head-rate`` times that.
+    Tensors that the average leaves alone (frozen factors) keep g = 0 and never move.
 
     Computed in float64; the result has the adapter's dtype.
     """
-    if config.server.optimizer == "none":
+    server = config.server
+    if server.optimizer == "none":
         return averaged
-    if config.server.optimizer == "momentum":
-        return _momentum(config, before, averaged)
-    rate = learning_rate(config.training.schedule, config.server.learning_rate, before.round_number, config.rounds)
+    if server.optimizer == "momentum":
+        return _heavy_ball(config, before, averaged)
+    rate = learning_rate(server.schedule, server.learning_rate, before.round_number, config.rounds)
     adapter: AdapterState = {}
     first: AdapterState = {}
     second: AdapterState = {}
     steps: dict[str, int] = {}
     held = before.optimizer
     for layer, change in subtract(before.adapter, averaged.adapter).items():
-        eta = rate * (config.training.head_rate if layer == HEAD else 1.0)
+        eta = rate * (server.head_rate if layer == HEAD else 1.0)
         steps[layer] = t = 1 + held.steps.get(layer, 0)
         adapter[layer], first[layer], second[layer] = {}, {}, {}
         for name, g in change.items():
@@ -58,28 +59,26 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
             v = held.second[layer][name] if t > 1 else torch.zeros_like(g)
             first[layer][name] = m = BETA1 * m + (1 - BETA1) * g
             second[layer][name] = v = BETA2 * v + (1 - BETA2) * g.square()
-            step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + config.server.epsilon)
+            step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + server.adam_tau)
             adapter[layer][name] = (x.double() - eta * step).to(x.dtype)
     return replace(averaged, adapter=adapter, optimizer=Moments(first, second, steps))
 
 
-def _momentum(config: RunConfig, before: ServerState, averaged: ServerState) -> ServerState:
-    """Return the state after ``v ← μ v + g``, ``x ← x - η v`` (heavy ball); all else as of ``server_step``.
+def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -> ServerState:
+    """Return the state after ``v ← μ v + g``, ``x ← x - η v``; all else as of ``server_step``.
 
-    It keeps the gradient's own metric, where Adam would put one of its own in its place.
+    It keeps the metric in which the gradient was clipped and noised, where Adam would put one of its own in its place.
     """
-    rate = learning_rate(config.training.schedule, config.server.learning_rate, before.round_number, config.rounds)
+    server, held = config.server, before.optimizer
+    rate = learning_rate(server.schedule, server.learning_rate, before.round_number, config.rounds)
     adapter: AdapterState = {}
     velocity: AdapterState = {}
-    held = before.optimizer
     steps = {layer: 1 + held.steps.get(layer, 0) for layer in before.adapter}
     for layer, change in subtract(before.adapter, averaged.adapter).items():
-        eta = rate * (config.training.head_rate if layer == HEAD else 1.0)
+        eta = rate * (server.head_rate if layer == HEAD else 1.0)
         adapter[layer], velocity[layer] = {}, {}
         for name, g in change.items():
-            x, v = before.adapter[layer][name], g.double()
-            if steps[layer] > 1:
-                v = config.server.momentum * held.first[layer][name] + v
-            velocity[layer][name] = v
-            adapter[layer][name] = (x.double() - eta * v).to(x.dtype)
+            kept = server.momentum * held.first[layer][name] if steps[layer] > 1 else torch.zeros_like(g).double()
+            velocity[layer][name] = v = kept + g.double()
+            adapter[layer][name] = (before.adapter[layer][name].double() - eta * v).to(g.dtype)
     return replace(averaged, adapter=adapter, optimizer=Moments(velocity, {}, steps))

@@ -1,4 +1,4 @@
-"""How far a site's contribution may lie from what the site received, given the run's public settings.
+"""Bounds on how far a site's contribution may lie from what the site received, by the run's public settings.
 
 One site that sends huge but finite numbers would ruin the average for all. Two facts bound an
 honest one, whatever its records are:
@@ -27,7 +27,7 @@ from common.config.sections import RunConfig
 from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.messages.tensors import count, l2_norm
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import Plan
 from strategies import ServerState
 
 SLACK = 10.0
@@ -50,26 +50,23 @@ def held_by(result: TrainResult, state: ServerState) -> AdapterState:
     return state.adapter if result.round_number else {}
 
 
-def honest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResult, state: ServerState) -> float:
+def honest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: ServerState) -> float:
     """Return about how large ``update_norm`` can be by the settings alone; infinite if nothing follows from them.
 
     Args:
         config: the run's configuration.
-        plan: the least that the site does to its records in this round; None without privacy.
-        result: the site's answer; only its round, the noise that it tells and the number of its tensors'
+        plan: the least that the site does to its records in this round.
+        result: the site's answer; only its round, the noise that it states and the number of its tensors'
             elements are used.
         state: what the site started from.
     """
     numbers = count(result.contribution)
-    gradient = math.inf
-    if plan is not None:
-        noise = max(plan.noise_multiplier, result.spending.noise_multiplier if result.spending else 0.0)
-        gradient = plan.clip_norm * (1 + noise * math.sqrt(numbers) / plan.expected_batch_size)
+    gradient = plan.longest_gradient(numbers, result.spending.event if result.spending else None)
     if result.round_number == 0:
         return gradient
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
-    training = config.site_training
+    training = config.training
     first, steps = (result.round_number - 1) * training.local_steps, training.local_steps
     way = sum(
         learning_rate(training.schedule, training.learning_rate, first + step, config.total_steps)
@@ -83,7 +80,7 @@ def honest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResult
     return way * (step + decay) if math.isfinite(step) else math.inf
 
 
-def largest_norm(config: RunConfig, plan: PrivacyPlan | None, result: TrainResult, state: ServerState) -> float:
+def largest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: ServerState) -> float:
     """Return the bound on ``update_norm``; ``max-update-norm``, if set, is a bound of its own. Else as honest_norm."""
     return min(config.max_update_norm or math.inf, SLACK * honest_norm(config, plan, result, state))
 

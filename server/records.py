@@ -1,4 +1,4 @@
-"""What a run leaves in its folder.
+"""The files of a run's folder, as the server writes them.
 
 ``config.json``     every setting, with versions of what computed it
 ``baseline.json``   the score before round 1
@@ -33,7 +33,7 @@ from common.log import about
 from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.model.federated import FederatedModel, Score
-from common.privacy import claim
+from common.privacy.claim import NO_CLAIM, NOTHING
 from common.run_lines import (
     BaselineFile,
     ConfigFile,
@@ -64,22 +64,23 @@ def head_words(job: Job) -> str:
         return "none (the base model's own)"
     if job.config.head.policy == "frozen":
         return "frozen at its start"
-    return "trained and averaged" + (", inside the clip" if job.config.privacy.on else "")
+    return f"trained and averaged{job.mechanism.head}"
 
 
 def privacy_line(job: Job, result: TrainResult) -> PrivacyLine:
     """Return the line of ``privacy.jsonl`` for one result."""
     spent = result.spending
+    said = job.mechanism.claim if spent else NOTHING
     return PrivacyLine(
         round_number=result.round_number,
         site=result.site,
         public_size=result.public_size,
-        unit=claim.UNIT if spent else claim.NO_CLAIM,
-        adjacency=claim.ADJACENCY if spent else claim.NO_CLAIM,
-        adversary=claim.ADVERSARY if spent else claim.NO_CLAIM,
-        sampler=claim.SAMPLER if spent else claim.NO_CLAIM,
+        unit=said.unit,
+        adjacency=said.adjacency,
+        adversary=said.adversary,
+        sampler=said.sampler,
         spent=spent.figures() if spent else None,
-        accountant=str(spent.accountant) if spent else claim.NO_CLAIM,
+        accountant=str(spent.accountant) if spent else NO_CLAIM,
         head=head_words(job),
     )
 
@@ -112,7 +113,7 @@ class RunFolder:
             self._write(replace(config, resumed=[*config.resumed, now]))
             return
         versions = {"python": platform.python_version(), **package_versions()}
-        self._write(ConfigFile(run, now, job.settings(), versions))
+        self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """Record the score before round 1."""

@@ -1,4 +1,4 @@
-"""Who is who: the names under which the coordinator let the sites' keys in.
+"""The register of names: under which one the coordinator let each site's key in.
 
 ``fedveil server register`` keeps a file ``NAME.id`` with the node's number for every site, and ``fedveil server
 start`` tells the SuperLink, and so every run of its, where they lie: nothing that a job's sender could forget.

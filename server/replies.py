@@ -1,4 +1,4 @@
-"""From what a node sent to a reply: nothing in it is believed, and nothing in it can stop the server."""
+"""Read what a node sent: nothing in it is believed, and nothing in it can stop the server."""
 
 from __future__ import annotations
 

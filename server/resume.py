@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.config.sections import Scalar, defaults
+from common.config.sections import RunTerms, Scalar
 from common.errors import ConfigError
 from common.run_lines import ConfigFile, read_file
 from server.checkpoint import NAME, load_checkpoint
@@ -44,7 +44,7 @@ def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     wanted = str(overrides.get("resume", ""))
     if not wanted:
         return dict(overrides)
-    output = Path(str(overrides.get("output", defaults()["output"]))).expanduser()
+    output = Path(str(overrides.get("output", RunTerms().output))).expanduser()
     places = [Path(wanted).expanduser(), output / wanted, *sorted(output.glob(f"*-{wanted}"))]
     found = list(dict.fromkeys(place.absolute() for place in places if (place / NAME).is_file()))
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""A wrong setting is refused by its name when ``flwr run`` is called, before the job is sent.
+"""Refuse a wrong setting by its name when ``flwr run`` is called, before the job is sent.
 
 Afterwards nobody can: Flower's SuperLink refuses a key that the app does not declare as an "invalid run
 configuration" and keeps the name to its own log, and a value of the wrong type starts a run that only then

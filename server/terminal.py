@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a report is made from files alone, without loading what tra
     from strategies.job import Job
 
 
-def epsilon_words(members: Iterable[Member]) -> str:
+def epsilon_words(members: Iterable[Member], unit: str) -> str:
     """Return the federation's figures so far, each the maximum over sites, because their records are disjoint.
 
     Sites that did not take part in the last round have spent what they had before.
@@ -30,7 +30,7 @@ def epsilon_words(members: Iterable[Member]) -> str:
         why = ", its records were released without privacy before"
     elif worst.epsilon_total > worst.epsilon_budget:
         why = ", its records were charged under other names too"
-    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, record-level, worst site{why})"
+    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, {unit}-level, worst site{why})"
 
 
 def score_words(score: Score | None) -> str:
@@ -44,6 +44,7 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
         f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
-        f"{epsilon_words(members.values())}  {len(got.results)} sites  {payload:.2f} MB  {outcome.seconds:.0f} s"
+        f"{epsilon_words(members.values(), job.mechanism.claim.per)}  {len(got.results)} sites  {payload:.2f} MB  "
+        f"{outcome.seconds:.0f} s"
     )
     return line + "".join(f"\n  {a.site} did not take part ({a.kind}): {a.reason}" for a in got.refusals.values())

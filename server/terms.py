@@ -1,27 +1,37 @@
-"""What a run's public settings ask of a site in one round: the least noise, and the usual one."""
+"""The terms of a run for a site in one round: the least noise, and the usual one."""
 
 from __future__ import annotations
 
 from common.errors import BudgetExhausted
 from common.messages.round import TrainResult
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import Plan, PrivacyPlan
 from common.starts import PaidStart
 from strategies.job import Job
 
 
-def least_plan(job: Job, result: TrainResult) -> PrivacyPlan | None:
-    """Return the least that an honest site does in this round, whatever its policy; None without privacy.
+def least_plan(job: Job, result: TrainResult) -> Plan:
+    """Return the least that an honest site does in this round, whatever its policy.
+
+    Raises:
+        FedVeilError: no plan follows from the size that the site declares.
+    """
+    if job.mechanism.charged:
+        return paid_plan(job, result)
+    return job.mechanism.exposing_plan(job.config.training)
+
+
+def paid_plan(job: Job, result: TrainResult) -> PrivacyPlan:
+    """Return the least that a site is charged for in this round.
 
     A site calibrates its noise for the rounds that its policy lets it join, after a start that may cost it
     less than the run's. Who joins one round needs least; only noise that the run sets itself holds for all.
 
     Raises:
-        FedVeilError: no plan follows from the size that the site declares.
+        ConfigError: nothing is charged in this run.
+        FedVeilError: as for least_plan.
     """
     config = job.config
-    if not config.privacy.on:
-        return None
-    plan = PrivacyPlan.for_run(config.privacy, config.training, config.training.local_steps, result.public_size)
+    plan = job.mechanism.plan(config.privacy, config.training, config.training.local_steps, result.public_size)
     if result.round_number or not isinstance(job.origin, PaidStart):
         return plan
     return job.origin.plan(plan, result.public_size)
@@ -34,16 +44,16 @@ def usual_noise(job: Job, result: TrainResult) -> float:
     the least one.
 
     Raises:
-        ConfigError: the run makes no privacy claim.
+        ConfigError: nothing is charged in this run.
         FedVeilError: as for least_plan.
     """
     config, paid = job.config, job.origin.release()
     if paid and not result.round_number:
-        return paid.noise_multiplier
+        return paid.event.noise_multiplier
     terms = (config.privacy, config.training)
     before = [paid] if paid else []
     try:
-        plan = PrivacyPlan.for_run(*terms, config.total_steps, result.public_size, before)
+        plan = job.mechanism.plan(*terms, config.total_steps, result.public_size, before)
     except BudgetExhausted:
-        plan = PrivacyPlan.for_run(*terms, config.training.local_steps, result.public_size)
-    return plan.noise_multiplier
+        plan = job.mechanism.plan(*terms, config.training.local_steps, result.public_size)
+    return plan.event.noise_multiplier

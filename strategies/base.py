@@ -2,7 +2,7 @@
 
 A strategy is pure: states in, states out. It knows no Flower, no model, no data and no noise, and
 both halves (server and site) are in one file that reads like its paper. Averaging weights come
-from public sizes and told noise; everything it sees from a site has passed the site's mechanism.
+from public sizes and stated noise; everything it sees from a site has passed the site's mechanism.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from common.adapters import Adapter
+from common.config.fields import check_fields
 from common.errors import ConfigError, ProtocolError
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge, select, weighted_sum
+from common.privacy import Mechanism
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,13 @@ class Contribution:
 
     site: str
     weight: float
-    """The site's declared public size, less where it tells more noise than the run asks for; only ratios matter."""
+    """The site's declared public size, less where it states more noise than the run asks for; only ratios matter."""
     state: AdapterState
 
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    """One rule of aggregation; options of a strategy are its fields.
+    """One rule of aggregation; options of a strategy are its fields, which declare what they may be.
 
     A round of two sites, where training is stood in for by adding 1 and 4 to B:
 
@@ -108,9 +110,12 @@ class Strategy(ABC):
     privacy: ClassVar[str] = "dp-sgd, none"
     """Privacy modes it may run in."""
 
-    def check(self, *, private: bool) -> None:
-        """Raise ConfigError, saying what to do, if the options do not fit the privacy mode."""
-        del private
+    def __post_init__(self) -> None:
+        check_fields(self, f"{self.name}.")
+
+    def check(self, mechanism: Mechanism) -> None:
+        """Raise ConfigError, saying what to do, if the options do not fit the run's mechanism."""
+        del mechanism
 
     @classmethod
     def check_adapter(cls, adapter: type[Adapter]) -> None:

@@ -21,12 +21,13 @@ algorithm. Tests prove both.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from common.check import not_negative, one_of, positive
+from common.check import NOT_NEGATIVE, POSITIVE, OneOf
+from common.config.fields import Unit
 from common.messages.state import AdapterState
 from common.messages.tensors import merge, select
 from strategies.average import Average
@@ -48,17 +49,12 @@ class FedSVD(Average):
     moves_frozen: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A, A orthonormal after round 1: norm s σC/b √(m r)"
 
-    period: int = 1
-    """Rounds from one re-factorisation to the next."""
-    warmup: int = 0
-    """Rounds before re-factorising begins."""
-    split: str = "b"
+    period: Annotated[int, POSITIVE, Unit("rounds")] = 1
+    """From one re-factorisation to the next."""
+    warmup: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
+    """How long re-factorising waits to begin."""
+    split: Annotated[str, OneOf(("b", "square-root"))] = "b"
     """Where singular values go: ``b`` (all on B) or ``square-root`` (half on each factor)."""
-
-    def __post_init__(self) -> None:
-        positive(fed_svd__period=self.period)
-        not_negative(fed_svd__warmup=self.warmup)
-        one_of(("b", "square-root"), fed_svd__split=self.split)
 
     def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
         """Return A₀ and B₀ with M = I in every layer."""

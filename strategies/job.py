@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
-from common.check import nearest, one_of
-from common.config.sections import RunConfig, Scalar, defaults, from_mapping, from_section, to_mapping, typed
+from common.check import OneOf, Rule, nearest
+from common.config.asked import RunSettings, as_asked, from_mapping, resolve
+from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.errors import ConfigError
 from common.messages.state import METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
+from common.model.federated import FederatedModel, model_of
+from common.privacy import Mechanism
 from common.starts import STARTS, Start
 from common.tasks import TASKS
 from strategies import STRATEGIES
@@ -23,7 +26,7 @@ START = "start."
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run: its configuration, and the strategy, the adapter and the start that it names."""
+    """A checked run: its configuration, every value filled in, and the strategy, adapter and start that it names."""
 
     config: RunConfig
     strategy: Strategy
@@ -32,6 +35,22 @@ class Job:
     """Where the adapter's factors begin."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Lines for whoever wrote the settings, such as on one that has another name now."""
+    asked: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
+    """Every setting of the run as it was asked for, flat: to be printed and stored, and read by nothing else."""
+
+    def model(self, label_names: tuple[str, ...], label_phrases: tuple[tuple[str, ...], ...] = ()) -> FederatedModel:
+        """Return this process's model of the run, for records of these labels; as ``model_of``."""
+        config = self.config
+        return model_of(
+            config=config.model,
+            adapter=self.adapter,
+            head=config.head,
+            seed=config.seed,
+            label_names=label_names,
+            label_phrases=label_phrases,
+            device=config.device,
+            precision=config.precision,
+        )
 
     def start(self, adapter: AdapterState) -> ServerState:
         """Return the server's state before anything is trained, from the adapter's start and the head's."""
@@ -44,6 +63,11 @@ class Job:
             for layer, held in statistic.items()
         }
         return self.start(merge(adapter, measured))
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What protects the records."""
+        return self.config.privacy.mechanism
 
     @property
     def calibrated(self) -> bool:
@@ -67,9 +91,26 @@ class Job:
         return {} if self.derived else self.strategy.basis(state)
 
     def settings(self) -> dict[str, Scalar]:
-        """Return every setting of the run, flat, as written beside its results."""
-        own = to_mapping(self.strategy, f"{self.strategy.name}.")
-        return {**to_mapping(self.config), **to_mapping(self.origin, START), **own}
+        """Return every setting of the run with the value that it has, flat: they make the same job again."""
+        return _flat(as_asked(self.config), self.origin, self.strategy)
+
+    def chosen(self) -> list[str]:
+        """Return the settings that were asked for otherwise than by default."""
+        known = known_settings()
+        return [key for key, value in self.asked.items() if value != known[key]]
+
+
+def _flat(run: RunSettings, origin: Start, strategy: Strategy) -> dict[str, Scalar]:
+    return {**to_mapping(run), **to_mapping(origin, START), **to_mapping(strategy, f"{strategy.name}.")}
+
+
+def tables() -> dict[str, Rule]:
+    """Return what the settings may be that name a row of a table, by their keys."""
+    return {
+        "strategy": OneOf(tuple(STRATEGIES)),
+        "adapter.name": OneOf(("auto", *ADAPTERS)),
+        "adapter.start": OneOf(tuple(STARTS)),
+    }
 
 
 def known_settings() -> dict[str, Scalar]:
@@ -77,7 +118,7 @@ def known_settings() -> dict[str, Scalar]:
 
     Old names (``strategies.renamed``) have the default of their successors.
     """
-    known = defaults()
+    known = defaults(RunSettings)
     for start in STARTS.values():
         known.update({START + key: value for key, value in defaults(start).items()})
     for name, strategy in STRATEGIES.items():
@@ -86,7 +127,7 @@ def known_settings() -> dict[str, Scalar]:
 
 
 def configure(values: Mapping[str, Scalar]) -> Job:
-    """Check the flat settings of a run and build its strategy, its adapter and its start.
+    """Check the flat settings of a run, fill in what they leave open, and build strategy, adapter and start.
 
     An adapter called by an alias has its own name in the result, and a setting called by an old name its present one.
 
@@ -102,44 +143,47 @@ def configure(values: Mapping[str, Scalar]) -> Job:
             typed(key, value, type(known[key]))
     settings, renamed = by_new_names(values, known)
     sections = (START, *(f"{name}." for name in STRATEGIES))
-    config = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
-    asked = config.adapter.name
-    config = replace(config, adapter=replace(config.adapter, name=ALIASES.get(asked, asked)))
-    one_of(STRATEGIES, strategy=config.strategy)
+    asked = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
+    named = ALIASES.get(asked.adapter.name, asked.adapter.name)
+    asked = replace(asked, adapter=replace(asked.adapter, name=named))
+    config = resolve(asked)
+    for key, value in (("strategy", asked.strategy), ("adapter.name", named), ("adapter.start", asked.adapter.start)):
+        tables()[key].check(key, value)
     strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")
-    strategy.check(private=config.privacy.on)
-    name = strategy.adapter if config.adapter.name == "auto" else config.adapter.name
-    one_of(ADAPTERS, adapter__name=name)
+    config.privacy.mechanism.check_row()
+    config.privacy.mechanism.check(config)
+    strategy.check(config.privacy.mechanism)
+    name = strategy.adapter if named == "auto" else named
     strategy.check_adapter(ADAPTERS[name])
     ADAPTERS[name].check(config)
-    origin = _start(config.adapter.start, settings, values)
+    config = replace(config, adapter=replace(config.adapter, name=name))
+    asked_start = _start(config.adapter.start, settings, values)
+    origin = asked_start.resolved()
     origin.check(config, ADAPTERS[name])
     if config.head.metric == "public" and METRIC not in origin.gives:
         raise ConfigError(
-            f"head.metric is 'public', which adapter.start {config.adapter.start!r} does not make: set adapter.start to "
-            "'public-metric', or head.metric to 'none'"
+            f"head.metric is 'public', which adapter.start {config.adapter.start!r} does not make: set "
+            "adapter.start to 'public-metric', or head.metric to 'none'"
         )
     if not config.adapter.alpha:
         _check_calibration(config, strategy)
-    job = Job(config, strategy, build_adapter(name, config.adapter, origin), origin)
-    own = job.settings()
+    own = _flat(asked, asked_start, strategy)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
-    return replace(job, notes=notes)
+    return Job(config, strategy, build_adapter(name, config.adapter, origin), origin, notes, own)
 
 
 def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> Start:
     """Return the start called ``name`` with its options.
 
     Raises:
-        ConfigError: there is none, or an option is out of range, or ``given`` and not one of this start.
+        ConfigError: an option is out of range, or ``given`` and not one of this start.
     """
-    one_of(STARTS, adapter__start=name)
     own, known = {START + key for key in defaults(STARTS[name])}, known_settings()
     for key, value in given.items():
         if key.startswith(START) and key not in own and value != known[key]:
             owners = [other for other, start in STARTS.items() if key in {START + k for k in defaults(start)}]
             raise ConfigError(f"{key} has no effect on adapter.start {name!r}: it is an option of {', '.join(owners)}")
-    return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START).resolved()
+    return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START)
 
 
 def _check_calibration(config: RunConfig, strategy: Strategy) -> None:

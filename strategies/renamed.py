@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from common.config.sections import Scalar
 from common.errors import ConfigError
+from strategies import STRATEGIES
 
 RENAMED: Mapping[str, str] = {
     "adapter.init": "adapter.start",
@@ -16,6 +17,9 @@ RENAMED: Mapping[str, str] = {
     "fed-sb.init-sample-rate": "start.sample-rate",
     "fed-sb.init-noise-multiplier": "start.noise-multiplier",
     "fed-sb.init-clip-norm": "start.clip-norm",
+    "server.epsilon": "server.adam-tau",
+    "training.schedule": "schedule",
+    "training.head-rate": "head-rate",
 }
 """Each old name with its successor, whose default it shares."""
 
@@ -37,7 +41,7 @@ def by_new_names(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> t
     for old, new in RENAMED.items():
         value, default = values.get(old, known[old]), known[old]
         owner = old.split(".")[0]
-        if value == default or owner not in ("adapter", strategy):
+        if value == default or (owner in STRATEGIES and owner != strategy):
             continue
         if settings.get(new, default) not in (default, value):
             raise ConfigError(f"{old} is another name of {new}, and they differ: give {new} alone")

@@ -1,4 +1,4 @@
-"""The tables of strategies and adapters in README and docs, made from the code; tests keep the pages equal."""
+"""The tables of the axes in docs, made from the code; tests keep the pages equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import torch
 
 from common.adapters import ADAPTERS, Adapter
+from common.config.sections import defaults
+from common.data.sets import DATASETS
+from common.docstrings import said_of
+from common.errors import ConfigError
 from common.messages.state import AdapterState
+from common.starts import STARTS, Start
+from common.tasks import TASKS
+from common.words import bytes_text
 from strategies import STRATEGIES, Strategy
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
@@ -105,6 +112,19 @@ def strategy_table() -> str:
     return "\n".join([header, "|" + "---|" * 8, *map(_row, STRATEGIES.values())])
 
 
+def short_table() -> str:
+    """Return the Markdown table of all strategies in words, for whoever reads the first page."""
+    header = ("strategy", "sites train", "frozen", "averages are exact", "a site sends in a round of the default job")
+    rows = []
+    for strategy in STRATEGIES.values():
+        adapter = preset_adapter(strategy, DEFAULT_RANK)
+        factors = [", ".join(adapter.trained), ", ".join(adapter.frozen) or "none"]
+        exact = "yes" if strategy.exact(type(adapter)) else "no"
+        sent = f"{bytes_text(payload(strategy(), adapter, DEFAULT_SHAPES)[1])}, and the head"
+        rows.append([f"`{strategy.name}` ({strategy.paper})", *factors, exact, sent])
+    return markdown(header, rows)
+
+
 def _factors(adapter: type[Adapter], names: Sequence[str]) -> str:
     """Return each factor with how many numbers it has in a layer."""
     first, second = (
@@ -116,12 +136,86 @@ def _factors(adapter: type[Adapter], names: Sequence[str]) -> str:
 
 def adapter_table() -> str:
     """Return the Markdown table of all adapters."""
-    lines = [
-        "| adapter | trained | frozen | linear in what is trained | noise in the weights, per step |",
-        "|" + "---|" * 5,
-    ]
+    header = ("adapter", "trained", "frozen", "linear in what is trained", "noise in the weights, per step")
+    rows = []
     for adapter in ADAPTERS.values():
         trained, frozen = (_factors(adapter, names) for names in (adapter.trained, adapter.frozen))
-        cells = [f"`{adapter.name}`", trained, frozen, "yes" if adapter.linear else "no", adapter.noise]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"`{adapter.name}`", trained, frozen, "yes" if adapter.linear else "no", adapter.noise])
+    return markdown(header, rows)
+
+
+def pair_table() -> str:
+    """Return the Markdown table of every adapter that each strategy takes, its own first."""
+    header = ("strategy", "adapter", "trained", "frozen", "averages are exact", "up, B", "down, B")
+    rows = []
+    for strategy in STRATEGIES.values():
+        own = ADAPTERS[strategy.adapter]
+        for adapter in (own, *(other for other in ADAPTERS.values() if other is not own)):
+            if not _takes(strategy, adapter):
+                continue
+            down, up = payload(strategy(), adapter(DEFAULT_RANK, float(DEFAULT_RANK), ()), DEFAULT_SHAPES)
+            said = f"`{adapter.name}`" + (" (its own)" if adapter is own else "")
+            factors = [", ".join(adapter.trained), ", ".join(adapter.frozen) or "none"]
+            exact = "yes" if strategy.exact(adapter) else "no"
+            rows.append([f"`{strategy.name}`", said, *factors, exact, f"{up:,}", f"{down:,}"])
+    return markdown(header, rows)
+
+
+def _takes(strategy: type[Strategy], adapter: type[Adapter]) -> bool:
+    try:
+        strategy.check_adapter(adapter)
+    except ConfigError:
+        return False
+    return True
+
+
+def start_table() -> str:
+    """Return the Markdown table of all starts."""
+    header = ("`adapter.start`", "what it is", "made from", "round 0 asks", "gives", "options under `start`")
+    return markdown(header, [_start_row(start) for start in STARTS.values()])
+
+
+def _start_row(start: type[Start]) -> list[str]:
+    options = ", ".join(f"`{name} = {_toml(value)}`" for name, value in defaults(start).items())
+    cells = [f"`{start.name}`", said_of(start), start.needs, start().asked, ", ".join(start.gives)]
+    return [*cells, options or "none"]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def task_table() -> str:
+    """Return the Markdown table of all tasks."""
+    header = ("`model.task`", "what it is", "columns it reads (`data.*`)", "labels and a head", "a noised count")
+    rows = []
+    for task in TASKS.values():
+        columns = ", ".join(f"`{role.setting}`" + (" (optional)" if role.optional else "") for role in task.roles)
+        flags = ["yes" if flag else "no" for flag in (task.labelled, task.counted)]
+        rows.append([f"`{task.name}`", said_of(type(task)), columns, *flags])
+    return markdown(header, rows)
+
+
+def dataset_table() -> str:
+    """Return the Markdown table of all data sets that have a name."""
+    header = ("`data.name`", "`model.task`", "labels", "package, not imported")
+    rows = []
+    for dataset in DATASETS.values():
+        package = f"`{dataset.file.distribution}` {dataset.file.version}"
+        rows.append([f"`{dataset.name}`", f"`{dataset.task}`", ", ".join(dataset.label_names) or "none", package])
+    return markdown(header, rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table.
+
+    >>> print(markdown(("a", "b"), [("1", "x|y")]))
+    | a | b |
+    |---|---|
+    | 1 | x\\|y |
+    """
+    lines = [header, *rows]
+    shown = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    return "\n".join([shown[0], "|" + "---|" * len(header), *shown[1:]])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from common.accountant import TRAINING
-from common.messages.round import SpendingFigures
-from common.privacy import claim
-from common.privacy.accounting import Release, epsilon_with_method
+from common.messages.round import Spending, SpendingFigures
+from common.privacy import MECHANISMS
+from common.privacy.accounting import Release, epsilon_with_method, gaussian_release
+from common.privacy.claim import NO_CLAIM
 from common.run_lines import (
     Absence,
     AuditFile,
@@ -36,6 +37,12 @@ def spent(line: PrivacyLine) -> SpendingFigures:
     return line.spent
 
 
+def told(spending: Spending, **changes: Any) -> Spending:
+    """Return a spending that states other figures, its own or its event's."""
+    own = {name: changes.pop(name) for name in list(changes) if name in spending.event.figures}
+    return replace(spending, **changes, event=spending.event.having(**own))
+
+
 @dataclass
 class MadeRun:
     """A run's folder in the making; ``settings`` are overrides, ``sites`` names with their public sizes."""
@@ -52,10 +59,10 @@ class MadeRun:
 
     def start(self) -> MadeRun:
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = configure(self.settings).settings()
+        job = configure(self.settings)
         versions = {"python": "3.11.7", "fedveil": "0.1.0", "flwr": "1.39.0", "torch": "2.13.0", "opacus": "1.6.0"}
         versions |= {"transformers": "5.24.0", "peft": "0.21.2", "dp-accounting": "0.6.0"}
-        self.write(ConfigFile("7", "2026-11-24T10:00:00+00:00", settings, versions))
+        self.write(ConfigFile("7", "2026-11-24T10:00:00+00:00", job.settings(), versions, job.chosen()))
         self.write(BaselineFile(accuracy=0.695, loss=0.581))
         return self
 
@@ -64,7 +71,7 @@ class MadeRun:
         refusals = refusals or {}
         joined = [site for site in self.sites if site not in refusals]
         for site in joined:
-            self.release(number, site, Release(self.noise.get(site, 1.2), 0.05, 5))
+            self.release(number, site, gaussian_release(self.noise.get(site, 1.2), 0.05, 5))
         absent = [
             Absence(number, 1, site, list(self.sites).index(site), kind, why) for site, (kind, why) in refusals.items()
         ]
@@ -90,19 +97,17 @@ class MadeRun:
 
     def release(self, number: int, site: str, release: Release) -> MadeRun:
         """Append what one site released, priced on top of all that it had spent."""
-        training = release.kind == TRAINING
+        training = release.purpose == TRAINING
         before = self._history.setdefault(site, list(self.earlier.get(site, [])))
         delta = self.delta.get(site, DELTA)
         held, _ = epsilon_with_method(before, delta)
         after, accountant = epsilon_with_method([*before, release], delta)
         before.append(release)
         figures = SpendingFigures(
-            kind=release.kind,
-            sample_rate=release.sample_rate,
-            noise_multiplier=release.noise_multiplier,
-            clip_norm=1.0,
+            purpose=release.purpose,
+            event=release.event,
             steps_round=release.count if training else 0,
-            steps_total=sum(r.count for r in before if r.kind == TRAINING),
+            steps_total=sum(r.count for r in before if r.purpose == TRAINING),
             delta=delta,
             epsilon_round=after - held,
             epsilon_total=after,
@@ -110,16 +115,17 @@ class MadeRun:
             epsilon_remaining=max(0.0, 8.0 - after),
         )
         private = self.settings.get("privacy.mode") != "none"
+        claim = MECHANISMS["dp-sgd"].claim
         line = PrivacyLine(
             round_number=number,
             site=site,
             public_size=self.sites.get(site, 1000),
-            unit=claim.UNIT,
-            adjacency=claim.ADJACENCY,
-            adversary=claim.ADVERSARY,
-            sampler=claim.SAMPLER,
+            unit=claim.unit,
+            adjacency=claim.adjacency,
+            adversary=claim.adversary,
+            sampler=claim.sampler,
             spent=figures if private else None,
-            accountant=str(accountant) if private else claim.NO_CLAIM,
+            accountant=str(accountant) if private else NO_CLAIM,
             head=HEAD,
         )
         self.append(PrivacyLine.NAME, to_json(line))

@@ -15,16 +15,16 @@ from scipy.stats import norm
 from common.accountant import Method
 from common.errors import BudgetExhausted, ConfigError
 from common.privacy import accounting
-from common.privacy.accounting import Release, epsilon, epsilon_with_method, noise_multiplier_for
+from common.privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release, noise_multiplier_for
 
 DELTA = 1e-5
 RATE = 64 / 5000
-"""Sampling rate of the table in PRIVACY.md 2.2: n=5000, batch 64."""
+"""Sample rate of the tables below: 5,000 records, an expected batch of 64."""
 
 noises = st.floats(0.6, 8.0)
 rates = st.floats(0.01, 0.3)
 counts = st.integers(1, 40)
-releases = st.builds(Release, noises, rates, counts)
+releases = st.builds(gaussian_release, noises, rates, counts)
 few = settings(max_examples=8, deadline=None)
 
 
@@ -57,38 +57,40 @@ def sampled_gaussian_delta(eps: float, noise_multiplier: float, sample_rate: flo
 @pytest.mark.parametrize("noise_multiplier", [0.5, 1.0, 3.0, 20.0])
 def test_one_full_batch_gaussian_costs_what_balle_and_wang_derive(noise_multiplier: float) -> None:
     exact = epsilon_of(lambda eps: gaussian_delta(eps, noise_multiplier), DELTA)
-    priced = epsilon([Release(noise_multiplier, 1.0, 1)], DELTA)
+    priced = epsilon([gaussian_release(noise_multiplier, 1.0, 1)], DELTA)
     assert exact <= priced <= exact + 2e-3
 
 
 def test_n_full_batch_gaussians_cost_as_one_with_noise_divided_by_root_n() -> None:
     exact = epsilon_of(lambda eps: gaussian_delta(eps, 5.0 / math.sqrt(20)), DELTA)
-    assert epsilon([Release(5.0, 1.0, 20)], DELTA) == pytest.approx(exact, abs=2e-3)
+    assert epsilon([gaussian_release(5.0, 1.0, 20)], DELTA) == pytest.approx(exact, abs=2e-3)
 
 
 @pytest.mark.parametrize(("noise_multiplier", "sample_rate"), [(0.6, 0.0128), (1.0, 0.14), (2.0, 0.5)])
 def test_one_sampled_step_costs_what_numerical_integration_finds(noise_multiplier: float, sample_rate: float) -> None:
     exact = epsilon_of(lambda eps: sampled_gaussian_delta(eps, noise_multiplier, sample_rate), DELTA)
-    priced = epsilon([Release(noise_multiplier, sample_rate, 1)], DELTA)
+    priced = epsilon([gaussian_release(noise_multiplier, sample_rate, 1)], DELTA)
     assert exact - 1e-5 <= priced <= exact + 2e-3
 
 
 @pytest.mark.parametrize(
     ("rounds", "target", "pld_noise", "rdp_noise"),
-    # PRIVACY.md 2.2, columns PLD (google) and RDP (opacus = google); 10 steps a round.
+    # Noise multipliers that dp-accounting (PLD, RDP) and Opacus (RDP) were found to agree on; 10 steps a round.
     [(20, 8, 0.521, 0.556), (50, 3, 0.803, 0.858), (50, 8, 0.576, 0.608), (200, 3, 1.069, 1.125)],
 )
 def test_noise_agrees_with_the_calibration_table(
     rounds: int, target: float, pld_noise: float, rdp_noise: float
 ) -> None:
     assert noise_multiplier_for(target, DELTA, RATE, rounds * 10) == pytest.approx(pld_noise, abs=0.0011)
-    assert epsilon([Release(rdp_noise, RATE, rounds * 10)], DELTA, method="rdp") == pytest.approx(target, rel=0.01)
+    assert epsilon([gaussian_release(rdp_noise, RATE, rounds * 10)], DELTA, method="rdp") == pytest.approx(
+        target, rel=0.01
+    )
 
 
 def test_a_thousand_steps_cost_239_and_not_the_49_of_an_account_reset_every_round() -> None:
-    # PRIVACY.md 2.3: sigma 1, 100 rounds of 10 steps. A reset account shows 0.49 and hides 2.39.
-    assert epsilon([Release(1.0, RATE, 1000)], DELTA) == pytest.approx(2.39, abs=0.005)
-    assert epsilon([Release(1.0, RATE, 10)], DELTA) == pytest.approx(0.49, abs=0.005)
+    # Noise multiplier 1, 100 rounds of 10 steps. A reset account shows 0.49 and hides 2.39.
+    assert epsilon([gaussian_release(1.0, RATE, 1000)], DELTA) == pytest.approx(2.39, abs=0.005)
+    assert epsilon([gaussian_release(1.0, RATE, 10)], DELTA) == pytest.approx(0.49, abs=0.005)
 
 
 @few
@@ -99,7 +101,7 @@ def test_the_rdp_bound_is_never_below_the_pld_bound(release: Release) -> None:
 
 
 def test_a_step_far_below_the_grid_is_priced_too_high_and_never_too_low() -> None:
-    tiny = [Release(20.0, 0.01, 2000)]
+    tiny = [gaussian_release(20.0, 0.01, 2000)]
     # Loose by little: 0.088 by PLD, 0.077 by RDP, which is an upper bound as well.
     assert epsilon(tiny, DELTA, method="rdp") < epsilon(tiny, DELTA) < 0.1
 
@@ -109,11 +111,11 @@ def test_a_step_far_below_the_grid_is_priced_too_high_and_never_too_low() -> Non
 def test_more_noise_costs_less_and_more_steps_or_more_sampling_cost_more(
     noise_multiplier: float, sample_rate: float, count: int
 ) -> None:
-    base = epsilon([Release(noise_multiplier, sample_rate, count)], DELTA)
-    assert epsilon([Release(noise_multiplier * 1.2, sample_rate, count)], DELTA) <= base + 1e-9
-    assert epsilon([Release(noise_multiplier, sample_rate, count + 5)], DELTA) >= base - 1e-9
-    assert epsilon([Release(noise_multiplier, sample_rate * 1.2, count)], DELTA) >= base - 1e-9
-    assert epsilon([Release(noise_multiplier, sample_rate, count)], DELTA / 10) >= base - 1e-9
+    base = epsilon([gaussian_release(noise_multiplier, sample_rate, count)], DELTA)
+    assert epsilon([gaussian_release(noise_multiplier * 1.2, sample_rate, count)], DELTA) <= base + 1e-9
+    assert epsilon([gaussian_release(noise_multiplier, sample_rate, count + 5)], DELTA) >= base - 1e-9
+    assert epsilon([gaussian_release(noise_multiplier, sample_rate * 1.2, count)], DELTA) >= base - 1e-9
+    assert epsilon([gaussian_release(noise_multiplier, sample_rate, count)], DELTA / 10) >= base - 1e-9
 
 
 @few
@@ -125,15 +127,18 @@ def test_another_release_never_makes_the_total_cheaper(history: list[Release], m
 @given(st.integers(1, 20), st.integers(1, 20))
 @few
 def test_rounds_cost_together_what_one_long_run_costs(rounds: int, steps: int) -> None:
-    by_round = [Release(1.1, 0.05, steps) for _ in range(rounds)]
-    assert epsilon(by_round, DELTA) == epsilon([Release(1.1, 0.05, rounds * steps)], DELTA)
+    by_round = [gaussian_release(1.1, 0.05, steps) for _ in range(rounds)]
+    assert epsilon(by_round, DELTA) == epsilon([gaussian_release(1.1, 0.05, rounds * steps)], DELTA)
 
 
 def test_neither_order_nor_kind_nor_splitting_changes_the_price() -> None:
-    a, b = Release(1.0, 0.05, 10), Release(2.0, 1.0, 1, kind="count")
+    a, b = gaussian_release(1.0, 0.05, 10), gaussian_release(2.0, 1.0, 1, purpose="count")
     price = epsilon([a, b], DELTA)
     assert epsilon([b, a], DELTA) == price
-    assert epsilon([Release(1.0, 0.05, 4), b, Release(1.0, 0.05, 6, kind="evaluation")], DELTA) == price
+    assert (
+        epsilon([gaussian_release(1.0, 0.05, 4), b, gaussian_release(1.0, 0.05, 6, purpose="evaluation")], DELTA)
+        == price
+    )
 
 
 def test_nothing_released_costs_nothing() -> None:
@@ -143,12 +148,12 @@ def test_nothing_released_costs_nothing() -> None:
 
 @pytest.mark.parametrize("method", ["pld", "rdp"])
 def test_a_nearly_free_release_is_never_priced_below_zero(method: Method) -> None:
-    # Opacus #585: RDP's conversion gives -0.105 here (PRIVACY.md 2.3).
-    assert epsilon([Release(50.0, 1e-3, 1)], 0.1, method=method) == 0.0
+    # Opacus #585: RDP's conversion gives -0.105 here.
+    assert epsilon([gaussian_release(50.0, 1e-3, 1)], 0.1, method=method) == 0.0
 
 
 def test_the_accountant_is_named_with_its_version() -> None:
-    name = str(epsilon_with_method([Release(1.0, RATE, 10)], DELTA)[1])
+    name = str(epsilon_with_method([gaussian_release(1.0, RATE, 10)], DELTA)[1])
     assert name.startswith("PLD (dp-accounting ")
     assert name.endswith("discretisation 1e-3)")
 
@@ -156,9 +161,9 @@ def test_the_accountant_is_named_with_its_version() -> None:
 @pytest.mark.parametrize(
     ("release", "delta", "reason"),
     [
-        (Release(0.05, RATE, 10), DELTA, "below 0.1"),
-        (Release(0.5, 1.0, 2000), DELTA, "too large"),
-        (Release(1.0, RATE, 1000), 1e-15, "no finite answer"),
+        (gaussian_release(0.05, RATE, 10), DELTA, "below 0.1"),
+        (gaussian_release(0.5, 1.0, 2000), DELTA, "too large"),
+        (gaussian_release(1.0, RATE, 1000), 1e-15, "no finite answer"),
     ],
 )
 def test_rdp_answers_where_the_pld_cannot_and_says_why(release: Release, delta: float, reason: str) -> None:
@@ -169,7 +174,7 @@ def test_rdp_answers_where_the_pld_cannot_and_says_why(release: Release, delta: 
 
 
 def test_rdp_answers_with_a_higher_figure_when_the_pld_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    release = Release(1.2345, 0.05, 17)
+    release = gaussian_release(1.2345, 0.05, 17)
     regular = epsilon([release], DELTA)
 
     def fail(*_: object) -> None:
@@ -186,7 +191,7 @@ def test_rdp_answers_with_a_higher_figure_when_the_pld_fails(monkeypatch: pytest
 def test_an_answer_that_is_no_number_reads_as_infinite_and_never_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     accounting._priced.cache_clear()
     monkeypatch.setattr(accounting, "_compose", lambda *_: math.nan)
-    assert epsilon([Release(1.0, 0.05, 3)], DELTA) == math.inf
+    assert epsilon([gaussian_release(1.0, 0.05, 3)], DELTA) == math.inf
     accounting._priced.cache_clear()
 
 
@@ -195,14 +200,14 @@ def test_an_answer_that_is_no_number_reads_as_infinite_and_never_as_free(monkeyp
 def test_a_noise_that_no_accountant_can_work_with_costs_an_infinite_epsilon(
     noise_multiplier: float, method: Method
 ) -> None:
-    value, name = epsilon_with_method([Release(noise_multiplier, 0.2, 1)], DELTA, method=method)
+    value, name = epsilon_with_method([gaussian_release(noise_multiplier, 0.2, 1)], DELTA, method=method)
     assert value == math.inf
     assert "failed with" in str(name)
 
 
 def test_rdp_does_not_fill_the_terminal_with_warnings(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        epsilon([Release(0.987, 0.14, 3)], DELTA, method="rdp")
+        epsilon([gaussian_release(0.987, 0.14, 3)], DELTA, method="rdp")
     assert "failed to converge" not in caplog.text
 
 
@@ -214,28 +219,28 @@ def test_calibrated_noise_keeps_the_target_and_one_percent_less_does_not(
     target: float, sample_rate: float, steps: int
 ) -> None:
     noise = noise_multiplier_for(target, DELTA, sample_rate, steps)
-    assert epsilon([Release(noise, sample_rate, steps)], DELTA) <= target
-    assert epsilon([Release(noise / 1.001, sample_rate, steps)], DELTA) > target
+    assert epsilon([gaussian_release(noise, sample_rate, steps)], DELTA) <= target
+    assert epsilon([gaussian_release(noise / 1.001, sample_rate, steps)], DELTA) > target
     assert float(f"{noise:.5g}") == noise
 
 
 def test_calibration_counts_what_is_spent_already() -> None:
-    spent = [Release(1.0, 0.05, 40), Release(4.0, 1.0, 1, kind="count")]
+    spent = [gaussian_release(1.0, 0.05, 40), gaussian_release(4.0, 1.0, 1, purpose="count")]
     fresh = noise_multiplier_for(5.0, DELTA, 0.05, 100)
     noise = noise_multiplier_for(5.0, DELTA, 0.05, 100, spent)
     assert noise > fresh
-    assert epsilon([*spent, Release(noise, 0.05, 100)], DELTA) <= 5.0
-    assert epsilon([*spent, Release(noise / 1.01, 0.05, 100)], DELTA) > 5.0
+    assert epsilon([*spent, gaussian_release(noise, 0.05, 100)], DELTA) <= 5.0
+    assert epsilon([*spent, gaussian_release(noise / 1.01, 0.05, 100)], DELTA) > 5.0
 
 
 def test_calibration_refuses_when_the_history_alone_passes_the_budget() -> None:
     with pytest.raises(BudgetExhausted, match=r"is spent already, above the budget of 1 ") as refusal:
-        noise_multiplier_for(1.0, DELTA, 0.05, 10, [Release(1.0, 0.05, 500)])
+        noise_multiplier_for(1.0, DELTA, 0.05, 10, [gaussian_release(1.0, 0.05, 500)])
     assert "\n" not in str(refusal.value)
 
 
 def test_calibration_refuses_when_what_is_left_is_too_little_for_any_noise() -> None:
-    spent = [Release(1.0, 1.0, 1)]
+    spent = [gaussian_release(1.0, 1.0, 1)]
     with pytest.raises(BudgetExhausted, match="too little is left"):
         noise_multiplier_for(epsilon(spent, DELTA), DELTA, 1.0, 10**15, spent)
 
@@ -257,9 +262,9 @@ def test_an_enormous_budget_gets_the_least_noise_on_offer() -> None:
 )
 def test_a_release_that_no_mechanism_makes_is_refused(arguments: tuple[float, float, int], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        Release(*arguments)
+        gaussian_release(*arguments)
 
 
 def test_a_delta_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="delta"):
-        epsilon([Release(1.0, 0.1, 1)], 0.0)
+        epsilon([gaussian_release(1.0, 0.1, 1)], 0.0)

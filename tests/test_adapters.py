@@ -28,7 +28,7 @@ from common.errors import FedVeilError, ModelError, ProtocolError
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.starts import STARTS
 from common.starts.directions import orthonormal_rows
@@ -354,7 +354,7 @@ def furthest_from_alone(model: nn.Module) -> float:
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     alone = [torch.autograd.grad(losses(model, tokens[i : i + 1]).sum(), trained) for i in range(len(tokens))]
-    figures = PrivacyPlan(1.0, 1.0, sample_rate=0.5, expected_batch_size=2.0, delta=1e-3, max_epsilon=9.0)
+    figures = gaussian_plan(1.0, 1.0, sample_rate=0.5, expected_batch_size=2.0, delta=1e-3, max_epsilon=9.0)
     with PrivateSteps(model, torch.optim.SGD(trained, 0.0), figures) as steps:
         samples = steps.samples(tokens, lambda batch: losses(model, batch))
     largest = max(float(g.abs().max()) for gradients in alone for g in gradients)

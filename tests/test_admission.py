@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_run import told
 
 from client.budget import plan_of
 from client.ledger.rows import Terms
@@ -37,15 +38,15 @@ def plan(job: Job, policy: Policy | None = None, size: int = SIZE) -> PrivacyPla
     return plan_of(job, site, Terms(policy.epsilon, policy.delta))
 
 
-def answer(job: Job, own: PrivacyPlan, size: int = SIZE, **told: Any) -> TrainResult:
+def answer(job: Job, own: PrivacyPlan, size: int = SIZE, **figures: Any) -> TrainResult:
     """Return what an honest site called ward sends in round 1, told figures replaced; its update is its noise alone."""
     spent = Spending(
-        *(TRAINING, own.sample_rate, own.noise_multiplier, own.clip_norm, job.config.training.local_steps, 1),
+        *(TRAINING, own.event, job.config.training.local_steps, 1),
         *(own.delta, 0.2, 0.2, own.max_epsilon, own.max_epsilon - 0.2, Accountant("pld", "0.6.0")),
     )
-    way = own.gradient_noise_std * job.config.site_training.learning_rate
+    way = own.gradient_noise_std * job.config.training.learning_rate
     update = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(1)) * way
-    return TrainResult("1", 1, "ward", size, {"layer": {"B": update}}, replace(spent, **told))
+    return TrainResult("1", 1, "ward", size, {"layer": {"B": update}}, told(spent, **figures))
 
 
 DEAR_START = {
@@ -71,7 +72,7 @@ def test_a_site_counts_with_the_noise_of_the_rounds_that_its_policy_allows(
 ) -> None:
     job = configure(settings)
     own, everyone = plan(job, policy), plan(job)
-    assert own.noise_multiplier < 0.99 * everyone.noise_multiplier, "the policy asks for no less noise"
+    assert own.event.noise_multiplier < 0.99 * everyone.event.noise_multiplier, "the policy asks for no less noise"
     assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
 
 
@@ -85,7 +86,7 @@ def test_noise_that_the_run_sets_holds_for_every_site() -> None:
 def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> None:
     job = configure({})
     own = plan(job, Policy(max_rounds=1))
-    told = answer(job, own, noise_multiplier=0.9 * own.noise_multiplier)
+    told = answer(job, own, noise_multiplier=0.9 * own.event.noise_multiplier)
     assert "noise multiplier" in Admission(job, {}).judge({1: told}, STATE, [1])[1]
 
 
@@ -100,12 +101,12 @@ def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> Non
 def test_a_strict_site_is_not_implausible_by_the_noise_that_it_adds(size: int, policy: Policy) -> None:
     job = configure({})
     own = plan(job, policy, size)
-    assert own.noise_multiplier > 10 * plan(job).noise_multiplier, "the site is not strict"
-    told = {"epsilon_total": 0.05, "epsilon_round": 0.05, "epsilon_remaining": 0.05}
-    honest = answer(job, own, size, **told)
+    assert own.event.noise_multiplier > 10 * plan(job).event.noise_multiplier, "the site is not strict"
+    little = {"epsilon_total": 0.05, "epsilon_round": 0.05, "epsilon_remaining": 0.05}
+    honest = answer(job, own, size, **little)
     assert Admission(job, {}).judge({1: honest}, STATE, [1]) == {}
     assert honest.spending is not None
-    quiet = replace(honest, spending=replace(honest.spending, noise_multiplier=plan(job).noise_multiplier))
+    quiet = replace(honest, spending=told(honest.spending, noise_multiplier=plan(job).event.noise_multiplier))
     assert "norm" in Admission(job, {}).judge({1: quiet}, STATE, [1])[1], "the bound does not follow the noise"
 
 
@@ -115,7 +116,7 @@ def test_a_total_of_shared_records_may_be_above_the_budget_and_the_terminal_says
     admission = Admission(job, {})
     assert admission.judge({1: told}, STATE, [1]) == {}
     admission.enrol({1: told})
-    words = epsilon_words(admission.members.values())
+    words = epsilon_words(admission.members.values(), "record")
     assert words.startswith("ε 9.500 of 8 "), words
     assert "charged under other names too" in words
 

@@ -30,7 +30,7 @@ from audits.simulated_site import axes_of, text_of
 from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps, model_for
 from audits.worlds import flat
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import epsilon, gaussian_release
 from common.run_lines import Finding
 from common.tasks.text import TextExample
 from reports import markdown_report
@@ -141,7 +141,7 @@ def test_a_missed_fault_and_a_failed_audit_are_told_from_found_and_passed() -> N
 
 
 def test_the_gaussian_epsilon_is_that_of_the_accountant() -> None:
-    exact, priced = gaussian_epsilon(0.5, DELTA), epsilon([Release(2.0, 1.0, 1)], DELTA)
+    exact, priced = gaussian_epsilon(0.5, DELTA), epsilon([gaussian_release(2.0, 1.0, 1)], DELTA)
     assert exact <= priced <= exact + 1e-3
     assert gaussian_epsilon(0.0, DELTA) == gaussian_epsilon(-1.0, DELTA) == 0.0
 

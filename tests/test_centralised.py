@@ -1,4 +1,4 @@
-"""One site, one round is centralised training of the same adapter (ALGORITHMS: G3), for every strategy."""
+"""One site, one round is centralised training of the same adapter, for every strategy."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ PLAIN: Changes = {
     "training.sample-rate": RATE,
     "training.optimizer": "sgd",
     "training.learning-rate": 0.5,
-    "training.head-rate": 2.5,
-    "training.schedule": "linear",
+    "head-rate": 2.5,
+    "schedule": "linear",
 }
 
 

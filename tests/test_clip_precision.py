@@ -17,7 +17,7 @@ from common.config.sections import PrivacyConfig
 from common.errors import ConfigError
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.starts.dp_gradient import DPGradient
 
 
@@ -32,9 +32,9 @@ def noiseless_sum(layer: nn.Linear, records: Tensor, part: int, monkeypatch: pyt
     def parts() -> Iterator[Tensor]:
         yield from records.split(part)
 
-    add_noise = dpsgd._Mechanism.add_noise
+    add_noise = dpsgd.ClipAndNoise.add_noise
     with monkeypatch.context() as patch:
-        patch.setattr(dpsgd._Mechanism, "add_noise", look)
+        patch.setattr(dpsgd.ClipAndNoise, "add_noise", look)
         with PrivateSteps(layer, torch.optim.SGD(layer.parameters(), lr=0.0), plan(0.5)) as steps:
             steps.release(parts(), lambda batch: layer(batch).sum(1))
     return torch.cat(sums) / 0.5
@@ -63,7 +63,7 @@ def test_a_record_moves_the_sum_by_one_clip_also_where_float32_is_too_short(
     moved: Callable[[pytest.MonkeyPatch], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert 2 - MOST < moved(monkeypatch) < MOST
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
     assert not 2 - MOST < moved(monkeypatch) < MOST, "the stock clip in float32 passes: the test tests nothing"
 
 
@@ -88,7 +88,7 @@ def test_at_both_ends_of_the_clip_norms_the_noise_is_what_the_plan_says(monkeypa
     [
         lambda clip: PrivacyConfig(clip_norm=clip),
         lambda clip: DPGradient(clip_norm=clip),
-        lambda clip: PrivacyPlan(clip, 1.0, 0.5, 1.0, 1e-5, 8.0),
+        lambda clip: gaussian_plan(clip, 1.0, 0.5, 1.0, 1e-5, 8.0),
     ],
     ids=["the run's", "a paid start's", "the plan's"],
 )

@@ -38,13 +38,13 @@ def test_a_comparison_runs_both_modes_and_goes_on_where_it_stopped(
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
     outcomes = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
-    assert [(o["private"], o["seed"]) for o in outcomes] == [(True, 1), (True, 2), (False, 1), (False, 2)]
+    assert [(o["mode"], o["seed"]) for o in outcomes] == [(m, s) for m in ("dp-sgd", "none") for s in (1, 2)]
     for outcome in outcomes:
-        mode = "dp-sgd" if outcome["private"] else "none"
+        mode = outcome["mode"]
         folder = tmp_path / "out" / f"ffa-lora-job-{mode}-{outcome['seed']}"
         line = read_lines(RoundLine, folder)[0]
         assert (outcome["accuracy"], outcome["bytes_up"]) == (line.accuracy, line.bytes_up)
-        assert (outcome["epsilon"] is not None) == outcome["private"]
+        assert (outcome["epsilon"] is not None) == (mode == "dp-sgd")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("rounds.jsonl")}
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
@@ -97,7 +97,7 @@ def test_a_run_that_failed_is_run_again_and_its_folder_is_kept_aside(
     assert not any(map(is_written, begun)), "a run went on after the comparison had ended"
     assert len(begun) < 15, "a comparison that had failed began the rest of its runs"
     outcomes = compare([job], [1], 2, {"rounds": 1}, output, lambda *_: None)
-    assert [outcome.private for outcome in outcomes] == [True, False]
+    assert [outcome.mode for outcome in outcomes] == ["dp-sgd", "none"]
     (aside,) = output.glob(f"{cut.name}.cut-short-*")
     assert "the disk was full" in (aside / "result.json").read_text(encoding="utf-8")
 
@@ -113,8 +113,11 @@ def test_a_job_that_was_handed_out_before_the_comparison_failed_does_not_begin(
 
 
 def test_the_table_shows_means_each_seed_and_the_worst_epsilon() -> None:
-    cells = [("job", True, 1, 0.5, 0.70, 7.5, 2000, 1000, 9.0), ("job", True, 2, 0.5, 0.80, 7.9, 2000, 1000, 11.0)]
-    text = table([*(Outcome(*cell) for cell in cells), Outcome("job", False, 1, 0.5, 0.9, None, 1, 1, 1.0)])
+    cells = [
+        ("job", "dp-sgd", 1, 0.5, 0.70, 7.5, 2000, 1000, 9.0),
+        ("job", "dp-sgd", 2, 0.5, 0.80, 7.9, 2000, 1000, 11.0),
+    ]
+    text = table([*(Outcome(*cell) for cell in cells), Outcome("job", "none", 1, 0.5, 0.9, None, 1, 1, 1.0)])
     assert "| job | dp-sgd | **75.0** ± 7.1 (70.0, 80.0) | 50.0 | 7.900 | 2 | 1 | 10 |" in text
     assert "| job | none | **90.0** (90.0) | 50.0 | no claim |" in text
 

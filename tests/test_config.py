@@ -6,6 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import sections as choices
-from common.config.sections import RunConfig, Scalar, defaults, from_mapping, to_mapping
+from common.config.asked import RunSettings, as_asked, from_mapping, resolve
+from common.config.sections import Scalar, defaults, to_mapping
 from common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from common.errors import ConfigError
+from common.privacy import MECHANISMS
 from common.starts import STARTS, Start
 from strategies import STRATEGIES
 from strategies.job import configure, known_settings
@@ -30,7 +33,7 @@ each_key = pytest.mark.parametrize("key", KNOWN)
 
 def job_with(key: str, value: Scalar) -> Any:
     """Configure a run with one setting changed, and the strategy whose setting it is."""
-    owner = key.split(".")[0]
+    owner = key.split(".", maxsplit=1)[0]
     strategy = owner if owner in STRATEGIES else "ffa-lora"
     return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), key: value})
 
@@ -63,8 +66,9 @@ def test_pyproject_lists_exactly_the_settings_that_exist_with_their_defaults() -
 
 
 OPEN = (
+    "adapter.name",
+    "head-rate",
     "training.local-steps",
-    "training.head-rate",
     "training.sample-rate",
     "training.optimizer",
     "training.learning-rate",
@@ -86,7 +90,7 @@ def test_defaults_alone_are_a_valid_run() -> None:
     assert settings.keys() == own.keys()
     assert {key: settings[key] for key in decided(own)} == decided(own)
     assert decided(settings) == settings, "a setting was left open"
-    assert configure(KNOWN).config == RunConfig()
+    assert configure(KNOWN) == configure({})
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -121,6 +125,27 @@ def test_a_setting_that_resembles_none_is_refused_without_a_guess() -> None:
     assert "did you mean" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("server.epsilon", "server.adam-tau"), ("training.schedule", "schedule"), ("training.head-rate", "head-rate")],
+)
+def test_a_setting_by_its_old_name_makes_the_same_run_and_says_the_new_one(old: str, new: str) -> None:
+    value: Scalar = "cosine" if new == "schedule" else 0.125
+    job = configure({old: value})
+    assert job == replace(configure({new: value}), notes=job.notes)
+    assert job.settings()[new] == value
+    assert job.notes == (f"{old} is called {new} now: write {new} in its place",)
+    with pytest.raises(ConfigError, match=rf"{old} is another name of {new}, and they differ"):
+        configure({old: value, new: "constant" if new == "schedule" else 0.5})
+
+
+def test_what_was_chosen_is_what_differs_from_the_default_and_not_what_a_run_fills_in() -> None:
+    job = configure({"training.local-steps": 1, "rounds": 6, "adapter.init": "kaiming", "training.momentum": 0.9})
+    assert job.chosen() == ["adapter.start", "training.local-steps"]
+    assert job.asked["training.sample-rate"] == 0.0
+    assert configure({}).chosen() == []
+
+
 def test_an_unknown_strategy_is_answered_with_the_nearest_known_one() -> None:
     with pytest.raises(ConfigError, match=r"strategy is 'fa-lora'.*did you mean 'ffa-lora'"):
         configure({"strategy": "fa-lora"})
@@ -147,7 +172,7 @@ def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(k
         assert job_with(key, "a.csv").settings()["start.data"] == "a.csv"
         return
     kept = job_with(key, KNOWN[key]).settings()[RENAMED.get(key, key)]
-    assert (kept == KNOWN[key]) == (key not in OPEN)
+    assert (kept == KNOWN[key]) == (RENAMED.get(key, key) not in OPEN)
     if isinstance(KNOWN[key], float):
         most = KNOWN[key] if key in ("privacy.delta", "training.beta2", "training.momentum") else 1
         whole = job_with(key, most)
@@ -166,7 +191,7 @@ POSITIVE = (
     "head.margin",
     "training.beta2",
     "server.learning-rate",
-    "server.epsilon",
+    "server.adam-tau",
     "privacy.epsilon",
     "privacy.delta",
     "privacy.clip-norm",
@@ -175,7 +200,7 @@ NOT_NEGATIVE = (
     "adapter.alpha",
     "model.feature-scale",
     "training.local-steps",
-    "training.head-rate",
+    "head-rate",
     "training.sample-rate",
     "training.learning-rate",
     "training.momentum",
@@ -230,9 +255,9 @@ CHOICES = {
     "head.policy": choices.HEAD_POLICIES,
     "head.start": choices.HEAD_STARTS,
     "training.optimizer": ("auto", *choices.OPTIMIZERS),
-    "server.optimizer": choices.SERVER_OPTIMIZERS,
-    "training.schedule": choices.SCHEDULES,
-    "privacy.mode": choices.PRIVACY_MODES,
+    "server.optimizer": ("auto", *choices.SERVER_OPTIMIZERS),
+    "schedule": choices.SCHEDULES,
+    "privacy.mode": tuple(MECHANISMS),
     "precision": ("auto", "float32", "bfloat16"),
     "adapter.start": ("kaiming", "orthonormal", "svd-of-weights", "dp-gradient"),
 }
@@ -308,7 +333,7 @@ kinds = {
     "training.sample-rate": numbers,
     "training.optimizer": st.sampled_from(choices.OPTIMIZERS),
     "training.weight-decay": st.floats(0, 1),
-    "privacy.mode": st.sampled_from(choices.PRIVACY_MODES),
+    "privacy.mode": st.sampled_from(tuple(MECHANISMS)),
     "privacy.epsilon": st.floats(0.01, 100),
     "privacy.delta": numbers,
 }
@@ -317,16 +342,18 @@ kinds = {
 @fast
 @given(st.fixed_dictionaries({}, optional=kinds))
 def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> None:
-    config = from_mapping(values)
-    flat = to_mapping(config)
-    assert flat.keys() == defaults().keys()
-    wanted = decided({**defaults(), **values})
-    assert {key: flat[key] for key in wanted} == wanted, "a setting was lost or changed on the way"
-    assert from_mapping(flat) == config
+    asked = from_mapping(values)
+    assert to_mapping(asked) == {**defaults(RunSettings), **values}, "a setting was lost or changed on the way"
+    config = resolve(asked)
+    flat = to_mapping(as_asked(config))
+    assert flat.keys() == defaults(RunSettings).keys()
+    wanted = decided({**defaults(RunSettings), **values})
+    assert {key: flat[key] for key in wanted} == wanted, "a setting was lost when the rest was filled in"
+    assert resolve(from_mapping(flat)) == config, "what is written beside the results must make the same run"
 
 
 def test_a_configuration_with_one_setting_changed_is_another_configuration() -> None:
-    base = RunConfig()
+    base = RunSettings()
     for key, value in (("rounds", 91), ("adapter.rank", 91), ("privacy.epsilon", 91.0), ("data.seed", 91)):
         assert from_mapping({key: value}) != base, f"{key} does not reach the configuration"
 
@@ -463,18 +490,19 @@ def test_a_control_character_survives_toml(character: str) -> None:
     ],
 )
 def test_what_is_left_open_suits_the_privacy_mode(mode: str, steps: int, rate: float, server: str, site: str) -> None:
-    config = from_mapping({"privacy.mode": mode})
+    config = resolve(from_mapping({"privacy.mode": mode}))
     training = config.training
     assert (training.local_steps, training.sample_rate) == (steps, rate)
     assert (config.server.optimizer, training.optimizer) == (server, site)
     assert training.learning_rate > 0
-    assert from_mapping(to_mapping(config)) == config, "what is written beside the results must make the same run"
+    assert resolve(as_asked(config)) == config, "what is written beside the results must make the same run"
 
 
 def test_one_adam_is_somewhere_unless_said_otherwise() -> None:
-    at_sites = from_mapping({"server.optimizer": "none"})
+    at_sites = resolve(from_mapping({"server.optimizer": "none"}))
     assert (at_sites.server.optimizer, at_sites.training.optimizer) == ("none", "adam")
-    at_server = from_mapping({"server.optimizer": "adam", "privacy.mode": "none"})
+    at_server = resolve(from_mapping({"server.optimizer": "adam", "privacy.mode": "none"}))
     assert (at_server.server.optimizer, at_server.training.optimizer) == ("adam", "sgd")
-    own = from_mapping({"training.optimizer": "momentum", "training.local-steps": 3, "training.learning-rate": 0.5})
+    momentum: dict[str, Scalar] = {"training.optimizer": "momentum", "training.local-steps": 3}
+    own = resolve(from_mapping({**momentum, "training.learning-rate": 0.5}))
     assert (own.training.optimizer, own.training.local_steps, own.training.learning_rate) == ("momentum", 3, 0.5)

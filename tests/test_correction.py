@@ -19,7 +19,7 @@ from common.errors import ProtocolError
 from common.messages.round import TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import apply, entries, start_fingerprint
-from common.model.federated import FederatedModel, model_of
+from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from strategies import STRATEGIES
 from strategies.ffa_lora import FFALoRA
@@ -71,8 +71,8 @@ def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job_of(settings: dict[str, Any], strategy: str, mode: str, **changes: Any) -> Job:
-    training = {"local-steps": STEPS, "optimizer": "sgd", "learning-rate": RATE, "schedule": "constant"}
-    own = {f"training.{key}": value for key, value in {**training, "head-rate": 1.0, "sample-rate": 1.0}.items()}
+    training = {"local-steps": STEPS, "optimizer": "sgd", "learning-rate": RATE, "sample-rate": 1.0}
+    own = {**{f"training.{key}": value for key, value in training.items()}, "schedule": "constant", "head-rate": 1.0}
     budget = {"privacy.noise-multiplier": 2.0, "privacy.epsilon": 500.0}
     return configure({**settings, **own, **budget, "strategy": strategy, "privacy.mode": mode, **changes})
 
@@ -82,10 +82,7 @@ def one_round(job: Job, folder: Path, first: int = 0) -> tuple[FederatedModel, T
     config = job.config
     data = train_and_test(config.data, config.model.task)[0]
     data = replace(data, examples=data.examples[first : first + 30])
-    model = model_of(
-        *(config.model, job.adapter, config.head, config.seed),
-        *(data.label_names, data.label_phrases, config.device, config.precision),
-    )
+    model = job.model(data.label_names, data.label_phrases)
     start = start_fingerprint(model.start)
     task = TrainTask("1", 1, job.strategy.downlink(job.start(model.start)), {}, "", model.base.fingerprint, start)
     folder.mkdir()

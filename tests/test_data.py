@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from client.ledger.record_hashes import record_hashes
 from common.config.sections import Columns, DataConfig
-from common.data.packaged import ASDIV, MOVIE_REVIEWS
 from common.data.partition import _shares, declared_size, site_part
-from common.data.sources import DATASETS, _load_named, load_dataset, public_test, train_and_test
+from common.data.sets import DATASETS
+from common.data.sources import _load_named, load_dataset, public_test, train_and_test
 from common.data.split import public_split
 from common.errors import ConfigError, DataError
 from common.tasks.examples import Dataset
@@ -253,7 +253,7 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sums = [("Two apples.", "How many? ", "2 apples")]
     write(tmp_path / "reviews.csv", list(reviews), ("text", "label", "source"))
     write(tmp_path / "sums.jsonl", list(sums), ("passage", "question", "answer"))
-    files = {MOVIE_REVIEWS: tmp_path / "reviews.csv", ASDIV: tmp_path / "sums.jsonl"}
+    files = {DATASETS["imdb"].file: tmp_path / "reviews.csv", DATASETS["asdiv"].file: tmp_path / "sums.jsonl"}
     monkeypatch.setattr("common.data.sources.packaged_file", files.__getitem__)
     _load_named.cache_clear()
     yield tmp_path
@@ -294,13 +294,23 @@ def test_a_named_data_set_fixes_task_and_labels(name: str, task: str, labels: st
 
 def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
     try:
-        distribution(MOVIE_REVIEWS.distribution)
+        distribution(DATASETS["imdb"].file.distribution)
     except PackageNotFoundError:
         pytest.fail("movie-reviews is not installed: run make environment")
     _load_named.cache_clear()
     labels = Counter(e.label for e in load_dataset(DataConfig(name="rotten-tomatoes"), "classification").examples)
     assert labels == {0: 4265, 1: 4265}, "not the 8,530 balanced sentences of Rotten Tomatoes"
-    assert DATASETS["imdb"].file is MOVIE_REVIEWS, "imdb is documented as part of the same file"
+    assert DATASETS["imdb"].file is DATASETS["rotten-tomatoes"].file, "imdb is documented as part of the same file"
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_named_data_set_loads_with_its_own_task_and_has_every_label(name: str) -> None:
+    named = DATASETS[name]
+    assert name == named.name
+    found = load_dataset(DataConfig(name=name), named.task)
+    assert len(found.examples) >= 100, "this is no data set to train on"
+    assert found.label_names == named.label_names
+    assert {example.label for example in found.examples} == set(range(len(named.labels)) or {None})
 
 
 def test_a_fingerprint_knows_records_not_their_order_or_the_order_of_labels() -> None:

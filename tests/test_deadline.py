@@ -27,6 +27,7 @@ from client.ledger import ledger
 from client.ledger.ledger import Ledger
 from client.ledger.rows import price
 from client.rehearsal import rehearse
+from common import randomness
 from common.errors import PolicyRefusal
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.tensors import entries
@@ -96,14 +97,14 @@ def test_more_records_than_a_round_has_time_for_are_drawn_once_in_a_thousand_mil
 
 
 def test_a_pass_is_timed_with_its_clip(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = dpsgd._Mechanism.clip_and_accumulate
+    clip = dpsgd.ClipAndNoise.clip_and_accumulate
 
     def slow(mechanism: Any) -> None:
         if len(mechanism.grad_samples[0]):
             time.sleep(0.2)
         clip(mechanism)
 
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", slow)
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", slow)
     timing = rehearse(site.model())
     ends = (min(timing.passes), max(timing.passes))
     assert sum(timing.passes[length] for length in ends) > 0.4
@@ -200,13 +201,13 @@ class Played:
         monkeypatch.setattr(app, "Deadline", Watched)
         monkeypatch.setattr(app, "_process", app._Process())
         monkeypatch.setattr(app, "rehearse", lambda _: timing)
-        noise = dpsgd._Mechanism.add_noise
+        noise = dpsgd.ClipAndNoise.add_noise
 
         def later(mechanism: Any) -> None:
             time.sleep(timing.empty)
             noise(mechanism)
 
-        monkeypatch.setattr(dpsgd._Mechanism, "add_noise", later)
+        monkeypatch.setattr(dpsgd.ClipAndNoise, "add_noise", later)
         self.slower = 1.0
         losses = FederatedModel.losses
 
@@ -312,7 +313,7 @@ def check_that_noise_is_in_time(site: OneSite, monkeypatch: pytest.MonkeyPatch) 
     fill(site, 40)
     played = Played(site, timing(long=0.04, empty=0.1), monkeypatch)
     played.slower = 3.0
-    monkeypatch.setattr(local_training, "private_poisson_sample", lambda size, _: torch.arange(size))
+    monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, _: torch.arange(size))
     reply, _ = played.at_its_time(played.least)
     assert isinstance(reply, TrainResult), reply
     state = site.task(1).state
@@ -349,7 +350,7 @@ def test_steps_that_draw_no_record_take_nothing_of_the_time_that_noise_needs(
 
     drawn = itertools.cycle([1, *[0] * 8, 1])
     monkeypatch.setattr(FederatedModel, "losses", once)
-    monkeypatch.setattr(local_training, "private_poisson_sample", lambda size, _: torch.arange(min(size, next(drawn))))
+    monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, _: torch.arange(min(size, next(drawn))))
     reply, _ = played.at_its_time(allowed)
     assert isinstance(reply, TrainResult), reply
     assert played.failures == 1

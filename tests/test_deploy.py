@@ -1,4 +1,4 @@
-"""Real processes on the loopback: the walk-through of docs/deploy.md, and who is kept out and told why."""
+"""Real processes on the loopback: the guides of coordinator and steward, and who is kept out and told why."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from server.lock import only_writer
 from server.records import write_json
 from strategies.job import configure
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 FEDVEIL = str(Path(sys.executable).parent / "fedveil")
 PATIENCE = 600.0
 """Seconds for one step: what a failure costs on a busy machine, not what a step takes."""
@@ -124,12 +124,24 @@ def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def page_commands() -> list[list[str]]:
-    """Return the ``fedveil`` commands of the walk-through, in order."""
-    text = PAGE.read_text(encoding="utf-8").split("## From nothing to a finished run")[1].split("\n## ")[0]
+def guide(who: str, step: int) -> list[list[str]]:
+    """Return the ``fedveil`` commands of one step of a guide, in order."""
+    text = (DOCS / f"guide-{who}.md").read_text(encoding="utf-8").split(f"\n## {step}. ")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith("fedveil ")]
+
+
+def steward(step: int) -> list[list[str]]:
+    """Return the commands of both stewards: ``clinic`` is the guide's, and the other does the same."""
+    both = [(site, line) for site in ("clinic", "ward") for line in guide("steward", step)]
+    return [[word.replace("clinic", site) for word in line] for site, line in both]
+
+
+def guides_commands() -> list[list[str]]:
+    """Return the commands of coordinator and stewards in the order in which they wait for each other."""
+    coordinator = [guide("coordinator", step) for step in (1, 2, 3, 4)]
+    return [*coordinator[0], *steward(1), *coordinator[1], *steward(2), *coordinator[2], *coordinator[3], *steward(3)]
 
 
 def ask_for_a_task(port: int) -> int:
@@ -139,7 +151,7 @@ def ask_for_a_task(port: int) -> int:
 
 
 @pytest.mark.deployment
-def test_the_walk_through_ends_in_a_finished_run(
+def test_the_guides_end_in_a_finished_run(
     processes: Processes, tmp_path: Path, model_folder: Callable[[str], str]
 ) -> None:
     fleet, control, *runtime = free_ports(4)
@@ -170,8 +182,11 @@ def test_the_walk_through_ends_in_a_finished_run(
         ("server", "submit"): lambda: ["-c", "toy.toml"],
     }
     seen = []
-    for line in page_commands():
+    for line in guides_commands():
         words = [word.replace("/srv/fedveil", str(tmp_path)) for word in line[1:]]
+        if "RUN_FOLDER" in words:
+            (folder,) = (tmp_path / "server" / "runs").iterdir()
+            words = [str(folder) if word == "RUN_FOLDER" else word for word in words]
         host = f"127.0.0.1:{fleet}" if "--server" in words else "127.0.0.1"
         words = [word.replace("fl.example.org", host) for word in words]
         words += more.get((words[0], words[1]), list)()
@@ -185,7 +200,10 @@ def test_the_walk_through_ends_in_a_finished_run(
             continue
         done = run([FEDVEIL, *words], tmp_path)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
-    assert {"server init", "server start", "site init", "server register", "site start", "server submit"} <= set(seen)
+    for command in ("server init", "server start", "server register", "server submit", "site init", "site start"):
+        assert command in seen, f"the guides do not say fedveil {command}"
+    assert {"ledger show", "ledger remaining"} <= set(seen)
+    assert [words for words in seen if words.startswith("verify")], "nobody checks the signed report"
     (folder,) = (tmp_path / "server" / "runs").iterdir()
     assert read_file(ResultFile, folder).status == "completed"
     assert "sites have the names of their keys" in (folder / "log.jsonl").read_text(encoding="utf-8")

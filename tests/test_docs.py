@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import ast
 import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +12,20 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from cli import reference
 from cli.main import app
 from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
 from common.config.text import parse_settings
 from common.data.packaged import MINILM, packaged_folder
-from common.run_lines import RoundLine, read_lines
-from common.starts import STARTS
-from experiments.evaluate import evaluate_run
+from common.errors import ConfigError
+from common.privacy.figures import epsilon_text
+from common.words import percent_text
 from experiments.in_process import run_in_process
+from reports.picture import read_picture, to_svg
 from strategies import STRATEGIES
 from strategies.job import configure
-from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, adapter_table, strategy_table
+from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, pair_table, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,11 +88,35 @@ def test_every_shipped_config_is_accepted_and_starts_with_its_command(path: Path
     assert f"fedveil run -c experiments/configs/{path.name}" in first
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/strategies.md"])
-def test_the_table_of_strategies_is_the_codes(page: str) -> None:
-    assert strategy_table() in (ROOT / page).read_text(encoding="utf-8"), (
-        f"the table in {page} is not what the code says: put in the output of 'fedveil strategies'"
-    )
+def test_the_readmes_table_of_strategies_is_the_codes() -> None:
+    assert short_table() in (ROOT / "README.md").read_text(encoding="utf-8"), "put in strategies.table.short_table()"
+
+
+@pytest.mark.parametrize("name", sorted(reference.PAGES))
+def test_a_page_that_is_made_from_the_code_is_what_the_code_says(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == reference.PAGES[name](), "run make docs"
+
+
+def test_every_pair_of_strategy_and_adapter_is_in_its_table_as_the_code_takes_it() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in pair_table().splitlines()[2:]]
+    told = {(strategy.strip("`"), adapter.split("`")[1]) for strategy, adapter in rows}
+    for strategy in STRATEGIES:
+        for adapter in ADAPTERS:
+            try:
+                configure({"strategy": strategy, "adapter.name": adapter})
+                taken = True
+            except ConfigError:
+                taken = False
+            assert ((strategy, adapter) in told) == taken, f"{strategy} with {adapter}"
+    assert [adapter for strategy, adapter in rows if strategy == "`fed-sb`"] == ["`lora-sb` (its own)"]
+
+
+def test_every_page_is_in_the_index_once() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", index)
+    assert sorted(linked) == sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
+    made = set(re.findall(r"\]\(([\w-]+\.md)\) \(made\)", index))
+    assert made >= set(reference.PAGES), "a page that is made from the code is not marked as such"
 
 
 def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
@@ -107,11 +130,64 @@ def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
     assert config.adapter.rank == DEFAULT_RANK, "the table counts bytes at another rank than the default job's"
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what a git host calls the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "experiments" / "LOG.md"]:
+        for target in re.findall(r"\]\(([^)]+?)\)", page.read_text(encoding="utf-8")):
+            file, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            there = page.parent / file if file else page
+            assert there.exists(), f"{page.name} links to {file}, which is not there"
+            assert not anchor or anchor in anchors(there), f"{page.name} links to {target}: no such heading"
+
+
+def defined(path: Path) -> set[str]:
+    """Return the functions, methods and classes that a file defines."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)}
+
+
+def test_the_page_on_one_round_names_code_that_is_there_and_the_picture_has_its_steps() -> None:
+    text = (ROOT / "docs" / "round.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 12
+    for path, name in named:
+        assert name in defined(ROOT / path), f"docs/round.md names {path}::{name}, which is not there"
+    steps = re.findall(r"^\| (\d+) \|", text, flags=re.M)
+    picture = (ROOT / "docs" / "round.svg").read_text(encoding="utf-8")
+    assert steps == sorted(re.findall(r'class="digit"[^>]*>(\d+)<', picture))
+
+
+def test_the_readmes_run_has_the_figures_of_docs_demo_and_the_picture_is_of_them() -> None:
+    picture = read_picture(ROOT / "docs" / "demo.json")
+    assert to_svg(picture) == (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8"), "run make docs"
+    config = configure({}).config
+    model, data = config.model.name, config.data.name
+    assert picture.title == f"{config.strategy} on {model} and {data}", "this is not the default job"
+    assert (picture.budget, picture.delta) == (config.privacy.epsilon, config.privacy.delta)
+    before, *rounds = picture.rounds
+    assert [line.number for line in rounds] == list(range(1, config.rounds + 1))
+    lines = [
+        f"{picture.title}: 4 sites, 6 rounds of 1 step, ε ≤ 8 at δ = 1e-05 for each site",
+        f"before training: accuracy {percent_text(before.accuracy)}",
+        *(
+            f"round {line.number}/6  accuracy {percent_text(line.accuracy)}  loss {line.loss:.3f}  "
+            f"ε {epsilon_text(line.epsilon)} of 8 (δ 1e-05, record-level, worst site)  4 sites  "
+            f"{line.payload / 1e6:.2f} MB  {line.seconds:.0f} s"
+            for line in rounds
+        ),
+        f"federation: (ε, δ) = ({epsilon_text(rounds[-1].epsilon)}, 1e-05) per record, the maximum over sites",
+        f"accuracy on public data: {percent_text(before.accuracy)} before, {percent_text(rounds[-1].accuracy)} "
+        "after 6 rounds",
+    ]
+    shown = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("fedavg-lora on"))
+    assert shown.splitlines() == lines
 
 
 def test_tests_named_in_the_page_on_privacy_exist() -> None:
@@ -134,135 +210,64 @@ def test_every_pitfall_that_is_of_code_has_a_test_and_every_edge_a_severity() ->
 
 
 @pytest.fixture
-def the_pages_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Write the strategy of the page into a file, put it into the table, and return the row's source."""
-    source, row, _ = blocks(ROOT / "docs" / "add-a-strategy.md", "python")
-    (tmp_path / "fedavg_qr.py").write_text(source, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = dict(STRATEGIES)
-    exec(row, {"STRATEGIES": STRATEGIES, "FedAvgQR": __import__("fedavg_qr").FedAvgQR})
-    yield row
-    STRATEGIES.clear()
-    STRATEGIES.update(before)
-    sys.modules.pop("fedavg_qr")
-
-
-@pytest.mark.usefixtures("the_pages_strategy")
-@pytest.mark.parametrize("server", ["none", "adam"])
-def test_the_page_on_adding_a_strategy_works(server: str, toy_settings: dict[str, Any]) -> None:
-    run = blocks(ROOT / "docs" / "add-a-strategy.md", "python")[2]
-    settings = {**toy_settings, "rounds": 3, "server.optimizer": server}
-    namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
-    exec(f"folder = {run}", namespace)
-    lines = read_lines(RoundLine, namespace["folder"])
-    assert [line.strategy for line in lines] == ["fedavg-qr"] * 3
-
-
-def contract_tests(plugin: str, file: str, name: str, tmp_path: Path) -> int:
-    """Run the tests of ``file`` that are about the row ``name``, which ``plugin`` adds; return how many passed."""
-    (tmp_path / "the_row.py").write_text(plugin, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "the_row", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [*command, file, "-k", name],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
+def researcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that make any job of the guide a second's; reviews.csv, which it names, is where it runs."""
+    header, *rows = Path(toy_settings["data.name"]).read_text(encoding="utf-8").splitlines()
+    assert header == "text,label,author"
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,stars,author", *rows]), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    small = (
+        "model.name",
+        "model.max-length",
+        "adapter.rank",
+        "adapter.targets",
+        "head.start",
+        "precision",
+        "device",
+        "output",
     )
-    assert done.returncode == 0, done.stdout
-    return int(re.findall(r"(\d+) passed", done.stdout)[0])
+    return {**{key: toy_settings[key] for key in small}, "rounds": 1, "training.local-steps": 1, "privacy.delta": 1e-3}
 
 
-def test_the_contract_tests_cover_the_pages_strategy_as_the_page_says(the_pages_strategy: str, tmp_path: Path) -> None:
-    plugin = f"from fedavg_qr import FedAvgQR\nfrom strategies import STRATEGIES\n{the_pages_strategy}"
-    assert contract_tests(plugin, "tests/test_strategies.py", "fedavg-qr", tmp_path) >= 20
+OWN_RECORDS = {"data.name": "reviews.csv", "data.text": "review", "data.label": "stars", "data.test-size": 40}
 
 
-@pytest.fixture
-def the_pages_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Write the adapter of the page into a file, put it into the table, and return the row's source."""
-    source, row, _ = blocks(ROOT / "docs" / "add-an-adapter.md", "python")
-    (tmp_path / "output_scale.py").write_text(source, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = dict(ADAPTERS)
-    exec(row, {"ADAPTERS": ADAPTERS, "OutputScale": __import__("output_scale").OutputScale})
-    yield row
-    ADAPTERS.clear()
-    ADAPTERS.update(before)
-    sys.modules.pop("output_scale")
-
-
-@pytest.mark.usefixtures("the_pages_adapter")
-@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
-def test_the_page_on_adding_an_adapter_works(mode: str, toy_settings: dict[str, Any]) -> None:
-    run = blocks(ROOT / "docs" / "add-an-adapter.md", "python")[2]
-    settings = {**toy_settings, "privacy.mode": mode}
-    namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
-    exec(f"folder = {run}", namespace)
-    last = read_lines(RoundLine, namespace["folder"])[-1]
-    scored = evaluate_run(namespace["folder"])
-    assert (scored.accuracy, scored.loss) == (last.accuracy, pytest.approx(last.loss, rel=1e-6))
-    # Five layers in each of two blocks with 88 outputs, and a head of 2 × 16 + 2, of four bytes, from two sites.
-    assert last.bytes_up == 2 * 4 * (2 * 88 + 34), "it sends something else than z and the head"
-    assert "output-scale" in adapter_table()
-
-
-def test_the_contract_tests_cover_the_pages_adapter_as_the_page_says(the_pages_adapter: str, tmp_path: Path) -> None:
-    plugin = f"from output_scale import OutputScale\nfrom common.adapters import ADAPTERS\n{the_pages_adapter}"
-    assert contract_tests(plugin, "tests/test_adapters.py", "output-scale", tmp_path) >= 40
-
-
-def test_the_table_of_adapters_is_the_codes() -> None:
-    assert adapter_table() in (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8"), (
-        "the table in docs/strategies.md is not what the code says: put in the output of 'fedveil strategies'"
-    )
-
-
-@pytest.fixture
-def the_pages_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Write the start of the page into a file, put it into the table, and return the row's source."""
-    source, row, _ = blocks(ROOT / "docs" / "add-a-start.md", "python")
-    (tmp_path / "longest_rows.py").write_text(source, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = dict(STARTS)
-    exec(row, {"STARTS": STARTS, "LongestRows": __import__("longest_rows").LongestRows})
-    yield row
-    STARTS.clear()
-    STARTS.update(before)
-    sys.modules.pop("longest_rows")
-
-
-@pytest.mark.usefixtures("the_pages_start")
-@pytest.mark.parametrize("strategy", ["ffa-lora", "fed-sb"])
-def test_the_page_on_adding_a_start_works(strategy: str, toy_settings: dict[str, Any]) -> None:
-    run = blocks(ROOT / "docs" / "add-a-start.md", "python")[2]
-    settings = {**toy_settings, "strategy": strategy, "privacy.mode": "none"}
-    namespace: dict[str, Any] = {"run_in_process": run_in_process, "toy_settings": settings}
-    exec(f"folder = {run}", namespace)
-    lines = read_lines(RoundLine, namespace["folder"])
-    assert [line.round_number for line in lines] == [1, 2], "a start that every party derives has no round 0"
-    assert lines[0].bytes_down == lines[1].bytes_down, "something travelled once"
-    skipped, kept = (configure({**settings, "adapter.start": "longest-rows", "start.skip": n}) for n in (1, 0))
-    assert skipped.origin != kept.origin
-
-
-def test_the_tests_of_starts_cover_the_pages_start_as_the_page_says(the_pages_start: str, tmp_path: Path) -> None:
-    plugin = f"from longest_rows import LongestRows\nfrom common.starts import STARTS\n{the_pages_start}"
-    (tmp_path / "the_row.py").write_text(plugin, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "the_row", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [*command, "tests/test_starts.py", "tests/test_new_starts.py", "-k", "longest-rows"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 12, done.stdout
+def test_the_researchers_guide_ends_in_a_result(
+    researcher: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command and block of the page, in order; the runs are in process, on a tiny model and its own records."""
+    page, folder, done = ROOT / "docs" / "guide-researcher.md", Path(), []
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
+        block = block.replace("RUN_FOLDER", str(folder))
+        if language == "python":
+            if "MINILM" not in block:  # the default job's own adapter; tests/test_packaged.py loads that model
+                namespace: dict[str, Any] = {}
+                monkeypatch.setattr(
+                    "experiments.in_process.run_in_process",
+                    lambda own, sites: run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run="own"),
+                )
+                exec(block, namespace)
+                folder = namespace.get("folder", folder)
+                done.append("python")
+            continue
+        for line in block.splitlines():
+            words = [str(ROOT / word) if word.endswith(".toml") else word for word in shlex.split(line)]
+            name = words[1]
+            if words[0] == "make" or name == "compare":
+                continue
+            if name == "run":
+                texts = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-c"]
+                if "asdiv" in line:
+                    continue
+                asked = {k: v for k, v in parse_settings(texts).items() if k not in researcher}
+                folder = run_in_process({**researcher, **OWN_RECORDS, **asked}, 2, run=str(len(done)))
+            else:
+                answer = CliRunner().invoke(app, words[1:])
+                assert answer.exit_code == 0, f"{line}\n{answer.output}"
+            done.append(name)
+    assert Path("run.svg").read_text(encoding="utf-8").startswith("<svg ")
+    assert {"plan", "settings", "run", "evaluate", "report", "ledger", "python"} <= set(done)
+    assert re.search(r"^1 0\.\d+ \d+ ", capsys.readouterr().out, flags=re.M), "no line of a round was printed"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])

@@ -22,7 +22,7 @@ from common.config.text import parse_settings
 from common.errors import ConfigError, MechanismError, ModelError, ProtocolError
 from common.messages.tensors import start_fingerprint
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
@@ -34,7 +34,7 @@ OUT, INTO, RANK, ALPHA = 7, 5, 3, 6.0
 Folder = Callable[[str], str]
 each_family = pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 each_scale = pytest.mark.parametrize("scale", ["rank", "sqrt-rank"])
-FIGURES = PrivacyPlan(1.0, 1.0, sample_rate=0.5, expected_batch_size=2.0, delta=1e-3, max_epsilon=9.0)
+FIGURES = gaussian_plan(1.0, 1.0, sample_rate=0.5, expected_batch_size=2.0, delta=1e-3, max_epsilon=9.0)
 
 
 def dora(family: str = "bert", scale: str = "rank") -> DoRA:

@@ -106,14 +106,14 @@ def deviation(got: Gradient, want: Gradient) -> float:
 def samples_seen(world: World, losses: Losses, monkeypatch: pytest.MonkeyPatch) -> list[Gradient]:
     """Return each record's gradient as the mechanism sees it before the clip, all records in one padded batch."""
     seen: list[Gradient] = []
-    real = dpsgd._Mechanism.clip_and_accumulate
+    real = dpsgd.ClipAndNoise.clip_and_accumulate
 
     def spy(mechanism: Any) -> None:
         seen.extend(list(map(list, zip(*[p.grad_sample.clone() for p in mechanism.params], strict=True))))
         real(mechanism)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpsgd._Mechanism, "clip_and_accumulate", spy)
+        patch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", spy)
         released(world, [world.records], plan(clip=1e6), losses)
     return seen
 
@@ -167,7 +167,7 @@ def test_the_clip_is_joint_and_the_check_tells_a_clip_per_tensor_apart(
             lengths = sample.flatten(1).norm(dim=1).clamp(min=1e-12)
             parameter.summed_grad = torch.einsum("i,i...", (0.2 / lengths).clamp(max=1), sample)
 
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", per_tensor)
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", per_tensor)
     assert deviation(released(world, [world.records], plan(0.2)), want) > 0.1, "a clip per tensor went unnoticed"
 
 
@@ -218,7 +218,7 @@ def test_under_bfloat16_a_record_still_counts_at_most_the_clip(
             cut = torch.einsum("i,i...", (clip / lengths).clamp(max=1), parameter.grad_sample)  # all in bfloat16
             parameter.summed_grad = cut.float()
 
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", clip_in_bfloat16)
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", clip_in_bfloat16)
     rounded = [norm(released(world, [[record]], plan(clip))) for record in world.records]
     assert max(rounded) > clip * (1 + 1e-5), "norms rounded to bfloat16 went unnoticed"
 
@@ -282,13 +282,13 @@ def test_exactly_the_trained_factors_carry_gradients_and_move(
     promised = {id(p) for factors in world.model.trained().values() for p in factors.values()}
     before = {name: p.detach().clone() for name, p in named.items()}
     carrying: set[str] = set()
-    real = dpsgd._Mechanism.clip_and_accumulate
+    real = dpsgd.ClipAndNoise.clip_and_accumulate
 
     def spy(mechanism: Any) -> None:
         carrying.update(n for n, p in named.items() if getattr(p, "grad_sample", None) is not None)
         real(mechanism)
 
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", spy)
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", spy)
     with PrivateSteps(world.model.module, SGD(world.trained, lr=0.1), plan()) as steps:
         steps.step([world.batch()], world.model.losses)
     moved = {name for name, p in named.items() if not torch.equal(p.detach(), before[name])}
@@ -457,7 +457,7 @@ def test_the_check_finds_that_the_stock_clip_lets_a_nan_through(
     world_of: WorldOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = world_of("bert")
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
     want = clipped_sum([alone(world, record) for record in world.records[:-1]], 0.5)
     got = released(world, [world.records], plan(0.5), world.marked_times(float("nan")))
     assert not deviation(got, want) < 1e-5
@@ -507,13 +507,13 @@ def test_the_divisor_is_the_public_constant_whatever_the_batch(
     world = world_of("bert")
     assert divisors(world) == pytest.approx([10.0] * 4, rel=1e-5)
 
-    real = dpsgd._Mechanism.clip_and_accumulate
+    real = dpsgd.ClipAndNoise.clip_and_accumulate
 
     def realised(mechanism: Any) -> None:
         mechanism.expected_batch_size = len(mechanism.params[0].grad_sample)
         real(mechanism)
 
-    monkeypatch.setattr(dpsgd._Mechanism, "clip_and_accumulate", realised)
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", realised)
     assert divisors(world) == pytest.approx([1.0, 2.0, 4.0, 7.0], rel=1e-5), "a realised divisor went unnoticed"
 
 
@@ -792,5 +792,5 @@ def test_two_noiseless_steps_on_the_same_records_are_identical(
 def test_the_world_is_left_as_it_was(world_of: WorldOf) -> None:
     world = world_of("bert")
     before = values(world.model.module)
-    released(world, [world.records], replace(NOISY, noise_multiplier=50.0))
+    released(world, [world.records], replace(NOISY, event=NOISY.event.having(noise_multiplier=50.0)))
     assert unchanged(world.model.module, before)

@@ -19,13 +19,13 @@ from audits.tiny_models import write_reviews
 from audits.tiny_site import OneSite, clinic, pins
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Charge
+from client.ledger.rows import Charge, Receipt
 from client.policy import Policy
 from common.config.text import to_toml
 from common.errors import ConfigError, PolicyRefusal
 from common.messages.round import Refusal, Spending
 from common.messages.wire import decode_reply, encode_reply, layout_of
-from common.privacy.accounting import Release
+from common.privacy.accounting import gaussian_release
 from common.privacy.figures import epsilon_text
 from common.run_lines import ResultFile, RoundLine, read_file, read_lines
 from common.tasks.examples import Dataset
@@ -36,7 +36,7 @@ from server.admission import Admission
 from strategies.job import configure
 
 OPEN = {"privacy.mode": "none"}
-WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)
+WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_start_from_a_raw_gradient_is_an_exposure_and_no_round(site: OneSite) 
 
 
 def test_it_is_on_disk_before_a_record_is_used(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.local_training._open_steps", lambda *_: 1 / 0)
+    monkeypatch.setattr("common.privacy.no_privacy.ExposingPlan.batches", lambda *_: 1 / 0)
     one = openly(site)
     assert isinstance(one.ask(one.task(1)), Refusal)
     assert len(exposures(site)) == 1, "a round that failed may have looked at records all the same"
@@ -179,13 +179,13 @@ def texts(*numbers: int) -> Dataset:
     return Dataset("any", tuple(TextExample(text=f"record {n}", label=n % 2) for n in numbers), ("no", "yes"))
 
 
-def charge_for(path: Path, dataset: str, data: Dataset, **terms: Any) -> Charge:
+def charge_for(path: Path, dataset: str, data: Dataset, **terms: Any) -> Receipt:
     with Ledger(path) as ledger:
-        return ledger.charge(
-            *(dataset, [WHISPER]),
-            **{"run": "1", "round_number": 1, "delta": 1e-5, "max_epsilon": 8.0, "clip_norm": 1.0, **terms},
-            records=record_hashes(data, ledger.key),
+        held = {"run": "1", "round_number": 1, "delta": 1e-5, "max_epsilon": 8.0, **terms}
+        charge = Charge(
+            dataset, releases=(WHISPER,), **{k: held.pop(k) for k in ("run", "round_number", "delta", "max_epsilon")}
         )
+        return ledger.charge(charge, records=record_hashes(data, ledger.key), **held)
 
 
 def expose(path: Path, dataset: str, data: Dataset, **terms: Any) -> None:
@@ -365,7 +365,7 @@ def test_exports_hold_the_exposures(mixed: Path) -> None:
     content = json.loads(fedveil("ledger", "export", mixed)[1])
     assert [(row["run"], row["round_number"], row["steps"]) for row in content["exposures"]] == [("@sum", 3, 2)]
     rows = list(csv.DictReader(io.StringIO(fedveil("ledger", "export", mixed, "--format", "csv")[1])))
-    assert [row["kind"] for row in rows] == ["training", "without privacy"]
+    assert [row["purpose"] for row in rows] == ["training", "without privacy"]
     assert (rows[1]["count"], rows[1]["noise_multiplier"]) == ("2", "")
 
 
@@ -379,7 +379,7 @@ def test_a_round_that_was_answered_by_noise_is_shown_and_exported(tmp_path: Path
     (row,) = json.loads(fedveil("ledger", "export", path)[1])["failures"]
     assert (row["dataset"], row["run"], row["round_number"], row["reason"]) == ("ward", "late", 3, "=no time")
     rows = list(csv.DictReader(io.StringIO(fedveil("ledger", "export", path, "--format", "csv")[1])))
-    assert (rows[-1]["kind"], rows[-1]["count"], rows[-1]["noise_multiplier"]) == ("noise alone", "", "")
+    assert (rows[-1]["purpose"], rows[-1]["count"], rows[-1]["noise_multiplier"]) == ("noise alone", "", "")
 
 
 def check_that_no_cell_is_a_formula(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_run import told as stating
 from safetensors.torch import load_file
 
 from common.accountant import TRAINING, Accountant
@@ -18,6 +19,7 @@ from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainRe
 from common.messages.state import AdapterState
 from common.messages.tensors import apply
 from common.messages.wire import STYPE, decode_reply, encode_reply
+from common.privacy.events import sampled_gaussian
 from common.run_lines import ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from server.replies import LONGEST_REASON, clean, refusal
@@ -187,7 +189,7 @@ def scaled(factor: float) -> Tamper:
 
 
 def spending(**changes: Any) -> Tamper:
-    return lambda r: replace(r, spending=replace(r.spending, **changes) if r.spending else None)
+    return lambda r: replace(r, spending=stating(r.spending, **changes) if r.spending else None)
 
 
 def counted(noise_std: float) -> Tamper:
@@ -301,7 +303,7 @@ def test_a_spending_that_contradicts_the_run_is_dropped(toy_settings: dict[str, 
 
 
 def test_a_spending_in_a_run_without_privacy_is_no_claim(toy_settings: dict[str, Any]) -> None:
-    spent = Spending(TRAINING, 0.1, 0.8, 1.0, 2, 2, 1e-3, 0.5, 1.5, 8.0, 6.5, Accountant("pld", "0.6.0"))
+    spent = Spending(TRAINING, sampled_gaussian(0.8, 0.1), 2, 2, 1e-3, 0.5, 1.5, 8.0, 6.5, Accountant("pld", "0.6.0"))
     folder = run_in_process(plain(toy_settings), 3, "lie", hostile(lambda r: replace(r, spending=spent)))
     assert "without privacy" in read_lines(RoundLine, folder)[0].failures[0].reason
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from common.adapters import LoRAFrozenA
 from common.messages.round import TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
-from common.model.federated import model_of
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
@@ -256,7 +255,11 @@ def test_under_privacy_each_round_of_a_federation_is_the_servers_adam_on_b_and_t
     chosen = {**own, "strategy": "fed-svd", "fed-svd.period": period, "rounds": 4}
     job = configure(chosen)
     config = job.config
-    assert (config.privacy.on, config.server.optimizer, config.training.optimizer) == (True, "adam", "sgd")
+    assert (config.privacy.mechanism.claims, config.server.optimizer, config.training.optimizer) == (
+        True,
+        "adam",
+        "sgd",
+    )
     heard: list[tuple[TrainTask, list[TrainResult]]] = []
 
     class Listening(InProcessTransport):
@@ -270,10 +273,7 @@ def test_under_privacy_each_round_of_a_federation_is_the_servers_adam_on_b_and_t
 
     folder = run_in_process(chosen, 3, "1", Listening)
     assert [len(results) for _, results in heard] == [3] * 4
-    start = model_of(
-        *(config.model, job.adapter, config.head, config.seed),
-        *(("bad", "good"), (), config.device, config.precision),
-    ).start
+    start = job.model(("bad", "good")).start
     exported = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
 
     def weights_sent(round_number: int, layer: str) -> Tensor:
@@ -301,7 +301,7 @@ def test_under_privacy_each_round_of_a_federation_is_the_servers_adam_on_b_and_t
             t, g = t + 1, B - averaged
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.square()
             rate = config.server.learning_rate * (1 - (round_number - 1) / 4)
-            stepped = B - adams_step(m, v, t, rate, config.server.epsilon)
+            stepped = B - adams_step(m, v, t, rate, config.server.adam_tau)
             gap = float((weights_sent(round_number + 1, layer) - stepped @ A).abs().max())
             assert gap < 1e-6, f"{layer}: after round {round_number} the weights are off Adam's step by {gap:.1e}"
             if round_number % period == 0:

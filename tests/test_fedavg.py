@@ -1,4 +1,4 @@
-"""FedAvg-LoRA: its aggregation error is exactly a covariance of the factors (ALGORITHMS 1.1; A1, A2)."""
+"""FedAvg-LoRA: its aggregation error is exactly a covariance of the factors."""
 
 from __future__ import annotations
 

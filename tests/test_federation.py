@@ -12,11 +12,12 @@ from made_run import spent
 from audits.tiny_models import write_reviews
 from audits.tiny_site import pins
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
 from common.messages.wire import round_of
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import epsilon, gaussian_release
 from common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from common.strict_json import to_json
 from experiments.evaluate import evaluate_run
@@ -27,7 +28,7 @@ from strategies.job import known_settings
 from strategies.table import payload, preset_adapter
 
 PRIVACY_FIELDS = [
-    *("round", "site", "unit", "adjacency", "adversary", "sampler", "sample_rate", "noise_multiplier", "clip_norm"),
+    *("round", "site", "unit", "adjacency", "adversary", "sampler", "purpose", "event"),
     *("steps_round", "steps_total", "delta", "epsilon_round", "epsilon_total", "epsilon_budget", "epsilon_remaining"),
     *("accountant", "head"),
 ]
@@ -111,10 +112,10 @@ def test_generation_lowers_the_loss_on_held_out_completions(toy_generation: dict
 def test_epsilon_of_all_rounds_is_that_of_one_long_run(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "rounds": 3, "privacy.noise-multiplier": 1.5, "privacy.epsilon": 50.0}
     last = read_lines(PrivacyLine, run_in_process(settings, 2))[-1]
-    whole = epsilon([Release(1.5, 0.25, 6)], 1e-3)
+    whole = epsilon([gaussian_release(1.5, 0.25, 6)], 1e-3)
     assert spent(last).epsilon_total == pytest.approx(whole, abs=1e-9)
     assert spent(last).steps_total == 6
-    reset = epsilon([Release(1.5, 0.25, 2)], 1e-3)
+    reset = epsilon([gaussian_release(1.5, 0.25, 2)], 1e-3)
     assert spent(last).epsilon_total > 1.2 * reset, "a ledger that forgets between rounds would report less"
 
 
@@ -128,10 +129,7 @@ def test_a_spent_site_refuses_and_the_others_go_on(toy_settings: dict[str, Any],
     nodes = simulated_nodes(3, tmp_path / "ledgers")
     with Ledger(tmp_path / "ledgers" / "site-1.sqlite") as ledger:
         for round_number in range(1, 40):
-            ledger.charge(
-                "site-1", [Release(0.6, 0.25, 2)], run="earlier", round_number=round_number, delta=1e-3,
-                max_epsilon=1e6, clip_norm=1.0,
-            )  # fmt: skip
+            ledger.charge(Charge("site-1", "earlier", round_number, (gaussian_release(0.6, 0.25, 2),), 1e-3, 1e6))
     folder = run_in_process(toy_settings, nodes)
     first = read_lines(RoundLine, folder)[0]
     assert first.participants == ["site-0", "site-2"]
@@ -141,7 +139,7 @@ def test_a_spent_site_refuses_and_the_others_go_on(toy_settings: dict[str, Any],
 
 
 def test_the_run_ends_early_and_well_when_every_budget_is_spent(toy_settings: dict[str, Any]) -> None:
-    three_of_six = epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
+    three_of_six = epsilon([gaussian_release(1.0, 0.25, 6)], 1e-3) + 1e-6
     settings = {**toy_settings, "rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": three_of_six}
     folder = run_in_process(settings, 2)
     result = read_file(ResultFile, folder)
@@ -156,7 +154,7 @@ def test_the_run_ends_early_and_well_when_every_budget_is_spent(toy_settings: di
 def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_three(
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    policy, budget = tmp_path / "policy.toml", epsilon([Release(1.0, 0.25, 6)], 1e-3) + 1e-6
+    policy, budget = tmp_path / "policy.toml", epsilon([gaussian_release(1.0, 0.25, 6)], 1e-3) + 1e-6
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     more = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
     settings = {**toy_settings, **more, "data.labels": "bad,good"}
@@ -193,7 +191,7 @@ def test_a_site_that_may_join_three_rounds_of_six_counts_in_three_with_the_noise
     refusals = [(r.site, r.kind) for line in lines[3:] for r in line.refusals]
     assert refusals == [("site-1", "policy")] * 3
     assert read_file(ResultFile, folder).status == "completed"
-    noise = {line.site: spent(line).noise_multiplier for line in read_lines(PrivacyLine, folder)}
+    noise = {line.site: spent(line).event.noise_multiplier for line in read_lines(PrivacyLine, folder)}
     assert noise["site-1"] < 0.95 * noise["site-0"], "both have the same noise, so the test shows nothing"
     with Ledger(tmp_path / "ledgers" / "site-1.sqlite") as ledger:
         assert [entry.round_number for entry in ledger.entries()] == [1, 2, 3], "a refused round was charged"
@@ -269,13 +267,16 @@ def test_fed_sb_initialisations_cost_what_they_use(
     settings["fed-sb.init-data"] = toy_settings["data.name"]
     folder = run_in_process(settings, 2)
     lines = read_lines(PrivacyLine, folder)
-    assert [spent(line).kind for line in lines if line.round_number == 0 and line.spent] == releases * 2
+    assert [spent(line).purpose for line in lines if line.round_number == 0 and line.spent] == releases * 2
     if releases:
         with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
-            kinds = [entry.kind for entry in ledger.entries()]
+            kinds = [entry.purpose for entry in ledger.entries()]
         assert kinds == ["initialisation", "training", "training"]
         own = [line for line in lines if line.site == "site-0"]
-        whole = [Release(spent(own[0]).noise_multiplier, 0.1, 1), Release(spent(own[1]).noise_multiplier, 0.25, 4)]
+        whole = [
+            gaussian_release(spent(own[0]).event.noise_multiplier, 0.1, 1),
+            gaussian_release(spent(own[1]).event.noise_multiplier, 0.25, 4),
+        ]
         assert spent(own[-1]).epsilon_total == pytest.approx(epsilon(whole, 1e-3), abs=1e-9)
         assert spent(own[-1]).epsilon_total <= 8.0, "the training noise must leave room for the initialisation"
     lines = read_lines(RoundLine, folder)

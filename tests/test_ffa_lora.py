@@ -23,7 +23,7 @@ from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.starts import STARTS
 from common.tasks import TASKS
@@ -182,7 +182,7 @@ def test_fedveils_own_mechanism_scales_alike(monkeypatch: pytest.MonkeyPatch) ->
         draws = iter(noise)
         monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total + next(draws) * std)
         model = OneLayer(A.float(), 2.0 * c)
-        plan = PrivacyPlan(clip, 1.0, 1.0, float(len(x)), 1e-3, 8.0)
+        plan = gaussian_plan(clip, 1.0, 1.0, float(len(x)), 1e-3, 8.0)
         with PrivateSteps(model, torch.optim.SGD(model.B.parameters(), rate), plan) as steps:
             for _ in noise:
                 steps.step([x.float()], lambda batch: (model(batch) - y.float()).pow(2).sum(1) / 2)

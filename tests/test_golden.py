@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from audits.tiny_models import save_tiny_model, toy_run, write_reviews
-from client import local_training
+from common import randomness
 from common.privacy import dpsgd
 from experiments.in_process import run_in_process
 from strategies import STRATEGIES
@@ -93,7 +93,7 @@ def chance_from_a_seed() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpsgd, "add_private_noise", noised)
-        patch.setattr(local_training, "private_poisson_sample", sampled)
+        patch.setattr(randomness, "private_poisson_sample", sampled)
         yield
 
 

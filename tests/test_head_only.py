@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from audits.tiny_site import OneSite, clinic
+from audits.tiny_site import clinic
 from client import app, local_training
 from client.ledger.ledger import Ledger
 from client.rehearsal import _PLAN, rehearse, rehearse_features
@@ -117,7 +117,8 @@ def test_features_are_computed_once(model_folder: Folder, monkeypatch: pytest.Mo
     first = len(passes)
     model.featurise(records)
     model.score(records)
-    assert first and len(passes) == first
+    assert first
+    assert len(passes) == first
 
 
 def test_a_record_that_cannot_be_computed_contributes_zero_and_no_other_one_less(
@@ -224,7 +225,8 @@ def test_a_site_refuses_an_encoder_that_mixes_records_before_the_charge(
     monkeypatch.setattr(model.module, "reading", Mixing(model.module.reading, "centred by the batch"))
     app._process.model = None
     reply = site.ask(site.task())
-    assert isinstance(reply, Refusal) and "features depends" in reply.reason
+    assert isinstance(reply, Refusal)
+    assert "features depends" in reply.reason
     with Ledger(site.ledger) as ledger:
         assert not list(ledger.entries())
 
@@ -238,12 +240,13 @@ def test_the_worst_case_of_reply_after_has_the_features_in_it(
 
     def slow(model: FederatedModel) -> Any:
         timing = real(model)
-        return type(timing)({length: 1000.0 for length in timing.passes}, timing.rows, timing.empty, timing.score)
+        return type(timing)(dict.fromkeys(timing.passes, 1000.0), timing.rows, timing.empty, timing.score)
 
     monkeypatch.setattr(app, "rehearse_features", slow)
     site.rule(reply_after=60)
     reply = site.ask(site.task())
-    assert isinstance(reply, Refusal) and "reply-after" in reply.reason
+    assert isinstance(reply, Refusal)
+    assert "reply-after" in reply.reason
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -276,8 +279,13 @@ def test_only_the_head_travels(toy_settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [({"head__policy": "frozen"}, "nothing is trained"), ({"model__task": "causal-lm", "head__policy": "frozen"}, "no head")],
+    [
+        ({"head__policy": "frozen"}, "nothing is trained"),
+        ({"model__task": "causal-lm", "head__policy": "frozen"}, "no head"),
+    ],
 )
-def test_a_run_that_would_train_nothing_is_refused(toy_settings: dict[str, Any], more: dict[str, Any], said: str) -> None:
+def test_a_run_that_would_train_nothing_is_refused(
+    toy_settings: dict[str, Any], more: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
         configure(settings(toy_settings, **more))

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from common.privacy import MECHANISMS
 from common.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("common", "strategies", "client", "reports", "server", "deploy", "experiments", "cli", "audits", "faults")
 """From the lowest floor to the highest: a room imports itself and what is below it, except as said in NEVER."""
 NEVER = {("reports", "client"), ("server", "client"), ("audits", "cli"), ("faults", "cli")}
-WINGS = ("tasks", "config", "data", "messages", "adapters", "model", "privacy", "starts")
-"""The folders of ``common``, lowest first: one imports itself, the files beside them, and the wings below it.
-
-A task says what is to be loaded, and settings are checked by the table of tasks: it imports what is above only in the
-methods that load it.
-"""
+WINGS = ("tasks", "privacy", "config", "data", "messages", "adapters", "model", "starts")
+"""The folders of ``common``, lowest first: one imports itself, the files beside them, and the wings below it."""
+NAMED = {"tasks": set[str](), "privacy": {"dpsgd.py"}}
+"""Wings whose rows settings name. Settings are checked by their tables, so they are the lowest, and import what is
+above only in the methods that load it; the files here are loaded by such methods alone."""
 DOORS = {
     "flwr": {
         "audits/hostile_bundle.py",
@@ -40,8 +40,8 @@ DOORS = {
         "faults/stuttering_node.py",
     },
     "opacus": {"common/privacy/dpsgd.py"},
-    "dp_accounting": {"common/privacy/accounting.py"},
-    "sqlite3": {"client/ledger/file.py"},
+    "dp_accounting": {"common/privacy/accounting.py", "common/privacy/events.py"},
+    "sqlite3": {"client/ledger/file.py", "client/ledger/migrations.py"},
     "flwr_datasets": {"common/data/partition.py"},
     "cryptography": {
         "reports/signature.py",
@@ -96,8 +96,12 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize("wing", WINGS)
 def test_the_wings_of_common_point_one_way(wing: str) -> None:
     higher = {f"common.{other}" for other in WINGS[WINGS.index(wing) + 1 :]}
+    loaded = {f"common.{wing}.{name.removesuffix('.py')}" for name in NAMED.get(wing, ())}
     for path in sorted((ROOT / "common" / wing).rglob("*.py")):
-        names = at_import(path) if wing == "tasks" else imports(path)
+        if path.name in NAMED.get(wing, ()):
+            continue
+        names = set(at_import(path) if wing in NAMED else imports(path))
+        assert not names & loaded, f"{path.relative_to(ROOT)} imports {names & loaded} before anybody needs it"
         wrong = {name for name in names if ".".join(name.split(".")[:2]) in higher}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which are above it"
 
@@ -155,6 +159,64 @@ def test_only_tasks_know_kinds_of_records() -> None:
 )
 def test_code_that_knows_a_kind_of_task_is_found(fault: str) -> None:
     assert list(kinds_named(ast.parse(fault)))
+
+
+OTHERWISE_PRIVATE = {
+    *("common/data/packaged.py", "common/model/unpacked.py"),  # folders of the user alone
+    *("client/pins.py", "client/policy.py", "client/site.py", "deploy/container.py"),  # records that are anybody's
+    *(
+        f"deploy/{name}.py" for name in ("doctor", "files", "node_keys", "server_folder", "site_folder", "start")
+    ),  # keys
+}
+"""Files in which "private" is said of something else than a run."""
+
+
+def privacy_asked(tree: ast.AST) -> Iterator[str]:
+    """Yield what in a file's code asks whether a run is private: by its mode, a flag of that name, or a plan's absence.
+
+    What somebody needs to know beyond that is a property of the mechanism, named for what it means.
+    """
+    for node in ast.walk(tree):
+        name = next((getattr(node, field) for field in ("id", "attr", "arg") if hasattr(node, field)), None)
+        if name == "private" or (name == "on" and ast.unparse(node).endswith("privacy.on")):
+            yield ast.unparse(node)
+        if isinstance(node, ast.Compare):
+            sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            by_mode = any(side.strip("'") in MECHANISMS for side in sides) and any("mode" in side for side in sides)
+            if by_mode or ("None" in sides and any(side.split(".")[-1] in ("plan", "plans") for side in sides)):
+                yield ast.unparse(node)
+        test = getattr(node, "test", None)
+        for part in test.values if isinstance(test, ast.BoolOp) else [test]:
+            asked = part.operand if isinstance(part, ast.UnaryOp) else part
+            if isinstance(asked, ast.Name | ast.Attribute) and ast.unparse(asked).split(".")[-1] in ("plan", "plans"):
+                yield ast.unparse(part)
+
+
+def test_nobody_but_the_mechanism_asks_whether_a_run_is_private() -> None:
+    """Another mechanism is one file and one row only as long as nobody else decides by the ones there are."""
+    for path in sources():
+        name = str(path.relative_to(ROOT))
+        found = set(privacy_asked(ast.parse(path.read_text(encoding="utf-8"))))
+        if name in OTHERWISE_PRIVATE:
+            found = {what for what in found if "mode" in what or "privacy" in what or "plan" in what}
+        assert name.startswith("common/privacy/") or not found, f"{name} asks whether a run is private: {found}"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "if job.config.privacy.on: ...",
+        "fill(training, private=True)",
+        "def check(self, *, private): ...",
+        "if config.privacy.mode != 'none': ...",
+        "x = 1 if mode == 'dp-sgd' else 2",
+        "if plan is None: ...",
+        "x = plans[0] if plans else None",
+        "if task and not self.plan: ...",
+    ],
+)
+def test_code_that_asks_whether_a_run_is_private_is_found(fault: str) -> None:
+    assert list(privacy_asked(ast.parse(fault)))
 
 
 def test_accounting_knows_no_training_code() -> None:

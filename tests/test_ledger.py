@@ -23,20 +23,21 @@ from typing import Any
 
 import pytest
 
+from client.ledger import migrations
 from client.ledger import record_hashes as contents
 from client.ledger.file import APPLICATION_ID
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Charge
+from client.ledger.rows import Charge, Receipt
 from common.accountant import EVALUATION, Accountant
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import Release, epsilon, gaussian_release
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
 
 DELTA = 1e-5
-ROUND = Release(noise_multiplier=1.0, sample_rate=0.1, count=5)
-WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)
+ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)
+WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 """Cheap in privacy and quick to price."""
 # fork: a child that has to import the libraries again takes seconds to make its first charge.
 processes = multiprocessing.get_context("fork")
@@ -47,13 +48,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "site.sqlite"
 
 
-def charge(ledger: Ledger, round_number: int = 1, release: Release = ROUND, **overrides: Any) -> Charge:
-    terms = {"run": "run-1", "round_number": round_number, "delta": DELTA, "max_epsilon": 8.0, "clip_norm": 0.5}
-    return ledger.charge(overrides.pop("dataset", "ward"), [release], **{**terms, **overrides})
+def charge(ledger: Ledger, round_number: int = 1, release: Release = ROUND, **overrides: Any) -> Receipt:
+    terms = {"dataset": "ward", "run": "run-1", "delta": DELTA, "max_epsilon": 8.0, "unit": "record"}
+    terms |= {"round_number": round_number, "releases": (release,)}
+    charge = Charge(**{name: overrides.pop(name, value) for name, value in terms.items()})
+    return ledger.charge(charge, **overrides)
 
 
 def cost_of(rounds: int) -> float:
-    return epsilon([Release(ROUND.noise_multiplier, ROUND.sample_rate, rounds * ROUND.count)], DELTA)
+    return epsilon([Release(ROUND.event, rounds * ROUND.count)], DELTA)
 
 
 def check_that_rounds_sum_to_one_run(ledger: Ledger) -> None:
@@ -88,14 +91,15 @@ def test_a_ledger_that_forgets_between_rounds_is_found_out(path: Path) -> None:
 
 
 def test_what_was_charged_is_there_after_reopening_to_the_last_bit(path: Path) -> None:
-    odd = Release(noise_multiplier=1 / 3, sample_rate=0.1 + 0.2, count=7, kind="count")
+    odd = gaussian_release(noise_multiplier=1 / 3, sample_rate=0.1 + 0.2, count=7, purpose="count", clip_norm=0.1)
     with Ledger(path) as ledger:
-        charge(ledger, 3, odd, max_epsilon=1000.0, clip_norm=0.1)
+        charge(ledger, 3, odd, max_epsilon=1000.0)
     with Ledger(path) as ledger:
         assert ledger.spent("ward") == [odd]
         (entry,) = ledger.entries()
-    assert (entry.run, entry.round_number, entry.kind, entry.clip_norm) == ("run-1", 3, "count", 0.1)
-    assert (entry.noise_multiplier, entry.sample_rate, entry.count, entry.delta) == (1 / 3, 0.1 + 0.2, 7, DELTA)
+    assert (entry.run, entry.round_number, entry.purpose, entry.event.clip_norm) == ("run-1", 3, "count", 0.1)
+    figures = (entry.event.noise_multiplier, entry.event.sample_rate, entry.count, entry.delta)
+    assert figures == (1 / 3, 0.1 + 0.2, 7, DELTA)
     assert entry.charged_at.endswith("+00:00")
 
 
@@ -163,11 +167,9 @@ def test_data_sets_have_accounts_of_their_own(path: Path) -> None:
 
 
 def test_a_noised_count_is_paid_for_and_is_not_a_step(path: Path) -> None:
-    count = Release(5.0, 1.0, 1, kind="count")
+    count = gaussian_release(5.0, 1.0, 1, purpose="count")
     with Ledger(path) as ledger:
-        receipt = ledger.charge(
-            "ward", [ROUND, count], run="r", round_number=1, delta=DELTA, max_epsilon=8.0, clip_norm=1.0
-        )
+        receipt = ledger.charge(Charge("ward", "r", 1, (ROUND, count), DELTA, 8.0))
     assert (receipt.steps_round, receipt.steps_total) == (5, 5)
     assert receipt.epsilon_after == epsilon([ROUND, count], DELTA) > cost_of(1)
 
@@ -193,14 +195,14 @@ def test_a_price_that_is_no_number_is_refused(path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "terms",
-    [{"delta": 0.0}, {"max_epsilon": 0.0}, {"clip_norm": -1.0}, {"round_number": -1}, {"run": ""}, {"dataset": ""}],
+    [{"delta": 0.0}, {"max_epsilon": 0.0}, {"round_number": -1}, {"run": ""}, {"dataset": ""}],
 )
 def test_a_charge_on_impossible_terms_is_refused(path: Path, terms: dict[str, Any]) -> None:
     with Ledger(path) as ledger:
         with pytest.raises(ConfigError):
             charge(ledger, **terms)
         with pytest.raises(ConfigError, match="at least one release"):
-            ledger.charge("ward", [], run="r", round_number=1, delta=DELTA, max_epsilon=8.0, clip_norm=1.0)
+            charge(ledger, releases=())
         assert ledger.entries() == []
 
 
@@ -218,7 +220,7 @@ def test_the_file_is_its_owners_alone_and_survives_power_loss_by_its_settings(pa
     with Ledger(path) as ledger:
         charge(ledger, 1)
         settings = [
-            ledger._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+            ledger._file._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
         ]
     assert settings == ["delete", 3]  # 3 is EXTRA
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -309,7 +311,7 @@ def test_a_killed_process_leaves_every_charge_it_reported_and_no_half_one(path: 
             written = len(ledger.entries())
             # The kill may fall between the commit and the report: at most one charge per kill.
             assert reported <= written <= reported + kills
-            assert ledger.epsilon("ward", DELTA) == epsilon([Release(20.0, 0.01, written)], DELTA)
+            assert ledger.epsilon("ward", DELTA) == epsilon([gaussian_release(20.0, 0.01, written)], DELTA)
     assert reported >= kills
 
 
@@ -330,7 +332,7 @@ def write_other_database(path: Path) -> None:
 def write_newer_format(path: Path) -> None:
     Ledger(path).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 5")
+    connection.execute("PRAGMA user_version = 6")
     connection.close()
 
 
@@ -352,9 +354,8 @@ def write_impossible_figure(path: Path) -> None:
     with Ledger(path) as ledger:
         charge(ledger, 1)
     connection = sqlite3.connect(path)
-    connection.executescript(
-        "PRAGMA ignore_check_constraints = ON; DROP TRIGGER no_update; UPDATE charges SET noise_multiplier = -1;"
-    )
+    figures = ROUND.event.having(noise_multiplier=-1).text()
+    connection.executescript(f"DROP TRIGGER no_update; UPDATE charges SET figures = '{figures}';")
     connection.close()
 
 
@@ -364,7 +365,7 @@ def write_impossible_figure(path: Path) -> None:
         (write_text, "not a ledger"),
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
-        (write_newer_format, "format 5, this FedVeil reads 4"),
+        (write_newer_format, "format 6, this FedVeil reads 5"),
         (write_damaged, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
@@ -444,7 +445,7 @@ def texts(*numbers: int, column: str = "record") -> Dataset:
     return Dataset("any", tuple(examples), ("no", "yes"))
 
 
-def charge_for(path: Path, dataset: str, data: Dataset, release: Release = WHISPER, **terms: Any) -> Charge:
+def charge_for(path: Path, dataset: str, data: Dataset, release: Release = WHISPER, **terms: Any) -> Receipt:
     with Ledger(path) as ledger:
         return charge(ledger, 1, release, dataset=dataset, records=record_hashes(data, ledger.key), **terms)
 
@@ -505,6 +506,30 @@ def test_a_ledger_that_does_not_look_or_knows_the_read_columns_alone_is_found_ou
         check_that_the_same_records_stay_on_one_budget(tmp_path / "three", READINGS["the same"])
 
 
+def check_that_units_do_not_mix(path: Path) -> None:
+    """Charge records for one unit, and then, under their own name and another, for another."""
+    charge_for(path, "ward", texts(1, 2))
+    for name, records in (("ward", texts(1, 2)), ("ward", texts(7, 8)), ("clinic", texts(2, 3))):
+        with pytest.raises(PolicyRefusal, match="charged for another unit than one site") as refusal:
+            charge_for(path, name, records, unit="site")
+        assert "\n" not in str(refusal.value)
+    assert charge_for(path, "lab", texts(20, 21), unit="site").epsilon_before == 0.0
+    with pytest.raises(PolicyRefusal, match="another unit than one record"):
+        charge_for(path, "lab", texts(20, 21))
+    with Ledger(path) as ledger:
+        assert [(entry.dataset, entry.unit) for entry in ledger.entries()] == [("ward", "record"), ("lab", "site")]
+
+
+def test_charges_of_two_units_never_compose(path: Path) -> None:
+    check_that_units_do_not_mix(path)
+
+
+def test_a_ledger_that_adds_units_up_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "_hold_to_unit", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_that_units_do_not_mix(path)
+
+
 def test_data_sets_that_share_no_record_have_budgets_of_their_own(path: Path) -> None:
     charge_for(path, "ward", texts(*range(20)))
     assert charge_for(path, "clinic", texts(*range(20, 40))).epsilon_before == 0.0
@@ -520,7 +545,7 @@ def test_the_other_names_own_budget_holds_and_its_smaller_delta(path: Path) -> N
     shared = charge_for(path, "clinic", texts(2, 3), WHISPER)
     assert shared.delta == DELTA, "the other's delta is none of the caller's"
     assert (shared.steps_total, shared.max_epsilon) == (1, 8.0), "figures that are not of the data set asked for"
-    assert shared.epsilon_after == epsilon([Release(20.0, 0.01, 2)], DELTA / 10)
+    assert shared.epsilon_after == epsilon([gaussian_release(20.0, 0.01, 2)], DELTA / 10)
     assert shared.epsilon_remaining == 8.0 - shared.epsilon_after
 
 
@@ -533,7 +558,7 @@ def test_no_delta_of_a_caller_moves_another_names_limit_or_its_delta(tmp_path: P
     charge_for(path, "ward", texts(1, 2), ROUND, max_epsilon=100.0)
     receipt = charge_for(path, "clinic", texts(2, 3), ROUND, delta=DELTA * factor, max_epsilon=100.0)
     assert receipt.delta == DELTA * factor
-    assert receipt.epsilon_after == epsilon([Release(1.0, 0.1, 10)], min(DELTA, DELTA * factor))
+    assert receipt.epsilon_after == epsilon([gaussian_release(1.0, 0.1, 10)], min(DELTA, DELTA * factor))
     with Ledger(path) as ledger:
         assert ledger.terms("ward").delta == DELTA, "a run on another name made every later round dearer"
         assert [entry.delta for entry in ledger.entries() if entry.dataset == "ward"] == [DELTA, DELTA]
@@ -549,7 +574,9 @@ def check_that_no_threshold_of_a_caller_asks_for_a_shared_record(folder: Path) -
             receipt = charge_for(path, "clinic", records, ROUND, max_epsilon=budget)
             answers.append(receipt.delta)
             if records == texts(2, 3):
-                assert receipt.epsilon_after == epsilon([Release(1.0, 0.1, 10)], DELTA / 10) > receipt.max_epsilon
+                assert (
+                    receipt.epsilon_after == epsilon([gaussian_release(1.0, 0.1, 10)], DELTA / 10) > receipt.max_epsilon
+                )
                 assert receipt.epsilon_remaining == 0.0
         assert answers == [DELTA, DELTA]
 
@@ -563,7 +590,7 @@ def test_a_callers_budget_that_holds_for_other_names_is_found_out(
 ) -> None:
     sound = Ledger._prices
 
-    def everyones(self: Ledger, names: Any, releases: Any, delta: float, max_epsilon: float) -> dict[str, Charge]:
+    def everyones(self: Ledger, names: Any, releases: Any, delta: float, max_epsilon: float) -> dict[str, Receipt]:
         prices = sound(self, names, releases, delta, max_epsilon)
         return {
             name: dataclasses.replace(charge, max_epsilon=min(charge.max_epsilon, max_epsilon))
@@ -696,7 +723,11 @@ def test_several_deltas_compose_at_the_smallest(path: Path) -> None:
         charge(ledger, 1, run="b", delta=1e-6, max_epsilon=50.0)
         last = charge(ledger, 2, delta=1e-4, max_epsilon=50.0)
     assert last.delta == 1e-6
-    assert last.epsilon_after == epsilon([Release(1.0, 0.1, 15)], 1e-6) > epsilon([Release(1.0, 0.1, 15)], 1e-4)
+    assert (
+        last.epsilon_after
+        == epsilon([gaussian_release(1.0, 0.1, 15)], 1e-6)
+        > epsilon([gaussian_release(1.0, 0.1, 15)], 1e-4)
+    )
 
 
 def check_that_only_own_rounds_count(path: Path) -> None:
@@ -729,10 +760,10 @@ def test_rounds_and_steps_of_a_run_are_counted(path: Path) -> None:
         for round_number in (1, 2, 2):
             charge(ledger, round_number, WHISPER)
         charge(ledger, 1, WHISPER, run="another")
-        charge(ledger, 3, Release(9.0, 1.0, 1, kind=EVALUATION))
+        charge(ledger, 3, gaussian_release(9.0, 1.0, 1, purpose=EVALUATION))
         assert ledger.trained("ward", "run-1") == (3, 3), "a round that is charged again counts again"
         assert ledger.trained("ward", "nobody's") == (0, 0)
-        assert ledger.entries()[-1].clip_norm == 1.0, "a count is not clipped; its sensitivity is 1"
+        assert ledger.entries()[-1].event.clip_norm == 1.0, "a count is not clipped; its sensitivity is 1"
 
 
 # Ledgers of the first format.
@@ -772,7 +803,7 @@ def test_a_ledger_of_the_first_format_keeps_its_history_and_gets_the_rest(old_le
         assert ledger.key == key, "the key changed when the ledger was opened again"
         assert charge(ledger, 2).epsilon_after == cost_of(2)
         ledger.set_budget("ward", 3.0, DELTA)
-        assert ledger._connection.execute("PRAGMA user_version").fetchone()[0] == 4
+        assert ledger._file._connection.execute("PRAGMA user_version").fetchone()[0] == 5
 
 
 def layout(path: Path) -> list[tuple[str, str]]:
@@ -789,11 +820,16 @@ def test_a_migrated_ledger_has_the_layout_of_a_new_one(old_ledger: Path, tmp_pat
     assert layout(old_ledger) == layout(tmp_path / "new.sqlite")
 
 
+def half_way(db: sqlite3.Connection) -> None:
+    db.execute("DROP TABLE charges")
+    db.execute("NONSENSE")
+
+
 def test_a_migration_that_fails_half_way_leaves_the_old_ledger(
     old_ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("client.ledger.file._finish_schema", lambda _: "CREATE TABLE budgets (id);\nNONSENSE;\n")
+        patch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS[:4], half_way))
         with pytest.raises(LedgerError):
             Ledger(old_ledger)
     assert layout(old_ledger) == [("charges", "table"), ("no_delete", "trigger"), ("no_update", "trigger")]
@@ -816,11 +852,11 @@ def test_budgets_and_hashes_can_neither_be_changed_nor_removed(path: Path, table
 @pytest.mark.parametrize("steps", [3, 7, 12, 20])
 def test_a_refusal_rounds_its_figures_against_the_site(tmp_path: Path, steps: int) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        terms = {"run": "r", "delta": 1e-5, "max_epsilon": 8.0, "clip_norm": 1.0}
-        ledger.charge("clinic", [Release(0.9, 0.1, steps)], round_number=1, **terms)
+        terms = {"run": "r", "delta": 1e-5, "max_epsilon": 8.0}
+        charge(ledger, 1, gaussian_release(0.9, 0.1, steps), dataset="clinic", **terms)
         spent = ledger.epsilon("clinic", 1e-5)
         with pytest.raises(BudgetExhausted) as refused:
-            ledger.charge("clinic", [Release(0.5, 0.5, 10)], round_number=2, **terms)
+            charge(ledger, 2, gaussian_release(0.5, 0.5, 10), dataset="clinic", **terms)
     shown = re.search(r"epsilon ([0-9.]+) is spent.* ([0-9.]+) is left", str(refused.value))
     assert shown is not None
     assert spent - 1e-9 <= float(shown[1]) < spent + 1e-4, "less is shown as spent than was"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import random
 import signal
 import sqlite3
 from collections.abc import Callable
@@ -13,15 +15,17 @@ from typing import Any
 
 import pytest
 
+from client.ledger import migrations
 from client.ledger.file import only_ledger
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
+from client.ledger.ledger import Ledger, _remember
+from client.ledger.rows import Charge, Receipt
 from client.site import open_site, user_folder
-from common.config.sections import Scalar, from_mapping
+from common.config.sections import Scalar
 from common.errors import LedgerError
-from common.privacy.accounting import Release
+from common.privacy.accounting import Release, epsilon, gaussian_release
+from strategies.job import configure
 
-WHISPER = Release(noise_multiplier=20.0, sample_rate=0.01, count=1)
+WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 # fork: a child that has to import the libraries again takes seconds.
 processes = multiprocessing.get_context("fork")
 
@@ -31,17 +35,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "site.sqlite"
 
 
-def charge(path: Path, round_number: int = 1, records: frozenset[int] = frozenset(), dataset: str = "ward") -> Charge:
+def charge(path: Path, round_number: int = 1, records: frozenset[int] = frozenset(), dataset: str = "ward") -> Receipt:
     with Ledger(path) as ledger:
-        return ledger.charge(
-            *(dataset, [WHISPER]),
-            run="1",
-            round_number=round_number,
-            delta=1e-5,
-            max_epsilon=8.0,
-            clip_norm=1.0,
-            records=records,
-        )
+        return ledger.charge(Charge(dataset, "1", round_number, (WHISPER,), 1e-5, 8.0), records=records)
 
 
 def rounds(path: Path) -> list[int]:
@@ -74,14 +70,15 @@ def test_a_ledger_that_takes_two_names_is_found_out(path: Path, monkeypatch: pyt
 def charge_and_die(path: Path) -> None:
     """Charge with so many records that pages are written before the commit, and be killed there."""
     with Ledger(path) as ledger:
-        connection = ledger._connection
+        connection = ledger._file._connection
         connection.execute("PRAGMA cache_size = 5")
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(
-            "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
-            "charged_at) VALUES ('ward', '1', 9, 'training', 20.0, 0.01, 1, 1e-5, 1.0, 'now')"
+            "INSERT INTO charges (dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at) "
+            "VALUES ('ward', '1', 9, 'training', 'record', ?, ?, 1, 1e-5, 'now')",
+            (WHISPER.event.kind, WHISPER.event.text()),
         )
-        ledger._remember("ward", range(20_000))
+        _remember(connection, "ward", range(20_000))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -181,7 +178,7 @@ def default_ledger(site: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """Return the ledger of a deployed site that names none."""
     monkeypatch.setenv("XDG_DATA_HOME", str(home))
     node: dict[str, Scalar] = {"site": site, "partition-id": 0, "num-partitions": 2}
-    return open_site(node, from_mapping({"data.name": "rotten-tomatoes"}), "1", simulated=False).ledger_path
+    return open_site(node, configure({"data.name": "rotten-tomatoes"}).config, "1", simulated=False).ledger_path
 
 
 def check_that_another_name_is_no_fresh_budget(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,15 +301,22 @@ def content(path: Path) -> dict[str, Any]:
     return found
 
 
+def as_data(*row: Any) -> tuple[Any, ...]:
+    """Return a charge of format 1 to 4 as format 5 has it: its figures as data, and all else as it was."""
+    number, dataset, run, round_number, kind, noise, rate, count, delta, clip, when, *cause = row
+    figures = f'{{"clip_norm":{clip!r},"noise_multiplier":{noise!r},"sample_rate":{rate!r}}}'
+    what = (kind, "record", "sampled-gaussian", figures, count)
+    return number, dataset, run, round_number, *what, delta, when, *(cause or (None,))
+
+
 def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     second_format: Path, tmp_path: Path
 ) -> None:
     before = content(second_format)
     Ledger(second_format).close()
     after = content(second_format)
-    assert (before["format"], after["format"]) == (2, 4)
-    before["rows"]["charges"] = [(*row, None) for row in before["rows"]["charges"]]  # all of them its own
-    assert after["rows"] == before["rows"]
+    assert (before["format"], after["format"]) == (2, 5)
+    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
     Ledger(tmp_path / "new.sqlite").close()
     new = content(tmp_path / "new.sqlite")
     assert (after["names"], after["columns"]) == (new["names"], new["columns"])
@@ -328,34 +332,216 @@ def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(pat
         ledger.fail("ward", run="old", round_number=1, reason="no memory")
         assert [(row.dataset, row.round_number, row.reason) for row in ledger.failures()] == [("ward", 1, "no memory")]
     after = content(path)
-    assert (before["format"], after["format"], after["rows"]) == (3, 4, before["rows"])
+    assert (before["format"], after["format"]) == (3, 5)
+    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
     Ledger(tmp_path / "new.sqlite").close()
     new = content(tmp_path / "new.sqlite")
     assert (after["names"], after["columns"]) == (new["names"], new["columns"])
 
 
+FOURTH_FORMAT = f"""{THIRD_FORMAT}
+CREATE TABLE failures (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+    reason TEXT NOT NULL, failed_at TEXT NOT NULL
+);
+CREATE TRIGGER no_failure_update BEFORE UPDATE ON failures
+    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
+CREATE TRIGGER no_failure_delete BEFORE DELETE ON failures
+    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
+INSERT INTO failures (dataset, run, round, reason, failed_at)
+VALUES ('ward', 'old', 1, 'no memory', '2026-01-02T03:04:05+00:00');
+PRAGMA user_version = 4;
+"""
+OLD_NAMES = ("ward", "clinic", "lab")
+INSERT = (
+    "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
+    "charged_at, caused_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '2026-01-02T03:04:05+00:00', ?)"
+)
+
+
+@pytest.fixture
+def fourth_format(path: Path) -> Path:
+    """Return a ledger of format 4 with figures of many digits, all purposes, and charges that others caused."""
+    laid_out(path, FOURTH_FORMAT)
+    draw, connection = random.Random(5), sqlite3.connect(path)
+    for number in range(60):
+        name, kind = draw.choice(OLD_NAMES), draw.choice(["training", "initialisation", "evaluation", "count"])
+        figures = (draw.uniform(4.0, 30.0), draw.choice([1.0, 0.1 + 0.2, draw.uniform(1e-6, 0.1)]), draw.randint(1, 9))
+        row = (name, f"run {number % 7}", number % 5, kind, *figures, draw.choice([1e-5, 3e-6]), draw.uniform(0.1, 5.0))
+        connection.execute(INSERT, (*row, draw.choice([None, None, "elsewhere"])))
+    connection.commit()
+    connection.close()
+    return path
+
+
+def epsilons_by_columns(path: Path) -> dict[str, float]:
+    """Return what each data set of a ledger of format 4 has spent, by its columns and without the ledger's code."""
+    connection = sqlite3.connect(path)
+    spent: dict[str, list[Release]] = {}
+    for name, noise, rate, number in connection.execute(
+        "SELECT dataset, noise_multiplier, sample_rate, count FROM charges ORDER BY id"
+    ):
+        spent.setdefault(name, []).append(gaussian_release(noise, rate, number))
+    connection.close()
+    return {name: epsilon(releases, 1e-6) for name, releases in spent.items()}
+
+
+def check_that_format_5_keeps_every_charge(path: Path) -> None:
+    """Open a ledger of format 4, and hold every row, sum and price against what its columns said."""
+    before, prices = content(path), epsilons_by_columns(path)
+    with Ledger(path) as ledger:
+        assert {name: ledger.epsilon(name, 1e-6) for name in prices if name != "lab"} == {
+            name: price for name, price in prices.items() if name != "lab"
+        }, "a data set has spent something else than before"
+        assert epsilon(ledger.spent("lab"), 1e-6) == prices["lab"], "charges of an exposed data set have changed"
+        assert ledger.epsilon("lab", 1e-6) == float("inf"), "an exposure was forgotten"
+        assert [row.reason for row in ledger.failures()] == ["no memory"]
+        entries = ledger.entries()
+    after = content(path)
+    assert (before["format"], after["format"]) == (4, 5)
+    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
+    old = [(row[5], row[6], row[9], row[7]) for row in before["rows"]["charges"]]
+    new = [(e.event.noise_multiplier, e.event.sample_rate, e.event.clip_norm, e.count) for e in entries]
+    assert new == old, "a figure is another one"
+
+
+def test_a_ledger_of_the_fourth_format_keeps_every_charge_to_the_last_bit(fourth_format: Path, tmp_path: Path) -> None:
+    check_that_format_5_keeps_every_charge(fourth_format)
+    Ledger(tmp_path / "new.sqlite").close()
+    after, new = content(fourth_format), content(tmp_path / "new.sqlite")
+    assert (after["names"], after["columns"]) == (new["names"], new["columns"])
+    numbers = [row[0] for row in after["rows"]["charges"]]
+    charge(fourth_format, 9, dataset="fresh")
+    with Ledger(fourth_format) as ledger:
+        assert [entry.id for entry in ledger.entries()] == [*numbers, max(numbers) + 1], "a number was given twice"
+    connection = sqlite3.connect(fourth_format)
+    for statement in ("UPDATE charges SET figures = '{}'", "DELETE FROM charges"):
+        with pytest.raises(sqlite3.IntegrityError, match="only ever added"):
+            connection.execute(statement)
+    connection.close()
+
+
+def losing(db: sqlite3.Connection) -> None:
+    db.execute("DROP TRIGGER no_delete")
+    db.execute("DELETE FROM charges WHERE id = 7")
+    migrations.m5_releases_as_data(db)
+
+
+def rounding(db: sqlite3.Connection) -> None:
+    db.execute("DROP TRIGGER no_update")
+    db.execute("UPDATE charges SET noise_multiplier = ROUND(noise_multiplier, 6)")
+    migrations.m5_releases_as_data(db)
+
+
+def without_triggers(db: sqlite3.Connection) -> None:
+    migrations.m5_releases_as_data(db)
+    db.execute("DROP TRIGGER no_update")
+
+
+@pytest.mark.parametrize("fault", [losing, rounding, without_triggers])
+def test_a_migration_that_loses_or_changes_a_charge_is_found(
+    fourth_format: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[sqlite3.Connection], None]
+) -> None:
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS[:4], fault))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test_a_ledger_of_the_fourth_format_keeps_every_charge_to_the_last_bit(fourth_format, tmp_path)
+
+
+def test_a_step_that_garbles_a_figure_stops_and_leaves_the_old_ledger(
+    fourth_format: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, dumps = content(fourth_format), json.dumps
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            migrations.json,
+            "dumps",
+            lambda held, **_: dumps({**held, "noise_multiplier": round(held["noise_multiplier"], 9)}),
+        )
+        with pytest.raises(LedgerError, match="did not come over"):
+            Ledger(fourth_format)
+    assert content(fourth_format) == before
+
+
+UNPRICED = ("discrete-laplace", '{"noise_multiplier":9.0,"sample_rate":0.1,"clip_norm":1.0}')
+
+
+def check_that_what_has_no_price_is_never_free(path: Path, kind: str, figures: str) -> None:
+    charge(path, 1)
+    connection = sqlite3.connect(path)
+    connection.execute(
+        "INSERT INTO charges (dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at) "
+        "VALUES ('ward', 'x', 1, 'training', 'record', ?, ?, 1, 1e-5, 'now')",
+        (kind, figures),
+    )
+    connection.commit()
+    connection.close()
+    with Ledger(path) as ledger:
+        for ask in (lambda: ledger.epsilon("ward", 1e-5), lambda: ledger.spent("ward")):
+            with pytest.raises(LedgerError, match="damaged, or of another version") as refused:
+                ask()
+            assert "\n" not in str(refused.value)
+    with pytest.raises(LedgerError):
+        charge(path, 2)
+    assert rounds_raw(path) == [1, 1], "something was charged on top of what nobody can price"
+
+
+def rounds_raw(path: Path) -> list[int]:
+    return [row[3] for row in content(path)["rows"]["charges"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "figures"),
+    [
+        UNPRICED,
+        ("sampled-gaussian", '{"noise_multiplier":9.0,"sample_rate":0.1,"clip_norm":1.0,"share":0.5}'),
+        ("sampled-gaussian", '{"noise_multiplier":9.0,"sample_rate":0.1}'),
+        ("sampled-gaussian", '{"noise_multiplier":"9","sample_rate":0.1,"clip_norm":1.0}'),
+        ("sampled-gaussian", "[]"),
+        ("sampled-gaussian", "noise"),
+    ],
+    ids=["an unknown kind", "a figure more", "a figure less", "a text", "no figures", "no JSON"],
+)
+def test_a_release_in_a_ledger_that_has_no_price_is_refused_and_never_left_out(
+    path: Path, kind: str, figures: str
+) -> None:
+    check_that_what_has_no_price_is_never_free(path, kind, figures)
+
+
+def test_a_ledger_that_leaves_out_what_it_does_not_know_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = Ledger.spent
+
+    def known(ledger: Ledger, dataset: str) -> list[Release]:
+        try:
+            return spent(ledger, dataset)
+        except LedgerError:
+            return []
+
+    monkeypatch.setattr(Ledger, "spent", known)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_that_what_has_no_price_is_never_free(path, *UNPRICED)
+
+
 def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) -> None:
     """Migrate a ledger, and be killed after so many of the migration's statements."""
-    import client.ledger.file as file
 
     def some(connection: sqlite3.Connection, statements: str) -> None:
         whole = [part for part in statements.splitlines(keepends=True) if part.strip()]
         script(connection, "".join(whole[:after]))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    file._run_script = some
+    migrations.run_script = some
     Ledger(path)
 
 
 @pytest.mark.parametrize("after", [8, 12, 14])
 def test_a_migration_that_is_killed_leaves_the_old_ledger_whole(second_format: Path, after: int) -> None:
-    from client.ledger.file import _run_script
+    from client.ledger.migrations import run_script
 
     before = content(second_format)
-    child = processes.Process(target=migrate_and_die, args=(second_format, _run_script, after))
+    child = processes.Process(target=migrate_and_die, args=(second_format, run_script, after))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert content(second_format) == before
     assert rounds(second_format) == [1]
-    assert content(second_format)["format"] == 4
+    assert content(second_format)["format"] == 5

@@ -20,25 +20,25 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
+from client.ledger.rows import Charge, Receipt
 from common.accountant import PLD_INTERVAL
 from common.privacy import accounting
-from common.privacy.accounting import Release, epsilon, epsilon_with_method
+from common.privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release
 
 FINE = PLD_INTERVAL / 4
 DELTA = 1e-5
 
 
 def train(noise: float, rate: float, steps: int) -> Release:
-    return Release(noise, rate, steps)
+    return gaussian_release(noise, rate, steps)
 
 
 def initialise(noise: float, rate: float) -> Release:
-    return Release(noise, rate, 1, kind="initialisation")
+    return gaussian_release(noise, rate, 1, purpose="initialisation")
 
 
 def evaluate(noise: float, rounds: int) -> Release:
-    return Release(noise, 1.0, rounds, kind="evaluation")
+    return gaussian_release(noise, 1.0, rounds, purpose="evaluation")
 
 
 Run = list[Release]
@@ -57,13 +57,11 @@ HISTORIES: dict[str, tuple[list[Run], list[float]]] = {
 }
 
 
-def charged(folder: Path, runs: list[Run], deltas: list[float]) -> Charge:
+def charged(folder: Path, runs: list[Run], deltas: list[float]) -> Receipt:
     """Charge every run to one ledger, opened anew each time, and return the last receipt."""
     for number, (releases, delta) in enumerate(zip(runs, deltas, strict=True)):
         with Ledger(folder / "ledger.sqlite") as ledger:
-            receipt = ledger.charge(
-                "ward", releases, run=f"run-{number}", round_number=1, delta=delta, max_epsilon=500.0, clip_norm=1.0
-            )
+            receipt = ledger.charge(Charge("ward", f"run-{number}", 1, tuple(releases), delta, 500.0))
     return receipt
 
 
@@ -72,9 +70,9 @@ def independent_epsilon(releases: list[Release], delta: float) -> float:
     total = pld.identity(value_discretization_interval=FINE)
     for release in releases:
         one = pld.from_gaussian_mechanism(
-            release.noise_multiplier,
+            release.event.noise_multiplier,
             value_discretization_interval=FINE,
-            sampling_prob=release.sample_rate,
+            sampling_prob=release.event.sample_rate,
             pessimistic_estimate=True,
             use_connect_dots=True,
         )
@@ -84,7 +82,7 @@ def independent_epsilon(releases: list[Release], delta: float) -> float:
 
 def gaussian_epsilon(releases: list[Release], delta: float) -> float:
     """Full-batch Gaussians compose to one with 1/σ² summed; its delta is known exactly."""
-    mu = math.sqrt(sum(release.count / release.noise_multiplier**2 for release in releases))
+    mu = math.sqrt(sum(release.count / release.event.noise_multiplier**2 for release in releases))
 
     def excess(eps: float) -> float:
         return float(norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu)) - delta

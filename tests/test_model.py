@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from audits.worlds import plan
-from client.local_training import plain_step
 from client.optimizers import build_optimizer
 from common.adapters import ADAPTERS
-from common.config.sections import HeadConfig, ModelConfig, TrainingConfig
+from common.config.asked import RunSettings, TrainingSettings, resolve
+from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import entries, fingerprint
 from common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
 from common.model.federated import FederatedModel, model_of, score_records
+from common.model.plain import plain_step
 from common.privacy.dpsgd import PrivateSteps
 from common.starts import STARTS
 from common.starts.kaiming import Kaiming
@@ -534,7 +535,8 @@ def test_the_weights_under_an_adapter_have_the_bases_fingerprint_also_after_trai
     records, before = records_of(model), model.read()
     task = "classification" if family == "bert" else "causal-lm"
     stock = weights_fingerprint(load_base_model(model.base.name, task).module)
-    optimizer = build_optimizer(model.trained(), TrainingConfig(optimizer="adam", learning_rate=0.05, head_rate=1.0))
+    asked = RunSettings(head_rate=1.0, training=TrainingSettings(optimizer="adam", learning_rate=0.05))
+    optimizer = build_optimizer(model.trained(), resolve(asked).training)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     model.module.train()
     if private:

@@ -26,7 +26,7 @@ from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS, Start
 from common.starts.calibration import calibrated
@@ -243,7 +243,7 @@ def train_privately(A: Tensor, alpha: float, rate: float, clip: float, noise: li
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpsgd, "add_private_noise", lambda total, std: total.double() + std * next(drawn))
-        plan = PrivacyPlan(clip, 1.0, 1.0, 6.0, 1e-5, 50.0)
+        plan = gaussian_plan(clip, 1.0, 1.0, 6.0, 1e-5, 50.0)
         optimizer = torch.optim.SGD([model[1].weight], lr=rate)
         with PrivateSteps(model, optimizer, plan) as steps:
             for _ in noise:
@@ -395,7 +395,7 @@ def test_a_run_from_public_text_costs_nothing_and_sends_a_once(
     assert [line.round_number for line in lines] == [0, 1, 2]
     assert lines[0].participants == []
     spent = read_lines(PrivacyLine, folder)
-    assert all(line.spent is None or line.spent.kind == "training" for line in spent)
+    assert all(line.spent is None or line.spent.purpose == "training" for line in spent)
     once = lines[1].bytes_down - lines[2].bytes_down
     job = configure(settings)
     frozen = ServerModel(job).model.adapter.frozen

@@ -22,8 +22,9 @@ from audits.tiny_site import clinic
 from client import local_training
 from client.optimizers import build_optimizer, set_learning_rate
 from common import randomness
+from common.config.asked import from_mapping, resolve
 from common.config.schedule import learning_rate
-from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig, from_mapping
+from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig
 from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
@@ -32,7 +33,17 @@ from strategies import STRATEGIES
 from strategies.job import configure
 
 fast = settings(max_examples=25, deadline=None)
-SETTINGS = TrainingConfig(head_rate=5.0, momentum=0.8, beta2=0.95, weight_decay=0.1)
+SETTINGS = TrainingConfig(
+    local_steps=1,
+    sample_rate=0.1,
+    optimizer="sgd",
+    learning_rate=1.0,
+    head_rate=5.0,
+    schedule="constant",
+    momentum=0.8,
+    beta2=0.95,
+    weight_decay=0.1,
+)
 TRAINED = {
     "encoder.0": {"A": nn.Parameter(torch.ones(2, 3)), "B": nn.Parameter(torch.ones(4, 2))},
     HEAD: {"weight": nn.Parameter(torch.ones(2, 4)), "bias": nn.Parameter(torch.ones(2))},
@@ -120,13 +131,13 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
     for strategy in STRATEGIES:
         chosen = {**own, **data, **noise, "strategy": strategy, "rounds": 6}
         config = configure(chosen).config
-        assert config.privacy.on, "privacy is off by default"
+        assert config.privacy.mechanism.claims, "privacy is off by default"
         assert (config.server.optimizer, config.training.optimizer, config.training.local_steps) == ("adam", "sgd", 1)
         folder = run_in_process(chosen, 2, "default")
         before = read_file(BaselineFile, folder).loss
         after = read_lines(RoundLine, folder)[-1].loss
         assert after < before - 0.01, f"{strategy}: the private default takes the loss from {before:.3f} to {after:.3f}"
-        assert spent(read_lines(PrivacyLine, folder)[-1]).noise_multiplier == 1.0
+        assert spent(read_lines(PrivacyLine, folder)[-1]).event.noise_multiplier == 1.0
 
 
 def by_hand(name: str, value: float, gradients: list[float]) -> float:
@@ -182,9 +193,10 @@ def test_a_run_without_a_step_has_a_rate_all_the_same() -> None:
     assert all(learning_rate(s, 0.02, 0, 0) == 0.02 for s in SCHEDULES)
 
 
-def test_schedule_and_head_rate_belong_to_the_servers_optimiser_where_there_is_one() -> None:
-    settings = {"training.schedule": "linear", "training.head-rate": 3.0}
-    site = from_mapping({**settings, "server.optimizer": "adam"}).site_training
-    assert (site.schedule, site.head_rate) == ("constant", 1.0), "the site would apply them a second time"
-    site = from_mapping({**settings, "server.optimizer": "none"}).site_training
-    assert (site.schedule, site.head_rate) == ("linear", 3.0), "nobody would apply them"
+def test_schedule_and_head_rate_are_applied_once_by_the_optimiser_that_moves_the_model() -> None:
+    settings = {"schedule": "cosine", "head-rate": 3.0}
+    config = resolve(from_mapping({**settings, "server.optimizer": "adam"}))
+    assert (config.server.schedule, config.server.head_rate) == ("cosine", 3.0), "nobody would apply them"
+    assert (config.training.schedule, config.training.head_rate) == ("constant", 1.0), "a site would apply them again"
+    config = resolve(from_mapping({**settings, "server.optimizer": "none"}))
+    assert (config.training.schedule, config.training.head_rate) == ("cosine", 3.0), "nobody would apply them"

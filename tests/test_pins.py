@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,8 +34,9 @@ from audits.tiny_site import OneSite, clinic, pins
 from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
-from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, from_mapping, to_mapping
-from common.data.sources import DATASETS, load_dataset
+from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, to_mapping
+from common.data.sets import DATASETS
+from common.data.sources import load_dataset
 from common.errors import FedVeilError, PolicyRefusal
 from common.messages.round import Refusal
 from common.tasks import TASKS, roles_of_all
@@ -71,12 +72,12 @@ def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_faul
 
 # The table of roles.
 
-OF_TASK: Mapping[str, dict[str, Scalar]] = {
-    "classification": {"data.labels": "bad,good"},
-    "causal-lm": {"head.policy": "frozen"},
-    "image-classification": {"data.labels": "bad,good", "head.start": "zeros", "model.name": "dinov2-small"},
-}
-"""Settings that a task needs besides its columns."""
+
+def of_task(name: str) -> dict[str, Scalar]:
+    """Return settings that a task needs besides its columns."""
+    task = TASKS[name]
+    head: dict[str, Scalar] = {"data.labels": "bad,good"} if task.labelled else {"head.policy": "frozen"}
+    return head if task.worded else {**head, "head.start": "zeros", "model.name": "dinov2-small"}
 
 
 def node_for(task: str, folder: Path, settings: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -102,7 +103,7 @@ def test_every_task_has_its_roles_and_every_role_its_pin() -> None:
     ids=lambda part: getattr(part, "setting", part),
 )
 def test_another_column_of_any_role_is_refused_unread(task: str, role: Role, tmp_path: Path) -> None:
-    settings: dict[str, Scalar] = {"model.task": task, **OF_TASK[task]}
+    settings: dict[str, Scalar] = {"model.task": task, **of_task(task)}
     node = node_for(task, tmp_path, settings)
     check_job(node, configure(settings), simulated=False)
     with pytest.raises(PolicyRefusal, match=rf"has {role.setting} = .*asks for data\.{role.setting} = 'other'"):
@@ -137,7 +138,7 @@ COMPUTED = {"model.feature-scale"}
 
 def asked_of_own_records(settings: dict[str, Scalar], node: dict[str, Scalar]) -> Any:
     """Return which records a site with ``node`` reads for a run of ``settings``."""
-    return open_site(node, from_mapping(settings), "1", simulated=False).data.examples
+    return open_site(node, configure(settings).config, "1", simulated=False).data.examples
 
 
 def others(source: str) -> Iterator[tuple[str, dict[str, Scalar]]]:
@@ -178,7 +179,7 @@ def test_every_setting_of_the_model_is_pinned_or_named_or_only_computed_with() -
 
 
 def test_own_settings_are_the_columns_of_the_task_and_no_more() -> None:
-    config = from_mapping({"data.key": "postcode", "data.text": "note", "data.prompt": "q", "data.labels": "a,b"})
+    config = configure({"data.key": "postcode", "data.text": "note", "data.prompt": "q", "data.labels": "a,b"}).config
     assert own_settings(config) == DataConfig(columns=Columns({"text": "note"}), labels="a,b", partition="iid")
 
 
@@ -242,7 +243,7 @@ def test_a_site_of_its_own_records_joins_a_named_data_sets_job_which_leaves_its_
 
 def test_a_deployed_part_of_a_public_data_set_does_not_open_the_servers_test_file() -> None:
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
-    config = from_mapping({"data.partition": "iid", "data.test": "/no/such.csv"})
+    config = configure({"data.partition": "iid", "data.test": "/no/such.csv"}).config
     assert len(open_site(part, config, "1", simulated=False).data.examples) > 4000
     with pytest.raises(FedVeilError, match=r"no data set '/no/such\.csv'"):
         open_site(part, config, "1", simulated=True)

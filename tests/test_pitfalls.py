@@ -15,9 +15,19 @@ import pytest
 import torch
 
 from audits.account import PUBLIC, RECORDS, account_faults, account_site, spying
-from audits.faults import PRIVATE_SIZE, RESET, SHUFFLED, Fault
+from audits.faults import (
+    HALVED,
+    PRIVATE_SIZE,
+    RESET,
+    ROW_COUNT,
+    ROW_DIVISOR,
+    ROW_PRICE,
+    ROW_QUIET,
+    ROW_RATE,
+    SHUFFLED,
+    Fault,
+)
 from audits.tiny_site import tiny_site
-from client import local_training
 from client.ledger.ledger import Ledger
 from common.messages.round import TrainResult
 from common.privacy import dpsgd
@@ -45,7 +55,7 @@ def noise_less_than_charged() -> AbstractContextManager[Any]:
     def quieter(*args: Any, **kwargs: Any) -> PrivateSteps:
         return PrivateSteps(*args, **{**kwargs, "noise_margin": 0.9})
 
-    return patch.object(local_training, "PrivateSteps", quieter)
+    return patch.object(dpsgd, "PrivateSteps", quieter)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +66,12 @@ def noise_less_than_charged() -> AbstractContextManager[Any]:
         (PRIVATE_SIZE, "the divisor knows"),
         (SHUFFLED, "do not come from the sampler"),
         (RESET, "charged steps are not the noised steps"),
+        (ROW_QUIET, "charged steps are not the noised steps"),
+        (ROW_RATE, "do not come from the sampler at the rate"),
+        (ROW_DIVISOR, "the divisor knows"),
+        (ROW_PRICE, "carry other noise than was charged"),
+        (ROW_COUNT, "charged steps are not the noised steps"),
+        (HALVED, "carry other noise than was charged"),
     ],
     ids=lambda value: value.name if isinstance(value, Fault) else "",
 )
@@ -69,8 +85,7 @@ MARGINS = pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("
 def with_margin(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the margin be that of another device, where it is not 1."""
     if margin != 1.0:
-        for module in (local_training, dpsgd):
-            monkeypatch.setattr(module, "rounding_margin", lambda _: rounding_margin(GPU))
+        monkeypatch.setattr(dpsgd, "rounding_margin", lambda _: rounding_margin(GPU))
 
 
 @MARGINS
@@ -84,7 +99,7 @@ def test_a_round_carries_the_noise_that_was_charged_and_the_margin_of_precision_
     with Ledger(site.ledger) as ledger:
         (row,) = ledger.entries()
     assert len(spy.draws) == row.count
-    assert all(draw.noise == pytest.approx(margin * row.noise_multiplier) for draw in spy.draws)
+    assert all(draw.noise == pytest.approx(margin * row.event.noise_multiplier) for draw in spy.draws)
 
 
 @MARGINS
@@ -101,8 +116,10 @@ def test_round_0_does_what_was_charged_for_it(
     assert isinstance(reply, TrainResult), reply
     with Ledger(site.ledger) as ledger:
         (row,) = ledger.entries()
-    assert (row.kind, row.count) == ("initialisation", 1)
-    assert (row.noise_multiplier, row.sample_rate, row.clip_norm) == (7.0, 0.3, 2.5), "policy and settings did not hold"
+    assert (row.purpose, row.count) == ("initialisation", 1)
+    assert (row.event.noise_multiplier, row.event.sample_rate, row.event.clip_norm) == (7.0, 0.3, 2.5), (
+        "policy and settings did not hold"
+    )
     assert spy.samples == [(RECORDS, 0.3)], "the records were not drawn by the sampler at the rate that was charged"
     (draw,) = spy.draws
     assert (draw.noise, draw.clip) == (pytest.approx(7.0 * margin), 2.5)

@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 
-from common.config.sections import PrivacyConfig, TrainingConfig
-from common.errors import ConfigError, PrivacyError
+from common.config.asked import RunSettings, TrainingSettings, resolve
+from common.config.sections import PrivacyConfig
+from common.errors import ConfigError, MechanismError, PrivacyError
+from common.privacy import MECHANISMS
 from common.privacy.accounting import Release, epsilon
-from common.privacy.plan import PrivacyPlan
+from common.privacy.events import Event, sampled_gaussian
+from common.privacy.plan import PrivacyPlan, gaussian_plan
 
-TRAINING = TrainingConfig(local_steps=5, sample_rate=0.1)
+TRAINING = resolve(RunSettings(training=TrainingSettings(local_steps=5, sample_rate=0.1))).training
 
 
 def test_every_step_of_the_run_fits_the_budget_and_hardly_more() -> None:
@@ -28,7 +31,7 @@ def test_rounds_of_the_plan_sum_to_the_run() -> None:
 def test_a_fixed_noise_multiplier_is_used_as_it_is() -> None:
     privacy = PrivacyConfig(epsilon=3.0, noise_multiplier=0.3)
     plan = PrivacyPlan.for_run(privacy, TRAINING, total_steps=1000, public_size=500)
-    assert plan.noise_multiplier == 0.3
+    assert plan.event.noise_multiplier == 0.3
     assert epsilon([plan.release(1000)], plan.delta) > plan.max_epsilon
 
 
@@ -41,8 +44,8 @@ def test_the_divisor_is_made_of_public_figures() -> None:
 
 
 def test_the_release_carries_the_mechanisms_own_figures() -> None:
-    plan = PrivacyPlan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
-    assert plan.release(7) == Release(noise_multiplier=1.5, sample_rate=0.1, count=7, kind="training")
+    plan = gaussian_plan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
+    assert plan.release(7) == Release(sampled_gaussian(1.5, 0.1, clip_norm=0.5), 7, "training")
 
 
 def test_a_delta_that_would_let_a_record_out_is_refused_with_both_figures() -> None:
@@ -58,7 +61,7 @@ def test_a_delta_of_exactly_one_over_the_size_is_accepted() -> None:
 
 def test_a_run_without_privacy_has_no_plan() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.mode"):
-        PrivacyPlan.for_run(PrivacyConfig(mode="none"), TRAINING, total_steps=5, public_size=500)
+        MECHANISMS["none"].plan(PrivacyConfig(mode="none"), TRAINING, total_steps=5, public_size=500)
 
 
 @pytest.mark.parametrize(("total_steps", "public_size"), [(0, 500), (5, 0)])
@@ -67,14 +70,29 @@ def test_no_steps_or_no_records_are_refused(total_steps: int, public_size: int) 
         PrivacyPlan.for_run(PrivacyConfig(), TRAINING, total_steps=total_steps, public_size=public_size)
 
 
+def spoilt(plan: PrivacyPlan, field: str) -> PrivacyPlan:
+    """Return the plan with a figure of 0, its own or its event's."""
+    if field in plan.event.figures:
+        return dataclasses.replace(plan, event=plan.event.having(**{field: 0.0}))
+    return dataclasses.replace(plan, **{field: 0.0})
+
+
 @pytest.mark.parametrize("field", ["clip_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "delta"])
 def test_a_plan_with_a_zero_in_it_is_refused_by_name(field: str) -> None:
-    plan = PrivacyPlan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
+    plan = gaussian_plan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
     with pytest.raises(ConfigError, match=field.replace("_", "-")):
-        dataclasses.replace(plan, **{field: 0.0})
+        spoilt(plan, field)
 
 
 def test_a_plan_cannot_be_changed_once_made() -> None:
-    plan = PrivacyPlan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
+    plan = gaussian_plan(0.5, 1.5, 0.1, 50.0, 1e-5, 3.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.noise_multiplier = 0.1  # type: ignore[misc]
+        plan.delta = 0.1  # type: ignore[misc]
+    with pytest.raises(TypeError, match="never change"):
+        plan.event.figures["noise_multiplier"] = 0.1
+
+
+def test_a_plan_is_priced_as_what_it_does() -> None:
+    other = Event("plain-gaussian", sampled_gaussian(1.5, 0.1).figures)
+    with pytest.raises(MechanismError, match="priced as 'sampled-gaussian', not 'plain-gaussian'"):
+        PrivacyPlan(other, 1.0, 1e-5, 1.0)

@@ -18,8 +18,8 @@ from audits.tiny_models import write_reviews
 from cli.main import app
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.privacy.accounting import Release, epsilon
-from common.privacy.plan import PrivacyPlan
+from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import run_in_process
 from experiments.planner import find as plan_find
@@ -51,8 +51,8 @@ def check_that_plan_is_run(settings: dict[str, Any]) -> None:
     own = [line for line in read_lines(PrivacyLine, folder) if line.site == "site-0"]
     assert [round_.epsilon for round_ in before.rounds] == [spent(line).epsilon_total for line in own]
     assert [round_.steps for round_ in before.rounds] == [spent(line).steps_total for line in own]
-    assert before.plans[0].noise_multiplier == spent(own[-1]).noise_multiplier
-    assert before.plans[0].sample_rate == spent(own[-1]).sample_rate
+    assert before.plans[0].event.noise_multiplier == spent(own[-1]).event.noise_multiplier
+    assert before.plans[0].event.sample_rate == spent(own[-1]).event.sample_rate
     rounds = read_lines(RoundLine, folder)
     down, up = before.traffic.run(job.config.rounds, 2)
     assert sum(line.bytes_down for line in rounds) == down
@@ -145,7 +145,7 @@ def test_an_answer_stays_within_the_budget_and_the_next_one_does_not(quantity: s
     costs = []
     for value in (found.value, found.next_value):
         config = configure({**base, "privacy.noise-multiplier": 1.5, found.setting: value}).config
-        releases = [Release(config.privacy.noise_multiplier, config.training.sample_rate, config.total_steps)]
+        releases = [gaussian_release(config.privacy.noise_multiplier, config.training.sample_rate, config.total_steps)]
         costs.append(epsilon(releases, 1e-3))
     assert costs == [found.epsilon, found.next_epsilon]
     assert costs[0] <= found.budget < costs[1]
@@ -226,7 +226,7 @@ def test_the_plan_fits_80_columns_and_its_file_says_the_same(tmp_path: Path, toy
 
 def test_noise_at_the_server_is_as_long_as_drawn_noise() -> None:
     sizes, numbers = (100, 300), 2000
-    plans = [PrivacyPlan(2.0, 1.5, 0.1, 0.1 * size, 1e-5, 8.0) for size in sizes]
+    plans = [gaussian_plan(2.0, 1.5, 0.1, 0.1 * size, 1e-5, 8.0) for size in sizes]
     draw = torch.Generator().manual_seed(3)
     lengths = [
         sum(
@@ -243,7 +243,7 @@ def test_noise_at_the_server_is_as_long_as_drawn_noise() -> None:
 
 
 def test_only_a_job_whose_signal_is_surely_below_the_threshold_is_warned_of() -> None:
-    plan = PrivacyPlan(1.0, 1.0, 0.1, 10.0, 1e-5, 8.0)
+    plan = gaussian_plan(1.0, 1.0, 0.1, 10.0, 1e-5, 8.0)
     unmeasured = signal_to_noise([plan], (100,), 1, 10_000)
     assert unmeasured.run_bound == pytest.approx(0.1)
     assert unmeasured.too_low

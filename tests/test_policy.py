@@ -24,14 +24,14 @@ from client.ledger.rows import Terms
 from client.policy import Policy, load_policy
 from client.site import Site, check_job, open_site
 from common.accountant import EVALUATION
-from common.config.sections import Scalar, from_mapping, to_mapping
+from common.config.sections import Scalar, to_mapping
 from common.config.text import to_toml
 from common.data.partition import division_of
 from common.data.sources import load_dataset, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.messages.round import Spending
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import epsilon, gaussian_release
 from common.run_lines import RoundLine, read_lines
 from common.tasks.examples import Dataset
 from experiments.in_process import run_in_process, simulated_nodes
@@ -69,19 +69,19 @@ def test_the_stricter_budget_holds_and_the_noise_is_calibrated_for_it(site: OneS
     site.rule(epsilon=2.0, delta=1e-4)
     own = spent(site)
     assert (own.epsilon_budget, own.delta) == (2.0, 1e-4)
-    assert own.noise_multiplier > 2 * proposed.noise_multiplier
-    whole = epsilon([Release(own.noise_multiplier, 0.25, 4 * own.steps_round)], 1e-4)
+    assert own.event.noise_multiplier > 2 * proposed.event.noise_multiplier
+    whole = epsilon([gaussian_release(own.event.noise_multiplier, 0.25, 4 * own.steps_round)], 1e-4)
     assert 1.9 < whole <= 2.0, "the noise is not that of four rounds within the site's own budget"
 
 
 def test_a_laxer_policy_changes_nothing(site: OneSite) -> None:
     site.rule(epsilon=80.0, delta=0.02, min_noise_multiplier=0.1)
     own = spent(site)
-    assert (own.epsilon_budget, own.delta, own.noise_multiplier) == (8.0, 1e-3, 2.0)
+    assert (own.epsilon_budget, own.delta, own.event.noise_multiplier) == (8.0, 1e-3, 2.0)
 
 
 def test_two_runs_that_propose_other_budgets_share_the_stewards(site: OneSite) -> None:
-    rounds = epsilon([Release(2.0, 0.25, 4)], 1e-3) + 1e-6
+    rounds = epsilon([gaussian_release(2.0, 0.25, 4)], 1e-3) + 1e-6
     site.rule(epsilon=rounds, delta=1e-3)
     site.settings["privacy.epsilon"] = 100.0
     spent(site, run="a")
@@ -92,7 +92,7 @@ def test_two_runs_that_propose_other_budgets_share_the_stewards(site: OneSite) -
 
 def test_the_least_noise_holds(site: OneSite) -> None:
     site.rule(min_noise_multiplier=3.5)
-    assert spent(site).noise_multiplier == 3.5
+    assert spent(site).event.noise_multiplier == 3.5
 
 
 def test_rounds_and_steps_of_a_run_end_where_the_policy_says(site: OneSite) -> None:
@@ -122,7 +122,7 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
     site.settings["privacy.noise-multiplier"] = 0.0
     site.rule(max_rounds=2)
     two = spent(site)
-    assert 7.9 < epsilon([Release(two.noise_multiplier, 0.25, 2 * two.steps_round)], 1e-3) <= 8.0
+    assert 7.9 < epsilon([gaussian_release(two.event.noise_multiplier, 0.25, 2 * two.steps_round)], 1e-3) <= 8.0
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def check_that_another_column_is_no_new_budget(site: OneSite) -> None:
         site.rule()  # the steward agrees
         again = spent(site, run=str(number))
         assert again.epsilon_total > first.epsilon_total, "records have a fresh budget under another name"
-        assert again.epsilon_total == epsilon([Release(2.0, 0.25, 2 * number)], 1e-3)
+        assert again.epsilon_total == epsilon([gaussian_release(2.0, 0.25, 2 * number)], 1e-3)
     with Ledger(site.ledger) as ledger:
         assert ledger.epsilon("clinic", 1e-3) == again.epsilon_total
 
@@ -227,9 +227,9 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     assert result.noised_correct.value == round(result.noised_correct.value)
     assert site.charges() == [("1", 1, "training"), ("1", 1, EVALUATION)]
     with Ledger(site.ledger) as ledger:
-        assert ledger.entries()[1].sample_rate == 1.0
+        assert ledger.entries()[1].event.sample_rate == 1.0
     assert result.spending is not None
-    both = [Release(2.0, 0.25, result.spending.steps_round), Release(12.0, 1.0, 1)]
+    both = [gaussian_release(2.0, 0.25, result.spending.steps_round), gaussian_release(12.0, 1.0, 1)]
     assert result.spending.epsilon_total == epsilon(both, 1e-3) > epsilon(both[:1], 1e-3)
 
     monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total)
@@ -319,14 +319,14 @@ def test_the_training_noise_leaves_room_for_every_count(site: OneSite) -> None:
     site.rule(send_noised_metrics=True, metrics_noise=2.0)
     last = [spent(site, n) for n in (1, 2, 3, 4)][-1]
     assert 7.8 < last.epsilon_total <= 8.0
-    assert last.noise_multiplier > 1.01 * plain_noise(site)
+    assert last.event.noise_multiplier > 1.01 * plain_noise(site)
 
 
 def plain_noise(site: OneSite) -> float:
     site.rule(min_noise_multiplier=0.0)
     site.node.update({"ledger": str(site.ledger.with_name("plain.sqlite"))})
     site.memory.clear()
-    return spent(site, run="plain").noise_multiplier
+    return spent(site, run="plain").event.noise_multiplier
 
 
 # The file.
@@ -406,7 +406,7 @@ def test_every_rule_has_a_line_in_the_docs() -> None:
 
 def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:
     """Return the size that the first of two parts of the data set ``name`` is declared to have."""
-    config = from_mapping({"data.name": name, "data.partition": "iid", "data.test-size": 40})
+    config = configure({"data.name": name, "data.partition": "iid", "data.test-size": 40}).config
     settings: dict[str, Scalar] = {"site": "ward", "partition-id": 0, "num-partitions": 2, **node}
     return open_site(settings, config, "1", simulated=simulated).public_size
 
@@ -444,7 +444,7 @@ def test_a_part_of_what_may_be_anybodys_is_refused_before_anything_is_read(
 
 def test_one_record_more_moves_dozens_of_a_division_which_is_why(site: OneSite) -> None:
     file = Path(str(site.settings["data.name"]))
-    config = from_mapping({"data.name": str(file), "data.partition": "iid", "data.test-size": 40})
+    config = configure({"data.name": str(file), "data.partition": "iid", "data.test-size": 40}).config
     node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
 
     def texts() -> set[str]:

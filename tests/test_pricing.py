@@ -15,17 +15,18 @@ import pytest
 
 from audits.tiny_site import OneSite, clinic
 from client.ledger.ledger import PRICES, Ledger
-from client.ledger.rows import Charge, price
-from common.config.sections import PrivacyConfig, TrainingConfig
+from client.ledger.rows import Charge, Receipt, price
+from common.config.asked import RunSettings, TrainingSettings, resolve
+from common.config.sections import PrivacyConfig
 from common.errors import BudgetExhausted, ConfigError, LedgerError
 from common.privacy import accounting
-from common.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method
+from common.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
 from common.privacy.plan import PrivacyPlan
 
 DELTA = 1e-5
-ROUND = Release(noise_multiplier=1.0, sample_rate=0.1, count=5)
-TERMS: dict[str, Any] = {"run": "1", "round_number": 1, "delta": DELTA, "max_epsilon": 8.0, "clip_norm": 0.5}
-COST = [epsilon([Release(1.0, 0.1, 5 * rounds)] if rounds else [], DELTA) for rounds in range(4)]
+ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)
+TERMS: dict[str, Any] = {"run": "1", "round_number": 1, "delta": DELTA, "max_epsilon": 8.0}
+COST = [epsilon([gaussian_release(1.0, 0.1, 5 * rounds)] if rounds else [], DELTA) for rounds in range(4)]
 
 
 @pytest.fixture
@@ -33,14 +34,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "site.sqlite"
 
 
-def charge(ledger: Ledger, release: Release = ROUND, **overrides: Any) -> Charge:
-    return ledger.charge("ward", [release], **{**TERMS, **overrides})
+def charge(ledger: Ledger, release: Release = ROUND, **overrides: Any) -> Receipt:
+    held = {"dataset": "ward", "releases": (release,), **TERMS}
+    return ledger.charge(Charge(**{name: overrides.pop(name, value) for name, value in held.items()}), **overrides)
 
 
 def during_prices(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Let ``act`` happen while a charge is being priced."""
 
-    def watched(*terms: Any) -> Charge:
+    def watched(*terms: Any) -> Receipt:
         act()
         return price(*terms)
 
@@ -65,10 +67,10 @@ def test_the_lock_is_free_while_a_price_is_made(path: Path, monkeypatch: pytest.
 
 def test_a_price_under_the_lock_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def locked(ledger: Ledger, dataset: str, _: Any, *terms: Any) -> Iterator[tuple[dict[str, Charge], list[Charge]]]:
-        with ledger._transaction():
-            prices = ledger._prices([dataset], *terms)
-            yield prices, list(prices.values())
+    def locked(ledger: Ledger, own: Charge, _: Any) -> Iterator[tuple[Any, dict[str, Receipt], list[Receipt]]]:
+        with ledger._file.transaction() as db:
+            prices = ledger._prices([own.dataset], own.releases, own.delta, own.max_epsilon)
+            yield db, prices, list(prices.values())
 
     monkeypatch.setattr(Ledger, "_offer", locked)
     with pytest.raises(LedgerError, match="in use"):
@@ -102,7 +104,7 @@ def test_who_begins_to_share_records_meanwhile_is_charged_as_well(path: Path, mo
     def another() -> None:
         if next(others, None) == 1:
             with Ledger(path) as other:
-                other.charge("clinic", [ROUND], **TERMS, records=[7, 8])
+                charge(other, dataset="clinic", records=[7, 8])
 
     with Ledger(path) as ledger:
         during_prices(monkeypatch, another)
@@ -161,7 +163,7 @@ def test_figures_that_no_honest_job_has_are_refused_before_they_are_priced(
     release = {"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure}
     delta = release.pop("delta", DELTA)
     with Ledger(path) as ledger, pytest.raises(ConfigError, match=words):
-        charge(ledger, Release(**release), delta=delta)
+        charge(ledger, gaussian_release(**release), delta=delta)
 
 
 @pytest.mark.parametrize(("figure", "words"), ABSURD)
@@ -169,9 +171,10 @@ def test_a_plan_refuses_them_before_it_looks_for_a_noise(
     monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr("common.privacy.plan.noise_multiplier_for", lambda *_: pytest.fail("a price was made"))
-    before = Release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
+    before = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
+    training = resolve(RunSettings(training=TrainingSettings(sample_rate=0.1))).training
     with pytest.raises(ConfigError, match=words):
-        PrivacyPlan.for_run(PrivacyConfig(), TrainingConfig(sample_rate=0.1), 10, 100, [before])
+        PrivacyPlan.for_run(PrivacyConfig(), training, 10, 100, [before])
 
 
 @pytest.mark.parametrize(
@@ -206,9 +209,10 @@ def test_a_policy_at_such_a_delta_is_an_error(toy_settings: dict[str, Any], tmp_
 
 def test_a_ledger_that_was_charged_at_such_a_delta_once_still_opens_and_prices(path: Path) -> None:
     with Ledger(path) as ledger:
-        ledger._connection.execute(
-            "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
-            "charged_at) VALUES ('ward', '0', 1, 'training', 1.0, 0.1, 5, 1e-20, 1.0, '2026-01-02T03:04:05+00:00')"
+        ledger._file._connection.execute(
+            "INSERT INTO charges (dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at) "
+            "VALUES ('ward', '0', 1, 'training', 'record', ?, ?, 5, 1e-20, '2026-01-02T03:04:05+00:00')",
+            (ROUND.event.kind, ROUND.event.text()),
         )
         assert charge(ledger, max_epsilon=100.0).delta == 1e-20
 
@@ -219,7 +223,9 @@ def test_a_ledger_that_was_charged_at_such_a_delta_once_still_opens_and_prices(p
 def many(number: int, seed: int = 3) -> list[Release]:
     """Return so many releases of which no two are alike."""
     draw = random.Random(seed)
-    return [Release(draw.uniform(4.0, 9.0), draw.uniform(0.01, 0.02), draw.randint(1, 5)) for _ in range(number)]
+    return [
+        gaussian_release(draw.uniform(4.0, 9.0), draw.uniform(0.01, 0.02), draw.randint(1, 5)) for _ in range(number)
+    ]
 
 
 def work(releases: Sequence[Release]) -> float:
@@ -233,7 +239,7 @@ def check_that_work_is_bounded(releases: Sequence[Release]) -> None:
 @pytest.mark.parametrize("number", [1, 90, 300, 5000])
 def test_a_price_is_of_bounded_work(number: int) -> None:
     check_that_work_is_bounded(many(number))
-    check_that_work_is_bounded([Release(0.1 + 0.001 * place, 1e-6, 1) for place in range(number)])
+    check_that_work_is_bounded([gaussian_release(0.1 + 0.001 * place, 1e-6, 1) for place in range(number)])
 
 
 def test_a_price_without_that_bound_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,10 +259,14 @@ def test_a_rounded_history_costs_more_and_little_more_and_its_words_say_so(monke
     assert epsilon(list(reversed(releases)), DELTA) == value
 
 
+def flat(merged: accounting.Merged) -> list[tuple[float, float, int]]:
+    return [(event.noise_multiplier, event.sample_rate, count) for event, count in merged]
+
+
 def test_every_rounded_release_has_less_noise_and_a_higher_rate() -> None:
     for number in (140, 1000):
-        merged = accounting._merge(many(number))
-        rounded, _ = accounting._affordable(merged)
+        whole = accounting._merge(many(number))
+        merged, rounded = map(flat, (whole, accounting._affordable(whole)[0]))
         assert sum(n for _, _, n in rounded) == sum(n for _, _, n in merged), "a release is gone"
         # Sorted by noise, the worse history has at least as many releases below every noise, and above every rate.
         for noise, rate, _ in merged:

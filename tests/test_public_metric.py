@@ -150,7 +150,8 @@ def test_no_record_of_a_site_has_a_say_in_the_metric(
         return job.basis(job.begin(server.start, server.public_statistic()))
 
     first, second = basis(1), basis(2)
-    assert first.keys() == second.keys() and first
+    assert first.keys() == second.keys()
+    assert first
     assert all(torch.equal(first[layer][n], second[layer][n]) for layer in first for n in first[layer])
 
     def private(self: PublicMetric, model: FederatedModel, labels: Any = ()) -> Any:
@@ -219,7 +220,10 @@ def test_a_private_run_trains_in_the_metric_and_evaluates_as_it_scored(
     ("more", "said"),
     [
         ({"adapter__name": "lora"}, "gives no A"),
-        ({"head__metric": "public", "adapter__start": "orthonormal", "adapter__name": "lora"}, "set adapter.start to 'public-metric'"),
+        (
+            {"head__metric": "public", "adapter__start": "orthonormal", "adapter__name": "lora"},
+            "set adapter.start to 'public-metric'",
+        ),
         ({"start__outputs": "private"}, "start.outputs"),
         ({"start__clip_share": 0.0}, "start.clip-share"),
     ],
@@ -240,4 +244,5 @@ def test_a_head_at_zero_is_refused_because_no_text_has_a_gradient(model_folder: 
     config = replace(configure({"adapter.start": "public-metric", "adapter.name": "lora-metric"}).config)
     with pytest.raises(ModelError, match=r"head\.start"):
         start.from_public(model, config, LABELS)
-    assert HEAD in model.start and METRIC not in model.start
+    assert HEAD in model.start
+    assert METRIC not in model.start

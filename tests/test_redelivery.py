@@ -82,7 +82,7 @@ def test_a_node_that_lost_its_memory_pays_again(site: OneSite) -> None:
 
 def test_a_round_that_failed_after_its_charge_is_charged_again(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("client.local_training._private_steps", lambda *_: 1 / 0)
+        patch.setattr("client.local_training._local_steps", lambda *_: 1 / 0)
         reply = site.ask(site.task(1))
     assert isinstance(reply, Refusal)
     assert reply.kind == "failed"

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_tokenizer
 from audits.tiny_site import OneSite, clinic
-from client import app, local_training, rehearsal
+from client import app, rehearsal
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure
 from client.own_records import prepared
@@ -395,7 +395,7 @@ def test_without_privacy_a_failure_is_a_refusal(
 ) -> None:
     site = clinic({**toy_settings, "privacy.mode": "none"}, tmp_path)
     site.rule(allow_no_privacy=True)
-    monkeypatch.setattr(local_training, "plain_step", lambda *_: 1 / 0)
+    monkeypatch.setattr("common.model.plain.plain_step", lambda *_: 1 / 0)
     assert isinstance(site.ask(site.task()), Refusal)
 
 

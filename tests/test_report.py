@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from common.errors import BudgetExhausted, DataError
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import epsilon, gaussian_release
 from common.run_lines import AuditFile, Finding
 from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
 from reports.audits import WHOSE
@@ -67,14 +68,14 @@ def test_figures_are_those_of_the_files(made: MadeRun) -> None:
 
 def test_epsilon_is_computed_again_by_pld_and_rdp(made: MadeRun) -> None:
     north, south = report_of(made.folder).sites
-    releases = [Release(0.8, 0.05, 15)]
+    releases = [gaussian_release(0.8, 0.05, 15)]
     assert north.epsilon_recomputed == pytest.approx(epsilon(releases, DELTA), abs=1e-9)
     assert north.epsilon_rdp == pytest.approx(epsilon(releases, DELTA, method="rdp"), abs=1e-9)
     assert (north.agreement, south.agreement) == ("agrees", "agrees")
 
 
 def test_an_earlier_run_makes_the_sites_total_larger_and_is_named(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path / "run", earlier={"north": [Release(1.0, 0.05, 20)]}).start().round(1, 0.7).end()
+    run = MadeRun(tmp_path / "run", earlier={"north": [gaussian_release(1.0, 0.05, 20)]}).start().round(1, 0.7).end()
     north = report_of(run.folder).sites[0]
     assert north.agreement == "larger"
     assert "earlier runs" in north.note
@@ -101,8 +102,10 @@ def test_the_claim_holds_for_every_site_where_policies_ask_for_other_deltas(tmp_
     claimed, delta = re.findall(r"\(ε, δ\) = \(([0-9.]+), ([0-9.e-]+)\)", data.claim.sentence)[0]
     assert (float(delta), data.headline.delta) == (DELTA, DELTA)
     for site, own in noise.items():
-        assert epsilon([Release(own, 0.05, 5)], float(delta)) <= float(claimed), f"the claim does not hold for {site}"
-    assert epsilon([Release(0.8, 0.05, 5)], strict) > float(claimed), "the stricter delta would do as well"
+        assert epsilon([gaussian_release(own, 0.05, 5)], float(delta)) <= float(claimed), (
+            f"the claim does not hold for {site}"
+        )
+    assert epsilon([gaussian_release(0.8, 0.05, 5)], strict) > float(claimed), "the stricter delta would do as well"
     made = forms(run.folder)
     assert f"at δ {DELTA:g} (worst site: south)" in made["md"]
     assert f"at δ = {DELTA:g}, worst site: south" in made["html"]
@@ -112,13 +115,13 @@ def test_the_claim_holds_for_every_site_where_policies_ask_for_other_deltas(tmp_
 
 def test_other_releases_are_paid_and_have_lines_of_their_own(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run", sites={"north": 2000}).start()
-    run.release(0, "north", Release(5.0, 0.1, 1, "initialisation")).round(1, 0.7).end()
+    run.release(0, "north", gaussian_release(5.0, 0.1, 1, "initialisation")).round(1, 0.7).end()
     lines = run.lines("rounds.jsonl")
     lines[0]["noised_correct"] = [{"site": "north", "value": 1404.0, "noise_std": 30.0}]
     (run.folder / "rounds.jsonl").write_text(json.dumps(lines[0]) + "\n")
     data = report_of(run.folder)
-    assert [(r.kind, r.value) for r in data.other_releases] == [("initialisation", None), ("evaluation", 1404.0)]
-    everything = [Release(5.0, 0.1, 1), Release(1.2, 0.05, 5), Release(30.0, 1.0, 1)]
+    assert [(r.purpose, r.value) for r in data.other_releases] == [("initialisation", None), ("evaluation", 1404.0)]
+    everything = [gaussian_release(5.0, 0.1, 1), gaussian_release(1.2, 0.05, 5), gaussian_release(30.0, 1.0, 1)]
     assert data.sites[0].epsilon_recomputed == pytest.approx(epsilon(everything, DELTA), abs=1e-9)
     assert data.sites[0].steps == 5
     for form, text in forms(run.folder).items():
@@ -251,7 +254,7 @@ def test_the_json_is_canonical_and_repeatable(made: MadeRun) -> None:
     assert text == to_json(report_of(made.folder)), "two reports of the same files differ"
     value = json.loads(text)
     assert text == json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    assert value["schema"] == "fedveil-report/1"
+    assert value["schema"] == "fedveil-report/2"
     endless = replace(data, headline=replace(data.headline, epsilon=float("inf")))
     assert json.loads(to_json(endless))["headline"]["epsilon"] == "inf"
 
@@ -356,14 +359,14 @@ def ledger_file(tmp_path: Path) -> Path:
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
         ledger.set_budget("clinic", 3.0, DELTA)
-        terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 3.0, "clip_norm": 1.0}
-        ledger.charge("clinic", [Release(1.2, 0.05, 5)], round_number=1, **terms)
-        ledger.charge("clinic", [Release(1.2, 0.05, 5)], round_number=2, **terms)
+        terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 3.0}
+        ledger.charge(Charge("clinic", round_number=1, releases=(gaussian_release(1.2, 0.05, 5),), **terms))
+        ledger.charge(Charge("clinic", round_number=2, releases=(gaussian_release(1.2, 0.05, 5),), **terms))
     return path
 
 
 def test_the_steward_sees_what_is_left(ledger_file: Path) -> None:
-    spent = epsilon([Release(1.2, 0.05, 10)], DELTA)
+    spent = epsilon([gaussian_release(1.2, 0.05, 10)], DELTA)
     code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic")
     assert code == 0
     assert float(re.findall(r"ε ([\d.]+)", words)[0]) == pytest.approx(3.0 - spent, abs=1e-4)
@@ -375,7 +378,7 @@ def test_the_steward_sees_what_is_left(ledger_file: Path) -> None:
 
 
 def test_a_steward_raises_and_lowers_a_budget_on_the_record(ledger_file: Path) -> None:
-    spent = epsilon([Release(1.2, 0.05, 10)], DELTA)
+    spent = epsilon([gaussian_release(1.2, 0.05, 10)], DELTA)
     code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5")
     assert code == 0
     assert "budget ε 5 at δ 1e-05 (was 3)" in words
@@ -384,9 +387,9 @@ def test_a_steward_raises_and_lowers_a_budget_on_the_record(ledger_file: Path) -
     code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", spent / 2)
     assert code == 0
     assert "refuses every further round" in words, "a budget below what is spent was set without a word"
-    terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 100.0, "clip_norm": 1.0}
+    terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 100.0}
     with Ledger(ledger_file) as ledger, pytest.raises(BudgetExhausted):
-        ledger.charge("clinic", [Release(1.2, 0.05, 5)], round_number=3, **terms)
+        ledger.charge(Charge("clinic", round_number=3, releases=(gaussian_release(1.2, 0.05, 5),), **terms))
     shown = fedveil("ledger", "show", ledger_file)[1].splitlines()
     assert [line.split("  ")[-1] for line in shown if "budget set" in line] == [
         "budget set to ε 3, at δ 1e-05",
@@ -403,7 +406,7 @@ def test_a_smaller_delta_holds_from_then_on_and_a_larger_one_never(ledger_file: 
     words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-3")[1]
     assert "δ 1e-05 holds instead of 0.001" in words
     words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-7")[1]
-    spent = epsilon([Release(1.2, 0.05, 10)], 1e-7)
+    spent = epsilon([gaussian_release(1.2, 0.05, 10)], 1e-7)
     assert f"at δ 1e-07 (was 5); {spent:.4f} is spent" in words
 
 
@@ -446,7 +449,7 @@ def test_a_ledger_is_exported_whole(ledger_file: Path, tmp_path: Path) -> None:
     assert fedveil("ledger", "export", ledger_file, "--format", "csv", "-o", target)[0] == 0
     rows = target.read_text().splitlines()
     assert len(rows) == 3
-    assert rows[0].startswith("id,dataset,run,round_number,kind,noise_multiplier")
+    assert rows[0].startswith("id,dataset,run,round_number,purpose,unit,event,clip_norm,noise_multiplier")
     assert fedveil("ledger", "export", ledger_file, "--format", "xml")[0] == 1
     assert fedveil("ledger", "export", ledger_file, "-o", tmp_path / "no" / "where")[0] == 1
 
@@ -455,13 +458,13 @@ def test_the_ledger_shows_charges_and_budget(ledger_file: Path) -> None:
     code, words = fedveil("ledger", "show", ledger_file)
     assert code == 0
     assert "of 3 at δ 1e-05" in words
-    assert words.count("5 × (noise 1.2, sample rate 0.05)") == 2
+    assert words.count("5 × sampled-gaussian (clip norm 1, noise multiplier 1.2, sample rate 0.05)") == 2
 
 
 @pytest.mark.parametrize("absurd", [1e200, 1e-200])
 def test_figures_beyond_arithmetic_make_the_figure_infinite_and_stop_no_report(made: MadeRun, absurd: float) -> None:
     lines = made.lines("privacy.jsonl")
-    lines[-1]["noise_multiplier"] = absurd
+    lines[-1]["event"]["figures"]["noise_multiplier"] = absurd
     (made.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert federation_epsilon(made.folder) == math.inf
     for form, text in forms(made.folder).items():

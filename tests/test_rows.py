@@ -17,9 +17,9 @@ from audits.faults import SOUND, Fault
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic
-from client import local_training
 from client.ledger.ledger import Ledger
 from client.outgoing import UNTOLD
+from common import randomness
 from common.config.sections import Columns, DataConfig
 from common.data.sources import Reading, load_dataset, load_protected
 from common.errors import DataError, LedgerError, UnreadableFile
@@ -86,7 +86,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     for module in (dpsgd, client.evaluation):
         monkeypatch.setattr(module, "add_private_noise", noised)
-    monkeypatch.setattr(local_training, "private_poisson_sample", every_third)
+    monkeypatch.setattr(randomness, "private_poisson_sample", every_third)
     return lambda: generator.manual_seed(5) and None
 
 
@@ -168,7 +168,7 @@ def test_an_odd_cell_of_a_parquet_file_is_a_row_that_is_no_record(tmp_path: Path
 
 
 def told(load: Callable[[DataConfig, str], object], questions: list[DataConfig]) -> set[str]:
-    """Play C2 of the hostile server: return how rounds whose labels or columns ask about records would end."""
+    """Play the hostile server: return how rounds whose labels or columns ask about records would end."""
 
     def ending(question: DataConfig) -> str:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.config.sections import RunConfig, ServerConfig, TrainingConfig
+from common.config.asked import RunSettings, ServerSettings, resolve
 from common.messages.state import HEAD, AdapterState
 from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
@@ -16,10 +16,13 @@ from strategies import STRATEGIES, Contribution, Moments, ServerState
 from strategies.fed_svd import FedSVD
 from strategies.ffa_lora import FFALoRA
 
-CONFIG = RunConfig(
-    rounds=6,
-    server=ServerConfig(optimizer="adam", learning_rate=0.05, epsilon=1e-3),
-    training=TrainingConfig(head_rate=3.0, schedule="linear"),
+CONFIG = resolve(
+    RunSettings(
+        rounds=6,
+        schedule="linear",
+        head_rate=3.0,
+        server=ServerSettings(optimizer="adam", learning_rate=0.05, adam_tau=1e-3),
+    )
 )
 
 
@@ -74,7 +77,7 @@ def test_one_plain_step_at_unequal_sites_makes_the_servers_adam_centralised_adam
 
 def test_without_an_optimiser_the_average_is_the_new_model() -> None:
     averaged = ServerState(1, start(1), ("B",))
-    config = replace(CONFIG, server=ServerConfig(optimizer="none"))
+    config = replace(CONFIG, server=replace(CONFIG.server, optimizer="none"))
     assert server_step(config, ServerState(0, start(), ("B",)), averaged) is averaged
 
 

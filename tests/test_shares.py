@@ -11,14 +11,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_run import told
 from test_admission import DEAR_START, NUMBERS, STATE, answer, plan
 
 from common.errors import BudgetExhausted, ConfigError
 from common.messages.round import TrainResult
 from common.messages.tensors import l2_norm
+from common.privacy import MECHANISMS
 from server import aggregation
 from server.admission import Admission
-from server.aggregation import LONGEST, LONGEST_OPEN, capped, contributions
+from server.aggregation import capped, contributions
 from server.plausible import honest_norm, largest_norm
 from server.terms import least_plan, usual_noise
 from strategies import ServerState
@@ -28,10 +30,12 @@ PRIVATE: dict[str, Any] = {"server.optimizer": "none", "training.optimizer": "sg
 OPEN: dict[str, Any] = {**PRIVATE, "privacy.mode": "none"}
 NOISE_TIMES = {"noise": 100.0, "boundless noise": 1e5}
 
+LONGEST, LONGEST_OPEN = MECHANISMS["dp-sgd"].longest, MECHANISMS["none"].longest
+
 
 def round_of(job: Job, sites: int = 4, **told: Any) -> list[TrainResult]:
     """Return what honest sites of one size send in round 1: noise of the size that they tell, each its own."""
-    if job.config.privacy.on:
+    if job.mechanism.charged:
         results = [answer(job, plan(job), **told) for _ in range(sites)]
     else:
         results = [replace(answer(configure(PRIVATE), plan(configure(PRIVATE))), spending=None) for _ in range(sites)]
@@ -71,8 +75,8 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 def liar_among(job: Job, lie: str) -> list[TrainResult]:
     *honest, last = round_of(job)
     if lie in NOISE_TIMES and last.spending:
-        told = replace(last.spending, noise_multiplier=NOISE_TIMES[lie] * plan(job).noise_multiplier)
-        last = replace(last, spending=told)
+        spent = told(last.spending, noise_multiplier=NOISE_TIMES[lie] * plan(job).event.noise_multiplier)
+        last = replace(last, spending=spent)
     return [*honest, long_as_allowed(job, last)]
 
 
@@ -116,7 +120,7 @@ def test_equal_noise_weighs_by_public_sizes_to_the_last_bit() -> None:
 
 def test_weights_are_sizes_over_told_variances_and_less_noise_than_the_runs_buys_nothing() -> None:
     job = configure(PRIVATE)
-    usual = plan(job).noise_multiplier
+    usual = plan(job).event.noise_multiplier
     results = [answer(job, plan(job), noise_multiplier=usual * times) for times in (1.0, 2.0, 0.7)]
     weights = [c.weight for c in contributions(job, results, STATE)]
     assert [w / weights[0] for w in weights] == pytest.approx([1.0, 0.25, 1.0])
@@ -167,7 +171,7 @@ def test_one_site_alone_is_all_of_the_average_and_stays_as_long_as_it_is() -> No
 def test_the_runs_own_noise_is_what_a_site_without_rules_adds() -> None:
     for settings in (PRIVATE, DEAR_START, {"privacy.noise-multiplier": 2.0}):
         job = configure(settings)
-        assert usual_noise(job, answer(job, plan(job))) == plan(job).noise_multiplier
+        assert usual_noise(job, answer(job, plan(job))) == plan(job).event.noise_multiplier
 
 
 def test_a_run_whose_budget_is_too_small_for_every_round_weighs_by_the_least_noise() -> None:
@@ -175,7 +179,7 @@ def test_a_run_whose_budget_is_too_small_for_every_round_weighs_by_the_least_noi
     with pytest.raises(BudgetExhausted):  # a site whose policy counts on fewer rounds may have answered
         plan(job)
     reply = answer(job, plan(configure(PRIVATE)))
-    assert usual_noise(job, reply) == least_plan(job, reply).noise_multiplier
+    assert usual_noise(job, reply) == least_plan(job, reply).event.noise_multiplier
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])

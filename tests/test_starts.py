@@ -60,7 +60,7 @@ def test_records_are_used_by_no_start_that_a_private_run_does_not_pay_for(name: 
 
 def test_what_needs_records_without_privacy_is_refused_whatever_its_row_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     careless = dataclasses.make_dataclass("Careless", [], bases=(STARTS["private-gradient"],), frozen=True)
-    careless.name, careless.check = "careless", Start.check  # type: ignore[attr-defined]
+    careless.name, careless.check, careless.unfit = "careless", Start.check, Start.unfit  # type: ignore[attr-defined]
     monkeypatch.setitem(STARTS, "careless", careless)
     with pytest.raises(ConfigError, match="'careless' uses private records without privacy"):
         configure({"adapter.start": "careless"})

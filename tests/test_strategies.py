@@ -124,7 +124,7 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def order_matters(strategy: Strategy, update: Update) -> float:
-    """G1: how far the new model moves when the sites are permuted."""
+    """How far the new model moves when the sites are permuted."""
     state = started(strategy)
     sites = participants(strategy, state, [2, 3, 4])
     results = [weights_of(strategy, update(state, s).adapter) for s in (sites, sites[::-1], sites[1:] + sites[:1])]
@@ -132,7 +132,7 @@ def order_matters(strategy: Strategy, update: Update) -> float:
 
 
 def splitting_matters(strategy: Strategy, update: Update) -> float:
-    """G1: how far the new model moves when one site is split into two equal halves."""
+    """How far the new model moves when one site is split into two equal halves."""
     state = started(strategy)
     first, second = participants(strategy, state, [2, 3])
     halves = [replace(second, site=f"half-{i}", weight=second.weight / 2) for i in range(2)]
@@ -141,7 +141,7 @@ def splitting_matters(strategy: Strategy, update: Update) -> float:
 
 
 def identical_sites_move(strategy: Strategy, update: Update) -> float:
-    """G2: how far the new model is from the one model that all sites sent."""
+    """How far the new model is from the one model that all sites sent."""
     state = started(strategy)
     model = trained_model(strategy, state, 5)
     same = [contribution(strategy, model, weight, f"site-{weight}") for weight in (1.0, 2.5, 40.0)]
@@ -395,6 +395,8 @@ def test_a_strategy_that_needs_each_contribution_gets_them_and_one_that_needs_th
     given: list[AdapterState] = []
 
     class Watching(Average):
+        name = "watching"
+
         def update(self, state: ServerState, mean: AdapterState) -> ServerState:
             given.append(mean)
             return super().update(state, mean)

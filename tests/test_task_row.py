@@ -25,7 +25,8 @@ from audits.tiny_site import OneSite
 from cli.column_options import with_columns
 from client.own_records import prepared
 from common import tasks
-from common.config.sections import from_mapping, to_mapping
+from common.config.asked import from_mapping
+from common.config.sections import to_mapping
 from common.data.sources import load_dataset, load_protected
 from common.errors import ConfigError, DataError
 from common.messages.round import Refusal, TrainResult

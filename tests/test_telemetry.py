@@ -23,11 +23,13 @@ from audits.tiny_site import OneSite, clinic
 from client import local_training
 from client.app import train
 from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
+from common import randomness
 from common.accountant import Accountant, Detour
 from common.errors import DataError, FedVeilError, MechanismError
 from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult
 from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
 from common.privacy import dpsgd
+from common.privacy.events import Event
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {
@@ -40,10 +42,8 @@ FIELDS: dict[type, dict[str, str]] = {
         "noised_correct": "see below",
     },
     Spending: {
-        "kind": "from the task",
-        "sample_rate": "from the configuration",
-        "noise_multiplier": "from configuration, policy and public size",
-        "clip_norm": "from the configuration",
+        "purpose": "from the task",
+        "event": "see below",
         "steps_round": "from the configuration",
         "steps_total": "the ledger's sum of such figures",
         "delta": "from configuration, policy and ledger",
@@ -53,6 +53,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "epsilon_remaining": "their difference",
         "accountant": "see below",
     },
+    Event: {"kind": "the mechanism's", "figures": "from configuration, policy and public size"},
     Accountant: {
         "method": "follows from such figures",
         "version": "of an installed package",
@@ -189,7 +190,7 @@ def test_refusals_are_made_of_listed_fields_and_quote_no_record(
 
     site.node["ledger"] = str(tmp_path / "fresh.sqlite")
     site.rule()
-    monkeypatch.setattr(local_training, "_private_steps", quote)
+    monkeypatch.setattr(local_training, "_local_steps", quote)
     collect(site.ask(site.task()))
     assert set(refusals) == {"task", "policy", "budget", "failed"}
     assert "fedveil ledger show <ledger>" in refusals["budget"].reason
@@ -209,7 +210,7 @@ def counting(kind: type[Exception]) -> Callable[..., None]:
 def test_a_failure_after_the_charge_is_the_same_refusal_whatever_the_records(
     kind: type[Exception], toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_training, "_private_steps", counting(kind))
+    monkeypatch.setattr(local_training, "_local_steps", counting(kind))
     refusals = []
     for records in (40, 39):
         site = clinic(toy_settings, tmp_path, records, records)
@@ -377,7 +378,7 @@ def shape_of(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, 
 
     with monkeypatch.context() as patch:
         patch.setattr(dpsgd, "add_private_noise", noised)
-        patch.setattr(local_training, "private_poisson_sample", lambda size, rate: torch.arange(0, size, 4))
+        patch.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(0, size, 4))
         found = dict(leaves(encode_reply(site.train())))
     return found, found.pop("array adapter/state data")
 

@@ -21,7 +21,6 @@ from client.site import Site
 from common.messages.round import TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import fingerprint, merge, start_fingerprint
-from common.model.federated import model_of
 from common.privacy import dpsgd
 from common.tasks.examples import Dataset
 from strategies import STRATEGIES, Contribution
@@ -64,10 +63,10 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
         {
             **settings,
             **extra,
-            "strategy": name.split(",")[0],
+            "strategy": name.split(",", maxsplit=1)[0],
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
-            "training.schedule": "constant",
+            "schedule": "constant",
             "training.local-steps": 1,
             "privacy.clip-norm": 0.5,
             "privacy.noise-multiplier": 3.0,
@@ -75,10 +74,7 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
         }
     )
     config = job.config
-    model = model_of(
-        *(config.model, job.adapter, config.head, config.seed),
-        *(("bad", "good"), (), config.device, config.precision),
-    )
+    model = job.model(("bad", "good"))
     state = job.start(model.start)
     # From a B that is not 0, and for FedSVD from factors that it has turned.
     moved = {

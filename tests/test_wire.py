@@ -22,7 +22,7 @@ from common.messages import wire
 from common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
-    SPENDING_KINDS,
+    SPENDING_PURPOSES,
     NoisedCount,
     Refusal,
     Reply,
@@ -51,6 +51,7 @@ from common.messages.wire import (
     round_of,
 )
 from common.packed import Form
+from common.privacy.events import EVENTS, Event, sampled_gaussian
 
 fast = settings(max_examples=25, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -88,11 +89,12 @@ def states(draw: st.DrawFn) -> AdapterState:
 @st.composite
 def spendings(draw: st.DrawFn) -> Spending:
     kinds = {
-        "str": st.sampled_from(SPENDING_KINDS),
+        "str": st.sampled_from(SPENDING_PURPOSES),
         "int": st.integers(0, 10**6),
         "float": figures,
         "Endless": figures | st.just(math.inf),
         "Accountant": accountants,
+        "Event": st.builds(sampled_gaussian, figures, figures, figures),
     }
     return Spending(**{item.name: draw(kinds[str(item.type)]) for item in dataclasses.fields(Spending)})
 
@@ -210,7 +212,7 @@ STATE: AdapterState = {
     "head": {"bias": torch.zeros(1)},
 }
 LAYOUT: Layout = layout_of(STATE)
-SPENDING = Spending("training", 0.1, 0.8, 1.0, 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5, ACCOUNTANT)
+SPENDING = Spending("training", sampled_gaussian(0.8, 0.1), 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5, ACCOUNTANT)
 TASK = TrainTask("17", 3, STATE, {"l": {"A": torch.ones(2, 2)}}, ONCE, BASE, START)
 RESULT = TrainResult("17", 3, "site-0", 500, STATE, SPENDING)
 REFUSAL = Refusal("17", 3, "site-0", "budget", "spent")
@@ -275,7 +277,7 @@ def test_a_message_without_header_or_of_another_protocol_is_refused(message: str
     for bad in (
         record,
         RecordDict(),
-        *(with_header(make(), protocol=v) for v in (0, 1, 2, 4, -1, "2", [2], 2.0, True, None)),
+        *(with_header(make(), protocol=v) for v in (0, 1, 2, 3, 5, -1, "4", [4], 4.0, True, None)),
     ):
         with pytest.raises(ProtocolError):
             read(bad)
@@ -365,9 +367,9 @@ def test_half_a_surrogate_pair_does_not_keep_a_refusal_from_arriving() -> None:
 
 
 SPENT_AT = body(encode_reply(RESULT)).index(_pack_spending(SPENDING))
-FIGURES = [*range(1, 25, 8), *range(37, 77, 8)]
-"""Where the floats of a packed spending begin."""
-TOTAL_AT = 53
+FIGURES = [*range(13, 53, 8), *range(61, 85, 8)]
+"""Where the floats of a packed spending begin: its own, and those of its event, behind the hash of their names."""
+TOTAL_AT, ACCOUNTANT_AT = 29, 85
 """Where its total is, which is infinite after a release without privacy."""
 
 
@@ -384,10 +386,37 @@ def test_a_privacy_figure_that_is_negative_or_not_finite_is_refused(position: in
         read_reply(told)
 
 
-@pytest.mark.parametrize(("position", "code"), [(0, len(SPENDING_KINDS)), (0, 255), (77, 2), (77, 255)])
+@pytest.mark.parametrize(
+    ("position", "code"), [(0, len(SPENDING_PURPOSES)), (0, 255), (ACCOUNTANT_AT, 2), (ACCOUNTANT_AT, 255)]
+)
 def test_a_spending_of_an_unknown_kind_or_accountant_is_refused(position: int, code: int) -> None:
     with pytest.raises(ProtocolError, match="unknown"):
         read_reply(with_bytes(encode_reply(RESULT), SPENT_AT + position, bytes([code])))
+
+
+FOREIGN = {
+    "a kind that has no row": Event("discrete-laplace", SPENDING.event.figures),
+    "a figure more": Event("sampled-gaussian", {**SPENDING.event.figures, "share": 0.5}),
+    "a figure less": Event("sampled-gaussian", {"noise_multiplier": 0.8, "sample_rate": 0.1}),
+    "another figure": Event("sampled-gaussian", {"noise": 0.8, "sample_rate": 0.1, "clip_norm": 1.0}),
+    "none": Event("sampled-gaussian", {}),
+}
+
+
+@pytest.mark.parametrize("event", FOREIGN.values(), ids=FOREIGN)
+def test_a_release_that_has_no_price_here_is_refused_with_its_whole_reply(event: Event) -> None:
+    record = encode_reply(replace(RESULT, spending=replace(SPENDING, event=event)))
+    with pytest.raises(ProtocolError, match="unknown kind, or has other figures"):
+        read_reply(record)
+
+
+def test_an_event_travels_by_the_names_of_its_figures_whatever_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    swapped = Event(SPENDING.event.kind, dict(reversed(list(SPENDING.event.figures.items()))))
+    assert wire._pack_event(swapped) == wire._pack_event(SPENDING.event)
+    assert wire._pack_event(swapped)[8:] == struct.pack("<3d", 1.0, 0.8, 0.1), "clip, noise, rate: the order of names"
+    monkeypatch.delitem(EVENTS, "sampled-gaussian")
+    with pytest.raises(ProtocolError, match="unknown kind"):
+        read_reply(encode_reply(RESULT))
 
 
 def test_a_result_with_parts_that_this_version_does_not_know_is_refused() -> None:
@@ -396,16 +425,18 @@ def test_a_result_with_parts_that_this_version_does_not_know_is_refused() -> Non
 
 
 def test_the_order_of_a_dataclass_changes_no_byte_and_its_fields_are_held_to_the_table() -> None:
-    by_hand = struct.pack("<B3dIQ5d", 0, 0.1, 0.8, 1.0, 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5)
+    by_hand = struct.pack("<BIQ5d", 0, 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5)
     assert wire._SPENT.pack(SPENDING) == by_hand
     table = wire._SPENT._table
     assert wire._SPENT.unpack(by_hand) == {name: getattr(SPENDING, name) for name in table}
     backwards = [field.name for field in reversed(dataclasses.fields(Spending))]
     reordered = dataclasses.make_dataclass("Reordered", backwards)
     value = reordered(*(getattr(SPENDING, name) for name in backwards))
-    assert Form(reordered, table, besides=("accountant",)).pack(value) == by_hand
+    assert Form(reordered, table, besides=("event", "accountant")).pack(value) == by_hand
     # Planted fault: packed by the order of the fields, the same spending has other bytes or none.
-    by_place = Form(reordered, {name: table[name] for name in backwards if name in table}, besides=("accountant",))
+    by_place = Form(
+        reordered, {name: table[name] for name in backwards if name in table}, besides=("event", "accountant")
+    )
     assert by_place.pack(value) != by_hand
 
 
@@ -418,7 +449,7 @@ def test_a_table_that_lacks_a_field_or_has_an_unknown_one_is_an_error_where_it_i
 
 
 def test_an_accountant_travels_in_eight_bytes_and_says_the_same_at_the_other_end() -> None:
-    assert len(_pack_spending(SPENDING)) == wire._SPENT.size + 8
+    assert len(_pack_spending(SPENDING)) == wire._SPENT.size + len(wire._pack_event(SPENDING.event)) + 8
     for accountant in (ACCOUNTANT, replace(ACCOUNTANT, method="rdp", detour=DETOUR)):
         got = read_reply(encode_reply(replace(RESULT, spending=replace(SPENDING, accountant=accountant))))
         assert isinstance(got, TrainResult)

@@ -1,4 +1,4 @@
-"""The file of a ledger: its tables, how it is made, opened, checked and migrated, and its one kind of transaction.
+"""The file of a ledger: how it is made, opened, checked and migrated, and its one kind of transaction.
 
 Durability. The rollback journal (``journal_mode=DELETE``) keeps everything in one file, whereas with
 WAL a copy of that file alone, or a container that mounts only it, would lose the latest charges and
@@ -30,83 +30,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from client.ledger.migrations import FORMAT, migrate
 from common.errors import LedgerError
 
 APPLICATION_ID = 0x46564C44
 """``FVLD``, in the file's header."""
-SCHEMA_VERSION = 4
 BUSY_SECONDS = 60.0
 """How long a lock that others hold is waited for."""
-
-_CHARGES = """
-CREATE TABLE charges (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    dataset TEXT NOT NULL,
-    run TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    kind TEXT NOT NULL,
-    noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
-    sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
-    count INTEGER NOT NULL CHECK (count >= 1),
-    delta REAL NOT NULL,
-    clip_norm REAL NOT NULL,
-    charged_at TEXT NOT NULL
-);
-CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
-CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
-"""
-_SINCE_2 = """
-CREATE TABLE budgets (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    dataset TEXT NOT NULL,
-    epsilon REAL NOT NULL CHECK (epsilon > 0),
-    delta REAL NOT NULL CHECK (delta > 0 AND delta < 0.5),
-    set_at TEXT NOT NULL
-);
-CREATE TRIGGER no_budget_update BEFORE UPDATE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
-CREATE TRIGGER no_budget_delete BEFORE DELETE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
-CREATE TABLE records (hash INTEGER NOT NULL, dataset TEXT NOT NULL, PRIMARY KEY (hash, dataset)) WITHOUT ROWID;
-CREATE TRIGGER no_record_update BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
-CREATE TRIGGER no_record_delete BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
-CREATE TABLE secrets (key BLOB NOT NULL);
-"""
-_SINCE_3 = """
-CREATE TABLE exposures (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    dataset TEXT NOT NULL,
-    run TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    steps INTEGER NOT NULL CHECK (steps >= 0),
-    released_at TEXT NOT NULL
-);
-CREATE TRIGGER no_exposure_update BEFORE UPDATE ON exposures
-    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
-CREATE TRIGGER no_exposure_delete BEFORE DELETE ON exposures
-    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
-ALTER TABLE charges ADD COLUMN caused_by TEXT;
-"""
-_SINCE_4 = """
-CREATE TABLE failures (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    dataset TEXT NOT NULL,
-    run TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    reason TEXT NOT NULL,
-    failed_at TEXT NOT NULL
-);
-CREATE TRIGGER no_failure_update BEFORE UPDATE ON failures
-    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
-CREATE TRIGGER no_failure_delete BEFORE DELETE ON failures
-    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
-"""
-
-
-def _finish_schema(present: int) -> str:
-    """Return what brings format ``present`` to this one; the first, made or just laid out, gets a new random key."""
-    key = f"INSERT INTO secrets VALUES (X'{os.urandom(32).hex()}');"
-    since = {2: f"{_SINCE_2}\n{key}", 3: _SINCE_3, 4: _SINCE_4}
-    steps = "\n".join(script for version, script in since.items() if version > present)
-    return f"{steps}\nPRAGMA user_version = {SCHEMA_VERSION};\n"
 
 
 def only_ledger(folder: Path) -> Path:
@@ -147,7 +77,7 @@ class LedgerFile:
         patience: float = BUSY_SECONDS,
         apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.path, self._apart = Path(path), apart
+        self.path, self.apart = Path(path), apart
         if not self.path.exists():
             _create(self.path)
         _refuse_second_name(self.path)
@@ -173,18 +103,29 @@ class LedgerFile:
         self.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Hand out the connection to read by, and say in one line what fails; inside a transaction, as it stands."""
+        with one_line(self.path, "read"):
+            yield self._connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the write lock from the first read to the commit; undo everything if anything fails."""
         with one_line(self.path, "written"):
-            with self._apart():
+            with self.apart():
                 self._connection.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def version(self) -> int:
+        """Return a number that is another one once any other connection has written to the file."""
+        with self.reading() as db:
+            return int(db.execute("PRAGMA data_version").fetchone()[0])
 
     def _check_file(self) -> None:
         with one_line(self.path, "read"):
@@ -194,11 +135,11 @@ class LedgerFile:
             )
             if application != APPLICATION_ID:
                 raise LedgerError(f"{self.path} is not a FedVeil ledger: name another file")
-            if 1 <= schema < SCHEMA_VERSION and finding == "ok":
+            if 1 <= schema < FORMAT and finding == "ok":
                 schema = self._migrate()
-            if schema != SCHEMA_VERSION:
+            if schema != FORMAT:
                 raise LedgerError(
-                    f"the ledger {self.path} has format {schema}, this FedVeil reads {SCHEMA_VERSION}: "
+                    f"the ledger {self.path} has format {schema}, this FedVeil reads {FORMAT}: "
                     "install the FedVeil that wrote it"
                 )
             if finding != "ok":
@@ -206,27 +147,17 @@ class LedgerFile:
 
     def _migrate(self) -> int:
         """Bring a ledger of an earlier format to the present one, whole or not at all; return its format."""
-        with self._transaction():
-            (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
-            if schema >= SCHEMA_VERSION:  # another process was first
+        with self.transaction() as db:
+            (schema,) = db.execute("PRAGMA user_version").fetchone()
+            if schema >= FORMAT:  # another process was first
                 return int(schema)
-            _run_script(self._connection, _finish_schema(schema))
-        return SCHEMA_VERSION
+            migrate(db, schema)
+        return FORMAT
 
 
 def now() -> str:
     """Return the time that a row is written with: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _run_script(connection: sqlite3.Connection, script: str) -> None:
-    """Run statements inside the caller's transaction; ``executescript`` would commit it first."""
-    statement = ""
-    for line in script.splitlines():
-        statement += line + "\n"
-        if sqlite3.complete_statement(statement):
-            connection.execute(statement)
-            statement = ""
 
 
 def _connect(database: str, patience: float = BUSY_SECONDS, *, uri: bool = False) -> sqlite3.Connection:
@@ -250,9 +181,11 @@ def _create(path: Path) -> None:
         os.close(descriptor)
         try:
             connection = _connect(draft)
-            connection.executescript(
-                f"BEGIN; {_CHARGES} PRAGMA application_id = {APPLICATION_ID}; {_finish_schema(1)} COMMIT;"
-            )
+            connection.execute("BEGIN")
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            migrate(connection, 0)
+            connection.execute("COMMIT")
+            connection.execute("VACUUM")  # the steps have left pages of tables that are gone
             connection.close()
             try:
                 os.link(draft, path)

@@ -17,48 +17,99 @@ figures, whatever it is called. The strictest of what the caller
 asks for and what the ledger holds wins: the smaller epsilon, and the smallest delta that the data
 set was ever charged or budgeted at, so that everything it released is composed at one delta.
 
-How the file survives crashes, and what it cannot know, stands in ``ledger_file``.
+How the file survives crashes, and what it cannot know, is in ``file``; its formats are in ``migrations``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from client.ledger.budgets import BudgetHistory
-from client.ledger.file import now, one_line
-from client.ledger.rows import Charge, Entry, Exposure, Failure, of_all, price
-from common.accountant import EVALUATION, TRAINING
-from common.check import in_range, not_negative, positive
+from client.ledger.file import BUSY_SECONDS, LedgerFile, now
+from client.ledger.rows import Budget, Charge, Entry, Exposure, Failure, Receipt, Terms, of_all, price
+from common.accountant import TRAINING
+from common.check import not_negative
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy import accounting
-from common.privacy.accounting import Release, check_terms
+from common.privacy.accounting import Release
+from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, remaining_text
 
+ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
+"""Fields of an entry that are columns."""
 PRICES = 4
 """How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""
 
 
-class Ledger(BudgetHistory):
-    """The ledger in the file ``path``: charges, exposures, budgets and what is known of records. See ``LedgerFile``."""
+class Ledger:
+    """The ledger in the file ``path``: charges, exposures, budgets and what is known of records.
+
+    Args and errors: as for ``LedgerFile``. Every process and every thread opens its own. A context manager: it closes
+    itself.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        patience: float = BUSY_SECONDS,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._file = LedgerFile(path, patience=patience, apart=apart)
+        self._budgets = BudgetHistory(self._file)
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self._file.path
+
+    def close(self) -> None:
+        """Close the file; closing twice does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- budgets ---
+
+    def set_budget(self, dataset: str, epsilon: float, delta: float) -> Terms:
+        """Make a steward's budget hold, as ``BudgetHistory.set``."""
+        return self._budgets.set(dataset, epsilon, delta)
+
+    def lower_budget(self, dataset: str, epsilon: float, delta: float) -> Terms:
+        """Take the stricter budget, as ``BudgetHistory.lower``."""
+        return self._budgets.lower(dataset, epsilon, delta)
+
+    def terms(self, dataset: str) -> Terms:
+        """Return the budget and the delta that hold for ``dataset`` by what the ledger has seen."""
+        return self._budgets.terms(dataset)
+
+    def budgets(self) -> list[Budget]:
+        """Return every budget that was ever set, of all data sets, oldest first."""
+        return self._budgets.history()
+
+    # --- what is released ---
 
     def charge(
         self,
-        dataset: str,
-        releases: Sequence[Release],
+        charge: Charge,
         *,
-        run: str,
-        round_number: int,
-        delta: float,
-        max_epsilon: float,
-        clip_norm: float,
         records: Collection[int] = (),
         allow: Callable[[int, int], None] | None = None,
         after_exposure: bool = False,
-    ) -> Charge:
-        """Price ``releases`` on top of all that ``dataset`` has spent, and write them down durably.
+    ) -> Receipt:
+        """Price a charge on top of all that its data set has spent, and write it down durably.
 
         Guarantees: when this returns, the charge is on disk; when it raises, nothing was written
         (after a disk failure during the write, nothing or all of it). The data set's epsilon never
@@ -69,14 +120,7 @@ class Ledger(BudgetHistory):
         above ``max_epsilon``.
 
         Args:
-            dataset: the site's name for the records; budgets of different names are separate.
-            releases: what is about to be released, at least one.
-            run: the run's name, for the record.
-            round_number: 1-based; 0 for releases before the first round.
-            delta: all releases of the data set are composed at one delta: this, or a smaller one that
-                the ledger holds for it.
-            max_epsilon: the budget that the caller allows; a smaller one that is stored wins.
-            clip_norm: L2, for the record; the price does not depend on it.
+            charge: what is about to be released, and on what terms.
             records: ``record_hashes`` under ``key`` of the records that are about to be used; they are
                 kept. Records under the same name may change: they stay on the same budget.
             allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
@@ -85,55 +129,75 @@ class Ledger(BudgetHistory):
 
         Raises:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
-            PolicyRefusal: records were released without privacy.
-            ConfigError: a figure is out of range, or there is nothing to charge.
+            PolicyRefusal: records were released without privacy, or charged for another unit.
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
-        positive(max_epsilon=max_epsilon, clip_norm=clip_norm)
-        in_range(0, 0.5, delta=delta)
-        not_negative(round_number=round_number)
-        if not releases or not dataset or not run:
-            raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
-        check_terms(releases, delta)
-        with self._offer(dataset, records, releases, delta, max_epsilon) as (prices, told):
+        dataset = charge.dataset
+        with self._offer(charge, records) as (db, prices, told):
             if allow:
-                allow(*self.trained(dataset, run))
-            self._remember(dataset, records)
+                allow(*self.trained(dataset, charge.run))
+            _remember(db, dataset, records)
             exposed = self.exposed(dataset)
             if exposed and not after_exposure:
                 raise PolicyRefusal(
                     f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
                     "them: a private run needs after-no-privacy = true in the site's policy"
                 )
-            charge = prices[dataset]
-            what = f"data set {dataset!r} refuses round {round_number} of run {run!r}"
-            if not charge.epsilon_after <= charge.max_epsilon:
-                before, after = (epsilon_text(e, decimals=4) for e in (charge.epsilon_before, charge.epsilon_after))
-                left = remaining_text(max(0.0, charge.max_epsilon - charge.epsilon_before), decimals=4)
-                raise BudgetExhausted(
-                    f"{what} ({_spoken(releases)}): epsilon {before} is spent, this would make it {after}, the budget "
-                    f"is {charge.max_epsilon:g} at delta {charge.delta:g}, {left} is left; see "
-                    f"`fedveil ledger show {self.path}`"
-                )
-            if not all(other.epsilon_after <= other.max_epsilon for other in prices.values()):
-                # No figures and no names: this line leaves the site.
-                raise BudgetExhausted(
-                    f"{what}: records that it shares with another data set have no budget left for it; see "
-                    f"`fedveil ledger show {self.path}`"
-                )
-            self._connection.executemany(
-                "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, "
-                "clip_norm, charged_at, caused_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            self._hold_to_unit(charge, prices)
+            self._hold_to_budgets(charge, prices)
+            db.executemany(
+                "INSERT INTO charges "
+                "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
-                        *(name, run, round_number, r.kind, r.noise_multiplier, r.sample_rate, r.count, priced.delta),
-                        *(1.0 if r.kind == EVALUATION else clip_norm, now(), None if name == dataset else dataset),
+                        name,
+                        charge.run,
+                        charge.round_number,
+                        release.purpose,
+                        charge.unit,
+                        release.event.kind,
+                        release.event.text(),
+                        release.count,
+                        priced.delta,
+                        now(),
+                        None if name == dataset else dataset,
                     )
                     for name, priced in prices.items()
-                    for r in releases
+                    for release in charge.releases
                 ],
             )
-        return replace(of_all(charge, told), exposed=exposed)
+        return replace(of_all(prices[dataset], told), exposed=exposed)
+
+    def _hold_to_unit(self, charge: Charge, names: Iterable[str]) -> None:
+        """Raise PolicyRefusal if any of the data sets was charged for another unit: no epsilon holds for both."""
+        with self._file.reading() as db:
+            held = set(db.execute("SELECT DISTINCT dataset, unit FROM charges").fetchall())
+        if any((name, unit) in held for name in names for _, unit in held if unit != charge.unit):
+            # No name of another data set: this line leaves the site.
+            raise PolicyRefusal(
+                f"records of data set {charge.dataset!r} were charged for another unit than one {charge.unit}, and no "
+                "epsilon holds for both: this run needs records that no run of another unit has used"
+            )
+
+    def _hold_to_budgets(self, charge: Charge, prices: Mapping[str, Receipt]) -> None:
+        """Raise BudgetExhausted unless the charge fits the budget of every data set that has a price."""
+        own = prices[charge.dataset]
+        what = f"data set {charge.dataset!r} refuses round {charge.round_number} of run {charge.run!r}"
+        if not own.epsilon_after <= own.max_epsilon:
+            before, after = (epsilon_text(e, decimals=4) for e in (own.epsilon_before, own.epsilon_after))
+            left = remaining_text(max(0.0, own.max_epsilon - own.epsilon_before), decimals=4)
+            raise BudgetExhausted(
+                f"{what} ({_spoken(charge.releases)}): epsilon {before} is spent, this would make it {after}, the "
+                f"budget is {own.max_epsilon:g} at delta {own.delta:g}, {left} is left; see "
+                f"`fedveil ledger show {self.path}`"
+            )
+        if not all(other.epsilon_after <= other.max_epsilon for other in prices.values()):
+            # No figures and no names: this line leaves the site.
+            raise BudgetExhausted(
+                f"{what}: records that it shares with another data set have no budget left for it; see "
+                f"`fedveil ledger show {self.path}`"
+            )
 
     def expose(
         self,
@@ -152,7 +216,8 @@ class Ledger(BudgetHistory):
 
         Args:
             steps: optimiser steps of the round.
-            dataset, run, round_number, records, allow: as in ``charge``.
+            dataset, run, round_number: as in ``Charge``.
+            records, allow: as in ``charge``.
 
         Raises:
             ConfigError: a figure is out of range, or a name is empty.
@@ -161,11 +226,11 @@ class Ledger(BudgetHistory):
         not_negative(round_number=round_number, steps=steps)
         if not dataset or not run:
             raise ConfigError("a release without privacy needs a data set and a run: name both")
-        with self._transaction():
+        with self._file.transaction() as db:
             if allow:
                 allow(*self.trained(dataset, run))
-            self._remember(dataset, records)
-            self._connection.execute(
+            _remember(db, dataset, records)
+            db.execute(
                 "INSERT INTO exposures (dataset, run, round, steps, released_at) VALUES (?, ?, ?, ?, ?)",
                 (dataset, run, round_number, steps, now()),
             )
@@ -174,53 +239,48 @@ class Ledger(BudgetHistory):
         """Write down durably that a charged round of ``dataset`` failed and is answered by noise alone.
 
         Args:
-            dataset, run, round_number: as in ``charge``.
+            dataset, run, round_number: as in ``Charge``.
             reason: what the site's own log says of it; no content of a record.
 
         Raises:
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
-        with self._transaction():
-            self._connection.execute(
+        with self._file.transaction() as db:
+            db.execute(
                 "INSERT INTO failures (dataset, run, round, reason, failed_at) VALUES (?, ?, ?, ?, ?)",
                 (dataset, run, round_number, reason, now()),
             )
 
     @contextmanager
     def _offer(
-        self, dataset: str, records: Collection[int], releases: Sequence[Release], delta: float, max_epsilon: float
-    ) -> Iterator[tuple[dict[str, Charge], list[Charge]]]:
-        """Hold the write lock with the prices of ``releases`` on top of everything that the ledger holds by then.
+        self, charge: Charge, records: Collection[int]
+    ) -> Iterator[tuple[Any, dict[str, Receipt], list[Receipt]]]:
+        """Hold the write lock with the prices of a charge on top of everything that the ledger holds by then.
 
-        Yields each data set's price as it is judged, and the prices from which the receipt takes the largest.
+        Yields the file's connection, each data set's price as it is judged, and the prices from which the receipt takes
+        the largest.
 
         They are computed before the lock is taken, and again if anybody else has written meanwhile. Who is
         too slow ``PRICES`` times computes them under the lock: some seconds, by the accountant's ``MOST_WORK``.
         """
 
-        def offer() -> tuple[dict[str, Charge], list[Charge]]:
-            prices = self._prices([dataset, *self._recognise(dataset, records)], releases, delta, max_epsilon)
-            return prices, self._at_most(prices, releases, prices[dataset].delta)
+        def offer() -> tuple[dict[str, Receipt], list[Receipt]]:
+            names = [charge.dataset, *self._recognise(charge.dataset, records)]
+            prices = self._prices(names, charge.releases, charge.delta, charge.max_epsilon)
+            return prices, self._at_most(prices, charge.releases, prices[charge.dataset].delta)
 
         for left in reversed(range(PRICES + 1)):
             seen, prices = self._version(), offer()
-            with self._transaction():
+            with self._file.transaction() as db:
                 if self._version() != seen:
                     if left:
                         continue
                     prices = offer()
-                yield prices
+                yield db, *prices
                 return
 
     def _version(self) -> int:
-        """Return a number that is another one once any other connection has written to the file."""
-        with one_line(self.path, "read"):
-            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-
-    def _remember(self, dataset: str, records: Collection[int]) -> None:
-        self._connection.executemany(
-            "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
-        )
+        return self._file.version()
 
     def trained(self, dataset: str, run: str) -> tuple[int, int]:
         """Return how many rounds of a run, and how many steps, ``dataset`` has trained; a round again counts again.
@@ -228,23 +288,23 @@ class Ledger(BudgetHistory):
         Charged ones, and ones without privacy. A start from a full gradient is no round, and what was charged here
         because another data set with one of its records was trained is that one's.
         """
-        with one_line(self.path, "read"):
-            rounds, steps = self._connection.execute(
+        with self._file.reading() as db:
+            rounds, steps = db.execute(
                 "SELECT COUNT(*), COALESCE(SUM(steps), 0) FROM ("
                 "SELECT count AS steps FROM charges "
-                "WHERE dataset = :name AND run = :run AND kind = :kind AND caused_by IS NULL "
+                "WHERE dataset = :name AND run = :run AND purpose = :purpose AND caused_by IS NULL "
                 "UNION ALL SELECT steps FROM exposures WHERE dataset = :name AND run = :run AND round > 0)",
-                {"name": dataset, "run": run, "kind": TRAINING},
+                {"name": dataset, "run": run, "purpose": TRAINING},
             ).fetchone()
         return rounds, steps
 
     def exposed(self, dataset: str) -> bool:
         """Return whether records of ``dataset`` were released without privacy, under this name or another one."""
-        with one_line(self.path, "read"):
-            names = [name for (name,) in self._connection.execute("SELECT DISTINCT dataset FROM exposures")]
+        with self._file.reading() as db:
+            names = [name for (name,) in db.execute("SELECT DISTINCT dataset FROM exposures")]
             if not names or dataset in names:
                 return bool(names)
-            (shared,) = self._connection.execute(
+            (shared,) = db.execute(
                 "SELECT EXISTS (SELECT 1 FROM records AS own JOIN records AS open USING (hash) WHERE own.dataset = ? "
                 "AND open.dataset IN (SELECT dataset FROM exposures))",
                 (dataset,),
@@ -253,25 +313,21 @@ class Ledger(BudgetHistory):
 
     def exposures(self) -> list[Exposure]:
         """Return every round that released records without privacy, of all data sets, oldest first."""
-        with one_line(self.path, "read"):
-            rows = self._connection.execute(
-                "SELECT id, dataset, run, round, steps, released_at FROM exposures ORDER BY id"
-            )
+        with self._file.reading() as db:
+            rows = db.execute("SELECT id, dataset, run, round, steps, released_at FROM exposures ORDER BY id")
             return [Exposure(*row) for row in rows]
 
     def failures(self) -> list[Failure]:
         """Return every charged round that was answered by noise alone, of all data sets, oldest first."""
-        with one_line(self.path, "read"):
-            rows = self._connection.execute(
-                "SELECT id, dataset, run, round, reason, failed_at FROM failures ORDER BY id"
-            )
+        with self._file.reading() as db:
+            rows = db.execute("SELECT id, dataset, run, round, reason, failed_at FROM failures ORDER BY id")
             return [Failure(*row) for row in rows]
 
     @property
     def key(self) -> bytes:
         """The ledger's own random key for ``record_hashes``."""
-        with one_line(self.path, "read"):
-            row = self._connection.execute("SELECT key FROM secrets").fetchone()
+        with self._file.reading() as db:
+            row = db.execute("SELECT key FROM secrets").fetchone()
         if row is None or len(row[0]) != 32:
             raise LedgerError(f"the ledger {self.path} is damaged (it has no key): do not train, ask for help")
         return bytes(row[0])
@@ -284,11 +340,11 @@ class Ledger(BudgetHistory):
         """
         if not records:
             return []
-        with one_line(self.path, "read"):
-            self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
-            self._connection.execute("DELETE FROM opened")
-            self._connection.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
-            rows = self._connection.execute(
+        with self._file.reading() as db:
+            db.execute("CREATE TEMP TABLE IF NOT EXISTS opened (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
+            db.execute("DELETE FROM opened")
+            db.executemany("INSERT OR IGNORE INTO opened VALUES (?)", [(value,) for value in records])
+            rows = db.execute(
                 "SELECT DISTINCT dataset FROM opened JOIN records USING (hash) WHERE dataset != ? ORDER BY dataset",
                 (dataset,),
             )
@@ -296,7 +352,7 @@ class Ledger(BudgetHistory):
 
     def _prices(
         self, names: Sequence[str], releases: Sequence[Release], delta: float, max_epsilon: float
-    ) -> dict[str, Charge]:
+    ) -> dict[str, Receipt]:
         """Return what ``releases`` cost each data set: the first has the records, the others share some.
 
         The caller's budget is the first one's alone, and so is its delta: a caller that chose a limit for the others,
@@ -313,34 +369,37 @@ class Ledger(BudgetHistory):
             prices[name] = self._price(name, releases, at, held.epsilon)
         return prices
 
-    def _at_most(self, prices: dict[str, Charge], releases: Sequence[Release], delta: float) -> list[Charge]:
+    def _at_most(self, prices: dict[str, Receipt], releases: Sequence[Release], delta: float) -> list[Receipt]:
         """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
         return [
             charge if charge.delta <= delta else self._price(name, releases, delta, charge.max_epsilon)
             for name, charge in prices.items()
         ]
 
-    def _price(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Charge:
+    def _price(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Receipt:
         spent = self.spent(dataset)
-        with self._apart():
+        with self._file.apart():
             return price(spent, releases, delta, max_epsilon)
 
     def spent(self, dataset: str) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
 
         Raises:
-            LedgerError: the file cannot be read, or holds figures that no mechanism has.
+            LedgerError: the file cannot be read, or holds what has no price: figures that no mechanism has, or a kind
+                of release that this version does not know. It is never left out.
         """
-        with one_line(self.path, "read"):
-            rows = self._connection.execute(
-                "SELECT noise_multiplier, sample_rate, SUM(count), kind FROM charges WHERE dataset = ? "
-                "GROUP BY noise_multiplier, sample_rate, kind ORDER BY MIN(id)",
+        with self._file.reading() as db:
+            rows = db.execute(
+                "SELECT kind, figures, SUM(count), purpose FROM charges WHERE dataset = ? "
+                "GROUP BY kind, figures, purpose ORDER BY MIN(id)",
                 (dataset,),
             ).fetchall()
         try:
-            return [Release(*row) for row in rows]
+            return [Release(event_from(kind, text), count, purpose) for kind, text, count, purpose in rows]
         except (ConfigError, TypeError) as error:
-            raise LedgerError(f"the ledger {self.path} is damaged ({error}): do not train, ask for help") from error
+            raise LedgerError(
+                f"the ledger {self.path} is damaged, or of another version ({error}): do not train, ask for help"
+            ) from error
 
     def epsilon(self, dataset: str, delta: float) -> float:
         """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
@@ -351,8 +410,8 @@ class Ledger(BudgetHistory):
 
         It bounds what any of its records has spent, at ``delta``; infinite if one of them was exposed.
         """
-        with one_line(self.path, "read"):
-            rows = self._connection.execute(
+        with self._file.reading() as db:
+            rows = db.execute(
                 "SELECT DISTINCT other.dataset FROM records AS own JOIN records AS other USING (hash) "
                 "WHERE own.dataset = :name AND other.dataset != :name",
                 {"name": dataset},
@@ -362,15 +421,24 @@ class Ledger(BudgetHistory):
 
     def entries(self) -> list[Entry]:
         """Return every charge, of all data sets, oldest first."""
-        with one_line(self.path, "read"):
-            return [
-                Entry(*row)
-                for row in self._connection.execute(
-                    "SELECT id, dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
-                    "charged_at, caused_by FROM charges ORDER BY id"
-                )
-            ]
+        with self._file.reading() as db:
+            rows = db.execute(
+                "SELECT kind, figures, id, dataset, run, round, purpose, unit, count, delta, charged_at, caused_by "
+                "FROM charges ORDER BY id"
+            ).fetchall()
+        try:
+            return [Entry(event=event_from(*row[:2]), **dict(zip(ENTRY, row[2:], strict=True))) for row in rows]
+        except ConfigError as error:
+            raise LedgerError(f"the ledger {self.path} is damaged ({error}): do not train, ask for help") from error
 
 
 def _spoken(releases: Sequence[Release]) -> str:
-    return ", ".join(f"{r.count} {r.kind} at noise {r.noise_multiplier:g}, rate {r.sample_rate:g}" for r in releases)
+    return ", ".join(
+        f"{r.count} {r.purpose} at noise {r.event.noise_multiplier:g}, rate {r.event.sample_rate:g}" for r in releases
+    )
+
+
+def _remember(db: Any, dataset: str, records: Collection[int]) -> None:
+    db.executemany(
+        "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
+    )

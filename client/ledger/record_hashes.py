@@ -1,4 +1,4 @@
-"""How a ledger knows records again without keeping them: keyed hashes of what was read of them, and of whole rows.
+"""Keyed hashes of records and of whole rows, by which a ledger knows records again without keeping them.
 
 The run chooses which columns of a row are read. So the row as it stands in its source is hashed as well,
 with all its columns: read through others it is still the same one.

@@ -1,4 +1,4 @@
-"""What a ledger holds and hands out: terms, budgets, exposures, failures, charges with their price, and its rows."""
+"""The rows of a ledger as data: charges and their receipts, terms, budgets, exposures, failures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from common.accountant import TRAINING, Accountant
+from common.check import in_range, not_negative, positive
+from common.errors import ConfigError
 from common.privacy import accounting
-from common.privacy.accounting import Release, epsilon_with_method
+from common.privacy.accounting import Release, check_terms, epsilon_with_method
+from common.privacy.events import Event
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,39 @@ class Budget:
 
 @dataclass(frozen=True)
 class Charge:
-    """The receipt of one charge. Epsilons are record level, add/remove one record, at the charge's delta."""
+    """What a round is about to release of a data set, and the terms on which it may.
+
+    Raises:
+        ConfigError: a figure is out of range, or none that an honest job has; or there is nothing to charge.
+    """
+
+    dataset: str
+    """The site's name for the records; budgets of different names are separate."""
+    run: str
+    """The run's name, for the record."""
+    round_number: int
+    """1-based; 0 for releases before the first round."""
+    releases: tuple[Release, ...]
+    """What is about to be released, at least one."""
+    delta: float
+    """All releases of the data set are composed at one delta: this, or a smaller one that the ledger holds for it."""
+    max_epsilon: float
+    """The budget that the caller allows; a smaller one that is stored wins."""
+    unit: str = "record"
+    """What one neighbour is, in one word. Charges of several units do not compose."""
+
+    def __post_init__(self) -> None:
+        positive(max_epsilon=self.max_epsilon)
+        in_range(0, 0.5, delta=self.delta)
+        not_negative(round_number=self.round_number)
+        if not self.releases or not self.dataset or not self.run or not self.unit:
+            raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
+        check_terms(self.releases, self.delta)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one charge cost. Epsilons are for add or remove one unit, at the charge's delta."""
 
     epsilon_before: float
     """As ``epsilon_after``, before this charge."""
@@ -50,9 +85,9 @@ class Charge:
     epsilon_remaining: float
     """Budget minus ``epsilon_after``; at least 0."""
     steps_round: int
-    """Releases of kind ``training`` in this charge."""
+    """Releases for training in this charge."""
     steps_total: int
-    """Releases of kind ``training`` of the data set, this charge included."""
+    """Releases for training of the data set, this charge included."""
     accountant: Accountant
     """What computed ``epsilon_after``."""
     max_epsilon: float
@@ -77,12 +112,12 @@ class Entry:
     dataset: str
     run: str
     round_number: int
-    kind: str
-    noise_multiplier: float
-    sample_rate: float
+    purpose: str
+    unit: str
+    """What one neighbour is, in one word."""
+    event: Event
     count: int
     delta: float
-    clip_norm: float
     charged_at: str
     """UTC, ISO 8601."""
     caused_by: str | None
@@ -98,7 +133,7 @@ class Exposure:
     run: str
     round_number: int
     steps: int
-    """Optimiser steps; 0 for a start from a full gradient."""
+    """Optimiser steps; 0 for a start from a statistic."""
     released_at: str
     """UTC, ISO 8601."""
 
@@ -120,33 +155,33 @@ class Failure:
     """UTC, ISO 8601."""
 
 
-def of_all(charge: Charge, prices: Iterable[Charge]) -> Charge:
-    """Return the receipt of a data set whose records others hold too: ``charge`` with the largest of all histories.
+def of_all(own: Receipt, prices: Iterable[Receipt]) -> Receipt:
+    """Return the receipt of a data set whose records others hold too: ``own`` with the largest of all histories.
 
     Each record's whole history is that of one of ``prices``, so their maximum bounds what any record has spent.
     """
     dearest = max(prices, key=lambda other: other.epsilon_after)
-    if dearest.epsilon_after <= charge.epsilon_after:
-        return charge
+    if dearest.epsilon_after <= own.epsilon_after:
+        return own
     return replace(
-        charge,
+        own,
         epsilon_before=dearest.epsilon_before,
         epsilon_after=dearest.epsilon_after,
-        epsilon_remaining=max(0.0, charge.max_epsilon - dearest.epsilon_after),
+        epsilon_remaining=max(0.0, own.max_epsilon - dearest.epsilon_after),
         accountant=dearest.accountant,
     )
 
 
-def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, max_epsilon: float) -> Charge:
+def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, max_epsilon: float) -> Receipt:
     """Return the receipt of ``releases`` on top of ``spent``, whether or not the budget allows them."""
     after, accountant = epsilon_with_method([*spent, *releases], delta)
-    steps = sum(release.count for release in releases if release.kind == TRAINING)
-    return Charge(
+    steps = sum(release.count for release in releases if release.purpose == TRAINING)
+    return Receipt(
         epsilon_before=accounting.epsilon(spent, delta),
         epsilon_after=after,
         epsilon_remaining=max(0.0, max_epsilon - after),
         steps_round=steps,
-        steps_total=steps + sum(release.count for release in spent if release.kind == TRAINING),
+        steps_total=steps + sum(release.count for release in spent if release.purpose == TRAINING),
         accountant=accountant,
         max_epsilon=max_epsilon,
         delta=delta,

@@ -85,8 +85,9 @@ class Adapter(ABC):
     """Whether only the product of scale and A matters, A being frozen and B trained from 0: then a start may choose."""
 
     @classmethod
-    def check(cls, config: RunConfig) -> None:  # noqa: B027  (most adapters fit every run)
+    def check(cls, config: RunConfig) -> None:
         """Raise ConfigError, saying what to do, if a run of this configuration cannot have the adapter."""
+        del config
 
     @property
     def scaling(self) -> float:

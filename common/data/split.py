@@ -1,4 +1,4 @@
-"""Which records are the public test part: seeded, stratified, and no two records that are alike on both sides."""
+"""The public test part: seeded, stratified, and no two records that are alike on both sides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from collections import Counter
 from functools import lru_cache
 
-from common.check import positive
+from common.check import POSITIVE
 from common.errors import DataError
 from common.tasks.examples import Dataset
 
@@ -32,7 +32,7 @@ def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, 
         DataError: no training record would be left, or no test record can be set apart.
         ConfigError: ``test_size`` is not positive.
     """
-    positive(data__test_size=test_size)
+    POSITIVE.check("data.test-size", test_size)
     total = len(dataset.examples)
     if test_size >= total:
         raise DataError(

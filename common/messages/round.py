@@ -1,4 +1,4 @@
-"""What server and sites say to each other, as plain data.
+"""The messages of a round, as plain data.
 
 Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is
 the only field computed from records, and it has passed clip and noise; a site whose policy says so
@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields
 
 from common.accountant import INITIALISATION, TRAINING, Accountant
 from common.messages.state import AdapterState
+from common.privacy.events import Event
 from common.strict_json import Endless
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of these messages; both sides must speak the same."""
 
 FINGERPRINT_DIGITS = 32
@@ -32,7 +33,7 @@ class TrainTask:
 
     run: str
     round_number: int
-    """1-based; 0 asks for the full gradient that some strategies start from."""
+    """1-based; 0 asks for the statistic that the run's start is made from."""
     state: AdapterState
     """What the strategy sends down every round; empty in round 0."""
     basis: AdapterState
@@ -45,19 +46,18 @@ class TrainTask:
     """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
 
 
-SPENDING_KINDS = (TRAINING, INITIALISATION)
-"""Kinds of releases that a round may be for."""
+SPENDING_PURPOSES = (TRAINING, INITIALISATION)
+"""What the releases of a round may be for."""
 
 
 @dataclass(frozen=True)
 class SpendingFigures:
     """What one round cost one site, by its own ledger: a function of public settings only."""
 
-    kind: str
-    """One of SPENDING_KINDS; ``initialisation`` is a release before round 1."""
-    sample_rate: float
-    noise_multiplier: float
-    clip_norm: float
+    purpose: str
+    """One of SPENDING_PURPOSES; ``initialisation`` is a release before round 1."""
+    event: Event
+    """What each of the round's releases is priced as. Another party's: it may be one that has no price here."""
     steps_round: int
     steps_total: int
     delta: float

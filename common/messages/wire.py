@@ -11,10 +11,11 @@ The header record has ``protocol`` (a whole number that every version can read) 
     every message   kind: u8 (0 task, 1 result, from 2 on REFUSAL_KINDS), round: u32, run: text
     task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each
     result          site: text, public size: i64, layout: 8 bytes, parts: u8, then the parts
-      1 spending    figures as in ``_SPENT``; accountant as in ``_ACCOUNTANT``; version of dp-accounting: text
+      1 spending    figures as in ``_SPENT``; event; accountant as in ``_ACCOUNTANT``; version of dp-accounting: text
       2 count       value: i32, standard deviation of its noise: f64
       4 detour      of the spending's accountant, as in ``_DETOUR``
     refusal         site: text, reason: text
+    event           hash of the names of its kind and figures: 8 bytes; figures in the order of their names: f64 each
 
 Little-endian. A text is its length in bytes (u16) and UTF-8. Fingerprints travel as their first 128
 bits; zeros say that there is none.
@@ -42,7 +43,7 @@ from common.messages.round import (
     FINGERPRINT_DIGITS,
     PROTOCOL,
     REFUSAL_KINDS,
-    SPENDING_KINDS,
+    SPENDING_PURPOSES,
     NoisedCount,
     Refusal,
     Reply,
@@ -53,23 +54,21 @@ from common.messages.round import (
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
 from common.packed import Form
+from common.privacy.events import EVENTS, Event
 
 STYPE = "f32le"
 Layout = dict[str, dict[str, tuple[int, ...]]]
 
 _PREFIX, _LENGTH = struct.Struct("<BI"), struct.Struct("<H")
 _TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
-_COUNT = struct.Struct("<id")
+_COUNT, _MARK = struct.Struct("<id"), struct.Struct("<8s")
 _KINDS = ("train", "result", *REFUSAL_KINDS)
 _SPENDING, _COUNTED, _DETOURED = 1, 2, 4
 """Bits of a result's ``parts``."""
 _SPENT = Form(
     Spending,
     {
-        "kind": SPENDING_KINDS,
-        "sample_rate": "d",
-        "noise_multiplier": "d",
-        "clip_norm": "d",
+        "purpose": SPENDING_PURPOSES,
         "steps_round": "I",
         "steps_total": "Q",
         "delta": "d",
@@ -78,7 +77,7 @@ _SPENT = Form(
         "epsilon_budget": "d",
         "epsilon_remaining": "d",
     },
-    besides=("accountant",),
+    besides=("event", "accountant"),
 )
 _ACCOUNTANT = Form(Accountant, {"method": METHODS}, besides=("version", "detour"))
 _DETOUR = Form(
@@ -364,16 +363,40 @@ def _count(reader: _Reader, spending: Spending | None) -> NoisedCount:
 
 
 def _pack_spending(spent: Spending) -> bytes:
-    return _SPENT.pack(spent) + _ACCOUNTANT.pack(spent.accountant) + _text(spent.accountant.version)
+    accountant = spent.accountant
+    return _SPENT.pack(spent) + _pack_event(spent.event) + _ACCOUNTANT.pack(accountant) + _text(accountant.version)
+
+
+def _pack_event(event: Event) -> bytes:
+    return _mark_of(event.kind, event.figures) + struct.pack(f"<{len(event.figures)}d", *event.figures.values())
+
+
+def _mark_of(kind: str, names: Iterable[str]) -> bytes:
+    """Return what says by which names an event is read: a hash of its kind's and of its figures'."""
+    return hashlib.sha256("/".join([kind, *sorted(names)]).encode()).digest()[:8]
+
+
+def _event(reader: _Reader) -> Event:
+    """Return the event of a spending; one that has no price here is refused, whatever else the message says."""
+    known = {_mark_of(name, kind.figures): (name, sorted(kind.figures)) for name, kind in EVENTS.items()}
+    (mark,) = reader.take(_MARK, "spending's event")
+    if mark not in known:
+        raise ProtocolError("the message's spending is of an unknown kind, or has other figures: run the same version")
+    name, names = known[mark]
+    values = reader.take(struct.Struct(f"<{len(names)}d"), "spending's figures")
+    if any(value < 0 for value in values):
+        raise ProtocolError("the message's spending states a negative figure")
+    return Event(name, dict(zip(names, values, strict=True)))
 
 
 def _spending(reader: _Reader) -> Spending:
     figures = reader.fields(_SPENT, "spending", endless="epsilon_total")
+    event = _event(reader)
     method = reader.fields(_ACCOUNTANT, "spending")
     version = reader.text("accountant's version")
     if not _VERSION.fullmatch(version):
         raise ProtocolError("the reply's accountant has a version that is none")
-    return Spending(**figures, accountant=Accountant(**method, version=version))
+    return Spending(**figures, event=event, accountant=Accountant(**method, version=version))
 
 
 def _detoured(reader: _Reader, spending: Spending | None) -> Spending:

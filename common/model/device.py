@@ -1,4 +1,4 @@
-"""Which device, which precision, how many threads."""
+"""The choice of device, precision and number of threads."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def choose_batch_tokens(wanted: int, device: torch.device) -> int:
     """Return the tokens of one forward pass: ``wanted``, or for 0 what suits the device.
 
-    Small batches stay in a CPU's cache and pad less (measured on MiniLM in float32: 53 records a
-    second with 1024 tokens, 46 with 4096); 1536 are as fast as 1024, under DP-SGD in bfloat16 2 % faster,
-    because every batch costs each layer's hooks a call. A GPU wants large ones.
+    Small batches stay in a CPU's cache and pad less, and every batch costs each layer's hooks a call
+    (``experiments/LOG.md``, 2026-11-24). A GPU wants large ones.
     """
     return wanted or (16384 if device.type == "cuda" else 1536)
 
@@ -54,9 +53,8 @@ def choose_batch_tokens(wanted: int, device: torch.device) -> int:
 def choose_private_tokens(device: torch.device) -> int:
     """Return the tokens of a pass of fixed shape (``common.model.shapes``); no setting of a server's changes it.
 
-    Fewer waste less on filler, more spend less on calls. On MiniLM in bfloat16 a pass costs 17 ms beside its tokens,
-    which take 0.285 ms each on one core: 320 to 512 are equally good at the default job's lengths and batch, and 384
-    makes most numbers of rows multiples of 4.
+    Fewer waste less on filler, more spend less on calls: 320 to 512 are equally good at the default job's lengths and
+    batch (``experiments/LOG.md``, 2026-11-25), and 384 makes most numbers of rows multiples of 4.
     """
     return 4096 if device.type == "cuda" else 384
 
@@ -71,7 +69,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 def choose_attention(model: Any, device: torch.device) -> None:
     """Let a transformers model attend in plain matrix products on a CPU, where the fused kernel is slower.
 
-    Measured on MiniLM in bfloat16, forward and backward: 0.25 against 0.36 s per 64 records.
+    By how much: ``experiments/LOG.md``, 2026-11-24.
     """
     if device.type == "cpu":
         model.set_attn_implementation("eager")
@@ -82,7 +80,7 @@ def own_cores() -> int:
 
     Inside a Ray worker that is what Ray assigned to it, else the process's CPU affinity, capped by
     a container's CPU quota. Two processes with more threads than cores slow each other down
-    fivefold (DATA: speed on 2 cores), so this is the number of threads to use.
+    fivefold, so this is the number of threads to use.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

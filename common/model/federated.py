@@ -206,6 +206,11 @@ class FederatedModel:
         for length, group in shapes.groups([self.task.size(record) for record in records]):
             yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length))
 
+    def length_batches(self, records: Sequence[Record], budget: int) -> Iterator[Batch]:
+        """Yield ``records`` in batches of like length, each of at most ``budget`` tokens (``length_batches``)."""
+        for group in length_batches([self.task.size(record) for record in records], budget):
+            yield self.batch([records[i] for i in group])
+
     def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
         """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
         filler = [self.task.filler(self.base, records[0])] * (rows - len(records))

@@ -1,9 +1,8 @@
 """Accounting as data: a list of releases goes in, the epsilon that they cost together comes out.
 
-The unit is one training record; neighbouring data sets differ by adding or removing one record, and
-every release is a Gaussian mechanism on a Poisson sample of the records (each record in the batch
-independently with probability ``sample_rate``). The figures do not hold for shuffled or fixed-size
-batches, nor for replace-one neighbours.
+What a release costs is its kind's to say (``EVENTS``); here releases of any kinds are composed. The
+unit is the mechanism's: neighbouring data sets differ by adding or removing one. The figures do not hold
+for replace-one neighbours, and those of a Poisson sample not for shuffled or fixed-size batches.
 
 The number of record is the privacy loss distribution (PLD; Doroshenko et al. 2022, "Connect the
 Dots", arXiv 2207.04380), rounded against us on a grid of 1e-3. Renyi DP (RDP; Mironov, Talwar and
@@ -41,7 +40,6 @@ from common.accountant import (
     MOST_GRID,
     NOT_FINITE,
     PLD_INTERVAL,
-    PLD_NOISE_FLOOR,
     TOO_LARGE,
     TRAINING,
     Accountant,
@@ -50,18 +48,16 @@ from common.accountant import (
 )
 from common.check import at_least, in_range, positive
 from common.errors import BudgetExhausted, ConfigError
+from common.privacy.events import LEAST_NOISE, MOST_NOISE, Event, SampledGaussian, kind_of, sampled_gaussian
 from common.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
-    from dp_accounting import DpEvent, PrivacyAccountant
+    from dp_accounting import PrivacyAccountant
 
-Merged = tuple[tuple[float, float, int], ...]
-"""Distinct (noise_multiplier, sample_rate) with their counts, sorted: the form that is priced and cached."""
+Merged = tuple[tuple[Event, int], ...]
+"""Distinct events, of priced figures alone, with their counts, sorted: the form that is priced and cached."""
 
 PLD_DIVERGENCE_LIMIT = 1000.0
-LEAST_NOISE, MOST_NOISE = 0.01, 1e5
-"""Ends of the range that ``noise_multiplier_for`` searches, and of what may be charged."""
-LEAST_RATE = 1e-6
 MOST_COUNT = 10**6
 LEAST_DELTA = 1e-12
 MOST_WORK = 150.0
@@ -72,25 +68,29 @@ _VERSION = version("dp-accounting")
 
 @dataclass(frozen=True)
 class Release:
-    """``count`` noised sums of a Poisson sample, all with one noise and one sampling rate.
+    """``count`` releases of one event.
 
     Raises:
-        ConfigError: the noise is not above 0, the rate not in (0, 1], or the count not a whole number >= 1.
+        ConfigError: the event has no price, or figures that no mechanism has; or the count is not a whole number >= 1.
     """
 
-    noise_multiplier: float
-    """Standard deviation of the noise over the L2 clip norm (a ratio)."""
-    sample_rate: float
-    """Probability of each record to be in the sample; 1 means every record, every time."""
+    event: Event
     count: int
-    kind: str = TRAINING
-    """What was released, for the reader of a report; it does not change the price."""
+    purpose: str = TRAINING
+    """One of ``common.accountant.PURPOSES``, for the reader of a report; it does not change the price."""
 
     def __post_init__(self) -> None:
-        positive(noise_multiplier=self.noise_multiplier, count=self.count)
-        in_range(0, 1, sample_rate=self.sample_rate)
+        self.event.check()
+        positive(count=self.count)
         if not isinstance(self.count, int) or isinstance(self.count, bool):
             raise ConfigError(f"count must be a whole number, not {self.count!r}")
+
+
+def gaussian_release(
+    noise_multiplier: float, sample_rate: float, count: int, purpose: str = TRAINING, clip_norm: float = 1.0
+) -> Release:
+    """Return ``count`` releases of a ``sampled_gaussian`` event; errors as for Release."""
+    return Release(sampled_gaussian(noise_multiplier, sample_rate, clip_norm), count, purpose)
 
 
 def check_terms(releases: Sequence[Release], delta: float) -> None:
@@ -100,11 +100,7 @@ def check_terms(releases: Sequence[Release], delta: float) -> None:
     """
     at_least(LEAST_DELTA, delta=delta)
     for release in releases:
-        at_least(LEAST_RATE, sample_rate=release.sample_rate)
-        if not LEAST_NOISE <= release.noise_multiplier <= MOST_NOISE:
-            raise ConfigError(
-                f"noise-multiplier must be from {LEAST_NOISE:g} to {MOST_NOISE:g}, not {release.noise_multiplier!r}"
-            )
+        kind_of(release.event.kind).check_terms(release.event)
         if release.count > MOST_COUNT:
             raise ConfigError(f"a charge is for at most {MOST_COUNT:,} steps, not {release.count:,}")
 
@@ -113,7 +109,7 @@ def epsilon(releases: Sequence[Release], delta: float, *, method: Method = "pld"
     """Return the epsilon, at ``delta``, of publishing all ``releases`` about one data set.
 
     Guarantees: an upper bound on the true epsilon, and at least 0; 0.0 for no releases; the order of
-    the releases, their kinds, and how equal ones are split into entries make no difference, to the
+    the releases, their purposes, and how equal ones are split into entries make no difference, to the
     last bit. May be ``inf`` where no accountant has an answer.
 
     The grid makes ``"pld"`` loose, never wrong, where a step loses far less than 1e-3: with sampling
@@ -132,7 +128,7 @@ def epsilon_with_method(
 
     It names the library's version, and the reason if RDP stood in for the PLD.
 
-    >>> str(epsilon_with_method([Release(noise_multiplier=1.0, sample_rate=1.0, count=1)], 1e-5, method="rdp")[1])[:3]
+    >>> str(epsilon_with_method([gaussian_release(1.0, 1.0, count=1)], 1e-5, method="rdp")[1])[:3]
     'RDP'
     """
     in_range(0, 1, delta=delta)
@@ -140,12 +136,17 @@ def epsilon_with_method(
 
 
 def noise_multiplier_for(
-    epsilon: float, delta: float, sample_rate: float, steps: int, spent: Sequence[Release] = ()
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    spent: Sequence[Release] = (),
+    kind: str = SampledGaussian.name,
 ) -> float:
     """Return the least noise multiplier with which ``steps`` more steps stay within ``epsilon``.
 
-    Guarantees: ``epsilon([*spent, Release(answer, sample_rate, steps)], delta) <= epsilon`` exactly as
-    this module computes it, and the answer is at most 1.001 times the least such noise. The answer
+    Guarantees: ``spent`` and ``steps`` releases of ``kind`` at the answer and ``sample_rate`` cost at most ``epsilon``,
+    exactly as this module computes it, and the answer is at most 1.001 times the least such noise. The answer
     has at most 5 significant digits, so that a person can copy it, and lies within
     [``LEAST_NOISE``, ``MOST_NOISE``].
 
@@ -155,36 +156,41 @@ def noise_multiplier_for(
     """
     positive(epsilon=epsilon)
     in_range(0, 1, delta=delta)
-    Release(noise_multiplier=1.0, sample_rate=sample_rate, count=steps)
-    return _least_noise(epsilon, delta, sample_rate, steps, _merge(spent))
+    figures = {"noise_multiplier": 1.0, "sample_rate": sample_rate, "clip_norm": 1.0}
+    event = Release(Event(kind, figures), steps).event
+    return _least_noise(epsilon, delta, event, steps, _merge(spent))
 
 
 def _merge(releases: Sequence[Release]) -> Merged:
-    counts: Counter[tuple[float, float]] = Counter()
+    counts: Counter[Event] = Counter()
     for release in releases:
-        counts[release.noise_multiplier, release.sample_rate] += release.count
-    return tuple((noise, rate, count) for (noise, rate), count in sorted(counts.items()))
+        counts[release.event.priced()] += release.count
+    return _sorted(counts)
+
+
+def _sorted(counts: Counter[Event]) -> Merged:
+    def place(item: tuple[Event, int]) -> tuple[str, tuple[float, ...]]:
+        event = item[0]
+        return event.kind, tuple(event.figures[name] for name in kind_of(event.kind).priced)
+
+    return tuple(sorted(counts.items(), key=place))
 
 
 def _work(merged: Merged) -> float:
-    return sum(3 + (noise**-2 if noise >= PLD_NOISE_FLOOR else 0.0) for noise, _, _ in merged)
+    return sum(kind_of(event.kind).work(event) for event, _ in merged)
 
 
 def _affordable(merged: Merged) -> tuple[Merged, int]:
     """Return ``merged`` and 0, or fewer releases that together cost at least as much privacy, and their grid's number.
 
-    Less noise on the same sample, or the same noise on a sample that more records are in, loses no less: a
-    release is the other one with noise added, or with records left out at random first. The grids of noise and
-    rate are powers of two, each of which holds all of the next, so a longer history never costs less.
+    The grids of figures are powers of two, each of which holds all of the next, so a longer history never costs less.
     """
     step, grid, rounded = FINEST_GRID, 0, merged
     while _work(rounded) > MOST_WORK and grid < MOST_GRID:
-        coarse: Counter[tuple[float, float]] = Counter()
-        for noise, rate, count in merged:
-            lower = min(noise, 2.0 ** (step * math.floor(math.log2(noise) / step)))
-            higher = max(rate, 2.0 ** (step * math.ceil(math.log2(rate) / step)))
-            coarse[lower, higher] += count
-        rounded = tuple((noise, rate, count) for (noise, rate), count in sorted(coarse.items()))
+        coarse: Counter[Event] = Counter()
+        for event, count in merged:
+            coarse[kind_of(event.kind).coarser(event, step)] += count
+        rounded = _sorted(coarse)
         step, grid = 2 * step, grid + 1
     return rounded, 0 if rounded == merged else grid
 
@@ -227,18 +233,18 @@ def _error_name(error: Exception) -> str:
 
 
 def _why_not_pld(merged: Merged) -> Detour:
-    least = min((noise for noise, _, _ in merged), default=math.inf)
-    if least < PLD_NOISE_FLOOR:
-        return Detour(BELOW_FLOOR, least)
+    without = [event.noise_multiplier for event, _ in merged if not kind_of(event.kind).has_grid(event)]
+    if without:
+        return Detour(BELOW_FLOOR, min(without))
     if sum(map(_divergence, merged)) > PLD_DIVERGENCE_LIMIT:
         return Detour(TOO_LARGE)
     return Detour()
 
 
-def _divergence(steps: tuple[float, float, int]) -> float:
-    """Return the Renyi divergence of order 2 of (noise, rate, count): count · log(1 + q² (exp(1/sigma²) - 1))."""
-    noise, rate, count = steps
-    return count * math.log1p(rate * rate * math.expm1(noise**-2))
+def _divergence(steps: tuple[Event, int]) -> float:
+    """Return the Renyi divergence of order 2 of all releases of one event."""
+    event, count = steps
+    return count * kind_of(event.kind).divergence(event)
 
 
 def _accountant(method: Method) -> PrivacyAccountant:
@@ -253,13 +259,10 @@ def _accountant(method: Method) -> PrivacyAccountant:
 
 
 def _compose(accountant: PrivacyAccountant, merged: Merged, delta: float) -> float:
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting import SelfComposedDpEvent
 
-    for noise_multiplier, sample_rate, count in merged:
-        event: DpEvent = GaussianDpEvent(noise_multiplier)
-        if sample_rate < 1:
-            event = PoissonSampledDpEvent(sample_rate, event)
-        accountant.compose(SelfComposedDpEvent(event, count))
+    for event, count in merged:
+        accountant.compose(SelfComposedDpEvent(kind_of(event.kind).dp_event(event), count))
     return float(accountant.get_epsilon(delta)) if merged else 0.0
 
 
@@ -279,9 +282,8 @@ def _without_order_warnings() -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def _least_noise(target: float, delta: float, sample_rate: float, steps: int, spent: Merged) -> float:
-    history = [Release(noise, rate, count) for noise, rate, count in spent]
-    already = epsilon(history, delta)
+def _least_noise(target: float, delta: float, event: Event, steps: int, spent: Merged) -> float:
+    already = _priced(spent, delta, "pld")[0]
     if already > target:
         raise BudgetExhausted(
             f"epsilon {epsilon_text(already, decimals=4)} is spent already, above the budget of {target:g} at "
@@ -289,7 +291,9 @@ def _least_noise(target: float, delta: float, sample_rate: float, steps: int, sp
         )
 
     def cost(noise: float) -> float:
-        return epsilon([*history, Release(noise, sample_rate, steps)], delta)
+        counts = Counter(dict(spent))
+        counts[event.having(noise_multiplier=noise).priced()] += steps
+        return _priced(_sorted(counts), delta, "pld")[0]
 
     enough = 1.0
     while cost(enough) > target:

@@ -1,9 +1,28 @@
-"""The words of the privacy claim: unit, neighbours, adversary, sampler. Every report prints them."""
+"""The words of a privacy claim: unit, neighbours, adversary, sampler. Every report prints a mechanism's own."""
 
 from __future__ import annotations
 
-UNIT = "one training record of one site"
-ADJACENCY = "add or remove one record"
-ADVERSARY = "a server that sees every upload and knows who took part, and anyone who sees the final model"
-SAMPLER = "Poisson, each record on its own, from the operating system's entropy"
+from dataclasses import dataclass
+
 NO_CLAIM = "none: privacy.mode is 'none', so nothing is promised about any record"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is promised, in words."""
+
+    unit: str
+    """What one neighbour is: whose addition or removal nobody notices."""
+    adjacency: str
+    """How neighbouring data sets differ."""
+    adversary: str
+    """Against whom the promise holds."""
+    sampler: str
+    """How the records of a step are chosen."""
+    per: str = ""
+    """The unit in one word."""
+    leaves_out: tuple[str, ...] = ()
+    """What somebody might take for promised, and is not."""
+
+
+NOTHING = Claim(NO_CLAIM, NO_CLAIM, NO_CLAIM, NO_CLAIM)

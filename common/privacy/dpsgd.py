@@ -1,7 +1,7 @@
 """DP-SGD at a site: per-record gradients, clip, sum, noise, public divisor (Abadi et al. 2016, alg. 1).
 
-Opacus computes per-record gradients (hooks, model not wrapped) and scales the sum. Around it stands
-what a federation needs and Opacus leaves open (PRIVACY: 1.3, 2.4):
+Opacus computes per-record gradients (hooks, model not wrapped) and scales the sum. Around it is
+what a federation needs and Opacus leaves open:
 
 * one joint clip over all trained tensors; norms, clip and sum in float64, whatever the forward pass is in;
 * a record whose gradient is not finite contributes zero instead of destroying the update;
@@ -27,7 +27,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
@@ -39,7 +39,7 @@ from common.adapters.branch import Branch
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import Correct, PrivacyPlan, as_it_is
 from common.randomness import add_private_noise
 
 log = logging.getLogger("fedveil.site")
@@ -50,16 +50,8 @@ TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter")
 
 register_grad_sampler(Branch)(Branch.gradients)
 
-Correct = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""From the gradients of one step to others of the same shapes."""
 
-
-def as_it_is(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the gradients."""
-    return gradients
-
-
-class _Mechanism(DPOptimizer):
+class ClipAndNoise(DPOptimizer):
     """Opacus' optimiser with norms, clip and sum in float64, finite records only, and operating-system noise out."""
 
     def clip_and_accumulate(self) -> None:
@@ -116,11 +108,16 @@ class PrivateSteps:
             When it is called nothing is left of the step that is not released: it is post-processing, as long as it
             takes nothing of a record from elsewhere.
 
+    A mechanism that clips or noises otherwise overrides ``clipping``, and is priced as another kind of event.
+
     Raises:
         MechanismError: the optimiser does not cover exactly the trained parameters, or it is
-            stepped with a gradient that did not come from this mechanism; or the model normalises by
+            stepped with a gradient that did not come from here; or the model normalises by
             its batch, anywhere, so that one record moves what the others contribute.
     """
+
+    clipping: ClassVar[type[ClipAndNoise]] = ClipAndNoise
+    """What clips each record, sums, and noises the sum."""
 
     def __init__(
         self,
@@ -150,10 +147,10 @@ class PrivateSteps:
         self._before_pass, self._correct = before_pass, correct
         # Opacus hangs grad_sample and summed_grad on parameters, which torch's types do not know.
         self._trained: list[Any] = trained
-        self._mechanism = _Mechanism(
+        self._mechanism = self.clipping(
             optimizer,
-            noise_multiplier=plan.noise_multiplier * noise_margin,
-            max_grad_norm=plan.clip_norm,
+            noise_multiplier=plan.event.noise_multiplier * noise_margin,
+            max_grad_norm=plan.event.clip_norm,
             expected_batch_size=plan.expected_batch_size,
         )
         self._released: list[tuple[Tensor, int]] = []

@@ -1,45 +1,140 @@
-"""The one place that holds sampling, clip, noise and budget: the mechanism and the accountant read the same fields."""
+"""The plan of a site: what a mechanism makes of public figures, and what then samples, clips and noises.
+
+The training loop knows no mechanism: it asks its plan which records a step takes, in what batches they
+pass, and for the steps themselves. A plan that pays holds the event that its ledger is charged for, so
+that what is done and what is paid are read from one place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from common.check import clip_norm, in_range, positive
-from common.config.sections import PrivacyConfig, TrainingConfig
-from common.errors import ConfigError, PrivacyError
+from common.errors import MechanismError, PrivacyError
 from common.privacy.accounting import Release, check_terms, noise_multiplier_for
+from common.privacy.events import Event, SampledGaussian, sampled_gaussian
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from common.config.sections import PrivacyConfig, TrainingConfig
+    from common.messages.state import AdapterState
+    from common.model.federated import FederatedModel
+    from common.privacy.dpsgd import PrivateSteps
+    from common.tasks import Batch, Record
+
+Correct = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
+"""From the gradients of one step to others of the same shapes."""
+
+
+def as_it_is(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients."""
+    return gradients
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+class Steps(Protocol):
+    """What takes the optimiser steps of one round."""
+
+    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
+        """Take one optimiser step on one logical batch, given as any number of parts."""
+
+
+class Plan(ABC):
+    """What one site does to its records in a run: public, fixed before a record reaches the model."""
+
+    @abstractmethod
+    def batches(
+        self, model: FederatedModel, records: Sequence[Record], public: torch.Generator, first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield the positions of the records that each step takes, from step ``first`` of the run on.
+
+        Args:
+            model: knows the sizes of records.
+            records: the site's.
+            public: a stream of the run's public seed; a plan that promises anything about records leaves it alone.
+            first: steps of the run that were taken before.
+        """
+
+    @abstractmethod
+    def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch]:
+        """Return one step's records as the batches in which they pass the model."""
+
+    @abstractmethod
+    def steps(
+        self,
+        model: FederatedModel,
+        optimizer: Optimizer,
+        *,
+        before_pass: Callable[[], None] = nothing,
+        correct: Correct = as_it_is,
+    ) -> AbstractContextManager[Steps]:
+        """Return the context in which ``model`` takes steps.
+
+        Args:
+            model: whose trained parameters are those that require a gradient.
+            optimizer: over exactly those.
+            before_pass: called before each pass; what it raises ends the step.
+            correct: from the gradients of a step to those that the optimiser gets; after clip and noise, if there are.
+        """
+
+    def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
+        """Return what leaves the site, from what a strategy sends up of the trained tensors, and what it received.
+
+        As it is, where every step was noised. A plan that clips and noises a whole round does it here.
+        """
+        del received
+        return contribution
+
+    @abstractmethod
+    def longest_gradient(self, numbers: int, told: Event | None) -> float:
+        """Server: return about how long one step's gradient can be; infinite if nothing bounds it.
+
+        Args:
+            numbers: elements of all trained tensors together.
+            told: the event that the site says it was charged for; its noise counts where it is larger.
+        """
 
 
 @dataclass(frozen=True)
-class PrivacyPlan:
-    """What one site does to its records in a run: public, fixed before a record reaches the model.
+class PrivacyPlan(Plan):
+    """The plan of a site that pays: Poisson samples, one L2 clip a record, Gaussian noise, a public divisor.
+
+    Another mechanism states its own ``kind`` and overrides what it does otherwise.
 
     Raises:
         ConfigError: a field is out of range; the message names it.
     """
 
-    clip_norm: float
-    """L2 bound of one record's gradient over all trained tensors together."""
-    noise_multiplier: float
-    """Standard deviation of the noise on the sum of clipped gradients, over ``clip_norm``."""
-    sample_rate: float
-    """Probability of each record to be in a step's batch (Poisson)."""
+    kind: ClassVar[str] = SampledGaussian.name
+    """Of the event that a step is charged as."""
+
+    event: Event
+    """What one optimiser step releases, and is charged for."""
     expected_batch_size: float
-    """Divisor of the noised sum, in records. A constant made of public figures (``sample_rate`` times the
-    declared size), never the realised batch and never the exact number of records."""
+    """Divisor of the noised sum, in units. A constant made of public figures (the event's rate times the declared
+    size), never the realised batch and never the exact number of records."""
     delta: float
     max_epsilon: float
-    """Budget of the data set: record level, add/remove one record."""
+    """Budget of the data set, for the mechanism's unit, add or remove one."""
 
     def __post_init__(self) -> None:
-        clip_norm(clip_norm=self.clip_norm)
-        positive(
-            noise_multiplier=self.noise_multiplier,
-            expected_batch_size=self.expected_batch_size,
-            max_epsilon=self.max_epsilon,
-        )
-        in_range(0, 1, sample_rate=self.sample_rate)
+        if self.event.kind != self.kind:
+            # What the steps do would be priced as something else.
+            raise MechanismError(f"{type(self).__name__} does what is priced as {self.kind!r}, not {self.event.kind!r}")
+        clip_norm(clip_norm=self.event.clip_norm)
+        self.event.check()
+        positive(expected_batch_size=self.expected_batch_size, max_epsilon=self.max_epsilon)
         in_range(0, 0.5, delta=self.delta)
 
     @classmethod
@@ -50,7 +145,7 @@ class PrivacyPlan:
         total_steps: int,
         public_size: int,
         before: Sequence[Release] = (),
-    ) -> PrivacyPlan:
+    ) -> Self:
         """Return the plan of a site that may take part in every one of the run's ``total_steps``.
 
         A noise multiplier of 0 in the configuration asks for the least one that keeps all ``total_steps``
@@ -60,35 +155,99 @@ class PrivacyPlan:
         records that the site declares, not the one that it counts.
 
         Raises:
-            ConfigError: privacy is off, or a figure is out of range, or none that an honest job has (``check_terms``).
+            ConfigError: a figure is out of range, or none that an honest job has (``check_terms``).
             PrivacyError: delta is above one over the declared size, so that publishing a whole record
                 at random would satisfy it.
         """
-        if not privacy.on:
-            raise ConfigError("privacy.mode is 'none': there is nothing to plan; set it to 'dp-sgd' for a private run")
         positive(total_steps=total_steps, public_size=public_size)
         if privacy.delta > 1 / public_size:
             raise PrivacyError(
                 f"privacy.delta is {privacy.delta:g}, above 1/{public_size} = {1 / public_size:.3g} of the declared "
                 f"size {public_size}: set privacy.delta to {1 / public_size:.1g} or less"
             )
-        steps = Release(privacy.noise_multiplier or 1.0, training.sample_rate, total_steps)
-        check_terms([steps, *before], privacy.delta)
+        event = cls.event_of(privacy, training, privacy.noise_multiplier or 1.0)
+        check_terms([Release(event, total_steps), *before], privacy.delta)
+        if not privacy.noise_multiplier:
+            terms = (privacy.epsilon, privacy.delta, event.sample_rate, total_steps, tuple(before), cls.kind)
+            event = event.having(noise_multiplier=noise_multiplier_for(*terms))
         return cls(
-            clip_norm=privacy.clip_norm,
-            noise_multiplier=privacy.noise_multiplier
-            or noise_multiplier_for(privacy.epsilon, privacy.delta, training.sample_rate, total_steps, tuple(before)),
-            sample_rate=training.sample_rate,
-            expected_batch_size=training.sample_rate * public_size,
+            event=event,
+            expected_batch_size=event.sample_rate * public_size,
             delta=privacy.delta,
             max_epsilon=privacy.epsilon,
         )
 
+    @classmethod
+    def event_of(cls, privacy: PrivacyConfig, training: TrainingConfig, noise_multiplier: float) -> Event:
+        """Return what one step releases at a noise multiplier, by the run's settings."""
+        figures = {"noise_multiplier": noise_multiplier, "sample_rate": training.sample_rate}
+        return Event(cls.kind, {**figures, "clip_norm": privacy.clip_norm})
+
+    def sample(self, size: int) -> list[int]:
+        """Return the positions of one Poisson sample of ``size`` records, from the operating system's entropy."""
+        from common import randomness  # It brings torch, which no command line needs.
+
+        chosen: list[int] = randomness.private_poisson_sample(size, self.event.sample_rate).tolist()
+        return chosen
+
+    def batches(
+        self, model: FederatedModel, records: Sequence[Record], public: torch.Generator, first: int
+    ) -> Iterator[list[int]]:
+        """Yield one sample after another; the public stream has no part in it, nor has what came before."""
+        del model, public, first
+        while True:
+            yield self.sample(len(records))
+
+    def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch]:
+        """Return batches whose shapes follow from each record alone."""
+        return model.fixed_batches(records)
+
+    @contextmanager
+    def steps(
+        self,
+        model: FederatedModel,
+        optimizer: Optimizer,
+        *,
+        before_pass: Callable[[], None] = nothing,
+        correct: Correct = as_it_is,
+    ) -> Iterator[PrivateSteps]:
+        """Return the context of steps that clip each record and noise the sum, see ``common.privacy.dpsgd``."""
+        from common.privacy import dpsgd  # It brings Opacus, which no server needs.
+
+        margin, kind = dpsgd.rounding_margin(model.device), self.stepping()
+        own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=before_pass, correct=correct)
+        with model.many_passes(), own as steps:
+            yield steps
+
+    def stepping(self) -> type[PrivateSteps]:
+        """Return what takes the steps; a mechanism that clips or noises otherwise has one with another ``clipping``."""
+        from common.privacy import dpsgd
+
+        return dpsgd.PrivateSteps
+
+    def longest_gradient(self, numbers: int, told: Event | None) -> float:
+        """Return C (1 + σ√d / b)."""
+        noise = max(self.event.noise_multiplier, told.noise_multiplier if told else 0.0)
+        return self.event.clip_norm * (1 + noise * math.sqrt(numbers) / self.expected_batch_size)
+
     @property
     def gradient_noise_std(self) -> float:
         """Standard deviation of the noise on one coordinate of the averaged gradient."""
-        return self.noise_multiplier * self.clip_norm / self.expected_batch_size
+        return self.event.noise_multiplier * self.event.clip_norm / self.expected_batch_size
 
     def release(self, steps: int) -> Release:
         """Return what the ledger must be charged before ``steps`` (>= 1) optimiser steps."""
-        return Release(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, count=steps)
+        return Release(self.event, steps)
+
+
+def gaussian_plan(
+    clip_norm: float,
+    noise_multiplier: float,
+    sample_rate: float,
+    expected_batch_size: float,
+    delta: float,
+    max_epsilon: float,
+) -> PrivacyPlan:
+    """Return the plan of these figures, without a run."""
+    event = sampled_gaussian(noise_multiplier, sample_rate, clip_norm)
+    return PrivacyPlan(event, expected_batch_size, delta, max_epsilon)

@@ -12,18 +12,21 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from torch import Tensor
 
+from common.accountant import INITIALISATION
 from common.adapters import Adapter, Place
-from common.check import clip_norm, in_range, positive
+from common.check import CLIP_NORM, POSITIVE, Interval
+from common.config.fields import Unit, check_fields
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.privacy.accounting import Release
+from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.starts.directions import orthonormal_rows
@@ -39,6 +42,12 @@ _ASKED: Mapping[Needs, Asked] = {
     "records, without privacy": "sites",
 }
 
+_UNFIT: Mapping[Needs, str] = {
+    "records, without privacy": "uses private records without privacy, which no ε covers: choose another, or set "
+    "privacy.mode to 'none'",
+    "paid release": "is for a private run: choose another",
+}
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -52,7 +61,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Start(ABC):
-    """Where the factors begin; options of a start are its fields."""
+    """Where the factors begin; options of a start are its fields, which declare what they may be."""
 
     name: ClassVar[str]
     """What ``adapter.start`` calls it."""
@@ -60,6 +69,9 @@ class Start(ABC):
     """What it is made from, besides the run's public seed."""
     gives: ClassVar[tuple[str, ...]] = ("A", "B")
     """The directions that it has; an adapter that asks for more is refused."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "start.")
 
     @property
     def asked(self) -> Asked:
@@ -77,13 +89,8 @@ class Start(ABC):
                 f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
                 f"set adapter.start to one that does ({fitting})"
             )
-        if self.needs == "records, without privacy" and config.privacy.on:
-            raise ConfigError(
-                f"adapter.start {self.name!r} uses private records without privacy, which no ε covers: "
-                "choose another, or set privacy.mode to 'none'"
-            )
-        if self.needs == "paid release" and not config.privacy.on:
-            raise ConfigError(f"adapter.start {self.name!r} is for a private run: choose another")
+        if self.needs not in config.privacy.mechanism.starts:
+            raise ConfigError(f"adapter.start {self.name!r} {self.unfit}")
 
     def resolved(self) -> Self:
         """Return the start with what its options leave open filled in."""
@@ -100,6 +107,11 @@ class Start(ABC):
 
         Float32, on the CPU. A start that needs a statistic returns what holds until it is there.
         """
+
+    @property
+    def unfit(self) -> str:
+        """What is said of it where the run's mechanism has no start that is made of what it needs."""
+        return _UNFIT.get(self.needs, f"needs {self.needs}, of which this privacy.mode makes no start: choose another")
 
     # --- round 0, of a start that needs a statistic ---
 
@@ -146,21 +158,17 @@ class PaidStart(Start):
 
     needs: ClassVar[Needs] = "paid release"
 
-    sample_rate: float = 0.1
+    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
     """Chance of each record to be used."""
-    noise_multiplier: float = 5.0
-    """Noise std over clip norm of the one release."""
-    clip_norm: float = 1.0
+    noise_multiplier: Annotated[float, POSITIVE, Unit("clip norms")] = 5.0
+    """Standard deviation of the noise of the one release over its clip norm."""
+    clip_norm: Annotated[float, CLIP_NORM, Unit("L2 norm")] = 1.0
     """L2 bound of one record's statistic over all adapted layers together."""
-
-    def __post_init__(self) -> None:
-        in_range(0, 1, start__sample_rate=self.sample_rate)
-        positive(start__noise_multiplier=self.noise_multiplier)
-        clip_norm(start__clip_norm=self.clip_norm)
 
     def release(self, least_noise: float = 0.0) -> Release:
         """Return the one release; also for a run's plan, before any site is known."""
-        return Release(max(self.noise_multiplier, least_noise), self.sample_rate, 1, kind="initialisation")
+        event = sampled_gaussian(max(self.noise_multiplier, least_noise), self.sample_rate, self.clip_norm)
+        return Release(event, 1, INITIALISATION)
 
     def plan(self, whole: PrivacyPlan, public_size: int, least_noise: float = 0.0) -> PrivacyPlan:
         """Return the plan of the release, by which a site acts and the server judges.
@@ -169,14 +177,12 @@ class PaidStart(Start):
             whole: the site's plan of the run, whose budget and delta hold here too.
             public_size: as the site declares it, in records.
             least_noise: the least noise multiplier that the site's policy allows.
+
+        Raises:
+            MechanismError: the run's mechanism does what is priced as another kind of event than the release is.
         """
-        return dataclasses.replace(
-            whole,
-            clip_norm=self.clip_norm,
-            noise_multiplier=self.release(least_noise).noise_multiplier,
-            sample_rate=self.sample_rate,
-            expected_batch_size=self.sample_rate * public_size,
-        )
+        event = self.release(least_noise).event
+        return dataclasses.replace(whole, event=event, expected_batch_size=event.sample_rate * public_size)
 
     @abstractmethod
     def privatise(
@@ -198,11 +204,8 @@ class UnpaidStart(Start):
 
     needs: ClassVar[Needs] = "records, without privacy"
 
-    sample_rate: float = 0.1
+    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
     """Chance of each record to be used; a site uses at least one."""
-
-    def __post_init__(self) -> None:
-        in_range(0, 1, start__sample_rate=self.sample_rate)
 
 
 def seeded(place: Place, wanted: Collection[str]) -> Factors:

@@ -10,9 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.adapters import Adapter, Place
-from common.config.sections import RunConfig
-from common.errors import ConfigError
+from common.adapters import Place
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
@@ -28,13 +26,10 @@ class DPGradient(PaidStart):
 
     name: ClassVar[str] = "dp-gradient"
 
-    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a run without privacy, which has a better start."""
-        if not config.privacy.on:
-            raise ConfigError(
-                "adapter.start 'dp-gradient' is for a private run: without privacy use 'private-gradient'"
-            )
-        super().check(config, adapter)
+    @property
+    def unfit(self) -> str:
+        """Name the start that a run without privacy has."""
+        return "is for a private run: without privacy use 'private-gradient'"
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the gradient is there."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from common.adapters import Adapter
-from common.check import positive
+from common.check import POSITIVE, Digits
+from common.config.fields import Unit
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.model.federated import FederatedModel
@@ -28,17 +28,10 @@ class FromText(Start):
     text: str = "auto"
     """The public text: ``phrases``, which come with FedVeil, ``made-up`` (words drawn from the model's vocabulary), or
     a file of the server's, one text a line; ``auto``: what suits the start."""
-    text_sha256: str = ""
-    """Of a file's bytes, in hexadecimal."""
-    records: int = 256
+    text_sha256: Annotated[str, Digits(64, "sha256sum")] = ""
+    """SHA-256 of a file's bytes."""
+    records: Annotated[int, POSITIVE, Unit("records")] = 256
     """How many texts are used, from the first on."""
-
-    def __post_init__(self) -> None:
-        positive(start__records=self.records)
-        if self.text_sha256 and not re.fullmatch("[0-9a-f]{64}", self.text_sha256):
-            raise ConfigError(
-                f"start.text-sha256 must be 64 hexadecimal digits, as sha256sum prints them, not {self.text_sha256!r}"
-            )
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a file without its fingerprint, and records that hold no words."""
@@ -54,7 +47,7 @@ class FromText(Start):
             )
 
     def resolved(self) -> Self:
-        """Return the start with its text, and of packaged phrases their fingerprint, which of a file has to be given."""
+        """Return the start with its text, and the fingerprint of packaged phrases; a file's has to be given."""
         text = self.suits if self.text == "auto" else self.text
         return replace(self, text=text, text_sha256=packaged_sha256() if text == PACKAGED else self.text_sha256)
 

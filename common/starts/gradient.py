@@ -1,6 +1,6 @@
 """One full gradient of the adapted layers' own weights, for starts that are made from it.
 
-The base weights are opened for the gradient only inside ``full_gradient``; nothing is updated. At a
+The base weights are opened for the gradient only inside ``open_weights``; nothing is updated. At a
 site under privacy each record's gradient over all adapted layers together is clipped, the sum is
 noised and divided by a public constant: one release, by the same mechanism as a training step.
 """
@@ -63,15 +63,9 @@ def private_gradient(
 
     ``before_pass`` is called before each pass, and may raise.
     """
-    from common.privacy.dpsgd import PrivateSteps, rounding_margin  # It brings Opacus, which no server needs.
-
     with open_weights(model) as weights:
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
-        margin = rounding_margin(model.device)
-        with (
-            model.many_passes(),
-            PrivateSteps(model.module, optimizer, plan, noise_margin=margin, before_pass=before_pass) as steps,
-        ):
+        with plan.steps(model, optimizer, before_pass=before_pass) as steps:
             released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
 

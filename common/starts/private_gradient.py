@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from common.adapters import Adapter, Place
-from common.check import positive
-from common.config.sections import RunConfig
-from common.errors import ConfigError
+from common.adapters import Place
+from common.check import POSITIVE
+from common.config.fields import RATIO
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
@@ -27,21 +26,16 @@ class PrivateGradient(UnpaidStart):
 
     name: ClassVar[str] = "private-gradient"
 
-    step: float = 1e-3
+    step: Annotated[float, POSITIVE, RATIO] = 1e-3
     """Length of the first sign step that is imitated: LoRA-SB's eta."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(start__step=self.step)
-
-    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a private run."""
-        if config.privacy.on:
-            raise ConfigError(
-                "adapter.start 'private-gradient' publishes raw gradients of private records, which no ε covers: "
-                "use 'dp-gradient', 'public-gradient', 'svd-of-weights' or 'orthonormal', or set privacy.mode to 'none'"
-            )
-        super().check(config, adapter)
+    @property
+    def unfit(self) -> str:
+        """Name the starts that a private run has."""
+        return (
+            "publishes raw gradients of private records, which no ε covers: "
+            "use 'dp-gradient', 'public-gradient', 'svd-of-weights' or 'orthonormal', or set privacy.mode to 'none'"
+        )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the gradient is there."""

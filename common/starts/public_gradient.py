@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from common.adapters import Adapter, Place
-from common.check import positive
+from common.check import POSITIVE
+from common.config.fields import RATIO, Unit
 from common.config.sections import RunConfig
 from common.data.sources import load_dataset
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
-from common.model.batching import length_batches
 from common.model.device import choose_batch_tokens
 from common.model.federated import FederatedModel
 from common.randomness import stream
@@ -36,13 +36,10 @@ class PublicGradient(Start):
 
     data: str = ""
     """The public data set or file, read with the run's ``data`` columns."""
-    records: int = 256
+    records: Annotated[int, POSITIVE, Unit("records")] = 256
     """How many of its records are used."""
-    step: float = 1e-3
+    step: Annotated[float, POSITIVE, RATIO] = 1e-3
     """Length of the first sign step that is imitated: LoRA-SB's eta."""
-
-    def __post_init__(self) -> None:
-        positive(start__step=self.step, start__records=self.records)
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a start that lacks its data."""
@@ -69,8 +66,7 @@ class PublicGradient(Start):
         order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
         records = model.prepare([data.examples[i] for i in order[: self.records]])
         budget = choose_batch_tokens(config.training.batch_tokens, model.device)
-        groups = length_batches([model.task.size(record) for record in records], budget)
-        return self.measure(model, (model.batch([records[i] for i in group]) for group in groups))
+        return self.measure(model, model.length_batches(records, budget))
 
     def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
         """Return the mean of the records' gradients."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from torch import Tensor
 from common.adapters import Adapter, Place
 from common.adapters.base import stored_transposed
 from common.adapters.lora_metric import SHRUNK
-from common.check import one_of, positive
+from common.check import POSITIVE, OneOf
+from common.config.fields import RATIO
 from common.config.sections import RunConfig
 from common.errors import ConfigError, ModelError
 from common.messages.state import HEAD, METRIC, AdapterState, Factors
@@ -46,19 +47,12 @@ class PublicMetric(FromText):
     suits: ClassVar[str] = MADE_UP
     gives: ClassVar[tuple[str, ...]] = ("B", "V", METRIC)
 
-    outputs: str = "public"
+    outputs: Annotated[str, OneOf(("public", "random"))] = "public"
     """Where B points: ``public`` (the phrases' gradients) or ``random`` (from the seed)."""
-    clip_share: float = 0.3
+    clip_share: Annotated[float, POSITIVE, RATIO] = 0.3
     """The clip norm over the root mean square of the public gradients' norms, to which B is scaled."""
-
-    ridge: float = 0.3
+    ridge: Annotated[float, POSITIVE, RATIO] = 0.3
     """Of the head's features: what is added to their public covariance, in units of its mean eigenvalue."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(start__ridge=self.ridge)
-        one_of(("public", "random"), start__outputs=self.outputs)
-        positive(start__clip_share=self.clip_share)
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a task without labels, and an adapter that would not begin in B."""

@@ -1,4 +1,4 @@
-"""What a kind of task states: its columns, its base model, its records, what is on top, and a score.
+"""The interface of a kind of task: its columns, its base model, its records, what is on top, and a score.
 
 Whatever depends on the kind of records is decided here: nothing outside ``common.tasks`` asks which task it has.
 A row of the table is one file with one class. Settings are checked before anything large is loaded, so a

@@ -99,7 +99,8 @@ class TextTask(Task):
         (like,) = self.prepare(base, [TextExample(text="one", label=0, completion="two")], limit)
 
         def invent(size: int, number: int, label: int) -> Record:
-            return self.made_up(like, random.Random(f"{size}/{number}").choices(usual, k=size), label)
+            draw = random.Random(f"{size}/{number}")  # noqa: S311 - nothing secret: the record is no one's
+            return self.made_up(like, draw.choices(usual, k=size), label)
 
         return invent
 

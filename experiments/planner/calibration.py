@@ -17,14 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from client.local_training import plain_step
 from client.optimizers import build_optimizer
 from common.config.sections import RunConfig
-from common.model.batching import length_batches
-from common.model.device import choose_batch_tokens, own_cores
+from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.tasks import Record
 from server.model import ServerModel
@@ -58,7 +56,7 @@ class Calibration:
     """Peak memory on the GPU; 0 without one."""
     alignment: tuple[float, float] | None
     """Length of the mean clipped gradient over the clip norm at the start, and its upper end; see ``alignment_of``.
-    None when privacy is off."""
+    None where nothing is clipped."""
 
     def site_seconds(self, steps: int, expected_batch: float) -> float:
         """Return the time of one site's round."""
@@ -105,7 +103,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
         score_seconds=scoring,
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
         accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
-        alignment=alignment_of([mean for _, mean in steps]) if config.privacy.on else None,
+        alignment=alignment_of([mean for _, mean in steps]) if config.privacy.mechanism.charged else None,
     )
 
 
@@ -122,22 +120,20 @@ def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float]
 
 
 def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
-    """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if private)."""
-    optimizer = build_optimizer(model.trained(), config.site_training)
-    parameters = [p for factors in model.trained().values() for p in factors.values()]
+    """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if they are)."""
+    optimizer = build_optimizer(model.trained(), config.training)
     model.module.train()
     began = time.perf_counter()
-    if not config.privacy.on:
-        budget = choose_batch_tokens(config.training.batch_tokens, model.device)
-        groups = length_batches([model.task.size(record) for record in records], budget)
-        parts = (model.batch([records[i] for i in group]) for group in groups)
-        plain_step(parts, model, optimizer, parameters)
+    if not config.privacy.mechanism.charged:
+        open_plan = config.privacy.mechanism.exposing_plan(config.training)
+        with open_plan.steps(model, optimizer) as steps:
+            steps.step(open_plan.parts(model, records), model.losses)
         return time.perf_counter() - began, torch.zeros(0)
-    plan = PrivacyPlan(config.privacy.clip_norm, NO_NOISE, 1.0, float(len(records)), 1e-6, 1.0)
-    with PrivateSteps(model.module, optimizer, plan) as steps:
-        released = steps.release(model.fixed_batches(records), model.losses)
+    plan = gaussian_plan(config.privacy.clip_norm, NO_NOISE, 1.0, float(len(records)), 1e-6, 1.0)
+    with PrivateSteps(model.module, optimizer, plan) as clipping:
+        released = clipping.release(model.fixed_batches(records), model.losses)
     seconds = time.perf_counter() - began
-    return seconds, torch.cat([gradient.flatten() for gradient in released]).double().cpu() / plan.clip_norm
+    return seconds, torch.cat([gradient.flatten() for gradient in released]).double().cpu() / plan.event.clip_norm
 
 
 def alignment_of(means: Sequence[Tensor]) -> tuple[float, float]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.privacy.accounting import LEAST_NOISE, Release, epsilon, noise_multiplier_for
+from common.privacy.accounting import Release, epsilon, noise_multiplier_for
+from common.privacy.events import LEAST_NOISE, Event
 from experiments.planner.plan import MOST_ROUNDS, last_within, paid_before
 from strategies.job import Job
 
@@ -41,11 +42,11 @@ def find(job: Job, quantity: str) -> Found:
         BudgetExhausted: the budget allows not even the smallest step.
     """
     one_of(QUANTITIES, find=quantity)
-    if not job.config.privacy.on:
-        raise ConfigError("privacy.mode is 'none': there is no budget to plan for; set it to 'dp-sgd'")
+    if not job.mechanism.charged:
+        raise ConfigError(f"privacy.mode is {job.mechanism.name!r}: there is no budget to plan for; set it to 'dp-sgd'")
     if quantity != "noise" and not job.config.privacy.noise_multiplier:
         raise ConfigError(
-            f"--find {quantity} needs a noise level: set privacy.noise-multiplier (0 lets the run choose it)"
+            f"--find {quantity} needs a noise multiplier: set privacy.noise-multiplier (0 lets the run choose it)"
         )
     found = QUANTITIES[quantity](job)
     if not found.epsilon <= found.budget or (found.next_epsilon is not None and found.next_epsilon <= found.budget):
@@ -55,24 +56,25 @@ def find(job: Job, quantity: str) -> Found:
 
 def noise_for(job: Job) -> Found:
     """Return the least noise multiplier that keeps every round within the budget, to a thousandth."""
-    privacy, training, steps = job.config.privacy, job.config.training, job.config.total_steps
+    privacy, steps = job.config.privacy, job.config.total_steps
     before = tuple(paid_before(job))
-    noise = noise_multiplier_for(privacy.epsilon, privacy.delta, training.sample_rate, steps, before)
+    event = _event(job)
+    noise = noise_multiplier_for(privacy.epsilon, privacy.delta, event.sample_rate, steps, before, event.kind)
     return _found(
         job,
         "privacy.noise-multiplier",
         noise,
         None if noise <= LEAST_NOISE else noise / 1.001,
-        lambda value: Release(value, training.sample_rate, steps),
+        lambda value: Release(event.having(noise_multiplier=value), steps),
     )
 
 
 def rounds_for(job: Job) -> Found:
     """Return the most rounds that stay within the budget at the configured noise."""
-    privacy, training = job.config.privacy, job.config.training
+    event, local = _event(job), job.config.training.local_steps
 
     def release(rounds: float) -> Release:
-        return Release(privacy.noise_multiplier, training.sample_rate, int(rounds) * training.local_steps)
+        return Release(event, int(rounds) * local)
 
     rounds = last_within(lambda count: _fits(job, release(count)), MOST_ROUNDS)
     if not rounds:
@@ -82,10 +84,10 @@ def rounds_for(job: Job) -> Found:
 
 def sample_rate_for(job: Job) -> Found:
     """Return the largest sample rate of three digits that stays within the budget at the configured noise."""
-    privacy, steps = job.config.privacy, job.config.total_steps
+    event, steps = _event(job), job.config.total_steps
 
     def release(rate: float) -> Release:
-        return Release(privacy.noise_multiplier, rate, steps)
+        return Release(event.having(sample_rate=rate), steps)
 
     count = last_within(lambda n: _fits(job, release(RATES[n - 1])), len(RATES))
     if not count:
@@ -99,6 +101,10 @@ QUANTITIES: dict[str, Callable[[Job], Found]] = {
     "rounds": rounds_for,
     "sample-rate": sample_rate_for,
 }
+
+
+def _event(job: Job) -> Event:
+    return job.mechanism.event(job.config.privacy, job.config.training)
 
 
 def _price(job: Job, release: Release) -> float:

@@ -1,4 +1,4 @@
-"""Everything that is known about a run before it, in one object: privacy, traffic, time, memory, signal."""
+"""The forecast of a run, in one object: privacy, traffic, time, memory, signal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from strategies.job import Job
 
 @dataclass(frozen=True)
 class Forecast:
-    """What ``fedveil plan`` says. The parts about privacy are empty or None when privacy is off."""
+    """What ``fedveil plan`` says. The parts about privacy are empty or None where nothing is charged."""
 
     job: Job
     sizes: tuple[int, ...]
@@ -45,6 +45,11 @@ class Forecast:
     calibration: Calibration | None
     """None when nothing was measured."""
     signal: SignalToNoise | None
+
+    @property
+    def noises(self) -> list[float | None]:
+        """Each site's noise multiplier; None where nothing is charged."""
+        return [plan.event.noise_multiplier for plan in self.plans] or [None] * len(self.sizes)
 
     @property
     def expected_batches(self) -> list[float]:
@@ -63,7 +68,7 @@ class Forecast:
     def warnings(self) -> list[str]:
         """What a person should know before starting, in plain words."""
         found, rounds = [], self.job.config.rounds
-        if not self.plans:
+        if not self.job.mechanism.claims:
             return [f"claim: {NO_CLAIM}"]
         if self.rounds_within is not None and self.rounds_within < rounds:
             found.append(
@@ -86,14 +91,14 @@ class Forecast:
         down, up = self.traffic.run(config.rounds, len(self.sizes))
         return {
             "settings": self.job.settings(),
-            "private": bool(self.plans),
+            "private": self.job.mechanism.claims,
             "sites": [
                 {
                     "public_size": size,
                     "sample_rate": config.training.sample_rate,
                     "expected_batch": self.expected_batches[k],
                     "steps": config.total_steps,
-                    "noise_multiplier": self.plans[k].noise_multiplier if self.plans else None,
+                    "noise_multiplier": self.noises[k],
                 }
                 for k, size in enumerate(self.sizes)
             ],
@@ -145,9 +150,9 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         sizes=tuple(sizes),
         plans=plans,
         # Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
-        rounds=priced_rounds(job, plans[0]) if plans else [],
-        rounds_within=rounds_within(job, plans[0]) if plans else None,
-        traffic=traffic(job, server_model, plans[0] if plans else None),
+        rounds=[priced for plan in plans[:1] for priced in priced_rounds(job, plan)],
+        rounds_within=next((rounds_within(job, plan) for plan in plans[:1]), None),
+        traffic=traffic(job, server_model, plans),
         payloads=payload_by_strategy(server_model),
         workers=workers,
         calibration=calibration,
@@ -159,6 +164,6 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
             margin=rounding_margin(server_model.model.device),
             alignment=calibration.alignment if calibration else None,
         )
-        if plans
+        if job.mechanism.charged
         else None,
     )

@@ -1,4 +1,4 @@
-"""What a run will cost in privacy, before it: from configuration and declared sizes only, never from a record.
+"""The price of a run in privacy, before it: from configuration and public sizes only, never from a record.
 
 The noise is the one that the run itself will use: a plan is made by the same function that a site calls before
 it is charged (``client.budget.plan_of``), for a site without a policy and with a fresh ledger. A site's own
@@ -116,12 +116,12 @@ def paid_before(job: Job) -> list[Release]:
 
 
 def site_plans(job: Job, sizes: Sequence[int]) -> list[PrivacyPlan]:
-    """Return each site's plan, as the run will make it; empty when privacy is off.
+    """Return each site's plan, as the run will make it; none where nothing is charged.
 
     Raises:
         PrivacyError: delta does not fit a size, or the budget is spent by the initialisation.
     """
-    if not job.config.privacy.on:
+    if not job.mechanism.charged:
         return []
     return [plan_of(job, _planned_site(size), Terms(math.inf, math.inf)) for size in sizes]
 
@@ -203,6 +203,6 @@ def signal_to_noise(
     """
     total = sum(sizes)
     squares = sum(
-        (n / total * plan.gradient_noise_std / plan.clip_norm) ** 2 for n, plan in zip(sizes, plans, strict=True)
+        (n / total * plan.gradient_noise_std / plan.event.clip_norm) ** 2 for n, plan in zip(sizes, plans, strict=True)
     )
     return SignalToNoise(trained_numbers, steps, margin * math.sqrt(trained_numbers * squares), alignment)

@@ -63,14 +63,14 @@ def _print_sites(console: Console, forecast: Forecast) -> None:
         table.add_column(column, justify="left" if column == "site" else "right")
     config = forecast.job.config
     for k, (size, batch) in enumerate(zip(forecast.sizes, forecast.expected_batches, strict=True)):
-        noise = f"{forecast.plans[k].noise_multiplier:.5g}" if forecast.plans else "none"
+        noise = "none" if forecast.noises[k] is None else f"{forecast.noises[k]:.5g}"
         rate = f"{config.training.sample_rate:.4g}"
         table.add_row(f"site-{k}", f"{size:,}", rate, f"{batch:.1f}", str(config.total_steps), noise)
     console.print(table)
 
 
 def _print_rounds(console: Console, forecast: Forecast) -> None:
-    if not forecast.plans:
+    if not forecast.job.mechanism.charged:
         return
     budget, delta = forecast.plans[0].max_epsilon, forecast.plans[0].delta
     table = Table(title=f"ε of each site, budget {budget:g} at δ {delta:g}")

@@ -1,8 +1,9 @@
-"""What travels in a run, counted from encoded messages before the run."""
+"""The traffic of a run, counted from encoded messages before the run."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.accountant import TRAINING, Accountant
@@ -17,6 +18,7 @@ from strategies import STRATEGIES
 from strategies.job import Job
 from strategies.table import payload, preset_adapter
 
+FIGURES = (1, 1, *5 * (1.0,))
 RUN = "1" * 20
 """A run's name as long as Flower's are."""
 
@@ -42,8 +44,8 @@ class Traffic:
         return sites * (rounds * self.down + self.once_down), sites * (rounds * self.up + self.once_up)
 
 
-def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Traffic:
-    """Return the bytes of the job's messages, by encoding them; ``plan`` is None when privacy is off."""
+def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -> Traffic:
+    """Return the bytes of the job's messages, by encoding them; ``plans`` are those of sites that are charged."""
     strategy = job.strategy
     state = job.start(server_model.start)
     basis = job.basis(state)
@@ -57,7 +59,7 @@ def traffic(job: Job, server_model: ServerModel, plan: PrivacyPlan | None) -> Tr
         start_fingerprint=job.start_fingerprint(server_model.start),
     )
     result = TrainResult(
-        RUN, job.config.rounds, "site-0", 1800, strategy.uplink(server_model.trained_start()), _spending(plan)
+        RUN, job.config.rounds, "site-0", 1800, strategy.uplink(server_model.trained_start()), _spending(plans)
     )
     down, up = encode_task(task), encode_reply(result)
     statistic = server_model.reply_layout(0).values() if job.origin.asked == "sites" else ()
@@ -94,9 +96,6 @@ def _payload(state: AdapterState) -> int:
     return 4 * sum(tensor.numel() for factors in state.values() for tensor in factors.values())
 
 
-def _spending(plan: PrivacyPlan | None) -> Spending | None:
+def _spending(plans: Sequence[PrivacyPlan]) -> Spending | None:
     """Return a spending of the usual length; the figures in it are not looked at."""
-    if plan is None:
-        return None
-    public = (plan.sample_rate, plan.noise_multiplier, plan.clip_norm, 1, 1, plan.delta)
-    return Spending(TRAINING, *public, 1.0, 1.0, plan.max_epsilon, 1.0, Accountant("pld", "0.6.0"))
+    return next((Spending(TRAINING, plan.event, *FIGURES, Accountant("pld", "0.6.0")) for plan in plans), None)

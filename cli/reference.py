@@ -1,0 +1,202 @@
+"""The pages of ``docs`` that are made from the code: ``python -m cli.reference`` writes them, a test compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import typer
+
+from common.accountant import Accountant
+from common.docstrings import fields_said, said_of
+from common.messages import wire
+from common.messages.round import PROTOCOL, REFUSAL_KINDS, NoisedCount, Refusal, SpendingFigures, TrainResult, TrainTask
+from common.privacy.events import Event
+from common.run_lines import (
+    AUDITS,
+    Absence,
+    AuditFile,
+    BaselineFile,
+    ConfigFile,
+    CountLine,
+    Finding,
+    PrivacyLine,
+    ProgressFile,
+    Reached,
+    ResultFile,
+    RoundLine,
+)
+from strategies.table import (
+    adapter_table,
+    dataset_table,
+    markdown,
+    pair_table,
+    start_table,
+    strategy_table,
+    task_table,
+)
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MADE = "<!-- Made from the code by `make docs`; a test compares the two. Change the code, not this page. -->"
+
+
+def tables_page() -> str:
+    """Return the page of all axes: what each row is, and what goes with what."""
+    return _page(
+        "What there is to choose from",
+        "A run is a strategy, an adapter, a start, a task and a data set. Each is a row of a table in the code. "
+        "[strategies.md](strategies.md) says how they work.",
+        (
+            "Strategies",
+            strategy_table(),
+            "m outputs, n inputs, r the rank. Bytes are of the default job (12 layers of 384 × 384, r = 8), without "
+            "the head. σ noise multiplier, C clip norm, b expected batch, s the scale, x the noise on a trained "
+            "factor.",
+        ),
+        (
+            "Strategies and adapters",
+            pair_table(),
+            'A strategy takes its own adapter where `adapter.name = "auto"`. It takes another that trains and freezes '
+            "what it needs. Bytes are of one site and round of the default job, without the head.",
+        ),
+        ("Adapters", adapter_table(), "In brackets the numbers of a factor in one layer."),
+        (
+            "Starts",
+            start_table(),
+            "A start whose round 0 asks nobody costs nothing and sends nothing. A paid release is charged to each "
+            "site's ledger. Records without privacy are refused in a private run.",
+        ),
+        (
+            "Tasks",
+            task_table(),
+            "A column is a setting in a job, a pin in a policy, and an option on the command line.",
+        ),
+        ("Data sets with a name", dataset_table(), "Any file, folder or `hub:NAME` is a data set as well."),
+    )
+
+
+def run_folder_page() -> str:
+    """Return the page of a run's folder: every file, and the fields of each line."""
+    files = (ConfigFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile)
+    parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
+    parts.append((f"`{AUDITS}.json`", _fields(AuditFile), _about(AuditFile)))
+    nested: Mapping[type[Any], str] = {
+        SpendingFigures: "in `privacy.jsonl`, beside the other keys",
+        Absence: "in `rounds.jsonl`",
+        CountLine: "in `rounds.jsonl`",
+        Reached: "in `result.json`, beside the other keys",
+        Finding: "in `audit*.json`",
+    }
+    parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]
+    return _page(
+        "The folder of a run",
+        "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
+        "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head beside it, "
+        "`report.*` the report. In a simulation `ledgers/` holds the sites' ledgers.",
+        *parts,
+    )
+
+
+def wire_page() -> str:
+    """Return the page of what server and sites send each other."""
+    kinds = (TrainTask, TrainResult, SpendingFigures, Event, Accountant, NoisedCount, Refusal)
+    layout = (wire.__doc__ or "").split("``body``::\n\n")[1].split("\n\n")[0]
+    return _page(
+        f"What travels: protocol {PROTOCOL}",
+        "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
+        "the only field computed from records, and it has passed clip and noise. A noised count may be beside it, "
+        "which the site's ledger has paid for. An adapter state is one block of little-endian float32.",
+        *((kind.__name__, _fields(kind), _about(kind)) for kind in kinds),
+        (
+            "Bytes of a header",
+            f"```text\n{layout}\n```",
+            "Little-endian. A text is its length in bytes (u16) and UTF-8. A fingerprint travels as its first 128 "
+            "bits; zeros say that there is none. A refusal's kinds are "
+            f"{', '.join(f'`{kind}`' for kind in REFUSAL_KINDS)}.",
+        ),
+    )
+
+
+def commands_page() -> str:
+    """Return the page of the ``fedveil`` command: every command with its options."""
+    from cli.main import app
+
+    root = typer.main.get_command(app)
+    return _page(
+        "Commands",
+        "`fedveil COMMAND --help` prints the same. An error is one line on stderr, and exit code 1.",
+        *(
+            (f"`{' '.join(words)}`", _options(words, command), command.help or "")
+            for words, command in _leaves(root, ("fedveil",))
+        ),
+    )
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "tables.md": tables_page,
+    "run-folder.md": run_folder_page,
+    "wire.md": wire_page,
+    "commands.md": commands_page,
+}
+"""The generated pages by their names in ``docs``."""
+
+
+def _page(title: str, about: str, *parts: tuple[str, str, str]) -> str:
+    sections = (f"## {name}\n\n{text}\n\n{table}" if table else f"## {name}\n\n{text}" for name, table, text in parts)
+    return "\n\n".join([f"# {title}", MADE, about, *sections]) + "\n"
+
+
+def _about(kind: type[Any]) -> str:
+    return f"{said_of(kind)}."
+
+
+def _fields(of: type[Any]) -> str:
+    """Return the table of a dataclass: what each field is called in a file, its type, and what the code says of it."""
+    texts = fields_said(of)
+    rows = [
+        [f"`{item.metadata.get('key', item.name)}`", f"`{item.type}`", texts[item.name]]
+        for item in dataclasses.fields(of)
+        if not item.metadata.get("beside")
+    ]
+    return markdown(("field", "type", "what it is"), rows)
+
+
+def _leaves(command: click.Command, words: tuple[str, ...]) -> list[tuple[tuple[str, ...], click.Command]]:
+    if not isinstance(command, click.Group):
+        return [(words, command)]
+    return [leaf for name, inner in sorted(command.commands.items()) for leaf in _leaves(inner, (*words, name))]
+
+
+def _options(words: tuple[str, ...], command: click.Command) -> str:
+    rows, taken = [], []
+    for parameter in command.params:
+        said = str(getattr(parameter, "help", "") or "")
+        if isinstance(parameter, click.Option):
+            name = ", ".join([*parameter.opts, *parameter.secondary_opts])
+        else:
+            name = str(parameter.human_readable_name).upper()
+            taken.append(name if parameter.required else f"[{name}]")
+        rows.append([f"`{name}`", said, _default(parameter)])
+    usage = f"```text\n{' '.join([*words, *taken, '[OPTIONS]'])}\n```"
+    return f"{usage}\n\n{markdown(('argument or option', 'what it is', 'default'), rows)}" if rows else usage
+
+
+def _default(parameter: click.Parameter) -> str:
+    if parameter.required:
+        return "must be given"
+    value = parameter.default
+    return "" if value is None or value == "" or callable(value) else f"`{value}`"
+
+
+def main() -> None:
+    """Write every page."""
+    for name, made in PAGES.items():
+        (DOCS / name).write_text(made(), encoding="utf-8")
+        print(f"docs/{name}")
+
+
+if __name__ == "__main__":
+    main()

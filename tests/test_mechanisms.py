@@ -1,0 +1,436 @@
+"""Mechanisms: one table, rows that do what they are priced for, and nobody else who asks whether a run is private."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from audits.account import PUBLIC, spying
+from audits.faults import (
+    ROW_COUNT,
+    ROW_DIVISOR,
+    ROW_PRICE,
+    ROW_QUIET,
+    ROW_RATE,
+    Fault,
+    faulty_row,
+    zero_noise,
+)
+from audits.site_rounds import sampler_faults
+from audits.tiny_site import tiny_site
+from audits.worlds import World, flat, fresh_world, norm
+from client.ledger.ledger import Ledger
+from common.accountant import TRAINING
+from common.config.sections import PrivacyConfig, TrainingConfig
+from common.errors import ConfigError, MechanismError
+from common.messages.round import Refusal
+from common.messages.state import AdapterState
+from common.messages.tensors import apply, entries, subtract
+from common.model import plain
+from common.model.federated import FederatedModel
+from common.privacy import MECHANISMS, Mechanism, dpsgd
+from common.privacy.accounting import Release, epsilon
+from common.privacy.claim import Claim
+from common.privacy.events import Event
+from common.privacy.plan import PrivacyPlan
+from common.privacy.record_level import DPSGD
+from common.randomness import add_private_noise
+from common.run_lines import PrivacyLine, read_lines
+from common.tasks import Record
+from experiments.in_process import run_in_process
+from reports import markdown_report, report_of
+from server.terms import least_plan
+from strategies.job import configure
+
+CHARGED = [name for name, row in MECHANISMS.items() if row.charged]
+each_row = pytest.mark.parametrize("name", MECHANISMS)
+each_charged = pytest.mark.parametrize("name", CHARGED)
+RECORDS = 40
+
+
+def figures_of(name: str, noise: float = 2.0) -> tuple[PrivacyConfig, TrainingConfig]:
+    """Return settings of a run with the row, as it fills them in."""
+    config = configure({"privacy.mode": name, "privacy.noise-multiplier": noise, "privacy.epsilon": 50.0}).config
+    return dataclasses.replace(config.privacy, delta=1e-3), config.training
+
+
+def plan_for(name: str, noise: float = 2.0) -> PrivacyPlan:
+    privacy, training = figures_of(name, noise)
+    return MECHANISMS[name].plan(privacy, training, 3, PUBLIC)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@each_row
+def test_a_row_is_called_by_its_own_name_and_does_not_contradict_itself(name: str) -> None:
+    row = MECHANISMS[name]
+    assert row.name == name
+    row.check_row()
+    assert all((row.claim.unit, row.claim.adjacency, row.claim.adversary, row.claim.sampler))
+    job = configure({"privacy.mode": name})
+    assert job.mechanism is row
+    assert configure(job.settings()) == job
+    assert row.promise(job.config.privacy)
+
+
+@each_row
+def test_a_row_has_either_a_plan_that_pays_or_one_that_exposes(name: str) -> None:
+    row, (privacy, training) = MECHANISMS[name], figures_of(name)
+    if row.charged:
+        assert row.plan(privacy, training, 3, PUBLIC).release(3).purpose == TRAINING
+        with pytest.raises(ConfigError, match="every round is charged"):
+            row.exposing_plan(training)
+    else:
+        row.exposing_plan(training)
+        with pytest.raises(ConfigError, match="nothing to plan"):
+            row.plan(privacy, training, 3, PUBLIC)
+
+
+class Promising(DPSGD):
+    """Promises, and is not charged."""
+
+    charged: ClassVar[bool] = False
+
+
+class Silent(DPSGD):
+    """Adds its noise nowhere."""
+
+    noised: ClassVar[Any] = "nowhere"
+
+
+class Planless(DPSGD):
+    plans: ClassVar[Any] = None
+
+
+class Telling(DPSGD):
+    conceals: ClassVar[bool] = False
+
+
+class Free(DPSGD):
+    starts: ClassVar[frozenset[str]] = frozenset({"nothing", "records, without privacy"})
+
+
+class Unnamed(DPSGD):
+    claim: ClassVar[Claim] = dataclasses.replace(DPSGD.claim, per="")
+
+
+@pytest.mark.parametrize("row", [Promising, Silent, Planless, Telling, Free, Unnamed])
+def test_a_row_that_contradicts_itself_is_refused_when_a_run_is_configured(
+    row: type[Mechanism], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MECHANISMS, "dp-sgd", row())
+    with pytest.raises(MechanismError, match=r"'dp-sgd' (must|has)"):
+        configure({})
+
+
+# --- what a row does is what it is priced for -------------------------------------------------------------------------
+
+
+def check_that_it_samples_as_it_is_priced(name: str) -> None:
+    plan, size, draws = plan_for(name), 60, 400
+    table = torch.zeros(draws, size, dtype=torch.float64)
+    for row in table:
+        row[plan.sample(size)] = 1.0
+    rate = plan.event.sample_rate
+    if rate == 1:
+        assert bool(table.all()), "a record is left out of what is priced without sampling"
+    else:
+        assert sampler_faults(table, rate) == set(), "it samples otherwise than it is priced"
+
+
+@each_charged
+def test_what_is_sampled_is_what_is_priced(name: str) -> None:
+    check_that_it_samples_as_it_is_priced(name)
+
+
+def test_a_row_that_samples_at_another_rate_is_found() -> None:
+    with ROW_RATE.plant(), pytest.raises(AssertionError, match="samples otherwise"):
+        check_that_it_samples_as_it_is_priced("dp-sgd")
+
+
+@pytest.fixture(scope="module")
+def world(model_folder: Callable[[str], str]) -> World:
+    return fresh_world(model_folder("bert"), "bert", "lora", "trained")
+
+
+def sums(plan: PrivacyPlan, world: World, records: Sequence[Record], times: int = 1) -> list[list[Tensor]]:
+    """Return noised sums, times the divisor taken back, of steps on the records."""
+    optimizer = torch.optim.SGD(world.trained, lr=0.0)
+    with plan.steps(world.model, optimizer) as steps:
+        losses = world.marked_times(1000.0)
+        found = [steps.release(plan.parts(world.model, records), losses) for _ in range(times)]
+    return [[gradient.double() * plan.expected_batch_size for gradient in one] for one in found]
+
+
+def check_that_noise_is_what_is_priced(name: str, world: World) -> None:
+    plan = plan_for(name)
+    drawn = torch.cat([flat(one) for one in sums(plan, world, [], times=8)])
+    wanted = plan.event.noise_multiplier * plan.event.clip_norm
+    assert abs(float(drawn.square().mean().sqrt()) / wanted - 1) < 0.05, "the noise is another than is paid for"
+
+
+@each_charged
+def test_steps_on_no_record_carry_the_noise_of_the_event(name: str, world: World) -> None:
+    check_that_noise_is_what_is_priced(name, world)
+
+
+def test_a_row_that_forgets_its_noise_is_found(world: World) -> None:
+    with ROW_QUIET.plant(), pytest.raises(AssertionError, match="paid for"):
+        check_that_noise_is_what_is_priced("dp-sgd", world)
+
+
+def check_that_a_record_is_at_most_its_clip(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
+    plan = plan_for(name)
+    (marked,) = sums(plan, world, world.records[-1:])
+    assert norm(marked) == pytest.approx(plan.event.clip_norm, rel=1e-5), "a record counts more or less than its clip"
+
+
+@each_charged
+def test_no_record_is_more_than_its_clip(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_that_a_record_is_at_most_its_clip(name, world, monkeypatch)
+
+
+class _Lax(dpsgd.ClipAndNoise):
+    def clip_and_accumulate(self) -> None:
+        self.max_grad_norm *= 2
+        super().clip_and_accumulate()
+        self.max_grad_norm /= 2
+
+
+class _LaxSteps(dpsgd.PrivateSteps):
+    clipping = _Lax
+
+
+def test_a_row_that_clips_at_another_bound_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with faulty_row(stepping=lambda _: _LaxSteps), pytest.raises(AssertionError, match="its clip"):
+        check_that_a_record_is_at_most_its_clip("dp-sgd", world, monkeypatch)
+
+
+def check_the_account(name: str, folder: Path) -> None:
+    """Hold two rounds of a site against its ledger: steps, noise, clip, divisor, and that it paid before."""
+    steps = 3
+    site = tiny_site(
+        folder, RECORDS, **{"privacy.mode": name, "training.local-steps": steps, "training.sample-rate": 0.0}
+    )
+    paid: list[int] = []
+    sample = PrivacyPlan.batches
+
+    def watched(plan: PrivacyPlan, *rest: Any) -> Iterator[list[int]]:
+        paid.append(len(site.charges()))
+        return sample(plan, *rest)
+
+    with spying() as spy, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrivacyPlan, "batches", watched)
+        results = [site.train(number) for number in (1, 2)]
+    with Ledger(site.ledger) as ledger:
+        rows = ledger.entries()
+        assert results[-1].spending is not None
+        assert results[-1].spending.epsilon_total == ledger.epsilon("clinic", 1e-3) > 0
+    assert paid == [1, 2], "records were used before they were paid for"
+    assert sum(row.count for row in rows) == len(spy.draws) == 2 * steps, "other steps are charged than are taken"
+    assert {(row.event.noise_multiplier, row.event.clip_norm) for row in rows} == {
+        (draw.noise, draw.clip) for draw in spy.draws
+    }, "other noise or clip is charged"
+    divisors = {draw.divisor for draw in spy.draws}
+    assert divisors == {rows[0].event.sample_rate * PUBLIC}, "the divisor is no public constant"
+    least = least_plan(configure(site.settings), results[0])
+    assert cast(PrivacyPlan, least).event.kind == rows[0].event.kind
+
+
+@each_charged
+def test_as_many_steps_are_charged_as_are_taken_and_before_a_record_is_used(name: str, tmp_path: Path) -> None:
+    check_the_account(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (ROW_QUIET, "other steps are charged"),
+        (ROW_COUNT, "other steps are charged"),
+        (ROW_PRICE, "other noise or clip"),
+        (ROW_DIVISOR, "no public constant"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Fault) else "",
+)
+def test_a_row_that_is_charged_for_something_else_is_found(fault: Fault, words: str, tmp_path: Path) -> None:
+    with fault.plant(), pytest.raises(AssertionError, match=words):
+        check_the_account("dp-sgd", tmp_path)
+
+
+@each_row
+def test_a_run_and_its_report_say_what_the_row_claims(name: str, toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "privacy.mode": name, "training.sample-rate": 0.0, "privacy.epsilon": 30.0}
+    folder, row = run_in_process(settings, 2), MECHANISMS[name]
+    report = report_of(folder)
+    assert {line.unit for line in read_lines(PrivacyLine, folder)} == {row.claim.unit}
+    assert (report.claim.made, report.claim.off) == (row.charged, not row.claims)
+    assert (report.headline.epsilon is not None) == row.charged
+    if row.charged:
+        assert (report.claim.unit, report.claim.sampler) == (row.claim.unit, row.claim.sampler)
+        assert row.claim.unit in report.claim.sentence
+        assert set(row.claim.leaves_out) <= set(report.claim.not_covered)
+        assert row.claim.sampler in markdown_report(folder)
+        assert [site.agreement for site in report.sites] == ["agrees", "agrees"]
+
+
+# --- a row that is otherwise in everything: the unit is a whole site --------------------------------------------------
+
+
+class _EmptySteps(plain.PlainSteps):
+    """Plain steps that leave the model alone where there is no record."""
+
+    def step(self, batches: Any, losses: Any) -> None:
+        parts = list(batches)
+        if parts:
+            super().step(parts, losses)
+
+
+class WholeSitePlan(PrivacyPlan):
+    """Plain steps in shuffled batches; the round's whole change is clipped and noised, once."""
+
+    def batches(self, model: FederatedModel, records: Sequence[Record], public: Any, first: int) -> Iterator[list[int]]:
+        draw = random.SystemRandom()
+        while True:
+            yield draw.sample(range(len(records)), len(records) // 2)
+
+    def parts(self, model: FederatedModel, records: Sequence[Record]) -> Any:
+        return model.length_batches(records, 256)
+
+    @contextmanager
+    def steps(self, model: FederatedModel, optimizer: Any, **words: Any) -> Iterator[Any]:
+        yield _EmptySteps(model, optimizer, words["correct"])
+
+    def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
+        held = {layer: {n: received[layer][n] for n in factors} for layer, factors in contribution.items()}
+        change = subtract(contribution, held)
+        whole = float(torch.cat([tensor.double().flatten() for _, _, tensor in entries(change)]).norm())
+        clip, noise = self.event.clip_norm, self.event.noise_multiplier * self.event.clip_norm
+        factor = min(1.0, clip / whole) if whole else 0.0
+        return apply(
+            lambda old, moved: (old.double() + add_private_noise(factor * moved.double(), noise)).float(), held, change
+        )
+
+    @classmethod
+    def event_of(cls, privacy: PrivacyConfig, training: TrainingConfig, noise_multiplier: float) -> Event:
+        return super().event_of(privacy, training, noise_multiplier).having(sample_rate=1.0)
+
+    def release(self, steps: int) -> Release:
+        return Release(self.event, 1)
+
+
+class WholeSite(DPSGD):
+    """Of DP-SGD it keeps that it is charged and conceals failures."""
+
+    name: ClassVar[str] = "whole-site"
+    claim: ClassVar[Claim] = Claim(
+        unit="all records of one site together",
+        adjacency="add or remove one site",
+        adversary="the server and whoever sees the model, as far as one site's presence goes",
+        sampler="none: a site is in every round that it joins",
+        per="site",
+    )
+    starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights"})
+    counted: ClassVar[bool] = False
+    rehearsed: ClassVar[bool] = False
+    plans: ClassVar[type[PrivacyPlan]] = WholeSitePlan
+
+
+@pytest.fixture
+def whole_site(toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return settings of a run with a row that no file of the product knows."""
+    monkeypatch.setitem(MECHANISMS, "whole-site", WholeSite())
+    own = {"privacy.mode": "whole-site", "privacy.noise-multiplier": 3.0, "privacy.clip-norm": 0.01}
+    # One site less among few: a site's size has no part in the noise.
+    return {**toy_settings, **own, "training.local-steps": 2, "server.optimizer": "none", "privacy.epsilon": 40.0}
+
+
+def test_another_unit_sampler_and_noise_is_one_file_and_one_row(whole_site: dict[str, Any], tmp_path: Path) -> None:
+    folder = run_in_process(whole_site, 3)
+    for number in range(3):
+        with Ledger(folder / "ledgers" / f"site-{number}.sqlite") as ledger:
+            rows = ledger.entries()
+            assert [(row.purpose, row.count, row.event.sample_rate) for row in rows] == [(TRAINING, 1, 1.0)] * 2
+            assert rows[0].event.noise_multiplier == 3.0
+    report = report_of(folder)
+    assert report.claim.made
+    assert report.claim.unit == "all records of one site together"
+    assert "differentially private in all records of one site together" in report.claim.sentence
+    assert report.claim.per == "site"
+    text = markdown_report(folder)
+    assert "none: a site is in every round that it joins" in text
+    assert "one training record" not in text
+    assert all(site.rounds_joined == 2 for site in report.sites), report.refusals
+
+
+def test_its_noise_is_on_what_leaves_the_site(whole_site: dict[str, Any], tmp_path: Path) -> None:
+    site = tiny_site(tmp_path, 1, **whole_site)
+    sent = site.train(1)
+    start = site.task().state
+    moved = [
+        (tensor - start[layer][name]).double().flatten()
+        for layer, name, tensor in entries(sent.contribution)
+        if name in start.get(layer, {})
+    ]
+    std = float(torch.cat(moved).square().mean().sqrt())
+    assert sent.spending is not None
+    paid = sent.spending.event
+    assert std == pytest.approx(paid.noise_multiplier * paid.clip_norm, rel=0.2), "it is not noised as it was paid for"
+    assert sent.spending.epsilon_total == epsilon([Release(sent.spending.event, 1)], sent.spending.delta)
+
+
+def test_a_policy_counts_steps_also_where_a_round_is_one_release(whole_site: dict[str, Any], tmp_path: Path) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.rule(max_steps=5)  # two rounds of two steps
+    site.train(1)
+    site.train(2)
+    assert "6 steps so far, this round's included" in site.refuse(3).reason
+
+
+def test_no_count_is_priced_for_a_unit_that_moves_it_by_more_than_one(
+    whole_site: dict[str, Any], tmp_path: Path
+) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.rule(send_noised_metrics=True, metrics_noise=30.0)
+    assert site.train(1).noised_correct is None
+    assert [purpose for _, _, purpose in site.charges()] == [TRAINING]
+
+
+def test_a_site_that_answers_at_a_fixed_time_refuses_a_row_without_a_rehearsal(
+    whole_site: dict[str, Any], tmp_path: Path
+) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.rule(reply_after=60.0)
+    assert "nobody knows how long a round takes" in site.refuse(1).reason
+
+
+def test_records_that_paid_for_one_unit_are_refused_to_another(whole_site: dict[str, Any], tmp_path: Path) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.train(1)
+    site.settings["privacy.mode"] = "dp-sgd"
+    assert "charged for another unit than one record" in site.refuse(1, run="later").reason
+
+
+def test_a_start_that_a_row_does_not_list_is_refused(whole_site: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="'dp-gradient' is for a private run"):
+        configure({**whole_site, "strategy": "fed-sb", "adapter.start": "dp-gradient"})
+    with pytest.raises(ConfigError, match=r"'public-gradient' needs public records, of which this privacy.mode"):
+        configure({**whole_site, "adapter.start": "public-gradient", "start.data": "a.csv"})
+
+
+def test_a_policy_lets_a_row_in_that_charges_and_none_that_exposes(whole_site: dict[str, Any], tmp_path: Path) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    site.train(1)
+    site.settings["privacy.mode"] = "none"
+    reply = site.ask(site.task(1, run="open"))
+    assert isinstance(reply, Refusal)
+    assert "allow-no-privacy" in reply.reason
