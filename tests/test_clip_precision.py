@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from audits.sensitivity import MOST
 from audits.worlds import plan
-from common.check import CLIP_NORMS
+from common.check import CLIP_NORMS, Interval
 from common.config.sections import PrivacyConfig
 from common.errors import ConfigError
 from common.privacy import dpsgd
@@ -78,7 +78,7 @@ def noise_over_clip(clip: float) -> float:
 def test_at_both_ends_of_the_clip_norms_the_noise_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for clip in (CLIP_NORMS[0], 1.0, CLIP_NORMS[1]):
         assert abs(noise_over_clip(clip) - 1) < 0.02, f"noise at a clip norm of {clip:g}"  # 5.6 standard errors
-    monkeypatch.setattr("common.check.CLIP_NORMS", (0.0, 1e300))
+    monkeypatch.setattr("common.check.CLIP_NORM", Interval(0.0, 1e300))
     assert abs(noise_over_clip(1e-45) - 1) > 0.02, "float32 holds any noise: there is no need for the bounds"
 
 

@@ -333,11 +333,11 @@ def test_the_keys_see_the_settings_of_the_job() -> None:
 # By hand.
 
 
-def test_the_readmes_trial_by_hand_has_a_policy_that_lets_it_in(
+def test_the_pages_trial_by_hand_has_a_policy_that_lets_it_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    block = next(b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "site pin" in b)
+    block = next(b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.S) if "site pin" in b)
     pinning, node = (shlex.split(line) for line in block.strip().splitlines())
     fedveil(*pinning[pinning.index("site") :])
     assert (tmp_path / "policy.toml").stat().st_mode & 0o777 == 0o600
