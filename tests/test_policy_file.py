@@ -337,7 +337,8 @@ def test_the_pages_trial_by_hand_has_a_policy_that_lets_it_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    block = next(b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.S) if "site pin" in b)
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    block = next(found for found in re.findall(r"```sh\n(.*?)```", page, re.S) if "site pin" in found)
     pinning, node = (shlex.split(line) for line in block.strip().splitlines())
     fedveil(*pinning[pinning.index("site") :])
     assert (tmp_path / "policy.toml").stat().st_mode & 0o777 == 0o600
