@@ -106,7 +106,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
     steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
-    featured = _process.features.worst(1, site.public_size, 0) if _process.features else 0.0
+    featured = (_process.features, float(site.public_size)) if _process.features else None
     deadline.allow(timing, steps, rate * site.public_size, scored, featured)
     if deadline.seconds and len(site.data.examples) > site.public_size:
         log.error("there are more records than public-size says: when it answers, is not covered by the claim")

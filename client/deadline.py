@@ -97,22 +97,28 @@ class Deadline:
     reserve: float = 0.0
     """Seconds that a step needs to be left when it begins a pass; see ``Timing.reserve``."""
 
-    def allow(self, timing: Timing, steps: int, batch: float, scored: int, before: float = 0.0) -> None:
+    def allow(
+        self, timing: Timing, steps: int, batch: float, scored: int, ahead: tuple[Timing, float] | None = None
+    ) -> None:
         """Raise PolicyRefusal if a round might not be done in time, and hold it to that; arguments as Timing.worst.
 
-        ``before`` are the seconds that a round may take, at worst, ahead of its steps.
+        ``ahead`` is how fast, and over how many records, a round computes something else before its steps.
 
         It follows from public figures and the rehearsal alone. How long the records took so far is no part of it: a
         server could choose steps and rate so that the refusal tells.
         """
-        worst, room = before + timing.worst(steps, batch, scored), TRAINED * self.seconds
+        worst, room = timing.worst(steps, batch, scored), TRAINED * self.seconds
+        reserve = timing.reserve(steps)
+        if ahead:
+            worst += ahead[0].worst(1, ahead[1], 0)
+            reserve += ahead[0].reserve(1)
         if self.seconds and room < worst:
             raise PolicyRefusal(
                 f"the site's policy has reply-after = {self.seconds:g}, of which a round has {room:g} seconds; by "
                 f"made-up records a round of this run may take {worst:.1f} seconds here: it needs fewer steps, a lower "
                 "sample rate or shorter records"
             )
-        self.reserve = timing.reserve(steps)
+        self.reserve = reserve
 
     @contextmanager
     def extended(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from common.adapters import ADAPTERS
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, ModelError
 from common.messages.round import Refusal, TrainResult
-from common.messages.state import HEAD
+from common.messages.state import HEAD, METRIC
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
@@ -34,10 +34,10 @@ Folder = Callable[[str], str]
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful", "is")
 
 
-def head_only(folder: str, precision: str = "float32") -> FederatedModel:
+def head_only(folder: str, precision: str = "float32", metric: str = "none") -> FederatedModel:
     return FederatedModel(
         *(load_base_model(folder, "classification"), ADAPTERS["none"](8, 8.0, ("query",))),
-        *(TASKS["classification"], HeadConfig(start="random")),
+        *(TASKS["classification"], HeadConfig(start="random", metric=metric)),
         seed=1,
         label_names=("bad", "good"),
         feature_scale=2.0,
@@ -135,19 +135,43 @@ def test_a_record_that_cannot_be_computed_contributes_zero_and_no_other_one_less
 
     monkeypatch.setattr(model.module, "reading", failing)
     texts = ["the film", "two", "a story"]
-    with_it, without = featured(model, texts), featured(model, [texts[0], texts[2]])
-    sums = []
-    for records in (with_it, without):
-        with PrivateSteps(model.module, torch.optim.SGD(list(model.head.values()), lr=0.0), _PLAN) as steps:
-            monkeypatch.setattr("common.privacy.dpsgd.add_private_noise", lambda total, std: total)
-            sums.append(steps.release(model.fixed_batches(records), model.losses))
-    assert with_it[1][FEATURES].isnan().all()
-    labels = [record["labels"] for record in with_it]
-    assert labels == [0, 1, 0]
-    # The third record has another label in the second call; only the first one's part is compared by its own label.
-    again = featured(model, [texts[0]])
-    assert torch.equal(with_it[0][FEATURES], again[0][FEATURES])
-    assert all(bool(tensor.isfinite().all()) for tensor in (*sums[0], *sums[1]))
+    records = featured(model, texts)
+    assert records[1][FEATURES].isnan().all()
+    assert not any(bool(records[i][FEATURES].isnan().any()) for i in (0, 2))
+    whole, rest = (noiseless(model, part, monkeypatch) for part in (records, [records[0], records[2]]))
+    assert all(map(torch.equal, whole, rest)), "it contributes something"
+    assert any(bool(tensor.any()) for tensor in rest)
+
+
+def noiseless(model: FederatedModel, records: Sequence[Record], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return the clipped sum of the records' gradients, in the order of the head's tensors."""
+    monkeypatch.setattr("common.privacy.dpsgd.add_private_noise", lambda total, _: total)
+    with PrivateSteps(model.module, torch.optim.SGD(list(model.head.values()), lr=0.0), _PLAN) as steps:
+        return [tensor.double() for tensor in steps.release(model.fixed_batches(records), model.losses)]
+
+
+HOSTILE = {
+    "huge": lambda width: 1e18 * torch.eye(width),
+    "beyond float32": lambda width: 1e30 * torch.eye(width),
+    "no number": lambda width: torch.full((width, width), torch.nan),
+    "one direction": lambda width: torch.ones(width, width) * torch.linspace(0, 1e6, width),
+    "tiny": lambda width: 1e-30 * torch.eye(width),
+    "random": lambda width: 50 * torch.randn(width, width, generator=torch.Generator().manual_seed(1)),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_metric_of_a_hostile_server_lets_no_record_move_the_sum_by_more_than_a_clip(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = head_only(model_folder("bert"), metric="public")
+    records, width = featured(model, TEXTS * 2), model.base.hidden_size
+    model.write({METRIC: {"centre": 3 * torch.ones(width), "map": HOSTILE[kind](width)}})
+    whole = noiseless(model, records, monkeypatch)
+    for left_out in range(len(TEXTS)):
+        rest = noiseless(model, [*records[:left_out], *records[left_out + 1 :]], monkeypatch)
+        moved = torch.stack([(a - b).norm() for a, b in zip(whole, rest, strict=True)]).norm()
+        assert float(moved) <= 1 + 1e-5
 
 
 class Mixing:

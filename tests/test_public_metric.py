@@ -140,7 +140,7 @@ def test_columns_of_b_are_where_the_phrases_say_and_random_ones_are_not(model_fo
 def test_no_record_of_a_site_has_a_say_in_the_metric(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two federations over other records, of one public test file, hold the same bytes; a metric of records does not."""
+    """Over other records, with one public test file, the server holds the same bytes; by a metric of records not."""
     test = str(write_reviews(tmp_path / "test.csv", 40, seed=3))
 
     def basis(seed: int) -> AdapterState:

@@ -19,6 +19,8 @@ each_start = pytest.mark.parametrize("name", STARTS)
 def needed(name: str) -> dict[str, Scalar]:
     """Return the settings that a run needs besides to have a start."""
     own: dict[str, Scalar] = {"adapter.start": name}
+    if "A" not in STARTS[name].gives:
+        own["adapter.name"] = "lora-frozen-b"
     if name == "public-gradient":
         own["start.data"] = "public.csv"
     if STARTS[name].needs == "records, without privacy":
