@@ -40,6 +40,8 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 WITH_FACTORS = [name for name, adapter in ADAPTERS.items() if adapter.trained]
 """All but the one without factors, which ``test_head_only`` holds to what it promises."""
 each_adapter = pytest.mark.parametrize("name", WITH_FACTORS)
+each_seeded = pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.directions])
+"""The adapters that ask a start for directions."""
 Folder = Callable[[str], str]
 
 
@@ -120,7 +122,7 @@ def test_every_layer_that_a_target_names_is_adapted_and_no_other(model_folder: F
     assert any(out != into for out, into in shapes), "the example has only square layers, so it proves little"
 
 
-@each_adapter
+@each_seeded
 @each_family
 def test_the_start_follows_bit_for_bit_from_the_seed_and_differs_by_layer(
     model_folder: Folder, name: str, family: str
@@ -146,7 +148,7 @@ def test_the_start_changes_no_output_bit_for_bit(model_folder: Folder, name: str
     assert not torch.equal(output(model), output(stock(model_folder(family), family))), "the factors change nothing"
 
 
-@each_adapter
+@each_seeded
 @each_family
 def test_an_orthonormal_start_has_orthonormal_rows(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
