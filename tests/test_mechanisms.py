@@ -44,6 +44,7 @@ from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
 from common.randomness import add_private_noise
 from common.run_lines import PrivacyLine, read_lines
+from common.starts import STARTS, PaidStart
 from common.tasks import Record
 from experiments.in_process import run_in_process
 from reports import markdown_report, report_of
@@ -65,6 +66,13 @@ def figures_of(name: str, noise: float = 2.0) -> tuple[PrivacyConfig, TrainingCo
 def plan_for(name: str, noise: float = 2.0) -> PrivacyPlan:
     privacy, training = figures_of(name, noise)
     return MECHANISMS[name].plan(privacy, training, 3, PUBLIC)
+
+
+def plans_of(name: str) -> list[PrivacyPlan]:
+    """Return all plans by which a site acts: of its steps, and of the release that each start of the row is made of."""
+    plan, listed = plan_for(name), MECHANISMS[name].starts
+    paid = [start() for start in STARTS.values() if issubclass(start, PaidStart) and start.needs in listed]
+    return [plan, *(start.plan(plan, PUBLIC) for start in paid)]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -136,15 +144,16 @@ def test_a_row_that_contradicts_itself_is_refused_when_a_run_is_configured(
 
 
 def check_that_it_samples_as_it_is_priced(name: str) -> None:
-    plan, size, draws = plan_for(name), 60, 400
-    table = torch.zeros(draws, size, dtype=torch.float64)
-    for row in table:
-        row[plan.sample(size)] = 1.0
-    rate = plan.event.sample_rate
-    if rate == 1:
-        assert bool(table.all()), "a record is left out of what is priced without sampling"
-    else:
-        assert sampler_faults(table, rate) == set(), "it samples otherwise than it is priced"
+    size, draws = 60, 400
+    for plan in plans_of(name):
+        table = torch.zeros(draws, size, dtype=torch.float64)
+        for row in table:
+            row[plan.sample(size)] = 1.0
+        rate = plan.event.sample_rate
+        if rate == 1:
+            assert bool(table.all()), "a record is left out of what is priced without sampling"
+        else:
+            assert sampler_faults(table, rate) == set(), "it samples otherwise than it is priced"
 
 
 @each_charged
@@ -155,6 +164,29 @@ def test_what_is_sampled_is_what_is_priced(name: str) -> None:
 def test_a_row_that_samples_at_another_rate_is_found() -> None:
     with ROW_RATE.plant(), pytest.raises(AssertionError, match="samples otherwise"):
         check_that_it_samples_as_it_is_priced("dp-sgd")
+
+
+class WholePlan(PrivacyPlan):
+    """Takes every record, and is priced so in its steps, which a start's release is not."""
+
+    @classmethod
+    def event_of(cls, privacy: PrivacyConfig, training: TrainingConfig, noise_multiplier: float) -> Event:
+        return super().event_of(privacy, training, noise_multiplier).having(sample_rate=1.0)
+
+    def sample(self, size: int) -> list[int]:
+        return list(range(size))
+
+
+class Whole(DPSGD):
+    plans: ClassVar[type[PrivacyPlan]] = WholePlan
+
+
+def test_a_row_that_lists_a_start_which_it_samples_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MECHANISMS, "dp-sgd", Whole())
+    with pytest.raises(AssertionError, match="samples otherwise"):
+        check_that_it_samples_as_it_is_priced("dp-sgd")
+    monkeypatch.setattr(Whole, "starts", DPSGD.starts - {"paid release"})
+    check_that_it_samples_as_it_is_priced("dp-sgd")
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +204,10 @@ def sums(plan: PrivacyPlan, world: World, records: Sequence[Record], times: int 
 
 
 def check_that_noise_is_what_is_priced(name: str, world: World) -> None:
-    plan = plan_for(name)
-    drawn = torch.cat([flat(one) for one in sums(plan, world, [], times=8)])
-    wanted = plan.event.noise_multiplier * plan.event.clip_norm
-    assert abs(float(drawn.square().mean().sqrt()) / wanted - 1) < 0.05, "the noise is another than is paid for"
+    for plan in plans_of(name):
+        drawn = torch.cat([flat(one) for one in sums(plan, world, [], times=8)])
+        wanted = plan.event.noise_multiplier * plan.event.clip_norm
+        assert abs(float(drawn.square().mean().sqrt()) / wanted - 1) < 0.05, "the noise is another than is paid for"
 
 
 @each_charged
@@ -190,9 +222,10 @@ def test_a_row_that_forgets_its_noise_is_found(world: World) -> None:
 
 def check_that_a_record_is_at_most_its_clip(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
-    plan = plan_for(name)
-    (marked,) = sums(plan, world, world.records[-1:])
-    assert norm(marked) == pytest.approx(plan.event.clip_norm, rel=1e-5), "a record counts more or less than its clip"
+    for plan in plans_of(name):
+        (marked,) = sums(plan, world, world.records[-1:])
+        clip = plan.event.clip_norm
+        assert norm(marked) == pytest.approx(clip, rel=1e-5), "a record counts more or less than its clip"
 
 
 @each_charged
