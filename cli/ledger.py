@@ -47,8 +47,10 @@ def show(path: LedgerFile) -> None:
             spent, largest = (figure(dataset, min(terms.delta, 1.0)) for figure in (ledger.epsilon, ledger.largest))
             budget = f" of {terms.epsilon:g}" if terms.epsilon < float("inf") else ""
             at = f" at δ {terms.delta:g}" if terms.delta < 1 else ""
+            units = sorted({entry.unit for entry in entries if entry.dataset == dataset})
+            per = f", for one {' and for one '.join(units)}" if units else ""
             shared = "" if largest is None else f"; its records' largest, under any name: {_figure(largest)}"
-            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{shared}")
+            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{shared}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]

@@ -333,6 +333,7 @@ def mixed(tmp_path: Path) -> Path:
 def test_the_steward_sees_an_exposure_among_the_events(mixed: Path) -> None:
     shown = fedveil("ledger", "show", mixed)[1]
     assert shown.startswith("clinic: ε ∞ of 3 at δ 1e-05")
+    assert shown.splitlines()[0].endswith(", for one record")
     assert "run @sum round 3  released without privacy: 2 steps" in shown
     assert "after-no-privacy = true" in shown
     code, words = fedveil("ledger", "remaining", mixed, "--dataset", "clinic")

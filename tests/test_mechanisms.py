@@ -27,6 +27,7 @@ from audits.faults import (
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import tiny_site
 from audits.worlds import World, flat, fresh_world, norm
+from client.deadline import Deadline
 from client.ledger.ledger import Ledger
 from common.accountant import TRAINING
 from common.config.sections import PrivacyConfig, TrainingConfig
@@ -451,6 +452,17 @@ def test_records_that_paid_for_one_unit_are_refused_to_another(whole_site: dict[
     site.train(1)
     site.settings["privacy.mode"] = "dp-sgd"
     assert "charged for another unit than one record" in site.refuse(1, run="later").reason
+
+
+def test_a_round_is_held_to_the_time_of_what_its_plan_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that names a small rate for a row which takes every record must not get a late answer by it."""
+    monkeypatch.setattr(Whole, "starts", DPSGD.starts - {"paid release"})
+    monkeypatch.setitem(MECHANISMS, "dp-sgd", Whole())
+    held: list[float] = []
+    monkeypatch.setattr(Deadline, "allow", lambda own, timing, steps, batch, scored: held.append(batch))
+    site = tiny_site(tmp_path, RECORDS, **{"training.sample-rate": 0.1})
+    site.train(1)
+    assert held == [PUBLIC], "the time of another batch than the plan draws"
 
 
 def test_a_start_that_a_row_does_not_list_is_refused(whole_site: dict[str, Any]) -> None:
