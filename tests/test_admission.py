@@ -115,6 +115,7 @@ def test_a_figure_that_only_its_kind_knows_is_the_runs_own(monkeypatch: pytest.M
     job = configure({"privacy.noise-multiplier": 2.0})
     own = plan(job)
     assert own.event.figures["cut"] == 4.0
+    assert plan(configure({})).event.figures["cut"] == 4.0, "noise is calibrated with the kind's own figures"
     assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
     for cut in (3.0, 5.0):
         reason = Admission(job, {}).judge({1: answer(job, own, cut=cut)}, STATE, [1])[1]

@@ -41,6 +41,7 @@ from common.privacy import MECHANISMS, Mechanism, dpsgd
 from common.privacy.accounting import Release, epsilon
 from common.privacy.claim import Claim
 from common.privacy.events import Event
+from common.privacy.no_privacy import NoPrivacy
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
 from common.randomness import add_private_noise
@@ -128,17 +129,23 @@ class Free(DPSGD):
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "records, without privacy"})
 
 
+class Unpaid(NoPrivacy):
+    """Has a start that is made of a release, and no plan that makes one."""
+
+    starts: ClassVar[frozenset[str]] = NoPrivacy.starts | {"paid release"}
+
+
 class Unnamed(DPSGD):
     claim: ClassVar[Claim] = dataclasses.replace(DPSGD.claim, per="")
 
 
-@pytest.mark.parametrize("row", [Promising, Silent, Planless, Telling, Free, Unnamed])
+@pytest.mark.parametrize("row", [Promising, Silent, Planless, Telling, Free, Unpaid, Unnamed])
 def test_a_row_that_contradicts_itself_is_refused_when_a_run_is_configured(
     row: type[Mechanism], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MECHANISMS, "dp-sgd", row())
-    with pytest.raises(MechanismError, match=r"'dp-sgd' (must|has)"):
-        configure({})
+    monkeypatch.setitem(MECHANISMS, row.name, row())
+    with pytest.raises(MechanismError, match=rf"'{row.name}' (must|has)"):
+        configure({"privacy.mode": row.name})
 
 
 # --- what a row does is what it is priced for -------------------------------------------------------------------------
