@@ -202,16 +202,20 @@ def _spoken_budget(row: Budget) -> str:
 def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
     """Return charges, then exposures and failures for purposes of their own, which have no event and no delta.
 
-    Each figure that some event has is a column.
+    Each figure that some event has is a column, called ``event_`` and its name where the charge itself has one of it.
     """
     where = ("id", "dataset", "run", "round_number")
-    figures = sorted({name for row in charges for name in row["event"]["figures"]})
+    before, after = (*where, "purpose", "unit", "event"), ("count", "delta", "charged_at", "caused_by")
+    names = sorted({name for row in charges for name in row["event"]["figures"]})
+    columns = {name: f"event_{name}" if name in before + after else name for name in names}
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(
-        text, [*where, "purpose", "unit", "event", *figures, "count", "delta", "charged_at", "caused_by"]
-    )
+    writer = csv.DictWriter(text, [*before, *columns.values(), *after])
     writer.writeheader()
-    rows = [{**row, "event": row["event"]["kind"], **row["event"]["figures"]} for row in charges]
+    rows = [
+        {**row, "event": row["event"]["kind"]}
+        | {columns[name]: value for name, value in row["event"]["figures"].items()}
+        for row in charges
+    ]
     for row in exposures:
         rows.append({name: row[name] for name in where})
         rows[-1] |= {"purpose": "without privacy", "count": row["steps"], "charged_at": row["released_at"]}
