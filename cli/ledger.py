@@ -211,11 +211,10 @@ def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failure
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*before, *columns.values(), *after])
     writer.writeheader()
-    rows = [
-        {**row, "event": row["event"]["kind"]}
-        | {columns[name]: value for name, value in row["event"]["figures"].items()}
-        for row in charges
-    ]
+    rows = []
+    for row in charges:
+        held = {columns[name]: value for name, value in row["event"]["figures"].items()}
+        rows.append({**row, "event": row["event"]["kind"], **held})
     for row in exposures:
         rows.append({name: row[name] for name in where})
         rows[-1] |= {"purpose": "without privacy", "count": row["steps"], "charged_at": row["released_at"]}
