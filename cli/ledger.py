@@ -47,8 +47,10 @@ def show(path: LedgerFile) -> None:
             spent, largest = (figure(dataset, min(terms.delta, 1.0)) for figure in (ledger.epsilon, ledger.largest))
             budget = f" of {terms.epsilon:g}" if terms.epsilon < float("inf") else ""
             at = f" at δ {terms.delta:g}" if terms.delta < 1 else ""
+            units = sorted({entry.unit for entry in entries if entry.dataset == dataset})
+            per = f", for one {' and for one '.join(units)}" if units else ""
             shared = "" if largest is None else f"; its records' largest, under any name: {_figure(largest)}"
-            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{shared}")
+            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{shared}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
@@ -200,16 +202,19 @@ def _spoken_budget(row: Budget) -> str:
 def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
     """Return charges, then exposures and failures for purposes of their own, which have no event and no delta.
 
-    Each figure that some event has is a column.
+    Each figure that some event has is a column, called ``event_`` and its name where the charge itself has one of it.
     """
     where = ("id", "dataset", "run", "round_number")
-    figures = sorted({name for row in charges for name in row["event"]["figures"]})
+    before, after = (*where, "purpose", "unit", "event"), ("count", "delta", "charged_at", "caused_by")
+    names = sorted({name for row in charges for name in row["event"]["figures"]})
+    columns = {name: f"event_{name}" if name in before + after else name for name in names}
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(
-        text, [*where, "purpose", "unit", "event", *figures, "count", "delta", "charged_at", "caused_by"]
-    )
+    writer = csv.DictWriter(text, [*before, *columns.values(), *after])
     writer.writeheader()
-    rows = [{**row, "event": row["event"]["kind"], **row["event"]["figures"]} for row in charges]
+    rows = []
+    for row in charges:
+        held = {columns[name]: value for name, value in row["event"]["figures"].items()}
+        rows.append({**row, "event": row["event"]["kind"], **held})
     for row in exposures:
         rows.append({name: row[name] for name in where})
         rows[-1] |= {"purpose": "without privacy", "count": row["steps"], "charged_at": row["released_at"]}

@@ -104,6 +104,9 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
     timing, training = _process.rehearsed[initial], job.config.training
     paid = job.origin.release() if initial else None
     steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
+    if job.mechanism.charged and not paid:
+        # What the plan draws by, which need not be what the run asks for.
+        rate = job.mechanism.event(job.config.privacy, training).sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
     featured = (_process.features, float(site.public_size)) if _process.features else None

@@ -14,7 +14,7 @@ from common.accountant import INITIALISATION, TRAINING
 from common.errors import FedVeilError
 from common.messages.round import Spending, TrainResult
 from common.privacy.accounting import LEAST_DELTA, noise_multiplier_for
-from common.privacy.events import LEAST_RATE, MOST_NOISE
+from common.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
@@ -147,9 +147,16 @@ class Admission:
             return f"the reply's spending is for {spent.steps_round} steps, not {steps}"
         if not min(told.sample_rate, told.clip_norm, spent.delta) > 0:
             return "the spending's sample rate, clip norm and delta must all be above 0"
-        # A report computes the price again; figures that no honest site has would keep it busy.
+        told.check()  # a report computes the price again, and what has none would leave it without
+        # Figures that no honest site has would keep it busy.
         if told.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
             return f"the spending's sample rate is below {LEAST_RATE:g}, or its delta below {LEAST_DELTA:g}"
+        for name in sorted(set(own.figures) - set(EventKind.figures)):
+            # Which way is stricter, its kind alone knows.
+            if abs(told.figures[name] - own.figures[name]) > ROUNDING * abs(own.figures[name]):
+                return (
+                    f"the spending's {name} {told.figures[name]:.4g} is another than {own.figures[name]:.4g}, the run's"
+                )
         # The budget holds for what was charged under the site's own name. A total above it is that of records which
         # other names of its ledger share, an infinite one that of records released without privacy: nothing remains.
         total = spent.epsilon_budget if math.isinf(spent.epsilon_total) else spent.epsilon_total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
 from common.accountant import TRAINING, Accountant
+from common.config.sections import PrivacyConfig, TrainingConfig
 from common.messages.round import NoisedCount, Spending, TrainResult
+from common.privacy.events import EVENTS, Event, SampledGaussian
 from common.privacy.plan import PrivacyPlan
+from common.privacy.record_level import DPSGD
 from common.tasks.examples import Dataset
 from server.admission import Admission
 from server.rounds import RoundOutcome
@@ -81,6 +84,42 @@ def test_noise_that_the_run_sets_holds_for_every_site() -> None:
     own = plan(job, Policy(max_rounds=1))
     assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
     assert "noise multiplier" in Admission(job, {}).judge({1: answer(job, own, noise_multiplier=1.9)}, STATE, [1])[1]
+
+
+def test_an_event_that_a_report_could_not_price_is_dropped() -> None:
+    job = configure({"training.sample-rate": 1.0, "privacy.epsilon": 50.0})
+    own = plan(job)
+    assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
+    told = answer(job, own, sample_rate=1.0 + 5e-10)
+    assert "sample-rate must be above 0 and at most 1" in Admission(job, {}).judge({1: told}, STATE, [1])[1]
+
+
+class Truncated(SampledGaussian):
+    """Noise that is cut off, at a figure of its own."""
+
+    name: ClassVar[str] = "truncated"
+    figures: ClassVar[tuple[str, ...]] = (*SampledGaussian.figures, "cut")
+
+
+class TruncatedPlan(PrivacyPlan):
+    kind: ClassVar[str] = "truncated"
+
+    @classmethod
+    def event_of(cls, privacy: PrivacyConfig, training: TrainingConfig, noise_multiplier: float) -> Event:
+        return super().event_of(privacy, training, noise_multiplier).having(cut=4.0)
+
+
+def test_a_figure_that_only_its_kind_knows_is_the_runs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EVENTS, "truncated", Truncated())
+    monkeypatch.setattr(DPSGD, "plans", TruncatedPlan)
+    job = configure({"privacy.noise-multiplier": 2.0})
+    own = plan(job)
+    assert own.event.figures["cut"] == 4.0
+    assert plan(configure({})).event.figures["cut"] == 4.0, "noise is calibrated with the kind's own figures"
+    assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
+    for cut in (3.0, 5.0):
+        reason = Admission(job, {}).judge({1: answer(job, own, cut=cut)}, STATE, [1])[1]
+        assert reason == f"the spending's cut {cut:g} is another than 4, the run's"
 
 
 def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> None:

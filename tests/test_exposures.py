@@ -25,7 +25,8 @@ from common.config.text import to_toml
 from common.errors import ConfigError, PolicyRefusal
 from common.messages.round import Refusal, Spending
 from common.messages.wire import decode_reply, encode_reply, layout_of
-from common.privacy.accounting import gaussian_release
+from common.privacy.accounting import Release, gaussian_release
+from common.privacy.events import EVENTS, Event, SampledGaussian
 from common.privacy.figures import epsilon_text
 from common.run_lines import ResultFile, RoundLine, read_file, read_lines
 from common.tasks.examples import Dataset
@@ -333,6 +334,7 @@ def mixed(tmp_path: Path) -> Path:
 def test_the_steward_sees_an_exposure_among_the_events(mixed: Path) -> None:
     shown = fedveil("ledger", "show", mixed)[1]
     assert shown.startswith("clinic: ε ∞ of 3 at δ 1e-05")
+    assert shown.splitlines()[0].endswith(", for one record")
     assert "run @sum round 3  released without privacy: 2 steps" in shown
     assert "after-no-privacy = true" in shown
     code, words = fedveil("ledger", "remaining", mixed, "--dataset", "clinic")
@@ -367,6 +369,19 @@ def test_exports_hold_the_exposures(mixed: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(fedveil("ledger", "export", mixed, "--format", "csv")[1])))
     assert [row["purpose"] for row in rows] == ["training", "without privacy"]
     assert (rows[1]["count"], rows[1]["noise_multiplier"]) == ("2", "")
+
+
+def test_a_figure_called_as_a_column_overwrites_none_of_a_charge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type("Tree", (SampledGaussian,), {"name": "tree", "figures": (*SampledGaussian.figures, "count")})
+    monkeypatch.setitem(EVENTS, "tree", kind())
+    event = Event("tree", {"noise_multiplier": 2.0, "sample_rate": 0.1, "clip_norm": 1.0, "count": 7.0})
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.charge(Charge("ward", "r", 1, (Release(event, 3),), 1e-5, 8.0))
+    (row,) = csv.DictReader(io.StringIO(fedveil("ledger", "export", path, "--format", "csv")[1]))
+    assert (row["count"], row["event_count"]) == ("3", "7.0")
 
 
 def test_a_round_that_was_answered_by_noise_is_shown_and_exported(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from audits.faults import (
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import tiny_site
 from audits.worlds import World, flat, fresh_world, norm
+from client.deadline import Deadline
 from client.ledger.ledger import Ledger
 from common.accountant import TRAINING
 from common.config.sections import PrivacyConfig, TrainingConfig
@@ -40,10 +41,12 @@ from common.privacy import MECHANISMS, Mechanism, dpsgd
 from common.privacy.accounting import Release, epsilon
 from common.privacy.claim import Claim
 from common.privacy.events import Event
+from common.privacy.no_privacy import NoPrivacy
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
 from common.randomness import add_private_noise
 from common.run_lines import PrivacyLine, read_lines
+from common.starts import STARTS, PaidStart
 from common.tasks import Record
 from experiments.in_process import run_in_process
 from reports import markdown_report, report_of
@@ -65,6 +68,13 @@ def figures_of(name: str, noise: float = 2.0) -> tuple[PrivacyConfig, TrainingCo
 def plan_for(name: str, noise: float = 2.0) -> PrivacyPlan:
     privacy, training = figures_of(name, noise)
     return MECHANISMS[name].plan(privacy, training, 3, PUBLIC)
+
+
+def plans_of(name: str) -> list[PrivacyPlan]:
+    """Return all plans by which a site acts: of its steps, and of the release that each start of the row is made of."""
+    plan, listed = plan_for(name), MECHANISMS[name].starts
+    paid = [start() for start in STARTS.values() if issubclass(start, PaidStart) and start.needs in listed]
+    return [plan, *(start.plan(plan, PUBLIC) for start in paid)]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -119,32 +129,39 @@ class Free(DPSGD):
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "records, without privacy"})
 
 
+class Unpaid(NoPrivacy):
+    """Has a start that is made of a release, and no plan that makes one."""
+
+    starts: ClassVar[frozenset[str]] = NoPrivacy.starts | {"paid release"}
+
+
 class Unnamed(DPSGD):
     claim: ClassVar[Claim] = dataclasses.replace(DPSGD.claim, per="")
 
 
-@pytest.mark.parametrize("row", [Promising, Silent, Planless, Telling, Free, Unnamed])
+@pytest.mark.parametrize("row", [Promising, Silent, Planless, Telling, Free, Unpaid, Unnamed])
 def test_a_row_that_contradicts_itself_is_refused_when_a_run_is_configured(
     row: type[Mechanism], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MECHANISMS, "dp-sgd", row())
-    with pytest.raises(MechanismError, match=r"'dp-sgd' (must|has)"):
-        configure({})
+    monkeypatch.setitem(MECHANISMS, row.name, row())
+    with pytest.raises(MechanismError, match=rf"'{row.name}' (must|has)"):
+        configure({"privacy.mode": row.name})
 
 
 # --- what a row does is what it is priced for -------------------------------------------------------------------------
 
 
 def check_that_it_samples_as_it_is_priced(name: str) -> None:
-    plan, size, draws = plan_for(name), 60, 400
-    table = torch.zeros(draws, size, dtype=torch.float64)
-    for row in table:
-        row[plan.sample(size)] = 1.0
-    rate = plan.event.sample_rate
-    if rate == 1:
-        assert bool(table.all()), "a record is left out of what is priced without sampling"
-    else:
-        assert sampler_faults(table, rate) == set(), "it samples otherwise than it is priced"
+    size, draws = 60, 400
+    for plan in plans_of(name):
+        table = torch.zeros(draws, size, dtype=torch.float64)
+        for row in table:
+            row[plan.sample(size)] = 1.0
+        rate = plan.event.sample_rate
+        if rate == 1:
+            assert bool(table.all()), "a record is left out of what is priced without sampling"
+        else:
+            assert sampler_faults(table, rate) == set(), "it samples otherwise than it is priced"
 
 
 @each_charged
@@ -155,6 +172,29 @@ def test_what_is_sampled_is_what_is_priced(name: str) -> None:
 def test_a_row_that_samples_at_another_rate_is_found() -> None:
     with ROW_RATE.plant(), pytest.raises(AssertionError, match="samples otherwise"):
         check_that_it_samples_as_it_is_priced("dp-sgd")
+
+
+class WholePlan(PrivacyPlan):
+    """Takes every record, and is priced so in its steps, which a start's release is not."""
+
+    @classmethod
+    def event_of(cls, privacy: PrivacyConfig, training: TrainingConfig, noise_multiplier: float) -> Event:
+        return super().event_of(privacy, training, noise_multiplier).having(sample_rate=1.0)
+
+    def sample(self, size: int) -> list[int]:
+        return list(range(size))
+
+
+class Whole(DPSGD):
+    plans: ClassVar[type[PrivacyPlan]] = WholePlan
+
+
+def test_a_row_that_lists_a_start_which_it_samples_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MECHANISMS, "dp-sgd", Whole())
+    with pytest.raises(AssertionError, match="samples otherwise"):
+        check_that_it_samples_as_it_is_priced("dp-sgd")
+    monkeypatch.setattr(Whole, "starts", DPSGD.starts - {"paid release"})
+    check_that_it_samples_as_it_is_priced("dp-sgd")
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +212,10 @@ def sums(plan: PrivacyPlan, world: World, records: Sequence[Record], times: int 
 
 
 def check_that_noise_is_what_is_priced(name: str, world: World) -> None:
-    plan = plan_for(name)
-    drawn = torch.cat([flat(one) for one in sums(plan, world, [], times=8)])
-    wanted = plan.event.noise_multiplier * plan.event.clip_norm
-    assert abs(float(drawn.square().mean().sqrt()) / wanted - 1) < 0.05, "the noise is another than is paid for"
+    for plan in plans_of(name):
+        drawn = torch.cat([flat(one) for one in sums(plan, world, [], times=8)])
+        wanted = plan.event.noise_multiplier * plan.event.clip_norm
+        assert abs(float(drawn.square().mean().sqrt()) / wanted - 1) < 0.05, "the noise is another than is paid for"
 
 
 @each_charged
@@ -190,9 +230,10 @@ def test_a_row_that_forgets_its_noise_is_found(world: World) -> None:
 
 def check_that_a_record_is_at_most_its_clip(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
-    plan = plan_for(name)
-    (marked,) = sums(plan, world, world.records[-1:])
-    assert norm(marked) == pytest.approx(plan.event.clip_norm, rel=1e-5), "a record counts more or less than its clip"
+    for plan in plans_of(name):
+        (marked,) = sums(plan, world, world.records[-1:])
+        clip = plan.event.clip_norm
+        assert norm(marked) == pytest.approx(clip, rel=1e-5), "a record counts more or less than its clip"
 
 
 @each_charged
@@ -418,6 +459,17 @@ def test_records_that_paid_for_one_unit_are_refused_to_another(whole_site: dict[
     site.train(1)
     site.settings["privacy.mode"] = "dp-sgd"
     assert "charged for another unit than one record" in site.refuse(1, run="later").reason
+
+
+def test_a_round_is_held_to_the_time_of_what_its_plan_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that names a small rate for a row which takes every record must not get a late answer by it."""
+    monkeypatch.setattr(Whole, "starts", DPSGD.starts - {"paid release"})
+    monkeypatch.setitem(MECHANISMS, "dp-sgd", Whole())
+    held: list[float] = []
+    monkeypatch.setattr(Deadline, "allow", lambda own, timing, steps, batch, scored: held.append(batch))
+    site = tiny_site(tmp_path, RECORDS, **{"training.sample-rate": 0.1})
+    site.train(1)
+    assert held == [PUBLIC], "the time of another batch than the plan draws"
 
 
 def test_a_start_that_a_row_does_not_list_is_refused(whole_site: dict[str, Any]) -> None:

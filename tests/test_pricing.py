@@ -170,7 +170,7 @@ def test_figures_that_no_honest_job_has_are_refused_before_they_are_priced(
 def test_a_plan_refuses_them_before_it_looks_for_a_noise(
     monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr("common.privacy.plan.noise_multiplier_for", lambda *_: pytest.fail("a price was made"))
+    monkeypatch.setattr("common.privacy.plan.least_noise", lambda *_: pytest.fail("a price was made"))
     before = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
     training = resolve(RunSettings(training=TrainingSettings(sample_rate=0.1))).training
     with pytest.raises(ConfigError, match=words):

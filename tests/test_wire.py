@@ -51,7 +51,7 @@ from common.messages.wire import (
     round_of,
 )
 from common.packed import Form
-from common.privacy.events import EVENTS, Event, sampled_gaussian
+from common.privacy.events import EVENTS, Event, SampledGaussian, sampled_gaussian
 
 fast = settings(max_examples=25, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -417,6 +417,19 @@ def test_an_event_travels_by_the_names_of_its_figures_whatever_their_order(monke
     monkeypatch.delitem(EVENTS, "sampled-gaussian")
     with pytest.raises(ProtocolError, match="unknown kind"):
         read_reply(encode_reply(RESULT))
+
+
+def test_no_two_kinds_are_taken_for_each_other_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of one kind and its figures that, one after the other, read as those of another kind."""
+    for name, figures in (("noise/a", SampledGaussian.figures), ("noise", ("a", *SampledGaussian.figures))):
+        kind = type("Kind", (SampledGaussian,), {"name": name, "figures": figures})
+        monkeypatch.setitem(EVENTS, name, kind())
+    for name in ("noise/a", "noise"):
+        event = Event(name, dict.fromkeys(EVENTS[name].figures, 0.5))
+        read = read_reply(encode_reply(replace(RESULT, spending=replace(SPENDING, event=event))))
+        assert isinstance(read, TrainResult)
+        assert read.spending is not None
+        assert read.spending.event == event
 
 
 def test_a_result_with_parts_that_this_version_does_not_know_is_refused() -> None:

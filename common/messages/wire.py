@@ -24,6 +24,7 @@ bits; zeros say that there is none.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import struct
@@ -373,7 +374,8 @@ def _pack_event(event: Event) -> bytes:
 
 def _mark_of(kind: str, names: Iterable[str]) -> bytes:
     """Return what says by which names an event is read: a hash of its kind's and of its figures'."""
-    return hashlib.sha256("/".join([kind, *sorted(names)]).encode()).digest()[:8]
+    # As JSON, so that no two lists of names are one text, whatever stands in a name.
+    return hashlib.sha256(json.dumps([kind, *sorted(names)]).encode()).digest()[:8]
 
 
 def _event(reader: _Reader) -> Event:

@@ -48,7 +48,7 @@ from common.accountant import (
 )
 from common.check import at_least, in_range, positive
 from common.errors import BudgetExhausted, ConfigError
-from common.privacy.events import LEAST_NOISE, MOST_NOISE, Event, SampledGaussian, kind_of, sampled_gaussian
+from common.privacy.events import LEAST_NOISE, MOST_NOISE, Event, kind_of, sampled_gaussian
 from common.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
@@ -141,13 +141,17 @@ def noise_multiplier_for(
     sample_rate: float,
     steps: int,
     spent: Sequence[Release] = (),
-    kind: str = SampledGaussian.name,
 ) -> float:
-    """Return the least noise multiplier with which ``steps`` more steps stay within ``epsilon``.
+    """Return the least noise multiplier of sums over Poisson samples at ``sample_rate``; as ``least_noise``."""
+    return least_noise(sampled_gaussian(1.0, sample_rate), epsilon, delta, steps, spent)
 
-    Guarantees: ``spent`` and ``steps`` releases of ``kind`` at the answer and ``sample_rate`` cost at most ``epsilon``,
-    exactly as this module computes it, and the answer is at most 1.001 times the least such noise. The answer
-    has at most 5 significant digits, so that a person can copy it, and lies within
+
+def least_noise(event: Event, epsilon: float, delta: float, steps: int, spent: Sequence[Release] = ()) -> float:
+    """Return the least noise multiplier with which ``steps`` more releases stay within ``epsilon``.
+
+    Guarantees: ``spent`` and ``steps`` releases of ``event`` at the answer, its other figures as they are, cost at most
+    ``epsilon``, exactly as this module computes it, and the answer is at most 1.001 times the least such noise. The
+    answer has at most 5 significant digits, so that a person can copy it, and lies within
     [``LEAST_NOISE``, ``MOST_NOISE``].
 
     Raises:
@@ -156,9 +160,9 @@ def noise_multiplier_for(
     """
     positive(epsilon=epsilon)
     in_range(0, 1, delta=delta)
-    figures = {"noise_multiplier": 1.0, "sample_rate": sample_rate, "clip_norm": 1.0}
-    event = Release(Event(kind, figures), steps).event
-    return _least_noise(epsilon, delta, event, steps, _merge(spent))
+    # Noise and what the price does not depend on make no other search of it.
+    like = Release(event, steps).event.having(noise_multiplier=1.0).priced()
+    return _least_noise(epsilon, delta, like, steps, _merge(spent))
 
 
 def _merge(releases: Sequence[Release]) -> Merged:

@@ -83,6 +83,8 @@ class Mechanism(ABC):
             raise MechanismError(f"the mechanism {self.name!r} must conceal failures: a refusal would tell of records")
         if self.charged and "records, without privacy" in self.starts:
             raise MechanismError(f"the mechanism {self.name!r} has a start from records that nobody is charged for")
+        if not self.charged and "paid release" in self.starts:
+            raise MechanismError(f"the mechanism {self.name!r} has a start from a release that no plan of it makes")
 
     def plan(
         self,

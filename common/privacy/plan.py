@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from common.check import clip_norm, in_range, positive
 from common.errors import MechanismError, PrivacyError
-from common.privacy.accounting import Release, check_terms, noise_multiplier_for
+from common.privacy.accounting import Release, check_terms, least_noise
 from common.privacy.events import Event, SampledGaussian, sampled_gaussian
 
 if TYPE_CHECKING:
@@ -168,8 +168,8 @@ class PrivacyPlan(Plan):
         event = cls.event_of(privacy, training, privacy.noise_multiplier or 1.0)
         check_terms([Release(event, total_steps), *before], privacy.delta)
         if not privacy.noise_multiplier:
-            terms = (privacy.epsilon, privacy.delta, event.sample_rate, total_steps, tuple(before), cls.kind)
-            event = event.having(noise_multiplier=noise_multiplier_for(*terms))
+            least = least_noise(event, privacy.epsilon, privacy.delta, total_steps, before)
+            event = event.having(noise_multiplier=least)
         return cls(
             event=event,
             expected_batch_size=event.sample_rate * public_size,

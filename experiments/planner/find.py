@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.privacy.accounting import Release, epsilon, noise_multiplier_for
+from common.privacy.accounting import Release, epsilon, least_noise
 from common.privacy.events import LEAST_NOISE, Event
 from experiments.planner.plan import MOST_ROUNDS, last_within, paid_before
 from strategies.job import Job
@@ -59,7 +59,7 @@ def noise_for(job: Job) -> Found:
     privacy, steps = job.config.privacy, job.config.total_steps
     before = tuple(paid_before(job))
     event = _event(job)
-    noise = noise_multiplier_for(privacy.epsilon, privacy.delta, event.sample_rate, steps, before, event.kind)
+    noise = least_noise(event, privacy.epsilon, privacy.delta, steps, before)
     return _found(
         job,
         "privacy.noise-multiplier",
