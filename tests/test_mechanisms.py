@@ -466,7 +466,7 @@ def test_a_round_is_held_to_the_time_of_what_its_plan_draws(tmp_path: Path, monk
     monkeypatch.setattr(Whole, "starts", DPSGD.starts - {"paid release"})
     monkeypatch.setitem(MECHANISMS, "dp-sgd", Whole())
     held: list[float] = []
-    monkeypatch.setattr(Deadline, "allow", lambda own, timing, steps, batch, scored: held.append(batch))
+    monkeypatch.setattr(Deadline, "allow", lambda own, timing, steps, batch, *others: held.append(batch))
     site = tiny_site(tmp_path, RECORDS, **{"training.sample-rate": 0.1})
     site.train(1)
     assert held == [PUBLIC], "the time of another batch than the plan draws"
