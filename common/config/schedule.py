@@ -11,7 +11,6 @@ def learning_rate(schedule: str, peak: float, step: int, total_steps: int) -> fl
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,
-        "warmup-linear": min(1.0, (step + 1) / (1 + total_steps // 6)) * (1.0 - progress),
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[schedule]
     return peak * factor
