@@ -25,6 +25,7 @@ from common.privacy.dpsgd import PrivateSteps
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.tasks import TASKS, Record
 from common.tasks.featured import FEATURES
+from common.tasks.module import Metric
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
@@ -199,6 +200,23 @@ def test_features_that_mix_records_are_refused(
     monkeypatch.setattr(model.module, "feature_scale", 0.0)
     with pytest.raises(ModelError, match="a record's features depends"):
         rehearse_features(model)
+
+
+def test_rows_that_a_map_is_computed_otherwise_in_share_no_pass(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault: from the fifth row on a device adds in another order, which no map shows that is the identity."""
+
+    def forward(self: Metric, features: Tensor) -> Tensor:
+        moved = features - self.centre
+        return torch.cat([moved[:4] @ self.map, moved[4:].flip(1) @ self.map.flip(0)])
+
+    model = head_only(model_folder("bert"), metric="public")
+    monkeypatch.setattr(Metric, "forward", forward)
+    before = model.read()
+    rehearse(model)
+    assert model.shapes.rows_of(1) <= 4
+    assert all(torch.equal(tensor, before[METRIC][name]) for name, tensor in model.read()[METRIC].items())
 
 
 # --- a site -----------------------------------------------------------------------------------------------------------

@@ -79,13 +79,8 @@ class FederatedModel:
         """Whether sites train the head alone, so that what is below it says the same of a record in every round."""
         self.reading = task
         """The task, as records are read."""
-        self.task: Task = Featured(task) if self.head_only else task
         self.feature_shapes = task.shapes(base, self.max_length, tokens)
         """What features are computed in where the head alone is trained; ``client.rehearsal`` narrows it alike."""
-        self.shapes = self.task.shapes(base, self.max_length, tokens)
-        """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
-        self.initial_shapes: Shapes | None = None
-        """The same of round 0, once it is rehearsed."""
         self.precision = choose_precision(precision, self.device)
         choose_attention(base.module, self.device)
         self.lowers = True
@@ -93,12 +88,17 @@ class FederatedModel:
         self.peft_model = adapter.attach(base.module, seed)
         self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
         self.module.to(self.device)
+        self.task: Task = Featured(task, self.module.width) if self.head_only else task
+        self.shapes = self.task.shapes(base, self.max_length, tokens)
+        """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
+        self.initial_shapes: Shapes | None = None
+        """The same of round 0, once it is rehearsed."""
         self.head_trained = head.policy == "trained"
         if self.module.head is not None:
             start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
             self.module.head.requires_grad_(self.head_trained)
             if head.metric == "public":
-                self.module.metric = Metric(base.hidden_size).to(self.device)
+                self.module.metric = Metric(self.module.width).to(self.device)
         _turn_dropout_off(self.module)
         self.start: AdapterState = self.read()
         """The adapter state before any training; later states are written over the model, never over this."""
