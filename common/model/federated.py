@@ -161,24 +161,27 @@ class FederatedModel:
         """Return records as the model takes them, cut to the run's ``max_length``, or to what has room in it."""
         return self.task.prepare(self.base, examples, self.max_length)
 
-    def featurise(self, records: Sequence[Record], before_pass: Callable[[], None] = lambda: None) -> None:
+    def featurise(self, records: Sequence[Record], before_pass: Callable[[], None] = lambda: None) -> list[Record]:
         """Put into each record, in place of what it was read as, the features that a head alone is trained on.
 
         Each is computed in a shape that follows from the record alone, and once: a record that has its features keeps
-        them. One that cannot be computed gets features that are no numbers, so that it contributes zero. Where more
-        than the head is trained, nothing happens.
+        them. One that cannot be computed stays as it was read, so that the next call tries again. Where more than the
+        head is trained, nothing happens.
 
         Args:
             records: as of ``prepare``.
             before_pass: called before each pass, and may raise.
+
+        Returns:
+            The records to train on, in order; one that could not be computed is left out, which is to contribute zero.
         """
-        left = [record for record in records if FEATURES not in record] if self.head_only else []
-        sizes = [self.task.size(record) for record in left]
-        for length, group in self.feature_shapes.groups(sizes):
-            before_pass()
+        if not self.head_only:
+            return list(records)
+        left = [record for record in records if FEATURES not in record]
+        for length, group in self.feature_shapes.groups([self.task.size(record) for record in left]):
             chosen = [left[i] for i in group]
-            batch = self.fixed_batch(chosen, length, self.feature_shapes.rows_of(length))
-            put_features(chosen, batch, self._features_or_nothing(batch))
+            self._featurise(chosen, self.fixed_batch(chosen, length, self.feature_shapes.rows_of(length)), before_pass)
+        return [record for record in records if FEATURES in record]
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
@@ -187,14 +190,19 @@ class FederatedModel:
             features = self.module.features(batch)
         return features[: batch.records] if isinstance(batch, FixedBatch) else features
 
-    def _features_or_nothing(self, batch: FixedBatch) -> Tensor:
+    def _featurise(self, records: Sequence[Record], batch: FixedBatch, before_pass: Callable[[], None]) -> None:
+        """Put features into ``records``, of which ``batch`` is made; if the pass fails, each passes alone in it."""
+        before_pass()
         try:
-            return self.features(batch)
+            features = self.features(batch)
         except Exception as error:
-            if batch.records > 1:
-                return torch.cat([self._features_or_nothing(batch.alone(row)) for row in range(batch.records)])
-            log.warning("a record could not be computed and contributes zero: %s", place_of(error))
-            return torch.full((1, self.base.hidden_size), torch.nan, device=self.device)
+            if batch.records == 1:
+                log.warning("a record could not be computed and contributes zero: %s", place_of(error))
+                return
+            for row, record in enumerate(records):
+                self._featurise([record], batch.alone(row), before_pass)
+            return
+        put_features(records, batch, features)
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
