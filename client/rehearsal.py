@@ -280,7 +280,7 @@ class _OfStart(_Rehearsal):
 class _OfFeatures(_Rehearsal):
     """What the frozen base model says of a record."""
 
-    what = "features"
+    what = "feature vector"
 
     def __init__(self, model: FederatedModel) -> None:
         super().__init__(model)

@@ -211,7 +211,7 @@ def test_features_that_mix_records_are_refused(
     monkeypatch.setattr(model.module, "reading", Mixing(model.module.reading, kind))
     # The length that features are brought to would hide a factor.
     monkeypatch.setattr(model.module, "feature_scale", 0.0)
-    with pytest.raises(ModelError, match="a record's features depends"):
+    with pytest.raises(ModelError, match="a record's feature vector depends"):
         rehearse_features(model)
 
 
@@ -281,7 +281,7 @@ def test_a_site_refuses_an_encoder_that_mixes_records_before_the_charge(
     app._process.model = None
     reply = site.ask(site.task())
     assert isinstance(reply, Refusal)
-    assert "features depends" in reply.reason
+    assert "feature vector depends" in reply.reason
     with Ledger(site.ledger) as ledger:
         assert not list(ledger.entries())
 
