@@ -90,10 +90,11 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
                 f"{job.mechanism.name!r} nobody knows how long a round takes"
             )
         return
-    if model.head_only and _process.features is None:
-        _process.features = rehearse_features(model)
     if False not in _process.rehearsed:
         _process.rehearsed[False] = rehearse(model)
+    if model.head_only and _process.features is None:
+        # Last, because the other may change how the model attends; features that were computed before are dropped.
+        _process.features, _process.records = rehearse_features(model), {}
     if initial and True not in _process.rehearsed:
         # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
         attention, rounds = model.attention, _process.rehearsed.pop(False)

@@ -71,13 +71,14 @@ def train_round(
         plan = job.mechanism.exposing_plan(job.config.training)
     try:
         with model.many_passes():
-            model.featurise(records, deadline.check)
+            # Where nothing is concealed a late answer is better than none.
+            records = model.featurise(records, (deadline if job.mechanism.conceals else Deadline()).check)
     except Exception as error:
         if not job.mechanism.conceals:
             raise
         records, failure = [], own_words(error)  # paid for already, as a step that fails
     if not task.round_number:
-        contribution, failure = _statistic(records, job, model, plan, deadline, site)
+        contribution, failed = _statistic(records, job, model, plan, deadline, site)
     else:
         received = job.strategy.install(merge(model.start, task.basis), task.state)
         model.write(received)
@@ -85,12 +86,12 @@ def train_round(
             noise = site.policy.metrics_noise
             counted = NoisedCount(noised_correct(model, records, noise), noise)
         failed = _local_steps(records, job, model, task, received, plan, deadline, site)
-        failure = failure or failed
         trained = {
             layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
             for layer, factors in model.trained().items()
         }
         contribution = plan.outgoing(job.strategy.uplink(trained), received)
+    failure = failure or failed
     result = TrainResult(
         *(task.run, task.round_number, site.name, site.public_size, contribution), *(spending, counted)
     )

@@ -11,7 +11,7 @@ a batch, or remember what passed before. So, on records that are no one's, with 
    Where a device cannot do that, with so many threads, fewer rows are tried, at last one: no other record is there.
 3. **It fits.** Every shape of 2 is a full one, so memory that does not suffice shows here and not after the charge.
 
-Scales, head and factors are the rehearsal's own: a server could choose some under which nothing shows.
+Scales, head, metric and factors are the rehearsal's own: a server could choose some under which nothing shows.
 
 Left to the round, such a model would be refused after the charge, at every retry again, or not at all.
 """
@@ -280,7 +280,7 @@ class _OfStart(_Rehearsal):
 class _OfFeatures(_Rehearsal):
     """What the frozen base model says of a record."""
 
-    what = "features"
+    what = "feature vector"
 
     def __init__(self, model: FederatedModel) -> None:
         super().__init__(model)
@@ -347,7 +347,7 @@ def _layer_of(name: str) -> str:
 
 @contextmanager
 def _away_from_zero(model: FederatedModel) -> Iterator[None]:
-    """Give factors, head and scales values of no one's choice, and put back what was there.
+    """Give factors, head, metric and scales values of no one's choice, and put back what was there.
 
     A server that chose them could make gradients so small that nothing shows, and send others afterwards.
     """
@@ -366,8 +366,9 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
                 parameter.copy_(AWAY * torch.randn(parameter.shape, generator=draw))
             for parameter in head:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw))
-            if model.module.metric is not None:
-                model.module.metric.reset()
+            for parameter in metric:
+                # Not the identity: times that, a row stays what it is to the bit, in whatever order a device adds.
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) / parameter.shape[-1] ** 0.5)
         for layer in layers:
             layer.scaling.update(dict.fromkeys(layer.scaling, 1.0))
         if feature_scale:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from common.data.sources import public_test
+from common.errors import ModelError
 from common.messages.state import AdapterState
 from common.messages.wire import Layout, layout_of
 from common.model.federated import FederatedModel, Score, phrases_of
@@ -28,7 +29,10 @@ class ServerModel:
         self.model: FederatedModel = job.model(test.label_names, test.label_phrases)
         self.start: AdapterState = self.model.start
         self.records: Sequence[Record] = self.model.prepare(test.examples)
-        self.model.featurise(self.records)
+        if len(self.model.featurise(self.records)) < len(self.records):
+            raise ModelError(
+                f"{self.model.base.name!r} cannot compute some of the public test records: the server's log says where"
+            )
 
     def trained_start(self) -> AdapterState:
         """Return the part of the start that sites train: its layout is what they may send."""

@@ -165,6 +165,11 @@ def configure(values: Mapping[str, Scalar]) -> Job:
             f"head.metric is 'public', which adapter.start {config.adapter.start!r} does not make: set "
             "adapter.start to 'public-metric', or head.metric to 'none'"
         )
+    if config.head.metric == "public" and config.head.policy == "frozen":
+        raise ConfigError(
+            "head.metric is 'public', behind which the head begins elsewhere, and head.policy 'frozen' sends no head: "
+            "set head.policy to 'trained', or head.metric to 'none'"
+        )
     if not config.adapter.alpha:
         _check_calibration(config, strategy)
     own = _flat(asked, asked_start, strategy)

@@ -431,6 +431,14 @@ def test_a_private_federation_on_digits_learns_and_its_adapter_scores_as_the_run
     assert scored.accuracy > least, "nothing was learned"
 
 
+def test_the_head_alone_trains_on_images_whose_features_are_wider_than_the_model(toy: dict[str, Any]) -> None:
+    folder = run_in_process({**toy, "strategy": "fedavg-lora", "adapter.name": "none"}, 2)
+    lines = read_lines(RoundLine, folder)
+    assert not any(line.refusals or line.failures for line in lines)
+    assert [len(line.participants) for line in lines] == [2, 2, 2]
+    assert evaluate_run(folder).loss == pytest.approx(lines[-1].loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["vit", "clip"])
 def test_other_vision_transformers_train_too(kind: str, toy: dict[str, Any], vit: Callable[[str], str]) -> None:
     settings = {**toy, "model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind))), "rounds": 1}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from audits.tiny_models import TARGETS, write_reviews
+from common import randomness
 from common.adapters import ADAPTERS
 from common.adapters.lora_metric import SHRUNK, in_weights
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, ModelError
+from common.messages.round import TrainTask
 from common.messages.state import HEAD, METRIC, AdapterState
 from common.messages.tensors import merge
 from common.model.base import load_base_model
@@ -26,8 +29,9 @@ from common.starts.public_metric import PublicMetric, shrinking
 from common.tasks import TASKS
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
+from experiments.in_process import InProcessTransport, run_in_process
 from server.model import ServerModel
+from server.sites import Exchange
 from strategies.job import configure
 
 Folder = Callable[[str], str]
@@ -216,6 +220,51 @@ def test_a_private_run_trains_in_the_metric_and_evaluates_as_it_scored(
     assert score.loss == pytest.approx(lines[-1].loss, rel=1e-4)
 
 
+class Dies(InProcessTransport):
+    """A server that is gone before round 3."""
+
+    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+        if any(task.round_number == 3 for task in tasks.values()):
+            raise KeyboardInterrupt
+        return super().exchange(tasks, timeout)
+
+
+@pytest.mark.parametrize("adapter", ["lora-metric", "none"])
+def test_a_resumed_run_goes_on_in_the_metric_and_with_the_velocity_that_it_had(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    fixed = np.random.default_rng(5).integers(0, 2**64, 200_000, dtype=np.uint64)
+    monkeypatch.setattr(randomness, "_entropy", lambda count: fixed[:count])
+    asked = settings(toy_settings, head__metric="public", adapter__name=adapter, rounds=3, privacy__epsilon=50.0)
+    whole = run_in_process(asked, 2, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(asked, 2, "cut", Dies)
+    cut = Path(asked["output"]) / "fedavg-lora-cut"
+    assert run_in_process({**asked, "resume": "cut"}, 2, "again") == cut
+    scores = [[(line.accuracy, line.loss) for line in read_lines(RoundLine, folder)] for folder in (whole, cut)]
+    assert scores[0] == scores[1]
+    for path in (whole / "adapter").glob("*.safetensors"):
+        assert path.read_bytes() == (cut / "adapter" / path.name).read_bytes()
+
+
+class JoinsLate(InProcessTransport):
+    """The second site is there from round 2 on."""
+
+    asked = 0
+
+    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+        self.asked += 1
+        return [node for node in super().nodes(wanted, besides) if self.asked > 1 or node == 0]
+
+
+def test_the_heads_metric_travels_to_each_site_once(toy_settings: dict[str, Any]) -> None:
+    asked = settings(toy_settings, head__metric="public", adapter__name="none", rounds=3)
+    folder = run_in_process(asked, 2, "late", JoinsLate)
+    head, metric = 4 * (2 * 16 + 2), 4 * (16 * 16 + 16)
+    down = [line.bytes_down for line in read_lines(RoundLine, folder) if line.round_number]
+    assert down == [head + metric, 2 * head + metric, 2 * head]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -224,6 +273,7 @@ def test_a_private_run_trains_in_the_metric_and_evaluates_as_it_scored(
             {"head__metric": "public", "adapter__start": "orthonormal", "adapter__name": "lora"},
             "set adapter.start to 'public-metric'",
         ),
+        ({"head__metric": "public", "head__policy": "frozen"}, "set head.policy to 'trained'"),
         ({"start__outputs": "private"}, "start.outputs"),
         ({"start__clip_share": 0.0}, "start.clip-share"),
     ],

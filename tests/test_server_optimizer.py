@@ -129,6 +129,48 @@ def test_v8_moments_are_dropped_when_fed_svd_turns_the_basis_and_the_next_step_i
     assert not torch.allclose(old.adapter["layer"]["B"], fresh.adapter["layer"]["B"]), "keeping them changes nothing"
 
 
+HEAVY_BALL = replace(CONFIG, server=replace(CONFIG.server, optimizer="momentum", momentum=0.8))
+
+
+def test_momentum_on_averages_is_that_of_torch_on_what_they_change() -> None:
+    state = ServerState(0, start(), ("B",))
+    reference = {(k, n): t.clone().requires_grad_() for k, f in start().items() for n, t in f.items()}
+    ball = torch.optim.SGD([{"params": [t]} for t in reference.values()], 1.0, momentum=0.8)
+    for done in range(CONFIG.rounds):
+        sent = start(done + 1)
+        site = Contribution("s", 1.0, {"layer": {"B": sent["layer"]["B"]}, HEAD: sent[HEAD]})
+        averaged = FFALoRA().combine(state, [site])
+        for group, (key, tensor) in zip(ball.param_groups, reference.items(), strict=True):
+            layer, name = key
+            tensor.grad = state.adapter[layer][name] - averaged.adapter[layer][name]
+            group["lr"] = 0.05 * (3.0 if layer == HEAD else 1.0) * (1 - done / CONFIG.rounds)
+        state = server_step(HEAVY_BALL, state, averaged)
+        ball.step()
+    for (layer, name), tensor in reference.items():
+        assert torch.allclose(state.adapter[layer][name], tensor.detach(), rtol=1e-9, atol=1e-9), f"{layer}/{name}"
+    assert torch.equal(state.adapter["layer"]["A"], start()["layer"]["A"]), "a frozen factor moved"
+
+
+def test_the_velocity_of_a_layer_that_fed_svd_turns_begins_anew() -> None:
+    strategy, seen = FedSVD(), []
+
+    def step(before: ServerState, averaged: ServerState) -> ServerState:
+        seen.append((averaged, server_step(HEAVY_BALL, before, averaged)))
+        return seen[-1][1]
+
+    state = strategy.start(start(), ("B",))
+    for seed in (1, 2):
+        began = state
+        site = Contribution("s", 1.0, {"layer": {"B": start(seed)["layer"]["B"]}, HEAD: start(seed)[HEAD]})
+        state = strategy.server_update(state, [site], step)
+        assert set(state.optimizer.first) == set(state.optimizer.steps) == {HEAD}
+        assert state.optimizer.steps[HEAD] == seed
+    averaged, stepped = seen[-1]
+    fresh = server_step(HEAVY_BALL, replace(began, optimizer=Moments()), averaged)
+    assert torch.equal(stepped.adapter["layer"]["B"], fresh.adapter["layer"]["B"]), "the step is not a first one"
+    assert not torch.allclose(stepped.adapter[HEAD]["weight"], fresh.adapter[HEAD]["weight"]), "the head's is lost"
+
+
 def test_the_optimiser_and_the_strategy_keep_their_own_apart() -> None:
     memory = {"own": {"x": torch.zeros(1)}}
     state = ServerState(0, start(), ("B",), memory)

@@ -79,13 +79,8 @@ class FederatedModel:
         """Whether sites train the head alone, so that what is below it says the same of a record in every round."""
         self.reading = task
         """The task, as records are read."""
-        self.task: Task = Featured(task) if self.head_only else task
         self.feature_shapes = task.shapes(base, self.max_length, tokens)
         """What features are computed in where the head alone is trained; ``client.rehearsal`` narrows it alike."""
-        self.shapes = self.task.shapes(base, self.max_length, tokens)
-        """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
-        self.initial_shapes: Shapes | None = None
-        """The same of round 0, once it is rehearsed."""
         self.precision = choose_precision(precision, self.device)
         choose_attention(base.module, self.device)
         self.lowers = True
@@ -93,12 +88,17 @@ class FederatedModel:
         self.peft_model = adapter.attach(base.module, seed)
         self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
         self.module.to(self.device)
+        self.task: Task = Featured(task, self.module.width) if self.head_only else task
+        self.shapes = self.task.shapes(base, self.max_length, tokens)
+        """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
+        self.initial_shapes: Shapes | None = None
+        """The same of round 0, once it is rehearsed."""
         self.head_trained = head.policy == "trained"
         if self.module.head is not None:
             start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
             self.module.head.requires_grad_(self.head_trained)
             if head.metric == "public":
-                self.module.metric = Metric(base.hidden_size).to(self.device)
+                self.module.metric = Metric(self.module.width).to(self.device)
         _turn_dropout_off(self.module)
         self.start: AdapterState = self.read()
         """The adapter state before any training; later states are written over the model, never over this."""
@@ -161,24 +161,27 @@ class FederatedModel:
         """Return records as the model takes them, cut to the run's ``max_length``, or to what has room in it."""
         return self.task.prepare(self.base, examples, self.max_length)
 
-    def featurise(self, records: Sequence[Record], before_pass: Callable[[], None] = lambda: None) -> None:
+    def featurise(self, records: Sequence[Record], before_pass: Callable[[], None] = lambda: None) -> list[Record]:
         """Put into each record, in place of what it was read as, the features that a head alone is trained on.
 
         Each is computed in a shape that follows from the record alone, and once: a record that has its features keeps
-        them. One that cannot be computed gets features that are no numbers, so that it contributes zero. Where more
-        than the head is trained, nothing happens.
+        them. One that cannot be computed stays as it was read, so that the next call tries again. Where more than the
+        head is trained, nothing happens.
 
         Args:
             records: as of ``prepare``.
             before_pass: called before each pass, and may raise.
+
+        Returns:
+            The records to train on, in order; one that could not be computed is left out, which is to contribute zero.
         """
-        left = [record for record in records if FEATURES not in record] if self.head_only else []
-        sizes = [self.task.size(record) for record in left]
-        for length, group in self.feature_shapes.groups(sizes):
-            before_pass()
+        if not self.head_only:
+            return list(records)
+        left = [record for record in records if FEATURES not in record]
+        for length, group in self.feature_shapes.groups([self.task.size(record) for record in left]):
             chosen = [left[i] for i in group]
-            batch = self.fixed_batch(chosen, length, self.feature_shapes.rows_of(length))
-            put_features(chosen, batch, self._features_or_nothing(batch))
+            self._featurise(chosen, self.fixed_batch(chosen, length, self.feature_shapes.rows_of(length)), before_pass)
+        return [record for record in records if FEATURES in record]
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
@@ -187,14 +190,19 @@ class FederatedModel:
             features = self.module.features(batch)
         return features[: batch.records] if isinstance(batch, FixedBatch) else features
 
-    def _features_or_nothing(self, batch: FixedBatch) -> Tensor:
+    def _featurise(self, records: Sequence[Record], batch: FixedBatch, before_pass: Callable[[], None]) -> None:
+        """Put features into ``records``, of which ``batch`` is made; if the pass fails, each passes alone in it."""
+        before_pass()
         try:
-            return self.features(batch)
+            features = self.features(batch)
         except Exception as error:
-            if batch.records > 1:
-                return torch.cat([self._features_or_nothing(batch.alone(row)) for row in range(batch.records)])
-            log.warning("a record could not be computed and contributes zero: %s", place_of(error))
-            return torch.full((1, self.base.hidden_size), torch.nan, device=self.device)
+            if batch.records == 1:
+                log.warning("a record could not be computed and contributes zero: %s", place_of(error))
+                return
+            for row, record in enumerate(records):
+                self._featurise([record], batch.alone(row), before_pass)
+            return
+        put_features(records, batch, features)
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""

@@ -22,7 +22,7 @@ from common.check import CLIP_NORM, POSITIVE, Interval
 from common.config.fields import Unit, check_fields
 from common.config.sections import RunConfig
 from common.errors import ConfigError
-from common.messages.state import AdapterState, Factors
+from common.messages.state import METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.privacy.accounting import Release
@@ -88,6 +88,11 @@ class Start(ABC):
             raise ConfigError(
                 f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
                 f"set adapter.start to one that does ({fitting})"
+            )
+        if not adapter.directions and self.asked != "nobody" and METRIC not in self.gives:
+            raise ConfigError(
+                f"adapter.start {self.name!r} asks the {self.asked} where factors begin, and the adapter "
+                f"{adapter.name!r} has no factors: leave adapter.start at 'orthonormal'"
             )
         if self.needs not in config.privacy.mechanism.starts:
             raise ConfigError(f"adapter.start {self.name!r} {self.unfit}")

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from common.tasks.module import TaskModule
 
 FEATURES = "features"
-"""What a record and a batch call the features, shape (hidden,) and (records, hidden), float32."""
+"""What a record and a batch call the features, shape (width,) and (records, width), float32."""
 ROWS = 256
 """Records of a pass."""
 
 
 class Featured(Task):
-    """The task ``inner``, whose records may be features."""
+    """The task ``inner``, whose records may be features, ``width`` numbers each."""
 
-    def __init__(self, inner: Task) -> None:
-        self.inner = inner
+    def __init__(self, inner: Task, width: int) -> None:
+        self.inner, self.width = inner, width
         # Of this instance: a row of the table has them as its class's.
         vars(self).update(
             name=inner.name, roles=inner.roles, example=inner.example, counted=inner.counted, worded=inner.worded
@@ -73,7 +73,7 @@ class Featured(Task):
         return Shapes(longest=1, tokens=ROWS, most=most, uniform=True)
 
     def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
-        """Return ``features``, shape (records, hidden), and ``labels``, shape (records,); or the inner task's batch."""
+        """Return ``features``, shape (records, width), and ``labels``, shape (records,); or the inner task's batch."""
         import torch
 
         if FEATURES not in records[0]:
@@ -91,14 +91,14 @@ class Featured(Task):
 
     def inventor(self, base: BaseModel, limit: int) -> Inventor:
         """Return what draws vectors, each of length 1, by their number."""
-        del limit
+        del base, limit
         import torch
         import torch.nn.functional as F
 
         from common.randomness import stream
 
         def invent(size: int, number: int, label: int) -> Record:
-            drawn = torch.randn(base.hidden_size, generator=stream(number, "features", str(size)))
+            drawn = torch.randn(self.width, generator=stream(number, "features", str(size)))
             return {FEATURES: F.normalize(drawn, dim=0), "labels": label}
 
         return invent
@@ -117,7 +117,7 @@ def put_features(records: Sequence[Record], batch: Batch, features: Tensor) -> N
 
     Args:
         records: what ``batch`` was made of, in its order.
-        features: shape (records, hidden).
+        features: shape (records, width).
     """
     for record, vector, label in zip(records, features.detach().cpu(), batch["labels"].tolist(), strict=False):
         record.clear()

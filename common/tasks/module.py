@@ -29,12 +29,6 @@ class Metric(nn.Module):
         return (features - self.centre) @ self.map
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Make it the identity again."""
-        self.centre.zero_()
-        self.map.copy_(torch.eye(len(self.map)))
-
-    @torch.no_grad()
     def folded(self, head: nn.Linear) -> dict[str, Tensor]:
         """Return weight and bias with which a head does without the map what ``head`` does behind it."""
         weight = head.weight.double() @ self.map.double().T
@@ -46,9 +40,9 @@ class TaskModule(nn.Module):
 
     Args:
         encoder: the base model with the adapter in it.
-        reading: what the task takes from the encoder: with a head, features of shape (records, hidden), float32;
+        reading: what the task takes from the encoder: with a head, features of shape (records, width), float32;
             without, logits.
-        hidden_size: width of the features.
+        width: of the features.
         classes: rows of the head; 0: there is none.
         feature_scale: length that features are brought to; 0 leaves them as they are.
     """
@@ -57,18 +51,18 @@ class TaskModule(nn.Module):
         self,
         encoder: nn.Module,
         reading: Callable[[nn.Module, Batch], Tensor],
-        hidden_size: int = 0,
+        width: int = 0,
         classes: int = 0,
         feature_scale: float = 0.0,
     ) -> None:
         super().__init__()
-        self.encoder, self.reading = encoder, reading
-        self.head = nn.Linear(hidden_size, classes) if classes else None
+        self.encoder, self.reading, self.width = encoder, reading, width
+        self.head = nn.Linear(width, classes) if classes else None
         self.feature_scale = feature_scale
         self.metric: Metric | None = None
 
     def features(self, batch: Batch) -> Tensor:
-        """Return features, shape (records, hidden), float32; of a batch that has it already, that."""
+        """Return features, shape (records, width), float32; of a batch that has it already, that."""
         if FEATURES in batch:
             return batch[FEATURES]
         features = self.reading(self.encoder, batch)
