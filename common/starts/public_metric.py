@@ -6,8 +6,8 @@ all of a record's gradient lies, and they say nothing about the label. Both are 
 read, so they cost nothing, and travel once. B is scaled so that the gradients of public text are as long as suits the
 clip, all adapted layers together, and equally long in each.
 
-In kin: DP-KFC (Molina Van den Bosch et al. 2026, arXiv 2605.13418) preconditions DP-SGD by Kronecker factors of a layer's
-inputs and outputs, which it takes from made-up records as well.
+In kin: DP-KFC (Molina Van den Bosch et al. 2026, arXiv 2605.13418) preconditions DP-SGD by Kronecker factors of a
+layer's inputs and outputs, which it takes from made-up records as well.
 """
 
 from __future__ import annotations
