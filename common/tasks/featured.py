@@ -1,4 +1,4 @@
-"""A labelled task on records of which the base model's features are known, where nothing below the head is trained.
+"""A labelled task over features of the frozen base model, for runs that train nothing below the head.
 
 A record's features follow from the record alone and from the frozen base model, so they are computed once, each record
 in its own fixed shape, and what is left of the record is that vector and its label. Steps then run on vectors, in one
