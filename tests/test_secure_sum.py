@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +24,7 @@ from scipy import stats
 
 from audits.bands import out_of_band, related
 from common.errors import ConfigError, DataError, MechanismError, ProtocolError
+from common.privacy.accounting import epsilon, gaussian_release, noise_multiplier_for
 from common.randomness import noise_grid
 from common.secure_sum import (
     AttemptName,
@@ -727,3 +729,28 @@ def test_a_round_as_it_is_has_no_fault() -> None:
 def test_a_fault_built_in_is_found(name: str, fault: Any, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt, name, fault)
     assert found in round_faults()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "secure-sum.md"
+
+
+def test_the_pages_example_ends_in_the_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    exec(block, {})
+    (found,) = re.findall(r"^tensor\((\S+), dtype=torch.float64\)$", capsys.readouterr().out, flags=re.M)
+    assert (
+        abs(float(found) - 3) < 6 * (1.5 * 2.0 * 0.5 * 2.0 * 0.5 / 1000) ** 0.5
+    )  # of three sites where two make the whole
+
+
+@pytest.mark.parametrize(("rate", "column"), [(0.33, 0), (1.0, 6)])
+@pytest.mark.parametrize("honest", [2, 6])
+def test_the_pages_prices_are_the_accountants(rate: float, column: int, honest: int) -> None:
+    rows = re.findall(r"^\| [138] \|.*$", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    cells = [cell.strip() for cell in rows[1].strip("|").split("|")]
+    assert cells[column] == "3"
+    noise = noise_multiplier_for(3.0, 1e-5, rate, 12)
+    alone = epsilon([gaussian_release(noise_share(noise, 1.0, honest), rate, 12)], 1e-5)
+    assert cells[column + {2: 1, 6: 4}[honest]] == f"{alone:.2f}"

@@ -1,4 +1,4 @@
-"""What the sites of an attempt must agree on, to the last bit, for their masks to cancel.
+"""The context of an attempt: all that its sites must agree on, to the last bit, for their masks to cancel.
 
 Each pair's mask is derived from the hash of all of it. A server that tells one site another figure, another model,
 another roster or another set of keys gets words from it that nothing takes the masks off.
