@@ -10,7 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.budget import evaluation_releases, note_failure
+from client.budget import check_budget, evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
 from client.leftovers import left_nothing, tensors_digest
 from client.local_training import check_task, train_round
@@ -19,11 +19,12 @@ from client.outgoing import own_words, public_reason
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_features, rehearse_initial
 from client.site import Site, check_job, open_site, policy_of
+from client.sums import Party, agreed, make_key, party_of
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
-from common.messages.round import Refusal, Reply
-from common.messages.wire import decode_task, encode_reply, layout_of, round_of
+from common.messages.round import KeyReply, KeyTask, Refusal, Reply
+from common.messages.wire import decode_key_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.paths import run_name
@@ -133,7 +134,7 @@ def answer(
     deadline: Deadline | None = None,
     *,
     simulated: bool | None = None,
-) -> Reply:
+) -> Reply | KeyReply:
     """Return a site's reply to a train message; every failure is a Refusal that names the site.
 
     Args:
@@ -156,6 +157,11 @@ def answer(
             run = run_name(job.config, run)
             check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
+        asked = kind_of_task(content)
+        summed = job.mechanism.summed
+        party = party_of(site.name, node, site.policy, run, simulated=simulated) if summed else None
+        if asked is KeyTask:
+            return _key(decode_key_task(content), job, site, party, run, memory, deadline)
         with deadline.extended():
             model = _model(job, site)
             state = job.start(model.start)
@@ -172,7 +178,8 @@ def answer(
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
             check_task(whole, job, model)
             _hold_to(deadline, job, site, model, initial=not number)
-        result = train_round(site, job, model, _records(model, site), whole, deadline)
+            masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
+        result = train_round(site, job, model, _records(model, site), whole, deadline, masked)
         kept.keep(task, result)
         if site.unreadable and job.mechanism.conceals:
             note_failure(site, task, site.unreadable, deadline)
@@ -180,6 +187,22 @@ def answer(
         return result
     except Exception as error:
         return refused(error, node, run, number, simulated=simulated)
+
+
+def _key(
+    task: KeyTask,
+    job: Job,
+    site: Site,
+    party: Party | None,
+    run: str,
+    memory: MutableMapping[str, bytes],
+    deadline: Deadline,
+) -> KeyReply:
+    """Return the site's key for an attempt, if it could pay for it."""
+    if task.run != run or party is None:
+        raise ProtocolError("a key is asked for in a run whose vectors are not summed, or of another run")
+    check_budget(site, job, task, deadline)
+    return make_key(task, party, memory)
 
 
 def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:
@@ -230,5 +253,6 @@ def train(message: Message, context: Context) -> Message:
     reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory, deadline)
     context.state["kept"] = ConfigRecord(dict(memory))
     encoded = encode_reply(reply)
-    deadline.wait()
+    if not isinstance(reply, KeyReply):  # nothing of it follows from a record
+        deadline.wait()
     return Message(encoded, reply_to=message)

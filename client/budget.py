@@ -15,11 +15,12 @@ from client.ledger.file import BUSY_SECONDS
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Charge, Terms
+from client.pins import refusal
 from client.site import Site
 from common.accountant import EVALUATION
 from common.errors import LedgerError, ProtocolError
 from common.log import about
-from common.messages.round import Spending, TrainTask
+from common.messages.round import KeyTask, Spending, TrainTask
 from common.privacy.accounting import Release, gaussian_release
 from common.privacy.plan import PrivacyPlan
 from common.starts import PaidStart
@@ -55,6 +56,18 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
         least = site.policy.min_noise_multiplier
         plan = job.origin.plan(plan, site.public_size, least)
         return plan, _charge(ledger, site, job, plan, [job.origin.release(least)], task, deadline)
+
+
+def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> None:
+    """Raise BudgetExhausted if the site has no budget left for a round that others are about to pay for, too.
+
+    By what its own name was charged, before a record is read; what is shared with other names shows in the charge.
+    """
+    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
+        plan = _plan(ledger, site, job, deadline)
+        releases = (plan.release(job.config.training.local_steps),)
+        where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
+        ledger.check(Charge(*where, releases, plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone))
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
@@ -116,6 +129,8 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     """
     config = job.config
     epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
+    if job.mechanism.summed:
+        return _common_plan(job, site, epsilon, delta)
     rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
     paid = job.origin.release(site.policy.min_noise_multiplier)
     plan = job.mechanism.plan(
@@ -127,6 +142,20 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     )
     noise = max(plan.event.noise_multiplier, site.policy.min_noise_multiplier)
     return dataclasses.replace(plan, event=plan.event.having(noise_multiplier=noise))
+
+
+def _common_plan(job: Job, site: Site, epsilon: float, delta: float) -> PrivacyPlan:
+    """Return the plan of a run whose sites must do the same: the run's own noise, and what the site lets it cost.
+
+    Raises:
+        PolicyRefusal: the policy asks for more noise.
+    """
+    config, least = job.config, site.policy.min_noise_multiplier
+    plan = job.mechanism.plan(config.privacy, config.training, config.total_steps, site.public_size)
+    noise = plan.event.noise_multiplier
+    if noise < least:
+        raise refusal("min-noise-multiplier", f"{least:g}", f"noise multiplier {noise:g}, the same at every site")
+    return dataclasses.replace(plan, delta=delta, max_epsilon=epsilon)
 
 
 def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPlan:
@@ -152,7 +181,10 @@ def _charge(
         allow(rounds, steps)
 
     where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
-    charge = Charge(*where, tuple(releases), plan.delta, plan.max_epsilon, unit)
+    key = next((offer.public for offer in task.offers if offer.site == site.name), b"")
+    charge = Charge(
+        *where, tuple(releases), plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone, mask_key=key
+    )
     charged = ledger.charge(
         charge,
         records=record_hashes(site.data, ledger.key),

@@ -8,7 +8,8 @@ step takes, how they pass, and what clips and noises is the plan's, which the me
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.site import Site
 from common.config.schedule import learning_rate
-from common.errors import ProtocolError
+from common.errors import MechanismError, ProtocolError
 from common.log import about
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
@@ -29,6 +30,7 @@ from common.messages.tensors import fingerprint, merge
 from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
 from common.randomness import stream
+from common.secure_sum.masks import Words
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS, initial_shapes
 from common.tasks import Record
@@ -44,6 +46,7 @@ def train_round(
     records: Sequence[Record],
     task: TrainTask,
     deadline: Deadline | None = None,
+    masked: Callable[[Words], bytes] | None = None,
 ) -> TrainResult:
     """Do one round and return what the server is sent; in round 0, the statistic that the start is made from.
 
@@ -54,6 +57,7 @@ def train_round(
         records: the site's records, as the model takes them.
         task: what the server sent.
         deadline: when the answer is to leave; None: as soon as it is there.
+        masked: puts this site's masks on a vector of a secure sum, once; None: it is none.
 
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
@@ -63,6 +67,7 @@ def train_round(
     check_task(task, job, model)
     deadline = deadline or Deadline()
     plan: Plan
+    words: Words | None = None
     spending, counted, failure = None, None, None
     if job.mechanism.charged:
         plan, spending = pay_round(site, job, task, deadline)
@@ -85,16 +90,20 @@ def train_round(
         if evaluation_releases(job, site, 1):
             noise = site.policy.metrics_noise
             counted = NoisedCount(noised_correct(model, records, noise), noise)
-        failed = _local_steps(records, job, model, task, received, plan, deadline, site)
+        words, failed = _local_steps(records, job, model, task, received, plan, deadline, site)
         trained = {
             layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
             for layer, factors in model.trained().items()
         }
-        contribution = plan.outgoing(job.strategy.uplink(trained), received)
+        contribution = plan.outgoing(job.strategy.uplink(trained), received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
         *(task.run, task.round_number, site.name, site.public_size, contribution), *(spending, counted)
     )
+    if words is not None:
+        if masked is None:
+            raise MechanismError("the vector of a secure sum has no mask: nothing of it can be sent")
+        result = replace(result, words=masked(words))
     if failure is not None:
         _note_noise(failure, site, task, deadline)
     return result
@@ -122,6 +131,8 @@ def _statistic(
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
+    if bool(task.offers) != job.mechanism.summed:
+        raise ProtocolError("a task has the keys of a secure sum, or lacks them, against privacy.mode")
     if not task.round_number and job.origin.asked != "sites":
         raise ProtocolError(f"the server asks for round 0, in which the start {job.origin.name!r} asks no site")
     wanted = job.basis(job.start(model.start))
@@ -151,23 +162,22 @@ def _local_steps(
     plan: Plan,
     deadline: Deadline,
     site: Site,
-) -> str | None:
-    """Take the round's steps; if they fail where that must not show, take them on no record, and return why.
+) -> tuple[Words | None, str | None]:
+    """Take the round's steps, and return what is sent in place of the trained tensors, if anything is, and why not.
+
+    If they fail where that must not show, they are taken on no record, and the second is why.
 
     The rehearsal has seen every shape pass, and what fails on one record is left out. Should a step fail all the same,
     such as for memory that others took meanwhile, a refusal would show it, so noise is sent. That is no part of the
     claim: from a whole sum to none is further than one clip.
     """
     if not job.mechanism.conceals:
-        _take_steps(records, job, model, task, received, plan, site.name, Deadline())
-        return None
+        return _take_steps(records, job, model, task, received, plan, site.name, Deadline()), None
     try:
-        _take_steps(records, job, model, task, received, plan, site.name, deadline)
+        return _take_steps(records, job, model, task, received, plan, site.name, deadline), None
     except Exception as error:
         model.write(received)
-        _take_steps([], job, model, task, received, plan, site.name, Deadline())
-        return own_words(error)
-    return None
+        return _take_steps([], job, model, task, received, plan, site.name, Deadline()), own_words(error)
 
 
 def _take_steps(
@@ -179,7 +189,7 @@ def _take_steps(
     plan: Plan,
     site: str,
     deadline: Deadline,
-) -> None:
+) -> Words | None:
     config = job.config.training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
     optimizer = build_optimizer(model.trained(), config)
@@ -191,6 +201,7 @@ def _take_steps(
             set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
             chosen = next(batches)
             steps.step(plan.parts(model, [records[i] for i in chosen]), model.losses)
+        return steps.words
 
 
 def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:

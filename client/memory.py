@@ -60,11 +60,14 @@ class Memory:
             self._kept["basis-of"] = task.basis_fingerprint.encode()
             self._kept["basis"] = encode_state(task.basis)
         about = {"run": task.run, "round": task.round_number, "task": _digest(task)}
-        self._kept["reply-to"] = json.dumps({**about, "layout": layout_of(result.contribution)}).encode()
+        summed = {"sum": {"words": [len(result.words) // 4]}}
+        layout = summed if result.words else layout_of(result.contribution)
+        self._kept["reply-to"] = json.dumps({**about, "layout": layout}).encode()
         self._kept["reply"] = result_to_bytes(result)
 
 
 def _digest(task: TrainTask) -> str:
     """Return a hash of what a task asks for; whether the factors sent once came along makes no difference."""
-    marks = (task.run, task.round_number, task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint)
+    marks = [task.run, task.round_number, task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint]
+    marks += [task.attempt, *((o.site, o.public.hex(), o.signature.hex()) for o in task.offers)] if task.offers else []
     return hashlib.sha256(json.dumps(marks).encode() + encode_state(task.state)).hexdigest()

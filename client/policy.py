@@ -81,6 +81,15 @@ class Policy:
     """Standard deviation of the noise on that count, in records."""
     reply_after: float = 0.0
     """Seconds after a task at which the site answers, whatever its records are; 0: as soon as it can."""
+    honest_sites: int = 0
+    """How many sites of the roster the steward takes for honest, at least. A run that counts on more honest sites in a
+    sum than are sure to be among its sites is refused. 0: no run with a secure sum. It needs ``peers`` and
+    ``epsilon_alone``."""
+    epsilon_alone: float = math.inf
+    """Most that all releases of the data set may cost if no other site adds its noise to a sum."""
+    peers: str = ""
+    """The roster: a file of the sites whose sums the site joins, each with its public signing key. Handed over outside
+    the server; beside the policy, if no folder is named."""
     allow_no_privacy: bool = False
     """Whether the site joins runs that promise nothing about any record."""
     after_no_privacy: bool = False
@@ -93,6 +102,7 @@ class Policy:
             public_size=self.public_size,
             min_noise_multiplier=self.min_noise_multiplier,
             reply_after=self.reply_after,
+            honest_sites=self.honest_sites,
         )
         # More than any server takes: the site would pay for replies that are dropped.
         below(MOST_NOISE, min_noise_multiplier=self.min_noise_multiplier, metrics_noise=self.metrics_noise)
@@ -103,6 +113,12 @@ class Policy:
             in_range(0, 0.5, delta=self.delta)
             below(0.5, delta=self.delta)
             at_least(LEAST_DELTA, delta=self.delta)
+        if not self.epsilon_alone > 0:
+            raise ConfigError(f"epsilon-alone must be above 0, not {self.epsilon_alone!r}")
+        if self.honest_sites and (not self.peers or math.isinf(self.epsilon_alone)):
+            raise ConfigError(
+                "honest-sites lets the site join secure sums, for which epsilon-alone and peers are needed: set all"
+            )
         for name in _names(self.strategies):
             one_of(STRATEGIES, strategies=name)
         for name in _names(self.head_policies):
@@ -141,6 +157,8 @@ class Policy:
         check_pins(self, config, private=private, place=place)
         if not job.mechanism.charged and not self.allow_no_privacy:
             raise refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
+        if job.mechanism.summed and config.privacy.honest_sites > self.honest_sites:
+            raise refusal("honest-sites", self.honest_sites, f"privacy.honest-sites = {config.privacy.honest_sites}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)
         if self.reply_after >= config.round_timeout:

@@ -13,6 +13,7 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``public-size`` number of records declared as public; needed with ``data`` (of a partition it follows)
 ``ledger``      file of the ledger; it outlives every run; default: the user's one
 ``policy``      TOML file of the steward's rules (see ``client.policy``); needed with ``data``
+``identity``    file of the site's signing key, for secure sums (see ``client.sums``)
 =============== =====================================================================
 """
 
@@ -44,6 +45,7 @@ from strategies.job import Job
 NODE_KEYS = (
     *("site", "data", "dataset-id", "public-size", "ledger", "policy"),
     *("partition-id", "num-partitions", "division"),
+    "identity",
 )
 log = logging.getLogger("fedveil.site")
 

@@ -68,17 +68,22 @@ def noise_grid(std: float) -> float:
     return 2.0 ** (math.frexp(std)[1] - 1 - GRID_BITS)
 
 
-def add_private_noise(total: Tensor, std: float) -> Tensor:
-    """Return ``total`` + N(0, std²), rounded to a multiple of ``noise_grid(std)``, as float64 on the CPU.
+def add_private_noise(total: Tensor, std: float, step: float = 0.0) -> Tensor:
+    """Return ``total`` + N(0, std²), rounded to a multiple of ``step``, as float64 on the CPU.
 
     Guarantees: exactly the law of the rounded sum of a real Gaussian (module docstring), each number on its
     own, for every finite ``total`` of any shape and device; zeros carry no sign.
+
+    Args:
+        total: what is noised.
+        std: standard deviation of the noise.
+        step: of the grid, a power of two; 0: ``noise_grid(std)``.
 
     Raises:
         ConfigError: ``std`` is not above 0, or beyond what float64 can hold a grid for.
     """
     in_range(*_STDS, noise_std=std)
-    step = noise_grid(std)
+    step = step or noise_grid(std)
     # A power of two: the division moves no bit.
     sums = total.detach().cpu().double().flatten() / step
     for chunk in sums.split(_CHUNK):

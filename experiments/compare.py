@@ -33,6 +33,8 @@ from strategies.job import Job, configure
 
 SHIPPED = Path(__file__).parent / "configs"
 DEFAULT = tuple(SHIPPED / f"{name}.toml" for name in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"))
+MODES = tuple(name for name, row in MECHANISMS.items() if not row.needs)
+"""The privacy modes that a configuration has whatever else it says."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def compare(
     """
     jobs: dict[tuple[str, str, int], tuple[dict[str, Scalar], str]] = {}
     for path in configs:
-        for mode in MECHANISMS:
+        for mode in MODES:
             for seed in seeds:
                 settings: dict[str, Scalar] = {**parse_settings([str(path)]), **overrides}
                 settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
@@ -89,7 +91,7 @@ def compare(
                 job = configure(settings)
                 check_partition(job.config)
                 _check_kept(job, f"{path.stem}-{mode}-{seed}", sites)
-    if len(jobs) != len(configs) * len(MECHANISMS) * len(seeds) or not jobs:
+    if len(jobs) != len(configs) * len(MODES) * len(seeds) or not jobs:
         raise ConfigError("a comparison needs configurations of different names and different seeds")
     outcomes = []
     context = multiprocessing.get_context("spawn")

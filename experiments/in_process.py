@@ -12,7 +12,7 @@ from typing import Any
 
 from client.app import answer
 from common.config.sections import Scalar
-from common.messages.round import Reply, TrainTask
+from common.messages.round import KeyReply, Reply, Task
 from common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
 from common.paths import run_folder
 from server.conduct import conduct
@@ -52,9 +52,9 @@ class InProcessTransport:
         """Return None: these sites have no keys."""
         return None
 
-    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
-        replies: dict[int, Reply] = {}
+        replies: dict[int, Reply | KeyReply] = {}
         down = up = 0
         for node, task in tasks.items():
             content = encode_task(task)
@@ -64,7 +64,7 @@ class InProcessTransport:
             replies[node] = read_reply(record, self._layout_of_round(task.round_number), task, node)
         return Exchange(replies, down, up)
 
-    def deliver(self, node: int, task: TrainTask, content: Any) -> Any:
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
         """Return the message that a node sends back for a task's message; a test may send another.
 
         A node with neither records nor a policy of its own is a simulated one, as in Flower's simulation.

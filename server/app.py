@@ -11,7 +11,7 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from common.log import place_of
-from common.messages.round import Reply, TrainTask
+from common.messages.round import KeyReply, Reply, Task
 from common.messages.wire import Layout, encode_task, payload_bytes
 from common.run_lines import ProgressFile
 from server.conduct import conduct
@@ -53,7 +53,7 @@ class FlowerTransport:
         """Return the name that each node's key is registered under, where the coordinator's folder says so."""
         return registered_names()
 
-    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         """Send the tasks, poll for replies, give up on the rest after ``timeout`` seconds.
 
         A message lives no longer than its deadline: a site that was away does not train, and pay,
@@ -62,7 +62,7 @@ class FlowerTransport:
         task = next(iter(tasks.values()))
         nodes, down = self._push(tasks, timeout)
         unsent = set(tasks) - set(nodes.values())
-        replies: dict[int, Reply] = {
+        replies: dict[int, Reply | KeyReply] = {
             node: refusal(task, node, "failed", "the SuperLink did not take its task") for node in unsent
         }
         up = 0
@@ -92,7 +92,7 @@ class FlowerTransport:
             replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s{trouble}")
         return Exchange(replies, down, up)
 
-    def _push(self, tasks: Mapping[int, TrainTask], timeout: float) -> tuple[dict[str, int], int]:
+    def _push(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, int], int]:
         """Return the node behind each message that the SuperLink took, and what these weigh in bytes."""
         contents = {node: encode_task(task) for node, task in tasks.items()}
         terms: Any = {"ttl": timeout + POLL_SECONDS, "group_id": str(next(iter(tasks.values())).round_number)}
@@ -106,7 +106,7 @@ class FlowerTransport:
         taken = {m: node for node, m in zip(contents, _patiently(push), strict=False) if m}
         return taken, sum(payload_bytes(contents[node]) for node in taken.values())
 
-    def _read(self, message: Message | None, task: TrainTask, node: int, layout: Layout) -> tuple[Reply, int]:
+    def _read(self, message: Message | None, task: Task, node: int, layout: Layout) -> tuple[Reply | KeyReply, int]:
         if message is None:
             return refusal(task, node, "reply", "the message cannot be unpacked"), 0
         if message.has_error():

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from common.errors import ProtocolError
-from common.messages.round import Refusal, Reply, TrainTask
-from common.messages.wire import Layout, decode_reply, round_of
+from common.messages.round import KeyReply, KeyTask, Refusal, Reply, Task, TrainResult
+from common.messages.wire import Layout, decode_key_reply, decode_reply, round_of
 
 LONGEST_REASON = 500
 """Characters of a reason that reach the terminal and the records."""
@@ -19,7 +19,7 @@ def clean(text: str, longest: int = LONGEST_REASON) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)[:longest]
 
 
-def refusal(task: TrainTask, node: int, kind: str, reason: str) -> Refusal:
+def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:
     """Return what stands for a node that gave no reply that counts.
 
     ``kind`` is ``late``, ``failed`` or ``reply`` (what it sent is not acceptable).
@@ -27,8 +27,10 @@ def refusal(task: TrainTask, node: int, kind: str, reason: str) -> Refusal:
     return Refusal(task.run, task.round_number, f"node {node}", kind, clean(reason))
 
 
-def read_reply(record: Any, layout: Layout, task: TrainTask, node: int) -> Reply:
+def read_reply(record: Any, layout: Layout, task: Task, node: int) -> Reply | KeyReply:
     """Return the reply in a node's message; whatever is wrong with it makes it a refusal.
+
+    A vector of a secure sum is taken where one was asked for, and tensors where they were.
 
     Sizes are compared before a payload is copied; records that no reply has are never looked at.
 
@@ -39,7 +41,13 @@ def read_reply(record: Any, layout: Layout, task: TrainTask, node: int) -> Reply
         node: its number, by which it is named as long as its own name cannot be trusted.
     """
     try:
-        reply = decode_reply(record, layout, task.run, task.round_number)
+        reply: Reply | KeyReply
+        if isinstance(task, KeyTask):
+            reply = decode_key_reply(record, task.run, task.round_number)
+        else:
+            reply = decode_reply(record, layout, task.run, task.round_number)
+            if isinstance(reply, TrainResult) and bool(reply.words) != bool(task.offers):
+                raise ProtocolError("the reply has a vector of a secure sum, or lacks it, against what was asked for")
         if not reply.site.strip():
             raise ProtocolError("the reply names no site")
     except ProtocolError as error:

@@ -17,6 +17,7 @@ from server.model import ServerModel
 from server.optimizer import server_step
 from server.replies import clean
 from server.sites import Gathering, Sites, Transport
+from server.sums import SummedSites
 from strategies import ServerState, mean
 from strategies.job import Job
 
@@ -75,7 +76,7 @@ def run_rounds(
             after the first too; names each with its reason.
     """
     admission = Admission(job, saved.members if saved else {}, transport.registered)
-    sites = Sites(job, run, transport, server_model, admission)
+    sites = (SummedSites if job.mechanism.summed else Sites)(job, run, transport, server_model, admission)
     if saved:
         state, score = saved.state, saved.score
         observer.resumed(saved)
@@ -96,7 +97,7 @@ def run_rounds(
                 break
             raise _too_few(got, round_number, job.config.min_sites)
         step = partial(server_step, job.config)
-        averaged = contributions(job, list(got.results.values()), state)
+        averaged = list(got.summed) or contributions(job, list(got.results.values()), state)
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None

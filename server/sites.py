@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.log import about
-from common.messages.round import Refusal, Reply, TrainResult, TrainTask
+from common.messages.round import KeyReply, Refusal, Reply, Task, TrainResult, TrainTask
 from common.messages.tensors import fingerprint
 from common.run_lines import Absence
+from common.secure_sum import KeyOffer
 from server.admission import Admission
 from server.model import ServerModel
-from strategies import ServerState
+from strategies import Contribution, ServerState
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
@@ -25,7 +26,7 @@ ASK_AGAIN = ("late", "failed")
 class Exchange:
     """What came of sending tasks once."""
 
-    replies: Mapping[int, Reply]
+    replies: Mapping[int, Reply | KeyReply]
     """By node; every node that was asked is in it. One that did not answer in time is ``late``."""
     bytes_down: int
     """Adapter payload of all tasks as encoded."""
@@ -42,7 +43,7 @@ class Transport(Protocol):
     def registered(self) -> Mapping[int, str] | None:
         """Return the name that each node's key is registered under; None where no names are registered."""
 
-    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         """Send one task per node and collect what comes back within ``timeout`` seconds; nothing later counts."""
 
 
@@ -60,6 +61,8 @@ class Gathering:
     bytes_down: int = 0
     """Adapter payload of all tasks and, up, of all replies."""
     bytes_up: int = 0
+    summed: tuple[Contribution, ...] = ()
+    """In place of what each site sent, where nobody sees that: what all of them together make."""
 
     def settled(self) -> set[int]:
         """Return the nodes that it is no use to ask again in this round."""
@@ -78,6 +81,7 @@ class Sites:
         self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
     ) -> None:
         self._job, self._run, self._transport, self._admission = job, run, transport, admission
+        self._layout = server_model.reply_layout
         self._base = server_model.model.base.fingerprint
         self._start = job.start_fingerprint(server_model.start)
         self._informed: set[int] = set()
@@ -117,7 +121,7 @@ class Sites:
         for node, reply in sorted(exchange.replies.items()):
             if isinstance(reply, Refusal):
                 told[node] = (reply.site, reply.kind, reply.reason)
-            else:
+            elif isinstance(reply, TrainResult):
                 got.results[node] = reply
         for node, reason in self._admission.judge(got.results, state, online).items():
             told[node] = (got.results.pop(node).site, "reply", reason)
@@ -147,21 +151,35 @@ class Sites:
         where = about(self._run, absence.round_number, absence.site)
         log.warning("%s: %s", absence.kind, absence.reason, extra=where)
 
-    def _ask(self, nodes: Iterable[int], round_number: int, state: ServerState) -> Exchange:
+    def _ask(
+        self,
+        nodes: Iterable[int],
+        round_number: int,
+        state: ServerState,
+        attempt: int = 0,
+        offers: tuple[KeyOffer, ...] = (),
+    ) -> Exchange:
         """Send every node its task; a site that lost what is sent once gets it within the attempt."""
-        first = self._exchange(nodes, round_number, state)
+        first = self._exchange(nodes, round_number, state, attempt, offers)
         lacking = [n for n, r in first.replies.items() if isinstance(r, Refusal) and r.kind == "basis"]
         if not lacking:
             return first
         self._informed -= set(lacking)
-        second = self._exchange(lacking, round_number, state)
+        second = self._exchange(lacking, round_number, state, attempt, offers)
         return Exchange(
             {**first.replies, **second.replies},
             first.bytes_down + second.bytes_down,
             first.bytes_up + second.bytes_up,
         )
 
-    def _exchange(self, nodes: Iterable[int], round_number: int, state: ServerState) -> Exchange:
+    def _exchange(
+        self,
+        nodes: Iterable[int],
+        round_number: int,
+        state: ServerState,
+        attempt: int = 0,
+        offers: tuple[KeyOffer, ...] = (),
+    ) -> Exchange:
         strategy = self._job.strategy
         basis = self._job.basis(state) if round_number else {}
         tasks = {
@@ -173,6 +191,8 @@ class Sites:
                 basis_fingerprint=fingerprint(basis) if basis else "",
                 base_fingerprint=self._base,
                 start_fingerprint=self._start,
+                attempt=attempt,
+                offers=offers,
             )
             for node in nodes
         }

@@ -114,8 +114,14 @@ class Strategy(ABC):
         check_fields(self, f"{self.name}.")
 
     def check(self, mechanism: Mechanism) -> None:
-        """Raise ConfigError, saying what to do, if the options do not fit the run's mechanism."""
-        del mechanism
+        """Raise ConfigError, saying what to do, if the strategy or its options do not fit the run's mechanism."""
+        own = type(self)
+        bare = own.uplink is Strategy.uplink and own.correct is Strategy.correct
+        if mechanism.summed and not (self.needs == "mean" and bare):
+            raise ConfigError(
+                f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and with "
+                f"privacy.mode {mechanism.name!r} nobody sees more than a sum: choose another"
+            )
 
     @classmethod
     def check_adapter(cls, adapter: type[Adapter]) -> None:

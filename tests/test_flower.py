@@ -41,6 +41,20 @@ def settings_file(toy_settings: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_a_secure_sum_runs_through_flower_and_ray(settings_file: Path, tmp_path: Path) -> None:
+    summed = 'privacy.mode="secure-sum" privacy.honest-sites=2 training.optimizer="sgd" training.learning-rate=0.5'
+    own = f"{summed} training.local-steps=1 privacy.noise-multiplier=2.0"
+    done = fedveil("run", "-c", str(settings_file), "-c", own, "--sites", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [(line.attempts, len(line.participants)) for line in read_lines(RoundLine, folder)] == [(1, 3)] * 2
+    for site in range(3):
+        with Ledger(folder / "ledgers" / f"site-{site}.sqlite") as ledger:
+            assert {entry.event.kind for entry in ledger.entries()} == {"summed-gaussian"}
+            assert ledger.epsilon_alone(f"site-{site}", 1e-3) > 1.3 * ledger.epsilon(f"site-{site}", 1e-3) > 0
+
+
+@pytest.mark.slow
 def test_a_federation_runs_through_flower_and_ray(settings_file: Path, tmp_path: Path) -> None:
     done = fedveil("run", "-c", str(settings_file), "-c", 'strategy="fed-svd"', "--sites", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

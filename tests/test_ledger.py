@@ -332,7 +332,7 @@ def write_other_database(path: Path) -> None:
 def write_newer_format(path: Path) -> None:
     Ledger(path).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 6")
+    connection.execute("PRAGMA user_version = 7")
     connection.close()
 
 
@@ -365,7 +365,7 @@ def write_impossible_figure(path: Path) -> None:
         (write_text, "not a ledger"),
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
-        (write_newer_format, "format 6, this FedVeil reads 5"),
+        (write_newer_format, "format 7, this FedVeil reads 6"),
         (write_damaged, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
@@ -803,7 +803,7 @@ def test_a_ledger_of_the_first_format_keeps_its_history_and_gets_the_rest(old_le
         assert ledger.key == key, "the key changed when the ledger was opened again"
         assert charge(ledger, 2).epsilon_after == cost_of(2)
         ledger.set_budget("ward", 3.0, DELTA)
-        assert ledger._file._connection.execute("PRAGMA user_version").fetchone()[0] == 5
+        assert ledger._file._connection.execute("PRAGMA user_version").fetchone()[0] == 6
 
 
 def layout(path: Path) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from audits.faults import (
     zero_noise,
 )
 from audits.site_rounds import sampler_faults
+from audits.sum_site import SumSite
 from audits.tiny_site import tiny_site
 from audits.worlds import World, flat, fresh_world, norm
 from client.deadline import Deadline
@@ -44,8 +45,9 @@ from common.privacy.events import Event
 from common.privacy.no_privacy import NoPrivacy
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
-from common.randomness import add_private_noise
+from common.randomness import add_private_noise, noise_grid
 from common.run_lines import PrivacyLine, read_lines
+from common.secure_sum import rounding
 from common.starts import STARTS, PaidStart
 from common.tasks import Record
 from experiments.in_process import run_in_process
@@ -59,9 +61,17 @@ each_charged = pytest.mark.parametrize("name", CHARGED)
 RECORDS = 40
 
 
+OWN: dict[str, dict[str, Any]] = {"secure-sum": {"privacy.honest-sites": 2}}
+"""Settings without which a row is refused."""
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    return {"privacy.mode": name, **OWN.get(name, {})}
+
+
 def figures_of(name: str, noise: float = 2.0) -> tuple[PrivacyConfig, TrainingConfig]:
     """Return settings of a run with the row, as it fills them in."""
-    config = configure({"privacy.mode": name, "privacy.noise-multiplier": noise, "privacy.epsilon": 50.0}).config
+    config = configure({**settings_of(name), "privacy.noise-multiplier": noise, "privacy.epsilon": 50.0}).config
     return dataclasses.replace(config.privacy, delta=1e-3), config.training
 
 
@@ -86,7 +96,7 @@ def test_a_row_is_called_by_its_own_name_and_does_not_contradict_itself(name: st
     assert row.name == name
     row.check_row()
     assert all((row.claim.unit, row.claim.adjacency, row.claim.adversary, row.claim.sampler))
-    job = configure({"privacy.mode": name})
+    job = configure(settings_of(name))
     assert job.mechanism is row
     assert configure(job.settings()) == job
     assert row.promise(job.config.privacy)
@@ -214,7 +224,9 @@ def sums(plan: PrivacyPlan, world: World, records: Sequence[Record], times: int 
 def check_that_noise_is_what_is_priced(name: str, world: World) -> None:
     for plan in plans_of(name):
         drawn = torch.cat([flat(one) for one in sums(plan, world, [], times=8)])
-        wanted = plan.event.noise_multiplier * plan.event.clip_norm
+        wanted = plan.noise_std
+        shared = plan.event.noise_multiplier / plan.event.alone().noise_multiplier
+        assert wanted == pytest.approx(plan.event.noise_multiplier * plan.event.clip_norm / shared)
         assert abs(float(drawn.square().mean().sqrt()) / wanted - 1) < 0.05, "the noise is another than is paid for"
 
 
@@ -228,12 +240,21 @@ def test_a_row_that_forgets_its_noise_is_found(world: World) -> None:
         check_that_noise_is_what_is_priced("dp-sgd", world)
 
 
+def rounded_alone(sums: Tensor, std: float, step: float) -> Tensor:
+    """Round to the grid without noise."""
+    return (sums / step).round() * step
+
+
 def check_that_a_record_is_at_most_its_clip(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
+    monkeypatch.setattr(rounding, "add_private_noise", rounded_alone)
     for plan in plans_of(name):
         (marked,) = sums(plan, world, world.records[-1:])
         clip = plan.event.clip_norm
-        assert norm(marked) == pytest.approx(clip, rel=1e-5), "a record counts more or less than its clip"
+        # Where what is sent is rounded, to whole steps, that moves it, too.
+        steps = noise_grid(plan.noise_std) * sum(part.numel() for part in marked) ** 0.5
+        slack = 1e-5 * clip if not MECHANISMS[name].summed else steps
+        assert norm(marked) == pytest.approx(clip, abs=slack), "a record counts more or less than its clip"
 
 
 @each_charged
@@ -259,10 +280,15 @@ def test_a_row_that_clips_at_another_bound_is_found(world: World, monkeypatch: p
 
 def check_the_account(name: str, folder: Path) -> None:
     """Hold two rounds of a site against its ledger: steps, noise, clip, divisor, and that it paid before."""
-    steps = 3
+    summed = MECHANISMS[name].summed
+    steps = 1 if summed else 3
+    own = {"training.optimizer": "sgd"} if summed else {}
     site = tiny_site(
-        folder, RECORDS, **{"privacy.mode": name, "training.local-steps": steps, "training.sample-rate": 0.0}
+        folder,
+        RECORDS,
+        **{**settings_of(name), "training.local-steps": steps, "training.sample-rate": 0.0, **own},
     )
+    asked = SumSite(site) if summed else site
     paid: list[int] = []
     sample = PrivacyPlan.batches
 
@@ -272,7 +298,7 @@ def check_the_account(name: str, folder: Path) -> None:
 
     with spying() as spy, pytest.MonkeyPatch.context() as patch:
         patch.setattr(PrivacyPlan, "batches", watched)
-        results = [site.train(number) for number in (1, 2)]
+        results = [asked.train(number) for number in (1, 2)]
     with Ledger(site.ledger) as ledger:
         rows = ledger.entries()
         assert results[-1].spending is not None
@@ -310,8 +336,10 @@ def test_a_row_that_is_charged_for_something_else_is_found(fault: Fault, words: 
 
 @each_row
 def test_a_run_and_its_report_say_what_the_row_claims(name: str, toy_settings: dict[str, Any]) -> None:
-    settings = {**toy_settings, "privacy.mode": name, "training.sample-rate": 0.0, "privacy.epsilon": 30.0}
-    folder, row = run_in_process(settings, 2), MECHANISMS[name]
+    settings = {**toy_settings, **settings_of(name), "training.sample-rate": 0.0, "privacy.epsilon": 30.0}
+    if MECHANISMS[name].summed:
+        settings |= {"training.local-steps": 1, "training.optimizer": "sgd"}
+    folder, row = run_in_process(settings, 3), MECHANISMS[name]
     report = report_of(folder)
     assert {line.unit for line in read_lines(PrivacyLine, folder)} == {row.claim.unit}
     assert (report.claim.made, report.claim.off) == (row.charged, not row.claims)
@@ -321,7 +349,7 @@ def test_a_run_and_its_report_say_what_the_row_claims(name: str, toy_settings: d
         assert row.claim.unit in report.claim.sentence
         assert set(row.claim.leaves_out) <= set(report.claim.not_covered)
         assert row.claim.sampler in markdown_report(folder)
-        assert [site.agreement for site in report.sites] == ["agrees", "agrees"]
+        assert [site.agreement for site in report.sites] == ["agrees"] * 3
 
 
 # --- a row that is otherwise in everything: the unit is a whole site --------------------------------------------------

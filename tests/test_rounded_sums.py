@@ -20,7 +20,7 @@ from scipy.special import ndtr
 
 from common import randomness
 from common.privacy.accounting import epsilon, gaussian_release
-from common.secure_sum import rounded, total
+from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, Task, Terms, noise_share, rounded, total
 
 Law = tuple[int, np.ndarray]
 """The first whole number, and the chances of it and of those after it."""
@@ -268,3 +268,58 @@ def test_sums_of_real_draws_have_the_law_of_the_theorem(sites: int, bits: int, m
         if bits or share > 1:
             assert abs(chi_square(sites, share, place, lambda k: k)) < 7
     assert chi_square(sites, 1.7, 0.31, lambda k: k + 1) > 50, "the law of one site more went unnoticed"
+
+
+# --- an attacker's view of the masked sum -----------------------------------------------------------------------------
+
+
+def told_by_a_sum(noise: float, lost: float, draw: Callable[[int], float] = lambda site: 1.0) -> float:
+    """Return by how much an attacker beats what ``noise`` is priced at, in standard errors; trials are coordinates.
+
+    Three sites send masked vectors; one of them has a record of one clip in every coordinate, or lacks it.
+
+    Args:
+        noise: noise multiplier that two of the three make up.
+        lost: factor on each site's noise that nobody is told of.
+        draw: factor on the noise of one site, by its number.
+    """
+    import torch
+
+    trials, share = 200_000, noise_share(noise, 1.0, 2)
+
+    def sums(record: float) -> np.ndarray:
+        identities = {f"site-{i}": Identity.new() for i in range(3)}
+        roster = Roster({name: identity.public for name, identity in identities.items()})
+        attempt = AttemptName("run", 1, 0, roster.digest)
+        sites = [SiteAttempt(attempt, name, identity) for name, identity in identities.items()]
+        terms = Terms(noise, 1.0, 1.0, 1, honest_sites=2, colluders=1)
+        sent = []
+        for number, site in enumerate(sites):
+            site.agree([other.offer for other in sites], roster, terms, Task("", "", "", b"", b""))
+            held = torch.full((trials,), 0.3 * number + (record if not number else 0.0))
+            # The third site colludes: it draws nothing, and tells.
+            own = rounded(held, share, lost * draw(number)) if number < 2 else rounded(held, share, 1e-9)
+            sent.append(site.masked(own))
+        return total(sent, share).numpy() - 0.9
+
+    absent, present = sums(0.0), sums(1.0)
+    worst = -math.inf
+    for eps in (0.2, 0.5, 1.0):
+        for least in (0.0, 0.5, 1.0, 2.0):
+            hit, false = (present > least).mean(), (absent > least).mean()
+            error = math.sqrt((hit * (1 - hit) + math.exp(2 * eps) * false * (1 - false)) / trials)
+            worst = max(worst, (hit - math.exp(eps) * false - gaussian_delta(noise, 1.0, eps)) / error)
+    return float(worst)
+
+
+def test_an_attacker_who_holds_a_site_learns_no_more_of_a_sum_than_is_priced() -> None:
+    assert told_by_a_sum(1.5, 1.0) < 5
+
+
+@pytest.mark.parametrize(
+    ("lost", "draw"),
+    [(0.5, lambda site: 1.0), (1.0, lambda site: float(site > 0) or 1e-9), (2**-0.5, lambda site: 1.0)],
+    ids=["noise halved", "one honest site draws none", "noise for a site too many"],
+)
+def test_noise_that_is_missing_from_a_sum_is_found_by_the_attacker(lost: float, draw: Callable[[int], float]) -> None:
+    assert told_by_a_sum(1.5, lost, draw) > 10

@@ -166,7 +166,16 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
     open_values = {key for key, value in configure({}).settings().items() if value in (0, "auto", "")}
     each_machines = {"device", "precision", "training.batch-tokens"}
     each_sites = {"privacy.noise-multiplier", "max-update-norm"}
-    none = {"resume", "data.test", "data.text-pair", "data.labels", "data.key", "head.phrases", "training.weight-decay"}
+    none = {
+        "privacy.honest-sites",
+        "resume",
+        "data.test",
+        "data.text-pair",
+        "data.labels",
+        "data.key",
+        "head.phrases",
+        "training.weight-decay",
+    }
     assert open_values == each_machines | each_sites | none
 
 

@@ -37,7 +37,7 @@ from common.accountant import TRAINING
 from common.check import not_negative
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy import accounting
-from common.privacy.accounting import Release
+from common.privacy.accounting import Release, alone
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, remaining_text
 
@@ -128,8 +128,10 @@ class Ledger:
                 then holds for what was charged, and the receipt says ``exposed``.
 
         Raises:
-            BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records.
-            PolicyRefusal: records were released without privacy, or charged for another unit.
+            BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records, or cost
+                more than ``max_alone`` if no other site adds its noise.
+            PolicyRefusal: records were released without privacy, or charged for another unit, or the masks' key has a
+                charge already.
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         dataset = charge.dataset
@@ -145,6 +147,7 @@ class Ledger:
                 )
             self._hold_to_unit(charge, prices)
             self._hold_to_budgets(charge, prices)
+            self._use_key(db, charge)
             db.executemany(
                 "INSERT INTO charges "
                 "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
@@ -168,6 +171,12 @@ class Ledger:
                 ],
             )
         return replace(of_all(prices[dataset], told), exposed=exposed)
+
+    def check(self, charge: Charge) -> None:
+        """Raise as ``charge`` would by what the data set's own name has spent; nothing is written."""
+        prices = self._prices([charge.dataset], charge.releases, charge.delta, charge.max_epsilon)
+        self._hold_to_unit(charge, prices)
+        self._hold_to_budgets(charge, prices)
 
     def _hold_to_unit(self, charge: Charge, names: Iterable[str]) -> None:
         """Raise PolicyRefusal if any of the data sets was charged for another unit: no epsilon holds for both."""
@@ -198,6 +207,27 @@ class Ledger:
                 f"{what}: records that it shares with another data set have no budget left for it; see "
                 f"`fedveil ledger show {self.path}`"
             )
+        if not all(price.alone_after <= charge.max_alone for price in prices.values()):
+            # No figure: it would be that of another data set, where that is the dearer one.
+            raise BudgetExhausted(
+                f"{what}: if no other site adds its noise, all releases would cost more than the policy's "
+                f"epsilon-alone {charge.max_alone:g}; see `fedveil ledger show {self.path}`"
+            )
+
+    def _use_key(self, db: Any, charge: Charge) -> None:
+        """Write down that a key of masks is charged for; PolicyRefusal if it was before."""
+        if not charge.mask_key:
+            return
+        (used,) = db.execute("SELECT EXISTS (SELECT 1 FROM mask_keys WHERE key = ?)", (charge.mask_key,)).fetchone()
+        if used:
+            raise PolicyRefusal(
+                f"round {charge.round_number} of run {charge.run!r} was charged under this key of its masks before, "
+                "and under one key one vector leaves: the server must begin another attempt"
+            )
+        db.execute(
+            "INSERT INTO mask_keys (key, dataset, run, round, charged_at) VALUES (?, ?, ?, ?, ?)",
+            (charge.mask_key, charge.dataset, charge.run, charge.round_number, now()),
+        )
 
     def expose(
         self,
@@ -404,6 +434,10 @@ class Ledger:
     def epsilon(self, dataset: str, delta: float) -> float:
         """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
         return math.inf if self.exposed(dataset) else accounting.epsilon(self.spent(dataset), delta)
+
+    def epsilon_alone(self, dataset: str, delta: float) -> float:
+        """Return the same if no other site had added its noise to a sum; equal where none was to."""
+        return math.inf if self.exposed(dataset) else accounting.epsilon(alone(self.spent(dataset)), delta)
 
     def largest(self, dataset: str, delta: float) -> float | None:
         """Return the largest epsilon of ``dataset`` and all that share a record with it; None if none does.

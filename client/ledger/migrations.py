@@ -176,7 +176,35 @@ CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'cha
     )
 
 
-MIGRATIONS: tuple[Step, ...] = (m1_charges, m2_budgets_and_records, m3_exposures, m4_failures, m5_releases_as_data)
+def m6_mask_keys(db: sqlite3.Connection) -> None:
+    """Add the keys under which a vector of a secure sum was charged for: no second one may be under the same masks."""
+    run_script(
+        db,
+        """
+CREATE TABLE mask_keys (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    key BLOB NOT NULL UNIQUE CHECK (length(key) = 32),
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    charged_at TEXT NOT NULL
+);
+CREATE TRIGGER no_mask_key_update BEFORE UPDATE ON mask_keys
+    BEGIN SELECT RAISE(ABORT, 'mask keys are only ever added'); END;
+CREATE TRIGGER no_mask_key_delete BEFORE DELETE ON mask_keys
+    BEGIN SELECT RAISE(ABORT, 'mask keys are only ever added'); END;
+""",
+    )
+
+
+MIGRATIONS: tuple[Step, ...] = (
+    m1_charges,
+    m2_budgets_and_records,
+    m3_exposures,
+    m4_failures,
+    m5_releases_as_data,
+    m6_mask_keys,
+)
 """The step that each format is made by, the first one's first."""
 FORMAT = len(MIGRATIONS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from common.accountant import TRAINING, Accountant
 from common.check import in_range, not_negative, positive
 from common.errors import ConfigError
 from common.privacy import accounting
-from common.privacy.accounting import Release, check_terms, epsilon_with_method
+from common.privacy.accounting import Release, alone, check_terms, epsilon_with_method
 from common.privacy.events import Event
 
 
@@ -62,9 +63,16 @@ class Charge:
     """The budget that the caller allows; a smaller one that is stored wins."""
     unit: str = "record"
     """What one neighbour is, in one word. Charges of several units do not compose."""
+    max_alone: float = math.inf
+    """Most that all releases of the data set may cost if no other site adds its noise to a sum. Also for a charge that
+    shares none: it composes with those that do."""
+    mask_key: bytes = b""
+    """Public key of a secure sum's masks; of one key, one charge is made. Empty: it is no secure sum."""
 
     def __post_init__(self) -> None:
         positive(max_epsilon=self.max_epsilon)
+        if not self.max_alone > 0:
+            raise ConfigError(f"epsilon-alone must be above 0, not {self.max_alone!r}")
         in_range(0, 0.5, delta=self.delta)
         not_negative(round_number=self.round_number)
         if not self.releases or not self.dataset or not self.run or not self.unit:
@@ -94,6 +102,8 @@ class Receipt:
     """The budget that held: the caller's or the ledger's, whichever is smaller."""
     delta: float
     """The delta at which all of the data set's releases were composed."""
+    alone_after: float = 0.0
+    """As ``epsilon_after``, if no other site adds its noise to a sum."""
     exposed: bool = False
     """Whether records of the data set were released without privacy too. Then no epsilon holds for them: the
     figures above are of what was charged alone."""
@@ -160,7 +170,9 @@ def of_all(own: Receipt, prices: Iterable[Receipt]) -> Receipt:
 
     Each record's whole history is that of one of ``prices``, so their maximum bounds what any record has spent.
     """
-    dearest = max(prices, key=lambda other: other.epsilon_after)
+    held = list(prices)
+    dearest = max(held, key=lambda other: other.epsilon_after)
+    own = replace(own, alone_after=max(own.alone_after, *(other.alone_after for other in held)))
     if dearest.epsilon_after <= own.epsilon_after:
         return own
     return replace(
@@ -185,4 +197,5 @@ def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, m
         accountant=accountant,
         max_epsilon=max_epsilon,
         delta=delta,
+        alone_after=accounting.epsilon(alone([*spent, *releases]), delta),
     )

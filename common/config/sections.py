@@ -173,8 +173,8 @@ class PrivacyConfig(Section):
     prefix: ClassVar[str] = "privacy."
 
     mode: Annotated[str, OneOf(MECHANISMS)] = "dp-sgd"
-    """A row of ``common.privacy.MECHANISMS``: ``dp-sgd`` or ``none``. ``none`` makes no privacy claim and says so
-    everywhere."""
+    """A row of ``common.privacy.MECHANISMS``: ``dp-sgd``, ``secure-sum`` (the sites share the noise of a sum of which
+    nobody sees the parts) or ``none``, which makes no privacy claim and says so everywhere."""
     epsilon: Annotated[float, POSITIVE, RATIO] = 8.0
     """Budget of a site for the whole run, for the mechanism's unit, add or remove one."""
     delta: Annotated[float, Interval(0, 0.5, high_too=False), RATIO] = 1e-5
@@ -184,6 +184,12 @@ class PrivacyConfig(Section):
     noise_multiplier: Annotated[float, NOT_NEGATIVE, Unit("clip norms")] = 0.0
     """Standard deviation of the noise over the clip norm. 0: the least that keeps every round of the run within
     ``privacy.epsilon``, found by each site for its own size."""
+    honest_sites: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
+    """For ``secure-sum``: least number of sites of a sum that do as they should and share nothing with the server.
+    Their parts of the noise make what is priced. 0: the run's noise is not shared."""
+    colluders: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 1
+    """For ``secure-sum``: most sites of a sum that may tell the server all they know. A sum has at least so many sites
+    beside the honest ones."""
 
     @property
     def mechanism(self) -> Mechanism:

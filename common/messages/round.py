@@ -1,9 +1,9 @@
 """The messages of a round, as plain data.
 
-Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is
-the only field computed from records, and it has passed clip and noise; a site whose policy says so
-adds a noised count, which its ledger has paid for. The rest follows from configuration and from the
-ledger's arithmetic on it.
+Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is the only field computed
+from records, or the masked ``words`` in its place, and it has passed clip and noise; a site whose policy says so adds a
+noised count, which its ledger has paid for. The rest follows from configuration and from the ledger's arithmetic on
+it, and a key from nothing at all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from common.accountant import INITIALISATION, TRAINING, Accountant
 from common.messages.state import AdapterState
 from common.privacy.events import Event
+from common.secure_sum.attempt import KeyOffer
 from common.strict_json import Endless
 
 PROTOCOL = 4
@@ -44,6 +45,34 @@ class TrainTask:
     """Of the base model's weights; a site with another base refuses."""
     start_fingerprint: str
     """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
+    attempt: int = 0
+    """Of a secure sum, from 0; 0 as well where none is asked for."""
+    offers: tuple[KeyOffer, ...] = ()
+    """The keys of all sites of a secure sum, in the order of their names; empty where none is asked for."""
+
+
+@dataclass(frozen=True)
+class KeyTask:
+    """Server to site: make a key for one attempt at a round, whose sum nobody sees the parts of."""
+
+    run: str
+    round_number: int
+    """1-based."""
+    attempt: int
+    """From 0."""
+
+
+@dataclass(frozen=True)
+class KeyReply:
+    """Site to server: its key for the attempt that was asked for. It follows from no record."""
+
+    run: str
+    round_number: int
+    site: str
+    offer: KeyOffer
+
+
+Task = TrainTask | KeyTask
 
 
 SPENDING_PURPOSES = (TRAINING, INITIALISATION)
@@ -101,10 +130,13 @@ class TrainResult:
     public_size: int
     """Declared by the steward; never counted from the records."""
     contribution: AdapterState
+    """Empty in a secure sum."""
     spending: Spending | None
     """None when the run makes no privacy claim."""
     noised_correct: NoisedCount | None = None
     """Only if the site's policy sends it; ``spending`` includes its price."""
+    words: bytes = b""
+    """In a secure sum, the masked vector: little-endian u32, in the canonical order of the trained tensors."""
 
 
 REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")
@@ -126,3 +158,4 @@ class Refusal:
 
 
 Reply = TrainResult | Refusal
+KeyAnswer = KeyReply | Refusal

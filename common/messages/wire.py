@@ -8,13 +8,17 @@ protocol version is a ProtocolError.
 
 The header record has ``protocol`` (a whole number that every version can read) and ``body``::
 
-    every message   kind: u8 (0 task, 1 result, from 2 on REFUSAL_KINDS), round: u32, run: text
-    task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each
+    every message   kind: u8 (place in ``_KINDS``: 0 task, 1 result, then refusals, then keys), round: u32, run: text
+    task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each; for
+                    a secure sum attempt: u32, number of sites: u16, and of each its name: text, key and signature
     result          site: text, public size: i64, layout: 8 bytes, parts: u8, then the parts
       1 spending    figures as in ``_SPENT``; event; accountant as in ``_ACCOUNTANT``; version of dp-accounting: text
       2 count       value: i32, standard deviation of its noise: f64
       4 detour      of the spending's accountant, as in ``_DETOUR``
+      8 sum         none in the header; the block ``sum`` of u32 stands in the place of the tensors
     refusal         site: text, reason: text
+    key task        attempt: u32
+    key             site: text, key: 32 bytes, signature: 64 bytes
     event           hash of the names of its kind and figures: 8 bytes; figures in the order of their names: f64 each
 
 Little-endian. A text is its length in bytes (u16) and UTF-8. Fingerprints travel as their first 128
@@ -45,10 +49,14 @@ from common.messages.round import (
     PROTOCOL,
     REFUSAL_KINDS,
     SPENDING_PURPOSES,
+    KeyAnswer,
+    KeyReply,
+    KeyTask,
     NoisedCount,
     Refusal,
     Reply,
     Spending,
+    Task,
     TrainResult,
     TrainTask,
 )
@@ -56,15 +64,18 @@ from common.messages.state import AdapterState
 from common.messages.tensors import entries
 from common.packed import Form
 from common.privacy.events import EVENTS, Event
+from common.secure_sum.attempt import KeyOffer
+from common.secure_sum.roster import MOST_SITES
 
-STYPE = "f32le"
+STYPE, WORDS_STYPE = "f32le", "u32le"
 Layout = dict[str, dict[str, tuple[int, ...]]]
 
 _PREFIX, _LENGTH = struct.Struct("<BI"), struct.Struct("<H")
 _TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
 _COUNT, _MARK = struct.Struct("<id"), struct.Struct("<8s")
-_KINDS = ("train", "result", *REFUSAL_KINDS)
-_SPENDING, _COUNTED, _DETOURED = 1, 2, 4
+_ATTEMPT, _SITES, _KEY = struct.Struct("<I"), struct.Struct("<H"), struct.Struct("<32s64s")
+_KINDS = ("train", "result", *REFUSAL_KINDS, "key task", "key")
+_SPENDING, _COUNTED, _DETOURED, _SUMMED = 1, 2, 4, 8
 """Bits of a result's ``parts``."""
 _SPENT = Form(
     Spending,
@@ -95,8 +106,14 @@ def layout_of(state: AdapterState) -> Layout:
 
 
 def _layout_hash(layout: Layout) -> bytes:
+    """Return the first 8 bytes of ``layout_digest``."""
+    return layout_digest(layout)[:8]
+
+
+def layout_digest(layout: Layout) -> bytes:
+    """Return the SHA-256 of names and shapes."""
     lines = (f"{layer}/{name}/{layout[layer][name]}" for layer in sorted(layout) for name in sorted(layout[layer]))
-    return hashlib.sha256("\n".join(lines).encode()).digest()[:8]
+    return hashlib.sha256("\n".join(lines).encode()).digest()
 
 
 def encode_state(state: AdapterState) -> bytes:
@@ -196,6 +213,11 @@ class _Reader:
             raise ProtocolError(f"the message's {name} is not a text of at most {longest} characters")
         return value
 
+    @property
+    def more(self) -> bool:
+        """Whether anything is left."""
+        return bool(self._rest)
+
     def end(self) -> None:
         """Refuse a header that goes on after its last field."""
         if self._rest:
@@ -261,12 +283,63 @@ def round_of(record: RecordDict) -> int:
         return 0
 
 
-def encode_task(task: TrainTask) -> RecordDict:
+def kind_of_task(record: RecordDict) -> type[Task]:
+    """Return which task a message is.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    kind = _Reader(record).kind
+    if kind not in ("train", "key task"):
+        raise ProtocolError(f"a site expects a task, not a reply of kind {kind!r}")
+    return KeyTask if kind == "key task" else TrainTask
+
+
+def decode_key_task(record: RecordDict) -> KeyTask:
+    """Return the task to make a key; ProtocolError if it is none."""
+    reader = _Reader(record)
+    if reader.kind != "key task":
+        raise ProtocolError(f"a task to make a key was expected, not {reader.kind!r}")
+    (attempt,) = reader.take(_ATTEMPT, "attempt")
+    reader.end()
+    return KeyTask(reader.run, reader.round_number, attempt)
+
+
+def _pack_key(offer: KeyOffer) -> bytes:
+    return _text(offer.site, 200) + _KEY.pack(offer.public, offer.signature)
+
+
+def _key(reader: _Reader) -> KeyOffer:
+    site = _site(reader)
+    public, signature = reader.take(_KEY, "key")
+    return KeyOffer(site, public, signature)
+
+
+def _site(reader: _Reader) -> str:
+    site = reader.text("site", 200)
+    if not site.isprintable():
+        raise ProtocolError(f"the reply's site name {site!r} holds characters that cannot be printed")
+    return site
+
+
+def _offers(reader: _Reader) -> tuple[int, tuple[KeyOffer, ...]]:
+    (attempt,), (sites,) = reader.take(_ATTEMPT, "attempt"), reader.take(_SITES, "sites")
+    if not 0 < sites <= MOST_SITES:
+        raise ProtocolError(f"the task names {sites} sites of a sum, and 1 to {MOST_SITES} are possible")
+    return attempt, tuple(_key(reader) for _ in range(sites))
+
+
+def encode_task(task: Task) -> RecordDict:
     """Return a task as Flower records."""
+    if isinstance(task, KeyTask):
+        return _pack("key task", task.round_number, task.run, _ATTEMPT.pack(task.attempt))
     marks = [_mark(value) for value in (task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint)]
     basis = {"basis": task.basis} if task.basis else {}
     layouts = _layout_hash(layout_of(task.state)), _layout_hash(layout_of(task.basis)) if basis else bytes(8)
-    return _pack("train", task.round_number, task.run, _TASK.pack(*marks, *layouts), adapter=task.state, **basis)
+    header = _TASK.pack(*marks, *layouts)
+    if task.offers:
+        header += _ATTEMPT.pack(task.attempt) + _SITES.pack(len(task.offers)) + b"".join(map(_pack_key, task.offers))
+    return _pack("train", task.round_number, task.run, header, adapter=task.state, **basis)
 
 
 def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None = None) -> TrainTask:
@@ -281,6 +354,7 @@ def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None 
     if reader.kind != "train":
         raise ProtocolError(f"a site expects a task, not a reply of kind {reader.kind!r}")
     base, start, basis_mark, state_layout, once_layout = reader.take(_TASK, "fingerprints")
+    attempt, offers = _offers(reader) if reader.more else (0, ())
     reader.end()
     basis: AdapterState = {}
     if "basis" in record.array_records:
@@ -293,11 +367,15 @@ def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None 
         basis_fingerprint=_fingerprint(basis_mark),
         base_fingerprint=_fingerprint(base),
         start_fingerprint=_fingerprint(start),
+        attempt=attempt,
+        offers=offers,
     )
 
 
-def encode_reply(reply: Reply) -> RecordDict:
-    """Return a result or a refusal as Flower records."""
+def encode_reply(reply: Reply | KeyReply) -> RecordDict:
+    """Return a result, a key or a refusal as Flower records."""
+    if isinstance(reply, KeyReply):
+        return _pack("key", reply.round_number, reply.run, _pack_key(reply.offer))
     if isinstance(reply, Refusal):
         return _pack(reply.kind, reply.round_number, reply.run, _text(reply.site, 200) + _text(reply.reason))
     present, parts, layout = 0, b"", _layout_hash(layout_of(reply.contribution))
@@ -308,8 +386,54 @@ def encode_reply(reply: Reply) -> RecordDict:
         present, parts = present | _COUNTED, parts + count
     if reply.spending is not None and reply.spending.accountant.detour is not None:
         present, parts = present | _DETOURED, parts + _DETOUR.pack(reply.spending.accountant.detour)
+    present |= _SUMMED if reply.words else 0
     header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
-    return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
+    if not reply.words:
+        return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
+    record = _pack("result", reply.round_number, reply.run, header)
+    size = len(reply.words) // 4
+    record["sum"] = ArrayRecord({"words": Array("uint32", (size,), WORDS_STYPE, reply.words)})
+    return record
+
+
+def decode_key_reply(record: RecordDict, run: str, round_number: int) -> KeyAnswer:
+    """Return the answer to a task to make a key.
+
+    Raises:
+        ProtocolError: it belongs to another run or round, or anything in it is not as expected.
+    """
+    reader = _Reader(record)
+    if reader.kind in REFUSAL_KINDS:
+        return _refusal(reader, run, round_number)
+    if reader.kind != "key":
+        raise ProtocolError(f"the server expects a key, not a message of kind {reader.kind!r}")
+    offer = _key(reader)
+    _check_asked(reader, offer.site, run, round_number)
+    reader.end()
+    return KeyReply(run, round_number, offer.site, offer)
+
+
+def _check_asked(reader: _Reader, site: str, run: str, round_number: int) -> None:
+    if reader.run != run or reader.round_number != round_number:
+        raise ProtocolError(f"{site} answers run {reader.run!r}, round {reader.round_number}, not this one")
+
+
+def _refusal(reader: _Reader, run: str, round_number: int) -> Refusal:
+    site = _site(reader)
+    _check_asked(reader, site, run, round_number)
+    reason = reader.text("reason")
+    reader.end()
+    return Refusal(run, round_number, site, reader.kind, reason)
+
+
+def _words(record: RecordDict, layout: Layout) -> bytes:
+    arrays = record.array_records.get("sum")
+    if arrays is None or list(arrays) != ["words"] or arrays["words"].stype != WORDS_STYPE:
+        raise ProtocolError("the message carries no sum block")
+    numbers = sum(int(np.prod(shape)) for factors in layout.values() for shape in factors.values())
+    if len(arrays["words"].data) != 4 * numbers:
+        raise ProtocolError(f"the sum block has {len(arrays['words'].data)} bytes, {4 * numbers} are expected")
+    return arrays["words"].data
 
 
 def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int) -> Reply:
@@ -319,27 +443,26 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
         ProtocolError: it belongs to another run or round, or anything in it is not as expected.
     """
     reader = _Reader(record)
-    if reader.kind == "train":
-        raise ProtocolError("the server expects a reply, not a task")
-    site = reader.text("site", 200)
-    if not site.isprintable():
-        raise ProtocolError(f"the reply's site name {site!r} holds characters that cannot be printed")
-    if reader.run != run or reader.round_number != round_number:
-        raise ProtocolError(f"{site} answers run {reader.run!r}, round {reader.round_number}, not this one")
+    if reader.kind in REFUSAL_KINDS:
+        return _refusal(reader, run, round_number)
     if reader.kind != "result":
-        reason = reader.text("reason")
-        reader.end()
-        return Refusal(run, round_number, site, reader.kind, reason)
+        raise ProtocolError(f"the server expects a reply, not a {'key' if reader.kind == 'key' else 'task'}")
+    site = _site(reader)
+    _check_asked(reader, site, run, round_number)
     size, mark, present = reader.take(_RESULT, "public size")
     if size < 1:
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
-    if present & ~(_SPENDING | _COUNTED | _DETOURED):
+    if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED):
         raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
     spending = _spending(reader) if present & _SPENDING else None
     counted = _count(reader, spending) if present & _COUNTED else None
     if present & _DETOURED:
         spending = _detoured(reader, spending)
     reader.end()
+    if present & _SUMMED:
+        if mark != _layout_hash({}):
+            raise ProtocolError(f"{site} sends a sum and tensors beside it")
+        return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, layout))
     return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted)
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from common.model.federated import FederatedModel
 from common.privacy.plan import Correct, as_it_is
+from common.secure_sum.masks import Words
 from common.tasks import Batch
 
 
@@ -22,6 +23,9 @@ class PlainSteps:
         optimizer: over exactly those.
         correct: from the gradients of a step to those that the optimiser gets.
     """
+
+    words: Words | None = None
+    """See ``common.privacy.plan.Steps``."""
 
     def __init__(self, model: FederatedModel, optimizer: Optimizer, correct: Correct = as_it_is) -> None:
         self._model, self._optimizer, self._correct = model, optimizer, correct

@@ -9,7 +9,8 @@ from __future__ import annotations
 from common.privacy.mechanism import Mechanism
 from common.privacy.no_privacy import NoPrivacy
 from common.privacy.record_level import DPSGD
+from common.privacy.shared_noise import SecureSum
 
-MECHANISMS: dict[str, Mechanism] = {row.name: row for row in (DPSGD(), NoPrivacy())}
+MECHANISMS: dict[str, Mechanism] = {row.name: row for row in (DPSGD(), SecureSum(), NoPrivacy())}
 
 __all__ = ["MECHANISMS", "Mechanism"]

@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -84,6 +84,11 @@ class Release:
         positive(count=self.count)
         if not isinstance(self.count, int) or isinstance(self.count, bool):
             raise ConfigError(f"count must be a whole number, not {self.count!r}")
+
+
+def alone(releases: Iterable[Release]) -> list[Release]:
+    """Return what releases cost if no other site adds its noise to a sum; those that share none are as they are."""
+    return [replace(release, event=release.event.alone()) for release in releases]
 
 
 def gaussian_release(

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from opacus.optimizers import DPOptimizer
@@ -41,10 +42,12 @@ from common.log import place_of
 from common.model.shapes import FixedBatch
 from common.privacy.plan import Correct, PrivacyPlan, as_it_is
 from common.randomness import add_private_noise
+from common.secure_sum.masks import Words
+from common.secure_sum.rounding import rounded, total
 
 log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")
-TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter")
+TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter", "words")
 """What Opacus hangs on layers and parameters; ``PASSING`` is what it keeps within one pass."""
 
 
@@ -82,7 +85,24 @@ class ClipAndNoise(DPOptimizer):
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
             # The grid before all else: float32 is finer near zero, and rounds only what may be public.
-            parameter.grad = add_private_noise(parameter.summed_grad, std).to(parameter)
+            parameter.grad = self.noised(parameter, std).to(parameter)
+
+    def noised(self, parameter: Any, std: float) -> Tensor:
+        """Return a parameter's sum with its noise on the grid, in float64 and of the parameter's shape."""
+        return add_private_noise(parameter.summed_grad, std)
+
+
+class ClipAndShare(ClipAndNoise):
+    """The same with a part of the noise, as whole steps of a grid that all sites of a sum have alike."""
+
+    share: float
+    """Standard deviation of the part, before the margin; the grid follows from it."""
+    margin: float
+
+    def noised(self, parameter: Any, std: float) -> Tensor:
+        """Hang the noised sum on the parameter as ``words``, and return the same as numbers."""
+        parameter.words = rounded(parameter.summed_grad.flatten(), self.share, self.margin)
+        return total([parameter.words], self.share).view(parameter.shape)
 
 
 def _rows(sample: Tensor) -> Tensor:
@@ -118,6 +138,10 @@ class PrivateSteps:
 
     clipping: ClassVar[type[ClipAndNoise]] = ClipAndNoise
     """What clips each record, sums, and noises the sum."""
+    words: Words | None = None
+    """See ``common.privacy.plan.Steps``."""
+    order: tuple[nn.Parameter, ...] = ()
+    """The trained parameters in the canonical order of what is sent."""
 
     def __init__(
         self,
@@ -293,3 +317,37 @@ class PrivateSteps:
             gradient = parameter.grad
             if gradient is None or released.get(id(gradient)) != gradient._version:
                 raise MechanismError("the optimiser was stepped with a gradient that did not pass clip and noise")
+
+
+class SummedSteps(PrivateSteps):
+    """One step whose noised sum is sent as words, in place of what an optimiser would make of it.
+
+    The server divides and steps: it is given the sum of all sites alone, and no model here moves.
+    """
+
+    clipping: ClassVar[type[ClipAndNoise]] = ClipAndShare
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        plan: PrivacyPlan,
+        *,
+        noise_margin: float = 1.0,
+        before_pass: Callable[[], None] = lambda: None,
+        correct: Correct = as_it_is,
+    ) -> None:
+        super().__init__(module, optimizer, plan, noise_margin=noise_margin, before_pass=before_pass, correct=correct)
+        self._mechanism.share, self._mechanism.margin = plan.noise_std, noise_margin
+
+    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
+        """Clip, sum and noise one logical batch, and keep the words; a second step of a round is an error.
+
+        Raises:
+            MechanismError: there are words already, which the ledger was charged for; a second sum was not.
+        """
+        if self.words is not None:
+            raise MechanismError("a round of a secure sum is one step: a second sum was not paid for")
+        self._privatise(batches, losses)
+        self.words = np.concatenate([parameter.words for parameter in self.order])  # type: ignore[attr-defined]
+        self._forget()

@@ -88,6 +88,10 @@ class Event:
         """
         return json.dumps(self.figures, sort_keys=True, separators=(",", ":"))
 
+    def alone(self) -> Event:
+        """Return what it costs if nobody else adds noise: the event itself, where nobody else does."""
+        return kind_of(self.kind).alone(self)
+
     @property
     def noise_multiplier(self) -> float:
         """Scale of the noise over the clip norm (a ratio)."""
@@ -129,6 +133,10 @@ class EventKind(ABC):
             raise ConfigError(
                 f"noise-multiplier must be from {LEAST_NOISE:g} to {MOST_NOISE:g}, not {event.noise_multiplier!r}"
             )
+
+    def alone(self, event: Event) -> Event:
+        """Return what the event costs if no other site adds its noise to it: the event itself, where none does."""
+        return event
 
     @abstractmethod
     def dp_event(self, event: Event) -> DpEvent:
@@ -196,7 +204,31 @@ class SampledGaussian(EventKind):
         return event.noise_multiplier >= PLD_NOISE_FLOOR
 
 
-EVENTS: dict[str, EventKind] = {kind.name: kind for kind in (SampledGaussian(),)}
+class SummedGaussian(SampledGaussian):
+    """A sum over the Poisson samples of several sites of which nobody sees the parts, each with a part of the noise.
+
+    ``noise_multiplier``: that of the noise which ``honest_sites`` of the sum's sites draw together, over the clip norm.
+    What one site draws is lower by √honest_sites: that is its price alone. The others as in ``SampledGaussian``.
+    """
+
+    name: ClassVar[str] = "summed-gaussian"
+    figures: ClassVar[tuple[str, ...]] = (*SampledGaussian.figures, "honest_sites")
+
+    def check(self, event: Event) -> None:
+        """Raise ConfigError unless every figure is one that a mechanism can have."""
+        super().check(event)
+        at_least(1, honest_sites=event.figures["honest_sites"])
+        if event.figures["honest_sites"] % 1:
+            raise ConfigError(f"honest-sites must be a whole number, not {event.figures['honest_sites']!r}")
+
+    def alone(self, event: Event) -> Event:
+        """Return the sum over one site's sample with that site's noise."""
+        noise = event.noise_multiplier / math.sqrt(event.figures["honest_sites"])
+        # Rounded down: what is priced is never above what is drawn.
+        return sampled_gaussian(math.nextafter(noise, 0.0), event.sample_rate, event.clip_norm)
+
+
+EVENTS: dict[str, EventKind] = {kind.name: kind for kind in (SampledGaussian(), SummedGaussian())}
 """Every kind of event that has a price."""
 
 

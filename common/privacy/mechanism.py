@@ -58,6 +58,8 @@ class Mechanism(ABC):
     """What a report adds to a head that is trained."""
     longest: ClassVar[float]
     """How many times the round's middle update an honest one may be long."""
+    needs: ClassVar[str] = ""
+    """A setting without which no run has it, because only people know its value; empty: every setting has a default."""
     plans: ClassVar[type[PrivacyPlan] | None] = None
     """What its plans are, where a site is charged."""
 
@@ -66,9 +68,18 @@ class Mechanism(ABC):
         """Whether anything is promised."""
         return self.claim is not NOTHING
 
+    @property
+    def summed(self) -> bool:
+        """Whether the server is given a sum of what sites send, and no part of it."""
+        return self.noised == "in the sum"
+
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, saying what to do, unless the run's settings fit the mechanism."""
-        del config
+        if config.privacy.honest_sites:
+            raise ConfigError(
+                f"privacy.honest-sites is {config.privacy.honest_sites}, and with privacy.mode {self.name!r} no noise "
+                "is shared: leave it at 0, or set privacy.mode to 'secure-sum'"
+            )
 
     def check_row(self) -> None:
         """Raise MechanismError if the row contradicts itself: who promises anything charges for it, and adds noise."""

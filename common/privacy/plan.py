@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from common.messages.state import AdapterState
     from common.model.federated import FederatedModel
     from common.privacy.dpsgd import PrivateSteps
+    from common.secure_sum.masks import Words
     from common.tasks import Batch, Record
 
 Correct = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
@@ -45,6 +46,10 @@ def nothing() -> None:
 
 class Steps(Protocol):
     """What takes the optimiser steps of one round."""
+
+    words: Words | None
+    """After a step, what is sent in place of the trained tensors: shape (numbers,), in the canonical order of these;
+    None where they are sent themselves."""
 
     def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         """Take one optimiser step on one logical batch, given as any number of parts."""
@@ -212,10 +217,12 @@ class PrivacyPlan(Plan):
         correct: Correct = as_it_is,
     ) -> Iterator[PrivateSteps]:
         """Return the context of steps that clip each record and noise the sum, see ``common.privacy.dpsgd``."""
+        from common.messages.tensors import entries
         from common.privacy import dpsgd  # It brings Opacus, which no server needs.
 
         margin, kind = dpsgd.rounding_margin(model.device), self.stepping()
         own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=before_pass, correct=correct)
+        own.order = tuple(parameter for _, _, parameter in entries(model.trained()))  # type: ignore[arg-type,misc]
         with model.many_passes(), own as steps:
             yield steps
 
@@ -231,9 +238,14 @@ class PrivacyPlan(Plan):
         return self.event.clip_norm * (1 + noise * math.sqrt(numbers) / self.expected_batch_size)
 
     @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise that this site draws for one release, on each coordinate of the sum."""
+        return self.event.noise_multiplier * self.event.clip_norm
+
+    @property
     def gradient_noise_std(self) -> float:
         """Standard deviation of the noise on one coordinate of the averaged gradient."""
-        return self.event.noise_multiplier * self.event.clip_norm / self.expected_batch_size
+        return self.noise_std / self.expected_batch_size
 
     def release(self, steps: int) -> Release:
         """Return what the ledger must be charged before ``steps`` (>= 1) optimiser steps."""

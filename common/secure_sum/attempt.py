@@ -1,7 +1,8 @@
 """A site's part in one attempt: a new key, one check of the others' keys, one masked vector, and then no key.
 
-The key exists in this process's memory alone, so a site that was started anew has none and the attempt fails: no second
-vector ever leaves under one mask. (Python drops the key; it cannot wipe the memory that held it.)
+The key is kept in memory alone, so a site that was started anew has none and the attempt fails. Whoever keeps it from
+one message to the next makes sure that it serves once: of two vectors under one mask the difference is bare. (Python
+drops the key; it cannot wipe the memory that held it.)
 """
 
 from __future__ import annotations
@@ -52,14 +53,19 @@ class SiteAttempt:
         name: the attempt.
         site: this site's name in the roster.
         identity: its signing key.
+        secret: the secret half of a key that was made for this attempt before, as ``secret``; empty: a new key.
     """
 
-    def __init__(self, name: AttemptName, site: str, identity: Identity) -> None:
+    def __init__(self, name: AttemptName, site: str, identity: Identity, secret: bytes = b"") -> None:
         self.name, self._site = name, site
-        self._private: X25519PrivateKey | None = X25519PrivateKey.generate()
+        self._private: X25519PrivateKey | None = (
+            X25519PrivateKey.from_private_bytes(secret) if secret else X25519PrivateKey.generate()
+        )
         public = self._private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         self.offer = KeyOffer(site, public, identity.sign(_signed(name, site, public)))
         """What goes to the server, and from it to the others."""
+        self.secret = secret or self._private.private_bytes_raw()
+        """The secret half of the attempt's key. Between two messages it is kept in memory, and used once."""
         self._context: Context | None = None
         self._seeds: dict[str, bytes] = {}
 
@@ -103,7 +109,7 @@ class SiteAttempt:
         if self._private is not None:
             digest, peers = context.digest(), {peer: key for peer, key in keys.items() if peer != self._site}
             self._seeds = {peer: pair_seed(self._private, key, digest, self._site, peer) for peer, key in peers.items()}
-            self._private, self._context = None, context
+            self._private, self._context, self.secret = None, context, b""
         return context
 
     def masked(self, words: Words) -> Words:

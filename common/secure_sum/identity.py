@@ -47,6 +47,11 @@ class Identity:
             raise DataError("the site's signing key is not an Ed25519 key: make a new one")
         return cls(key)
 
+    @classmethod
+    def from_secret(cls, secret: bytes) -> Identity:
+        """Return the key of ``KEY_BYTES`` secret bytes."""
+        return cls(Ed25519PrivateKey.from_private_bytes(secret))
+
     def pem(self) -> bytes:
         """Return the content of the file that ``from_pem`` reads; it is secret."""
         return self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

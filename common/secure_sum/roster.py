@@ -27,6 +27,7 @@ LEAST_SITES = 3
 """Of a roster: of a sum of two, each knows the other's part."""
 MOST_SITES = 1000
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A site's name is also the comment of its node's key, where a blank would end it, and names files at the server."""
 _KEYS = ("name", "key")
 
 
@@ -67,7 +68,12 @@ class Roster:
 
     def text(self) -> str:
         """Return the content of ``peers.toml``, from which ``parse_roster`` makes the same roster."""
-        return "\n".join(f'[[site]]\nname = "{name}"\nkey = "{key.hex()}"\n' for name, key in self.keys.items())
+        return "\n".join(entry(name, key) for name, key in self.keys.items())
+
+
+def entry(name: str, key: bytes) -> str:
+    """Return the text of one site in a roster's file."""
+    return f'[[site]]\nname = "{name}"\nkey = "{key.hex()}"\n'
 
 
 def load_roster(path: Path) -> Roster:
@@ -94,6 +100,24 @@ def parse_roster(text: str, path: Path | str) -> Roster:
         return Roster(_keys(tomllib.loads(text)))
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"the roster {path}: {error}") from error
+
+
+def joined(texts: Mapping[str, str]) -> Roster:
+    """Return the roster of all entries of several files; the mapping names each text's place, for errors.
+
+    Raises:
+        ConfigError: one of them is not as a roster's file, two give a site two keys, or together they are no roster.
+    """
+    keys: dict[str, bytes] = {}
+    for path, text in texts.items():
+        try:
+            own = _keys(tomllib.loads(text))
+        except (tomllib.TOMLDecodeError, ConfigError) as error:
+            raise ConfigError(f"the roster's entry {path}: {error}") from error
+        if twice := [name for name, key in own.items() if keys.get(name, key) != key]:
+            raise ConfigError(f"the roster's entry {path}: {twice[0]!r} has another key than in the files before it")
+        keys |= own
+    return Roster(keys)
 
 
 def _keys(values: Mapping[str, object]) -> dict[str, bytes]:

@@ -47,12 +47,13 @@ def noise_share(noise_multiplier: float, clip_norm: float, honest_sites: int) ->
     return share
 
 
-def rounded(sums: Tensor, share: float) -> NDArray[np.uint32]:
+def rounded(sums: Tensor, share: float, margin: float = 1.0) -> NDArray[np.uint32]:
     """Return a site's vector plus its noise, in whole steps of the grid, modulo 2³².
 
     Args:
         sums: shape (numbers,), the sum of clipped gradients; used in float64.
-        share: standard deviation of the noise.
+        share: standard deviation of the noise; the grid follows from it.
+        margin: factor on the noise beyond what is priced, at least 1; the grid stays.
 
     Raises:
         MechanismError: a number is not finite.
@@ -60,7 +61,7 @@ def rounded(sums: Tensor, share: float) -> NDArray[np.uint32]:
     """
     if not bool(sums.isfinite().all()):
         raise MechanismError("a sum of clipped gradients is not finite: nothing of it can be sent")
-    steps = add_private_noise(sums.double(), share) / noise_grid(share)
+    steps = add_private_noise(sums.double(), share * margin, noise_grid(share)) / noise_grid(share)
     # Exact for whole numbers of any size, before they have to fit an integer.
     return torch.fmod(steps, _RANGE).to(torch.int64).numpy().astype(np.uint32)
 

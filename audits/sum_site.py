@@ -1,0 +1,64 @@
+"""One deployed site among two others of its roster, asked by hand for vectors of secure sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from audits.tiny_site import OneSite
+from client.app import answer
+from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult, TrainTask
+from common.messages.wire import encode_task
+from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt
+
+
+@dataclass
+class SumSite:
+    """A site called ``clinic``, two others, and a server that asks it whatever a test wants."""
+
+    site: OneSite
+    peers: dict[str, Identity] = field(default_factory=dict)
+    others: dict[str, SiteAttempt] = field(default_factory=dict)
+    """The other sites' parts in the attempt that was asked for last."""
+
+    def __post_init__(self) -> None:
+        folder, own = self.site.ledger.parent, Identity.new()
+        (folder / "identity.key").write_bytes(own.pem())
+        self.peers = {"north": Identity.new(), "south": Identity.new()}
+        self.roster = Roster({"clinic": own.public, **{name: peer.public for name, peer in self.peers.items()}})
+        (folder / "peers.toml").write_text(self.roster.text(), encoding="utf-8")
+        self.site.node["identity"] = str(folder / "identity.key")
+        self.rule()
+
+    def rule(self, **rules: Any) -> None:
+        """Write the steward's policy, which lets the site join, with these rules; as ``OneSite.rule``."""
+        self.site.rule(**{"honest_sites": 3, "epsilon_alone": 100.0, "peers": "peers.toml", **rules})
+
+    def key(self, number: int = 1, attempt: int = 0, run: str = "1") -> Any:
+        """Ask for a key and return the answer."""
+        task = KeyTask(run, number, attempt)
+        return answer(encode_task(task), self.site.node, self.site.settings, run, self.site.memory)
+
+    def task(self, number: int = 1, attempt: int = 0, run: str = "1") -> TrainTask:
+        """Return the task of an attempt, once all sites have given their keys."""
+        reply = self.key(number, attempt, run)
+        assert isinstance(reply, KeyReply), f"the site gives no key: {reply}"
+        name = AttemptName(run, number, attempt, self.roster.digest)
+        self.others = {site: SiteAttempt(name, site, identity) for site, identity in self.peers.items()}
+        offers = [reply.offer, *(other.offer for other in self.others.values())]
+        ordered = tuple(sorted(offers, key=lambda offer: offer.site))
+        return replace(self.site.task(number, run), attempt=attempt, offers=ordered)
+
+    def train(self, number: int = 1, run: str = "1") -> TrainResult:
+        """Ask for a vector that must come."""
+        reply = self.site.ask(self.task(number, run=run))
+        assert isinstance(reply, TrainResult), f"the site refuses: {reply}"
+        return reply
+
+    def refuse(self, task: TrainTask, words: str) -> None:
+        """Ask for a vector that must be refused in such words, with nothing charged."""
+        before = self.site.charges()
+        reply = self.site.ask(task)
+        assert isinstance(reply, Refusal), "the site took part"
+        assert words in reply.reason, reply.reason
+        assert self.site.charges() == before, "a refused round was charged"

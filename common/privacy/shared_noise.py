@@ -1,0 +1,110 @@
+"""Record-level DP-SGD on a sum of all sites, of which nobody sees the parts: the sites share its noise.
+
+A round is one step: every site sends the noised sum of its clipped gradients, masked (``common.secure_sum``), and the
+server divides the sum of all and steps. What a site draws is a part of the noise that is priced; the parts of
+``privacy.honest-sites`` make the whole. So the price rests on them, and a ledger holds a second one: of the site's own
+noise alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from common.errors import ConfigError
+from common.privacy.claim import Claim
+from common.privacy.events import Event, SummedGaussian
+from common.privacy.mechanism import Mechanism, Recipe
+from common.privacy.plan import PrivacyPlan
+
+if TYPE_CHECKING:
+    from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from common.privacy.dpsgd import PrivateSteps
+
+
+class SecureSumPlan(PrivacyPlan):
+    """A plan whose noise is a part of what is priced."""
+
+    kind: ClassVar[str] = SummedGaussian.name
+
+    @classmethod
+    def event_of(cls, privacy: PrivacyConfig, training: TrainingConfig, noise_multiplier: float) -> Event:
+        """Return one sum of all sites."""
+        event = super().event_of(privacy, training, noise_multiplier)
+        return event.having(honest_sites=privacy.honest_sites)
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of this site's part: ``honest_sites`` of them are no less than what is priced."""
+        from common.secure_sum.rounding import noise_share
+
+        event = self.event
+        return noise_share(event.noise_multiplier, event.clip_norm, int(event.figures["honest_sites"]))
+
+    def stepping(self) -> type[PrivateSteps]:
+        """Return the step whose sum is sent."""
+        from common.privacy import dpsgd
+
+        return dpsgd.SummedSteps
+
+
+class SecureSum(Mechanism):
+    """The unit is one record; the noise is that of the sum."""
+
+    name: ClassVar[str] = "secure-sum"
+    claim: ClassVar[Claim] = Claim(
+        unit="one training record of one site",
+        adjacency="add or remove one record",
+        adversary="a server that sees every upload and knows who took part, together with some of the sites, as long "
+        "as privacy.honest-sites others of each sum are honest, and anyone who sees the final model",
+        sampler="Poisson, each record on its own, from the operating system's entropy",
+        per="record",
+        leaves_out=(
+            "a person with several records: the unit is one record",
+            "what holds where fewer sites are honest than privacy.honest-sites, or the masks fail: each site's own "
+            "noise alone, at the second price in its ledger",
+        ),
+    )
+    noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]] = "in the sum"
+    charged: ClassVar[bool] = True
+    counted: ClassVar[bool] = False
+    starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records"})
+    rehearsed: ClassVar[bool] = True
+    conceals: ClassVar[bool] = True
+    recipe: ClassVar[Recipe] = Recipe(server_optimizer="adam", local_steps=1, sample_rate=0.33, head_rate=4.0)
+    head: ClassVar[str] = ", inside the clip"
+    longest: ClassVar[float] = 2.0
+    needs: ClassVar[str] = "privacy.honest-sites"
+    plans: ClassVar[type[PrivacyPlan]] = SecureSumPlan
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse what is no sum of clipped gradients, and too few sites."""
+        from common.secure_sum.roster import LEAST_SITES
+
+        privacy, training = config.privacy, config.training
+        if not privacy.honest_sites:
+            raise ConfigError(
+                "privacy.mode 'secure-sum' needs privacy.honest-sites: how many sites of a sum do as they should and "
+                "tell the server nothing, such as 3 of 4"
+            )
+        if privacy.honest_sites + privacy.colluders < LEAST_SITES:
+            raise ConfigError(
+                f"privacy.honest-sites and privacy.colluders ask for {privacy.honest_sites + privacy.colluders} sites "
+                f"in a sum, which needs {LEAST_SITES}: in a sum of two, each knows the other's part"
+            )
+        if training.local_steps != 1:
+            raise ConfigError(
+                f"training.local-steps is {training.local_steps}, and a round of privacy.mode 'secure-sum' is one sum "
+                "of clipped gradients: set it to 1"
+            )
+        if training.optimizer != "sgd" or training.weight_decay:
+            raise ConfigError(
+                "with privacy.mode 'secure-sum' the server steps, from the sum of all sites: set training.optimizer "
+                "to 'sgd' and training.weight-decay to 0"
+            )
+
+    def promise(self, privacy: PrivacyConfig) -> str:
+        """Return the budget of a site, and on whom it rests."""
+        return (
+            f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site, as long as {privacy.honest_sites} sites "
+            "of each sum are honest"
+        )

@@ -1,0 +1,190 @@
+"""A round whose vectors nobody sees: keys first, then the tasks, and the sum of all or nothing.
+
+An attempt in which one vector is missing, or one reply does not count, is thrown away. The next one has new keys, new
+noise and a new charge at every site. What the server could hold against single updates it holds against the sum: no
+site is bounded any more, and one that poisons is not seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config.schedule import learning_rate
+from common.errors import ConfigError
+from common.log import about
+from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
+from common.messages.state import HEAD, AdapterState
+from common.messages.wire import Layout
+from common.privacy.plan import PrivacyPlan
+from common.run_lines import Absence
+from common.secure_sum import KeyOffer, check_headroom, total
+from server.plausible import SLACK
+from server.registered import misnamed
+from server.sites import Gathering, Sites
+from server.terms import paid_plan
+from strategies import Contribution, ServerState
+from strategies.job import Job
+
+log = logging.getLogger("fedveil.server")
+ALL = "the sum of all sites"
+"""What the contribution of a sum is called."""
+UNFIT = ("budget", "policy")
+"""Kinds of refusal of a site that is asked no more in the round."""
+
+
+class SummedSites(Sites):
+    """Asks sites for one sum, of which it sees no part."""
+
+    def gather(self, round_number: int, state: ServerState) -> Gathering:
+        """Ask for a key each, then for the vectors, until one attempt brings all; results count only then.
+
+        The sites of an attempt are those that gave a key. Fewer than ``min-sites``, or than the honest ones and those
+        that may collude together, are asked for nothing that costs them.
+        """
+        config, privacy, got, unfit = self._job.config, self._job.config.privacy, Gathering(), set[int]()
+        least = max(config.min_sites, privacy.honest_sites + privacy.colluders)
+        for attempt in range(1, config.round_retries + 2):
+            got.attempts = attempt
+            offers = self._offers(got, unfit, least, round_number)
+            if len(offers) < least:
+                spent = [absence for absence in got.refusals.values() if absence.kind == "budget"]
+                if not spent:  # a run whose sites have no budget left ends well
+                    message = f"{len(offers)} sites gave a key, {least} are needed for a sum"
+                    self._note(got, Absence(round_number, attempt, "", None, "quorum", message))
+                continue
+            results = self._vectors(got, offers, round_number, state)
+            unfit |= {node for node, absence in got.refusals.items() if absence.kind in UNFIT}
+            if results:
+                got.results, got.refusals = results, {n: r for n, r in got.refusals.items() if n not in results}
+                self._admission.enrol(results)
+                break
+        return got.in_order()
+
+    def _offers(self, got: Gathering, unfit: set[int], least: int, round_number: int) -> dict[int, KeyOffer]:
+        """Return the keys of an attempt by node, in the order of the sites' names."""
+        nodes = self._transport.nodes(least, unfit)
+        if len(nodes) < least:
+            return {}
+        task = KeyTask(self._run, round_number, got.attempts - 1)
+        exchange = self._transport.exchange(dict.fromkeys(nodes, task), self._job.config.round_timeout)
+        offers: dict[int, KeyOffer] = {}
+        for node, reply in sorted(exchange.replies.items()):
+            if isinstance(reply, Refusal):
+                self._absent(got, round_number, node, (reply.site, reply.kind, reply.reason), nodes)
+                continue
+            reason = misnamed(node, reply.site, self._admission.registered())
+            if not reason and reply.site in {offer.site for offer in offers.values()}:
+                reason = "another node already answered under this name"
+            if isinstance(reply, KeyReply) and not reason:
+                offers[node] = reply.offer
+            else:
+                self._absent(got, round_number, node, (reply.site, "reply", reason), nodes)
+        unfit |= {node for node, absence in got.refusals.items() if absence.kind in UNFIT}
+        return dict(sorted(offers.items(), key=lambda item: item[1].site))
+
+    def _vectors(
+        self, got: Gathering, offers: Mapping[int, KeyOffer], round_number: int, state: ServerState
+    ) -> dict[int, TrainResult]:
+        """Return the results of an attempt, with what they make in ``got``; none if it is thrown away."""
+        exchange = self._ask(list(offers), round_number, state, got.attempts - 1, tuple(offers.values()))
+        got.bytes_down += exchange.bytes_down
+        got.bytes_up += exchange.bytes_up
+        results = {node: reply for node, reply in exchange.replies.items() if isinstance(reply, TrainResult)}
+        for node, reply in exchange.replies.items():
+            if isinstance(reply, Refusal):
+                self._absent(got, round_number, node, (reply.site, reply.kind, reply.reason), offers)
+        reasons = self._admission.judge(results, state, set(offers))
+        misnamed = [node for node, result in results.items() if result.site != offers[node].site]
+        reasons |= _others(results) | dict.fromkeys(misnamed, "it answers under another name than its key")
+        for node, reason in reasons.items():
+            self._absent(got, round_number, node, (results[node].site, "reply", reason), offers)
+        if len(results) < len(offers) or reasons:
+            where = about(self._run, round_number)
+            log.warning("attempt %d is thrown away: a sum needs all its vectors", got.attempts, extra=where)
+            return {}
+        summed = summed_contribution(self._job, results, self._layout(round_number), state, round_number)
+        if isinstance(summed, str):
+            self._note(got, Absence(round_number, got.attempts, "", None, "quorum", summed))
+            return {}
+        got.summed = (summed,)
+        return results
+
+    def _absent(
+        self, got: Gathering, round_number: int, node: int, told: tuple[str, str, str], online: Iterable[int]
+    ) -> None:
+        """Write down that a node did not take part, by the site, kind and reason that were told."""
+        site, kind, reason = told
+        name = self._name(node, site, got, set(online))
+        absence = Absence(round_number, got.attempts, name, node, kind, reason)
+        got.refusals[node] = absence
+        self._note(got, absence)
+
+
+def _others(results: Mapping[int, TrainResult]) -> dict[int, str]:
+    """Return the nodes that were charged for another release than most of them: their masks would not cancel."""
+    events = [result.spending.event for result in results.values() if result.spending]
+    usual = max(events, key=events.count) if events else None
+    return {
+        node: "the spending's release is another than the other sites', and all of a sum pay for the same"
+        for node, result in results.items()
+        if result.spending is None or result.spending.event != usual
+    }
+
+
+def summed_contribution(
+    job: Job, results: Mapping[int, TrainResult], layout: Layout, state: ServerState, round_number: int
+) -> Contribution | str:
+    """Return what all sites of an attempt make of the model, as one site with all records would; or why nothing.
+
+    Args:
+        job: the run.
+        results: of all sites of the attempt, each with its vector.
+        layout: names and shapes of what is summed.
+        state: what the sites started from.
+        round_number: of the round.
+    """
+    config, sizes = job.config, sum(result.public_size for result in results.values())
+    plan = paid_plan(job, next(iter(results.values())))
+    event = next(result.spending.event for result in results.values() if result.spending)
+    own = type(plan)(event, event.sample_rate * sizes, plan.delta, plan.max_epsilon)
+    try:
+        check_headroom(own.expected_batch_size, event.clip_norm, own.noise_std, len(results))
+    except ConfigError as error:
+        return str(error)
+    vectors = (np.frombuffer(result.words, dtype="<u4").astype(np.uint32) for result in results.values())
+    summed = total(vectors, own.noise_std)
+    longest = SLACK * _honest_length(own, len(results), summed.numel())
+    if not float(summed.norm()) <= longest:
+        return (
+            f"the sum's length {float(summed.norm()):.3g} is above {longest:.3g}, the most that the settings allow: a "
+            "site sent what is no vector of it, or the sites were told different things"
+        )
+    gradient, training = _shaped(summed / own.expected_batch_size, layout), config.training
+    rate = learning_rate(training.schedule, training.learning_rate, round_number - 1, config.total_steps)
+    moved: AdapterState = {}
+    for layer, factors in gradient.items():
+        own_rate = rate * (training.head_rate if layer == HEAD else 1.0)
+        held = state.adapter[layer]
+        moved[layer] = {name: (held[name].double() - own_rate * tensor).float() for name, tensor in factors.items()}
+    return Contribution(ALL, sizes, moved)
+
+
+def _honest_length(plan: PrivacyPlan, sites: int, numbers: int) -> float:
+    """Return about how long a sum can be, before the divisor: all clips in one direction, and all sites' noise."""
+    return plan.event.clip_norm * plan.expected_batch_size + plan.noise_std * math.sqrt(sites * numbers)
+
+
+def _shaped(numbers: Tensor, layout: Layout) -> AdapterState:
+    """Return a vector as tensors, in the canonical order of layers and factors."""
+    places = [(layer, name, layout[layer][name]) for layer in sorted(layout) for name in sorted(layout[layer])]
+    sizes = [math.prod(shape) for _, _, shape in places]
+    state: AdapterState = {}
+    for (layer, name, shape), part in zip(places, torch.split(numbers, sizes), strict=True):
+        state.setdefault(layer, {})[name] = part.view(shape)
+    return state

@@ -1,0 +1,480 @@
+"""Runs whose server sees a sum and no part of it: what it gets, what a site refuses, what both prices are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from audits.bands import out_of_band
+from audits.faults import zero_noise
+from audits.sum_site import SumSite
+from audits.tiny_site import clinic
+from cli.main import app
+from client import sums
+from client.ledger.ledger import Ledger
+from common.config.sections import Scalar
+from common.errors import ConfigError, RunFailed
+from common.messages.round import Refusal, Task, TrainResult, TrainTask
+from common.messages.tensors import entries
+from common.messages.wire import decode_reply, encode_reply
+from common.privacy import dpsgd
+from common.privacy.accounting import alone, epsilon
+from common.privacy.events import Event, sampled_gaussian
+from common.privacy.figures import epsilon_text
+from common.randomness import noise_grid
+from common.run_lines import RoundLine, read_lines
+from common.secure_sum import (
+    Identity,
+    Roster,
+    noise_share,
+    rounding,
+    total,
+)
+from experiments.in_process import InProcessTransport, run_in_process
+from reports import markdown_report, report_of
+from server import checkpoint
+from strategies.job import configure
+
+SUMMED: dict[str, Any] = {
+    "privacy.mode": "secure-sum",
+    "privacy.honest-sites": 2,
+    "privacy.noise-multiplier": 2.0,
+    "privacy.epsilon": 40.0,
+    "training.optimizer": "sgd",
+    "training.learning-rate": 0.5,
+    "training.local-steps": 1,
+    "training.sample-rate": 0.25,
+}
+
+
+@pytest.fixture
+def summed(toy_settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of a run of two rounds whose sites share the noise of a sum."""
+    return {**toy_settings, **SUMMED}
+
+
+def spent(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """Return round and kind of everything in each site's ledger."""
+    found = {}
+    for path in sorted((folder / "ledgers").glob("*.sqlite")):
+        with Ledger(path) as ledger:
+            found[path.stem] = [(entry.round_number, entry.event.kind) for entry in ledger.entries()]
+    return found
+
+
+def no_noise(sums: torch.Tensor, std: float, step: float = 0.0) -> torch.Tensor:
+    """Round without noise."""
+    grid = step or noise_grid(std)
+    return (sums / grid).round() * grid
+
+
+# --- what the server gets ---------------------------------------------------------------------------------------------
+
+
+def last_adapter(folder: Path) -> torch.Tensor:
+    state = checkpoint._read(folder / checkpoint.NAME)[1]
+    return torch.cat([tensor.double().flatten() for _, _, tensor in entries(state.adapter)])
+
+
+def test_without_noise_a_round_is_that_of_plain_uploads(
+    summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "add_private_noise", no_noise)
+    monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
+    same = {**summed, "training.sample-rate": 1.0, "max-share": 1.0, "max-update-norm": 1e9}
+    masked = run_in_process(same, 4, run="sum")
+    plain = {**same, "privacy.mode": "dp-sgd", "privacy.honest-sites": 0}
+    wanted = last_adapter(run_in_process(plain, 4, run="plain"))
+    begun = run_in_process({**plain, "rounds": 1, "training.learning-rate": 1e-9}, 4, run="start")
+    start = last_adapter(begun)
+    moved = float((wanted - start).norm())
+    assert float((last_adapter(masked) - wanted).norm()) < 1e-3 * moved  # the grid is a thousandth of the noise
+
+
+def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None:
+    folder = run_in_process(summed, 4)
+    assert spent(folder) == {f"site-{i}": [(1, "summed-gaussian"), (2, "summed-gaussian")] for i in range(4)}
+    report = report_of(folder)
+    assert [site.agreement for site in report.sites] == ["agrees"] * 4
+    share = noise_share(2.0, 1.0, 2)
+    bare = epsilon([dataclasses.replace(r, event=sampled_gaussian(share, 0.25)) for r in releases(folder)], 1e-3)
+    assert report.sites[0].epsilon_alone == pytest.approx(bare, abs=1e-6)
+    assert report.sites[0].epsilon_worst is not None
+    assert bare > 1.3 * report.sites[0].epsilon_worst
+    assert "as long as 2 sites of each sum are honest. If no other site adds its noise" in report.claim.sentence
+    assert f"ε {epsilon_text(bare)} at the same δ" in report.claim.sentence
+    assert "second price" in markdown_report(folder)
+    shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
+    assert "if no other site adds its noise to a sum: " in shown.output
+
+
+def releases(folder: Path) -> list[Any]:
+    with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
+        return ledger.spent("site-0")
+
+
+@dataclass
+class Lying(InProcessTransport):
+    """Passes everything on, but for what a test changes."""
+
+
+class Watched(InProcessTransport):
+    """Keeps all that sites send."""
+
+    sent: list[tuple[int, Task, Any]]
+
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
+        record = super().deliver(node, task, content)
+        if not hasattr(self, "sent"):
+            self.sent = []
+        self.sent.append((node, task, record))
+        self.look(node, task, record)
+        return record
+
+    def look(self, node: int, task: Task, record: Any) -> None:
+        """Look at a reply."""
+
+
+def words_of(record: Any) -> np.ndarray:
+    return np.frombuffer(record.array_records["sum"]["words"].data, dtype="<u4")
+
+
+def test_an_upload_is_uniform_words_and_nothing_else(summed: dict[str, Any]) -> None:
+    seen: list[np.ndarray] = []
+
+    class Looking(Watched):
+        def look(self, node: int, task: Task, record: Any) -> None:
+            if isinstance(task, TrainTask):
+                assert set(record.array_records) == {"sum"}
+                seen.append(words_of(record))
+
+    run_in_process(summed, 4, kind=Looking)
+    for shift in (0, 8, 16, 24):
+        cells = np.bincount(np.concatenate(seen) >> shift & 255, minlength=256)
+        expected = cells.sum() / 256
+        assert not out_of_band(float(((cells - expected) ** 2 / expected).sum()), 255)
+
+
+# --- attempts ---------------------------------------------------------------------------------------------------------
+
+
+class Losing(Watched):
+    """Loses the vector of one site in the first attempt at round 1."""
+
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
+        record = super().deliver(node, task, content)
+        if isinstance(task, TrainTask) and (node, task.round_number, task.attempt) == (2, 1, 0):
+            return encode_reply(Refusal(task.run, 1, "site-2", "failed", "the line is cut"))
+        return record
+
+
+def test_a_lost_vector_costs_all_sites_a_charge_and_the_next_attempt_has_new_keys(summed: dict[str, Any]) -> None:
+    kept: list[Losing] = []
+
+    class Kept(Losing):
+        def __init__(self, *own: Any) -> None:
+            super().__init__(*own)
+            kept.append(self)
+
+    folder = run_in_process(summed, 4, kind=Kept)
+    assert {tuple(rows) for rows in spent(folder).values()} == {
+        ((1, "summed-gaussian"), (1, "summed-gaussian"), (2, "summed-gaussian"))
+    }
+    first, second = read_lines(RoundLine, folder)
+    assert (first.attempts, second.attempts) == (2, 1)
+    assert first.participants == [f"site-{i}" for i in range(4)]
+    assert [(f.site, f.kind) for f in first.failures] == [("site-2", "failed")]
+    tasks = [task for _, task, _ in kept[0].sent if isinstance(task, TrainTask)]
+    keys = [{offer.public for offer in task.offers} for task in tasks]
+    assert len({key for own in keys for key in own}) == 4 * 3, "a key serves two attempts"
+    assert report_of(folder).sites[0].agreement == "larger"
+
+
+def test_without_a_whole_attempt_there_is_no_sum_and_no_plain_upload(summed: dict[str, Any]) -> None:
+    class Gone(Watched):
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            record = super().deliver(node, task, content)
+            lost = isinstance(task, TrainTask) and node == 2
+            return encode_reply(Refusal(task.run, 1, "site-2", "failed", "the line is cut")) if lost else record
+
+        def look(self, node: int, task: Task, record: Any) -> None:
+            assert "adapter" not in record.array_records, "a site sent its tensors"
+
+    with pytest.raises(RunFailed, match=r"round 1: 0 sites succeeded in 2 attempts.*site-2 .failed"):
+        run_in_process(summed, 4, kind=Gone)
+
+
+def test_fewer_sites_than_a_sum_needs_are_asked_for_nothing_that_costs(summed: dict[str, Any]) -> None:
+    with pytest.raises(RunFailed, match="0 sites gave a key, 3 are needed"):
+        run_in_process(summed, 2, run="few")
+    folder = Path(summed["output"])
+    assert not list(folder.rglob("ledgers/*.sqlite"))
+
+
+def test_sites_that_spent_their_budget_end_the_run_well_and_cost_the_others_nothing(summed: dict[str, Any]) -> None:
+    once = epsilon([alone_of(1)], 1e-3)
+    folder = run_in_process({**summed, "rounds": 3, "privacy.epsilon": 1.01 * once}, 4)
+    assert {len(rows) for rows in spent(folder).values()} == {1}
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["rounds"]) == ("stopped", 1)
+
+
+def alone_of(count: int) -> Any:
+    from common.privacy.accounting import Release
+
+    return Release(Event("summed-gaussian", {**sampled_gaussian(2.0, 0.25).figures, "honest_sites": 2}), count)
+
+
+@pytest.mark.parametrize("lie", ["state", "keys"])
+def test_a_server_that_tells_a_site_something_else_gets_no_sum(
+    lie: str, summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lying(InProcessTransport):
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
+            told = dict(tasks)
+            if isinstance(task := told.get(1), TrainTask):
+                if lie == "state":
+                    layer = next(iter(task.state))
+                    moved = {name: tensor + 1.0 for name, tensor in task.state[layer].items()}
+                    told[1] = replace(task, state={**task.state, layer: moved})
+                else:
+                    told[1] = replace(task, offers=task.offers[:-1])
+            return super().exchange(told, timeout)
+
+    with pytest.raises(RunFailed, match="0 sites succeeded") as caught:
+        run_in_process(summed, 4, kind=Lying)
+    assert "the sum's length" in str(caught.value) or "sum" in str(caught.value)
+
+
+def test_a_reply_without_masks_counts_for_nothing(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: a site that sends what it would send in a run of plain uploads."""
+
+    class Bare(InProcessTransport):
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            record = super().deliver(node, task, content)
+            if isinstance(task, TrainTask) and node == 1:
+                reply = decode_reply(record, self._layout_of_round(1), task.run, task.round_number)
+                assert isinstance(reply, TrainResult)
+                return encode_reply(replace(reply, words=b"", contribution=task.state))
+            return record
+
+    with pytest.raises(RunFailed, match=r"site-1|node 1"):
+        run_in_process(summed, 4, kind=Bare)
+
+
+# --- one deployed site ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clinics(summed: dict[str, Any], tmp_path: Path) -> SumSite:
+    return SumSite(clinic({**summed, "privacy.delta": 1e-3}, tmp_path))
+
+
+def test_a_sites_vector_is_its_sum_with_its_share_of_noise(clinics: SumSite) -> None:
+    task = clinics.task()
+    reply = clinics.site.ask(task)
+    assert isinstance(reply, TrainResult), reply
+    job, model = configure(clinics.site.settings), clinics.site.model()
+    vectors = [np.frombuffer(reply.words, dtype="<u4").astype(np.uint32)]
+    for other in clinics.others.values():
+        other.agree(task.offers, clinics.roster, sums.terms_of(job, 50), sums._hashes(task, job, model))
+        vectors.append(other.masked(np.zeros(len(vectors[0]), dtype=np.uint32)))
+    assert reply.spending is not None
+    share = noise_share(2.0, 1.0, 2)
+    own = total(vectors, share)
+    # A quarter of forty records, clipped at 1, among as many numbers.
+    clipped = float(own.norm()) / share / len(own) ** 0.5
+    assert 0.8 < clipped < 1.3
+    assert reply.contribution == {}
+
+
+def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite) -> None:
+    clinics.rule(epsilon=50.0, delta=1e-3)
+    clinics.train(1)
+    clinics.train(2)
+    with Ledger(clinics.site.ledger) as ledger:
+        spent = ledger.spent("clinic")
+        assert {release.event.figures["honest_sites"] for release in spent} == {2.0}
+        assert ledger.epsilon("clinic", 1e-3) == epsilon(spent, 1e-3)
+        assert ledger.epsilon_alone("clinic", 1e-3) == epsilon(alone(spent), 1e-3) > 1.3 * epsilon(spent, 1e-3)
+
+
+def test_the_price_alone_has_a_ceiling_that_plain_rounds_count_to_as_well(clinics: SumSite) -> None:
+    clinics.train(1)
+    with Ledger(clinics.site.ledger) as ledger:
+        once = ledger.epsilon_alone("clinic", 1e-3)
+    clinics.rule(epsilon_alone=1.01 * once)
+    reply = clinics.key(2)
+    assert isinstance(reply, Refusal)
+    assert (reply.kind, "epsilon-alone" in reply.reason) == ("budget", True)
+    clinics.site.settings |= {"privacy.mode": "dp-sgd", "privacy.honest-sites": 0}
+    assert "epsilon-alone" in clinics.site.refuse(2).reason
+    clinics.rule(epsilon_alone=100.0)
+    clinics.site.train(2)
+    with Ledger(clinics.site.ledger) as ledger:
+        kinds = {release.event.kind for release in ledger.spent("clinic")}
+        assert kinds == {"summed-gaussian", "sampled-gaussian"}
+        assert ledger.epsilon_alone("clinic", 1e-3) > 1.1 * once
+
+
+def test_the_price_alone_is_never_of_more_noise_than_a_site_draws() -> None:
+    for honest in (1, 2, 3, 7, 50):
+        for noise in (0.37, 1.9492, 2.0, 4.6164):
+            event = Event("summed-gaussian", {**sampled_gaussian(noise, 0.3, 0.7).figures, "honest_sites": honest})
+            assert event.alone().noise_multiplier * 0.7 <= noise_share(noise, 0.7, honest)
+            assert event.alone().noise_multiplier == pytest.approx(noise / honest**0.5)
+    assert sampled_gaussian(2.0, 0.3).alone() == sampled_gaussian(2.0, 0.3)
+
+
+def test_one_key_has_one_vector_whatever_is_lost(clinics: SumSite) -> None:
+    task = clinics.task()
+    kept = dict(clinics.site.memory)
+    first = clinics.site.ask(task)
+    assert isinstance(first, TrainResult)
+    again = clinics.site.ask(task)
+    assert isinstance(again, TrainResult)
+    assert again.words == first.words, "the same task is answered with another vector"
+    assert len(clinics.site.charges()) == 1
+    # The node died after it had answered, and came up with what it had kept before.
+    clinics.site.memory.clear()
+    clinics.site.memory.update(kept)
+    clinics.refuse(task, "was charged under this key of its masks before")
+    clinics.site.memory.clear()
+    clinics.refuse(task, "has no key for that attempt")
+
+
+def test_a_key_of_the_memory_that_the_ledger_forgets_is_found(
+    clinics: SumSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault: without the ledger's word a second vector leaves under one key."""
+    monkeypatch.setattr(Ledger, "_use_key", lambda *own: None)
+    task = clinics.task()
+    kept = dict(clinics.site.memory)
+    vectors = []
+    for _ in range(2):
+        clinics.site.memory.clear()
+        clinics.site.memory.update(kept)
+        reply = clinics.site.ask(task)
+        assert isinstance(reply, TrainResult)
+        vectors.append(np.frombuffer(reply.words, dtype="<u4").astype(np.uint32))
+    bare = (vectors[0] - vectors[1]).view(np.int32).astype(np.float64) * noise_grid(noise_share(2.0, 1.0, 2))
+    assert np.abs(bare).max() < 50, "the difference of two vectors under one mask is not bare"
+
+
+def test_a_task_of_another_attempt_than_the_key_is_refused(clinics: SumSite) -> None:
+    task = clinics.task()
+    clinics.refuse(replace(task, attempt=1), "has no key for that attempt")
+    clinics.refuse(replace(task, offers=()), "keys of a secure sum, or lacks them")
+    clinics.refuse(replace(task, offers=task.offers[:2]), "need 3")
+    assert isinstance(clinics.site.ask(task), TrainResult)
+
+
+def test_a_plain_run_takes_no_keys(clinics: SumSite) -> None:
+    task = clinics.task()
+    clinics.site.settings |= {"privacy.mode": "dp-sgd", "privacy.honest-sites": 0}
+    clinics.refuse(task, "keys of a secure sum, or lacks them")
+    reply = clinics.key()
+    assert isinstance(reply, Refusal)
+    assert "not summed" in reply.reason
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"honest_sites": 1}, "honest-sites"),
+        ({"honest_sites": None, "peers": None, "epsilon_alone": None}, "honest-sites"),
+        ({"min_noise_multiplier": 2.5}, "min-noise-multiplier"),
+        ({"peers": "nowhere.toml"}, "cannot be read"),
+    ],
+)
+def test_a_stewards_rules_hold_before_a_key_is_made(rules: dict[str, Any], words: str, clinics: SumSite) -> None:
+    clinics.rule(**rules)
+    reply = clinics.key()
+    assert isinstance(reply, Refusal)
+    assert words in reply.reason
+    assert not clinics.site.memory
+
+
+def test_a_server_that_chooses_the_sites_which_need_not_be_honest_is_refused(clinics: SumSite) -> None:
+    """With privacy.colluders = 0 of the server's, three sites of five would do; two of them need not be honest."""
+    folder = clinics.site.ledger.parent
+    more = {name: Identity.new().public for name in ("east", "west")}
+    (folder / "peers.toml").write_text(Roster({**clinics.roster.keys, **more}).text())
+    clinics.roster = Roster({**clinics.roster.keys, **more})
+    clinics.site.settings |= {"privacy.honest-sites": 3, "privacy.colluders": 0}
+    clinics.rule(honest_sites=3)
+    clinics.refuse(clinics.task(), "of a sum of 3 sites, of which 2 need not be honest")
+    clinics.site.settings |= {"privacy.honest-sites": 2, "privacy.colluders": 1}
+    clinics.refuse(clinics.task(), "of a sum of 3 sites, of which 2 need not be honest")
+    clinics.rule(honest_sites=4)
+    assert clinics.train().words
+    # The planted fault: a site that believes the run's colluders.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums.Party, "check_size", lambda *own: None)
+        clinics.rule(honest_sites=3)
+        assert clinics.train(2).words, "the refusal is another's"
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"epsilon_alone": None}, "honest-sites lets"),
+        ({"peers": None}, "honest-sites lets"),
+        ({"epsilon_alone": 0.0}, "epsilon-alone must be above 0"),
+    ],
+)
+def test_a_policy_that_lets_a_site_join_by_halves_is_none(rules: dict[str, Any], words: str, clinics: SumSite) -> None:
+    from client.policy import load_policy
+
+    clinics.rule(**rules)
+    with pytest.raises(ConfigError, match=words):
+        load_policy(clinics.site.ledger.with_name("policy.toml"))
+
+
+def test_a_site_whose_roster_is_another_has_no_part(clinics: SumSite) -> None:
+    folder = clinics.site.ledger.parent
+    others = {**clinics.roster.keys, "north": Identity.new().public}
+    (folder / "peers.toml").write_text(Roster(others).text())
+    task = clinics.task()
+    clinics.refuse(task, "'north' is not signed by that site")
+    (folder / "peers.toml").write_text(Roster({**others, "clinic": Identity.new().public}).text())
+    assert "another signing key" in clinics.key().reason
+    del others["clinic"]
+    (folder / "peers.toml").write_text(Roster({**others, "west": Identity.new().public}).text())
+    assert "does not have 'clinic'" in clinics.key().reason
+    clinics.site.node.pop("identity")
+    assert "needs 'identity'" in clinics.key().reason
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"privacy.honest-sites": 0}, "needs privacy.honest-sites"),
+        ({"privacy.honest-sites": 1, "privacy.colluders": 1}, "ask for 2 sites in a sum, which needs 3"),
+        ({"training.local-steps": 2}, "is one sum of clipped gradients"),
+        ({"training.optimizer": "adam"}, "the server steps"),
+        ({"training.weight-decay": 0.1}, "the server steps"),
+        ({"privacy.mode": "dp-sgd"}, "no noise is shared"),
+        ({"privacy.mode": "none"}, "no noise is shared"),
+    ],
+)
+def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, Scalar], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configure({**SUMMED, **wrong})
+
+
+def test_the_promise_names_those_on_whom_it_rests() -> None:
+    job = configure(SUMMED)
+    assert "as long as 2 sites of each sum are honest" in job.mechanism.promise(job.config.privacy)
