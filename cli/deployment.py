@@ -218,6 +218,21 @@ def site_pin(
     _say(f"{path} pins {spoken(load_policy(path))}; the next round holds it")
 
 
+@site_app.command("peers")
+@for_people
+def site_peers(
+    folder: Folder,
+    others: Annotated[list[Path], typer.Argument(help="identity.toml of each other site, handed over by its steward.")],
+) -> None:
+    """Make the roster of this site's secure sums from all sites' signing keys, and print its hash to compare."""
+    from deploy.peers import make_roster
+    from deploy.site_folder import open_site_folder
+
+    roster = make_roster(open_site_folder(folder), others)
+    _say(f"peers.toml has {', '.join(roster.keys)}; its hash, which every steward must see: {roster.digest}")
+    _say('let the site join by the policy: honest-sites = ..., epsilon-alone = ..., peers = "peers.toml"')
+
+
 @site_app.command("start")
 @for_people
 def site_start(

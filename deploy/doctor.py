@@ -57,6 +57,7 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("policy", lambda: _policy(folder)),
             ("pins", lambda: _pins(folder)),
             ("models", lambda: _models(folder)),
+            ("secure sums", lambda: _peers_of(folder)),
             ("bundles", lambda: _bundles(folder)),
             ("worker's secret", lambda: _secret(folder)),
             ("ledger", lambda: _ledger(folder)),
@@ -175,6 +176,24 @@ def _models(folder: SiteFolder) -> Iterator[Finding]:
         yield Finding(False, "models", f"site.toml names {folder.model}, the policy allows {policy.allowed_models}")
         return
     yield Finding(True, "models", policy.allowed_models)
+
+
+def _peers_of(folder: SiteFolder) -> Iterator[Finding]:
+    from client.sums import party_of
+
+    settings = node_settings(folder)
+    policy, what = policy_of_node(settings), "secure sums"
+    if not policy.honest_sites:
+        yield Finding(True, what, "the policy lets this site join none")
+        return
+    yield from shared.private_file(folder.path / "identity.key", "signing key")
+    roster = party_of(str(settings["site"]), settings, policy, "", simulated=False).roster
+    yield Finding(
+        True,
+        what,
+        f"{policy.honest_sites} of the {len(roster.keys)} sites {', '.join(roster.keys)} count as honest, ε alone at "
+        f"most {policy.epsilon_alone:g}; every steward must see the roster {roster.digest}",
+    )
 
 
 def _bundles(folder: SiteFolder) -> Iterator[Finding]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.files import replace_file
+from common.secure_sum.roster import SITE_NAME
 from deploy.control import control_of
 from deploy.files import read_bytes
 from deploy.server_folder import ServerFolder
-from deploy.site_folder import SITE_NAME
 
 
 def register_site(folder: ServerFolder, public_key: Path) -> str:

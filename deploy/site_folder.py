@@ -1,18 +1,20 @@
 """A site's folder: what ``fedveil site init`` makes and everything else reads.
 
-=============== ========================================================================
-``site.toml``   the server's address, the node's settings and places (see SiteFolder)
-``node.key``    the private key by which this site proves itself; never leaves the site
-``node.pub``    its public half: this goes to the coordinator
-``ca.crt``      the certificate authority's certificate, from the coordinator
-``policy.toml`` what the data steward allows; the server can ask for less, never for more
-``ledger/``     the privacy ledger; it outlives every run and is never restored
-=============== ========================================================================
+================= ======================================================================
+``site.toml``     the server's address, the node's settings and places (see SiteFolder)
+``node.key``      the private key by which this site proves itself; never leaves the site
+``node.pub``      its public half: this goes to the coordinator
+``identity.key``  the private key by which other sites know this one in secure sums; never leaves the site
+``identity.toml`` its public half, with the site's name: this goes to the other stewards, and not by the server
+``peers.toml``    the roster of such sums, if ``fedveil site peers`` made one
+``ca.crt``        the certificate authority's certificate, from the coordinator
+``policy.toml``   what the data steward allows; the server can ask for less, never for more
+``ledger/``       the privacy ledger; it outlives every run and is never restored
+================= ======================================================================
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from common.check import nearest, positive
 from common.config.sections import Scalar
 from common.config.text import parse_settings, to_toml
 from common.errors import ConfigError
+from common.secure_sum import Identity
+from common.secure_sum.roster import SITE_NAME, entry
 from deploy.certificates import read_certificate
 from deploy.files import make_folder, read_bytes
 from deploy.node_keys import new_node_key
@@ -32,8 +36,6 @@ if TYPE_CHECKING:
     from client.policy import Policy
 
 RUNTIME_PORT = 9094
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""It is the comment of the site's key, where a blank would end it, and names files at the server."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def make_site(
     if authority is not None:
         files["ca.crt"] = read_bytes(authority.expanduser(), "the authority's certificate")
         read_certificate(files["ca.crt"], "the authority")
-    key = new_node_key(site)
+    key, identity = new_node_key(site), Identity.new()
     described: dict[str, Scalar] = {
         "site": folder.site,
         "server": folder.server,
@@ -142,10 +144,12 @@ def make_site(
     files |= {
         "node.key": key.private,
         "node.pub": key.public,
+        "identity.key": identity.pem(),
+        "identity.toml": entry(site, identity.public).encode(),
         "policy.toml": policy.encode(),
         "site.toml": to_toml(described).encode(),
     }
-    make_folder(path, files, private=frozenset({"node.key", "policy.toml"}))
+    make_folder(path, files, private=frozenset({"node.key", "identity.key", "policy.toml"}))
     return folder
 
 
@@ -162,6 +166,8 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
         "ledger": str(folder.ledger),
         "policy": str(folder.path / "policy.toml"),
     }
+    if (folder.path / "identity.key").exists():  # folders of earlier versions have none
+        settings["identity"] = str(folder.path / "identity.key")
     settings |= parse_settings([folder.node, more])
     for key in settings:
         if key not in NODE_KEYS:

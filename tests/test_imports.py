@@ -168,7 +168,8 @@ OTHERWISE_PRIVATE = {
     *("common/data/packaged.py", "common/model/unpacked.py"),  # folders of the user alone
     *("client/pins.py", "client/policy.py", "client/site.py", "deploy/container.py"),  # records that are anybody's
     *(
-        f"deploy/{name}.py" for name in ("doctor", "files", "node_keys", "server_folder", "site_folder", "start")
+        f"deploy/{name}.py"
+        for name in ("doctor", "files", "node_keys", "peers", "server_folder", "site_folder", "start")
     ),  # keys
 }
 """Files in which "private" is said of something else than a run."""

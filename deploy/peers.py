@@ -1,0 +1,35 @@
+"""The roster of a site's secure sums: a signing key of its own, and the entries of all sites that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.files import replace_file
+from common.secure_sum import Identity, Roster
+from common.secure_sum.roster import entry, joined
+from deploy.files import PRIVATE_MODE, make_folder, read_bytes
+from deploy.site_folder import SiteFolder
+
+KEY, ENTRY, PEERS = "identity.key", "identity.toml", "peers.toml"
+
+
+def make_roster(folder: SiteFolder, others: Sequence[Path]) -> Roster:
+    """Write ``peers.toml`` from this site's entry and the other sites' (``identity.toml``), in place of an earlier one.
+
+    A folder of an earlier version gets its signing key first.
+
+    Raises:
+        ConfigError: an entry is none, two give a site two keys, or together they are no roster.
+        DataError: a file cannot be read or written.
+    """
+    if not (folder.path / KEY).exists():
+        identity = Identity.new()
+        files = {KEY: identity.pem(), ENTRY: entry(folder.site, identity.public).encode()}
+        make_folder(folder.path, files, private=frozenset({KEY}))
+    places = [folder.path / ENTRY, *(path.expanduser() for path in others)]
+    texts = {str(path): read_bytes(path, "the roster's entry").decode(errors="replace") for path in places}
+    roster = joined(texts)
+    replace_file(folder.path / PEERS, roster.text().encode())
+    (folder.path / PEERS).chmod(PRIVATE_MODE)
+    return roster
