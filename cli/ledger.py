@@ -50,7 +50,9 @@ def show(path: LedgerFile) -> None:
             units = sorted({entry.unit for entry in entries if entry.dataset == dataset})
             per = f", for one {' and for one '.join(units)}" if units else ""
             shared = "" if largest is None else f"; its records' largest, under any name: {_figure(largest)}"
-            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{shared}")
+            bare = ledger.epsilon_alone(dataset, min(terms.delta, 1.0))
+            rests = "" if bare == spent else f"; if no other site adds its noise to a sum: {_figure(bare)}"
+            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{shared}{rests}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]

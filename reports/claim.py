@@ -10,7 +10,7 @@ from common.data.sources import unprotected_test
 from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text
 from reports.folder import RunFiles
-from reports.sites import SiteReport, federation_delta, worst_site
+from reports.sites import SiteReport, distinct, federation_delta, worst_site
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -74,6 +74,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
         f"differentially private in {claim.unit}. Both are the maximum over sites: their records are disjoint."
     )
+    sentence += _shared(sites)
     if any(site.agreement == "exposed" for site in sites):
         # Without names: a sentence is not escaped as they are. The gaps name the sites.
         sentence = (
@@ -95,6 +96,18 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         covered=list(COVERED),
         not_covered=[*claim.leaves_out, *NOT_COVERED],
         gaps=gaps,
+    )
+
+
+def _shared(sites: Sequence[SiteReport]) -> str:
+    """Return on whom a claim rests whose noise the sites share, and what holds without them; empty where none do."""
+    honest = [figure for site in sites for figure in distinct(site.events, "honest_sites")]
+    bare = [site.epsilon_alone for site in sites if site.epsilon_alone is not None]
+    if not honest or not bare:
+        return ""
+    return (
+        f" That holds as long as {max(honest):.0f} sites of each sum are honest. If no other site adds its noise, or "
+        f"the masks fail, the releases of this run alone cost ε {epsilon_text(max(bare))} at the same δ."
     )
 
 

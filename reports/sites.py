@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from common.accountant import EVALUATION, TRAINING
 from common.errors import ConfigError
 from common.messages.round import SpendingFigures
-from common.privacy.accounting import Release, epsilon_with_method, gaussian_release
+from common.privacy.accounting import Release, alone, epsilon_with_method, gaussian_release
 from common.privacy.events import Event, sampled_gaussian
 from reports.folder import RunFiles
 
@@ -50,6 +50,8 @@ class SiteReport:
     accountant_recomputed: str
     epsilon_rdp: float | None
     """Of this run's releases, by RDP: the cross-check."""
+    epsilon_alone: float | None
+    """Of this run's releases, if no other site adds its noise to a sum; None where none was to."""
     agreement: str
     """``agrees``, ``larger`` or ``smaller`` (the site's total against the recomputed one), ``exposed`` (its total is
     infinite), ``unknown`` or ``none``."""
@@ -165,6 +167,7 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         epsilon_recomputed=recomputed,
         accountant_recomputed=accountant,
         epsilon_rdp=rdp,
+        epsilon_alone=_alone(paid, delta) if recomputed is not None else None,
         agreement=agreement,
         note=note,
     )
@@ -183,6 +186,12 @@ def _recompute(
         return value, str(accountant), epsilon_with_method(releases, delta, method="rdp")[0], ""
     except ConfigError as error:
         return None, "", None, str(error)
+
+
+def _alone(paid: Sequence[SpendingFigures], delta: float | None) -> float | None:
+    releases = releases_of(paid)
+    own = alone(releases)
+    return None if delta is None or own == releases else epsilon_with_method(own, delta)[0]
 
 
 def _compare(total: float | None, recomputed: float | None, fault: str) -> tuple[str, str]:

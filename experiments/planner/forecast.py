@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.model.device import worker_count
+from common.privacy.accounting import alone, epsilon
 from common.privacy.claim import NO_CLAIM
 from common.privacy.dpsgd import rounding_margin
 from common.privacy.plan import PrivacyPlan
@@ -45,6 +46,14 @@ class Forecast:
     calibration: Calibration | None
     """None when nothing was measured."""
     signal: SignalToNoise | None
+
+    @property
+    def epsilon_alone(self) -> float | None:
+        """What the run costs a site if no other one adds its noise to a sum; None where none does."""
+        shared = [plan for plan in self.plans if plan.event.alone() != plan.event]
+        if not shared:
+            return None
+        return epsilon(alone([shared[0].release(self.job.config.total_steps)]), shared[0].delta)
 
     @property
     def noises(self) -> list[float | None]:
@@ -103,6 +112,7 @@ class Forecast:
                 for k, size in enumerate(self.sizes)
             ],
             "rounds": [{**dataclasses.asdict(one), "accountant": str(one.accountant)} for one in self.rounds],
+            "epsilon_alone": self.epsilon_alone,
             "rounds_within_budget": self.rounds_within,
             "rounds_within_budget_searched_to": MOST_ROUNDS,
             "bytes_per_site_and_round": dataclasses.asdict(self.traffic),

@@ -86,6 +86,12 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
     for accountant in others:
         console.print(f"* {accountant}", markup=False)
+    if forecast.epsilon_alone is not None:
+        honest = forecast.job.config.privacy.honest_sites
+        console.print(
+            f"That is the price of the sum, if {honest} sites are honest; if no other site adds its noise, "
+            f"ε {epsilon_text(forecast.epsilon_alone)} after the run. An attempt that is thrown away costs a round."
+        )
     lasts = forecast.rounds_within
     more = "at least " if lasts == MOST_ROUNDS else ""
     console.print(f"A fresh budget lasts {more}{lasts:,} rounds at this noise.")
