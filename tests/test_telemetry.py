@@ -26,10 +26,11 @@ from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
 from common import randomness
 from common.accountant import Accountant, Detour
 from common.errors import DataError, FedVeilError, MechanismError
-from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult
+from common.messages.round import KeyReply, NoisedCount, Refusal, Reply, Spending, TrainResult
 from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
 from common.privacy import dpsgd
 from common.privacy.events import Event
+from common.secure_sum import KeyOffer
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {
@@ -40,6 +41,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "contribution": "clipped, noised, and paid for",
         "spending": "see below",
         "noised_correct": "see below",
+        "words": "of a secure sum, in the place of the contribution: uniform by its masks, see tests/test_sums.py",
     },
     Spending: {
         "purpose": "from the task",
@@ -66,6 +68,17 @@ FIELDS: dict[type, dict[str, str]] = {
         "grid": "follows from how many such figures there are",
     },
     NoisedCount: {"value": "noised, and paid for", "noise_std": "from the policy"},
+    KeyReply: {
+        "run": "from the task",
+        "round_number": "from the task",
+        "site": "named by the steward",
+        "offer": "see below",
+    },
+    KeyOffer: {
+        "site": "named by the steward",
+        "public": "new, from the operating system's entropy",
+        "signature": "of these and of run, round and attempt",
+    },
     Refusal: {
         "run": "from the task",
         "round_number": "from the task",
