@@ -82,7 +82,7 @@ def test_an_interval_has_the_tables_t(count: int, t: float) -> None:
     assert (found.low, found.high) == (found.mean - (found.half or 0), found.mean + (found.half or 0))
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=12, unique=True))
+@given(st.lists(st.integers(0, 1000).map(lambda right: right / 1000), min_size=2, max_size=12, unique=True))
 def test_an_interval_is_scipys(values: list[float]) -> None:
     found = interval(values)
     low, high = stats.t.interval(0.95, len(values) - 1, sum(values) / len(values), stats.sem(values))
@@ -175,30 +175,42 @@ def test_a_page_that_would_load_something_is_found() -> None:
     assert Loads('<svg><image xlink:href="http://x"/></svg><p onclick="a()">').found == ["http://x", "onclick"]
 
 
-def lines_of(figure: Any) -> dict[str, tuple[list[float], list[float]]]:
+def lines_of(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     """Return the points of every line with a label."""
-    (axes,) = figure.axes
     handles, labels = axes.get_legend_handles_labels()
     lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
     return {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in zip(labels, lines, strict=True)}
 
 
+def bars_of(axes: Any) -> list[tuple[float, float]]:
+    """Return the ends of every interval that is drawn."""
+    bars = [segment for container in axes.containers for bar in container.lines[2] for segment in bar.get_segments()]
+    return [(bar[0][1], bar[1][1]) for bar in bars]
+
+
 def test_points_stand_at_their_epsilon_and_published_ones_are_open_marks() -> None:
     figure = epsilon_figure(groups([*SEEDS, *SITES, *OPEN]), PUBLISHED)
-    lines = lines_of(figure)
+    (axes,) = figure.axes
+    lines = lines_of(axes)
     assert set(lines) == {"wide", "wide, local-only", "published: FedSVD, RoBERTa-large, SST-2"}
-    places, heights = lines["wide"]
-    assert heights == pytest.approx([76.0, 85.0])
-    assert places[0] == pytest.approx(8.0, rel=0.05)
-    assert places[1] > 16
+    assert lines["wide"] == ([pytest.approx(8.0, rel=0.05)], [pytest.approx(76.0)]), "no line leads to a run without ε"
     assert lines["published: FedSVD, RoBERTa-large, SST-2"] == ([3.0], [pytest.approx(90.46)])
-    (marks,) = [line for line in figure.axes[0].lines if line.get_label().startswith("published")]
+    (marks,) = [line for line in axes.lines if str(line.get_label()).startswith("published")]
     assert (marks.get_markerfacecolor(), marks.get_linestyle()) == ("none", "None")
+    points = [(x, y) for c in axes.containers for x, y in zip(*c.lines[0].get_data(), strict=True)]
+    assert any(x > 16 and y == pytest.approx(85.0) for x, y in points)
+    found = groups(SEEDS)[0].accuracy
+    assert bars_of(axes)[0] == pytest.approx((100 * found.low, 100 * found.high))
 
 
-def test_bytes_are_of_what_travels() -> None:
-    lines = lines_of(bytes_figure(groups([*SEEDS, *SITES])))
-    assert {name: places for name, (places, _) in lines.items()} == {"wide": [3.0]}
+def test_bytes_are_of_what_travels_with_a_part_for_each_epsilon() -> None:
+    figure = bytes_figure(groups([*SEEDS, *SITES, *OPEN]))
+    assert [axes.get_title() for axes in figure.axes] == ["ε 8", "no claim"]
+    assert [lines_of(axes) for axes in figure.axes] == [
+        {"wide": ([3e6], [pytest.approx(76.0)])},
+        {"wide": ([3e6], [pytest.approx(85.0)])},
+    ]
+    assert [len(bytes_figure(found).axes[0].containers) for found in (groups(SITES), [])] == [0, 0]
 
 
 def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Path) -> None:
@@ -265,5 +277,5 @@ def test_a_published_figure_that_is_none_is_named(text: str, said: str, tmp_path
         read_published(tmp_path / "none.toml")
 
 
-def test_every_arm_has_a_dash_of_its_own() -> None:
-    assert len({arm.dash for arm in ARMS.values()}) == len(ARMS)
+def test_every_arm_has_a_dash_and_a_fill_of_its_own() -> None:
+    assert len({arm.dash for arm in ARMS.values()}) == len({arm.fill for arm in ARMS.values()}) == len(ARMS)

@@ -19,6 +19,8 @@ class Arm:
     """In words, for a table's legend."""
     dash: str
     """Of its lines in a picture, as matplotlib names it."""
+    fill: str
+    """Of its marks, likewise."""
     alone: bool = False
     """Whether each site has a run of its own, over its own part."""
     together: bool = False
@@ -45,9 +47,9 @@ class Arm:
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("federated", "all sites train together", "-", baseline=False),
-        Arm("local-only", "each site trains alone on its own part", ":", alone=True),
-        Arm("pooled", "all records at one site", "--", together=True),
+        Arm("federated", "all sites train together", "-", "full", baseline=False),
+        Arm("local-only", "each site trains alone on its own part", ":", "none", alone=True),
+        Arm("pooled", "all records at one site", "--", "bottom", together=True),
     )
 }
 FEDERATED = "federated"

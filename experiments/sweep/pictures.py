@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from common.errors import ConfigError, DataError
 from common.files import replace_file
 from common.privacy.figures import NO_CLAIM
-from common.words import percent_text, visible
+from common.words import bytes_text, percent_text, visible
 from experiments.sweep.arms import ARMS, FEDERATED
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.published import Published
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b35a8e", "#a67600", "#5a6b7b")
 """Of variants, the report's; with ``MARKERS`` no reader depends on colour alone."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-OPEN_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NO_EPSILON = 2.2
 """Where runs without privacy stand: behind the largest ε, times this."""
 PICTURE_STYLE = """
@@ -43,6 +42,8 @@ PICTURE_STYLE = """
 """Beside the report's style: pictures are on white wherever they are shown."""
 SPREAD = 0.035
 """Between neighbouring lines at one ε, of its logarithm: intervals do not cover each other."""
+MOST_SPREAD = 0.36
+"""Of all lines together: a place is still one ε's."""
 
 
 def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: Path, name: str) -> list[Path]:
@@ -69,64 +70,87 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
 
 
 def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Figure:
-    """Return accuracy against ε: a line for each variant and arm, with intervals; published figures as open marks."""
-    figure, axes = _figure()
-    asked = [group.epsilon_asked for group in found] + [figure.epsilon for figure in published]
+    """Return accuracy against ε: a line for each variant and arm, with intervals; published figures as open marks.
+
+    Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis.
+    """
+    figure, (axes,) = _figure(7.6)
+    asked = [group.epsilon_asked for group in found] + [item.epsilon for item in published]
     claimed = sorted({epsilon for epsilon in asked if epsilon is not None})
     behind = NO_EPSILON * (claimed[-1] if claimed else 1.0)
     lines = list(dict.fromkeys((group.variant, group.arm) for group in found))
-    for number, (variant, arm) in enumerate(lines):
-        shift = math.exp(SPREAD * (number - (len(lines) - 1) / 2))
-        members = [group for group in found if (group.variant, group.arm) == (variant, arm)]
+    for number, line in enumerate(lines):
+        shift = math.exp(min(SPREAD, MOST_SPREAD / len(lines)) * (number - (len(lines) - 1) / 2))
+        members = [group for group in found if (group.variant, group.arm) == line]
         members.sort(key=lambda group: group.epsilon_asked or math.inf)
-        places = [shift * (group.epsilon_asked or behind) for group in members]
-        _line(axes, places, members, variant, _index(found, variant), arm)
+        joined = [group for group in members if group.epsilon_asked is not None]
+        index = _index(found, line[0])
+        _points(
+            axes, [shift * (group.epsilon_asked or behind) for group in members], members, index, ARMS[line[1]].fill
+        )
+        axes.plot(
+            [shift * (group.epsilon_asked or behind) for group in joined or members],
+            [100 * group.accuracy.mean for group in joined or members],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=ARMS[line[1]].dash,
+            fillstyle=ARMS[line[1]].fill,
+            linewidth=1.6,
+            markersize=5,
+            label=line[0] if line[1] == FEDERATED else f"{line[0]}, {line[1]}",
+        )
     for number, kind in enumerate(dict.fromkeys(_kind(item) for item in published)):
         items = [item for item in published if _kind(item) == kind]
         axes.plot(
             [item.epsilon or behind for item in items],
             [100 * item.accuracy for item in items],
             linestyle="none",
-            marker=OPEN_MARKERS[number % len(OPEN_MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             markerfacecolor="none",
             color="#59636e",
             label=f"published: {kind}",
         )
-    axes.set_xscale("log")
     places = [*claimed, *([behind] if None in asked else [])]
-    axes.set_xticks(places, [*map(epsilon_name, claimed), *([NO_CLAIM] if None in asked else [])])
-    axes.set_xticks([], minor=True)
+    _logarithmic(axes, places, [*map(epsilon_name, claimed), *([NO_CLAIM] if None in asked else [])])
     axes.set_xlabel("ε for each record, at most")
-    _finish(axes)
+    _finish(figure, [axes])
     return figure
 
 
 def bytes_figure(found: Sequence[Group]) -> Figure:
-    """Return accuracy against the bytes of a whole run, all sites and both ways; baselines send none."""
-    figure, axes = _figure()
+    """Return accuracy against the bytes of a whole run, all sites and both ways, with a part for each ε.
+
+    Baselines are left out: nothing of them needs to travel.
+    """
     sending = [group for group in found if group.payload]
-    for variant in dict.fromkeys(group.variant for group in sending):
-        members = [group for group in sending if group.variant == variant]
-        places = [group.payload / 1e6 for group in members if group.payload]
-        _line(axes, places, members, variant, _index(found, variant), FEDERATED, joined=False)
-        for place, group in zip(places, members, strict=True):
-            said = NO_CLAIM if group.epsilon_asked is None else f"ε {epsilon_name(group.epsilon_asked)}"
-            axes.annotate(
-                said,
-                (place, 100 * group.accuracy.mean),
-                (7, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color="#59636e",
-            )
-    if sending:
-        axes.set_xscale("log")
-    axes.set_xlabel("adapter bytes of a run, all sites and both ways, MB")
-    _finish(axes)
+    asked = sorted({group.epsilon_asked for group in sending}, key=lambda epsilon: epsilon or math.inf)
+    figure, parts = _figure(max(7.6, 2.7 * len(asked)), max(1, len(asked)))
+    payloads = [group.payload for group in sending if group.payload]
+    marks = _decades(min(payloads), max(payloads)) if payloads else []
+    for axes, epsilon in zip(parts, asked, strict=False):
+        for group in sending:
+            if group.epsilon_asked == epsilon and group.payload:
+                _points(
+                    axes, [group.payload], [group], _index(found, group.variant), ARMS[group.arm].fill, group.variant
+                )
+        _logarithmic(axes, marks, [bytes_text(round(mark)).replace(".00", "") for mark in marks])
+        axes.set_xlim(marks[0], marks[-1])
+        axes.set_xlabel("adapter bytes of a run")
+        axes.set_title(NO_CLAIM if epsilon is None else f"ε {epsilon_name(epsilon)}", fontsize=10)
+    _finish(figure, parts)
     return figure
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _decades(low: float, high: float) -> list[float]:
+    """Return the powers of ten around two figures.
+
+    >>> _decades(2e3, 3e5)
+    [1000.0, 10000.0, 100000.0, 1000000.0]
+    """
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)]
+
+
+def _figure(width: float, parts: int = 1) -> tuple[Figure, list[Axes]]:
     try:
         from matplotlib import rcParams
         from matplotlib.figure import Figure
@@ -136,42 +160,49 @@ def _figure() -> tuple[Figure, Axes]:
         ) from error
     # Text stays text, and the same figures give the same bytes.
     rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fedveil"})
-    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(width, 5.6), layout="constrained")
+    return figure, list(figure.subplots(1, parts, sharey=True, squeeze=False)[0])
 
 
-def _line(
-    axes: Axes,
-    places: Sequence[float],
-    members: Sequence[Group],
-    variant: str,
-    index: int,
-    arm: str,
-    *,
-    joined: bool = True,
+def _points(
+    axes: Axes, places: Sequence[float], members: Sequence[Group], index: int, fill: str, label: str | None = None
 ) -> None:
-    means = [100 * group.accuracy.mean for group in members]
+    colour = COLOURS[index % len(COLOURS)]
     axes.errorbar(
         places,
-        means,
+        [100 * group.accuracy.mean for group in members],
         yerr=[100 * (group.accuracy.half or 0.0) for group in members],
-        color=COLOURS[index % len(COLOURS)],
+        color=colour,
         marker=MARKERS[index % len(MARKERS)],
-        linestyle=ARMS[arm].dash if joined else "none",
+        linestyle="none",
+        fillstyle=fill,
         markersize=5,
-        linewidth=1.6,
+        ecolor=(colour, 0.45),
         elinewidth=1.0,
-        capsize=3,
-        label=variant if arm == FEDERATED else f"{variant}, {arm}",
+        capsize=2,
+        label=label,
     )
 
 
-def _finish(axes: Axes) -> None:
-    axes.set_ylabel("accuracy on the public test part, %")
-    axes.grid(axis="y", color="#eceef0")
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+def _logarithmic(axes: Axes, places: Sequence[float], texts: Sequence[str]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(places, texts, fontsize=9)
+    axes.set_xticks([], minor=True)
+
+
+def _finish(figure: Figure, parts: Sequence[Axes]) -> None:
+    parts[0].set_ylabel("accuracy on the public test part, %")
+    legend: dict[str, Any] = {}
+    for axes in parts:
+        axes.grid(axis="y", color="#eceef0")
+        axes.spines[["top", "right"]].set_visible(False)
+        handles, labels = axes.get_legend_handles_labels()
+        legend = {**dict(zip(labels, handles, strict=True)), **legend}
+    if legend:
+        ours = sorted(legend, key=lambda label: label.startswith("published"))
+        figure.legend(
+            [legend[label] for label in ours], ours, loc="outside lower center", ncols=3, fontsize=8, frameon=False
+        )
 
 
 def _index(found: Sequence[Group], variant: str) -> int:
@@ -201,7 +232,7 @@ def _svg(figure: Figure, name: str) -> Markup:
 
 def to_page(name: str, rows: Sequence[Row], published: Sequence[Published], svgs: Sequence[Markup]) -> str:
     """Return one page that loads nothing: the pictures, the table, and where the published figures are from."""
-    titles = ("Accuracy against ε", "Accuracy against bytes")
+    titles = ("Accuracy against ε", "Accuracy against the bytes of a run, all sites and both ways")
     figures = Markup("").join(
         Markup('<figure class="picture"><figcaption><strong>{}</strong></figcaption>{}</figure>').format(title, svg)
         for title, svg in zip(titles, svgs, strict=True)
