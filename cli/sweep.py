@@ -19,7 +19,7 @@ sweep = for_people(run_sweep)
 
 @for_people
 def pictures(
-    files: Annotated[list[Path], typer.Argument(help="Tables of sweeps, NAME.jsonl; drawn together.")],
+    files: Annotated[list[Path], typer.Argument(help="Tables of sweeps (.jsonl), drawn together.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the page and the PNGs; the first table's if not said.")
     ] = None,
@@ -35,7 +35,7 @@ def pictures(
 
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file} is not there: give a table that fedveil sweep has written, NAME.jsonl")
+            raise DataError(f"{file} is not there: give a table that fedveil sweep has written (.jsonl)")
     rows = [row for file in files for row in read_rows(file)]
     if len(files) > 1:  # variants of two sweeps may have one name
         rows = [replace(row, variant=f"{row.sweep}: {row.variant}") for row in rows]

@@ -15,10 +15,10 @@ from common.errors import FedVeilError
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep's TOML file: a base configuration and its axes.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the runs, a folder each; runs/sweeps/NAME if not said.")
+        Path | None, typer.Option(help="Folder of the runs, a folder each; in runs/sweeps if not said.")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Folder of NAME.jsonl, NAME.csv and NAME.md; the output if not said.")
+        Path | None, typer.Option(help="Folder of the table, as .jsonl, .csv and .md; the output if not said.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.")] = 1,
     flower: Annotated[bool, typer.Option("--flower", help="Run through Flower, not in one process.")] = False,

@@ -312,14 +312,17 @@ def test_the_researchers_guide_ends_in_a_result(
                 namespace: dict[str, Any] = {}
                 monkeypatch.setattr(
                     "experiments.in_process.run_in_process",
-                    lambda own, sites: run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run="own"),
+                    lambda own, sites, run="own": run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run),
                 )
                 exec(block, namespace)
                 folder = namespace.get("folder", folder)
                 done.append("python")
             continue
         for line in block.splitlines():
-            words = [str(ROOT / word) if word.endswith(".toml") else word for word in shlex.split(line)]
+            words = [
+                str(ROOT / word) if word.endswith(".toml") and not Path(word).exists() else word
+                for word in shlex.split(line)
+            ]
             name = words[1]
             if words[0] == "make" or name == "compare":
                 continue

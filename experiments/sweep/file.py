@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common.check import nearest
-from common.config.asked import RunSettings
-from common.config.sections import Scalar, defaults
+from common.config.sections import Scalar
 from common.config.text import flatten, read_settings_file
 from common.data.partition import check_partition
 from common.errors import ConfigError
@@ -36,7 +35,7 @@ from common.paths import RUN_NAME
 from common.privacy import MECHANISMS
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
-from strategies.job import Job, configure
+from strategies.job import Job, configure, known_settings
 
 KEYS = ("base", "sites", "seeds", "partition-by-seed", "epsilons", "baselines", "settings", "variants")
 VARIANT_KEYS = ("config", "settings", "epsilons", "baselines")
@@ -144,7 +143,7 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
         arms = _listed({**content, **variant}, "baselines", [])
         if unknown := [arm for arm in arms if arm not in BASELINES]:
             raise ConfigError(f"baselines names {unknown[0]!r}; choose of {', '.join(BASELINES)}")
-        for value in _listed({**content, **variant}, "epsilons", [defaults(RunSettings)["privacy.epsilon"]]):
+        for value in _listed({**content, **variant}, "epsilons", [known_settings()["privacy.epsilon"]]):
             epsilon = _epsilon(value)
             protection = _protection(own, epsilon, name)
             for seed in seeds:
@@ -203,7 +202,7 @@ def _protection(settings: Mapping[str, Scalar], epsilon: float | None, variant: 
     """Return the settings of privacy for one ε of the axis."""
     if epsilon is None:
         return {"privacy.mode": next(name for name, row in MECHANISMS.items() if not row.claims)}
-    mode = str(settings.get("privacy.mode", defaults(RunSettings)["privacy.mode"]))
+    mode = str(settings.get("privacy.mode", known_settings()["privacy.mode"]))
     if mode in MECHANISMS and not MECHANISMS[mode].claims:
         raise ConfigError(
             f"variant {variant!r} has privacy.mode {mode!r}, which promises nothing, and ε {epsilon:g}: "
