@@ -78,6 +78,7 @@ def run_of(swept: Swept, row: Row) -> Path:
     return swept.runs / cell.name / f"{row.settings['strategy']}-{cell.name}"
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(swept: Swept) -> None:
     assert 3 <= len(swept.killed) < len(swept.rows)
     assert [row.key for row in swept.rows] == [
@@ -279,6 +280,7 @@ def test_a_table_without_the_runs_folders_is_enough(sweeping: Sweeping) -> None:
     assert sweeping().rows == rows
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_with_its_log_and_the_rest_goes_on(sweeping: Sweeping, tmp_path: Path) -> None:
     sweeping.axes += "[variants.good]\n[variants.lost]\nsettings = { model.name = 'nowhere' }\n"
     sweeping.axes += "[variants.last]\nsettings = { rounds = 2 }\n"

@@ -47,9 +47,12 @@ def behave(work: str) -> str:
 
 
 def sleep_long(work: Path) -> None:
-    """Say which process one is, and take longer than anyone waits."""
+    """Say which process one is, take longer than anyone waits, and end what was started when one is ended."""
     work.write_text(str(os.getpid()), encoding="utf-8")
-    time.sleep(1000)
+    try:
+        time.sleep(1000)
+    finally:
+        work.with_suffix(".ended").touch()
 
 
 def is_alive(process: int) -> bool:
@@ -98,6 +101,7 @@ def test_who_stops_to_listen_ends_the_processes(tmp_path: Path) -> None:
     assert until(tmp_path / "long")
     ending.close()
     assert gone(int((tmp_path / "long").read_text(encoding="utf-8")))
+    assert (tmp_path / "long.ended").exists(), "what it had started was left"
 
 
 def sleep_or_return(work: Path) -> None:
@@ -122,3 +126,4 @@ def test_no_process_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
         child = int((tmp_path / "child").read_text(encoding="utf-8"))
         parent.kill()
     assert gone(child)
+    assert (tmp_path / "child.ended").exists(), "what it had started was left"
