@@ -123,6 +123,10 @@ def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -
     divided = markdown_of([replace(r, settings={**r.settings, "data.seed": r.seed}) for r in SEEDS])
     assert "it divides the records and cuts the test part, too" in divided
     assert "not in the intervals" not in divided
+    rows = [replace(r, settings={**r.settings, "data.seed": r.seed, "data.test": "held-out.csv"}) for r in SEEDS]
+    assert "it divides the records, too" in markdown_of(rows)
+    assert "not in the intervals" in markdown_of(rows)
+    assert "ε is per record, of the site that has spent most, at δ 1e-05" in divided
     assert "never seeded" not in markdown_of(OPEN), "there is no noise in these"
     assert "code aaaaaaaaaaaa, bbbbbbbbbbbb." in markdown_of([SEEDS[0], replace(SEEDS[1], code="b" * 64)])
 

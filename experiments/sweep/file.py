@@ -5,7 +5,7 @@
     base = "job.toml"                     # settings of every run; beside this file, or an absolute path
     sites = 4                             # simulated sites
     seeds = [1, 2, 3]
-    partition-by-seed = true              # a seed divides the records, and cuts the test part, anew
+    partition-by-seed = true              # a seed divides the records anew, and cuts the test part
     epsilons = [1.0, 8.0, "none"]
     baselines = ["local-only", "pooled"]  # beside every variant, at the same ε and on the same test part
 

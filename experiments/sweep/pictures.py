@@ -112,7 +112,7 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
         )
     places = [*claimed, *([behind] if None in asked else [])]
     _logarithmic(axes, places, [*map(epsilon_name, claimed), *([NO_CLAIM] if None in asked else [])])
-    axes.set_xlabel("ε for each record, at most")
+    axes.set_xlabel("ε, at most")
     _finish(figure, [axes])
     return figure
 

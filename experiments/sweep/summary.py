@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.privacy import MECHANISMS
 from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.words import UNKNOWN, bytes_text, counted, seconds_text
 from experiments.sweep.arms import ARMS
@@ -145,6 +146,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     arms = [ARMS[name] for name in ARMS if any(row.arm == name for row in rows)]
     deltas = sorted({row.delta for row in rows if row.delta is not None})
     divided = len({row.settings["data.seed"] for row in rows}) > 1
+    cut = divided and not any(row.settings["data.test"] for row in rows)
+    modes = {str(row.settings["privacy.mode"]) for row in rows if row.epsilon is not None}
+    units = sorted(MECHANISMS[mode].claim.per for mode in modes if mode in MECHANISMS)
     sizes = sorted({row.test_records for row in rows})
     mean = statistics.mean(row.accuracy for row in rows)
     error = 100 * math.sqrt(mean * (1 - mean) / sizes[0])
@@ -153,26 +157,25 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     told = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
     told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
     if deltas:
-        told.append(
-            f"ε is per record, of the site that has spent most, at δ {', '.join(f'{delta:g}' for delta in deltas)}."
-        )
-    told.append(
-        "A seed gives the start and, without privacy, the order of batches"
-        + (
-            "; it divides the records and cuts the test part, too."
-            if divided
-            else "; the division is the same for all."
-        )
-    )
+        held = ", ".join(f"{delta:g}" for delta in deltas)
+        told.append(f"ε is per {' or '.join(units)}, of the site that has spent most, at δ {held}.")
+    seed = "A seed gives the start and, without privacy, the order of batches"
+    told.append(f"{seed}; {_division(divided, cut)}.")
     if deltas:
         told.append("Under privacy sampling and noise are never seeded: each run draws its own.")
     size = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     told.append(
         f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
-        + ("." if divided else ", which is not in the intervals, as all runs share the test part.")
+        + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
     )
     told.append(
         f"{counted(len(rows), 'run')}, {seconds_text(sum(row.seconds_in_all for row in rows))} in all, on "
         f"{'; '.join(machines)}, code {', '.join(codes)}."
     )
     return told
+
+
+def _division(divided: bool, cut: bool) -> str:
+    if not divided:
+        return "the division is the same for all"
+    return f"it divides the records{' and cuts the test part' if cut else ''}, too"
