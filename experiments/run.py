@@ -22,6 +22,7 @@ def sweep(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.")] = 1,
     flower: Annotated[bool, typer.Option("--flower", help="Run through Flower, not in one process.")] = False,
+    only: Annotated[str, typer.Option(help="Names of the runs to start, such as '*-eps-8-*'.")] = "*",
     any_code: Annotated[
         bool, typer.Option("--any-code", help="Keep rows of other versions of the code; each says which.")
     ] = False,
@@ -42,7 +43,7 @@ def sweep(
     read = read_sweep(file)
     output = output or Path("runs") / "sweeps" / read.name
     results = results or output
-    ended = run_sweep(read, output, results, _say, jobs=jobs, flower=flower, any_code=any_code)
+    ended = run_sweep(read, output, results, _say, jobs=jobs, flower=flower, any_code=any_code, only=only)
     table = results_file(results, read.name)
     text = markdown_of(ended.rows)
     replace_file(table.with_suffix(".md"), text.encode())

@@ -298,6 +298,15 @@ def test_a_failed_run_is_named_with_its_log_and_the_rest_goes_on(sweeping: Sweep
 
 
 @pytest.mark.usefixtures("here")
+def test_only_the_runs_that_are_called_so_are_started_and_other_rows_stay(sweeping: Sweeping) -> None:
+    sweeping.axes = sweeping.axes.replace("seeds = [1]", "seeds = [1, 2]")
+    assert [row.seed for row in sweeping(only="*-seed-2").rows] == [2]
+    assert [row.seed for row in sweeping(only="*-seed-1").rows] == [1, 2]
+    with pytest.raises(ConfigError, match="no run is called so; the first is 'base-eps-none-seed-1'"):
+        sweeping(only="*-seed-3")
+
+
+@pytest.mark.usefixtures("here")
 def test_no_row_is_of_code_that_changed_meanwhile(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
     told = iter(["0" * 64, "f" * 64])
     monkeypatch.setattr(one_run, "code_version", lambda: next(told))

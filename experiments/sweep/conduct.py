@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from common.errors import ConfigError, DataError
@@ -59,6 +60,7 @@ def run_sweep(
     jobs: int = 1,
     flower: bool = False,
     any_code: bool = False,
+    only: str = "*",
 ) -> Finished:
     """Run what a sweep's table lacks, and write the table anew after every run.
 
@@ -70,13 +72,16 @@ def run_sweep(
         jobs: runs at a time, which share the machine's cores.
         flower: whether runs of all sites go through Flower; the others never do.
         any_code: whether a row of another version of the code stands for its run; the row says which.
+        only: names of the runs that may be started (``*`` is any text); rows of the others stay in the table.
 
     Raises:
-        ConfigError: more jobs than cores.
+        ConfigError: more jobs than cores, or no run is called so.
         DataError: the table that is there cannot be read.
         RunFailed: another sweep writes ``output``.
     """
     threads = _threads(jobs)
+    if not any(fnmatchcase(cell.name, only) for cell in sweep.cells):
+        raise ConfigError(f"--only is {only!r}, and no run is called so; the first is {sweep.cells[0].name!r}")
     code, commit = code_version(), commit_of()
     output.mkdir(parents=True, exist_ok=True)
     with only_writer(output):
@@ -91,7 +96,7 @@ def run_sweep(
         rows = _kept(works, before, say, any_code=any_code)
         _set_aside(file, [row for row in before if row not in rows.values()], say)
         write_rows(file, _ordered(sweep, rows))
-        missing = [work for work in works if _key(work.cell) not in rows]
+        missing = [work for work in works if _key(work.cell) not in rows and fnmatchcase(work.cell.name, only)]
         for work in missing:
             _move_aside(work.folder)
         if rows:

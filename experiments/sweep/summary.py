@@ -148,7 +148,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     divided = len({row.settings["data.seed"] for row in rows}) > 1
     cut = divided and not any(row.settings["data.test"] for row in rows)
     modes = {str(row.settings["privacy.mode"]) for row in rows if row.epsilon is not None}
-    units = sorted(MECHANISMS[mode].claim.per for mode in modes if mode in MECHANISMS)
+    units = sorted({MECHANISMS[mode].claim.per for mode in modes if mode in MECHANISMS})
     sizes = sorted({row.test_records for row in rows})
     mean = statistics.mean(row.accuracy for row in rows)
     error = 100 * math.sqrt(mean * (1 - mean) / sizes[0])
