@@ -353,6 +353,17 @@ def test_a_sweep_that_is_under_way_is_left_alone(sweeping: Sweeping) -> None:
     assert not sweeping.table.exists()
 
 
+def test_a_run_that_a_killed_sweep_still_writes_is_left_alone(
+    sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conduct, "LAST_SECONDS", 0.0)
+    run = sweeping.folder / "runs" / "base-eps-none-seed-1" / "ffa-lora-base-eps-none-seed-1"
+    run.mkdir(parents=True)
+    with only_writer(run), pytest.raises(RunFailed, match="under way"):
+        sweeping()
+    assert [path.name for path in (sweeping.folder / "runs").iterdir()] == ["base-eps-none-seed-1"]
+
+
 def test_a_folder_with_another_runs_row_is_named(sweeping: Sweeping, swept: Swept) -> None:
     folder = sweeping.folder / "runs" / "base-eps-none-seed-1"
     folder.mkdir(parents=True)

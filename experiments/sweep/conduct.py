@@ -25,7 +25,7 @@ from experiments.sweep.one_run import (
     run_one,
     through_of,
 )
-from experiments.sweep.processes import Failure, each_in_a_process
+from experiments.sweep.processes import LAST_SECONDS, Failure, each_in_a_process
 from experiments.sweep.rows import Key, Row, read_rows, results_file, row_of, write_rows
 from server.lock import only_writer
 
@@ -77,7 +77,7 @@ def run_sweep(
     Raises:
         ConfigError: more jobs than cores, or no run is called so.
         DataError: the table that is there cannot be read.
-        RunFailed: another sweep writes ``output``.
+        RunFailed: another sweep writes ``output``, or what is left of one.
     """
     threads = _threads(jobs)
     if not any(fnmatchcase(cell.name, only) for cell in sweep.cells):
@@ -185,6 +185,13 @@ def _set_aside(file: Path, rows: Sequence[Row], say: Say) -> None:
 
 
 def _move_aside(folder: Path) -> None:
-    """Rename the folder of a run that is to be run again."""
+    """Rename the folder of a run that is to be run again.
+
+    Raises:
+        RunFailed: a process of a sweep that was killed still writes it, long after it should have ended.
+    """
     if folder.exists():
+        for run in filter(Path.is_dir, folder.iterdir()):
+            with only_writer(run, LAST_SECONDS):
+                pass
         folder.rename(folder.with_name(f"{folder.name}.{ASIDE}-{time.time_ns()}"))
