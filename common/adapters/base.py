@@ -264,7 +264,8 @@ class Adapter(ABC):
                 tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
         injected = model.peft_config[ADAPTER_NAME]
         # A stock reader is told the names that ``auto`` stood for.
-        named = self._naming(sorted(injected.target_modules)) if self.target_modules == (AUTO,) else self
+        found = sorted({name.rpartition(".")[2] for name in self.layers(model)})
+        named = self._naming(found) if self.target_modules == (AUTO,) else self
         config = named.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
         config.base_model_name_or_path = base_name
         config.inference_mode = True

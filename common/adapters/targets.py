@@ -108,4 +108,4 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _inputs(module: nn.Module) -> int:
     # A Conv1D keeps its weight as (in, out).
-    return int(module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0])  # type: ignore[union-attr,index]
+    return int(module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0])  # type: ignore[index]
