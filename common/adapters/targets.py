@@ -1,4 +1,4 @@
-"""Which layers ``adapter.targets`` names: what ``auto`` stands for in a model, and which names would have fitted.
+"""The layers that ``adapter.targets`` names: what ``auto`` stands for in a model, and which names would fit.
 
 A name is the last part of a layer's, as PEFT's ``target_modules`` has it: ``query`` is every layer called
 ``...attention.self.query``.
