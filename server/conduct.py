@@ -54,8 +54,8 @@ class _Observer:
         text = self._job.origin.fingerprint
         made = f", public text of SHA-256 {text}" if text else ""
         self._folder.say(f"initialisation by {self._job.origin.name}{made}: {len(results)} sites, {cost}", 0)
-        if compared := self._server_model.compared:
-            self._folder.say(f"the text is public by the coordinator's word; it was {compared}", 0)
+        if told := self._server_model.told:
+            self._folder.say(told, 0)
         for absence in outcome.got.refusals.values():
             self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 

@@ -28,8 +28,8 @@ class ServerModel:
         self.label_names, self.label_phrases = test.label_names, test.label_phrases
         self.model: FederatedModel = job.model(test.label_names, test.label_phrases)
         self.start: AdapterState = self.model.start
-        self.compared = ""
-        """What the public text of the start was compared with, in words; empty: there is none."""
+        self.told = ""
+        """What there is to say of the start's public text, in words; empty: nothing."""
         self.records: Sequence[Record] = self.model.prepare(test.examples)
         if len(self.model.featurise(self.records)) < len(self.records):
             raise ModelError(
@@ -57,7 +57,7 @@ class ServerModel:
         Raises:
             ConfigError, DataError: they do not fit the run, cannot be read, or are no public text for it.
         """
-        self.compared = self.job.origin.check_public(self.job.config)
+        self.told = self.job.origin.check_public(self.job.config)
         self.model.write(self.start)
         labels = Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
         return self.job.origin.from_public(self.model, self.job.config, labels)

@@ -133,6 +133,13 @@ def is_public(name: str) -> bool:
     return name in DATASETS and DATASETS[name].public
 
 
+def is_paired(data: DataConfig, task: str) -> bool:
+    """Return whether a run's records are pairs of texts, as its settings or its named data set say."""
+    if data.name in DATASETS:
+        return "text_pair" in DATASETS[data.name].fields
+    return any(column.role.field == "text_pair" for column in TASKS[task].columns(data))
+
+
 def public_names() -> tuple[str, ...]:
     """Return the names of the data sets that anyone can get, the same bytes everywhere."""
     return tuple(name for name in DATASETS if is_public(name))

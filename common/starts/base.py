@@ -126,7 +126,7 @@ class Start(ABC):
         return {}
 
     def check_public(self, config: RunConfig) -> str:
-        """Server: refuse public text that is not public to this run; return what it was compared with, in words.
+        """Server: refuse public text that is not public to this run; return what there is to say of it, in words.
 
         Raises:
             DataError: it stands among the run's records, or cannot be read.

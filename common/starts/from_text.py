@@ -15,6 +15,7 @@ from common.model.federated import FederatedModel
 from common.starts.base import Needs, Start
 from common.starts.public_text import MADE_UP, OF_NO_ONE, PACKAGED, check_apart, check_named, known_sha256, read_text
 from common.tasks import TASKS, Record
+from common.tasks.text import TOKENS
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class FromText(Start):
         if found.text in OF_NO_ONE:
             return ""
         used = read_text(found.text, found.fingerprint)[: self.records]
-        return check_apart(found.text, used, config.data, config.model.task)
+        compared = check_apart(found.text, used, config.data, config.model.task)
+        return f"the text is public by the coordinator's word; it was {compared}"
 
     def texts(self, model: FederatedModel, labels: Sequence[int] = ()) -> list[Record]:
         """Return the texts as the model takes them, each of its label, or all of the first one.
@@ -86,3 +88,25 @@ class FromText(Start):
             return [invent(size, i, label) for i, (size, label) in enumerate(zip(sizes, given, strict=True))]
         texts = read_text(text, self.fingerprint)[: self.records]
         return model.prepare([replace(model.task.of_phrase(t), label=i) for t, i in zip(texts, given, strict=False)])
+
+    def pairs(self, model: FederatedModel, labels: Sequence[int]) -> list[Record]:
+        """Return each text with the next one as a pair, of its label; errors as of ``texts``.
+
+        Made-up ones are words as the tokenizer spells its tokens, so that a pair is put together as any other.
+        """
+        text = self.resolved().text
+        if text == MADE_UP:
+            invent = model.reading.inventor(model.base, model.max_length)
+            sizes = [min(max(1, model.max_length // 2 - 2), 6 + 7 * i % 35) for i in range(self.records)]
+            found = [model.base.processor.decode(invent(size, i, 0)[TOKENS]) for i, size in enumerate(sizes)]
+        else:
+            found = read_text(text, self.fingerprint)[: self.records]
+        both = zip(found, [*found[1:], *found[:1]], labels, strict=False)
+        return model.prepare([replace(model.task.of_pair(a, b), label=label) for a, b, label in both])
+
+    def completions(self, model: FederatedModel) -> list[Record]:
+        """Return the texts as prompts and completions; errors as of ``texts``."""
+        text = self.resolved().text
+        if text == MADE_UP:
+            return self.texts(model)
+        return model.prepare([model.task.of_text(t) for t in read_text(text, self.fingerprint)[: self.records]])
