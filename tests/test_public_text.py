@@ -115,6 +115,9 @@ def test_sharing_is_said_by_either_row_and_only_of_sets_that_there_are() -> None
     assert share_sentences("imdb", "imdb")
     assert not share_sentences("imdb", "rotten-tomatoes")
     assert not share_sentences("a.txt", "sst2")
+    assert not share_sentences("imdb", "")
+    assert share_sentences("rotten-tomatoes", "data/sst2/train.tsv"), "a row's own file by its path is that row"
+    assert share_sentences("./data/sst2/dev.tsv", "sst2-dev")
 
 
 # --- the sentences of a data set --------------------------------------------------------------------------------------

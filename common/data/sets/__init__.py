@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from common.data.sets.asdiv import ASDIV
 from common.data.sets.base import NamedDataset, UserFile
 from common.data.sets.movie_reviews import IMDB, IMDB_ENDINGS, ROTTEN_TOMATOES
@@ -24,11 +26,20 @@ DATASETS: dict[str, NamedDataset] = {
 
 
 def share_sentences(one: str, other: str) -> bool:
-    """Return whether two sources are known to hold the same sentences: one data set, or two whose rows say so."""
+    """Return whether two sources are known to hold the same sentences: one data set, or two whose rows say so.
+
+    A source is a name, or the file that a row of the table looks for.
+    """
+    one, other = _row_of(one), _row_of(other)
     if one == other:
         return True
     pairs = ((one, other), (other, one))
     return any(b in DATASETS[a].shares_sentences_with for a, b in pairs if a in DATASETS)
+
+
+def _row_of(source: str) -> str:
+    files = {Path(row.file.path): name for name, row in DATASETS.items() if isinstance(row.file, UserFile)}
+    return source if source in DATASETS else files.get(Path(source), source)
 
 
 __all__ = ["DATASETS", "NamedDataset", "UserFile", "share_sentences"]
