@@ -41,6 +41,8 @@ from common.tasks import TASKS, Record
 
 Gradients = Iterator[dict[str, Tensor]]
 """Of one record after another: the gradient of each adapted layer's weight, shape (out, in), float64, CPU."""
+TELLING = 64
+"""Public texts that B's directions are taken from, where no phrases are: each costs a product of matrices a layer."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class PublicMetric(FromText):
         else:
             texts = self.texts(model, drawn) if labels.names else self.completions(model)
         state: AdapterState = {}
-        telling = texts if paired or not labels.names else _labelled(model, labels)
+        telling = texts[:TELLING] if paired or not labels.names else _labelled(model, labels)
         columns = self._columns(model, telling) if model.adapter.directions else {}
         moments = _moments(model, texts, columns) if columns else {}
         scaling = model.adapter.scaling
