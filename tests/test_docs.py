@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from cli import cited, reference
 from cli.main import app
 from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
+from common.adapters.targets import AUTO
 from common.config.text import parse_settings, to_toml
 from common.data.packaged import MINILM, packaged_folder
 from common.errors import ConfigError, DataError
@@ -77,6 +79,7 @@ def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
         assert set(node) <= set(NODE_KEYS), f"{page}: a site knows no {set(node) - set(NODE_KEYS)}"
     elif program in ("python", "python3"):
         script = next(word for word in words[1:] if not word.startswith("-"))
+        script = f"{script.replace('.', '/')}.py" if words[1] == "-m" else script
         assert (ROOT / script).is_file(), f"{page}: {script} is not there"
     else:
         raise AssertionError(f"{page}: nobody knows how to check {line!r}")
@@ -184,7 +187,8 @@ def test_every_page_is_in_the_index_once() -> None:
 def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
     config = configure({}).config
     assert config.model.name == "all-MiniLM-L6-v2", "the default model is another: read that one's layers here"
-    targets = config.adapter.target_modules
+    assert config.adapter.target_modules == (AUTO,)
+    targets = KNOWN["bert"]
     with packaged_folder(MINILM) as folder, safe_open(str(folder / "model.safetensors"), framework="pt") as file:
         weights = [key for key in file.keys() if key.removesuffix(".weight").rsplit(".", 1)[-1] in targets]  # noqa: SIM118
         shapes = sorted(tuple(file.get_slice(key).get_shape()) for key in weights)

@@ -125,6 +125,15 @@ class Start(ABC):
         del model
         return {}
 
+    def check_public(self, config: RunConfig) -> str:
+        """Server: refuse public text that is not public to this run; return what there is to say of it, in words.
+
+        Raises:
+            DataError: it stands among the run's records, or cannot be read.
+        """
+        del config
+        return ""
+
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Server: return the statistic of public records, for a start that needs those.
 
