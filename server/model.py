@@ -59,8 +59,15 @@ class ServerModel:
         """
         self.told = self.job.origin.check_public(self.job.config)
         self.model.write(self.start)
-        labels = Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
-        return self.job.origin.from_public(self.model, self.job.config, labels)
+        return self.job.origin.from_public(self.model, self.job.config, self._labels())
+
+    def completed(self, statistic: AdapterState) -> AdapterState:
+        """Return the sites' mean statistic with what the run's start adds to it from public records."""
+        self.model.write(self.start)
+        return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
+
+    def _labels(self) -> Labels:
+        return Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
 
     def calibrated(self, adapter: AdapterState) -> AdapterState:
         """Return ``adapter`` with its A as long as suits, by the public phrases about the labels."""

@@ -96,6 +96,10 @@ class PublicMetric(FromText):
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return B and V of every adapted layer, B scaled."""
         model.write(model.start)
+        return self.around(model, config, labels)
+
+    def around(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
+        """Return the same by the model as it is, whose head decides where labels live."""
         drawn = self.drawn_labels(len(labels.names), config.seed) if labels.names else []
         paired = is_paired(config.data, config.model.task)
         if paired:
@@ -119,11 +123,11 @@ class PublicMetric(FromText):
             wanted = config.privacy.clip_norm / self.clip_share / len(columns) ** 0.5
             state[layer] = {"B": (B * (wanted / length)).float(), "V": V.float()}
         if model.module.metric is not None:
-            state.update(self._of_head(model, texts, config.privacy.clip_norm / self.clip_share))
+            state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
 
     @torch.no_grad()
-    def _of_head(self, model: FederatedModel, texts: Sequence[Record], length: float) -> AdapterState:
+    def of_head(self, model: FederatedModel, texts: Sequence[Record], length: float) -> AdapterState:
         """Return the features' centre and map, and the head as it is behind them.
 
         With covariance S of the texts' features and m its mean eigenvalue, the map is c (S + λ m I)^(-1/2), λ the
