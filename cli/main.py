@@ -18,6 +18,7 @@ from cli.ledger import ledger_app
 from cli.notes import print_notes
 from cli.plan import plan
 from cli.report import keygen, print_summary, report, verify
+from cli.serving import ask, merge
 from cli.settings import settings
 from common.words import counted
 
@@ -30,7 +31,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, verify, keygen):
+for command in (report, verify, keygen, merge, ask):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)

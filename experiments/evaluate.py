@@ -7,7 +7,6 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
 
 from common.data.sources import public_test
 from common.errors import DataError, ModelError
@@ -16,10 +15,11 @@ from common.model.device import choose_attention, choose_device
 from common.model.federated import Score, score_records
 from common.run_lines import read_json
 from common.tasks import TASKS
+from common.tasks.module import TaskModule
 from strategies.job import configure
 
 
-def load_result(adapter: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_result(adapter: Path) -> tuple[TaskModule, dict[str, Any]]:
     """Return the model of a saved adapter, built with ``PeftModel.from_pretrained``, and its description.
 
     Raises:

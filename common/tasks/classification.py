@@ -6,11 +6,13 @@ A mean-pool head keeps its accuracy under DP-SGD where BERT's pooler loses ten p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.errors import DataError
-from common.tasks.base import Batch, Record, Sums, classified
+from common.tasks.base import Batch, Finished, Record, Sums, classified
 from common.tasks.roles import LABEL, Role
+from common.tasks.sentence_modules import LOGITS_CODE, write_modules
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
@@ -80,6 +82,16 @@ class Classification(TextTask):
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Return cross-entropy and hits, one unit a record."""
         return classified(module, batch)
+
+    def write_stock(self, model: Finished, folder: Path) -> None:
+        """Write the encoder, and the head with its pooling as modules of sentence-transformers."""
+        super().write_stock(model, folder)
+        if model.module.head is not None:
+            write_modules(folder, model.module.head, model.module.feature_scale, model.limit)
+
+    def stock_code(self, model: Finished, folder: str) -> str:
+        """Return code that computes a text's probabilities with sentence-transformers."""
+        return LOGITS_CODE.format(folder=folder)
 
 
 def _pooled(encoder: nn.Module, batch: Batch) -> Tensor:

@@ -50,6 +50,10 @@ class TextTask(Task):
         """Return the phrase as a record's text."""
         return TextExample(text=phrase.strip(), label=0)
 
+    def asked(self, words: Sequence[str]) -> Example:
+        """Return the text, and the pair if there is one, as a record of the first label."""
+        return TextExample(words[0], *words[1:], label=0)
+
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return the tokenizer's rules and special tokens; files count by their content, wherever they lie."""
         return {"tokenizer": _tokenizer_parts(processor)}

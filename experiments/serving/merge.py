@@ -1,0 +1,57 @@
+"""The result of a run as a plain model: the adapter merged into the base model, as stock libraries load it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError, ModelError
+from common.tasks import TASKS, Finished
+from experiments.evaluate import load_result
+
+
+def merge_run(run: Path, target: Path) -> str:
+    """Write a run's model into a new folder, float32, with its processor; whole or not at all.
+
+    ``W0 + delta`` is formed once for each adapted layer, by stock PEFT (``merge_and_unload``), so answers differ from
+    those of base model and adapter by rounding alone.
+
+    Args:
+        run: a run's folder.
+        target: a folder that does not exist yet, or is empty.
+
+    Returns:
+        Python code that loads what was written, without FedVeil.
+
+    Raises:
+        DataError: there is no saved adapter, or ``target`` holds something or cannot be written.
+        ModelError: the base model on this machine is not the run's, or a merged weight is not finite.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
+    finished = load_finished(run)
+    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        finished.task.write_stock(finished, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return finished.task.stock_code(finished, str(target))
+
+
+def load_finished(run: Path) -> Finished:
+    """Return the model that a run ended with, in eval mode, the adapter merged into it; errors as of ``merge_run``."""
+    module, about = load_result(run / "adapter")
+    encoder: Any = module.encoder
+    if hasattr(encoder, "merge_and_unload"):
+        try:
+            module.encoder = encoder.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"the adapter of {run} cannot be merged ({error}): its numbers are not finite") from error
+    task, base = TASKS[about["task"]], about["base"]
+    return Finished(task, module.eval(), base, tuple(about["label_names"]), task.limit(base, about["max_length"]))
