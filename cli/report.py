@@ -99,6 +99,7 @@ def print_summary(folder: Path) -> None:
         visible,
     )
     from reports import report_of
+    from reports.meaning import attack_sentence, several_sentence
     from reports.sites import distinct
 
     data = report_of(folder)
@@ -122,6 +123,9 @@ def print_summary(folder: Path) -> None:
         )
     else:
         console.print(f"federation: {data.claim.sentence}")
+    if data.meaning is not None:
+        said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
+        console.print(visible(" ".join(text for text in said if text)), markup=False)
     for text in data.alarms:
         console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))
     for text in [*data.problems, *data.claim.gaps]:

@@ -17,6 +17,7 @@ from common.run_lines import Absence, PrivacyLine, RoundLine
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
+from reports.meaning import MeaningReport, meaning_report
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from strategies.job import known_settings
 
@@ -100,6 +101,8 @@ class ReportData:
     """What could not be read; figures may then be too low."""
     headline: Headline
     claim: Claim
+    meaning: MeaningReport | None
+    """What ε means for people; None without a claim, or where no bound could be computed."""
     sites: list[SiteReport]
     rounds: list[RoundReport]
     spent: list[Spent]
@@ -136,6 +139,7 @@ def report_of(folder: Path) -> ReportData:
         problems=[*problems, *audit_cares(audits, versions)],
         headline=_headline(files, sites),
         claim=claim_of(files, sites),
+        meaning=meaning_report(files, sites),
         sites=sites,
         rounds=_rounds(files),
         spent=_spent(files.privacy),

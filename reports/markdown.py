@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from common.privacy.events import Event
-from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
+from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text, remaining_text
 from common.words import (
     UNKNOWN,
     bytes_text,
@@ -20,6 +20,7 @@ from common.words import (
 )
 from reports.audits import NONE_RUN, WHOSE, audit_words
 from reports.data import ReportData
+from reports.meaning import attack_sentence, several_sentence
 from reports.sites import distinct
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
@@ -43,6 +44,7 @@ def to_markdown(data: ReportData) -> str:
         _notices(data),
         _result(data),
         _claim(data),
+        _meaning(data),
         _sites(data),
         _rounds(data),
         _others(data),
@@ -93,6 +95,28 @@ def _claim(data: ReportData) -> list[str]:
         lines += ["", "Covered:", "", *(f"- {text}" for text in claim.covered)]
         lines += ["", "Not covered:", "", *(f"- {text}" for text in claim.not_covered), ""]
     return [*lines, f"Head: {plain(claim.head)}."]
+
+
+def _meaning(data: ReportData) -> list[str]:
+    meaning = data.meaning
+    if meaning is None:
+        return []
+    sentences = (attack_sentence(meaning), several_sentence(meaning), meaning.caution)
+    spoken = [text for sentence in sentences if sentence for text in (plain(sentence), "")]
+    columns = ("false positives", "true positives, at most")
+    attacks = [(f"{100 * a.false_positives:g} %", bound_text(a.true_positives)) for a in meaning.bounds.attacks]
+    people = [("1", epsilon_text(meaning.epsilon))]
+    people += [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    return [
+        "## What ε means",
+        "",
+        f"Of the site that this run cost most: {plain(meaning.site)}.",
+        "",
+        *spoken,
+        *_table(columns, attacks),
+        "",
+        *_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people),
+    ]
 
 
 def _sites(data: ReportData) -> list[str]:

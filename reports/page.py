@@ -14,6 +14,7 @@ from common.privacy import figures
 from reports.audits import NONE_RUN, WHOSE, audit_words
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
 from reports.data import ReportData
+from reports.meaning import attack_sentence, several_sentence
 from reports.page_style import STYLE
 from reports.page_template import PAGE
 from reports.sites import distinct
@@ -32,6 +33,7 @@ def _template() -> Template:
     for name in ("percent", "number", "numbers", "bytes", "seconds", "value"):
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
+    environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
     return environment.from_string(PAGE)
 
 

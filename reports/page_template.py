@@ -88,6 +88,36 @@ PAGE = """\
 </div>
 {% endif %}
 
+{% if data.meaning %}
+{% set meaning = data.meaning %}
+<h2>What ε means</h2>
+<p>Of the site that this run cost most: {{ meaning.site }}.</p>
+<p>{{ meaning|attacks }}</p>
+{% if meaning|several %}
+<p>{{ meaning|several }}</p>
+{% endif %}
+{% if meaning.caution %}
+<p class="care">{{ meaning.caution }}</p>
+{% endif %}
+<div class="pair">
+{% call table("Bounds on every attack that asks whether one " ~ meaning.per ~ " was trained on") %}
+<thead><tr><th scope="col" class="n">false positives</th>
+<th scope="col" class="n">true positives, at most</th></tr></thead>
+<tbody>{% for attack in meaning.bounds.attacks %}
+<tr><th scope="row" class="n">{{ "%g"|format(100 * attack.false_positives) }} %</th>
+<td class="n">{{ attack.true_positives|bound }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta)) %}
+<thead><tr><th scope="col" class="n">{{ meaning.per }}s of the person</th><th scope="col" class="n">ε</th></tr></thead>
+<tbody><tr><th scope="row" class="n">1</th><td class="n">{{ meaning.epsilon|epsilon }}</td></tr>
+{% for several in meaning.bounds.several %}
+<tr><th scope="row" class="n">{{ several.units }}</th><td class="n">{{ several.epsilon|epsilon }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+</div>
+{% endif %}
+
 {% if epsilon_chart or accuracy_chart %}
 <h2>Course of the run</h2>
 <div class="pair">
