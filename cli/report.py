@@ -23,14 +23,24 @@ console = Console(highlight=False, soft_wrap=True)
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
     sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
+    declared: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--declare", help="Answer a question that no file can: 'license=\"apache-2.0\"'; may be given again."
+        ),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
     ] = None,
 ) -> None:
-    """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
+    """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
+    from common.config.text import parse_settings
     from reports import write_reports
+    from reports.declared import declare
 
+    if declared:
+        declare(folder, parse_settings(declared))
     if picture is not None:
         _write_picture(folder, picture, sign)
         return

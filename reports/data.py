@@ -13,7 +13,9 @@ from typing import Any
 
 from common.accountant import TRAINING
 from common.config.sections import Scalar
-from common.run_lines import Absence, PrivacyLine, RoundLine
+from common.data.packaged import sha256_of
+from common.errors import DataError
+from common.run_lines import Absence, PrivacyLine, RoundLine, read_json
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
@@ -21,6 +23,12 @@ from reports.meaning import MeaningReport, meaning_report
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from strategies.job import known_settings
 
+ADAPTER = "adapter/fedveil.json"
+ADAPTER_FILES = tuple(
+    f"adapter/{name}"
+    for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedveil.json")
+)
+"""All of a saved adapter but its model card, which quotes this report."""
 SCHEMA = "fedveil-report/2"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
 
@@ -87,6 +95,19 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What the final adapter is made of, by hashes (SHA-256, hexadecimal)."""
+
+    base_model: str
+    base: str
+    """Of the base model's weights, configuration and processor, as FedVeil computes it."""
+    bundle: str
+    """Of the server's code; empty: an earlier FedVeil did not record it."""
+    files: dict[str, str]
+    """Of each file in the run's folder that the adapter consists of, by its path there."""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything a report says."""
 
@@ -111,6 +132,8 @@ class ReportData:
     """Of every attempt at every round."""
     settings: list[Setting]
     versions: dict[str, str]
+    origin: Origin | None
+    """Of the final adapter; None while none is saved."""
     audits: dict[str, str]
     """Audit files found in the folder, with their SHA-256; empty: not audited."""
     audit_results: list[AuditReport]
@@ -147,10 +170,27 @@ def report_of(folder: Path) -> ReportData:
         refusals=[absence for line in files.rounds for absence in line.failures],
         settings=_settings(settings, files.config.chosen),
         versions=versions,
+        origin=_origin(folder, problems),
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
     )
+
+
+def _origin(folder: Path, problems: list[str]) -> Origin | None:
+    about = folder / ADAPTER
+    if not about.is_file():
+        return None
+    try:
+        told = read_json(about)
+        base_model, base = str(told["base_model"]), str(told["base_fingerprint"])
+        files = {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}
+    except (DataError, KeyError, OSError) as error:
+        problems.append(
+            f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
+        )
+        return None
+    return Origin(base_model, base, str(told.get("bundle", "")), files)
 
 
 def federation_epsilon(folder: Path) -> float | None:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.files import finite, replace_file
+from reports.card import NAME as CARD
+from reports.card import adapter_form, card_of
 from reports.data import ReportData, report_of
+from reports.declared import read_declared
 from reports.markdown import to_markdown
 from reports.page import to_html
 from reports.signature import SIGNATURE, STATEMENT, covers, sign, statement
@@ -33,11 +36,14 @@ def markdown_report(folder: Path) -> str:
 def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
     """Write ``report.md``, ``report.html`` and ``report.json`` into a run's folder, and return their paths.
 
+    A saved adapter gets its model card anew.
+
     With ``key``, also the signed statement on them and its signature. Without one, those that are there stay if
     they are still of the same bytes, and go if they are not.
 
     Raises:
         DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key.
+        ConfigError: what is declared about the run cannot be read.
     """
     data = report_of(folder)
     contents = {
@@ -45,6 +51,8 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
         "report.html": to_html(data).encode(),
         REPORT_JSON: to_json(data),
     }
+    if data.origin is not None:
+        card = card_of(data, read_declared(folder), adapter_form(data), contents[REPORT_JSON])
     try:
         signable = contents | {name: (folder / name).read_bytes() for name in data.audits}
         if key is not None:
@@ -56,6 +64,8 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
                 (folder / name).unlink(missing_ok=True)
         for name, content in contents.items():
             replace_file(folder / name, content)
+        if data.origin is not None:
+            replace_file(folder / "adapter" / CARD, card.encode())
     except OSError as error:
         raise DataError(
             f"the report cannot be written to {folder} ({error.strerror}): check rights and space"

@@ -229,7 +229,16 @@ def _origin(data: ReportData) -> list[str]:
         "## Versions",
         "",
         *(f"- {plain(name)} {plain(number)}" for name, number in data.versions.items()),
+        *_hashes(data),
     ]
+
+
+def _hashes(data: ReportData) -> list[str]:
+    if data.origin is None:
+        return []
+    rows = [(data.origin.base_model, data.origin.base), *data.origin.files.items()]
+    rows[1:1] = [("the server's code", data.origin.bundle)] if data.origin.bundle else []
+    return ["", "## What the adapter is made of", "", *_table(("what", "SHA-256"), rows)]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

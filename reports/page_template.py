@@ -273,6 +273,19 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <tr><th scope="row">{{ name }}</th><td>{{ number }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% if data.origin %}
+<h2>What the adapter is made of</h2>
+{% call table("SHA-256 of the base model, of the server's code and of each file of the adapter") %}
+<thead><tr><th scope="col">what</th><th scope="col">SHA-256</th></tr></thead>
+<tbody><tr><th scope="row">{{ data.origin.base_model }}</th><td><code>{{ data.origin.base }}</code></td></tr>
+{% if data.origin.bundle %}
+<tr><th scope="row">the server's code</th><td><code>{{ data.origin.bundle }}</code></td></tr>
+{% endif %}
+{% for name, digest in data.origin.files.items() %}
+<tr><th scope="row">{{ name }}</th><td><code>{{ digest }}</code></td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
 <footer>Made by FedVeil from the files in the run's folder alone. The same content as data: <code>report.json</code>
 ({{ data.schema }}); if <code>report.json.sig</code> lies beside it, <code>fedveil verify report.json --key
 PUBLIC.pem</code> says whether the server's owner vouches for it.</footer>

@@ -28,6 +28,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from common.bundle import own_digest
 from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
 from common.messages.round import TrainResult
@@ -201,6 +202,7 @@ class RunFolder:
             {
                 "base_model": config.model.name,
                 "base_fingerprint": model.base.fingerprint,
+                "bundle": own_digest(),
                 "task": config.model.task,
                 "label_names": list(label_names),
                 "max_length": config.model.max_length,

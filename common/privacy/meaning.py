@@ -99,7 +99,9 @@ def _meaning(merged: Merged, delta: float) -> Meaning | None:
         for units in UNITS:
             spread = max(_spread(event, units) for event, _ in merged)
             finer = 1 + math.log10(max(count for _, count in merged))
-            held = _composed(merged, units, max(PLD_INTERVAL, spread / (POINTS * finer)))
+            # Many different releases share the points of four, so that a report takes seconds whatever was released.
+            points = POINTS * finer / max(1.0, len(merged) / 4)
+            held = _composed(merged, units, max(PLD_INTERVAL, spread / points))
             if held is not None:
                 several.append(Several(units, max(0.0, float(held.get_epsilon(delta)))))
     except (ArithmeticError, ValueError, MemoryError):

@@ -106,6 +106,13 @@ class Task(ABC):
     worded: ClassVar[bool] = False
     """Whether its records hold words, so that a head or an adapter can start from public phrases (``of_phrase``)."""
 
+    hub_task: ClassVar[str] = "feature-extraction"
+    """What the hub calls it, in a model card."""
+    library: ClassVar[str] = "transformers"
+    """Library that loads a finished model whole (``write_stock``), as the hub calls it."""
+    loader: ClassVar[str] = "AutoModel"
+    """Class of transformers by which a base model is loaded where FedVeil is not."""
+
     # --- settings ---
 
     @property

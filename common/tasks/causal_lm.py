@@ -37,6 +37,8 @@ class CausalLM(TextTask):
     )
 
     answered: ClassVar[frozenset[str]] = frozenset({"completion"})
+    hub_task: ClassVar[str] = "text-generation"
+    loader: ClassVar[str] = "AutoModelForCausalLM"
 
     def of_phrase(self, phrase: str) -> Example:
         """Return the phrase as a completion of nothing."""

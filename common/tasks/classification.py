@@ -32,6 +32,8 @@ class Classification(TextTask):
         LABEL,
     )
     counted: ClassVar[bool] = True
+    hub_task: ClassVar[str] = "text-classification"
+    library: ClassVar[str] = "sentence-transformers"
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""

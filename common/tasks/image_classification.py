@@ -70,6 +70,7 @@ class ImageClassification(Task):
     )
     example: ClassVar[type[Example]] = ImageExample
     counted: ClassVar[bool] = True
+    hub_task: ClassVar[str] = "image-classification"
 
     def check(self, config: RunConfig) -> None:
         """As every task's; and images can be decoded here. Without that every record of a site would be none."""

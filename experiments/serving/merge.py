@@ -7,9 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from common.data.packaged import sha256_of
 from common.errors import DataError, ModelError
 from common.tasks import TASKS, Finished
 from experiments.evaluate import load_result
+from reports import report_of, to_json
+from reports.card import NAME as CARD
+from reports.card import Form, card_of
+from reports.declared import read_declared
 
 
 def merge_run(run: Path, target: Path) -> str:
@@ -36,12 +41,23 @@ def merge_run(run: Path, target: Path) -> str:
     try:
         partial.mkdir(parents=True)
         finished.task.write_stock(finished, partial)
+        _write_card(run, finished, partial, target)
         os.replace(partial, target)
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return finished.task.stock_code(finished, str(target))
+
+
+def _write_card(run: Path, finished: Finished, written: Path, target: Path) -> None:
+    data = report_of(run)
+    files = {
+        path.relative_to(written).as_posix(): sha256_of(path) for path in sorted(written.rglob("*")) if path.is_file()
+    }
+    weights = {name: digest for name, digest in files.items() if name.endswith((".safetensors", ".json"))}
+    form = Form("merge", finished.task.library, finished.task.stock_code(finished, target.name), weights)
+    (written / CARD).write_text(card_of(data, read_declared(run), form, to_json(data)), encoding="utf-8")
 
 
 def load_finished(run: Path) -> Finished:
