@@ -23,6 +23,7 @@ from common.run_lines import (
     ConfigFile,
     CountLine,
     Finding,
+    LabelScore,
     PrivacyLine,
     ProgressFile,
     Reached,
@@ -87,6 +88,7 @@ def run_folder_page() -> str:
         SpendingFigures: "in `privacy.jsonl`, beside the other keys",
         Absence: "in `rounds.jsonl`",
         CountLine: "in `rounds.jsonl`",
+        LabelScore: "in `baseline.json` and `rounds.jsonl`",
         Reached: "in `result.json`, beside the other keys",
         Finding: "in `audit*.json`",
     }

@@ -110,6 +110,7 @@ def print_summary(folder: Path) -> None:
     )
     from reports import report_of
     from reports.meaning import attack_sentence, several_sentence
+    from reports.scores import share_text
     from reports.sites import distinct
 
     data = report_of(folder)
@@ -144,5 +145,12 @@ def print_summary(folder: Path) -> None:
         f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
         f"{percent_text(head.accuracy_after)} after {counted(head.rounds_done, 'round')}"
     )
+    if data.accuracy:
+        whole = data.accuracy[0]
+        console.print(
+            f"with 95 % intervals, on {counted(whole.records, 'public record')}: {share_text(whole.before)} before, "
+            f"{share_text(whole.after)} after",
+            markup=False,
+        )
     if data.status != "completed":
         console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"), markup=False)

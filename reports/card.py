@@ -18,11 +18,12 @@ from common.data.sources import unprotected_test
 from common.errors import DataError
 from common.privacy.figures import epsilon_text
 from common.tasks import TASKS
-from common.words import counted, number_text, percent_text, visible
+from common.words import UNKNOWN, counted, number_text, percent_text, visible
 from reports.data import ReportData
 from reports.declared import Declared
 from reports.markdown import plain
 from reports.meaning import attack_sentence, several_sentence
+from reports.scores import share_text
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -152,12 +153,15 @@ def _head_words(form: Form) -> str:
 
 def _results(data: ReportData) -> str:
     head = data.headline
+    rows = [
+        (row.label, number_text(row.records), share_text(row.before), share_text(row.after)) for row in data.accuracy
+    ]
+    if not rows:
+        rows = [("all", UNKNOWN, percent_text(head.accuracy_before), percent_text(head.accuracy_after))]
+    table = "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)
     return (
-        "## Results\n\n"
-        "On the run's public test part:\n\n"
-        "| | accuracy |\n|---|---|\n"
-        f"| before training | {percent_text(head.accuracy_before)} |\n"
-        f"| after | {percent_text(head.accuracy_after)} |"
+        "## Results\n\nAccuracy on the run's public test part, with 95 % intervals where records have labels:\n\n"
+        f"| label | records | before training | after |\n|---|---|---|---|\n{table}"
     )
 
 

@@ -20,6 +20,7 @@ from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
 from reports.meaning import MeaningReport, meaning_report
+from reports.scores import LabelReport, label_reports
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from strategies.job import known_settings
 
@@ -125,6 +126,8 @@ class ReportData:
     meaning: MeaningReport | None
     """What ε means for people; None without a claim, or where no bound could be computed."""
     sites: list[SiteReport]
+    accuracy: list[LabelReport]
+    """On public data, of all records and by label; empty where records have no labels, or no counts were kept."""
     rounds: list[RoundReport]
     spent: list[Spent]
     other_releases: list[ReleaseReport]
@@ -164,6 +167,7 @@ def report_of(folder: Path) -> ReportData:
         claim=claim_of(files, sites),
         meaning=meaning_report(files, sites),
         sites=sites,
+        accuracy=_accuracy(files),
         rounds=_rounds(files),
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
@@ -216,6 +220,11 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         bytes_up=sum(line.bytes_up for line in files.rounds),
         seconds=sum(line.seconds for line in files.rounds),
     )
+
+
+def _accuracy(files: RunFiles) -> list[LabelReport]:
+    scored = [line.labels for line in files.rounds if line.complete and line.round_number and line.labels]
+    return label_reports(files.baseline.labels if files.baseline else [], scored[-1] if scored else [])
 
 
 def _rounds(files: RunFiles) -> list[RoundReport]:

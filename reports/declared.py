@@ -1,4 +1,4 @@
-"""What a coordinator declares about a run: licences, purpose, publisher. No file of a run can know any of it.
+"""The coordinator's declarations about a run: licences, purpose, publisher. No file of a run can know any of it.
 
 ``fedveil report RUN_FOLDER --declare 'license="apache-2.0"'`` keeps it in ``declared.toml`` in the run's folder. The
 model card and the record for the registry of deployments quote it. An answer that is missing is said to be missing.

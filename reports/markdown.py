@@ -21,6 +21,7 @@ from common.words import (
 from reports.audits import NONE_RUN, WHOSE, audit_words
 from reports.data import ReportData
 from reports.meaning import attack_sentence, several_sentence
+from reports.scores import share_text
 from reports.sites import distinct
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
@@ -45,6 +46,7 @@ def to_markdown(data: ReportData) -> str:
         _result(data),
         _claim(data),
         _meaning(data),
+        _accuracy(data),
         _sites(data),
         _rounds(data),
         _others(data),
@@ -117,6 +119,14 @@ def _meaning(data: ReportData) -> list[str]:
         "",
         *_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people),
     ]
+
+
+def _accuracy(data: ReportData) -> list[str]:
+    if not data.accuracy:
+        return []
+    rows = [(r.label, number_text(r.records), share_text(r.before), share_text(r.after)) for r in data.accuracy]
+    columns = ("label", "records", "before (95 % interval)", "after (95 % interval)")
+    return ["## Accuracy on public data", "", *_table(columns, rows)]
 
 
 def _sites(data: ReportData) -> list[str]:

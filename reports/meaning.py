@@ -1,4 +1,4 @@
-"""What ε means, as a report says it: attacks on the site that this run cost most, and people with several records."""
+"""The meaning of ε in a report: attacks on the site that this run cost most, and people with several records."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from reports.data import ReportData
 from reports.meaning import attack_sentence, several_sentence
 from reports.page_style import STYLE
 from reports.page_template import PAGE
+from reports.scores import share_text
 from reports.sites import distinct
 
 NAMED_SITES = 4
@@ -34,6 +35,7 @@ def _template() -> Template:
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
+    environment.filters["share"] = share_text
     return environment.from_string(PAGE)
 
 

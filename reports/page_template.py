@@ -118,6 +118,18 @@ PAGE = """\
 </div>
 {% endif %}
 
+{% if data.accuracy %}
+<h2>Accuracy on public data</h2>
+{% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}
+<thead><tr><th scope="col">label</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
+<th scope="col" class="n">after</th></tr></thead>
+<tbody>{% for row in data.accuracy %}
+<tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
+<td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+
 {% if epsilon_chart or accuracy_chart %}
 <h2>Course of the run</h2>
 <div class="pair">

@@ -108,6 +108,7 @@ def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerMod
         if told := unprotected_test(job.config.data.name, job.config.data.test):
             folder.say(told)
         server_model, observer = ServerModel(job), _Observer(job, folder)
+        folder.label_names = server_model.label_names
         run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
         _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:

@@ -39,6 +39,7 @@ from common.run_lines import (
     BaselineFile,
     ConfigFile,
     CountLine,
+    LabelScore,
     PrivacyLine,
     ProgressFile,
     ResultFile,
@@ -101,6 +102,8 @@ class RunFolder:
         self.path, self.job, self.run = path, job, run
         self.saved = saved
         """The last checkpoint."""
+        self.label_names: tuple[str, ...] = ()
+        """Of the public records; set before the first line is written."""
         self._baseline = saved.baseline if saved else Score(accuracy=0.0, loss=0.0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         path.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,7 @@ class RunFolder:
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """Record the score before round 1."""
-        self._write(BaselineFile(baseline.accuracy, baseline.loss))
+        self._write(BaselineFile(baseline.accuracy, baseline.loss, self._by_label(baseline)))
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
 
@@ -159,8 +162,13 @@ class RunFolder:
                 refusals=list(got.refusals.values()),
                 attempts=got.attempts,
                 failures=got.failures,
+                labels=self._by_label(outcome.score) if outcome.score else [],
             )
         )
+
+    def _by_label(self, score: Score) -> list[LabelScore]:
+        counts = zip(self.label_names, score.right, score.records, strict=False)
+        return [LabelScore(name, right, records) for name, right, records in counts]
 
     def _write(self, file: RunFile) -> None:
         write_json(self.path / file.NAME, to_json(file))

@@ -1,4 +1,4 @@
-"""What an ε means for people: bounds on membership attacks, and the ε of somebody with several units.
+"""Bounds on membership attacks, and the ε of somebody with several units: an ε in terms of people.
 
 Both come from the privacy loss distribution that ε itself comes from, not from the pair (ε, δ), which says far less.
 
