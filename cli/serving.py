@@ -19,11 +19,15 @@ RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
 def merge(
     folder: RunFolder,
     target: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
+    form: Annotated[
+        str,
+        typer.Option(help="merged; or seq-cls: PEFT's adapter with the head in it, of a run with head.pool 'stock'."),
+    ] = "merged",
 ) -> None:
     """Merge a run's adapter into its base model and write both as stock libraries load them."""
     from experiments.serving.merge import merge_run
 
-    code = merge_run(folder, target)
+    code = merge_run(folder, target, form)
     console.print(f"model: {target}\n\n{code}", markup=False, end="")
 
 

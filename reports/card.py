@@ -216,7 +216,7 @@ def _hashes(data: ReportData, form: Form, report: bytes) -> str:
         rows += [("code that the server ran, `fedveil bundle`", origin.bundle)] if origin.bundle else []
     rows += [(f"`{name}`", digest) for name, digest in form.files.items()]
     told = f"Run {plain(data.run)}, started {plain(data.started)}. "
-    told += _REPORT_BESIDE if form.relation == "adapter" else "Ask its publisher for the run's signed report."
+    told += _REPORT_BESIDE if "fedveil.json" in form.files else "Ask its publisher for the run's signed report."
     table = "\n".join(f"| {name} | `{digest}` |" for name, digest in rows)
     return f"## Where it comes from\n\n{told}\n\n| what | SHA-256 |\n|---|---|\n{table}"
 

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from audits.tiny_models import TARGETS
 from cli.main import app
 from common.data.sources import public_test
-from common.tasks import TASKS
 from experiments.evaluate import load_result
 from experiments.in_process import run_in_process
 from experiments.serving.ask import ask_run
@@ -41,7 +40,7 @@ def fedveil(*words: Any) -> tuple[int, str]:
 def logits_of(run: Path, texts: list[Any]) -> Tensor:
     """Return what stock PEFT and the head beside it make of texts, or of pairs of them, one at a time."""
     module, about = load_result(run / "adapter")
-    task, base = TASKS[about["task"]], about["base"]
+    task, base = about["kind"], about["base"]
     columns = [text if isinstance(text, list) else [text] for text in texts]
     records = task.prepare(base, [task.asked(words) for words in columns], task.limit(base, about["max_length"]))
     with torch.no_grad():

@@ -382,9 +382,9 @@ def model_of(
     The next user writes its own state over what the last one left, so nothing carries over.
     """
     return FederatedModel(
-        load_base_model(config.name, config.task),
+        load_base_model(config.name, config.task, head.pool),
         adapter,
-        TASKS[config.task],
+        TASKS[config.task].pooled(head.pool),
         head,
         seed=seed,
         label_names=label_names,

@@ -106,6 +106,8 @@ class Task(ABC):
     worded: ClassVar[bool] = False
     """Whether its records hold words, so that a head or an adapter can start from public phrases (``of_phrase``)."""
 
+    pools: ClassVar[tuple[str, ...]] = ("mean",)
+    """What ``head.pool`` may be."""
     hub_task: ClassVar[str] = "feature-extraction"
     """What the hub calls it, in a model card."""
     library: ClassVar[str] = "transformers"
@@ -122,6 +124,10 @@ class Task(ABC):
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, naming the setting, unless a run of this task can have this configuration."""
+        if config.head.pool not in self.pools:
+            raise ConfigError(
+                f"head.pool is {config.head.pool!r}, which model.task {self.name!r} does not have: set it to 'mean'"
+            )
         if not self.labelled:
             if config.head.policy != "frozen":
                 raise ConfigError(f"model.task {self.name!r} has no classification head: set head.policy to 'frozen'")
@@ -134,6 +140,16 @@ class Task(ABC):
                 "head.policy 'frozen' keeps head.start 'zeros', through which no adapter gets a gradient: "
                 f"set head.start to {others}, or head.policy to 'trained'"
             )
+
+    def pooled(self, pool: str) -> Task:
+        """Return the task as its head reads features by ``head.pool``.
+
+        Raises:
+            ConfigError: the task has no such reading.
+        """
+        if pool not in self.pools:
+            raise ConfigError(f"model.task {self.name!r} has no head.pool {pool!r}, only {', '.join(self.pools)}")
+        return self
 
     def columns(self, data: DataConfig) -> tuple[Column, ...]:
         """Return the columns that a run reads; an optional one that is not named is none."""
@@ -267,6 +283,21 @@ class Task(ABC):
             encoder.config.id2label, encoder.config.label2id = names, {name: i for i, name in names.items()}
         encoder.save_pretrained(folder)
         self.write_processor(model, folder)
+
+    def write_head_adapter(self, model: Finished, adapter: Path, folder: Path) -> None:
+        """Write the adapter for a stock classifier, the head in it (PEFT's ``SEQ_CLS``), into an empty folder.
+
+        Args:
+            model: the finished model.
+            adapter: the run's ``adapter/``.
+            folder: what is written to.
+
+        Raises:
+            ConfigError: no stock class computes the run's head, or there is no adapter.
+            OSError: the folder cannot be written.
+        """
+        advice = " or run it again with head.pool 'stock'" if "stock" in self.pools else ""
+        raise ConfigError(f"no stock class computes what this run's head reads: merge it without --form{advice}")
 
     def write_processor(self, model: Finished, folder: Path) -> None:
         """Write what turns a record into the model's input."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from common.errors import DataError
-from common.tasks.base import Batch, Finished, Record, Sums, classified
+from common.errors import ConfigError, DataError
+from common.tasks.base import Batch, Finished, Record, Sums, Task, classified
 from common.tasks.roles import LABEL, Role
 from common.tasks.sentence_modules import LOGITS_CODE, write_modules
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
@@ -18,6 +18,7 @@ from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from common.config.sections import RunConfig
     from common.model.base import BaseModel
     from common.tasks.module import TaskModule
 
@@ -34,6 +35,21 @@ class Classification(TextTask):
     counted: ClassVar[bool] = True
     hub_task: ClassVar[str] = "text-classification"
     library: ClassVar[str] = "sentence-transformers"
+    pools: ClassVar[tuple[str, ...]] = ("mean", "stock")
+
+    def check(self, config: RunConfig) -> None:
+        """As every task's; and a stock head takes features as they are."""
+        super().check(config)
+        if config.head.pool == "stock" and config.model.feature_scale:
+            raise ConfigError(
+                "head.pool is 'stock', and the stock head takes features as they are: set model.feature-scale to 0"
+            )
+
+    def pooled(self, pool: str) -> Task:
+        """Return the reading of the pooler for ``stock``."""
+        from common.tasks.stock_classification import StockClassification
+
+        return StockClassification() if pool == "stock" else super().pooled(pool)
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""
