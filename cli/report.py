@@ -29,6 +29,9 @@ def report(
             "--declare", help="Answer a question that no file can: 'license=\"apache-2.0\"'; may be given again."
         ),
     ] = None,
+    registry: Annotated[
+        bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
+    ] = False,
     picture: Annotated[
         Path | None,
         typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
@@ -46,7 +49,26 @@ def report(
         return
     written = write_reports(folder, sign)
     print_summary(folder)
+    if registry:
+        written.append(_write_record(folder))
     console.print("\n".join(str(path) for path in written), markup=False)
+
+
+def _write_record(folder: Path) -> Path:
+    from common.files import replace_file
+    from reports import report_of
+    from reports.declared import read_declared
+    from reports.registry import NAME, registry_record
+
+    declared = read_declared(folder)
+    record = registry_record(report_of(folder), declared)
+    try:
+        replace_file(folder / NAME, record.encode())
+    except OSError as error:
+        raise DataError(f"{folder / NAME} cannot be written ({error.strerror}): check rights and space") from error
+    for key, question in declared.open().items():
+        console.print(f"not declared: {key}: {question}", markup=False)
+    return folder / NAME
 
 
 def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
@@ -66,6 +88,22 @@ def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
     except OSError as error:
         raise DataError(f"{picture} cannot be written ({error.strerror}): name another file") from error
     console.print(f"picture: {picture}", markup=False)
+
+
+@for_people
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, of a run that goes on or of a finished one.")],
+    port: Annotated[int, typer.Option(help="Port on this machine alone; 0: a free one.")] = 0,
+) -> None:
+    """Serve a run's report on this machine alone, made anew while the run goes on, until Ctrl-C."""
+    from reports.watch import LOOPBACK, Watched
+
+    with Watched(folder, port) as watched:
+        console.print(f"http://{LOOPBACK}:{watched.server_port}/ (Ctrl-C ends it)", markup=False)
+        try:
+            watched.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            console.print("ended")
 
 
 @for_people

@@ -14,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from common.data.sources import unprotected_test
 from common.errors import DataError
 from common.privacy.figures import epsilon_text
 from common.tasks import TASKS
 from common.words import UNKNOWN, counted, number_text, percent_text, visible
-from reports.data import ReportData
+from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared
 from reports.markdown import plain
 from reports.meaning import attack_sentence, several_sentence
@@ -54,7 +53,7 @@ def adapter_form(data: ReportData) -> Form:
     """
     if data.origin is None:
         raise DataError("the run has saved no adapter, so there is nothing to write a model card of")
-    task = TASKS[str(_setting(data, "model.task"))]
+    task = TASKS[str(setting_of(data, "model.task"))]
     files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
     code = (
         "from peft import PeftModel\n"
@@ -77,7 +76,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
         report: ``report.json``, which the card names by its hash.
     """
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
-    task = TASKS[str(_setting(data, "model.task"))]
+    task = TASKS[str(setting_of(data, "model.task"))]
     title = declared.name or f"{_shown_base(data)}, fine-tuned by {data.strategy}"
     trained = (
         f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {counted(data.headline.sites, 'site')}"
@@ -101,18 +100,14 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def _setting(data: ReportData, key: str) -> Any:
-    return next((setting.value for setting in data.settings if setting.key == key), "")
-
-
 def _shown_base(data: ReportData) -> str:
     """Return the base model's name, of a path the last part alone."""
-    name = data.origin.base_model if data.origin else str(_setting(data, "model.name"))
+    name = data.origin.base_model if data.origin else str(setting_of(data, "model.name"))
     return visible(name if HUB_ID.fullmatch(name) else name.rstrip("/").rpartition("/")[2])
 
 
 def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any]:
-    task, base = TASKS[str(_setting(data, "model.task"))], data.origin.base_model if data.origin else ""
+    task, base = TASKS[str(setting_of(data, "model.task"))], data.origin.base_model if data.origin else ""
     meta: dict[str, Any] = {"license": declared.license or UNKNOWN_LICENSE, "library_name": form.library}
     if HUB_ID.fullmatch(base):
         meta |= {"base_model": base, "base_model_relation": form.relation}
@@ -176,9 +171,7 @@ def _privacy(data: ReportData) -> str:
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [part for text in said if text for part in (plain(text), "")]
-    # That sentence names a path of the coordinator's, which a card tells nobody; the records' section says as much.
-    cares = [text for text in [*data.alarms, *data.problems, *claim.gaps] if text != _test_is_cut(data)]
-    lines += [part for text in cares for part in (f"**Take care:** {plain(text)}", "")]
+    lines += [part for text in cares_of(data) for part in (f"**Take care:** {plain(text)}", "")]
     return "\n".join(lines)
 
 
@@ -192,14 +185,10 @@ def _records(data: ReportData) -> str:
         )
     public = (
         "Declared public, and not protected: the test part, which was cut from the same source as the sites' records"
-        if _test_is_cut(data)
+        if cut_test(data)
         else "Declared public, and not protected: the test part, and the phrases and texts that the settings name"
     )
     return f"## Records\n\n{told}\n\n{public}."
-
-
-def _test_is_cut(data: ReportData) -> str:
-    return unprotected_test(str(_setting(data, "data.name")), str(_setting(data, "data.test")))
 
 
 def _licences(declared: Declared) -> str:

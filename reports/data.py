@@ -14,6 +14,7 @@ from typing import Any
 from common.accountant import TRAINING
 from common.config.sections import Scalar
 from common.data.packaged import sha256_of
+from common.data.sources import unprotected_test
 from common.errors import DataError
 from common.run_lines import Absence, PrivacyLine, RoundLine, read_json
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
@@ -195,6 +196,21 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
         )
         return None
     return Origin(base_model, base, str(told.get("bundle", "")), files)
+
+
+def setting_of(data: ReportData, key: str) -> Any:
+    """Return the value of a setting of the run, empty text if it has none of that name."""
+    return next((setting.value for setting in data.settings if setting.key == key), "")
+
+
+def cut_test(data: ReportData) -> str:
+    """Return the sentence about a public test part that is cut from the sites' source, empty if it is not."""
+    return unprotected_test(str(setting_of(data, "data.name")), str(setting_of(data, "data.test")))
+
+
+def cares_of(data: ReportData) -> list[str]:
+    """Return everything that stands against the claim, for others than the coordinator: no sentence names a path."""
+    return [text for text in [*data.alarms, *data.problems, *data.claim.gaps] if text != cut_test(data)]
 
 
 def federation_epsilon(folder: Path) -> float | None:

@@ -18,6 +18,7 @@ from common.check import OneOf, nearest
 from common.config.fields import kebab
 from common.config.sections import Scalar
 from common.config.text import read_settings_file
+from common.docstrings import fields_said
 from common.errors import ConfigError, DataError
 from common.files import replace_file
 from common.words import visible
@@ -47,6 +48,8 @@ class Declared:
     """What is the model for?"""
     curators: str = ""
     """Who publishes the model? Several are separated by semicolons."""
+    curator_type: str = ""
+    """What kind of publisher is that? Such as Company, Government or Nonprofit."""
     region: str = ""
     """Which region do the records describe, and whose law applies?"""
     sector: str = ""
@@ -71,9 +74,10 @@ class Declared:
             except ValueError as error:
                 raise ConfigError(f"published is {self.published!r}: write a date as YYYY-MM-DD") from error
 
-    def open(self) -> list[str]:
-        """Return the keys of what nobody has answered."""
-        return [kebab(item.name) for item in fields(self) if not getattr(self, item.name)]
+    def open(self) -> dict[str, str]:
+        """Return the questions that nobody has answered, by key."""
+        said = fields_said(Declared)
+        return {kebab(item.name): said[item.name] for item in fields(self) if not getattr(self, item.name)}
 
 
 def read_declared(folder: Path) -> Declared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.privacy import MECHANISMS
 from common.privacy.figures import bound_text, epsilon_text
@@ -11,6 +11,7 @@ from common.privacy.meaning import Meaning, meaning_of
 from reports.folder import RunFiles
 from reports.sites import SiteReport, releases_of_site
 
+RECORD = "record"
 THIS_RUN = (
     "These figures are of this run's releases alone. The site's ledger holds more, which an attacker may use as well."
 )
@@ -44,8 +45,12 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     bounds = meaning_of(releases_of_site(worst.site, files), delta)
     if bounds is None:
         return None
+    per = mechanism.claim.per
+    if per != RECORD:
+        # Of another unit a person may be one whole.
+        bounds = replace(bounds, several=[])
     caution = THIS_RUN if worst.agreement == "larger" else ""
-    return MeaningReport(worst.site, mechanism.claim.per, epsilon, delta, bounds, caution)
+    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution)
 
 
 def attack_sentence(meaning: MeaningReport) -> str:

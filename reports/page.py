@@ -14,9 +14,10 @@ from common.privacy import figures
 from reports.audits import NONE_RUN, WHOSE, audit_words
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
 from reports.data import ReportData
+from reports.fact_sheet import facts_of
 from reports.meaning import attack_sentence, several_sentence
-from reports.page_style import STYLE
-from reports.page_template import PAGE
+from reports.page_style import FACTS_STYLE, STYLE
+from reports.page_template import FACTS, PAGE
 from reports.scores import share_text
 from reports.sites import distinct
 
@@ -24,9 +25,9 @@ NAMED_SITES = 4
 """Sites that a line of a chart names one by one."""
 
 
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    """Return the page's template, compiled once: a server writes the page after every round."""
+@lru_cache(maxsize=2)
+def _template(page: str) -> Template:
+    """Return a template, compiled once: a server writes the page after every round."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
@@ -36,12 +37,12 @@ def _template() -> Template:
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
     environment.filters["share"] = share_text
-    return environment.from_string(PAGE)
+    return environment.from_string(page)
 
 
 def to_html(data: ReportData) -> str:
     """Return the whole report as one self-contained page."""
-    return _template().render(
+    return _template(PAGE).render(
         data=data,
         head=data.headline,
         claim=data.claim,
@@ -52,6 +53,13 @@ def to_html(data: ReportData) -> str:
         accuracy_chart=accuracy_chart(data),
         groups=[_group(spent.sites) for spent in data.spent],
         epsilon_rows=epsilon_rows(data),
+    )
+
+
+def to_fact_sheet(data: ReportData) -> str:
+    """Return the fact sheet as one self-contained page."""
+    return _template(FACTS).render(
+        data=data, claim=data.claim, facts=facts_of(data), style=Markup(STYLE), own_style=Markup(FACTS_STYLE)
     )
 
 

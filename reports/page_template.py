@@ -305,3 +305,37 @@ PUBLIC.pem</code> says whether the server's owner vouches for it.</footer>
 </body>
 </html>
 """
+
+FACTS = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Fact sheet: {{ data.strategy }}, run {{ data.run }}</title>
+<style>{{ style }}{{ own_style }}</style>
+</head>
+<body>
+<main class="facts">
+<h1>Fact sheet</h1>
+<p class="meta">{{ data.strategy }} · run {{ data.run }}
+{% if data.started %} · started {{ data.started }}{% endif %}</p>
+{% if claim.off %}
+<p class="alarm"><strong>{{ claim.sentence }}</strong></p>
+{% endif %}
+{% for text in data.alarms %}
+<p class="alarm"><strong>AUDIT FAILED:</strong> {{ text }}</p>
+{% endfor %}
+{% for fact in facts %}
+<h2>{{ fact.question }}</h2>
+{% for answer in fact.answers %}
+<p>{{ answer }}</p>
+{% endfor %}
+{% endfor %}
+<footer>Made by FedVeil from the files in the run's folder. All figures are those of <code>report.json</code>.</footer>
+</main>
+</body>
+</html>
+"""
