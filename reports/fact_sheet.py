@@ -14,6 +14,8 @@ from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.scores import share_text
 
 NAME = "facts.html"
+MOST_CARES, MOST_LABELS = 3, 7
+"""What a page has room for."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,12 @@ def _meaning(data: ReportData) -> list[Fact]:
 
 
 def _left_out(data: ReportData) -> Fact:
-    answers = [f"{'; '.join(data.claim.not_covered)}." if data.claim.made else "Everything: nothing is promised."]
-    return Fact("What is not promised?", [*answers, *(f"Take care: {text}" for text in cares_of(data))])
+    left = "; ".join(data.claim.not_covered)
+    answer = f"{left[:1].upper()}{left[1:]}." if data.claim.made else "Everything: nothing is promised."
+    cares = cares_of(data)
+    more = [f"Take care: {len(cares) - MOST_CARES} more such sentences stand in the report."]
+    told = [*(f"Take care: {text}" for text in cares[:MOST_CARES]), *(more if len(cares) > MOST_CARES else [])]
+    return Fact("What is not promised?", [answer, *told])
 
 
 def _use(data: ReportData) -> Fact:
@@ -114,7 +120,11 @@ def _use(data: ReportData) -> Fact:
         f"On test records it was right in {percent_text(head.accuracy_before)} before and "
         f"{percent_text(head.accuracy_after)} after training."
     )
-    rows = [f"{row.label}: {share_text(row.after)}" for row in data.accuracy if row.after is not None]
+    scored = [(row.after.value, row.label, row.after) for row in data.accuracy if row.after is not None]
+    if len(scored) > MOST_LABELS:
+        # The page has room for all records, and for the labels that it does worst and best by.
+        scored = [scored[0], min(scored[1:], key=lambda row: row[0]), max(scored[1:], key=lambda row: row[0])]
+    rows = [f"{label}: {share_text(share)}" for _, label, share in scored]
     by_label = [f"After training, with the range that chance allows (95 %): {'; '.join(rows)}."] if rows else []
     return Fact("How well does the model do?", [answer, *by_label])
 
