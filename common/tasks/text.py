@@ -50,6 +50,10 @@ class TextTask(Task):
         """Return the phrase as a record's text."""
         return TextExample(text=phrase.strip(), label=0)
 
+    def of_pair(self, first: str, second: str) -> Example:
+        """Return the texts as a record's two."""
+        return TextExample(text=first.strip(), text_pair=second.strip(), label=0)
+
     def asked(self, words: Sequence[str]) -> Example:
         """Return the text, and the pair if there is one, as a record of the first label."""
         return TextExample(words[0], *words[1:], label=0)
