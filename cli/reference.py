@@ -27,6 +27,7 @@ from common.run_lines import (
     ConfigFile,
     CountLine,
     Finding,
+    LabelScore,
     PrivacyLine,
     ProgressFile,
     Reached,
@@ -99,6 +100,7 @@ def run_folder_page() -> str:
         SpendingFigures: "in `privacy.jsonl`, beside the other keys",
         Absence: "in `rounds.jsonl`",
         CountLine: "in `rounds.jsonl`",
+        LabelScore: "in `baseline.json` and `rounds.jsonl`",
         Reached: "in `result.json`, beside the other keys",
         Finding: "in `audit*.json`",
     }
@@ -107,8 +109,9 @@ def run_folder_page() -> str:
     return _page(
         "The folder of a run",
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
-        "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head beside it, "
-        "`report.*` the report. In a simulation `ledgers/` holds the sites' ledgers.",
+        "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
+        "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
+        "ledgers.",
         *parts,
     )
 

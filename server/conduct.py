@@ -111,6 +111,7 @@ def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerMod
             folder.say(told)
         server_model = ServerModel(job)
         observer = _Observer(job, folder, server_model)
+        folder.label_names = server_model.label_names
         run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
         _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:

@@ -24,6 +24,7 @@ S = TypeVar("S")
 
 PARTITIONS = ("iid", "dirichlet", "natural")
 HEAD_POLICIES = ("trained", "frozen")
+HEAD_POOLS = ("mean", "stock")
 HEAD_METRICS = ("none", "public")
 HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -164,6 +165,10 @@ class HeadConfig(Section):
     """For ``label-words``: phrases of one label separated by ``|``, labels by ``;``, in label order."""
     margin: Annotated[float, POSITIVE, Unit("logits")] = 3.0
     """For ``label-words``: how far a label leads the others on its own phrases, on average over labels."""
+    pool: Annotated[str, OneOf(HEAD_POOLS)] = "mean"
+    """``mean``: the head reads the mean of the last hidden states over tokens (an image: as its task says). ``stock``:
+    what transformers' own classifier of the model reads, such as BERT's pooler, so that PEFT takes the result with its
+    head (docs/serve.md); it needs ``model.feature-scale = 0``."""
     metric: Annotated[str, OneOf(HEAD_METRICS)] = "none"
     """``none``, or ``public``: features are centred and whitened by public text (``adapter.start = "public-metric"``)
     before the head sees them, so that clip and noise act where records differ."""

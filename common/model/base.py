@@ -114,18 +114,19 @@ def _load_named(name: str, folder: Path, kind: Task) -> tuple[Any, Any]:
     return module, processor
 
 
-def load_base_model(name: str, task: str) -> BaseModel:
+def load_base_model(name: str, task: str, pool: str = "mean") -> BaseModel:
     """Load a base model and its processor.
 
     Args:
         name: a key of NAMED_MODELS, a folder, or a hub id.
         task: kind of task, which knows what to load (``Task.load``).
+        pool: what the head reads of it (``head.pool``).
 
     Raises:
         ModelNotLoaded: the model cannot be found or read, or is none of a kind that the task takes.
         DataError: the package that carries a named model is missing or altered.
     """
-    kind = TASKS[task]
+    kind = TASKS[task].pooled(pool)
     if name in NAMED_MODELS:
         with NAMED_MODELS[name]() as folder:
             module, processor = _load_named(name, folder, kind)

@@ -7,6 +7,7 @@ only adapter states move. It is built once per process (``model_of``) and rewrit
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,15 @@ class Score:
     """Share of right labels, or of right next tokens of the completion."""
     loss: float
     """Mean cross-entropy per record, or per token of the completion; in nats."""
+    right: tuple[int, ...] = ()
+    """Records that the model gets right, by label; empty where a record has no label."""
+    records: tuple[int, ...] = ()
+    """Records of each label."""
+
+    def __post_init__(self) -> None:
+        # A checkpoint's JSON has lists.
+        object.__setattr__(self, "right", tuple(self.right))
+        object.__setattr__(self, "records", tuple(self.records))
 
 
 class FederatedModel:
@@ -287,15 +297,25 @@ def score_records(
     """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one)."""
     was_training = module.training
     module.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals, right, of_label = torch.zeros(3, dtype=torch.float64), Counter[int](), Counter[int]()
     for group in length_batches([task.size(record) for record in records], choose_batch_tokens(batch_tokens, device)):
         batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
             sums = task.sums(module, batch)
         totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
+        if task.counted:
+            labels = batch["labels"].tolist()
+            of_label.update(labels)
+            right.update(label for label, hit in zip(labels, sums.correct.tolist(), strict=True) if hit)
     module.train(was_training)
     loss, correct, weight = totals.tolist()
-    return Score(accuracy=correct / weight, loss=loss / weight)
+    by_label = range(max(of_label, default=-1) + 1)
+    return Score(
+        accuracy=correct / weight,
+        loss=loss / weight,
+        right=tuple(right[label] for label in by_label),
+        records=tuple(of_label[label] for label in by_label),
+    )
 
 
 def _turn_dropout_off(module: nn.Module) -> None:
@@ -390,9 +410,9 @@ def model_of(
     The next user writes its own state over what the last one left, so nothing carries over.
     """
     return FederatedModel(
-        load_base_model(config.name, config.task),
+        load_base_model(config.name, config.task, head.pool),
         adapter,
-        TASKS[config.task],
+        TASKS[config.task].pooled(head.pool),
         head,
         seed=seed,
         label_names=label_names,

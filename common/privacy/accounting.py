@@ -165,6 +165,12 @@ def least_noise(event: Event, epsilon: float, delta: float, steps: int, spent: S
     return _least_noise(epsilon, delta, like, steps, _merge(spent))
 
 
+def composable(releases: Sequence[Release]) -> Merged | None:
+    """Return releases as the PLD composes them, as few and as coarse as they are priced; None where RDP answers."""
+    merged, _ = _affordable(_merge(releases))
+    return merged if merged and not _why_not_pld(merged).reason else None
+
+
 def _merge(releases: Sequence[Release]) -> Merged:
     counts: Counter[Event] = Counter()
     for release in releases:

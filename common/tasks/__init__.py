@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.tasks.base import Batch, Record, Sums, Task
+from common.tasks.base import Answer, Batch, Finished, Record, Sums, Task
 from common.tasks.causal_lm import CausalLM
 from common.tasks.classification import Classification
 from common.tasks.image_classification import ImageClassification
@@ -18,9 +18,11 @@ def roles_of_all() -> tuple[Role, ...]:
 
 __all__ = [
     "TASKS",
+    "Answer",
     "Batch",
     "CausalLM",
     "Classification",
+    "Finished",
     "ImageClassification",
     "Record",
     "Sums",

@@ -54,6 +54,10 @@ class TextTask(Task):
         """Return the texts as a record's two."""
         return TextExample(text=first.strip(), text_pair=second.strip(), label=0)
 
+    def asked(self, words: Sequence[str]) -> Example:
+        """Return the text, and the pair if there is one, as a record of the first label."""
+        return TextExample(words[0], *words[1:], label=0)
+
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return the tokenizer's rules and special tokens; files count by their content, wherever they lie."""
         return {"tokenizer": _tokenizer_parts(processor)}
