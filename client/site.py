@@ -37,6 +37,7 @@ from common.data.sources import Reading, is_public, known_labels, load_dataset, 
 from common.errors import ConfigError, PolicyRefusal
 from common.log import about
 from common.paths import run_folder
+from common.privacy import MECHANISMS
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from strategies.job import Job
@@ -65,8 +66,8 @@ class Site:
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
     """Return the rules of the steward behind this node's configuration.
 
-    A site without ``data`` that has no policy makes no promise of its own, so it joins runs without
-    privacy: a simulated one, or a part of a public data set. Any other joins them only if its policy says so.
+    A site without ``data`` that has no policy makes no promise of its own, so it joins runs of every mechanism, also
+    without privacy: a simulated one, or a part of a public data set. Any other joins what its policy says.
 
     Raises:
         ConfigError: there is ``data`` and no policy, or the policy cannot be read, or names what the node
@@ -78,7 +79,7 @@ def policy_of(node: Mapping[str, Scalar]) -> Policy:
                 "a node with 'data' needs a 'policy' that says what its records are for: write one with "
                 f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
             )
-        return Policy(allow_no_privacy=True)
+        return Policy(allow_no_privacy=True, mechanisms=",".join(n for n, row in MECHANISMS.items() if row.charged))
     policy = load_policy(Path(str(node["policy"])).expanduser())
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:

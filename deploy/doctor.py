@@ -56,6 +56,7 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("node settings", lambda: _settings(folder)),
             ("policy", lambda: _policy(folder)),
             ("pins", lambda: _pins(folder)),
+            ("mechanisms", lambda: _mechanisms(folder)),
             ("models", lambda: _models(folder)),
             ("bundles", lambda: _bundles(folder)),
             ("worker's secret", lambda: _secret(folder)),
@@ -165,6 +166,12 @@ def _pins(folder: SiteFolder) -> Iterator[Finding]:
 
     pinned = spoken(check_pinned(folder, node_settings(folder)))
     yield Finding(True, "pins", pinned or "none: this site plays parts of FedVeil's own data sets alone")
+
+
+def _mechanisms(folder: SiteFolder) -> Iterator[Finding]:
+    policy = policy_of_node(node_settings(folder))
+    without = "; and runs without privacy" if policy.allow_no_privacy else ""
+    yield Finding(True, "mechanisms", f"runs of {', '.join(policy.allowed_mechanisms)}{without}")
 
 
 def _models(folder: SiteFolder) -> Iterator[Finding]:

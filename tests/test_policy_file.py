@@ -115,6 +115,7 @@ def test_pins_of_another_task_take_the_place_of_the_old_ones(tmp_path: Path) -> 
         "epsilon": 4.0,
         "delta": 1e-5,
         "public-size": 2000,
+        "mechanisms": ["dp-sgd"],
         "task": "causal-lm",
         "prompt": "prompt",
         "completion": "reply",
@@ -249,6 +250,7 @@ def test_a_new_site_pins_what_its_records_are_for(tmp_path: Path) -> None:
         "epsilon": 8.0,
         "delta": 1e-3,
         "public-size": 500,
+        "mechanisms": ["dp-sgd"],
         **pins,
         "max-length": 64,
     }
