@@ -139,10 +139,10 @@ class Policy:
         check_whole(self)
 
     def check_size(self, public_size: int) -> None:
-        """Raise ConfigError if delta is above one over the declared size."""
+        """Raise ConfigError if delta is above one over the public size."""
         if math.isfinite(self.delta) and self.delta > 1 / public_size:
             raise ConfigError(
-                f"the policy's delta {self.delta:g} is above 1/{public_size} of the declared public size: "
+                f"the policy's delta {self.delta:g} is above 1/{public_size} of the public size: "
                 f"set it to {1 / public_size:.1g} or less"
             )
 

@@ -1,4 +1,4 @@
-"""A site: its records, its declared public size, its ledger.
+"""A site: its records, its public size, its ledger.
 
 A Flower node describes its site in the node configuration (``--node-config``):
 
@@ -31,7 +31,7 @@ from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config.sections import Columns, DataConfig, RunConfig, Scalar
-from common.data.partition import check_division, declared_size, site_part
+from common.data.partition import check_division, public_size_of_part, site_part
 from common.data.sets import DATASETS
 from common.data.sources import Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
 from common.errors import ConfigError, PolicyRefusal
@@ -146,7 +146,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             check_division(str(node["division"]), config)
         data = _partition(config.data, config.model.task, part, parts, simulated)
         # Anyone can repeat the division, so the size of a part follows from public settings.
-        size = int(node.get("public-size", policy.public_size)) or declared_size(len(data.examples))
+        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(len(data.examples))
     policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()

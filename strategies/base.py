@@ -67,7 +67,7 @@ class Contribution:
 
     site: str
     weight: float
-    """The site's declared public size, less where it states more noise than the run asks for; only ratios matter."""
+    """The site's public size, less where it states more noise than the run asks for; only ratios matter."""
     state: AdapterState
 
 

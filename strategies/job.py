@@ -57,7 +57,7 @@ class Job:
         return self.strategy.start(adapter, self.adapter.trained)
 
     def begin(self, adapter: AdapterState, statistic: AdapterState) -> ServerState:
-        """Return the state before round 1 from what every party derives and the mean statistic of round 0."""
+        """Return the state before round 1 from what server and sites derive and the mean statistic of round 0."""
         measured = {
             layer: held if layer in OWN else self.adapter.begin(self.origin.from_statistic(held, self.adapter.rank))
             for layer, held in statistic.items()
@@ -76,17 +76,17 @@ class Job:
 
     @property
     def derived(self) -> bool:
-        """Whether every party derives the adapter's start; else there is a round 0, and frozen factors travel once."""
+        """Whether server and sites derive the adapter's start; if not, round 0 makes it, and frozen factors travel."""
         return self.origin.asked == "nobody" and not self.calibrated
 
     def start_fingerprint(self, adapter: AdapterState) -> str:
-        """Return what server and sites must agree on: the start as every party derives it, and the public text."""
+        """Return what server and sites must agree on: the adapter's start and the public text."""
         return start_fingerprint(adapter, self.origin.fingerprint)
 
     def basis(self, state: ServerState) -> AdapterState:
         """Server: return the frozen factors that travel once, with the first task that a site gets, and are kept.
 
-        A start that every party derives sends none.
+        A start that server and sites derive sends none.
         """
         return {} if self.derived else self.strategy.basis(state)
 

@@ -27,7 +27,7 @@ from experiments.planner import forecast as forecasts
 from experiments.planner.calibration import Calibration, alignment_of, round_seconds
 from experiments.planner.find import RATES, find
 from experiments.planner.forecast import Forecast, forecast
-from experiments.planner.plan import last_within, signal_to_noise, simulated_sizes
+from experiments.planner.price import last_within, signal_to_noise, simulated_sizes
 from strategies import STRATEGIES
 from strategies.job import configure
 

@@ -415,7 +415,7 @@ def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:
     return open_site(settings, config, "1", simulated=simulated).public_size
 
 
-def test_a_part_of_a_public_data_set_has_a_declared_size_without_a_declaration(site: OneSite) -> None:
+def test_a_part_of_a_public_data_set_has_a_public_size_without_a_declaration(site: OneSite) -> None:
     site.rule(epsilon=1.0, delta=1e-4)
     assert declared("rotten-tomatoes", policy=site.node["policy"]) == 4200
     assert declared(str(site.settings["data.name"]), simulated=True) == 100

@@ -19,8 +19,8 @@ from common.config.sections import Scalar
 from common.config.text import parse_settings
 from common.errors import ConfigError, DataError, PolicyRefusal
 from deploy import container
+from deploy.check_results import CheckResult
 from deploy.doctor import examine_site
-from deploy.findings import Finding
 from deploy.pin import pin
 from deploy.policy_file import pins_of, policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
@@ -48,7 +48,7 @@ def site_with(tmp_path: Path, policy: str, node: str = 'data="records.csv" publi
     return make_site(tmp_path / "clinic", "clinic", "fl.example.org", policy=policy, node=node)
 
 
-def findings(folder: SiteFolder) -> dict[str, Finding]:
+def findings(folder: SiteFolder) -> dict[str, CheckResult]:
     found = examine_site(dataclasses.replace(folder, server="127.0.0.1:1"))
     return {finding.what: finding for finding in found}
 

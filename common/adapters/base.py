@@ -35,7 +35,7 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True)
 class Place:
-    """One layer, as far as a start may look at it; every party sees the same."""
+    """One layer, as far as a start may look at it; server and sites see the same."""
 
     layer: str
     """Its name in the stock base model."""
@@ -119,7 +119,7 @@ class Adapter(ABC):
         """
 
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return the factors of one layer as every party derives them, before anything is measured (float32, CPU).
+        """Return the factors of one layer as server and sites derive them, before anything is measured (float32, CPU).
 
         Raises:
             ModelError: the adapter was made without a start.

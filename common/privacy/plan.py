@@ -122,7 +122,7 @@ class PrivacyPlan(Plan):
     event: Event
     """What one optimiser step releases, and is charged for."""
     expected_batch_size: float
-    """Divisor of the noised sum, in units. A constant made of public figures (the event's rate times the declared
+    """Divisor of the noised sum, in units. A constant made of public figures (the event's rate times the public
     size), never the realised batch and never the exact number of records."""
     delta: float
     max_epsilon: float
@@ -156,13 +156,13 @@ class PrivacyPlan(Plan):
 
         Raises:
             ConfigError: a figure is out of range, or none that an honest job has (``check_terms``).
-            PrivacyError: delta is above one over the declared size, so that publishing a whole record
+            PrivacyError: delta is above one over the public size, so that publishing a whole record
                 at random would satisfy it.
         """
         positive(total_steps=total_steps, public_size=public_size)
         if privacy.delta > 1 / public_size:
             raise PrivacyError(
-                f"privacy.delta is {privacy.delta:g}, above 1/{public_size} = {1 / public_size:.3g} of the declared "
+                f"privacy.delta is {privacy.delta:g}, above 1/{public_size} = {1 / public_size:.3g} of the public "
                 f"size {public_size}: set privacy.delta to {1 / public_size:.1g} or less"
             )
         event = cls.event_of(privacy, training, privacy.noise_multiplier or 1.0)

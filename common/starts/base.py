@@ -1,7 +1,7 @@
 """The interface of a start.
 
 A start says which directions an adapter's factors begin in. Most follow from the seed or the base
-weights, so that every party derives them and compares a fingerprint. Others need a statistic first,
+weights, so that server and sites derive them and compare a fingerprint. Others need a statistic first,
 such as a mean gradient: round 0 asks for it, at the server or at the sites, and what the statistic
 gives travels once. What records are used, and what that costs, is stated here and nowhere else.
 """
@@ -108,7 +108,7 @@ class Start(ABC):
 
     @abstractmethod
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
-        """Return what every party derives: ``A``, shape (rank, into), and ``B``, shape (out, rank), if ``wanted``.
+        """Return what server and sites derive: ``A``, shape (rank, into), and ``B``, shape (out, rank), if ``wanted``.
 
         Float32, on the CPU. A start that needs a statistic returns what holds until it is there.
         """

@@ -12,7 +12,7 @@ from common.privacy.claim import NO_CLAIM
 from common.privacy.dpsgd import rounding_margin
 from common.privacy.plan import PrivacyPlan
 from experiments.planner.calibration import Calibration, calibrate, round_seconds
-from experiments.planner.plan import (
+from experiments.planner.price import (
     LEAST_SIGNAL,
     MOST_ROUNDS,
     PricedRound,
@@ -33,7 +33,7 @@ class Forecast:
 
     job: Job
     sizes: tuple[int, ...]
-    """Declared as public, one per site."""
+    """Public sizes, one per site."""
     plans: list[PrivacyPlan]
     rounds: list[PricedRound]
     rounds_within: int | None
@@ -128,11 +128,11 @@ class Forecast:
 
 
 def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bool = True) -> Forecast:
-    """Return what a run of ``job`` over sites of these declared sizes will cost.
+    """Return what a run of ``job`` over sites of these public sizes will cost.
 
     Args:
         job: the checked configuration.
-        sizes: declared sizes, one per site.
+        sizes: public sizes, one per site.
         workers: processes that train at once on this machine; 0: as many as ``fedveil run`` takes.
         calibrated: take a few steps on public test records, for time, memory and alignment.
 

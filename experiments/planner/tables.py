@@ -12,7 +12,7 @@ from common.privacy.figures import epsilon_text, remaining_text
 from common.words import counted
 from experiments.planner.find import Found
 from experiments.planner.forecast import Forecast
-from experiments.planner.plan import LEAST_SIGNAL, MOST_ROUNDS, spread
+from experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, spread
 from strategies.job import Job
 
 MOST_LINES = 10
@@ -30,7 +30,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     console.print(
         f"{job.strategy.name} on {config.model.name} and {config.data.name}: "
         f"{counted(len(forecast.sizes), 'site')}, {counted(config.rounds, 'round')} of "
-        f"{counted(config.training.local_steps, 'step')}. From settings and declared sizes; "
+        f"{counted(config.training.local_steps, 'step')}. From settings and public sizes; "
         "a site's own policy may be stricter.",
         markup=False,
     )
@@ -59,7 +59,7 @@ def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) 
 
 def _print_sites(console: Console, forecast: Forecast) -> None:
     table = Table(title="sites")
-    for column in ("site", "declared size", "sample rate", "expected batch", "steps", "noise σ"):
+    for column in ("site", "public size", "sample rate", "expected batch", "steps", "noise σ"):
         table.add_column(column, justify="left" if column == "site" else "right")
     config = forecast.job.config
     for k, (size, batch) in enumerate(zip(forecast.sizes, forecast.expected_batches, strict=True)):
