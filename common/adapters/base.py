@@ -265,6 +265,21 @@ class Adapter(ABC):
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
+def target_shapes(base: nn.Module, target_modules: Collection[str]) -> list[tuple[int, int]]:
+    """Return (out, in) of every layer of a stock base model that an adapter on ``target_modules`` would change."""
+    shapes = []
+    for name, module in base.named_modules():
+        # As PEFT does: a whole name, or its end after a dot.
+        if not any(f".{name}".endswith(f".{target}") for target in target_modules):
+            continue
+        if isinstance(module, nn.Linear):
+            shapes.append((module.out_features, module.in_features))
+        elif type(module).__name__ == "Conv1D":
+            into, out = cast(Tensor, module.weight).shape
+            shapes.append((out, into))
+    return shapes
+
+
 def stored_transposed(layer: LoraLayer) -> bool:
     """Return whether the layer keeps its weight as (in, out), as GPT-2's Conv1D does."""
     return bool(getattr(layer, "fan_in_fan_out", False))

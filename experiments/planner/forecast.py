@@ -11,7 +11,7 @@ from common.model.device import worker_count
 from common.privacy.claim import NO_CLAIM
 from common.privacy.dpsgd import rounding_margin
 from common.privacy.plan import PrivacyPlan
-from experiments.planner.calibration import Calibration, calibrate, round_seconds
+from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
 from experiments.planner.price import (
     LEAST_SIGNAL,
     MOST_ROUNDS,
@@ -65,6 +65,11 @@ class Forecast:
         return round_seconds(self.calibration, steps, self.expected_batches, self.workers)
 
     @property
+    def feature_seconds(self) -> tuple[float, float] | None:
+        """The features of all records, computed once in a run: here, and with a machine like this for each site."""
+        return None if self.calibration is None else feature_seconds(self.calibration, self.sizes, self.workers)
+
+    @property
     def warnings(self) -> list[str]:
         """What a person should know before starting, in plain words."""
         found, rounds = [], self.job.config.rounds
@@ -88,6 +93,7 @@ class Forecast:
     def as_json(self) -> dict[str, Any]:
         """Return the forecast as plain values."""
         config, seconds, signal = self.job.config, self.round_seconds, self.signal
+        features = self.feature_seconds
         down, up = self.traffic.run(config.rounds, len(self.sizes))
         return {
             "settings": self.job.settings(),
@@ -113,6 +119,8 @@ class Forecast:
             "calibration": dataclasses.asdict(self.calibration) if self.calibration else None,
             "round_seconds_simulated": seconds[0] if seconds else None,
             "round_seconds_deployed": seconds[1] if seconds else None,
+            "feature_seconds_simulated": features[0] if features else None,
+            "feature_seconds_deployed": features[1] if features else None,
             "signal_to_noise": None
             if signal is None
             else {
