@@ -44,7 +44,7 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.claim import Claim
 from common.privacy.events import Event
 from common.privacy.no_privacy import NoPrivacy
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import JUST_STEPS, Around, PrivacyPlan
 from common.privacy.record_level import DPSGD
 from common.randomness import add_private_noise
 from common.run_lines import PrivacyLine, read_lines
@@ -350,8 +350,8 @@ class WholeSitePlan(PrivacyPlan):
         return model.length_batches(records, 256)
 
     @contextmanager
-    def steps(self, model: FederatedModel, optimizer: Any, **words: Any) -> Iterator[Any]:
-        yield _EmptySteps(model, optimizer, words["correct"])
+    def steps(self, model: FederatedModel, optimizer: Any, around: Around = JUST_STEPS) -> Iterator[Any]:
+        yield _EmptySteps(model, optimizer, around.correct)
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
         held = {layer: {n: received[layer][n] for n in factors} for layer, factors in contribution.items()}

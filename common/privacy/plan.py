@@ -43,6 +43,19 @@ def nothing() -> None:
     """Do nothing."""
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a round does around the work of its steps."""
+
+    before_pass: Callable[[], None] = nothing
+    """Called before each pass; what it raises ends the step."""
+    correct: Correct = as_it_is
+    """From the gradients of a step to those that the optimiser gets; after clip and noise, if there are."""
+
+
+JUST_STEPS = Around()
+
+
 class Steps(Protocol):
     """What takes the optimiser steps of one round."""
 
@@ -72,20 +85,14 @@ class Plan(ABC):
 
     @abstractmethod
     def steps(
-        self,
-        model: FederatedModel,
-        optimizer: Optimizer,
-        *,
-        before_pass: Callable[[], None] = nothing,
-        correct: Correct = as_it_is,
+        self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS
     ) -> AbstractContextManager[Steps]:
         """Return the context in which ``model`` takes steps.
 
         Args:
             model: whose trained parameters are those that require a gradient.
             optimizer: over exactly those.
-            before_pass: called before each pass; what it raises ends the step.
-            correct: from the gradients of a step to those that the optimiser gets; after clip and noise, if there are.
+            around: what the round does beside.
         """
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
@@ -203,18 +210,12 @@ class PrivacyPlan(Plan):
         return model.fixed_batches(records)
 
     @contextmanager
-    def steps(
-        self,
-        model: FederatedModel,
-        optimizer: Optimizer,
-        *,
-        before_pass: Callable[[], None] = nothing,
-        correct: Correct = as_it_is,
-    ) -> Iterator[PrivateSteps]:
+    def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[PrivateSteps]:
         """Return the context of steps that clip each record and noise the sum, see ``common.privacy.dpsgd``."""
         from common.privacy import dpsgd  # It brings Opacus, which no server needs.
 
         margin, kind = dpsgd.rounding_margin(model.device), self.stepping()
+        before_pass, correct = around.before_pass, around.correct
         own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=before_pass, correct=correct)
         with model.many_passes(), own as steps:
             yield steps
