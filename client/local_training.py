@@ -27,7 +27,8 @@ from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fing
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.model.federated import FederatedModel
-from common.privacy.plan import Around, Plan, PrivacyPlan
+from common.privacy.plan import Plan, PrivacyPlan
+from common.privacy.steps import Around
 from common.randomness import stream
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS, initial_shapes

@@ -14,7 +14,7 @@ from common.messages.state import METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
-from common.starts import STARTS, Start
+from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
@@ -159,6 +159,7 @@ def configure(values: Mapping[str, Scalar]) -> Job:
     config = replace(config, adapter=replace(config.adapter, name=name))
     asked_start = _start(config.adapter.start, settings, values)
     origin = asked_start.resolved()
+    check_directions(origin, ADAPTERS[name])
     origin.check(config, ADAPTERS[name])
     if config.head.metric == "public" and METRIC not in origin.gives:
         raise ConfigError(

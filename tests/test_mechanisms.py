@@ -44,8 +44,9 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.claim import Claim
 from common.privacy.events import Event
 from common.privacy.no_privacy import NoPrivacy
-from common.privacy.plan import JUST_STEPS, Around, PrivacyPlan
+from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
+from common.privacy.steps import JUST_STEPS, Around
 from common.randomness import add_private_noise
 from common.run_lines import PrivacyLine, read_lines
 from common.starts import STARTS, PaidStart

@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.config.sections import RunConfig
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
+
+    from common.config.sections import RunConfig
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = "default"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from common.privacy.claim import NOTHING, Claim
 from common.privacy.events import Event
 from common.privacy.mechanism import Mechanism, Recipe
-from common.privacy.plan import JUST_STEPS, Around, Plan, Steps
+from common.privacy.plan import Plan
+from common.privacy.steps import JUST_STEPS, Around, Steps
 
 if TYPE_CHECKING:
     import torch

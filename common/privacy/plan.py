@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from common.check import clip_norm, in_range, positive
 from common.errors import MechanismError, PrivacyError
 from common.privacy.accounting import Release, check_terms, least_noise
 from common.privacy.events import Event, SampledGaussian, sampled_gaussian
+from common.privacy.steps import JUST_STEPS, Around, Steps
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from common.config.sections import PrivacyConfig, TrainingConfig
@@ -29,38 +29,6 @@ if TYPE_CHECKING:
     from common.model.federated import FederatedModel
     from common.privacy.dpsgd import PrivateSteps
     from common.tasks import Batch, Record
-
-Correct = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
-"""From the gradients of one step to others of the same shapes."""
-
-
-def as_it_is(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the gradients."""
-    return gradients
-
-
-def nothing() -> None:
-    """Do nothing."""
-
-
-@dataclass(frozen=True)
-class Around:
-    """What a round does around the work of its steps."""
-
-    before_pass: Callable[[], None] = nothing
-    """Called before each pass; what it raises ends the step."""
-    correct: Correct = as_it_is
-    """From the gradients of a step to those that the optimiser gets; after clip and noise, if there are."""
-
-
-JUST_STEPS = Around()
-
-
-class Steps(Protocol):
-    """What takes the optimiser steps of one round."""
-
-    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
-        """Take one optimiser step on one logical batch, given as any number of parts."""
 
 
 class Plan(ABC):

@@ -80,15 +80,6 @@ class Start(ABC):
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Raise ConfigError, saying what to do, unless the run can start so."""
-        if not set(adapter.directions) <= set(self.gives):
-            from common.starts import STARTS
-
-            lacking = " and ".join(sorted(set(adapter.directions) - set(self.gives)))
-            fitting = ", ".join(name for name, start in STARTS.items() if set(adapter.directions) <= set(start.gives))
-            raise ConfigError(
-                f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
-                f"set adapter.start to one that does ({fitting})"
-            )
         if not adapter.directions and self.asked != "nobody" and METRIC not in self.gives:
             raise ConfigError(
                 f"adapter.start {self.name!r} asks the {self.asked} where factors begin, and the adapter "

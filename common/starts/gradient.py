@@ -20,7 +20,8 @@ from common.messages.state import AdapterState
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.model.shapes import Shapes
-from common.privacy.plan import Around, PrivacyPlan
+from common.privacy.plan import PrivacyPlan
+from common.privacy.steps import Around
 from common.starts.directions import leading_singular_triple
 from common.tasks import Batch
 
