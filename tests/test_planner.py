@@ -108,7 +108,7 @@ def test_the_bytes_of_the_head_alone_stand_beside_those_of_other_strategies_on_t
         assert pair > own, f"{name} is said to send a head alone as well"
     named_nowhere = planned({**toy_settings, **HEAD_ALONE, "adapter.targets": "nowhere"})
     assert named_nowhere.payloads == {"fedavg-lora": own}
-    said = run_plan(tmp_path, {**toy_settings, **HEAD_ALONE}, "--sites", "2", "--no-calibration").output
+    said = run_plan(tmp_path, {**toy_settings, **HEAD_ALONE}, "--sites", "2", "--no-calibration").stdout
     assert "bytes of the head alone *" in said
     assert max(map(len, said.splitlines())) <= 80
 
