@@ -142,6 +142,23 @@ def configure(values: Mapping[str, Scalar]) -> Job:
         if key in RENAMED or key.startswith(START):
             typed(key, value, type(known[key]))
     settings, renamed = by_new_names(values, known)
+    try:
+        return _compose(settings, values, renamed)
+    except ConfigError as error:
+        for old, new in renamed.items():
+            if str(error).startswith(f"{new} "):
+                raise ConfigError(f"{error} ({old} is called {new} now)") from error
+        raise
+
+
+def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], renamed: Mapping[str, str]) -> Job:
+    """Return the job of settings by their present names; errors as for ``configure``.
+
+    Args:
+        settings: by present names.
+        given: as they were written.
+        renamed: the old names among them, each with its successor.
+    """
     sections = (START, *(f"{name}." for name in STRATEGIES))
     asked = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
@@ -157,7 +174,7 @@ def configure(values: Mapping[str, Scalar]) -> Job:
     strategy.check_adapter(ADAPTERS[name])
     ADAPTERS[name].check(config)
     config = replace(config, adapter=replace(config.adapter, name=name))
-    asked_start = _start(config.adapter.start, settings, values)
+    asked_start = _start(config.adapter.start, settings, given)
     origin = asked_start.resolved()
     check_directions(origin, ADAPTERS[name])
     origin.check(config, ADAPTERS[name])
