@@ -7,7 +7,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -18,11 +18,13 @@ from client.site import check_job
 from common.config.sections import Scalar
 from common.config.text import parse_settings
 from common.errors import ConfigError, DataError, PolicyRefusal
+from common.privacy import MECHANISMS
+from common.privacy.record_level import DPSGD
 from deploy import container
 from deploy.check_results import CheckResult
 from deploy.doctor import examine_site
 from deploy.pin import pin
-from deploy.policy_file import pins_of, policy_text
+from deploy.policy_file import mechanisms_of_job, pins_of, policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_site
 from strategies.job import configure
@@ -230,6 +232,28 @@ def test_the_doctor_says_which_models_are_allowed_and_fails_if_the_sites_own_is_
         "site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini=0123456789abcdef0123456789abcdef" in found.found
     )
     assert findings(dataclasses.replace(folder, model="/srv/mini"))["models"].ok
+
+
+def test_the_doctor_says_which_mechanisms_are_allowed(tmp_path: Path) -> None:
+    found = findings(site_with(tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS)))["mechanisms"]
+    assert (found.ok, found.found) == (True, "runs of dp-sgd")
+    (tmp_path / "clinic" / "policy.toml").write_text("allow-no-privacy = true\n", encoding="utf-8")
+    found = findings(open_site_folder(tmp_path / "clinic"))["mechanisms"]
+    assert found.found == "runs of dp-sgd; and runs without privacy"
+
+
+def test_a_policy_made_for_a_job_allows_its_mechanism_and_nothing_that_promises_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Other(DPSGD):
+        name: ClassVar[str] = "other"
+
+    monkeypatch.setitem(MECHANISMS, "other", Other())
+    for mode, allowed in (("other", ["other"]), ("dp-sgd", ["dp-sgd"]), ("none", ["dp-sgd"])):
+        config = configure({"privacy.mode": mode}).config
+        assert mechanisms_of_job(config) == allowed
+        text = policy_text("clinic", 2000, 4.0, 1e-5, mechanisms=mechanisms_of_job(config))
+        assert tomllib.loads(text)["mechanisms"] == allowed
 
 
 # site init.
