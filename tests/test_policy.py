@@ -166,7 +166,8 @@ def test_a_deployed_site_joins_no_run_without_privacy_unless_its_policy_says_so(
 
 def write_notes(path: Path) -> None:
     """Write reviews that have the text twice: in ``text``, and, in other words, in ``note``."""
-    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["text", "note", "label"])
         writer.writeheader()
