@@ -77,7 +77,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
 def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *, initial: bool) -> None:
     """Let the model rehearse what it is about to do, and hold that to the time of the answer.
 
-    The declared size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
+    The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
     and a start refuse fewer than there are.
 
     Raises:

@@ -28,6 +28,7 @@ from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
+from common.privacy.steps import Around
 from common.randomness import stream
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS
@@ -183,7 +184,7 @@ def _take_steps(
     optimizer = build_optimizer(model.trained(), config)
     batches = plan.batches(model, records, stream(job.config.seed, "batches", site), first)
     correct = correction(job.strategy, model, received)
-    with plan.steps(model, optimizer, before_pass=deadline.check, correct=correct) as steps:
+    with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
         for step in range(config.local_steps):
             deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
             set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))

@@ -1,4 +1,4 @@
-"""A site: its records, its declared public size, its ledger.
+"""A site: its records, its public size, its ledger.
 
 A Flower node describes its site in the node configuration (``--node-config``):
 
@@ -31,7 +31,7 @@ from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config.sections import Columns, DataConfig, RunConfig, Scalar
-from common.data.partition import check_division, declared_size, site_part
+from common.data.partition import check_division, public_size_of_part, site_part
 from common.data.sets import DATASETS
 from common.data.sources import (
     Reading,
@@ -45,6 +45,7 @@ from common.data.sources import (
 from common.errors import ConfigError, PolicyRefusal
 from common.log import about
 from common.paths import run_folder
+from common.privacy import MECHANISMS
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from strategies.job import Job
@@ -73,8 +74,8 @@ class Site:
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
     """Return the rules of the steward behind this node's configuration.
 
-    A site without ``data`` that has no policy makes no promise of its own, so it joins runs without
-    privacy: a simulated one, or a part of a public data set. Any other joins them only if its policy says so.
+    A site without ``data`` that has no policy makes no promise of its own, so it joins runs of every mechanism, also
+    without privacy: a simulated one, or a part of a public data set. Any other joins what its policy says.
 
     Raises:
         ConfigError: there is ``data`` and no policy, or the policy cannot be read, or names what the node
@@ -86,7 +87,7 @@ def policy_of(node: Mapping[str, Scalar]) -> Policy:
                 "a node with 'data' needs a 'policy' that says what its records are for: write one with "
                 f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
             )
-        return Policy(allow_no_privacy=True)
+        return Policy(allow_no_privacy=True, mechanisms=",".join(n for n, row in MECHANISMS.items() if row.charged))
     policy = load_policy(Path(str(node["policy"])).expanduser())
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:
@@ -153,7 +154,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             check_division(str(node["division"]), config)
         data = _partition(config.data, config.model.task, part, parts, simulated)
         # Anyone can repeat the division, so the size of a part follows from public settings.
-        size = int(node.get("public-size", policy.public_size)) or declared_size(len(data.examples))
+        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(len(data.examples))
     policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()

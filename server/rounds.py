@@ -105,7 +105,7 @@ def run_rounds(
 
 
 def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Observer) -> ServerState:
-    """Return the state before round 1; only a start that not every party derives has a round 0."""
+    """Return the state before round 1; only a start that server and sites cannot derive has a round 0."""
     state = job.start(server_model.start)
     if job.derived:
         return state

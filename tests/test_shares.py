@@ -67,7 +67,7 @@ def bound(longest: float, share: float = 0.25) -> float:
 
 
 def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weigh by declared sizes alone and let every update be as long as it is."""
+    """Weigh by public sizes alone and let every update be as long as it is."""
     monkeypatch.setattr(aggregation, "usual_noise", lambda *_: math.inf)
     monkeypatch.setattr(aggregation, "factors_of", lambda _, results, __: [1.0] * len(results))
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from audits.tiny_models import TARGETS, save_tiny_model, write_reviews
 from cli.main import app
 from common.config.text import to_toml
-from common.data.partition import declared_size
+from common.data.partition import public_size_of_part
 from common.errors import ConfigError, DataError, RunFailed
 from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.site_count import recorded_sites
@@ -130,7 +130,7 @@ def test_baselines_train_on_the_parts_that_they_name_and_are_judged_on_the_same_
         assert len(set(federated.values())) == 2, "the parts are of one size: this would not tell them apart"
         for site in (0, 1):
             assert told["local-only", site, seed] == {f"site-{site}": federated[f"site-{site}"]}
-        assert told["pooled", None, seed] == {"site-0": declared_size(200)}
+        assert told["pooled", None, seed] == {"site-0": public_size_of_part(200)}
         # The same start on the same test part, whoever trains.
         assert len({row.accuracy_before for row in swept.rows if row.variant == "ffa-lora" and row.seed == seed}) == 1
     assert all((row.bytes_up is None) == (row.arm != "federated") for row in swept.rows)

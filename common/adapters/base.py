@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self, cast
@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.adapters.targets import AUTO, targets_in
-from common.config.sections import RunConfig
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 
@@ -30,13 +29,15 @@ if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody 
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
+    from common.config.sections import RunConfig
+
 PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
 class Place:
-    """One layer, as far as a start may look at it; every party sees the same."""
+    """One layer, as far as a start may look at it; server and sites see the same."""
 
     layer: str
     """Its name in the stock base model."""
@@ -121,7 +122,7 @@ class Adapter(ABC):
         """
 
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return the factors of one layer as every party derives them, before anything is measured (float32, CPU).
+        """Return the factors of one layer as server and sites derive them, before anything is measured (float32, CPU).
 
         Raises:
             ModelError: the adapter was made without a start.
@@ -272,6 +273,28 @@ class Adapter(ABC):
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def target_shapes(base: nn.Module, target_modules: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (out, in) of every layer of a stock base model that an adapter on ``target_modules`` would change.
+
+    None if these fit no layer.
+    """
+    try:
+        names = targets_in(base, target_modules)
+    except ModelError:
+        return []
+    shapes = []
+    for name, module in base.named_modules():
+        # As PEFT does: a whole name, or its end after a dot.
+        if not any(f".{name}".endswith(f".{target}") for target in names):
+            continue
+        if isinstance(module, nn.Linear):
+            shapes.append((module.out_features, module.in_features))
+        elif type(module).__name__ == "Conv1D":
+            into, out = cast(Tensor, module.weight).shape
+            shapes.append((out, into))
+    return shapes
 
 
 def stored_transposed(layer: LoraLayer) -> bool:

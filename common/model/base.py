@@ -25,11 +25,7 @@ from common.errors import ModelNotLoaded
 from common.model.dinov2 import PLAIN_DINOV2_SMALL
 from common.model.smollm2 import PLAIN_SMOLLM2
 from common.tasks import TASKS, Task
-
-UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
-"""Parts of a configuration that change nothing of what the model computes as it is loaded here."""
-OWN_CODE = {"trust_remote_code": False}
-"""For every loader: code that comes with a model never runs; unset, transformers asks whoever sits at the terminal."""
+from common.tasks.loading import UNCOUNTED
 
 
 @dataclass(frozen=True)

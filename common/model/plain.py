@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.model.federated import FederatedModel
-from common.privacy.plan import Correct, as_it_is
-from common.tasks import Batch
+from common.privacy.steps import Correct, as_it_is
+
+if TYPE_CHECKING:
+    from common.model.federated import FederatedModel
+    from common.tasks import Batch
 
 
 class PlainSteps:

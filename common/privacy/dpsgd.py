@@ -27,7 +27,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
@@ -39,8 +39,11 @@ from common.adapters.branch import Branch
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
-from common.privacy.plan import Correct, PrivacyPlan, as_it_is
+from common.privacy.steps import Correct, as_it_is
 from common.randomness import add_private_noise
+
+if TYPE_CHECKING:
+    from common.privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")

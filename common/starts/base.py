@@ -1,7 +1,7 @@
 """The interface of a start.
 
 A start says which directions an adapter's factors begin in. Most follow from the seed or the base
-weights, so that every party derives them and compares a fingerprint. Others need a statistic first,
+weights, so that server and sites derive them and compare a fingerprint. Others need a statistic first,
 such as a mean gradient: round 0 asks for it, at the server or at the sites, and what the statistic
 gives travels once. What records are used, and what that costs, is stated here and nowhere else.
 """
@@ -82,15 +82,6 @@ class Start(ABC):
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Raise ConfigError, saying what to do, unless the run can start so."""
-        if not set(adapter.directions) <= set(self.gives):
-            from common.starts import STARTS
-
-            lacking = " and ".join(sorted(set(adapter.directions) - set(self.gives)))
-            fitting = ", ".join(name for name, start in STARTS.items() if set(adapter.directions) <= set(start.gives))
-            raise ConfigError(
-                f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
-                f"set adapter.start to one that does ({fitting})"
-            )
         if not adapter.directions and self.asked != "nobody" and METRIC not in self.gives:
             raise ConfigError(
                 f"adapter.start {self.name!r} asks the {self.asked} where factors begin, and the adapter "
@@ -110,7 +101,7 @@ class Start(ABC):
 
     @abstractmethod
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
-        """Return what every party derives: ``A``, shape (rank, into), and ``B``, shape (out, rank), if ``wanted``.
+        """Return what server and sites derive: ``A``, shape (rank, into), and ``B``, shape (out, rank), if ``wanted``.
 
         Float32, on the CPU. A start that needs a statistic returns what holds until it is there.
         """

@@ -27,6 +27,7 @@ from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
+from common.privacy.steps import Around
 from common.starts.base import Labels, Needs, PaidStart
 from common.starts.public_metric import PublicMetric
 from common.starts.public_text import MADE_UP
@@ -104,7 +105,7 @@ class Probe(PaidStart, PublicMetric):
             # Copies: the rounds after this one read the records as they were.
             vectors = model.featurise([dict(record) for record in records], before_pass)
             optimizer = torch.optim.SGD(model.head.values(), lr=0.0)
-            with plan.steps(model, optimizer, before_pass=before_pass) as steps:
+            with plan.steps(model, optimizer, Around(before_pass)) as steps:
                 for step in range(self.steps):
                     before_pass()
                     for group in optimizer.param_groups:

@@ -198,7 +198,7 @@ class Task(ABC):
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the stock transformers model and its processor (tokenizer, image processor) by a folder or hub id.
 
-        Code that comes with a model must not run: pass ``common.model.base.OWN_CODE`` to every loader. Any exception
+        Code that comes with a model must not run: pass ``common.tasks.loading.OWN_CODE`` to every loader. Any exception
         is reported as a model that cannot be loaded.
         """
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from common.errors import DataError
 from common.tasks.base import Answer, Batch, Finished, Record, Sums
 from common.tasks.examples import Example
+from common.tasks.loading import OWN_CODE
 from common.tasks.roles import Role
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
@@ -53,8 +54,6 @@ class CausalLM(TextTask):
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from common.model.base import OWN_CODE
 
         return AutoModelForCausalLM.from_pretrained(name, **OWN_CODE), AutoTokenizer.from_pretrained(name, **OWN_CODE)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.errors import ConfigError, DataError
 from common.tasks.base import Batch, Finished, Record, Sums, Task, classified
+from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
 from common.tasks.sentence_modules import LOGITS_CODE, write_modules
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
@@ -54,8 +55,6 @@ class Classification(TextTask):
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""
         from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-        from common.model.base import OWN_CODE
 
         pooled = AutoConfig.from_pretrained(name, **OWN_CODE).model_type in ("bert", "roberta")
         options = {"add_pooling_layer": False} if pooled else {}

@@ -25,6 +25,7 @@ from common.tasks.base import Batch, Finished, Inventor, Record, Sums, Task, cla
 from common.tasks.cells import Misfit
 from common.tasks.examples import Example
 from common.tasks.images import Picture, is_image_folder, read_image, read_image_folder
+from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
 from common.tasks.tables import Table
 
@@ -93,7 +94,6 @@ class ImageClassification(Task):
         from transformers import AutoConfig, AutoModel
         from transformers.image_processing_base import ImageProcessingMixin
 
-        from common.model.base import OWN_CODE
         from common.tasks.image_processor import ImageProcessor
 
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name)

@@ -39,7 +39,7 @@ class StockClassification(Classification):
         """Return the encoder with its pooler; without one, if the files do not hold its weights."""
         from transformers import AutoModel, AutoTokenizer
 
-        from common.model.base import OWN_CODE
+        from common.tasks.loading import OWN_CODE
 
         module, told = AutoModel.from_pretrained(name, **OWN_CODE, output_loading_info=True)
         if any(key.startswith("pooler.") for key in told["missing_keys"]):

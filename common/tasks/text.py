@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from common.errors import ConfigError
 from common.tasks.base import Batch, Inventor, Record, Task
 from common.tasks.examples import Example
+from common.tasks.loading import UNCOUNTED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,8 +143,6 @@ def _embeddings(base: BaseModel) -> int:
 
 
 def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
-    from common.model.base import UNCOUNTED
-
     parts = {
         "class": type(tokenizer).__name__,
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
