@@ -30,7 +30,7 @@ from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
 from common.randomness import stream
 from common.starts import PaidStart, UnpaidStart
-from common.starts.gradient import BATCH_TOKENS, initial_shapes
+from common.starts.gradient import BATCH_TOKENS
 from common.tasks import Record
 from strategies.job import Job
 
@@ -111,10 +111,8 @@ def _statistic(
         chosen = order[: max(1, round(origin.sample_rate * size))]
         return origin.measure(model, model.length_batches([records[i] for i in chosen], BATCH_TOKENS)), None
     paid, own = cast(PaidStart, origin), cast(PrivacyPlan, plan)  # pay_round refuses any other, and has paid for it
-    chosen = own.sample(size)
     try:
-        batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
-        return paid.privatise(model, batches, own, deadline.check), None
+        return paid.privatise(model, records, own, deadline.check), None
     except Exception as error:
         failure = own_words(error)
         return paid.privatise(model, [], own), failure

@@ -33,7 +33,15 @@ from common.check import nearest
 from common.config.sections import Columns, DataConfig, RunConfig, Scalar
 from common.data.partition import check_division, declared_size, site_part
 from common.data.sets import DATASETS
-from common.data.sources import Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
+from common.data.sources import (
+    Reading,
+    is_public,
+    known_labels,
+    load_dataset,
+    load_protected,
+    public_names,
+    train_and_test,
+)
 from common.errors import ConfigError, PolicyRefusal
 from common.log import about
 from common.paths import run_folder
@@ -173,7 +181,7 @@ def own_settings(config: RunConfig) -> DataConfig:
     was read of these records as well would be one more question about them.
     """
     columns = Columns({role.setting: config.data.columns[role.setting] for role in TASKS[config.model.task].roles})
-    name = config.data.name if is_public(config.data.name) else ""
+    name = config.data.name if config.data.name in DATASETS else ""
     # However a job spaces its labels: no second spelling gets the records read again.
     return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", columns=columns)
 
@@ -185,8 +193,8 @@ def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> 
     """
     if "data" not in node and not simulated and not is_public(name):
         raise PolicyRefusal(
-            f"a deployed site plays parts of {', '.join(DATASETS)} alone: the division of {name!r} would depend on all "
-            "of its records; give each site its own file as 'data', and a 'policy', in the node's settings"
+            f"a deployed site plays parts of {', '.join(public_names())} alone: the division of {name!r} would depend "
+            "on all of its records; give each site its own file as 'data', and a 'policy', in the node's settings"
         )
 
 

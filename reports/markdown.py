@@ -92,7 +92,8 @@ def _claim(data: ReportData) -> list[str]:
         )
         lines += ["", "Covered:", "", *(f"- {text}" for text in claim.covered)]
         lines += ["", "Not covered:", "", *(f"- {text}" for text in claim.not_covered), ""]
-    return [*lines, f"Head: {plain(claim.head)}."]
+    text = [f"\nPublic text of the start: {plain(claim.public_text)}."] if claim.public_text else []
+    return [*lines, f"Head: {plain(claim.head)}.", *text]
 
 
 def _sites(data: ReportData) -> list[str]:

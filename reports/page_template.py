@@ -80,6 +80,7 @@ PAGE = """\
 <dt>accountant</dt><dd>{{ claim.accountant }}</dd>
 {% endif %}
 <dt>head</dt><dd>{{ claim.head }}</dd>
+{% if claim.public_text %}<dt>public text of the start</dt><dd>{{ claim.public_text }}</dd>{% endif %}
 </dl>
 {% if claim.made %}
 <div class="pair">

@@ -94,7 +94,7 @@ class Admission:
         reasons |= self._oversized(left)
         left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(result, state) for node, result in left.items()}
-        bounds = {n: largest_norm(self._job.config, least_plan(self._job, r), r, state) for n, r in left.items()}
+        bounds = {n: largest_norm(self._job, least_plan(self._job, r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)
 
     def _oversized(self, results: Mapping[int, TrainResult]) -> dict[int, str]:

@@ -55,6 +55,7 @@ DOORS = {
     },
     "jinja2": {"reports/page.py"},
     "PIL": {"common/tasks/images.py"},
+    "matplotlib": {"experiments/sweep/pictures.py"},
     "onnx": {"common/model/dinov2.py"},
     "ray": set(),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.adapters import Adapter
 from common.config.sections import HeadConfig, ModelConfig
-from common.errors import ConfigError, ProtocolError
+from common.errors import ConfigError, ModelError, ProtocolError
 from common.log import place_of
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.model.base import BaseModel, load_base_model
@@ -93,6 +93,8 @@ class FederatedModel:
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
+        self.head_shapes: Shapes | None = None
+        """The same inside ``head_alone``, once it was entered."""
         self.head_trained = head.policy == "trained"
         if self.module.head is not None:
             start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
@@ -229,6 +231,32 @@ class FederatedModel:
     def attention(self) -> str:
         """How the base model computes attention, as transformers calls it."""
         return str(self.base.module.config._attn_implementation)  # type: ignore[union-attr]
+
+    @contextmanager
+    def head_alone(self) -> Iterator[None]:
+        """Let the head alone take a gradient, on features of the model as it is; put all back afterwards.
+
+        Inside it ``featurise`` computes features, and records that have them pass in one shape.
+
+        Raises:
+            ModelError: the model has no head.
+        """
+        if self.module.head is None:
+            raise ModelError(f"the task {self.task.name!r} has no head that could be trained alone")
+        before = [(p, p.requires_grad) for p in self.module.parameters()]
+        task, shapes, only = self.task, self.shapes, self.head_only
+        self.module.requires_grad_(False)
+        self.module.head.requires_grad_(True)
+        self.task, self.head_only = Featured(self.reading, self.module.width), True
+        self.shapes = self.head_shapes or self.task.shapes(self.base, self.max_length, 0)
+        try:
+            yield
+        finally:
+            self.head_shapes = self.shapes
+            self.task, self.shapes, self.head_only = task, shapes, only
+            for parameter, wanted in before:
+                parameter.requires_grad_(wanted)
+                parameter.grad = None
 
     def many_passes(self) -> AbstractContextManager[None]:
         """Return the context of many passes in a row: frozen weights are in the run's precision inside it."""

@@ -15,6 +15,7 @@ from common.starts.minor_of_weights import MinorOfWeights
 from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
 from common.starts.private_gradient import PrivateGradient
+from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
 from common.starts.public_metric import PublicMetric
 from common.starts.shards import Shards
@@ -32,6 +33,7 @@ STARTS: dict[str, type[Start]] = {
         EVA,
         PublicGradient,
         PublicMetric,
+        Probe,
         DPGradient,
         PrivateGradient,
     )

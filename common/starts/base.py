@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -30,7 +31,8 @@ from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.starts.directions import orthonormal_rows
-from common.tasks import Batch
+from common.starts.gradient import open_weights
+from common.tasks import Batch, Record
 
 Needs = Literal["nothing", "weights", "public records", "paid release", "records, without privacy"]
 Asked = Literal["nobody", "server", "sites"]
@@ -125,6 +127,15 @@ class Start(ABC):
         del model
         return {}
 
+    def check_public(self, config: RunConfig) -> str:
+        """Server: refuse public text that is not public to this run; return what there is to say of it, in words.
+
+        Raises:
+            DataError: it stands among the run's records, or cannot be read.
+        """
+        del config
+        return ""
+
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Server: return the statistic of public records, for a start that needs those.
 
@@ -146,6 +157,25 @@ class Start(ABC):
         """Server: return from one layer's mean statistic ``A`` and ``B`` as of ``factors``, and ``R`` if it moves W."""
         raise self._asks_nobody()
 
+    def complete(
+        self, model: FederatedModel, config: RunConfig, labels: Labels, statistic: AdapterState
+    ) -> AdapterState:
+        """Server: return the sites' mean statistic, with what public records add to it once it is there.
+
+        Args:
+            model: at the start of the run.
+            config: the run's.
+            labels: of the records.
+            statistic: what ``measure`` or ``privatise`` gave, averaged.
+        """
+        del model, config, labels
+        return statistic
+
+    @property
+    def way(self) -> float:
+        """How many times as long as one step's gradient a site's statistic can be."""
+        return 1.0
+
     # --- what it costs ---
 
     def release(self, least_noise: float = 0.0) -> Release | None:
@@ -162,6 +192,8 @@ class PaidStart(Start):
     """A start from one release of every site's records: clipped, noised, and charged to its ledger."""
 
     needs: ClassVar[Needs] = "paid release"
+    on_features: ClassVar[bool] = False
+    """Whether the release is made from features of the frozen base model, which are computed before it."""
 
     sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
     """Chance of each record to be used."""
@@ -189,17 +221,21 @@ class PaidStart(Start):
         event = self.release(least_noise).event
         return dataclasses.replace(whole, event=event, expected_batch_size=event.sample_rate * public_size)
 
+    def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
+        """Return the context in which what the release is made from takes a gradient: the adapted layers' weights."""
+        return open_weights(model)
+
     @abstractmethod
     def privatise(
         self,
         model: FederatedModel,
-        parts: Iterable[Batch],
+        records: Sequence[Record],
         plan: PrivacyPlan,
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
-        """Site: return the clipped, noised, publicly scaled sum of the records' statistics.
+        """Site: return what it releases of records that the plan draws: clipped, noised, over a public divisor.
 
-        ``before_pass`` is called before each pass, and may raise. Without a part it is noise alone.
+        ``before_pass`` is called before each pass, and may raise. Without a record it is noise alone.
         """
 
 

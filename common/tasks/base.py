@@ -117,6 +117,14 @@ class Task(ABC):
             f"the records of model.task {self.name!r} hold no words: set head.start to 'random' or 'zeros'"
         )
 
+    def of_pair(self, first: str, second: str) -> Example:
+        """Return the example of two public texts, for data whose records are pairs; ConfigError as of ``of_phrase``."""
+        raise ConfigError(f"the records of model.task {self.name!r} are no pairs: leave data.text-pair empty")
+
+    def of_text(self, text: str) -> Example:
+        """Return the example of a public text that is to teach what records do; ConfigError as of ``of_phrase``."""
+        return self.of_phrase(text)
+
     # --- the base model ---
 
     @abstractmethod

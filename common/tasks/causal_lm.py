@@ -38,6 +38,12 @@ class CausalLM(TextTask):
         """Return the phrase as a completion of nothing."""
         return TextExample(text="", completion=phrase.strip())
 
+    def of_text(self, text: str) -> Example:
+        """Return the second half of the text's words as the completion of the first."""
+        words = text.split()
+        half = len(words) // 2
+        return TextExample(text=" ".join(words[:half]), completion=f"{' ' if half else ''}{' '.join(words[half:])}")
+
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -50,6 +50,10 @@ class TextTask(Task):
         """Return the phrase as a record's text."""
         return TextExample(text=phrase.strip(), label=0)
 
+    def of_pair(self, first: str, second: str) -> Example:
+        """Return the texts as a record's two."""
+        return TextExample(text=first.strip(), text_pair=second.strip(), label=0)
+
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return the tokenizer's rules and special tokens; files count by their content, wherever they lie."""
         return {"tokenizer": _tokenizer_parts(processor)}
