@@ -1,0 +1,39 @@
+"""A sum of which nobody sees the parts: noise shared by the sites, rounded words, and pairwise masks that cancel.
+
+Every site rounds its noised vector to whole steps of a public grid, as words of 32 bits, and adds one mask for each
+other site, modulo 2³². The two sites of a pair derive the same mask, one adds it and the other takes it away. What a
+server gets from one site is then uniform; only all vectors of an attempt together have a sum that means something,
+and that is the rounded sum of what the sites hold, plus noise of which each has drawn a part.
+
+All or nothing: an attempt in which one vector is missing has no sum. Who may take part is a roster of signing keys that
+a site's steward was given by hand (``roster``); the masks' keys are made anew for each attempt and signed
+(``attempt``); everything that the sites must agree on goes into each mask (``context``), so that a server which told
+two sites different things gets uniform words. Why noise that each site rounds for itself keeps the price of one
+Gaussian: ``docs/secure-sum.md``, which has the proof and the adversary.
+
+The masks are those of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
+section 4.1, without its recovery from drop-outs.
+"""
+
+from __future__ import annotations
+
+from common.secure_sum.attempt import KeyOffer, SiteAttempt
+from common.secure_sum.context import AttemptName, Context, Task, Terms
+from common.secure_sum.identity import Identity
+from common.secure_sum.roster import Roster
+from common.secure_sum.rounding import check_headroom, noise_share, rounded, total
+
+__all__ = [
+    "AttemptName",
+    "Context",
+    "Identity",
+    "KeyOffer",
+    "Roster",
+    "SiteAttempt",
+    "Task",
+    "Terms",
+    "check_headroom",
+    "noise_share",
+    "rounded",
+    "total",
+]

@@ -1,0 +1,121 @@
+"""A site's part in one attempt: a new key, one check of the others' keys, one masked vector, and then no key.
+
+The key exists in this process's memory alone, so a site that was started anew has none and the attempt fails: no second
+vector ever leaves under one mask. (Python drops the key; it cannot wipe the memory that held it.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from common.errors import MechanismError, ProtocolError
+from common.secure_sum.canonical import canonical
+from common.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Terms
+from common.secure_sum.identity import Identity, is_signed
+from common.secure_sum.masks import Words, add_mask, pair_seed
+from common.secure_sum.roster import Roster
+
+
+@dataclass(frozen=True)
+class KeyOffer:
+    """A site's public key of one attempt, signed."""
+
+    site: str
+    public: bytes
+    """X25519, 32 raw bytes."""
+    signature: bytes
+    """By the site's signing key, over the attempt's name, the site's and the public key."""
+
+
+def _signed(name: AttemptName, site: str, public: bytes) -> bytes:
+    return canonical(
+        f"{PROTOCOL}/key",
+        {
+            "run": name.run,
+            "round_number": name.round_number,
+            "attempt": name.attempt,
+            "roster": name.roster,
+            "site": site,
+            "public": public,
+        },
+    )
+
+
+class SiteAttempt:
+    """One site's part in one attempt.
+
+    Args:
+        name: the attempt.
+        site: this site's name in the roster.
+        identity: its signing key.
+    """
+
+    def __init__(self, name: AttemptName, site: str, identity: Identity) -> None:
+        self.name, self._site = name, site
+        self._private: X25519PrivateKey | None = X25519PrivateKey.generate()
+        public = self._private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        self.offer = KeyOffer(site, public, identity.sign(_signed(name, site, public)))
+        """What goes to the server, and from it to the others."""
+        self._context: Context | None = None
+        self._seeds: dict[str, bytes] = {}
+
+    def agree(self, offers: Sequence[KeyOffer], roster: Roster, terms: Terms, task: Task) -> Context:
+        """Check what the server says of the attempt, before anything is charged; return what the masks are bound to.
+
+        The masks' seeds are derived here, and the key is dropped.
+
+        Args:
+            offers: of all sites of the attempt, this one's among them.
+            roster: the steward's own, never the server's.
+            terms: the run's, as this site prices them.
+            task: what this site was given.
+
+        Raises:
+            ProtocolError: an offer is of no site of the roster, is there twice, is not signed by that site for this
+                attempt, or is another than this site's own; a key is there twice, or is none; the sites are too few; or
+                another task was given for the same attempt before.
+        """
+        if roster.digest != self.name.roster:
+            raise ProtocolError("the attempt is of another roster than this site's: stewards must agree on one")
+        keys: dict[str, bytes] = {}
+        for offer in offers:
+            if offer.site not in roster.keys:
+                raise ProtocolError(f"site {offer.site!r} is not in the roster: its noise may be anybody's")
+            if offer.site in keys or offer.public in keys.values():
+                raise ProtocolError(f"the key of site {offer.site!r} is there twice: no mask would hide anything")
+            if not is_signed(_signed(self.name, offer.site, offer.public), offer.signature, roster.keys[offer.site]):
+                raise ProtocolError(f"the key of site {offer.site!r} is not signed by that site for this attempt")
+            keys[offer.site] = offer.public
+        if keys.get(self._site) != self.offer.public:
+            raise ProtocolError("this site's own key is not among those of the attempt: its masks would not be its own")
+        if len(keys) < terms.least_sites:
+            raise ProtocolError(
+                f"the attempt has {len(keys)} sites: {terms.honest_sites} honest ones beside {terms.colluders} that "
+                f"may collude need {terms.least_sites}"
+            )
+        context = Context(self.name, terms, task, keys)
+        if self._context is not None and self._context.encoded() != context.encoded():
+            raise ProtocolError("another task was given for this attempt before: each attempt has one")
+        if self._private is not None:
+            digest, peers = context.digest(), {peer: key for peer, key in keys.items() if peer != self._site}
+            self._seeds = {peer: pair_seed(self._private, key, digest, self._site, peer) for peer, key in peers.items()}
+            self._private, self._context = None, context
+        return context
+
+    def masked(self, words: Words) -> Words:
+        """Return ``words`` with this site's masks, modulo 2³², once: the seeds are dropped.
+
+        Raises:
+            MechanismError: the attempt was not agreed on, or has masked its vector already.
+        """
+        seeds, self._seeds = self._seeds, {}
+        if not seeds:
+            raise MechanismError("an attempt masks one vector, once it is agreed on, and no second one")
+        masked = words.copy()
+        for peer, seed in seeds.items():
+            add_mask(masked, seed, self._site, peer)
+        return masked
