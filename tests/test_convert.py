@@ -132,4 +132,4 @@ def test_sentences_are_written_with_the_hash_that_a_run_asks_for(
     assert {*Path("qnli.txt").read_text().splitlines()} == {*data_set_sentences("qnli")}
     settings = {"adapter.start": "eva", "start.text": "qnli", "start.text-sha256": told.split()[-1]}
     job = configure(settings)
-    assert job.origin.check_public(job.config).startswith("compared with the public test part and the records of")
+    assert job.origin.check_public(job.config).endswith("records of data.name 'rotten-tomatoes'")

@@ -7,6 +7,7 @@ from common.tasks.causal_lm import CausalLM
 from common.tasks.classification import Classification
 from common.tasks.image_classification import ImageClassification
 from common.tasks.roles import Role
+from common.tasks.stock_classification import StockClassification
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM(), ImageClassification())}
 
@@ -25,6 +26,7 @@ __all__ = [
     "Finished",
     "ImageClassification",
     "Record",
+    "StockClassification",
     "Sums",
     "Task",
     "roles_of_all",

@@ -37,6 +37,14 @@ class Classification(TextTask):
     hub_task: ClassVar[str] = "text-classification"
     library: ClassVar[str] = "sentence-transformers"
     pools: ClassVar[tuple[str, ...]] = ("mean", "stock")
+    readings: ClassVar[dict[str, type[Classification]]] = {}
+    """By ``head.pool``: what reads features otherwise than this class; each says so itself."""
+
+    def __init_subclass__(cls, *, pool: str = "", **more: Any) -> None:
+        """Take down a reading of features by another ``head.pool``."""
+        super().__init_subclass__(**more)
+        if pool:
+            Classification.readings[pool] = cls
 
     def check(self, config: RunConfig) -> None:
         """As every task's; and a stock head takes features as they are."""
@@ -48,9 +56,8 @@ class Classification(TextTask):
 
     def pooled(self, pool: str) -> Task:
         """Return the reading of the pooler for ``stock``."""
-        from common.tasks.stock_classification import StockClassification
-
-        return StockClassification() if pool == "stock" else super().pooled(pool)
+        reading = self.readings.get(pool)
+        return reading() if reading else super().pooled(pool)
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""

@@ -30,7 +30,7 @@ CLOSE = 1e-5
 """Largest difference of a logit between a run's head and the stock class, before it is written."""
 
 
-class StockClassification(Classification):
+class StockClassification(Classification, pool="stock"):
     """One label a record; the head reads the pooler."""
 
     library = "transformers"
