@@ -48,8 +48,8 @@ class PublicGradient(Start):
             raise ConfigError("adapter.start 'public-gradient' needs start.data: name a public data set or file")
         if self.data == config.data.name:
             raise ConfigError(
-                f"start.data is {self.data!r}, the run's own data.name, whose records simulated sites divide: without a "
-                "charge they would be used; name another public data set or file"
+                f"start.data is {self.data!r}, the run's own data.name, whose records simulated sites divide: they "
+                "would be used without a charge; name another public data set or file"
             )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
