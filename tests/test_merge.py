@@ -100,9 +100,11 @@ def test_every_classifier_is_computed_by_stock_sentence_transformers(
     run = run_in_process({**toy_settings, "rounds": 1, "training.learning-rate": 0.3, **KINDS[kind]}, 2)
     wanted = logits_of(run, TEXTS)
     merge_run(run, tmp_path / "merged")
-    assert (read_modules(tmp_path / "merged", TEXTS) - wanted).abs().max() < CLOSE
+    # Whitened logits reach 30, where float32's own step is 2e-6.
+    close = CLOSE * max(1.0, float(wanted.abs().max()))
+    assert (read_modules(tmp_path / "merged", TEXTS) - wanted).abs().max() < close
     stock = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
-    assert (stock.encode(TEXTS, convert_to_tensor=True) - wanted).abs().max() < CLOSE
+    assert (stock.encode(TEXTS, convert_to_tensor=True) - wanted).abs().max() < close
     assert stock[0].auto_model.config.id2label == {0: "bad", 1: "good"}
     base, merged = AutoModel.from_pretrained(toy_settings["model.name"]).state_dict(), stock[0].auto_model.state_dict()
     own = [name for name in merged if not name.startswith("pooler")]

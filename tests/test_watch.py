@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,9 @@ def test_what_cannot_be_watched_is_an_error_in_a_line(going: MadeRun, tmp_path: 
 def test_the_command_serves_until_it_is_interrupted(going: MadeRun) -> None:
     words = [sys.executable, "-c", "from cli.main import app; app()", "watch", str(going.folder)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    started = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    # A shell's background jobs ignore interrupts, and so would what they start.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
     try:
         assert started.stdout is not None
         found = re.search(rf"http://{LOOPBACK}:(\d+)/", started.stdout.readline())

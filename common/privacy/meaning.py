@@ -95,19 +95,30 @@ def _meaning(merged: Merged, delta: float) -> Meaning | None:
         for rate in FALSE_POSITIVES:
             upper = np.minimum(deltas + np.exp(epsilons) * rate, 1 - np.exp(-epsilons) * (1 - deltas - rate))
             attacks.append(Attack(rate, float(min(1.0, upper.min()))))
-        several = []
-        for units in UNITS:
-            spread = max(_spread(event, units) for event, _ in merged)
-            finer = 1 + math.log10(max(count for _, count in merged))
-            # Many different releases share the points of four, so that a report takes seconds whatever was released.
-            points = POINTS * finer / max(1.0, len(merged) / 4)
-            held = _composed(merged, units, max(PLD_INTERVAL, spread / points))
-            if held is not None:
-                several.append(Several(units, max(0.0, float(held.get_epsilon(delta)))))
     except (ArithmeticError, ValueError, MemoryError):
         # Figures that another party made up must not stop whoever reports them.
         return None
-    return Meaning(attacks, float(deltas[0]), several)
+    figures = {units: _of_several(merged, units, delta) for units in UNITS}
+    told = [Several(units, figure) for units, figure in figures.items() if figure is not None]
+    return Meaning(attacks, float(deltas[0]), told)
+
+
+def _of_several(merged: Merged, units: int, delta: float) -> float | None:
+    """Return ε of so many units of one person; None where the library has no finite answer."""
+    import numpy as np
+
+    spread = max(_spread(event, units) for event, _ in merged)
+    finer = 1 + math.log10(max(count for _, count in merged))
+    # Many different releases share the points of four, so that a report takes seconds whatever was released.
+    points = POINTS * finer / max(1.0, len(merged) / 4)
+    try:
+        with np.errstate(all="ignore"):
+            held = _composed(merged, units, max(PLD_INTERVAL, spread / points))
+            found = math.inf if held is None else float(held.get_epsilon(delta))
+    except (ArithmeticError, ValueError, MemoryError, TypeError):
+        # A TypeError: dp-accounting finds no end of the tail of a mixture whose noise is very small.
+        return None
+    return max(0.0, found) if math.isfinite(found) else None
 
 
 def _composed(merged: Merged, units: int, interval: float) -> PLDAccountant | None:
