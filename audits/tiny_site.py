@@ -20,7 +20,7 @@ from common.messages.tensors import fingerprint, start_fingerprint
 from common.messages.wire import encode_task
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from deploy.policy_file import models_of, pins_of_job
+from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job
 from strategies.job import configure
 
 
@@ -116,9 +116,9 @@ def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int 
 
 def pins(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a policy's keys that let a site's own records into a run of ``settings``, whatever model that has."""
-    model = configure(settings).config.model
-    models = models_of(model.name, _fingerprint(model.name, model.task))
-    return {**pins_of_job(configure(settings).config), "models": models}
+    config = configure(settings).config
+    models = models_of(config.model.name, _fingerprint(config.model.name, config.model.task))
+    return {**pins_of_job(config), "models": models, "mechanisms": mechanisms_of_job(config)}
 
 
 @lru_cache

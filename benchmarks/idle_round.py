@@ -121,7 +121,9 @@ def play(folder: Path, rounds: int, *, plain: bool) -> tuple[list[float], list[f
         run = submit(server, settings, print, sites=len(SITES), patience=300)
     if plain:
         return [line.seconds for line in read_lines(RoundLine, run)][FIRST:], []
-    stamps = [[*map(float, line.split())] for site in SITES for line in (folder / f"{site}.stamps").open()]
+    stamps = [
+        [*map(float, line.split())] for site in SITES for line in (folder / f"{site}.stamps").read_text().splitlines()
+    ]
     by_round = [sorted(replies) for replies in zip(*_columns(stamps), strict=True)]
     ends = [replies[-1] for replies in by_round]
     return [b - a for a, b in zip(ends[FIRST:], ends[FIRST + 1 :], strict=False)], [b - a for a, b in stamps]

@@ -11,7 +11,7 @@ import typer
 from cli.column_options import with_columns
 from cli.errors import for_people
 from common.errors import ConfigError
-from deploy.findings import Finding
+from deploy.check_results import CheckResult
 
 server_app = typer.Typer(no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
 site_app = typer.Typer(no_args_is_help=True, help="A site's side: keys, policy, the node.")
@@ -270,7 +270,7 @@ def doctor_site(folder: Folder) -> None:
     _report(examine_site(open_site_folder(folder)))
 
 
-def _report(findings: Iterable[Finding]) -> None:
+def _report(findings: Iterable[CheckResult]) -> None:
     failed = 0
     for finding in findings:
         failed += not finding.ok

@@ -17,8 +17,10 @@ from cli.errors import for_people as _for_people
 from cli.ledger import ledger_app
 from cli.notes import print_notes
 from cli.plan import plan
-from cli.report import keygen, print_summary, report, verify
+from cli.report import keygen, print_summary, report, verify, watch
+from cli.serving import ask, merge
 from cli.settings import settings
+from cli.sweep import pictures, sweep
 from common.words import counted
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, verify, keygen):
+for command in (report, watch, verify, keygen, merge, ask, sweep, pictures):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)

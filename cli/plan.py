@@ -23,7 +23,7 @@ console = Console(highlight=False)
 def plan(
     settings: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
     sites: Annotated[int | None, typer.Option(help="Simulated sites that divide the data; 4 if not said.")] = None,
-    sizes: Annotated[str, typer.Option(help="Declared sizes instead, one per site: 700,2400,3400.")] = "",
+    sizes: Annotated[str, typer.Option(help="Public sizes instead, one per site: 700,2400,3400.")] = "",
     find: Annotated[str, typer.Option(help="Turn it round: noise, rounds or sample-rate within the budget.")] = "",
     calibration: Annotated[bool, typer.Option(help="Take a few steps on public records to estimate time.")] = True,
     workers: Annotated[int, typer.Option(min=0, help="Processes that train at once; 0: as many as pay off.")] = 0,
@@ -33,22 +33,22 @@ def plan(
     from common.config.text import parse_settings
     from experiments.planner.find import find as find_within_budget
     from experiments.planner.forecast import forecast
-    from experiments.planner.plan import site_plans
+    from experiments.planner.price import site_plans
     from experiments.planner.tables import print_forecast, print_found
     from strategies.job import configure
 
     overrides = parse_settings(settings or [])
     job = configure(overrides)
     print_notes(job)
-    declared = _sizes(job, sites, sizes)
+    public_sizes = _sizes(job, sites, sizes)
     if find:
         found = find_within_budget(job, find)
         job = configure({**overrides, found.setting: found.value})
-        site_plans(job, declared)
-        print_found(console, job, declared, found)
-        content = {**vars(found), "sizes": list(declared), "settings": job.settings()}
+        site_plans(job, public_sizes)
+        print_found(console, job, public_sizes, found)
+        content = {**vars(found), "sizes": list(public_sizes), "settings": job.settings()}
     else:
-        planned = forecast(job, declared, workers=workers, calibrated=calibration)
+        planned = forecast(job, public_sizes, workers=workers, calibrated=calibration)
         print_forecast(console, planned)
         content = planned.as_json()
     if json_file is not None:
@@ -56,7 +56,7 @@ def plan(
 
 
 def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
-    from experiments.planner.plan import simulated_sizes
+    from experiments.planner.price import simulated_sizes
 
     if not sizes:
         return simulated_sizes(job, 4 if sites is None else sites)

@@ -1,4 +1,7 @@
-"""The pages of ``docs`` that are made from the code: ``python -m cli.reference`` writes them, a test compares them."""
+"""The pages of ``docs`` that are made from the code: ``python -m cli.reference`` writes them, a test compares them.
+
+It also brings the results up to date that a document cites (``cli.cited``).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import click
 import typer
 
+from cli import cited
 from common.accountant import Accountant
 from common.docstrings import fields_said, said_of
 from common.messages import wire
@@ -23,12 +27,15 @@ from common.run_lines import (
     ConfigFile,
     CountLine,
     Finding,
+    LabelScore,
     PrivacyLine,
     ProgressFile,
     Reached,
     ResultFile,
     RoundLine,
 )
+from experiments.sweep.arms import ARMS
+from experiments.sweep.rows import Row
 from strategies.table import (
     adapter_table,
     dataset_table,
@@ -75,7 +82,13 @@ def tables_page() -> str:
             "A column is a setting in a job, a pin in a policy, and an option on the command line.",
         ),
         ("Data sets with a name", dataset_table(), "Any file, folder or `hub:NAME` is a data set as well."),
+        ("Arms of a sweep", _arm_table(), "`federated`, and the baselines that `fedveil sweep` puts beside it."),
     )
+
+
+def _arm_table() -> str:
+    rows = [[f"`{arm.name}`", arm.about, "yes" if arm.baseline else "no"] for arm in ARMS.values()]
+    return markdown(("arm", "what it is", "baseline"), rows)
 
 
 def run_folder_page() -> str:
@@ -87,15 +100,18 @@ def run_folder_page() -> str:
         SpendingFigures: "in `privacy.jsonl`, beside the other keys",
         Absence: "in `rounds.jsonl`",
         CountLine: "in `rounds.jsonl`",
+        LabelScore: "in `baseline.json` and `rounds.jsonl`",
         Reached: "in `result.json`, beside the other keys",
         Finding: "in `audit*.json`",
     }
     parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]
+    parts.append(("A row of a sweep's table", _fields(Row), "A line of `NAME.jsonl`, and of `NAME.csv` beside it."))
     return _page(
         "The folder of a run",
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
-        "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head beside it, "
-        "`report.*` the report. In a simulation `ledgers/` holds the sites' ledgers.",
+        "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
+        "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
+        "ledgers.",
         *parts,
     )
 
@@ -192,10 +208,12 @@ def _default(parameter: click.Parameter) -> str:
 
 
 def main() -> None:
-    """Write every page."""
+    """Write every page, and the results that documents cite."""
     for name, made in PAGES.items():
         (DOCS / name).write_text(made(), encoding="utf-8")
         print(f"docs/{name}")
+    for path in cited.write():
+        print(f"results in {path.name}")
 
 
 if __name__ == "__main__":

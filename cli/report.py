@@ -23,20 +23,52 @@ console = Console(highlight=False, soft_wrap=True)
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
     sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
+    declared: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--declare", help="Answer a question that no file can: 'license=\"apache-2.0\"'; may be given again."
+        ),
+    ] = None,
+    registry: Annotated[
+        bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
+    ] = False,
     picture: Annotated[
         Path | None,
         typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
     ] = None,
 ) -> None:
-    """Write a run's report as a page, Markdown and JSON, from the files in its folder."""
+    """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
+    from common.config.text import parse_settings
     from reports import write_reports
+    from reports.declared import declare
 
+    if declared:
+        declare(folder, parse_settings(declared))
     if picture is not None:
         _write_picture(folder, picture, sign)
         return
     written = write_reports(folder, sign)
     print_summary(folder)
+    if registry:
+        written.append(_write_record(folder))
     console.print("\n".join(str(path) for path in written), markup=False)
+
+
+def _write_record(folder: Path) -> Path:
+    from common.files import replace_file
+    from reports import report_of
+    from reports.declared import read_declared
+    from reports.registry import NAME, registry_record
+
+    declared = read_declared(folder)
+    record = registry_record(report_of(folder), declared)
+    try:
+        replace_file(folder / NAME, record.encode())
+    except OSError as error:
+        raise DataError(f"{folder / NAME} cannot be written ({error.strerror}): check rights and space") from error
+    for key, question in declared.open().items():
+        console.print(f"not declared: {key}: {question}", markup=False)
+    return folder / NAME
 
 
 def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
@@ -56,6 +88,22 @@ def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
     except OSError as error:
         raise DataError(f"{picture} cannot be written ({error.strerror}): name another file") from error
     console.print(f"picture: {picture}", markup=False)
+
+
+@for_people
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, of a run that goes on or of a finished one.")],
+    port: Annotated[int, typer.Option(help="Port on this machine alone; 0: a free one.")] = 0,
+) -> None:
+    """Serve a run's report on this machine alone, made anew while the run goes on, until Ctrl-C."""
+    from reports.watch import LOOPBACK, Watched
+
+    with Watched(folder, port) as watched:
+        console.print(f"http://{LOOPBACK}:{watched.server_port}/ (Ctrl-C ends it)", markup=False)
+        try:
+            watched.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            console.print("ended")
 
 
 @for_people
@@ -99,6 +147,8 @@ def print_summary(folder: Path) -> None:
         visible,
     )
     from reports import report_of
+    from reports.meaning import attack_sentence, several_sentence
+    from reports.scores import share_text
     from reports.sites import distinct
 
     data = report_of(folder)
@@ -122,6 +172,9 @@ def print_summary(folder: Path) -> None:
         )
     else:
         console.print(f"federation: {data.claim.sentence}")
+    if data.meaning is not None:
+        said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
+        console.print(visible(" ".join(text for text in said if text)), markup=False)
     for text in data.alarms:
         console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))
     for text in [*data.problems, *data.claim.gaps]:
@@ -130,5 +183,12 @@ def print_summary(folder: Path) -> None:
         f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
         f"{percent_text(head.accuracy_after)} after {counted(head.rounds_done, 'round')}"
     )
+    if data.accuracy:
+        whole = data.accuracy[0]
+        console.print(
+            f"with 95 % intervals, on {counted(whole.records, 'public record')}: {share_text(whole.before)} before, "
+            f"{share_text(whole.after)} after",
+            markup=False,
+        )
     if data.status != "completed":
         console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"), markup=False)

@@ -28,6 +28,7 @@ from common.messages.wire import decode_key_task, decode_task, encode_reply, kin
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.paths import run_name
+from common.starts import PaidStart
 from common.tasks import Record
 from common.tasks.examples import Dataset
 from strategies.job import Job, configure
@@ -77,7 +78,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
 def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *, initial: bool) -> None:
     """Let the model rehearse what it is about to do, and hold that to the time of the answer.
 
-    The declared size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
+    The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
     and a start refuse fewer than there are.
 
     Raises:
@@ -93,25 +94,28 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         return
     if False not in _process.rehearsed:
         _process.rehearsed[False] = rehearse(model)
-    if model.head_only and _process.features is None:
+    origin = job.origin
+    paid_start = origin if initial and isinstance(origin, PaidStart) else None
+    on_features = model.head_only or bool(paid_start and paid_start.on_features)
+    if on_features and _process.features is None:
         # Last, because the other may change how the model attends; features that were computed before are dropped.
         _process.features, _process.records = rehearse_features(model), {}
-    if initial and True not in _process.rehearsed:
+    if paid_start and True not in _process.rehearsed:
         # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
         attention, rounds = model.attention, _process.rehearsed.pop(False)
-        start = rehearse_initial(model)
+        start = rehearse_initial(model, paid_start)
         if model.attention != attention:
             rounds = rehearse(model)
         _process.rehearsed = {False: rounds, True: start}
-    timing, training = _process.rehearsed[initial], job.config.training
-    paid = job.origin.release() if initial else None
+    timing, training = _process.rehearsed[paid_start is not None], job.config.training
+    paid = paid_start.release() if paid_start else None
     steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
     if job.mechanism.charged and not paid:
         # What the plan draws by, which need not be what the run asks for.
         rate = job.mechanism.event(job.config.privacy, training).sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
-    featured = (_process.features, float(site.public_size)) if _process.features else None
+    featured = (_process.features, float(site.public_size)) if _process.features and on_features else None
     deadline.allow(timing, steps, rate * site.public_size, scored, featured)
     if deadline.seconds and len(site.data.examples) > site.public_size:
         log.error("there are more records than public-size says: when it answers, is not covered by the claim")

@@ -74,8 +74,8 @@ class Timing:
 
         Args:
             steps: private steps.
-            batch: expected records of a step, by the declared size.
-            scored: records that are scored for a noised count, by the declared size.
+            batch: expected records of a step, by the public size.
+            scored: records that are scored for a noised count, by the public size.
         """
         most = most_drawn(batch)
         begun = sum(sorted(self.passes.values())[-most:])

@@ -29,10 +29,11 @@ from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
+from common.privacy.steps import Around
 from common.randomness import stream
 from common.secure_sum.masks import Words
 from common.starts import PaidStart, UnpaidStart
-from common.starts.gradient import BATCH_TOKENS, initial_shapes
+from common.starts.gradient import BATCH_TOKENS
 from common.tasks import Record
 from strategies.job import Job
 
@@ -120,10 +121,8 @@ def _statistic(
         chosen = order[: max(1, round(origin.sample_rate * size))]
         return origin.measure(model, model.length_batches([records[i] for i in chosen], BATCH_TOKENS)), None
     paid, own = cast(PaidStart, origin), cast(PrivacyPlan, plan)  # pay_round refuses any other, and has paid for it
-    chosen = own.sample(size)
     try:
-        batches = model.fixed_batches([records[i] for i in chosen], initial_shapes(model))
-        return paid.privatise(model, batches, own, deadline.check), None
+        return paid.privatise(model, records, own, deadline.check), None
     except Exception as error:
         failure = own_words(error)
         return paid.privatise(model, [], own), failure
@@ -195,7 +194,7 @@ def _take_steps(
     optimizer = build_optimizer(model.trained(), config)
     batches = plan.batches(model, records, stream(job.config.seed, "batches", site), first)
     correct = correction(job.strategy, model, received)
-    with plan.steps(model, optimizer, before_pass=deadline.check, correct=correct) as steps:
+    with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
         for step in range(config.local_steps):
             deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
             set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))

@@ -19,13 +19,19 @@ from common.check import at_least, below, in_range, not_negative, one_of, positi
 from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError
 from common.model.base import NAMED_MODELS
+from common.privacy import MECHANISMS
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
+from common.privacy.mechanism import Mechanism
+from common.privacy.record_level import DPSGD
 from strategies import STRATEGIES
 from strategies.job import Job
 
 UNLIMITED = 2**62
-LISTS = ("strategies", "head-policies", "models", "bundles", LABELS)
+USUAL_MECHANISMS = (DPSGD.name,)
+"""What a policy allows that names no mechanisms. It stays as it is when a row is added to the table: a steward who has
+not named a mechanism has not allowed it."""
+LISTS = ("strategies", "head-policies", "models", "bundles", "mechanisms", LABELS)
 MODEL_DIGITS = 32
 """Least hexadecimal digits of its fingerprint by which a policy may name a base model: with fewer, somebody could make
 another one that begins alike."""
@@ -40,7 +46,8 @@ BUNDLE_DIGITS = 64
 class Policy:
     """What a site allows. Every field is public.
 
-    The defaults leave to the server all but unprotected runs, private records and base models of its own.
+    The defaults leave to the server all but runs without privacy or of another mechanism than record-level DP-SGD,
+    private records, and base models of its own.
     """
 
     dataset_id: str = ""
@@ -66,6 +73,9 @@ class Policy:
     bundles: str = ""
     """Hashes of the bundles of code whose runs the site joins, whole; empty: that of the installed version alone.
     Kept by ``fedveil site start``, which runs the installed code whatever is in a bundle."""
+    mechanisms: str = ""
+    """Mechanisms that promise something and whose runs the site joins, each as ``privacy.mode``; empty:
+    ``USUAL_MECHANISMS``. Of those that promise nothing ``allow_no_privacy`` decides."""
     task: str = ""
     """Kind of task that the records are for. This and the keys up to ``max_length`` are the pins: see
     ``client.pins``."""
@@ -135,13 +145,24 @@ class Policy:
                 raise ConfigError(
                     f"bundles names {name!r}: give all {BUNDLE_DIGITS} digits (0-9, a-f) that 'fedveil bundle' prints"
                 )
+        for name in _names(self.mechanisms):
+            one_of(MECHANISMS, mechanisms=name)
+            if not MECHANISMS[name].charged:
+                raise ConfigError(
+                    f"mechanisms names {name!r}, which promises nothing about any record: remove it, and set "
+                    "allow-no-privacy = true if the site is to join such runs"
+                )
+        summed = [name for name in _names(self.mechanisms) if MECHANISMS[name].summed]
+        if self.honest_sites and not summed:
+            known = " or ".join(repr(name) for name, row in MECHANISMS.items() if row.summed)
+            raise ConfigError(f"honest-sites is for secure sums, which mechanisms does not allow: add {known} to it")
         check_whole(self)
 
     def check_size(self, public_size: int) -> None:
-        """Raise ConfigError if delta is above one over the declared size."""
+        """Raise ConfigError if delta is above one over the public size."""
         if math.isfinite(self.delta) and self.delta > 1 / public_size:
             raise ConfigError(
-                f"the policy's delta {self.delta:g} is above 1/{public_size} of the declared public size: "
+                f"the policy's delta {self.delta:g} is above 1/{public_size} of the public size: "
                 f"set it to {1 / public_size:.1g} or less"
             )
 
@@ -155,8 +176,7 @@ class Policy:
         """
         config = job.config
         check_pins(self, config, private=private, place=place)
-        if not job.mechanism.charged and not self.allow_no_privacy:
-            raise refusal("allow-no-privacy", "false", f"privacy.mode = {config.privacy.mode!r}")
+        self.check_mechanism(job.mechanism)
         if job.mechanism.summed and config.privacy.honest_sites > self.honest_sites:
             raise refusal("honest-sites", self.honest_sites, f"privacy.honest-sites = {config.privacy.honest_sites}")
         _one_of("strategies", self.strategies, config.strategy)
@@ -165,6 +185,20 @@ class Policy:
             # Paid for, and then dropped by the server.
             raise refusal("reply-after", f"{self.reply_after:g}", f"round-timeout = {config.round_timeout:g}")
         self.check_model_name(config.model.name)
+
+    def check_mechanism(self, mechanism: Mechanism) -> None:
+        """Raise PolicyRefusal unless runs of this mechanism may be joined; one that nobody allowed may not."""
+        asked = f"privacy.mode = {mechanism.name!r}"
+        if not mechanism.charged:
+            if not self.allow_no_privacy:
+                raise refusal("allow-no-privacy", "false", asked)
+        elif mechanism.name not in self.allowed_mechanisms:
+            raise refusal("mechanisms", ", ".join(self.allowed_mechanisms), asked)
+
+    @property
+    def allowed_mechanisms(self) -> tuple[str, ...]:
+        """Names of the mechanisms that are allowed, of those that promise something."""
+        return _names(self.mechanisms) or USUAL_MECHANISMS
 
     def check_model_name(self, name: str) -> None:
         """Raise PolicyRefusal unless a base model of this name may be loaded."""

@@ -35,7 +35,8 @@ from common.model.shapes import FixedBatch, Shapes
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.randomness import stream
-from common.starts.gradient import initial_shapes, open_weights
+from common.starts import PaidStart
+from common.starts.gradient import initial_shapes
 from common.tasks import Record, Task
 
 MIXED = 1e-4
@@ -67,10 +68,10 @@ def rehearse(model: FederatedModel) -> Timing:
     return _Rehearsal(model).run()
 
 
-def rehearse_initial(model: FederatedModel) -> Timing:
-    """Check round 0, whose gradient is that of the adapted layers' own weights; as ``rehearse``."""
-    with open_weights(model):
-        return _OfStart(model).run()
+def rehearse_initial(model: FederatedModel, start: PaidStart) -> Timing:
+    """Check round 0, whose gradient is that of what ``start`` is made from; as ``rehearse``."""
+    with start.opened(model):
+        return (_Rehearsal if start.on_features else _OfStart)(model).run()
 
 
 def rehearse_features(model: FederatedModel) -> Timing:

@@ -139,6 +139,10 @@ class Node:
             self._address, insecure=True, root_certificates=None, interceptors=[self._version, interceptor]
         )
 
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
     def acquire(self) -> str:
         """Return the token of the next task; empty: there is none, or the node is not there.
 

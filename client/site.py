@@ -1,4 +1,4 @@
-"""A site: its records, its declared public size, its ledger.
+"""A site: its records, its public size, its ledger.
 
 A Flower node describes its site in the node configuration (``--node-config``):
 
@@ -32,12 +32,21 @@ from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config.sections import Columns, DataConfig, RunConfig, Scalar
-from common.data.partition import check_division, declared_size, site_part
+from common.data.partition import check_division, public_size_of_part, site_part
 from common.data.sets import DATASETS
-from common.data.sources import Reading, is_public, known_labels, load_dataset, load_protected, train_and_test
+from common.data.sources import (
+    Reading,
+    is_public,
+    known_labels,
+    load_dataset,
+    load_protected,
+    public_names,
+    train_and_test,
+)
 from common.errors import ConfigError, PolicyRefusal
 from common.log import about
 from common.paths import run_folder
+from common.privacy import MECHANISMS
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from strategies.job import Job
@@ -67,8 +76,8 @@ class Site:
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
     """Return the rules of the steward behind this node's configuration.
 
-    A site without ``data`` that has no policy makes no promise of its own, so it joins runs without
-    privacy: a simulated one, or a part of a public data set. Any other joins them only if its policy says so.
+    A site without ``data`` that has no policy makes no promise of its own, so it joins runs of every mechanism, also
+    without privacy: a simulated one, or a part of a public data set. Any other joins what its policy says.
 
     Raises:
         ConfigError: there is ``data`` and no policy, or the policy cannot be read, or names what the node
@@ -80,7 +89,7 @@ def policy_of(node: Mapping[str, Scalar]) -> Policy:
                 "a node with 'data' needs a 'policy' that says what its records are for: write one with "
                 f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
             )
-        return Policy(allow_no_privacy=True)
+        return Policy(allow_no_privacy=True, mechanisms=",".join(n for n, row in MECHANISMS.items() if row.charged))
     policy = load_policy(Path(str(node["policy"])).expanduser())
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:
@@ -147,7 +156,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             check_division(str(node["division"]), config)
         data = _partition(config.data, config.model.task, part, parts, simulated)
         # Anyone can repeat the division, so the size of a part follows from public settings.
-        size = int(node.get("public-size", policy.public_size)) or declared_size(len(data.examples))
+        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(len(data.examples))
     policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()
@@ -175,7 +184,7 @@ def own_settings(config: RunConfig) -> DataConfig:
     was read of these records as well would be one more question about them.
     """
     columns = Columns({role.setting: config.data.columns[role.setting] for role in TASKS[config.model.task].roles})
-    name = config.data.name if is_public(config.data.name) else ""
+    name = config.data.name if config.data.name in DATASETS else ""
     # However a job spaces its labels: no second spelling gets the records read again.
     return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", columns=columns)
 
@@ -187,8 +196,8 @@ def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> 
     """
     if "data" not in node and not simulated and not is_public(name):
         raise PolicyRefusal(
-            f"a deployed site plays parts of {', '.join(DATASETS)} alone: the division of {name!r} would depend on all "
-            "of its records; give each site its own file as 'data', and a 'policy', in the node's settings"
+            f"a deployed site plays parts of {', '.join(public_names())} alone: the division of {name!r} would depend "
+            "on all of its records; give each site its own file as 'data', and a 'policy', in the node's settings"
         )
 
 

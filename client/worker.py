@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -122,7 +122,8 @@ def main() -> int:
         log.error("%s", error, extra=where)
         return 1
     log.info("the worker is ready; it joins runs of the bundle %s, by the installed code", allowed, extra=where)
-    return work(Node(words.port, words.secret.read_bytes()), settings)
+    with closing(Node(words.port, words.secret.read_bytes())) as node:
+        return work(node, settings)
 
 
 if __name__ == "__main__":

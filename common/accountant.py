@@ -13,7 +13,7 @@ the model gets right, which one record changes by at most 1, without clipping.""
 METHODS: tuple[Method, ...] = ("pld", "rdp")
 BELOW_FLOOR, TOO_LARGE, NOT_FINITE = "noise", "loss", "delta"
 ERRORS = ("ArithmeticError", "FloatingPointError", "OverflowError", "ZeroDivisionError", "ValueError", "MemoryError")
-"""What a library of accountants may fail with on figures that another party made up."""
+"""What a library of accountants may fail with on figures that another machine made up."""
 REASONS = ("", BELOW_FLOOR, TOO_LARGE, NOT_FINITE, *ERRORS)
 """Why RDP stands in for the PLD: a noise is below the floor, the loss is too large for the grid, no answer is finite at
 this delta, or the PLD failed with an error. Empty: it does not."""

@@ -37,9 +37,11 @@ def files_of(project: Path) -> dict[str, bytes]:
     """Return the files that a bundle of ``project`` consists of, by path: its settings and what ``fab-include`` names.
 
     Args:
-        project: the folder that holds the packages; in it ``common/bundle.toml``.
+        project: the folder that holds the packages; in it ``common/bundle.toml``, or as a bundle was unpacked there,
+            ``pyproject.toml``.
     """
-    text = (project / OWN_SETTINGS).read_bytes()
+    own = project / OWN_SETTINGS
+    text = (own if own.is_file() else project / SETTINGS).read_bytes()
     patterns = tomllib.loads(text.decode())["tool"]["flwr"]["app"]["fab-include"]
     found = {file for pattern in patterns for file in project.glob(pattern)}
     return {SETTINGS: text, **{file.relative_to(project).as_posix(): file.read_bytes() for file in sorted(found)}}

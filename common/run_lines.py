@@ -53,12 +53,24 @@ class ConfigFile(RunFile):
 
 
 @dataclass(frozen=True)
+class LabelScore:
+    """How the model does on the public records of one label."""
+
+    label: str
+    right: int
+    """Records that it gets right."""
+    records: int
+
+
+@dataclass(frozen=True)
 class BaselineFile(RunFile):
     """The score on public data before round 1."""
 
     NAME: ClassVar[str] = "baseline.json"
     accuracy: float
     loss: float
+    labels: list[LabelScore] = field(default_factory=list)
+    """Empty where records have no label."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,8 @@ class RoundLine(RunFile):
     attempts: int
     failures: list[Absence]
     """Everything that went wrong, in every attempt, also where a later one mended it."""
+    labels: list[LabelScore] = field(default_factory=list)
+    """The score by label; empty in a round that was not scored."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def make_keys(
     """
     from common.config.text import parse_settings
     from common.data.partition import division_of
-    from deploy.policy_file import models_of, pins_of_job, policy_text
+    from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
     from deploy.server_folder import make_server
     from deploy.site_folder import make_site
     from strategies.job import configure
@@ -74,7 +74,13 @@ def make_keys(
                 name,
                 f"{SERVER}:{FLEET_PORT}",
                 policy=policy_text(
-                    name, 0, epsilon, delta, pins_of_job(job.config), models_of(model.name, fingerprint)
+                    name,
+                    0,
+                    epsilon,
+                    delta,
+                    pins_of_job(job.config),
+                    models_of(model.name, fingerprint),
+                    mechanisms_of_job(job.config),
                 ),
                 node=part,
                 authority=pki / "server" / "ca.crt",

@@ -14,9 +14,9 @@ from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from deploy import shared_checks as shared
 from deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
+from deploy.check_results import CheckResult, examine
 from deploy.control import control_of
 from deploy.files import read_bytes
-from deploy.findings import Finding, examine
 from deploy.fleet import Answer, ask_to_join
 from deploy.node_keys import is_pair, read_node_key
 from deploy.refusal import why_refused, why_unreachable
@@ -28,8 +28,8 @@ RENEW = "renew it with 'fedveil server renew'"
 NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
 
 
-def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Finding]:
-    """Yield the findings on a server's folder; a SuperLink that runs is asked, one that does not run is no failure."""
+def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[CheckResult]:
+    """Check a server's folder; a SuperLink that runs is asked, one that does not run is no failure."""
     return examine(
         [
             ("versions", shared.versions),
@@ -45,8 +45,8 @@ def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Find
     )
 
 
-def examine_site(folder: SiteFolder) -> Iterator[Finding]:
-    """Yield the findings on a site's folder; the server is asked, and the site does not go online."""
+def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
+    """Check a site's folder; the server is asked, and the site does not go online."""
     return examine(
         [
             ("versions", shared.versions),
@@ -56,6 +56,7 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
             ("node settings", lambda: _settings(folder)),
             ("policy", lambda: _policy(folder)),
             ("pins", lambda: _pins(folder)),
+            ("mechanisms", lambda: _mechanisms(folder)),
             ("models", lambda: _models(folder)),
             ("secure sums", lambda: _peers_of(folder)),
             ("bundles", lambda: _bundles(folder)),
@@ -70,45 +71,45 @@ def examine_site(folder: SiteFolder) -> Iterator[Finding]:
     )
 
 
-def _authority(path: Path) -> Iterator[Finding]:
+def _authority(path: Path) -> Iterator[CheckResult]:
     authority = read_certificate(read_bytes(path / "ca.crt", "the authority's certificate"), "the authority")
     yield from shared.validity(authority, "authority", NEW_AUTHORITY)
     yield from shared.strictness(authority, "authority", NEW_AUTHORITY)
 
 
-def _server_certificate(folder: ServerFolder) -> Iterator[Finding]:
+def _server_certificate(folder: ServerFolder) -> Iterator[CheckResult]:
     what = "server's certificate"
     server = read_certificate(read_bytes(folder.path / "server.pem", what), "the server")
     authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     yield from shared.validity(server, what, RENEW)
     yield from shared.strictness(server, what, RENEW)
     if not is_issued_by(server, authority):
-        yield Finding(False, what, f"it is not of the authority in ca.crt: {RENEW}")
+        yield CheckResult(False, what, f"it is not of the authority in ca.crt: {RENEW}")
     if (folder.path / RENEWAL).exists():
-        yield Finding(False, what, f"a renewal was interrupted: {RENEW}, or start the server")
+        yield CheckResult(False, what, f"a renewal was interrupted: {RENEW}, or start the server")
     if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
-        yield Finding(False, what, f"server.key is not its key: {RENEW}")
+        yield CheckResult(False, what, f"server.key is not its key: {RENEW}")
     held = names_of(server)
     lacking = [name for name in folder.name_list if name not in held]
     if lacking:
-        yield Finding(False, "certificate's names", f"it does not hold for {', '.join(lacking)}: {RENEW}")
+        yield CheckResult(False, "certificate's names", f"it does not hold for {', '.join(lacking)}: {RENEW}")
     else:
-        yield Finding(True, "certificate's names", ", ".join(held))
+        yield CheckResult(True, "certificate's names", ", ".join(held))
 
 
-def _control_is_local(folder: ServerFolder) -> Iterator[Finding]:
+def _control_is_local(folder: ServerFolder) -> Iterator[CheckResult]:
     host = folder.control_host
     open_to_all, local = host in ("0.0.0.0", "::", ""), host in ("127.0.0.1", "::1", "localhost")
     advice = "set control-host to 127.0.0.1" if open_to_all else "let nobody else there"
     who = "every user of this machine does" if local else "it has no login"
-    yield Finding(
+    yield CheckResult(
         not open_to_all,
         "Control port",
         f"{host}:{folder.control_port}; who reaches it can let nodes in and submit runs, and {who}: {advice}",
     )
 
 
-def _server_ports(folder: ServerFolder) -> Iterator[Finding]:
+def _server_ports(folder: ServerFolder) -> Iterator[CheckResult]:
     for what, host, port in (
         ("Fleet port", "127.0.0.1", folder.fleet_port),
         ("Control port", folder.control_host, folder.control_port),
@@ -116,9 +117,9 @@ def _server_ports(folder: ServerFolder) -> Iterator[Finding]:
         if _answers(host, port):
             local = SiteFolder(folder.path, "server", f"{host}:{port}")
             reason = why_unreachable(local)
-            yield Finding(not reason, what, f"{port}, " + (reason or "a SuperLink with this certificate answers"))
+            yield CheckResult(not reason, what, f"{port}, " + (reason or "a SuperLink with this certificate answers"))
         else:
-            yield Finding(True, what, f"{port} is free: start the server with 'fedveil server start'")
+            yield CheckResult(True, what, f"{port} is free: start the server with 'fedveil server start'")
 
 
 def _answers(host: str, port: int) -> bool:
@@ -129,66 +130,72 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def _registered(folder: ServerFolder) -> Iterator[Finding]:
+def _registered(folder: ServerFolder) -> Iterator[CheckResult]:
     names = sorted(path.stem for path in folder.nodes.glob("*.id"))
     if not _answers(folder.control_host, folder.control_port):
-        yield Finding(True, "registered sites", f"{', '.join(names) or 'none'} (the SuperLink is not running)")
+        yield CheckResult(True, "registered sites", f"{', '.join(names) or 'none'} (the SuperLink is not running)")
         return
     with control_of(folder) as control:
         online = control.online()
-    yield Finding(True, "registered sites", f"{', '.join(names) or 'none'}; {online} online")
+    yield CheckResult(True, "registered sites", f"{', '.join(names) or 'none'}; {online} online")
 
 
-def _pair(folder: SiteFolder) -> Iterator[Finding]:
+def _pair(folder: SiteFolder) -> Iterator[CheckResult]:
     private, public = (read_bytes(folder.path / name, "the site's key") for name in ("node.key", "node.pub"))
     same = is_pair(private, public)
     check_name(folder, node_settings(folder))
-    yield Finding(
+    yield CheckResult(
         same, "key pair", "node.pub belongs to node.key" if same else "node.pub is not node.key's: make a new pair"
     )
 
 
-def _settings(folder: SiteFolder) -> Iterator[Finding]:
+def _settings(folder: SiteFolder) -> Iterator[CheckResult]:
     settings = node_settings(folder)
-    yield Finding(True, "node settings", ", ".join(f"{key} {value}" for key, value in settings.items()))
+    yield CheckResult(True, "node settings", ", ".join(f"{key} {value}" for key, value in settings.items()))
 
 
-def _policy(folder: SiteFolder) -> Iterator[Finding]:
+def _policy(folder: SiteFolder) -> Iterator[CheckResult]:
     policy = policy_of_node(node_settings(folder))
     budget = "no budget of its own: each run sets one"
     if math.isfinite(policy.epsilon):
         budget = f"ε ≤ {policy.epsilon} at δ = {policy.delta} over all runs"
-    yield Finding(True, "policy", budget)
+    yield CheckResult(True, "policy", budget)
 
 
-def _pins(folder: SiteFolder) -> Iterator[Finding]:
+def _pins(folder: SiteFolder) -> Iterator[CheckResult]:
     from client.pins import spoken
 
     pinned = spoken(check_pinned(folder, node_settings(folder)))
-    yield Finding(True, "pins", pinned or "none: this site plays parts of FedVeil's own data sets alone")
+    yield CheckResult(True, "pins", pinned or "none: this site plays parts of FedVeil's own data sets alone")
 
 
-def _models(folder: SiteFolder) -> Iterator[Finding]:
+def _mechanisms(folder: SiteFolder) -> Iterator[CheckResult]:
+    policy = policy_of_node(node_settings(folder))
+    without = "; and runs without privacy" if policy.allow_no_privacy else ""
+    yield CheckResult(True, "mechanisms", f"runs of {', '.join(policy.allowed_mechanisms)}{without}")
+
+
+def _models(folder: SiteFolder) -> Iterator[CheckResult]:
     policy = policy_of_node(node_settings(folder))
     try:
         policy.check_model_name(folder.model)
     except PolicyRefusal:
-        yield Finding(False, "models", f"site.toml names {folder.model}, the policy allows {policy.allowed_models}")
+        yield CheckResult(False, "models", f"site.toml names {folder.model}, the policy allows {policy.allowed_models}")
         return
-    yield Finding(True, "models", policy.allowed_models)
+    yield CheckResult(True, "models", policy.allowed_models)
 
 
-def _peers_of(folder: SiteFolder) -> Iterator[Finding]:
+def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
     from client.sums import party_of
 
     settings = node_settings(folder)
     policy, what = policy_of_node(settings), "secure sums"
     if not policy.honest_sites:
-        yield Finding(True, what, "the policy lets this site join none")
+        yield CheckResult(True, what, "the policy lets this site join none")
         return
     yield from shared.private_file(folder.path / "identity.key", "signing key")
     roster = party_of(str(settings["site"]), settings, policy, "", simulated=False).roster
-    yield Finding(
+    yield CheckResult(
         True,
         what,
         f"{policy.honest_sites} of the {len(roster.keys)} sites {', '.join(roster.keys)} count as honest, ε alone at "
@@ -196,52 +203,52 @@ def _peers_of(folder: SiteFolder) -> Iterator[Finding]:
     )
 
 
-def _bundles(folder: SiteFolder) -> Iterator[Finding]:
+def _bundles(folder: SiteFolder) -> Iterator[CheckResult]:
     own = own_digest()
     allowed = policy_of_node(node_settings(folder)).allowed_bundles(own)
     note = f"{own} (the installed version's own)"
     named = ", ".join(note if digest == own else digest for digest in allowed)
-    yield Finding(True, "bundles", named if own in allowed else f"{named}; not {note}")
+    yield CheckResult(True, "bundles", named if own in allowed else f"{named}; not {note}")
 
 
-def _secret(folder: SiteFolder) -> Iterator[Finding]:
+def _secret(folder: SiteFolder) -> Iterator[CheckResult]:
     file, what = secret_file(folder), "worker's secret"
     if file.exists():
         yield from shared.private_file(file, what)
     else:
-        yield Finding(True, what, "made anew at every start, for this user alone")
+        yield CheckResult(True, what, "made anew at every start, for this user alone")
 
 
-def _ledger(folder: SiteFolder) -> Iterator[Finding]:
+def _ledger(folder: SiteFolder) -> Iterator[CheckResult]:
     if not folder.ledger.exists():
-        yield Finding(True, "ledger", f"{folder.ledger} is not there yet: the first round makes it")
+        yield CheckResult(True, "ledger", f"{folder.ledger} is not there yet: the first round makes it")
         return
     with Ledger(folder.ledger) as ledger:
         entries = len(ledger.entries())
     mode = stat.S_IMODE(os.stat(folder.ledger).st_mode)
     private = not mode & 0o077
     advice = "" if private else f"; others can read it: chmod 600 {folder.ledger}"
-    yield Finding(private, "ledger", f"{folder.ledger} opens, {entries} charges, mode {mode:04o}{advice}")
+    yield CheckResult(private, "ledger", f"{folder.ledger} opens, {entries} charges, mode {mode:04o}{advice}")
 
 
-def _server(folder: SiteFolder) -> Iterator[Finding]:
+def _server(folder: SiteFolder) -> Iterator[CheckResult]:
     reason = why_unreachable(folder)
-    yield Finding(not reason, "server", reason or f"{folder.server} answers, with a certificate of the authority")
+    yield CheckResult(not reason, "server", reason or f"{folder.server} answers, with a certificate of the authority")
 
 
-def _clock(folder: SiteFolder) -> Iterator[Finding]:
+def _clock(folder: SiteFolder) -> Iterator[CheckResult]:
     if why_unreachable(folder):
-        yield Finding(False, "clock", "cannot be compared before the server answers")
+        yield CheckResult(False, "clock", "cannot be compared before the server answers")
         return
     key = read_node_key(read_bytes(folder.path / "node.key", "the site's private key"))
     reply = ask_to_join(folder.server, read_bytes(folder.path / "ca.crt", "the authority's certificate"), key)
     wrong = reply.answer is Answer.CLOCK
     advice = "; set it by NTP" if wrong else ""
-    yield Finding(
+    yield CheckResult(
         not wrong, "clock", reply.answer.value + advice if wrong else "the server accepts this machine's time"
     )
 
 
-def _registration(folder: SiteFolder) -> Iterator[Finding]:
+def _registration(folder: SiteFolder) -> Iterator[CheckResult]:
     reason = why_refused(folder)
-    yield Finding(not reason, "registration", reason or "the server knows this site's key and would let it in")
+    yield CheckResult(not reason, "registration", reason or "the server knows this site's key and would let it in")

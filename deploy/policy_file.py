@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError
+from common.privacy import MECHANISMS
+from common.privacy.record_level import DPSGD
 from common.tasks import TASKS
 
 HEAD = """\
 # What the data steward of this site allows. Where a job's figures are laxer, the site takes these; what it forbids
 # it refuses before a record is read.
 # The budget counts all runs on these records, whoever asks for them.
+"""
+MECHANISMS_HEAD = """\
+# How a run must protect the records, as its privacy.mode. A run of any other mechanism is refused.
 """
 PINS_HEAD = """\
 # What the records are for. A job that asks for another task, other columns or labels, or longer records is refused.
@@ -23,9 +28,15 @@ Pins = Mapping[str, Scalar | Sequence[str]]
 
 
 def policy_text(
-    dataset: str, public_size: int, epsilon: float, delta: float, pins: Pins | None = None, models: Sequence[str] = ()
+    dataset: str,
+    public_size: int,
+    epsilon: float,
+    delta: float,
+    pins: Pins | None = None,
+    models: Sequence[str] = (),
+    mechanisms: Sequence[str] = (DPSGD.name,),
 ) -> str:
-    """Return a policy's text: the budget of one data set, and what its records are for.
+    """Return a policy's text: the budget of one data set, how it is protected, and what its records are for.
 
     Args:
         dataset: what the ledger calls the records.
@@ -34,6 +45,7 @@ def policy_text(
         delta: the delta that it holds at.
         pins: what the records are for; without them they are a part of a public data set.
         models: base models that are allowed, as ``models_of`` returns them; empty: those that FedVeil knows by hash.
+        mechanisms: names of those that are allowed; at least one.
 
     Raises:
         ConfigError: a site with this policy would refuse every round: a figure is out of range, delta
@@ -46,7 +58,8 @@ def policy_text(
         settings["public-size"] = public_size
     if models:
         settings["models"] = models
-    text = HEAD + to_toml(settings) + (PINS_HEAD + to_toml(pins) if pins else "")
+    protection = MECHANISMS_HEAD + to_toml({"mechanisms": mechanisms})
+    text = HEAD + to_toml(settings) + protection + (PINS_HEAD + to_toml(pins) if pins else "")
     policy = parse_policy(text, "that would be written")
     if public_size:
         policy.check_size(public_size)
@@ -96,6 +109,12 @@ def pins_of_job(config: RunConfig) -> Pins:
         raise ConfigError(f"the labels of {config.data.name!r} are not known to a policy: name all in data.labels")
     columns = {role.setting: config.data.columns[role.setting] for role in task.roles}
     return pins_of(task.name, columns, labels, config.model.max_length)
+
+
+def mechanisms_of_job(config: RunConfig) -> list[str]:
+    """Return the ``mechanisms`` of a policy that lets a job in; for a job that promises nothing, the usual one."""
+    mode = config.privacy.mode
+    return [mode if MECHANISMS[mode].charged else DPSGD.name]
 
 
 def models_of(name: str, fingerprint: str) -> list[str]:

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from deploy.certificates import days_left, fingerprint, lacks
-from deploy.findings import Finding
+from deploy.check_results import CheckResult
 
 WATCHED = ("flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "grpcio")
 SAFE_CRYPTOGRAPHY = "50"
@@ -25,89 +25,89 @@ LOW_DISK_BYTES = 1 << 30
 RENEW_DAYS = 30
 
 
-def versions() -> Iterator[Finding]:
+def versions() -> Iterator[CheckResult]:
     """Python and the packages that results depend on, against FedVeil's own requirements."""
-    yield Finding(sys.version_info >= (3, 11), "python", f"{platform.python_version()}, 3.11 or newer is needed")
+    yield CheckResult(sys.version_info >= (3, 11), "python", f"{platform.python_version()}, 3.11 or newer is needed")
     wanted = {item.name: item for item in map(Requirement, requires("fedveil") or ())}
     for name in WATCHED:
         try:
             found = version(name)
         except PackageNotFoundError:
-            yield Finding(False, name, "not installed: pip install fedveil")
+            yield CheckResult(False, name, "not installed: pip install fedveil")
             continue
         allowed = wanted[name].specifier if name in wanted else ""
         fits = name not in wanted or wanted[name].specifier.contains(found, prereleases=True)
         advice = "" if fits else f": pip install '{name}{allowed}'"
-        yield Finding(fits, name, f"{found}, allowed is {allowed}{advice}")
+        yield CheckResult(fits, name, f"{found}, allowed is {allowed}{advice}")
     yield _override(version("cryptography"))
 
 
-def _override(found: str) -> Finding:
+def _override(found: str) -> CheckResult:
     """Return whether cryptography is the one that has no known advisory. Flower's pin asks for an older one."""
     safe = Version(found) >= Version(SAFE_CRYPTOGRAPHY)
     advice = (
         "" if safe else f": pip install --upgrade --no-deps --only-binary :all: 'cryptography>={SAFE_CRYPTOGRAPHY}'"
     )
     words = f"{SAFE_CRYPTOGRAPHY} or newer is wanted" if safe else "has known advisories, see docs/security.md"
-    return Finding(safe, "cryptography", f"{found}, {words}{advice}")
+    return CheckResult(safe, "cryptography", f"{found}, {words}{advice}")
 
 
-def private_file(path: Path, what: str) -> Iterator[Finding]:
+def private_file(path: Path, what: str) -> Iterator[CheckResult]:
     """A private file is there, and only its owner can read it."""
     if not path.is_file():
-        yield Finding(False, what, f"{path} is missing: restore it, or make the folder anew")
+        yield CheckResult(False, what, f"{path} is missing: restore it, or make the folder anew")
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     advice = "" if not mode & 0o077 else f"; others can read it: chmod 600 {path}"
-    yield Finding(not mode & 0o077, what, f"{path}, mode {mode:04o}{advice}")
+    yield CheckResult(not mode & 0o077, what, f"{path}, mode {mode:04o}{advice}")
 
 
-def validity(certificate: x509.Certificate, what: str, renewal: str) -> Iterator[Finding]:
+def validity(certificate: x509.Certificate, what: str, renewal: str) -> Iterator[CheckResult]:
     """A certificate is valid now, and for how long."""
     left = days_left(certificate)
     if certificate.not_valid_before_utc > datetime.now(UTC):
-        yield Finding(
+        yield CheckResult(
             False, what, f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC: set the clock"
         )
     elif left < 0:
-        yield Finding(False, what, f"expired {-left:.0f} days ago: {renewal}")
+        yield CheckResult(False, what, f"expired {-left:.0f} days ago: {renewal}")
     else:
         soon = f", {renewal}" if left < RENEW_DAYS else ""
-        yield Finding(True, what, f"valid for {left:.0f} more days{soon}; SHA-256 {fingerprint(certificate)}")
+        yield CheckResult(True, what, f"valid for {left:.0f} more days{soon}; SHA-256 {fingerprint(certificate)}")
 
 
-def strictness(certificate: x509.Certificate, what: str, renewal: str) -> Iterator[Finding]:
+def strictness(certificate: x509.Certificate, what: str, renewal: str) -> Iterator[CheckResult]:
     """A certificate has what Python 3.13 and newer ask of it; nothing is said where it has."""
     missing = lacks(certificate)
     if missing:
-        yield Finding(False, what, f"it lacks {', '.join(missing)}, so Python 3.13 and newer refuse it: {renewal}")
+        yield CheckResult(False, what, f"it lacks {', '.join(missing)}, so Python 3.13 and newer refuse it: {renewal}")
 
 
-def disk(path: Path, what: str) -> Iterator[Finding]:
+def disk(path: Path, what: str) -> Iterator[CheckResult]:
     """There is room and the right to write where ``path`` is or will be."""
     folder = path
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if not os.access(folder, os.W_OK):
-        yield Finding(False, what, f"{folder} may not be written: give this user the right to")
+        yield CheckResult(False, what, f"{folder} may not be written: give this user the right to")
         return
     low = free < LOW_DISK_BYTES
     advice = ": make room, a full disk stops training" if low else ""
-    yield Finding(not low, what, f"{free / (1 << 30):.1f} GiB free at {folder}{advice}")
+    yield CheckResult(not low, what, f"{free / (1 << 30):.1f} GiB free at {folder}{advice}")
 
 
-def base_model(name: str, task: str, expected: str) -> Iterator[Finding]:
+def base_model(name: str, task: str, expected: str) -> Iterator[CheckResult]:
     """The base model loads, and is the one that the coordinator named."""
     from common.model.base import load_base_model  # imports torch and transformers
 
     found = load_base_model(name, task).fingerprint
     if expected and found != expected:
-        yield Finding(
+        yield CheckResult(
             False,
             "base model",
             f"{name} has fingerprint {found}, the coordinator's is {expected}: install the same model",
         )
     else:
         note = "the coordinator's" if expected else "compare it with the coordinator's"
-        yield Finding(True, "base model", f"{name}, fingerprint {found} ({note})")
+        yield CheckResult(True, "base model", f"{name}, fingerprint {found} ({note})")

@@ -197,7 +197,7 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
     """Return the steward's policy, checked with the node's settings as every round will check them again.
 
     Raises:
-        ConfigError: the policy cannot be read, its delta is above one over the declared size, or the settings
+        ConfigError: the policy cannot be read, its delta is above one over the public size, or the settings
             say neither which records are the site's own nor which part of a job's data it plays.
     """
     from client.site import policy_of  # imports torch: seconds that only this needs

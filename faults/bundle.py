@@ -10,7 +10,7 @@ from common.bundle import OWN_SETTINGS, SETTINGS
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "strategies", "client", "reports", "server")
-APPS = ("__init__", "plan", "faulty_site", "faulty_server")
+APPS = ("__init__", "fault_plan", "faulty_site", "faulty_server")
 
 
 def make_bundle(folder: Path) -> Path:

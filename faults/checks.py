@@ -1,7 +1,7 @@
 """The checks of a round with a fault: records, ledgers, and the adapter that the surviving replies imply.
 
 The adapter is compared with an average of this module's own, in float64, of the replies as they were
-recorded at the sites, weighted by the declared public sizes, as all tell the same noise. What a round
+recorded at the sites, weighted by the public sizes, as all tell the same noise. What a round
 led to is what the sites were sent in the next one; after the last round it is the checkpoint, and the
 exported adapter.
 """

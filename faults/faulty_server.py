@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from faults.plan import SERVER, Plan, open_plan
+from faults.fault_plan import SERVER, FaultPlan, open_plan
 from server import app as real
 from server import records
 from server.checkpoint import NAME, Checkpoint, save_checkpoint
@@ -33,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
     real.main(grid, context)
 
 
-def _mine(plan: Plan, strategy: str) -> None:
+def _mine(plan: FaultPlan, strategy: str) -> None:
     """Put death where the plan can name it; TRAINING is left to the suite, which kills from outside."""
 
     def dies(round_number: int, where: str) -> bool:

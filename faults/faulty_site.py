@@ -19,7 +19,7 @@ from client import app as honest
 from common.messages.round import Reply, TrainResult
 from common.messages.tensors import apply
 from common.messages.wire import STYPE, encode_reply, round_of
-from faults.plan import Plan, open_plan
+from faults.fault_plan import FaultPlan, open_plan
 
 BEFORE, AFTER = "held before the charge", "held between charge and reply"
 TWICE = "asked twice"
@@ -39,7 +39,7 @@ def train(message: Message, context: Context) -> Message:
     return honest.train(message, context)
 
 
-def _sent(plan: Plan, fault: str, task: RecordDict, reply: Reply) -> RecordDict:
+def _sent(plan: FaultPlan, fault: str, task: RecordDict, reply: Reply) -> RecordDict:
     """Keep a reply, and return what leaves the site in its place."""
     record = encode_reply(reply)
     if not isinstance(reply, TrainResult):
@@ -54,22 +54,24 @@ def _bytes(record: RecordDict) -> bytes:
     return recorddict_to_proto(record).SerializeToString()
 
 
-def _changed(change: Callable[[TrainResult], TrainResult]) -> Callable[[TrainResult, RecordDict, Plan], RecordDict]:
+def _changed(
+    change: Callable[[TrainResult], TrainResult],
+) -> Callable[[TrainResult, RecordDict, FaultPlan], RecordDict]:
     return lambda result, record, plan: encode_reply(change(result))
 
 
-def _too_many(result: TrainResult, record: RecordDict, plan: Plan) -> RecordDict:
+def _too_many(result: TrainResult, record: RecordDict, plan: FaultPlan) -> RecordDict:
     data = record.array_records["adapter"]["state"].data
     array = Array("float32", (len(data) // 4,), STYPE, data)
     record["adapter"] = ArrayRecord({"state": array, **{f"state {i}": array for i in range(99)}})
     return record
 
 
-def _old_round(result: TrainResult, record: RecordDict, plan: Plan) -> RecordDict:
+def _old_round(result: TrainResult, record: RecordDict, plan: FaultPlan) -> RecordDict:
     return _again(plan.kept(result.site, result.run, result.round_number - 1, "reply")[0])
 
 
-def _another_run(result: TrainResult, record: RecordDict, plan: Plan) -> RecordDict:
+def _another_run(result: TrainResult, record: RecordDict, plan: FaultPlan) -> RecordDict:
     run = next(run for run in plan.runs(result.site) if run != result.run)
     return _again(plan.kept(result.site, run, 1, "reply")[0])
 
@@ -78,13 +80,13 @@ def _again(reply: bytes) -> RecordDict:
     return recorddict_from_proto(ProtoRecordDict.FromString(reply))
 
 
-def _garbage(result: TrainResult, record: RecordDict, plan: Plan) -> RecordDict:
+def _garbage(result: TrainResult, record: RecordDict, plan: FaultPlan) -> RecordDict:
     record.config_records["header"]["body"] = b"\xff\xfe garbage" * 1000
     record["adapter"] = ArrayRecord({"state": Array("float32", (7,), STYPE, b"\x00\xff" * 99)})
     return record
 
 
-LIES: dict[str, Callable[[TrainResult, RecordDict, Plan], RecordDict]] = {
+LIES: dict[str, Callable[[TrainResult, RecordDict, FaultPlan], RecordDict]] = {
     "NaN": _changed(lambda r: replace(r, contribution=apply(lambda t: t * float("nan"), r.contribution))),
     "wrong shapes": _changed(lambda r: replace(r, contribution=apply(lambda t: torch.cat([t, t]), r.contribution))),
     "another model's adapter": _changed(

@@ -26,14 +26,14 @@ from deploy.registry import register_site
 from deploy.server_folder import make_server
 from deploy.site_folder import SiteFolder, make_site
 from faults.bundle import PROJECT, make_bundle
-from faults.plan import VARIABLE, Plan
+from faults.fault_plan import VARIABLE, FaultPlan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
 from server.registered import NODES
 from strategies.job import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
-"""The sites and their declared public sizes: three different weights."""
+"""The sites and their public sizes: three different weights."""
 RECORDS = 40
 PATIENCE = 600.0
 """Seconds for anything to happen; a failure's price, not a deadline of the federation."""
@@ -66,7 +66,7 @@ class Federation:
     """Made in an empty folder; a context manager that ends every process that it started."""
 
     def __init__(self, folder: Path, addresses: tuple[str, ...] = ()) -> None:
-        self.folder, self.processes, self.plan = folder, Processes(folder), Plan(folder / "plan")
+        self.folder, self.processes, self.plan = folder, Processes(folder), FaultPlan(folder / "plan")
         self.plan.folder.mkdir()
         self.plan.write({})
         fleet, control, *self._runtime = free_ports(2 + len(SIZES))

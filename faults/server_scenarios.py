@@ -10,10 +10,10 @@ from common.errors import RunFailed
 from common.run_lines import Finding
 from deploy.control import Control
 from faults.checks import Expected, charges, examine
+from faults.fault_plan import SERVER
 from faults.faulty_server import AGGREGATING, BEFORE, CHECKPOINT, RENAME, TRAINING
 from faults.faulty_site import AFTER
 from faults.federation import PATIENCE, SIZES, Federation, Run
-from faults.plan import SERVER
 from faults.processes import wait_until
 
 PHASES = {BEFORE: 0, TRAINING: 1, AGGREGATING: 1, RENAME: 1, CHECKPOINT: 1}

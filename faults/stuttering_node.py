@@ -12,7 +12,7 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.message_pb2 import PushObjectResponse
 from flwr.supernode.cli import flower_supernode
 
-from faults.plan import open_plan
+from faults.fault_plan import open_plan
 
 NODE = "the stuttering node"
 """Its name in a plan."""

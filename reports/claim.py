@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from common.config.sections import Scalar
 from common.data.sources import unprotected_test
 from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text
+from common.starts.public_text import words_of
 from reports.folder import RunFiles
 from reports.sites import SiteReport, distinct, federation_delta, worst_site
 
@@ -53,6 +55,8 @@ class Claim:
     not_covered: list[str]
     gaps: list[str]
     """Why the claim is weaker than it reads; empty when nothing stands against it."""
+    public_text: str
+    """Which public text the adapter's start was made from; empty: from none."""
 
 
 def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
@@ -62,13 +66,14 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     head = "; ".join(heads) or "not recorded yet"
     worst, delta = worst_site(sites), federation_delta(sites)
     unpaid = sorted({line.site for line in files.privacy if line.spent is None})
+    text = _public_text(files.config.settings)
     mechanism = MECHANISMS.get(mode)
     if mechanism is None or not mechanism.claims:
         sentence = OFF if mechanism else UNKNOWN.format(mode)
-        return Claim(False, True, mode, sentence, *6 * ("",), head, [], [], [])
+        return Claim(False, True, mode, sentence, *6 * ("",), head, [], [], [], text)
     claim, gaps = mechanism.claim, _gaps(files, sites, unpaid)
     if worst is None or delta is None:
-        return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps)
+        return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps, text)
     accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
     sentence = (
         f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
@@ -96,6 +101,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         covered=list(COVERED),
         not_covered=[*claim.leaves_out, *NOT_COVERED],
         gaps=gaps,
+        public_text=text,
     )
 
 
@@ -109,6 +115,12 @@ def _shared(sites: Sequence[SiteReport]) -> str:
         f" That holds as long as {max(honest):.0f} sites of each sum are honest. If no other site adds its noise, or "
         f"the masks fail, the releases of this run alone cost ε {epsilon_text(max(bare))} at the same δ."
     )
+
+
+def _public_text(settings: Mapping[str, Scalar]) -> str:
+    if "start.text" not in settings:
+        return ""
+    return words_of(str(settings["start.text"]), str(settings.get("start.text-sha256", "")))
 
 
 def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str]) -> list[str]:

@@ -13,13 +13,24 @@ from typing import Any
 
 from common.accountant import TRAINING
 from common.config.sections import Scalar
-from common.run_lines import Absence, PrivacyLine, RoundLine
+from common.data.packaged import sha256_of
+from common.data.sources import unprotected_test
+from common.errors import DataError
+from common.run_lines import Absence, PrivacyLine, RoundLine, read_json
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
+from reports.meaning import MeaningReport, meaning_report
+from reports.scores import LabelReport, label_reports
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from strategies.job import known_settings
 
+ADAPTER = "adapter/fedveil.json"
+ADAPTER_FILES = tuple(
+    f"adapter/{name}"
+    for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedveil.json")
+)
+"""All of a saved adapter but its model card, which quotes this report."""
 SCHEMA = "fedveil-report/2"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
 
@@ -86,6 +97,19 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What the final adapter is made of, by hashes (SHA-256, hexadecimal)."""
+
+    base_model: str
+    base: str
+    """Of the base model's weights, configuration and processor, as FedVeil computes it."""
+    bundle: str
+    """Of the server's code; empty: an earlier FedVeil did not record it."""
+    files: dict[str, str]
+    """Of each file in the run's folder that the adapter consists of, by its path there."""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything a report says."""
 
@@ -100,7 +124,11 @@ class ReportData:
     """What could not be read; figures may then be too low."""
     headline: Headline
     claim: Claim
+    meaning: MeaningReport | None
+    """What ε means for people; None without a claim, or where no bound could be computed."""
     sites: list[SiteReport]
+    accuracy: list[LabelReport]
+    """On public data, of all records and by label; empty where records have no labels, or no counts were kept."""
     rounds: list[RoundReport]
     spent: list[Spent]
     other_releases: list[ReleaseReport]
@@ -108,6 +136,8 @@ class ReportData:
     """Of every attempt at every round."""
     settings: list[Setting]
     versions: dict[str, str]
+    origin: Origin | None
+    """Of the final adapter; None while none is saved."""
     audits: dict[str, str]
     """Audit files found in the folder, with their SHA-256; empty: not audited."""
     audit_results: list[AuditReport]
@@ -136,17 +166,51 @@ def report_of(folder: Path) -> ReportData:
         problems=[*problems, *audit_cares(audits, versions)],
         headline=_headline(files, sites),
         claim=claim_of(files, sites),
+        meaning=meaning_report(files, sites),
         sites=sites,
+        accuracy=_accuracy(files),
         rounds=_rounds(files),
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],
         settings=_settings(settings, files.config.chosen),
         versions=versions,
+        origin=_origin(folder, problems),
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
     )
+
+
+def _origin(folder: Path, problems: list[str]) -> Origin | None:
+    about = folder / ADAPTER
+    if not about.is_file():
+        return None
+    try:
+        told = read_json(about)
+        base_model, base = str(told["base_model"]), str(told["base_fingerprint"])
+        files = {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}
+    except (DataError, KeyError, OSError) as error:
+        problems.append(
+            f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
+        )
+        return None
+    return Origin(base_model, base, str(told.get("bundle", "")), files)
+
+
+def setting_of(data: ReportData, key: str) -> Any:
+    """Return the value of a setting of the run, empty text if it has none of that name."""
+    return next((setting.value for setting in data.settings if setting.key == key), "")
+
+
+def cut_test(data: ReportData) -> str:
+    """Return the sentence about a public test part that is cut from the sites' source, empty if it is not."""
+    return unprotected_test(str(setting_of(data, "data.name")), str(setting_of(data, "data.test")))
+
+
+def cares_of(data: ReportData) -> list[str]:
+    """Return everything that stands against the claim, for others than the coordinator: no sentence names a path."""
+    return [text for text in [*data.alarms, *data.problems, *data.claim.gaps] if text != cut_test(data)]
 
 
 def federation_epsilon(folder: Path) -> float | None:
@@ -172,6 +236,11 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         bytes_up=sum(line.bytes_up for line in files.rounds),
         seconds=sum(line.seconds for line in files.rounds),
     )
+
+
+def _accuracy(files: RunFiles) -> list[LabelReport]:
+    scored = [line.labels for line in files.rounds if line.complete and line.round_number and line.labels]
+    return label_reports(files.baseline.labels if files.baseline else [], scored[-1] if scored else [])
 
 
 def _rounds(files: RunFiles) -> list[RoundReport]:

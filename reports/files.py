@@ -1,4 +1,4 @@
-"""The three forms of a report, written beside the run that they are about."""
+"""The three forms of a report and its fact sheet, written beside the run that they are about."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.files import finite, replace_file
+from reports.card import NAME as CARD
+from reports.card import adapter_form, card_of
 from reports.data import ReportData, report_of
+from reports.declared import read_declared
+from reports.fact_sheet import NAME as FACTS
 from reports.markdown import to_markdown
-from reports.page import to_html
+from reports.page import to_fact_sheet, to_html
 from reports.signature import SIGNATURE, STATEMENT, covers, sign, statement
 
 REPORT_JSON = "report.json"
@@ -31,20 +35,26 @@ def markdown_report(folder: Path) -> str:
 
 
 def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
-    """Write ``report.md``, ``report.html`` and ``report.json`` into a run's folder, and return their paths.
+    """Write ``report.md``, ``report.html``, ``report.json`` and the fact sheet into a run's folder; return their paths.
+
+    A saved adapter gets its model card anew.
 
     With ``key``, also the signed statement on them and its signature. Without one, those that are there stay if
     they are still of the same bytes, and go if they are not.
 
     Raises:
         DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key.
+        ConfigError: what is declared about the run cannot be read.
     """
     data = report_of(folder)
     contents = {
         "report.md": to_markdown(data).encode(),
         "report.html": to_html(data).encode(),
         REPORT_JSON: to_json(data),
+        FACTS: to_fact_sheet(data).encode(),
     }
+    if data.origin is not None:
+        card = card_of(data, read_declared(folder), adapter_form(data), contents[REPORT_JSON])
     try:
         signable = contents | {name: (folder / name).read_bytes() for name in data.audits}
         if key is not None:
@@ -56,6 +66,8 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
                 (folder / name).unlink(missing_ok=True)
         for name, content in contents.items():
             replace_file(folder / name, content)
+        if data.origin is not None:
+            replace_file(folder / "adapter" / CARD, card.encode())
     except OSError as error:
         raise DataError(
             f"the report cannot be written to {folder} ({error.strerror}): check rights and space"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from common.privacy.events import Event
-from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
+from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text, remaining_text
 from common.words import (
     UNKNOWN,
     bytes_text,
@@ -20,6 +20,8 @@ from common.words import (
 )
 from reports.audits import NONE_RUN, WHOSE, audit_words
 from reports.data import ReportData
+from reports.meaning import attack_sentence, several_sentence
+from reports.scores import share_text
 from reports.sites import distinct
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
@@ -43,6 +45,8 @@ def to_markdown(data: ReportData) -> str:
         _notices(data),
         _result(data),
         _claim(data),
+        _meaning(data),
+        _accuracy(data),
         _sites(data),
         _rounds(data),
         _others(data),
@@ -92,7 +96,38 @@ def _claim(data: ReportData) -> list[str]:
         )
         lines += ["", "Covered:", "", *(f"- {text}" for text in claim.covered)]
         lines += ["", "Not covered:", "", *(f"- {text}" for text in claim.not_covered), ""]
-    return [*lines, f"Head: {plain(claim.head)}."]
+    text = [f"\nPublic text of the start: {plain(claim.public_text)}."] if claim.public_text else []
+    return [*lines, f"Head: {plain(claim.head)}.", *text]
+
+
+def _meaning(data: ReportData) -> list[str]:
+    meaning = data.meaning
+    if meaning is None:
+        return []
+    sentences = (attack_sentence(meaning), several_sentence(meaning), meaning.caution)
+    spoken = [text for sentence in sentences if sentence for text in (plain(sentence), "")]
+    columns = ("false positives", "true positives, at most")
+    attacks = [(f"{100 * a.false_positives:g} %", bound_text(a.true_positives)) for a in meaning.bounds.attacks]
+    people = [("1", epsilon_text(meaning.epsilon))]
+    people += [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    return [
+        "## What ε means",
+        "",
+        f"Of the site that this run cost most: {plain(meaning.site)}.",
+        "",
+        *spoken,
+        *_table(columns, attacks),
+        "",
+        *_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people),
+    ]
+
+
+def _accuracy(data: ReportData) -> list[str]:
+    if not data.accuracy:
+        return []
+    rows = [(r.label, number_text(r.records), share_text(r.before), share_text(r.after)) for r in data.accuracy]
+    columns = ("label", "records", "before (95 % interval)", "after (95 % interval)")
+    return ["## Accuracy on public data", "", *_table(columns, rows)]
 
 
 def _sites(data: ReportData) -> list[str]:
@@ -205,7 +240,16 @@ def _origin(data: ReportData) -> list[str]:
         "## Versions",
         "",
         *(f"- {plain(name)} {plain(number)}" for name, number in data.versions.items()),
+        *_hashes(data),
     ]
+
+
+def _hashes(data: ReportData) -> list[str]:
+    if data.origin is None:
+        return []
+    rows = [(data.origin.base_model, data.origin.base), *data.origin.files.items()]
+    rows[1:1] = [("the server's code", data.origin.bundle)] if data.origin.bundle else []
+    return ["", "## What the adapter is made of", "", *_table(("what", "SHA-256"), rows)]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

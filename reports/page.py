@@ -14,17 +14,20 @@ from common.privacy import figures
 from reports.audits import NONE_RUN, WHOSE, audit_words
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
 from reports.data import ReportData
-from reports.page_style import STYLE
-from reports.page_template import PAGE
+from reports.fact_sheet import facts_of
+from reports.meaning import attack_sentence, several_sentence
+from reports.page_style import FACTS_STYLE, STYLE
+from reports.page_template import FACTS, PAGE
+from reports.scores import share_text
 from reports.sites import distinct
 
 NAMED_SITES = 4
 """Sites that a line of a chart names one by one."""
 
 
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    """Return the page's template, compiled once: a server writes the page after every round."""
+@lru_cache(maxsize=2)
+def _template(page: str) -> Template:
+    """Return a template, compiled once: a server writes the page after every round."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
@@ -32,12 +35,14 @@ def _template() -> Template:
     for name in ("percent", "number", "numbers", "bytes", "seconds", "value"):
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
-    return environment.from_string(PAGE)
+    environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
+    environment.filters["share"] = share_text
+    return environment.from_string(page)
 
 
 def to_html(data: ReportData) -> str:
     """Return the whole report as one self-contained page."""
-    return _template().render(
+    return _template(PAGE).render(
         data=data,
         head=data.headline,
         claim=data.claim,
@@ -48,6 +53,13 @@ def to_html(data: ReportData) -> str:
         accuracy_chart=accuracy_chart(data),
         groups=[_group(spent.sites) for spent in data.spent],
         epsilon_rows=epsilon_rows(data),
+    )
+
+
+def to_fact_sheet(data: ReportData) -> str:
+    """Return the fact sheet as one self-contained page."""
+    return _template(FACTS).render(
+        data=data, claim=data.claim, facts=facts_of(data), style=Markup(STYLE), own_style=Markup(FACTS_STYLE)
     )
 
 

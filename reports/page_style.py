@@ -129,3 +129,15 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   thead { display: table-header-group; }
 }
 """
+
+FACTS_STYLE = """
+.facts { max-width: 46rem; padding-top: 1.5rem; }
+.facts h2 { font-size: 1.05rem; margin: 1rem 0 .2rem; padding-top: .5rem; border-top: 1px solid var(--rule); }
+.facts p { margin: 0 0 .4rem; }
+@media print {
+  @page { size: A4; margin: 14mm 16mm; }
+  .facts { padding: 0; max-width: none; font-size: 10.5pt; line-height: 1.35; }
+  .facts h1 { font-size: 17pt; } .facts h2 { font-size: 11.5pt; margin-top: .55rem; }
+}
+"""
+"""What a fact sheet has besides: one column, and on paper one page of A4."""

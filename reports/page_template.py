@@ -80,12 +80,55 @@ PAGE = """\
 <dt>accountant</dt><dd>{{ claim.accountant }}</dd>
 {% endif %}
 <dt>head</dt><dd>{{ claim.head }}</dd>
+{% if claim.public_text %}<dt>public text of the start</dt><dd>{{ claim.public_text }}</dd>{% endif %}
 </dl>
 {% if claim.made %}
 <div class="pair">
 <section><h3>Covered</h3><ul>{% for text in claim.covered %}<li>{{ text }}</li>{% endfor %}</ul></section>
 <section><h3>Not covered</h3><ul>{% for text in claim.not_covered %}<li>{{ text }}</li>{% endfor %}</ul></section>
 </div>
+{% endif %}
+
+{% if data.meaning %}
+{% set meaning = data.meaning %}
+<h2>What ε means</h2>
+<p>Of the site that this run cost most: {{ meaning.site }}.</p>
+<p>{{ meaning|attacks }}</p>
+{% if meaning|several %}
+<p>{{ meaning|several }}</p>
+{% endif %}
+{% if meaning.caution %}
+<p class="care">{{ meaning.caution }}</p>
+{% endif %}
+<div class="pair">
+{% call table("Bounds on every attack that asks whether one " ~ meaning.per ~ " was trained on") %}
+<thead><tr><th scope="col" class="n">false positives</th>
+<th scope="col" class="n">true positives, at most</th></tr></thead>
+<tbody>{% for attack in meaning.bounds.attacks %}
+<tr><th scope="row" class="n">{{ "%g"|format(100 * attack.false_positives) }} %</th>
+<td class="n">{{ attack.true_positives|bound }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta)) %}
+<thead><tr><th scope="col" class="n">{{ meaning.per }}s of the person</th><th scope="col" class="n">ε</th></tr></thead>
+<tbody><tr><th scope="row" class="n">1</th><td class="n">{{ meaning.epsilon|epsilon }}</td></tr>
+{% for several in meaning.bounds.several %}
+<tr><th scope="row" class="n">{{ several.units }}</th><td class="n">{{ several.epsilon|epsilon }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+</div>
+{% endif %}
+
+{% if data.accuracy %}
+<h2>Accuracy on public data</h2>
+{% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}
+<thead><tr><th scope="col">label</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
+<th scope="col" class="n">after</th></tr></thead>
+<tbody>{% for row in data.accuracy %}
+<tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
+<td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
 {% endif %}
 
 {% if epsilon_chart or accuracy_chart %}
@@ -243,9 +286,56 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <tr><th scope="row">{{ name }}</th><td>{{ number }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% if data.origin %}
+<h2>What the adapter is made of</h2>
+{% call table("SHA-256 of the base model, of the server's code and of each file of the adapter") %}
+<thead><tr><th scope="col">what</th><th scope="col">SHA-256</th></tr></thead>
+<tbody><tr><th scope="row">{{ data.origin.base_model }}</th><td><code>{{ data.origin.base }}</code></td></tr>
+{% if data.origin.bundle %}
+<tr><th scope="row">the server's code</th><td><code>{{ data.origin.bundle }}</code></td></tr>
+{% endif %}
+{% for name, digest in data.origin.files.items() %}
+<tr><th scope="row">{{ name }}</th><td><code>{{ digest }}</code></td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
 <footer>Made by FedVeil from the files in the run's folder alone. The same content as data: <code>report.json</code>
 ({{ data.schema }}); if <code>report.json.sig</code> lies beside it, <code>fedveil verify report.json --key
 PUBLIC.pem</code> says whether the server's owner vouches for it.</footer>
+</main>
+</body>
+</html>
+"""
+
+FACTS = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Fact sheet: {{ data.strategy }}, run {{ data.run }}</title>
+<style>{{ style }}{{ own_style }}</style>
+</head>
+<body>
+<main class="facts">
+<h1>Fact sheet</h1>
+<p class="meta">{{ data.strategy }} · run {{ data.run }}
+{% if data.started %} · started {{ data.started }}{% endif %}</p>
+{% if claim.off %}
+<p class="alarm"><strong>{{ claim.sentence }}</strong></p>
+{% endif %}
+{% for text in data.alarms %}
+<p class="alarm"><strong>AUDIT FAILED:</strong> {{ text }}</p>
+{% endfor %}
+{% for fact in facts %}
+<h2>{{ fact.question }}</h2>
+{% for answer in fact.answers %}
+<p>{{ answer }}</p>
+{% endfor %}
+{% endfor %}
+<footer>Made by FedVeil from the files in the run's folder. All figures are those of <code>report.json</code>.</footer>
 </main>
 </body>
 </html>

@@ -114,7 +114,8 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     """Return the statement on the report in ``folder``, once signature and every file have been found right.
 
     Raises:
-        NotGenuine: the signature is not of this statement by this key, or a file was changed or added.
+        NotGenuine: the signature is not of this statement by this key, or a file was changed or added, of the report
+            or of the adapter that lies beside it.
         DataError: a file cannot be read, or ``key_file`` holds no Ed25519 public key.
     """
     try:
@@ -134,10 +135,20 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     for name, digest in value["files"].items():
         if hashlib.sha256(_read(folder / name, "signed file")).hexdigest() != digest:
             raise NotGenuine(f"{folder / name} was changed after it was signed")
+    for name, digest in _adapter(folder).items():
+        if (folder / name).is_file() and hashlib.sha256(_read(folder / name, "file")).hexdigest() != digest:
+            raise NotGenuine(f"{folder / name} is not of the adapter that the signed report is about")
     added = sorted(path.name for path in folder.glob(AUDITS) if path.is_file() and path.name not in value["files"])
     if added:
         raise NotGenuine(f"{', '.join(added)} in {folder} came after the report was signed")
     return value
+
+
+def _adapter(folder: Path) -> dict[str, str]:
+    """Return the hashes of the adapter's files that the report, found genuine before, states."""
+    origin = json.loads(_read(folder / "report.json", "signed file")).get("origin") or {}
+    files: dict[str, str] = origin.get("files", {})
+    return files
 
 
 def _read(path: Path, what: str) -> bytes:

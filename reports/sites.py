@@ -143,14 +143,20 @@ def releases_of(paid: Iterable[SpendingFigures]) -> list[Release]:
     return [Release(s.event, s.steps_round if s.purpose == TRAINING else 1, s.purpose) for s in paid]
 
 
+def releases_of_site(name: str, files: RunFiles) -> list[Release]:
+    """Return everything that one site released in this run; errors as of ``releases_of``."""
+    paid = [line.spent for line in files.privacy if line.site == name and line.spent]
+    noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
+    return releases_of(paid) + [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in noises]
+
+
 def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
     own = [line for line in files.privacy if line.site == name]
     paid = [line.spent for line in own if line.spent]
     training = [spent for spent in paid if spent.purpose == TRAINING]
     last = paid[-1] if paid else None
     total, delta = (last.epsilon_total, last.delta) if last else (None, None)
-    noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
-    recomputed, accountant, rdp, fault = _recompute(paid, noises, delta)
+    recomputed, accountant, rdp, fault = _recompute(name, files, delta)
     agreement, note = _compare(total, recomputed, fault)
     return SiteReport(
         site=name,
@@ -173,15 +179,12 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
     )
 
 
-def _recompute(
-    paid: Sequence[SpendingFigures], count_noises: Sequence[float], delta: float | None
-) -> tuple[float | None, str, float | None, str]:
+def _recompute(name: str, files: RunFiles, delta: float | None) -> tuple[float | None, str, float | None, str]:
     """Return ε by PLD, its accountant in words, ε by RDP, and what kept them from being computed."""
     if delta is None:
         return None, "", None, ""
     try:
-        counts = [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in count_noises]
-        releases = releases_of(paid) + counts
+        releases = releases_of_site(name, files)
         value, accountant = epsilon_with_method(releases, delta)
         return value, str(accountant), epsilon_with_method(releases, delta, method="rdp")[0], ""
     except ConfigError as error:

@@ -94,7 +94,7 @@ class Admission:
         reasons |= self._oversized(left)
         left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(result, state) for node, result in left.items()}
-        bounds = {n: largest_norm(self._job.config, least_plan(self._job, r), r, state) for n, r in left.items()}
+        bounds = {n: largest_norm(self._job, least_plan(self._job, r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)
 
     def _oversized(self, results: Mapping[int, TrainResult]) -> dict[int, str]:
@@ -132,9 +132,9 @@ class Admission:
         if past and (spent.epsilon_total < past.epsilon_total * (1 - ROUNDING) or spent.steps_total < past.steps_total):
             before_it, now = (epsilon_text(s.epsilon_total, decimals=4) for s in (past, spent))
             return f"the site's total went back from ε {before_it} to {now}"
-        return self._laxer(result, spent, plan)
+        return self._wrong_spending(result, spent, plan)
 
-    def _laxer(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:
+    def _wrong_spending(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:
         """Return what a spending says that no honest site does, by the run's terms or by arithmetic."""
         wanted = TRAINING if result.round_number else INITIALISATION
         if spent.purpose != wanted:

@@ -97,7 +97,7 @@ def capped(weights: Sequence[float], most: float) -> list[float]:
 
 def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float]:
     """Return what each update is scaled by: 1, or less for one that is longer than the others', or than is honest."""
-    honest = [honest_norm(job.config, least_plan(job, result), result, state) for result in results]
+    honest = [honest_norm(job, least_plan(job, result), result, state) for result in results]
     bounded = all(math.isfinite(most) and most for most in honest)
     if len(results) < ENOUGH and not bounded:
         return [1.0] * len(results)

@@ -33,8 +33,8 @@ DYING_SECONDS = 90.0
 class _Observer:
     """Writes a run's folder and says one line a round."""
 
-    def __init__(self, job: Job, folder: RunFolder) -> None:
-        self._job, self._folder = job, folder
+    def __init__(self, job: Job, folder: RunFolder, server_model: ServerModel) -> None:
+        self._job, self._folder, self._server_model = job, folder, server_model
         self.stop_reason = ""
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
@@ -54,6 +54,8 @@ class _Observer:
         text = self._job.origin.fingerprint
         made = f", public text of SHA-256 {text}" if text else ""
         self._folder.say(f"initialisation by {self._job.origin.name}{made}: {len(results)} sites, {cost}", 0)
+        if told := self._server_model.told:
+            self._folder.say(told, 0)
         for absence in outcome.got.refusals.values():
             self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 
@@ -107,7 +109,9 @@ def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerMod
         folder.progress(ProgressFile("loading model and data"))
         if told := unprotected_test(job.config.data.name, job.config.data.test):
             folder.say(told)
-        server_model, observer = ServerModel(job), _Observer(job, folder)
+        server_model = ServerModel(job)
+        observer = _Observer(job, folder, server_model)
+        folder.label_names = server_model.label_names
         run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
         _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:

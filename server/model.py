@@ -28,6 +28,8 @@ class ServerModel:
         self.label_names, self.label_phrases = test.label_names, test.label_phrases
         self.model: FederatedModel = job.model(test.label_names, test.label_phrases)
         self.start: AdapterState = self.model.start
+        self.told = ""
+        """What there is to say of the start's public text, in words; empty: nothing."""
         self.records: Sequence[Record] = self.model.prepare(test.examples)
         if len(self.model.featurise(self.records)) < len(self.records):
             raise ModelError(
@@ -50,10 +52,22 @@ class ServerModel:
         return layout_of(self.job.strategy.uplink(self.trained_start()))
 
     def public_statistic(self) -> AdapterState:
-        """Return the statistic that the run's start asks the server for, of public records."""
+        """Return the statistic that the run's start asks the server for, of public records.
+
+        Raises:
+            ConfigError, DataError: they do not fit the run, cannot be read, or are no public text for it.
+        """
+        self.told = self.job.origin.check_public(self.job.config)
         self.model.write(self.start)
-        labels = Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
-        return self.job.origin.from_public(self.model, self.job.config, labels)
+        return self.job.origin.from_public(self.model, self.job.config, self._labels())
+
+    def completed(self, statistic: AdapterState) -> AdapterState:
+        """Return the sites' mean statistic with what the run's start adds to it from public records."""
+        self.model.write(self.start)
+        return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
+
+    def _labels(self) -> Labels:
+        return Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
 
     def calibrated(self, adapter: AdapterState) -> AdapterState:
         """Return ``adapter`` with its A as long as suits, by the public phrases about the labels."""

@@ -19,7 +19,7 @@ import torch
 from common.config.schedule import learning_rate
 from common.config.sections import RunConfig
 from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import subtract
+from common.messages.tensors import merge, subtract
 from strategies import Moments, ServerState
 
 BETA1, BETA2 = 0.9, 0.999
@@ -34,7 +34,8 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     ``v ← β₂ v + (1 - β₂) g²`` and ``x ← x - η m̂ / (√v̂ + τ)``, where m̂ and v̂ are corrected for their start
     at zero. τ is ``server.adam-tau``, and large (1e-3): without noise the first steps would otherwise move every
     coordinate by the full η. η follows ``schedule`` over the rounds; the head's is ``head-rate`` times that.
-    Tensors that the average leaves alone (frozen factors) keep g = 0 and never move.
+    What sites do not train (frozen factors, the map of the head's features) has no moments, and is what the average
+    says.
 
     Computed in float64; the result has the adapter's dtype.
     """
@@ -49,7 +50,7 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     second: AdapterState = {}
     steps: dict[str, int] = {}
     held = before.optimizer
-    for layer, change in subtract(before.adapter, averaged.adapter).items():
+    for layer, change in _changes(before, averaged).items():
         eta = rate * (server.head_rate if layer == HEAD else 1.0)
         steps[layer] = t = 1 + held.steps.get(layer, 0)
         adapter[layer], first[layer], second[layer] = {}, {}, {}
@@ -61,7 +62,14 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
             second[layer][name] = v = BETA2 * v + (1 - BETA2) * g.square()
             step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + server.adam_tau)
             adapter[layer][name] = (x.double() - eta * step).to(x.dtype)
-    return replace(averaged, adapter=adapter, optimizer=Moments(first, second, steps))
+    return replace(averaged, adapter=merge(averaged.adapter, adapter), optimizer=Moments(first, second, steps))
+
+
+def _changes(before: ServerState, averaged: ServerState) -> AdapterState:
+    """Return ``before - averaged`` of every tensor that sites train; a layer without one is left out."""
+    whole = subtract(before.adapter, averaged.adapter)
+    trained = {layer: {n: g for n, g in change.items() if before.trains(layer, n)} for layer, change in whole.items()}
+    return {layer: change for layer, change in trained.items() if change}
 
 
 def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -> ServerState:
@@ -73,12 +81,13 @@ def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -
     rate = learning_rate(server.schedule, server.learning_rate, before.round_number, config.rounds)
     adapter: AdapterState = {}
     velocity: AdapterState = {}
-    steps = {layer: 1 + held.steps.get(layer, 0) for layer in before.adapter}
-    for layer, change in subtract(before.adapter, averaged.adapter).items():
+    steps: dict[str, int] = {}
+    for layer, change in _changes(before, averaged).items():
         eta = rate * (server.head_rate if layer == HEAD else 1.0)
+        steps[layer] = 1 + held.steps.get(layer, 0)
         adapter[layer], velocity[layer] = {}, {}
         for name, g in change.items():
             kept = server.momentum * held.first[layer][name] if steps[layer] > 1 else torch.zeros_like(g).double()
             velocity[layer][name] = v = kept + g.double()
             adapter[layer][name] = (before.adapter[layer][name].double() - eta * v).to(g.dtype)
-    return replace(averaged, adapter=adapter, optimizer=Moments(velocity, {}, steps))
+    return replace(averaged, adapter=merge(averaged.adapter, adapter), optimizer=Moments(velocity, {}, steps))

@@ -23,12 +23,12 @@ from collections.abc import Mapping
 from statistics import median
 
 from common.config.schedule import learning_rate
-from common.config.sections import RunConfig
 from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.messages.tensors import count, l2_norm
 from common.privacy.plan import Plan
 from strategies import ServerState
+from strategies.job import Job
 
 SLACK = 10.0
 MEDIANS = 100.0
@@ -50,11 +50,11 @@ def held_by(result: TrainResult, state: ServerState) -> AdapterState:
     return state.adapter if result.round_number else {}
 
 
-def honest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: ServerState) -> float:
+def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -> float:
     """Return about how large ``update_norm`` can be by the settings alone; infinite if nothing follows from them.
 
     Args:
-        config: the run's configuration.
+        job: the run.
         plan: the least that the site does to its records in this round.
         result: the site's answer; only its round, the noise that it states and the number of its tensors'
             elements are used.
@@ -63,10 +63,10 @@ def honest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: Serve
     numbers = count(result.contribution)
     gradient = plan.longest_gradient(numbers, result.spending.event if result.spending else None)
     if result.round_number == 0:
-        return gradient
+        return gradient * job.origin.way
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
-    training = config.training
+    config, training = job.config, job.config.training
     first, steps = (result.round_number - 1) * training.local_steps, training.local_steps
     way = sum(
         learning_rate(training.schedule, training.learning_rate, first + step, config.total_steps)
@@ -80,9 +80,9 @@ def honest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: Serve
     return way * (step + decay) if math.isfinite(step) else math.inf
 
 
-def largest_norm(config: RunConfig, plan: Plan, result: TrainResult, state: ServerState) -> float:
+def largest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -> float:
     """Return the bound on ``update_norm``; ``max-update-norm``, if set, is a bound of its own. Else as honest_norm."""
-    return min(config.max_update_norm or math.inf, SLACK * honest_norm(config, plan, result, state))
+    return min(job.config.max_update_norm or math.inf, SLACK * honest_norm(job, plan, result, state))
 
 
 def oversized(sizes: Mapping[str, int], ratio: float) -> dict[str, str]:

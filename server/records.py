@@ -28,6 +28,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from common.bundle import own_digest
 from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
 from common.messages.round import TrainResult
@@ -38,6 +39,7 @@ from common.run_lines import (
     BaselineFile,
     ConfigFile,
     CountLine,
+    LabelScore,
     PrivacyLine,
     ProgressFile,
     ResultFile,
@@ -100,6 +102,8 @@ class RunFolder:
         self.path, self.job, self.run = path, job, run
         self.saved = saved
         """The last checkpoint."""
+        self.label_names: tuple[str, ...] = ()
+        """Of the public records; set before the first line is written."""
         self._baseline = saved.baseline if saved else Score(accuracy=0.0, loss=0.0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         path.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,7 @@ class RunFolder:
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """Record the score before round 1."""
-        self._write(BaselineFile(baseline.accuracy, baseline.loss))
+        self._write(BaselineFile(baseline.accuracy, baseline.loss, self._by_label(baseline)))
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
 
@@ -158,8 +162,13 @@ class RunFolder:
                 refusals=list(got.refusals.values()),
                 attempts=got.attempts,
                 failures=got.failures,
+                labels=self._by_label(outcome.score) if outcome.score else [],
             )
         )
+
+    def _by_label(self, score: Score) -> list[LabelScore]:
+        counts = zip(self.label_names, score.right, score.records, strict=False)
+        return [LabelScore(name, right, records) for name, right, records in counts]
 
     def _write(self, file: RunFile) -> None:
         write_json(self.path / file.NAME, to_json(file))
@@ -201,6 +210,7 @@ class RunFolder:
             {
                 "base_model": config.model.name,
                 "base_fingerprint": model.base.fingerprint,
+                "bundle": own_digest(),
                 "task": config.model.task,
                 "label_names": list(label_names),
                 "max_length": config.model.max_length,

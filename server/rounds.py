@@ -106,7 +106,7 @@ def run_rounds(
 
 
 def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Observer) -> ServerState:
-    """Return the state before round 1; only a start that not every party derives has a round 0."""
+    """Return the state before round 1; only a start that server and sites cannot derive has a round 0."""
     state = job.start(server_model.start)
     if job.derived:
         return state
@@ -118,7 +118,8 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
             observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
             raise _too_few(got, 0, job.config.min_sites)
         observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
-        state = job.begin(server_model.start, mean(contributions(job, list(got.results.values()), state)))
+        measured = mean(contributions(job, list(got.results.values()), state))
+        state = job.begin(server_model.start, server_model.completed(measured))
         return job.start(server_model.calibrated(state.adapter)) if job.calibrated else state
     if job.origin.asked == "server":
         state = job.begin(server_model.start, server_model.public_statistic())

@@ -15,14 +15,14 @@ from typing import ClassVar, Literal
 from common.adapters import Adapter
 from common.config.fields import check_fields
 from common.errors import ConfigError, ProtocolError
-from common.messages.state import HEAD, AdapterState
+from common.messages.state import HEAD, METRIC, AdapterState
 from common.messages.tensors import merge, select, weighted_sum
 from common.privacy import Mechanism
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the server's Adam keeps of every tensor that it moves; the layers that it has not met are in none."""
+    """What the server's optimiser keeps of every trained tensor; the layers that it has not met are in none."""
 
     first: AdapterState = field(default_factory=dict)
     """Running mean of the gradient, float64, of the shape of the tensor it belongs to."""
@@ -56,6 +56,10 @@ class ServerState:
     optimizer: Moments = field(default_factory=Moments)
     """What the server's optimiser needs."""
 
+    def trains(self, layer: str, name: str) -> bool:
+        """Return whether sites train this tensor of the adapter."""
+        return layer == HEAD or (layer != METRIC and name in self.trained)
+
 
 ServerStep = Callable[[ServerState, ServerState], ServerState]
 """From the state before a round and the one averaged to: the state after the server optimiser's step."""
@@ -67,7 +71,7 @@ class Contribution:
 
     site: str
     weight: float
-    """The site's declared public size, less where it states more noise than the run asks for; only ratios matter."""
+    """The site's public size, less where it states more noise than the run asks for; only ratios matter."""
     state: AdapterState
 
 

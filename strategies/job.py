@@ -14,7 +14,7 @@ from common.messages.state import METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
-from common.starts import STARTS, Start
+from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
@@ -57,7 +57,7 @@ class Job:
         return self.strategy.start(adapter, self.adapter.trained)
 
     def begin(self, adapter: AdapterState, statistic: AdapterState) -> ServerState:
-        """Return the state before round 1 from what every party derives and the mean statistic of round 0."""
+        """Return the state before round 1 from what server and sites derive and the mean statistic of round 0."""
         measured = {
             layer: held if layer in OWN else self.adapter.begin(self.origin.from_statistic(held, self.adapter.rank))
             for layer, held in statistic.items()
@@ -76,17 +76,17 @@ class Job:
 
     @property
     def derived(self) -> bool:
-        """Whether every party derives the adapter's start; else there is a round 0, and frozen factors travel once."""
+        """Whether server and sites derive the adapter's start; if not, round 0 makes it, and frozen factors travel."""
         return self.origin.asked == "nobody" and not self.calibrated
 
     def start_fingerprint(self, adapter: AdapterState) -> str:
-        """Return what server and sites must agree on: the start as every party derives it, and the public text."""
+        """Return what server and sites must agree on: the adapter's start and the public text."""
         return start_fingerprint(adapter, self.origin.fingerprint)
 
     def basis(self, state: ServerState) -> AdapterState:
         """Server: return the frozen factors that travel once, with the first task that a site gets, and are kept.
 
-        A start that every party derives sends none.
+        A start that server and sites derive sends none.
         """
         return {} if self.derived else self.strategy.basis(state)
 
@@ -142,6 +142,23 @@ def configure(values: Mapping[str, Scalar]) -> Job:
         if key in RENAMED or key.startswith(START):
             typed(key, value, type(known[key]))
     settings, renamed = by_new_names(values, known)
+    try:
+        return _compose(settings, values, renamed)
+    except ConfigError as error:
+        for old, new in renamed.items():
+            if str(error).startswith(f"{new} "):
+                raise ConfigError(f"{error} ({old} is called {new} now)") from error
+        raise
+
+
+def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], renamed: Mapping[str, str]) -> Job:
+    """Return the job of settings by their present names; errors as for ``configure``.
+
+    Args:
+        settings: by present names.
+        given: as they were written.
+        renamed: the old names among them, each with its successor.
+    """
     sections = (START, *(f"{name}." for name in STRATEGIES))
     asked = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
@@ -157,8 +174,9 @@ def configure(values: Mapping[str, Scalar]) -> Job:
     strategy.check_adapter(ADAPTERS[name])
     ADAPTERS[name].check(config)
     config = replace(config, adapter=replace(config.adapter, name=name))
-    asked_start = _start(config.adapter.start, settings, values)
+    asked_start = _start(config.adapter.start, settings, given)
     origin = asked_start.resolved()
+    check_directions(origin, ADAPTERS[name])
     origin.check(config, ADAPTERS[name])
     if config.head.metric == "public" and METRIC not in origin.gives:
         raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 
 from common.adapters import ADAPTERS, Adapter
 from common.config.sections import defaults
-from common.data.sets import DATASETS
+from common.data.sets import DATASETS, UserFile
 from common.docstrings import said_of
 from common.errors import ConfigError
 from common.messages.state import AdapterState
@@ -22,6 +22,8 @@ from strategies import STRATEGIES, Strategy
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
 """(m, n) of the default job's layers: query and value of MiniLM's six blocks."""
 DEFAULT_RANK = 8
+SHOWN_LABELS = 6
+"""Labels of a data set that its table lists."""
 _SIDES = ((5, 7, 11), (13, 17, 19))
 """Stand-ins for the rank r, the outputs m and the inputs n of a layer: different primes, so that a product of them
 tells its factors."""
@@ -200,11 +202,13 @@ def task_table() -> str:
 
 def dataset_table() -> str:
     """Return the Markdown table of all data sets that have a name."""
-    header = ("`data.name`", "`model.task`", "labels", "package, not imported")
+    header = ("`data.name`", "`model.task`", "labels", "package, not imported, or your file")
     rows = []
     for dataset in DATASETS.values():
-        package = f"`{dataset.file.distribution}` {dataset.file.version}"
-        rows.append([f"`{dataset.name}`", f"`{dataset.task}`", ", ".join(dataset.label_names) or "none", package])
+        file, labels = dataset.file, dataset.label_names
+        place = f"`{file.path}`" if isinstance(file, UserFile) else f"`{file.distribution}` {file.version}"
+        named = ", ".join(labels[:SHOWN_LABELS]) + (f", … ({len(labels)})" if len(labels) > SHOWN_LABELS else "")
+        rows.append([f"`{dataset.name}`", f"`{dataset.task}`", named or "none", place])
     return markdown(header, rows)
 
 

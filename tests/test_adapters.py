@@ -132,7 +132,7 @@ def test_the_start_follows_bit_for_bit_from_the_seed_and_differs_by_layer(
     adapter, model = attached(folder, name, family, seed=1)
     torch.manual_seed(2)
     first, again, other = adapter.read(model), *(adapter.read(attached(folder, name, family, s)[1]) for s in (1, 2))
-    assert same(first, again), "two parties with one seed start differently"
+    assert same(first, again), "server and site with one seed start differently"
     starts, others = ([seeded_rows(name, state[layer]) for layer in first] for state in (first, other))
     assert not any(map(torch.equal, starts, others)), "what is seeded does not see the seed"
     for i, left in enumerate(starts):

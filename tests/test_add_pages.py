@@ -196,7 +196,7 @@ def test_the_pages_start_runs_without_a_round_0(strategy: str, add: Add, toy_set
     add(START)
     settings = {**toy_settings, "strategy": strategy, "privacy.mode": "none"}
     lines = read_lines(RoundLine, run_of(START, settings))
-    assert [line.round_number for line in lines] == [1, 2], "a start that every party derives has no round 0"
+    assert [line.round_number for line in lines] == [1, 2], "a start that server and sites derive has no round 0"
     assert lines[0].bytes_down == lines[1].bytes_down, "something travelled once"
     skipped, kept = (configure({**settings, "adapter.start": "longest-rows", "start.skip": n}) for n in (1, 0))
     assert skipped.origin != kept.origin

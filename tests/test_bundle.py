@@ -45,6 +45,14 @@ def test_what_flower_builds_of_this_version_has_the_installed_version_s_hash(tmp
         assert CliRunner().invoke(app, words).stdout.split() == [own_digest()]
 
 
+def test_a_bundle_that_was_unpacked_knows_its_own_hash(tmp_path: Path) -> None:
+    """The server's code runs from there, and an adapter's model card names the code that made it."""
+    with app_folder() as folder, zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder))) as built:
+        built.extractall(tmp_path)
+    assert not (tmp_path / bundle.OWN_SETTINGS).exists()
+    assert digest(files_of(tmp_path)) == own_digest()
+
+
 def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
     source, site_packages = tmp_path / "source", tmp_path / "site-packages"
     for package in ("common", "strategies", "client", "server", "reports", "deploy", "experiments", "cli"):

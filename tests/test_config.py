@@ -142,6 +142,29 @@ def test_a_setting_by_its_old_name_makes_the_same_run_and_says_the_new_one(old: 
         configure({old: value, new: "constant" if new == "schedule" else 0.5})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (
+            {"server.epsilon": 0.0},
+            "server.adam-tau must be above 0, not 0.0 (server.epsilon is called server.adam-tau now)",
+        ),
+        ({"training.schedule": "step"}, "linear, cosine (training.schedule is called schedule now)"),
+        ({"adapter.init": "kaimin"}, "(did you mean 'kaiming'?) (adapter.init is called adapter.start now)"),
+    ],
+)
+def test_a_value_that_is_refused_under_a_new_name_says_the_old_one_that_was_given(
+    wrong: dict[str, Scalar], words: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        configure(wrong)
+    assert str(refusal.value).endswith(words)
+    new = {RENAMED[key]: value for key, value in wrong.items()}
+    with pytest.raises(ConfigError) as refusal:
+        configure(new)
+    assert "is called" not in str(refusal.value)
+
+
 def test_what_was_chosen_is_what_differs_from_the_default_and_not_what_a_run_fills_in() -> None:
     job = configure({"training.local-steps": 1, "rounds": 6, "adapter.init": "kaiming", "training.momentum": 0.9})
     assert job.chosen() == ["adapter.start", "training.local-steps"]

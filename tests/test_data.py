@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from client.ledger.record_hashes import record_hashes
 from common.config.sections import Columns, DataConfig
-from common.data.partition import _shares, declared_size, site_part
+from common.data.partition import _shares, public_size_of_part, site_part
 from common.data.sets import DATASETS
-from common.data.sources import _load_named, load_dataset, public_test, train_and_test
+from common.data.sources import _load_named, load_dataset, public_names, public_test, train_and_test
 from common.data.split import public_split
 from common.errors import ConfigError, DataError
 from common.tasks.examples import Dataset
@@ -303,7 +303,7 @@ def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
     assert DATASETS["imdb"].file is DATASETS["rotten-tomatoes"].file, "imdb is documented as part of the same file"
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", public_names())
 def test_a_named_data_set_loads_with_its_own_task_and_has_every_label(name: str) -> None:
     named = DATASETS[name]
     assert name == named.name
@@ -561,15 +561,15 @@ def test_the_division_is_computed_once_in_a_process(monkeypatch: pytest.MonkeyPa
 
 
 @given(st.integers(1, 10**9))
-def test_a_declared_size_is_never_above_the_count_and_keeps_two_digits(count: int) -> None:
-    declared = declared_size(count)
+def test_the_public_size_of_a_part_is_never_above_the_count_and_keeps_two_digits(count: int) -> None:
+    declared = public_size_of_part(count)
     assert 0.9 * count < declared <= count, f"{count} records are declared as {declared}"
     assert len(str(declared).rstrip("0")) <= 2, f"{declared} gives away more than two digits of {count}"
 
 
 @pytest.mark.parametrize(("count", "declared"), [(0, 1), (1, 1), (57, 57), (100, 100), (109, 100), (1883, 1800)])
-def test_declared_sizes(count: int, declared: int) -> None:
-    assert declared_size(count) == declared, f"{count} records must be declared as {declared}"
+def test_public_sizes_of_parts(count: int, declared: int) -> None:
+    assert public_size_of_part(count) == declared, f"{count} records must be declared as {declared}"
 
 
 LABELLED: list[tuple[object, ...]] = [("a film", "positive"), ("a scene", "negative")]
@@ -578,9 +578,9 @@ LABELLED: list[tuple[object, ...]] = [("a film", "positive"), ("a scene", "negat
 def test_phrases_about_labels_follow_from_the_run_and_not_from_where_a_party_reads_its_records(tmp_path: Path) -> None:
     own = str(write(tmp_path / "own.csv", LABELLED))
     config = DataConfig(name="rotten-tomatoes", labels="negative,positive", test=own)
-    parties = [load_dataset(config, "classification", source) for source in (own, "rotten-tomatoes", "imdb")]
-    parties += [*train_and_test(config, "classification"), public_test(config, "classification")]
-    assert {party.label_phrases for party in parties} == {DATASETS["rotten-tomatoes"].label_phrases}
+    read = [load_dataset(config, "classification", source) for source in (own, "rotten-tomatoes", "imdb")]
+    read += [*train_and_test(config, "classification"), public_test(config, "classification")]
+    assert {each.label_phrases for each in read} == {DATASETS["rotten-tomatoes"].label_phrases}
     file = dataclasses.replace(config, name=own, test="rotten-tomatoes")
     assert {load_dataset(file, "classification", source).label_phrases for source in (own, file.test)} == {()}
     other = dataclasses.replace(config, labels="positive,negative")

@@ -264,7 +264,7 @@ def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_pat
 
 
 def examine_site_quickly(folder: SiteFolder) -> list[Any]:
-    """The doctor's findings, without a base model to load."""
+    """The results of the doctor, without a base model to load."""
     return list(examine_site(dataclasses.replace(folder, model="no/such-model")))
 
 
@@ -402,7 +402,7 @@ def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
         (["--name", "my clinic"], "the site's name is 'my clinic'"),
         (["--epsilon", "-3"], "epsilon must be"),
         (["--delta", "2"], "delta must be"),
-        ([*OWN, "--labels", "bad,good", "--delta", "1e-3"], "above 1/2000 of the declared public size"),
+        ([*OWN, "--labels", "bad,good", "--delta", "1e-3"], "above 1/2000 of the public size"),
         (OWN, "--labels is needed: name all labels in the job's order"),
         ([*OWN, "--labels", "bad"], "name at least 2 different ones"),
         ([*OWN, "--labels", "bad,good", "--prompt", "q"], "--prompt is given, which the task 'classification'"),

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from cli import reference
+from cli import cited, reference
 from cli.main import app
 from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
-from common.config.text import parse_settings
+from common.adapters.targets import AUTO
+from common.config.text import parse_settings, to_toml
 from common.data.packaged import MINILM, packaged_folder
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.privacy.figures import epsilon_text
 from common.words import percent_text
 from experiments.in_process import run_in_process
+from experiments.sweep import conduct
+from experiments.sweep.rows import Row, read_rows, write_rows
 from reports.picture import read_picture, to_svg
 from strategies import STRATEGIES
 from strategies.job import configure
@@ -75,6 +79,7 @@ def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
         assert set(node) <= set(NODE_KEYS), f"{page}: a site knows no {set(node) - set(NODE_KEYS)}"
     elif program in ("python", "python3"):
         script = next(word for word in words[1:] if not word.startswith("-"))
+        script = f"{script.replace('.', '/')}.py" if words[1] == "-m" else script
         assert (ROOT / script).is_file(), f"{page}: {script} is not there"
     else:
         raise AssertionError(f"{page}: nobody knows how to check {line!r}")
@@ -95,6 +100,64 @@ def test_the_readmes_table_of_strategies_is_the_codes() -> None:
 @pytest.mark.parametrize("name", sorted(reference.PAGES))
 def test_a_page_that_is_made_from_the_code_is_what_the_code_says(name: str) -> None:
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == reference.PAGES[name](), "run make docs"
+
+
+@pytest.mark.parametrize("page", cited.PAGES, ids=lambda page: page.name)
+def test_results_that_a_document_cites_are_the_committed_ones(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert cited.with_results(text) == text, "run make docs"
+
+
+def test_results_are_cited_somewhere() -> None:
+    assert any("<!-- results:" in page.read_text(encoding="utf-8") for page in cited.PAGES)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Return a folder with the committed rows of the tiny sweep, as another sweep's."""
+    rows = read_rows(cited.RESULTS / "tiny.jsonl")
+    write_rows(tmp_path / "other.jsonl", rows)
+    return tmp_path
+
+
+def citing(said: str, between: str = "") -> str:
+    return f"before\n<!-- results: {said} -->\n{between}<!-- end of results -->\nafter\n"
+
+
+def test_a_figure_that_is_not_the_results_is_found_and_mended(results: Path) -> None:
+    made = cited.with_results(citing("other"), results)
+    rows = read_rows(results / "other.jsonl")
+    assert made.count("| `") == len({(row.variant, row.arm, row.epsilon_asked) for row in rows})
+    assert made.startswith("before\n<!-- results: other -->\n\n| variant")
+    assert made.endswith("<!-- end of results -->\nafter\n")
+    (accuracy, *_) = re.findall(r"\*\*([\d.]+)\*\*", made)
+    wrong = made.replace(f"**{accuracy}**", "**99.9**", 1)
+    assert cited.with_results(wrong, results) == made
+    better = [Row(**{**vars(row), "accuracy": 1.0}) for row in rows]
+    write_rows(results / "other.jsonl", better)
+    assert "**100.0**" in cited.with_results(made, results)
+
+
+def test_a_citation_chooses_rows(results: Path) -> None:
+    made = cited.with_results(citing("other; arms: federated, pooled; epsilons: none"), results)
+    assert re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \|", made, flags=re.M) == [
+        ("ffa-lora", "federated", "none"),
+        ("ffa-lora", "pooled", "none"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (citing("nowhere"), "nowhere.jsonl holds no rows"),
+        (citing("other; arm: pooled"), r"chooses by 'arm' \(did you mean 'arms'\?\)"),
+        (citing("other; epsilons: 5"), "chooses epsilons '5', which no row has"),
+        ("<!-- results: other -->\n", "has no '<!-- end of results -->'"),
+    ],
+)
+def test_a_citation_of_what_is_not_there_is_refused(text: str, said: str, results: Path) -> None:
+    with pytest.raises((ConfigError, DataError), match=said):
+        cited.with_results(text, results)
 
 
 def test_every_pair_of_strategy_and_adapter_is_in_its_table_as_the_code_takes_it() -> None:
@@ -124,7 +187,8 @@ def test_every_page_is_in_the_index_once() -> None:
 def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
     config = configure({}).config
     assert config.model.name == "all-MiniLM-L6-v2", "the default model is another: read that one's layers here"
-    targets = config.adapter.target_modules
+    assert config.adapter.target_modules == (AUTO,)
+    targets = KNOWN["bert"]
     with packaged_folder(MINILM) as folder, safe_open(str(folder / "model.safetensors"), framework="pt") as file:
         weights = [key for key in file.keys() if key.removesuffix(".weight").rsplit(".", 1)[-1] in targets]  # noqa: SIM118
         shapes = sorted(tuple(file.get_slice(key).get_shape()) for key in weights)
@@ -239,21 +303,30 @@ def test_the_researchers_guide_ends_in_a_result(
 ) -> None:
     """Every command and block of the page, in order; the runs are in process, on a tiny model and its own records."""
     page, folder, done = ROOT / "docs" / "guide-researcher.md", Path(), []
-    for language, block in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
+    Path("job.toml").write_text(to_toml({k: v for k, v in {**researcher, **OWN_RECORDS}.items() if k != "output"}))
+    monkeypatch.setattr(conduct, "each_in_a_process", lambda run, works, *_: ((work, run(work)) for work in works))
+    for language, block in re.findall(r"```(sh|python|toml)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
         block = block.replace("RUN_FOLDER", str(folder))
+        if language == "toml":
+            fewer = block.replace("seeds = [1, 2, 3]", "seeds = [1]").replace("sites = 4", "sites = 2")
+            Path("sweep.toml").write_text(fewer, encoding="utf-8")
+            continue
         if language == "python":
             if "MINILM" not in block:  # the default job's own adapter; tests/test_packaged.py loads that model
                 namespace: dict[str, Any] = {}
                 monkeypatch.setattr(
                     "experiments.in_process.run_in_process",
-                    lambda own, sites: run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run="own"),
+                    lambda own, sites, run="own": run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run),
                 )
                 exec(block, namespace)
                 folder = namespace.get("folder", folder)
                 done.append("python")
             continue
         for line in block.splitlines():
-            words = [str(ROOT / word) if word.endswith(".toml") else word for word in shlex.split(line)]
+            words = [
+                str(ROOT / word) if word.endswith(".toml") and not Path(word).exists() else word
+                for word in shlex.split(line)
+            ]
             name = words[1]
             if words[0] == "make" or name == "compare":
                 continue
@@ -268,7 +341,13 @@ def test_the_researchers_guide_ends_in_a_result(
                 assert answer.exit_code == 0, f"{line}\n{answer.output}"
             done.append(name)
     assert Path("run.svg").read_text(encoding="utf-8").startswith("<svg ")
-    assert {"plan", "settings", "run", "evaluate", "report", "ledger", "python"} <= set(done)
+    assert {"plan", "settings", "run", "evaluate", "report", "ledger", "python", "sweep", "pictures"} <= set(done)
+    rows = read_rows(Path("runs/sweeps/sweep/sweep.jsonl"))
+    assert {(row.variant, row.arm) for row in rows} == {
+        *(("rank-8", arm) for arm in ("federated", "local-only", "pooled")),
+        ("rank-2", "federated"),
+    }
+    assert sorted(path.suffix for path in Path("pictures").iterdir()) == [".html", ".png", ".png"]
     assert re.search(r"^1 0\.\d+ \d+ ", capsys.readouterr().out, flags=re.M), "no line of a round was printed"
 
 

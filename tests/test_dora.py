@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from test_adapters import losses, random_values, stock
 from torch import Tensor, nn
 from transformers import AutoModel
+from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS
+from cli.main import app
 from common.adapters import DoRA
 from common.adapters.dora import row_norms
 from common.config.text import parse_settings
@@ -24,7 +26,7 @@ from common.messages.tensors import start_fingerprint
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.randomness import stream
-from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from common.starts import STARTS
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
@@ -253,3 +255,7 @@ def test_the_first_stage_of_gazal_r1_runs_on_another_model_and_exports(toy_gener
     assert all(spent(line).epsilon_total > 0 for line in read_lines(PrivacyLine, folder))
     scored = evaluate_run(folder)
     assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, pytest.approx(lines[-1].loss, rel=1e-5))
+    assert abs(scored.loss - read_file(BaselineFile, folder).loss) > 1e-4, "a base model alone would pass"
+    said = CliRunner().invoke(app, ["evaluate", str(folder)])
+    assert said.exit_code == 0, said.output
+    assert said.stdout == f"accuracy {100 * scored.accuracy:.1f} %  loss {scored.loss:.4f}\n"

@@ -24,7 +24,7 @@ from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from reports import markdown_report
 from strategies import STRATEGIES
-from strategies.job import known_settings
+from strategies.job import configure, known_settings
 from strategies.table import payload, preset_adapter
 
 PRIVACY_FIELDS = [
@@ -261,10 +261,13 @@ def test_delta_above_one_over_the_size_is_refused(toy_settings: dict[str, Any]) 
     ],
 )
 def test_fed_sb_initialisations_cost_what_they_use(
-    toy_settings: dict[str, Any], init: str, mode: str, releases: list[str]
+    toy_settings: dict[str, Any], tmp_path: Path, init: str, mode: str, releases: list[str]
 ) -> None:
     settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": init, "privacy.mode": mode}
-    settings["fed-sb.init-data"] = toy_settings["data.name"]
+    if init == "public-gradient":
+        with pytest.raises(ConfigError, match="without a charge"):
+            configure({**settings, "fed-sb.init-data": toy_settings["data.name"]})
+    settings["fed-sb.init-data"] = str(write_reviews(tmp_path / "public.csv", 60, seed=9))
     folder = run_in_process(settings, 2)
     lines = read_lines(PrivacyLine, folder)
     assert [spent(line).purpose for line in lines if line.round_number == 0 and line.spent] == releases * 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from client.rehearsal import _fewer, _Rehearsal, rehearse
 from common.adapters import ADAPTERS
 from common.config.sections import DataConfig, HeadConfig
 from common.data.sources import load_dataset
-from common.errors import ConfigError, ModelError, ModelNotLoaded
+from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
 from common.messages.round import TrainResult
 from common.model import dinov2
 from common.model.base import load_base_model
@@ -39,6 +41,8 @@ from common.tasks.image_processor import ImageProcessor
 from common.tasks.images import Picture, read_image
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from experiments.serving.ask import ask_run
+from experiments.serving.merge import merge_run
 from strategies.job import configure
 
 NAME = "image-classification"
@@ -429,6 +433,31 @@ def test_a_private_federation_on_digits_learns_and_its_adapter_scores_as_the_run
     scored = evaluate_run(folder)
     assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, lines[-1].loss)
     assert scored.accuracy > least, "nothing was learned"
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vit"])
+def test_a_merged_model_of_images_answers_as_the_run_by_the_code_that_merge_prints(
+    toy: dict[str, Any], vit: Callable[[str], str], tmp_path: Path, kind: str
+) -> None:
+    own = {"model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind)))}
+    run = run_in_process({**toy, **own, "rounds": 1}, 2)
+    (tmp_path / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
+    code = merge_run(run, tmp_path / "merged")
+    blocked = "import sys; sys.modules.update(common=None)\n"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shares = [float(number) for number in done.stdout[2 : done.stdout.index("]")].split(",")]
+    answers = {answer.text: answer.probability for answer in ask_run(run, [str(tmp_path / "image.png")])}
+    assert [answers["0"], answers["1"]] == pytest.approx(shares, abs=1e-5)
+    made = ImageProcessor.from_settings(json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text()))
+    assert made == load_base_model(vit(kind), NAME).processor
+    with pytest.raises(DataError, match="check the path"):
+        ask_run(run, [str(tmp_path / "none.png")])
+    (tmp_path / "image.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"image\.png"):
+        ask_run(run, [str(tmp_path / "image.png")])
 
 
 def test_the_head_alone_trains_on_images_whose_features_are_wider_than_the_model(toy: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ DOORS = {
         "faults/stuttering_node.py",
     },
     "opacus": {"common/privacy/dpsgd.py"},
-    "dp_accounting": {"common/privacy/accounting.py", "common/privacy/events.py"},
+    "dp_accounting": {"common/privacy/accounting.py", "common/privacy/events.py", "common/privacy/meaning.py"},
     "sqlite3": {"client/ledger/file.py", "client/ledger/migrations.py"},
     "flwr_datasets": {"common/data/partition.py"},
     "cryptography": {
@@ -55,6 +56,7 @@ DOORS = {
     },
     "jinja2": {"reports/page.py"},
     "PIL": {"common/tasks/images.py"},
+    "matplotlib": {"experiments/sweep/pictures.py"},
     "onnx": {"common/model/dinov2.py"},
     "ray": set(),
 }
@@ -77,6 +79,33 @@ def at_import(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             yield node.module
+
+
+def run_imports(tree: ast.Module, modules: Collection[str]) -> Iterator[str]:
+    """Yield which of ``modules`` a file imports when it is run, in its functions as well: not what types alone need."""
+    left: list[ast.AST] = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            for alias in node.names:
+                part = f"{node.module}.{alias.name}"
+                yield from [part] if part in modules else [node.module] * (node.module in modules)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            left += node.orelse
+        else:
+            left += ast.iter_child_nodes(node)
+
+
+def circle(files: Mapping[str, str]) -> list[str]:
+    """Return modules that import one another in a circle, by their sources; empty: there is none."""
+    arrows = {name: set(run_imports(ast.parse(source), files)) - {name} for name, source in files.items()}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def libraries(path: Path) -> set[str]:
@@ -107,6 +136,32 @@ def test_the_wings_of_common_point_one_way(wing: str) -> None:
         assert not names & loaded, f"{path.relative_to(ROOT)} imports {names & loaded} before anybody needs it"
         wrong = {name for name in names if ".".join(name.split(".")[:2]) in higher}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which are above it"
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Also where a method imports: the order in which files can be understood is the order in which they run."""
+    files = {}
+    for path in sources():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        files[name] = path.read_text(encoding="utf-8")
+    assert circle(files) == []
+
+
+@pytest.mark.parametrize(
+    ("back", "found"),
+    [
+        ("import room.first", True),
+        ("from room import first", True),
+        ("from room.first import name", True),
+        ("def later():\n    from room.first import name", True),
+        ("if TYPE_CHECKING:\n    from room.first import name", False),
+        ("from room import other", False),
+    ],
+)
+def test_a_circle_is_found_wherever_it_is_closed(back: str, found: bool) -> None:
+    files = {"room": "", "room.first": "from room.second import name", "room.second": back}
+    assert bool(circle(files)) is found
 
 
 def test_every_folder_of_common_is_a_wing() -> None:

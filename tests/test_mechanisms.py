@@ -26,12 +26,14 @@ from audits.faults import (
 )
 from audits.site_rounds import sampler_faults
 from audits.sum_site import SumSite
-from audits.tiny_site import tiny_site
+from audits.tiny_site import OneSite, tiny_site
 from audits.worlds import World, flat, fresh_world, norm
 from client.deadline import Deadline
 from client.ledger.ledger import Ledger
+from client.policy import Policy
+from client.site import check_job
 from common.accountant import TRAINING
-from common.config.sections import PrivacyConfig, TrainingConfig
+from common.config.sections import PrivacyConfig, Scalar, TrainingConfig
 from common.errors import ConfigError, MechanismError
 from common.messages.round import Refusal
 from common.messages.state import AdapterState
@@ -45,6 +47,7 @@ from common.privacy.events import Event
 from common.privacy.no_privacy import NoPrivacy
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
+from common.privacy.steps import JUST_STEPS, Around
 from common.randomness import add_private_noise, noise_grid
 from common.run_lines import PrivacyLine, read_lines
 from common.secure_sum import rounding
@@ -376,8 +379,8 @@ class WholeSitePlan(PrivacyPlan):
         return model.length_batches(records, 256)
 
     @contextmanager
-    def steps(self, model: FederatedModel, optimizer: Any, **words: Any) -> Iterator[Any]:
-        yield _EmptySteps(model, optimizer, words["correct"])
+    def steps(self, model: FederatedModel, optimizer: Any, around: Around = JUST_STEPS) -> Iterator[Any]:
+        yield _EmptySteps(model, optimizer, around.correct)
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
         held = {layer: {n: received[layer][n] for n in factors} for layer, factors in contribution.items()}
@@ -486,6 +489,7 @@ def test_records_that_paid_for_one_unit_are_refused_to_another(whole_site: dict[
     site = tiny_site(tmp_path, **whole_site)
     site.train(1)
     site.settings["privacy.mode"] = "dp-sgd"
+    site.rule()
     assert "charged for another unit than one record" in site.refuse(1, run="later").reason
 
 
@@ -507,10 +511,39 @@ def test_a_start_that_a_row_does_not_list_is_refused(whole_site: dict[str, Any])
         configure({**whole_site, "adapter.start": "public-gradient", "start.data": "a.csv"})
 
 
-def test_a_policy_lets_a_row_in_that_charges_and_none_that_exposes(whole_site: dict[str, Any], tmp_path: Path) -> None:
-    site = tiny_site(tmp_path, **whole_site)
+def check_that_a_row_is_let_in_by_name_alone(site: OneSite) -> None:
+    """Check that ``whole-site`` is refused under a policy that does not name it, and only then."""
+    without: list[dict[str, Any]] = [{"mechanisms": None}, {"mechanisms": ["dp-sgd"], "allow_no_privacy": True}]
+    for rules in without:
+        site.rule(**rules)
+        reply = site.ask(site.task(1, run="unnamed"))
+        assert isinstance(reply, Refusal), "a mechanism that no steward named is let in"
+        assert reply.kind == "policy"
+        assert "mechanisms = dp-sgd; the run asks for privacy.mode = 'whole-site'" in reply.reason
+        assert site.charges() == []
+    site.rule(mechanisms=["dp-sgd", "whole-site"])
     site.train(1)
+
+
+def test_a_policy_lets_a_row_in_that_it_names_and_none_that_exposes(
+    whole_site: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tiny_site(tmp_path, **whole_site)
+    check_that_a_row_is_let_in_by_name_alone(site)
     site.settings["privacy.mode"] = "none"
     reply = site.ask(site.task(1, run="open"))
     assert isinstance(reply, Refusal)
     assert "allow-no-privacy" in reply.reason
+    # Planted fault: whatever charges is let in.
+    site.settings["privacy.mode"] = "whole-site"
+    monkeypatch.setattr(Policy, "allowed_mechanisms", tuple(MECHANISMS))
+    with pytest.raises(AssertionError, match="no steward named is let in"):
+        check_that_a_row_is_let_in_by_name_alone(site)
+
+
+def test_a_site_without_records_and_policy_joins_runs_of_every_row(whole_site: dict[str, Any]) -> None:
+    node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
+    for mode in MECHANISMS:
+        # It plays a part of a data set that FedVeil names.
+        settings = {key: value for key, value in whole_site.items() if not key.startswith(("data.", "model."))}
+        check_job(node, configure({**settings, "privacy.mode": mode}), simulated=False)

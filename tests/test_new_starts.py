@@ -32,7 +32,7 @@ from common.starts import STARTS, Start
 from common.starts.calibration import calibrated
 from common.starts.directions import leading_rows, minor_rows, orthonormal_rows
 from common.starts.eva import EVA, input_moments
-from common.starts.public_text import packaged_sha256, read_text
+from common.starts.public_text import known_sha256, read_text
 from common.tasks import TASKS
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
@@ -359,7 +359,7 @@ def test_the_text_is_known_by_its_fingerprint(tmp_path: Path) -> None:
     assert read_text(str(file), digest) == ["one film", "another film"]
     with pytest.raises(DataError, match=rf"has the SHA-256 {digest}, start.text-sha256 is {'0' * 64}"):
         read_text(str(file), "0" * 64)
-    assert len(read_text("phrases", packaged_sha256())) == 48
+    assert len(read_text("phrases", known_sha256("phrases"))) == 48
     with pytest.raises(DataError, match="cannot be read"):
         read_text(str(tmp_path / "absent"), digest)
     file.write_bytes(b"\n")
@@ -403,7 +403,7 @@ def test_a_run_from_public_text_costs_nothing_and_sends_a_once(
     numbers = sum(t.numel() for layer, f in start.items() if layer != HEAD for n, t in f.items() if n in frozen)
     assert once == 2 * 4 * numbers, "frozen factors do not travel exactly once to each of two sites"
     assert evaluate_run(folder).accuracy == lines[-1].accuracy
-    assert f"public text of SHA-256 {packaged_sha256()}" in (folder / "run.log").read_text()
+    assert f"public text of SHA-256 {known_sha256('phrases')}" in (folder / "run.log").read_text()
     exported = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
     if strategy == "ffa-lora":
         for name, held in ServerModel(job).public_statistic().items():

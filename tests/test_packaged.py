@@ -170,7 +170,7 @@ def test_the_pins_are_those_that_the_package_index_recorded(item: PackagedFile |
     try:
         recorded = {str(file): file.hash for file in distribution(item.distribution).files or ()}
     except PackageNotFoundError:
-        pytest.fail(f"{item.distribution} is not installed: run make environment generative vision")
+        pytest.fail(f"{item.distribution} is not installed: run make environment generative texts vision")
     files = (
         {item.path: item.sha256}
         if isinstance(item, PackagedFile)

@@ -56,8 +56,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield begin
     for process in running:
-        process.kill()
-        process.wait()
+        with process:
+            process.kill()
 
 
 def pids(place: Path, count: int = 1) -> list[int]:

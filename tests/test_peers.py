@@ -43,7 +43,8 @@ def let_in(folder: SiteFolder, honest: int = 3) -> None:
     """Let a site join secure sums."""
     path = folder.path / "policy.toml"
     rules = f'honest-sites = {honest}\nepsilon-alone = 20.0\npeers = "peers.toml"\n'
-    path.write_text(rules + path.read_text(encoding="utf-8"), encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace('"dp-sgd"', '"dp-sgd", "secure-sum"')
+    path.write_text(rules + text, encoding="utf-8")
 
 
 def test_every_site_makes_the_same_roster_of_the_same_entries(folders: list[SiteFolder]) -> None:

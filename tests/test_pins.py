@@ -35,8 +35,7 @@ from client.outgoing import UNLOADED
 from client.policy import Policy
 from client.site import check_job, open_site, own_settings
 from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, to_mapping
-from common.data.sets import DATASETS
-from common.data.sources import load_dataset
+from common.data.sources import load_dataset, public_names
 from common.errors import FedVeilError, PolicyRefusal
 from common.messages.round import Refusal
 from common.tasks import TASKS, roles_of_all
@@ -216,8 +215,8 @@ def test_a_deployed_site_without_a_policy_plays_parts_of_named_data_sets_and_nam
 ) -> None:
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
     check_job(part, configure({}), simulated=False)
-    for asked in ({"data.name": "/etc/passwd"}, {"data.name": "hub:clinic/notes"}):
-        with pytest.raises(PolicyRefusal, match=f"plays parts of {', '.join(DATASETS)} alone"):
+    for asked in ({"data.name": "/etc/passwd"}, {"data.name": "hub:clinic/notes"}, {"data.name": "sst2"}):
+        with pytest.raises(PolicyRefusal, match=f"plays parts of {', '.join(public_names())} alone"):
             check_job(part, configure(asked), simulated=False)
         check_job(part, configure(asked), simulated=True)
     with pytest.raises(PolicyRefusal, match="models = all-MiniLM-L6-v2"):
@@ -313,7 +312,8 @@ def test_no_loader_runs_code_that_comes_with_a_model(
     load_base_model(model_folder("bert"), "classification")
     load_base_model(model_folder("llama"), "causal-lm")
     load_base_model("all-MiniLM-L6-v2", "classification")
-    assert len(said) >= 8
+    load_base_model("all-MiniLM-L6-v2", "classification", "stock")
+    assert len(said) >= 10
     assert set(said) == {False}
 
 

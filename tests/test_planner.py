@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_run import spent
+from rich.console import Console
 from typer.testing import CliRunner
 
 from audits.tiny_models import write_reviews
@@ -24,10 +27,11 @@ from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import run_in_process
 from experiments.planner import find as plan_find
 from experiments.planner import forecast as forecasts
-from experiments.planner.calibration import Calibration, alignment_of, round_seconds
+from experiments.planner.calibration import Calibration, alignment_of, feature_seconds, round_seconds
 from experiments.planner.find import RATES, find
 from experiments.planner.forecast import Forecast, forecast
-from experiments.planner.plan import last_within, signal_to_noise, simulated_sizes
+from experiments.planner.price import last_within, signal_to_noise, simulated_sizes
+from experiments.planner.tables import print_forecast
 from strategies import STRATEGIES
 from strategies.job import configure
 
@@ -83,6 +87,59 @@ def test_the_table_of_bytes_equals_the_encoded_messages_of_every_strategy(
     before = planned({**toy_settings, "strategy": name, "privacy.mode": "none"})
     assert before.payloads[name] == (before.traffic.down, before.traffic.up)
     assert before.traffic.message_up > before.traffic.up
+
+
+HEAD_ALONE = {"adapter.name": "none", "strategy": "fedavg-lora"}
+
+
+def test_the_plan_of_the_head_alone_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
+    check_that_plan_is_run({**toy_settings, **HEAD_ALONE})
+
+
+def test_the_bytes_of_the_head_alone_stand_beside_those_of_other_strategies_on_their_own_adapters(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    before = planned({**toy_settings, **HEAD_ALONE})
+    own = before.payloads.pop("fedavg-lora")
+    assert own == (before.traffic.down, before.traffic.up)
+    for name, pair in before.payloads.items():
+        other = planned({**toy_settings, "strategy": name})
+        assert pair == (other.traffic.down, other.traffic.up), name
+        assert pair > own, f"{name} is said to send a head alone as well"
+    named_nowhere = planned({**toy_settings, **HEAD_ALONE, "adapter.targets": "nowhere"})
+    assert named_nowhere.payloads == {"fedavg-lora": own}
+    said = run_plan(tmp_path, {**toy_settings, **HEAD_ALONE}, "--sites", "2", "--no-calibration").stdout
+    assert "bytes of the head alone *" in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_the_features_of_a_head_alone_are_in_the_time_of_the_run(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    result = run_plan(
+        tmp_path, {**toy_settings, **HEAD_ALONE}, "--sizes", "60,90", "--workers", "1", "--json", str(path)
+    )
+    assert result.exit_code == 0, result.output
+    assert "the features of all records are" in " ".join(result.output.split())
+    content = json.loads(path.read_text(encoding="utf-8"))
+    each = content["calibration"]["feature_seconds"]
+    assert each > 0
+    assert content["feature_seconds_simulated"] == pytest.approx(150 * each)
+    assert content["feature_seconds_deployed"] == pytest.approx(90 * each)
+    plain = planned(toy_settings, calibrated=True)
+    assert plain.feature_seconds == (0.0, 0.0), "features are counted where none are computed"
+
+
+def test_the_time_of_a_run_has_its_features_once(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    featured = dataclasses.replace(MEASURED, feature_seconds=0.5)
+    assert feature_seconds(featured, [60, 90, 60], workers=2) == (60.0, 45.0)
+    before = dataclasses.replace(planned({**toy_settings, **HEAD_ALONE}), calibration=featured, workers=2)
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_forecast(console, before)
+    seconds, features = before.round_seconds, before.feature_seconds
+    assert seconds is not None
+    assert features == (30.0, 30.0)
+    lines = [line for line in console.export_text().splitlines() if "each site" in line and "│" in line]
+    assert f"{seconds[1] * before.job.config.rounds + 30.0:.0f} s" in lines[-1], "the run's time lacks the features"
 
 
 def test_without_privacy_there_is_no_claim_but_bytes_and_time(tmp_path: Path, toy_settings: dict[str, Any]) -> None:

@@ -166,7 +166,8 @@ def test_a_deployed_site_joins_no_run_without_privacy_unless_its_policy_says_so(
 
 def write_notes(path: Path) -> None:
     """Write reviews that have the text twice: in ``text``, and, in other words, in ``note``."""
-    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["text", "note", "label"])
         writer.writeheader()
@@ -355,6 +356,10 @@ def plain_noise(site: OneSite) -> float:
         ('strategies = ["fedsb"]', "did you mean 'fed-sb'"),
         ('strategies = ["fed-sb,ffa-lora"]', "without commas"),
         ('head-policies = ["thawed"]', "head-policies"),
+        ('mechanisms = ["dp-sg"]', "mechanisms is 'dp-sg'; choose .*did you mean 'dp-sgd'"),
+        ('mechanisms = ["none"]', "mechanisms names 'none', which promises nothing .* set allow-no-privacy = true"),
+        ('mechanisms = "dp-sgd"', "list"),
+        ("mechanisms = []", "at least one"),
         (f'models = ["mini={"0" * 31}"]', "at least 32"),
         ('models = ["mini=0123456789abcdef0123456789abcdzz"]', "0-9, a-f"),
         ('models = ["0123456789ab"]', "'0123456789ab': write NAME=DIGITS"),
@@ -411,7 +416,7 @@ def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:
     return open_site(settings, config, "1", simulated=simulated).public_size
 
 
-def test_a_part_of_a_public_data_set_has_a_declared_size_without_a_declaration(site: OneSite) -> None:
+def test_a_part_of_a_public_data_set_has_a_public_size_without_a_declaration(site: OneSite) -> None:
     site.rule(epsilon=1.0, delta=1e-4)
     assert declared("rotten-tomatoes", policy=site.node["policy"]) == 4200
     assert declared(str(site.settings["data.name"]), simulated=True) == 100

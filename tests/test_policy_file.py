@@ -7,7 +7,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -18,11 +18,13 @@ from client.site import check_job
 from common.config.sections import Scalar
 from common.config.text import parse_settings
 from common.errors import ConfigError, DataError, PolicyRefusal
+from common.privacy import MECHANISMS
+from common.privacy.record_level import DPSGD
 from deploy import container
+from deploy.check_results import CheckResult
 from deploy.doctor import examine_site
-from deploy.findings import Finding
 from deploy.pin import pin
-from deploy.policy_file import pins_of, policy_text
+from deploy.policy_file import mechanisms_of_job, pins_of, policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_site
 from strategies.job import configure
@@ -48,7 +50,7 @@ def site_with(tmp_path: Path, policy: str, node: str = 'data="records.csv" publi
     return make_site(tmp_path / "clinic", "clinic", "fl.example.org", policy=policy, node=node)
 
 
-def findings(folder: SiteFolder) -> dict[str, Finding]:
+def findings(folder: SiteFolder) -> dict[str, CheckResult]:
     found = examine_site(dataclasses.replace(folder, server="127.0.0.1:1"))
     return {finding.what: finding for finding in found}
 
@@ -115,6 +117,7 @@ def test_pins_of_another_task_take_the_place_of_the_old_ones(tmp_path: Path) -> 
         "epsilon": 4.0,
         "delta": 1e-5,
         "public-size": 2000,
+        "mechanisms": ["dp-sgd"],
         "task": "causal-lm",
         "prompt": "prompt",
         "completion": "reply",
@@ -231,6 +234,28 @@ def test_the_doctor_says_which_models_are_allowed_and_fails_if_the_sites_own_is_
     assert findings(dataclasses.replace(folder, model="/srv/mini"))["models"].ok
 
 
+def test_the_doctor_says_which_mechanisms_are_allowed(tmp_path: Path) -> None:
+    found = findings(site_with(tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS)))["mechanisms"]
+    assert (found.ok, found.found) == (True, "runs of dp-sgd")
+    (tmp_path / "clinic" / "policy.toml").write_text("allow-no-privacy = true\n", encoding="utf-8")
+    found = findings(open_site_folder(tmp_path / "clinic"))["mechanisms"]
+    assert found.found == "runs of dp-sgd; and runs without privacy"
+
+
+def test_a_policy_made_for_a_job_allows_its_mechanism_and_nothing_that_promises_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Other(DPSGD):
+        name: ClassVar[str] = "other"
+
+    monkeypatch.setitem(MECHANISMS, "other", Other())
+    for mode, allowed in (("other", ["other"]), ("dp-sgd", ["dp-sgd"]), ("none", ["dp-sgd"])):
+        config = configure({"privacy.mode": mode}).config
+        assert mechanisms_of_job(config) == allowed
+        text = policy_text("clinic", 2000, 4.0, 1e-5, mechanisms=mechanisms_of_job(config))
+        assert tomllib.loads(text)["mechanisms"] == allowed
+
+
 # site init.
 
 
@@ -249,6 +274,7 @@ def test_a_new_site_pins_what_its_records_are_for(tmp_path: Path) -> None:
         "epsilon": 8.0,
         "delta": 1e-3,
         "public-size": 500,
+        "mechanisms": ["dp-sgd"],
         **pins,
         "max-length": 64,
     }

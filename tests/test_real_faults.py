@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from faults.checks import Expected, examine
+from faults.fault_plan import SERVER
 from faults.faulty_server import AGGREGATING
 from faults.federation import PATIENCE, SIZES, Federation
-from faults.plan import SERVER
 from faults.processes import wait_until
 from faults.scenarios import REFUSED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_honest_models_pass_with_many_rows_and_are_left_as_they_were(
     model = federated(model_folder(family), task, targets, precision)
     before, shapes = model.read(), model.shapes
     rehearse(model)
-    rehearse_initial(model)
+    rehearse_initial(model, dp_gradient.DPGradient())
     assert model.shapes == shapes, "an honest model on a CPU lost its rows"
     assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
     assert model.precision == getattr(torch, precision)
@@ -101,7 +102,7 @@ def test_an_adapter_with_a_map_of_its_own_passes_and_one_that_is_called_twice_do
     model = federated(model_folder(family), task, targets, precision, name)
     before, shapes = model.read(), model.shapes
     rehearse(model)
-    rehearse_initial(model)
+    rehearse_initial(model, dp_gradient.DPGradient())
     assert model.shapes == shapes, "an honest model on a CPU lost its rows"
     assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
     with pytest.raises(ModelError, match=r"in the layer 'encoder\.layer\.0\.attention\.self\.query_proj' a record"):
@@ -125,7 +126,7 @@ def test_a_map_that_mixes_the_records_is_refused(
         rehearse(federated(model_folder("bert"), "classification", "query,value", adapter="mixing"))
 
 
-@pytest.mark.parametrize("check", [rehearse, rehearse_initial])
+@pytest.mark.parametrize("check", [rehearse, partial(rehearse_initial, start=dp_gradient.DPGradient())])
 def test_deberta_with_shared_projections_is_refused_by_its_layers_name(
     check: Callable[[FederatedModel], None], saved: Callable[[Any], str]
 ) -> None:
@@ -407,7 +408,7 @@ def test_a_start_whose_rehearsal_fails_leaves_no_round_rehearsed(
     assert isinstance(site.ask(site.task(1)), TrainResult)
     assert set(app._process.rehearsed) == {False}
 
-    def fails(model: FederatedModel) -> Any:
+    def fails(model: FederatedModel, _: Any) -> Any:
         model.base.module.set_attn_implementation("eager")
         raise ModelError("no memory")
 

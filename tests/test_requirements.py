@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from common.data.packaged import DINOV2_SMALL, MINILM, SMOLLM2
-from common.data.sets import DATASETS
+from common.data.sets import DATASETS, UserFile
 from deploy import shared_checks
 from deploy.shared_checks import SAFE_CRYPTOGRAPHY
 
@@ -24,9 +24,14 @@ def lines_of(name: str) -> list[str]:
 
 
 def test_the_wheels_are_pinned_by_version_and_hash() -> None:
-    names = ("demo.txt", "generative.txt", "vision.txt")
+    names = ("demo.txt", "generative.txt", "vision.txt", "texts.txt")
     pinned = {words[0]: words[1:] for name in names for words in map(str.split, lines_of(name))}
-    items = (SMOLLM2, MINILM, DINOV2_SMALL, *(dataset.file for dataset in DATASETS.values()))
+    items = (
+        SMOLLM2,
+        MINILM,
+        DINOV2_SMALL,
+        *(dataset.file for dataset in DATASETS.values() if not isinstance(dataset.file, UserFile)),
+    )
     carried = {f"{item.distribution}=={item.version}" for item in items}
     assert carried <= set(pinned)
     for requirement, hashes in pinned.items():
@@ -38,7 +43,9 @@ def test_the_wheels_are_pinned_by_version_and_hash() -> None:
 def test_they_are_installed_by_their_hashes_and_no_setup_runs(name: str) -> None:
     (exact,) = re.findall(r"EXACT *:= *(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     text = (ROOT / name).read_text(encoding="utf-8").replace("$(EXACT)", exact)
-    steps = [line for line in text.splitlines() if re.search(r"-r \S*requirements/(demo|generative|vision)\.txt", line)]
+    steps = [
+        line for line in text.splitlines() if re.search(r"-r \S*requirements/(demo|generative|vision|texts)\.txt", line)
+    ]
     assert steps
     for step in steps:
         assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(step.split()), step

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from common.config.asked import RunSettings, ServerSettings, resolve
-from common.messages.state import HEAD, AdapterState
+from common.config.sections import RunConfig
+from common.messages.state import HEAD, METRIC, AdapterState
+from common.messages.tensors import apply, entries, merge
+from common.model.federated import Score
 from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
+from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.optimizer import server_step
 from strategies import STRATEGIES, Contribution, Moments, ServerState
 from strategies.fed_svd import FedSVD
 from strategies.ffa_lora import FFALoRA
+from strategies.job import configure
 
 CONFIG = resolve(
     RunSettings(
@@ -87,7 +94,7 @@ def test_the_adapter_keeps_its_dtype_and_the_moments_are_float64() -> None:
     state = server_step(CONFIG, ServerState(0, single, ("B",)), ServerState(1, other, ("B",)))
     assert {t.dtype for f in state.adapter.values() for t in f.values()} == {torch.float32}
     moments = [t for held in (state.optimizer.first, state.optimizer.second) for f in held.values() for t in f.values()]
-    assert len(moments) == 2 * 4
+    assert len(moments) == 2 * 3, "what is not trained has moments"
     assert {t.dtype for t in moments} == {torch.float64}
 
 
@@ -180,6 +187,49 @@ def test_the_optimiser_and_the_strategy_keep_their_own_apart() -> None:
     assert state.memory == memory
     assert state.optimizer.steps == {"layer": 2, HEAD: 2}
     assert state.trained == ("B",)
+
+
+def with_metric(seed: int) -> AdapterState:
+    """Return a start with a public map of the head's features, the same for every seed."""
+    return {**start(seed), METRIC: {"centre": torch.ones(4), "map": torch.eye(4)}}
+
+
+@pytest.mark.parametrize("config", [CONFIG, HEAVY_BALL], ids=["adam", "momentum"])
+def test_what_sites_do_not_train_has_no_moments_and_those_of_an_older_checkpoint_change_nothing(
+    config: RunConfig, toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def averaged(state: ServerState, seed: int) -> ServerState:
+        sent = {"layer": {"B": start(seed)["layer"]["B"]}, HEAD: start(seed)[HEAD]}
+        return FFALoRA().combine(state, [Contribution("s", 1.0, sent)])
+
+    begun = ServerState(0, with_metric(0), ("B",))
+    first = server_step(config, begun, averaged(begun, 1))
+    moments = [held for held in (first.optimizer.first, first.optimizer.second) if held]
+    for held in moments:
+        assert {layer: set(factors) for layer, factors in held.items()} == {"layer": {"B"}, HEAD: {"weight", "bias"}}
+    assert first.optimizer.steps == {"layer": 1, HEAD: 1}
+    assert set(first.adapter) == set(begun.adapter)
+    for layer, name in ((METRIC, "centre"), (METRIC, "map"), ("layer", "A")):
+        assert torch.equal(first.adapter[layer][name], begun.adapter[layer][name])
+
+    # As they were kept before: zeros of every tensor, and steps of every layer.
+    def filled(held: AdapterState) -> AdapterState:
+        zeros = apply(lambda tensor: torch.zeros_like(tensor, dtype=torch.float64), first.adapter)
+        return merge(zeros, held) if held else {}
+
+    steps = dict.fromkeys(first.adapter, 1)
+    older = replace(first, optimizer=Moments(filled(first.optimizer.first), filled(first.optimizer.second), steps))
+    score = Score(0.5, 1.0)
+    job = configure({**toy_settings, "output": str(tmp_path)})
+    save_checkpoint(tmp_path, Checkpoint("1", job.settings(), older, {}, score, score, {}))
+    read = load_checkpoint(tmp_path, job, "1").state
+    assert set(read.optimizer.first) == set(first.adapter)
+    ours, theirs = (server_step(config, state, averaged(state, 2)) for state in (first, read))
+    for layer, name, tensor in entries(ours.adapter):
+        assert torch.equal(tensor, theirs.adapter[layer][name]), f"{layer}/{name}"
+    mine, held = ([list(entries(part)) for part in (o.first, o.second)] for o in (ours.optimizer, theirs.optimizer))
+    assert str(mine) == str(held), "what an older checkpoint keeps for nothing is kept on"
+    assert ours.optimizer.steps == theirs.optimizer.steps
 
 
 def test_every_strategy_lowers_the_loss_under_the_servers_adam(toy_settings: dict[str, Any]) -> None:

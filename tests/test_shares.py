@@ -50,7 +50,7 @@ def update(length: float, seed: int) -> dict[str, dict[str, torch.Tensor]]:
 
 def long_as_allowed(job: Job, liar: TrainResult, seed: int = 99) -> TrainResult:
     """Return the answer with the largest update that is plausible by what it tells."""
-    length = 0.999 * largest_norm(job.config, least_plan(job, liar), liar, STATE)
+    length = 0.999 * largest_norm(job, least_plan(job, liar), liar, STATE)
     return replace(liar, contribution=update(length, seed))
 
 
@@ -67,7 +67,7 @@ def bound(longest: float, share: float = 0.25) -> float:
 
 
 def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weigh by declared sizes alone and let every update be as long as it is."""
+    """Weigh by public sizes alone and let every update be as long as it is."""
     monkeypatch.setattr(aggregation, "usual_noise", lambda *_: math.inf)
     monkeypatch.setattr(aggregation, "factors_of", lambda _, results, __: [1.0] * len(results))
 
@@ -156,7 +156,7 @@ def test_one_of_two_sites_that_sends_all_that_is_plausible_is_shortened_to_what_
     results = [honest, long_as_allowed(job, last)]
     kept, shortened = contributions(job, results, STATE)
     assert kept.state is honest.contribution
-    likely = honest_norm(job.config, least_plan(job, last), last, STATE)
+    likely = honest_norm(job, least_plan(job, last), last, STATE)
     assert l2_norm(shortened.state) == pytest.approx(LONGEST * likely, rel=1e-5)
     assert l2_norm(results[1].contribution) > 4 * LONGEST * likely, "a case in which nothing is shortened"
 

@@ -392,6 +392,7 @@ def test_a_plain_run_takes_no_keys(clinics: SumSite) -> None:
     [
         ({"honest_sites": 1}, "honest-sites"),
         ({"honest_sites": None, "peers": None, "epsilon_alone": None}, "honest-sites"),
+        ({"honest_sites": None, "mechanisms": ["dp-sgd"]}, "mechanisms = dp-sgd; the run asks"),
         ({"min_noise_multiplier": 2.5}, "min-noise-multiplier"),
         ({"peers": "nowhere.toml"}, "cannot be read"),
     ],
@@ -430,6 +431,7 @@ def test_a_server_that_chooses_the_sites_which_need_not_be_honest_is_refused(cli
         ({"epsilon_alone": None}, "honest-sites lets"),
         ({"peers": None}, "honest-sites lets"),
         ({"epsilon_alone": 0.0}, "epsilon-alone must be above 0"),
+        ({"mechanisms": ["dp-sgd"]}, "mechanisms does not allow: add 'secure-sum'"),
     ],
 )
 def test_a_policy_that_lets_a_site_join_by_halves_is_none(rules: dict[str, Any], words: str, clinics: SumSite) -> None:
@@ -468,6 +470,12 @@ def test_a_site_whose_roster_is_another_has_no_part(clinics: SumSite) -> None:
         ({"training.weight-decay": 0.1}, "the server steps"),
         ({"privacy.mode": "dp-sgd"}, "no noise is shared"),
         ({"privacy.mode": "none"}, "no noise is shared"),
+        (
+            {"adapter.start": "probe", "adapter.name": "lora-metric"},
+            "a release of its own.*nobody sees more than a sum",
+        ),
+        ({"adapter.start": "dp-gradient", "strategy": "fed-sb"}, "a release of its own.*nobody sees more"),
+        ({"adapter.start": "eva"}, "uses private records without privacy"),
     ],
 )
 def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, Scalar], words: str) -> None:

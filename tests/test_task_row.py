@@ -30,12 +30,13 @@ from common.config.sections import to_mapping
 from common.data.sources import load_dataset, load_protected
 from common.errors import ConfigError, DataError
 from common.messages.round import Refusal, TrainResult
-from common.model.base import OWN_CODE, BaseModel
+from common.model.base import BaseModel
 from common.model.shapes import Shapes
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.tasks.base import Batch, Inventor, Record, Sums, Task, classified
 from common.tasks.cells import Misfit
 from common.tasks.examples import Example
+from common.tasks.loading import OWN_CODE
 from common.tasks.module import TaskModule
 from common.tasks.roles import LABEL, Role
 from common.tasks.tables import Table

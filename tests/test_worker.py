@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,14 @@ class OneTask(runtime.Node):
 
 
 def work(api: RuntimeApi, site: OneSite, secret: bytes = SECRET) -> int:
-    return worker.work(OneTask(api.port, secret), site.node)
+    with closing(OneTask(api.port, secret)) as node:
+        return worker.work(node, site.node)
+
+
+def acquired(port: int, secret: bytes) -> str:
+    """Return the token of the task that a node gives out, if it does."""
+    with closing(runtime.Node(port, secret)) as node:
+        return node.acquire()
 
 
 def answered(api: RuntimeApi, site: OneSite) -> TrainResult | Refusal:
@@ -163,7 +171,7 @@ def test_flower_s_own_way_runs_the_bundle_s_code_which_the_mark_shows(site: OneS
     mark = tmp_path / "mark"
     with runtime_api(secret=None) as api:
         api.give(encode_task(site.task()), foreign_bundle(mark), site.settings, site.node)
-        token = runtime.Node(api.port, b"any").acquire()
+        token = acquired(api.port, b"any")
         words = ["--insecure", "--runtime-api-address", f"127.0.0.1:{api.port}", "--token", token]
         env = {**os.environ, "FLWR_HOME": str(tmp_path / "home"), "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
         subprocess.run([str(FLWR_CLIENTAPP), *words], env=env, capture_output=True, timeout=120, check=False)
@@ -176,9 +184,7 @@ def test_without_the_site_s_secret_nobody_gets_a_task(api: RuntimeApi, site: One
     assert api.waiting() == 1
     with runtime_api(secret=None) as open_to_all:
         open_to_all.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-        assert runtime.Node(open_to_all.port, b"guessed").acquire(), (
-            "planted: without a secret it hands tasks to anyone"
-        )
+        assert acquired(open_to_all.port, b"guessed"), "planted: without a secret it hands tasks to anyone"
 
 
 def test_a_node_that_another_user_of_the_machine_plays_gets_no_answer(
@@ -221,7 +227,7 @@ def test_a_task_whose_message_another_worker_took_has_the_node_started_anew(
 
 
 def test_a_node_that_is_not_there_is_waited_for() -> None:
-    assert runtime.Node(1, SECRET).acquire() == ""
+    assert acquired(1, SECRET) == ""
 
 
 def test_records_that_have_changed_are_read_by_a_process_of_their_own(
@@ -236,7 +242,8 @@ def test_records_that_have_changed_are_read_by_a_process_of_their_own(
             file.write("one more,bad,nobody\n")
 
     monkeypatch.setattr(worker.time, "sleep", sleep)
-    assert worker.work(runtime.Node(api.port, SECRET), site.node) == runtime.ANEW
+    with closing(runtime.Node(api.port, SECRET)) as node:
+        assert worker.work(node, site.node) == runtime.ANEW
     assert len(slept) == 1
 
 
@@ -255,7 +262,8 @@ def test_a_server_that_keeps_a_task_waiting_keeps_no_deleted_record_in_use(
 
     monkeypatch.setattr(worker, "reply_to", reply)
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-    assert worker.work(runtime.Node(api.port, SECRET), site.node) == runtime.ANEW
+    with closing(runtime.Node(api.port, SECRET)) as node:
+        assert worker.work(node, site.node) == runtime.ANEW
     assert len(answers) == 1, "the next task was answered from records that are gone"
 
 

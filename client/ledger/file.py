@@ -27,8 +27,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from client.ledger.migrations import FORMAT, migrate
 from common.errors import LedgerError
@@ -57,7 +55,7 @@ def only_ledger(folder: Path) -> Path:
 class LedgerFile:
     """The ledger in the file ``path``; made, with its folder and readable by its owner only, if there is none.
 
-    Every process and every thread opens its own. A context manager: it closes itself.
+    Every process and every thread opens its own, and closes it.
 
     Args:
         path: the file.
@@ -93,14 +91,6 @@ class LedgerFile:
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from common.adapters.base import Adapter, Origin, Place
 from common.adapters.dora import DoRA
 from common.adapters.lora import LoRA
@@ -10,8 +12,10 @@ from common.adapters.lora_frozen_b import LoRAFrozenB
 from common.adapters.lora_metric import LoRAMetric
 from common.adapters.lora_sb import LoRASB
 from common.adapters.none import NoAdapter
-from common.config.sections import AdapterConfig
 from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from common.config.sections import AdapterConfig
 
 ADAPTERS: dict[str, type[Adapter]] = {
     adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRAFrozenB, LoRAMetric, LoRASB, DoRA, NoAdapter)

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.config.sections import RunConfig
+from common.adapters.targets import AUTO, targets_in
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 
@@ -29,13 +29,15 @@ if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody 
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
+    from common.config.sections import RunConfig
+
 PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
 class Place:
-    """One layer, as far as a start may look at it; every party sees the same."""
+    """One layer, as far as a start may look at it; server and sites see the same."""
 
     layer: str
     """Its name in the stock base model."""
@@ -62,6 +64,7 @@ class Adapter(ABC):
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    """Last parts of the adapted layers' names, or ``auto`` alone (``common.adapters.targets``)."""
     origin: Origin | None = None
     """Where the factors begin; None for computing with factors that are there, without a model."""
     scale: str = "rank"
@@ -119,7 +122,7 @@ class Adapter(ABC):
         """
 
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return the factors of one layer as every party derives them, before anything is measured (float32, CPU).
+        """Return the factors of one layer as server and sites derive them, before anything is measured (float32, CPU).
 
         Raises:
             ModelError: the adapter was made without a start.
@@ -153,22 +156,23 @@ class Adapter(ABC):
         """Put the adapter into ``base`` (in place), freeze everything else, and set the start.
 
         Raises:
-            ModelError: no layer of ``base`` is called by one of ``target_modules``.
+            ModelError: no layer of ``base`` is called by one of ``target_modules``, or ``auto`` finds no attention.
             ConfigError: the rank is larger than the smaller side of an adapted layer.
         """
         from peft import get_peft_model
 
+        named = self._naming(targets_in(base, self.target_modules))
         fan_in_fan_out = any(
-            type(module).__name__ == "Conv1D" and name.rsplit(".", 1)[-1] in self.target_modules
+            type(module).__name__ == "Conv1D" and name.rsplit(".", 1)[-1] in named.target_modules
             for name, module in base.named_modules()
         )
-        config = self.peft_config(fan_in_fan_out=fan_in_fan_out)
+        config = named.peft_config(fan_in_fan_out=fan_in_fan_out)
         self.route(config)
         try:
             model = get_peft_model(base, config)
         except ValueError as error:
             raise ModelError(
-                f"adapter.targets {','.join(self.target_modules)!r} fit no layer of {type(base).__name__}: {error}"
+                f"adapter.targets {','.join(named.target_modules)!r} fit no layer of {type(base).__name__}: {error}"
             ) from error
         for name, layer in self.layers(model).items():
             out_features, in_features = layer_shape(layer)
@@ -183,6 +187,9 @@ class Adapter(ABC):
                 held = nn.Parameter(tensor.to(device, torch.float32), requires_grad=factor in self.trained)
                 self.hold(layer, factor, held)
         return model
+
+    def _naming(self, targets: Collection[str]) -> Self:
+        return replace(self, target_modules=tuple(targets))
 
     def route(self, config: LoraConfig) -> None:  # noqa: B027  (a step that most adapters do not need)
         """Say in the configuration of the injection which layers are PEFT's and which are not; all are by default."""
@@ -257,12 +264,37 @@ class Adapter(ABC):
             for suffix, tensor in self.exported(state[name], base_weight(layer).float().cpu()).items():
                 tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
         injected = model.peft_config[ADAPTER_NAME]
-        config = self.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
+        # A stock reader is told the names that ``auto`` stood for.
+        found = sorted({name.rpartition(".")[2] for name in self.layers(model)})
+        named = self._naming(found) if self.target_modules == (AUTO,) else self
+        config = named.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
         config.base_model_name_or_path = base_name
         config.inference_mode = True
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def target_shapes(base: nn.Module, target_modules: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (out, in) of every layer of a stock base model that an adapter on ``target_modules`` would change.
+
+    None if these fit no layer.
+    """
+    try:
+        names = targets_in(base, target_modules)
+    except ModelError:
+        return []
+    shapes = []
+    for name, module in base.named_modules():
+        # As PEFT does: a whole name, or its end after a dot.
+        if not any(f".{name}".endswith(f".{target}") for target in names):
+            continue
+        if isinstance(module, nn.Linear):
+            shapes.append((module.out_features, module.in_features))
+        elif type(module).__name__ == "Conv1D":
+            into, out = cast(Tensor, module.weight).shape
+            shapes.append((out, into))
+    return shapes
 
 
 def stored_transposed(layer: LoraLayer) -> bool:

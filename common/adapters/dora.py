@@ -53,7 +53,7 @@ class DoRA(Mapped):
             ModelError: a row of W0 is zero, so it has no direction.
         """
         factors = super().start(layer_name, layer, seed)
-        # In float64, so that every party rounds to the same magnitudes.
+        # In float64, so that server and sites round to the same magnitudes.
         weight = base_weight(layer).double().cpu()
         if not bool((norms := weight.norm(dim=1)).all()):
             raise ModelError(

@@ -5,7 +5,7 @@ PEFT finds, names and replaces the layer; what it computes is ``base(x) + branch
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from common.adapters.base import ADAPTER_NAME
 from common.adapters.branch import Branch
-from common.adapters.mapped import Mapped
 from common.errors import ModelError
+
+if TYPE_CHECKING:
+    from common.adapters.mapped import Mapped
 
 LINEAR = (nn.Linear, Conv1D)
 """What can be adapted: exactly these, for others (a quantised one) hold their weight in another form."""

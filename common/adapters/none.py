@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from torch import Tensor, nn
 
 from common.adapters.base import Adapter
-from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import Factors
 from common.tasks import TASKS
@@ -22,6 +21,8 @@ from common.tasks import TASKS
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+
+    from common.config.sections import RunConfig
 
 
 @dataclass(frozen=True)

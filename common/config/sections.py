@@ -24,6 +24,7 @@ S = TypeVar("S")
 
 PARTITIONS = ("iid", "dirichlet", "natural")
 HEAD_POLICIES = ("trained", "frozen")
+HEAD_POOLS = ("mean", "stock")
 HEAD_METRICS = ("none", "public")
 HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -130,15 +131,18 @@ class AdapterConfig(Section):
     what suits the start, measured at the server on public phrases (``common.starts.calibration``)."""
     scale: Annotated[str, OneOf(SCALES)] = "rank"
     """``rank``: the product is scaled by ``alpha / rank`` (LoRA). ``sqrt-rank``: by ``alpha / √rank`` (rsLoRA)."""
-    targets: str = "query,value"
-    """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``."""
+    targets: str = "auto"
+    """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``. ``auto``: those that make queries
+    and values, as PEFT's table or the model's own names tell; of most encoders ``query,value``."""
     start: str = "orthonormal"
     """Where the factors begin: a row of ``common.starts.STARTS``, whose options are ``start.*``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.target_modules:
-            raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value'")
+            raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value', or 'auto'")
+        if "auto" in self.target_modules and len(self.target_modules) > 1:
+            raise ConfigError(f"adapter.targets is {self.targets!r}: write 'auto' alone, or the layers' own names")
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -161,6 +165,10 @@ class HeadConfig(Section):
     """For ``label-words``: phrases of one label separated by ``|``, labels by ``;``, in label order."""
     margin: Annotated[float, POSITIVE, Unit("logits")] = 3.0
     """For ``label-words``: how far a label leads the others on its own phrases, on average over labels."""
+    pool: Annotated[str, OneOf(HEAD_POOLS)] = "mean"
+    """``mean``: the head reads the mean of the last hidden states over tokens (an image: as its task says). ``stock``:
+    what transformers' own classifier of the model reads, such as BERT's pooler, so that PEFT takes the result with its
+    head (docs/serve.md); it needs ``model.feature-scale = 0``."""
     metric: Annotated[str, OneOf(HEAD_METRICS)] = "none"
     """``none``, or ``public``: features are centred and whitened by public text (``adapter.start = "public-metric"``)
     before the head sees them, so that clip and noise act where records differ."""
@@ -278,7 +286,8 @@ class RunConfig(RunTerms):
 
     ``common.config.asked.resolve`` makes it from what people write. Four figures stay as asked, because a run has no
     one value for them: ``device``, ``precision`` and ``batch-tokens`` are each machine's, a noise multiplier and a
-    largest norm of 0 each site's. An alpha of 0 is measured at the server before round 1.
+    largest norm of 0 each site's. An alpha of 0 is measured at the server before round 1. Which layers ``auto`` targets
+    are, the base model says.
     """
 
     training: TrainingConfig

@@ -164,14 +164,14 @@ def _sites_of_keys(train: Dataset, config: DataConfig, num_partitions: int) -> l
     return [site_of[example.key] for example in train.examples]
 
 
-def declared_size(count: int) -> int:
-    """Return the size that a steward played by a partition declares: the count, cut to two significant digits.
+def public_size_of_part(count: int) -> int:
+    """Return the public size of a site that plays a partition: the count, cut to two significant digits.
 
     It is a plain function of the count and protects none: 1900 and 1899 records are told apart. It may
     be declared because the partition follows from public settings: a public data set, its seed, the
     number of sites. A steward of private records names a number of his own. Never below 1.
 
-    >>> declared_size(1883), declared_size(57)
+    >>> public_size_of_part(1883), public_size_of_part(57)
     (1800, 57)
     """
     step: int = 10 ** max(0, len(str(count)) - 2)

@@ -11,15 +11,17 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from string import Formatter
 
 from common.check import OneOf, nearest
 from common.config.sections import DataConfig
-from common.data.packaged import PackagedTree, packaged_file, packaged_tree
+from common.data.packaged import PackagedFile, PackagedTree, packaged_file, packaged_tree
 from common.data.rows import read_rows
-from common.data.sets import DATASETS, NamedDataset
+from common.data.sets import DATASETS, NamedDataset, UserFile
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.tasks import TASKS
+from common.tasks.cells import is_missing
 from common.tasks.examples import Dataset
 from common.tasks.roles import KEY, LABEL, Column
 from common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
@@ -125,9 +127,22 @@ def _tables(source: str, task: str, *, protected: bool) -> tuple[list[Table], li
 def is_public(name: str) -> bool:
     """Return whether ``name`` is known to be a data set that anyone can get.
 
-    No hub name is: with the site's own token it may open a private or gated repository.
+    No hub name is: with the site's own token it may open a private or gated repository. Nor is one that is read from a
+    file of the user's, which may hold anything.
     """
-    return name in DATASETS
+    return name in DATASETS and DATASETS[name].public
+
+
+def is_paired(data: DataConfig, task: str) -> bool:
+    """Return whether a run's records are pairs of texts, as its settings or its named data set say."""
+    if data.name in DATASETS:
+        return "text_pair" in DATASETS[data.name].fields
+    return any(column.role.field == "text_pair" for column in TASKS[task].columns(data))
+
+
+def public_names() -> tuple[str, ...]:
+    """Return the names of the data sets that anyone can get, the same bytes everywhere."""
+    return tuple(name for name in DATASETS if is_public(name))
 
 
 def known_labels(config: DataConfig) -> tuple[str, ...]:
@@ -157,7 +172,7 @@ def _load_named(name: str, key: str) -> Dataset:
             table = dataclasses.replace(kind.read_source(folder), origin=name, folder=None)
         read = [Column(role, role.column) for role in kind.roles]
     else:
-        table = _table_of(name, named, read_file(packaged_file(named.file)))
+        table = _table_of(name, named)
         given = (*named.fields, *([LABEL.field] if named.label else []))
         read = [Column(role, role.field) for role in kind.roles if role.field in given]
     if key:
@@ -165,18 +180,66 @@ def _load_named(name: str, key: str) -> Dataset:
     return read_rows(name, [table], read, kind.example, named.label_names)[0]
 
 
-def _table_of(origin: str, named: NamedDataset, file: Table) -> Table:
+def _table_of(origin: str, named: NamedDataset) -> Table:
     """Return a named data set's table: the columns of its file, and one for each field."""
+    if isinstance(named.file, PackagedTree):
+        raise DataError(f"the data set {named.name!r} is a folder, and no table of texts")
+    file = named.read(_place_of(named.name, named.file))
+    _check_columns(named, file)
     rows = [dict(zip(file.columns, row, strict=True)) for row in zip(*file.columns.values(), strict=True)]
     if named.only:
         rows = [row for row in rows if row[named.only[0]] == named.only[1]]
     clean = [{column: str(value).strip() for column, value in row.items()} for row in rows]
     columns: dict[str, list[object]] = {column: [row[column] for row in clean] for column in file.columns}
     for name, words in named.fields.items():
-        columns[name] = [words.format_map(row) for row in clean]
+        filled = (words.format_map(row) for row in clean)
+        columns[name] = [named.cut(text) if named.cut else text for text in filled]
     if named.label:
         columns[LABEL.field] = [named.labels[row[named.label]] for row in clean]
     return Table(origin, columns)
+
+
+def _place_of(name: str, file: PackagedFile | UserFile) -> Path:
+    """Return where a named data set's file lies; DataError if it is not there, saying how to get it."""
+    if isinstance(file, PackagedFile):
+        return packaged_file(file)
+    path = Path(file.path)
+    if not path.is_file():
+        raise DataError(
+            f"the data set {name!r} is read from {path.absolute()}, which is not there and which {file.how}"
+        )
+    return path
+
+
+def _check_columns(named: NamedDataset, file: Table) -> None:
+    """Raise DataError, naming the first row that does not fit, unless a file of the user's is of the row's form."""
+    if named.public:
+        return
+    wanted = [name for words in named.fields.values() for _, name, _, _ in Formatter().parse(words) if name]
+    for column in [*wanted, *([named.label] if named.label else [])]:
+        if column not in file.columns:
+            raise DataError(f"{file.origin} has no column {column!r}, which the data set {named.name!r} is read from")
+        for row, value in enumerate(file.columns[column]):
+            if row in file.unread:
+                raise DataError(file.unread[row].words)
+            if is_missing(value):
+                raise DataError(f"{file.origin} row {row + 1} has no value in column {column!r}: remove the row")
+            if column == named.label and str(value).strip() not in named.labels:
+                raise DataError(
+                    f"{file.origin} row {row + 1} has the {column} {value!r}; those of the data set {named.name!r} are "
+                    f"{', '.join(named.labels)}"
+                )
+
+
+def load_texts(name: str) -> list[str]:
+    """Return every text of a named data set, in its order: of a pair both. Its labels are not read.
+
+    Raises:
+        DataError: its file is missing, altered or no table.
+    """
+    named = DATASETS[name]
+    table = _table_of(name, dataclasses.replace(named, label="", labels={}))
+    return [str(text) for row in zip(*(table.columns[field] for field in named.fields), strict=True) for text in row]
 
 
 def _files_of(source: str) -> list[Path]:

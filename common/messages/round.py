@@ -86,7 +86,7 @@ class SpendingFigures:
     purpose: str
     """One of SPENDING_PURPOSES; ``initialisation`` is a release before round 1."""
     event: Event
-    """What each of the round's releases is priced as. Another party's: it may be one that has no price here."""
+    """What each of the round's releases is priced as, as the site says: it may be a kind that has no price here."""
     steps_round: int
     steps_total: int
     delta: float

@@ -25,11 +25,7 @@ from common.errors import ModelNotLoaded
 from common.model.dinov2 import PLAIN_DINOV2_SMALL
 from common.model.smollm2 import PLAIN_SMOLLM2
 from common.tasks import TASKS, Task
-
-UNCOUNTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
-"""Parts of a configuration that change nothing of what the model computes as it is loaded here."""
-OWN_CODE = {"trust_remote_code": False}
-"""For every loader: code that comes with a model never runs; unset, transformers asks whoever sits at the terminal."""
+from common.tasks.loading import UNCOUNTED
 
 
 @dataclass(frozen=True)
@@ -114,18 +110,19 @@ def _load_named(name: str, folder: Path, kind: Task) -> tuple[Any, Any]:
     return module, processor
 
 
-def load_base_model(name: str, task: str) -> BaseModel:
+def load_base_model(name: str, task: str, pool: str = "mean") -> BaseModel:
     """Load a base model and its processor.
 
     Args:
         name: a key of NAMED_MODELS, a folder, or a hub id.
         task: kind of task, which knows what to load (``Task.load``).
+        pool: what the head reads of it (``head.pool``).
 
     Raises:
         ModelNotLoaded: the model cannot be found or read, or is none of a kind that the task takes.
         DataError: the package that carries a named model is missing or altered.
     """
-    kind = TASKS[task]
+    kind = TASKS[task].pooled(pool)
     if name in NAMED_MODELS:
         with NAMED_MODELS[name]() as folder:
             module, processor = _load_named(name, folder, kind)

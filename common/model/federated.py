@@ -7,8 +7,9 @@ only adapter states move. It is built once per process (``model_of``) and rewrit
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from common.adapters import Adapter
 from common.config.sections import HeadConfig, ModelConfig
-from common.errors import ConfigError, ProtocolError
+from common.errors import ConfigError, ModelError, ProtocolError
 from common.log import place_of
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.model.base import BaseModel, load_base_model
@@ -50,6 +51,15 @@ class Score:
     """Share of right labels, or of right next tokens of the completion."""
     loss: float
     """Mean cross-entropy per record, or per token of the completion; in nats."""
+    right: tuple[int, ...] = ()
+    """Records that the model gets right, by label; empty where a record has no label."""
+    records: tuple[int, ...] = ()
+    """Records of each label."""
+
+    def __post_init__(self) -> None:
+        # A checkpoint's JSON has lists.
+        object.__setattr__(self, "right", tuple(self.right))
+        object.__setattr__(self, "records", tuple(self.records))
 
 
 class FederatedModel:
@@ -93,6 +103,8 @@ class FederatedModel:
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
+        self.head_shapes: Shapes | None = None
+        """The same inside ``head_alone``, once it was entered."""
         self.head_trained = head.policy == "trained"
         if self.module.head is not None:
             start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
@@ -230,6 +242,32 @@ class FederatedModel:
         """How the base model computes attention, as transformers calls it."""
         return str(self.base.module.config._attn_implementation)  # type: ignore[union-attr]
 
+    @contextmanager
+    def head_alone(self) -> Iterator[None]:
+        """Let the head alone take a gradient, on features of the model as it is; put all back afterwards.
+
+        Inside it ``featurise`` computes features, and records that have them pass in one shape.
+
+        Raises:
+            ModelError: the model has no head.
+        """
+        if self.module.head is None:
+            raise ModelError(f"the task {self.task.name!r} has no head that could be trained alone")
+        before = [(p, p.requires_grad) for p in self.module.parameters()]
+        task, shapes, only = self.task, self.shapes, self.head_only
+        self.module.requires_grad_(False)
+        self.module.head.requires_grad_(True)
+        self.task, self.head_only = Featured(self.reading, self.module.width), True
+        self.shapes = self.head_shapes or self.task.shapes(self.base, self.max_length, 0)
+        try:
+            yield
+        finally:
+            self.head_shapes = self.shapes
+            self.task, self.shapes, self.head_only = task, shapes, only
+            for parameter, wanted in before:
+                parameter.requires_grad_(wanted)
+                parameter.grad = None
+
     def many_passes(self) -> AbstractContextManager[None]:
         """Return the context of many passes in a row: frozen weights are in the run's precision inside it."""
         # The head computes in float32, outside autocast.
@@ -259,15 +297,25 @@ def score_records(
     """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one)."""
     was_training = module.training
     module.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals, right, of_label = torch.zeros(3, dtype=torch.float64), Counter[int](), Counter[int]()
     for group in length_batches([task.size(record) for record in records], choose_batch_tokens(batch_tokens, device)):
         batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
             sums = task.sums(module, batch)
         totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
+        if task.counted:
+            labels = batch["labels"].tolist()
+            of_label.update(labels)
+            right.update(label for label, hit in zip(labels, sums.correct.tolist(), strict=True) if hit)
     module.train(was_training)
     loss, correct, weight = totals.tolist()
-    return Score(accuracy=correct / weight, loss=loss / weight)
+    by_label = range(max(of_label, default=-1) + 1)
+    return Score(
+        accuracy=correct / weight,
+        loss=loss / weight,
+        right=tuple(right[label] for label in by_label),
+        records=tuple(of_label[label] for label in by_label),
+    )
 
 
 def _turn_dropout_off(module: nn.Module) -> None:
@@ -362,9 +410,9 @@ def model_of(
     The next user writes its own state over what the last one left, so nothing carries over.
     """
     return FederatedModel(
-        load_base_model(config.name, config.task),
+        load_base_model(config.name, config.task, head.pool),
         adapter,
-        TASKS[config.task],
+        TASKS[config.task].pooled(head.pool),
         head,
         seed=seed,
         label_names=label_names,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.model.federated import FederatedModel
-from common.privacy.plan import Correct, as_it_is
-from common.secure_sum.masks import Words
-from common.tasks import Batch
+from common.privacy.steps import Correct, as_it_is
+
+if TYPE_CHECKING:
+    from common.model.federated import FederatedModel
+    from common.secure_sum.masks import Words
+    from common.tasks import Batch
 
 
 class PlainSteps:
@@ -25,7 +27,7 @@ class PlainSteps:
     """
 
     words: Words | None = None
-    """See ``common.privacy.plan.Steps``."""
+    """See ``common.privacy.steps.Steps``."""
 
     def __init__(self, model: FederatedModel, optimizer: Optimizer, correct: Correct = as_it_is) -> None:
         self._model, self._optimizer, self._correct = model, optimizer, correct

@@ -101,7 +101,7 @@ def gaussian_release(
 def check_terms(releases: Sequence[Release], delta: float) -> None:
     """Raise ConfigError for figures that no honest job has and that would take long to price.
 
-    Another party proposes them: what it makes up must not keep a site's processor busy.
+    A server proposes them: what it makes up must not keep a site's processor busy.
     """
     at_least(LEAST_DELTA, delta=delta)
     for release in releases:
@@ -170,6 +170,12 @@ def least_noise(event: Event, epsilon: float, delta: float, steps: int, spent: S
     return _least_noise(epsilon, delta, like, steps, _merge(spent))
 
 
+def composable(releases: Sequence[Release]) -> Merged | None:
+    """Return releases as the PLD composes them, as few and as coarse as they are priced; None where RDP answers."""
+    merged, _ = _affordable(_merge(releases))
+    return merged if merged and not _why_not_pld(merged).reason else None
+
+
 def _merge(releases: Sequence[Release]) -> Merged:
     counts: Counter[Event] = Counter()
     for release in releases:
@@ -230,7 +236,7 @@ def _answer(merged: Merged, delta: float, method: Method) -> tuple[float, Method
         with _without_order_warnings():
             value = _compose(_accountant("rdp"), merged, delta)
     except (ArithmeticError, ValueError) as error:
-        # Figures that another party made up must not stop whoever prices them.
+        # Figures that another machine made up must not stop whoever prices them.
         return math.inf, "rdp", replace(detour, error=_error_name(error))
     # Not a number must never read as free; below 0 is what RDP can make of nearly free releases.
     return math.inf if math.isnan(value) else max(0.0, value), "rdp", detour

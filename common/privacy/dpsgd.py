@@ -27,7 +27,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,10 +40,13 @@ from common.adapters.branch import Branch
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
-from common.privacy.plan import Correct, PrivacyPlan, as_it_is
+from common.privacy.steps import Correct, as_it_is
 from common.randomness import add_private_noise
 from common.secure_sum.masks import Words
 from common.secure_sum.rounding import rounded, total
+
+if TYPE_CHECKING:
+    from common.privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")
@@ -139,7 +142,7 @@ class PrivateSteps:
     clipping: ClassVar[type[ClipAndNoise]] = ClipAndNoise
     """What clips each record, sums, and noises the sum."""
     words: Words | None = None
-    """See ``common.privacy.plan.Steps``."""
+    """See ``common.privacy.steps.Steps``."""
     order: tuple[nn.Parameter, ...] = ()
     """The trained parameters in the canonical order of what is sent."""
 

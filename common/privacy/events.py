@@ -142,6 +142,13 @@ class EventKind(ABC):
     def dp_event(self, event: Event) -> DpEvent:
         """Return the event as dp-accounting composes it, for adding or removing one unit."""
 
+    def dp_event_of(self, event: Event, units: int) -> DpEvent | None:
+        """Return the event as dp-accounting composes it, for adding or removing ``units`` of one person together.
+
+        Each unit is sampled on its own. None: that has no price here.
+        """
+        return self.dp_event(event) if units == 1 else None
+
     @abstractmethod
     def divergence(self, event: Event) -> float:
         """Return the Renyi divergence of order 2, or a bound on it: how large a grid the PLD needs."""
@@ -178,6 +185,17 @@ class SampledGaussian(EventKind):
 
         plain = GaussianDpEvent(event.noise_multiplier)
         return PoissonSampledDpEvent(event.sample_rate, plain) if event.sample_rate < 1 else plain
+
+    def dp_event_of(self, event: Event, units: int) -> DpEvent | None:
+        """Return a mixture of Gaussians: so many units are in the sample with the chance of Binomial(units, rate)."""
+        from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+
+        if units == 1:
+            return self.dp_event(event)
+        rate, members = event.sample_rate, range(units + 1)
+        shares = [math.comb(units, k) * rate**k * (1 - rate) ** (units - k) for k in members]
+        kept = [(float(k), share) for k, share in zip(members, shares, strict=True) if share > 0]
+        return MixtureOfGaussiansDpEvent(event.noise_multiplier, [k for k, _ in kept], [share for _, share in kept])
 
     def divergence(self, event: Event) -> float:
         """Return log(1 + q² (exp(1/sigma²) - 1))."""

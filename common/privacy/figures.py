@@ -34,6 +34,15 @@ def remaining_text(value: float | None, decimals: int = 3) -> str:
     return _rounded(value, decimals, ROUND_FLOOR)
 
 
+def bound_text(share: float) -> str:
+    """Return an upper bound of a share in percent, never rounded down.
+
+    >>> bound_text(0.040541), bound_text(1.0), bound_text(0.1)
+    ('4.06 %', '100.00 %', '10.00 %')
+    """
+    return f"{_rounded(100 * share, 2, ROUND_CEILING)} %"
+
+
 def _rounded(value: float, decimals: int, towards: str) -> str:
     # The shortest decimal that reads back as this number: what was typed as 0.1 is shown as 0.100.
     typed = Decimal(repr(float(value)))

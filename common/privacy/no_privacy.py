@@ -6,7 +6,7 @@ the new model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from common.privacy.claim import NOTHING, Claim
 from common.privacy.events import Event
 from common.privacy.mechanism import Mechanism, Recipe
-from common.privacy.plan import Correct, Plan, Steps, as_it_is, nothing
+from common.privacy.plan import Plan
+from common.privacy.steps import JUST_STEPS, Around, Steps
 
 if TYPE_CHECKING:
     import torch
@@ -50,19 +51,11 @@ class ExposingPlan(Plan):
         return model.length_batches(records, choose_batch_tokens(self.batch_tokens, model.device))
 
     @contextmanager
-    def steps(
-        self,
-        model: FederatedModel,
-        optimizer: Optimizer,
-        *,
-        before_pass: Callable[[], None] = nothing,
-        correct: Correct = as_it_is,
-    ) -> Iterator[Steps]:
+    def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[Steps]:
         """Return the context of plain steps; they are not interrupted."""
         from common.model import plain
 
-        del before_pass
-        yield plain.PlainSteps(model, optimizer, correct)
+        yield plain.PlainSteps(model, optimizer, around.correct)
 
     def longest_gradient(self, numbers: int, told: Event | None) -> float:
         """Return infinity: no clip bounds it."""

@@ -9,50 +9,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from common.check import clip_norm, in_range, positive
 from common.errors import MechanismError, PrivacyError
 from common.privacy.accounting import Release, check_terms, least_noise
 from common.privacy.events import Event, SampledGaussian, sampled_gaussian
+from common.privacy.steps import JUST_STEPS, Around, Steps
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from common.config.sections import PrivacyConfig, TrainingConfig
     from common.messages.state import AdapterState
     from common.model.federated import FederatedModel
     from common.privacy.dpsgd import PrivateSteps
-    from common.secure_sum.masks import Words
     from common.tasks import Batch, Record
-
-Correct = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
-"""From the gradients of one step to others of the same shapes."""
-
-
-def as_it_is(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the gradients."""
-    return gradients
-
-
-def nothing() -> None:
-    """Do nothing."""
-
-
-class Steps(Protocol):
-    """What takes the optimiser steps of one round."""
-
-    words: Words | None
-    """After a step, what is sent in place of the trained tensors: shape (numbers,), in the canonical order of these;
-    None where they are sent themselves."""
-
-    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
-        """Take one optimiser step on one logical batch, given as any number of parts."""
 
 
 class Plan(ABC):
@@ -77,20 +53,14 @@ class Plan(ABC):
 
     @abstractmethod
     def steps(
-        self,
-        model: FederatedModel,
-        optimizer: Optimizer,
-        *,
-        before_pass: Callable[[], None] = nothing,
-        correct: Correct = as_it_is,
+        self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS
     ) -> AbstractContextManager[Steps]:
         """Return the context in which ``model`` takes steps.
 
         Args:
             model: whose trained parameters are those that require a gradient.
             optimizer: over exactly those.
-            before_pass: called before each pass; what it raises ends the step.
-            correct: from the gradients of a step to those that the optimiser gets; after clip and noise, if there are.
+            around: what the round does beside.
         """
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
@@ -127,7 +97,7 @@ class PrivacyPlan(Plan):
     event: Event
     """What one optimiser step releases, and is charged for."""
     expected_batch_size: float
-    """Divisor of the noised sum, in units. A constant made of public figures (the event's rate times the declared
+    """Divisor of the noised sum, in units. A constant made of public figures (the event's rate times the public
     size), never the realised batch and never the exact number of records."""
     delta: float
     max_epsilon: float
@@ -161,13 +131,13 @@ class PrivacyPlan(Plan):
 
         Raises:
             ConfigError: a figure is out of range, or none that an honest job has (``check_terms``).
-            PrivacyError: delta is above one over the declared size, so that publishing a whole record
+            PrivacyError: delta is above one over the public size, so that publishing a whole record
                 at random would satisfy it.
         """
         positive(total_steps=total_steps, public_size=public_size)
         if privacy.delta > 1 / public_size:
             raise PrivacyError(
-                f"privacy.delta is {privacy.delta:g}, above 1/{public_size} = {1 / public_size:.3g} of the declared "
+                f"privacy.delta is {privacy.delta:g}, above 1/{public_size} = {1 / public_size:.3g} of the public "
                 f"size {public_size}: set privacy.delta to {1 / public_size:.1g} or less"
             )
         event = cls.event_of(privacy, training, privacy.noise_multiplier or 1.0)
@@ -208,19 +178,13 @@ class PrivacyPlan(Plan):
         return model.fixed_batches(records)
 
     @contextmanager
-    def steps(
-        self,
-        model: FederatedModel,
-        optimizer: Optimizer,
-        *,
-        before_pass: Callable[[], None] = nothing,
-        correct: Correct = as_it_is,
-    ) -> Iterator[PrivateSteps]:
+    def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[PrivateSteps]:
         """Return the context of steps that clip each record and noise the sum, see ``common.privacy.dpsgd``."""
         from common.messages.tensors import entries
         from common.privacy import dpsgd  # It brings Opacus, which no server needs.
 
         margin, kind = dpsgd.rounding_margin(model.device), self.stepping()
+        before_pass, correct = around.before_pass, around.correct
         own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=before_pass, correct=correct)
         own.order = tuple(parameter for _, _, parameter in entries(model.trained()))  # type: ignore[arg-type,misc]
         with model.many_passes(), own as steps:

@@ -93,7 +93,7 @@ def check_headroom(expected_records: float, clip_norm: float, share: float, site
     A sum that wraps costs no privacy, it is only wrong.
 
     Args:
-        expected_records: in a sum of all sites: sample rate times declared sizes.
+        expected_records: in a sum of all sites: sample rate times public sizes.
         clip_norm: most that one record adds to a coordinate.
         share: standard deviation of each site's noise.
         sites: most sites of a sum.

@@ -7,6 +7,8 @@ run configuration under ``start``: ``start.records = 64``. Options of one name h
 
 from __future__ import annotations
 
+from common.adapters import Adapter
+from common.errors import ConfigError
 from common.starts.base import Labels, PaidStart, Start, UnpaidStart
 from common.starts.dp_gradient import DPGradient
 from common.starts.eva import EVA
@@ -15,6 +17,7 @@ from common.starts.minor_of_weights import MinorOfWeights
 from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
 from common.starts.private_gradient import PrivateGradient
+from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
 from common.starts.public_metric import PublicMetric
 from common.starts.shards import Shards
@@ -32,9 +35,22 @@ STARTS: dict[str, type[Start]] = {
         EVA,
         PublicGradient,
         PublicMetric,
+        Probe,
         DPGradient,
         PrivateGradient,
     )
 }
 
-__all__ = ["STARTS", "Labels", "PaidStart", "Start", "UnpaidStart"]
+
+def check_directions(start: Start, adapter: type[Adapter]) -> None:
+    """Raise ConfigError unless a start gives all directions that an adapter asks for; it names the starts that do."""
+    lacking = sorted(set(adapter.directions) - set(start.gives))
+    if lacking:
+        fitting = ", ".join(name for name, other in STARTS.items() if set(adapter.directions) <= set(other.gives))
+        raise ConfigError(
+            f"adapter.start {start.name!r} gives no {' and '.join(lacking)}, which the adapter {adapter.name!r} begins "
+            f"with: set adapter.start to one that does ({fitting})"
+        )
+
+
+__all__ = ["STARTS", "Labels", "PaidStart", "Start", "UnpaidStart", "check_directions"]

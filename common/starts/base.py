@@ -1,7 +1,7 @@
 """The interface of a start.
 
 A start says which directions an adapter's factors begin in. Most follow from the seed or the base
-weights, so that every party derives them and compares a fingerprint. Others need a statistic first,
+weights, so that server and sites derive them and compare a fingerprint. Others need a statistic first,
 such as a mean gradient: round 0 asks for it, at the server or at the sites, and what the statistic
 gives travels once. What records are used, and what that costs, is stated here and nowhere else.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -30,7 +31,8 @@ from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
 from common.starts.directions import orthonormal_rows
-from common.tasks import Batch
+from common.starts.gradient import open_weights
+from common.tasks import Batch, Record
 
 Needs = Literal["nothing", "weights", "public records", "paid release", "records, without privacy"]
 Asked = Literal["nobody", "server", "sites"]
@@ -80,22 +82,20 @@ class Start(ABC):
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Raise ConfigError, saying what to do, unless the run can start so."""
-        if not set(adapter.directions) <= set(self.gives):
-            from common.starts import STARTS
-
-            lacking = " and ".join(sorted(set(adapter.directions) - set(self.gives)))
-            fitting = ", ".join(name for name, start in STARTS.items() if set(adapter.directions) <= set(start.gives))
-            raise ConfigError(
-                f"adapter.start {self.name!r} gives no {lacking}, which the adapter {adapter.name!r} begins with: "
-                f"set adapter.start to one that does ({fitting})"
-            )
         if not adapter.directions and self.asked != "nobody" and METRIC not in self.gives:
             raise ConfigError(
                 f"adapter.start {self.name!r} asks the {self.asked} where factors begin, and the adapter "
                 f"{adapter.name!r} has no factors: leave adapter.start at 'orthonormal'"
             )
-        if self.needs not in config.privacy.mechanism.starts:
-            raise ConfigError(f"adapter.start {self.name!r} {self.unfit}")
+        mechanism = config.privacy.mechanism
+        if self.needs not in mechanism.starts:
+            unfit = self.unfit
+            if mechanism.summed and self.needs == "paid release":
+                unfit = (
+                    f"asks each site for a release of its own, and with privacy.mode {mechanism.name!r} nobody sees "
+                    "more than a sum: choose another, such as 'public-metric'"
+                )
+            raise ConfigError(f"adapter.start {self.name!r} {unfit}")
 
     def resolved(self) -> Self:
         """Return the start with what its options leave open filled in."""
@@ -108,7 +108,7 @@ class Start(ABC):
 
     @abstractmethod
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
-        """Return what every party derives: ``A``, shape (rank, into), and ``B``, shape (out, rank), if ``wanted``.
+        """Return what server and sites derive: ``A``, shape (rank, into), and ``B``, shape (out, rank), if ``wanted``.
 
         Float32, on the CPU. A start that needs a statistic returns what holds until it is there.
         """
@@ -124,6 +124,15 @@ class Start(ABC):
         """Return names and shapes of the statistic, by layer."""
         del model
         return {}
+
+    def check_public(self, config: RunConfig) -> str:
+        """Server: refuse public text that is not public to this run; return what there is to say of it, in words.
+
+        Raises:
+            DataError: it stands among the run's records, or cannot be read.
+        """
+        del config
+        return ""
 
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Server: return the statistic of public records, for a start that needs those.
@@ -146,6 +155,25 @@ class Start(ABC):
         """Server: return from one layer's mean statistic ``A`` and ``B`` as of ``factors``, and ``R`` if it moves W."""
         raise self._asks_nobody()
 
+    def complete(
+        self, model: FederatedModel, config: RunConfig, labels: Labels, statistic: AdapterState
+    ) -> AdapterState:
+        """Server: return the sites' mean statistic, with what public records add to it once it is there.
+
+        Args:
+            model: at the start of the run.
+            config: the run's.
+            labels: of the records.
+            statistic: what ``measure`` or ``privatise`` gave, averaged.
+        """
+        del model, config, labels
+        return statistic
+
+    @property
+    def way(self) -> float:
+        """How many times as long as one step's gradient a site's statistic can be."""
+        return 1.0
+
     # --- what it costs ---
 
     def release(self, least_noise: float = 0.0) -> Release | None:
@@ -162,6 +190,8 @@ class PaidStart(Start):
     """A start from one release of every site's records: clipped, noised, and charged to its ledger."""
 
     needs: ClassVar[Needs] = "paid release"
+    on_features: ClassVar[bool] = False
+    """Whether the release is made from features of the frozen base model, which are computed before it."""
 
     sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
     """Chance of each record to be used."""
@@ -189,17 +219,21 @@ class PaidStart(Start):
         event = self.release(least_noise).event
         return dataclasses.replace(whole, event=event, expected_batch_size=event.sample_rate * public_size)
 
+    def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
+        """Return the context in which what the release is made from takes a gradient: the adapted layers' weights."""
+        return open_weights(model)
+
     @abstractmethod
     def privatise(
         self,
         model: FederatedModel,
-        parts: Iterable[Batch],
+        records: Sequence[Record],
         plan: PrivacyPlan,
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
-        """Site: return the clipped, noised, publicly scaled sum of the records' statistics.
+        """Site: return what it releases of records that the plan draws: clipped, noised, over a public divisor.
 
-        ``before_pass`` is called before each pass, and may raise. Without a part it is noise alone.
+        ``before_pass`` is called before each pass, and may raise. Without a record it is noise alone.
         """
 
 

@@ -17,8 +17,8 @@ def orthonormal_rows(rank: int, columns: int, generator: torch.Generator) -> Ten
 def leading_singular_triple(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (out, rank), S (rank,), Vᵀ (rank, in) of the largest singular values, signs fixed.
 
-    In each column of U the entry of largest magnitude is positive, so that every party that computes
-    this from the same matrix gets the same factors.
+    In each column of U the entry of largest magnitude is positive, so that server and sites, which compute
+    this from the same matrix, get the same factors.
     """
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
@@ -45,8 +45,8 @@ def minor_rows(matrix: Tensor, rank: int) -> Tensor:
     """Return the right singular vectors of an (out, in) matrix with the smallest values as rows (rank, in).
 
     The smallest first, signs fixed. Where the matrix has more columns than rows it reaches none of a whole space of
-    directions, which has no basis of its own: they are then what is left of the unit vectors, in order, that every
-    party computes alike.
+    directions, which has no basis of its own: they are then what is left of the unit vectors, in order, which server
+    and sites compute alike.
     """
     out, into = matrix.shape
     left = into - min(out, into)

@@ -6,7 +6,7 @@ signal survives noise. What the server makes of the release is post-processing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,8 +16,8 @@ from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.privacy.plan import PrivacyPlan
 from common.starts.base import PaidStart, seeded
-from common.starts.gradient import gradient_basis, gradient_layout, private_gradient
-from common.tasks import Batch
+from common.starts.gradient import gradient_basis, gradient_layout, initial_shapes, private_gradient
+from common.tasks import Record
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ class DPGradient(PaidStart):
     def privatise(
         self,
         model: FederatedModel,
-        parts: Iterable[Batch],
+        records: Sequence[Record],
         plan: PrivacyPlan,
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
         """Return the records' gradients by the mechanism of a training step."""
+        parts = model.fixed_batches([records[i] for i in plan.sample(len(records))], initial_shapes(model))
         return private_gradient(model, parts, plan, before_pass)
 
     def from_statistic(self, statistic: Factors, rank: int) -> Factors:

@@ -13,8 +13,9 @@ from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.model.federated import FederatedModel
 from common.starts.base import Needs, Start
-from common.starts.public_text import MADE_UP, PACKAGED, packaged_sha256, read_text
+from common.starts.public_text import MADE_UP, OF_NO_ONE, PACKAGED, check_apart, check_named, known_sha256, read_text
 from common.tasks import TASKS, Record
+from common.tasks.text import TOKENS
 
 
 @dataclass(frozen=True)
@@ -26,36 +27,50 @@ class FromText(Start):
     """What ``auto`` stands for."""
 
     text: str = "auto"
-    """The public text: ``phrases``, which come with FedVeil, ``made-up`` (words drawn from the model's vocabulary), or
-    a file of the server's, one text a line; ``auto``: what suits the start."""
+    """The public text: ``phrases``, which come with FedVeil, ``made-up`` (words drawn from the model's vocabulary), the
+    name of a data set, of which the sentences are taken, or a file of the server's, one text a line; ``auto``: what
+    suits the start. A text that stands among the run's own records is refused."""
     text_sha256: Annotated[str, Digits(64, "sha256sum")] = ""
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes; of a data set's sentences where FedVeil does not know it."""
     records: Annotated[int, POSITIVE, Unit("records")] = 256
     """How many texts are used, from the first on."""
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a file without its fingerprint, and records that hold no words."""
+        """Refuse a text that is not public to the run or has no fingerprint, and records that hold no words."""
         super().check(config, adapter)
-        if self.text not in ("auto", PACKAGED, MADE_UP) and not self.text_sha256:
+        found = self.resolved()
+        known = known_sha256(found.text)
+        if known and found.text_sha256 != known:
             raise ConfigError(
-                f"start.text {self.text!r} is a file of the server's: set start.text-sha256 to what sha256sum prints "
-                "for it, so that every site knows which text the run starts from"
+                f"start.text-sha256 is {found.text_sha256}, that of the sentences of {found.text!r} is {known}: leave "
+                "it empty, or name a file as start.text"
             )
+        check_named(found.text, found.text_sha256, config.data)
         if not TASKS[config.model.task].worded:
             raise ConfigError(
                 f"adapter.start {self.name!r} is made from text, and model.task {config.model.task!r} has none"
             )
 
     def resolved(self) -> Self:
-        """Return the start with its text, and the fingerprint of packaged phrases; a file's has to be given."""
+        """Return the start with its text and the fingerprint of that; a file's has to be given."""
         text = self.suits if self.text == "auto" else self.text
-        return replace(self, text=text, text_sha256=packaged_sha256() if text == PACKAGED else self.text_sha256)
+        given = "" if text == PACKAGED else self.text_sha256
+        return replace(self, text=text, text_sha256=given or known_sha256(text))
 
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of the public text; empty: it is made up."""
         found = self.resolved()
         return "" if found.text == MADE_UP else found.text_sha256
+
+    def check_public(self, config: RunConfig) -> str:
+        """Refuse a text that stands among the run's records, and say what it was compared with."""
+        found = self.resolved()
+        if found.text in OF_NO_ONE:
+            return ""
+        used = read_text(found.text, found.fingerprint)[: self.records]
+        compared = check_apart(found.text, used, config.data, config.model.task)
+        return f"the text is public by the coordinator's word; it was {compared}"
 
     def texts(self, model: FederatedModel, labels: Sequence[int] = ()) -> list[Record]:
         """Return the texts as the model takes them, each of its label, or all of the first one.
@@ -73,3 +88,25 @@ class FromText(Start):
             return [invent(size, i, label) for i, (size, label) in enumerate(zip(sizes, given, strict=True))]
         texts = read_text(text, self.fingerprint)[: self.records]
         return model.prepare([replace(model.task.of_phrase(t), label=i) for t, i in zip(texts, given, strict=False)])
+
+    def pairs(self, model: FederatedModel, labels: Sequence[int]) -> list[Record]:
+        """Return each text with the next one as a pair, of its label; errors as of ``texts``.
+
+        Made-up ones are words as the tokenizer spells its tokens, so that a pair is put together as any other.
+        """
+        text = self.resolved().text
+        if text == MADE_UP:
+            invent = model.reading.inventor(model.base, model.max_length)
+            sizes = [min(max(1, model.max_length // 2 - 2), 6 + 7 * i % 35) for i in range(self.records)]
+            found = [model.base.processor.decode(invent(size, i, 0)[TOKENS]) for i, size in enumerate(sizes)]
+        else:
+            found = read_text(text, self.fingerprint)[: self.records]
+        both = zip(found, [*found[1:], *found[:1]], labels, strict=False)
+        return model.prepare([replace(model.task.of_pair(a, b), label=label) for a, b, label in both])
+
+    def completions(self, model: FederatedModel) -> list[Record]:
+        """Return the texts as prompts and completions; errors as of ``texts``."""
+        text = self.resolved().text
+        if text == MADE_UP:
+            return self.texts(model)
+        return model.prepare([model.task.of_text(t) for t in read_text(text, self.fingerprint)[: self.records]])

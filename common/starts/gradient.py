@@ -21,6 +21,7 @@ from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.model.shapes import Shapes
 from common.privacy.plan import PrivacyPlan
+from common.privacy.steps import Around
 from common.starts.directions import leading_singular_triple
 from common.tasks import Batch
 
@@ -65,7 +66,7 @@ def private_gradient(
     """
     with open_weights(model) as weights:
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
-        with plan.steps(model, optimizer, before_pass=before_pass) as steps:
+        with plan.steps(model, optimizer, Around(before_pass)) as steps:
             released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
         return _oriented(model, {name: released[weight] for name, weight in weights.items()})
 

@@ -28,7 +28,7 @@ class MinorOfWeights(Start):
     needs: ClassVar[Needs] = "weights"
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
-        """Return them from eigenvectors of W0ᵀ W0 and W0 W0ᵀ in float64, in a basis that every party gets."""
+        """Return them from eigenvectors of W0ᵀ W0 and W0 W0ᵀ in float64, in a basis that server and sites share."""
         W = place.weight()
         made: dict[str, Tensor] = {}
         if "A" in wanted:

@@ -19,5 +19,5 @@ class Orthonormal(Start):
     needs: ClassVar[Needs] = "nothing"
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
-        """Return them from public streams, so that every party derives the same bits without sending them."""
+        """Return them from public streams, so that server and sites derive the same bits without sending them."""
         return seeded(place, wanted)

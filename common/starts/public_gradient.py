@@ -42,10 +42,15 @@ class PublicGradient(Start):
     """Length of the first sign step that is imitated: LoRA-SB's eta."""
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a start that lacks its data."""
+        """Refuse a start that lacks its data, or takes the sites' records for them."""
         super().check(config, adapter)
         if not self.data:
             raise ConfigError("adapter.start 'public-gradient' needs start.data: name a public data set or file")
+        if self.data == config.data.name:
+            raise ConfigError(
+                f"start.data is {self.data!r}, the run's own data.name, whose records simulated sites divide: they "
+                "would be used without a charge; name another public data set or file"
+            )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the gradient is there."""

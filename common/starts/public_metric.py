@@ -1,10 +1,12 @@
 """The public metric: where labels live among a layer's outputs, and what all its inputs have in common.
 
-B takes the leading directions of the outputs' gradients on public phrases about the labels. V shrinks the few input
-directions along which gradients of any public text are longest, to the length of those after them: along these nearly
-all of a record's gradient lies, and they say nothing about the label. Both are made at the server before a record is
-read, so they cost nothing, and travel once. B is scaled so that the gradients of public text are as long as suits the
-clip, all adapted layers together, and equally long in each.
+B takes the leading directions of the outputs' gradients on public phrases about the labels. No phrase is a pair, and
+language models have no labels: there B takes those of the public texts, each with the next one as a pair under a drawn
+label, or its second half as the completion of the first. V shrinks the few input directions along which gradients of
+any public text are longest, to the length of those after them: along these nearly all of a record's gradient lies, and
+they say nothing about the label. Both are made at the server before a record is read, so they cost nothing, and travel
+once. B is scaled so that the gradients of public text are as long as suits the clip, all adapted layers together, and
+equally long in each.
 
 In kin: DP-KFC (Molina Van den Bosch et al. 2026, arXiv 2605.13418) preconditions DP-SGD by Kronecker factors of a
 layer's inputs and outputs, which it takes from made-up records as well.
@@ -25,6 +27,7 @@ from common.adapters.lora_metric import SHRUNK
 from common.check import POSITIVE, OneOf
 from common.config.fields import RATIO
 from common.config.sections import RunConfig
+from common.data.sources import is_paired
 from common.errors import ConfigError, ModelError
 from common.messages.state import HEAD, METRIC, AdapterState, Factors
 from common.model.federated import FederatedModel
@@ -38,6 +41,8 @@ from common.tasks import TASKS, Record
 
 Gradients = Iterator[dict[str, Tensor]]
 """Of one record after another: the gradient of each adapted layer's weight, shape (out, in), float64, CPU."""
+TELLING = 64
+"""Public texts that B's directions are taken from, where no phrases are: each costs a product of matrices a layer."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +61,33 @@ class PublicMetric(FromText):
     """Of the head's features: what is added to their public covariance, in units of its mean eigenvalue."""
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a task without labels, and an adapter that would not begin in B."""
+        """Refuse an adapter that would not begin in B."""
         super().check(config, adapter)
-        if not TASKS[config.model.task].labelled:
-            raise ConfigError(
-                f"adapter.start {self.name!r} is made from phrases about labels, and model.task "
-                f"{config.model.task!r} has none: choose another"
-            )
         if "A" in adapter.directions:
             raise ConfigError(
                 f"adapter.start {self.name!r} gives no A, which the adapter {adapter.name!r} begins with: "
                 "set adapter.name to 'lora-metric' or 'lora-frozen-b'"
             )
+
+    def check_public(self, config: RunConfig) -> str:
+        """Refuse and say as for any text, and say where B points if not where phrases about labels do."""
+        told = [super().check_public(config)]
+        if config.adapter.name != "none":
+            told.append(self._told(config))
+        return "\n".join(line for line in told if line)
+
+    def _told(self, config: RunConfig) -> str:
+        if self._pointless(TASKS[config.model.task].labelled):
+            return "made-up text completes nothing, so B's columns are random, from the seed: name a text in start.text"
+        if self.outputs == "public" and is_paired(config.data, config.model.task):
+            return (
+                "no phrase about a label is a pair, so B's columns are those of public texts in pairs, of drawn labels"
+            )
+        return ""
+
+    def _pointless(self, labelled: bool) -> bool:
+        """Whether no text tells where B is to point: words drawn at random have no completion that a model expects."""
+        return self.outputs == "public" and not labelled and self.resolved().text == MADE_UP
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal columns B, which hold until the gradients are there."""
@@ -76,9 +96,19 @@ class PublicMetric(FromText):
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return B and V of every adapted layer, B scaled."""
         model.write(model.start)
-        texts = self.texts(model, self.drawn_labels(len(labels.names), config.seed))
+        return self.around(model, config, labels)
+
+    def around(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
+        """Return the same by the model as it is, whose head decides where labels live."""
+        drawn = self.drawn_labels(len(labels.names), config.seed) if labels.names else []
+        paired = is_paired(config.data, config.model.task)
+        if paired:
+            texts = self.pairs(model, drawn)
+        else:
+            texts = self.texts(model, drawn) if labels.names else self.completions(model)
         state: AdapterState = {}
-        columns = self._columns(model, _labelled(model, labels)) if model.adapter.directions else {}
+        telling = texts[:TELLING] if paired or not labels.names else _labelled(model, labels)
+        columns = self._columns(model, telling) if model.adapter.directions else {}
         moments = _moments(model, texts, columns) if columns else {}
         scaling = model.adapter.scaling
         for layer, B in columns.items():
@@ -93,11 +123,11 @@ class PublicMetric(FromText):
             wanted = config.privacy.clip_norm / self.clip_share / len(columns) ** 0.5
             state[layer] = {"B": (B * (wanted / length)).float(), "V": V.float()}
         if model.module.metric is not None:
-            state.update(self._of_head(model, texts, config.privacy.clip_norm / self.clip_share))
+            state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
 
     @torch.no_grad()
-    def _of_head(self, model: FederatedModel, texts: Sequence[Record], length: float) -> AdapterState:
+    def of_head(self, model: FederatedModel, texts: Sequence[Record], length: float) -> AdapterState:
         """Return the features' centre and map, and the head as it is behind them.
 
         With covariance S of the texts' features and m its mean eigenvalue, the map is c (S + λ m I)^(-1/2), λ the
@@ -131,17 +161,17 @@ class PublicMetric(FromText):
         """Return a label for each text: its gradient has a direction for every one, of which one is drawn."""
         return torch.randint(classes, (self.records,), generator=stream(seed, self.name)).tolist()
 
-    def _columns(self, model: FederatedModel, phrases: Sequence[Record]) -> dict[str, Tensor]:
+    def _columns(self, model: FederatedModel, telling: Sequence[Record]) -> dict[str, Tensor]:
         """Return B's orthonormal columns of every layer, shape (out, rank), float64."""
-        if self.outputs == "random":
+        if self.outputs == "random" or self._pointless(model.task.labelled):
             return {layer: model.start[layer]["B"].double() for layer in model.adapter.layers(model.peft_model)}
         grams: dict[str, Tensor] = {}
-        for gradients in _gradients(model, phrases):
+        for gradients in _gradients(model, telling):
             for layer, G in gradients.items():
                 if length := float(G.square().sum()):
                     grams[layer] = grams.get(layer, 0) + G @ G.T / length
         if not grams:
-            raise ModelError("no public phrase has a gradient: set head.start to 'label-words' or 'random'")
+            raise ModelError("no public text has a gradient: set head.start to 'label-words' or 'random'")
         return {layer: leading_rows(gram, model.adapter.rank).T for layer, gram in grams.items()}
 
 

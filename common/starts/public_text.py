@@ -1,40 +1,108 @@
-"""Public text for starts: phrases that come with FedVeil, or a file of the server's, one text a line.
+"""Public text for starts: phrases that come with FedVeil, the sentences of a named data set, or a file of the server's.
 
-No site ever opens a file that a run's settings name. It knows the text by its fingerprint, which is part of the
-settings and of what a task must agree with.
+No site ever opens a file or a data set that a run's settings name as public text. It knows the text by its fingerprint,
+which is part of the settings and of what a task must agree with. Of a data set the sentences alone are read, no label.
+
+Public text is nobody's record. Nobody can see that in a text, so the coordinator declares it. What can be seen is asked
+of every run: that the text is no data set of the run's own, and that none of it stands among the test records, nor
+among those that the run's ``data.name`` holds (``common.data.sentences.traces``).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
+from common.config.sections import DataConfig
+from common.data.packaged import PackagedTree
 from common.data.phrases import SENTIMENT
-from common.errors import DataError
+from common.data.sentences import FEWEST_WORDS, likeness, sentences_of, traces
+from common.data.sets import DATASETS, share_sentences
+from common.data.sources import load_texts, public_test, train_and_test
+from common.errors import ConfigError, DataError
+from common.tasks.examples import Example
 
 PACKAGED = "phrases"
 """What ``start.text`` calls the phrases that come with FedVeil."""
 MADE_UP = "made-up"
 """What it calls words drawn from the base model's vocabulary, which are no text of anyone's."""
+OF_NO_ONE = (PACKAGED, MADE_UP)
+"""Texts that are in no source of records."""
 
 
-def packaged_sha256() -> str:
-    """Return the SHA-256 of the packaged phrases, as of a file of them, in hexadecimal."""
-    return hashlib.sha256(_packaged()).hexdigest()
+def known_sha256(source: str) -> str:
+    """Return the SHA-256 of a text that FedVeil knows, in hexadecimal; empty: whoever names it has to say it."""
+    if source == PACKAGED:
+        return hashlib.sha256(_packaged()).hexdigest()
+    return DATASETS[source].sentences_sha256 if source in DATASETS else ""
+
+
+def check_named(source: str, sha256: str, data: DataConfig) -> None:
+    """Raise ConfigError if a run on ``data`` may not start from a text, as far as names tell; reads nothing.
+
+    Args:
+        source: the setting ``start.text``.
+        sha256: its fingerprint; empty: there is none.
+        data: the run's records.
+    """
+    for key, name in (("data.name", data.name), ("data.test", data.test)):
+        if source == name:
+            raise ConfigError(
+                f"start.text and {key} are both {source!r}, whose sentences would then not be public: name another "
+                "text, or leave start.text at 'auto'"
+            )
+        if share_sentences(source, name):
+            raise ConfigError(
+                f"start.text {source!r} shares sentences with {key} {name!r}, so it is no public text for it: name "
+                "another, or leave start.text at 'auto'"
+            )
+    if source in DATASETS and isinstance(DATASETS[source].file, PackagedTree):
+        raise ConfigError(f"start.text {source!r} holds no words: name another text, or leave it at 'auto'")
+    if source not in OF_NO_ONE and not sha256:
+        if source in DATASETS:
+            raise ConfigError(
+                f"start.text {source!r} is a data set whose sentences have no known hash: set start.text-sha256 to "
+                f"what `python -m experiments.convert sentences {source} FILE` prints"
+            )
+        raise ConfigError(
+            f"start.text {source!r} is a file of the server's: set start.text-sha256 to what sha256sum prints "
+            "for it, so that every site knows which text the run starts from"
+        )
+
+
+def words_of(source: str, sha256: str) -> str:
+    """Return in words which public text a start was made from, and who says that it is public.
+
+    >>> words_of("made-up", "")
+    'none: words drawn from the vocabulary of the base model'
+    """
+    if source == MADE_UP:
+        return "none: words drawn from the vocabulary of the base model"
+    if source == PACKAGED:
+        return f"phrases that come with FedVeil, SHA-256 {sha256}"
+    return (
+        f"{source!r}, SHA-256 {sha256}. That it is public is the coordinator's word; what was used of it stands "
+        "neither in the public test part, nor among the records of data.name where the server had them"
+    )
 
 
 def read_text(source: str, sha256: str) -> list[str]:
     """Return the texts of a source, in its order, without empty lines.
 
     Args:
-        source: ``phrases``, or a file in UTF-8.
-        sha256: of the source's bytes, in hexadecimal.
+        source: ``phrases``, a named data set, or a file in UTF-8.
+        sha256: of the source's bytes, in hexadecimal; of a data set's sentences as a file with one a line.
 
     Raises:
-        DataError: there is no such file, it holds no text, or its SHA-256 is another.
+        DataError: there is no such source, it holds no text, or its SHA-256 is another.
     """
     try:
-        content = _packaged() if source == PACKAGED else Path(source).expanduser().read_bytes()
+        if source in DATASETS:
+            content = as_file(data_set_sentences(source))
+        else:
+            content = _packaged() if source == PACKAGED else Path(source).expanduser().read_bytes()
         texts = [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -48,5 +116,59 @@ def read_text(source: str, sha256: str) -> list[str]:
     return texts
 
 
+@lru_cache(maxsize=1)
+def data_set_sentences(name: str) -> tuple[str, ...]:
+    """Return the sentences of a named data set that are long enough to tell, each once.
+
+    They are mixed by their own hash, so that the first of them are a sample of all, in whatever order records lie.
+
+    Raises:
+        DataError: the data set cannot be read.
+    """
+    found = {likeness(s): s for text in load_texts(name) for s in sentences_of(text) if len(s.split()) >= FEWEST_WORDS}
+    return tuple(sorted(found.values(), key=lambda sentence: hashlib.sha256(sentence.encode()).digest()))
+
+
+def as_file(texts: Sequence[str]) -> bytes:
+    """Return texts as the bytes of a file, one a line."""
+    return "".join(f"{text}\n" for text in texts).encode()
+
+
+def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str) -> str:
+    """Refuse public text that stands among a run's records; return in words what it was compared with.
+
+    In a simulation the sites' records are those of ``data.name``, and so are a deployed site's that plays a part of it.
+    What a site brings itself no server sees: there the text is public because the coordinator says so.
+
+    Args:
+        source: the setting ``start.text``.
+        texts: those of it that are used.
+        data: the run's records.
+        task: kind of task, as ``model.task``.
+
+    Raises:
+        DataError: some of the text stands in the public test part, or in ``data.name``; or no test record can be read.
+    """
+    _refuse(source, texts, public_test(data, task).examples, "the public test part")
+    try:
+        train, _ = train_and_test(data, task)
+    except DataError:  # as at the server of sites that bring their own, which needs no data.name beside data.test
+        return "compared with the public test part alone"
+    _refuse(source, texts, train.examples, f"the records of data.name {data.name!r}, which sites divide")
+    return f"compared with the public test part and the records of data.name {data.name!r}"
+
+
+def _refuse(source: str, texts: Sequence[str], examples: Sequence[Example], where: str) -> None:
+    known = {trace for example in examples for text in example.texts() for trace in traces(text)}
+    found = [text for text in texts if not known.isdisjoint(traces(text))]
+    if found:
+        written = f" of a file that `python -m experiments.convert sentences {source} FILE` writes and name it"
+        shown = found[0] if len(found[0]) <= 60 else f"{found[0][:57]}..."
+        raise DataError(
+            f"{len(found)} of the {len(texts)} texts of start.text {source!r} stand in {where}, such as {shown!r}: "
+            f"they are not public to this run; take them out{written if source in DATASETS else ''}, or name another"
+        )
+
+
 def _packaged() -> bytes:
-    return "".join(f"{phrase}\n" for phrases in SENTIMENT for phrase in phrases).encode()
+    return as_file([phrase for phrases in SENTIMENT for phrase in phrases])

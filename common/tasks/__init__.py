@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from common.tasks.base import Batch, Record, Sums, Task
+from common.tasks.base import Answer, Batch, Finished, Record, Sums, Task
 from common.tasks.causal_lm import CausalLM
 from common.tasks.classification import Classification
 from common.tasks.image_classification import ImageClassification
 from common.tasks.roles import Role
+from common.tasks.stock_classification import StockClassification
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM(), ImageClassification())}
 
@@ -18,11 +19,14 @@ def roles_of_all() -> tuple[Role, ...]:
 
 __all__ = [
     "TASKS",
+    "Answer",
     "Batch",
     "CausalLM",
     "Classification",
+    "Finished",
     "ImageClassification",
     "Record",
+    "StockClassification",
     "Sums",
     "Task",
     "roles_of_all",

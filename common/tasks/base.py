@@ -45,6 +45,48 @@ class Sums:
     """Units that loss and correct are over: 1 a record, or the completion's tokens."""
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The model that a run ended with: the adapter is merged into it, and the head takes features as they are."""
+
+    task: Task
+    module: TaskModule
+    """In eval mode; its encoder is a stock model again."""
+    base: BaseModel
+    """As it was loaded; its module is the encoder's."""
+    labels: tuple[str, ...]
+    """In the order of the head's rows; empty without labels."""
+    limit: int
+    """What records are cut to."""
+
+    def answer(self, words: Sequence[str], columns: Sequence[Column]) -> list[Answer]:
+        """Return what the model answers, the likeliest first.
+
+        Args:
+            words: one for each column that is asked with (a text and its pair, a prompt, an image's path).
+            columns: that the run's records were read from.
+
+        Raises:
+            ConfigError: there are more words, or fewer, than columns to ask with.
+            DataError: a word names nothing that can be read.
+        """
+        asked = [column.role for column in columns if column.role.setting not in self.task.answered]
+        if len(words) != len(asked):
+            names = " and ".join(role.setting for role in asked)
+            raise ConfigError(f"this run's records are asked with {names}: give {len(asked)}, not {len(words)}")
+        return self.task.answer(self, self.task.asked(words))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a model."""
+
+    text: str
+    """A label, or a completion."""
+    probability: float | None
+    """None of a completion."""
+
+
 class Task(ABC):
     """A kind of task; no state, so one instance serves every model."""
 
@@ -59,8 +101,19 @@ class Task(ABC):
     """Whether a record as a whole is right or wrong. Then one record changes the count of right ones by 1 at most, and
     the count may be sent with noise for that."""
 
+    answered: ClassVar[frozenset[str]] = frozenset({LABEL.setting})
+    """Settings of the columns that a model is to tell, and that nobody asks with."""
     worded: ClassVar[bool] = False
     """Whether its records hold words, so that a head or an adapter can start from public phrases (``of_phrase``)."""
+
+    pools: ClassVar[tuple[str, ...]] = ("mean",)
+    """What ``head.pool`` may be."""
+    hub_task: ClassVar[str] = "feature-extraction"
+    """What the hub calls it, in a model card."""
+    library: ClassVar[str] = "transformers"
+    """Library that loads a finished model whole (``write_stock``), as the hub calls it."""
+    loader: ClassVar[str] = "AutoModel"
+    """Class of transformers by which a base model is loaded where FedVeil is not."""
 
     # --- settings ---
 
@@ -71,6 +124,10 @@ class Task(ABC):
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, naming the setting, unless a run of this task can have this configuration."""
+        if config.head.pool not in self.pools:
+            raise ConfigError(
+                f"head.pool is {config.head.pool!r}, which model.task {self.name!r} does not have: set it to 'mean'"
+            )
         if not self.labelled:
             if config.head.policy != "frozen":
                 raise ConfigError(f"model.task {self.name!r} has no classification head: set head.policy to 'frozen'")
@@ -83,6 +140,16 @@ class Task(ABC):
                 "head.policy 'frozen' keeps head.start 'zeros', through which no adapter gets a gradient: "
                 f"set head.start to {others}, or head.policy to 'trained'"
             )
+
+    def pooled(self, pool: str) -> Task:
+        """Return the task as its head reads features by ``head.pool``.
+
+        Raises:
+            ConfigError: the task has no such reading.
+        """
+        if pool not in self.pools:
+            raise ConfigError(f"model.task {self.name!r} has no head.pool {pool!r}, only {', '.join(self.pools)}")
+        return self
 
     def columns(self, data: DataConfig) -> tuple[Column, ...]:
         """Return the columns that a run reads; an optional one that is not named is none."""
@@ -117,13 +184,21 @@ class Task(ABC):
             f"the records of model.task {self.name!r} hold no words: set head.start to 'random' or 'zeros'"
         )
 
+    def of_pair(self, first: str, second: str) -> Example:
+        """Return the example of two public texts, for data whose records are pairs; ConfigError as of ``of_phrase``."""
+        raise ConfigError(f"the records of model.task {self.name!r} are no pairs: leave data.text-pair empty")
+
+    def of_text(self, text: str) -> Example:
+        """Return the example of a public text that is to teach what records do; ConfigError as of ``of_phrase``."""
+        return self.of_phrase(text)
+
     # --- the base model ---
 
     @abstractmethod
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the stock transformers model and its processor (tokenizer, image processor) by a folder or hub id.
 
-        Code that comes with a model must not run: pass ``common.model.base.OWN_CODE`` to every loader. Any exception
+        Code that comes with a model must not run: pass ``common.tasks.loading.OWN_CODE`` to every loader. Any exception
         is reported as a model that cannot be loaded.
         """
 
@@ -199,6 +274,75 @@ class Task(ABC):
         """Return one loss per record, shape (records,), float32: what each site minimises."""
         sums = self.sums(module, batch)
         return sums.loss / sums.weight
+
+    # --- the finished model ---
+
+    def write_stock(self, model: Finished, folder: Path) -> None:
+        """Write a finished model and its processor into an empty folder, as stock libraries load them.
+
+        A head that no stock class computes goes beside them, as ``head.safetensors``.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        encoder: Any = model.module.encoder
+        if model.labels:
+            names = dict(enumerate(model.labels))
+            encoder.config.id2label, encoder.config.label2id = names, {name: i for i, name in names.items()}
+        encoder.save_pretrained(folder)
+        self.write_processor(model, folder)
+
+    def write_head_adapter(self, model: Finished, adapter: Path, folder: Path) -> None:
+        """Write the adapter for a stock classifier, the head in it (PEFT's ``SEQ_CLS``), into an empty folder.
+
+        Args:
+            model: the finished model.
+            adapter: the run's ``adapter/``.
+            folder: what is written to.
+
+        Raises:
+            ConfigError: no stock class computes the run's head, or there is no adapter.
+            OSError: the folder cannot be written.
+        """
+        advice = " or run it again with head.pool 'stock'" if "stock" in self.pools else ""
+        raise ConfigError(f"no stock class computes what this run's head reads: merge it without --form{advice}")
+
+    def write_processor(self, model: Finished, folder: Path) -> None:
+        """Write what turns a record into the model's input."""
+        model.base.processor.save_pretrained(folder)
+
+    def stock_code(self, model: Finished, folder: str) -> str:
+        """Return Python code that loads what ``write_stock`` wrote into ``folder``, without FedVeil."""
+        kind = type(model.module.encoder).__name__
+        return (
+            f"from transformers import AutoTokenizer, {kind}\n\n"
+            f'model = {kind}.from_pretrained("{folder}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        )
+
+    def asked(self, words: Sequence[str]) -> Example:
+        """Return the example that these words ask with, one for each column that is not answered.
+
+        Raises:
+            DataError: a word names nothing that can be read.
+        """
+        raise ConfigError(f"a model of model.task {self.name!r} cannot be asked with words")
+
+    def answer(self, model: Finished, example: Example) -> list[Answer]:
+        """Return every label with its probability, the likeliest first.
+
+        Raises:
+            ConfigError: the model has no labels, and the task says nothing else to answer with.
+        """
+        if not model.labels:
+            raise ConfigError(f"a model of model.task {self.name!r} has no labels to answer with")
+        import torch
+
+        batch = self.collate(model.base, self.prepare(model.base, [example], model.limit))
+        with torch.no_grad():
+            shares = model.module(batch)[0].double().softmax(-1).tolist()
+        answers = [Answer(label, share) for label, share in zip(model.labels, shares, strict=True)]
+        return sorted(answers, key=lambda answer: -(answer.probability or 0.0))
 
 
 def classified(module: nn.Module, batch: Batch) -> Sums:

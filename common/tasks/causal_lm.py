@@ -8,11 +8,12 @@ bound what one record can change (pitfall 5 in ``docs/privacy.md``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from common.errors import DataError
-from common.tasks.base import Batch, Record, Sums
+from common.tasks.base import Answer, Batch, Finished, Record, Sums
 from common.tasks.examples import Example
+from common.tasks.loading import OWN_CODE
 from common.tasks.roles import Role
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from common.tasks.module import TaskModule
 
 IGNORED = -100
+MOST_NEW = 64
+"""Tokens of an answer, at most."""
 
 
 class CausalLM(TextTask):
@@ -34,15 +37,23 @@ class CausalLM(TextTask):
         Role("completion", "completion", "the completion"),
     )
 
+    answered: ClassVar[frozenset[str]] = frozenset({"completion"})
+    hub_task: ClassVar[str] = "text-generation"
+    loader: ClassVar[str] = "AutoModelForCausalLM"
+
     def of_phrase(self, phrase: str) -> Example:
         """Return the phrase as a completion of nothing."""
         return TextExample(text="", completion=phrase.strip())
 
+    def of_text(self, text: str) -> Example:
+        """Return the second half of the text's words as the completion of the first."""
+        words = text.split()
+        half = len(words) // 2
+        return TextExample(text=" ".join(words[:half]), completion=f"{' ' if half else ''}{' '.join(words[half:])}")
+
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from common.model.base import OWN_CODE
 
         return AutoModelForCausalLM.from_pretrained(name, **OWN_CODE), AutoTokenizer.from_pretrained(name, **OWN_CODE)
 
@@ -95,6 +106,28 @@ class CausalLM(TextTask):
         loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         correct = (logits.argmax(-1) == targets).float() * mask
         return Sums((loss * mask).sum(1), correct.sum(1), mask.sum(1).clamp(min=1))
+
+    def answer(self, model: Finished, example: Example) -> list[Answer]:
+        """Return the likeliest next tokens, one after another, up to the end mark or ``MOST_NEW`` of them.
+
+        The prompt is read as in training, and loses its beginning where it leaves no room for an answer.
+        """
+        import torch
+
+        tokenizer, decoder = model.base.processor, cast(Any, model.module.encoder)
+        room = min(MOST_NEW, max(1, model.limit // 2))
+        prompt = tokenizer(cast(TextExample, example).text)[TOKENS][-(model.limit - room) :]
+        tokens = torch.tensor([prompt or [tokenizer.eos_token_id or 0]], device=next(decoder.parameters()).device)
+        with torch.no_grad():
+            out = decoder.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=room,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=pad_id(model.base),
+            )
+        return [Answer(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True).strip(), None)]
 
 
 def _logits(decoder: nn.Module, batch: Batch) -> Tensor:

@@ -6,16 +6,20 @@ A mean-pool head keeps its accuracy under DP-SGD where BERT's pooler loses ten p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from common.errors import DataError
-from common.tasks.base import Batch, Record, Sums, classified
+from common.errors import ConfigError, DataError
+from common.tasks.base import Batch, Finished, Record, Sums, Task, classified
+from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
+from common.tasks.sentence_modules import LOGITS_CODE, write_modules
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from common.config.sections import RunConfig
     from common.model.base import BaseModel
     from common.tasks.module import TaskModule
 
@@ -30,12 +34,34 @@ class Classification(TextTask):
         LABEL,
     )
     counted: ClassVar[bool] = True
+    hub_task: ClassVar[str] = "text-classification"
+    library: ClassVar[str] = "sentence-transformers"
+    pools: ClassVar[tuple[str, ...]] = ("mean", "stock")
+    readings: ClassVar[dict[str, type[Classification]]] = {}
+    """By ``head.pool``: what reads features otherwise than this class; each says so itself."""
+
+    def __init_subclass__(cls, *, pool: str = "", **more: Any) -> None:
+        """Take down a reading of features by another ``head.pool``."""
+        super().__init_subclass__(**more)
+        if pool:
+            Classification.readings[pool] = cls
+
+    def check(self, config: RunConfig) -> None:
+        """As every task's; and a stock head takes features as they are."""
+        super().check(config)
+        if config.head.pool == "stock" and config.model.feature_scale:
+            raise ConfigError(
+                "head.pool is 'stock', and the stock head takes features as they are: set model.feature-scale to 0"
+            )
+
+    def pooled(self, pool: str) -> Task:
+        """Return the reading of the pooler for ``stock``."""
+        reading = self.readings.get(pool)
+        return reading() if reading else super().pooled(pool)
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""
         from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-        from common.model.base import OWN_CODE
 
         pooled = AutoConfig.from_pretrained(name, **OWN_CODE).model_type in ("bert", "roberta")
         options = {"add_pooling_layer": False} if pooled else {}
@@ -80,6 +106,16 @@ class Classification(TextTask):
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Return cross-entropy and hits, one unit a record."""
         return classified(module, batch)
+
+    def write_stock(self, model: Finished, folder: Path) -> None:
+        """Write the encoder, and the head with its pooling as modules of sentence-transformers."""
+        super().write_stock(model, folder)
+        if model.module.head is not None:
+            write_modules(folder, model.module.head, model.module.feature_scale, model.limit)
+
+    def stock_code(self, model: Finished, folder: str) -> str:
+        """Return code that computes a text's probabilities with sentence-transformers."""
+        return LOGITS_CODE.format(folder=folder)
 
 
 def _pooled(encoder: nn.Module, batch: Batch) -> Tensor:

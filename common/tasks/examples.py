@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,11 @@ class Example(ABC):
     @abstractmethod
     def likeness(self) -> str:
         """Return a text that is equal for records so alike that the public test part takes all of them or none."""
+
+    def texts(self) -> list[str]:
+        """Return the words that the record holds, a text for each of its fields; none, if it holds no words."""
+        values = [getattr(self, item.name) for item in fields(self) if item.name != "key"]
+        return [value for value in values if isinstance(value, str)]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ class Featured(Task):
         """Return what the inner task makes of a phrase."""
         return self.inner.of_phrase(phrase)
 
+    def of_pair(self, first: str, second: str) -> Example:
+        """Return what the inner task makes of two texts."""
+        return self.inner.of_pair(first, second)
+
+    def of_text(self, text: str) -> Example:
+        """Return what the inner task makes of a text."""
+        return self.inner.of_text(text)
+
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return what the inner task loads."""
         return self.inner.load(name)

@@ -10,6 +10,7 @@ The head sees the class token and the mean of the patches side by side, as DINOv
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 from common.errors import ConfigError, DataError
-from common.tasks.base import Batch, Inventor, Record, Sums, Task, classified
+from common.tasks.base import Batch, Finished, Inventor, Record, Sums, Task, classified
+from common.tasks.cells import Misfit
 from common.tasks.examples import Example
 from common.tasks.images import Picture, is_image_folder, read_image, read_image_folder
+from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
 from common.tasks.tables import Table
 
@@ -68,6 +71,7 @@ class ImageClassification(Task):
     )
     example: ClassVar[type[Example]] = ImageExample
     counted: ClassVar[bool] = True
+    hub_task: ClassVar[str] = "image-classification"
 
     def check(self, config: RunConfig) -> None:
         """As every task's; and images can be decoded here. Without that every record of a site would be none."""
@@ -90,7 +94,6 @@ class ImageClassification(Task):
         from transformers import AutoConfig, AutoModel
         from transformers.image_processing_base import ImageProcessingMixin
 
-        from common.model.base import OWN_CODE
         from common.tasks.image_processor import ImageProcessor
 
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
@@ -192,6 +195,62 @@ class ImageClassification(Task):
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Return cross-entropy and hits, one unit a record."""
         return classified(module, batch)
+
+    # --- the finished model ---
+
+    def write_stock(self, model: Finished, folder: Path) -> None:
+        """Write the encoder, and beside it the head, which no stock class computes (``head.safetensors``)."""
+        from safetensors.torch import save_file
+        from torch import nn
+
+        super().write_stock(model, folder)
+        tensors = cast(nn.Module, model.module.head).state_dict()
+        head = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+        about = {"labels": json.dumps(model.labels), "feature_scale": str(model.module.feature_scale)}
+        save_file(head, str(folder / "head.safetensors"), metadata=about)
+
+    def write_processor(self, model: Finished, folder: Path) -> None:
+        """Write the processor's settings for images of the run's size."""
+        settings = model.base.processor.settings(_side(model.base, model.limit))
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def stock_code(self, model: Finished, folder: str) -> str:
+        """Return code that computes logits of an image with transformers and the head's two tensors."""
+        special = _special(model.base, model.base.processor.side // _patch(model.base))
+        pooled = f"hidden[:, {special}:].mean(1)"
+        options = "".join(f", {key}={value}" for key, value in _options(model.base).items())
+        features = f"torch.cat([hidden[:, 0], {pooled}], -1)" if special else pooled
+        scale = model.module.feature_scale
+        return _LOGITS_CODE.format(
+            folder=folder,
+            options=options,
+            features=f"{scale} * torch.nn.functional.normalize({features}, dim=-1)" if scale else features,
+        )
+
+    def asked(self, words: Sequence[str]) -> Example:
+        """Return the image in the file of this path."""
+        try:
+            return ImageExample(image=read_image(Path(words[0]).read_bytes()), label=0)
+        except OSError as error:
+            raise DataError(f"{words[0]} cannot be read ({error.strerror}): check the path") from error
+        except Misfit as misfit:
+            raise DataError(f"{words[0]} {misfit.what}: {misfit.advice}") from misfit
+
+
+_LOGITS_CODE = """\
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "{folder}"
+model, head = AutoModel.from_pretrained(folder), load_file(folder + "/head.safetensors")
+pixels = AutoImageProcessor.from_pretrained(folder)(Image.open("image.png").convert("RGB"), return_tensors="pt")
+hidden = model(**pixels{options}).last_hidden_state
+features = {features}
+probabilities = (features @ head["weight"].T + head["bias"]).softmax(-1)
+print(probabilities.tolist(), model.config.id2label)
+"""
 
 
 def _features(base: BaseModel, special: int) -> Callable[[nn.Module, Batch], Tensor]:

@@ -74,6 +74,28 @@ class ImageProcessor:
             std=tuple(map(float, settings["image_std"])) if normal else (1.0,) * 3,
         )
 
+    def settings(self, side: int) -> dict[str, Any]:
+        """Return settings as ``preprocessor_config.json`` has them, for images of ``side`` pixels.
+
+        A stock processor that is made from them scales to whole pixels before it cuts, so its images differ by as much
+        as that does; ``from_settings`` makes the same processor for ``side`` as the model's own, and equal images.
+        """
+        square = {"height": side, "width": side}
+        edge = round(self.edge * side / self.side)
+        cut = {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": square}
+        return {
+            "image_processor_type": "BitImageProcessor" if edge else "ViTImageProcessor",
+            "do_resize": True,
+            **(cut if edge else {"size": square}),
+            "resample": self.resample,
+            "do_rescale": True,
+            "rescale_factor": self.scale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": True,
+        }
+
     def pixels(self, picture: Picture, side: int) -> Tensor:
         """Return an image as a square of ``side`` pixels, shape (3, side, side), uint8.
 

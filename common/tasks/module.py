@@ -13,7 +13,7 @@ from common.tasks.featured import FEATURES
 
 
 class Metric(nn.Module):
-    """A public map of features, the same at every party: ``(x - centre) map``, without a gradient.
+    """A public map of features, the same at the server and at every site: ``(x - centre) map``, without a gradient.
 
     Args:
         width: of the features. It begins as the identity.

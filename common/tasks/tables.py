@@ -134,7 +134,8 @@ def _cells_of_any_size() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
+def read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
+    """Return the columns of a text whose first line names them; errors as csv's and a file's own."""
     options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
     with path.open(encoding="utf-8-sig", newline="") as lines, _cells_of_any_size():
         rows = [row for row in csv.reader(lines, **options) if row]
@@ -214,8 +215,8 @@ def _value(cell: Any) -> object:
 
 
 READERS: Mapping[str, Callable[[Path], Table]] = {
-    ".csv": lambda path: _read_delimited(path, ",", csv.QUOTE_MINIMAL),
-    ".tsv": lambda path: _read_delimited(path, "\t", csv.QUOTE_NONE),
+    ".csv": lambda path: read_delimited(path, ",", csv.QUOTE_MINIMAL),
+    ".tsv": lambda path: read_delimited(path, "\t", csv.QUOTE_NONE),
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from common.errors import ConfigError
 from common.tasks.base import Batch, Inventor, Record, Task
 from common.tasks.examples import Example
+from common.tasks.loading import UNCOUNTED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,14 @@ class TextTask(Task):
     def of_phrase(self, phrase: str) -> Example:
         """Return the phrase as a record's text."""
         return TextExample(text=phrase.strip(), label=0)
+
+    def of_pair(self, first: str, second: str) -> Example:
+        """Return the texts as a record's two."""
+        return TextExample(text=first.strip(), text_pair=second.strip(), label=0)
+
+    def asked(self, words: Sequence[str]) -> Example:
+        """Return the text, and the pair if there is one, as a record of the first label."""
+        return TextExample(words[0], *words[1:], label=0)
 
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return the tokenizer's rules and special tokens; files count by their content, wherever they lie."""
@@ -134,8 +143,6 @@ def _embeddings(base: BaseModel) -> int:
 
 
 def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
-    from common.model.base import UNCOUNTED
-
     parts = {
         "class": type(tokenizer).__name__,
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},

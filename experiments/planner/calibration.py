@@ -19,6 +19,7 @@ from torch import Tensor
 
 from client.optimizers import build_optimizer
 from common.config.sections import RunConfig
+from common.data.sources import public_test
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
@@ -57,6 +58,8 @@ class Calibration:
     alignment: tuple[float, float] | None
     """Length of the mean clipped gradient over the clip norm at the start, and its upper end; see ``alignment_of``.
     None where nothing is clipped."""
+    feature_seconds: float = 0.0
+    """Of computing one record's features, once in a run; 0 where more than the head is trained."""
 
     def site_seconds(self, steps: int, expected_batch: float) -> float:
         """Return the time of one site's round."""
@@ -80,6 +83,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     torch.set_num_threads(worker_threads)
     try:
         model.write(server_model.start)
+        featuring = _feature_seconds(server_model, config)
         _step(model, few, config)  # the first step pays for what later ones find ready
         short = min(_step(model, few, config)[0] for _ in range(2))
         steps = [_step(model, chunk, config) for chunk in chunks]
@@ -104,6 +108,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
         accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
         alignment=alignment_of([mean for _, mean in steps]) if config.privacy.mechanism.charged else None,
+        feature_seconds=featuring,
     )
 
 
@@ -112,11 +117,35 @@ def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float]
 
     Sites are taken in order by the next free worker; both times include scoring the global model once.
     """
-    sites = [calibration.site_seconds(steps, batch) for batch in batches]
+    here, apart = _shared([calibration.site_seconds(steps, batch) for batch in batches], workers)
+    return here + calibration.score_seconds, apart + calibration.score_seconds
+
+
+def feature_seconds(calibration: Calibration, sizes: Sequence[int], workers: int) -> tuple[float, float]:
+    """Return the time of all sites' features, as ``round_seconds``; ``sizes`` are their numbers of records."""
+    return _shared([calibration.feature_seconds * size for size in sizes], workers)
+
+
+def _shared(sites: Sequence[float], workers: int) -> tuple[float, float]:
+    """Return when the last site is done: on ``workers`` processes, each taking the next site, and all at once."""
     busy = [0.0] * workers
     for seconds in sites:
         heapq.heapreplace(busy, busy[0] + seconds)
-    return max(busy) + calibration.score_seconds, max(sites) + calibration.score_seconds
+    return max(busy), max(sites)
+
+
+def _feature_seconds(server_model: ServerModel, config: RunConfig) -> float:
+    """Return how long one public test record's features take; 0 where more than the head is trained."""
+    model = server_model.model
+    if not model.head_only:
+        return 0.0
+    examples = public_test(config.data, config.model.task).examples[:MOST_RECORDS]
+    with model.many_passes():
+        model.featurise(model.prepare(examples[:FEW_RECORDS]))  # the first passes pay for what later ones find ready
+        records = model.prepare(examples)
+        began = time.perf_counter()
+        model.featurise(records)
+        return (time.perf_counter() - began) / len(records)
 
 
 def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:

@@ -13,7 +13,7 @@ from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import Release, epsilon, least_noise
 from common.privacy.events import LEAST_NOISE, Event
-from experiments.planner.plan import MOST_ROUNDS, last_within, paid_before
+from experiments.planner.price import MOST_ROUNDS, last_within, paid_before
 from strategies.job import Job
 
 RATES = (*(float(f"{digits}e{power}") for power in range(-7, -2) for digits in range(100, 1000)), 1.0)

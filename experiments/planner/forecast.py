@@ -12,8 +12,8 @@ from common.privacy.accounting import alone, epsilon
 from common.privacy.claim import NO_CLAIM
 from common.privacy.dpsgd import rounding_margin
 from common.privacy.plan import PrivacyPlan
-from experiments.planner.calibration import Calibration, calibrate, round_seconds
-from experiments.planner.plan import (
+from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
+from experiments.planner.price import (
     LEAST_SIGNAL,
     MOST_ROUNDS,
     PricedRound,
@@ -34,7 +34,7 @@ class Forecast:
 
     job: Job
     sizes: tuple[int, ...]
-    """Declared as public, one per site."""
+    """Public sizes, one per site."""
     plans: list[PrivacyPlan]
     rounds: list[PricedRound]
     rounds_within: int | None
@@ -74,6 +74,11 @@ class Forecast:
         return round_seconds(self.calibration, steps, self.expected_batches, self.workers)
 
     @property
+    def feature_seconds(self) -> tuple[float, float] | None:
+        """The features of all records, computed once in a run: here, and with a machine like this for each site."""
+        return None if self.calibration is None else feature_seconds(self.calibration, self.sizes, self.workers)
+
+    @property
     def warnings(self) -> list[str]:
         """What a person should know before starting, in plain words."""
         found, rounds = [], self.job.config.rounds
@@ -97,6 +102,7 @@ class Forecast:
     def as_json(self) -> dict[str, Any]:
         """Return the forecast as plain values."""
         config, seconds, signal = self.job.config, self.round_seconds, self.signal
+        features = self.feature_seconds
         down, up = self.traffic.run(config.rounds, len(self.sizes))
         return {
             "settings": self.job.settings(),
@@ -123,6 +129,8 @@ class Forecast:
             "calibration": dataclasses.asdict(self.calibration) if self.calibration else None,
             "round_seconds_simulated": seconds[0] if seconds else None,
             "round_seconds_deployed": seconds[1] if seconds else None,
+            "feature_seconds_simulated": features[0] if features else None,
+            "feature_seconds_deployed": features[1] if features else None,
             "signal_to_noise": None
             if signal is None
             else {
@@ -138,11 +146,11 @@ class Forecast:
 
 
 def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bool = True) -> Forecast:
-    """Return what a run of ``job`` over sites of these declared sizes will cost.
+    """Return what a run of ``job`` over sites of these public sizes will cost.
 
     Args:
         job: the checked configuration.
-        sizes: declared sizes, one per site.
+        sizes: public sizes, one per site.
         workers: processes that train at once on this machine; 0: as many as ``fedveil run`` takes.
         calibrated: take a few steps on public test records, for time, memory and alignment.
 

@@ -12,7 +12,7 @@ from common.privacy.figures import epsilon_text, remaining_text
 from common.words import counted
 from experiments.planner.find import Found
 from experiments.planner.forecast import Forecast
-from experiments.planner.plan import LEAST_SIGNAL, MOST_ROUNDS, spread
+from experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, spread
 from strategies.job import Job
 
 MOST_LINES = 10
@@ -30,7 +30,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     console.print(
         f"{job.strategy.name} on {config.model.name} and {config.data.name}: "
         f"{counted(len(forecast.sizes), 'site')}, {counted(config.rounds, 'round')} of "
-        f"{counted(config.training.local_steps, 'step')}. From settings and declared sizes; "
+        f"{counted(config.training.local_steps, 'step')}. From settings and public sizes; "
         "a site's own policy may be stricter.",
         markup=False,
     )
@@ -59,7 +59,7 @@ def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) 
 
 def _print_sites(console: Console, forecast: Forecast) -> None:
     table = Table(title="sites")
-    for column in ("site", "declared size", "sample rate", "expected batch", "steps", "noise σ"):
+    for column in ("site", "public size", "sample rate", "expected batch", "steps", "noise σ"):
         table.add_column(column, justify="left" if column == "site" else "right")
     config = forecast.job.config
     for k, (size, batch) in enumerate(zip(forecast.sizes, forecast.expected_batches, strict=True)):
@@ -99,7 +99,10 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
 
 def _print_bytes(console: Console, forecast: Forecast) -> None:
     config, sites = forecast.job.config, len(forecast.sizes)
-    table = Table(title=f"adapter bytes at rank {config.adapter.rank}, with the head where it is trained")
+    title = f"adapter bytes at rank {config.adapter.rank}, with the head where it is trained"
+    if config.adapter.name == "none":
+        title = f"bytes of the head alone *, and with other adapters at rank {config.adapter.rank}"
+    table = Table(title=title)
     table.add_column("strategy")
     for column in ("down", "up", "down, run", "up, run"):
         table.add_column(column, justify="right")
@@ -122,8 +125,8 @@ def _print_bytes(console: Console, forecast: Forecast) -> None:
 
 
 def _print_machine(console: Console, forecast: Forecast) -> None:
-    measured, seconds = forecast.calibration, forecast.round_seconds
-    if measured is None or seconds is None:
+    measured, seconds, features = forecast.calibration, forecast.round_seconds, forecast.feature_seconds
+    if measured is None or seconds is None or features is None:
         console.print("Time and memory: not measured (--no-calibration).")
         return
     rounds = forecast.job.config.rounds
@@ -131,9 +134,14 @@ def _print_machine(console: Console, forecast: Forecast) -> None:
     for column in ("", "a round", f"{rounds} rounds"):
         table.add_column(column, justify="left" if not column else "right")
     here = f"simulated here, {forecast.workers} workers of {measured.threads} threads"
-    for name, each in ((here, seconds[0]), ("a machine like this for each site", seconds[1])):
-        table.add_row(name, f"{each:.1f} s", f"{each * rounds:.0f} s")
+    for name, each, once in zip((here, "a machine like this for each site"), seconds, features, strict=True):
+        table.add_row(name, f"{each:.1f} s", f"{each * rounds + once:.0f} s")
     console.print(table)
+    if any(features):
+        console.print(
+            f"Of that, the features of all records are {features[0]:.1f} s here and {features[1]:.1f} s with a "
+            "machine for each site. They are computed once, in the first round, and again by a new process."
+        )
     gpu = f", {measured.accelerator_mib:,.0f} MiB on the GPU" if measured.accelerator_mib else ""
     console.print(
         f"Memory: about {measured.peak_mib:,.0f} MiB for each worker and for the server{gpu}. Time is training and "

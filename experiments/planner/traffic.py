@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.accountant import TRAINING, Accountant
-from common.adapters.base import layer_shape
+from common.adapters.base import layer_shape, target_shapes
 from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint
@@ -77,15 +77,20 @@ def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]
     """Return payload bytes down and up of one site and round for every strategy, on this model at this rank.
 
     The job's own strategy is on the job's adapter, every other on the one that it takes by default. The head is
-    counted where it is trained. What a strategy sends once is left out.
+    counted where it is trained. What a strategy sends once is left out. Where the job has no adapter, the others have
+    the layers that its ``adapter.targets`` name, and are left out if that is none.
     """
     model, own = server_model.model, server_model.job.strategy
     layers = [layer_shape(layer) for layer in model.adapter.layers(model.peft_model).values()]
+    if model.head_only:
+        layers = target_shapes(model.base.module, model.adapter.target_modules)
     head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0
     found = {}
     for name, strategy in STRATEGIES.items():
         if name == own.name:
             down, up = payload(own, model.adapter, layers)
+        elif not layers:
+            continue
         else:
             down, up = payload(strategy(), preset_adapter(strategy, model.adapter.rank), layers)
         found[name] = (head + down, head + up)

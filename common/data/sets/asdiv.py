@@ -15,4 +15,5 @@ ASDIV = NamedDataset(
     ),
     task="causal-lm",
     fields={"text": "Question: {passage} {question}\nAnswer:", "completion": " {answer}"},
+    sentences_sha256="7b4d5db4d9dbb65a489c9448ba29ecdb418bda93783172b5ee0484ec0cbea993",
 )

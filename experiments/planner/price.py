@@ -16,7 +16,7 @@ from client.budget import plan_of
 from client.ledger.rows import Terms
 from client.site import Site
 from common.accountant import Accountant
-from common.data.partition import declared_size, site_part
+from common.data.partition import public_size_of_part, site_part
 from common.data.sources import train_and_test
 from common.errors import ConfigError
 from common.privacy.accounting import Release, epsilon, epsilon_with_method
@@ -106,7 +106,7 @@ def simulated_sizes(job: Job, sites: int) -> tuple[int, ...]:
     if sites < 1:
         raise ConfigError(f"a federation needs at least 1 site, not {sites}")
     train = train_and_test(job.config.data, job.config.model.task)[0]
-    return tuple(declared_size(len(site_part(train, job.config.data, k, sites).examples)) for k in range(sites))
+    return tuple(public_size_of_part(len(site_part(train, job.config.data, k, sites).examples)) for k in range(sites))
 
 
 def paid_before(job: Job) -> list[Release]:
@@ -127,7 +127,7 @@ def site_plans(job: Job, sizes: Sequence[int]) -> list[PrivacyPlan]:
 
 
 def _planned_site(size: int) -> Site:
-    """Return a site of which nothing is known but its declared size: no record, no ledger, no policy."""
+    """Return a site of which nothing is known but its public size: no record, no ledger, no policy."""
     return Site("planned", Dataset("planned", (), ()), "planned", size, Path())
 
 
@@ -194,7 +194,7 @@ def signal_to_noise(
 
     Args:
         plans: one per site, at least one.
-        sizes: declared sizes, which are the averaging weights.
+        sizes: public sizes, which are the averaging weights.
         steps: of a site in the whole run.
         trained_numbers: how many numbers are clipped and noised together.
         margin: factor on the noise where equal bits are not certain (``rounding_margin``).

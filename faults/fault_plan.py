@@ -23,7 +23,7 @@ LONGEST_HOLD = 1800.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class FaultPlan:
     """The folder."""
 
     folder: Path
@@ -85,6 +85,6 @@ class Plan:
         return sorted(path.name for path in (self.folder / "kept" / site).glob("*"))
 
 
-def open_plan() -> Plan:
+def open_plan() -> FaultPlan:
     """Return the plan of the suite that started this process."""
-    return Plan(Path(os.environ[VARIABLE]))
+    return FaultPlan(Path(os.environ[VARIABLE]))

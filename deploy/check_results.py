@@ -1,4 +1,4 @@
-"""The findings of ``fedveil doctor``: one line for each thing looked at, and what to do where it is not well."""
+"""The results of ``fedveil doctor``: one line for each thing looked at, and what to do where it is not well."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common.errors import FedVeilError
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the doctor."""
 
     ok: bool
@@ -23,13 +23,13 @@ class Finding:
         return f"{'ok    ' if self.ok else 'failed'}  {self.what}: {self.found}"
 
 
-Check = Callable[[], Iterable[Finding]]
+Check = Callable[[], Iterable[CheckResult]]
 
 
-def examine(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Yield the findings of every check; one that raises an error for people is a failure and stops no other."""
+def examine(checks: Iterable[tuple[str, Check]]) -> Iterator[CheckResult]:
+    """Yield the results of every check; one that raises an error for people is a failure and stops no other."""
     for what, check in checks:
         try:
             yield from check()
         except FedVeilError as error:
-            yield Finding(False, what, str(error))
+            yield CheckResult(False, what, str(error))

@@ -1,0 +1,79 @@
+"""Results that a document cites: between two comments of its Markdown stands the table of a sweep's committed rows.
+
+::
+
+    <!-- results: rotten-tomatoes; variants: fedavg-lora, head-only; arms: federated; epsilons: 8, none -->
+    ...
+    <!-- end of results -->
+
+All but the sweep's name may be left out. ``make docs`` writes what stands between; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from common.check import nearest
+from common.errors import ConfigError, DataError
+from experiments.sweep.file import epsilon_name
+from experiments.sweep.rows import Row, read_rows, results_file
+from experiments.sweep.summary import markdown_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+"""Documents that may cite."""
+CITED = re.compile(r"<!-- results:([^>]*?)-->\n(.*?)<!-- end of results -->", flags=re.DOTALL)
+CHOICES: Mapping[str, Callable[[Row], str]] = {
+    "variants": lambda row: row.variant,
+    "arms": lambda row: row.arm,
+    "epsilons": lambda row: epsilon_name(row.epsilon_asked),
+}
+"""What a citation may choose rows by."""
+
+
+def with_results(text: str, folder: Path = RESULTS) -> str:
+    """Return a document with the table of every result that it cites as the rows in ``folder`` have it.
+
+    Raises:
+        ConfigError: a citation is not written as above, or chooses what no row has.
+        DataError: the sweep has no rows there, or they cannot be read.
+    """
+    if text.count("<!-- results:") != len(CITED.findall(text)):
+        raise ConfigError("a citation of results has no '<!-- end of results -->' after it")
+    return CITED.sub(
+        lambda match: f"<!-- results:{match[1]}-->\n{_table(match[1], folder)}<!-- end of results -->", text
+    )
+
+
+def _table(said: str, folder: Path) -> str:
+    sweep, *parts = (part.strip() for part in said.split(";"))
+    rows = read_rows(results_file(folder, sweep))
+    if not rows:
+        raise DataError(
+            f"{results_file(folder, sweep)} holds no rows: run the sweep with --results experiments/results"
+        )
+    for part in parts:
+        name, _, words = part.partition(":")
+        rows = _chosen(rows, name.strip(), [word.strip() for word in words.split(",")])
+    return f"\n{markdown_of(rows)}\n"
+
+
+def _chosen(rows: Sequence[Row], name: str, wanted: Sequence[str]) -> list[Row]:
+    if name not in CHOICES:
+        raise ConfigError(f"a citation of results chooses by {name!r}{nearest(name, CHOICES)}: {', '.join(CHOICES)}")
+    of = CHOICES[name]
+    if absent := [word for word in wanted if word not in map(of, rows)]:
+        raise ConfigError(f"a citation of results chooses {name} {absent[0]!r}, which no row has")
+    return [row for row in rows if of(row) in wanted]
+
+
+def write() -> list[Path]:
+    """Bring every document that cites results up to date; return those that changed."""
+    made = {path: with_results(path.read_text(encoding="utf-8")) for path in PAGES}
+    changed = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+    for path in changed:
+        path.write_text(made[path], encoding="utf-8")
+    return changed

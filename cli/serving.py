@@ -1,0 +1,47 @@
+"""``fedveil merge`` and ``ask``: what becomes of a finished run's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cli.errors import for_people
+from common.words import percent_text
+
+console = Console(highlight=False, soft_wrap=True)
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@for_people
+def merge(
+    folder: RunFolder,
+    target: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
+    form: Annotated[
+        str,
+        typer.Option(help="merged; or seq-cls: PEFT's adapter with the head in it, of a run with head.pool 'stock'."),
+    ] = "merged",
+) -> None:
+    """Merge a run's adapter into its base model and write both as stock libraries load them."""
+    from experiments.serving.merge import merge_run
+
+    code = merge_run(folder, target, form)
+    console.print(f"model: {target}\n\n{code}", markup=False, end="")
+
+
+@for_people
+def ask(
+    folder: RunFolder,
+    words: Annotated[
+        list[str],
+        typer.Argument(help="A text (and its pair, where records have one), a prompt, or an image's path."),
+    ],
+) -> None:
+    """Ask the model that a run ended with: labels with their probabilities, or a completion."""
+    from experiments.serving.ask import ask_run
+
+    for answer in ask_run(folder, words):
+        share = "" if answer.probability is None else f"{percent_text(answer.probability):>8}  "
+        console.print(f"{share}{answer.text}", markup=False)

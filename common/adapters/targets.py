@@ -1,0 +1,111 @@
+"""The layers that ``adapter.targets`` names: what ``auto`` stands for in a model, and which names would fit.
+
+A name is the last part of a layer's, as PEFT's ``target_modules`` has it: ``query`` is every layer called
+``...attention.self.query``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from common.check import nearest
+from common.errors import ModelError
+
+AUTO = "auto"
+"""What ``adapter.targets`` calls the projections to queries and values, however the model names them."""
+QUERY, KEY, VALUE = ({"q", "query", "wq"}, {"k", "key", "wk"}, {"v", "value", "wv"})
+"""Words of which one stands in the name of a layer that makes a token's query, key or value."""
+FUSED = {"qkv", "wqkv", "c_attn", "in_proj", "query_key_value"}
+"""Of a layer that makes all three at once: a word of its name, or the whole of it."""
+MOST_NAMES = 12
+"""Names that a message lists."""
+
+
+def targets_in(base: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the layers to adapt in a model: ``names``, or what ``auto`` stands for there.
+
+    Raises:
+        ModelError: no layer has such a name, or ``auto`` finds no attention; the message names layers that would fit.
+    """
+    if tuple(names) == (AUTO,):
+        return auto_targets(base)
+    if not any(name in names or name.endswith(tuple(f".{n}" for n in names)) for name, _ in base.named_modules()):
+        try:
+            stands = f"'{AUTO}', which is {','.join(auto_targets(base))!r} there, or to "
+        except ModelError:
+            stands = ""
+        raise ModelError(
+            f"adapter.targets {','.join(names)!r} fit no layer of {type(base).__name__}"
+            f"{nearest(names[0], _linear_names(base))}: set it to {stands}some of {_listed(base)}"
+        )
+    return tuple(names)
+
+
+def auto_targets(base: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layers that make queries and values, or queries, keys and values at once.
+
+    They are those of PEFT's own table of model types; where it lacks the type, or names layers that the model does
+    not have, they are found by structure: linear layers of one module and one width of input, named for query, key
+    and value; else a layer named for all three.
+
+    Raises:
+        ModelError: there are none.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    linear = _linear_names(base)
+    listed = KNOWN.get(str(getattr(getattr(base, "config", None), "model_type", "")), ())
+    if not isinstance(listed, str) and (there := tuple(name for name in listed if name in linear)):
+        return there
+    if found := _by_structure(base):
+        return found
+    raise ModelError(
+        f"adapter.targets {AUTO!r} finds no layer of {type(base).__name__} that makes queries and values: "
+        f"name some of {_listed(base)}"
+    )
+
+
+def _by_structure(base: nn.Module) -> tuple[str, ...]:
+    apart: dict[str, None] = {}
+    fused: dict[str, None] = {}
+    for module in base.modules():
+        inputs = {name: _inputs(child) for name, child in module.named_children() if _is_linear(child)}
+        threes = {name for name in inputs if _words(name) & FUSED or name.lower() in FUSED}
+        fused.update(dict.fromkeys(sorted(threes)))
+        roles = [
+            # The shortest of several: others, such as query_global, are for what only some tokens do.
+            min((n for n in inputs if n not in threes and _words(n) & role), key=lambda n: (len(n), n), default="")
+            for role in (QUERY, KEY, VALUE)
+        ]
+        if all(roles) and len({inputs[name] for name in roles}) == 1:
+            apart.update(dict.fromkeys((roles[0], roles[2])))
+    return tuple(apart or fused)
+
+
+def _linear_names(base: nn.Module) -> dict[str, int]:
+    """Return the last part of the name of every linear layer, and how many layers have it; the most frequent first."""
+    counts: dict[str, int] = {}
+    for name, module in base.named_modules():
+        if name and _is_linear(module):
+            last = name.rpartition(".")[2]
+            counts[last] = counts.get(last, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _listed(base: nn.Module) -> str:
+    return ", ".join([*_linear_names(base)][:MOST_NAMES]) or "its linear layers, of which it has none"
+
+
+def _words(name: str) -> set[str]:
+    return set(name.lower().split("_"))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _inputs(module: nn.Module) -> int:
+    # A Conv1D keeps its weight as (in, out).
+    return int(module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0])  # type: ignore[index]

@@ -1,0 +1,48 @@
+"""The interface of a round's steps, which every plan gives to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.secure_sum.masks import Words
+
+Correct = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
+"""From the gradients of one step to others of the same shapes."""
+
+
+def as_it_is(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients."""
+    return gradients
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a round does around the work of its steps."""
+
+    before_pass: Callable[[], None] = nothing
+    """Called before each pass; what it raises ends the step."""
+    correct: Correct = as_it_is
+    """From the gradients of a step to those that the optimiser gets; after clip and noise, if there are."""
+
+
+JUST_STEPS = Around()
+
+
+class Steps(Protocol):
+    """What takes the optimiser steps of one round."""
+
+    words: Words | None
+    """After a step, what is sent in place of the trained tensors: shape (numbers,), in the canonical order of these;
+    None where they are sent themselves."""
+
+    def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
+        """Take one optimiser step on one logical batch, given as any number of parts."""

@@ -1,0 +1,159 @@
+"""Text classification by the head of transformers' own classifiers: linear, on the encoder's pooler.
+
+``...ForSequenceClassification`` of a few kinds of models is an encoder, its pooler (a layer and tanh on the first
+token's last hidden state, trained with the base model) and one linear layer. With this reading
+(``head.pool = "stock"``) a run trains just that head, so its result is that class's, and PEFT's adapter of it
+(``SEQ_CLS``).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError, ModelError
+from common.tasks.base import Batch, Finished
+from common.tasks.classification import Classification
+from common.tasks.text import TOKENS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from common.model.base import BaseModel
+    from common.tasks.module import TaskModule
+
+STOCK = ("albert", "bert", "megatron-bert", "rembert")
+"""Kinds of models whose stock classifier is a linear layer on the pooler's output, called ``classifier``."""
+HEAD = "classifier"
+CLOSE = 1e-5
+"""Largest difference of a logit between a run's head and the stock class, before it is written."""
+
+
+class StockClassification(Classification, pool="stock"):
+    """One label a record; the head reads the pooler."""
+
+    library = "transformers"
+
+    def load(self, name: str) -> tuple[nn.Module, Any]:
+        """Return the encoder with its pooler; without one, if the files do not hold its weights."""
+        from transformers import AutoModel, AutoTokenizer
+
+        from common.tasks.loading import OWN_CODE
+
+        module, told = AutoModel.from_pretrained(name, **OWN_CODE, output_loading_info=True)
+        if any(key.startswith("pooler.") for key in told["missing_keys"]):
+            # What transformers makes up in their place is another pooler at every party.
+            module.pooler = None
+        return module, AutoTokenizer.from_pretrained(name, **OWN_CODE)
+
+    def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
+        """Return the encoder with a head on its pooler's output.
+
+        Raises:
+            ConfigError: the stock classifier of this kind of model is another, or the base model has no pooler.
+        """
+        from common.tasks.module import TaskModule
+
+        kind = getattr(base.module.config, "model_type", "")
+        if kind not in STOCK:
+            raise ConfigError(
+                f"head.pool is 'stock', but no stock class computes a linear head on {base.name!r} (a model of kind "
+                f"{kind!r}, not {', '.join(STOCK)}): set head.pool to 'mean', or choose another model"
+            )
+        if getattr(base.module, "pooler", None) is None:
+            raise ConfigError(
+                f"head.pool is 'stock', but the files of {base.name!r} hold no pooler: set head.pool to 'mean', or "
+                "choose another model"
+            )
+        return TaskModule(encoder, _pooler_output, base.hidden_size, classes, feature_scale)
+
+    def write_stock(self, model: Finished, folder: Path) -> None:
+        """Write the model as ``AutoModelForSequenceClassification`` loads it.
+
+        Raises:
+            ModelError: what the stock class computes is not what the run's model does.
+        """
+        stock = _stock_of(model)
+        _compare(model, stock)
+        stock.save_pretrained(folder)
+        self.write_processor(model, folder)
+
+    def write_head_adapter(self, model: Finished, adapter: Path, folder: Path) -> None:
+        """Write adapter and head for ``AutoPeftModelForSequenceClassification``, the head in ``modules_to_save``.
+
+        Raises:
+            ConfigError: the run trained the head alone, so there is no adapter.
+            ModelError: as of ``write_stock``.
+        """
+        from safetensors.torch import load_file, save_file
+
+        if not (adapter / "adapter_config.json").is_file():
+            raise ConfigError("this run trained the head alone, and has no adapter: merge it without --form")
+        stock = _stock_of(model)
+        _compare(model, stock)
+        own, inside = "base_model.model.", f"base_model.model.{stock.base_model_prefix}."
+        loaded = load_file(str(adapter / "adapter_model.safetensors"))
+        held = {inside + key.removeprefix(own): tensor for key, tensor in loaded.items()}
+        held |= {f"{own}{HEAD}.{name}": tensor for name, tensor in _head_of(model).items()}
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(held, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        self.write_processor(model, folder)
+
+    def stock_code(self, model: Finished, folder: str) -> str:
+        """Return code that classifies a text with transformers alone."""
+        return (
+            "from transformers import pipeline\n\n"
+            f'classify = pipeline("text-classification", model="{folder}", top_k=None, max_length={model.limit}, '
+            "truncation=True)\n"
+            'print(classify("a text"))\n'
+        )
+
+
+def _pooler_output(encoder: nn.Module, batch: Batch) -> Tensor:
+    """Return the pooler's output, shape (records, hidden), float32."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    pooled: Tensor = encoder(**inputs).pooler_output.float()
+    return pooled
+
+
+def _head_of(model: Finished) -> dict[str, Tensor]:
+    if model.module.head is None:
+        raise ModelError("the model has no head")
+    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.module.head.state_dict().items()}
+
+
+def _stock_of(model: Finished) -> Any:
+    """Return the stock classifier with the encoder's weights and the head's."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    encoder: Any = model.module.encoder
+    config = type(encoder.config).from_dict(encoder.config.to_dict())
+    names = dict(enumerate(model.labels))
+    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
+    with torch.random.fork_rng():
+        stock: Any = AutoModelForSequenceClassification.from_config(config)
+    getattr(stock, stock.base_model_prefix).load_state_dict(encoder.state_dict())
+    getattr(stock, HEAD).load_state_dict(_head_of(model))
+    return stock.float().eval()
+
+
+def _compare(model: Finished, stock: Any) -> None:
+    """Raise ModelError unless both give made-up records the same logits."""
+    import torch
+
+    invent = model.task.inventor(model.base, model.limit)
+    for size in (model.limit, max(1, model.limit // 2)):
+        batch = model.task.collate(model.base, [invent(size, number, 0) for number in range(4)])
+        with torch.no_grad():
+            own = model.module(batch)
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            found = stock(**inputs).logits
+        if not float((own - found).abs().max()) <= CLOSE * max(1.0, float(own.abs().max())):
+            raise ModelError(
+                f"{type(stock).__name__} has other logits than this run's head for {batch[TOKENS].shape[1]} tokens: "
+                "merge it with the versions that trained it"
+            )

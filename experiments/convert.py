@@ -1,0 +1,161 @@
+"""Put data sets that no package carries where FedVeil looks for them, or write the sentences of a data set to a file.
+
+    python -m experiments.convert sst2 FOLDER                  # GLUE's train.tsv and dev.tsv; test.tsv if labelled
+    python -m experiments.convert snli FOLDER                  # snli_1.0_train.jsonl and its like, or train.jsonl
+    python -m experiments.convert qnli FOLDER                  # GLUE's train.tsv and dev.tsv
+    python -m experiments.convert sentences imdb imdb.txt      # of a named data set, as ``start.text`` takes them
+
+The first three write ``data/sst2/train.tsv`` and so on, of which the columns are ``text``, ``label`` and, of pairs,
+``text_pair``. FOLDER is the public distribution, unpacked. Rows without a label are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.check import nearest
+from common.data.sets import DATASETS
+from common.errors import ConfigError, DataError, FedVeilError
+from common.starts.public_text import as_file, data_set_sentences
+from common.tasks.cells import is_missing, plain
+from common.tasks.tables import Table, read_file
+
+UNLABELLED = ("-", "-1")
+"""What stands in place of a label that annotators did not agree on."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A public distribution: what its files and columns are called, and what ours are."""
+
+    splits: Mapping[str, tuple[str, ...]]
+    """Our file by the names that the distribution's may have, the first that is there."""
+    columns: Mapping[str, tuple[str, ...]]
+    """Our column by the names that theirs may have."""
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "sst2": Layout(
+        {f"{split}.tsv": (f"{split}.tsv",) for split in ("train", "dev", "test")},
+        {"text": ("sentence", "content"), "label": ("label",)},
+    ),
+    "snli": Layout(
+        {f"{split}.jsonl": (f"snli_1.0_{split}.jsonl", f"{split}.jsonl") for split in ("train", "dev", "test")},
+        {"text": ("sentence1", "premise"), "text_pair": ("sentence2", "hypothesis"), "label": ("gold_label", "label")},
+    ),
+    "qnli": Layout(
+        {f"{split}.tsv": (f"{split}.tsv",) for split in ("train", "dev")},
+        {"text": ("question",), "text_pair": ("sentence",), "label": ("label",)},
+    ),
+}
+
+
+def convert(corpus: str, source: Path, target: Path) -> list[str]:
+    """Write a corpus's files to ``target / corpus``; return a line for people about each.
+
+    Args:
+        corpus: a key of ``LAYOUTS``.
+        source: folder with the public distribution's files.
+        target: folder that data sets are looked for in.
+
+    Raises:
+        ConfigError: there is no such corpus.
+        DataError: ``source`` has none of its files, or a file lacks a column, or holds a cell that a TSV cannot.
+    """
+    if corpus not in LAYOUTS:
+        raise ConfigError(f"there is no layout {corpus!r}{nearest(corpus, LAYOUTS)}: name one of {', '.join(LAYOUTS)}")
+    layout, lines = LAYOUTS[corpus], []
+    for ours, theirs in layout.splits.items():
+        found = next((source / name for name in theirs if (source / name).is_file()), None)
+        if found is None:
+            continue
+        table = read_file(found)
+        columns = {own: _column(table, names) for own, names in layout.columns.items()}
+        if not columns["label"]:
+            lines.append(f"{found}: left out, for it has no labels")
+            continue
+        rows, left = _rows(table, columns)
+        path = target / corpus / ours
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, tuple(columns), rows)
+        lines.append(f"{path}: {len(rows)} records" + (f", {left} rows without a label left out" if left else ""))
+    if not lines:
+        wanted = ", ".join(name for names in layout.splits.values() for name in names)
+        raise DataError(f"{source} holds none of the files of {corpus!r}: {wanted}")
+    return lines
+
+
+def write_sentences(name: str, path: Path) -> str:
+    """Write the sentences of a named data set to a file, one a line; return a line for people with its SHA-256.
+
+    Raises:
+        ConfigError: there is no such data set.
+        DataError: it cannot be read.
+    """
+    if name not in DATASETS:
+        raise ConfigError(f"there is no data set {name!r}{nearest(name, DATASETS)}: name one of {', '.join(DATASETS)}")
+    content = as_file(found := data_set_sentences(name))
+    path.write_bytes(content)
+    return f"{path}: {len(found)} sentences, SHA-256 {hashlib.sha256(content).hexdigest()}"
+
+
+def _column(table: Table, names: Sequence[str]) -> str:
+    found = next((name for name in names if name in table.columns), "")
+    if not found and "label" not in names:
+        raise DataError(f"{table.origin} has no column {' or '.join(names)}; it has {', '.join(table.columns)}")
+    return found
+
+
+def _rows(table: Table, columns: Mapping[str, str]) -> tuple[list[list[str]], int]:
+    if table.unread:
+        raise DataError(next(iter(table.unread.values())).words)
+    cells = [
+        [plain(cell).strip() if not is_missing(cell) else "" for cell in table.columns[c]] for c in columns.values()
+    ]
+    place = list(columns).index("label")
+    rows = [list(row) for row in zip(*cells, strict=True)]
+    kept = [row for row in rows if all(row) and row[place] not in UNLABELLED]
+    return kept, len(rows) - len(kept)
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
+            return
+        try:
+            writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
+            writer.writerows([columns, *rows])
+        except csv.Error as error:
+            raise DataError(f"{path} cannot be written as TSV ({error}): a cell holds a tab or a line's end") from error
+
+
+def main(words: Sequence[str]) -> int:
+    """Do what the command line says; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.convert", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", help=f"{', '.join(LAYOUTS)}, or sentences")
+    parser.add_argument("source", help="the folder of the public distribution; of sentences, the data set's name")
+    parser.add_argument("target", nargs="?", default="data", help="the folder to write to; of sentences, the file")
+    asked = parser.parse_args(words)
+    try:
+        if asked.what == "sentences":
+            lines = [write_sentences(asked.source, Path(asked.target))]
+        else:
+            lines = convert(asked.what, Path(asked.source), Path(asked.target))
+    except (FedVeilError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

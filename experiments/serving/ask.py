@@ -1,0 +1,28 @@
+"""A question to the model that a run ended with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.run_lines import read_json
+from common.tasks import TASKS, Answer
+from experiments.serving.merge import load_finished
+from strategies.job import configure
+
+
+def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:
+    """Return what a run's final model answers, the likeliest first; float32, on the CPU.
+
+    Args:
+        run: a run's folder.
+        words: a text (and its pair, where the run's records have one), a prompt, or an image's path.
+
+    Raises:
+        ConfigError: there are more words, or fewer, than this run's records are asked with.
+        DataError: there is no saved adapter, or a word names nothing that can be read.
+        ModelError: the base model on this machine is not the run's.
+    """
+    finished = load_finished(run)
+    config = configure(read_json(run / "adapter" / "fedveil.json")["settings"]).config
+    return finished.answer(words, TASKS[config.model.task].columns(config.data))

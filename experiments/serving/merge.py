@@ -1,0 +1,96 @@
+"""The result of a run as a plain model: the adapter merged into the base model, as stock libraries load it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.check import OneOf
+from common.data.packaged import sha256_of
+from common.errors import DataError, ModelError
+from common.tasks import Finished
+from experiments.evaluate import load_result
+from reports import report_of, to_json
+from reports.card import NAME as CARD
+from reports.card import Form, card_of
+from reports.declared import read_declared
+
+FORMS = ("merged", "seq-cls")
+"""One plain model; or the adapter for a stock classifier, the head in it, where a stock class computes that."""
+
+
+def merge_run(run: Path, target: Path, form: str = "merged") -> str:
+    """Write a run's model into a new folder, float32, with its processor; whole or not at all.
+
+    ``W0 + delta`` is formed once for each adapted layer, by stock PEFT (``merge_and_unload``), so answers differ from
+    those of base model and adapter by rounding alone.
+
+    Args:
+        run: a run's folder.
+        target: a folder that does not exist yet, or is empty.
+        form: one of ``FORMS``.
+
+    Returns:
+        Python code that loads what was written, without FedVeil.
+
+    Raises:
+        DataError: there is no saved adapter, or ``target`` holds something or cannot be written.
+        ModelError: the base model on this machine is not the run's, or a merged weight is not finite.
+        ConfigError: the run's model has no such form.
+    """
+    OneOf(FORMS).check("--form", form)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
+    finished = load_finished(run)
+    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        if form == "merged":
+            finished.task.write_stock(finished, partial)
+            written = Form("merge", finished.task.library, finished.task.stock_code(finished, target.name), {})
+        else:
+            finished.task.write_head_adapter(finished, run / "adapter", partial)
+            written = Form("adapter", "peft", _PEFT_CODE.format(folder=target.name, classes=len(finished.labels)), {})
+        _write_card(run, written, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return written.code.replace(f'"{target.name}"', f'"{target}"')
+
+
+_PEFT_CODE = """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels={classes})
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+print(model(**tokenizer("a text", return_tensors="pt")).logits.softmax(-1).tolist())
+"""
+
+
+def _write_card(run: Path, form: Form, written: Path) -> None:
+    data = report_of(run)
+    files = {
+        path.relative_to(written).as_posix(): sha256_of(path) for path in sorted(written.rglob("*")) if path.is_file()
+    }
+    weights = {name: digest for name, digest in files.items() if name.endswith((".safetensors", ".json"))}
+    text = card_of(data, read_declared(run), replace(form, files=weights), to_json(data))
+    (written / CARD).write_text(text, encoding="utf-8")
+
+
+def load_finished(run: Path) -> Finished:
+    """Return the model that a run ended with, in eval mode, the adapter merged into it; errors as of ``merge_run``."""
+    module, about = load_result(run / "adapter")
+    encoder: Any = module.encoder
+    if hasattr(encoder, "merge_and_unload"):
+        try:
+            module.encoder = encoder.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"the adapter of {run} cannot be merged ({error}): its numbers are not finite") from error
+    task, base = about["kind"], about["base"]
+    return Finished(task, module.eval(), base, tuple(about["label_names"]), task.limit(base, about["max_length"]))

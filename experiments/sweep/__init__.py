@@ -1,0 +1,1 @@
+"""Sweeps: variants × ε × seeds with their baselines, one table of results, means with intervals, pictures."""

@@ -1,0 +1,226 @@
+"""The file of a sweep: a base configuration, and the axes that are laid over it.
+
+::
+
+    base = "job.toml"                     # settings of every run; beside this file, or an absolute path
+    sites = 4                             # simulated sites
+    seeds = [1, 2, 3]
+    partition-by-seed = true              # a seed divides the records anew, and cuts the test part
+    epsilons = [1.0, 8.0, "none"]
+    baselines = ["local-only", "pooled"]  # beside every variant, at the same ε and on the same test part
+
+    [settings]                            # laid over the base
+    evaluate-every = 6
+
+    [variants.wide]                       # a row of the table
+    config = "wide.toml"                  # laid over the base, like settings; both may be left out
+    settings = { adapter.rank = 32 }
+    baselines = []                        # instead of the sweep's, like epsilons
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.check import nearest
+from common.config.sections import Scalar
+from common.config.text import flatten, read_settings_file
+from common.data.partition import check_partition
+from common.errors import ConfigError
+from common.paths import RUN_NAME
+from common.privacy import MECHANISMS
+from experiments.site_count import USUAL
+from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
+from strategies.job import Job, configure, known_settings
+
+KEYS = ("base", "sites", "seeds", "partition-by-seed", "epsilons", "baselines", "settings", "variants")
+VARIANT_KEYS = ("config", "settings", "epsilons", "baselines")
+AXES = {
+    "seed": "seeds",
+    "privacy.epsilon": "epsilons",
+    "output": "the option --output",
+    "resume": "the same command again, which goes on",
+}
+"""Settings that the sweep gives every run, and where they are said."""
+NONE = "none"
+"""The ε of a run without privacy."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    variant: str
+    arm: str
+    site: int | None
+    """Of a run that is one site's own."""
+    epsilon: float | None
+    """The budget; None: no privacy."""
+    seed: int
+    sites: int
+    """That the records are divided among."""
+    settings: Mapping[str, Scalar]
+    """As asked, flat, without ``output``."""
+
+    @property
+    def name(self) -> str:
+        """Return what its folder and its run are called."""
+        words = [self.variant, f"eps-{epsilon_name(self.epsilon)}", f"seed-{self.seed}"]
+        if self.arm != FEDERATED:
+            words.append(self.arm if self.site is None else f"{self.arm}-{self.site}")
+        return "-".join(words)
+
+    @property
+    def said(self) -> str:
+        """Return it in words."""
+        arm = "" if self.arm == FEDERATED else f", {self.arm}"
+        site = "" if self.site is None else f" site {self.site}"
+        return f"{self.variant}{arm}{site}, ε {epsilon_name(self.epsilon)}, seed {self.seed}"
+
+    def job(self, output: Path) -> Job:
+        """Return the checked configuration of its run, whose folder is made in ``output``."""
+        return configure({**self.settings, "output": str(output)})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep runs."""
+
+    name: str
+    """Of its file."""
+    cells: tuple[Cell, ...]
+
+
+def epsilon_name(epsilon: float | None) -> str:
+    """Return an ε of the axis as the file writes it."""
+    return NONE if epsilon is None else f"{epsilon:g}"
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Return the runs of a sweep's file, each checked as ``configure`` checks a run.
+
+    Raises:
+        ConfigError: the file cannot be read, has an unknown key, sets what is an axis, or one of its runs is none.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the sweep {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    try:
+        cells = tuple(_cells(content, path.parent))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return Sweep(path.stem, cells)
+
+
+def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
+    _known(content, KEYS, "")
+    variants = content.get("variants", {"base": {}})
+    if not isinstance(variants, Mapping) or not variants:
+        raise ConfigError("variants must be tables, one a row: [variants.NAME]")
+    sites = content.get("sites", USUAL)
+    if not isinstance(sites, int) or isinstance(sites, bool) or sites < 1:
+        raise ConfigError(f"sites must be a whole number above 0, not {sites!r}")
+    seeds = _listed(content, "seeds", [1, 2, 3])
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        raise ConfigError(f"seeds must be whole numbers, not {seeds!r}")
+    by_seed = content.get("partition-by-seed", True)
+    if not isinstance(by_seed, bool):
+        raise ConfigError(f"partition-by-seed must be true or false, not {by_seed!r}")
+    base = _settings(content, "base", folder, by_seed)
+    cells: list[Cell] = []
+    for name, variant in variants.items():
+        if not isinstance(variant, Mapping):
+            raise ConfigError(f"variants.{name} must be a table, not {variant!r}")
+        _known(variant, VARIANT_KEYS, f"variants.{name}.")
+        own = {**base, **_settings(variant, "config", folder, by_seed, f"variants.{name}.")}
+        arms = _listed({**content, **variant}, "baselines", [])
+        if unknown := [arm for arm in arms if arm not in BASELINES]:
+            raise ConfigError(f"baselines names {unknown[0]!r}; choose of {', '.join(BASELINES)}")
+        for value in _listed({**content, **variant}, "epsilons", [known_settings()["privacy.epsilon"]]):
+            epsilon = _epsilon(value)
+            protection = _protection(own, epsilon, name)
+            for seed in seeds:
+                seeded = {"seed": seed, **({"data.seed": seed} if by_seed else {})}
+                for arm in (ARMS[arm] for arm in ARMS if arm == FEDERATED or arm in arms):
+                    settings = {**own, **protection, **seeded, **arm.overrides()}
+                    made = [Cell(name, arm.name, site, epsilon, seed, sites, settings) for site in arm.sites(sites)]
+                    _check(made[-1])
+                    cells += made
+    if len({cell.name for cell in cells}) < len(cells):
+        raise ConfigError("two runs would have one name: give the variants other names, or the ε more distance")
+    return cells
+
+
+def _known(table: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
+    for key in table:
+        if key not in keys:
+            raise ConfigError(f"unknown key {prefix + key!r}{nearest(key, keys)}; a sweep has {', '.join(keys)}")
+
+
+def _listed(table: Mapping[str, Any], key: str, usual: list[Any]) -> list[Any]:
+    value = table.get(key, usual)
+    if not isinstance(value, list) or (not value and key != "baselines"):
+        raise ConfigError(f"{key} must be a list, such as {key} = {usual}, not {value!r}")
+    if len(set(map(str, value))) < len(value):
+        raise ConfigError(f"{key} names something twice: {value!r}")
+    return value
+
+
+def _settings(
+    table: Mapping[str, Any], file_key: str, folder: Path, by_seed: bool, prefix: str = ""
+) -> dict[str, Scalar]:
+    """Return a file's settings with those laid over it that stand in the sweep itself."""
+    named, own = table.get(file_key, ""), table.get("settings", {})
+    if not isinstance(named, str):
+        raise ConfigError(f"{prefix}{file_key} must be the path of a file with settings, not {named!r}")
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{prefix}settings must be a table of settings, not {own!r}")
+    laid = flatten(own)
+    axes = {**AXES, **({"data.seed": "seeds, with partition-by-seed = true"} if by_seed else {})}
+    for key in laid:
+        if key in axes:
+            raise ConfigError(f"{prefix}settings has {key!r}, which is the sweep's own: say it by {axes[key]}")
+    return {**(read_settings_file(folder / named) if named else {}), **laid}
+
+
+def _epsilon(value: Any) -> float | None:
+    if value == NONE:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise ConfigError(f"epsilons must be numbers above 0, or {NONE!r}, not {value!r}")
+    return float(value)
+
+
+def _protection(settings: Mapping[str, Scalar], epsilon: float | None, variant: str) -> dict[str, Scalar]:
+    """Return the settings of privacy for one ε of the axis."""
+    if epsilon is None:
+        return {"privacy.mode": next(name for name, row in MECHANISMS.items() if not row.claims)}
+    mode = str(settings.get("privacy.mode", known_settings()["privacy.mode"]))
+    if mode in MECHANISMS and not MECHANISMS[mode].claims:
+        raise ConfigError(
+            f"variant {variant!r} has privacy.mode {mode!r}, which promises nothing, and ε {epsilon:g}: "
+            f'leave the mode out, or give the variant epsilons = ["{NONE}"]'
+        )
+    return {"privacy.mode": mode, "privacy.epsilon": epsilon}
+
+
+def _check(cell: Cell) -> None:
+    if not RUN_NAME.fullmatch(cell.name):
+        raise ConfigError(
+            f"the run would be called {cell.name!r}, which is not at most 64 of letters, digits, '.', '_' and '-': "
+            "give the variant a shorter or plainer name"
+        )
+    try:
+        job = cell.job(Path())
+        check_partition(job.config)
+    except ConfigError as error:
+        raise ConfigError(f"{cell.said}: {error}") from error
+    if job.config.resume:
+        raise ConfigError(f"{cell.said}: resume is set, and a sweep goes on by {AXES['resume']}")

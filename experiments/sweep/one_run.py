@@ -1,0 +1,164 @@
+"""One run of a sweep, from its settings to its row."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.bundle import PROJECT, digest, files_of
+from common.errors import RunFailed
+from common.files import replace_file
+from common.run_lines import BaselineFile, ConfigFile, ResultFile, RoundLine, read_file, read_lines
+from experiments.sweep.arms import ARMS
+from experiments.sweep.file import Cell
+from experiments.sweep.rows import Basis, Row, line_of
+
+Through = Literal["one process", "flower"]
+ROW = "row.json"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process is told to run."""
+
+    sweep: str
+    cell: Cell
+    folder: Path
+    """Of this run: its row, its log and the run's own folder."""
+    through: Through
+    code: str
+    """That the sweep began with."""
+    commit: str
+    threads: int
+
+
+def code_version() -> str:
+    """Return the hash of the code that servers and sites run, as it stands on the disk now."""
+    return digest(files_of(PROJECT))
+
+
+def commit_of(project: Path = PROJECT) -> str:
+    """Return the commit of a work tree under git, with ``+`` if tracked files are changed; else an empty text."""
+    told = []
+    for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            done = subprocess.run(["git", "-C", str(project), *words], capture_output=True, text=True, check=False)
+        except OSError:
+            return ""
+        if done.returncode:
+            return ""
+        told.append(done.stdout.strip())
+    return told[0] + ("+" if told[1] else "")
+
+
+def through_of(cell: Cell, *, flower: bool) -> Through:
+    """Return how the server and the sites of a run meet: Flower simulates all sites of a division, never one of it."""
+    return "flower" if flower and cell.site is None else "one process"
+
+
+def basis_of(cell: Cell, through: Through, code: str) -> Basis:
+    """Return what the row of a run would rest on now."""
+    from server.records import package_versions
+
+    settings = {key: value for key, value in cell.job(Path()).settings().items() if key != "output"}
+    versions = {"python": platform.python_version(), **package_versions()}
+    return Basis(settings, cell.sites, through, versions, code)
+
+
+def run_one(work: Work) -> Row:
+    """Conduct one run in its folder, write its row there, and return it.
+
+    Raises:
+        FedVeilError: the run failed, or the code changed meanwhile.
+    """
+    from common.model.federated import model_of
+
+    _same_code(work)
+    model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
+    began = time.monotonic()
+    run = _through_flower(work) if work.through == "flower" else _in_process(work)
+    row = _row(work, run, time.monotonic() - began)
+    _same_code(work)
+    replace_file(work.folder / ROW, line_of(row).encode())
+    return row
+
+
+def _same_code(work: Work) -> None:
+    if code_version() != work.code:
+        raise RunFailed("the code has changed since the sweep began: start the sweep again")
+
+
+def _in_process(work: Work) -> Path:
+    from experiments.in_process import run_in_process
+    from experiments.site_count import record_sites
+
+    cell, arm = work.cell, ARMS[work.cell.arm]
+    nodes = arm.nodes(cell.sites, cell.site)
+    run = run_in_process({**cell.settings, "output": str(work.folder)}, nodes, cell.name)
+    if cell.site is None:  # of a site alone no number of sites is to be gone on with
+        record_sites(run, len(nodes))
+    return run
+
+
+def _through_flower(work: Work) -> Path:
+    from experiments.simulate import simulate
+
+    cell = work.cell
+    sites = len(ARMS[cell.arm].nodes(cell.sites, cell.site))
+    return simulate({**cell.settings, "output": str(work.folder)}, sites, lambda _: None)
+
+
+def _row(work: Work, run: Path, seconds: float) -> Row:
+    from common.data.sources import public_test
+    from common.model.device import choose_device, choose_precision
+
+    cell, job = work.cell, work.cell.job(work.folder)
+    result, baseline, config = read_file(ResultFile, run), read_file(BaselineFile, run), read_file(ConfigFile, run)
+    lines = read_lines(RoundLine, run)
+    scored = [line.loss for line in lines if line.complete and line.loss is not None]
+    if result.reached is None or result.status == "failed":
+        raise RunFailed(result.reason or "the run ended without a result")
+    reached, travels = result.reached, not ARMS[cell.arm].baseline
+    device = choose_device(job.config.device)
+    return Row(
+        sweep=work.sweep,
+        variant=cell.variant,
+        arm=cell.arm,
+        site=cell.site,
+        epsilon_asked=cell.epsilon,
+        seed=cell.seed,
+        status=result.status,
+        accuracy_before=reached.accuracy_before,
+        accuracy=reached.accuracy,
+        loss_before=baseline.loss,
+        loss=scored[-1] if scored else baseline.loss,
+        test_records=len(public_test(job.config.data, job.config.model.task).examples),
+        epsilon=reached.epsilon,
+        delta=None if reached.epsilon is None else job.config.privacy.delta,
+        rounds=reached.rounds,
+        sites=cell.sites,
+        bytes_down=sum(line.bytes_down for line in lines) if travels else None,
+        bytes_up=sum(line.bytes_up for line in lines) if travels else None,
+        seconds=round(sum(line.seconds for line in lines), 3),
+        seconds_in_all=round(seconds, 3),
+        through=work.through,
+        device=str(device),
+        precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
+        threads=work.threads,
+        machine=f"{platform.machine()}, {_cores()} cores",
+        started=config.started,
+        code=work.code,
+        commit=work.commit,
+        versions=config.versions,
+        settings={key: value for key, value in config.settings.items() if key != "output"},
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,288 @@
+"""Pictures of a sweep: accuracy against ε and against bytes, with intervals, as one page and two PNGs.
+
+Matplotlib draws them (the extra ``pictures``). The same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+from common.errors import ConfigError, DataError
+from common.files import replace_file
+from common.privacy.figures import NO_CLAIM
+from common.words import bytes_text, percent_text, visible
+from experiments.sweep.arms import ARMS, FEDERATED
+from experiments.sweep.file import epsilon_name
+from experiments.sweep.published import Published
+from experiments.sweep.rows import Row
+from experiments.sweep.summary import Group, groups, markdown_of
+from reports.page_style import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b35a8e", "#a67600", "#5a6b7b")
+"""Of variants, the report's; with ``MARKERS`` no reader depends on colour alone."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+NO_EPSILON = 2.2
+"""Where runs without privacy stand: behind the largest ε, times this."""
+PICTURE_STYLE = """
+.picture { background: #fff; max-width: 62rem; }
+.picture figcaption strong { color: #1c2126; }
+.picture svg { width: 100%; height: auto; }
+"""
+"""Beside the report's style: pictures are on white wherever they are shown."""
+SPREAD = 0.035
+"""Between neighbouring lines at one ε, of its logarithm: intervals do not cover each other."""
+MOST_SPREAD = 0.36
+"""Of all lines together: a place is still one ε's."""
+
+
+def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: Path, name: str) -> list[Path]:
+    """Write ``<name>.html``, ``<name>-epsilon.png`` and ``<name>-bytes.png``, and return their paths.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        DataError: there is no row to draw, or a file cannot be written.
+    """
+    found = groups(rows)
+    if not found:
+        raise DataError("there is no result to draw: run the sweep first")
+    drawn = {"epsilon": epsilon_figure(found, published), "bytes": bytes_figure(found)}
+    written = {folder / f"{name}-{kind}.png": _png(figure) for kind, figure in drawn.items()}
+    page = to_page(name, rows, published, [_svg(figure, f"{name}-{kind}") for kind, figure in drawn.items()])
+    written[folder / f"{name}.html"] = page.encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in written.items():
+            replace_file(path, content)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror}): name another folder") from error
+    return list(written)
+
+
+def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Figure:
+    """Return accuracy against ε: a line for each variant and arm, with intervals; published figures as open marks.
+
+    Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis.
+    """
+    figure, (axes,) = _figure(7.6)
+    asked = [group.epsilon_asked for group in found] + [item.epsilon for item in published]
+    claimed = sorted({epsilon for epsilon in asked if epsilon is not None})
+    behind = NO_EPSILON * (claimed[-1] if claimed else 1.0)
+    lines = list(dict.fromkeys((group.variant, group.arm) for group in found))
+    for number, line in enumerate(lines):
+        shift = math.exp(min(SPREAD, MOST_SPREAD / len(lines)) * (number - (len(lines) - 1) / 2))
+        members = [group for group in found if (group.variant, group.arm) == line]
+        members.sort(key=lambda group: group.epsilon_asked or math.inf)
+        joined = [group for group in members if group.epsilon_asked is not None]
+        index = _index(found, line[0])
+        _points(
+            axes, [shift * (group.epsilon_asked or behind) for group in members], members, index, ARMS[line[1]].fill
+        )
+        axes.plot(
+            [shift * (group.epsilon_asked or behind) for group in joined or members],
+            [100 * group.accuracy.mean for group in joined or members],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=ARMS[line[1]].dash,
+            fillstyle=ARMS[line[1]].fill,
+            linewidth=1.6,
+            markersize=5,
+            label=line[0] if line[1] == FEDERATED else f"{line[0]}, {line[1]}",
+        )
+    for number, kind in enumerate(dict.fromkeys(_kind(item) for item in published)):
+        items = [item for item in published if _kind(item) == kind]
+        axes.plot(
+            [item.epsilon or behind for item in items],
+            [100 * item.accuracy for item in items],
+            linestyle="none",
+            marker=MARKERS[number % len(MARKERS)],
+            markerfacecolor="none",
+            color="#59636e",
+            label=f"published: {kind}",
+        )
+    places = [*claimed, *([behind] if None in asked else [])]
+    _logarithmic(axes, places, [*map(epsilon_name, claimed), *([NO_CLAIM] if None in asked else [])])
+    axes.set_xlabel("ε, at most")
+    _finish(figure, [axes])
+    return figure
+
+
+def bytes_figure(found: Sequence[Group]) -> Figure:
+    """Return accuracy against the bytes of a whole run, all sites and both ways, with a part for each ε.
+
+    Baselines are left out: nothing of them needs to travel.
+    """
+    sending = [group for group in found if group.payload]
+    asked = sorted({group.epsilon_asked for group in sending}, key=lambda epsilon: epsilon or math.inf)
+    figure, parts = _figure(max(7.6, 2.7 * len(asked)), max(1, len(asked)))
+    payloads = [group.payload for group in sending if group.payload]
+    marks = _decades(min(payloads), max(payloads)) if payloads else []
+    for axes, epsilon in zip(parts, asked, strict=False):
+        for group in sending:
+            if group.epsilon_asked == epsilon and group.payload:
+                _points(
+                    axes, [group.payload], [group], _index(found, group.variant), ARMS[group.arm].fill, group.variant
+                )
+        _logarithmic(axes, marks, [bytes_text(round(mark)).replace(".00", "") for mark in marks])
+        axes.set_xlim(marks[0], marks[-1])
+        axes.set_xlabel("adapter bytes of a run")
+        axes.set_title(NO_CLAIM if epsilon is None else f"ε {epsilon_name(epsilon)}", fontsize=10)
+    _finish(figure, parts)
+    return figure
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Return the powers of ten around two figures.
+
+    >>> _decades(2e3, 3e5)
+    [1000.0, 10000.0, 100000.0, 1000000.0]
+    """
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)]
+
+
+def _figure(width: float, parts: int = 1) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "pictures are drawn by matplotlib, which is not installed: pip install 'matplotlib>=3.9,<4'"
+        ) from error
+    # Text stays text, and the same figures give the same bytes.
+    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fedveil"})
+    figure = Figure(figsize=(width, 5.6), layout="constrained")
+    return figure, list(figure.subplots(1, parts, sharey=True, squeeze=False)[0])
+
+
+def _points(
+    axes: Axes, places: Sequence[float], members: Sequence[Group], index: int, fill: str, label: str | None = None
+) -> None:
+    colour = COLOURS[index % len(COLOURS)]
+    axes.errorbar(
+        places,
+        [100 * group.accuracy.mean for group in members],
+        yerr=[100 * (group.accuracy.half or 0.0) for group in members],
+        color=colour,
+        marker=MARKERS[index % len(MARKERS)],
+        linestyle="none",
+        fillstyle=fill,
+        markersize=5,
+        ecolor=(colour, 0.45),
+        elinewidth=1.0,
+        capsize=2,
+        label=label,
+    )
+
+
+def _logarithmic(axes: Axes, places: Sequence[float], texts: Sequence[str]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(places, texts, fontsize=9)
+    axes.set_xticks([], minor=True)
+
+
+def _finish(figure: Figure, parts: Sequence[Axes]) -> None:
+    parts[0].set_ylabel("accuracy on the public test part, %")
+    legend: dict[str, Any] = {}
+    for axes in parts:
+        axes.grid(axis="y", color="#eceef0")
+        axes.spines[["top", "right"]].set_visible(False)
+        handles, labels = axes.get_legend_handles_labels()
+        legend = {**dict(zip(labels, handles, strict=True)), **legend}
+    if legend:
+        ours = sorted(legend, key=lambda label: label.startswith("published"))
+        figure.legend(
+            [legend[label] for label in ours], ours, loc="outside lower center", ncols=3, fontsize=8, frameon=False
+        )
+
+
+def _index(found: Sequence[Group], variant: str) -> int:
+    return list(dict.fromkeys(group.variant for group in found)).index(variant)
+
+
+def _kind(item: Published) -> str:
+    return f"{item.method}, {item.model}, {item.data}"
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """Return a figure to be put into a page: no declaration, and identifiers of its own."""
+    file = io.StringIO()
+    metadata: dict[str, Any] = {"Date": None, "Creator": None}
+    figure.savefig(file, format="svg", metadata=metadata)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\b(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
+    return Markup(svg)
+
+
+def to_page(name: str, rows: Sequence[Row], published: Sequence[Published], svgs: Sequence[Markup]) -> str:
+    """Return one page that loads nothing: the pictures, the table, and where the published figures are from."""
+    titles = ("Accuracy against ε", "Accuracy against the bytes of a run, all sites and both ways")
+    figures = Markup("").join(
+        Markup('<figure class="picture"><figcaption><strong>{}</strong></figcaption>{}</figure>').format(title, svg)
+        for title, svg in zip(titles, svgs, strict=True)
+    )
+    table, _, notes = markdown_of(rows).partition("\n\n")
+    parts = [
+        Markup("<h1>{}</h1>").format(visible(name)),
+        Markup(
+            "<p>Bars are 95 % intervals of means over seeds. Open marks are published figures of other models and data."
+            "</p>"
+        ),
+        figures,
+        Markup("<h2>Figures</h2>{}<p>{}</p>").format(_table(_cells(table)), _plain(notes)),
+    ]
+    if published:
+        header = ["method", "model", "data", "ε, as stated", "accuracy", "source", "note"]
+        lines = [
+            [
+                *(item.method, item.model, item.data),
+                "none" if item.epsilon is None else epsilon_name(item.epsilon),
+                *(percent_text(item.accuracy), item.source, item.note),
+            ]
+            for item in published
+        ]
+        parts.append(Markup("<h2>Published, of other models and data</h2>{}").format(_table([header, *lines])))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(visible(name))}</title>'
+        f"<style>{STYLE}{PICTURE_STYLE}</style></head><body><main>"
+        f"{Markup('').join(parts)}</main></body></html>\n"
+    )
+
+
+def _cells(table: str) -> list[list[str]]:
+    """Return header and rows of a Markdown table as plain text."""
+    lines = [line for line in table.splitlines() if not line.startswith("|---")]
+    return [[_plain(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _plain(text: str) -> str:
+    return visible(text.replace("**", "").replace("`", ""))
+
+
+def _table(lines: Sequence[Sequence[str]]) -> Markup:
+    header, *rows = lines
+    head = Markup("").join(Markup("<th>{}</th>").format(cell) for cell in header)
+    body = Markup("").join(
+        Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row))
+        for row in rows
+    )
+    return Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
+        head, body
+    )

@@ -1,0 +1,181 @@
+"""The table of a sweep's results: a row a run, as JSON lines and as CSV.
+
+A row says everything that its figures rest on: the whole configuration, versions of packages, the version of the code.
+Only a row in which all of that is what a run would have now stands for the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from common.config.sections import Scalar
+from common.errors import DataError
+from common.files import finite, replace_file
+from common.strict_json import Endless, from_json, to_json
+
+Key = tuple[str, str, int | None, float | None, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished run of a sweep."""
+
+    sweep: str
+    """Name of the sweep's file."""
+    variant: str
+    arm: str
+    """``federated``, or a baseline: ``local-only``, ``pooled``."""
+    site: int | None
+    """The one site of a run of ``local-only``, from 0."""
+    epsilon_asked: float | None
+    """The budget; None: no privacy."""
+    seed: int
+    status: Literal["completed", "stopped"]
+    """``stopped``: before its last round, and well."""
+    accuracy_before: float
+    """On the public test part, before round 1."""
+    accuracy: float
+    loss_before: float
+    """Mean cross-entropy on the public test part, in nats."""
+    loss: float
+    test_records: int
+    epsilon: Endless | None
+    """Spent by the site that has spent most; None without a claim."""
+    delta: float | None
+    rounds: int
+    """Complete ones."""
+    sites: int
+    """That the records are divided among."""
+    bytes_down: int | None
+    """Adapter payload of all rounds and sites; None of a baseline, of which nothing needs to travel."""
+    bytes_up: int | None
+    seconds: float
+    """Of all rounds."""
+    seconds_in_all: float
+    """Of the run's process, with loading and reports."""
+    through: Literal["one process", "flower"]
+    """How server and sites met."""
+    device: str
+    precision: str
+    """Of the forward pass."""
+    threads: int
+    machine: str
+    """Kind of processor and number of cores."""
+    started: str
+    """UTC, ISO 8601."""
+    code: str
+    """SHA-256 of the code that servers and sites run, as ``fedveil bundle`` prints it."""
+    commit: str
+    """Of a work tree under git, with ``+`` if it had changes; empty elsewhere."""
+    versions: dict[str, str]
+    settings: dict[str, Scalar]
+    """Every setting with the value that the run had, without ``output``."""
+
+    @property
+    def key(self) -> Key:
+        """Return its place in the sweep."""
+        return self.variant, self.arm, self.site, self.epsilon_asked, self.seed
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Everything that a row's figures rest on."""
+
+    settings: dict[str, Scalar]
+    sites: int
+    through: str
+    versions: dict[str, str]
+    code: str
+
+    def differs(self, row: Row, *, code_too: bool = True) -> str:
+        """Return in words how a row was come by otherwise; empty if it was not.
+
+        Args:
+            row: the row.
+            code_too: whether another version of the code counts.
+        """
+        keys = sorted({*self.settings, *row.settings})
+        pairs = [(key, row.settings.get(key), self.settings.get(key)) for key in keys]
+        pairs += [("sites", row.sites, self.sites), ("through", row.through, self.through)]
+        pairs += [
+            (f"version of {name}", row.versions.get(name), self.versions.get(name))
+            for name in sorted({*self.versions, *row.versions})
+        ]
+        pairs += [("code version", row.code[:12], self.code[:12])] if code_too and row.code != self.code else []
+        return "; ".join(f"{what} {had!r}, not {now!r}" for what, had, now in pairs if had != now)
+
+
+def results_file(folder: Path, sweep: str) -> Path:
+    """Return the file of a sweep's rows; the CSV lies beside it."""
+    return folder / f"{sweep}.jsonl"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file, none of an absent one.
+
+    Raises:
+        DataError: a line is not as it is written.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        rows.append(row_of(line, f"line {number} of {path}"))
+    return rows
+
+
+def row_of(text: str, what: str) -> Row:
+    """Return a row from its JSON; DataError, which names ``what``, if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{what} is not JSON: {error}") from error
+    return from_json(Row, value, what)
+
+
+def line_of(row: Row) -> str:
+    """Return a row as one line of JSON."""
+    return json.dumps(finite(to_json(row)), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines and, beside them, as CSV, each file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, "".join(map(line_of, rows)).encode())
+    replace_file(path.with_suffix(".csv"), to_csv(rows).encode())
+
+
+def columns(rows: Iterable[Row]) -> list[str]:
+    """Return the columns of the CSV: the fields, then ``versions.NAME`` and ``settings.KEY`` of all rows."""
+    held = list(rows)
+    plain = [item.name for item in fields(Row) if item.name not in ("versions", "settings")]
+    return [
+        *plain,
+        *(f"versions.{name}" for name in sorted({name for row in held for name in row.versions})),
+        *(f"settings.{key}" for key in sorted({key for row in held for key in row.settings})),
+    ]
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Return rows as CSV with one header; what a row does not have is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        flat = {
+            **{name: value for name, value in to_json(row).items() if not isinstance(value, dict)},
+            **{f"versions.{name}": value for name, value in row.versions.items()},
+            **{f"settings.{key}": value for key, value in row.settings.items()},
+        }
+        writer.writerow({name: _cell(value) for name, value in flat.items()})
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value

@@ -1,0 +1,181 @@
+"""Means of a sweep's rows over seeds, with 95 % intervals by Student's t, as a Markdown table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.privacy import MECHANISMS
+from common.privacy.figures import NO_CLAIM, epsilon_text
+from common.words import UNKNOWN, bytes_text, counted, seconds_text
+from experiments.sweep.arms import ARMS
+from experiments.sweep.file import epsilon_name
+from experiments.sweep.rows import Row
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the interval around it."""
+
+    mean: float
+    half: float | None
+    """Half of the interval; None of a single value, which has none."""
+
+    @property
+    def low(self) -> float:
+        """The lower end; the mean itself without an interval."""
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        """The upper end, likewise."""
+        return self.mean + (self.half or 0.0)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of at least one value with its 95 % interval: t of n - 1 degrees · s / √n.
+
+    >>> found = interval([0.74, 0.75, 0.76])
+    >>> round(found.mean, 4), round(found.half, 4)
+    (0.75, 0.0248)
+    """
+    from scipy.special import stdtrit
+
+    count = len(values)
+    if count < 2:
+        return Interval(values[0], None)
+    t = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
+    return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(count))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of a variant, an arm and an ε, over seeds. Of ``local-only`` a seed's value is the mean over sites."""
+
+    variant: str
+    arm: str
+    epsilon_asked: float | None
+    values: list[float]
+    """The accuracy of each seed."""
+    accuracy: Interval
+    sites: list[float]
+    """The mean accuracy of each site, of runs that are one site's own."""
+    before: float
+    loss: float
+    epsilon: float | None
+    """The largest that was spent; None without a claim."""
+    delta: float | None
+    payload: float | None
+    """Mean bytes of a run, both ways and all sites; None of a baseline."""
+    seconds: float
+    """Mean of a seed, all its runs one after another."""
+
+
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """Return the groups in the order of their first rows; a seed in which a site is missing does not count."""
+    held: dict[tuple[str, str, float | None], list[Row]] = {}
+    for row in rows:
+        held.setdefault((row.variant, row.arm, row.epsilon_asked), []).append(row)
+    found = (_group(*key, members) for key, members in held.items())
+    return [group for group in found if group]
+
+
+def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -> Group | None:
+    seeds = dict.fromkeys(row.seed for row in rows)
+    by_seed = [[row for row in rows if row.seed == seed] for seed in seeds]
+    whole = [members for members in by_seed if len(members) == len(ARMS[arm].sites(members[0].sites))]
+    if not whole:
+        return None
+    counting = [row for members in whole for row in members]
+    sites = sorted({row.site for row in counting if row.site is not None})
+    values = [statistics.mean(row.accuracy for row in members) for members in whole]
+    spent = [row.epsilon for row in counting if row.epsilon is not None]
+    payloads = [
+        row.bytes_down + row.bytes_up for row in counting if row.bytes_down is not None and row.bytes_up is not None
+    ]
+    return Group(
+        variant=variant,
+        arm=arm,
+        epsilon_asked=epsilon,
+        values=values,
+        accuracy=interval(values),
+        sites=[statistics.mean(row.accuracy for row in counting if row.site == site) for site in sites],
+        before=statistics.mean(row.accuracy_before for row in counting),
+        loss=statistics.mean(row.loss for row in counting),
+        epsilon=max(spent, default=None),
+        delta=max((row.delta for row in counting if row.delta is not None), default=None),
+        payload=statistics.mean(payloads) if payloads else None,
+        seconds=statistics.mean(sum(row.seconds for row in members) for members in whole),
+    )
+
+
+def markdown_of(rows: Sequence[Row]) -> str:
+    """Return the table of a sweep's rows with what its figures mean below it."""
+    if not rows:
+        return "No run has ended.\n"
+    header = "| variant | arm | ε | runs | accuracy, % | start, % | loss | ε spent | bytes | time |"
+    lines = [header, "|" + "---|" * 10, *map(_line, groups(rows))]
+    return "\n".join(lines) + "\n\n" + " ".join(_notes(rows)) + "\n"
+
+
+def _line(group: Group) -> str:
+    each = [f"{100 * value:.1f}" for value in (group.sites or group.values)]
+    half = "" if group.accuracy.half is None else f" ± {100 * group.accuracy.half:.1f}"
+    told = f" ({'each site: ' if group.sites else ''}{', '.join(each)})" if len(each) > 1 else ""
+    cells = [
+        f"`{group.variant}`",
+        group.arm,
+        epsilon_name(group.epsilon_asked),
+        str(len(group.values)),
+        f"**{100 * group.accuracy.mean:.1f}**{half}{told}",
+        f"{100 * group.before:.1f}",
+        f"{group.loss:.3f}",
+        NO_CLAIM if group.epsilon is None else epsilon_text(group.epsilon),
+        UNKNOWN if group.payload is None else bytes_text(round(group.payload)),
+        seconds_text(group.seconds),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Return sentences on what the table's figures are, and are not."""
+    arms = [ARMS[name] for name in ARMS if any(row.arm == name for row in rows)]
+    deltas = sorted({row.delta for row in rows if row.delta is not None})
+    divided = len({row.settings["data.seed"] for row in rows}) > 1
+    cut = divided and not any(row.settings["data.test"] for row in rows)
+    modes = {str(row.settings["privacy.mode"]) for row in rows if row.epsilon is not None}
+    units = sorted({MECHANISMS[mode].claim.per for mode in modes if mode in MECHANISMS})
+    sizes = sorted({row.test_records for row in rows})
+    mean = statistics.mean(row.accuracy for row in rows)
+    error = 100 * math.sqrt(mean * (1 - mean) / sizes[0])
+    codes = sorted({row.code[:12] for row in rows})
+    machines = sorted({f"{row.machine}, {row.precision}" for row in rows})
+    told = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
+    told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
+    if deltas:
+        held = ", ".join(f"{delta:g}" for delta in deltas)
+        told.append(f"ε is per {' or '.join(units)}, of the site that has spent most, at δ {held}.")
+    seed = "A seed gives the start and, without privacy, the order of batches"
+    told.append(f"{seed}; {_division(divided, cut)}.")
+    if deltas:
+        told.append("Under privacy sampling and noise are never seeded: each run draws its own.")
+    size = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    told.append(
+        f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
+        + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
+    )
+    told.append(
+        f"{counted(len(rows), 'run')}, {seconds_text(sum(row.seconds_in_all for row in rows))} in all, on "
+        f"{'; '.join(machines)}, code {', '.join(codes)}."
+    )
+    return told
+
+
+def _division(divided: bool, cut: bool) -> str:
+    if not divided:
+        return "the division is the same for all"
+    return f"it divides the records{' and cuts the test part' if cut else ''}, too"

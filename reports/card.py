@@ -1,0 +1,217 @@
+"""The model card (``README.md``) of an adapter or a merged model: YAML for the hub, and Markdown for people.
+
+It quotes the run's report and what the coordinator declares, and says what nobody has declared. The claim stands in it
+in the report's own words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from common.errors import DataError
+from common.privacy.figures import epsilon_text
+from common.tasks import TASKS
+from common.words import UNKNOWN, counted, number_text, percent_text, visible
+from reports.data import ReportData, cares_of, cut_test, setting_of
+from reports.declared import Declared
+from reports.markdown import plain
+from reports.meaning import attack_sentence, several_sentence
+from reports.scores import share_text
+
+NAME = "README.md"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""A base model of this form may be one of the hub's; a path never is, and says nothing to others."""
+UNKNOWN_LICENSE = "unknown"
+"""What the hub calls a licence that nobody has stated."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a card is of."""
+
+    relation: str
+    """Of the model to its base, as the hub has it: ``adapter`` or ``merge``."""
+    library: str
+    """Library that loads it, as the hub has it."""
+    code: str
+    """Python code that loads it."""
+    files: Mapping[str, str]
+    """SHA-256 of its files."""
+
+
+def adapter_form(data: ReportData) -> Form:
+    """Return the form of a run's ``adapter/``.
+
+    Raises:
+        DataError: the run has saved none.
+    """
+    if data.origin is None:
+        raise DataError("the run has saved no adapter, so there is nothing to write a model card of")
+    task = TASKS[str(setting_of(data, "model.task"))]
+    files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
+    code = (
+        "from peft import PeftModel\n"
+        f"from transformers import {task.loader}\n\n"
+        f'model = {task.loader}.from_pretrained("{_shown_base(data)}")\n'
+        'model = PeftModel.from_pretrained(model, "adapter")\n'
+    )
+    if "adapter_config.json" not in files:
+        code = "# The base model as it is: this run trained the head alone (head.safetensors).\n"
+    return Form("adapter", "peft", code, files)
+
+
+def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> str:
+    """Return the card's text.
+
+    Args:
+        data: the report of the run.
+        declared: what the coordinator declares about it.
+        form: what the card is of.
+        report: ``report.json``, which the card names by its hash.
+    """
+    head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
+    task = TASKS[str(setting_of(data, "model.task"))]
+    title = declared.name or f"{_shown_base(data)}, fine-tuned by {data.strategy}"
+    trained = (
+        f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {counted(data.headline.sites, 'site')}"
+    )
+    parts = [
+        f"---\n{head}---",
+        f"# {plain(title)}",
+        f"{plain(declared.description)}\n\n"
+        * bool(declared.description)
+        + f"{trained}, which no record left. Strategy {plain(data.strategy)}, task {task.name}; the run "
+        f"{plain(data.status)} after {counted(data.headline.rounds_done, 'round')}.",
+        f"Intended use: {plain(declared.intended_use)}" if declared.intended_use else "",
+        f"## Load it\n\n```python\n{form.code}```",
+        _head_words(form),
+        _results(data),
+        _privacy(data),
+        _records(data),
+        _licences(declared),
+        _hashes(data, form, report),
+    ]
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _shown_base(data: ReportData) -> str:
+    """Return the base model's name, of a path the last part alone."""
+    name = data.origin.base_model if data.origin else str(setting_of(data, "model.name"))
+    return visible(name if HUB_ID.fullmatch(name) else name.rstrip("/").rpartition("/")[2])
+
+
+def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any]:
+    task, base = TASKS[str(setting_of(data, "model.task"))], data.origin.base_model if data.origin else ""
+    meta: dict[str, Any] = {"license": declared.license or UNKNOWN_LICENSE, "library_name": form.library}
+    if HUB_ID.fullmatch(base):
+        meta |= {"base_model": base, "base_model_relation": form.relation}
+    meta |= {
+        "pipeline_tag": task.hub_task,
+        "tags": ["federated-learning", "differential-privacy", data.strategy, "fedveil"],
+    }
+    claim, head = data.claim, data.headline
+    meta["differential_privacy"] = (
+        {
+            "epsilon": float(epsilon_text(head.epsilon).replace("∞", "inf")),
+            "delta": head.delta,
+            "unit": claim.unit,
+            "neighbours": claim.neighbours,
+            "adversary": claim.adversary,
+            "mechanism": claim.privacy_mode,
+            "accountant": claim.accountant,
+        }
+        if claim.made
+        else {"claim": "none"}
+    )
+    if head.accuracy_after is not None:
+        metric = {"type": "accuracy", "value": round(head.accuracy_after, 4)}
+        data_set = {"name": "the run's public test part", "type": "public-test-part"}
+        result = {"task": {"type": task.hub_task}, "dataset": data_set, "metrics": [metric]}
+        meta["model-index"] = [{"name": declared.name or f"run {visible(data.run)}", "results": [result]}]
+    return meta
+
+
+def _head_words(form: Form) -> str:
+    if "head.safetensors" not in form.files:
+        return ""
+    return (
+        "The classification head lies beside it (`head.safetensors`: `weight`, `bias`). `fedveil merge` makes one "
+        "plain model of base model, adapter and head, which needs no FedVeil."
+    )
+
+
+def _results(data: ReportData) -> str:
+    head = data.headline
+    rows = [
+        (row.label, number_text(row.records), share_text(row.before), share_text(row.after)) for row in data.accuracy
+    ]
+    if not rows:
+        rows = [("all", UNKNOWN, percent_text(head.accuracy_before), percent_text(head.accuracy_after))]
+    table = "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)
+    return (
+        "## Results\n\nAccuracy on the run's public test part, with 95 % intervals where records have labels:\n\n"
+        f"| label | records | before training | after |\n|---|---|---|---|\n{table}"
+    )
+
+
+def _privacy(data: ReportData) -> str:
+    claim = data.claim
+    lines = ["## Privacy", "", f"**{claim.sentence}**", ""]
+    if not claim.made:
+        return "\n".join(lines)
+    told = (("Unit", claim.unit), ("Neighbours", claim.neighbours), ("Adversary", claim.adversary))
+    lines += [f"- {name}: {plain(text)}" for name, text in (*told, ("Sampling", claim.sampler))]
+    lines += ["", "Not covered:", "", *(f"- {plain(text)}" for text in claim.not_covered), ""]
+    if data.meaning is not None:
+        said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
+        lines += [part for text in said if text for part in (plain(text), "")]
+    lines += [part for text in cares_of(data) for part in (f"**Take care:** {plain(text)}", "")]
+    return "\n".join(lines)
+
+
+def _records(data: ReportData) -> str:
+    sizes = sorted(site.public_size for site in data.sites if site.public_size is not None)
+    told = "Trained on the records of sites, which are not published."
+    if sizes:
+        told += (
+            f" Their number, as the sites declare it: {number_text(sum(sizes))}, from {number_text(sizes[0])} to "
+            f"{number_text(sizes[-1])} a site."
+        )
+    public = (
+        "Declared public, and not protected: the test part, which was cut from the same source as the sites' records"
+        if cut_test(data)
+        else "Declared public, and not protected: the test part, and the phrases and texts that the settings name"
+    )
+    return f"## Records\n\n{told}\n\n{public}."
+
+
+def _licences(declared: Declared) -> str:
+    own = plain(declared.license) if declared.license else "nobody has declared one"
+    base = plain(declared.base_license) if declared.base_license else "nobody has declared it"
+    return f"## Licences\n\n- This model: {own}.\n- The base model: {base}. Its terms hold for what is made of it."
+
+
+def _hashes(data: ReportData, form: Form, report: bytes) -> str:
+    origin = data.origin
+    rows = [("report of the run, `report.json`", hashlib.sha256(report).hexdigest())]
+    if origin is not None:
+        rows += [(f"base model {plain(_shown_base(data))}, as `fedveil` computes it", origin.base)]
+        rows += [("code that the server ran, `fedveil bundle`", origin.bundle)] if origin.bundle else []
+    rows += [(f"`{name}`", digest) for name, digest in form.files.items()]
+    told = f"Run {plain(data.run)}, started {plain(data.started)}. "
+    told += _REPORT_BESIDE if "fedveil.json" in form.files else "Ask its publisher for the run's signed report."
+    table = "\n".join(f"| {name} | `{digest}` |" for name, digest in rows)
+    return f"## Where it comes from\n\n{told}\n\n| what | SHA-256 |\n|---|---|\n{table}"
+
+
+_REPORT_BESIDE = (
+    "Its report ([report.md](../report.md), [report.html](../report.html)) has every release of every site. Where "
+    "`report.signed.json` lies beside it, `fedveil verify RUN_FOLDER --key PUBLIC.pem` says who vouches for it, and "
+    "finds a file of the adapter that was changed."
+)

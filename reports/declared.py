@@ -1,0 +1,138 @@
+"""The coordinator's declarations about a run: licences, purpose, publisher. No file of a run can know any of it.
+
+``fedveil report RUN_FOLDER --declare 'license="apache-2.0"'`` keeps it in ``declared.toml`` in the run's folder. The
+model card and the record for the registry of deployments quote it. An answer that is missing is said to be missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from common.check import OneOf, nearest
+from common.config.fields import kebab
+from common.config.sections import Scalar
+from common.config.text import read_settings_file
+from common.docstrings import fields_said
+from common.errors import ConfigError, DataError
+from common.files import replace_file
+from common.words import visible
+
+NAME = "declared.toml"
+SECTORS = ("Technology", "Healthcare", "Education", "Government", "Energy")
+"""Sectors that the registry of deployments knows."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Each field answers one question; empty: nobody has answered it.
+
+    Raises:
+        ConfigError: a sector that the registry does not know, or a date that is none.
+    """
+
+    name: str = ""
+    """What is the model called?"""
+    license: str = ""
+    """Under which licence is the adapter given away? An identifier of the hub, such as apache-2.0."""
+    base_license: str = ""
+    """Under which licence does the base model stand?"""
+    description: str = ""
+    """What is the model, in a sentence?"""
+    intended_use: str = ""
+    """What is the model for?"""
+    curators: str = ""
+    """Who publishes the model? Several are separated by semicolons."""
+    curator_type: str = ""
+    """What kind of publisher is that? Such as Company, Government or Nonprofit."""
+    region: str = ""
+    """Which region do the records describe, and whose law applies?"""
+    sector: str = ""
+    """Which sector do the records come from?"""
+    published: str = ""
+    """When was the model published? YYYY-MM-DD."""
+    tuning: str = ""
+    """How were records prepared and settings chosen, and was that paid for from the budget?"""
+    justification: str = ""
+    """Why this ε, this unit and these settings, and who has checked them?"""
+    authors: str = ""
+    """Who fills in the record for the registry? Several are separated by semicolons."""
+
+    def __post_init__(self) -> None:
+        if self.sector:
+            OneOf(SECTORS).check("sector", self.sector)
+        if self.published:
+            try:
+                if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.published):
+                    raise ValueError(self.published)
+                dt.date.fromisoformat(self.published)
+            except ValueError as error:
+                raise ConfigError(f"published is {self.published!r}: write a date as YYYY-MM-DD") from error
+
+    def open(self) -> dict[str, str]:
+        """Return the questions that nobody has answered, by key."""
+        said = fields_said(Declared)
+        return {kebab(item.name): said[item.name] for item in fields(self) if not getattr(self, item.name)}
+
+
+def read_declared(folder: Path) -> Declared:
+    """Return what is declared in a run's folder, nothing where there is no file.
+
+    Raises:
+        ConfigError: the file cannot be read, or declares something that is not asked.
+    """
+    path = folder / NAME
+    return declared_from(read_settings_file(path)) if path.is_file() else Declared()
+
+
+def declared_from(values: Mapping[str, Scalar]) -> Declared:
+    """Return the declaration that these values make, by key.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is named), or a value is no text.
+    """
+    known = {kebab(item.name): item.name for item in fields(Declared)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(
+                f"nobody asks for {key!r}{nearest(key, known)}: what can be declared is {', '.join(known)}"
+            )
+        if not isinstance(value, str):
+            raise ConfigError(f"{key} must be text in quotes, not {value!r}")
+    return Declared(**{known[key]: str(value) for key, value in values.items()})
+
+
+def declare(folder: Path, values: Mapping[str, Scalar]) -> Declared:
+    """Add to what is declared in a run's folder, and return all of it; an empty answer takes one back.
+
+    Raises:
+        ConfigError: as of ``read_declared`` and ``declared_from``.
+        DataError: the file cannot be written.
+    """
+    before = {kebab(key): value for key, value in dataclasses.asdict(read_declared(folder)).items()}
+    declared = declared_from({**before, **values})
+    # A JSON string is a string of TOML.
+    lines = [
+        f"{kebab(key)} = {json.dumps(visible(text), ensure_ascii=False)}"
+        for key, text in dataclasses.asdict(declared).items()
+        if text
+    ]
+    try:
+        replace_file(folder / NAME, ("\n".join(lines) + "\n").encode())
+    except OSError as error:
+        raise DataError(f"{folder / NAME} cannot be written ({error.strerror}): check rights and space") from error
+    return declared
+
+
+def several(text: str) -> list[str]:
+    """Return the parts of an answer that are separated by semicolons.
+
+    >>> several("North Clinic; South Ward")
+    ['North Clinic', 'South Ward']
+    """
+    return [part.strip() for part in text.split(";") if part.strip()]

@@ -1,0 +1,138 @@
+"""The fact sheet of a run: one printed page for people who are no specialists, in questions and answers.
+
+Every figure is the report's. Rates are said as people count, in 1,000, rounded against whoever makes the claim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from common.privacy.figures import epsilon_text
+from common.words import counted, number_text, percent_text
+from reports.data import ReportData, cares_of, cut_test, setting_of
+from reports.scores import share_text
+
+NAME = "facts.html"
+MOST_CARES, MOST_LABELS = 3, 7
+"""What a page has room for."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One question, answered in a paragraph or two."""
+
+    question: str
+    answers: list[str]
+
+
+def facts_of(data: ReportData) -> list[Fact]:
+    """Return the questions of a fact sheet with their answers."""
+    return [_made(data), _records(data), _promise(data), *_meaning(data), _left_out(data), _use(data), _checks(data)]
+
+
+def in_thousand(share: float) -> str:
+    """Return an upper bound of a share as a number in 1,000, never rounded down.
+
+    >>> in_thousand(0.0405), in_thousand(1.0)
+    ('41 in 1,000', '1,000 in 1,000')
+    """
+    return f"{math.ceil(1000 * share - 1e-9):,} in 1,000"
+
+
+def _made(data: ReportData) -> Fact:
+    head, base = data.headline, str(setting_of(data, "model.name")).rstrip("/").rpartition("/")[2]
+    ended = {"completed": "It came to its planned end.", "unfinished": "It still goes on, or was cut off."}
+    answer = (
+        f"A computer model, {base}, was trained further by {counted(head.sites, 'site')} together, in "
+        f"{counted(head.rounds_done, 'round')} of {head.rounds_planned} that were planned. "
+    )
+    return Fact("What was made?", [answer + ended.get(data.status, f"It ended early ({data.status}).")])
+
+
+def _records(data: ReportData) -> Fact:
+    sizes = [site.public_size for site in data.sites if site.public_size is not None]
+    noised = "with chance numbers (noise) added" if data.claim.made else "as they are"
+    answer = (
+        f"Those of the sites, {number_text(sum(sizes))} in all as the sites declare them. The records stayed where "
+        f"they are. What left a site are numbers that were computed from its records, {noised}."
+    )
+    cut = (
+        "The records on which the model was tested were taken from the same source and are not protected."
+        if cut_test(data)
+        else "The model was tested on other records, which are public."
+    )
+    return Fact("Whose records were used?", [answer, cut])
+
+
+def _promise(data: ReportData) -> Fact:
+    claim, head = data.claim, data.headline
+    question = "What is promised to the people in the records?"
+    if not claim.made:
+        return Fact(question, [claim.sentence])
+    answer = (
+        f"There is a limit on how much any one {claim.per} can change all that left a site, and the finished model. It "
+        "holds whatever anybody else knows, and it was counted at every step before a record was used."
+    )
+    figure = (
+        f"The limit is a number, ε (epsilon): {epsilon_text(head.epsilon)}; the site with the largest may come to "
+        f"{number_text(head.epsilon_budget)}. At 0 one {claim.per} would change nothing, and each further 1 allows "
+        f"nearly three times the odds. Chances below δ = {head.delta:g} are left out of it."
+    )
+    return Fact(question, [answer, figure])
+
+
+def _meaning(data: ReportData) -> list[Fact]:
+    meaning = data.meaning
+    if meaning is None:
+        return []
+    per = meaning.per
+    tries = [
+        f"if it wrongly names {in_thousand(attack.false_positives)} that were not used, it finds at most "
+        f"{in_thousand(attack.true_positives)} that were"
+        for attack in meaning.bounds.attacks
+    ]
+    answers = [
+        f"Say somebody saw everything that was sent and knows all {per}s but one. The best method that there can be to "
+        f"find out whether that {per} was used does no more than this: {'; '.join(tries)}."
+    ]
+    if meaning.bounds.several:
+        figures = ", ".join(
+            f"{several.units} {per}s: {epsilon_text(several.epsilon, decimals=1)}" for several in meaning.bounds.several
+        )
+        answers.append(f"A person with several {per}s at one site is protected less. Their ε is, for {figures}.")
+    caution = [meaning.caution] if meaning.caution else []
+    return [Fact("What could somebody find out about one person?", [*answers, *caution])]
+
+
+def _left_out(data: ReportData) -> Fact:
+    left = "; ".join(data.claim.not_covered)
+    answer = f"{left[:1].upper()}{left[1:]}." if data.claim.made else "Everything: nothing is promised."
+    cares = cares_of(data)
+    more = [f"Take care: {len(cares) - MOST_CARES} more such sentences stand in the report."]
+    told = [*(f"Take care: {text}" for text in cares[:MOST_CARES]), *(more if len(cares) > MOST_CARES else [])]
+    return Fact("What is not promised?", [answer, *told])
+
+
+def _use(data: ReportData) -> Fact:
+    head = data.headline
+    answer = (
+        f"On test records it was right in {percent_text(head.accuracy_before)} before and "
+        f"{percent_text(head.accuracy_after)} after training."
+    )
+    scored = [(row.after.value, row.label, row.after) for row in data.accuracy if row.after is not None]
+    if len(scored) > MOST_LABELS:
+        # The page has room for all records, and for the labels that it does worst and best by.
+        scored = [scored[0], min(scored[1:], key=lambda row: row[0]), max(scored[1:], key=lambda row: row[0])]
+    rows = [f"{label}: {share_text(share)}" for _, label, share in scored]
+    by_label = [f"After training, with the range that chance allows (95 %): {'; '.join(rows)}."] if rows else []
+    return Fact("How well does the model do?", [answer, *by_label])
+
+
+def _checks(data: ReportData) -> Fact:
+    audited = [f"{counted(len(data.audit_results), 'audit')} of the code lie beside this run."]
+    answer = (
+        f"The report of run {data.run} has every figure and says how each was computed. Where it is signed, fedveil "
+        "verify says by whom. Ask whoever gave you this page for it, and the steward of your site about your records."
+    )
+    return Fact("Who can check this?", [answer, *(audited if data.audit_results else [])])

@@ -1,0 +1,185 @@
+"""The record of a run for OpenDP's registry of differentially private deployments, as YAML.
+
+Layout and words are those of the registry's records of September 2026. What the run's files know is filled in, of all
+three tiers. What they cannot know is quoted from what the coordinator declares; where nothing is declared the record
+says so, and it stays a draft.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from common.errors import ConfigError
+from common.privacy import MECHANISMS
+from common.privacy.figures import epsilon_text
+from common.words import counted, number_text, numbers_text, visible
+from reports.data import ReportData, cares_of, cut_test, setting_of
+from reports.declared import Declared, several
+from reports.meaning import attack_sentence, several_sentence
+from reports.sites import distinct
+
+NAME = "deployment.yaml"
+UNSTATED = "Not stated by the coordinator."
+TUNING = "preprocessing_and_hyper" + "parameter_tuning"
+"""The registry's name for how settings were chosen; they have another name everywhere else here."""
+NOISED = {
+    "at the site": "Each site clips and noises what it computes before anything leaves it: the local model, with a "
+    "site in the place of a person. The server is trusted with nothing.",
+    "in the sum": "The noise that the claim counts on is in the sum over sites, which the server sees alone.",
+}
+"""What ``Mechanism.noised`` means for whoever asks whom to trust."""
+
+
+def registry_record(data: ReportData, declared: Declared) -> str:
+    """Return the record of a run as YAML.
+
+    Raises:
+        ConfigError: the run makes no privacy claim, or its ε is not finite, so it is no deployment of that kind.
+    """
+    head, mechanism = data.headline, MECHANISMS.get(data.claim.privacy_mode)
+    epsilon = epsilon_text(head.epsilon)
+    if not data.claim.made or mechanism is None or head.delta is None or epsilon == "∞":
+        raise ConfigError(
+            f"run {data.run} makes no finite privacy claim (ε: {epsilon}), and the registry is of runs that do: name "
+            "another run"
+        )
+    record = {
+        "url_slug": _slug(declared.name or f"fedveil {data.strategy} {data.run}"),
+        "status": "Draft",
+        "tier": 3,
+        "deployment": {
+            "basic": _basic(data, declared),
+            "dp_variant": {
+                "variant_name": "Approximate DP",
+                "data_domain": f"Sets of training records at a site; task {setting_of(data, 'model.task')}.",
+                "unprotected_quantities": _lines(_unprotected(data)),
+            },
+            "privacy_loss": {
+                "privacy_unit": f"{data.claim.per.capitalize()}-level",
+                "privacy_unit_details": f"{data.claim.unit}; neighbours: {data.claim.neighbours}.",
+                "privacy_parameters": {"epsilon": float(epsilon), "delta": head.delta},
+                "privacy_parameters_details": _lines(_parameters(data)),
+            },
+            "deployment_model": {
+                "model_name": "Federated",
+                "model_name_details": NOISED.get(mechanism.noised, ""),
+                "actors": _lines(_actors(data)),
+                "release_type": "Many releases" if _more(data) else "One release",
+                "release_type_details": "Every site's ledger composes all runs on its records and stops at its "
+                "budget. A site can be asked again until then.",
+                "data_source_type": "Static",
+                "access_type": "Non-interactive",
+            },
+            "accounting": {
+                "post_processing": _lines(_afterwards(data)),
+                "composition": f"All releases of all rounds are composed, adaptively, by {data.claim.accountant}. "
+                "Sites hold other records, so the federation's ε is the largest of its sites'.",
+            },
+            "implementation": {
+                TUNING: declared.tuning
+                or f"{UNSTATED} Choices made by looking at earlier runs on the same records are not covered.",
+                "mechanisms": _lines(_mechanisms(data)),
+                "justification": declared.justification or UNSTATED,
+            },
+            "administrative": {
+                "sources": _lines(_sources(data)),
+                "registry_authors": several(declared.authors) or [UNSTATED],
+            },
+        },
+    }
+    return yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _slug(text: str) -> str:
+    """Return words as the address of a record.
+
+    >>> _slug("Reviews, judged (2026)")
+    'reviews-judged-2026'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _lines(items: list[str]) -> str:
+    return "".join(f"- {visible(item)}\n" for item in items)
+
+
+def _more(data: ReportData) -> bool:
+    return any(site.agreement == "larger" for site in data.sites)
+
+
+def _basic(data: ReportData, declared: Declared) -> dict[str, Any]:
+    base = data.origin.base_model if data.origin else str(setting_of(data, "model.name"))
+    base = base.rstrip("/").rpartition("/")[2]
+    kind = {"data_curator_type": declared.curator_type} if declared.curator_type else {}
+    sector = {"data_product_sector": declared.sector} if declared.sector else {}
+    return {
+        "name": declared.name or f"{visible(base)}, fine-tuned by {data.strategy}",
+        "data_curators": [{"data_curator_name": name, **kind} for name in several(declared.curators) or [UNSTATED]],
+        "intended_use": declared.intended_use or UNSTATED,
+        "data_product_type": "Machine learning model",
+        "data_product_region": declared.region or UNSTATED,
+        "description": declared.description
+        or f"{visible(base)}, fine-tuned on the records of {counted(data.headline.sites, 'site')} that no record left.",
+        "publication_date": declared.published or data.started[:10],
+        **sector,
+    }
+
+
+def _unprotected(data: ReportData) -> list[str]:
+    sizes = [site.public_size for site in data.sites if site.public_size is not None]
+    return [
+        f"the number of records that each site declares ({number_text(sum(sizes))} in all)",
+        "which site took part in which round, when, and how long it took",
+        "every setting of the run, its labels, and the public test part that accuracy is measured on"
+        + (", which was cut from the same source as the sites' records" if cut_test(data) else ""),
+        "the base model, which may have been trained on the same records before",
+    ]
+
+
+def _parameters(data: ReportData) -> list[str]:
+    lines = [f"largest of all sites, over all rounds; site {data.headline.worst_site}"]
+    if data.meaning is not None:
+        said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
+        lines += [text for text in said if text]
+    return lines + cares_of(data)
+
+
+def _actors(data: ReportData) -> list[str]:
+    return [
+        "stewards of sites: hold the records, and set budget and rules",
+        "the coordinator's server: sees what sites send, and may send anything",
+        f"the claim's adversary: {data.claim.adversary}",
+        "everyone who gets the model",
+    ]
+
+
+def _afterwards(data: ReportData) -> list[str]:
+    optimizer = setting_of(data, "server.optimizer")
+    return [
+        f"the sites' noised contributions are averaged by {data.strategy}",
+        f"the server's optimiser ({optimizer}) steps on the average" if optimizer != "none" else "no server optimiser",
+        "scores on public records, and the choice of the last round",
+    ]
+
+
+def _mechanisms(data: ReportData) -> list[str]:
+    events = [event for site in data.sites for event in site.events]
+    figures = (("noise multiplier", "noise_multiplier"), ("sample rate", "sample_rate"), ("clip norm", "clip_norm"))
+    versions = ", ".join(f"{name} {number}" for name, number in data.versions.items())
+    code = f"; the server's code has the hash {data.origin.bundle}" if data.origin and data.origin.bundle else ""
+    return [
+        f"{data.claim.privacy_mode}: "
+        + "; ".join(f"{name} {numbers_text(distinct(events, key))}" for name, key in figures),
+        f"sampling: {data.claim.sampler}",
+        "noise from the operating system's entropy, on a public grid, so that floating point tells nothing of the sum",
+        "time is not covered, but where a site answers at a fixed time (docs/privacy.md)",
+        f"implemented by FedVeil with {versions}{code}",
+    ]
+
+
+def _sources(data: ReportData) -> list[str]:
+    audits = [f"{result.audit}: {'passed' if result.passed else 'FAILED'}" for result in data.audit_results]
+    return [f"the run's report (run {data.run}), which states every release of every site", *audits]

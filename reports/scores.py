@@ -1,0 +1,91 @@
+"""Accuracy on the public test part with its interval, for all records and by label, before and after training.
+
+The interval is Wilson's (1927, doi 10.1080/01621459.1927.10502953) at 95 %: with k of n right, p = k / n and z = 1.96,
+
+    (p + z² / 2n ± z √(p (1 - p) / n + z² / 4n²)) / (1 + z² / n),
+
+which holds for few records too, and for none or all of them right. It is of the test part as a sample: the same records
+are judged before and after, so that two intervals may overlap where the difference is sure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.run_lines import LabelScore
+from common.words import UNKNOWN, percent_text
+
+Z = 1.959963984540054
+"""The 97.5 % quantile of the normal distribution."""
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of records with its 95 % interval, each from 0 to 1."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """The accuracy on the records of one label, or on all."""
+
+    label: str
+    """``all``: whatever the label."""
+    records: int
+    before: Share | None
+    """None, as after: there are no records, or no score."""
+    after: Share | None
+
+
+def wilson(right: int, records: int) -> Share | None:
+    """Return the share of ``right`` among ``records`` with Wilson's 95 % interval; None without records.
+
+    >>> share = wilson(80, 100)
+    >>> round(share.low, 4), round(share.high, 4)
+    (0.7112, 0.8666)
+    """
+    if records < 1:
+        return None
+    p, tail = right / records, Z * Z / records
+    middle, half = p + tail / 2, Z * math.sqrt(p * (1 - p) / records + tail / 4 / records)
+    return Share(p, max(0.0, (middle - half) / (1 + tail)), min(1.0, (middle + half) / (1 + tail)))
+
+
+def label_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> list[LabelReport]:
+    """Return the accuracy on all records and then by label, in the order of the labels; empty without counts.
+
+    Args:
+        before: of the model before round 1.
+        after: of the last round that was scored; empty: none was.
+    """
+    last = {score.label: score for score in after}
+    rows = [(score.label, score, last.get(score.label)) for score in before or after]
+    if not rows:
+        return []
+    whole = [
+        LabelScore(ALL, sum(s.right for s in scores), sum(s.records for s in scores)) for scores in (before, after)
+    ]
+    counted = [(ALL, whole[0], whole[1]), *rows]
+    return [
+        LabelReport(
+            name, first.records, wilson(first.right, first.records), wilson(then.right, then.records) if then else None
+        )
+        for name, first, then in counted
+    ]
+
+
+def share_text(share: Share | None) -> str:
+    """Return a share with its interval in percent.
+
+    >>> share_text(wilson(80, 100))
+    '80.0 % (71.1 to 86.7)'
+    """
+    if share is None:
+        return UNKNOWN
+    return f"{percent_text(share.value)} ({100 * share.low:.1f} to {100 * share.high:.1f})"

@@ -1,0 +1,171 @@
+"""The model card: what the hub reads, the claim in the report's words, hashes, and what nobody has declared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from made_run import MadeRun
+from typer.testing import CliRunner
+
+from cli.main import app
+from common.bundle import own_digest
+from common.errors import ConfigError
+from common.model.base import load_base_model
+from experiments.in_process import run_in_process
+from experiments.serving.merge import merge_run
+from reports import report_of, write_reports
+from reports.card import adapter_form, card_of
+from reports.declared import Declared, declare, read_declared
+
+
+def fedveil(*words: Any) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return done.exit_code, done.output
+
+
+def with_adapter(run: MadeRun, base: str = "sentence-transformers/all-MiniLM-L6-v2") -> MadeRun:
+    """Leave the files of an adapter in a made run's folder."""
+    folder = run.folder / "adapter"
+    folder.mkdir()
+    (folder / "fedveil.json").write_text(
+        json.dumps({"base_model": base, "base_fingerprint": "ab" * 32, "bundle": "cd" * 32})
+    )
+    for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors"):
+        (folder / name).write_bytes(name.encode())
+    return run
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeRun:
+    """A finished run with an adapter."""
+    return with_adapter(MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.76).end())
+
+
+def card(run: MadeRun) -> str:
+    write_reports(run.folder)
+    return (run.folder / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_of_an_adapter_says_what_the_hub_and_people_ask(made: MadeRun) -> None:
+    text, data = card(made), report_of(made.folder)
+    read = ModelCard(text).data.to_dict()
+    assert read["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert (read["base_model_relation"], read["library_name"], read["license"]) == ("adapter", "peft", "unknown")
+    assert read["pipeline_tag"] == "text-classification"
+    assert ModelCard(text).data.eval_results[0].metric_value == 0.76
+    private = read["differential_privacy"]
+    assert data.headline.epsilon is not None
+    assert data.headline.epsilon <= private["epsilon"] <= data.headline.epsilon + 1e-3, "ε is rounded down"
+    assert (private["delta"], private["unit"]) == (data.headline.delta, data.claim.unit)
+    for words in (data.claim.sentence, "finds at most", "A person with several records", "69.5 %", "76.0 %"):
+        assert words in text, f"the card does not say {words!r}"
+    for words in data.claim.not_covered:
+        assert words.split(",", maxsplit=1)[0] in text
+    assert "nobody has declared one" in text
+
+
+def test_the_cards_hashes_are_those_of_the_files(made: MadeRun) -> None:
+    text = card(made)
+    named = {line.split("`")[1]: line.split("`")[-2] for line in text.splitlines() if line.startswith("| `adapter")}
+    assert set(named) == {"adapter_config.json", "adapter_model.safetensors"}
+    for name, digest in named.items():
+        assert hashlib.sha256((made.folder / "adapter" / name).read_bytes()).hexdigest() == digest
+    assert hashlib.sha256((made.folder / "report.json").read_bytes()).hexdigest() in text
+    assert all(digest in text for digest in ("ab" * 32, "cd" * 32))
+    assert write_reports(made.folder)
+    assert card(made) == text, "the same folder gives another card"
+
+
+def test_a_run_without_privacy_and_one_after_an_exposure_claim_nothing(tmp_path: Path) -> None:
+    off = with_adapter(MadeRun(tmp_path / "off", {"privacy.mode": "none", "rounds": 1}).start().round(1, 0.8).end())
+    text = card(off)
+    assert "Privacy was OFF" in text
+    assert ModelCard(text).data.to_dict()["differential_privacy"] == {"claim": "none"}
+    exposed = with_adapter(
+        MadeRun(tmp_path / "exposed", {"rounds": 1}, sites={"north": 10}).start().round(1, 0.8).end()
+    )
+    lines = exposed.lines("privacy.jsonl")
+    lines[0]["epsilon_total"] = "inf"
+    (exposed.folder / "privacy.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    text = card(exposed)
+    assert "ε is ∞" in text
+    assert ModelCard(text).data.to_dict()["differential_privacy"]["epsilon"] == float("inf")
+
+
+def test_a_declaration_is_quoted_kept_and_checked(made: MadeRun) -> None:
+    code, said = fedveil("report", made.folder, "--declare", 'license="apache-2.0" name="Reviews, judged"')
+    assert code == 0, said
+    text = (made.folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert ModelCard(text).data.to_dict()["license"] == "apache-2.0"
+    assert "# Reviews, judged" in text
+    assert fedveil("report", made.folder, "--declare", "intended-use='To judge \"reviews\"; ☃'")[0] == 0
+    wanted = Declared(name="Reviews, judged", license="apache-2.0", intended_use='To judge "reviews"; ☃')
+    assert read_declared(made.folder) == wanted
+    for wrong, words in (
+        ('licence="mit"', "did you mean 'license'?"),
+        ("license=3", "must be text in quotes"),
+        ('sector="Mining"', "choose one of Technology"),
+        ('published="today"', "write a date as YYYY-MM-DD"),
+    ):
+        code, said = fedveil("report", made.folder, "--declare", wrong)
+        assert (code, words in said) == (1, True), said
+    assert read_declared(made.folder) == wanted
+
+
+def test_every_answer_comes_back_from_the_file_as_it_was_given(tmp_path: Path) -> None:
+    for text in ('say "this" \\ that', "ünï ☃ 🙂", "# no comment", "a; b"):
+        assert declare(tmp_path, {"description": text}).description == text
+        assert read_declared(tmp_path).description == text
+    assert declare(tmp_path, {"description": ""}).open() == Declared().open()
+    with pytest.raises(ConfigError, match="nobody asks for 'epsilon'"):
+        declare(tmp_path, {"epsilon": "0.1"})
+
+
+def test_a_tampered_adapter_is_found_by_verify(made: MadeRun, tmp_path: Path) -> None:
+    key = tmp_path / "server.pem"
+    assert fedveil("keygen", key)[0] == 0
+    assert fedveil("report", made.folder, "--sign", key)[0] == 0
+    verify = ("verify", made.folder, "--key", tmp_path / "server.pub.pem")
+    assert fedveil(*verify)[0] == 0
+    for name in ("adapter_model.safetensors", "head.safetensors", "fedveil.json"):
+        content = (made.folder / "adapter" / name).read_bytes()
+        (made.folder / "adapter" / name).write_bytes(content + b" ")
+        code, said = fedveil(*verify)
+        assert (code, f"{name} is not of the adapter" in said) == (1, True), said
+        (made.folder / "adapter" / name).write_bytes(content)
+    assert fedveil(*verify)[0] == 0
+
+
+def test_foreign_names_and_paths_stay_out_of_the_card(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>|`*"
+    settings = {"rounds": 1, "data.name": str(tmp_path / "patients.csv")}
+    run = MadeRun(tmp_path / "run", settings, sites={hostile: 10, "south": 10}).start()
+    run = with_adapter(run.round(1, 0.7).end("stopped", hostile), base=str(tmp_path / "our-model"))
+    text = card(run)
+    assert "<script>" not in text
+    assert str(tmp_path) not in text, "the card tells where the coordinator's files lie"
+    assert "our-model" in text
+    assert "base_model" not in ModelCard(text).data.to_dict()
+
+
+def test_a_real_run_leaves_a_card_and_so_does_its_merged_model(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    run = run_in_process({**toy_settings, "rounds": 1}, 2)
+    text, data = (run / "adapter" / "README.md").read_text(encoding="utf-8"), report_of(run)
+    assert data.origin is not None
+    assert data.origin.base == load_base_model(toy_settings["model.name"], "classification").fingerprint
+    assert data.origin.bundle == own_digest()
+    assert data.origin.base in text
+    assert text == card_of(data, Declared(), adapter_form(data), (run / "report.json").read_bytes())
+    merge_run(run, tmp_path / "merged")
+    merged = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    meta = yaml.safe_load(merged.split("---")[1])
+    assert (meta["library_name"], meta["pipeline_tag"]) == ("sentence-transformers", "text-classification")
+    assert hashlib.sha256((tmp_path / "merged" / "model.safetensors").read_bytes()).hexdigest() in merged
+    assert data.claim.sentence in merged
+    assert str(tmp_path) not in merged

@@ -1,0 +1,121 @@
+"""The file of a sweep says which runs there are; whatever is wrong in it is said before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from experiments.sweep.arms import ARMS, BASELINES
+from experiments.sweep.file import Sweep, read_sweep
+
+SHIPPED = sorted((Path(__file__).resolve().parent.parent / "experiments" / "sweeps").glob("*.toml"))
+
+
+def written(tmp_path: Path, text: str) -> Sweep:
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    return read_sweep(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_sweep_is_accepted_and_starts_with_its_command(path: Path) -> None:
+    assert read_sweep(path).cells
+    assert f"fedveil sweep experiments/sweeps/{path.name}" in path.read_text(encoding="utf-8").splitlines()[0]
+
+
+def test_a_sweep_is_variants_times_epsilons_times_seeds_with_baselines_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text("rounds = 3\nadapter.rank = 4\n", encoding="utf-8")
+    (tmp_path / "wide.toml").write_text("adapter.rank = 16\n", encoding="utf-8")
+    sweep = written(
+        tmp_path,
+        """
+        base = "base.toml"
+        sites = 3
+        seeds = [5, 6]
+        epsilons = [1, 3.0, "none"]
+        baselines = ["pooled", "local-only"]
+        settings = { evaluate-every = 3 }
+        variants.narrow = {}
+        variants.wide = { config = "wide.toml", settings = { rounds = 2 }, epsilons = [8.0], baselines = [] }
+        """,
+    )
+    assert sweep.name == "mine"
+    assert Counter((cell.variant, cell.arm) for cell in sweep.cells) == {
+        ("narrow", "federated"): 6,
+        ("narrow", "local-only"): 18,
+        ("narrow", "pooled"): 6,
+        ("wide", "federated"): 2,
+    }
+    narrow, wide = sweep.cells[0], sweep.cells[-1]
+    assert (narrow.name, narrow.settings["adapter.rank"], narrow.settings["rounds"]) == ("narrow-eps-1-seed-5", 4, 3)
+    assert (wide.name, wide.settings["adapter.rank"], wide.settings["rounds"]) == ("wide-eps-8-seed-6", 16, 2)
+    assert all(cell.settings["evaluate-every"] == 3 for cell in sweep.cells)
+    for cell in sweep.cells:
+        job = cell.job(tmp_path)
+        assert job.config.seed == job.config.data.seed == cell.seed
+        assert job.mechanism.claims == (cell.epsilon is not None)
+        assert cell.epsilon in (None, job.config.privacy.epsilon)
+    assert [c.name for c in sweep.cells if c.epsilon is None and c.seed == 5 and c.arm == "local-only"] == [
+        f"narrow-eps-none-seed-5-local-only-{site}" for site in range(3)
+    ]
+
+
+def test_the_records_are_divided_alike_for_all_seeds_where_that_is_asked_for(tmp_path: Path) -> None:
+    sweep = written(tmp_path, "partition-by-seed = false\nsettings = { data.seed = 7 }")
+    assert [(cell.settings["seed"], cell.settings["data.seed"]) for cell in sweep.cells] == [(1, 7), (2, 7), (3, 7)]
+
+
+def test_the_sites_of_an_arm_are_those_of_one_division() -> None:
+    federated, alone, pooled = (ARMS[name] for name in ("federated", *BASELINES))
+    every = [{"partition-id": site, "num-partitions": 3} for site in range(3)]
+    assert [federated.nodes(3, site) for site in federated.sites(3)] == [every]
+    assert [alone.nodes(3, site) for site in alone.sites(3)] == [[node] for node in every]
+    assert [pooled.nodes(3, site) for site in pooled.sites(3)] == [[{"partition-id": 0, "num-partitions": 1}]]
+
+
+def test_a_baseline_does_not_wait_for_the_sites_that_it_has_not(tmp_path: Path) -> None:
+    sweep = written(tmp_path, 'seeds = [1]\nbaselines = ["pooled"]\nsettings = { min-sites = 4 }')
+    assert [cell.settings["min-sites"] for cell in sweep.cells] == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed = [1]", r"unknown key 'seed' \(did you mean 'seeds'\?\)"),
+        ("variants.a.baseline = []", r"'variants.a.baseline' \(did you mean 'baselines'\?\)"),
+        ("settings = { privacy.epsilon = 3.0 }", "'privacy.epsilon', which is the sweep's own: say it by epsilons"),
+        ("variants.a.settings = { data.seed = 3 }", "variants.a.settings has 'data.seed'"),
+        ("settings = { resume = '7' }", "'resume', which is the sweep's own"),
+        ("settings = { rank = 3 }", "base, ε 8, seed 1: unknown setting 'rank'"),
+        ("settings = { privacy.mode = 'none' }", "'none', which promises nothing, and ε 8"),
+        ("epsilons = [0]", "epsilons must be numbers above 0, or 'none', not 0"),
+        ("epsilons = [true]", "not True"),
+        ("epsilons = []", "epsilons must be a list"),
+        ("epsilons = [1.0000000001, 1.00000000009]", "two runs would have one name"),
+        ("seeds = [1, 1]", "seeds names something twice"),
+        ("seeds = ['a']", "seeds must be whole numbers"),
+        ("sites = 0", "sites must be a whole number above 0"),
+        ("baselines = ['federated']", "choose of local-only, pooled"),
+        ("partition-by-seed = 1", "true or false, not 1"),
+        ("base = 3", "base must be the path of a file"),
+        ("base = 'nowhere.toml'", "nowhere.toml: No such file"),
+        ("variants = {}", "variants must be tables"),
+        ("variants.a = 3", "variants.a must be a table"),
+        ("variants.'a b' = {}", "'a b-eps-8-seed-1', which is not"),
+        ("settings = 3", "settings must be a table"),
+        ("sites = [", "is not TOML"),
+    ],
+)
+def test_whatever_is_wrong_is_named_with_the_file(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        written(tmp_path, text)
+    assert re.match(r"\S*mine\.toml", str(raised.value))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_sweep_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the sweep"):
+        read_sweep(tmp_path / "none.toml")

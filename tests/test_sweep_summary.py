@@ -1,0 +1,285 @@
+"""Means and intervals of a sweep's rows, and their pictures: each figure is the rows', and a page loads nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from typer.testing import CliRunner
+
+from cli.main import app
+from common.errors import ConfigError, DataError
+from experiments.sweep.arms import ARMS
+from experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
+from experiments.sweep.published import SHIPPED, Published, read_published
+from experiments.sweep.rows import Row, write_rows
+from experiments.sweep.summary import groups, interval, markdown_of
+from strategies.job import configure
+
+
+def row(accuracy: float, **changes: Any) -> Row:
+    """Return a row as a run leaves it."""
+    plain = Row(
+        sweep="made",
+        variant="wide",
+        arm="federated",
+        site=None,
+        epsilon_asked=8.0,
+        seed=1,
+        status="completed",
+        accuracy_before=0.5,
+        accuracy=accuracy,
+        loss_before=0.7,
+        loss=0.5,
+        test_records=1000,
+        epsilon=7.995,
+        delta=1e-5,
+        rounds=6,
+        sites=2,
+        bytes_down=1_000_000,
+        bytes_up=2_000_000,
+        seconds=10.0,
+        seconds_in_all=12.0,
+        through="one process",
+        device="cpu",
+        precision="float32",
+        threads=1,
+        machine="x86_64, 2 cores",
+        started="2026-11-26T09:00:00+00:00",
+        code="a" * 64,
+        commit="",
+        versions={"torch": "2.13.0"},
+        settings={key: value for key, value in configure({"data.seed": 1}).settings().items() if key != "output"},
+    )
+    return replace(plain, **changes)
+
+
+def alone(accuracy: float, site: int, seed: int) -> Row:
+    return row(accuracy, arm="local-only", site=site, seed=seed, bytes_down=None, bytes_up=None)
+
+
+SEEDS = [row(accuracy, seed=seed) for seed, accuracy in enumerate((0.74, 0.75, 0.79), start=1)]
+SITES = [alone(0.6, 0, 1), alone(0.7, 1, 1), alone(0.7, 0, 2), alone(0.9, 1, 2)]
+OPEN = [row(0.85, epsilon_asked=None, epsilon=None, delta=None)]
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])
+def test_an_interval_has_the_tables_t(count: int, t: float) -> None:
+    values = [0.7 + 0.01 * (i % 2) for i in range(count)]
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    found = interval(values)
+    assert found.half == pytest.approx(t * deviation / math.sqrt(count), rel=1e-3)
+    assert (found.low, found.high) == (found.mean - (found.half or 0), found.mean + (found.half or 0))
+
+
+@given(st.lists(st.integers(0, 1000).map(lambda right: right / 1000), min_size=2, max_size=12, unique=True))
+def test_an_interval_is_scipys(values: list[float]) -> None:
+    found = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, sum(values) / len(values), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_one_run_has_no_interval() -> None:
+    assert (interval([0.7]).mean, interval([0.7]).half) == (0.7, None)
+
+
+def test_a_seeds_value_of_sites_alone_is_their_mean_and_a_seed_without_one_does_not_count() -> None:
+    (group,) = groups([*SITES, alone(0.1, 0, 3)])
+    assert group.values == pytest.approx([0.65, 0.8])
+    assert group.sites == pytest.approx([0.65, 0.8])
+    assert group.accuracy.mean == pytest.approx(0.725)
+    assert group.seconds == 20.0
+    assert group.payload is None
+    assert groups([alone(0.1, 0, 3)]) == []
+
+
+def test_the_table_has_mean_interval_each_seed_and_each_site() -> None:
+    text = markdown_of([*SEEDS, *SITES, *OPEN])
+    assert (
+        "| `wide` | federated | 8 | 3 | **76.0** ± 6.6 (74.0, 75.0, 79.0) | 50.0 | 0.500 | 7.995 | 3.00 MB | 10.0 s |"
+        in text
+    )
+    assert "| `wide` | local-only | 8 | 2 | **72.5** ± 95.3 (each site: 65.0, 80.0) |" in text
+    assert "| `wide` | federated | none | 1 | **85.0** | 50.0 | 0.500 | no claim |" in text
+    assert "8 runs, 96.0 s in all, on x86_64, 2 cores, float32, code aaaaaaaaaaaa." in text
+    assert markdown_of([]) == "No run has ended.\n"
+
+
+def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -> None:
+    shared = markdown_of(SEEDS)
+    assert "the division is the same for all" in shared
+    assert "a standard error of 1.4 points, which is not in the intervals" in shared
+    assert "sampling and noise are never seeded" in shared
+    divided = markdown_of([replace(r, settings={**r.settings, "data.seed": r.seed}) for r in SEEDS])
+    assert "it divides the records and cuts the test part, too" in divided
+    assert "not in the intervals" not in divided
+    rows = [replace(r, settings={**r.settings, "data.seed": r.seed, "data.test": "held-out.csv"}) for r in SEEDS]
+    assert "it divides the records, too" in markdown_of(rows)
+    assert "not in the intervals" in markdown_of(rows)
+    assert "ε is per record, of the site that has spent most, at δ 1e-05" in divided
+    assert "never seeded" not in markdown_of(OPEN), "there is no noise in these"
+    assert "code aaaaaaaaaaaa, bbbbbbbbbbbb." in markdown_of([SEEDS[0], replace(SEEDS[1], code="b" * 64)])
+
+
+# Pictures
+
+
+class Loads(HTMLParser):
+    """Everything that a page would load or run."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe", "object", "embed"):
+            self.found.append(tag)
+        self.found += [str(v) for k, v in attrs if k in ("src", "href", "xlink:href") and not str(v).startswith("#")]
+        self.found += [k for k, _ in attrs if k.startswith("on")]
+
+
+PUBLISHED = [Published("FedSVD", "RoBERTa-large", "SST-2", "a table", 0.9046, 3.0, "copied <b>")]
+
+
+def test_a_page_and_two_pngs_are_drawn_and_again_to_the_same_bytes(tmp_path: Path) -> None:
+    rows = [*SEEDS, *SITES, *OPEN]
+    written = write_pictures(rows, PUBLISHED, tmp_path, "made")
+    assert sorted(path.name for path in written) == ["made-bytes.png", "made-epsilon.png", "made.html"]
+    page = (tmp_path / "made.html").read_text(encoding="utf-8")
+    assert Loads(page).found == []
+    assert page.count("<svg") == 2
+    for text in (
+        "wide, local-only",
+        "published: FedSVD, RoBERTa-large, SST-2",
+        "no claim",
+        "76.0",
+        "90.5 %",
+        "copied &lt;b&gt;",
+    ):
+        assert text in page, text
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers)), "an identifier of one picture is another's, too"
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in written if path.suffix == ".png")
+    before = {path: path.read_bytes() for path in written}
+    assert {path: path.read_bytes() for path in write_pictures(rows, PUBLISHED, tmp_path, "made")} == before
+
+
+def test_a_page_that_would_load_something_is_found() -> None:
+    assert Loads('<svg><image xlink:href="http://x"/></svg><p onclick="a()">').found == ["http://x", "onclick"]
+
+
+def lines_of(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the points of every line with a label."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
+    return {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in zip(labels, lines, strict=True)}
+
+
+def bars_of(axes: Any) -> list[tuple[float, float]]:
+    """Return the ends of every interval that is drawn."""
+    bars = [segment for container in axes.containers for bar in container.lines[2] for segment in bar.get_segments()]
+    return [(bar[0][1], bar[1][1]) for bar in bars]
+
+
+def test_points_stand_at_their_epsilon_and_published_ones_are_open_marks() -> None:
+    figure = epsilon_figure(groups([*SEEDS, *SITES, *OPEN]), PUBLISHED)
+    (axes,) = figure.axes
+    lines = lines_of(axes)
+    assert set(lines) == {"wide", "wide, local-only", "published: FedSVD, RoBERTa-large, SST-2"}
+    assert lines["wide"] == ([pytest.approx(8.0, rel=0.05)], [pytest.approx(76.0)]), "no line leads to a run without ε"
+    assert lines["published: FedSVD, RoBERTa-large, SST-2"] == ([3.0], [pytest.approx(90.46)])
+    (marks,) = [line for line in axes.lines if str(line.get_label()).startswith("published")]
+    assert (marks.get_markerfacecolor(), marks.get_linestyle()) == ("none", "None")
+    points = [(x, y) for c in axes.containers for x, y in zip(*c.lines[0].get_data(), strict=True)]
+    assert any(x > 16 and y == pytest.approx(85.0) for x, y in points)
+    found = groups(SEEDS)[0].accuracy
+    assert bars_of(axes)[0] == pytest.approx((100 * found.low, 100 * found.high))
+
+
+def test_bytes_are_of_what_travels_with_a_part_for_each_epsilon() -> None:
+    figure = bytes_figure(groups([*SEEDS, *SITES, *OPEN]))
+    assert [axes.get_title() for axes in figure.axes] == ["ε 8", "no claim"]
+    assert [lines_of(axes) for axes in figure.axes] == [
+        {"wide": ([3e6], [pytest.approx(76.0)])},
+        {"wide": ([3e6], [pytest.approx(85.0)])},
+    ]
+    assert [len(bytes_figure(found).axes[0].containers) for found in (groups(SITES), [])] == [0, 0]
+
+
+def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "one.jsonl", SEEDS)
+    write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", accuracy=0.9)])
+    both = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
+    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "drawn"), "--ours"])
+    assert answer.exit_code == 0, answer.output
+    page = (tmp_path / "drawn" / "one.html").read_text(encoding="utf-8")
+    assert "made: wide" in page
+    assert "other: wide" in page
+    assert "RoBERTa" not in page
+    answer = CliRunner().invoke(app, ["pictures", str(tmp_path / "three.jsonl")])
+    assert answer.exit_code == 1
+    assert "three.jsonl is not there" in answer.output
+
+
+def test_no_result_is_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no result to draw"):
+        write_pictures([], PUBLISHED, tmp_path, "made")
+
+
+def test_without_matplotlib_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match="pip install 'matplotlib"):
+        write_pictures(SEEDS, [], tmp_path, "made")
+
+
+def test_what_is_to_be_installed_is_what_the_project_asks_for() -> None:
+    project = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (asked,) = re.findall(r'^pictures = \["(.*)"\]', project, flags=re.M)
+    code = (Path(__file__).resolve().parent.parent / "experiments" / "sweep" / "pictures.py").read_text(
+        encoding="utf-8"
+    )
+    assert f"pip install '{asked}'" in code
+
+
+# Published figures
+
+
+def test_the_shipped_figures_name_their_model_data_and_source() -> None:
+    figures = read_published(SHIPPED)
+    assert len(figures) >= 5
+    assert all(figure.model and figure.data and figure.source for figure in figures)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[published]]\nmethod = 'a'", "figure 1 of .* lacks the field 'model'"),
+        ("[[figure]]", r"must hold \[\[published\]\] tables"),
+        ("published = 3", r"must hold \[\[published\]\] tables"),
+        ("[[published]]\nmethod='a'\nmodel='b'\ndata='c'\nsource='d'\naccuracy=90.5", "write a share"),
+        ("[[published]]\nmethod='a'\nmodel='b'\ndata='c'\nsource='d'\naccuracy=0.5\neps=1", "unknown field 'eps'"),
+        ("[", "is not TOML"),
+    ],
+)
+def test_a_published_figure_that_is_none_is_named(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "published.toml").write_text(text, encoding="utf-8")
+    with pytest.raises((ConfigError, DataError), match=said):
+        read_published(tmp_path / "published.toml")
+    with pytest.raises(ConfigError, match="cannot read the published figures"):
+        read_published(tmp_path / "none.toml")
+
+
+def test_every_arm_has_a_dash_and_a_fill_of_its_own() -> None:
+    assert len({arm.dash for arm in ARMS.values()}) == len({arm.fill for arm in ARMS.values()}) == len(ARMS)

@@ -1,0 +1,133 @@
+"""``adapter.targets = "auto"``: the query and value layers of every kind of model, found by name or by structure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_model, tiny_tokenizer
+from common.adapters import ADAPTERS
+from common.adapters.targets import auto_targets, targets_in
+from common.errors import ConfigError, ModelError
+from common.starts import STARTS
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process
+from strategies.job import configure
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {**SMALL, "vocab_size": len(VOCABULARY), "max_position_embeddings": 40}
+GROUPED = {**TEXT, "num_key_value_heads": 1}
+IMAGE = {**SMALL, "image_size": 8, "patch_size": 4}
+DISTILLED = {"vocab_size": len(VOCABULARY), "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+
+
+def random_model(kind: str, **settings: Any) -> Any:
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return getattr(transformers, f"{kind}Model")(config)
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "bert": (lambda: tiny_model("bert"), ("query", "value")),
+    "roberta": (lambda: random_model("Roberta", **TEXT), ("query", "value")),
+    "distilbert": (lambda: random_model("DistilBert", **DISTILLED), ("q_lin", "v_lin")),
+    "mpnet": (lambda: random_model("MPNet", **TEXT), ("q", "v")),
+    "deberta-v2": (tiny_deberta, ("query_proj", "value_proj")),
+    "vit": (lambda: random_model("ViT", **IMAGE), ("q_proj", "v_proj")),
+    "dinov2": (lambda: random_model("Dinov2", **IMAGE), ("q_proj", "v_proj")),
+    "llama": (lambda: tiny_model("llama"), ("q_proj", "v_proj")),
+    "qwen2": (lambda: random_model("Qwen2", **GROUPED), ("q_proj", "v_proj")),
+    "qwen3": (lambda: random_model("Qwen3", **GROUPED, head_dim=8), ("q_proj", "v_proj")),
+    "gpt2": (lambda: tiny_model("gpt2"), ("c_attn",)),
+    "gemma": (lambda: random_model("Gemma", **GROUPED, head_dim=8), ("q_proj", "v_proj")),
+    "phi": (lambda: random_model("Phi", **TEXT), ("q_proj", "v_proj", "fc1", "fc2")),
+    "phi3": (lambda: random_model("Phi3", **GROUPED, pad_token_id=0), ("qkv_proj",)),
+}
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@each_family
+def test_auto_adapts_queries_and_values_in_each_layer(family: str, tmp_path: Path) -> None:
+    make, wanted = FAMILIES[family]
+    base = make()
+    assert auto_targets(base) == wanted
+    adapter = ADAPTERS["lora"](2, 2.0, ("auto",), STARTS["orthonormal"]())
+    model = adapter.attach(base, 1)
+    layers = adapter.layers(model)
+    assert {name.rpartition(".")[2] for name in layers} == set(wanted)
+    assert len(layers) == 2 * len(wanted), "a layer of the two is not adapted, or one is that is no layer's"
+    adapter.export(model, adapter.read(model), tmp_path, "base")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(written["target_modules"]) == sorted(wanted), "a stock reader would look for layers called auto"
+    assert len(ADAPTERS["lora"](2, 2.0, wanted).layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == len(layers)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama", "qwen2", "gemma"])
+def test_structure_alone_finds_what_pefts_table_says(family: str) -> None:
+    make, wanted = FAMILIES[family]
+    base = make()
+    base.config.model_type = "none-that-peft-knows"
+    assert auto_targets(base) == wanted
+
+
+def test_auto_starts_bit_for_bit_where_the_names_do() -> None:
+    states = []
+    for targets in (("auto",), ("query", "value")):
+        adapter = ADAPTERS["lora"](2, 2.0, targets, STARTS["orthonormal"]())
+        states.append(adapter.read(adapter.attach(tiny_model("bert"), 1)))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(t, states[1][layer][f]) for layer, factors in states[0].items() for f, t in factors.items())
+
+
+class Mixed(nn.Module):
+    """A module with layers that look like queries and values and are not: alone, or of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value_head, self.out = nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(6, 4), "v": nn.Linear(4, 4)})
+
+
+def test_layers_that_only_look_like_attention_are_not_taken() -> None:
+    with pytest.raises(ModelError, match=r"'auto' finds no layer of Mixed .*: name some of .*\bout\b"):
+        auto_targets(Mixed())
+
+
+@each_family
+def test_names_that_fit_no_layer_are_told_those_that_would(family: str) -> None:
+    make, wanted = FAMILIES[family]
+    with pytest.raises(ModelError, match="fit no layer of") as refusal:
+        targets_in(make(), ("nowhere", "else"))
+    text = str(refusal.value)
+    assert "adapter.targets 'nowhere,else'" in text
+    assert f"set it to 'auto', which is {','.join(wanted)!r} there" in text
+    assert all(name in text.rpartition(" some of ")[2] for name in wanted)
+    assert "\n" not in text
+
+
+def test_auto_stands_alone() -> None:
+    with pytest.raises(ConfigError, match="write 'auto' alone"):
+        configure({"adapter.targets": "auto,query"})
+
+
+@pytest.mark.parametrize("strategy", ["ffa-lora", "fed-sb"])
+def test_a_model_that_names_its_layers_otherwise_trains_by_default(
+    strategy: str, toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "mpnet"
+    FAMILIES["mpnet"][0]().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    settings = {key: value for key, value in toy_settings.items() if key != "adapter.targets"}
+    run = run_in_process({**settings, "strategy": strategy, "model.name": str(folder)}, 2)
+    assert 0 <= evaluate_run(run).accuracy <= 1
+    named = json.loads((run / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(named) == ["q", "v"]
