@@ -28,6 +28,7 @@ from audits.sensitivity import audit_sensitivity
 from audits.simulation import probe_runs
 from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps
+from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
 from audits.worlds import World, fresh_world
@@ -86,6 +87,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         steps_of_all,
         rounds_of_all,
         lambda own: list(hostile_server(own)),
+        audit_sums,
         probe_all,
         probe_runs,
     )

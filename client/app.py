@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -19,15 +19,16 @@ from client.outgoing import own_words, public_reason
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_features, rehearse_initial
 from client.site import Site, check_job, open_site, policy_of
-from client.sums import Party, agreed, make_key, party_of
+from client.sums import Party, agreed, make_key, next_key, party_of
 from common.config.sections import Scalar
-from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
+from common.errors import BudgetExhausted, ConfigError, FedVeilError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
-from common.messages.round import KeyReply, KeyTask, Refusal, Reply
+from common.messages.round import KeyReply, KeyTask, Refusal, Reply, TrainTask
 from common.messages.wire import decode_key_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.paths import run_name
+from common.secure_sum import KeyOffer
 from common.starts import PaidStart
 from common.tasks import Record
 from common.tasks.examples import Dataset
@@ -184,6 +185,8 @@ def answer(
             _hold_to(deadline, job, site, model, initial=not number)
             masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
         result = train_round(site, job, model, _records(model, site), whole, deadline, masked)
+        if party is not None:
+            result = replace(result, offer=_next_key(task, job, site, party, memory, deadline))
         kept.keep(task, result)
         if site.unreadable and job.mechanism.conceals:
             note_failure(site, task, site.unreadable, deadline)
@@ -207,6 +210,24 @@ def _key(
         raise ProtocolError("a key is asked for in a run whose vectors are not summed, or of another run")
     check_budget(site, job, task, deadline)
     return make_key(task, party, memory)
+
+
+def _next_key(
+    task: TrainTask, job: Job, site: Site, party: Party, memory: MutableMapping[str, bytes], deadline: Deadline
+) -> KeyOffer | None:
+    """Return the site's key for the next round, which goes out with its vector; None where the server has to ask.
+
+    That is after the last round, and where the site could not pay: then it says so when it is asked. The vector that
+    the ledger has paid for leaves in any case.
+    """
+    if task.round_number >= job.config.rounds:
+        return None
+    try:
+        check_budget(site, job, KeyTask(task.run, task.round_number + 1, 0), deadline)
+    except FedVeilError as error:
+        log.info("no key for the next round: %s", own_words(error), extra=about(task.run, task.round_number))
+        return None
+    return next_key(task, party, memory)
 
 
 def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:

@@ -59,13 +59,19 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
 
 
 def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> None:
-    """Raise BudgetExhausted if the site has no budget left for a round that others are about to pay for, too.
+    """Raise if the site could not pay for a round that others are about to pay for, too.
 
     By what its own name was charged, before a record is read; what is shared with other names shows in the charge.
+
+    Raises:
+        BudgetExhausted: it has no budget left.
+        PolicyRefusal: the run has had all its rounds or steps here, or needs another unit or more noise.
     """
+    steps = job.config.training.local_steps
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
         plan = _plan(ledger, site, job, deadline)
-        releases = (plan.release(job.config.training.local_steps),)
+        releases = (plan.release(steps),)
+        _within(site, steps, fewer=releases[0].count < steps)(*ledger.trained(site.dataset_id, task.run))
         where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
         ledger.check(Charge(*where, releases, plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone))
 

@@ -1,7 +1,8 @@
 """A site's part in secure sums: who it is, whom it takes for its peers, its key of an attempt, its masks.
 
-The key is made when the server asks for it and kept in the node's memory until the task comes; the ledger writes down
-under which key a vector was charged, so that a second one never leaves under its masks, whatever is lost or repeated.
+The key is made with the reply of the round before, or when the server asks for it, and kept in the node's memory until
+the task comes; the ledger writes down under which key a vector was charged, so that a second one never leaves under its
+masks, whatever is lost or repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from common.errors import ConfigError, PolicyRefusal, ProtocolError
 from common.messages.round import KeyReply, KeyTask, TrainTask
 from common.messages.wire import encode_state, layout_digest, layout_of
 from common.model.federated import FederatedModel
-from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, Task, Terms
+from common.secure_sum import AttemptName, Identity, KeyOffer, Roster, SiteAttempt, Task, Terms
 from common.secure_sum.masks import Words
 from common.secure_sum.roster import load_roster
 from strategies.job import Job
@@ -104,6 +105,11 @@ def make_key(task: KeyTask, party: Party, memory: MutableMapping[str, bytes]) ->
     attempt = SiteAttempt(name, party.site, party.identity)
     memory[KEPT] = json.dumps({**asdict(name), "secret": attempt.secret.hex()}).encode()
     return KeyReply(task.run, task.round_number, party.site, attempt.offer)
+
+
+def next_key(task: TrainTask, party: Party, memory: MutableMapping[str, bytes]) -> KeyOffer:
+    """Return a new key for the first attempt at the round after a task's, and keep its secret half."""
+    return make_key(KeyTask(task.run, task.round_number + 1, 0), party, memory).offer
 
 
 def agreed(

@@ -23,9 +23,10 @@ from faults.federation import Federation
 from faults.network import Cable
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
+from faults.sum_scenarios import sums
 from faults.table import show
 
-SCENARIOS = ("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "stutters")
+SCENARIOS = ("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "stutters")
 
 
 def main() -> None:
@@ -68,6 +69,7 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "lies": lambda: lies(federation, deadline),
                 "quorum": lambda: below_quorum(federation, deadline),
                 "slow": lambda: slow(federation, deadline),
+                "sums": lambda: sums(federation, deadline),
                 "stutters": lambda: stutters(federation, deadline),
                 "server": lambda: server_killed(federation, deadline),
                 "superlink": lambda: superlink_killed(federation, deadline),

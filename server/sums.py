@@ -1,4 +1,7 @@
-"""A round whose vectors nobody sees: keys first, then the tasks, and the sum of all or nothing.
+"""A round whose vectors nobody sees: keys, then the tasks, and the sum of all or nothing.
+
+A site's key for the next round comes with its vector, so that a round costs no further message; who has sent none is
+asked first.
 
 An attempt in which one vector is missing, or one reply does not count, is thrown away. The next one has new keys, new
 noise and a new charge at every site. What the server could hold against single updates it holds against the sum: no
@@ -24,9 +27,11 @@ from common.messages.wire import Layout
 from common.privacy.plan import PrivacyPlan
 from common.run_lines import Absence
 from common.secure_sum import KeyOffer, check_headroom, total
+from server.admission import Admission
+from server.model import ServerModel
 from server.plausible import SLACK
 from server.registered import misnamed
-from server.sites import Gathering, Sites
+from server.sites import Gathering, Sites, Transport
 from server.terms import paid_plan
 from strategies import Contribution, ServerState
 from strategies.job import Job
@@ -41,8 +46,15 @@ UNFIT = ("budget", "policy")
 class SummedSites(Sites):
     """Asks sites for one sum, of which it sees no part."""
 
+    def __init__(
+        self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
+    ) -> None:
+        super().__init__(job, run, transport, server_model, admission)
+        self._came: tuple[int, dict[int, KeyOffer]] = (0, {})
+        """A round, and the keys for its first attempt, by node, that came with the vectors of the round before."""
+
     def gather(self, round_number: int, state: ServerState) -> Gathering:
-        """Ask for a key each, then for the vectors, until one attempt brings all; results count only then.
+        """Ask for keys that are not there yet, then for the vectors, until one attempt brings all.
 
         The sites of an attempt are those that gave a key. Fewer than ``min-sites``, or than the honest ones and those
         that may collude together, are asked for nothing that costs them.
@@ -62,18 +74,29 @@ class SummedSites(Sites):
             unfit |= {node for node, absence in got.refusals.items() if absence.kind in UNFIT}
             if results:
                 got.results, got.refusals = results, {n: r for n, r in got.refusals.items() if n not in results}
+                keys = {node: result.offer for node, result in results.items() if result.offer is not None}
+                self._came = round_number + 1, keys
                 self._admission.enrol(results)
                 break
         return got.in_order()
 
     def _offers(self, got: Gathering, unfit: set[int], least: int, round_number: int) -> dict[int, KeyOffer]:
-        """Return the keys of an attempt by node, in the order of the sites' names."""
+        """Return the keys of an attempt by node, in the order of the sites' names.
+
+        A key that came with the last vector is for a round's first attempt alone, and is used there if its node is
+        still online; who has sent none is asked.
+        """
         nodes = self._transport.nodes(least, unfit)
         if len(nodes) < least:
             return {}
+        for_round, keys = self._came
+        first = for_round == round_number and got.attempts == 1
+        offers = {node: key for node, key in keys.items() if first and node in nodes}
+        lacking = [node for node in nodes if node not in offers]
+        if not lacking:
+            return in_order(offers)
         task = KeyTask(self._run, round_number, got.attempts - 1)
-        exchange = self._transport.exchange(dict.fromkeys(nodes, task), self._job.config.round_timeout)
-        offers: dict[int, KeyOffer] = {}
+        exchange = self._transport.exchange(dict.fromkeys(lacking, task), self._job.config.round_timeout)
         for node, reply in sorted(exchange.replies.items()):
             if isinstance(reply, Refusal):
                 self._absent(got, round_number, node, (reply.site, reply.kind, reply.reason), nodes)
@@ -86,7 +109,7 @@ class SummedSites(Sites):
             else:
                 self._absent(got, round_number, node, (reply.site, "reply", reason), nodes)
         unfit |= {node for node, absence in got.refusals.items() if absence.kind in UNFIT}
-        return dict(sorted(offers.items(), key=lambda item: item[1].site))
+        return in_order(offers)
 
     def _vectors(
         self, got: Gathering, offers: Mapping[int, KeyOffer], round_number: int, state: ServerState
@@ -126,6 +149,11 @@ class SummedSites(Sites):
         self._note(got, absence)
 
 
+def in_order(offers: Mapping[int, KeyOffer]) -> dict[int, KeyOffer]:
+    """Return keys in the order of the sites' names."""
+    return dict(sorted(offers.items(), key=lambda item: item[1].site))
+
+
 def _others(results: Mapping[int, TrainResult]) -> dict[int, str]:
     """Return the nodes that were charged for another release than most of them: their masks would not cancel."""
     events = [result.spending.event for result in results.values() if result.spending]
@@ -159,7 +187,7 @@ def summed_contribution(
         return str(error)
     vectors = (np.frombuffer(result.words, dtype="<u4").astype(np.uint32) for result in results.values())
     summed = total(vectors, own.noise_std)
-    longest = SLACK * _honest_length(own, len(results), summed.numel())
+    longest = longest_sum(own, len(results), summed.numel())
     if not float(summed.norm()) <= longest:
         return (
             f"the sum's length {float(summed.norm()):.3g} is above {longest:.3g}, the most that the settings allow: a "
@@ -175,9 +203,15 @@ def summed_contribution(
     return Contribution(ALL, sizes, moved)
 
 
-def _honest_length(plan: PrivacyPlan, sites: int, numbers: int) -> float:
-    """Return about how long a sum can be, before the divisor: all clips in one direction, and all sites' noise."""
-    return plan.event.clip_norm * plan.expected_batch_size + plan.noise_std * math.sqrt(sites * numbers)
+def longest_sum(plan: PrivacyPlan, sites: int, numbers: int) -> float:
+    """Return how long a sum may be, before the divisor: all clips in one direction, and all sites' noise, with slack.
+
+    Args:
+        plan: of one site with the records of all.
+        sites: of the sum.
+        numbers: that are summed.
+    """
+    return SLACK * (plan.event.clip_norm * plan.expected_batch_size + plan.noise_std * math.sqrt(sites * numbers))
 
 
 def _shaped(numbers: Tensor, layout: Layout) -> AdapterState:

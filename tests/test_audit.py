@@ -29,6 +29,7 @@ from audits.sensitivity import audit_sensitivity
 from audits.simulated_site import axes_of, text_of
 from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps, model_for
+from audits.summed import CASES
 from audits.worlds import flat
 from common.privacy.accounting import epsilon, gaussian_release
 from common.run_lines import Finding
@@ -75,6 +76,18 @@ def test_two_processes_at_once_stay_within_the_budget_or_are_found(tmp_path: Pat
 @pytest.mark.parametrize("fault", [SOUND, HALVED, DOUBLED], ids=name_of)
 def test_canaries_are_silent_about_the_code_and_speak_of_faults(tmp_path: Path, fault: Fault) -> None:
     found = probe(tmp_path, fault, canaries=3000)
+    assert found.passed, found.figures
+
+
+@pytest.mark.parametrize(
+    ("audit", "fault"),
+    [(audit, fault) for audit, faults in CASES.items() for fault in (SOUND, *faults)],
+    ids=lambda case: name_of(case) if isinstance(case, Fault) else case.__name__,
+)
+def test_a_sum_tells_what_its_price_says_and_one_upload_nothing_or_it_is_found(
+    audit: Callable[[int, Fault], Finding], fault: Fault
+) -> None:
+    found = audit(3000, fault)
     assert found.passed, found.figures
 
 

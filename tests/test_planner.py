@@ -48,23 +48,54 @@ def run_plan(tmp_path: Path, settings: dict[str, Any], *words: str) -> Any:
     return CliRunner().invoke(app, ["plan", "-c", str(path), *words], env={"COLUMNS": "80"})
 
 
-def check_that_plan_is_run(settings: dict[str, Any]) -> None:
+def check_that_plan_is_run(settings: dict[str, Any], sites: int = 2) -> None:
     job = configure(settings)
-    before = forecast(job, simulated_sizes(job, 2), calibrated=False)
-    folder = run_in_process(settings, 2)
+    before = forecast(job, simulated_sizes(job, sites), calibrated=False)
+    folder = run_in_process(settings, sites)
     own = [line for line in read_lines(PrivacyLine, folder) if line.site == "site-0"]
     assert [round_.epsilon for round_ in before.rounds] == [spent(line).epsilon_total for line in own]
     assert [round_.steps for round_ in before.rounds] == [spent(line).steps_total for line in own]
     assert before.plans[0].event.noise_multiplier == spent(own[-1]).event.noise_multiplier
     assert before.plans[0].event.sample_rate == spent(own[-1]).event.sample_rate
     rounds = read_lines(RoundLine, folder)
-    down, up = before.traffic.run(job.config.rounds, 2)
+    down, up = before.traffic.run(job.config.rounds, sites)
     assert sum(line.bytes_down for line in rounds) == down
     assert sum(line.bytes_up for line in rounds) == up
 
 
 def test_the_plan_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
     check_that_plan_is_run(toy_settings)
+
+
+SUMMED = {
+    "privacy.mode": "secure-sum",
+    "privacy.honest-sites": 2,
+    "training.optimizer": "sgd",
+    "training.local-steps": 1,
+}
+
+
+def test_the_plan_of_a_secure_sum_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
+    check_that_plan_is_run({**toy_settings, **SUMMED}, 3)
+
+
+def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**toy_settings, **SUMMED, "rounds": 3, "round-retries": 1}
+    before = planned(settings, (60, 60, 60))
+    plan, epsilons = before.plans[0], [one.epsilon for one in before.rounds]
+    assert [one.attempts for one in before.thrown_away] == [1, 3]
+    for one in before.thrown_away:
+        assert one.epsilon == epsilon([plan.release(3 + one.attempts)], plan.delta) > plan.max_epsilon >= epsilons[-1]
+        assert one.epsilon_alone > one.epsilon
+        louder = dataclasses.replace(plan, event=plan.event.having(noise_multiplier=one.noise_multiplier))
+        assert epsilon([louder.release(3 + one.attempts)], plan.delta) <= plan.max_epsilon
+        assert one.noise_multiplier > plan.event.noise_multiplier
+    assert before.traffic.message_up - before.traffic.up < 400, "a vector costs far more than its words"
+    assert planned({**settings, "round-retries": 0}, (60, 60, 60)).thrown_away == []
+    assert planned(toy_settings).thrown_away == []
+    said = run_plan(tmp_path, settings, "--sizes", "60,60,60", "--no-calibration").stdout
+    assert "the budget pays for 0 such attempts beside the 3 rounds" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_the_plan_of_a_language_model_is_what_the_run_does(toy_generation: dict[str, Any]) -> None:

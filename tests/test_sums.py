@@ -12,33 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord
 from typer.testing import CliRunner
 
 from audits.bands import out_of_band
 from audits.faults import zero_noise
 from audits.sum_site import SumSite
+from audits.summed import CELLS, SHIFTS, unevenness
 from audits.tiny_site import clinic
 from cli.main import app
 from client import sums
 from client.ledger.ledger import Ledger
 from common.config.sections import Scalar
-from common.errors import ConfigError, RunFailed
-from common.messages.round import Refusal, Task, TrainResult, TrainTask
+from common.errors import ConfigError, ProtocolError, RunFailed
+from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
 from common.messages.tensors import entries
-from common.messages.wire import decode_reply, encode_reply
+from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply
 from common.privacy import dpsgd
 from common.privacy.accounting import alone, epsilon
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.figures import epsilon_text
 from common.randomness import noise_grid
 from common.run_lines import RoundLine, read_lines
-from common.secure_sum import (
-    Identity,
-    Roster,
-    noise_share,
-    rounding,
-    total,
-)
+from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import markdown_report, report_of
 from server import checkpoint
@@ -271,6 +267,89 @@ def test_a_reply_without_masks_counts_for_nothing(summed: dict[str, Any], monkey
         run_in_process(summed, 4, kind=Bare)
 
 
+class Asking(Watched):
+    """Counts the keys that are asked for by round, and keeps the last of its kind."""
+
+    last: Asking
+
+    def __init__(self, *own: Any) -> None:
+        super().__init__(*own)
+        self.asked: list[tuple[int, int, int]] = []
+        type(self).last = self
+
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
+        if isinstance(task, KeyTask):
+            self.asked.append((node, task.round_number, task.attempt))
+        return super().deliver(node, task, content)
+
+
+def test_keys_of_the_next_round_come_with_the_vectors(summed: dict[str, Any]) -> None:
+    folder = run_in_process({**summed, "rounds": 3}, 4, kind=Asking)
+    assert Asking.last.asked == [(node, 1, 0) for node in range(4)]
+    assert [line.attempts for line in read_lines(RoundLine, folder)] == [1, 1, 1]
+    replies = [reply for _, task, reply in Asking.last.sent if isinstance(task, TrainTask)]
+    layout = Asking.last._layout_of_round(1)
+    offers = [
+        result.offer
+        for number, reply in zip([1] * 4 + [2] * 4 + [3] * 4, replies, strict=True)
+        if isinstance(result := decode_reply(reply, layout, "1", number), TrainResult)
+    ]
+    assert [offer is not None for offer in offers] == [True] * 8 + [False] * 4, "a key of a round that is not there"
+    assert len({offer.public for offer in offers if offer}) == 8
+
+
+def test_a_node_that_lost_its_key_is_asked_for_one_in_the_next_attempt(summed: dict[str, Any]) -> None:
+    class Restarted(Asking):
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            if isinstance(task, TrainTask) and (node, task.round_number, task.attempt) == (3, 2, 0):
+                self._memories[3].clear()
+            return super().deliver(node, task, content)
+
+    folder = run_in_process(summed, 4, kind=Restarted)
+    first, second = read_lines(RoundLine, folder)
+    assert (first.attempts, second.attempts) == (1, 2)
+    assert [(f.site, f.kind) for f in second.failures] == [("site-3", "task")]
+    assert Restarted.last.asked == [(node, number, number - 1) for number in (1, 2) for node in range(4)]
+    # The three others have paid for the attempt that was thrown away; the one that had no key has not.
+    assert [len(rows) for rows in spent(folder).values()] == [3, 3, 3, 2]
+
+
+def test_a_site_that_cannot_pay_for_the_next_round_sends_no_key_and_says_so_when_asked(clinics: SumSite) -> None:
+    clinics.rule(max_rounds=1)
+    assert clinics.train(1).offer is None
+    reply = clinics.key(2)
+    assert isinstance(reply, Refusal)
+    assert (reply.kind, "max-rounds" in reply.reason) == ("policy", True)
+    clinics.rule(max_rounds=2)
+    assert isinstance(clinics.key(2), KeyReply)
+
+
+def test_a_reply_that_has_a_key_and_no_vector_is_refused(clinics: SumSite) -> None:
+    reply = clinics.train(1)
+    assert reply.offer is not None
+    again = decode_reply(encode_reply(reply), {"sum": {"words": (len(reply.words) // 4,)}}, "1", 1)
+    assert again == reply
+    plain = encode_reply(replace(reply, words=b""))
+    with pytest.raises(ProtocolError, match="a key of a secure sum and no vector"):
+        decode_reply(plain, {}, "1", 1)
+
+
+@pytest.mark.parametrize("length", [0, -4])
+def test_a_vector_of_another_length_costs_the_attempt(length: int, summed: dict[str, Any]) -> None:
+    class Short(InProcessTransport):
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            record = super().deliver(node, task, content)
+            if isinstance(task, TrainTask) and node == 1:
+                data = record.array_records["sum"]["words"].data[:length]
+                record["sum"] = ArrayRecord({"words": Array("uint32", (len(data) // 4,), WORDS_STYPE, data)})
+            return record
+
+    with pytest.raises(RunFailed, match=r"bytes, [0-9]+ are expected"):
+        run_in_process(summed, 4, kind=Short)
+    paid = spent(next(Path(summed["output"]).iterdir()))
+    assert {tuple(rows) for rows in paid.values()} == {((1, "summed-gaussian"),) * 2}
+
+
 # --- one deployed site ------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +455,48 @@ def test_a_task_of_another_attempt_than_the_key_is_refused(clinics: SumSite) -> 
     clinics.refuse(replace(task, offers=()), "keys of a secure sum, or lacks them")
     clinics.refuse(replace(task, offers=task.offers[:2]), "need 3")
     assert isinstance(clinics.site.ask(task), TrainResult)
+
+
+def test_lies_about_an_attempt_are_refused_and_cost_nothing(clinics: SumSite) -> None:
+    early = clinics.task(1, attempt=0)
+    stale = {offer.site: offer for offer in early.offers}
+    task = clinics.task(1, attempt=1)
+    clinics.refuse(early, "has no key for that attempt")
+    clinics.refuse(replace(task, round_number=2), "has no key for that attempt")
+    own, north, south = task.offers
+    mole = SiteAttempt(AttemptName("1", 1, 1, clinics.roster.digest), "mole", Identity.new()).offer
+    for offers, words in (
+        ((own, stale["north"], south), "'north' is not signed by that site for this attempt"),
+        ((stale["clinic"], north, south), "'clinic' is not signed by that site for this attempt"),
+        ((own, north, replace(south, public=north.public)), "'south' is there twice"),
+        ((own, north, replace(south, public=bytes(32))), "'south' is not signed"),
+        ((own, north, south, mole), "'mole' is not in the roster"),
+        ((north, south), "own key is not among those"),
+    ):
+        clinics.refuse(replace(task, offers=offers), words)
+    assert clinics.site.ask(task).words, "a lie has taken the key away"  # type: ignore[union-attr]
+
+
+def test_a_round_asked_again_with_other_sites_has_another_noise_and_another_charge(clinics: SumSite) -> None:
+    folder = clinics.site.ledger.parent
+    clinics.peers["east"] = Identity.new()
+    clinics.roster = Roster({**clinics.roster.keys, "east": clinics.peers["east"].public})
+    (folder / "peers.toml").write_text(clinics.roster.text())
+    clinics.rule(honest_sites=4)
+    everyone, vectors = dict(clinics.peers), []
+    for attempt, left_out in enumerate(("east", "south")):
+        clinics.peers = {name: peer for name, peer in everyone.items() if name != left_out}
+        task = clinics.task(1, attempt=attempt)
+        reply = clinics.site.ask(task)
+        assert isinstance(reply, TrainResult), reply
+        vectors.append(np.frombuffer(reply.words, dtype="<u4").astype(np.uint32))
+        assert len(clinics.site.charges()) == attempt + 1
+    assert not uneven(vectors[0] - vectors[1]), "the difference of two attempts is no uniform words"
+    assert uneven(vectors[0] - vectors[0]), "the check is blind"
+
+
+def uneven(words: np.ndarray) -> bool:
+    return any(out_of_band(unevenness(words, shift), CELLS - 1) for shift in SHIFTS)
 
 
 def test_a_plain_run_takes_no_keys(clinics: SumSite) -> None:

@@ -42,6 +42,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "spending": "see below",
         "noised_correct": "see below",
         "words": "of a secure sum, in the place of the contribution: uniform by its masks, see tests/test_sums.py",
+        "offer": "a new key and its signature, of nothing but the run's public names",
     },
     Spending: {
         "purpose": "from the task",

@@ -137,6 +137,8 @@ class TrainResult:
     """Only if the site's policy sends it; ``spending`` includes its price."""
     words: bytes = b""
     """In a secure sum, the masked vector: little-endian u32, in the canonical order of the trained tensors."""
+    offer: KeyOffer | None = None
+    """In a secure sum, the site's key for the first attempt at the next round, if it has a budget for that."""
 
 
 REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")

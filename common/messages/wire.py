@@ -16,6 +16,7 @@ The header record has ``protocol`` (a whole number that every version can read) 
       2 count       value: i32, standard deviation of its noise: f64
       4 detour      of the spending's accountant, as in ``_DETOUR``
       8 sum         none in the header; the block ``sum`` of u32 stands in the place of the tensors
+     16 next key    key: 32 bytes, signature: 64 bytes; only beside a sum
     refusal         site: text, reason: text
     key task        attempt: u32
     key             site: text, key: 32 bytes, signature: 64 bytes
@@ -75,7 +76,7 @@ _TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
 _COUNT, _MARK = struct.Struct("<id"), struct.Struct("<8s")
 _ATTEMPT, _SITES, _KEY = struct.Struct("<I"), struct.Struct("<H"), struct.Struct("<32s64s")
 _KINDS = ("train", "result", *REFUSAL_KINDS, "key task", "key")
-_SPENDING, _COUNTED, _DETOURED, _SUMMED = 1, 2, 4, 8
+_SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY = 1, 2, 4, 8, 16
 """Bits of a result's ``parts``."""
 _SPENT = Form(
     Spending,
@@ -387,6 +388,8 @@ def encode_reply(reply: Reply | KeyReply) -> RecordDict:
     if reply.spending is not None and reply.spending.accountant.detour is not None:
         present, parts = present | _DETOURED, parts + _DETOUR.pack(reply.spending.accountant.detour)
     present |= _SUMMED if reply.words else 0
+    if reply.offer is not None:
+        present, parts = present | _NEXT_KEY, parts + _KEY.pack(reply.offer.public, reply.offer.signature)
     header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
     if not reply.words:
         return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
@@ -452,17 +455,20 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
     size, mark, present = reader.take(_RESULT, "public size")
     if size < 1:
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
-    if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED):
+    if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED | _NEXT_KEY):
         raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
     spending = _spending(reader) if present & _SPENDING else None
     counted = _count(reader, spending) if present & _COUNTED else None
     if present & _DETOURED:
         spending = _detoured(reader, spending)
+    offer = KeyOffer(site, *reader.take(_KEY, "next key")) if present & _NEXT_KEY else None
     reader.end()
     if present & _SUMMED:
         if mark != _layout_hash({}):
             raise ProtocolError(f"{site} sends a sum and tensors beside it")
-        return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, layout))
+        return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, layout), offer)
+    if offer is not None:
+        raise ProtocolError(f"{site} sends a key of a secure sum and no vector of one")
     return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted)
 
 

@@ -18,10 +18,12 @@ from experiments.planner.price import (
     MOST_ROUNDS,
     PricedRound,
     SignalToNoise,
+    ThrownAway,
     priced_rounds,
     rounds_within,
     signal_to_noise,
     site_plans,
+    thrown_away,
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
 from server.model import ServerModel
@@ -39,6 +41,8 @@ class Forecast:
     rounds: list[PricedRound]
     rounds_within: int | None
     """Rounds that a fresh budget lasts at this noise."""
+    thrown_away: list[ThrownAway]
+    """What attempts at a sum cost that bring none."""
     traffic: Traffic
     payloads: dict[str, tuple[int, int]]
     """Bytes down and up of one site and round, by strategy."""
@@ -119,6 +123,7 @@ class Forecast:
             ],
             "rounds": [{**dataclasses.asdict(one), "accountant": str(one.accountant)} for one in self.rounds],
             "epsilon_alone": self.epsilon_alone,
+            "thrown_away": [dataclasses.asdict(one) for one in self.thrown_away],
             "rounds_within_budget": self.rounds_within,
             "rounds_within_budget_searched_to": MOST_ROUNDS,
             "bytes_per_site_and_round": dataclasses.asdict(self.traffic),
@@ -170,6 +175,7 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         # Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
         rounds=[priced for plan in plans[:1] for priced in priced_rounds(job, plan)],
         rounds_within=next((rounds_within(job, plan) for plan in plans[:1]), None),
+        thrown_away=[one for plan in plans[:1] for one in thrown_away(job, plan)],
         traffic=traffic(job, server_model, plans),
         payloads=payload_by_strategy(server_model),
         workers=workers,

@@ -19,7 +19,7 @@ from common.accountant import Accountant
 from common.data.partition import public_size_of_part, site_part
 from common.data.sources import train_and_test
 from common.errors import ConfigError
-from common.privacy.accounting import Release, epsilon, epsilon_with_method
+from common.privacy.accounting import Release, alone, epsilon, epsilon_with_method, least_noise
 from common.privacy.plan import PrivacyPlan
 from common.tasks.examples import Dataset
 from strategies.job import Job
@@ -46,6 +46,19 @@ class PricedRound:
     """The cross-check."""
     accountant: Accountant
     """What gave ``epsilon``."""
+
+
+@dataclass(frozen=True)
+class ThrownAway:
+    """What a run costs a site in which so many attempts at a sum bring no sum: each is charged as a round."""
+
+    attempts: int
+    epsilon: float
+    """After the run, at the run's delta and noise."""
+    epsilon_alone: float
+    """The same if no other site adds its noise."""
+    noise_multiplier: float
+    """The least noise with which the budget pays for these attempts and all rounds."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,24 @@ def spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(1, count + 1))
     return [1 + round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def thrown_away(job: Job, plan: PrivacyPlan) -> list[ThrownAway]:
+    """Return what one attempt that is thrown away costs, and as many as the run tries; none where no sum is asked for.
+
+    Raises:
+        PrivacyError: no noise keeps so many rounds within the budget.
+    """
+    most = job.config.rounds * job.config.round_retries
+    if not job.mechanism.summed or not most:
+        return []
+    priced = []
+    for attempts in sorted({1, most}):
+        release = plan.release(job.config.total_steps + attempts * job.config.training.local_steps)
+        least = least_noise(plan.event, plan.max_epsilon, plan.delta, release.count)
+        paid = [epsilon(releases, plan.delta) for releases in ([release], alone([release]))]
+        priced.append(ThrownAway(attempts, *paid, least))
+    return priced
 
 
 def rounds_within(job: Job, plan: PrivacyPlan) -> int:

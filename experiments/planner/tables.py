@@ -90,11 +90,29 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
         honest = forecast.job.config.privacy.honest_sites
         console.print(
             f"That is the price of the sum, if {honest} sites are honest; if no other site adds its noise, "
-            f"ε {epsilon_text(forecast.epsilon_alone)} after the run. An attempt that is thrown away costs a round."
+            f"ε {epsilon_text(forecast.epsilon_alone)} after the run."
         )
+    _print_thrown_away(console, forecast)
     lasts = forecast.rounds_within
     more = "at least " if lasts == MOST_ROUNDS else ""
     console.print(f"A fresh budget lasts {more}{lasts:,} rounds at this noise.")
+
+
+def _print_thrown_away(console: Console, forecast: Forecast) -> None:
+    if not forecast.thrown_away:
+        return
+    rounds, lasts = forecast.job.config.rounds, forecast.rounds_within or 0
+    table = Table(title="attempts at a sum that are thrown away, each charged as a round")
+    for column in ("attempts", "ε of the sum", "ε alone", "noise σ that pays for them"):
+        table.add_column(column, justify="right")
+    for one in forecast.thrown_away:
+        spent = epsilon_text(one.epsilon), epsilon_text(one.epsilon_alone)
+        table.add_row(str(one.attempts), *spent, f"{one.noise_multiplier:.5g}")
+    console.print(table)
+    console.print(
+        f"At this noise the budget pays for {counted(max(0, lasts - rounds), 'such attempt')} beside the "
+        f"{counted(rounds, 'round')}; privacy.noise-multiplier makes room for more."
+    )
 
 
 def _print_bytes(console: Console, forecast: Forecast) -> None:

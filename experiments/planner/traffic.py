@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.accountant import TRAINING, Accountant
 from common.adapters.base import layer_shape, target_shapes
@@ -13,6 +13,7 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from common.privacy.plan import PrivacyPlan
+from common.secure_sum import KeyOffer
 from server.model import ServerModel
 from strategies import STRATEGIES
 from strategies.job import Job
@@ -58,9 +59,12 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         base_fingerprint=server_model.model.base.fingerprint,
         start_fingerprint=job.start_fingerprint(server_model.start),
     )
-    result = TrainResult(
-        RUN, job.config.rounds, "site-0", 1800, strategy.uplink(server_model.trained_start()), _spending(plans)
-    )
+    trained = strategy.uplink(server_model.trained_start())
+    result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, _spending(plans))
+    if job.mechanism.summed:
+        task = replace(task, offers=tuple(KeyOffer(f"site-{k}", bytes(32), bytes(64)) for k in range(len(plans))))
+        words = bytes(_payload(trained))
+        result = replace(result, contribution={}, words=words, offer=task.offers[0])
     down, up = encode_task(task), encode_reply(result)
     statistic = server_model.reply_layout(0).values() if job.origin.asked == "sites" else ()
     return Traffic(

@@ -1,0 +1,99 @@
+"""A site killed in the middle of a round whose vectors are summed under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from flwr.common.serde import recorddict_from_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from common.config.text import to_toml
+from common.run_lines import Finding, RoundLine, read_lines
+from deploy.peers import ENTRY, make_roster
+from faults.checks import charges
+from faults.faulty_site import AFTER
+from faults.federation import SIZES, Federation, Run
+from faults.scenarios import LATE, NOTICED
+
+SUM = "a secure sum"
+SETTINGS = {
+    "privacy__mode": "secure-sum",
+    "privacy__honest_sites": 2,
+    "training__optimizer": "sgd",
+    "training__local_steps": 1,
+}
+RULES = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
+KILLED = "lab"
+
+
+def sums(federation: Federation, deadline: float) -> Iterator[Finding]:
+    """Kill the lab between its charge and its reply; the next attempt has all sites again."""
+    _let_in(federation)
+    federation.plan.write({KILLED: {1: AFTER}})
+    run = federation.submit(rounds=2, round_retries=1, round_timeout=max(deadline, NOTICED), **SETTINGS)
+    federation.wait_held(KILLED, 1)
+    federation.processes.kill(KILLED)
+    federation.plan.write({})
+    federation.start_site(KILLED)
+    back = federation.wait_online(KILLED, restart=True)
+    result = run.result()
+    wrong = [] if result.status == "completed" else [f"the run {result.status}: {result.reason}"]
+    lines = {line.round_number: line for line in read_lines(RoundLine, run.path)}
+    for number, attempts in ((1, 2), (2, 1)):
+        line = lines.get(number)
+        if line is None or not line.complete or sorted(line.participants) != sorted(SIZES):
+            wrong.append(f"round {number} should count with all sites")
+        elif line.attempts != attempts:
+            wrong.append(f"round {number} should have taken {attempts} attempts, not {line.attempts}")
+    told = [(failure.site, failure.kind) for failure in lines[1].failures] if 1 in lines else []
+    if not told or any(kind not in LATE for _, kind in told):
+        wrong.append("round 1 should tell of the site that was killed")
+    paid = {site: charges(federation, site, run) for site in SIZES}
+    for site, rows in paid.items():
+        if (rows[1], rows[2]) != (2, 1):
+            wrong.append(f"{site}'s ledger should hold two charges of round 1 and one of round 2")
+    wrong += _wrong_uploads(federation, run)
+    figures: dict[str, int | float | str] = {
+        "took part": ", ".join(sorted(SIZES)),
+        "told": "; ".join(f"{site} ({kind})" for site, kind in told),
+        "charged": ", ".join(f"{site} {rows[1]}" for site, rows in paid.items()),
+        "adapter": "of whole sums",
+        "seconds until let in again": back,
+    }
+    yield Finding(
+        SUM,
+        f"the {KILLED} killed between charge and reply",
+        False,
+        not wrong,
+        figures | ({"wrong": "; ".join(wrong)} if wrong else {}),
+    )
+
+
+def _let_in(federation: Federation) -> None:
+    """Make every site's roster of all sites' entries, and let it join secure sums of them."""
+    for name, folder in federation.sites.items():
+        entries = [other.path / ENTRY for site, other in federation.sites.items() if site != name]
+        make_roster(folder, entries)
+        policy = folder.path / "policy.toml"
+        text = policy.read_text(encoding="utf-8").replace('["dp-sgd"]', '["dp-sgd", "secure-sum"]')
+        policy.write_text(to_toml(RULES) + text, encoding="utf-8")
+
+
+def _wrong_uploads(federation: Federation, run: Run) -> Sequence[str]:
+    """Return what is wrong with what left the sites: tensors, or two vectors under one mask."""
+    wrong = []
+    for site in federation.sites:
+        sent = []
+        for number in (1, 2):
+            for reply in federation.plan.kept(site, run.name, number, "reply"):
+                record = recorddict_from_proto(ProtoRecordDict.FromString(reply))
+                if list(record.array_records) != ["sum"]:
+                    wrong.append(f"{site} sent something else than a masked vector")
+                    continue
+                sent.append(np.frombuffer(record.array_records["sum"]["words"].data, "<u4"))
+        pairs = [(one, other) for k, one in enumerate(sent) for other in sent[:k]]
+        # Of uniform words so many are equal once in four thousand millions.
+        if any((one == other).mean() > 0.01 for one, other in pairs):
+            wrong.append(f"{site} sent two vectors under one mask")
+    return wrong
