@@ -33,6 +33,7 @@ from common.privacy import dpsgd
 from common.privacy.accounting import Release, epsilon
 from common.privacy.events import Event, SummedGaussian, sampled_gaussian
 from common.privacy.shared_noise import SecureSumPlan
+from common.randomness import add_private_noise
 from common.run_lines import Finding
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, Task, Terms, attempt, rounding, total
 from common.secure_sum.masks import Words, add_mask, pair_seed
@@ -51,8 +52,7 @@ CELLS, SHIFTS = 256, (0, 8, 16, 24)
 
 def halved() -> AbstractContextManager[Any]:
     """Every site draws half of its part of the noise."""
-    drawn = rounding.add_private_noise
-    return patch.object(rounding, "add_private_noise", lambda sums, std, step: drawn(sums, std / 2, step))
+    return patch.object(rounding, "add_private_noise", lambda sums, std, step: add_private_noise(sums, std / 2, step))
 
 
 def counted_colluder() -> AbstractContextManager[Any]:
@@ -186,11 +186,11 @@ def one_upload(canaries: int = CANARIES, fault: Fault = SOUND) -> Finding:
         for peer in NAMES[1:]:
             # It has the key of its own site; of the others it knows what they sent.
             key = seen.insider if peer == NAMES[-1] else X25519PrivateKey.generate()
-            seed = attempt.pair_seed(key, seen.keys[own], seen.digest, peer, own)
+            seed = vars(attempt)["pair_seed"](key, seen.keys[own], seen.digest, peer, own)  # the fault's, if it is one
             add_mask(left, seed, peer, own)
     statistics = [unevenness(words, shift) for words in (seen.uploads[own], left) for shift in SHIFTS]
     alarm = any(out_of_band(statistic, CELLS - 1) for statistic in statistics)
-    figures = {"numbers": canaries, "largest chi-square of 255 degrees": max(statistics)}
+    figures: dict[str, int | float | str] = {"numbers": canaries, "largest chi-square of 255 degrees": max(statistics)}
     return judged("one upload", fault.name, alarm, figures)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.run_lines import Finding, RoundLine, read_lines
 from deploy.peers import ENTRY, make_roster
@@ -17,13 +18,13 @@ from faults.federation import SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
 
 SUM = "a secure sum"
-SETTINGS = {
+SETTINGS: dict[str, Scalar] = {
     "privacy__mode": "secure-sum",
     "privacy__honest_sites": 2,
     "training__optimizer": "sgd",
     "training__local_steps": 1,
 }
-RULES = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
+RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
 KILLED = "lab"
 
 

@@ -181,8 +181,8 @@ def thrown_away(job: Job, plan: PrivacyPlan) -> list[ThrownAway]:
     for attempts in sorted({1, most}):
         release = plan.release(job.config.total_steps + attempts * job.config.training.local_steps)
         least = least_noise(plan.event, plan.max_epsilon, plan.delta, release.count)
-        paid = [epsilon(releases, plan.delta) for releases in ([release], alone([release]))]
-        priced.append(ThrownAway(attempts, *paid, least))
+        summed, single = (epsilon(releases, plan.delta) for releases in ([release], alone([release])))
+        priced.append(ThrownAway(attempts, summed, single, least))
     return priced
 
 
