@@ -154,6 +154,14 @@ def payload(record: bytes) -> NDArray[np.float64]:
     return np.frombuffer(content.array_records["adapter"]["state"].data, "<f4").astype(np.float64)
 
 
+def masked_words(record: bytes) -> NDArray[np.uint32] | None:
+    """Return the words of a masked vector in a reply as it was recorded; None if anything else is in it."""
+    content = recorddict_from_proto(ProtoRecordDict.FromString(record))
+    if list(content.array_records) != ["sum"]:
+        return None
+    return np.frombuffer(content.array_records["sum"]["words"].data, "<u4").astype(np.uint32)
+
+
 def _led_to(federation: Federation, run: Run, number: int) -> list[NDArray[np.float64]]:
     """Return the adapter after a round, from every place that has it, in the order in which it travels."""
     told = [task for site in federation.sites for task in federation.plan.kept(site, run.name, number + 1, "task")]
