@@ -8,16 +8,19 @@ step takes, how they pass, and what clips and noises is the plan's, which the me
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
 import torch
+from torch import nn
 
 from client.budget import evaluation_releases, note_exposure, note_failure, pay_round
 from client.correction import correction
 from client.deadline import Deadline
 from client.evaluation import noised_correct
+from client.linearised import Derivatives, linearised
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.site import Site
@@ -29,7 +32,7 @@ from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
-from common.privacy.steps import Around
+from common.privacy.steps import Around, as_it_is
 from common.randomness import stream
 from common.secure_sum.masks import Words
 from common.starts import PaidStart, UnpaidStart
@@ -47,6 +50,7 @@ def train_round(
     records: Sequence[Record],
     task: TrainTask,
     deadline: Deadline | None = None,
+    kept: MutableMapping[str, Derivatives] | None = None,
     masked: Callable[[Words], bytes] | None = None,
 ) -> TrainResult:
     """Do one round and return what the server is sent; in round 0, the statistic that the start is made from.
@@ -58,6 +62,7 @@ def train_round(
         records: the site's records, as the model takes them.
         task: what the server sent.
         deadline: when the answer is to leave; None: as soon as it is there.
+        kept: what this process keeps of a linearised run, by site; None: nothing.
         masked: puts this site's masks on a vector of a secure sum, once; None: it is none.
 
     Raises:
@@ -91,7 +96,8 @@ def train_round(
         if evaluation_releases(job, site, 1):
             noise = site.policy.metrics_noise
             counted = NoisedCount(noised_correct(model, records, noise), noise)
-        words, failed = _local_steps(records, job, model, task, received, plan, deadline, site)
+        known = {} if kept is None else kept
+        words, failed = _local_steps(records, job, model, task, received, plan, deadline, site, known)
         trained = {
             layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
             for layer, factors in model.trained().items()
@@ -161,6 +167,7 @@ def _local_steps(
     plan: Plan,
     deadline: Deadline,
     site: Site,
+    kept: MutableMapping[str, Derivatives],
 ) -> tuple[Words | None, str | None]:
     """Take the round's steps, and return what is sent in place of the trained tensors, if anything is, and why not.
 
@@ -171,12 +178,12 @@ def _local_steps(
     claim: from a whole sum to none is further than one clip.
     """
     if not job.mechanism.conceals:
-        return _take_steps(records, job, model, task, received, plan, site.name, Deadline()), None
+        return _take_steps(records, job, model, task, received, plan, site, Deadline(), kept), None
     try:
-        return _take_steps(records, job, model, task, received, plan, site.name, deadline), None
+        return _take_steps(records, job, model, task, received, plan, site, deadline, kept), None
     except Exception as error:
         model.write(received)
-        return _take_steps([], job, model, task, received, plan, site.name, Deadline()), own_words(error)
+        return _take_steps([], job, model, task, received, plan, site, Deadline(), {}), own_words(error)
 
 
 def _take_steps(
@@ -186,21 +193,44 @@ def _take_steps(
     task: TrainTask,
     received: AdapterState,
     plan: Plan,
-    site: str,
+    site: Site,
     deadline: Deadline,
+    kept: MutableMapping[str, Derivatives],
 ) -> Words | None:
     config = job.config.training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
-    optimizer = build_optimizer(model.trained(), config)
-    batches = plan.batches(model, records, stream(job.config.seed, "batches", site), first)
-    correct = correction(job.strategy, model, received)
-    with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
-        for step in range(config.local_steps):
-            deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
-            set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
-            chosen = next(batches)
-            steps.step(plan.parts(model, [records[i] for i in chosen]), model.losses)
-        return steps.words
+    with _trainable(records, job, model, task, site, deadline, kept) as (seen, trained):
+        optimizer = build_optimizer(trained, config)
+        batches = plan.batches(model, seen, stream(job.config.seed, "batches", site.name), first)
+        # The checked configuration has no strategy with a rule of its own on the step of a linearised model.
+        correct = as_it_is if config.linearised else correction(job.strategy, model, received)
+        with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
+            for step in range(config.local_steps):
+                deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
+                set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
+                chosen = next(batches)
+                steps.step(plan.parts(model, [seen[i] for i in chosen]), model.losses)
+            return steps.words
+
+
+@contextmanager
+def _trainable(
+    records: Sequence[Record],
+    job: Job,
+    model: FederatedModel,
+    task: TrainTask,
+    site: Site,
+    deadline: Deadline,
+    kept: MutableMapping[str, Derivatives],
+) -> Iterator[tuple[Sequence[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
+    """Yield the records that the steps take, and what they train, by layer and factor."""
+    rounds = job.config.training.linearised
+    if not rounds:
+        yield records, model.trained()
+        return
+    of = (task.run, (task.round_number - 1) // rounds)
+    with linearised(model, records, of, kept, site.name, site.data, deadline.check) as both:
+        yield both
 
 
 def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:

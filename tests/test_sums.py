@@ -588,6 +588,7 @@ def test_a_site_whose_roster_is_another_has_no_part(clinics: SumSite) -> None:
         ({"privacy.honest-sites": 1, "privacy.colluders": 1}, "ask for 2 sites in a sum, which needs 3"),
         ({"training.local-steps": 2}, "is one sum of clipped gradients"),
         ({"training.optimizer": "adam"}, "the server steps"),
+        ({"training.linearised": 3}, "set training.linearised to 0"),
         ({"training.weight-decay": 0.1}, "the server steps"),
         ({"privacy.mode": "dp-sgd"}, "no noise is shared"),
         ({"privacy.mode": "none"}, "no noise is shared"),

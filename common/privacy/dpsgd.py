@@ -44,6 +44,7 @@ from common.privacy.steps import Correct, as_it_is
 from common.randomness import add_private_noise
 from common.secure_sum.masks import Words
 from common.secure_sum.rounding import rounded, total
+from common.tasks.tangent import Tangent
 
 if TYPE_CHECKING:
     from common.privacy.plan import PrivacyPlan
@@ -55,6 +56,7 @@ TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter", "words")
 
 
 register_grad_sampler(Branch)(Branch.gradients)
+register_grad_sampler(Tangent)(Tangent.gradients)
 
 
 class ClipAndNoise(DPOptimizer):
