@@ -136,7 +136,7 @@ def agreed(
 
 
 def terms_of(job: Job, public_size: int) -> Terms:
-    """Return the figures that all sites of a run agree on; the declared size decides none of them."""
+    """Return the figures that all sites of a run agree on; the public size decides none of them."""
     config = job.config
     plan = job.mechanism.plan(config.privacy, config.training, config.total_steps, public_size)
     return Terms(
