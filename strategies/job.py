@@ -175,7 +175,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     ADAPTERS[name].check(config)
     config = replace(config, adapter=replace(config.adapter, name=name))
     asked_start = _start(config.adapter.start, settings, given)
-    origin = asked_start.resolved()
+    origin = asked_start.resolved().within(config.privacy)
     check_directions(origin, ADAPTERS[name])
     origin.check(config, ADAPTERS[name])
     if config.head.metric == "public" and METRIC not in origin.gives:

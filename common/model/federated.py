@@ -258,7 +258,7 @@ class FederatedModel:
 
     @contextmanager
     def linearised(self, around: AdapterState) -> Iterator[dict[str, dict[str, nn.Parameter]]]:
-        """Let the way from ``around`` take a gradient in place of the adapter, and the head if it is trained.
+        """Let the way from ``around`` take a gradient in place of the adapter; the head stays.
 
         Inside it records have features and tangents, both of the model at ``around`` (``client.linearised``), and pass
         in one shape, and the logits are linear in what is trained. Afterwards the adapter is as far from ``around`` as
@@ -283,10 +283,8 @@ class FederatedModel:
             tangent.step.copy_(way)
         with self._on_vectors((self.classes - 1, len(tangent.step))):
             self.module.tangent = tangent
-            head = self._needed_head().requires_grad_(self.head_trained)
             try:
-                step = {TANGENTS: {"step": tangent.step}}
-                yield {**step, HEAD: dict(head.named_parameters())} if self.head_trained else step
+                yield {TANGENTS: {"step": tangent.step}}
             finally:
                 self.module.tangent = None
         with torch.no_grad():
