@@ -308,7 +308,8 @@ def training_postpones(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = local_training._take_steps
 
     def postponed(*words: Any) -> None:
-        with words[-1].extended():
+        (at,) = (word for word in words if isinstance(word, Deadline))
+        with at.extended():
             trained(*words)
 
     monkeypatch.setattr(local_training, "_take_steps", postponed)
