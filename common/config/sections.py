@@ -74,7 +74,8 @@ class ModelConfig(Section):
     """A named model (see ``common.model.base``), a folder, or a hub id."""
     task: Annotated[str, OneOf(TASKS)] = "classification"
     """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``causal-lm``
-    (prompt, completion), ``image-classification`` (vision transformer, linear head)."""
+    (prompt, completion), ``chat`` (a conversation), ``instruction`` (instruction, input, output),
+    ``image-classification`` (vision transformer, linear head)."""
     max_length: Annotated[int, POSITIVE, Unit("tokens")] = 128
     """The length that a record is cut to. It is less where the model has no positions for so many and one of padding.
     An image is scaled to the largest square of whole patches that has at most so many."""

@@ -23,13 +23,15 @@ class Role:
     """What it holds, in words for a command's help."""
     optional: bool = False
     """Whether a job may leave the setting empty, and then no such column is read."""
+    usual: bool = False
+    """Whether an optional column is read unless a job leaves the setting empty."""
     read: Reader = read_text
     """How a cell becomes the field's value."""
 
     @property
     def column(self) -> str:
         """The column that a job reads unless it names another; empty: none."""
-        return "" if self.optional else self.setting
+        return self.setting if self.usual or not self.optional else ""
 
 
 @dataclass(frozen=True)
