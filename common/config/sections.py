@@ -18,6 +18,7 @@ from common.config.fields import RATIO, Section, Unit, kebab, kinds_of
 from common.errors import ConfigError
 from common.privacy import MECHANISMS, Mechanism
 from common.tasks import TASKS, roles_of_all
+from common.trackers import NO_TRACKER, TRACKERS
 
 Scalar = str | int | float | bool
 S = TypeVar("S")
@@ -261,6 +262,8 @@ class RunTerms(Section):
     """From one scoring of the global model to the next. The last round is always scored."""
     max_update_norm: Annotated[float, NOT_NEGATIVE, Unit("L2 norm")] = 0.0
     """The largest change of a site to what it received. 0: what the run's own settings make plausible."""
+    tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
+    """The server's experiment tracker (see ``common.trackers``), which gets what the run's folder holds."""
     max_size_ratio: Annotated[float, POSITIVE, RATIO] = 100.0
     """Largest public size that a site may declare, over the median of the round's (three sites or more)."""
     max_share: Annotated[float, Interval(0, 1), RATIO] = 0.5
