@@ -26,6 +26,7 @@ from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
 from common.model.device import (
     autocast,
+    checkpoint_layers,
     choose_attention,
     choose_batch_tokens,
     choose_device,
@@ -57,9 +58,8 @@ class Score:
     """Records of each label."""
 
     def __post_init__(self) -> None:
-        # A checkpoint's JSON has lists.
-        object.__setattr__(self, "right", tuple(self.right))
-        object.__setattr__(self, "records", tuple(self.records))
+        for item in fields(self)[2:]:  # a checkpoint's JSON has lists
+            object.__setattr__(self, item.name, tuple(getattr(self, item.name)))
 
 
 class FederatedModel:
@@ -83,6 +83,7 @@ class FederatedModel:
         self.base, self.adapter = base, adapter
         self.max_length = task.limit(base, max_length)
         self.classes = len(label_names)
+        gradient_checkpointing: bool = False,
         self.device = choose_device(device)
         tokens = choose_private_tokens(self.device)
         self.head_only = not adapter.trained
@@ -100,6 +101,8 @@ class FederatedModel:
         self.module.to(self.device)
         self.task: Task = Featured(task, self.module.width) if self.head_only else task
         self.shapes = self.task.shapes(base, self.max_length, tokens)
+        if gradient_checkpointing:
+            checkpoint_layers(base.module, base.name)
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
@@ -422,3 +425,4 @@ def model_of(
         device=device,
         precision=precision,
     )
+        gradient_checkpointing=config.gradient_checkpointing,
