@@ -22,7 +22,7 @@ console = Console(highlight=False, soft_wrap=True)
 @for_people
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
-    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign report and adapter with.")] = None,
+    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the result with.")] = None,
     declared: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,6 +32,10 @@ def report(
     registry: Annotated[
         bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
     ] = False,
+    beside: Annotated[
+        Path | None,
+        typer.Option(help="Table of a sweep (.jsonl), whose runs on the same base model and data are shown beside."),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
@@ -44,6 +48,8 @@ def report(
 
     if declared:
         declare(folder, parse_settings(declared))
+    if beside is not None:
+        _keep_beside(folder, beside)
     if picture is not None:
         _write_picture(folder, picture, sign)
         return
@@ -53,6 +59,19 @@ def report(
         for key, question in read_declared(folder).open().items():
             console.print(f"not declared: {key}: {question}", markup=False)
     console.print("\n".join(str(path) for path in written), markup=False)
+
+
+def _keep_beside(folder: Path, table: Path) -> None:
+    from common.files import replace_file
+    from common.run_lines import BesideFile, ConfigFile, read_file
+    from common.strict_json import to_json
+    from experiments.sweep import summary
+    from experiments.sweep.rows import read_rows
+
+    if not table.is_file():
+        raise DataError(f"there is no table {table}: name the .jsonl file of a sweep's results")
+    found = summary.beside(read_rows(table), read_file(ConfigFile, folder).settings)
+    replace_file(folder / BesideFile.NAME, (json.dumps(to_json(found), indent=1) + "\n").encode())
 
 
 def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:

@@ -98,8 +98,8 @@ def members(folder: Path) -> list[str]:
     In ``adapter/`` that is everything, because whoever loads the adapter may be given any file of it.
     """
     found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY)) if path.is_file()]
-    found += [*_audits(folder), *(path for path in (folder / ADAPTER).rglob("*") if path.is_symlink() or path.is_file())]
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    found += [path for path in (folder / ADAPTER).rglob("*") if path.is_symlink() or path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in [*found, *_audits(folder)])
 
 
 @dataclass(frozen=True)

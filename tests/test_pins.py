@@ -147,7 +147,7 @@ def others(source: str) -> Iterator[tuple[str, dict[str, Scalar]]]:
     for key, value in to_mapping(DataConfig(partition="iid"), "data.").items():
         if key not in PINNED:
             other = worst.get(key.removeprefix("data."), value + 1 if isinstance(value, int | float) else "postcode")
-            key_too = {"data.key": "postcode", "data.name": source, "data.partition": "natural"}
+            key_too = {"data.key": "postcode", "data.name": source, "data.partition": "natural", "data.test": "/no.csv"}
             yield key, {**(key_too if isinstance(value, str) else {}), key: other}
 
 
@@ -368,11 +368,11 @@ def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_t
 
 def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     """Not one beside it: each cell tells its column; of an image, by a file of that name and width."""
-    names = [f"{role.setting}-column" for role in roles_of_all()]
 
     def cell(name: str) -> str:
         return json.dumps([{"role": "assistant", "content": name}]) if name.startswith("messages") else name
 
+    names = [f"{role.setting}-column" for role in roles_of_all()]
     path = tmp_path / "columns.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([names, map(cell, names), [cell(f"{name}-2") for name in names]])

@@ -97,6 +97,8 @@ class DataConfig(Section):
     """A named data set (see ``common.data.sources``), a file or folder, or ``hub:NAME``."""
     test: str = ""
     """The server's public held-out file or hub split. Empty: a seeded part of ``data.name``."""
+    slice: str = ""
+    """Column of ``data.test`` by whose values scores are given as well, such as a region. Empty: none."""
     test_size: Annotated[int, POSITIVE, Unit("records")] = 1000
     """The size of the public test part when ``data.test`` is empty."""
     columns: Columns = field(default_factory=_columns_of_jobs)
@@ -117,6 +119,11 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "columns", Columns({**_columns_of_jobs(), **self.columns}))
+        if self.slice and not self.test:
+            raise ConfigError(
+                f"data.slice is {self.slice!r}, which is a column of the public test file, and data.test names none: "
+                "name one, or leave data.slice empty"
+            )
         if self.partition == "natural" and not self.key:
             raise ConfigError("data.partition is 'natural' but data.key is empty: name the column to divide by")
 
@@ -255,6 +262,8 @@ class RunTerms(Section):
     """Of the forward pass: ``auto`` (bfloat16 where the device is fast at it), ``float32``, ``bfloat16``."""
     output: str = "runs"
     """Folder that run folders are made in; relative to where the program was started."""
+    tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
+    """The server's experiment tracker (see ``common.trackers``), which gets what the run's folder holds."""
     min_sites: Annotated[int, POSITIVE, Unit("sites")] = 1
     """Replies that a round needs to count."""
     round_timeout: Annotated[float, POSITIVE, Unit("seconds")] = 3600.0
@@ -265,8 +274,6 @@ class RunTerms(Section):
     """From one scoring of the global model to the next. The last round is always scored."""
     max_update_norm: Annotated[float, NOT_NEGATIVE, Unit("L2 norm")] = 0.0
     """The largest change of a site to what it received. 0: what the run's own settings make plausible."""
-    tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
-    """The server's experiment tracker (see ``common.trackers``), which gets what the run's folder holds."""
     max_size_ratio: Annotated[float, POSITIVE, RATIO] = 100.0
     """Largest public size that a site may declare, over the median of the round's (three sites or more)."""
     max_share: Annotated[float, Interval(0, 1), RATIO] = 0.5

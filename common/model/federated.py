@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -56,6 +56,10 @@ class Score:
     """Records that the model gets right, by label; empty where a record has no label."""
     records: tuple[int, ...] = ()
     """Records of each label."""
+    slice_right: tuple[int, ...] = ()
+    """Records that the model gets right, by slice of the test data; empty where there is none."""
+    slice_records: tuple[int, ...] = ()
+    """Records of each slice."""
 
     def __post_init__(self) -> None:
         for item in fields(self)[2:]:  # a checkpoint's JSON has lists
@@ -79,11 +83,11 @@ class FederatedModel:
         max_length: int = 128,
         device: str = "auto",
         precision: str = "auto",
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.base, self.adapter = base, adapter
         self.max_length = task.limit(base, max_length)
         self.classes = len(label_names)
-        gradient_checkpointing: bool = False,
         self.device = choose_device(device)
         tokens = choose_private_tokens(self.device)
         self.head_only = not adapter.trained
@@ -97,12 +101,12 @@ class FederatedModel:
         self.lowers = True
         """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
         self.peft_model = adapter.attach(base.module, seed)
+        if gradient_checkpointing:
+            checkpoint_layers(base.module, base.name)
         self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
         self.module.to(self.device)
         self.task: Task = Featured(task, self.module.width) if self.head_only else task
         self.shapes = self.task.shapes(base, self.max_length, tokens)
-        if gradient_checkpointing:
-            checkpoint_layers(base.module, base.name)
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
@@ -282,9 +286,9 @@ class FederatedModel:
             losses = self.task.losses(self.module, batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
 
-    def score(self, records: Sequence[Record]) -> Score:
-        """Return accuracy and mean loss on ``records`` (at least one)."""
-        return score_records(self.module, self.task, self.base, records, self.device, self.precision)
+    def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:
+        """Return accuracy and mean loss on ``records`` (at least one); ``slices`` as of score_records."""
+        return score_records(self.module, self.task, self.base, records, self.device, self.precision, slices=slices)
 
 
 @torch.no_grad()
@@ -296,11 +300,16 @@ def score_records(
     device: torch.device,
     precision: torch.dtype,
     batch_tokens: int = 0,
+    slices: Sequence[int] = (),
 ) -> Score:
-    """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one)."""
+    """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one).
+
+    ``slices`` are each record's slice of the test data, by its number; empty: there is none.
+    """
     was_training = module.training
     module.eval()
     totals, right, of_label = torch.zeros(3, dtype=torch.float64), Counter[int](), Counter[int]()
+    slice_right, of_slice = Counter[int](), Counter(slices)
     for group in length_batches([task.size(record) for record in records], choose_batch_tokens(batch_tokens, device)):
         batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
@@ -310,6 +319,7 @@ def score_records(
             labels = batch["labels"].tolist()
             of_label.update(labels)
             right.update(label for label, hit in zip(labels, sums.correct.tolist(), strict=True) if hit)
+            slice_right.update(slices[i] for i, hit in zip(group, sums.correct.tolist(), strict=True) if slices and hit)
     module.train(was_training)
     loss, correct, weight = totals.tolist()
     by_label = range(max(of_label, default=-1) + 1)
@@ -318,6 +328,8 @@ def score_records(
         loss=loss / weight,
         right=tuple(right[label] for label in by_label),
         records=tuple(of_label[label] for label in by_label),
+        slice_right=tuple(slice_right[number] for number in sorted(of_slice)),
+        slice_records=tuple(of_slice[number] for number in sorted(of_slice)),
     )
 
 
@@ -424,5 +436,5 @@ def model_of(
         max_length=config.max_length,
         device=device,
         precision=precision,
-    )
         gradient_checkpointing=config.gradient_checkpointing,
+    )

@@ -52,3 +52,5 @@ LABEL = Role("label", "label", "the label", read=read_word)
 """Holds one of ``data.labels``; the field is its number among them."""
 KEY = Role("key", "key", "the natural partition", read=read_word)
 """Column of the natural partition: of no task, and never read of records that somebody protects."""
+SLICE = Role("slice", "slice", "the part of the public test data that a record is of", read=read_word)
+"""Column of the public test file alone, by which scores are given as well."""
