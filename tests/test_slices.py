@@ -24,7 +24,8 @@ from strategies.job import configure
 
 def with_regions(folder: Path, regions: tuple[str, ...] = ("north", "south", "<b>east")) -> Path:
     """Write a test file with a column of regions beside text and label."""
-    rows = list(csv.DictReader(write_reviews(folder / "plain.csv", 30, seed=5).open(encoding="utf-8")))
+    with write_reviews(folder / "plain.csv", 30, seed=5).open(encoding="utf-8") as plain:
+        rows = list(csv.DictReader(plain))
     path = folder / "test.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["text", "label", "region"], extrasaction="ignore")

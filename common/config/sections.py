@@ -82,9 +82,6 @@ class ModelConfig(Section):
     An image is scaled to the largest square of whole patches that has at most so many."""
     feature_scale: Annotated[float, NOT_NEGATIVE, RATIO] = 1.0
     """Classification: length that the pooled features are brought to. 0 leaves them as they are."""
-    gradient_checkpointing: bool = False
-    """Whether a site keeps the input of each layer alone, and computes the rest again going back: less memory,
-    more time, the same gradients."""
 
 
 @dataclass(frozen=True)

@@ -75,30 +75,6 @@ def choose_attention(model: Any, device: torch.device) -> None:
         model.set_attn_implementation("eager")
 
 
-def checkpoint_layers(model: Any, name: str) -> None:
-    """Let a transformers model keep each layer's input alone in training, and compute the rest again going back.
-
-    Reentrant: the first pass runs without a gradient, where no hook looks. So hooks that take per-record gradients see
-    each layer once, in the second pass, whose numbers are the first one's.
-
-    Args:
-        model: the stock model.
-        name: its name, for the message.
-
-    Raises:
-        ConfigError: transformers cannot do that with a model of this kind.
-    """
-    try:
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-        # The second pass goes back to what the first layer was given, so that must have a gradient.
-        model.enable_input_require_grads()
-    except (ValueError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"model.gradient-checkpointing is true, which a base model of the kind of {name!r} cannot do: "
-            "set it to false"
-        ) from error
-
-
 def own_cores() -> int:
     """Return how many CPU cores this process may call its own, at least 1.
 

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -26,7 +26,6 @@ from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
 from common.model.device import (
     autocast,
-    checkpoint_layers,
     choose_attention,
     choose_batch_tokens,
     choose_device,
@@ -62,8 +61,9 @@ class Score:
     """Records of each slice."""
 
     def __post_init__(self) -> None:
-        for item in fields(self)[2:]:  # a checkpoint's JSON has lists
-            object.__setattr__(self, item.name, tuple(getattr(self, item.name)))
+        # A checkpoint's JSON has lists.
+        object.__setattr__(self, "right", tuple(self.right))
+        object.__setattr__(self, "records", tuple(self.records))
 
 
 class FederatedModel:
@@ -83,7 +83,6 @@ class FederatedModel:
         max_length: int = 128,
         device: str = "auto",
         precision: str = "auto",
-        gradient_checkpointing: bool = False,
     ) -> None:
         self.base, self.adapter = base, adapter
         self.max_length = task.limit(base, max_length)
@@ -101,8 +100,6 @@ class FederatedModel:
         self.lowers = True
         """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
         self.peft_model = adapter.attach(base.module, seed)
-        if gradient_checkpointing:
-            checkpoint_layers(base.module, base.name)
         self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
         self.module.to(self.device)
         self.task: Task = Featured(task, self.module.width) if self.head_only else task
@@ -436,5 +433,4 @@ def model_of(
         max_length=config.max_length,
         device=device,
         precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
     )
