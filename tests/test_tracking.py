@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
@@ -161,7 +162,7 @@ def instead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def told_to(row: type[Tracker], folder: Path) -> None:
     tracker = row(folder, "7", {"rounds": 2})
     tracker.log(1, {"accuracy": 0.7, "epsilon": 1.5})
-    tracker.log(2, {"accuracy": 0.8})
+    tracker.log(2, {"accuracy/a<b": 0.8})
     tracker.close()
 
 
@@ -187,14 +188,14 @@ def test_tensorboard_gets_scalars(instead: Callable[..., None], tmp_path: Path) 
     instead("torch.utils.tensorboard", SummaryWriter=SummaryWriter)
     told_to(TRACKERS["tensorboard"], tmp_path)
     assert kept[:3] == [str(tmp_path / "tensorboard"), ("settings", True), ("accuracy", 0.7, 1)]
-    assert kept[3:] == [("epsilon", 1.5, 1), "flush", ("accuracy", 0.8, 2), "flush", "close"]
+    assert kept[3:] == [("epsilon", 1.5, 1), "flush", ("accuracy/a<b", 0.8, 2), "flush", "close"]
 
 
 def test_mlflow_keeps_one_run_and_finds_it_again(
     instead: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     kept: list[Any] = []
     runs: dict[str, Any] = {}
 
@@ -221,16 +222,19 @@ def test_mlflow_keeps_one_run_and_finds_it_again(
         def log_metric(self, run_id: str, key: str, value: float, step: int) -> None:
             kept.append((run_id, key, value, step))
 
-        def set_terminated(self, run_id: str, status: str | None = None) -> None:
+        def update_run(self, run_id: str, status: str) -> None:
             kept.append((run_id, status))
+
+        def set_terminated(self, run_id: str) -> None:
+            kept.append((run_id, "ended"))
 
     instead("mlflow", MlflowClient=MlflowClient)
     told_to(TRACKERS["mlflow"], tmp_path)
-    metrics = [("r", "accuracy", 0.7, 1), ("r", "epsilon", 1.5, 1), ("r", "accuracy", 0.8, 2)]
-    assert kept == [f"sqlite:///{tmp_path}/mlflow.db", ("r", "rounds", 2), *metrics, ("r", None)]
+    metrics = [("r", "accuracy", 0.7, 1), ("r", "epsilon", 1.5, 1), ("r", "accuracy/a_b", 0.8, 2)]
+    assert kept == [f"sqlite:///{tmp_path}/mlflow.db", ("r", "rounds", 2), *metrics, ("r", "ended")]
     kept.clear()
     told_to(TRACKERS["mlflow"], tmp_path)
-    assert kept[1:] == [("r", "RUNNING"), *metrics, ("r", None)], "a run that goes on became another"
+    assert kept[1:] == [("r", "RUNNING"), *metrics, ("r", "ended")], "a run that goes on became another"
 
 
 def test_weights_and_biases_stays_offline(instead: Callable[..., None], tmp_path: Path) -> None:
@@ -244,4 +248,25 @@ def test_weights_and_biases_stays_offline(instead: Callable[..., None], tmp_path
     instead("wandb", init=init, Settings=lambda **given: SimpleNamespace(**given))
     told_to(TRACKERS["wandb"], tmp_path)
     assert kept[0] == ("fedveil", "7", str(tmp_path), "offline", {"rounds": 2}, True)
-    assert kept[1:] == [({"accuracy": 0.7, "epsilon": 1.5}, 1), ({"accuracy": 0.8}, 2), "finish"]
+    assert kept[1:] == [({"accuracy": 0.7, "epsilon": 1.5}, 1), ({"accuracy/a<b": 0.8}, 2), "finish"]
+
+
+def test_trackio_keeps_its_files_in_the_runs_folder(
+    instead: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", "before")  # so that what the row sets is taken back
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "before")
+    monkeypatch.delenv("TRACKIO_DIR")
+    monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED")
+    kept: list[Any] = []
+    run = SimpleNamespace(log=lambda metrics, step: kept.append((metrics, step)), finish=lambda: kept.append("finish"))
+
+    def init(project: str, name: str, *, config: dict[str, Any], resume: str, embed: bool, **quiet: bool) -> Any:
+        kept.append((project, name, config, resume, embed, quiet, os.environ["TRACKIO_DIR"]))
+        return run
+
+    instead("trackio", init=init)
+    told_to(TRACKERS["trackio"], tmp_path)
+    quiet = {"auto_log_gpu": False, "auto_log_cpu": False}
+    assert kept[0] == ("fedveil", "7", {"rounds": 2}, "allow", False, quiet, str(tmp_path / "trackio"))
+    assert kept[1:] == [({"accuracy": 0.7, "epsilon": 1.5}, 1), ({"accuracy/a<b": 0.8}, 2), "finish"]

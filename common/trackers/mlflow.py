@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +11,8 @@ from typing import ClassVar
 from common.trackers.base import Tracker
 
 EXPERIMENT, TAG = "fedveil", "fedveil.run"
+UNTAKEN = re.compile(r"[^\w\-. /]")
+"""Characters that a metric's name may not have; a label has any."""
 
 
 class MLflow(Tracker):
@@ -32,7 +35,7 @@ class MLflow(Tracker):
         found = self._client.search_runs([experiment], f"tags.`{TAG}` = '{run}'", max_results=1)
         if found:
             self._run = found[0].info.run_id
-            self._client.set_terminated(self._run, status="RUNNING")
+            self._client.update_run(self._run, status="RUNNING")
         else:
             self._run = self._client.create_run(experiment, run_name=run, tags={TAG: run}).info.run_id
             for key, value in settings.items():
@@ -41,7 +44,7 @@ class MLflow(Tracker):
     def log(self, round_number: int, figures: Mapping[str, float]) -> None:
         """Add each figure as a metric."""
         for name, value in figures.items():
-            self._client.log_metric(self._run, name, value, step=round_number)
+            self._client.log_metric(self._run, UNTAKEN.sub("_", name), value, step=round_number)
 
     def close(self) -> None:
         """Say that the run has ended."""

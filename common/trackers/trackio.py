@@ -25,7 +25,13 @@ class Trackio(Tracker):
         import trackio
 
         self._run = trackio.init(
-            project="fedveil", name=run, config=dict(settings), resume="allow", embed=False, auto_log_gpu=False
+            project="fedveil",
+            name=run,
+            config=dict(settings),
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
         )
 
     def log(self, round_number: int, figures: Mapping[str, float]) -> None:
