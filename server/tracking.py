@@ -1,4 +1,4 @@
-"""What a run's folder holds, told to an experiment tracker, a step a round.
+"""Tell an experiment tracker what a run's folder holds, a step a round.
 
 A tracker is a looking glass: whatever goes wrong with it is logged once, and the run goes on, because what its rounds
 have cost in privacy is spent.
