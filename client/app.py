@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -13,11 +13,12 @@ from flwr.clientapp import ClientApp
 from client.budget import evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
 from client.leftovers import left_nothing, tensors_digest
+from client.linearised import Derivatives, check_memory, contrasts
 from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_features, rehearse_initial
+from client.rehearsal import rehearse, rehearse_features, rehearse_initial, rehearse_linearised
 from client.site import Site, check_job, open_site, policy_of
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
@@ -36,6 +37,10 @@ log = logging.getLogger("fedveil.site")
 app = ClientApp()
 
 
+PLAIN, INITIAL, VECTORS = "plain steps", "round 0", "steps on vectors"
+"""What a model rehearses."""
+
+
 @dataclass
 class _Process:
     """What this process has built and keeps between rounds."""
@@ -43,11 +48,13 @@ class _Process:
     model: FederatedModel | None = None
     records: dict[str, tuple[Dataset, list[Record]]] = field(default_factory=dict)
     """Each site's records as read and as the current model takes them."""
-    rehearsed: dict[bool, Timing] = field(default_factory=dict)
-    """What of private training the current model is known to do rightly, and how fast: round 0 (True), other rounds."""
+    rehearsed: dict[str, Timing] = field(default_factory=dict)
+    """What of private training the current model is known to do rightly, and how fast, by the names below."""
     features: Timing | None = None
     """How fast the current model computes features, where it was seen to do it rightly; None: it needs not, or was not.
     """
+    derivatives: dict[str, Derivatives] = field(default_factory=dict)
+    """Each site's records as the steps of a linearised run take them."""
     built: str = ""
     """Digest of the current model's tensors as it was built."""
 
@@ -70,6 +77,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
         _process.model, _process.records, _process.rehearsed, _process.features = model, {}, {}, None
+        _process.derivatives = {}
         _process.built = tensors_digest(model.module)
     return model
 
@@ -84,6 +92,9 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
+    training = job.config.training
+    if training.linearised:
+        check_memory(model, site.public_size)
     if not job.mechanism.rehearsed:
         if deadline.seconds and job.mechanism.conceals:
             raise PolicyRefusal(
@@ -91,22 +102,27 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
                 f"{job.mechanism.name!r} nobody knows how long a round takes"
             )
         return
-    if False not in _process.rehearsed:
-        _process.rehearsed[False] = rehearse(model)
+    if PLAIN not in _process.rehearsed:
+        _process.rehearsed[PLAIN] = rehearse(model)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
     on_features = model.head_only or bool(paid_start and paid_start.on_features)
     if on_features and _process.features is None:
         # Last, because the other may change how the model attends; features that were computed before are dropped.
         _process.features, _process.records = rehearse_features(model), {}
-    if paid_start and True not in _process.rehearsed:
+    if paid_start and INITIAL not in _process.rehearsed:
         # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
-        attention, rounds = model.attention, _process.rehearsed.pop(False)
+        attention, plain = model.attention, _process.rehearsed.pop(PLAIN)
         start = rehearse_initial(model, paid_start)
         if model.attention != attention:
-            rounds = rehearse(model)
-        _process.rehearsed = {False: rounds, True: start}
-    timing, training = _process.rehearsed[paid_start is not None], job.config.training
+            plain = rehearse(model)
+        _process.rehearsed = {PLAIN: plain, INITIAL: start}
+    on_vectors = training.linearised and not initial
+    if on_vectors and VECTORS not in _process.rehearsed:
+        _process.rehearsed[VECTORS] = rehearse_linearised(model)
+    timing = _process.rehearsed[INITIAL if paid_start else VECTORS if on_vectors else PLAIN]
+    if on_vectors:
+        timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
     paid = paid_start.release() if paid_start else None
     steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
     if job.mechanism.charged and not paid:
@@ -114,8 +130,10 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         rate = job.mechanism.event(job.config.privacy, training).sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
-    featured = (_process.features, float(site.public_size)) if _process.features and on_features else None
-    deadline.allow(timing, steps, rate * site.public_size, scored, featured)
+    ahead = (_process.features, float(site.public_size)) if _process.features and on_features else None
+    if on_vectors:
+        ahead = (_process.rehearsed[PLAIN], float(site.public_size * contrasts(model)))
+    deadline.allow(timing, steps, rate * site.public_size, scored, ahead)
     if deadline.seconds and len(site.data.examples) > site.public_size:
         log.error("there are more records than public-size says: when it answers, is not covered by the claim")
 
@@ -176,7 +194,7 @@ def answer(
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
             check_task(whole, job, model)
             _hold_to(deadline, job, site, model, initial=not number)
-        result = train_round(site, job, model, _records(model, site), whole, deadline)
+        result = train_round(site, job, model, _records(model, site), whole, deadline, _process.derivatives)
         kept.keep(task, result)
         if site.unreadable and job.mechanism.conceals:
             note_failure(site, task, site.unreadable, deadline)

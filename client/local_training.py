@@ -8,15 +8,18 @@ step takes, how they pass, and what clips and noises is the plan's, which the me
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
+from torch import nn
 
 from client.budget import evaluation_releases, note_exposure, note_failure, pay_round
 from client.correction import correction
 from client.deadline import Deadline
 from client.evaluation import noised_correct
+from client.linearised import Derivatives, linearised
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.site import Site
@@ -28,7 +31,7 @@ from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
-from common.privacy.steps import Around
+from common.privacy.steps import Around, as_it_is
 from common.randomness import stream
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS
@@ -45,6 +48,7 @@ def train_round(
     records: Sequence[Record],
     task: TrainTask,
     deadline: Deadline | None = None,
+    kept: MutableMapping[str, Derivatives] | None = None,
 ) -> TrainResult:
     """Do one round and return what the server is sent; in round 0, the statistic that the start is made from.
 
@@ -55,6 +59,7 @@ def train_round(
         records: the site's records, as the model takes them.
         task: what the server sent.
         deadline: when the answer is to leave; None: as soon as it is there.
+        kept: what this process keeps of a linearised run, by site; None: nothing.
 
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
@@ -86,7 +91,7 @@ def train_round(
         if evaluation_releases(job, site, 1):
             noise = site.policy.metrics_noise
             counted = NoisedCount(noised_correct(model, records, noise), noise)
-        failed = _local_steps(records, job, model, task, received, plan, deadline, site)
+        failed = _local_steps(records, job, model, task, received, plan, deadline, site, {} if kept is None else kept)
         trained = {
             layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
             for layer, factors in model.trained().items()
@@ -150,6 +155,7 @@ def _local_steps(
     plan: Plan,
     deadline: Deadline,
     site: Site,
+    kept: MutableMapping[str, Derivatives],
 ) -> str | None:
     """Take the round's steps; if they fail where that must not show, take them on no record, and return why.
 
@@ -158,13 +164,13 @@ def _local_steps(
     claim: from a whole sum to none is further than one clip.
     """
     if not job.mechanism.conceals:
-        _take_steps(records, job, model, task, received, plan, site.name, Deadline())
+        _take_steps(records, job, model, task, received, plan, site, Deadline(), kept)
         return None
     try:
-        _take_steps(records, job, model, task, received, plan, site.name, deadline)
+        _take_steps(records, job, model, task, received, plan, site, deadline, kept)
     except Exception as error:
         model.write(received)
-        _take_steps([], job, model, task, received, plan, site.name, Deadline())
+        _take_steps([], job, model, task, received, plan, site, Deadline(), {})
         return own_words(error)
     return None
 
@@ -176,20 +182,43 @@ def _take_steps(
     task: TrainTask,
     received: AdapterState,
     plan: Plan,
-    site: str,
+    site: Site,
     deadline: Deadline,
+    kept: MutableMapping[str, Derivatives],
 ) -> None:
     config = job.config.training
     first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
-    optimizer = build_optimizer(model.trained(), config)
-    batches = plan.batches(model, records, stream(job.config.seed, "batches", site), first)
-    correct = correction(job.strategy, model, received)
-    with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
-        for step in range(config.local_steps):
-            deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
-            set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
-            chosen = next(batches)
-            steps.step(plan.parts(model, [records[i] for i in chosen]), model.losses)
+    with _trainable(records, job, model, task, site, deadline, kept) as (seen, trained):
+        optimizer = build_optimizer(trained, config)
+        batches = plan.batches(model, seen, stream(job.config.seed, "batches", site.name), first)
+        # The checked configuration has no strategy with a rule of its own on the step of a linearised model.
+        correct = as_it_is if config.linearised else correction(job.strategy, model, received)
+        with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
+            for step in range(config.local_steps):
+                deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
+                set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
+                chosen = next(batches)
+                steps.step(plan.parts(model, [seen[i] for i in chosen]), model.losses)
+
+
+@contextmanager
+def _trainable(
+    records: Sequence[Record],
+    job: Job,
+    model: FederatedModel,
+    task: TrainTask,
+    site: Site,
+    deadline: Deadline,
+    kept: MutableMapping[str, Derivatives],
+) -> Iterator[tuple[Sequence[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
+    """Yield the records that the steps take, and what they train, by layer and factor."""
+    rounds = job.config.training.linearised
+    if not rounds:
+        yield records, model.trained()
+        return
+    of = (task.run, (task.round_number - 1) // rounds)
+    with linearised(model, records, of, kept, site.name, site.data, deadline.check) as both:
+        yield both
 
 
 def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from client.deadline import Timing
 from common.errors import MechanismError, ModelError
-from common.messages.state import METRIC
+from common.messages.state import METRIC, AdapterState
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch, Shapes
 from common.privacy.dpsgd import PrivateSteps
@@ -80,6 +80,16 @@ def rehearse_features(model: FederatedModel) -> Timing:
     Afterwards ``model.feature_shapes`` are shapes that this device computes rightly.
     """
     return _OfFeatures(model).run()
+
+
+def rehearse_linearised(model: FederatedModel) -> Timing:
+    """Check the steps on vectors (``client.linearised``), whose derivatives ``rehearse`` has seen; as ``rehearse``."""
+    around: AdapterState = {}
+    for (layer, name), p in model.below_head().items():
+        away = AWAY * torch.randn(p.shape, generator=stream(0, "rehearsal", layer, name))
+        around.setdefault(layer, {})[name] = p.detach() + away.to(p.device)
+    with model.linearised(around):
+        return _Rehearsal(model).run()
 
 
 class _Rehearsal:

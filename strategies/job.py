@@ -191,9 +191,28 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         )
     if not config.adapter.alpha:
         _check_calibration(config, strategy)
+    if config.training.linearised:
+        _check_linearised(config, strategy, ADAPTERS[name])
     own = _flat(asked, asked_start, strategy)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
     return Job(config, strategy, build_adapter(name, config.adapter, origin), origin, notes, own)
+
+
+def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
+    if not TASKS[config.model.task].labelled:
+        raise ConfigError(
+            f"training.linearised is for labels, and model.task {config.model.task!r} has none: set it to 0"
+        )
+    if not adapter.trained:
+        raise ConfigError(
+            f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
+            "linear already: set it to 0"
+        )
+    if type(strategy).correct is not Strategy.correct:
+        raise ConfigError(
+            f"strategy {strategy.name!r} has a rule of its own on gradients, layer by layer, which the one step of a "
+            "linearised model has not: set training.linearised to 0"
+        )
 
 
 def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> Start:

@@ -129,6 +129,18 @@ def test_the_features_of_a_head_alone_are_in_the_time_of_the_run(toy_settings: d
     assert plain.feature_seconds == (0.0, 0.0), "features are counted where none are computed"
 
 
+def test_the_derivatives_of_a_linearised_run_are_in_its_time(toy_settings: dict[str, Any]) -> None:
+    more = {"training.linearised": 2, "rounds": 3, "training.local-steps": 1}
+    forecast = planned({**toy_settings, **more}, calibrated=True)
+    measured, features = forecast.calibration, forecast.feature_seconds
+    assert measured is not None
+    assert features is not None
+    assert measured.feature_seconds > 0
+    # Rounds 1 and 2 have one linearisation, round 3 another.
+    assert features[1] == pytest.approx(2 * max(forecast.sizes) * measured.feature_seconds)
+    assert measured.alignment is not None
+
+
 def test_the_time_of_a_run_has_its_features_once(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     featured = dataclasses.replace(MEASURED, feature_seconds=0.5)
     assert feature_seconds(featured, [60, 90, 60], workers=2) == (60.0, 45.0)

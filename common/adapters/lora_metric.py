@@ -21,13 +21,13 @@ from torch import Tensor
 from common.adapters.mapped import Mapped
 from common.messages.state import Factors
 
-SHRUNK = 8
-"""Directions of a layer's inputs that V can shrink, at most."""
+SHRUNK = 64
+"""Directions of a layer's inputs that V can shrink, at most; of a narrow layer, a quarter of all."""
 
 
 @dataclass(frozen=True)
 class LoRAMetric(Mapped):
-    """Factors ``A`` (rank, in), trained from 0, and ``B`` (out, rank) and ``V`` (at most 8, in), frozen."""
+    """Factors ``A`` (rank, in), trained from 0, and ``B`` (out, rank) and ``V`` (shrunk(in), in), frozen."""
 
     name: ClassVar[str] = "lora-metric"
     trained: ClassVar[tuple[str, ...]] = ("A",)
@@ -37,8 +37,8 @@ class LoRAMetric(Mapped):
     directions: ClassVar[tuple[str, ...]] = ("B", "V")
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
-        """Return those of A, (rank, into), B, (out, rank), and V, (at most 8, into)."""
-        return {"A": (self.rank, into), "B": (out, self.rank), "V": (min(SHRUNK, into), into)}
+        """Return those of A, (rank, into), B, (out, rank), and V, (shrunk(into), into)."""
+        return {"A": (self.rank, into), "B": (out, self.rank), "V": (shrunk(into), into)}
 
     def begin(self, given: Factors) -> Factors:
         """Return B and V; without a V nothing is shrunk."""
@@ -56,6 +56,15 @@ class LoRAMetric(Mapped):
         """Return a plain LoRA pair."""
         del base_weight
         return {"lora_A.weight": in_weights(factors), "lora_B.weight": factors["B"]}
+
+
+def shrunk(into: int) -> int:
+    """Return how many of a layer's ``into`` input directions V shrinks.
+
+    >>> shrunk(384), shrunk(32), shrunk(2)
+    (64, 8, 1)
+    """
+    return max(1, min(SHRUNK, into // 4))
 
 
 def in_weights(factors: Mapping[str, Tensor]) -> Tensor:

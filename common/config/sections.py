@@ -225,6 +225,7 @@ class TrainingConfig:
     momentum: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
+    linearised: int = 0
     batch_tokens: int = 0
     """0: what suits the device, as each machine finds it."""
 

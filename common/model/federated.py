@@ -37,8 +37,9 @@ from common.model.shapes import FixedBatch, Shapes
 from common.randomness import stream
 from common.tasks import TASKS, Batch, Record, Task
 from common.tasks.examples import Example
-from common.tasks.featured import FEATURES, Featured, put_features
+from common.tasks.featured import FEATURES, TANGENTS, Featured, put_features
 from common.tasks.module import Metric
+from common.tasks.tangent import Tangent
 
 log = logging.getLogger("fedveil.site")
 
@@ -107,8 +108,8 @@ class FederatedModel:
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
-        self.head_shapes: Shapes | None = None
-        """The same inside ``head_alone``, once it was entered."""
+        self.vector_shapes: dict[tuple[int, ...], Shapes] = {}
+        """The same inside ``head_alone`` and ``linearised``, once entered, by the shape of a record's tangents."""
         self.head_trained = head.policy == "trained"
         if self.module.head is not None:
             start_head(self, self.module.head, head, seed, phrases_of(head, label_names, label_phrases))
@@ -255,18 +256,75 @@ class FederatedModel:
         Raises:
             ModelError: the model has no head.
         """
+        with self._on_vectors(()):
+            self._needed_head().requires_grad_(True)
+            yield
+
+    @contextmanager
+    def linearised(self, around: AdapterState) -> Iterator[dict[str, dict[str, nn.Parameter]]]:
+        """Let the way from ``around`` take a gradient in place of the adapter, and the head if it is trained.
+
+        Inside it records have features and tangents, both of the model at ``around`` (``client.linearised``), and pass
+        in one shape, and the logits are linear in what is trained. Afterwards the adapter is as far from ``around`` as
+        the way was made, unless an error ended the context.
+
+        Args:
+            around: the trained tensors of every adapted layer at the point of linearisation.
+
+        Yields:
+            What is trained, by layer and factor.
+
+        Raises:
+            ModelError: the model has no head, or trains nothing below it.
+        """
+        below = self.below_head()
+        if not below:
+            raise ModelError("nothing below the head is trained, so there is nothing to linearise")
+        begun = torch.cat([around[layer][name].flatten() for layer, name in below]).to(self.device)
+        tangent = Tangent(len(begun)).to(self.device)
+        with torch.no_grad():
+            way = torch.cat([p.flatten() for p in below.values()]) - begun
+            tangent.step.copy_(way)
+        with self._on_vectors((self.classes - 1, len(tangent.step))):
+            self.module.tangent = tangent
+            head = self._needed_head().requires_grad_(self.head_trained)
+            try:
+                step = {TANGENTS: {"step": tangent.step}}
+                yield {**step, HEAD: dict(head.named_parameters())} if self.head_trained else step
+            finally:
+                self.module.tangent = None
+        with torch.no_grad():
+            moved = (tangent.step - way).split([p.numel() for p in below.values()])
+            for parameter, part in zip(below.values(), moved, strict=True):
+                parameter.add_(part.view_as(parameter))
+
+    def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
+        """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""
+        return {
+            (layer, name): p
+            for layer, factors in self.trained().items()
+            if layer != HEAD
+            for name, p in factors.items()
+        }
+
+    def _needed_head(self) -> nn.Linear:
         if self.module.head is None:
             raise ModelError(f"the task {self.task.name!r} has no head that could be trained alone")
+        return self.module.head
+
+    @contextmanager
+    def _on_vectors(self, tangents: tuple[int, ...]) -> Iterator[None]:
+        """Take records as vectors, and no gradient anywhere; put all back afterwards."""
+        self._needed_head()
         before = [(p, p.requires_grad) for p in self.module.parameters()]
         task, shapes, only = self.task, self.shapes, self.head_only
         self.module.requires_grad_(False)
-        self.module.head.requires_grad_(True)
-        self.task, self.head_only = Featured(self.reading, self.module.width), True
-        self.shapes = self.head_shapes or self.task.shapes(self.base, self.max_length, 0)
+        self.task, self.head_only = Featured(self.reading, self.module.width, tangents), True
+        self.shapes = self.vector_shapes.get(tangents) or self.task.shapes(self.base, self.max_length, 0)
         try:
             yield
         finally:
-            self.head_shapes = self.shapes
+            self.vector_shapes[tangents] = self.shapes
             self.task, self.shapes, self.head_only = task, shapes, only
             for parameter, wanted in before:
                 parameter.requires_grad_(wanted)

@@ -41,6 +41,7 @@ from common.log import place_of
 from common.model.shapes import FixedBatch
 from common.privacy.steps import Correct, as_it_is
 from common.randomness import add_private_noise
+from common.tasks.tangent import Tangent
 
 if TYPE_CHECKING:
     from common.privacy.plan import PrivacyPlan
@@ -52,6 +53,7 @@ TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter")
 
 
 register_grad_sampler(Branch)(Branch.gradients)
+register_grad_sampler(Tangent)(Tangent.gradients)
 
 
 class ClipAndNoise(DPOptimizer):

@@ -6,7 +6,7 @@ label, or its second half as the completion of the first. V shrinks the few inpu
 any public text are longest, to the length of those after them: along these nearly all of a record's gradient lies, and
 they say nothing about the label. Both are made at the server before a record is read, so they cost nothing, and travel
 once. B is scaled so that the gradients of public text are as long as suits the clip, all adapted layers together, and
-equally long in each.
+equally long in each layer and each column: else the first column has most of the clip.
 
 In kin: DP-KFC (Molina Van den Bosch et al. 2026, arXiv 2605.13418) preconditions DP-SGD by Kronecker factors of a
 layer's inputs and outputs, which it takes from made-up records as well.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.adapters import Adapter, Place
 from common.adapters.base import stored_transposed
-from common.adapters.lora_metric import SHRUNK
+from common.adapters.lora_metric import shrunk
 from common.check import POSITIVE, OneOf
 from common.config.fields import RATIO
 from common.config.sections import RunConfig
@@ -41,6 +41,8 @@ from common.tasks import TASKS, Record
 
 Gradients = Iterator[dict[str, Tensor]]
 """Of one record after another: the gradient of each adapted layer's weight, shape (out, in), float64, CPU."""
+FAINT = 0.05
+"""Length of a column's gradients, over the longest column's, below which it is taken for that."""
 TELLING = 64
 """Public texts that B's directions are taken from, where no phrases are: each costs a product of matrices a layer."""
 
@@ -112,16 +114,23 @@ class PublicMetric(FromText):
         moments = _moments(model, texts, columns) if columns else {}
         scaling = model.adapter.scaling
         for layer, B in columns.items():
-            V = shrinking(moments[layer]) if "V" in model.adapter.directions else torch.zeros(1, len(moments[layer]))
-            left = torch.eye(V.shape[1], dtype=torch.float64) - V.double().T @ V.double()
-            # Mean squared norm of s Bᵀ G (I - Vᵀ V) over the texts.
-            length = scaling * float((left @ moments[layer] @ left).trace()) ** 0.5
-            if not length > 0:
+            by_column = moments[layer]
+            lengths = _traces(by_column).sqrt()
+            if not float(lengths.max()) > 0:
                 raise ModelError(
                     f"no public text has a gradient in {layer}: set head.start to 'label-words' or 'random'"
                 )
-            wanted = config.privacy.clip_norm / self.clip_share / len(columns) ** 0.5
-            state[layer] = {"B": (B * (wanted / length)).float(), "V": V.float()}
+            # A column without a gradient is not blown up to one.
+            lengths = lengths.clamp(min=FAINT * float(lengths.max()))
+            V = torch.zeros(1, by_column.shape[-1], dtype=torch.float64)
+            if "V" in model.adapter.directions:
+                V = shrinking((by_column / lengths.square()[:, None, None]).sum(0))
+            left = torch.eye(V.shape[1], dtype=torch.float64) - V.T @ V
+            # Root mean square of s bᵀ G (I - Vᵀ V) over the texts, by column b of B.
+            after = scaling * _traces(left @ by_column @ left).sqrt()
+            after = after.clamp(min=FAINT * float(after.max()))
+            wanted = config.privacy.clip_norm / self.clip_share / (len(columns) * len(after)) ** 0.5
+            state[layer] = {"B": (B * (wanted / after)).float(), "V": V.float()}
         if model.module.metric is not None:
             state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
@@ -184,22 +193,27 @@ def _labelled(model: FederatedModel, labels: Labels) -> list[Record]:
 
 
 def _moments(model: FederatedModel, records: Sequence[Record], columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the mean of (Bᵀ G)ᵀ (Bᵀ G) over records, shape (in, in), by layer."""
+    """Return the mean of (bᵀ G)ᵀ (bᵀ G) over records for each column b of B, shape (rank, in, in), by layer."""
     moments: dict[str, Tensor] = {}
     for gradients in _gradients(model, records):
         for layer, G in gradients.items():
             seen = columns[layer].T @ G
-            moments[layer] = moments.get(layer, 0) + seen.T @ seen / len(records)
+            moments[layer] = moments.get(layer, 0) + seen[:, :, None] * seen[:, None, :] / len(records)
     return moments
 
 
-def shrinking(moment: Tensor) -> Tensor:
-    """Return V, shape (at most 8, in), with which I - Vᵀ V takes the leading eigenvalues down to that after them.
+def _traces(matrices: Tensor) -> Tensor:
+    """Return the trace of each of the matrices, at least 0."""
+    return matrices.diagonal(dim1=1, dim2=2).sum(1).clamp(min=0)
 
-    A direction of eigenvalue λ keeps √(λ₉ / λ) of its length, and V has the root of the rest.
+
+def shrinking(moment: Tensor) -> Tensor:
+    """Return V, shape (k, in), with which I - Vᵀ V takes the k leading eigenvalues down to that after them.
+
+    A direction of eigenvalue λ keeps √(λ₊ / λ) of its length, λ₊ the one after them, and V has the root of the rest.
     """
     values, vectors = torch.linalg.eigh(moment)
-    count = min(SHRUNK, len(values))
+    count = shrunk(len(values))
     leading, level = values[-count:].flip(0).clamp(min=0), values[max(0, len(values) - count - 1)].clamp(min=0)
     kept = torch.where(leading > level, (level / leading).sqrt(), torch.ones_like(leading))
     return (1 - kept).sqrt()[:, None] * with_fixed_signs(vectors[:, -count:].flip(1).T)

@@ -23,15 +23,24 @@ if TYPE_CHECKING:
 
 FEATURES = "features"
 """What a record and a batch call the features, shape (width,) and (records, width), float32."""
+TANGENTS = "tangents"
+"""What they call the derivatives of ``common.tasks.tangent``, shape (labels - 1, numbers) and (records, labels - 1,
+numbers), float16."""
 ROWS = 256
 """Records of a pass."""
 
 
 class Featured(Task):
-    """The task ``inner``, whose records may be features, ``width`` numbers each."""
+    """The task ``inner``, whose records may be features, ``width`` numbers each.
 
-    def __init__(self, inner: Task, width: int) -> None:
-        self.inner, self.width = inner, width
+    Args:
+        inner: the task.
+        width: of the features.
+        tangents: shape of the tangents beside the features (``common.tasks.tangent``); empty: there are none.
+    """
+
+    def __init__(self, inner: Task, width: int, tangents: tuple[int, ...] = ()) -> None:
+        self.inner, self.width, self.tangents = inner, width, tangents
         # Of this instance: a row of the table has them as its class's.
         vars(self).update(
             name=inner.name, roles=inner.roles, example=inner.example, counted=inner.counted, worded=inner.worded
@@ -81,21 +90,26 @@ class Featured(Task):
         return Shapes(longest=1, tokens=ROWS, most=most, uniform=True)
 
     def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
-        """Return ``features``, shape (records, width), and ``labels``, shape (records,); or the inner task's batch."""
+        """Return ``features``, shape (records, width), and ``labels``, shape (records,); or the inner task's batch.
+
+        Where records have tangents, the batch has ``tangents`` beside them.
+        """
         import torch
 
         if FEATURES not in records[0]:
             return self.inner.collate(base, records, size)
+        vectors = [key for key in (FEATURES, TANGENTS) if key in records[0]]
         return {
-            FEATURES: torch.stack([record[FEATURES] for record in records]),
+            **{key: torch.stack([record[key] for record in records]) for key in vectors},
             "labels": torch.tensor([record["labels"] for record in records]),
         }
 
     def filler(self, base: BaseModel, like: Record) -> Record:
-        """Return a vector of zeros."""
+        """Return vectors of zeros."""
         if FEATURES not in like:
             return self.inner.filler(base, like)
-        return {FEATURES: like[FEATURES].new_zeros(like[FEATURES].shape), "labels": 0}
+        vectors = [key for key in (FEATURES, TANGENTS) if key in like]
+        return {**{key: like[key].new_zeros(like[key].shape) for key in vectors}, "labels": 0}
 
     def inventor(self, base: BaseModel, limit: int) -> Inventor:
         """Return what draws vectors, each of length 1, by their number."""
@@ -107,7 +121,11 @@ class Featured(Task):
 
         def invent(size: int, number: int, label: int) -> Record:
             drawn = torch.randn(self.width, generator=stream(number, "features", str(size)))
-            return {FEATURES: F.normalize(drawn, dim=0), "labels": label}
+            made: Record = {FEATURES: F.normalize(drawn, dim=0), "labels": label}
+            if self.tangents:
+                drawn = torch.randn(self.tangents, generator=stream(number, "tangents", str(size)))
+                made[TANGENTS] = F.normalize(drawn, dim=-1).half()
+            return made
 
         return invent
 

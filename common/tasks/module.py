@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.tasks.base import Batch
-from common.tasks.featured import FEATURES
+from common.tasks.featured import FEATURES, TANGENTS
+from common.tasks.tangent import Tangent
 
 
 class Metric(nn.Module):
@@ -60,6 +61,8 @@ class TaskModule(nn.Module):
         self.head = nn.Linear(width, classes) if classes else None
         self.feature_scale = feature_scale
         self.metric: Metric | None = None
+        self.tangent: Tangent | None = None
+        """What a batch with tangents adds to the logits; None: batches have none."""
 
     def features(self, batch: Batch) -> Tensor:
         """Return features, shape (records, width), float32; of a batch that has it already, that."""
@@ -75,4 +78,6 @@ class TaskModule(nn.Module):
         features = self.features(batch)
         with torch.autocast(features.device.type, enabled=False):
             logits: Tensor = self.head(self.metric(features) if self.metric is not None else features)
+            if self.tangent is not None and TANGENTS in batch:
+                logits = logits + self.tangent(batch[TANGENTS])
         return logits

@@ -11,12 +11,15 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from client.linearised import Derivatives, linearised
 from client.optimizers import build_optimizer
 from common.config.sections import RunConfig
 from common.data.sources import public_test
@@ -24,10 +27,14 @@ from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
+from common.privacy.steps import nothing
 from common.randomness import stream
 from common.tasks import Record
+from common.tasks.examples import Dataset
 from server.model import ServerModel
 
+Trained: TypeAlias = Mapping[str, Mapping[str, nn.Parameter]]
+"""Trained tensors by layer and factor."""
 MOST_RECORDS = 512
 SCORED_RECORDS = 128
 FEW_RECORDS = 8
@@ -59,7 +66,8 @@ class Calibration:
     """Length of the mean clipped gradient over the clip norm at the start, and its upper end; see ``alignment_of``.
     None where nothing is clipped."""
     feature_seconds: float = 0.0
-    """Of computing one record's features, once in a run; 0 where more than the head is trained."""
+    """Of computing one record's features, once in a run, or its derivatives, once in ``training.linearised`` rounds;
+    0 where neither is kept."""
 
     def site_seconds(self, steps: int, expected_batch: float) -> float:
         """Return the time of one site's round."""
@@ -83,10 +91,11 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     torch.set_num_threads(worker_threads)
     try:
         model.write(server_model.start)
-        featuring = _feature_seconds(server_model, config)
-        _step(model, few, config)  # the first step pays for what later ones find ready
-        short = min(_step(model, few, config)[0] for _ in range(2))
-        steps = [_step(model, chunk, config) for chunk in chunks]
+        if config.training.linearised:
+            featuring, short, steps = _linearised(model, few, chunks, config)
+        else:
+            featuring = _feature_seconds(server_model, config)
+            short, steps = _steps(model, few, chunks, model.trained(), config)
     finally:
         torch.set_num_threads(threads)
     more = len(records) - count * len(few)
@@ -148,9 +157,40 @@ def _feature_seconds(server_model: ServerModel, config: RunConfig) -> float:
         return (time.perf_counter() - began) / len(records)
 
 
-def _step(model: FederatedModel, records: Sequence[Record], config: RunConfig) -> tuple[float, Tensor]:
+def _linearised(
+    model: FederatedModel, few: Sequence[Record], chunks: Sequence[Sequence[Record]], config: RunConfig
+) -> tuple[float, float, list[tuple[float, Tensor]]]:
+    """Return the seconds of one record's derivatives, and as ``_steps`` of steps on them."""
+    sizes, joined = [len(chunk) for chunk in chunks], [record for chunk in chunks for record in chunk]
+    held: dict[str, Derivatives] = {}
+    public = Dataset("public", (), ())
+    with linearised(model, few, ("few", 0), held, "", public, nothing):
+        pass  # the first passes pay for what later ones find ready
+    began = time.perf_counter()
+    with linearised(model, joined, ("all", 0), held, "", public, nothing) as (vectors, trained):
+        each = (time.perf_counter() - began) / len(joined)
+        left = iter(vectors)
+        return each, *_steps(model, vectors[: len(few)], [list(islice(left, size)) for size in sizes], trained, config)
+
+
+def _steps(
+    model: FederatedModel,
+    few: Sequence[Record],
+    chunks: Sequence[Sequence[Record]],
+    trained: Trained,
+    config: RunConfig,
+) -> tuple[float, list[tuple[float, Tensor]]]:
+    """Return the seconds of a step on few records, and what ``_step`` returns of each chunk."""
+    _step(model, few, trained, config)  # the first step pays for what later ones find ready
+    short = min(_step(model, few, trained, config)[0] for _ in range(2))
+    return short, [_step(model, chunk, trained, config) for chunk in chunks]
+
+
+def _step(
+    model: FederatedModel, records: Sequence[Record], trained: Trained, config: RunConfig
+) -> tuple[float, Tensor]:
     """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if they are)."""
-    optimizer = build_optimizer(model.trained(), config.training)
+    optimizer = build_optimizer(trained, config.training)
     model.module.train()
     began = time.perf_counter()
     if not config.privacy.mechanism.charged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +67,15 @@ class Forecast:
 
     @property
     def feature_seconds(self) -> tuple[float, float] | None:
-        """The features of all records, computed once in a run: here, and with a machine like this for each site."""
-        return None if self.calibration is None else feature_seconds(self.calibration, self.sizes, self.workers)
+        """Of what is computed of all records ahead of their steps: features, or derivatives as often as it takes.
+
+        Here, and with a machine like this for each site.
+        """
+        if self.calibration is None:
+            return None
+        config = self.job.config
+        times = math.ceil(config.rounds / config.training.linearised) if config.training.linearised else 1
+        return feature_seconds(self.calibration, [times * size for size in self.sizes], self.workers)
 
     @property
     def warnings(self) -> list[str]:

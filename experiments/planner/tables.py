@@ -132,9 +132,12 @@ def _print_machine(console: Console, forecast: Forecast) -> None:
         table.add_row(name, f"{each:.1f} s", f"{each * rounds + once:.0f} s")
     console.print(table)
     if any(features):
+        served = forecast.job.config.training.linearised
+        what = "derivatives" if served else "features"
+        when = f"once in {counted(served, 'round')}" if served else "once, in the first round"
         console.print(
-            f"Of that, the features of all records are {features[0]:.1f} s here and {features[1]:.1f} s with a "
-            "machine for each site. They are computed once, in the first round, and again by a new process."
+            f"Of that, the {what} of all records are {features[0]:.1f} s here and {features[1]:.1f} s with a "
+            f"machine for each site. They are computed {when}, and again by a new process."
         )
     gpu = f", {measured.accelerator_mib:,.0f} MiB on the GPU" if measured.accelerator_mib else ""
     console.print(

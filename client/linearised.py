@@ -1,0 +1,203 @@
+"""Steps on the model in its first order around a point: one pass over the records, then many cheap rounds.
+
+A record's logits are replaced by their first order in the trained tensors (``common.tasks.tangent``). Its derivatives J
+and its features, with them all that a step asks of it, are computed once in ``training.linearised`` rounds, each record
+in its own fixed shape, and kept in the memory of the process. A step then clips the record's gradient Jᵀ e and that of
+the head, which are those of the real model at the point itself, and near it as far as the model is linear. Clip, noise
+and price are those of any step: J depends on the record alone and on what was received, so a record still moves a sum
+by one clip at most.
+
+Where a small adapter hardly leaves the linear range, this buys many steps on all records for the time of one.
+Fine-tuning a linearised model without privacy: Maddox et al. 2021 (arXiv 2103.01439); its steps under DP, for images:
+Golatkar et al. 2022 (AdaMix, arXiv 2203.11481).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import MechanismError, ModelError
+from common.log import place_of
+from common.messages.state import AdapterState
+from common.model.device import autocast
+from common.model.federated import FederatedModel
+from common.model.shapes import FixedBatch
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import gaussian_plan
+from common.tasks import Record
+from common.tasks.examples import Dataset
+from common.tasks.featured import FEATURES, TANGENTS
+
+log = logging.getLogger("fedveil.site")
+BYTES = 2
+"""Of one derivative as it is kept."""
+MOST_BYTES = 2**32
+"""Memory that the derivatives of a site's records may take, by its public size."""
+_PLAN = gaussian_plan(
+    clip_norm=1.0, noise_multiplier=1.0, sample_rate=1.0, expected_batch_size=1.0, delta=1e-5, max_epsilon=1.0
+)
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """A site's records as vectors, and the point that these belong to."""
+
+    of: tuple[str, int]
+    """Run, and which linearisation of it."""
+    source: Dataset
+    """What was read of the records that they were made from."""
+    around: AdapterState
+    """The adapter as it was: the trained tensors of every adapted layer."""
+    records: list[Record]
+    """One that could not be computed is left out, which is to contribute zero."""
+
+
+@contextmanager
+def linearised(
+    model: FederatedModel,
+    records: Sequence[Record],
+    of: tuple[str, int],
+    kept: MutableMapping[str, Derivatives],
+    site: str,
+    source: Dataset,
+    before_pass: Callable[[], None],
+) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
+    """Take ``model`` in its first order around where it was when this process first took it so in ``of``.
+
+    Where that is differs between processes that began in different rounds. It is public in each, and every step as
+    private as any other.
+
+    Args:
+        model: as received, with the run's trained tensors requiring a gradient; afterwards it has made the steps.
+        records: as of ``FederatedModel.prepare``; they stay as they are.
+        of: run, and which linearisation of it.
+        kept: what the process keeps, by site; the latest alone.
+        site: its name.
+        source: what ``records`` were read as; of others nothing is kept.
+        before_pass: called before each pass over records that have no vectors yet, and may raise.
+
+    Yields:
+        The records to train on, as vectors, and what is trained, by layer and factor.
+    """
+    held = kept.get(site)
+    if held is None or held.of != of or held.source is not source:
+        kept.pop(site, None)  # before the next ones are made: they are large
+        around: AdapterState = {}
+        for (layer, name), p in model.below_head().items():
+            around.setdefault(layer, {})[name] = p.detach().clone()
+        held = Derivatives(of, source, around, _vectors(model, records, before_pass))
+        if records:
+            kept[site] = held
+    with model.linearised(held.around) as trained:
+        yield held.records, trained
+
+
+def check_memory(model: FederatedModel, public_size: int) -> None:
+    """Raise ModelError if the derivatives of so many records are more than a site should hold."""
+    numbers = sum(p.numel() for p in model.below_head().values())
+    wanted = public_size * contrasts(model) * numbers * BYTES
+    if wanted > MOST_BYTES:
+        raise ModelError(
+            f"training.linearised keeps {contrasts(model)} × {numbers} derivatives of each record, for {public_size} "
+            f"records {wanted / 2**30:.1f} GiB, above {MOST_BYTES / 2**30:g}: lower adapter.rank, name fewer layers in "
+            "adapter.targets, or set training.linearised to 0"
+        )
+
+
+def contrasts(model: FederatedModel) -> int:
+    """Return the passes over a record: one for each label after the first."""
+    return model.classes - 1
+
+
+def _vectors(model: FederatedModel, records: Sequence[Record], before_pass: Callable[[], None]) -> list[Record]:
+    found: dict[int, Record] = {}
+    head = model.head.values()
+    for parameter in head:
+        parameter.requires_grad_(False)
+    try:
+        trained = [p for p in model.module.parameters() if p.requires_grad]
+        order = _order(model, trained)
+        # Its samples alone are taken: nothing of them is stepped or released here.
+        optimizer = torch.optim.SGD(trained, lr=0.0)
+        with model.many_passes(), PrivateSteps(model.module, optimizer, _PLAN) as steps:
+            for length, group in model.shapes.groups([model.task.size(record) for record in records]):
+                chosen = [records[i] for i in group]
+                batch = model.fixed_batch(chosen, length, model.shapes.rows_of(length))
+                _compute(model, steps, order, batch, group, found, before_pass)
+    finally:
+        for parameter in head:
+            parameter.requires_grad_(model.head_trained)
+    return [found[i] for i in sorted(found)]
+
+
+def _order(model: FederatedModel, trained: Sequence[nn.Parameter]) -> list[int]:
+    """Return where each tensor of ``FederatedModel.linearised``'s step stands among the module's trained ones."""
+    places = {id(p): i for i, p in enumerate(trained)}
+    return [places[id(p)] for p in model.below_head().values()]
+
+
+def _compute(
+    model: FederatedModel,
+    steps: PrivateSteps,
+    order: Sequence[int],
+    batch: FixedBatch,
+    positions: Sequence[int],
+    found: dict[int, Record],
+    before_pass: Callable[[], None],
+) -> None:
+    """Put the vectors of a batch's records, at ``positions``, into ``found``; if the pass fails, each passes alone."""
+    before_pass()
+    try:
+        features, tangents = derivatives(model, steps, order, batch)
+    except MechanismError:
+        raise
+    except Exception as error:
+        if batch.records == 1:
+            log.warning("a record could not be computed and contributes zero: %s", place_of(error))
+            return
+        for row, position in enumerate(positions):
+            _compute(model, steps, order, batch.alone(row), [position], found, before_pass)
+        return
+    labels = batch["labels"].tolist()
+    for row, position in enumerate(positions):
+        found[position] = {
+            FEATURES: features[row].clone(),
+            TANGENTS: tangents[row].clone(),
+            "labels": labels[row],
+        }
+
+
+def derivatives(
+    model: FederatedModel, steps: PrivateSteps, order: Sequence[int], batch: FixedBatch
+) -> tuple[Tensor, Tensor]:
+    """Return a batch's features, shape (records, width), and derivatives, shape (records, labels - 1, numbers), on CPU.
+
+    Args:
+        model: whose head takes no gradient here.
+        steps: over what is trained below the head.
+        order: of its tensors in the result.
+        batch: the records.
+    """
+    seen: list[Tensor] = []
+    rows: list[Tensor] = []
+
+    def contrast(label: int) -> Callable[[FixedBatch], Tensor]:
+        def losses(batch: FixedBatch) -> Tensor:
+            with autocast(model.device, model.precision):
+                features = model.module.features(batch)
+                logits = model.module({**batch, FEATURES: features})
+            seen[:] = [features.detach()[: batch.records]]
+            return (logits[:, label] - logits[:, 0])[: batch.records]
+
+        return losses
+
+    for label in range(1, model.classes):
+        samples = steps.samples(batch, contrast(label))
+        rows.append(torch.cat([samples[i].flatten(1).half().cpu() for i in order], dim=1))
+    return seen[0].float().cpu(), torch.stack(rows, dim=1)

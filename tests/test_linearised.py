@@ -1,0 +1,384 @@
+"""Steps on the linearised model: what they compute, what they cost, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from audits.tiny_models import TARGETS
+from audits.tiny_site import clinic
+from client import linearised as wing
+from client.linearised import Derivatives, linearised
+from client.rehearsal import rehearse, rehearse_linearised
+from common.adapters import build_adapter
+from common.config.sections import AdapterConfig, HeadConfig
+from common.errors import ConfigError, ModelError
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.privacy import dpsgd
+from common.privacy.plan import gaussian_plan
+from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.starts import STARTS
+from common.tasks import TASKS, Record
+from common.tasks.examples import Dataset
+from common.tasks.featured import FEATURES, TANGENTS
+from common.tasks.tangent import Tangent
+from common.tasks.text import TextExample
+from experiments.in_process import run_in_process
+from strategies import STRATEGIES
+from strategies.job import configure
+
+Folder = Callable[[str], str]
+DATA = Dataset("made-up", (), ())
+NAMES = ("bad", "fair", "good")
+TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful")
+
+
+def tiny(folder: str, adapter: str = "lora", labels: int = 3, **head: Any) -> FederatedModel:
+    """Return a model whose trained tensors are away from zero and whose logits depend on all of them."""
+    origin = STARTS["kaiming"]()
+    config = AdapterConfig(name=adapter, rank=2, alpha=4.0, targets=TARGETS["bert"])
+    model = FederatedModel(
+        load_base_model(folder, "classification"),
+        build_adapter(adapter, config, origin),
+        TASKS["classification"],
+        HeadConfig(start="random", **head),
+        seed=1,
+        label_names=NAMES[:labels],
+        feature_scale=1.0,
+        max_length=24,
+        device="cpu",
+        precision="float32",
+    )
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.below_head().values():
+            p.add_(0.05 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def records_of(model: FederatedModel) -> list[Record]:
+    return model.prepare([TextExample(text=text, label=i % model.classes) for i, text in enumerate(TEXTS)])
+
+
+def logits_of(model: FederatedModel, record: Record) -> Tensor:
+    return model.module(model.batch([record]))[0].double()
+
+
+def nothing() -> None:
+    """Come before no pass."""
+
+
+def vectors_of(model: FederatedModel, records: Sequence[Record]) -> list[Record]:
+    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (vectors, _):
+        return vectors
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lora-frozen-a", "dora"])
+def test_derivatives_are_those_of_the_logits_less_the_first_one(model_folder: Folder, adapter: str) -> None:
+    model = tiny(model_folder("bert"), adapter)
+    records = records_of(model)
+    below = list(model.below_head().values())
+    for record, vector in zip(records, vectors_of(model, records), strict=True):
+        logits = logits_of(model, record)
+        for label in (1, 2):
+            found = torch.autograd.grad(logits[label] - logits[0], below, retain_graph=True)
+            want = torch.cat([g.flatten() for g in found])
+            # Kept in half precision.
+            assert float((vector[TANGENTS][label - 1] - want).abs().max()) < 2e-3 * float(want.abs().max())
+        assert torch.allclose(vector[FEATURES], model.features(model.batch([record]))[0], atol=1e-5)
+        assert [vector["labels"]] == record["labels"]
+
+
+def test_logits_are_the_models_to_first_order(model_folder: Folder) -> None:
+    """Ten times nearer to the point, the linearised model is a hundred times nearer to the real one."""
+    model = tiny(model_folder("bert"))
+    record = records_of(model)[1]
+    start, direction = model.read(), torch.Generator().manual_seed(3)
+    kept: dict[str, Derivatives] = {}
+    records = [record]
+    with linearised(model, records, ("1", 0), kept, "site", DATA, nothing):
+        pass
+    moves = {key: torch.randn(p.shape, generator=direction) for key, p in model.below_head().items()}
+    apart = []
+    for scale in (0.03, 0.003):
+        model.write(start)
+        with torch.no_grad():
+            for key, p in model.below_head().items():
+                p.add_(scale * moves[key])
+            model.head["weight"].mul_(1 + scale)
+        real = logits_of(model, record).detach()
+        with linearised(model, records, ("1", 0), kept, "site", DATA, nothing) as (vectors, _), torch.no_grad():
+            linear = model.module(model.batch(vectors))[0].double()
+        both = [z - z[0] for z in (real, linear)]
+        apart.append(float((both[0] - both[1]).norm()))
+    assert apart[0] > 1e-4
+    assert apart[1] < apart[0] / 30
+
+
+def test_a_clipped_step_is_that_of_the_slow_way_in_float64(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
+    model = tiny(model_folder("bert"))
+    records, C, rates = records_of(model), 0.4, (0.5, 0.3)
+    plan = gaussian_plan(C, 1.0, 1.0, 8.0, 1e-5, 8.0)
+    begun = {key: p.detach().clone() for key, p in model.below_head().items()}
+    head = {name: p.detach().double().clone() for name, p in model.head.items()}
+    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (vectors, trained):
+        optimizer = torch.optim.SGD([p for fs in trained.values() for p in fs.values()], lr=1.0)
+        with plan.steps(model, optimizer) as steps:
+            for rate in rates:
+                optimizer.param_groups[0]["lr"] = rate
+                steps.step(model.fixed_batches(vectors), model.losses)
+
+    J = [torch.cat([torch.zeros(1, v[TANGENTS].shape[1]), v[TANGENTS]]).double() for v in vectors]
+    u = [v[FEATURES].double() for v in vectors]
+    step = torch.zeros(J[0].shape[1], dtype=torch.float64)
+    W, b = head["weight"].clone(), head["bias"].clone()
+    clipped = 0
+    for rate in rates:
+        sums = [torch.zeros_like(step), torch.zeros_like(W), torch.zeros_like(b)]
+        for Ji, ui, record in zip(J, u, records, strict=True):
+            error = torch.softmax(W @ ui + b + Ji @ step, 0) - torch.eye(3, dtype=torch.float64)[record["labels"][0]]
+            parts = [Ji.T @ error, torch.outer(error, ui), error]
+            norm = float(torch.cat([p.flatten() for p in parts]).norm())
+            clipped += norm > C
+            sums = [total + min(1.0, C / norm) * part for total, part in zip(sums, parts, strict=True)]
+        step, W, b = (x - rate * s / 8 for x, s in zip((step, W, b), sums, strict=True))
+    assert clipped
+    moved = torch.cat([(p.detach() - begun[key]).flatten() for key, p in model.below_head().items()]).double()
+    assert float((moved - step).abs().max()) < 1e-4 * float(step.abs().max())
+    assert float((model.head["weight"].detach().double() - W).abs().max()) < 1e-5
+    assert float((model.head["bias"].detach().double() - b).abs().max()) < 1e-5
+
+
+def test_the_first_step_of_a_round_is_the_real_models(
+    toy_settings: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
+    found = []
+    for rounds in (0, 4):
+        more = {"training.sample-rate": 1.0, "training.local-steps": 1, "training.linearised": rounds}
+        more.update({"training.optimizer": "sgd", "server.optimizer": "none"})
+        (tmp_path / str(rounds)).mkdir()
+        site = clinic({**toy_settings, **more}, tmp_path / str(rounds))
+        found.append(site.train().contribution)
+    start = clinic(toy_settings, tmp_path).model().start
+    for layer, factors in found[0].items():
+        for name, tensor in factors.items():
+            moved = float((tensor - start[layer][name]).abs().max())
+            assert float((tensor - found[1][layer][name]).abs().max()) <= 5e-3 * moved
+
+
+# --- one record and no other ------------------------------------------------------------------------------------------
+
+
+def sums_of(model: FederatedModel, records: Sequence[Record], clip: float) -> Tensor:
+    """Return the noiseless sum of the first step, all trained tensors as one vector."""
+    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (vectors, trained):
+        optimizer = torch.optim.SGD([p for fs in trained.values() for p in fs.values()], lr=0.0)
+        with gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 8.0).steps(model, optimizer) as steps:
+            return torch.cat([g.flatten() for g in steps.release(model.fixed_batches(vectors), model.losses)])
+
+
+def test_a_record_moves_the_sum_by_one_clip_and_no_other_record(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
+    model = tiny(model_folder("bert"))
+    records = records_of(model)
+    # The odd one: derivatives a thousand times those of others.
+    compute, first = wing.derivatives, vectors_of(model, records)[0][FEATURES]
+
+    def odd(*given: Any) -> tuple[Tensor, Tensor]:
+        features, tangents = compute(*given)
+        return features, tangents * torch.where((features == first).all(1), 100.0, 1.0)[:, None, None]
+
+    monkeypatch.setattr(wing, "derivatives", odd)
+    whole, without = sums_of(model, records, 0.05), sums_of(model, records[1:], 0.05)
+    assert float((whole - without).norm()) <= 0.05 * (1 + 1e-5)
+
+    # The planted fault: one record's derivatives hold another's as well.
+    def mixed(*given: Any) -> tuple[Tensor, Tensor]:
+        features, tangents = compute(*given)
+        return features, tangents + tangents.sum(0, keepdim=True)
+
+    monkeypatch.setattr(wing, "derivatives", mixed)
+    whole, without = sums_of(model, records[:2] * 3, 0.05), sums_of(model, records[:2] * 2 + records[:1], 0.05)
+    assert float((whole - without).norm()) > 0.05 * (1 + 1e-5)
+
+
+def test_a_record_that_cannot_be_computed_is_left_out_alone(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(model_folder("bert"))
+    records = records_of(model)
+    all_of_them = vectors_of(model, records)
+    bad, features = records[2]["input_ids"][1], model.module.features
+
+    def fails(batch: Any) -> Tensor:
+        if bool((batch["input_ids"][:, 1] == bad).any()):
+            raise RuntimeError("odd")
+        return features(batch)
+
+    monkeypatch.setattr(model.module, "features", fails)
+    with caplog.at_level(logging.WARNING):
+        left = vectors_of(model, records)
+    assert "contributes zero" in caplog.text
+    assert [
+        bool((v[TANGENTS] == w[TANGENTS]).all()) for v, w in zip(left, [all_of_them[i] for i in (0, 1, 3)], strict=True)
+    ] == [True] * 3
+
+
+def test_the_rehearsal_sees_a_step_that_mixes_records(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(model_folder("bert"))
+    rehearse(model)
+    narrowed, before = model.shapes, model.read()
+    timing = rehearse_linearised(model)
+    assert list(timing.passes) == [1]
+    assert model.shapes == narrowed
+    after = model.read()
+    assert all(torch.equal(before[layer][n], after[layer][n]) for layer in before for n in before[layer])
+
+    def forward(self: Tangent, tangents: Tensor) -> Tensor:
+        moved = (tangents.float() * self.step).sum(-1)
+        return torch.nn.functional.pad(moved + moved.mean(), (1, 0))
+
+    monkeypatch.setattr(Tangent, "forward", forward)
+    with pytest.raises(ModelError, match="depends on the records beside it"):
+        rehearse_linearised(model)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def step_and_fail(model: FederatedModel, records: Sequence[Record]) -> None:
+    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (_, parts):
+        with torch.no_grad():
+            parts[TANGENTS]["step"].add_(1.0)
+        raise KeyError
+
+
+def test_all_is_as_it_was_but_for_the_step(model_folder: Folder) -> None:
+    model = tiny(model_folder("bert"))
+    records = records_of(model)
+    copies = [dict(record) for record in records]
+    trained = {name for name, p in model.module.named_parameters() if p.requires_grad}
+    before, shapes, task = model.read(), model.shapes, model.task
+    with pytest.raises(KeyError):
+        step_and_fail(model, records)
+    after = model.read()
+    assert all(torch.equal(before[layer][n], after[layer][n]) for layer in before for n in before[layer])
+    assert records == copies
+    assert (model.shapes, model.task, model.head_only, model.module.tangent) == (shapes, task, False, None)
+    assert {name for name, p in model.module.named_parameters() if p.requires_grad} == trained
+
+
+def test_derivatives_serve_as_many_rounds_as_are_set(
+    toy_settings: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"training.linearised": 2, "rounds": 4, "training.local-steps": 1, "training.sample-rate": 0.5}
+    settings = {**toy_settings, **more}
+    made, compute = list[int](), wing._vectors
+
+    def spy(model: FederatedModel, records: Sequence[Record], before_pass: Callable[[], None]) -> list[Record]:
+        made.append(len(records))
+        return compute(model, records, before_pass)
+
+    monkeypatch.setattr(wing, "_vectors", spy)
+    site = clinic(settings, tmp_path)
+    seen = []
+    for number in (1, 2, 3, 4):
+        site.train(number)
+        seen.append(len(made))
+    assert seen == [1, 1, 2, 2]
+    site.train(1, run="2")
+    assert len(made) == 3
+
+
+def test_the_step_goes_on_from_what_was_received(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a later round the point stays, and the way to what is received now is already made."""
+    model = tiny(model_folder("bert"))
+    records, kept = records_of(model), dict[str, Derivatives]()
+    with linearised(model, records, ("1", 0), kept, "site", DATA, nothing) as (_, parts):
+        assert not parts[TANGENTS]["step"].any()
+    with torch.no_grad():
+        for p in model.below_head().values():
+            p.add_(0.25)
+    received = model.read()
+    with linearised(model, records, ("1", 0), kept, "site", DATA, nothing) as (_, parts):
+        assert torch.allclose(parts[TANGENTS]["step"], torch.full_like(parts[TANGENTS]["step"], 0.25), atol=1e-6)
+    assert all(torch.equal(model.read()[layer][n], received[layer][n]) for layer in received for n in received[layer])
+
+
+def test_a_frozen_head_stays_and_does_not_travel(model_folder: Folder) -> None:
+    model = tiny(model_folder("bert"), policy="frozen")
+    with linearised(model, records_of(model), ("1", 0), {}, "site", DATA, nothing) as (_, parts):
+        assert set(parts) == {TANGENTS}
+        assert not any(p.requires_grad for p in model.head.values())
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_within_its_budget(toy_settings: dict[str, Any]) -> None:
+    more = {"training.linearised": 2, "rounds": 2, "training.local-steps": 3, "training.sample-rate": 0.5}
+    folder = run_in_process({**toy_settings, **more, "privacy.epsilon": 5.0}, 2)
+    spent = [line.spent for line in read_lines(PrivacyLine, folder) if line.round_number == 2]
+    assert len(spent) == 2
+    assert all(one is not None and 4.5 < one.epsilon_total <= 5.0 for one in spent)
+
+
+def test_without_privacy_it_runs_as_well(toy_settings: dict[str, Any]) -> None:
+    more = {"training.linearised": 2, "rounds": 1, "training.local-steps": 2, "privacy.mode": "none"}
+    folder = run_in_process({**toy_settings, **more}, 2)
+    assert len(list(read_lines(RoundLine, folder))) == 1
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"adapter.name": "none"}, "trains the head alone"),
+        ({"model.task": "causal-lm", "head.policy": "frozen"}, "has none: set it to 0"),
+    ],
+)
+def test_what_cannot_be_linearised_is_refused(more: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        configure({"training.linearised": 1, **more})
+
+
+def test_a_strategy_with_a_rule_on_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ruled(STRATEGIES["fedavg-lora"]):  # type: ignore[misc, valid-type]
+        def correct(self, gradients: Any, weights: Any, received: Any) -> Any:
+            return gradients
+
+    monkeypatch.setitem(STRATEGIES, "fedavg-lora", Ruled)
+    with pytest.raises(ConfigError, match="rule of its own"):
+        configure({"training.linearised": 1})
+
+
+def test_more_derivatives_than_fit_are_refused_before_the_charge(
+    toy_settings: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wing, "MOST_BYTES", 1000)
+    site = clinic({**toy_settings, "training.linearised": 1}, tmp_path)
+    assert "lower adapter.rank" in site.refuse().reason
+
+
+def test_a_pass_that_would_end_too_late_is_refused(toy_settings: dict[str, Any], tmp_path: Any) -> None:
+    """Derivatives are counted in every round, since a process that begins anew computes them in any."""
+    site = clinic({**toy_settings, "training.linearised": 8, "training.sample-rate": 1e-3}, tmp_path)
+    site.rule(reply_after=1e-3)
+    assert "reply-after" in site.refuse().reason
