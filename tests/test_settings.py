@@ -168,6 +168,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
     each_sites = {"privacy.noise-multiplier", "max-update-norm"}
     the_models = {"adapter.targets"}
     none = {"resume", "data.test", "data.text-pair", "data.labels", "data.key", "head.phrases", "training.weight-decay"}
+    none |= {"data.slice", "training.linearised"}
     assert open_values == each_machines | each_sites | the_models | none
 
 
