@@ -35,6 +35,6 @@ def with_columns(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(columns: inspect.Parameter, name: str, role: Role) -> inspect.Parameter:
-    end = "; none if left out." if role.optional else "."
+    end = "; none if left out." if role.optional and not role.usual else "."
     option = typer.Option(help=f"Column of {role.about}, as the setting data.{role.setting}{end}")
     return columns.replace(name=name, default=None, annotation=Annotated[str | None, option])

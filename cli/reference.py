@@ -24,6 +24,8 @@ from common.run_lines import (
     Absence,
     AuditFile,
     BaselineFile,
+    BesideFile,
+    BesideRow,
     ConfigFile,
     CountLine,
     Finding,
@@ -93,7 +95,7 @@ def _arm_table() -> str:
 
 def run_folder_page() -> str:
     """Return the page of a run's folder: every file, and the fields of each line."""
-    files = (ConfigFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile)
+    files = (ConfigFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile, BesideFile)
     parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
     parts.append((f"`{AUDITS}.json`", _fields(AuditFile), _about(AuditFile)))
     nested: Mapping[type[Any], str] = {
@@ -103,6 +105,7 @@ def run_folder_page() -> str:
         LabelScore: "in `baseline.json` and `rounds.jsonl`",
         Reached: "in `result.json`, beside the other keys",
         Finding: "in `audit*.json`",
+        BesideRow: "in `beside.json`",
     }
     parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]
     parts.append(("A row of a sweep's table", _fields(Row), "A line of `NAME.jsonl`, and of `NAME.csv` beside it."))

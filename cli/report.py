@@ -22,7 +22,7 @@ console = Console(highlight=False, soft_wrap=True)
 @for_people
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
-    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the report with.")] = None,
+    sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the result with.")] = None,
     declared: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,6 +32,10 @@ def report(
     registry: Annotated[
         bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
     ] = False,
+    beside: Annotated[
+        Path | None,
+        typer.Option(help="Table of a sweep (.jsonl), whose runs on the same base model and data are shown beside."),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
@@ -40,35 +44,34 @@ def report(
     """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
     from common.config.text import parse_settings
     from reports import write_reports
-    from reports.declared import declare
+    from reports.declared import declare, read_declared
 
     if declared:
         declare(folder, parse_settings(declared))
+    if beside is not None:
+        _keep_beside(folder, beside)
     if picture is not None:
         _write_picture(folder, picture, sign)
         return
-    written = write_reports(folder, sign)
+    written = write_reports(folder, sign, registry=registry)
     print_summary(folder)
     if registry:
-        written.append(_write_record(folder))
+        for key, question in read_declared(folder).open().items():
+            console.print(f"not declared: {key}: {question}", markup=False)
     console.print("\n".join(str(path) for path in written), markup=False)
 
 
-def _write_record(folder: Path) -> Path:
+def _keep_beside(folder: Path, table: Path) -> None:
     from common.files import replace_file
-    from reports import report_of
-    from reports.declared import read_declared
-    from reports.registry import NAME, registry_record
+    from common.run_lines import BesideFile, ConfigFile, read_file
+    from common.strict_json import to_json
+    from experiments.sweep import summary
+    from experiments.sweep.rows import read_rows
 
-    declared = read_declared(folder)
-    record = registry_record(report_of(folder), declared)
-    try:
-        replace_file(folder / NAME, record.encode())
-    except OSError as error:
-        raise DataError(f"{folder / NAME} cannot be written ({error.strerror}): check rights and space") from error
-    for key, question in declared.open().items():
-        console.print(f"not declared: {key}: {question}", markup=False)
-    return folder / NAME
+    if not table.is_file():
+        raise DataError(f"there is no table {table}: name the .jsonl file of a sweep's results")
+    found = summary.beside(read_rows(table), read_file(ConfigFile, folder).settings)
+    replace_file(folder / BesideFile.NAME, (json.dumps(to_json(found), indent=1) + "\n").encode())
 
 
 def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
@@ -111,9 +114,9 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A run's folder, or its report.json; the signature lies beside it.")],
     key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
 ) -> None:
-    """Say which run's report was signed by a key, when and with which figures: exit code 0, or 1 if not genuine."""
+    """Say which run was signed by a key, when and with which figures: exit code 0, or 1 if a file is not genuine."""
     from common.words import visible
-    from reports.signature import NotGenuine, verified
+    from reports.signature import FIRST_CONTEXT, NotGenuine, verified
 
     try:
         signed = verified(folder if folder.is_dir() else folder.parent, key)
@@ -122,9 +125,12 @@ def verify(
         raise typer.Exit(1) from None
     epsilon, delta = signed["epsilon"], signed["delta"]
     claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
+    first = signed["context"] == FIRST_CONTEXT
+    rounds = "" if first else f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
+    files = f"{', '.join(sorted(signed['files']))}" + first * "; the model card is not under it: sign again for that"
     console.print(
-        f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}, {claim}; "
-        f"signed {signed['signed']} by the owner of {key}; {', '.join(sorted(signed['files']))}",
+        f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}{rounds}, "
+        f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
         markup=False,
     )
 

@@ -2,10 +2,10 @@
 
 A record's logits are replaced by their first order in the trained tensors (``common.tasks.tangent``). Its derivatives J
 and its features, with them all that a step asks of it, are computed once in ``training.linearised`` rounds, each record
-in its own fixed shape, and kept in the memory of the process. A step then clips the record's gradient Jᵀ e and that of
-the head, which are those of the real model at the point itself, and near it as far as the model is linear. Clip, noise
-and price are those of any step: J depends on the record alone and on what was received, so a record still moves a sum
-by one clip at most.
+in its own fixed shape, and kept in the memory of the process. A step then clips the record's gradient Jᵀ e, which is
+the real model's at the point itself, and near it as far as the model is linear. Clip, noise and price are those of any
+step: J depends on the record alone and on what was received, so a record still moves a sum by one clip at most. The
+head stays as it was received: beside derivatives of the logits its gradient would only use up the clip.
 
 Where a small adapter hardly leaves the linear range, this buys many steps on all records for the time of one.
 Fine-tuning a linearised model without privacy: Maddox et al. 2021 (arXiv 2103.01439); its steps under DP, for images:

@@ -93,7 +93,7 @@ def unpinned(place: str, task: str = "") -> str:
 def pin_command(place: str, task: str = "") -> str:
     """Return the command that pins a task, with a job's default columns and, as an example, two labels."""
     kind = TASKS[task if task in TASKS else next(iter(TASKS))]
-    columns = " ".join(f"--{role.setting} {role.setting}" for role in kind.roles if not role.optional)
+    columns = " ".join(f"--{role.setting} {role.setting}" for role in kind.roles if role.column)
     labels = f" --{LABELS} bad,good" if kind.labelled else ""
     length = ModelConfig().max_length
     return f"fedveil site pin {place} --{TASK} {kind.name} {columns}{labels} --{MAX_LENGTH} {length}"

@@ -71,6 +71,8 @@ class BaselineFile(RunFile):
     loss: float
     labels: list[LabelScore] = field(default_factory=list)
     """Empty where records have no label."""
+    slices: list[LabelScore] = field(default_factory=list)
+    """By slice of the test data (``data.slice``)."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class RoundLine(RunFile):
     """Everything that went wrong, in every attempt, also where a later one mended it."""
     labels: list[LabelScore] = field(default_factory=list)
     """The score by label; empty in a round that was not scored."""
+    slices: list[LabelScore] = field(default_factory=list)
+    """The score by slice of the test data (``data.slice``)."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,31 @@ class PrivacyLine(RunFile):
     """In words."""
     head: str
     """The head's policy in words."""
+
+
+@dataclass(frozen=True)
+class BesideRow:
+    """Runs of a sweep on the same base model and data as this run, of one variant, arm and ε."""
+
+    variant: str
+    arm: str
+    """``federated``, ``local-only`` (each site alone) or ``pooled`` (all records at one site)."""
+    epsilon_asked: float | None
+    """The budget; None: no privacy."""
+    accuracy_before: float
+    accuracy: float
+    """Mean over the runs."""
+    half: float | None
+    """Half of its 95 % interval (Student's t); None of a single run."""
+    runs: int
+
+
+@dataclass(frozen=True)
+class BesideFile(RunFile):
+    """What other runs came to, to be read beside this one (``fedveil report --beside``)."""
+
+    NAME: ClassVar[str] = "beside.json"
+    rows: list[BesideRow]
 
 
 @dataclass(frozen=True)

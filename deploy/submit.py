@@ -18,6 +18,7 @@ from server.conduct import DYING_SECONDS
 from server.lock import is_written
 from server.records import write_json
 from server.resume import settings_of_resumed, with_resumed
+from server.tracking import check_tracker
 from strategies.job import configure
 
 POLL_SECONDS = 1.0
@@ -52,7 +53,7 @@ def submit(
         RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
     """
     settings = settings_of_resumed({**settings, "output": str(folder.runs)})
-    configure(settings)
+    check_tracker(configure(settings).config.tracker)
     with control_of(folder) as control:
         last = _last_job(folder, settings) if once else {}
         path = Path(str(last.get("folder", "")))

@@ -30,6 +30,7 @@ from common.run_lines import ProgressFile, ResultFile, read_if_there
 from deploy.app import app_folder
 from experiments.site_count import record_sites
 from server.lock import is_written
+from server.tracking import check_tracker
 from strategies.job import configure
 
 START_SECONDS = 60.0
@@ -66,6 +67,7 @@ def simulate(
     output = str(Path(str(settings.get("output", "runs"))).expanduser().absolute())
     settings = {**settings, "output": output}
     job = configure(settings)
+    check_tracker(job.config.tracker)
     check_partition(job.config)
     with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
         known = 0

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.run_lines import AuditFile
+from common.privacy.figures import epsilon_text
+from common.run_lines import AuditFile, Finding
 
 COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
 """Packages that carry the promise: an audit with other versions of them is not of the code that ran."""
@@ -38,6 +39,10 @@ class AuditReport:
     date: str
     """UTC, ISO 8601; of the whole file."""
     versions: dict[str, str]
+    epsilon_claimed: float | None
+    """The ε that the audited code claimed, in the case that the attack came nearest to; None: the audit bounds no ε."""
+    epsilon_at_least: float | None
+    """The lower bound on ε that the attack gave there."""
 
 
 def audit_reports(contents: Mapping[str, AuditFile], problems: list[str]) -> list[AuditReport]:
@@ -55,6 +60,7 @@ def audit_reports(contents: Mapping[str, AuditFile], problems: list[str]) -> lis
             own = [finding for finding in content.findings if finding.audit == audit]
             faults = [finding.passed for finding in own if finding.built_in]
             checks = [finding.passed for finding in own if not finding.built_in]
+            claimed, at_least = _bounds(own)
             reports.append(
                 AuditReport(
                     file=file,
@@ -67,9 +73,38 @@ def audit_reports(contents: Mapping[str, AuditFile], problems: list[str]) -> lis
                     faults_missed=faults.count(False),
                     date=content.date or "not recorded",
                     versions=content.versions,
+                    epsilon_claimed=claimed,
+                    epsilon_at_least=at_least,
                 )
             )
     return reports
+
+
+CLAIMED, AT_LEAST = "epsilon claimed", ("epsilon is at least", "is at least")
+"""What audits call the figures of an attack that bounds ε."""
+
+
+def _bounds(findings: Sequence[Finding]) -> tuple[float | None, float | None]:
+    """Return claim and lower bound of the case that comes nearest to its claim, of the code as it is; else None."""
+    found = [
+        (float(claimed), float(least))
+        for finding in findings
+        for name in AT_LEAST
+        if not finding.built_in
+        and isinstance(claimed := finding.figures.get(CLAIMED), int | float)
+        and isinstance(least := finding.figures.get(name), int | float)
+    ]
+    return max(found, key=lambda pair: pair[1] - pair[0]) if found else (None, None)
+
+
+def bound_sentences(reports: Sequence[AuditReport]) -> list[str]:
+    """Return what attacks of the audits found of ε, beside what was claimed, a sentence each."""
+    return [
+        f"{report.audit}: the attack shows ε to be at least {epsilon_text(report.epsilon_at_least)} where "
+        f"{epsilon_text(report.epsilon_claimed)} was claimed ({report.file}, a small run made for the audit)"
+        for report in reports
+        if report.epsilon_claimed is not None and report.epsilon_at_least is not None
+    ]
 
 
 def audit_alarms(reports: Sequence[AuditReport]) -> list[str]:

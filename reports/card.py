@@ -213,5 +213,5 @@ def _hashes(data: ReportData, form: Form, report: bytes) -> str:
 _REPORT_BESIDE = (
     "Its report ([report.md](../report.md), [report.html](../report.html)) has every release of every site. Where "
     "`report.signed.json` lies beside it, `fedveil verify RUN_FOLDER --key PUBLIC.pem` says who vouches for it, and "
-    "finds a file of the adapter that was changed."
+    "finds a file of report or adapter that was changed, taken away or added."
 )

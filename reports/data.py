@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.accountant import TRAINING
 from common.config.sections import Scalar
 from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import DataError
-from common.run_lines import Absence, PrivacyLine, RoundLine, read_json
+from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, read_json
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
 from reports.meaning import MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
+from reports.trust import Actor, actors_of, unprotected_of
 from strategies.job import known_settings
 
 ADAPTER = "adapter/fedveil.json"
@@ -129,6 +130,10 @@ class ReportData:
     sites: list[SiteReport]
     accuracy: list[LabelReport]
     """On public data, of all records and by label; empty where records have no labels, or no counts were kept."""
+    slices: list[LabelReport]
+    """On public data, by slice of it; empty where none was asked for."""
+    beside: list[BesideRow]
+    """What other runs on the same base model and data came to; empty: nobody has said."""
     rounds: list[RoundReport]
     spent: list[Spent]
     other_releases: list[ReleaseReport]
@@ -138,6 +143,10 @@ class ReportData:
     versions: dict[str, str]
     origin: Origin | None
     """Of the final adapter; None while none is saved."""
+    actors: list[Actor]
+    """Who is trusted with what."""
+    unprotected: list[str]
+    """Quantities that no noise protects."""
     audits: dict[str, str]
     """Audit files found in the folder, with their SHA-256; empty: not audited."""
     audit_results: list[AuditReport]
@@ -156,6 +165,7 @@ def report_of(folder: Path) -> ReportData:
     settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
     problems = list(files.problems)
     audits = audit_reports(files.findings, problems)
+    claim, headline = claim_of(files, sites), _headline(files, sites)
     return ReportData(
         schema=SCHEMA,
         run=files.config.run,
@@ -164,11 +174,13 @@ def report_of(folder: Path) -> ReportData:
         status=files.result.status if files.result else "unfinished",
         reason=files.result.reason if files.result else "",
         problems=[*problems, *audit_cares(audits, versions)],
-        headline=_headline(files, sites),
-        claim=claim_of(files, sites),
+        headline=headline,
+        claim=claim,
         meaning=meaning_report(files, sites),
         sites=sites,
-        accuracy=_accuracy(files),
+        accuracy=_accuracy(files, "labels"),
+        slices=_accuracy(files, "slices")[1:],
+        beside=files.beside,
         rounds=_rounds(files),
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
@@ -176,6 +188,8 @@ def report_of(folder: Path) -> ReportData:
         settings=_settings(settings, files.config.chosen),
         versions=versions,
         origin=_origin(folder, problems),
+        actors=actors_of(claim, headline.epsilon),
+        unprotected=unprotected_of(sites, _cut_test(settings)),
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
@@ -205,7 +219,11 @@ def setting_of(data: ReportData, key: str) -> Any:
 
 def cut_test(data: ReportData) -> str:
     """Return the sentence about a public test part that is cut from the sites' source, empty if it is not."""
-    return unprotected_test(str(setting_of(data, "data.name")), str(setting_of(data, "data.test")))
+    return _cut_test({setting.key: setting.value for setting in data.settings})
+
+
+def _cut_test(settings: Mapping[str, Any]) -> str:
+    return unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
 
 
 def cares_of(data: ReportData) -> list[str]:
@@ -238,9 +256,11 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     )
 
 
-def _accuracy(files: RunFiles) -> list[LabelReport]:
-    scored = [line.labels for line in files.rounds if line.complete and line.round_number and line.labels]
-    return label_reports(files.baseline.labels if files.baseline else [], scored[-1] if scored else [])
+def _accuracy(files: RunFiles, kind: Literal["labels", "slices"]) -> list[LabelReport]:
+    """Return the accuracy on all records, and then by label or slice."""
+    lines = [line for line in files.rounds if line.complete and line.round_number]
+    scored = [counts for line in lines if (counts := getattr(line, kind))]
+    return label_reports(getattr(files.baseline, kind, []), scored[-1] if scored else [])
 
 
 def _rounds(files: RunFiles) -> list[RoundReport]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import DataError
@@ -15,7 +17,9 @@ from reports.declared import read_declared
 from reports.fact_sheet import NAME as FACTS
 from reports.markdown import to_markdown
 from reports.page import to_fact_sheet, to_html
-from reports.signature import SIGNATURE, STATEMENT, covers, sign, statement
+from reports.registry import NAME as REGISTRY
+from reports.registry import registry_record
+from reports.signature import SIGNATURE, STATEMENT, Run, covers, members, sign, statement
 
 REPORT_JSON = "report.json"
 
@@ -34,19 +38,21 @@ def markdown_report(folder: Path) -> str:
     return to_markdown(report_of(folder))
 
 
-def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
+def write_reports(folder: Path, key: Path | None = None, *, registry: bool = False) -> list[Path]:
     """Write ``report.md``, ``report.html``, ``report.json`` and the fact sheet into a run's folder; return their paths.
 
-    A saved adapter gets its model card anew.
+    A saved adapter gets its model card anew. With ``registry`` the record for the registry of deployments is written
+    too.
 
-    With ``key``, also the signed statement on them and its signature. Without one, those that are there stay if
-    they are still of the same bytes, and go if they are not.
+    With ``key``, also the signed statement on everything in the folder that is given to others, and its signature.
+    Without one, those that are there stay if they are still of the same bytes, and go if they are not.
 
     Raises:
-        DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key.
+        DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key; or the run has no
+            record for the registry.
         ConfigError: what is declared about the run cannot be read.
     """
-    data = report_of(folder)
+    data, card = report_of(folder), f"adapter/{CARD}"
     contents = {
         "report.md": to_markdown(data).encode(),
         "report.html": to_html(data).encode(),
@@ -54,22 +60,44 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
         FACTS: to_fact_sheet(data).encode(),
     }
     if data.origin is not None:
-        card = card_of(data, read_declared(folder), adapter_form(data), contents[REPORT_JSON])
+        contents[card] = card_of(data, read_declared(folder), adapter_form(data), contents[REPORT_JSON]).encode()
+    if registry:
+        contents[REGISTRY] = registry_record(data, read_declared(folder)).encode()
     try:
-        signable = contents | {name: (folder / name).read_bytes() for name in data.audits}
+        others = {name: (folder / name).read_bytes() for name in members(folder) if name not in contents}
+        signable = contents | others
         if key is not None:
-            head = data.headline
-            signed = statement(data.run, data.strategy, data.status, head.epsilon, head.delta, signable)
+            _unchanged(data, others)
+            signed = statement(_signed_run(data), signable)
             contents |= {STATEMENT: signed, SIGNATURE: sign(signed, key)}
         elif not (folder / STATEMENT).is_file() or not covers((folder / STATEMENT).read_bytes(), signable):
             for name in (SIGNATURE, STATEMENT):
                 (folder / name).unlink(missing_ok=True)
         for name, content in contents.items():
             replace_file(folder / name, content)
-        if data.origin is not None:
-            replace_file(folder / "adapter" / CARD, card.encode())
     except OSError as error:
         raise DataError(
             f"the report cannot be written to {folder} ({error.strerror}): check rights and space"
         ) from error
-    return [folder / name for name in contents]
+    return [folder / name for name in contents if name != card]
+
+
+def _signed_run(data: ReportData) -> Run:
+    head = data.headline
+    return Run(
+        run=data.run,
+        strategy=data.strategy,
+        status=data.status,
+        rounds_done=head.rounds_done,
+        rounds_planned=head.rounds_planned,
+        epsilon=head.epsilon,
+        delta=head.delta,
+    )
+
+
+def _unchanged(data: ReportData, read: Mapping[str, bytes]) -> None:
+    """Raise DataError unless what is about to be signed is what the report states."""
+    stated = {**data.audits, **(data.origin.files if data.origin else {})}
+    for name, digest in stated.items():
+        if hashlib.sha256(read.get(name, b"")).hexdigest() != digest:
+            raise DataError(f"{name} changed while the report was made: report again when nothing writes to the folder")

@@ -18,6 +18,8 @@ from common.run_lines import (
     AUDITS,
     AuditFile,
     BaselineFile,
+    BesideFile,
+    BesideRow,
     ConfigFile,
     PrivacyLine,
     ResultFile,
@@ -46,6 +48,8 @@ class RunFiles:
     """Files named ``audit*`` in the folder, with their SHA-256."""
     findings: dict[str, AuditFile] = field(default_factory=dict)
     """Content of those that are JSON."""
+    beside: list[BesideRow] = field(default_factory=list)
+    """What other runs came to; empty: nobody has said."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -70,6 +74,7 @@ def read_run(folder: Path) -> RunFiles:
         _file(ResultFile, folder / ResultFile.NAME, problems),
         {path.name: _sha256(path) for path in audits},
         {name: content for name, content in read if content},
+        beside.rows if (beside := _file(BesideFile, folder / BesideFile.NAME, problems)) else [],
         problems,
     )
 

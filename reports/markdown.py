@@ -18,10 +18,10 @@ from common.words import (
     value_text,
     visible,
 )
-from reports.audits import NONE_RUN, WHOSE, audit_words
-from reports.data import ReportData
+from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
+from reports.data import ReportData, setting_of
 from reports.meaning import attack_sentence, several_sentence
-from reports.scores import share_text
+from reports.scores import BESIDE, beside_cells, share_text
 from reports.sites import distinct
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
@@ -46,7 +46,9 @@ def to_markdown(data: ReportData) -> str:
         _result(data),
         _claim(data),
         _meaning(data),
+        _trust(data),
         _accuracy(data),
+        _beside(data),
         _sites(data),
         _rounds(data),
         _others(data),
@@ -77,7 +79,7 @@ def _result(data: ReportData) -> list[str]:
             f"- ε {epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)} at δ {head.delta:g} "
             f"(worst site: {plain(head.worst_site)})",
         )
-    return lines
+    return lines + [f"- {plain(text)}" for text in bound_sentences(data.audit_results)]
 
 
 def _claim(data: ReportData) -> list[str]:
@@ -122,12 +124,36 @@ def _meaning(data: ReportData) -> list[str]:
     ]
 
 
+def _trust(data: ReportData) -> list[str]:
+    rows = [(actor.who, actor.sees, actor.trusted) for actor in data.actors]
+    return [
+        "## Who is trusted with what",
+        "",
+        *_table(("who", "sees", "is trusted"), rows),
+        "",
+        "No noise protects:",
+        "",
+        *(f"- {plain(text)}" for text in data.unprotected),
+    ]
+
+
 def _accuracy(data: ReportData) -> list[str]:
     if not data.accuracy:
         return []
     rows = [(r.label, number_text(r.records), share_text(r.before), share_text(r.after)) for r in data.accuracy]
     columns = ("label", "records", "before (95 % interval)", "after (95 % interval)")
-    return ["## Accuracy on public data", "", *_table(columns, rows)]
+    lines = ["## Accuracy on public data", "", *_table(columns, rows)]
+    if data.slices:
+        rows = [(r.label, number_text(r.records), share_text(r.before), share_text(r.after)) for r in data.slices]
+        lines += ["", *_table((str(setting_of(data, "data.slice")), *columns[1:]), rows)]
+    return lines
+
+
+def _beside(data: ReportData) -> list[str]:
+    if not data.beside:
+        return []
+    columns = ("variant", "arm", "ε", "runs", "before", "after")
+    return ["## Beside other runs", "", BESIDE, "", *_table(columns, map(beside_cells, data.beside))]
 
 
 def _sites(data: ReportData) -> list[str]:

@@ -11,14 +11,14 @@ from markupsafe import Markup
 
 from common import words
 from common.privacy import figures
-from reports.audits import NONE_RUN, WHOSE, audit_words
+from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
-from reports.data import ReportData
+from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
 from reports.meaning import attack_sentence, several_sentence
 from reports.page_style import FACTS_STYLE, STYLE
 from reports.page_template import FACTS, PAGE
-from reports.scores import share_text
+from reports.scores import BESIDE, beside_cells, share_text
 from reports.sites import distinct
 
 NAMED_SITES = 4
@@ -36,7 +36,7 @@ def _template(page: str) -> Template:
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
-    environment.filters["share"] = share_text
+    environment.filters |= {"share": share_text, "beside": beside_cells}
     return environment.from_string(page)
 
 
@@ -47,6 +47,9 @@ def to_html(data: ReportData) -> str:
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
+        beside=BESIDE,
+        slice=str(setting_of(data, "data.slice")),
+        bounds=bound_sentences(data.audit_results),
         whose=WHOSE,
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),

@@ -119,6 +119,17 @@ PAGE = """\
 </div>
 {% endif %}
 
+<h2>Who is trusted with what</h2>
+{% call table("Each party of the run, in the words of NIST SP 800-226") %}
+<thead><tr><th scope="col">who</th><th scope="col">sees</th><th scope="col">is trusted</th></tr></thead>
+<tbody>{% for actor in data.actors %}
+<tr><th scope="row" class="wide">{{ actor.who }}</th><td class="wide">{{ actor.sees }}</td>
+<td class="wide">{{ actor.trusted }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+<p>No noise protects:</p>
+<ul>{% for text in data.unprotected %}<li>{{ text }}</li>{% endfor %}</ul>
+
 {% if data.accuracy %}
 <h2>Accuracy on public data</h2>
 {% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}
@@ -127,6 +138,31 @@ PAGE = """\
 <tbody>{% for row in data.accuracy %}
 <tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
 <td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% if data.slices %}
+{% call table("By " ~ slice ~ ", as the public test file has it") %}
+<thead><tr><th scope="col">{{ slice }}</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
+<th scope="col" class="n">after</th></tr></thead>
+<tbody>{% for row in data.slices %}
+<tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
+<td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% endif %}
+
+{% if data.beside %}
+<h2>Beside other runs</h2>
+<p>{{ beside }}</p>
+{% call table("Accuracy on public data of other runs on the same base model and data") %}
+<thead><tr><th scope="col">variant</th><th scope="col">arm</th><th scope="col" class="n">ε</th>
+<th scope="col" class="n">runs</th><th scope="col" class="n">before</th>
+<th scope="col" class="n">after</th></tr></thead>
+<tbody>{% for row in data.beside %}
+{% set variant, arm, epsilon, runs, before, after = row|beside %}
+<tr><th scope="row">{{ variant }}</th><td>{{ arm }}</td><td class="n">{{ epsilon }}</td><td class="n">{{ runs }}</td>
+<td class="n">{{ before }}</td><td class="n">{{ after }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
 {% endif %}
@@ -261,6 +297,9 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 {% else %}
 <p>{{ none_run }}</p>
 {% endif %}
+{% if bounds %}
+<ul>{% for text in bounds %}<li>{{ text }}</li>{% endfor %}</ul>
+{% endif %}
 {% if data.audits %}
 <p>{{ whose }}</p>
 <ul>{% for name, digest in data.audits.items() %}<li>{{ name }}<br>
@@ -300,8 +339,8 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 {% endcall %}
 {% endif %}
 <footer>Made by FedVeil from the files in the run's folder alone. The same content as data: <code>report.json</code>
-({{ data.schema }}); if <code>report.json.sig</code> lies beside it, <code>fedveil verify report.json --key
-PUBLIC.pem</code> says whether the server's owner vouches for it.</footer>
+({{ data.schema }}); if <code>report.signed.json</code> lies beside it, <code>fedveil verify RUN_FOLDER --key
+PUBLIC.pem</code> says who vouches for it.</footer>
 </main>
 </body>
 </html>

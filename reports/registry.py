@@ -15,8 +15,8 @@ import yaml
 from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text
-from common.words import counted, number_text, numbers_text, visible
-from reports.data import ReportData, cares_of, cut_test, setting_of
+from common.words import counted, numbers_text, visible
+from reports.data import ReportData, cares_of, setting_of
 from reports.declared import Declared, several
 from reports.meaning import attack_sentence, several_sentence
 from reports.sites import distinct
@@ -55,7 +55,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
             "dp_variant": {
                 "variant_name": "Approximate DP",
                 "data_domain": f"Sets of training records at a site; task {setting_of(data, 'model.task')}.",
-                "unprotected_quantities": _lines(_unprotected(data)),
+                "unprotected_quantities": _lines(data.unprotected),
             },
             "privacy_loss": {
                 "privacy_unit": f"{data.claim.per.capitalize()}-level",
@@ -66,7 +66,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
             "deployment_model": {
                 "model_name": "Federated",
                 "model_name_details": NOISED.get(mechanism.noised, ""),
-                "actors": _lines(_actors(data)),
+                "actors": _lines([f"{actor.who}: trusted {actor.trusted}" for actor in data.actors]),
                 "release_type": "Many releases" if _more(data) else "One release",
                 "release_type_details": "Every site's ledger composes all runs on its records and stops at its "
                 "budget. A site can be asked again until then.",
@@ -128,32 +128,12 @@ def _basic(data: ReportData, declared: Declared) -> dict[str, Any]:
     }
 
 
-def _unprotected(data: ReportData) -> list[str]:
-    sizes = [site.public_size for site in data.sites if site.public_size is not None]
-    return [
-        f"the number of records that each site declares ({number_text(sum(sizes))} in all)",
-        "which site took part in which round, when, and how long it took",
-        "every setting of the run, its labels, and the public test part that accuracy is measured on"
-        + (", which was cut from the same source as the sites' records" if cut_test(data) else ""),
-        "the base model, which may have been trained on the same records before",
-    ]
-
-
 def _parameters(data: ReportData) -> list[str]:
     lines = [f"largest of all sites, over all rounds; site {data.headline.worst_site}"]
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [text for text in said if text]
     return lines + cares_of(data)
-
-
-def _actors(data: ReportData) -> list[str]:
-    return [
-        "stewards of sites: hold the records, and set budget and rules",
-        "the coordinator's server: sees what sites send, and may send anything",
-        f"the claim's adversary: {data.claim.adversary}",
-        "everyone who gets the model",
-    ]
 
 
 def _afterwards(data: ReportData) -> list[str]:

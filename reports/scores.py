@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.run_lines import LabelScore
+from common.run_lines import BesideRow, LabelScore
 from common.words import UNKNOWN, percent_text
 
 Z = 1.959963984540054
@@ -78,6 +78,24 @@ def label_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> 
         )
         for name, first, then in counted
     ]
+
+
+BESIDE = (
+    "Means of a sweep's runs on the same base model and data, with half of the 95 % interval over runs. They show "
+    "whether federating helped, and what privacy cost."
+)
+
+
+def beside_cells(row: BesideRow) -> tuple[str, ...]:
+    """Return variant, arm, ε, runs and accuracies of other runs as text.
+
+    >>> beside_cells(BesideRow("head-only", "local-only", None, 0.731, 0.75, 0.012, 3))
+    ('head-only', 'local-only', 'no privacy', '3', '73.1 %', '75.0 % ± 1.2')
+    """
+    half = "" if row.half is None else f" ± {100 * row.half:.1f}"
+    epsilon = "no privacy" if row.epsilon_asked is None else f"{row.epsilon_asked:g}"
+    accuracies = (percent_text(row.accuracy_before), f"{percent_text(row.accuracy)}{half}")
+    return (row.variant, row.arm, epsilon, str(row.runs), *accuracies)
 
 
 def share_text(share: Share | None) -> str:

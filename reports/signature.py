@@ -1,9 +1,11 @@
-"""The signature of a report: Ed25519 (RFC 8032) over a statement that names the run and hashes every file of it.
+"""The signature of a run's result: Ed25519 (RFC 8032) over a statement that names the run and hashes every file of it.
 
 The statement (``report.signed.json``) is one JSON object in canonical form. It begins with what it is for
 (``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
-that ended, its ε and when it was signed; and it holds the SHA-256 of the report in all three forms and of every audit
-file in the folder. The signature file holds the 64 raw bytes, so that other tools can check it as well::
+that ended and after how many rounds, its ε and when it was signed; and it holds the SHA-256 of everything in the folder
+that is given to others (``members``): the report in all its forms, the adapter with its model card, the record for the
+registry, and every audit. One that is changed, missing or added is found. The signature file holds the 64 raw bytes, so
+that other tools can check it as well::
 
     openssl pkeyutl -verify -pubin -inkey PUBLIC.pem -rawin -in report.signed.json -sigfile report.signed.json.sig
 
@@ -14,9 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,17 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from common.errors import DataError
+from common.files import finite
 from common.run_lines import AUDITS
+from reports.fact_sheet import NAME as FACTS
+from reports.registry import NAME as REGISTRY
 
-CONTEXT = "FedVeil signed report, 1"
+CONTEXT = "FedVeil signed run, 2"
+FIRST_CONTEXT = "FedVeil signed report, 1"
+"""Of statements that name the report and its audits alone. Of the adapter they have what the report states."""
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
+FORMS = ("report.md", "report.html", "report.json", FACTS)
+ADAPTER = "adapter"
 
 
 class NotGenuine(DataError):
@@ -83,18 +92,34 @@ def sign(content: bytes, key_file: Path) -> bytes:
     return key.sign(content)
 
 
-def statement(
-    run: str, strategy: str, status: str, epsilon: float | None, delta: float | None, files: Mapping[str, bytes]
-) -> bytes:
-    """Return what is signed, with the present time; ε and δ are None without a claim, ``files`` are by name."""
-    spoken = None if epsilon is None or math.isfinite(epsilon) else str(epsilon)
+def members(folder: Path) -> list[str]:
+    """Return what a statement on the run in ``folder`` must name, as it lies there, by path within it, in order.
+
+    In ``adapter/`` that is everything, because whoever loads the adapter may be given any file of it.
+    """
+    found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY)) if path.is_file()]
+    found += [path for path in (folder / ADAPTER).rglob("*") if path.is_symlink() or path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in [*found, *_audits(folder)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a statement says of the run; ε and δ are None without a claim."""
+
+    run: str
+    strategy: str
+    status: str
+    rounds_done: int
+    rounds_planned: int
+    epsilon: float | None
+    delta: float | None
+
+
+def statement(run: Run, files: Mapping[str, bytes]) -> bytes:
+    """Return what is signed, with the present time; ``files`` are by their path in the run's folder."""
     value = {
         "context": CONTEXT,
-        "run": run,
-        "strategy": strategy,
-        "status": status,
-        "epsilon": spoken or epsilon,
-        "delta": delta,
+        **finite(asdict(run)),
         "signed": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
@@ -111,11 +136,11 @@ def covers(signed: bytes, files: Mapping[str, bytes]) -> bool:
 
 
 def verified(folder: Path, key_file: Path) -> dict[str, Any]:
-    """Return the statement on the report in ``folder``, once signature and every file have been found right.
+    """Return the statement on the run in ``folder``, once signature and every file have been found right.
 
     Raises:
-        NotGenuine: the signature is not of this statement by this key, or a file was changed or added, of the report
-            or of the adapter that lies beside it.
+        NotGenuine: the signature is not of this statement by this key, or a file was changed, is missing or came after
+            it was signed.
         DataError: a file cannot be read, or ``key_file`` holds no Ed25519 public key.
     """
     try:
@@ -130,21 +155,35 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     except InvalidSignature:
         raise NotGenuine(f"{folder / STATEMENT} was changed, or {key_file} is not the signer's key") from None
     value: dict[str, Any] = json.loads(signed)
-    if value.get("context") != CONTEXT:
-        raise NotGenuine(f"{folder / STATEMENT} is signed, but is no statement on a report")
+    if value.get("context") not in (CONTEXT, FIRST_CONTEXT):
+        raise NotGenuine(f"{folder / STATEMENT} is signed, but is no statement on a run")
     for name, digest in value["files"].items():
-        if hashlib.sha256(_read(folder / name, "signed file")).hexdigest() != digest:
-            raise NotGenuine(f"{folder / name} was changed after it was signed")
-    for name, digest in _adapter(folder).items():
-        if (folder / name).is_file() and hashlib.sha256(_read(folder / name, "file")).hexdigest() != digest:
-            raise NotGenuine(f"{folder / name} is not of the adapter that the signed report is about")
-    added = sorted(path.name for path in folder.glob(AUDITS) if path.is_file() and path.name not in value["files"])
+        _same(folder, name, digest, "was changed after it was signed")
+    if value["context"] == FIRST_CONTEXT:
+        there = [path.name for path in _audits(folder)]
+        for name, digest in _stated_adapter(folder).items():
+            if (folder / name).is_file():
+                _same(folder, name, digest, "is not of the adapter that the signed report is about")
+    else:
+        there = members(folder)
+    added = [name for name in there if name not in value["files"]]
     if added:
-        raise NotGenuine(f"{', '.join(added)} in {folder} came after the report was signed")
+        raise NotGenuine(f"{', '.join(added)} in {folder} came after the run was signed")
     return value
 
 
-def _adapter(folder: Path) -> dict[str, str]:
+def _audits(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(AUDITS) if path.is_file())
+
+
+def _same(folder: Path, name: str, digest: str, fault: str) -> None:
+    if not (folder / name).is_file():
+        raise NotGenuine(f"{folder / name} was signed, and is missing")
+    if hashlib.sha256(_read(folder / name, "signed file")).hexdigest() != digest:
+        raise NotGenuine(f"{folder / name} {fault}")
+
+
+def _stated_adapter(folder: Path) -> dict[str, str]:
     """Return the hashes of the adapter's files that the report, found genuine before, states."""
     origin = json.loads(_read(folder / "report.json", "signed file")).get("origin") or {}
     files: dict[str, str] = origin.get("files", {})

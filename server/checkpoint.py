@@ -30,13 +30,13 @@ from common.run_lines import ResultFile, read_if_there
 from common.strict_json import from_json, to_json
 from server.admission import Member
 from strategies import Moments, ServerState
-from strategies.job import Job
+from strategies.job import Job, known_settings
 
 NAME = "checkpoint.safetensors"
 FORMAT = "6"
 PARTS = ("adapter", "memory", "first moments", "second moments")
 """Where a stored tensor belongs."""
-MAY_CHANGE = ("resume", "output", "round-timeout", "round-retries", "min-sites")
+MAY_CHANGE = ("resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
 
 
@@ -141,9 +141,10 @@ def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
 
 
 def _same_settings(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
+    had = {**known_settings(), **before}  # a setting that came after the run began had its default
     for key in sorted({*before, *now} - set(MAY_CHANGE)):
-        if before.get(key) != now.get(key):
+        if had.get(key) != now.get(key):
             raise ConfigError(
-                f"resume: {key} is {now.get(key)!r}, the run was started with {before.get(key)!r}: "
+                f"resume: {key} is {now.get(key)!r}, the run was started with {had.get(key)!r}: "
                 "a run goes on with the settings it began with"
             )

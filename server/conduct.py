@@ -22,6 +22,7 @@ from server.records import RunFolder
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
 from server.terminal import round_line, score_words
+from server.tracking import Tracking, check_tracker
 from strategies import ServerState
 from strategies.job import Job
 
@@ -33,13 +34,14 @@ DYING_SECONDS = 90.0
 class _Observer:
     """Writes a run's folder and says one line a round."""
 
-    def __init__(self, job: Job, folder: RunFolder, server_model: ServerModel) -> None:
-        self._job, self._folder, self._server_model = job, folder, server_model
+    def __init__(self, job: Job, folder: RunFolder, server_model: ServerModel, tracking: Tracking) -> None:
+        self._job, self._folder, self._server_model, self._tracking = job, folder, server_model, tracking
         self.stop_reason = ""
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.started(baseline, state, members)
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
+        self._tracking.tell()
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         self._folder.say(f"goes on after round {checkpoint.state.round_number}: {score_words(checkpoint.score)}")
@@ -62,6 +64,7 @@ class _Observer:
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.finished(outcome, state, members)
         self._folder.say(round_line(self._job, outcome, members), outcome.round_number)
+        self._tracking.tell()
 
     def missed(self, outcome: RoundOutcome) -> None:
         self._folder.missed(outcome)
@@ -80,12 +83,13 @@ def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder
         connect: makes the transport once the server's model is there.
 
     Raises:
-        ConfigError, DataError: there is nothing to resume; nothing was touched.
+        ConfigError, DataError: there is nothing to resume, or the tracker is not installed; nothing was touched.
         RunFailed: another server writes the run's folder, and nothing was touched; or the run could not go on:
             the folder's ``result.json`` has the same reason, and what was trained until then is saved as if
             it had ended there.
     """
     set_up()
+    check_tracker(job.config.tracker)
     run, path = run_name(job.config, flower_run), run_folder(job.config, flower_run)
     if job.config.resume:
         load_checkpoint(path, job, run)  # no folder is locked, or made, for a run that cannot go on
@@ -96,22 +100,30 @@ def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder
         saved = load_checkpoint(path, job, run) if job.config.resume else None
         folder = RunFolder(path, job, run, saved)
         with kept_in(path / "log.jsonl"):
+            tracking = Tracking(job, path, run)
             try:
-                _conduct(job, run, folder, connect)
+                _conduct(job, run, folder, connect, tracking)
             finally:
+                tracking.close()
                 write_reports(path)
     return path
 
 
-def _conduct(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerModel, RunFolder], Transport]) -> None:
+def _conduct(
+    job: Job,
+    run: str,
+    folder: RunFolder,
+    connect: Callable[[ServerModel, RunFolder], Transport],
+    tracking: Tracking,
+) -> None:
     server_model: ServerModel | None = None
     try:
         folder.progress(ProgressFile("loading model and data"))
         if told := unprotected_test(job.config.data.name, job.config.data.test):
             folder.say(told)
         server_model = ServerModel(job)
-        observer = _Observer(job, folder, server_model)
-        folder.label_names = server_model.label_names
+        observer = _Observer(job, folder, server_model, tracking)
+        folder.label_names, folder.slice_names = server_model.label_names, server_model.slice_names
         run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
         _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from common.data.sources import public_test
+from common.data.sources import public_test, slices_of
 from common.errors import ModelError
 from common.messages.state import AdapterState
 from common.messages.wire import Layout, layout_of
@@ -30,6 +30,8 @@ class ServerModel:
         self.start: AdapterState = self.model.start
         self.told = ""
         """What there is to say of the start's public text, in words; empty: nothing."""
+        self.slice_names = slices_of(test) if job.config.data.slice else ()
+        self._slices = [self.slice_names.index(example.slice) for example in test.examples if self.slice_names]
         self.records: Sequence[Record] = self.model.prepare(test.examples)
         if len(self.model.featurise(self.records)) < len(self.records):
             raise ModelError(
@@ -83,4 +85,4 @@ class ServerModel:
     def score(self, adapter: AdapterState) -> Score:
         """Return accuracy and loss of the model under ``adapter``."""
         self.model.write(adapter)
-        return self.model.score(self.records)
+        return self.model.score(self.records, self._slices)

@@ -103,7 +103,8 @@ class RunFolder:
         self.saved = saved
         """The last checkpoint."""
         self.label_names: tuple[str, ...] = ()
-        """Of the public records; set before the first line is written."""
+        """Of the public records; set before the first line is written, as the slices' names."""
+        self.slice_names: tuple[str, ...] = ()
         self._baseline = saved.baseline if saved else Score(accuracy=0.0, loss=0.0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         path.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ class RunFolder:
 
     def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
         """Record the score before round 1."""
-        self._write(BaselineFile(baseline.accuracy, baseline.loss, self._by_label(baseline)))
+        self._write(BaselineFile(baseline.accuracy, baseline.loss, self._by_label(baseline), self._by_slice(baseline)))
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
 
@@ -163,11 +164,16 @@ class RunFolder:
                 attempts=got.attempts,
                 failures=got.failures,
                 labels=self._by_label(outcome.score) if outcome.score else [],
+                slices=self._by_slice(outcome.score) if outcome.score else [],
             )
         )
 
     def _by_label(self, score: Score) -> list[LabelScore]:
         counts = zip(self.label_names, score.right, score.records, strict=False)
+        return [LabelScore(name, right, records) for name, right, records in counts]
+
+    def _by_slice(self, score: Score) -> list[LabelScore]:
+        counts = zip(self.slice_names, score.slice_right, score.slice_records, strict=False)
         return [LabelScore(name, right, records) for name, right, records in counts]
 
     def _write(self, file: RunFile) -> None:

@@ -18,7 +18,7 @@ from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
-from strategies.renamed import RENAMED, by_new_names
+from strategies.renamed import REFUSED, RENAMED, by_new_names
 
 START = "start."
 """What the options of a start begin with."""
@@ -138,7 +138,8 @@ def configure(values: Mapping[str, Scalar]) -> Job:
     known = known_settings()
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
+            why = REFUSED.get(key.rpartition(".")[2].replace("_", "-"))
+            raise ConfigError(f"{key} cannot be set: {why}" if why else f"unknown setting {key!r}{nearest(key, known)}")
         if key in RENAMED or key.startswith(START):
             typed(key, value, type(known[key]))
     settings, renamed = by_new_names(values, known)
@@ -175,7 +176,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     ADAPTERS[name].check(config)
     config = replace(config, adapter=replace(config.adapter, name=name))
     asked_start = _start(config.adapter.start, settings, given)
-    origin = asked_start.resolved()
+    origin = asked_start.resolved().within(config.privacy)
     check_directions(origin, ADAPTERS[name])
     origin.check(config, ADAPTERS[name])
     if config.head.metric == "public" and METRIC not in origin.gives:

@@ -1,4 +1,4 @@
-"""Settings that have another name now, and still work."""
+"""Settings that have another name now, and still work; and those of other programs that no run here can have."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ RENAMED: Mapping[str, str] = {
     "training.head-rate": "head-rate",
 }
 """Each old name with its successor, whose default it shares."""
+_PACKED = (
+    "packing puts several records into one sequence, so that they share a gradient and no clip bounds what one of them "
+    "changes; every record is a sequence of its own here, and those of like length are batched together"
+)
+REFUSED: Mapping[str, str] = dict.fromkeys(("packing", "neat-packing", "sample-packing"), _PACKED)
+"""Last part of a setting's name in TRL, LLaMA-Factory or axolotl, and why no run here can have it."""
 
 
 def by_new_names(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], dict[str, str]]:

@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,23 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import pytest
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
+
+LONGEST = (
+    *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit", "test_compare"),
+    *("test_docs", "test_optimizers", "test_real_faults", "test_shapes", "test_worker"),
+)
+"""Files with few tests that take long."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist keep the order in which tests are collected."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process is left alone with one of them at the end."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

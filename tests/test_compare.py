@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,39 @@ from strategies import STRATEGIES
 from strategies.job import configure
 
 
+class InThisProcess:
+    """Stands for a pool of processes, each of which loads its libraries anew."""
+
+    def __init__(self, jobs: int, context: Any, begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        begin(*arguments)
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[None]:
+        future = Future[None]()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a comparison's runs be run in this process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(comparison, "_stopped", None, raising=False)
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", InThisProcess)
+
+
 def test_the_shipped_comparison_is_of_every_strategy() -> None:
     from common.config.text import parse_settings
 
     assert {configure(parse_settings([str(path)])).strategy.name for path in DEFAULT} == set(STRATEGIES)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_comparison_runs_both_modes_and_goes_on_where_it_stopped(
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -84,7 +113,7 @@ def test_a_kept_result_of_other_settings_stops_the_comparison_before_anything_ru
 
 
 def test_a_run_that_failed_is_run_again_and_its_folder_is_kept_aside(
-    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # two runs at once
     job, output = tmp_path / "job.toml", tmp_path / "out"
@@ -96,6 +125,7 @@ def test_a_run_that_failed_is_run_again_and_its_folder_is_kept_aside(
     begun = [folder for folder in output.iterdir() if folder != cut]
     assert not any(map(is_written, begun)), "a run went on after the comparison had ended"
     assert len(begun) < 15, "a comparison that had failed began the rest of its runs"
+    request.getfixturevalue("here")
     outcomes = compare([job], [1], 2, {"rounds": 1}, output, lambda *_: None)
     assert [outcome.mode for outcome in outcomes] == ["dp-sgd", "none"]
     (aside,) = output.glob(f"{cut.name}.cut-short-*")

@@ -14,7 +14,9 @@ import click
 import pytest
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 from made_run import spent
+from typer.testing import CliRunner
 
+from cli.main import app
 from client.ledger.ledger import Ledger
 from common.config.text import to_toml
 from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
@@ -95,11 +97,22 @@ def test_a_run_in_which_every_site_fails_names_the_reasons(settings_file: Path, 
         ("missing.toml", "cannot read the settings file missing.toml"),
     ],
 )
-def test_a_wrong_setting_stops_before_anything_is_started(setting: str, words: str, tmp_path: Path) -> None:
-    done = fedveil("run", "-c", setting, cwd=tmp_path)
-    assert done.returncode == 1
+def test_a_wrong_setting_stops_before_anything_is_started(
+    setting: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.simulate.simulate", lambda *_, **__: pytest.fail("a run is started"))
+    done = CliRunner().invoke(app, ["run", "-c", setting])
+    assert done.exit_code == 1
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, f"not one line: {done.stderr}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_installed_command_says_a_wrong_setting_in_a_line_of_its_own(tmp_path: Path) -> None:
+    done = fedveil("run", "-c", "adapter.rnk=4", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "fedveil: unknown setting 'adapter.rnk' (did you mean 'adapter.rank'?)\n"
     assert not (tmp_path / "runs").exists()
 
 

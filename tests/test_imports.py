@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("common", "strategies", "client", "reports", "server", "deploy", "experiments", "cli", "audits", "faults")
 """From the lowest floor to the highest: a room imports itself and what is below it, except as said in NEVER."""
 NEVER = {("reports", "client"), ("server", "client"), ("audits", "cli"), ("faults", "cli")}
-WINGS = ("tasks", "privacy", "config", "data", "secure_sum", "messages", "adapters", "model", "starts")
+WINGS = ("tasks", "privacy", "trackers", "config", "data", "secure_sum", "messages", "adapters", "model", "starts")
 """The folders of ``common``, lowest first: one imports itself, the files beside them, and the wings below it."""
 NAMED = {"tasks": set[str](), "privacy": {"dpsgd.py"}}
 """Wings whose rows settings name. Settings are checked by their tables, so they are the lowest, and import what is
@@ -58,6 +58,9 @@ DOORS = {
     "jinja2": {"reports/page.py"},
     "PIL": {"common/tasks/images.py"},
     "matplotlib": {"experiments/sweep/pictures.py"},
+    "mlflow": {"common/trackers/mlflow.py"},
+    "trackio": {"common/trackers/trackio.py"},
+    "wandb": {"common/trackers/wandb.py"},
     "onnx": {"common/model/dinov2.py"},
     "ray": set(),
 }

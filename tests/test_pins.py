@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,7 +147,7 @@ def others(source: str) -> Iterator[tuple[str, dict[str, Scalar]]]:
     for key, value in to_mapping(DataConfig(partition="iid"), "data.").items():
         if key not in PINNED:
             other = worst.get(key.removeprefix("data."), value + 1 if isinstance(value, int | float) else "postcode")
-            key_too = {"data.key": "postcode", "data.name": source, "data.partition": "natural"}
+            key_too = {"data.key": "postcode", "data.name": source, "data.partition": "natural", "data.test": "/no.csv"}
             yield key, {**(key_too if isinstance(value, str) else {}), key: other}
 
 
@@ -367,10 +368,14 @@ def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_t
 
 def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     """Not one beside it: each cell tells its column; of an image, by a file of that name and width."""
+
+    def cell(name: str) -> str:
+        return json.dumps([{"role": "assistant", "content": name}]) if name.startswith("messages") else name
+
     names = [f"{role.setting}-column" for role in roles_of_all()]
     path = tmp_path / "columns.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([names, names, [f"{name}-2" for name in names]])
+        csv.writer(file).writerows([names, map(cell, names), [cell(f"{name}-2") for name in names]])
     pictures = dict[str, str]()
     for width, name in enumerate((name for column in names for name in (column, f"{column}-2")), start=1):
         (tmp_path / name).write_bytes(encoded(np.zeros((1, width), np.uint8)))
@@ -382,5 +387,7 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
             value = getattr(data.examples[0], role.field)
             if isinstance(value, Picture):
                 assert value.pixels == pictures[f"{role.setting}-column"]
+            elif role.field == "turns":
+                assert value == (("assistant", f"{role.setting}-column"),)
             else:
                 assert (data.label_names[value] if role.field == "label" else value) == f"{role.setting}-column"

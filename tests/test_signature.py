@@ -1,7 +1,8 @@
-"""A signed report says whose it is, and holds for every byte of every form; nothing else passes for one."""
+"""A signed run says whose it is, and holds for every byte that is given to others; nothing else passes for one."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,17 +12,21 @@ from pathlib import Path
 
 import pytest
 from made_run import MadeRun
+from test_card import with_adapter
 from test_report import audit_file, fedveil, found
 
+from common.errors import DataError
 from common.privacy.figures import epsilon_text
-from reports import report_of, write_reports
-from reports.signature import SIGNATURE, STATEMENT, sign
+from reports import ReportData, report_of, write_reports
+from reports.declared import declare
+from reports.signature import FIRST_CONTEXT, SIGNATURE, STATEMENT, members, sign
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> MadeRun:
-    """A finished run of three rounds."""
-    return MadeRun(tmp_path / "run", {"rounds": 3}).start().round(1, 0.71).round(2, 0.74).round(3, 0.76).end()
+    """A finished run of three rounds, with an adapter."""
+    run = MadeRun(tmp_path / "run", {"rounds": 3}).start().round(1, 0.71).round(2, 0.74).round(3, 0.76).end()
+    return with_adapter(run)
 
 
 @pytest.fixture
@@ -29,7 +34,8 @@ def signed(made: MadeRun, tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """Sign the run's report with a new key and return what says whether a folder's report is genuine."""
     made.audited("audit.json", audit_file(found("kills")))
     assert fedveil("keygen", tmp_path / "server.pem")[0] == 0
-    assert fedveil("report", made.folder, "--sign", tmp_path / "server.pem")[0] == 0
+    curators = ("--registry", "--declare", 'curators="North Clinic"')
+    assert fedveil("report", made.folder, "--sign", tmp_path / "server.pem", *curators)[0] == 0
     return lambda folder=made.folder, key="server": fedveil("verify", folder, "--key", tmp_path / f"{key}.pub.pem")
 
 
@@ -47,7 +53,10 @@ def test_a_signed_report_is_valid_until_a_byte_of_any_form_changes(
     assert (code, "not the signer's key" in words) == (1, True)
     assert fedveil("report", made.folder)[0] == 0
     assert signed()[0] == 0, "the same report needs no new key"
-    for name in ("report.json", "report.md", "report.html", "audit.json", "report.signed.json"):
+    adapter = ("README.md", "adapter_config.json", "adapter_model.safetensors", "fedveil.json", "head.safetensors")
+    forms = ("report.json", "report.md", "report.html", "facts.html", "deployment.yaml", "audit.json")
+    assert members(made.folder) == sorted([*forms, *(f"adapter/{name}" for name in adapter)])
+    for name in (*members(made.folder), "report.signed.json"):
         content = (made.folder / name).read_bytes()
         for place in (0, len(content) // 2, len(content) - 1):
             (made.folder / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -55,9 +64,61 @@ def test_a_signed_report_is_valid_until_a_byte_of_any_form_changes(
             assert (code, words.startswith("invalid: "), words.count("\n")) == (1, True, 1), name
             assert name in words
         (made.folder / name).write_bytes(content)
-    made.audited("audit-2.json", audit_file(found("kills")))
+
+
+def test_a_file_that_is_missing_or_came_later_is_found(made: MadeRun, signed: Callable[..., tuple[int, str]]) -> None:
+    for name in members(made.folder):
+        content = (made.folder / name).read_bytes()
+        (made.folder / name).unlink()
+        code, words = signed()
+        assert (code, f"{name} was signed, and is missing" in words, words.count("\n")) == (1, True, 1)
+        (made.folder / name).write_bytes(content)
+    assert signed()[0] == 0
+    for name in ("audit-2.json", "adapter/adapter_model.bin", "adapter/deep/down.safetensors"):
+        (made.folder / name).parent.mkdir(exist_ok=True)
+        (made.folder / name).write_bytes(b"{}")
+        code, words = signed()
+        assert (code, f"{name} in" in words, "came after" in words) == (1, True, True), f"{name} passes for signed"
+        (made.folder / name).unlink()
+    (made.folder / "adapter" / "elsewhere").symlink_to(made.folder.parent)
+    assert signed()[0] == 1, "a folder behind a link passes for signed"
+
+
+def test_an_adapter_that_changes_while_it_is_signed_is_refused(
+    made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then_changed(folder: Path) -> ReportData:
+        data = report_of(folder)
+        (folder / "adapter" / "head.safetensors").write_bytes(b"another")
+        return data
+
+    fedveil("keygen", tmp_path / "server.pem")
+    monkeypatch.setattr("reports.files.report_of", then_changed)
+    with pytest.raises(DataError, match=r"adapter/head\.safetensors changed while"):
+        write_reports(made.folder, tmp_path / "server.pem")
+    assert not (made.folder / STATEMENT).exists()
+
+
+def test_a_statement_of_an_earlier_fedveil_stays_genuine_for_what_it_names(
+    made: MadeRun, tmp_path: Path, signed: Callable[..., tuple[int, str]]
+) -> None:
+    """It named the report and its audits; the adapter is held by the hashes that the report states."""
+    value = json.loads((made.folder / STATEMENT).read_bytes())
+    value = {name: value[name] for name in ("run", "strategy", "status", "epsilon", "delta", "signed", "files")}
+    value["files"] = {name: digest for name, digest in value["files"].items() if name[:4] in {"repo", "fact", "audi"}}
+    content = json.dumps({"context": FIRST_CONTEXT, **value}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    (made.folder / STATEMENT).write_bytes(content)
+    (made.folder / SIGNATURE).write_bytes(sign(content, tmp_path / "server.pem"))
     code, words = signed()
-    assert (code, "audit-2.json" in words) == (1, True), "findings that came later pass for signed ones"
+    assert (code, "the model card is not under it: sign again" in words) == (0, True), words
+    for name, fault in (("report.md", "was changed"), ("adapter/head.safetensors", "is not of the adapter")):
+        before = (made.folder / name).read_bytes()
+        (made.folder / name).write_bytes(before + b" ")
+        code, words = signed()
+        assert (code, fault in words) == (1, True), words
+        (made.folder / name).write_bytes(before)
+    made.audited("audit-2.json", audit_file(found("kills")))
+    assert signed()[0] == 1
 
 
 def test_verify_says_of_which_run_how_it_ended_at_which_epsilon_and_when(
@@ -67,7 +128,7 @@ def test_verify_says_of_which_run_how_it_ended_at_which_epsilon_and_when(
     assert data.headline.epsilon is not None
     for part in (
         f"run {data.run} ({data.strategy})",
-        data.status,
+        f"{data.status} after 3 of 3 rounds",
         f"ε {epsilon_text(data.headline.epsilon)} at δ 1e-05",
     ):
         assert part in words
@@ -90,15 +151,17 @@ def test_a_signature_of_something_else_by_the_same_key_is_none_of_a_report(
         (made.folder / STATEMENT).write_bytes(content)
         (made.folder / SIGNATURE).write_bytes(sign(content, tmp_path / "server.pem"))
         code, words = signed()
-        assert (code, "no statement on a report" in words) == (1, True)
+        assert (code, "no statement on a run" in words) == (1, True)
 
 
-@pytest.mark.parametrize("change", ["round", "audit"])
+@pytest.mark.parametrize("change", ["round", "audit", "card"])
 def test_a_signature_of_another_report_does_not_stay(
     made: MadeRun, signed: Callable[..., tuple[int, str]], change: str
 ) -> None:
     if change == "round":
         made.round(4, 0.77)
+    elif change == "card":
+        declare(made.folder, {"license": "mit"})
     else:
         made.audited("audit.json", audit_file(found("kills"), found("canaries")))
     write_reports(made.folder)

@@ -57,6 +57,12 @@ class Swept:
     runs: Path
 
 
+def each_here(function: Callable[[Any], Any], works: list[Any], *others: Any) -> Iterator[tuple[Any, Any]]:
+    """Do in this process what a sweep has done in processes of their own, which load their libraries anew."""
+    for work in works:
+        yield work, function(work)
+
+
 @pytest.fixture(scope="module")
 def swept(world: Path) -> Swept:
     results, runs = world / "results", world / "runs" / "sweeps" / "tiny"
@@ -68,7 +74,9 @@ def swept(world: Path) -> Swept:
             time.sleep(0.05)
         first.kill()
     killed = read_rows(results / "tiny.jsonl")
-    answer = CliRunner().invoke(app, ["sweep", str(TINY), "--results", str(results)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conduct, "each_in_a_process", each_here)
+        answer = CliRunner().invoke(app, ["sweep", str(TINY), "--results", str(results)])
     assert answer.exit_code == 0, answer.output
     return Swept(killed, answer.output, read_rows(results / "tiny.jsonl"), results, runs)
 
@@ -172,12 +180,7 @@ def test_a_sweep_that_is_complete_runs_nothing(swept: Swept) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a sweep's runs be run in this process."""
-
-    def each(function: Callable[[Any], Any], works: list[Any], *others: Any) -> Iterator[tuple[Any, Any]]:
-        for work in works:
-            yield work, function(work)
-
-    monkeypatch.setattr(conduct, "each_in_a_process", each)
+    monkeypatch.setattr(conduct, "each_in_a_process", each_here)
 
 
 class Sweeping:

@@ -20,7 +20,7 @@ from audits.tiny_models import FILLER
 from common.errors import DataError
 from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
-from common.tasks import TASKS, CausalLM, Classification, ImageClassification, Record, Task
+from common.tasks import TASKS, CausalLM, Chat, Classification, ImageClassification, Instruction, Record, Task
 from common.tasks.causal_lm import IGNORED
 from common.tasks.module import TaskModule
 from common.tasks.text import TextExample
@@ -341,7 +341,8 @@ def test_batches_are_as_few_as_the_budget_allows() -> None:
 
 
 def test_every_task_says_what_it_is(loaded: Loaded) -> None:
-    tasks: list[Any] = [Classification(), CausalLM(), ImageClassification()]
-    names = [("classification", True), ("causal-lm", False), ("image-classification", True)]
+    tasks: list[Any] = [Classification(), CausalLM(), Chat(), Instruction(), ImageClassification()]
+    words = [("classification", True), ("causal-lm", False), ("chat", False), ("instruction", False)]
+    names = [*words, ("image-classification", True)]
     assert [(task.name, task.labelled) for task in tasks] == names
     assert list(TASKS) == [task.name for task in tasks]

@@ -50,8 +50,8 @@ class TrainingSettings(Section):
     """Of the site's optimiser: the part of a weight that a step of rate 1 takes off."""
     linearised: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
     """Rounds whose steps are those of the model to first order around where the first of them began: one pass over all
-    records, and then steps that cost next to nothing. For labels and small adapters (``client.linearised``). 0: none.
-    """
+    records, and then steps that cost next to nothing. The head stays. For labels and small adapters
+    (``client.linearised``). 0: none."""
     batch_tokens: Annotated[int, NOT_NEGATIVE, Unit("tokens")] = 0
     """The size of a forward pass without privacy, padding included. 0: what suits the device. It changes speed and
     memory, not the result. Under privacy shapes are fixed (``common.model.shapes``), and this has no say."""

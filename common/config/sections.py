@@ -18,6 +18,7 @@ from common.config.fields import RATIO, Section, Unit, kebab, kinds_of
 from common.errors import ConfigError
 from common.privacy import MECHANISMS, Mechanism
 from common.tasks import TASKS, roles_of_all
+from common.trackers import NO_TRACKER, TRACKERS
 
 Scalar = str | int | float | bool
 S = TypeVar("S")
@@ -74,7 +75,8 @@ class ModelConfig(Section):
     """A named model (see ``common.model.base``), a folder, or a hub id."""
     task: Annotated[str, OneOf(TASKS)] = "classification"
     """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``causal-lm``
-    (prompt, completion), ``image-classification`` (vision transformer, linear head)."""
+    (prompt, completion), ``chat`` (a conversation), ``instruction`` (instruction, input, output),
+    ``image-classification`` (vision transformer, linear head)."""
     max_length: Annotated[int, POSITIVE, Unit("tokens")] = 128
     """The length that a record is cut to. It is less where the model has no positions for so many and one of padding.
     An image is scaled to the largest square of whole patches that has at most so many."""
@@ -92,6 +94,8 @@ class DataConfig(Section):
     """A named data set (see ``common.data.sources``), a file or folder, or ``hub:NAME``."""
     test: str = ""
     """The server's public held-out file or hub split. Empty: a seeded part of ``data.name``."""
+    slice: str = ""
+    """Column of ``data.test`` by whose values scores are given as well, such as a region. Empty: none."""
     test_size: Annotated[int, POSITIVE, Unit("records")] = 1000
     """The size of the public test part when ``data.test`` is empty."""
     columns: Columns = field(default_factory=_columns_of_jobs)
@@ -112,6 +116,11 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "columns", Columns({**_columns_of_jobs(), **self.columns}))
+        if self.slice and not self.test:
+            raise ConfigError(
+                f"data.slice is {self.slice!r}, which is a column of the public test file, and data.test names none: "
+                "name one, or leave data.slice empty"
+            )
         if self.partition == "natural" and not self.key:
             raise ConfigError("data.partition is 'natural' but data.key is empty: name the column to divide by")
 
@@ -257,6 +266,8 @@ class RunTerms(Section):
     """Of the forward pass: ``auto`` (bfloat16 where the device is fast at it), ``float32``, ``bfloat16``."""
     output: str = "runs"
     """Folder that run folders are made in; relative to where the program was started."""
+    tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
+    """The server's experiment tracker (see ``common.trackers``), which gets what the run's folder holds."""
     min_sites: Annotated[int, POSITIVE, Unit("sites")] = 1
     """Replies that a round needs to count."""
     round_timeout: Annotated[float, POSITIVE, Unit("seconds")] = 3600.0

@@ -15,6 +15,7 @@ from common.check import nearest
 from common.errors import ConfigError, DataError
 from common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
 from common.tasks.examples import Dataset, Example
+from common.tasks.layouts import known_layout
 from common.tasks.roles import LABEL, Column
 from common.tasks.tables import Table, Unfit
 
@@ -52,6 +53,7 @@ def read_rows(
                 raise DataError(
                     f"{table.origin} has no column {column.name!r} ({column.setting}); "
                     f"it has {', '.join(table.columns)}{nearest(column.name, table.columns)}"
+                    f"{known_layout(table.columns)}"
                 )
     labelled = next((column for column in columns if column.role is LABEL), None)
     if labelled is None:

@@ -23,8 +23,10 @@ from common.errors import ConfigError, DataError, UnreadableFile
 from common.tasks import TASKS
 from common.tasks.cells import is_missing
 from common.tasks.examples import Dataset
-from common.tasks.roles import KEY, LABEL, Column
+from common.tasks.roles import KEY, LABEL, SLICE, Column
 from common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
+
+MOST_SLICES = 50
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,17 @@ def _load(config: DataConfig, task: str, source: str | None, *, protected: bool)
     labels = _configured_labels(config)
     if source in DATASETS:
         _check_named(source, task, labels, config)
+        if config.slice and source == config.test:
+            raise ConfigError(
+                f"data.slice is {config.slice!r}, and {source!r} has no columns to choose from: leave it empty"
+            )
         reading = Reading(_load_named(source, key))
     else:
         kind = TASKS[task]
         tables, unreadable = _tables(source, task, protected=protected)
-        columns = (*kind.columns(config), *([Column(KEY, key)] if key else []))
+        more = [Column(KEY, key)] if key else []
+        more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
+        columns = (*kind.columns(config), *more)
         dataset, unfit = read_rows(source, tables, columns, kind.example, labels, protected=protected)
         reading = Reading(dataset, tuple(unfit), tuple(unreadable))
     dataset = reading.dataset
@@ -286,6 +294,21 @@ def public_test(config: DataConfig, task: str) -> Dataset:
     if config.test:
         return load_dataset(config, task, config.test)
     return train_and_test(config, task)[1]
+
+
+def slices_of(test: Dataset) -> tuple[str, ...]:
+    """Return the names of the slices of public test data, sorted.
+
+    Raises:
+        DataError: there are more than ``MOST_SLICES``.
+    """
+    names = tuple(sorted({example.slice for example in test.examples}))
+    if len(names) > MOST_SLICES:
+        raise DataError(
+            f"{test.name} has {len(names)} values in the column that data.slice names, and a report has room for "
+            f"{MOST_SLICES}: name a column with fewer"
+        )
+    return names
 
 
 def unprotected_test(name: str, test: str) -> str:

@@ -56,6 +56,10 @@ class Score:
     """Records that the model gets right, by label; empty where a record has no label."""
     records: tuple[int, ...] = ()
     """Records of each label."""
+    slice_right: tuple[int, ...] = ()
+    """Records that the model gets right, by slice of the test data; empty where there is none."""
+    slice_records: tuple[int, ...] = ()
+    """Records of each slice."""
 
     def __post_init__(self) -> None:
         # A checkpoint's JSON has lists.
@@ -258,7 +262,7 @@ class FederatedModel:
 
     @contextmanager
     def linearised(self, around: AdapterState) -> Iterator[dict[str, dict[str, nn.Parameter]]]:
-        """Let the way from ``around`` take a gradient in place of the adapter, and the head if it is trained.
+        """Let the way from ``around`` take a gradient in place of the adapter; the head stays.
 
         Inside it records have features and tangents, both of the model at ``around`` (``client.linearised``), and pass
         in one shape, and the logits are linear in what is trained. Afterwards the adapter is as far from ``around`` as
@@ -283,10 +287,8 @@ class FederatedModel:
             tangent.step.copy_(way)
         with self._on_vectors((self.classes - 1, len(tangent.step))):
             self.module.tangent = tangent
-            head = self._needed_head().requires_grad_(self.head_trained)
             try:
-                step = {TANGENTS: {"step": tangent.step}}
-                yield {**step, HEAD: dict(head.named_parameters())} if self.head_trained else step
+                yield {TANGENTS: {"step": tangent.step}}
             finally:
                 self.module.tangent = None
         with torch.no_grad():
@@ -337,9 +339,9 @@ class FederatedModel:
             losses = self.task.losses(self.module, batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
 
-    def score(self, records: Sequence[Record]) -> Score:
-        """Return accuracy and mean loss on ``records`` (at least one)."""
-        return score_records(self.module, self.task, self.base, records, self.device, self.precision)
+    def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:
+        """Return accuracy and mean loss on ``records`` (at least one); ``slices`` as of score_records."""
+        return score_records(self.module, self.task, self.base, records, self.device, self.precision, slices=slices)
 
 
 @torch.no_grad()
@@ -351,11 +353,16 @@ def score_records(
     device: torch.device,
     precision: torch.dtype,
     batch_tokens: int = 0,
+    slices: Sequence[int] = (),
 ) -> Score:
-    """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one)."""
+    """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one).
+
+    ``slices`` are each record's slice of the test data, by its number; empty: there is none.
+    """
     was_training = module.training
     module.eval()
     totals, right, of_label = torch.zeros(3, dtype=torch.float64), Counter[int](), Counter[int]()
+    slice_right, of_slice = Counter[int](), Counter(slices)
     for group in length_batches([task.size(record) for record in records], choose_batch_tokens(batch_tokens, device)):
         batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
@@ -365,6 +372,7 @@ def score_records(
             labels = batch["labels"].tolist()
             of_label.update(labels)
             right.update(label for label, hit in zip(labels, sums.correct.tolist(), strict=True) if hit)
+            slice_right.update(slices[i] for i, hit in zip(group, sums.correct.tolist(), strict=True) if slices and hit)
     module.train(was_training)
     loss, correct, weight = totals.tolist()
     by_label = range(max(of_label, default=-1) + 1)
@@ -373,6 +381,8 @@ def score_records(
         loss=loss / weight,
         right=tuple(right[label] for label in by_label),
         records=tuple(of_label[label] for label in by_label),
+        slice_right=tuple(slice_right[number] for number in sorted(of_slice)),
+        slice_records=tuple(of_slice[number] for number in sorted(of_slice)),
     )
 
 

@@ -21,7 +21,7 @@ from common.accountant import INITIALISATION
 from common.adapters import Adapter, Place
 from common.check import CLIP_NORM, POSITIVE, Interval
 from common.config.fields import Unit, check_fields
-from common.config.sections import RunConfig
+from common.config.sections import PrivacyConfig, RunConfig
 from common.errors import ConfigError
 from common.messages.state import METRIC, AdapterState, Factors
 from common.messages.wire import Layout
@@ -99,6 +99,11 @@ class Start(ABC):
 
     def resolved(self) -> Self:
         """Return the start with what its options leave open filled in."""
+        return self
+
+    def within(self, privacy: PrivacyConfig) -> Self:
+        """Return the start with what its options leave to the run's budget filled in."""
+        del privacy
         return self
 
     @property

@@ -9,6 +9,7 @@ makes B and V from public text around that: what it does with a release costs no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -17,15 +18,16 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from common.adapters import Adapter, Place
-from common.check import POSITIVE
-from common.config.fields import Unit
+from common.check import NOT_NEGATIVE, POSITIVE, Interval
+from common.config.fields import RATIO, Unit
 from common.config.schedule import learning_rate
-from common.config.sections import RunConfig
+from common.config.sections import PrivacyConfig, RunConfig
 from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release
+from common.privacy.accounting import Release, least_noise
+from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
 from common.privacy.steps import Around
 from common.starts.base import Labels, Needs, PaidStart
@@ -47,6 +49,14 @@ class Probe(PaidStart, PublicMetric):
     gives: ClassVar[tuple[str, ...]] = ("B", "V")
     on_features: ClassVar[bool] = True
 
+    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 1.0
+    """Chance of each record to be used in a step. A step on all of them costs next to nothing."""
+    noise_multiplier: Annotated[float, NOT_NEGATIVE, Unit("clip norms")] = 0.0
+    """Standard deviation of each step's noise over its clip norm. 0: by ``share``."""
+    share: Annotated[float, Interval(0, 1), RATIO] = 0.25
+    """Of the run's budget, where ``noise-multiplier`` is 0: with (1/share)^½ times the noise that would use up all."""
+    head_clip_share: Annotated[float, POSITIVE, RATIO] = 0.3
+    """As ``clip-share``, of the head's gradients by made-up words: what their features are scaled to."""
     steps: Annotated[int, POSITIVE, Unit("steps")] = 40
     """Steps of the sites on the head alone, in one round; each is a release."""
     rate: Annotated[float, POSITIVE, Unit("learning rate")] = 4.0
@@ -65,6 +75,14 @@ class Probe(PaidStart, PublicMetric):
                 f"adapter.start {self.name!r} fits the head, and head.policy {config.head.policy!r} sends none: set "
                 "head.policy to 'trained', or adapter.start to 'public-metric'"
             )
+
+    def within(self, privacy: PrivacyConfig) -> Probe:
+        """Return the start with the noise of its share of the budget: of many small steps, 1/σ² adds up about so."""
+        if self.noise_multiplier or not privacy.mechanism.charged:
+            return self
+        event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
+        least = least_noise(event, privacy.epsilon, privacy.delta, self.steps)
+        return replace(self, noise_multiplier=least / math.sqrt(self.share))
 
     @property
     def unfit(self) -> str:
@@ -133,7 +151,7 @@ class Probe(PaidStart, PublicMetric):
         """
         metric = Metric(model.module.width).to(model.device)
         texts = replace(self, text=MADE_UP, text_sha256="", records=TEXTS).texts(model)
-        made = self.of_head(model, texts, self.clip_norm / self.clip_share)
+        made = self.of_head(model, texts, self.clip_norm / self.head_clip_share)
         head = {name: p.detach().clone() for name, p in model.head.items()}
         model.module.metric = metric
         try:

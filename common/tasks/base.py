@@ -128,6 +128,11 @@ class Task(ABC):
             raise ConfigError(
                 f"head.pool is {config.head.pool!r}, which model.task {self.name!r} does not have: set it to 'mean'"
             )
+        if config.data.slice and not self.counted:
+            raise ConfigError(
+                f"data.slice is {config.data.slice!r}, and of model.task {self.name!r} no record as a whole is "
+                "right or wrong: leave it empty"
+            )
         if not self.labelled:
             if config.head.policy != "frozen":
                 raise ConfigError(f"model.task {self.name!r} has no classification head: set head.policy to 'frozen'")

@@ -107,6 +107,11 @@ class CausalLM(TextTask):
         correct = (logits.argmax(-1) == targets).float() * mask
         return Sums((loss * mask).sum(1), correct.sum(1), mask.sum(1).clamp(min=1))
 
+    def prompt(self, tokenizer: Any, example: Example) -> list[int]:
+        """Return the tokens that an example asks with."""
+        tokens: list[int] = tokenizer(cast(TextExample, example).text)[TOKENS]
+        return tokens
+
     def answer(self, model: Finished, example: Example) -> list[Answer]:
         """Return the likeliest next tokens, one after another, up to the end mark or ``MOST_NEW`` of them.
 
@@ -116,7 +121,7 @@ class CausalLM(TextTask):
 
         tokenizer, decoder = model.base.processor, cast(Any, model.module.encoder)
         room = min(MOST_NEW, max(1, model.limit // 2))
-        prompt = tokenizer(cast(TextExample, example).text)[TOKENS][-(model.limit - room) :]
+        prompt = self.prompt(tokenizer, example)[-(model.limit - room) :]
         tokens = torch.tensor([prompt or [tokenizer.eos_token_id or 0]], device=next(decoder.parameters()).device)
         with torch.no_grad():
             out = decoder.generate(

@@ -15,6 +15,8 @@ class Example(ABC):
     """Index into the data set's ``label_names``."""
     key: str = ""
     """Value of the natural partition's column, such as an author."""
+    slice: str = field(default="", compare=False)
+    """Of a public test record: the part of the test data that it is of; empty: none is asked for."""
     row: bytes = field(default=b"", compare=False, repr=False)
     """SHA-256 of the whole row that it was read from, whichever columns were chosen; empty: made up."""
 
@@ -32,7 +34,7 @@ class Example(ABC):
 
     def texts(self) -> list[str]:
         """Return the words that the record holds, a text for each of its fields; none, if it holds no words."""
-        values = [getattr(self, item.name) for item in fields(self) if item.name != "key"]
+        values = [getattr(self, item.name) for item in fields(self) if item.name not in ("key", "slice")]
         return [value for value in values if isinstance(value, str)]
 
 

@@ -23,13 +23,15 @@ class Role:
     """What it holds, in words for a command's help."""
     optional: bool = False
     """Whether a job may leave the setting empty, and then no such column is read."""
+    usual: bool = False
+    """Whether an optional column is read unless a job leaves the setting empty."""
     read: Reader = read_text
     """How a cell becomes the field's value."""
 
     @property
     def column(self) -> str:
         """The column that a job reads unless it names another; empty: none."""
-        return "" if self.optional else self.setting
+        return self.setting if self.usual or not self.optional else ""
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,5 @@ LABEL = Role("label", "label", "the label", read=read_word)
 """Holds one of ``data.labels``; the field is its number among them."""
 KEY = Role("key", "key", "the natural partition", read=read_word)
 """Column of the natural partition: of no task, and never read of records that somebody protects."""
+SLICE = Role("slice", "slice", "the part of the public test data that a record is of", read=read_word)
+"""Column of the public test file alone, by which scores are given as well."""

@@ -105,7 +105,7 @@ class TextTask(Task):
         special = set(base.processor.all_special_ids)
         known = min(len(base.processor), _embeddings(base))
         usual = [token for token in range(known) if token not in special]
-        (like,) = self.prepare(base, [TextExample(text="one", label=0, completion="two")], limit)
+        (like,) = self.prepare(base, [self.of_text("one two")], limit)
 
         def invent(size: int, number: int, label: int) -> Record:
             draw = random.Random(f"{size}/{number}")  # noqa: S311 - nothing secret: the record is no one's

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from common.config.sections import Scalar
+from common.errors import DataError
 from common.privacy import MECHANISMS
 from common.privacy.figures import NO_CLAIM, epsilon_text
+from common.run_lines import BesideFile, BesideRow
 from common.words import UNKNOWN, bytes_text, counted, seconds_text
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import epsilon_name
@@ -111,6 +114,39 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         payload=statistics.mean(payloads) if payloads else None,
         seconds=statistics.mean(sum(row.seconds for row in members) for members in whole),
     )
+
+
+SAME = ("model.name", "model.task", "data.name", "data.test")
+"""Settings in which runs must be alike to be read beside each other."""
+
+
+def beside(rows: Sequence[Row], settings: Mapping[str, Scalar]) -> BesideFile:
+    """Return what a sweep's runs came to that are on the same base model and data as a run.
+
+    Args:
+        rows: of the sweep.
+        settings: of the run, flat.
+
+    Raises:
+        DataError: there is none.
+    """
+    alike = [row for row in rows if all(row.settings.get(key) == settings.get(key) for key in SAME)]
+    found = [
+        BesideRow(
+            variant=group.variant,
+            arm=group.arm,
+            epsilon_asked=group.epsilon_asked,
+            accuracy_before=group.before,
+            accuracy=group.accuracy.mean,
+            half=group.accuracy.half,
+            runs=len(group.values),
+        )
+        for group in groups(alike)
+    ]
+    if not found:
+        said = ", ".join(f"{key} {settings.get(key)!r}" for key in SAME)
+        raise DataError(f"the table holds no finished run with this run's {said}: name the table of such a sweep")
+    return BesideFile(found)
 
 
 def markdown_of(rows: Sequence[Row]) -> str:

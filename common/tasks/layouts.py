@@ -1,0 +1,50 @@
+"""Layouts of records that other programs write, and how each is read here; a row a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout that is known by its columns."""
+
+    name: str
+    """Whose it is, and what they call it."""
+    columns: frozenset[str]
+    """Columns that every file of it has."""
+    advice: str
+    """How it is read here, in words for whoever named other columns."""
+
+
+LAYOUTS = (
+    Layout(
+        "TRL's preference layout",
+        frozenset({"chosen", "rejected"}),
+        "no task here learns from a better and a worse answer: keep the chosen ones as model.task 'chat'",
+    ),
+    Layout("TRL's conversational layout", frozenset({"messages"}), "set model.task to 'chat'"),
+    Layout("TRL's prompt and completion", frozenset({"prompt", "completion"}), "set model.task to 'causal-lm'"),
+    Layout(
+        "LLaMA-Factory's sharegpt layout",
+        frozenset({"conversations"}),
+        "set model.task to 'chat' and data.messages to 'conversations'",
+    ),
+    Layout(
+        "LLaMA-Factory's alpaca layout",
+        frozenset({"instruction", "output"}),
+        "set model.task to 'instruction', and data.input to '' if it has no input",
+    ),
+)
+"""The first that fits is meant."""
+
+
+def known_layout(columns: Collection[str]) -> str:
+    """Return how records of these columns are read, to end a message that some column is missing; else nothing.
+
+    >>> known_layout(["conversations", "id"])
+    ". It is LLaMA-Factory's sharegpt layout: set model.task to 'chat' and data.messages to 'conversations'"
+    """
+    found = next((layout for layout in LAYOUTS if layout.columns <= set(columns)), None)
+    return f". It is {found.name}: {found.advice}" if found else ""

@@ -1,0 +1,43 @@
+"""trackio: a database in the run's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from common.trackers.base import Tracker
+
+
+class Trackio(Tracker):
+    """A run of the project ``fedveil``."""
+
+    name: ClassVar[str] = "trackio"
+    package: ClassVar[str] = "trackio"
+    where: ClassVar[str] = "trackio"
+    look: ClassVar[str] = "TRACKIO_DIR={folder}/trackio trackio show --project fedveil"
+
+    def __init__(self, folder: Path, run: str, settings: Mapping[str, str | int | float | bool]) -> None:
+        # The package reads it once, when it is imported. Unset, its page reports its own use to its makers.
+        os.environ.setdefault("TRACKIO_DIR", str((folder / self.where).absolute()))
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        import trackio
+
+        self._run = trackio.init(
+            project="fedveil",
+            name=run,
+            config=dict(settings),
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, round_number: int, figures: Mapping[str, float]) -> None:
+        """Add the figures as a step."""
+        self._run.log(dict(figures), step=round_number)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._run.finish()

@@ -1,0 +1,81 @@
+"""Parties and what each is trusted with, and quantities that nothing protects: of the report and the registry's record.
+
+The words are those of NIST SP 800-226, "Guidelines for evaluating differential privacy guarantees" (2025): a curator
+holds records as they are and adds the noise (central model); where the noise is there before anything reaches the
+curator, the curator needs no trust (local model).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.privacy import MECHANISMS
+from common.words import number_text
+from reports.claim import Claim
+from reports.sites import SiteReport
+
+
+@dataclass(frozen=True)
+class Actor:
+    """One party, and what the claim has to trust it with."""
+
+    who: str
+    sees: str
+    trusted: str
+
+
+SERVER = {
+    "at the site": "with no record (local model, of sites): the noise is there before anything reaches it",
+    "in the sum": "with seeing no more than the sum over sites, in which the noise is",
+}
+"""By ``Mechanism.noised``."""
+
+
+def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
+    """Return the parties of a run; without a finite claim everyone who gets anything is trusted with records.
+
+    Args:
+        claim: of the run.
+        epsilon: the federation's; None: there is none yet.
+    """
+    promised = claim.made and not (epsilon is not None and math.isinf(epsilon))
+    whole = "" if promised else "with everything: no finite ε is promised"
+    noised = MECHANISMS[claim.privacy_mode].noised if promised else ""
+    return [
+        Actor(
+            "a site, with its steward and its machine",
+            "its own records",
+            whole or "as the curator of its records (central model): it clips, adds the noise and keeps the ledger",
+        ),
+        Actor(
+            "the coordinator's server",
+            "every message of every site",
+            whole or f"{SERVER[noised]}. With the result: a dishonest server can spoil the model, not the claim",
+        ),
+        Actor("the other sites", "the global model after every round", whole or "with no record"),
+        Actor("everyone who gets the model", "the final model", whole or "with no record"),
+        Actor(
+            "the code that sites run, FedVeil and its packages",
+            "the site's records",
+            whole or "with everything: audits and fixed versions are what speaks for it",
+        ),
+    ]
+
+
+def unprotected_of(sites: Sequence[SiteReport], cut_test: str) -> list[str]:
+    """Return the quantities that no noise protects, each a phrase.
+
+    Args:
+        sites: of the run.
+        cut_test: what is said of a public test part that is cut from the sites' source; empty: it is not.
+    """
+    sizes = [site.public_size for site in sites if site.public_size is not None]
+    return [
+        f"the number of records that each site declares ({number_text(sum(sizes))} in all)",
+        "which site took part in which round, when, and how long it took",
+        "every setting of the run, its labels, and the public test part that accuracy is measured on"
+        + (", which was cut from the same source as the sites' records" if cut_test else ""),
+        "the base model, which may have been trained on the same records before",
+    ]

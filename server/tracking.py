@@ -1,0 +1,99 @@
+"""Tell an experiment tracker what a run's folder holds, a step a round.
+
+A tracker is a looking glass: whatever goes wrong with it is logged once, and the run goes on, because what its rounds
+have cost in privacy is spent.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from common.log import place_of
+from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
+from common.trackers import NO_TRACKER, TRACKERS, Tracker
+from strategies.job import Job
+
+log = logging.getLogger("fedveil.server")
+
+
+def check_tracker(name: str) -> None:
+    """Raise ConfigError unless the tracker's package is installed on this machine."""
+    if name != NO_TRACKER:
+        TRACKERS[name].check()
+
+
+class Tracking:
+    """Tells the tracker that a job names what the run's folder holds; with ``none`` it tells nobody."""
+
+    def __init__(self, job: Job, folder: Path, run: str) -> None:
+        self._folder, self._told = folder, -1
+        self._tracker: Tracker | None = None
+        name = job.config.tracker
+        if name != NO_TRACKER:
+            self._try(lambda: self._open(TRACKERS[name], job, run))
+
+    def tell(self) -> None:
+        """Tell every round that the folder holds and that was not told yet."""
+        self._try(self._tell)
+
+    def close(self) -> None:
+        """Tell what is left, and that the run has ended."""
+        self.tell()
+        if self._tracker is not None:
+            self._try(self._tracker.close)
+
+    def _open(self, row: type[Tracker], job: Job, run: str) -> None:
+        self._tracker = row(self._folder, run, job.settings())
+
+    def _tell(self) -> None:
+        if self._tracker is None:
+            return
+        for number, figures in rounds_of(self._folder).items():
+            if number > self._told:
+                self._tracker.log(number, figures)
+                self._told = number
+
+    def _try(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:  # of another's package, which no run may end by
+            log.warning("the tracker fails, and the run goes on without it: %s", place_of(error))
+            self._tracker = None
+
+
+def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
+    """Return the figures of each complete round of a run, by its number; 0 is before training.
+
+    ``epsilon`` is the largest total that a site has reported by then. What is not there, or not finite, is left out.
+
+    Raises:
+        DataError: a file of the folder is not as it is written.
+    """
+    found: dict[int, dict[str, float]] = {}
+    before = read_if_there(BaselineFile, folder)
+    if before is not None:
+        found[0] = _finite({"accuracy": before.accuracy, "loss": before.loss})
+    spent = [(line.round_number, line.spent.epsilon_total) for line in read_lines(PrivacyLine, folder) if line.spent]
+    for line in read_lines(RoundLine, folder):
+        if line.complete and line.round_number:
+            paid = [total for number, total in spent if number <= line.round_number]
+            labels = {f"accuracy/{score.label}": score.right / max(1, score.records) for score in line.labels}
+            figures = {
+                "accuracy": line.accuracy,
+                "loss": line.loss,
+                "epsilon": max(paid, default=None),
+                "sites": float(len(line.participants)),
+                "bytes_down": float(line.bytes_down),
+                "bytes_up": float(line.bytes_up),
+                "seconds": line.seconds,
+                **labels,
+            }
+            found[line.round_number] = _finite(figures)
+    return found
+
+
+def _finite(figures: dict[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}

@@ -1,0 +1,315 @@
+"""Conversations: only the assistant's words are learnt from, one loss a record, whichever layout they came in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from audits.tiny_models import FILLER
+from client.own_records import prepared
+from common.config.sections import Columns, DataConfig
+from common.data.sources import load_dataset, load_protected
+from common.errors import ConfigError, DataError
+from common.model.base import BaseModel, load_base_model
+from common.tasks import TASKS, Chat, Instruction
+from common.tasks.base import Batch
+from common.tasks.causal_lm import IGNORED
+from common.tasks.cells import Misfit
+from common.tasks.chat import MOST_TURNS, Conversation, read_turns
+from common.tasks.instruction import Exchange
+from experiments.in_process import run_in_process
+from experiments.serving.ask import ask_run
+from strategies.job import configure
+
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'system' and not loop.first -%}"
+    "{{ raise_exception('the system speaks first') }}{%- endif -%}"
+    "{{ {'system': 'story ', 'user': 'question ', 'assistant': 'answer '}[message.role] + message.content }}"
+    "{{ ' [SEP] ' if message.role == 'assistant' else ' ' }}"
+    "{%- endfor -%}"
+    "{{ 'answer ' if add_generation_prompt else '' }}"
+)
+FORGETFUL = "{{ messages[-1].content + ' ' }}{{ 'answer ' if add_generation_prompt else '' }}"
+"""Shows the last turn alone, so that what was said before changes with every turn."""
+TURNS = (
+    ("system", "the film"),
+    ("user", "is very warm"),
+    ("assistant", "quite"),
+    ("user", "and a story"),
+    ("assistant", "the actor was dull"),
+)
+SENT = [{"role": who, "content": text} for who, text in TURNS]
+
+WithTemplate = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def chatty(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> WithTemplate:
+    """Return a function from a chat template to a folder with the tiny Llama that has it."""
+    made: dict[str, str] = {}
+
+    def make(template: str) -> str:
+        if template not in made:
+            folder = tmp_path_factory.mktemp("chat") / "model"
+            shutil.copytree(model_folder("llama"), folder)
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+            made[template] = str(folder)
+        return made[template]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base(chatty: WithTemplate) -> BaseModel:
+    return load_base_model(chatty(TEMPLATE), "chat")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def loaded(path: Path, task: str, **columns: str) -> list[Any]:
+    return list(load_dataset(DataConfig(name=str(path), columns=Columns(columns)), task).examples)
+
+
+# --- tokens and loss ---
+
+
+def test_only_the_assistants_turns_and_their_ends_are_targets(base: BaseModel) -> None:
+    (record,) = Chat().prepare(base, [Conversation(turns=TURNS)], 40)
+    words = (
+        "story the film question is very warm answer quite [SEP] question and a story answer the actor was dull [SEP]"
+    )
+    assert base.processor.convert_ids_to_tokens(record["input_ids"]) == words.split()
+    own = [token for token, label in zip(words.split(), record["labels"], strict=True) if label != IGNORED]
+    assert " ".join(own) == "quite [SEP] the actor was dull [SEP]"
+    assert [label for label in record["labels"] if label != IGNORED] == [
+        token for token, label in zip(record["input_ids"], record["labels"], strict=True) if label != IGNORED
+    ]
+
+
+def test_the_parts_together_are_the_whole_conversation_and_begin_as_it_is_asked(base: BaseModel) -> None:
+    (record,) = Chat().prepare(base, [Conversation(turns=TURNS)], 40)
+    whole = base.processor.apply_chat_template(SENT, tokenize=False)
+    assert record["input_ids"] == base.processor(whole, add_special_tokens=False)["input_ids"]
+    asked = Chat().prompt(base.processor, Conversation(turns=TURNS[:-1]))
+    assert record["input_ids"][: len(asked)] == asked, "the model is asked otherwise than it was taught"
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (12, "[SEP] question and a story answer the actor was dull [SEP]"),
+        (6, "answer the actor was dull [SEP]"),
+        (4, "answer the actor was"),
+    ],
+)
+def test_a_conversation_that_is_too_long_loses_its_beginning_and_never_that_of_its_last_answer(
+    base: BaseModel, limit: int, kept: str
+) -> None:
+    (record,) = Chat().prepare(base, [Conversation(turns=TURNS)], limit)
+    words = base.processor.convert_ids_to_tokens(record["input_ids"])
+    assert " ".join(words).endswith(kept)
+    assert len(words) == len(record["labels"]) == len(record["attention_mask"]) <= limit
+    assert record["labels"].count(IGNORED) < limit
+
+
+def test_one_loss_a_record_whoever_else_is_in_the_batch(base: BaseModel) -> None:
+    task = Chat()
+    few = [Conversation(turns=TURNS), Conversation(turns=TURNS[1:3]), Conversation(turns=TURNS[3:])]
+    records = task.prepare(base, few, 40)
+    model = task.module(base.module, base, 0, 0.0).eval()
+
+    def losses(batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            return task.losses(model, batch)
+
+    alone = torch.cat([losses(task.collate(base, [record])) for record in records])
+    assert torch.allclose(alone, losses(task.collate(base, records)), rtol=1e-6, atol=1e-6)
+    # The slow way: the mean over the record's own targets, each told from what stands before it.
+    for record, loss in zip(records, alone, strict=True):
+        logits = base.module(input_ids=torch.tensor([record["input_ids"]])).logits[0].float().log_softmax(-1)
+        told = [-logits[i - 1, label] for i, label in enumerate(record["labels"]) if label != IGNORED and i]
+        assert torch.allclose(torch.stack(told).mean(), loss, rtol=1e-5)
+
+
+# --- templates ---
+
+
+def test_a_base_model_without_a_chat_template_is_refused_in_one_line(model_folder: Callable[[str], str]) -> None:
+    base = load_base_model(model_folder("llama"), "chat")
+    with pytest.raises(ConfigError, match=r"has no chat template.*take an instruction-tuned base model") as refused:
+        Chat().limit(base, 24)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (FORGETFUL, "it writes earlier turns anew when later ones come"),
+        ("{{ raise_exception('only the day after tomorrow') }}", "only the day after tomorrow"),
+        ("{% for", "cannot be trained on"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_on_is_refused(chatty: WithTemplate, template: str, why: str) -> None:
+    base = load_base_model(chatty(template), "chat")
+    with pytest.raises(ConfigError, match=why) as refused:
+        Chat().prepare(base, [Conversation(turns=TURNS[1:3])], 24)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_template_is_asked_before_the_models_fingerprint_is_known(chatty: WithTemplate) -> None:
+    """A site builds the model, and then holds its fingerprint against what its policy allows."""
+    settings = {"model.name": chatty("{{ raise_exception('asked') }}"), "model.task": "chat", "head.policy": "frozen"}
+    model = configure({**settings, "adapter.targets": "q_proj", "model.max-length": 24, "device": "cpu"}).model(())
+    with pytest.raises(ConfigError, match="asked"):
+        model.prepare([Conversation(turns=TURNS)])
+
+
+def test_the_template_is_part_of_the_base_model(chatty: WithTemplate, model_folder: Callable[[str], str]) -> None:
+    other = TEMPLATE.replace("question", "one")
+    prints = {load_base_model(folder, "chat").fingerprint for folder in (chatty(TEMPLATE), chatty(other))}
+    assert len(prints) == 2, "two templates pass for one model"
+    plain = {load_base_model(folder, "causal-lm").fingerprint for folder in (chatty(TEMPLATE), model_folder("llama"))}
+    assert len(plain) == 1, "a template that is not used counts"
+
+
+def test_a_conversation_that_the_template_refuses_contributes_zero_and_is_named_in_public_data(
+    base: BaseModel, chatty: WithTemplate, tmp_path: Path
+) -> None:
+    wrong = Conversation(turns=(("user", "the"), ("system", "film"), ("assistant", "is")))
+    with pytest.raises(DataError, match="record 2 is none for the base model's chat template: the system speaks first"):
+        Chat().prepare(base, [Conversation(turns=TURNS), wrong], 24)
+    settings = {"model.name": chatty(TEMPLATE), "model.task": "chat", "head.policy": "frozen", "device": "cpu"}
+    model = configure({**settings, "adapter.targets": "q_proj,v_proj", "model.max-length": 24}).model(())
+    assert prepared(model, [wrong, Conversation(turns=TURNS)]) == model.prepare([Conversation(turns=TURNS)])
+
+
+# --- layouts ---
+
+
+def test_three_ways_to_write_a_conversation_are_one_record(tmp_path: Path) -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": names[who], "value": text} for who, text in TURNS]
+    with_nulls = [{**turn, "tool_calls": None} for turn in SENT] + [{"role": "user", "content": "thanks"}]
+    found = [read_turns(cell) for cell in (SENT, shared, json.dumps(SENT), with_nulls)]
+    assert found == [TURNS] * 4
+    trl = loaded(write(tmp_path / "trl.jsonl", [{"messages": SENT}]), "chat")
+    factory = loaded(write(tmp_path / "factory.jsonl", [{"conversations": shared}]), "chat", messages="conversations")
+    assert trl[0].canonical(None) == factory[0].canonical(None)
+    assert trl[0].texts() == [text for _, text in TURNS]
+    assert trl[0].likeness() == "is very warm and a story"
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        (None, "no list of turns"),
+        ([], "no list of turns"),
+        ("the film", "no list of turns"),
+        ([SENT[0], SENT[1]], "no turn of the assistant"),
+        ([{"role": "tool", "content": "x"}, SENT[2]], "somebody else than system, user and assistant"),
+        ([{"role": "user", "content": ["x"]}, SENT[2]], "no text"),
+        ([{"role": "user", "content": "x", "tool_calls": ["y"]}, SENT[2]], "not who speaks and what is said"),
+        ([{"role": "user", "content": " "}, SENT[2]], "has no value"),
+        ([SENT[1], SENT[2]] * MOST_TURNS, "more than 256 turns"),
+        ([SENT[1], {"role": "assistant", "content": "x" * 131_073}], "more than 131072 characters"),
+        ("[" * 100_000, "no list of turns"),
+    ],
+)
+def test_a_cell_that_is_no_conversation_is_none(cell: object, words: str, tmp_path: Path) -> None:
+    with pytest.raises(Misfit, match=words):
+        read_turns(cell)
+    path = write(tmp_path / "mixed.jsonl", [{"messages": cell}, {"messages": SENT}])
+    reading = load_protected(DataConfig(name=str(path)), "chat")
+    assert [example.texts() for example in reading.dataset.examples] == [[text for _, text in TURNS]]
+    assert "film" not in reading.unfit[0].reason, "the site's reason quotes a record"
+
+
+def test_a_systems_turn_without_words_is_none() -> None:
+    assert read_turns([{"role": "system", "content": ""}, SENT[1], SENT[2]]) == TURNS[1:3]
+
+
+def test_alpaca_is_one_exchange_with_instruction_and_input_on_lines_of_their_own(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    rows = [
+        {"instruction": "is the film warm", "input": "a story", "output": "very"},
+        {"instruction": "and the actor", "input": "", "output": "dull"},
+    ]
+    found = loaded(write(tmp_path / "alpaca.jsonl", rows), "instruction")
+    assert [example.turns[0] for example in found] == [
+        ("user", "is the film warm\na story"),
+        ("user", "and the actor"),
+    ]
+    records = Instruction().prepare(base, found, 40)
+    assert records == Chat().prepare(base, [Conversation(turns=example.turns) for example in found], 40)
+    bare = [{name: text for name, text in row.items() if name != "input"} for row in rows]
+    without = loaded(write(tmp_path / "bare.jsonl", bare), "instruction", input="")
+    assert without[1] == found[1] == Exchange(instruction="and the actor", output="dull")
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "words"),
+    [
+        ({"messages": SENT}, "classification", "TRL's conversational layout: set model.task to 'chat'"),
+        ({"prompt": "a", "completion": "b"}, "chat", "TRL's prompt and completion: set model.task to 'causal-lm'"),
+        (
+            {"conversations": SENT},
+            "chat",
+            "LLaMA-Factory's sharegpt layout: set model.task to 'chat' and data.messages",
+        ),
+        ({"instruction": "a", "output": "b"}, "causal-lm", "alpaca layout: set model.task to 'instruction'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "no task here learns from a better and a worse"),
+    ],
+)
+def test_layouts_of_other_programs_are_named_with_what_to_set(
+    row: dict[str, Any], task: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as refused:
+        loaded(write(tmp_path / "theirs.jsonl", [row]), task)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["packing", "training.packing", "sample_packing", "training.neat-packing"])
+def test_packing_is_refused_in_a_sentence_that_says_why(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be set: packing puts several records into one sequence") as refused:
+        configure({key: True})
+    assert "\n" not in str(refused.value)
+
+
+# --- a run ---
+
+
+def test_conversations_are_trained_on_and_the_model_is_asked(
+    chatty: WithTemplate, toy_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "messages": [
+                SENT[1],
+                SENT[2],
+                {"role": "user", "content": f"{one} {two}"},
+                {"role": "assistant", "content": two},
+            ]
+        }
+        for one in FILLER
+        for two in FILLER
+    ]
+    data = write(tmp_path / "talks.jsonl", rows)
+    chat = {"model.task": "chat", "model.name": chatty(TEMPLATE), "data.name": str(data), "rounds": 1}
+    run = run_in_process({**toy_generation, **chat}, 2)
+    (answer,) = ask_run(run, ["the film"])
+    assert answer.probability is None
+    with pytest.raises(ConfigError, match="asked with messages: give 1, not 2"):
+        ask_run(run, ["the", "film"])
+    assert TASKS["chat"].roles[0].setting == "messages"

@@ -1,0 +1,70 @@
+"""Who is trusted with what, what nothing protects, and what attacks found of ε: in every form of the report."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_run import MadeRun
+from test_report import audit_file, forms
+
+from common.privacy import MECHANISMS
+from common.run_lines import Finding
+from reports import report_of
+from reports.audits import bound_sentences
+from reports.trust import SERVER
+
+
+def attack(at_least: float, claimed: float = 1.2, *, built_in: bool = False, name: str = "is at least") -> Finding:
+    figures: dict[str, Any] = {"epsilon claimed": claimed, name: at_least}
+    return Finding("canaries", "too little noise" if built_in else "as it is", built_in, True, figures)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeRun:
+    return MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.71).end()
+
+
+def test_every_form_says_who_is_trusted_and_what_is_not_protected(made: MadeRun) -> None:
+    data = report_of(made.folder)
+    assert [actor.trusted.split(" ")[1] for actor in data.actors] == ["the", "no", "no", "no", "everything:"]
+    for form, text in forms(made.folder).items():
+        shown = html.unescape(text)
+        for words in ("central model", "local model, of sites", "3,500 in all", "which site took part in which round"):
+            assert words in shown, f"report.{form} does not say {words!r}"
+
+
+def test_every_mechanism_that_promises_says_what_its_server_is_trusted_with() -> None:
+    assert {mechanism.noised for mechanism in MECHANISMS.values() if mechanism.claims} <= set(SERVER)
+
+
+def test_without_a_finite_claim_everyone_is_trusted_with_everything(tmp_path: Path) -> None:
+    off = MadeRun(tmp_path / "off", {"privacy.mode": "none", "rounds": 1}).start().round(1, 0.8).end()
+    exposed = MadeRun(tmp_path / "exposed", {"rounds": 1}).start().round(1, 0.8).end()
+    lines = [{**line, "epsilon_total": "inf"} for line in exposed.lines("privacy.jsonl")]
+    (exposed.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for run in (off, exposed):
+        assert {actor.trusted for actor in report_of(run.folder).actors} == {"with everything: no finite ε is promised"}
+
+
+def test_what_attacks_found_of_epsilon_stands_beside_what_was_claimed(made: MadeRun) -> None:
+    """The case that comes nearest to its claim counts, and a fault that was built in never does."""
+    nearest = attack(0.7, name="epsilon is at least")
+    made.audited("audit.json", audit_file(attack(0.3), nearest, attack(5.0, built_in=True), attack(0.9, 2.0)))
+    (audit,) = report_of(made.folder).audit_results
+    assert (audit.epsilon_at_least, audit.epsilon_claimed) == (0.7, 1.2)
+    (sentence,) = bound_sentences([audit])
+    assert "at least 0.700 where 1.200 was claimed" in sentence
+    made_forms = forms(made.folder)
+    assert sentence in html.unescape(made_forms["html"])
+    assert "at least 0.700 where 1.200 was claimed" in made_forms["md"]
+
+
+def test_an_audit_that_bounds_no_epsilon_says_none(made: MadeRun) -> None:
+    made.audited("audit.json", audit_file(Finding("kills", "as it is", False, True, {"is at least": 3.0})))
+    (audit,) = report_of(made.folder).audit_results
+    assert (audit.epsilon_at_least, audit.epsilon_claimed) == (None, None)
+    assert bound_sentences([audit]) == []
