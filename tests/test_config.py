@@ -77,6 +77,7 @@ OPEN = (
     "server.optimizer",
     "start.text",
     "start.text-sha256",
+    "start.noise-multiplier",
 )
 """Settings that a run fills in when they are left at ``auto``, 0 or empty."""
 

@@ -240,3 +240,26 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         configure({k: v for k, v in settings(toy_settings, **more).items() if k != "start.records"})
+
+
+def test_its_noise_is_that_of_its_share_of_the_budget() -> None:
+    own: dict[str, Any] = {
+        "adapter.start": "probe",
+        "adapter.name": "lora-metric",
+        "start.steps": 40,
+        "start.sample-rate": 1.0,
+    }
+
+    def spent(**more: Any) -> float:
+        job = configure({**own, "privacy.epsilon": 3.0, **more})
+        return epsilon([job.origin.release()], job.config.privacy.delta)
+
+    assert spent(**{"start.share": 1.0}) == pytest.approx(3.0, rel=2e-3)
+    # Of a Gaussian 1/σ² adds up: half the noise of a quarter.
+    quarter, whole = (configure({**own, "start.share": share}).origin.noise_multiplier for share in (0.25, 1.0))
+    assert quarter == pytest.approx(2 * whole)
+    set_by_hand = configure({**own, "start.noise-multiplier": 9.0})
+    assert set_by_hand.origin.noise_multiplier == 9.0
+    # What a run is written down as makes the same run again.
+    again = configure(configure(own).settings())
+    assert again.origin == configure(own).origin

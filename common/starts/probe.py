@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from common.adapters import Adapter, Place
-from common.check import NOT_NEGATIVE, POSITIVE, Interval
+from common.check import POSITIVE, Interval
 from common.config.fields import RATIO, Unit
 from common.config.schedule import learning_rate
 from common.config.sections import PrivacyConfig, RunConfig
@@ -49,12 +49,9 @@ class Probe(PaidStart, PublicMetric):
     gives: ClassVar[tuple[str, ...]] = ("B", "V")
     on_features: ClassVar[bool] = True
 
-    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 1.0
-    """Chance of each record to be used in a step. A step on all of them costs next to nothing."""
-    noise_multiplier: Annotated[float, NOT_NEGATIVE, Unit("clip norms")] = 0.0
-    """Standard deviation of each step's noise over its clip norm. 0: by ``share``."""
-    share: Annotated[float, Interval(0, 1), RATIO] = 0.25
-    """Of the run's budget, where ``noise-multiplier`` is 0: with (1/share)^½ times the noise that would use up all."""
+    share: Annotated[float, Interval(0, 1, or_zero=True), RATIO] = 0.25
+    """Part of the run's budget for the steps, where ``noise-multiplier`` is left at its default: they have share^(-1/2)
+    times the noise with which they would use up all. 0: the default itself."""
     head_clip_share: Annotated[float, POSITIVE, RATIO] = 0.3
     """As ``clip-share``, of the head's gradients by made-up words: what their features are scaled to."""
     steps: Annotated[int, POSITIVE, Unit("steps")] = 40
@@ -78,7 +75,7 @@ class Probe(PaidStart, PublicMetric):
 
     def within(self, privacy: PrivacyConfig) -> Probe:
         """Return the start with the noise of its share of the budget: of many small steps, 1/σ² adds up about so."""
-        if self.noise_multiplier or not privacy.mechanism.charged:
+        if not self.share or self.noise_multiplier != PaidStart.noise_multiplier or not privacy.mechanism.charged:
             return self
         event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
         least = least_noise(event, privacy.epsilon, privacy.delta, self.steps)
