@@ -51,7 +51,7 @@ class _Process:
     records: dict[str, tuple[Dataset, list[Record]]] = field(default_factory=dict)
     """Each site's records as read and as the current model takes them."""
     rehearsed: dict[str, Timing] = field(default_factory=dict)
-    """What of private training the current model is known to do rightly, and how fast, by the names below."""
+    """What of private training the current model is known to do rightly, and how fast, by the names above."""
     features: Timing | None = None
     """How fast the current model computes features, where it was seen to do it rightly; None: it needs not, or was not.
     """
@@ -132,9 +132,9 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         rate = job.mechanism.event(job.config.privacy, training).sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
-    ahead = (_process.features, float(site.public_size)) if _process.features and on_features else None
+    ahead = (_process.features, 1, float(site.public_size)) if _process.features and on_features else None
     if on_vectors:
-        ahead = (_process.rehearsed[PLAIN], float(site.public_size * contrasts(model)))
+        ahead = (_process.rehearsed[PLAIN], contrasts(model), float(site.public_size))
     deadline.allow(timing, steps, rate * site.public_size, scored, ahead)
     if deadline.seconds and len(site.data.examples) > site.public_size:
         log.error("there are more records than public-size says: when it answers, is not covered by the claim")
@@ -297,6 +297,5 @@ def train(message: Message, context: Context) -> Message:
     reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory, deadline)
     context.state["kept"] = ConfigRecord(dict(memory))
     encoded = encode_reply(reply)
-    if not isinstance(reply, KeyReply):  # nothing of it follows from a record
-        deadline.wait()
+    deadline.wait()  # for a key too: on the way to it a process that begins anew reads the records
     return Message(encoded, reply_to=message)

@@ -98,11 +98,11 @@ class Deadline:
     """Seconds that a step needs to be left when it begins a pass; see ``Timing.reserve``."""
 
     def allow(
-        self, timing: Timing, steps: int, batch: float, scored: int, ahead: tuple[Timing, float] | None = None
+        self, timing: Timing, steps: int, batch: float, scored: int, ahead: tuple[Timing, int, float] | None = None
     ) -> None:
         """Raise PolicyRefusal if a round might not be done in time, and hold it to that; arguments as Timing.worst.
 
-        ``ahead`` is how fast, and over how many records, a round computes something else before its steps.
+        ``ahead`` is how fast, how often, and over how many records, a round computes something else before its steps.
 
         It follows from public figures and the rehearsal alone. How long the records took so far is no part of it: a
         server could choose steps and rate so that the refusal tells.
@@ -110,7 +110,7 @@ class Deadline:
         worst, room = timing.worst(steps, batch, scored), TRAINED * self.seconds
         reserve = timing.reserve(steps)
         if ahead:
-            worst += ahead[0].worst(1, ahead[1], 0)
+            worst += ahead[1] * ahead[0].worst(1, ahead[2], 0)
             reserve += ahead[0].reserve(1)
         if self.seconds and room < worst:
             raise PolicyRefusal(

@@ -17,13 +17,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import MechanismError, ModelError
 from common.log import place_of
+from common.messages.round import TrainTask
 from common.messages.state import AdapterState
 from common.model.device import autocast
 from common.model.federated import FederatedModel
@@ -45,16 +46,35 @@ _PLAN = gaussian_plan(
 
 
 @dataclass(frozen=True)
-class Derivatives:
-    """A site's records as vectors, and the point that these belong to."""
+class Linearisation:
+    """Which linearisation it is: what is kept of another one serves none."""
 
-    of: tuple[str, int]
-    """Run, and which linearisation of it."""
-    source: Dataset
-    """What was read of the records that they were made from."""
+    run: str
+    rounds: int
+    """That one serves."""
+    number: int
+    start: str
+    """Fingerprint of the adapter's start."""
+    basis: str
+    """Fingerprint of what travels once."""
+
+    @classmethod
+    def of_task(cls, task: TrainTask, rounds: int) -> Linearisation:
+        """Return that of a task's round, where each serves so many rounds."""
+        number = (task.round_number - 1) // rounds
+        return cls(task.run, rounds, number, task.start_fingerprint, task.basis_fingerprint)
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """The point of a site's linearisation, and its records as vectors there."""
+
+    of: Linearisation
     around: AdapterState
     """The adapter as it was: the trained tensors of every adapted layer."""
-    records: list[Record]
+    source: Dataset | None = None
+    """What was read of the records that ``records`` are made from; None: there are none yet."""
+    records: tuple[Record, ...] = ()
     """One that could not be computed is left out, which is to contribute zero."""
 
 
@@ -62,7 +82,7 @@ class Derivatives:
 def linearised(
     model: FederatedModel,
     records: Sequence[Record],
-    of: tuple[str, int],
+    of: Linearisation,
     kept: MutableMapping[str, Derivatives],
     site: str,
     source: Dataset,
@@ -70,32 +90,56 @@ def linearised(
 ) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Take ``model`` in its first order around where it was when this process first took it so in ``of``.
 
-    Where that is differs between processes that began in different rounds. It is public in each, and every step as
-    private as any other.
+    Where that is differs between processes that began in different rounds. It follows from what was received, and from
+    no record: it is kept before any is looked at, and serves a round whose records fail as it serves any other.
 
     Args:
         model: as received, with the run's trained tensors requiring a gradient; afterwards it has made the steps.
         records: as of ``FederatedModel.prepare``; they stay as they are.
-        of: run, and which linearisation of it.
+        of: which linearisation it is.
         kept: what the process keeps, by site; the latest alone.
         site: its name.
-        source: what ``records`` were read as; of others nothing is kept.
+        source: what ``records`` were read as.
         before_pass: called before each pass over records that have no vectors yet, and may raise.
 
     Yields:
-        The records to train on, as vectors, and what is trained, by layer and factor.
+        The records to train on, as vectors (none of no records), and what is trained, by layer and factor.
     """
     held = kept.get(site)
-    if held is None or held.of != of or held.source is not source:
-        kept.pop(site, None)  # before the next ones are made: they are large
+    if held is None or held.of != of:
         around: AdapterState = {}
         for (layer, name), p in model.below_head().items():
             around.setdefault(layer, {})[name] = p.detach().clone()
-        held = Derivatives(of, source, around, _vectors(model, records, before_pass))
-        if records:
-            kept[site] = held
+        kept[site] = held = Derivatives(of, around)
+    if records and held.source is not source:
+        kept[site] = replace(held, source=None, records=())  # before the next ones are made: they are large
+        with _at(model, held.around):
+            vectors = _vectors(model, records, before_pass)
+        kept[site] = held = replace(held, source=source, records=tuple(vectors))
     with model.linearised(held.around) as trained:
-        yield held.records, trained
+        yield list(held.records) if records else [], trained
+
+
+def forget_records(kept: MutableMapping[str, Derivatives], site: str) -> None:
+    """Drop a site's vectors, which no later round needs; the point stays."""
+    if site in kept:
+        kept[site] = replace(kept[site], source=None, records=())
+
+
+@contextmanager
+def _at(model: FederatedModel, around: AdapterState) -> Iterator[None]:
+    """Put the trained tensors below the head to the point, and back."""
+    places = model.below_head()
+    received = {place: p.detach().clone() for place, p in places.items()}
+    try:
+        with torch.no_grad():
+            for (layer, name), p in places.items():
+                p.copy_(around[layer][name])
+        yield
+    finally:
+        with torch.no_grad():
+            for place, p in places.items():
+                p.copy_(received[place])
 
 
 def check_memory(model: FederatedModel, public_size: int) -> None:
@@ -152,19 +196,22 @@ def _compute(
     before_pass: Callable[[], None],
 ) -> None:
     """Put the vectors of a batch's records, at ``positions``, into ``found``; if the pass fails, each passes alone."""
-    before_pass()
-    try:
-        features, tangents = derivatives(model, steps, order, batch)
-    except MechanismError:
-        raise
-    except Exception as error:
-        if batch.records == 1:
-            log.warning("a record could not be computed and contributes zero: %s", place_of(error))
+    parts: list[Tensor] = []
+    for label in range(1, model.classes):
+        before_pass()
+        try:
+            features, part = derivatives(model, steps, order, batch, label)
+        except MechanismError:
+            raise
+        except Exception as error:
+            if batch.records == 1:
+                log.warning("a record could not be computed and contributes zero: %s", place_of(error))
+                return
+            for row, position in enumerate(positions):
+                _compute(model, steps, order, batch.alone(row), [position], found, before_pass)
             return
-        for row, position in enumerate(positions):
-            _compute(model, steps, order, batch.alone(row), [position], found, before_pass)
-        return
-    labels = batch["labels"].tolist()
+        parts.append(part)
+    labels, tangents = batch["labels"].tolist(), torch.stack(parts, dim=1)
     for row, position in enumerate(positions):
         found[position] = {
             FEATURES: features[row].clone(),
@@ -174,30 +221,26 @@ def _compute(
 
 
 def derivatives(
-    model: FederatedModel, steps: PrivateSteps, order: Sequence[int], batch: FixedBatch
+    model: FederatedModel, steps: PrivateSteps, order: Sequence[int], batch: FixedBatch, label: int
 ) -> tuple[Tensor, Tensor]:
-    """Return a batch's features, shape (records, width), and derivatives, shape (records, labels - 1, numbers), on CPU.
+    """Return a batch's features, shape (records, width), and one label's derivatives, shape (records, numbers), on CPU.
 
     Args:
         model: whose head takes no gradient here.
         steps: over what is trained below the head.
         order: of its tensors in the result.
         batch: the records.
+        label: whose logit, less the first label's, is derived; at least 1.
     """
     seen: list[Tensor] = []
-    rows: list[Tensor] = []
 
-    def contrast(label: int) -> Callable[[FixedBatch], Tensor]:
-        def losses(batch: FixedBatch) -> Tensor:
-            with autocast(model.device, model.precision):
-                features = model.module.features(batch)
-                logits = model.module({**batch, FEATURES: features})
-            seen[:] = [features.detach()[: batch.records]]
-            return (logits[:, label] - logits[:, 0])[: batch.records]
+    def contrast(batch: FixedBatch) -> Tensor:
+        with autocast(model.device, model.precision):
+            features = model.module.features(batch)
+            logits = model.module({**batch, FEATURES: features})
+        seen.append(features.detach()[: batch.records])
+        return (logits[:, label] - logits[:, 0])[: batch.records]
 
-        return losses
-
-    for label in range(1, model.classes):
-        samples = steps.samples(batch, contrast(label))
-        rows.append(torch.cat([samples[i].flatten(1).half().cpu() for i in order], dim=1))
-    return seen[0].float().cpu(), torch.stack(rows, dim=1)
+    samples = steps.samples(batch, contrast)
+    part = torch.cat([samples[i].flatten(1).half().cpu() for i in order], dim=1)
+    return seen[0].float().cpu(), part

@@ -20,7 +20,7 @@ from client.budget import evaluation_releases, note_exposure, note_failure, pay_
 from client.correction import correction
 from client.deadline import Deadline
 from client.evaluation import noised_correct
-from client.linearised import Derivatives, linearised
+from client.linearised import Derivatives, Linearisation, forget_records, linearised
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.site import Site
@@ -102,6 +102,9 @@ def train_round(
             layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
             for layer, factors in model.trained().items()
         }
+        if masked is not None and words is None:
+            # Its noise is a part of what the sum needs: it must not leave as it is.
+            raise MechanismError("a round of a secure sum has no vector: nothing is sent")
         contribution = plan.outgoing(job.strategy.uplink(trained), received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
@@ -183,7 +186,7 @@ def _local_steps(
         return _take_steps(records, job, model, task, received, plan, site, deadline, kept), None
     except Exception as error:
         model.write(received)
-        return _take_steps([], job, model, task, received, plan, site, Deadline(), {}), own_words(error)
+        return _take_steps([], job, model, task, received, plan, site, Deadline(), kept), own_words(error)
 
 
 def _take_steps(
@@ -228,9 +231,11 @@ def _trainable(
     if not rounds:
         yield records, model.trained()
         return
-    of = (task.run, (task.round_number - 1) // rounds)
+    of = Linearisation.of_task(task, rounds)
     with linearised(model, records, of, kept, site.name, site.data, deadline.check) as both:
         yield both
+    if task.round_number % rounds == 0 or task.round_number == job.config.rounds:
+        forget_records(kept, site.name)
 
 
 def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:

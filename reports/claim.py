@@ -113,7 +113,8 @@ def _shared(sites: Sequence[SiteReport]) -> str:
         return ""
     return (
         f" That holds as long as {max(honest):.0f} sites of each sum are honest. If no other site adds its noise, or "
-        f"the masks fail, the releases of this run alone cost ε {epsilon_text(max(bare))} at the same δ."
+        f"the masks fail, the sums of this run that counted cost ε {epsilon_text(max(bare))} at the same δ; a site's "
+        "ledger also has the attempts that were thrown away."
     )
 
 

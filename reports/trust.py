@@ -28,9 +28,16 @@ class Actor:
 
 SERVER = {
     "at the site": "with no record (local model, of sites): the noise is there before anything reaches it",
-    "in the sum": "with seeing no more than the sum over sites, in which the noise is",
+    "in the sum": "with no record, as long as the claim's honest sites are (secure sum, of sites): the noise is in the "
+    "sum, and each site's part of it reaches the server under masks alone",
 }
 """By ``Mechanism.noised``."""
+OTHERS = {
+    "at the site": "with no record",
+    "in the sum": "the claim's number of honest ones with their parts of the noise and with their keys: without these "
+    "the price alone holds",
+}
+"""By the same."""
 
 
 def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
@@ -47,14 +54,14 @@ def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
         Actor(
             "a site, with its steward and its machine",
             "its own records",
-            whole or "as the curator of its records (central model): it clips, adds the noise and keeps the ledger",
+            whole or "as the curator of its records (central model): it clips, adds its noise and keeps the ledger",
         ),
         Actor(
             "the coordinator's server",
             "every message of every site",
             whole or f"{SERVER[noised]}. With the result: a dishonest server can spoil the model, not the claim",
         ),
-        Actor("the other sites", "the global model after every round", whole or "with no record"),
+        Actor("the other sites", "the global model after every round", whole or OTHERS[noised]),
         Actor("everyone who gets the model", "the final model", whole or "with no record"),
         Actor(
             "the code that sites run, FedVeil and its packages",

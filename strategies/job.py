@@ -208,6 +208,16 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
             f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
             "linear already: set it to 0"
         )
+    if strategy.moves_frozen and config.training.linearised > 1:
+        raise ConfigError(
+            f"strategy {strategy.name!r} turns frozen factors between rounds, and derivatives are of those of one "
+            "round: set training.linearised to 1 or 0"
+        )
+    if config.training.weight_decay:
+        raise ConfigError(
+            "training.weight-decay would draw a linearised adapter to where each process began, and not to 0: set it "
+            "to 0, or training.linearised"
+        )
     if type(strategy).correct is not Strategy.correct:
         raise ConfigError(
             f"strategy {strategy.name!r} has a rule of its own on gradients, layer by layer, which the one step of a "

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from audits.tiny_models import TARGETS
 from audits.tiny_site import clinic
+from client import app
 from client import linearised as wing
-from client.linearised import Derivatives, linearised
+from client.deadline import Timing
+from client.linearised import Derivatives, Linearisation, linearised
 from client.rehearsal import rehearse, rehearse_linearised
 from common.adapters import build_adapter
 from common.config.sections import AdapterConfig, HeadConfig
@@ -36,6 +38,7 @@ from strategies.job import configure
 
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())
+FIRST = Linearisation("1", 4, 0, "", "")
 NAMES = ("bad", "fair", "good")
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful")
 
@@ -76,7 +79,7 @@ def nothing() -> None:
 
 
 def vectors_of(model: FederatedModel, records: Sequence[Record]) -> list[Record]:
-    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (vectors, _):
+    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (vectors, _):
         return vectors
 
 
@@ -106,7 +109,7 @@ def test_logits_are_the_models_to_first_order(model_folder: Folder) -> None:
     start, direction = model.read(), torch.Generator().manual_seed(3)
     kept: dict[str, Derivatives] = {}
     records = [record]
-    with linearised(model, records, ("1", 0), kept, "site", DATA, nothing):
+    with linearised(model, records, FIRST, kept, "site", DATA, nothing):
         pass
     moves = {key: torch.randn(p.shape, generator=direction) for key, p in model.below_head().items()}
     apart = []
@@ -116,7 +119,7 @@ def test_logits_are_the_models_to_first_order(model_folder: Folder) -> None:
             for key, p in model.below_head().items():
                 p.add_(scale * moves[key])
         real = logits_of(model, record).detach()
-        with linearised(model, records, ("1", 0), kept, "site", DATA, nothing) as (vectors, _), torch.no_grad():
+        with linearised(model, records, FIRST, kept, "site", DATA, nothing) as (vectors, _), torch.no_grad():
             linear = model.module(model.batch(vectors))[0].double()
         both = [z - z[0] for z in (real, linear)]
         apart.append(float((both[0] - both[1]).norm()))
@@ -133,7 +136,7 @@ def test_a_clipped_step_is_that_of_the_slow_way_in_float64(
     plan = gaussian_plan(C, 1.0, 1.0, 8.0, 1e-5, 8.0)
     begun = {key: p.detach().clone() for key, p in model.below_head().items()}
     head = {name: p.detach().double().clone() for name, p in model.head.items()}
-    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (vectors, trained):
+    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (vectors, trained):
         optimizer = torch.optim.SGD([p for fs in trained.values() for p in fs.values()], lr=1.0)
         with plan.steps(model, optimizer) as steps:
             for rate in rates:
@@ -173,13 +176,16 @@ def test_the_first_step_of_a_round_is_the_real_models(
         found.append(site.train().contribution)
     start = clinic(toy_settings, tmp_path).model().start
     # The head's part of the clip is none's there; here nothing is clipped.
+    moves: list[float] = []
     for layer, factors in found[0].items():
         for name, tensor in factors.items():
             if layer == HEAD:
                 assert torch.equal(found[1][layer][name], start[layer][name])
                 continue
             moved = float((tensor - start[layer][name]).abs().max())
+            moves.append(moved)
             assert float((tensor - found[1][layer][name]).abs().max()) <= 5e-3 * moved
+    assert max(moves) > 0
 
 
 # --- one record and no other ------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def test_the_first_step_of_a_round_is_the_real_models(
 
 def sums_of(model: FederatedModel, records: Sequence[Record], clip: float) -> Tensor:
     """Return the noiseless sum of the first step, all trained tensors as one vector."""
-    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (vectors, trained):
+    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (vectors, trained):
         optimizer = torch.optim.SGD([p for fs in trained.values() for p in fs.values()], lr=0.0)
         with gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 8.0).steps(model, optimizer) as steps:
             return torch.cat([g.flatten() for g in steps.release(model.fixed_batches(vectors), model.losses)])
@@ -199,12 +205,12 @@ def test_a_record_moves_the_sum_by_one_clip_and_no_other_record(
     monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
     model = tiny(model_folder("bert"))
     records = records_of(model)
-    # The odd one: derivatives a thousand times those of others.
+    # The odd one: derivatives a hundred times those of others.
     compute, first = wing.derivatives, vectors_of(model, records)[0][FEATURES]
 
     def odd(*given: Any) -> tuple[Tensor, Tensor]:
         features, tangents = compute(*given)
-        return features, tangents * torch.where((features == first).all(1), 100.0, 1.0)[:, None, None]
+        return features, tangents * torch.where((features == first).all(1), 100.0, 1.0)[:, None]
 
     monkeypatch.setattr(wing, "derivatives", odd)
     whole, without = sums_of(model, records, 0.05), sums_of(model, records[1:], 0.05)
@@ -266,7 +272,7 @@ def test_the_rehearsal_sees_a_step_that_mixes_records(model_folder: Folder, monk
 
 
 def step_and_fail(model: FederatedModel, records: Sequence[Record]) -> None:
-    with linearised(model, records, ("1", 0), {}, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (_, parts):
         with torch.no_grad():
             parts[TANGENTS]["step"].add_(1.0)
         raise KeyError
@@ -313,20 +319,67 @@ def test_the_step_goes_on_from_what_was_received(model_folder: Folder, monkeypat
     """In a later round the point stays, and the way to what is received now is already made."""
     model = tiny(model_folder("bert"))
     records, kept = records_of(model), dict[str, Derivatives]()
-    with linearised(model, records, ("1", 0), kept, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records, FIRST, kept, "site", DATA, nothing) as (_, parts):
         assert not parts[TANGENTS]["step"].any()
     with torch.no_grad():
         for p in model.below_head().values():
             p.add_(0.25)
     received = model.read()
-    with linearised(model, records, ("1", 0), kept, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records, FIRST, kept, "site", DATA, nothing) as (_, parts):
         assert torch.allclose(parts[TANGENTS]["step"], torch.full_like(parts[TANGENTS]["step"], 0.25), atol=1e-6)
     assert all(torch.equal(model.read()[layer][n], received[layer][n]) for layer in received for n in received[layer])
 
 
+def test_the_point_is_the_same_whether_records_are_there_fail_or_not(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that is answered by noise begins where every other does: its way must not tell that it failed."""
+    model = tiny(model_folder("bert"))
+    records, begun = records_of(model), model.read()
+
+    def way(kept: dict[str, Derivatives], seen: Sequence[Record]) -> Tensor:
+        with linearised(model, seen, FIRST, kept, "site", DATA, nothing) as (vectors, parts):
+            assert len(vectors) == len(seen)
+            return parts[TANGENTS]["step"].detach().clone()
+
+    def failed(kept: dict[str, Derivatives]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(wing, "_vectors", lambda *_: (_ for _ in ()).throw(OSError("late")))
+            with pytest.raises(OSError, match="late"):
+                way(kept, records)
+
+    sound, empty, broken = dict[str, Derivatives](), dict[str, Derivatives](), dict[str, Derivatives]()
+    way(sound, records)
+    way(empty, [])
+    failed(broken)
+    first = sound["site"].records
+    with torch.no_grad():
+        for p in model.below_head().values():
+            p.add_(0.25)
+    moved = model.read()
+    ways = [way(sound, records), way(empty, []), way(broken, []), way(broken, records)]
+    assert float(ways[0].abs().min()) > 0.2
+    assert all(torch.equal(ways[0], other) for other in ways[1:])
+    assert all(torch.equal(model.read()[layer][n], moved[layer][n]) for layer in moved for n in moved[layer])
+    # Made later, the derivatives are those of the point all the same.
+    for early, late in zip(first, broken["site"].records, strict=True):
+        assert torch.equal(early[TANGENTS], late[TANGENTS])
+    model.write(begun)
+
+
+def test_vectors_are_dropped_when_no_round_needs_them(toy_settings: dict[str, Any], tmp_path: Any) -> None:
+    site = clinic({**toy_settings, "training.linearised": 3, "training.local-steps": 1}, tmp_path)
+    assert configure(site.settings).config.rounds == 4
+    kept = []
+    for number in (1, 2, 3, 4):
+        site.train(number)
+        kept.append(bool(app._process.derivatives["clinic"].records))
+    assert kept == [True, True, False, False]
+
+
 def test_the_head_stays_and_goes_on_afterwards(model_folder: Folder) -> None:
     model = tiny(model_folder("bert"))
-    with linearised(model, records_of(model), ("1", 0), {}, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records_of(model), FIRST, {}, "site", DATA, nothing) as (_, parts):
         assert set(parts) == {TANGENTS}
         assert not any(p.requires_grad for p in model.head.values())
     assert all(p.requires_grad for p in model.head.values())
@@ -382,8 +435,27 @@ def test_more_derivatives_than_fit_are_refused_before_the_charge(
     assert "lower adapter.rank" in site.refuse().reason
 
 
-def test_a_pass_that_would_end_too_late_is_refused(toy_settings: dict[str, Any], tmp_path: Any) -> None:
+@pytest.mark.parametrize("round_number", [1, 2])
+def test_a_pass_that_would_end_too_late_is_refused(
+    toy_settings: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, round_number: int
+) -> None:
     """Derivatives are counted in every round, since a process that begins anew computes them in any."""
-    site = clinic({**toy_settings, "training.linearised": 8, "training.sample-rate": 1e-3}, tmp_path)
-    site.rule(reply_after=1e-3)
-    assert "reply-after" in site.refuse().reason
+    passes = Timing({8: 20.0, 16: 20.0, 24: 20.0}, {8: 4, 16: 4, 24: 4}, 0.0, 0.0)
+    monkeypatch.setattr(app, "rehearse", lambda model: passes)
+    monkeypatch.setattr(app, "rehearse_linearised", lambda model: Timing({1: 0.0}, {1: 4}, 0.0, 0.0))
+    site = clinic({**toy_settings, "training.linearised": 8}, tmp_path)
+    app._process.rehearsed.clear()
+    try:
+        site.rule(reply_after=60.0)
+        assert "a round of this run may take" in site.refuse(round_number).reason
+    finally:
+        app._process.rehearsed.clear()
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [({"strategy": "fed-svd"}, "turns frozen factors"), ({"training.weight-decay": 0.1}, "weight-decay would draw")],
+)
+def test_what_would_train_in_other_coordinates_is_refused(more: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        configure({"training.linearised": 2, **more})

@@ -26,7 +26,7 @@ from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release, least_noise
+from common.privacy.accounting import Release, check_terms, least_noise
 from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
 from common.privacy.steps import Around
@@ -78,6 +78,7 @@ class Probe(PaidStart, PublicMetric):
         if not self.share or self.noise_multiplier != PaidStart.noise_multiplier or not privacy.mechanism.charged:
             return self
         event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
+        check_terms([Release(event, self.steps)], privacy.delta)  # a server may ask for any
         least = least_noise(event, privacy.epsilon, privacy.delta, self.steps)
         return replace(self, noise_multiplier=least / math.sqrt(self.share))
 

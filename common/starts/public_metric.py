@@ -128,6 +128,11 @@ class PublicMetric(FromText):
             left = torch.eye(V.shape[1], dtype=torch.float64) - V.T @ V
             # Root mean square of s bᵀ G (I - Vᵀ V) over the texts, by column b of B.
             after = scaling * _traces(left @ by_column @ left).sqrt()
+            if not float(after.max()) > FAINT**2 * scaling * float(lengths.max()):
+                raise ModelError(
+                    f"the public texts' gradients in {layer} lie in the directions that are shrunk alone: set "
+                    "start.records to more of them"
+                )
             after = after.clamp(min=FAINT * float(after.max()))
             wanted = config.privacy.clip_norm / self.clip_share / (len(columns) * len(after)) ** 0.5
             state[layer] = {"B": (B * (wanted / after)).float(), "V": V.float()}

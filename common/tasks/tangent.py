@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Tangent(nn.Module):
-    """The parameter ``step``, θ - θ₀ as one vector, which begins at 0.
+    """The parameter ``step``, θ - θ₀ as one vector; 0 until it is set.
 
     Args:
         numbers: elements of all trained tensors below the head.

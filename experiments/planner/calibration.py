@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from client.linearised import Derivatives, linearised
+from client.linearised import Derivatives, Linearisation, linearised
 from client.optimizers import build_optimizer
 from common.config.sections import RunConfig
 from common.data.sources import public_test
@@ -164,10 +164,10 @@ def _linearised(
     sizes, joined = [len(chunk) for chunk in chunks], [record for chunk in chunks for record in chunk]
     held: dict[str, Derivatives] = {}
     public = Dataset("public", (), ())
-    with linearised(model, few, ("few", 0), held, "", public, nothing):
+    with linearised(model, few, Linearisation("few", 1, 0, "", ""), held, "", public, nothing):
         pass  # the first passes pay for what later ones find ready
     began = time.perf_counter()
-    with linearised(model, joined, ("all", 0), held, "", public, nothing) as (vectors, trained):
+    with linearised(model, joined, Linearisation("all", 1, 0, "", ""), held, "", public, nothing) as (vectors, trained):
         each = (time.perf_counter() - began) / len(joined)
         left = iter(vectors)
         return each, *_steps(model, vectors[: len(few)], [list(islice(left, size)) for size in sizes], trained, config)
