@@ -1,4 +1,4 @@
-"""A round whose vectors nobody sees: keys, then the tasks, and the sum of all or nothing.
+"""The round of a secure sum: keys, then the tasks, and the sum of all or nothing.
 
 A site's key for the next round comes with its vector, so that a round costs no further message; who has sent none is
 asked first.

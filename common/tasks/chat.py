@@ -1,4 +1,4 @@
-"""Conversations: loss on the assistant's turns alone, averaged inside each record.
+"""The task of conversations, with loss on the assistant's turns alone, averaged inside each record.
 
 The base model's own chat template makes text of turns. It is asked for the turns before an answer, with the words by
 which the assistant is asked for one, and for the turns up to and with the answer: what the second has more is the
