@@ -11,11 +11,15 @@ from common.adapters import Adapter
 from common.errors import ConfigError
 from common.starts.base import Labels, PaidStart, Start, UnpaidStart
 from common.starts.dp_gradient import DPGradient
+from common.starts.dp_eva import DPEVA
+from common.starts.dp_lora_ga import DPLoRAGA
 from common.starts.eva import EVA
 from common.starts.kaiming import Kaiming
+from common.starts.lora_ga import LoRAGA
 from common.starts.minor_of_weights import MinorOfWeights
 from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
+from common.starts.private_eva import PrivateEVA
 from common.starts.private_gradient import PrivateGradient
 from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
@@ -33,11 +37,15 @@ STARTS: dict[str, type[Start]] = {
         MinorOfWeights,
         Nystrom,
         EVA,
+        DPEVA,
+        PrivateEVA,
         PublicGradient,
         PublicMetric,
         Probe,
         DPGradient,
         PrivateGradient,
+        LoRAGA,
+        DPLoRAGA,
     )
 }
 
