@@ -68,6 +68,15 @@ class ServerModel:
         self.model.write(self.start)
         return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
 
+    def rule_statistic(self) -> AdapterState:
+        """Return what the run's server rule takes from public text before round 1.
+
+        Raises:
+            DataError, ModelError: the text cannot be read, is not public to the run, or says nothing.
+        """
+        self.model.write(self.start)
+        return self.job.rule.measure(self.model, self.job.config)
+
     def _labels(self) -> Labels:
         return Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
 

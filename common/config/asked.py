@@ -72,6 +72,9 @@ class ServerSettings(Section):
     """FedAdam's τ, added to the root of Adam's second moment: changes well below it do not become full steps."""
     momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.5
     """For ``momentum``: how much of the last step the next one keeps."""
+    rule: str = "none"
+    """What stands around the optimiser: a row of ``strategies.rules.RULES``, whose options are set under its name.
+    ``lora-pro`` turns the change of A and B before it, ``allora`` and ``align-guard`` its step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,7 @@ def resolve(asked: RunSettings) -> RunConfig:
             learning_rate=server.learning_rate,
             adam_tau=server.adam_tau,
             momentum=server.momentum,
+            rule=server.rule,
             head_rate=head_rate,
             schedule=asked.schedule,
         ),

@@ -10,8 +10,8 @@ from __future__ import annotations
 from common.adapters import Adapter
 from common.errors import ConfigError
 from common.starts.base import Labels, PaidStart, Start, UnpaidStart
-from common.starts.dp_gradient import DPGradient
 from common.starts.dp_eva import DPEVA
+from common.starts.dp_gradient import DPGradient
 from common.starts.dp_lora_ga import DPLoRAGA
 from common.starts.eva import EVA
 from common.starts.kaiming import Kaiming

@@ -1,11 +1,11 @@
 """LoRA-GA's A from the sites' records, paid for: one clipped, noised release of a sketch of every record's gradient.
 
-Wang, Yu, Li: LoRA-GA: Low-Rank Adaptation with Gradient Approximation. A noised gradient of a whole layer is m n numbers
-of noise, in which a singular direction is lost unless it is above τ (m n)^(1/4). A site releases Ωᵀ G in its place, with
-Ω a public m × k matrix of orthonormal columns: k n numbers, whose leading right singular vectors the noise leaves alone
-where they are above τ (k n)^(1/4). That is the gradient of A with B = Ω frozen, so it is one ordinary step, and no
-record ever has an m × n gradient. Ω sees a random part of the outputs, k of m directions,
-so a mean gradient of rank above k is seen in part.
+Wang, Yu, Li: LoRA-GA: Low-Rank Adaptation with Gradient Approximation. A noised gradient of a whole layer is m n
+numbers of noise, in which a singular direction is lost unless it is above τ (m n)^(1/4). A site releases Ωᵀ G in its
+place, with Ω a public m × k matrix of orthonormal columns: k n numbers, whose leading right singular vectors the noise
+leaves alone where they are above τ (k n)^(1/4). That is the gradient of A with B = Ω frozen, so it is one ordinary
+step, and no record ever has an m × n gradient. Ω sees a random part of the outputs, k of m directions, so a mean
+gradient of rank above k is seen in part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -130,13 +130,11 @@ def open_moments(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
         seen[name] = (tokens * maps[name](tokens)).sum(-1)
 
     def statistic(batch: Batch) -> Tensor:
-        shown, losses = dict(seen), []
+        shown = dict(seen)
         seen.clear()
         if set(shown) != set(maps):
             raise ModelError("an adapted layer has no input in this pass: choose another start, or other layers")
-        for values in shown.values():
-            losses.append((values * token_weights(batch, values)).sum(1))
-        return torch.stack(losses).sum(0)
+        return torch.stack([(values * token_weights(batch, values)).sum(1) for values in shown.values()]).sum(0)
 
     for linear in maps.values():
         nn.init.zeros_(linear.weight)

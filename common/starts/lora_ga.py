@@ -1,13 +1,13 @@
 """LoRA-GA's directions from public records at the server: the first step is the best of its rank.
 
-Wang, Yu, Li: LoRA-GA: Low-Rank Adaptation with Gradient Approximation. With G = U S Vᵀ the mean gradient of a layer, the
-rows of A are the first r right singular vectors, and the columns of B the next r left ones, so that B Bᵀ G + G Aᵀ A, the
-first step of a product of which both factors are trained, is the best rank-2r part of G. With A alone frozen there the
-first step of plain SGD is the best rank-r part.
+Wang, Yu, Li: LoRA-GA: Low-Rank Adaptation with Gradient Approximation. With G = U S Vᵀ the mean gradient of a layer,
+the rows of A are the first r right singular vectors, and the columns of B the next r left ones, so that B Bᵀ G + G Aᵀ
+A, the first step of a product of which both factors are trained, is the best rank-2r part of G. With A alone frozen
+there the first step of plain SGD is the best rank-r part.
 
 The paper's residual base weight, W0 - s B A, is left out: training from B on it is training from 0 on W0. So is its
-length of the factors (the fourth root of m over the root of γ), which is a learning rate; ``adapter.alpha = 0`` gives A
-the length that suits the clip. PEFT's ``lora_ga`` is another method: it multiplies B by the singular values.
+length of the factors (the fourth root of m over the root of γ), which is a learning rate; ``adapter.alpha = 0`` gives
+A the length that suits the clip. PEFT's ``lora_ga`` is another method: it multiplies B by the singular values.
 """
 
 from __future__ import annotations
