@@ -1,4 +1,4 @@
-"""What reaches the adapted layers of a record, seen once for each distinct input.
+"""A record's moments of what reaches the adapted layers, taken once for each distinct input.
 
 A record's statistic is the mean over its tokens of x̂ x̂ᵀ, where x̂ is a token brought to length 1: a symmetric matrix of
 trace 1, and so of Frobenius norm at most 1, whatever the record holds. It is also the gradient of one more linear map
