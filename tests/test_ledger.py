@@ -590,11 +590,10 @@ def test_a_callers_budget_that_holds_for_other_names_is_found_out(
 ) -> None:
     sound = Ledger._prices
 
-    def everyones(self: Ledger, names: Any, releases: Any, delta: float, max_epsilon: float) -> dict[str, Receipt]:
-        prices = sound(self, names, releases, delta, max_epsilon)
+    def everyones(self: Ledger, names: Any, charge: Charge) -> dict[str, Receipt]:
         return {
-            name: dataclasses.replace(charge, max_epsilon=min(charge.max_epsilon, max_epsilon))
-            for name, charge in prices.items()
+            name: dataclasses.replace(priced, max_epsilon=min(priced.max_epsilon, charge.max_epsilon))
+            for name, priced in sound(self, names, charge).items()
         }
 
     monkeypatch.setattr(Ledger, "_prices", everyones)
