@@ -186,6 +186,12 @@ def _priced(name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base
     def with_noise(noise: float) -> dict[str, Job]:
         return {trial: configure({**settings, NOISE: noise}) for trial, settings in asked.items()}
 
+    starts = [release for job in jobs.values() for release in paid_before(job)]
+    if epsilon(starts, privacy.delta) >= privacy.epsilon:
+        raise PrivacyError(
+            f"no noise keeps all trials within privacy.epsilon = {privacy.epsilon:g}: what their starts release costs "
+            "more by itself; try fewer, or raise it"
+        )
     noise = _least(lambda value: composed(list(with_noise(value).values())), privacy.epsilon)
     held = with_noise(noise)
     return Tuning(
@@ -217,7 +223,7 @@ def _least(cost: Callable[[float], float], budget: float) -> float:
     """Return a noise multiplier at which ``cost`` is within ``budget``, at most ``PRECISION`` above the least.
 
     Raises:
-        PrivacyError: there is none: what the starts cost alone is too much.
+        PrivacyError: there is none that an honest job has.
     """
     from scipy.optimize import brentq
 
@@ -226,8 +232,8 @@ def _least(cost: Callable[[float], float], budget: float) -> float:
         low, high = high, 2 * high
         if high >= MOST_NOISE:
             raise PrivacyError(
-                f"no noise keeps all trials within privacy.epsilon = {budget:g}: their starts cost more by themselves; "
-                "try fewer, or raise it"
+                f"no noise below {MOST_NOISE:g} keeps all trials within privacy.epsilon = {budget:g}: try fewer, or "
+                "raise it"
             )
     if cost(low) <= budget:
         return low
