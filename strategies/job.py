@@ -262,14 +262,14 @@ def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]
 
 
 def _check_calibration(config: RunConfig, strategy: Strategy) -> None:
-    """Raise ConfigError unless A can be calibrated on phrases about labels, and stays as long as it was made."""
+    """Raise ConfigError unless A can be calibrated on public phrases, and stays as long as it was made."""
     if strategy.moves_frozen:
         raise ConfigError(
             f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"
         )
     task = TASKS[config.model.task]
-    if not (task.labelled and task.worded):
+    if not task.worded:
         raise ConfigError(
-            f"adapter.alpha is 0, to be calibrated on phrases about labels, but model.task {task.name!r} has none: "
+            f"adapter.alpha is 0, to be calibrated on public phrases, but model.task {task.name!r} holds no words: "
             "give it a number"
         )

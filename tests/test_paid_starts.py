@@ -38,6 +38,7 @@ from common.starts.private_eva import PrivateEVA
 from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
 from experiments.in_process import run_in_process
+from server.model import ServerModel
 from strategies.job import configure
 
 RANK = 3
@@ -418,6 +419,18 @@ def test_invariant_43_after_calibration_the_median_gradient_is_that_of_random_ro
         assert float(torch.tensor(found).sqrt().median()) == pytest.approx(wanted, rel=0.01), name
         seen += 1
     assert seen == sum("A" in kind.gives for kind in STARTS.values())
+
+
+def test_alpha_of_a_language_model_is_calibrated_on_fedveils_own_phrases_as_completions(
+    toy_generation: dict[str, Any],
+) -> None:
+    own = {"strategy": "ffa-lora", "adapter.start": "kaiming", "adapter.alpha": 0.0}
+    server = ServerModel(configure({**toy_generation, **own}))
+    twice = {k: {n: 2 * t if n == "A" else t for n, t in f.items()} for k, f in server.start.items()}
+    made, again = server.calibrated(server.start), server.calibrated(twice)
+    for layer, factors in made.items():
+        assert torch.allclose(factors["A"], again[layer]["A"], rtol=1e-5)
+        assert not torch.allclose(factors["A"], server.start[layer]["A"], rtol=1e-2)
 
 
 def _spread(model: FederatedModel) -> AdapterState:

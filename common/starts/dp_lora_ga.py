@@ -105,7 +105,7 @@ class DPLoRAGA(PaidStart):
         model.module.add_module("sketches", nn.ModuleList(maps.values()))
         hooks = [cast(nn.Module, layer).register_forward_hook(beside(name)) for name, layer in layers.items()]
         try:
-            yield {name: linear.weight for name, linear in maps.items()}
+            yield {name: cast(nn.Parameter, linear.weight) for name, linear in maps.items()}
         finally:
             for hook in hooks:
                 hook.remove()

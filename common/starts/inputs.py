@@ -143,7 +143,7 @@ def open_moments(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
     model.statistic = statistic
     try:
         with unit_tokens(model, maps, see):
-            yield {name: linear.weight for name, linear in maps.items()}
+            yield {name: cast(nn.Parameter, linear.weight) for name, linear in maps.items()}
     finally:
         model.statistic = None
         del model.module.moments
@@ -203,7 +203,7 @@ def packed(matrix: Tensor) -> Tensor:
     tensor([1.0000, 3.0000, 1.4142])
     """
     symmetric = (matrix + matrix.T) / 2
-    above = torch.triu_indices(*matrix.shape, offset=1)
+    above = torch.triu_indices(len(matrix), len(matrix), offset=1)
     return torch.cat([symmetric.diagonal(), math.sqrt(2) * symmetric[above[0], above[1]]])
 
 
