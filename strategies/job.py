@@ -193,6 +193,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         _check_calibration(config, strategy)
     if config.training.linearised:
         _check_linearised(config, strategy, ADAPTERS[name])
+    if config.training.refit:
+        _check_refit(config, ADAPTERS[name])
     own = _flat(asked, asked_start, strategy)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
     return Job(config, strategy, build_adapter(name, config.adapter, origin), origin, notes, own)
@@ -222,6 +224,26 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
         raise ConfigError(
             f"strategy {strategy.name!r} has a rule of its own on gradients, layer by layer, which the one step of a "
             "linearised model has not: set training.linearised to 0"
+        )
+
+
+def _check_refit(config: RunConfig, adapter: type[Adapter]) -> None:
+    if not TASKS[config.model.task].labelled:
+        raise ConfigError(f"training.refit is for a head, and model.task {config.model.task!r} has none: set it to 0")
+    if config.head.policy != "trained":
+        raise ConfigError(
+            f"training.refit trains the head, and head.policy {config.head.policy!r} sends none: set head.policy to "
+            "'trained', or training.refit to 0"
+        )
+    if not adapter.trained:
+        raise ConfigError(
+            f"training.refit lets an adapter rest, and adapter.name {adapter.name!r} trains the head alone: set "
+            "training.refit to 0"
+        )
+    if config.training.refit >= config.rounds:
+        raise ConfigError(
+            f"training.refit is {config.training.refit} of {config.rounds} rounds, so the adapter would never move: "
+            "raise rounds, or lower training.refit"
         )
 
 

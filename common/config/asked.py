@@ -52,6 +52,9 @@ class TrainingSettings(Section):
     """Rounds whose steps are those of the model to first order around where the first of them began: one pass over all
     records, and then steps that cost next to nothing. The head stays. For labels and small adapters
     (``client.linearised``). 0: none."""
+    refit: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
+    """The last rounds of the run, in which the adapter rests and sites train the head alone, on features that each
+    record has once under the adapter as it is then (``client.refit``). The schedule begins anew with them. 0: none."""
     batch_tokens: Annotated[int, NOT_NEGATIVE, Unit("tokens")] = 0
     """The size of a forward pass without privacy, padding included. 0: what suits the device. It changes speed and
     memory, not the result. Under privacy shapes are fixed (``common.model.shapes``), and this has no say."""
@@ -126,6 +129,7 @@ def resolve(asked: RunSettings) -> RunConfig:
             beta2=training.beta2,
             weight_decay=training.weight_decay,
             linearised=training.linearised,
+            refit=training.refit,
             batch_tokens=training.batch_tokens,
         ),
         server=ServerConfig(
