@@ -193,6 +193,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         _check_calibration(config, strategy)
     if config.training.linearised:
         _check_linearised(config, strategy, ADAPTERS[name])
+    if config.server.most_noise:
+        _check_most_noise(config)
     if config.training.refit:
         _check_refit(config, ADAPTERS[name])
     own = _flat(asked, asked_start, strategy)
@@ -224,6 +226,14 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
         raise ConfigError(
             f"strategy {strategy.name!r} has a rule of its own on gradients, layer by layer, which the one step of a "
             "linearised model has not: set training.linearised to 0"
+        )
+
+
+def _check_most_noise(config: RunConfig) -> None:
+    if config.server.optimizer != "momentum" or config.training.optimizer != "sgd" or config.training.weight_decay:
+        raise ConfigError(
+            "server.most-noise bounds what plain steps pass on: set server.optimizer to 'momentum', training.optimizer "
+            "to 'sgd' and training.weight-decay to 0, or server.most-noise to 0"
         )
 
 

@@ -250,6 +250,7 @@ class ServerConfig:
     head_rate: float
     """The head's learning rate over that of the other tensors."""
     schedule: str
+    most_noise: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,17 +328,17 @@ class RunConfig(RunTerms):
             round_number: from 1 on.
             step: of the round, from 0 on.
         """
-        first, rounds = self._phase(round_number)
+        first, rounds = self.phase(round_number)
         steps = self.training.local_steps
         done = (round_number - 1 - first) * steps + step
         return learning_rate(self.training.schedule, self.training.learning_rate, done, rounds * steps)
 
     def server_rate(self, round_number: int) -> float:
         """Return the learning rate of the server's optimiser after a round, as ``site_rate``."""
-        first, rounds = self._phase(round_number)
+        first, rounds = self.phase(round_number)
         return learning_rate(self.server.schedule, self.server.learning_rate, round_number - 1 - first, rounds)
 
-    def _phase(self, round_number: int) -> tuple[int, int]:
+    def phase(self, round_number: int) -> tuple[int, int]:
         """Return the rounds before the phase that a round belongs to, and those in it."""
         before = self.rounds - self.training.refit
         return (before, self.training.refit) if self.refits(round_number) else (0, before)
