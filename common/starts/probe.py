@@ -60,8 +60,13 @@ class Probe(PaidStart, PublicMetric):
     """Learning rate of the first of them, which falls in a line to zero."""
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a head that no site may move, and one with a metric of its own."""
+        """Refuse a head that no site may move, and a run without an adapter."""
         super().check(config, adapter)
+        if not adapter.trained:
+            raise ConfigError(
+                f"adapter.start {self.name!r} fits the head before an adapter, and adapter.name {adapter.name!r} has "
+                "no factors: set adapter.start to 'public-metric', or adapter.name to 'lora-metric'"
+            )
         if not TASKS[config.model.task].labelled:
             raise ConfigError(
                 f"adapter.start {self.name!r} fits the head, and model.task {config.model.task!r} has none: set "
