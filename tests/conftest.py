@@ -29,7 +29,10 @@ LONGEST = (
     *("test_docs", "test_optimizers", "test_real_faults", "test_shapes", "test_worker"),
 )
 """Files with few tests that take long."""
-ROUGHLY_PRICED = ("test_faults", "test_federation", "test_image_classification", "test_resume", "test_merge")
+ROUGHLY_PRICED = (
+    *("test_faults", "test_federation", "test_image_classification", "test_sums", "test_resume", "test_merge"),
+    "test_public_text",
+)
 """Files of runs that are about no price: theirs come from a grid ten times as coarse, looser and never wrong."""
 ROUGH: dict[tuple[Any, str], Any] = {
     (accounting, "PLD_INTERVAL"): 1e-2,
