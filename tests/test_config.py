@@ -39,7 +39,7 @@ def job_with(key: str, value: Scalar) -> Any:
 
 
 def with_owner(key: str) -> dict[str, Scalar]:
-    """Return the settings of a run in which ``key`` says something, such as the start whose option it is; mostly none."""
+    """Return the settings of a run in which ``key`` says something, such as the start whose option it is."""
     owners = [name for name, start in STARTS.items() if key in options(start) and start().asked != "sites"]
     owners += [name for name, start in STARTS.items() if key in options(start) and start.needs == "paid release"]
     if key == "server.most-noise":
