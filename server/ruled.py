@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from common.config.sections import RunConfig
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, subtract
 from server.optimizer import server_step
@@ -12,27 +13,31 @@ from strategies.job import Job
 from strategies.rules import NoRule
 
 
-def ruled_step(job: Job, measured: AdapterState, before: ServerState, averaged: ServerState) -> ServerState:
+def ruled_step(
+    job: Job, config: RunConfig, measured: AdapterState, before: ServerState, averaged: ServerState
+) -> ServerState:
     """Return the state after the server's step, as ``server_step``, with the run's rule before and behind it.
 
-    The head and what sites do not train are as without a rule. Computed in float64; the result has the adapter's dtype.
+    The head and what sites do not train are as without a rule, and so is all of a round in which the adapter rests.
+    Computed in float64; the result has the adapter's dtype.
 
     Args:
         job: the run.
+        config: its configuration, with the server's rates of this round.
         measured: what the rule took from public text before round 1.
         before: the state that sites started from.
         averaged: what the strategy's average makes of it.
     """
     rule, noised = job.rule, job.mechanism.charged
-    if isinstance(rule, NoRule):
-        return server_step(job.config, before, averaged)
+    if isinstance(rule, NoRule) or config.refits(before.round_number + 1):
+        return server_step(config, before, averaged)
     held = _layers(before, before)
     whole = {layer: {n: t.double() for n, t in before.adapter[layer].items()} for layer in held}
     changes = subtract(held, _layers(before, averaged))
     scaling = job.adapter.scaling
     turned = {layer: rule.change(change, whole[layer], scaling, noised=noised) for layer, change in changes.items()}
     towards = replace(averaged, adapter=_with(averaged.adapter, subtract(held, turned)))
-    after = server_step(job.config, before, towards)
+    after = server_step(config, before, towards)
     return replace(after, adapter=_with(after.adapter, rule.step(held, _layers(before, after), measured)))
 
 

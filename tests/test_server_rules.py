@@ -298,11 +298,17 @@ def test_a_rule_leaves_head_and_frozen_factors_and_comes_back_from_its_settings(
     averaged = replace(before, adapter=moved, round_number=1)
     pulls = guarded(draw(4, OUT * RANK), 2, 1.0).reshape(-1, OUT, RANK)
     measured = {"layer": {"B": pulls}} if name == "align-guard" else {}
-    plain, after = server_step(job.config, before, averaged), ruled_step(job, measured, before, averaged)
+    plain, after = server_step(job.config, before, averaged), ruled_step(job, job.config, measured, before, averaged)
     assert torch.equal(plain.adapter[HEAD]["weight"], after.adapter[HEAD]["weight"])
     same = [torch.equal(plain.adapter["layer"][n], after.adapter["layer"][n]) for n in ("A", "B")]
     assert same == [name in ("none", "allora", "align-guard"), name == "none"]
     assert after.round_number == 1
+
+
+def test_a_bound_on_noise_and_a_rule_that_lengthens_it_do_not_go_together() -> None:
+    bound = {"server.optimizer": "momentum", "server.most-noise": 0.1}
+    with pytest.raises(ConfigError, match=r"server\.most-noise bounds what noise does through a plain step"):
+        configure({"strategy": "ffa-lora", "server.rule": "allora", **bound})
 
 
 def test_options_of_another_rule_are_refused() -> None:
@@ -334,6 +340,6 @@ def test_a_row_more_is_all_that_a_rule_needs(monkeypatch: pytest.MonkeyPatch) ->
     adapter = {"layer": {"A": draw(RANK, INTO), "B": draw(OUT, RANK, seed=1)}}
     before = ServerState(0, adapter, ("B",))
     averaged = replace(before, adapter={"layer": {**adapter["layer"], "B": draw(OUT, RANK, seed=2)}})
-    assert torch.equal(ruled_step(job, {}, before, averaged).adapter["layer"]["B"], adapter["layer"]["B"])
+    assert torch.equal(ruled_step(job, job.config, {}, before, averaged).adapter["layer"]["B"], adapter["layer"]["B"])
     make: Callable[[], ServerRule] = Still
     assert make().name == "still"

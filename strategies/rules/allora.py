@@ -32,6 +32,7 @@ class ALLoRA(ServerRule):
 
     name: ClassVar[str] = "allora"
     paper: ClassVar[str] = "Huang and Balestriero 2024"
+    lengthens: ClassVar[bool] = True
 
     eta: Annotated[float, POSITIVE, RATIO] = 2.0
     """How many times as far a row of B steps that is still at 0."""

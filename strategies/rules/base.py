@@ -26,6 +26,8 @@ class ServerRule(ABC):
     name: ClassVar[str]
     """What ``server.rule`` calls it."""
     paper: ClassVar[str]
+    lengthens: ClassVar[bool] = False
+    """Whether noise may move the model further with the rule than without, so that no bound of the run's covers it."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")

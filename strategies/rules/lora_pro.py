@@ -49,6 +49,7 @@ class LoRAPro(ServerRule):
 
     name: ClassVar[str] = "lora-pro"
     paper: ClassVar[str] = "Wang et al. 2025"
+    lengthens: ClassVar[bool] = True
 
     signal: Annotated[float, POSITIVE, RATIO] = 0.5
     """Standard deviation that an entry of a layer's gradient is taken to have, over that of the noise on one number of
