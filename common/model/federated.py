@@ -22,6 +22,7 @@ from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.log import place_of
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
+from common.messages.tensors import entries
 from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
 from common.model.device import (
@@ -144,7 +145,12 @@ class FederatedModel:
         return places
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Return the part of ``places`` that sites train: exactly what is clipped and noised."""
+        """Return the part of ``places`` that sites train: exactly what is clipped and noised.
+
+        Inside ``linearised`` that is the way from the point, whose numbers stand in the order of ``below_head``.
+        """
+        if self.module.tangent is not None:
+            return {TANGENTS: {"step": self.module.tangent.step}}
         kept = {
             layer: {name: p for name, p in factors.items() if p.requires_grad}
             for layer, factors in self.places().items()
@@ -288,7 +294,7 @@ class FederatedModel:
         with self._on_vectors((self.classes - 1, len(tangent.step))):
             self.module.tangent = tangent
             try:
-                yield {TANGENTS: {"step": tangent.step}}
+                yield self.trained()
             finally:
                 self.module.tangent = None
         with torch.no_grad():
@@ -298,12 +304,7 @@ class FederatedModel:
 
     def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""
-        return {
-            (layer, name): p
-            for layer, factors in self.trained().items()
-            if layer != HEAD
-            for name, p in factors.items()
-        }
+        return {(layer, name): p for layer, name, p in entries(self.trained()) if layer != HEAD}
 
     def _needed_head(self) -> nn.Linear:
         if self.module.head is None:
