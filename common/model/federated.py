@@ -22,7 +22,6 @@ from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.log import place_of
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
-from common.messages.tensors import entries
 from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
 from common.model.device import (
@@ -304,7 +303,13 @@ class FederatedModel:
 
     def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""
-        return {(layer, name): p for layer, name, p in entries(self.trained()) if layer != HEAD}
+        trained = self.trained()
+        return {
+            (layer, name): trained[layer][name]
+            for layer in sorted(trained)
+            if layer != HEAD
+            for name in sorted(trained[layer])
+        }
 
     def _needed_head(self) -> nn.Linear:
         if self.module.head is None:
