@@ -247,6 +247,7 @@ class ServerConfig:
     learning_rate: float
     adam_tau: float
     momentum: float
+    rule: str
     head_rate: float
     """The head's learning rate over that of the other tensors."""
     schedule: str
