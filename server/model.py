@@ -55,7 +55,7 @@ class ServerModel:
         """Return names and shapes of what a site may send in a round."""
         if round_number == 0:
             return self.job.origin.layout(self.model)
-        return layout_of(self.job.strategy.uplink(self.trained_start()))
+        return layout_of(self.job.summed(round_number, self.job.strategy.uplink(self.trained_start())))
 
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.errors import ConfigError
-from common.messages.state import METRIC, OWN, AdapterState
+from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
@@ -21,6 +22,7 @@ from strategies.base import ServerState, Strategy
 from strategies.renamed import REFUSED, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
 
+T = TypeVar("T")
 START = "start."
 """What the options of a start begin with."""
 
@@ -66,6 +68,14 @@ class Job:
             for layer, held in statistic.items()
         }
         return self.start(merge(adapter, measured))
+
+    def summed(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
+        """Return the layers of ``trained`` that a round sends: in a secure sum those alone that its steps are of.
+
+        What rests would be noise in the vector. Elsewhere it is sent as it came.
+        """
+        config, every = self.config, not self.mechanism.summed
+        return {k: v for k, v in trained.items() if every or config.moves(round_number, head=k == HEAD)}
 
     @property
     def mechanism(self) -> Mechanism:

@@ -323,6 +323,10 @@ class RunConfig(RunTerms):
         """Return whether the adapter rests in a round, and sites train the head alone."""
         return round_number > self.rounds - self.training.refit
 
+    def moves(self, round_number: int, *, head: bool) -> bool:
+        """Return whether the steps of a round are of the head, or of what is below it."""
+        return head if self.refits(round_number) else not (head and self.training.linearised)
+
     def site_rate(self, round_number: int, step: int) -> float:
         """Return a site's learning rate of a round's step; both phases of a run have the whole schedule.
 
