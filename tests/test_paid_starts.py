@@ -220,6 +220,18 @@ def test_invariant_26_noise_is_symmetric_of_half_the_variance_beside_the_diagona
         assert float(top @ u) ** 2 == pytest.approx(wanted, abs=0.06)
 
 
+def test_passes_are_as_small_as_a_records_moments_ask_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.starts import gradient
+
+    numbers = 2 * (3 * 16 * 16 + 24 * 24)  # of the maps: two layers with three inputs of 16 and one of 24
+    monkeypatch.setattr(gradient, "BATCH_BYTES", 10 * 4 * numbers)
+    model = tiny("bert", DPEVA())
+    with open_moments(model):
+        assert model.initial_shapes is not None
+        assert model.initial_shapes.most == 10
+    assert gradient.initial_shapes(tiny("bert", DPLoRAGA())).most != 10, "gradients are as large: nothing is proved"
+
+
 def test_the_release_has_the_plans_noise_and_divisor_also_of_no_record(tiny: Make) -> None:
     model, start = tiny("bert", DPEVA()), DPEVA(noise_multiplier=2.0)
     for records in ([], records_of(model)):

@@ -34,8 +34,12 @@ value: 201 MB), however short it is; a site that runs out of memory has paid, an
 
 def initial_shapes(model: FederatedModel) -> Shapes:
     """Return the shapes in which records' gradients of the adapted layers' weights are computed."""
-    most = max(1, BATCH_BYTES // record_bytes(model))
-    return model.initial_shapes or model.task.shapes(model.base, model.max_length, BATCH_TOKENS, most)
+    return model.initial_shapes or shapes_of(model, record_bytes(model))
+
+
+def shapes_of(model: FederatedModel, size: int) -> Shapes:
+    """Return the shapes in which statistics of round 0 are computed that take ``size`` bytes a record."""
+    return model.task.shapes(model.base, model.max_length, BATCH_TOKENS, max(1, BATCH_BYTES // size))
 
 
 def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:

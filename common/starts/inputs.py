@@ -27,6 +27,7 @@ from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.starts.base import Labels, Start, seeded
 from common.starts.directions import leading_rows
+from common.starts.gradient import shapes_of
 from common.tasks import Batch
 
 MASK = "attention_mask"
@@ -123,6 +124,9 @@ def open_moments(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
         The maps' weights by the first layer that takes the input.
     """
     maps = {name: nn.Linear(n, n, bias=False, device=model.device) for name, n in _widths(model).items()}
+    # A layer with fewer outputs than inputs has a smaller gradient than its input has a moment.
+    size = sum(linear.weight.numel() * linear.weight.element_size() for linear in maps.values())
+    model.initial_shapes = model.initial_shapes or shapes_of(model, size)
     before = [(p, p.requires_grad) for p in model.module.parameters()]
     seen: dict[str, Tensor] = {}
 
