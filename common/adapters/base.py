@@ -26,7 +26,7 @@ from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
     from common.config.sections import RunConfig
@@ -240,7 +240,7 @@ class Adapter(ABC):
                     places[layer][factor].copy_(tensor)
 
     def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
-        """Return the PEFT configuration that a stock reader needs for the exported adapter."""
+        """Return the PEFT configuration by which layers are found and the exported adapter is read."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -253,6 +253,20 @@ class Adapter(ABC):
             fan_in_fan_out=fan_in_fan_out,
         )
 
+    def stock_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
+        """Return the configuration of the exported adapter, where it is another than that of the injection."""
+        return self.peft_config(fan_in_fan_out=fan_in_fan_out)
+
+    def shared(self, state: AdapterState, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return what a stock reader needs once for all layers, by the name it has there; most need nothing.
+
+        Args:
+            state: every factor of every layer.
+            shapes: (out, in) of the adapted layers.
+        """
+        del state, shapes
+        return {}
+
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
         """Write ``state`` as a stock PEFT adapter that ``PeftModel.from_pretrained`` loads.
 
@@ -263,11 +277,16 @@ class Adapter(ABC):
         for name, layer in self.layers(model).items():
             for suffix, tensor in self.exported(state[name], base_weight(layer).float().cpu()).items():
                 tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
+        shapes = [layer_shape(layer) for layer in self.layers(model).values()]
+        for suffix, tensor in self.shared(state, shapes).items():
+            # PEFT writes what layers share beside each of them as well, and warns where a copy is missing.
+            for owner in ("base_model", *(f"{PEFT_PREFIX}{name}" for name in self.layers(model))):
+                tensors[f"{owner}.{suffix}"] = tensor.float().clone()
         injected = model.peft_config[ADAPTER_NAME]
         # A stock reader is told the names that ``auto`` stood for.
         found = sorted({name.rpartition(".")[2] for name in self.layers(model)})
         named = self._naming(found) if self.target_modules == (AUTO,) else self
-        config = named.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
+        config = named.stock_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
         config.base_model_name_or_path = base_name
         config.inference_mode = True
         config.task_type = injected.task_type

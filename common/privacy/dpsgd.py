@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.adapters.branch import Branch
+from common.adapters.lora_diagonal import Diagonal
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
@@ -56,6 +57,7 @@ TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter", "words")
 
 
 register_grad_sampler(Branch)(Branch.gradients)
+register_grad_sampler(Diagonal)(Diagonal.gradients)
 register_grad_sampler(Tangent)(Tangent.gradients)
 
 

@@ -13,6 +13,7 @@ from common.starts.base import Labels, PaidStart, Start, UnpaidStart
 from common.starts.dp_gradient import DPGradient
 from common.starts.eva import EVA
 from common.starts.kaiming import Kaiming
+from common.starts.lu_of_weights import LUOfWeights
 from common.starts.minor_of_weights import MinorOfWeights
 from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
@@ -21,6 +22,8 @@ from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
 from common.starts.public_metric import PublicMetric
 from common.starts.shards import Shards
+from common.starts.shared import Shared
+from common.starts.sparse import Sparse
 from common.starts.svd_of_weights import SVDOfWeights
 
 STARTS: dict[str, type[Start]] = {
@@ -28,9 +31,12 @@ STARTS: dict[str, type[Start]] = {
     for start in (
         Orthonormal,
         Kaiming,
+        Shared,
         Shards,
+        Sparse,
         SVDOfWeights,
         MinorOfWeights,
+        LUOfWeights,
         Nystrom,
         EVA,
         PublicGradient,
