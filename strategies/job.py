@@ -19,6 +19,7 @@ from common.tasks import TASKS
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.renamed import REFUSED, RENAMED, by_new_names
+from strategies.systems import told
 
 START = "start."
 """What the options of a start begin with."""
@@ -165,6 +166,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
     config = resolve(asked)
+    if named not in ADAPTERS and (instead := told(named.lower())):
+        raise ConfigError(f"adapter.name {named!r} is no adapter here; {instead}")
     for key, value in (("strategy", asked.strategy), ("adapter.name", named), ("adapter.start", asked.adapter.start)):
         tables()[key].check(key, value)
     strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")

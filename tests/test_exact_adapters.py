@@ -32,6 +32,7 @@ from common.adapters import (
 )
 from common.adapters.dora import row_norms
 from common.adapters.lora_diagonal import Diagonal
+from common.config.text import parse_settings
 from common.errors import ConfigError, ModelError
 from common.messages.state import Factors
 from common.privacy.dpsgd import PrivateSteps
@@ -40,6 +41,8 @@ from common.randomness import stream
 from common.starts import STARTS
 from common.starts.directions import orthonormal_rows
 from common.starts.lu_of_weights import lu_triple
+from strategies.job import configure
+from strategies.systems import SYSTEMS
 
 RANK, ALPHA = 3, 6.0
 TALL, WIDE = (9, 5), (7, 12)
@@ -83,7 +86,9 @@ def begun(adapter: Adapter, W: Tensor) -> Factors:
 def drawn(adapter: Adapter, W: Tensor, size: float = 1.0, seed: int = 3) -> Factors:
     """Return factors as training leaves them: what is frozen at its start, what is trained off it."""
     start = begun(adapter, W)
-    moved = {name: start[name] + size * draw(*start[name].shape, seed=seed + i) for i, name in enumerate(adapter.trained)}
+    moved = {
+        name: start[name] + size * draw(*start[name].shape, seed=seed + i) for i, name in enumerate(adapter.trained)
+    }
     return {**start, **moved}
 
 
@@ -133,27 +138,24 @@ def noises(shapes: Mapping[str, tuple[int, ...]], steps: int = 6) -> list[dict[s
 # --- what every row must keep -----------------------------------------------------------------------------------------
 
 
-def expected_square(name: str, adapter: Adapter, factors: Factors, shape: tuple[int, int]) -> float:
+def expected_square(adapter: Adapter, out: int, into: int) -> float:
     """Return what theory says of the mean of ‖delta(x) - delta(0)‖² for x of unit variance."""
-    s, (out, into) = adapter.scaling, shape
-    if name in ("lora-diagonal",):
-        return s**2 * RANK
-    if name == "dora-magnitude":
-        return out
-    if name == "dora-frozen-norm":
-        return out + s**2 * out * RANK
-    if name == "randlora":
-        return s**2 * RANK * math.ceil(min(shape) / RANK)
-    if name == "salt":
-        return s**2 * (RANK + (out - RANK) * RANK)
-    raise KeyError(name)
+    r, s = adapter.rank, adapter.scaling
+    of = {
+        "lora-diagonal": s**2 * r,
+        "dora-magnitude": out,
+        "dora-frozen-norm": out + s**2 * out * r,
+        "randlora": s**2 * r * math.ceil(min(out, into) / r),
+        "salt": s**2 * (r + (out - r) * r),
+    }
+    return of[adapter.name]
 
 
 @pytest.mark.parametrize("name", ["lora-diagonal", "dora-magnitude", "dora-frozen-norm", "randlora", "salt"])
 @each_shape
 def test_noise_on_what_is_trained_has_the_stated_norm_in_the_weights(name: str, out: int, into: int) -> None:
     """9, L4, and the same of every new row: by the squares of the columns of the linear map, which is exact."""
-    adapter, W = plain(ADAPTERS[name], rank=RANK if name != "salt" or into >= 2 * RANK else 2), draw(out, into)
+    adapter, W = plain(ADAPTERS[name], rank=2 if name == "salt" else RANK), draw(out, into)
     start = begun(adapter, W)
     still, total = adapter.delta(start, W), 0.0
     for factor in adapter.trained:
@@ -162,9 +164,7 @@ def test_noise_on_what_is_trained_has_the_stated_norm_in_the_weights(name: str, 
             unit[i] = 1.0
             moved = {**start, factor: start[factor] + unit.view_as(start[factor])}
             total += float((adapter.delta(moved, W) - still).square().sum())
-    wanted = expected_square(name, adapter, start, (out, into))
-    if adapter.rank != RANK:
-        wanted = adapter.scaling**2 * (adapter.rank + (out - adapter.rank) * adapter.rank)
+    wanted = expected_square(adapter, out, into)
     assert total == pytest.approx(wanted, rel=1e-6)
 
 
@@ -346,9 +346,7 @@ def test_15_increments_over_the_base_train_as_the_factors_do_over_the_residual_o
     def ours(decay: float) -> list[Tensor]:
         held = {"dA": start["dA"], "dB": start["dB"]}
         frozen = {"A": A, "B": B}
-        return trajectory(
-            lambda f: adapter.delta({**frozen, **f}), held, W, noise, rates, 2.0, adam=adam, decay=decay
-        )
+        return trajectory(lambda f: adapter.delta({**frozen, **f}), held, W, noise, rates, 2.0, adam=adam, decay=decay)
 
     def theirs(decay: float) -> list[Tensor]:
         residual = W - B @ A
@@ -430,9 +428,7 @@ def test_l1_the_decomposition_is_the_weights_and_increments_train_as_published(s
     B, D, A = lu_triple(W, RANK)
     for s in (0.5, 2.0):
         noise, rates = noises({"z": (RANK,)}), {"z": 0.05}
-        published = trajectory(
-            lambda f, s=s: s * (B * f["z"]) @ A, {"z": D}, W - s * (B * D) @ A, noise, rates, 1.0
-        )
+        published = trajectory(lambda f, s=s: s * (B * f["z"]) @ A, {"z": D}, W - s * (B * D) @ A, noise, rates, 1.0)
         adapter = LoRADiagonal(RANK, s * RANK, ("l",))
         ours = trajectory(
             lambda f, adapter=adapter: adapter.delta({"A": A, "B": B, **f}), {"z": 0 * D}, W, noise, rates, 1.0
@@ -512,7 +508,9 @@ def test_s2_layers_of_one_shape_share_their_factors_and_others_do_not(model_fold
     layers = list(state)
     for i, left in enumerate(layers):
         for right in layers[:i]:
-            alike = all(torch.equal(state[left][f], state[right][f]) for f in ("A", "B") if same_shape(state, left, right))
+            alike = all(
+                torch.equal(state[left][f], state[right][f]) for f in ("A", "B") if same_shape(state, left, right)
+            )
             assert alike
     shapes = {(state[layer]["A"].shape, state[layer]["B"].shape) for layer in layers}
     assert 1 < len(shapes) < len(layers)
@@ -620,3 +618,19 @@ def test_s1_block_lora_is_lora_of_a_part_of_the_rank_at_a_longer_scale(adam: boo
     right, wrong = (0.02 * root, 0.02) if adam else (0.02, 0.02 * root)
     assert apart(theirs, ours(right)) < (1e-6 if adam else 1e-12)  # Adam's ε is not scaled
     assert apart(theirs, ours(wrong)) > 1e-3
+
+
+# --- systems by their names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_that_is_other_rows_is_refused_with_what_to_write_and_that_is_a_run(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no adapter here; it is other rows put together: set ") as refused:
+        configure({"adapter.name": name})
+    named = str(refused.value).partition(": set ")[2]
+    assert configure(parse_settings([named])).settings() == configure(SYSTEMS[name]).settings()
+
+
+def test_block_lora_is_refused_with_what_it_is() -> None:
+    with pytest.raises(ConfigError, match=r"'Block-LoRA' is no adapter here; n blocks are LoRA of n times less rank"):
+        configure({"adapter.name": "Block-LoRA"})

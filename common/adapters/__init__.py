@@ -68,6 +68,7 @@ def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:
 __all__ = [
     "ADAPTERS",
     "ALIASES",
+    "SALT",
     "Adapter",
     "DoRA",
     "DoRAFrozenNorm",
@@ -83,6 +84,5 @@ __all__ = [
     "Origin",
     "Place",
     "RandLoRA",
-    "SALT",
     "build_adapter",
 ]

@@ -1,16 +1,16 @@
 """DoRA with a frozen norm, in coordinates in which averages are exact: W = diag(mu / c) W0 + s B A.
 
 DoRA is W = diag(mu / c) (W0 + s B' A), with c the norms of the sum's rows (Liu et al. 2024, arXiv 2402.09353). With c
-frozen where the run begins, at the norms of W0's rows, the weights are linear in B' alone and in mu alone, and the mean
-of both is off by Σ p_k diag(mu_k - mū) / c s (B'_k - B̄') A. In B = diag(mu / c) B' there is no product of two trained
-factors: the weights that can be reached are the same, and averages are exact. Only the metric of a step differs: a row of
-B moves as fast as any other, however long mu has made it. A is frozen.
+frozen where the run begins, at the norms of W0's rows, the weights are linear in B' alone and in mu alone, and the
+mean of both is off by Σ p_k diag(mu_k - mū) / c s (B'_k - B̄') A. In B = diag(mu / c) B' there is no product of two
+trained factors: the weights that can be reached are the same, and averages are exact. Only the metric of a step
+differs: a row of B moves as fast as any other, however long mu has made it. A is frozen.
 
 Noise on mu enters the weights with norm σC/b √m, that on B with s σC/b √(m r) for orthonormal A; DoRA's own loses the
 part of the latter along each row, which is small.
 
-Stock PEFT loads the export (``use_dora``): with B' = diag(c / mu) B the magnitudes are mu / c times the norms of the rows
-of W0 + s B' A.
+Stock PEFT loads the export (``use_dora``): with B' = diag(c / mu) B the magnitudes are mu / c times the norms of the
+rows of W0 + s B' A.
 """
 
 from __future__ import annotations

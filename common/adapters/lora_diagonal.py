@@ -8,8 +8,8 @@ Several systems of the field are this adapter in a start of their own:
   form W = W0 + Q diag(λ) P.
 
 z begins at 0, so the base is never rewritten: training it is training the entries of a diagonal that begins elsewhere
-over a residual base, W0 - s B diag(z₀) A. The weights are linear in z, so averages are exact. With rows of A and columns
-of B of length 1 the noise has the norm s σC/b √r, whatever the layer's size, and r numbers travel.
+over a residual base, W0 - s B diag(z₀) A. The weights are linear in z, so averages are exact. With rows of A and
+columns of B of length 1 the noise has the norm s σC/b √r, whatever the layer's size, and r numbers travel.
 """
 
 from __future__ import annotations

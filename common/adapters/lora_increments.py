@@ -1,14 +1,14 @@
 """LoRA with both factors trained from where a start puts them, over the base as it is: PiSSA, LoRA-GA.
 
-PiSSA (Meng, Wang, Zhang 2024, arXiv 2404.02948, eq. 2 to 4) begins with the principal part of W0 in A and B and freezes
-the residual W0 - s B A. Here W0 stays, the start stays in frozen halves, and what is trained is how far the factors have
-moved: W = W0 + (B + dB) (A + dA) - B A. Gradients, clip and noise of a step are those of training the factors
-themselves; only weight decay is another, as it draws towards the start. At the start nothing is added, to the last bit,
-also where a residual base in half precision would be another model.
+PiSSA (Meng, Wang, Zhang 2024, arXiv 2404.02948, eq. 2 to 4) begins with the principal part of W0 in A and B and
+freezes the residual W0 - s B A. Here W0 stays, the start stays in frozen halves, and what is trained is how far the
+factors have moved: W = W0 + (B + dB) (A + dA) - B A. Gradients, clip and noise of a step are those of training the
+factors themselves; only weight decay is another, as it draws towards the start. At the start nothing is added, to the
+last bit, also where a residual base in half precision would be another model.
 
 PiSSA is this adapter in the start ``svd-of-weights`` with ``start.singular-values``; LoRA-GA (Wang, Yu, Li 2024) in a
-start from a gradient, without the factor m^(1/4) / √γ of its ``stable`` scale. The scale s is 1 whatever ``adapter.alpha``
-says, as in PiSSA's experiments: B A is what the start gives.
+start from a gradient, without the factor m^(1/4) / √γ of its ``stable`` scale. The scale s is 1 whatever
+``adapter.alpha`` says, as in PiSSA's experiments: B A is what the start gives.
 
 Averages are off by Σ p_k (dB_k - mean) (dA_k - mean); the start drops out of it. Stock PEFT loads a pair of rank 2 r,
 [A + dA; dA] and [dB, B]: without the frozen halves, on the stock base, it would count the principal part twice.

@@ -1,15 +1,15 @@
 """RandLoRA: a change of full rank over random frozen bases (Albert et al., ICLR 2025, arXiv 2502.00987).
 
-W = W0 + s Σ_b B_b Λ_b A Γ_b, with N = ⌈min(m, n) / r⌉ bases B_b (max(m, n), r), one A (r, min(m, n)), and diagonals Λ_b (r)
-and Γ_b (min(m, n)); transposed where m < n. The paper trains both diagonals, in which the weights are bilinear, so that
-averages are off by a covariance. Here Λ alone is trained, from 0, and averages are exact. Γ is frozen at normal numbers:
-at its constant start the change would have rank r, for it would be (Σ_b B_b Λ_b) A.
+W = W0 + s Σ_b B_b Λ_b A Γ_b, with N = ⌈min(m, n) / r⌉ bases B_b (max(m, n), r), one A (r, min(m, n)), and diagonals
+Λ_b (r) and Γ_b (min(m, n)); transposed where m < n. The paper trains both diagonals, in which the weights are
+bilinear, so that averages are off by a covariance. Here Λ alone is trained, from 0, and averages are exact. Γ is
+frozen at normal numbers: at its constant start the change would have rank r, for it would be (Σ_b B_b Λ_b) A.
 
 What differs from paper and code. Columns of the bases have length 1, so that noise on Λ has the norm s σC/b √P in the
-weights, P = r N, whatever the layer's size. Products are paired as the published code and PEFT pair them, by position in
-the two flattened bases, which is the paper's formula with the B_b permuted. Bases come from the run's public seed in
-float64, layers share them, and server and sites compare a fingerprint; PEFT draws its own in half precision, which differs between
-machines. So they are exported whole, and stock PEFT loads them (``save_projection``).
+weights, P = r N, whatever the layer's size. Products are paired as the published code and PEFT pair them, by position
+in the two flattened bases, which is the paper's formula with the B_b permuted. Bases come from the run's public seed
+in float64, layers share them, and server and sites compare a fingerprint; PEFT draws its own in half precision, which
+differs between machines. So they are exported whole, and stock PEFT loads them (``save_projection``).
 
 Frozen factors take as many numbers as W0 in each layer, in memory and in checkpoints, and a pass one more product.
 """

@@ -64,8 +64,8 @@ class SALT(Mapped):
         _, into = layer_shape(layer)
         if 2 * self.rank > into:
             raise ConfigError(
-                f"adapter.rank is {self.rank}, and the adapter {self.name!r} needs twice as many inputs of a layer, but "
-                f"{layer_name} has {into}: choose a rank of at most {into // 2}"
+                f"adapter.rank is {self.rank}, and the adapter {self.name!r} needs twice as many inputs of a layer, "
+                f"but {layer_name} has {into}: choose a rank of at most {into // 2}"
             )
         factors = super().start(layer_name, layer, seed)
         reached = torch.linalg.qr(factors["A"].double().T)[0]

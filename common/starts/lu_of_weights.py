@@ -1,14 +1,14 @@
 """Factors of the base weight's LU decomposition: LoLDU (arXiv 2410.13618).
 
-W0 = P L D U with partial pivoting; the paper trains the first r entries z of D over the residual base
-W0 - s P L_r D_r U_r, that is W = residual + s P L_r diag(z) U_r. With the adapter ``lora-diagonal``, whose z is how far
-these entries have moved, the trajectory is the same and the base is never rewritten.
+W0 = P L D U with partial pivoting; the paper trains the first r entries z of D over the residual base W0 - s P L_r D_r
+U_r, that is W = residual + s P L_r diag(z) U_r. With the adapter ``lora-diagonal``, whose z is how far these entries
+have moved, the trajectory is the same and the base is never rewritten.
 
 What differs. The columns of P L_r and the rows of U_r have length 1 here; as published their lengths spread several
-times, and one clip would serve the longest. Starts of z that are off the base model, and a trained scale, are not there.
-Worth knowing: the kept part is no best approximation of W0. Its residual is the Schur complement, in which the first r
-permuted rows and the first r columns vanish, so that it depends on the order of the inputs; and neither set of vectors
-is orthogonal. So run ``svd-of-weights`` beside it.
+times, and one clip would serve the longest. Starts of z that are off the base model, and a trained scale, are not
+there. Worth knowing: the kept part is no best approximation of W0. Its residual is the Schur complement, in which the
+first r permuted rows and the first r columns vanish, so that it depends on the order of the inputs; and neither set of
+vectors is orthogonal. So run ``svd-of-weights`` beside it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def lu_triple(weight: Tensor, rank: int, layer: str = "the layer") -> tuple[Tens
     least = pivots[:rank].abs().min()
     if not bool(least >= LEAST_PIVOT * pivots.abs().max()):
         raise ModelError(
-            f"an LU pivot of {layer} is next to nothing, so its row cannot be brought to length 1: set adapter.start to "
-            "'svd-of-weights', or lower adapter.rank"
+            f"an LU pivot of {layer} is next to nothing, so its row cannot be brought to length 1: set adapter.start "
+            "to 'svd-of-weights', or lower adapter.rank"
         )
     return (P @ L)[:, :rank], pivots[:rank], U[:rank] / pivots[:rank, None]
