@@ -53,7 +53,7 @@ class SALT(Mapped):
 
     def begin(self, given: Factors) -> Factors:
         """Return A and B; D and z begin at 0, also in a start that moves the weights."""
-        return {"A": given["A"], "B": given["B"]}
+        return {factor: given[factor] for factor in ("A", "B") if factor in given}
 
     def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
         """Return A and B by the start, and for C random orthonormal rows that A does not reach.
