@@ -17,7 +17,6 @@ SYSTEMS: Mapping[str, Mapping[str, Scalar]] = {
         "adapter.start": "svd-of-weights",
         "start.singular-values": True,
     },
-    "lora-ga": {"strategy": "fedavg-lora", "adapter.name": "lora-increments", "adapter.start": "public-gradient"},
     "eva": {"adapter.start": "eva"},
     "miss": {"adapter.name": "lora-frozen-a", "adapter.start": "shards"},
     "bone": {"adapter.name": "lora-frozen-a", "adapter.start": "shards"},
