@@ -160,13 +160,13 @@ class RecoverableAttempt:
             task: what this site was given.
 
         Raises:
-            ProtocolError: as ``checked_keys``; the sites are too few, or others than those that hold shares; or what
-                one of them sealed cannot be opened.
-            MechanismError: nothing was shared out, or the vector was masked before.
+            ProtocolError: as ``checked_keys``; nothing was shared out; the sites are too few, or others than those that
+                hold shares; or what one of them sealed cannot be opened.
+            MechanismError: the vector was masked before.
         """
         self._check_fresh()
         if not self.sealing:
-            raise MechanismError("a vector is masked after its secrets are shared out")
+            raise ProtocolError("this site has shared no secrets in that attempt: a vector is masked after that")
         salt = self._sharing()
         key = self._own_key("mask key", salt)
         own = KeyOffer(self._site, key.public_key().public_bytes_raw(), b"")
