@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
 from common.errors import MechanismError, ProtocolError
+from common.secure_sum.masks import mask_of
 
 PRIME = 2**256 + 297
 """The least prime above 2²⁵⁶."""
@@ -29,7 +28,7 @@ def split(secret: bytes, threshold: int, holders: int, seed: bytes) -> list[byte
         secret: ``SECRET_BYTES``.
         threshold: so many shares tell the secret.
         holders: at least ``threshold``.
-        seed: 32 secret bytes that serve this one secret; the coefficients are AES-256-CTR of it.
+        seed: 32 secret bytes that serve this one secret; the coefficients are ``mask_of`` it.
 
     Raises:
         MechanismError: the secret has another length, or the threshold is not from 1 to ``holders``.
@@ -38,8 +37,7 @@ def split(secret: bytes, threshold: int, holders: int, seed: bytes) -> list[byte
         raise MechanismError(
             f"a secret of {len(secret)} bytes cannot be shared by {holders} holders of whom {threshold} tell it"
         )
-    stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
-    drawn = stream.update(bytes(_DRAW_BYTES * (threshold - 1)))
+    drawn = mask_of(seed, _DRAW_BYTES // 4 * (threshold - 1)).astype("<u4").tobytes()
     starts = range(0, len(drawn), _DRAW_BYTES)
     coefficients = [int.from_bytes(drawn[start : start + _DRAW_BYTES], "big") % PRIME for start in starts]
     coefficients.append(int.from_bytes(secret, "big"))
