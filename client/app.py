@@ -20,12 +20,12 @@ from client.outgoing import own_words, public_reason
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_features, rehearse_head, rehearse_initial, rehearse_linearised
 from client.site import Site, check_job, open_site, policy_of
-from client.sums import Party, agreed, make_key, next_key, party_of
+from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, FedVeilError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
-from common.messages.round import KeyReply, KeyTask, Refusal, Reply, TrainTask
-from common.messages.wire import decode_key_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
+from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainTask
+from common.messages.wire import decode_sum_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.paths import run_name
@@ -160,7 +160,7 @@ def answer(
     deadline: Deadline | None = None,
     *,
     simulated: bool | None = None,
-) -> Reply | KeyReply:
+) -> Reply | SumReply:
     """Return a site's reply to a train message; every failure is a Refusal that names the site.
 
     Args:
@@ -186,8 +186,8 @@ def answer(
         asked = kind_of_task(content)
         summed = job.mechanism.summed
         party = party_of(site.name, node, site.policy, run, simulated=simulated) if summed else None
-        if asked is KeyTask:
-            return _key(decode_key_task(content), job, site, party, run, memory, deadline)
+        if asked is not TrainTask:
+            return _for_sum(decode_sum_task(content), job, site, party, run, memory, deadline)
         with deadline.extended():
             model = _model(job, site)
             state = job.start(model.start)
@@ -218,20 +218,22 @@ def answer(
         return refused(error, node, run, number, simulated=simulated)
 
 
-def _key(
-    task: KeyTask,
+def _for_sum(
+    task: SumTask,
     job: Job,
     site: Site,
     party: Party | None,
     run: str,
     memory: MutableMapping[str, bytes],
     deadline: Deadline,
-) -> KeyReply:
-    """Return the site's key for an attempt, if it could pay for it."""
+) -> SumReply:
+    """Return what is asked for a sum beside the vector: the key for an attempt, if the site could pay for it."""
     if task.run != run or party is None:
         raise ProtocolError("a key is asked for in a run whose vectors are not summed, or of another run")
-    check_budget(site, job, task, deadline)
-    return make_key(task, party, memory)
+    if isinstance(task, KeyTask):
+        check_budget(site, job, task, deadline)
+        return make_key(task, job, party, memory)
+    return told_for_sum(task, job, party, memory)
 
 
 def _next_key(
@@ -249,7 +251,7 @@ def _next_key(
     except FedVeilError as error:
         log.info("no key for the next round: %s", own_words(error), extra=about(task.run, task.round_number))
         return None
-    return next_key(task, party, memory)
+    return next_key(task, job, party, memory)
 
 
 def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from common.errors import ProtocolError
-from common.messages.round import KeyReply, KeyTask, Refusal, Reply, Task, TrainResult
-from common.messages.wire import Layout, decode_key_reply, decode_reply, round_of
+from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
+from common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
 
 LONGEST_REASON = 500
 """Characters of a reason that reach the terminal and the records."""
@@ -27,7 +27,7 @@ def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:
     return Refusal(task.run, task.round_number, f"node {node}", kind, clean(reason))
 
 
-def read_reply(record: Any, layout: Layout, task: Task, node: int) -> Reply | KeyReply:
+def read_reply(record: Any, layout: Layout, task: Task, node: int) -> Reply | SumReply:
     """Return the reply in a node's message; whatever is wrong with it makes it a refusal.
 
     A vector of a secure sum is taken where one was asked for, and tensors where they were.
@@ -41,9 +41,9 @@ def read_reply(record: Any, layout: Layout, task: Task, node: int) -> Reply | Ke
         node: its number, by which it is named as long as its own name cannot be trusted.
     """
     try:
-        reply: Reply | KeyReply
-        if isinstance(task, KeyTask):
-            reply = decode_key_reply(record, task.run, task.round_number)
+        reply: Reply | SumReply
+        if not isinstance(task, TrainTask):
+            reply = decode_sum_reply(record, task)
         else:
             reply = decode_reply(record, layout, task.run, task.round_number)
             if isinstance(reply, TrainResult) and bool(reply.words) != bool(task.offers):

@@ -13,6 +13,7 @@ from common.model.federated import Score
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
+from server.drop_outs import RecoveringSites
 from server.model import ServerModel
 from server.rates import within_noise
 from server.replies import clean
@@ -79,7 +80,8 @@ def run_rounds(
             after the first too; names each with its reason.
     """
     admission = Admission(job, saved.members if saved else {}, transport.registered)
-    sites = (SummedSites if job.mechanism.summed else Sites)(job, run, transport, server_model, admission)
+    lossy = RecoveringSites if job.config.privacy.drop_outs else SummedSites
+    sites = (lossy if job.mechanism.summed else Sites)(job, run, transport, server_model, admission)
     if saved:
         state, score = saved.state, saved.score
         observer.resumed(saved)

@@ -25,7 +25,8 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.wire import Layout
 from common.privacy.plan import PrivacyPlan
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer, check_headroom, total
+from common.secure_sum import KeyOffer, check_headroom, least_sites, total
+from common.secure_sum.masks import Words
 from server.admission import Admission
 from server.model import ServerModel
 from server.plausible import SLACK
@@ -55,11 +56,12 @@ class SummedSites(Sites):
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Ask for keys that are not there yet, then for the vectors, until one attempt brings all.
 
-        The sites of an attempt are those that gave a key. Fewer than ``min-sites``, or than the honest ones and those
-        that may collude together, are asked for nothing that costs them.
+        The sites of an attempt are those that gave a key. Fewer than ``min-sites``, or than ``least_sites``, are asked
+        for nothing that costs them.
         """
         config, privacy, got, unfit = self._job.config, self._job.config.privacy, Gathering(), set[int]()
-        least = max(config.min_sites, privacy.honest_sites + privacy.colluders)
+        begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
+        least = max(config.min_sites, begins)
         for attempt in range(1, config.round_retries + 2):
             got.attempts = attempt
             offers = self._offers(got, unfit, least, round_number)
@@ -114,7 +116,22 @@ class SummedSites(Sites):
         self, got: Gathering, offers: Mapping[int, KeyOffer], round_number: int, state: ServerState
     ) -> dict[int, TrainResult]:
         """Return the results of an attempt, with what they make in ``got``; none if it is thrown away."""
-        exchange = self._ask(list(offers), round_number, state, got.attempts - 1, tuple(offers.values()))
+        results = self._masked(got, offers, round_number, state, {})
+        if len(results) < len(offers):
+            self._throw_away(got, round_number, "a sum needs all its vectors")
+            return {}
+        return self._summed(got, results, words_of(results), round_number, state)
+
+    def _masked(
+        self,
+        got: Gathering,
+        offers: Mapping[int, KeyOffer],
+        round_number: int,
+        state: ServerState,
+        sealed: Mapping[int, tuple[bytes, ...]],
+    ) -> dict[int, TrainResult]:
+        """Return the results that count of those that are asked for a vector; ``sealed`` as in ``_ask``."""
+        exchange = self._ask(list(offers), round_number, state, got.attempts - 1, tuple(offers.values()), sealed)
         got.bytes_down += exchange.bytes_down
         got.bytes_up += exchange.bytes_up
         results = {node: reply for node, reply in exchange.replies.items() if isinstance(reply, TrainResult)}
@@ -126,16 +143,26 @@ class SummedSites(Sites):
         reasons |= _others(results) | dict.fromkeys(misnamed, "it answers under another name than its key")
         for node, reason in reasons.items():
             self._absent(got, round_number, node, (results[node].site, "reply", reason), offers)
-        if len(results) < len(offers) or reasons:
-            where = about(self._run, round_number)
-            log.warning("attempt %d is thrown away: a sum needs all its vectors", got.attempts, extra=where)
-            return {}
-        summed = summed_contribution(self._job, results, self._layout(round_number), state, round_number)
+        return {node: result for node, result in results.items() if node not in reasons}
+
+    def _summed(
+        self,
+        got: Gathering,
+        results: dict[int, TrainResult],
+        vectors: Iterable[Words],
+        round_number: int,
+        state: ServerState,
+    ) -> dict[int, TrainResult]:
+        """Return the results whose vectors these are, or add up to, with what they make in ``got``; else none."""
+        summed = summed_contribution(self._job, results, vectors, self._layout(round_number), state, round_number)
         if isinstance(summed, str):
             self._note(got, Absence(round_number, got.attempts, "", None, "quorum", summed))
             return {}
         got.summed = (summed,)
         return results
+
+    def _throw_away(self, got: Gathering, round_number: int, why: str) -> None:
+        log.warning("attempt %d is thrown away: %s", got.attempts, why, extra=about(self._run, round_number))
 
     def _absent(
         self, got: Gathering, round_number: int, node: int, told: tuple[str, str, str], online: Iterable[int]
@@ -153,6 +180,11 @@ def in_order(offers: Mapping[int, KeyOffer]) -> dict[int, KeyOffer]:
     return dict(sorted(offers.items(), key=lambda item: item[1].site))
 
 
+def words_of(results: Mapping[int, TrainResult]) -> Iterable[Words]:
+    """Yield the vectors of results."""
+    return (np.frombuffer(result.words, dtype="<u4").astype(np.uint32) for result in results.values())
+
+
 def _others(results: Mapping[int, TrainResult]) -> dict[int, str]:
     """Return the nodes that were charged for another release than most of them: their masks would not cancel."""
     events = [result.spending.event for result in results.values() if result.spending]
@@ -165,13 +197,19 @@ def _others(results: Mapping[int, TrainResult]) -> dict[int, str]:
 
 
 def summed_contribution(
-    job: Job, results: Mapping[int, TrainResult], layout: Layout, state: ServerState, round_number: int
+    job: Job,
+    results: Mapping[int, TrainResult],
+    vectors: Iterable[Words],
+    layout: Layout,
+    state: ServerState,
+    round_number: int,
 ) -> Contribution | str:
     """Return what all sites of an attempt make of the model, as one site with all records would; or why nothing.
 
     Args:
         job: the run.
-        results: of all sites of the attempt, each with its vector.
+        results: of all sites of the sum.
+        vectors: what they have sent, or what that adds up to.
         layout: names and shapes of what is summed.
         state: what the sites started from.
         round_number: of the round.
@@ -184,7 +222,6 @@ def summed_contribution(
         check_headroom(own.expected_batch_size, event.clip_norm, own.noise_std, len(results))
     except ConfigError as error:
         return str(error)
-    vectors = (np.frombuffer(result.words, dtype="<u4").astype(np.uint32) for result in results.values())
     summed = total(vectors, own.noise_std)
     longest = longest_sum(own, len(results), summed.numel())
     if not float(summed.norm()) <= longest:

@@ -169,6 +169,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
     the_models = {"adapter.targets"}
     none = {
         "privacy.honest-sites",
+        "privacy.drop-outs",
         "resume",
         "data.test",
         "data.text-pair",

@@ -208,6 +208,9 @@ class PrivacyConfig(Section):
     colluders: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 1
     """For ``secure-sum``: most sites of a sum that may tell the server all they know. A sum has at least so many sites
     beside the honest ones."""
+    drop_outs: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
+    """For ``secure-sum``: most sites that may be lost from an attempt, whose sum is then that of the others. They are
+    beside the honest ones and the colluders. 0: a missing vector costs the attempt, and a round has fewer messages."""
 
     @property
     def mechanism(self) -> Mechanism:

@@ -80,6 +80,11 @@ class Mechanism(ABC):
                 f"privacy.honest-sites is {config.privacy.honest_sites}, and with privacy.mode {self.name!r} no noise "
                 "is shared: leave it at 0, or set privacy.mode to 'secure-sum'"
             )
+        if config.privacy.drop_outs:
+            raise ConfigError(
+                f"privacy.drop-outs is {config.privacy.drop_outs}, and with privacy.mode {self.name!r} no sum is lost "
+                "with a site: leave it at 0, or set privacy.mode to 'secure-sum'"
+            )
 
     def check_row(self) -> None:
         """Raise MechanismError if the row contradicts itself: who promises anything charges for it, and adds noise."""
