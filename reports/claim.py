@@ -32,8 +32,8 @@ OFF = (
 )
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
 UNKNOWN = (
-    "The run's privacy.mode {!r} is none that this FedVeil knows, or none for privacy.unit {!r}. It can say nothing about "
-    "any record."
+    "The run's privacy.mode {!r} is none that this FedVeil knows, or none for privacy.unit {!r}. It can say nothing "
+    "about any record."
 )
 
 

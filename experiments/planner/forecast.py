@@ -108,9 +108,8 @@ class Forecast:
                 "(another strategy, a smaller rank), or another start"
             )
         if min(self.expected_batches) < 1:
-            found.append(
-                f"a site's expected batch is below one {self.job.mechanism.unit.name}: most of its steps are noise alone"
-            )
+            unit = self.job.mechanism.unit.name
+            found.append(f"a site's expected batch is below one {unit}: most of its steps are noise alone")
         return found
 
     def as_json(self) -> dict[str, Any]:
