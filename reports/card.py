@@ -182,8 +182,8 @@ def _records(data: ReportData) -> str:
     whose = f"in {data.claim.per}s, " if data.claim.per == PERSON.name else ""
     if sizes:
         told += (
-            f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from {number_text(sizes[0])} to "
-            f"{number_text(sizes[-1])} a site."
+            f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from "
+            f"{number_text(sizes[0])} to {number_text(sizes[-1])} a site."
         )
     public = (
         "Declared public, and not protected: the test part, which was cut from the same source as the sites' records"

@@ -56,8 +56,8 @@ def _records(data: ReportData) -> Fact:
     whose = f" {data.claim.per}s" if data.claim.per == PERSON.name else ""
     noised = "with chance numbers (noise) added" if data.claim.made else "as they are"
     answer = (
-        f"Those of the sites, {number_text(sum(sizes))}{whose} in all as the sites declare them. The records stayed where "
-        f"they are. What left a site are numbers that were computed from its records, {noised}."
+        f"Those of the sites, {number_text(sum(sizes))}{whose} in all as the sites declare them. The records stayed "
+        f"where they are. What left a site are numbers that were computed from its records, {noised}."
     )
     cut = (
         "The records on which the model was tested were taken from the same source and are not protected."
