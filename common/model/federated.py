@@ -118,6 +118,8 @@ class FederatedModel:
             if head.metric == "public":
                 self.module.metric = Metric(self.module.width).to(self.device)
         _turn_dropout_off(self.module)
+        self.statistic: Callable[[Batch], Tensor] | None = None
+        """While a start measures: what stands in place of the records' losses after each pass, shape (records,)."""
         self.start: AdapterState = self.read()
         """The adapter state before any training; later states are written over the model, never over this."""
 
@@ -346,6 +348,8 @@ class FederatedModel:
         """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
         with autocast(self.device, self.precision):
             losses = self.task.losses(self.module, batch)
+        if self.statistic is not None:
+            losses = self.statistic(batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
 
     def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:
