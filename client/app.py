@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +31,7 @@ from common.messages.wire import decode_sum_task, decode_task, encode_reply, kin
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.paths import run_name
+from common.privacy.together import units_at_once
 from common.secure_sum import KeyOffer
 from common.starts import PaidStart
 from common.tasks import Record
@@ -48,8 +51,9 @@ class _Process:
     """What this process has built and keeps between rounds."""
 
     model: FederatedModel | None = None
-    records: dict[str, tuple[Dataset, list[Record]]] = field(default_factory=dict)
-    """Each site's records as read and as the current model takes them."""
+    records: dict[str, tuple[Dataset, tuple[str, int], list[Record]]] = field(default_factory=dict)
+    """Each site's records as read, the run's unit with the most records of one, and them as the current model takes
+    them."""
     rehearsed: dict[str, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast, by the names above."""
     features: Timing | None = None
@@ -66,8 +70,6 @@ _process = _Process()
 
 def _in_simulation() -> bool:
     """Whether this process is a worker of Flower's Ray simulation."""
-    import sys
-
     ray = sys.modules.get("ray")
     return bool(ray and ray.is_initialized())
 
@@ -95,8 +97,10 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
     training, initial = job.config.training, not number
+    each = job.config.privacy.rows_of_unit
+    most = each * site.public_size
     if training.linearised:
-        check_memory(model, site.public_size)
+        check_memory(model, most)
     if not job.mechanism.rehearsed:
         if deadline.seconds and job.mechanism.conceals:
             raise PolicyRefusal(
@@ -135,20 +139,34 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
         rate = job.mechanism.event(job.config.privacy, training).sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
-    ahead = (_process.features, 1, float(site.public_size)) if _process.features and on_features else None
+    ahead = (_process.features, 1, float(most)) if _process.features and on_features else None
     if on_vectors:
-        ahead = (_process.rehearsed[PLAIN], contrasts(model), float(site.public_size))
-    deadline.allow(timing, steps, rate * site.public_size, scored, ahead)
-    if deadline.seconds and len(site.data.examples) > site.public_size:
-        log.error("there are more records than public-size says: when it answers, is not covered by the claim")
+        ahead = (_process.rehearsed[PLAIN], contrasts(model), float(most))
+    unit = job.mechanism.unit
+    deadline.allow(timing, steps, rate * site.public_size, scored, ahead, each, _units_at_once(job, model, paid_start))
+    if deadline.seconds and unit.count(site.data) > site.public_size:
+        log.error("there are more %ss than public-size says: when it answers, is not covered by the claim", unit.name)
 
 
-def _records(model: FederatedModel, site: Site) -> list[Record]:
+def _units_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> int:
+    """Return how many units of several rows a step passes together at least, by what it trains."""
+    if not job.mechanism.unit.grouped:
+        return sys.maxsize
+    with start.opened(model) if start else nullcontext():
+        return units_at_once(sum(p.numel() for p in model.module.parameters() if p.requires_grad))
+
+
+def _records(model: FederatedModel, site: Site, job: Job) -> list[Record]:
     """Return the site's records as the model takes them, made once for all settings that read them alike."""
+    unit, most = job.mechanism.unit, job.config.privacy.rows_of_unit
     kept = _process.records.get(site.name)
-    if kept is None or kept[0] is not site.data:
-        kept = _process.records[site.name] = (site.data, prepared(model, site.data.examples))
-    return kept[1]
+    if kept is None or kept[0] is not site.data or kept[1] != (unit.name, most):
+        kept = _process.records[site.name] = (
+            site.data,
+            (unit.name, most),
+            prepared(model, site.data.examples, unit, most),
+        )
+    return kept[2]
 
 
 def answer(
@@ -205,7 +223,7 @@ def answer(
             check_task(whole, job, model)
             _hold_to(deadline, job, site, model, number)
             masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
-        records = _records(model, site)
+        records = _records(model, site, job)
         result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
         if party is not None:
             result = replace(result, offer=_next_key(task, job, site, party, memory, deadline))

@@ -32,6 +32,7 @@ from common.model.shapes import FixedBatch
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.tasks import Record
+from common.tasks.base import owner_of
 from common.tasks.examples import Dataset
 from common.tasks.featured import FEATURES, TANGENTS
 
@@ -182,7 +183,7 @@ def _vectors(model: FederatedModel, records: Sequence[Record], before_pass: Call
     finally:
         for parameter in head:
             parameter.requires_grad_(model.head_trained)
-    return [found[i] for i in sorted(found)]
+    return [{**found[i], **owner_of(records[i])} for i in sorted(found)]
 
 
 def _order(model: FederatedModel, trained: Sequence[nn.Parameter]) -> list[int]:

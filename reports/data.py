@@ -189,7 +189,7 @@ def report_of(folder: Path) -> ReportData:
         versions=versions,
         origin=_origin(folder, problems),
         actors=actors_of(claim, headline.epsilon),
-        unprotected=unprotected_of(sites, _cut_test(settings)),
+        unprotected=unprotected_of(sites, _cut_test(settings), claim.per),
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),

@@ -110,8 +110,9 @@ def _meaning(data: ReportData) -> list[str]:
     spoken = [text for sentence in sentences if sentence for text in (plain(sentence), "")]
     columns = ("false positives", "true positives, at most")
     attacks = [(f"{100 * a.false_positives:g} %", bound_text(a.true_positives)) for a in meaning.bounds.attacks]
-    people = [("1", epsilon_text(meaning.epsilon))]
-    people += [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    people = [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    if people:
+        people = [("1", epsilon_text(meaning.epsilon)), *people]
     return [
         "## What ε means",
         "",
@@ -120,7 +121,7 @@ def _meaning(data: ReportData) -> list[str]:
         *spoken,
         *_table(columns, attacks),
         "",
-        *_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people),
+        *(_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people) if people else []),
     ]
 
 

@@ -109,6 +109,7 @@ PAGE = """\
 <td class="n">{{ attack.true_positives|bound }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% if meaning.bounds.several %}
 {% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta)) %}
 <thead><tr><th scope="col" class="n">{{ meaning.per }}s of the person</th><th scope="col" class="n">ε</th></tr></thead>
 <tbody><tr><th scope="row" class="n">1</th><td class="n">{{ meaning.epsilon|epsilon }}</td></tr>
@@ -116,6 +117,7 @@ PAGE = """\
 <tr><th scope="row" class="n">{{ several.units }}</th><td class="n">{{ several.epsilon|epsilon }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% endif %}
 </div>
 {% endif %}
 

@@ -187,6 +187,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     for key, value in {**rows, "server.rule": asked.server.rule}.items():
         tables()[key].check(key, value)
     strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")
+    _check_unit(config)
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)
@@ -228,6 +229,15 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     own = _flat(asked, asked_start, strategy, rule)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
     return Job(config, strategy, adapter, origin, rule, notes, own)
+
+
+def _check_unit(config: RunConfig) -> None:
+    unit = config.privacy.mechanism.unit  # an error if the row does not protect such
+    if unit.grouped and not config.data.person:
+        raise ConfigError(
+            f"privacy.unit is {unit.name!r}, and data.person names no column: name the one that says whose a record "
+            "is, or set privacy.unit to 'record'"
+        )
 
 
 def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:

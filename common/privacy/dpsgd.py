@@ -11,7 +11,9 @@ what a federation needs and Opacus leaves open:
 * only a gradient that came from here, or was made of one after clip and noise, reaches the optimiser.
 
 Guarantee: with per-record losses, adding or removing one record changes the noiseless sum by at
-most ``clip_norm`` in L2 over all trained tensors together. That needs every record's gradient to be its
+most ``clip_norm`` in L2 over all trained tensors together. Where several rows belong to one unit
+(``common.privacy.together``), their gradients are summed first, and that holds for adding or removing the
+unit with all of them. It needs every record's gradient to be its
 own to the last bit, whoever is beside it: the batches have shapes that follow from each record alone
 (``common.model.shapes``), and a model that mixes records, or keeps something from one pass to the next, is
 refused before its first round (``client.rehearsal``). A record whose gradient cannot be computed in its
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +44,7 @@ from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
 from common.privacy.steps import Correct, as_it_is
+from common.privacy.together import Together
 from common.randomness import add_private_noise
 from common.secure_sum.masks import Words
 from common.secure_sum.rounding import rounded, total
@@ -184,6 +187,7 @@ class PrivateSteps:
             max_grad_norm=plan.event.clip_norm,
             expected_batch_size=plan.expected_batch_size,
         )
+        self._unit = plan.unit
         self._released: list[tuple[Tensor, int]] = []
         # From now on, also after the context: this optimiser never sees a raw gradient.
         optimizer.register_step_pre_hook(self._check)
@@ -266,7 +270,37 @@ class PrivateSteps:
         self._mechanism.scale_grad()
 
     def _accumulate(self, batch: Any, losses: Callable[[Any], Tensor]) -> bool:
-        """Add a part's clipped gradients to the sum; return whether there were any.
+        """Add a part's clipped gradients, one of each unit, to the sum; return whether there were any."""
+        if isinstance(batch, Together):
+            return self._accumulate_together(batch, losses)
+        if self._unit.grouped:
+            # Clipped row by row, a unit would move the sum by a clip for each of its rows.
+            raise MechanismError(f"rows that belong to one {self._unit.name} did not come together: nothing is summed")
+        seen = False
+        for _ in self._passes(batch, losses):
+            self._mechanism.clip_and_accumulate()
+            seen = True
+        return seen
+
+    def _accumulate_together(self, units: Together, losses: Callable[[Any], Tensor]) -> bool:
+        """Sum the gradients of each unit's rows in float64, and add what the clip leaves of it to the step's sum."""
+        held = [p.new_zeros((units.units, *p.shape), dtype=torch.float64) for p in self._trained]
+        seen = False
+        for part, owners in units.parts:
+            for rows in self._passes(part, losses):
+                index = torch.tensor([owners[row] for row in rows], device=held[0].device)
+                for total_of_unit, parameter in zip(held, self._trained, strict=True):
+                    total_of_unit.index_add_(0, index, parameter.grad_sample.double())
+                seen = True
+        if seen:
+            for total_of_unit, parameter in zip(held, self._trained, strict=True):
+                parameter.grad_sample = total_of_unit
+            self._mechanism.clip_and_accumulate()
+            self._forget()
+        return seen
+
+    def _passes(self, batch: Any, losses: Callable[[Any], Tensor]) -> Iterator[range]:
+        """Yield which rows of a part have passed, while their gradients are in every ``grad_sample``.
 
         If the pass fails, each record of it passes alone in the same shape, which gives the same gradient, and one that
         fails there contributes zero.
@@ -282,12 +316,13 @@ class PrivateSteps:
                 raise
             if batch.records == 1:
                 log.warning("a record could not be computed and contributes zero: %s", place_of(error))
-                return False
-            seen = [self._accumulate(batch.alone(row), losses) for row in range(batch.records)]
-            return any(seen)
-        self._mechanism.clip_and_accumulate()
+                return
+            for row in range(batch.records):
+                for _ in self._passes(batch.alone(row), losses):
+                    yield range(row, row + 1)
+            return
+        yield range(len(self._trained[0].grad_sample))
         self._forget()
-        return True
 
     def _differentiate(self, batch: Any, losses: Callable[[Any], Tensor]) -> None:
         """Leave in every trained tensor's ``grad_sample`` the gradient of each record of ``batch``."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.tasks.base import Batch, Inventor, Record, Sums, Task
+from common.tasks.base import Batch, Inventor, Record, Sums, Task, owner_of
 from common.tasks.examples import Example
 
 if TYPE_CHECKING:
@@ -139,12 +139,13 @@ class Featured(Task):
 
 
 def put_features(records: Sequence[Record], batch: Batch, features: Tensor) -> None:
-    """Leave in each record its features and its label alone.
+    """Leave in each record its features and its label alone, and whose it is.
 
     Args:
         records: what ``batch`` was made of, in its order.
         features: shape (records, width).
     """
     for record, vector, label in zip(records, features.detach().cpu(), batch["labels"].tolist(), strict=False):
+        whose = owner_of(record)
         record.clear()
-        record.update({FEATURES: vector.clone(), "labels": label})
+        record.update({FEATURES: vector.clone(), "labels": label, **whose})

@@ -105,8 +105,14 @@ class Forecast:
                 f"(signal-to-noise below {LEAST_SIGNAL:g}); take more records or sites, more ε, fewer trained numbers "
                 "(another strategy, a smaller rank), or another start"
             )
+        if self.job.mechanism.unit.grouped and self.calibration is not None:
+            found.append(
+                f"times and signal are of persons with one record each: with up to "
+                f"{self.job.config.privacy.records_per_person}, a step takes up to so many times as long"
+            )
         if min(self.expected_batches) < 1:
-            found.append("a site's expected batch is below one record: most of its steps are noise alone")
+            unit = self.job.mechanism.unit.name
+            found.append(f"a site's expected batch is below one {unit}: most of its steps are noise alone")
         return found
 
     def as_json(self) -> dict[str, Any]:
