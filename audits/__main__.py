@@ -31,6 +31,7 @@ from audits.step_canaries import audit_steps
 from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
+from audits.vectors import audit_vectors
 from audits.worlds import World, fresh_world
 from common.run_lines import ConfigFile, Finding
 from common.strict_json import to_json
@@ -89,6 +90,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         lambda own: list(hostile_server(own)),
         audit_sums,
         probe_all,
+        audit_vectors,
         probe_runs,
     )
     for number, audit in enumerate(parts):
