@@ -46,6 +46,7 @@ BEFORE: Mapping[str, Scalar] = {
     "training.momentum": 0.9,
     "server.momentum": 0.5,
     "server.most-noise": 0.0,
+    "server.rule": "none",
     "head.metric": "none",
     "head.pool": "mean",
     "data.slice": "",
