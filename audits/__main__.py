@@ -32,6 +32,7 @@ from audits.step_canaries import audit_steps
 from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
+from audits.vectors import audit_vectors
 from audits.worlds import World, fresh_world
 from common.run_lines import ConfigFile, Finding
 from common.strict_json import to_json
@@ -92,6 +93,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         audit_sums,
         probe_all,
         probe_persons_all,
+        audit_vectors,
         probe_runs,
     )
     for number, audit in enumerate(parts):

@@ -99,7 +99,7 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
 
     Raises:
         ConfigError: the node names no ``identity`` or the policy no ``peers``, or one of the files is none; or the
-            roster has another key for this site.
+            roster has another key for this site, or fewer sites than the steward takes for honest.
         PolicyRefusal: the roster does not have this site.
     """
     if simulated and not policy.peers:
@@ -114,7 +114,12 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
                 "own signing key, and the roster of all sites"
             )
         own = _identity(Path(str(node["identity"])).expanduser())
-        party = Party(site, own, load_roster(roster_file(node, policy)), policy.honest_sites)
+        party = Party(site, own, _roster(roster_file(node, policy)), policy.honest_sites)
+    if party.honest > len(party.roster.keys):
+        raise ConfigError(
+            f"the policy has honest-sites = {party.honest}, and its roster {len(party.roster.keys)} sites: count those "
+            "of the roster alone, or hand over a whole one"
+        )
     if site not in party.roster.keys:
         raise PolicyRefusal(f"the roster of this site's steward does not have {site!r}: stewards must agree on one")
     if party.roster.keys[site] != party.identity.public:
@@ -125,6 +130,14 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
 def roster_file(node: Mapping[str, Scalar], policy: Policy) -> Path:
     """Return where the policy's roster is: beside the policy, if it names no folder."""
     return Path(str(node["policy"])).expanduser().parent / Path(policy.peers).expanduser()
+
+
+def _roster(path: Path) -> Roster:
+    """Read the policy's roster; an error, which the server is told, does not say where the file is."""
+    try:
+        return load_roster(path)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(path), "<peers>")) from error
 
 
 def _simulated(run: str, site: str) -> Identity:

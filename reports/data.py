@@ -285,8 +285,11 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
     if before:
         # A start from a statistic is round 0, and what was scored before round 1 is its result.
         first = next((line for line in files.rounds if _is_start(line)), None)
+        begun = (
+            (before.accuracy, before.loss) if before.begun_loss is None else (before.begun_accuracy, before.begun_loss)
+        )
         nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, worst_by(0))
-        rows.append(row(first, before.accuracy, before.loss) if first else nothing)
+        rows.append(row(first, *begun) if first else nothing)
     rows += [row(line, line.accuracy, line.loss) for line in files.rounds if not (before and _is_start(line))]
     return rows
 

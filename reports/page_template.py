@@ -176,7 +176,7 @@ PAGE = """\
 {% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
 {{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
 {% else %}
-{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before training.") }}
+{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before round 1.") }}
 {% endif %}
 </div>
 {% if epsilon_rows %}

@@ -43,8 +43,10 @@ class RoundOutcome:
 class Observer(Protocol):
     """Who is told about a run while it goes on: the run's folder, the terminal."""
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
-        """The model before round 1 was scored."""
+    def started(
+        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+    ) -> None:
+        """The model was scored before any record was used; and once more before round 1, if round 0 used some."""
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         """The run goes on after the checkpoint's round."""
@@ -86,9 +88,12 @@ def run_rounds(
         state, score = saved.state, saved.score
         observer.resumed(saved)
     else:
+        asked = job.origin.asked == "sites"
+        # What round 0 brings is paid for as what the others bring: "before" is before it.
+        before = server_model.score(job.start(server_model.start).adapter) if asked else None
         state = _initialise(job, sites, server_model, observer)
         score = server_model.score(state.adapter)
-        observer.started(score, state, admission.members)
+        observer.started(before or score, state, admission.members, score if asked else None)
     measured = server_model.rule_statistic()
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()

@@ -101,6 +101,9 @@ class ClipAndNoise(DPOptimizer):
         """Return a parameter's sum with its noise on the grid, in float64 and of the parameter's shape."""
         return add_private_noise(parameter.summed_grad, std)
 
+    def read(self, plan: PrivacyPlan, margin: float) -> None:
+        """Note what ``noised`` needs of a plan beside the standard deviation, and the margin on it: here nothing."""
+
 
 class ClipAndShare(ClipAndNoise):
     """The same with a part of the noise, as whole steps of a grid that all sites of a sum have alike."""
@@ -108,6 +111,10 @@ class ClipAndShare(ClipAndNoise):
     share: float
     """Standard deviation of the part, before the margin; the grid follows from it."""
     margin: float
+
+    def read(self, plan: PrivacyPlan, margin: float) -> None:
+        """Note the site's part of the noise."""
+        self.share, self.margin = plan.noise_std, margin
 
     def noised(self, parameter: Any, std: float) -> Tensor:
         """Hang the noised sum on the parameter as ``words``, and return the same as numbers."""
@@ -188,6 +195,7 @@ class PrivateSteps:
             expected_batch_size=plan.expected_batch_size,
         )
         self._unit = plan.unit
+        self._mechanism.read(plan, noise_margin)
         self._released: list[tuple[Tensor, int]] = []
         # From now on, also after the context: this optimiser never sees a raw gradient.
         optimizer.register_step_pre_hook(self._check)
@@ -368,19 +376,6 @@ class SummedSteps(PrivateSteps):
     """
 
     clipping: ClassVar[type[ClipAndNoise]] = ClipAndShare
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        plan: PrivacyPlan,
-        *,
-        noise_margin: float = 1.0,
-        before_pass: Callable[[], None] = lambda: None,
-        correct: Correct = as_it_is,
-    ) -> None:
-        super().__init__(module, optimizer, plan, noise_margin=noise_margin, before_pass=before_pass, correct=correct)
-        self._mechanism.share, self._mechanism.margin = plan.noise_std, noise_margin
 
     def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         """Clip, sum and noise one logical batch, and keep the words; a second step of a round is an error.

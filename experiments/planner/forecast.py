@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.messages.state import HEAD
 from common.model.device import worker_count
 from common.privacy.accounting import alone, epsilon
 from common.privacy.claim import NO_CLAIM
@@ -179,7 +180,8 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
     server_model = ServerModel(job)
     workers = worker_count(len(sizes), workers)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
-    trained = sum(tensor.numel() for factors in server_model.trained_start().values() for tensor in factors.values())
+    start, still = server_model.trained_start(), {HEAD} if job.config.training.linearised else set[str]()
+    trained = sum(t.numel() for layer, factors in start.items() if layer not in still for t in factors.values())
     return Forecast(
         job=job,
         sizes=tuple(sizes),
