@@ -18,7 +18,7 @@ from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_features, rehearse_initial, rehearse_linearised
+from client.rehearsal import rehearse, rehearse_features, rehearse_head, rehearse_initial, rehearse_linearised
 from client.site import Site, check_job, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of
 from common.config.sections import Scalar
@@ -39,7 +39,7 @@ log = logging.getLogger("fedveil.site")
 app = ClientApp()
 
 
-PLAIN, INITIAL, VECTORS = "plain steps", "round 0", "steps on vectors"
+PLAIN, INITIAL, VECTORS, REFIT = "plain steps", "round 0", "steps on vectors", "the head's steps on features"
 """What a model rehearses."""
 
 
@@ -84,7 +84,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     return model
 
 
-def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *, initial: bool) -> None:
+def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, number: int) -> None:
     """Let the model rehearse what it is about to do, and hold that to the time of the answer.
 
     The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
@@ -94,7 +94,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
-    training = job.config.training
+    training, initial = job.config.training, not number
     if training.linearised:
         check_memory(model, site.public_size)
     if not job.mechanism.rehearsed:
@@ -108,7 +108,8 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         _process.rehearsed[PLAIN] = rehearse(model)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
-    on_features = model.head_only or bool(paid_start and paid_start.on_features)
+    rests = job.config.refits(number)
+    on_features = model.head_only or rests or bool(paid_start and paid_start.on_features)
     if on_features and _process.features is None:
         # Last, because the other may change how the model attends; features that were computed before are dropped.
         _process.features, _process.records = rehearse_features(model), {}
@@ -119,11 +120,13 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         if model.attention != attention:
             plain = rehearse(model)
         _process.rehearsed = {PLAIN: plain, INITIAL: start}
-    on_vectors = training.linearised and not initial
+    on_vectors = training.linearised and not initial and not rests
     if on_vectors and VECTORS not in _process.rehearsed:
         _process.rehearsed[VECTORS] = rehearse_linearised(model)
-    timing = _process.rehearsed[INITIAL if paid_start else VECTORS if on_vectors else PLAIN]
-    if on_vectors:
+    if rests and REFIT not in _process.rehearsed:
+        _process.rehearsed[REFIT] = rehearse_head(model)
+    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else PLAIN]
+    if on_vectors or rests:
         timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
     paid = paid_start.release() if paid_start else None
     steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
@@ -200,7 +203,7 @@ def answer(
             if whole is None:
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
             check_task(whole, job, model)
-            _hold_to(deadline, job, site, model, initial=not number)
+            _hold_to(deadline, job, site, model, number)
             masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
         records = _records(model, site)
         result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)

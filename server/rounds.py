@@ -15,6 +15,7 @@ from server.aggregation import contributions
 from server.checkpoint import Checkpoint
 from server.model import ServerModel
 from server.optimizer import server_step
+from server.rates import within_noise
 from server.replies import clean
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
@@ -96,8 +97,8 @@ def run_rounds(
                 observer.stopped(f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed")
                 break
             raise _too_few(got, round_number, job.config.min_sites)
-        step = partial(server_step, job.config)
         averaged = list(got.summed) or contributions(job, list(got.results.values()), state)
+        step = partial(server_step, within_noise(job, list(got.results.values()), averaged))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
