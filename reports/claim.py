@@ -11,6 +11,7 @@ from common.data.sources import unprotected_test
 from common.privacy import mechanism_of
 from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
+from common.words import EACH, names_text, natural
 from reports.folder import RunFiles
 from reports.sites import SiteReport, distinct, federation_delta, worst_site
 
@@ -68,7 +69,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     heads = sorted({*(line.head for line in files.privacy), *(line.head for line in files.rounds)})
     head = "; ".join(heads) or "not recorded yet"
     worst, delta = worst_site(sites), federation_delta(sites)
-    unpaid = sorted({line.site for line in files.privacy if line.spent is None})
+    unpaid = sorted({line.site for line in files.privacy if line.spent is None}, key=natural)
     text = _public_text(files.config.settings)
     mechanism = mechanism_of(files.config.settings)
     if mechanism is None or not mechanism.claims:
@@ -127,11 +128,19 @@ def _public_text(settings: Mapping[str, Scalar]) -> str:
     return words_of(str(settings["start.text"]), str(settings.get("start.text-sha256", "")))
 
 
-def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str]) -> list[str]:
+def _by_note(wrong: Sequence[SiteReport], sites: int) -> list[str]:
+    """Return what stands against the claim at these sites, those of one reason together where there are many sites."""
+    if sites <= EACH:
+        return [f"{site.site}: {site.note}" for site in wrong]
+    notes = dict.fromkeys(site.note for site in wrong)
+    return [f"{names_text([site.site for site in wrong if site.note == note])}: {note}" for note in notes]
+
+
+def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> list[str]:
     settings = files.config.settings
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []
-    gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
+    gaps += _by_note([site for site in sites if site.agreement in ("smaller", "unknown", "exposed")], len(sites))
     gaps += [
         f"{site.site}: ε {epsilon_text(site.epsilon_total)} is above its budget of {site.epsilon_budget:g}: it shares "
         "records with other names of its ledger, and the figure is the dearest name's"
@@ -141,12 +150,13 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str]) -
         and site.epsilon_budget < site.epsilon_total < math.inf
     ]
     if unpaid:
-        gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
+        gaps.append(f"no claim for {names_text(unpaid)}: a contribution came without a charge")
     accounted = {(line.round_number, line.site) for line in files.privacy}
     for line in files.rounds:
-        missing = sorted(site for site in line.participants if (line.round_number, site) not in accounted)
+        missing = [site for site in line.participants if (line.round_number, site) not in accounted]
         if missing:
-            gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {', '.join(missing)}; ε is too low")
+            names = names_text(sorted(missing, key=natural))
+            gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {names}; ε is too low")
     if files.result is None or files.result.status == "failed":
         gaps.append("the run has no good end: sites may have charged a round that is not in these files")
     return gaps

@@ -17,6 +17,7 @@ from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import DataError
 from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, read_json
+from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
@@ -310,7 +311,7 @@ def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
         own[line.round_number] = line.spent.epsilon_total
         budgets[line.site] = line.spent.epsilon_budget
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for site in sorted(points):
+    for site in sorted(points, key=natural):
         groups.setdefault((budgets[site], tuple(sorted(points[site].items()))), []).append(site)
     return [Spent(sites, budget, list(course)) for (budget, course), sites in groups.items()]
 

@@ -18,6 +18,7 @@ from common.words import (
     value_text,
     visible,
 )
+from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.data import ReportData, setting_of
 from reports.meaning import attack_sentence, several_sentence
@@ -159,6 +160,7 @@ def _beside(data: ReportData) -> list[str]:
 
 def _sites(data: ReportData) -> list[str]:
     columns = ("site", "public size", "rounds joined", "refused", "steps", "sample rate", "noise multiplier", "clip")
+    rows = alike_sites(data.sites)
     spent = ("site", "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
     return [
         "## Sites",
@@ -167,14 +169,15 @@ def _sites(data: ReportData) -> list[str]:
             columns,
             [
                 (
-                    s.site,
-                    number_text(s.public_size),
+                    row.names,
+                    row.sizes,
                     str(s.rounds_joined),
                     str(s.rounds_refused),
                     number_text(s.steps),
                     *_figures(s.events),
                 )
-                for s in data.sites
+                for row in rows
+                for s in [row.site]
             ],
         ),
         "",
@@ -182,7 +185,7 @@ def _sites(data: ReportData) -> list[str]:
             spent,
             [
                 (
-                    s.site,
+                    row.names,
                     epsilon_text(s.epsilon_total),
                     UNKNOWN if s.delta is None else f"{s.delta:g}",
                     number_text(s.epsilon_budget),
@@ -191,7 +194,8 @@ def _sites(data: ReportData) -> list[str]:
                     epsilon_text(s.epsilon_rdp),
                     s.note,
                 )
-                for s in data.sites
+                for row in rows
+                for s in [row.site]
             ],
         ),
     ]
@@ -215,7 +219,7 @@ def _rounds(data: ReportData) -> list[str]:
                     percent_text(r.accuracy),
                     "–" if r.loss is None else f"{r.loss:.4f}",
                     epsilon_text(r.epsilon_worst, NO_CLAIM if r.round_number or not data.claim.made else UNKNOWN),
-                    ", ".join(r.participants) if r.counted else "did not count",
+                    participants_text(r.participants, data.sites) if r.counted else "did not count",
                     number_text(r.bytes_down),
                     number_text(r.bytes_up),
                     seconds_text(r.seconds),
@@ -228,7 +232,10 @@ def _rounds(data: ReportData) -> list[str]:
 
 def _others(data: ReportData) -> list[str]:
     lines = ["## Refusals and failures", ""]
-    refusals = [(str(r.round_number), str(r.attempt), r.site, r.kind, r.reason) for r in data.refusals]
+    refusals = [
+        (str(r.round_number), str(r.attempt), names, r.kind, r.reason)
+        for names, r in alike_absences(data.refusals, len(data.sites))
+    ]
     lines += (
         _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else ["None that is recorded."]
     )
@@ -236,13 +243,13 @@ def _others(data: ReportData) -> list[str]:
     releases = [
         (
             str(r.round_number),
-            r.site,
+            names,
             r.purpose,
             *_figures([r.event], ("noise_multiplier", "sample_rate", "clip_norm")),
             epsilon_text(r.epsilon_added, "with the round"),
             number_text(r.value),
         )
-        for r in data.other_releases
+        for names, r in alike_releases(data.other_releases, len(data.sites))
     ]
     columns = ("round", "site", "kind", "noise multiplier", "sample rate", "clip", "ε added", "value")
     return [*lines, *(_table(columns, releases) if releases else ["None."])]
