@@ -1,4 +1,4 @@
-"""Which layers of the adapter learnt in a run, from the lines that its server wrote of what the sites sent."""
+"""The layers of an adapter that learnt in a run, from the lines that its server wrote of what the sites sent."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def learning_sentence(rows: Sequence[LayerReport]) -> str:
             f"{known} The server sees the sum of all sites alone, so the score is of the sum: it rests on the noise "
             "that sites state, and more noise than that raises it."
         )
-    return f"{known} It is of what two sites' changes have in common, whose mean under noise is 0 however much there is."
+    return f"{known} It is of what two sites' changes have in common: its mean under noise is 0, however much there is."
 
 
 LEARNING_COLUMNS = ("layer", "numbers", "scores by round", "rounds that learnt", "agreement", "above the noise's edge")

@@ -1,4 +1,4 @@
-"""Which layers learn: statistics of a round's changes beside what noise alone would give (``common.nulls``).
+"""The layers that learn: statistics of a round's changes beside what noise alone would give (``common.nulls``).
 
 They are computed from what sites sent and nothing else. Under privacy that is noised already, so they are free.
 """
@@ -156,7 +156,7 @@ def _above(average: Mapping[str, Tensor], noise: float, level: float) -> int:
     found = 0
     for tensor in average.values():
         matrix = _matrix(tensor)
-        edge = noise * noise_edge(*matrix.shape, level)
+        edge = noise * noise_edge(matrix.shape[0], matrix.shape[1], level)
         found += int((torch.linalg.svdvals(matrix) > edge).sum())
     return found
 

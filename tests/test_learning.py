@@ -112,8 +112,8 @@ def test_t5_noise_that_is_larger_than_stated_moves_the_sum_form_and_not_the_cros
     # Sampling of records: each site's change has a part of its own, independent of the others', of no known size.
     draw, told = torch.Generator().manual_seed(9), []
     for _ in range(DRAWS):
-        parts = [x + y for x, y in zip(noised(torch.zeros(SHAPE), draw), noised(torch.zeros(SHAPE), draw, [0.3] * 4), strict=True)]
-        energy = cross_site_energy(SHARES, [part.flatten() for part in parts], NOISES)
+        noise, sampling = (noised(torch.zeros(SHAPE), draw, sizes) for sizes in (NOISES, [0.3] * 4))
+        energy = cross_site_energy(SHARES, [(x + y).flatten() for x, y in zip(noise, sampling, strict=True)], NOISES)
         assert energy is not None
         told.append(energy.score)
     assert abs(float(torch.tensor(told).mean())) < 5 / math.sqrt(DRAWS)
@@ -227,4 +227,4 @@ def test_the_reports_table_counts_rounds_above_the_threshold_and_needs_no_line(t
         text = (run.folder / f"report.{form}").read_text(encoding="utf-8")
         assert "Which layers learnt" in text
         assert "9.0, 1.0" in text
-    assert "mean under noise is 0" in learning_sentence([first])
+    assert "its mean under noise is 0" in learning_sentence([first])
