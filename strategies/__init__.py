@@ -12,8 +12,12 @@ from strategies.base import Contribution, Moments, ServerState, Strategy, mean
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
+from strategies.fedex_lora import FedExLoRA
 from strategies.ffa_lora import FFALoRA
+from strategies.flora import FLoRA
 
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD, FedExLoRA, FLoRA)
+}
 
 __all__ = ["STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean"]

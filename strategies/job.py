@@ -18,7 +18,7 @@ from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
-from strategies.renamed import REFUSED, RENAMED, by_new_names
+from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 
 START = "start."
 """What the options of a start begin with."""
@@ -165,6 +165,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
     config = resolve(asked)
+    if asked.strategy in REFUSED_STRATEGIES:
+        raise ConfigError(f"strategy {asked.strategy!r} cannot be run: {REFUSED_STRATEGIES[asked.strategy]}")
     for key, value in (("strategy", asked.strategy), ("adapter.name", named), ("adapter.start", asked.adapter.start)):
         tables()[key].check(key, value)
     strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")

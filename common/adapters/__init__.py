@@ -9,6 +9,7 @@ from common.adapters.dora import DoRA
 from common.adapters.lora import LoRA
 from common.adapters.lora_frozen_a import LoRAFrozenA
 from common.adapters.lora_frozen_b import LoRAFrozenB
+from common.adapters.lora_merged import LoRAMerged
 from common.adapters.lora_metric import LoRAMetric
 from common.adapters.lora_sb import LoRASB
 from common.adapters.none import NoAdapter
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from common.config.sections import AdapterConfig
 
 ADAPTERS: dict[str, type[Adapter]] = {
-    adapter.name: adapter for adapter in (LoRA, LoRAFrozenA, LoRAFrozenB, LoRAMetric, LoRASB, DoRA, NoAdapter)
+    adapter.name: adapter
+    for adapter in (LoRA, LoRAFrozenA, LoRAFrozenB, LoRAMetric, LoRASB, LoRAMerged, DoRA, NoAdapter)
 }
 ALIASES = {"ffa-lora": "lora-frozen-a"}
 """Other names that ``adapter.name`` takes, and the adapter that each stands for."""
@@ -52,6 +54,7 @@ __all__ = [
     "LoRA",
     "LoRAFrozenA",
     "LoRAFrozenB",
+    "LoRAMerged",
     "LoRAMetric",
     "LoRASB",
     "NoAdapter",
