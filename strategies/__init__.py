@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from strategies.average import Average
 from strategies.base import Contribution, Moments, ServerState, Strategy, mean
+from strategies.dylora import DyLoRA
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
 from strategies.ffa_lora import FFALoRA
+from strategies.heterogeneous_ranks import HeterogeneousRanks
 
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD, HeterogeneousRanks, DyLoRA)
+}
 
 __all__ = ["STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean"]

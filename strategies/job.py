@@ -208,6 +208,11 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
             f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
             "linear already: set it to 0"
         )
+    if strategy.by_columns or strategy.nested:
+        raise ConfigError(
+            f"strategy {strategy.name!r} trains columns of B by a rule of its own, and derivatives of a linearised "
+            "model are of all of them: set training.linearised to 0"
+        )
     if strategy.moves_frozen and config.training.linearised > 1:
         raise ConfigError(
             f"strategy {strategy.name!r} turns frozen factors between rounds, and derivatives are of those of one "
