@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from common.adapters import Adapter
 from common.config.fields import check_fields
+from common.config.sections import RunConfig
 from common.errors import ConfigError, ProtocolError
 from common.messages.columns import Chosen
 from common.messages.state import HEAD, METRIC, AdapterState
@@ -81,6 +82,8 @@ class Contribution:
     state: AdapterState
     rank: int = 0
     """How many columns the site has declared that it trains; 0: the run's strategy does not ask."""
+    noise: float | None = None
+    """Standard deviation of the noise on one number of an adapted layer, as far as it is known; 0: there is none."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,10 @@ class Strategy(ABC):
                 f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and with "
                 f"privacy.mode {mechanism.name!r} nobody sees more than a sum: choose another"
             )
+
+    def check_run(self, config: RunConfig) -> None:
+        """Raise ConfigError, saying what to do, if a run of this configuration cannot have the strategy."""
+        del config
 
     @classmethod
     def check_adapter(cls, adapter: type[Adapter]) -> None:

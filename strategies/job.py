@@ -171,6 +171,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)
+    strategy.check_run(config)
     name = strategy.adapter if named == "auto" else named
     strategy.check_adapter(ADAPTERS[name])
     ADAPTERS[name].check(config)
