@@ -121,6 +121,17 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
     return checkpoint
 
 
+def saved_state(folder: Path) -> ServerState:
+    """Return the state that a run's last complete round left.
+
+    Raises:
+        DataError: there is none, or the checkpoint is damaged or of another format.
+    """
+    if not (folder / NAME).is_file():
+        raise DataError(f"{folder} holds no checkpoint: give the folder of a run that finished a round")
+    return _read(folder / NAME)[1]
+
+
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from common.errors import RunFailed
 from common.model.federated import Score
+from common.run_lines import LayerLine
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
+from server.learning import layer_lines
 from server.model import ServerModel
 from server.optimizer import server_step
 from server.replies import clean
@@ -34,6 +36,8 @@ class RoundOutcome:
     seconds: float
     counts: bool = True
     """Whether the quorum was reached; if not, nothing was averaged."""
+    learning: tuple[LayerLine, ...] = ()
+    """Which layers learn, of a round of training that counts."""
 
 
 class Observer(Protocol):
@@ -97,11 +101,14 @@ def run_rounds(
                 break
             raise _too_few(got, round_number, job.config.min_sites)
         step = partial(server_step, job.config)
-        averaged = list(got.summed) or contributions(job, list(got.results.values()), state)
+        results = list(got.results.values())
+        averaged = list(got.summed) or contributions(job, results, state)
+        learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
-        observer.finished(RoundOutcome(round_number, got, score, time.monotonic() - began), state, admission.members)
+        outcome = RoundOutcome(round_number, got, score, time.monotonic() - began, learning=tuple(learning))
+        observer.finished(outcome, state, admission.members)
     return state
 
 
