@@ -18,7 +18,7 @@ from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_features, rehearse_initial, rehearse_linearised
+from client.rehearsal import rehearse, rehearse_columns, rehearse_features, rehearse_initial, rehearse_linearised
 from client.site import Site, check_job, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of
 from common.config.sections import Scalar
@@ -84,7 +84,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     return model
 
 
-def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *, initial: bool) -> None:
+def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, task: TrainTask) -> None:
     """Let the model rehearse what it is about to do, and hold that to the time of the answer.
 
     The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
@@ -94,7 +94,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
-    training = job.config.training
+    training, initial = job.config.training, not task.round_number
     if training.linearised:
         check_memory(model, site.public_size)
     if not job.mechanism.rehearsed:
@@ -104,8 +104,10 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
                 f"{job.mechanism.name!r} nobody knows how long a round takes"
             )
         return
-    if PLAIN not in _process.rehearsed:
-        _process.rehearsed[PLAIN] = rehearse(model)
+    chosen = None if initial else job.strategy.columns(task.state, site.declared_rank(job))
+    plain = PLAIN if chosen is None else f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
+    if plain not in _process.rehearsed:
+        _process.rehearsed[plain] = rehearse(model) if chosen is None else rehearse_columns(model, chosen)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
     on_features = model.head_only or bool(paid_start and paid_start.on_features)
@@ -114,15 +116,15 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, *,
         _process.features, _process.records = rehearse_features(model), {}
     if paid_start and INITIAL not in _process.rehearsed:
         # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
-        attention, plain = model.attention, _process.rehearsed.pop(PLAIN)
+        attention, before = model.attention, _process.rehearsed.pop(PLAIN)
         start = rehearse_initial(model, paid_start)
         if model.attention != attention:
-            plain = rehearse(model)
-        _process.rehearsed = {PLAIN: plain, INITIAL: start}
+            before = rehearse(model)
+        _process.rehearsed = {PLAIN: before, INITIAL: start}
     on_vectors = training.linearised and not initial
     if on_vectors and VECTORS not in _process.rehearsed:
         _process.rehearsed[VECTORS] = rehearse_linearised(model)
-    timing = _process.rehearsed[INITIAL if paid_start else VECTORS if on_vectors else PLAIN]
+    timing = _process.rehearsed[INITIAL if paid_start else VECTORS if on_vectors else plain]
     if on_vectors:
         timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
     paid = paid_start.release() if paid_start else None
@@ -200,7 +202,7 @@ def answer(
             if whole is None:
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
             check_task(whole, job, model)
-            _hold_to(deadline, job, site, model, initial=not number)
+            _hold_to(deadline, job, site, model, whole)
             masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
         records = _records(model, site)
         result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)

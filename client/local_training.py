@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import cast
 
@@ -27,6 +27,7 @@ from client.site import Site
 from common.config.schedule import learning_rate
 from common.errors import MechanismError, ProtocolError
 from common.log import about
+from common.messages.columns import narrowed
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
@@ -71,6 +72,7 @@ def train_round(
         PolicyRefusal: a rule of the site's steward forbids the round; nothing was charged or trained.
     """
     check_task(task, job, model)
+    rank = site.declared_rank(job)
     deadline = deadline or Deadline()
     plan: Plan
     words: Words | None = None
@@ -105,11 +107,16 @@ def train_round(
         if masked is not None and words is None:
             # Its noise is a part of what the sum needs: it must not leave as it is.
             raise MechanismError("a round of a secure sum has no vector: nothing is sent")
+        chosen = job.strategy.columns(task.state, rank)
+        if chosen is not None:
+            trained, received = narrowed(trained, chosen), narrowed(received, chosen)
         contribution = plan.outgoing(job.strategy.uplink(trained), received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
         *(task.run, task.round_number, site.name, site.public_size, contribution), *(spending, counted)
     )
+    if task.round_number:
+        result = replace(result, rank=rank)
     if words is not None:
         if masked is None:
             raise MechanismError("the vector of a secure sum has no mask: nothing of it can be sent")
@@ -229,7 +236,9 @@ def _trainable(
     """Yield the records that the steps take, and what they train, by layer and factor."""
     rounds = job.config.training.linearised
     if not rounds:
-        yield records, model.trained()
+        chosen = job.strategy.columns(task.state, site.declared_rank(job))
+        with model.columns_alone(chosen), model.nested() if job.strategy.nested else nullcontext():
+            yield records, model.trained()
         return
     of = Linearisation.of_task(task, rounds)
     with linearised(model, records, of, kept, site.name, site.data, deadline.check) as both:

@@ -9,15 +9,33 @@ from __future__ import annotations
 
 from strategies.average import Average
 from strategies.base import Contribution, Moments, ServerState, Strategy, mean
+from strategies.diffora import DiffoRA
+from strategies.dylora import DyLoRA
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
 from strategies.fedex_lora import FedExLoRA
 from strategies.ffa_lora import FFALoRA
 from strategies.flora import FLoRA
+from strategies.heterogeneous_ranks import HeterogeneousRanks
+from strategies.increlora import IncreLoRA
+from strategies.switchlora import SwitchLoRA
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD, FedExLoRA, FLoRA)
+    strategy.name: strategy
+    for strategy in (
+        FedAvgLoRA,
+        FFALoRA,
+        FedSB,
+        FedSVD,
+        FedExLoRA,
+        FLoRA,
+        HeterogeneousRanks,
+        DyLoRA,
+        IncreLoRA,
+        DiffoRA,
+        SwitchLoRA,
+    )
 }
 
 __all__ = ["STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean"]

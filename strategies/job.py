@@ -173,6 +173,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)
+    strategy.check_run(config)
     name = strategy.adapter if named == "auto" else named
     strategy.check_adapter(ADAPTERS[name])
     ADAPTERS[name].check(config)
@@ -209,6 +210,11 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
         raise ConfigError(
             f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
             "linear already: set it to 0"
+        )
+    if strategy.by_columns or strategy.nested:
+        raise ConfigError(
+            f"strategy {strategy.name!r} trains columns of B by a rule of its own, and derivatives of a linearised "
+            "model are of all of them: set training.linearised to 0"
         )
     if strategy.moves_frozen and config.training.linearised > 1:
         raise ConfigError(

@@ -13,6 +13,7 @@ from common.config.sections import defaults
 from common.data.sets import DATASETS, UserFile
 from common.docstrings import said_of
 from common.errors import ConfigError
+from common.messages.columns import narrowed
 from common.messages.state import AdapterState
 from common.starts import STARTS, Start
 from common.tasks import TASKS
@@ -39,7 +40,9 @@ def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[
     shapes = adapter.shapes(out, into).items()
     layer = {"layer": {factor: torch.randn(shape, generator=draw) for factor, shape in shapes}}
     trained = {"layer": {factor: layer["layer"][factor] for factor in adapter.trained}}
-    return strategy.downlink(strategy.start(layer, adapter.trained)), strategy.uplink(trained)
+    down = strategy.downlink(strategy.start(layer, adapter.trained))
+    chosen = strategy.columns(down, 0)
+    return down, strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
 
 
 def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:

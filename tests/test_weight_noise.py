@@ -53,6 +53,8 @@ PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float
     "ffa-lora, orthonormal": ({"adapter.start": "orthonormal"}, frozen_a),
     "fed-svd": ({}, frozen_a),
     "fed-sb": ({}, square),
+    "heterogeneous-ranks": ({}, frozen_a),
+    "dylora": ({}, frozen_a),
 }
 
 

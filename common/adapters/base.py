@@ -253,6 +253,11 @@ class Adapter(ABC):
             fan_in_fan_out=fan_in_fan_out,
         )
 
+    def at_rank(self, rank: int) -> Self:
+        """Return the adapter with so many directions and the same factor in front of the product."""
+        of_rank = math.sqrt(rank) if self.scale == "sqrt-rank" else rank
+        return replace(self, rank=rank, alpha=self.scaling * of_rank)
+
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
         """Write ``state`` as a stock PEFT adapter that ``PeftModel.from_pretrained`` loads.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.adapters.lora import LoRA
+from common.messages.state import OWN, AdapterState
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,11 @@ class LoRAFrozenA(LoRA):
     linear: ClassVar[bool] = True
     free_scale: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"
+
+    def first(self, state: AdapterState, rank: int) -> AdapterState:
+        """Return the first rows of A and columns of B: what ``at_rank`` exports."""
+        return {
+            layer: {"A": factors["A"][:rank].contiguous(), "B": factors["B"][:, :rank].contiguous()}
+            for layer, factors in state.items()
+            if layer not in OWN
+        }
