@@ -18,7 +18,14 @@ from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_columns, rehearse_features, rehearse_initial, rehearse_linearised
+from client.rehearsal import (
+    rehearse,
+    rehearse_columns,
+    rehearse_features,
+    rehearse_initial,
+    rehearse_linearised,
+    rehearse_turn,
+)
 from client.site import Site, check_job, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of
 from common.config.sections import Scalar
@@ -104,10 +111,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
                 f"{job.mechanism.name!r} nobody knows how long a round takes"
             )
         return
-    chosen = None if initial else job.strategy.columns(task.state, site.declared_rank(job))
-    plain = PLAIN if chosen is None else f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
-    if plain not in _process.rehearsed:
-        _process.rehearsed[plain] = rehearse(model) if chosen is None else rehearse_columns(model, chosen)
+    plain = _rehearse_steps(job, site, model, task)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
     on_features = model.head_only or bool(paid_start and paid_start.on_features)
@@ -140,6 +144,22 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
     deadline.allow(timing, steps, rate * site.public_size, scored, ahead)
     if deadline.seconds and len(site.data.examples) > site.public_size:
         log.error("there are more records than public-size says: when it answers, is not covered by the claim")
+
+
+def _rehearse_steps(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> str:
+    """Let the model rehearse the steps of a task's round, if it has not, and return what they are called."""
+    chosen = job.strategy.columns(task.state, site.declared_rank(job)) if task.round_number else None
+    turn = job.strategy.turn(task.round_number) if task.round_number else None
+    if chosen is not None:
+        name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
+    else:
+        name = PLAIN if turn is None else f"steps on {', '.join(turn)}"
+    if name not in _process.rehearsed:
+        if chosen is not None:
+            _process.rehearsed[name] = rehearse_columns(model, chosen)
+        else:
+            _process.rehearsed[name] = rehearse(model) if turn is None else rehearse_turn(model, turn)
+    return name
 
 
 def _records(model: FederatedModel, site: Site) -> list[Record]:

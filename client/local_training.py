@@ -39,6 +39,7 @@ from common.secure_sum.masks import Words
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS
 from common.tasks import Record
+from strategies import of_turn
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
@@ -110,6 +111,7 @@ def train_round(
         chosen = job.strategy.columns(task.state, rank)
         if chosen is not None:
             trained, received = narrowed(trained, chosen), narrowed(received, chosen)
+        trained = of_turn(trained, job.strategy.turn(task.round_number))
         contribution = plan.outgoing(job.strategy.uplink(trained), received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
@@ -237,7 +239,8 @@ def _trainable(
     rounds = job.config.training.linearised
     if not rounds:
         chosen = job.strategy.columns(task.state, site.declared_rank(job))
-        with model.columns_alone(chosen), model.nested() if job.strategy.nested else nullcontext():
+        turn = model.factors_alone(job.strategy.turn(task.round_number))
+        with turn, model.columns_alone(chosen), model.nested() if job.strategy.nested else nullcontext():
             yield records, model.trained()
         return
     of = Linearisation.of_task(task, rounds)

@@ -23,9 +23,10 @@ from common.adapters.base import base_weight
 from common.adapters.low_rank import LowRank
 from common.check import in_range, positive
 from common.errors import DataError, ModelError
+from common.messages.columns import narrowed
 from common.messages.round import Spending, SpendingFigures, TrainResult
 from common.messages.state import HEAD, METRIC, AdapterState
-from common.messages.tensors import merge
+from common.messages.tensors import apply, merge
 from common.model.base import load_base_model
 from common.run_lines import PrivacyLine, RoundLine, read_json, read_lines
 from experiments.spectra import Top, count_above, spectrum_of, top_of
@@ -33,7 +34,7 @@ from server.aggregation import shares_of
 from server.checkpoint import saved_state
 from server.learning import step_noise, sum_noise
 from server.optimizer import server_step
-from strategies import Contribution, ServerState
+from strategies import Contribution, ServerState, of_turn
 from strategies.job import Job, configure
 
 TOP, COSINE = 10, 0.5
@@ -155,9 +156,11 @@ def _spending(spent: SpendingFigures | None) -> Spending | None:
 def _noised(
     job: Job, state: ServerState, results: Sequence[TrainResult], draw: torch.Generator
 ) -> list[Contribution] | None:
-    """Return what sites without any record would have sent; None if their noise is not known."""
-    if not results:
+    """Return what sites without any record would have sent; None if that is not known."""
+    strategy = job.strategy
+    if not results or strategy.ranked:  # a folder does not say which columns each site has trained
         return None
+    chosen = strategy.columns(strategy.downlink(state), 0)
     if job.mechanism.summed:
         noises, shares, names = [sum_noise(job, results)], [1.0], ["all"]
     else:
@@ -169,17 +172,20 @@ def _noised(
     for name, share, noise in zip(names, shares, noises, strict=True):
         if noise is None:
             return None
-        sent = {
-            layer: {
-                factor: tensor + noise * torch.randn(tensor.shape, generator=draw)
-                for factor, tensor in factors.items()
-                if state.trains(layer, factor)
-            }
+        trained = {
+            layer: {factor: tensor for factor, tensor in factors.items() if state.trains(layer, factor)}
             for layer, factors in state.adapter.items()
             if layer not in (HEAD, METRIC)
         }
-        made.append(Contribution(name, share, {layer: factors for layer, factors in sent.items() if factors}))
+        trained = of_turn({k: f for k, f in trained.items() if f}, strategy.turn(state.round_number + 1))
+        trained = trained if chosen is None else narrowed(trained, chosen)
+        sent = apply(partial(_with_noise, noise, draw), trained)
+        made.append(Contribution(name, share, sent, noise=noise))
     return made
+
+
+def _with_noise(std: float, draw: torch.Generator, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + std * torch.randn(tensor.shape, generator=draw)
 
 
 def _factors(adapter: LowRank, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

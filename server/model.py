@@ -12,6 +12,7 @@ from common.messages.wire import Layout, layout_of
 from common.model.federated import FederatedModel, Score, phrases_of
 from common.starts import Labels
 from common.tasks import Record
+from strategies import of_turn
 from strategies.job import Job
 
 
@@ -51,7 +52,8 @@ class ServerModel:
         """Return names and shapes of what a site may send in a round."""
         if round_number == 0:
             return self.job.origin.layout(self.model)
-        return layout_of(self.job.strategy.uplink(self.trained_start()))
+        strategy = self.job.strategy
+        return layout_of(strategy.uplink(of_turn(self.trained_start(), strategy.turn(round_number))))
 
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records.

@@ -8,7 +8,7 @@ under its name: ``fed-svd.period = 2``.
 from __future__ import annotations
 
 from strategies.average import Average
-from strategies.base import Contribution, Moments, ServerState, Strategy, mean
+from strategies.base import Contribution, Moments, ServerState, Strategy, mean, of_turn
 from strategies.diffora import DiffoRA
 from strategies.dylora import DyLoRA
 from strategies.fed_sb import FedSB
@@ -16,9 +16,12 @@ from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
 from strategies.fedex_lora import FedExLoRA
 from strategies.ffa_lora import FFALoRA
+from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.heterogeneous_ranks import HeterogeneousRanks
+from strategies.hetlora import HetLoRA
 from strategies.increlora import IncreLoRA
+from strategies.rolora import RoLoRA
 from strategies.switchlora import SwitchLoRA
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -30,7 +33,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
         FedSVD,
         FedExLoRA,
         FLoRA,
+        RoLoRA,
         HeterogeneousRanks,
+        FlexLoRA,
         DyLoRA,
         IncreLoRA,
         DiffoRA,
@@ -38,4 +43,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     )
 }
 
-__all__ = ["STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean"]
+CONTROLS: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (HetLoRA,)}
+"""Rules that are published and break what every strategy promises, to be run beside one, without privacy alone."""
+
+__all__ = ["CONTROLS", "STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean", "of_turn"]

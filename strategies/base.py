@@ -195,6 +195,14 @@ class Strategy(ABC):
         del received, rank
         return None
 
+    def turn(self, round_number: int) -> tuple[str, ...] | None:
+        """Return the factors that sites train in a round, where factors take turns; None: all that the adapter trains.
+
+        Server and site both ask, so it follows from the round's number alone.
+        """
+        del round_number
+        return None
+
     def counterpart(self, state: ServerState, rank: int) -> AdapterState:
         """Server: return what a contribution of a site of this rank is a change of."""
         del rank
@@ -235,6 +243,14 @@ class Strategy(ABC):
         """Server: return the next state: combine, let the server's optimiser ``step`` (if any), settle."""
         combined = self.combine(state, contributions)
         return self.settle(step(state, combined) if step else combined)
+
+
+def of_turn(trained: AdapterState, turn: Collection[str] | None) -> AdapterState:
+    """Return the part of what sites train whose turn it is, and the head; ``turn`` as of ``Strategy.turn``."""
+    if turn is None:
+        return trained
+    head = {HEAD: trained[HEAD]} if HEAD in trained else {}
+    return {**select({layer: factors for layer, factors in trained.items() if layer != HEAD}, turn), **head}
 
 
 def mean(contributions: Sequence[Contribution]) -> AdapterState:

@@ -16,7 +16,7 @@ from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
-from strategies import STRATEGIES
+from strategies import CONTROLS, STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 
@@ -107,7 +107,7 @@ def _flat(run: RunSettings, origin: Start, strategy: Strategy) -> dict[str, Scal
 def tables() -> dict[str, Rule]:
     """Return what the settings may be that name a row of a table, by their keys."""
     return {
-        "strategy": OneOf(tuple(STRATEGIES)),
+        "strategy": OneOf((*STRATEGIES, *CONTROLS)),
         "adapter.name": OneOf(("auto", *ADAPTERS)),
         "adapter.start": OneOf(tuple(STARTS)),
     }
@@ -169,7 +169,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         raise ConfigError(f"strategy {asked.strategy!r} cannot be run: {REFUSED_STRATEGIES[asked.strategy]}")
     for key, value in (("strategy", asked.strategy), ("adapter.name", named), ("adapter.start", asked.adapter.start)):
         tables()[key].check(key, value)
-    strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")
+    strategy = from_section({**STRATEGIES, **CONTROLS}[config.strategy], settings, f"{config.strategy}.")
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)
@@ -211,10 +211,10 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
             f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
             "linear already: set it to 0"
         )
-    if strategy.by_columns or strategy.nested:
+    if strategy.by_columns or strategy.nested or type(strategy).turn is not Strategy.turn:
         raise ConfigError(
-            f"strategy {strategy.name!r} trains columns of B by a rule of its own, and derivatives of a linearised "
-            "model are of all of them: set training.linearised to 0"
+            f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and derivatives of a "
+            "linearised model are of all of it: set training.linearised to 0"
         )
     if strategy.moves_frozen and config.training.linearised > 1:
         raise ConfigError(

@@ -32,8 +32,8 @@ REFUSED: Mapping[str, str] = dict.fromkeys(("packing", "neat-packing", "sample-p
 REFUSED_STRATEGIES: Mapping[str, str] = {
     "fedsa-lora": "FedSA-LoRA leaves B at each site, where training without noise lets one record move it and with it "
     "the gradient of every other record in A, so that no clip bounds what a record changes; and it ends in a model for "
-    "each site, where a run here ends in one: freeze one factor for all ('ffa-lora', or 'fedavg-lora' with adapter.name "
-    "'lora-frozen-b'), or train them in turn ('rolora')",
+    "each site, where a run here ends in one: freeze one factor for all ('ffa-lora', or 'fedavg-lora' with "
+    "adapter.name 'lora-frozen-b'), or train them in turn ('rolora')",
 }
 """Published strategies that are no row, and why a run cannot have them."""
 

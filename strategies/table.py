@@ -18,7 +18,7 @@ from common.messages.state import AdapterState
 from common.starts import STARTS, Start
 from common.tasks import TASKS
 from common.words import bytes_text
-from strategies import STRATEGIES, Strategy
+from strategies import STRATEGIES, Strategy, of_turn
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
 """(m, n) of the default job's layers: query and value of MiniLM's six blocks."""
@@ -42,6 +42,7 @@ def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[
     trained = {"layer": {factor: layer["layer"][factor] for factor in adapter.trained}}
     down = strategy.downlink(strategy.start(layer, adapter.trained))
     chosen = strategy.columns(down, 0)
+    trained = of_turn(trained, strategy.turn(1))
     return down, strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
 
 

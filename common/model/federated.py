@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -318,6 +318,22 @@ class FederatedModel:
             chosen: by layer; None: every trained tensor whole, so that nothing happens.
         """
         return nullcontext() if chosen is None else split_columns(self.adapter, self.peft_model, chosen)
+
+    @contextmanager
+    def factors_alone(self, names: Collection[str] | None) -> Iterator[None]:
+        """Let factors of these names alone take a gradient in every layer; the head stays.
+
+        Args:
+            names: of trained factors; None: all of them, so that nothing happens.
+        """
+        resting = [] if names is None else [p for (_, name), p in self.below_head().items() if name not in names]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
 
     @contextmanager
     def nested(self) -> Iterator[None]:

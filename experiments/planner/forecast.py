@@ -28,6 +28,7 @@ from experiments.planner.price import (
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
 from server.model import ServerModel
+from strategies import of_turn
 from strategies.job import Job
 
 
@@ -175,7 +176,8 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
     server_model = ServerModel(job)
     workers = worker_count(len(sizes), workers)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
-    trained = sum(tensor.numel() for factors in server_model.trained_start().values() for tensor in factors.values())
+    started = of_turn(server_model.trained_start(), job.strategy.turn(1))
+    trained = sum(tensor.numel() for factors in started.values() for tensor in factors.values())
     return Forecast(
         job=job,
         sizes=tuple(sizes),
