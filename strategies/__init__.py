@@ -20,7 +20,8 @@ from strategies.increlora import IncreLoRA
 from strategies.switchlora import SwitchLoRA
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD, HeterogeneousRanks, DyLoRA, IncreLoRA, DiffoRA, SwitchLoRA)
+    strategy.name: strategy
+    for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD, HeterogeneousRanks, DyLoRA, IncreLoRA, DiffoRA, SwitchLoRA)
 }
 
 __all__ = ["STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean"]

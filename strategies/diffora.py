@@ -53,9 +53,7 @@ class DiffoRA(ByEnergy):
         if chosen or state.round_number < self.warmup or len(dropped) == len(scores):
             return state
         masks: AdapterState = {layer: {MASK: torch.zeros_like(state.memory[layer][MASK])} for layer in dropped}
-        zeros: AdapterState = {
-            layer: {FACTOR: torch.zeros_like(state.adapter[layer][FACTOR])} for layer in dropped
-        }
+        zeros: AdapterState = {layer: {FACTOR: torch.zeros_like(state.adapter[layer][FACTOR])} for layer in dropped}
         return replace(
             state,
             adapter=merge(state.adapter, zeros),
