@@ -6,6 +6,7 @@ The letters are those of the invariants; scores against noise alone are statisti
 from __future__ import annotations
 
 import doctest
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_run import spent
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -25,13 +27,15 @@ from common.errors import ConfigError
 from common.messages.state import AdapterState
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
+from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
-from common.run_lines import RoundLine, read_lines
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.tasks import TASKS
 from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
+from experiments.in_process import run_in_process, simulated_nodes
+from experiments.serving.merge import merge_run
 from server.checkpoint import saved_state
 from strategies import Contribution, ServerState, by_energy, switchlora
 from strategies.by_energy import SCORE, ByEnergy
@@ -348,3 +352,31 @@ def test_the_examples_in_docstrings_run(module: Any) -> None:
     done = doctest.testmod(module)
     assert done.attempted
     assert not done.failed
+
+
+def test_a_run_goes_on_from_the_last_ones_merged_model_and_the_ledger_charges_both(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """CoDyRA's chain of tasks: the base of the second run is W0 + delta of the first, ranks by layer and all."""
+    budget = {"privacy.noise-multiplier": 2.0, "privacy.epsilon": 50.0, "rounds": 1}
+    own = {**toy_settings, **budget, **PLAIN_STEP, "strategy": "increlora", "adapter.rank": 4}
+    nodes = simulated_nodes(2, tmp_path / "ledgers")
+    first = run_in_process(own, nodes, "first")
+    merge_run(first, tmp_path / "merged")
+    second = run_in_process({**own, "model.name": str(tmp_path / "merged")}, nodes, "second")
+
+    marks = [json.loads((run / "adapter" / "fedveil.json").read_text())["base_fingerprint"] for run in (first, second)]
+    assert marks[0] != marks[1]
+    before, after = (
+        load_base_model(name, "classification").module for name in (own["model.name"], tmp_path / "merged")
+    )
+    state, s = saved_state(first).adapter, own["adapter.alpha"] / 4
+    weights = dict(after.named_parameters())
+    for name, tensor in before.named_parameters():
+        factors = state.get(name.removesuffix(".weight"), {})
+        change = s * factors["B"] @ factors["A"] if "A" in factors and name.endswith(".weight") else 0.0
+        assert float((weights[name] - tensor - change).detach().abs().max()) < 1e-6, name
+    alone, both = (spent(read_lines(PrivacyLine, run)[-1]) for run in (first, second))
+    assert (alone.steps_total, both.steps_total) == (1, 2)
+    assert both.epsilon_total == pytest.approx(epsilon([gaussian_release(2.0, 0.25, 2)], 1e-3), abs=1e-9)
+    assert both.epsilon_total > 1.2 * alone.epsilon_total

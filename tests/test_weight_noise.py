@@ -56,8 +56,8 @@ PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float
     "fed-sb": ({}, square),
 }
 ALIKE = ("heterogeneous-ranks", "increlora", "diffora", "switchlora", "dylora")
-"""Strategies by columns of B, whose noise C5 in ``tests/test_columns.py`` measures, and one whose sites do what those of
-FFA-LoRA do where they have no record."""
+"""Strategies by columns of B, whose noise C5 in ``tests/test_columns.py`` measures, and one whose sites do what those
+of FFA-LoRA do where they have no record."""
 
 
 def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
