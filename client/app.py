@@ -202,6 +202,8 @@ def answer(
             run = run_name(job.config, run)
             check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
+        if simulated and not site.rank:
+            site = replace(site, rank=job.strategy.simulated_rank(int(node.get("partition-id", 0))))
         asked = kind_of_task(content)
         summed = job.mechanism.summed
         party = party_of(site.name, node, site.policy, run, simulated=simulated) if summed else None

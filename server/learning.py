@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,18 +62,41 @@ def layer_lines(
 def _parts(
     job: Job, state: ServerState, averaged: Sequence[Contribution], results: Sequence[TrainResult], *, summed: bool
 ) -> list[Part]:
-    changes = [_change(contribution.state, state.adapter) for contribution in averaged]
+    # Of sites of different ranks, the columns that all of them train: those of a lower rank are the first of a higher.
+    least = min(contribution.rank for contribution in averaged)
+    held = job.strategy.counterpart(state, least)
+    changes = [_change(_first(contribution.state, held), held) for contribution in averaged]
     weights = [contribution.weight for contribution in averaged]
-    if summed:
-        noises = [sum_noise(job, results)]
-    else:
-        factors = factors_of(job, results, state)
-        known = [step_noise(job, result) for result in results]
-        noises = [None if noise is None else noise * factor for noise, factor in zip(known, factors, strict=True)]
+    noises = [sum_noise(job, results)] if summed else noises_of(job, results, state)
     return [
         Part(weight / math.fsum(weights), change, noise)
         for weight, change, noise in zip(weights, changes, noises, strict=True)
     ]
+
+
+def noises_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float | None]:
+    """Return the standard deviation of one coordinate of the noise in each site's change as it is averaged."""
+    known, factors = [step_noise(job, result) for result in results], factors_of(job, results, state)
+    return [None if noise is None else noise * factor for noise, factor in zip(known, factors, strict=True)]
+
+
+def with_noises(
+    job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult], state: ServerState
+) -> list[Contribution]:
+    """Return what a strategy combines, each with its noise; 0 where the run promises nothing, so that there is none."""
+    noises = noises_of(job, results, state) if job.mechanism.charged else [0.0] * len(results)
+    return [replace(one, noise=noise) for one, noise in zip(averaged, noises, strict=True)]
+
+
+def _first(sent: AdapterState, held: AdapterState) -> AdapterState:
+    """Return ``sent`` with as many columns of its matrices as are held."""
+    return {
+        layer: {
+            name: t[:, : held[layer][name].shape[1]] if t.dim() == 2 and name in held.get(layer, {}) else t
+            for name, t in factors.items()
+        }
+        for layer, factors in sent.items()
+    }
 
 
 def _change(sent: AdapterState, held: AdapterState) -> AdapterState:

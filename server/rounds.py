@@ -14,7 +14,7 @@ from common.run_lines import LayerLine
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
-from server.learning import layer_lines
+from server.learning import layer_lines, with_noises
 from server.model import ServerModel
 from server.optimizer import server_step
 from server.replies import clean
@@ -102,7 +102,7 @@ def run_rounds(
             raise _too_few(got, round_number, job.config.min_sites)
         step = partial(server_step, job.config)
         results = list(got.results.values())
-        averaged = list(got.summed) or contributions(job, results, state)
+        averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds

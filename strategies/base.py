@@ -203,6 +203,11 @@ class Strategy(ABC):
         del round_number
         return None
 
+    def simulated_rank(self, part: int) -> int:
+        """Site: return how many columns a simulation's site trains that plays this part; 0: as many as the run has."""
+        del part
+        return 0
+
     def counterpart(self, state: ServerState, rank: int) -> AdapterState:
         """Server: return what a contribution of a site of this rank is a change of."""
         del rank

@@ -2,8 +2,8 @@
 
 The statistic is the cross-site energy ``Σ_{j≠k} p_j p_k ⟨D_j, D_k⟩`` of a layer's trained columns over its standard
 deviation under noise alone (``common.nulls``). Its mean is 0 where there is noise and nothing else, however much, so a
-layer above ``least_score`` learns. It is a function of what was sent, which was noised: a choice by it costs no privacy,
-and other records change it through nothing else.
+layer above ``least_score`` learns. It is a function of what was sent, which was noised: a choice by it costs no
+privacy, and other records change it through nothing else.
 
 The papers' own scores need gradients of the weights, or a validation set of private records: both would be paid for.
 """

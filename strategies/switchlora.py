@@ -1,4 +1,4 @@
-"""SwitchLoRA: a window of columns that moves over a large pool, so that the rank of the change outgrows what is trained.
+"""SwitchLoRA: a window that moves over a pool of columns, so that the change outgrows the rank that is trained.
 
 Zhou, Wang et al.: SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information, 2024 (arXiv 2406.06564).
 The pool is all of B under one A with ``adapter.rank`` rows. In its code vectors of both factors change places with

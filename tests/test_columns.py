@@ -467,6 +467,17 @@ def test_a_rank_that_is_none_is_refused(four: tuple[dict[str, Any], list[dict[st
         open_site({**nodes[0], "rank": rank}, configure(settings).config, "1", simulated=True)
 
 
+def test_a_simulation_has_the_ranks_that_its_settings_say(toy_settings: dict[str, Any]) -> None:
+    own = {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": "1, 3", "privacy.mode": "none"}
+    folder = run_in_process({**toy_settings, **own, "rounds": 1, "head.policy": "frozen"}, 3)
+    (line,) = read_lines(RoundLine, folder)
+    numbers = 2 * (16 + 16 + 16 + 24 + 16)  # outputs of the five layers of each of two blocks
+    assert line.bytes_up == 4 * numbers * (1 + 3 + 1)
+    for wrong in ("0", "2,", "four", "1;2"):
+        with pytest.raises(ConfigError, match="write ranks of at least 1"):
+            configure({**own, "heterogeneous-ranks.simulated": wrong})
+
+
 def test_a_secure_sum_and_a_linearised_model_are_refused() -> None:
     base = {"strategy": "heterogeneous-ranks"}
     with pytest.raises(ConfigError, match="nobody sees more than a sum"):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.adapters import ADAPTERS, Adapter, LoRA, LoRAFrozenA
 from common.errors import ProtocolError
+from common.messages.columns import narrowed, widened
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import apply, entries, merge, scale, select
 from common.messages.wire import decode_state, encode_state, layout_of
@@ -96,22 +97,27 @@ def started(strategy: Strategy, dtype: torch.dtype = torch.float64) -> ServerSta
 def trained_model(strategy: Strategy, state: ServerState, seed: int) -> AdapterState:
     """Return the whole adapter of a site that received ``state`` and trained to random values."""
     dtype = next(tensor for _, _, tensor in entries(state.adapter)).dtype
-    here = strategy.install(example_states(strategy, dtype), strategy.downlink(state))
-    trained = random_state(adapter_of(strategy), adapter_of(strategy).trained, seed, dtype)
-    return merge(here, of_turn(trained, strategy.turn(state.round_number + 1)))
+    received = strategy.downlink(state)
+    here = strategy.install(example_states(strategy, dtype), received)
+    moved = random_state(adapter_of(strategy), adapter_of(strategy).trained, seed, dtype)
+    moved = of_turn(moved, strategy.turn(state.round_number + 1))
+    chosen = strategy.columns(received, 0)
+    return merge(here, moved if chosen is None else widened(narrowed(moved, chosen), here, chosen))
 
 
 def contribution(
-    strategy: Strategy, model: AdapterState, weight: float, name: str = "site", round_number: int = 1
+    strategy: Strategy, state: ServerState, model: AdapterState, weight: float, name: str = "site"
 ) -> Contribution:
+    """Return what a site sends that received ``state`` and trained to ``model``."""
     trained = select(model, (*adapter_of(strategy).trained, *model[HEAD]))
-    return Contribution(name, weight, strategy.uplink(of_turn(trained, strategy.turn(round_number))))
+    trained = of_turn(trained, strategy.turn(state.round_number + 1))
+    chosen = strategy.columns(strategy.downlink(state), 0)
+    return Contribution(name, weight, strategy.uplink(trained if chosen is None else narrowed(trained, chosen)))
 
 
 def participants(strategy: Strategy, state: ServerState, seeds: Sequence[int]) -> list[Contribution]:
     """Return contributions of unequal weights."""
-    number = state.round_number + 1
-    return [contribution(strategy, trained_model(strategy, state, s), 10.0 * s + 7, f"site-{s}", number) for s in seeds]
+    return [contribution(strategy, state, trained_model(strategy, state, s), 10.0 * s + 7, f"site-{s}") for s in seeds]
 
 
 def weights_of(strategy: Strategy, model: AdapterState) -> dict[str, Tensor]:
@@ -150,7 +156,7 @@ def identical_sites_move(strategy: Strategy, update: Update) -> float:
     """How far the new model is from the one model that all sites sent."""
     state = started(strategy)
     model = trained_model(strategy, state, 5)
-    same = [contribution(strategy, model, weight, f"site-{weight}") for weight in (1.0, 2.5, 40.0)]
+    same = [contribution(strategy, state, model, weight, f"site-{weight}") for weight in (1.0, 2.5, 40.0)]
     return distance(weights_of(strategy, update(state, same).adapter), weights_of(strategy, model))
 
 

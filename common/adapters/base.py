@@ -11,6 +11,7 @@ directions, layer by layer.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -253,6 +254,16 @@ class Adapter(ABC):
             fan_in_fan_out=fan_in_fan_out,
         )
 
+    def used(self, state: AdapterState) -> dict[str, Tensor]:
+        """Return the columns of each layer to export, where some of the adapter's say nothing; empty: all of them."""
+        del state
+        return {}
+
+    def of_columns(self, factors: Factors, columns: Tensor) -> Factors:
+        """Return the factors of a layer with these columns alone, for an adapter that has columns to leave out."""
+        del columns
+        return factors
+
     def at_rank(self, rank: int) -> Self:
         """Return the adapter with so many directions and the same factor in front of the product."""
         of_rank = math.sqrt(rank) if self.scale == "sqrt-rank" else rank
@@ -265,16 +276,27 @@ class Adapter(ABC):
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers(model).items():
-            for suffix, tensor in self.exported(state[name], base_weight(layer).float().cpu()).items():
+        used = self.used(state)
+        kept = {name: layer for name, layer in self.layers(model).items() if name not in used or len(used[name])}
+        for name, layer in kept.items():
+            factors = self.of_columns(state[name], used[name]) if name in used else state[name]
+            for suffix, tensor in self.exported(factors, base_weight(layer).float().cpu()).items():
                 tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
         injected = model.peft_config[ADAPTER_NAME]
         # A stock reader is told the names that ``auto`` stood for.
         found = sorted({name.rpartition(".")[2] for name in self.layers(model)})
         named = self._naming(found) if self.target_modules == (AUTO,) else self
+        if len(kept) < len(self.layers(model)):
+            # PEFT refuses a layer of rank 0, so the others are named in full.
+            named = self._naming(sorted(kept))
         config = named.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
         config.base_model_name_or_path = base_name
         config.inference_mode = True
+        for name in (name for name in kept if name in used):
+            cut = self.at_rank(len(used[name]))
+            # PEFT takes the keys for regular expressions.
+            config.rank_pattern[re.escape(name)] = cut.rank
+            config.alpha_pattern[re.escape(name)] = cut.alpha
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
