@@ -18,7 +18,7 @@ from common.docstrings import fields_said, said_of
 from common.errors import ConfigError
 from common.starts import STARTS
 from common.tasks import roles_of_all
-from strategies import STRATEGIES
+from strategies import ROWS
 from strategies.job import START, known_settings, tables
 from strategies.renamed import RENAMED
 
@@ -50,7 +50,7 @@ def all_settings() -> dict[str, Setting]:
     for name, start in STARTS.items():
         for option in _of_section(start, START):
             found[option.key] = _shared(found.get(option.key), option, name)
-    for name, strategy in STRATEGIES.items():
+    for name, strategy in ROWS.items():
         found.update({s.key: dataclasses.replace(s, owners=(name,)) for s in _of_section(strategy, f"{name}.")})
     return found
 
@@ -153,8 +153,8 @@ def _about(section: str) -> str:
     """Return the first sentence on a section: that of its class."""
     if not section:
         return "What concerns the run as a whole."
-    if section in STRATEGIES:
-        return f"Options of the strategy `{section}`. {said_of(STRATEGIES[section])}."
+    if section in ROWS:
+        return f"Options of the strategy `{section}`. {said_of(ROWS[section])}."
     if section == START[:-1]:
         return "Options of the adapter's start (`adapter.start`), each of the starts that are named behind it."
     return f"{said_of(kinds_of(RunSettings)[section])}."

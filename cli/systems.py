@@ -14,13 +14,13 @@ from common.adapters import ADAPTERS
 from common.config.sections import Scalar
 from common.starts import STARTS
 from common.words import bytes_text
-from strategies import STRATEGIES
+from strategies import ROWS, STRATEGIES
 from strategies.job import Job, configure
 from strategies.renamed import REFUSED_STRATEGIES
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, markdown, payload, preset_adapter
 
 AXES: Mapping[str, Mapping[str, type[Any]]] = {
-    "strategy": STRATEGIES,
+    "strategy": ROWS,
     "adapter.name": ADAPTERS,
     "adapter.start": STARTS,
 }
@@ -48,6 +48,14 @@ SYSTEMS: tuple[System, ...] = (
     System("IntTune of NLoRA", {"strategy": "fed-sb", "adapter.start": "nystrom"}),
     System("FedEx-LoRA", {"strategy": "fedex-lora"}),
     System("FLoRA", {"strategy": "flora"}),
+    System("RoLoRA", {"strategy": "rolora"}),
+    System("FlexLoRA, by increments", {"strategy": "flexlora"}),
+    System("HetLoRA, padded states and weights by norm", {"strategy": "hetlora", "privacy.mode": "none"}),
+    System("Heterogeneous ranks (HetLoRA, FLoRA), exact", {"strategy": "heterogeneous-ranks"}),
+    System("DyLoRA", {"strategy": "dylora"}),
+    System("IncreLoRA", {"strategy": "increlora"}),
+    System("DiffoRA", {"strategy": "diffora"}),
+    System("SwitchLoRA", {"strategy": "switchlora"}),
     System("FedSA-LoRA", {"strategy": "fedsa-lora"}),
     System("rsLoRA", {"strategy": "fedavg-lora", "adapter.scale": "sqrt-rank"}),
     System("DoRA", {"strategy": "fedavg-lora", "adapter.name": "dora"}),

@@ -46,4 +46,18 @@ STRATEGIES: dict[str, type[Strategy]] = {
 CONTROLS: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (HetLoRA,)}
 """Rules that are published and break what every strategy promises, to be run beside one, without privacy alone."""
 
-__all__ = ["CONTROLS", "STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean", "of_turn"]
+ROWS: dict[str, type[Strategy]] = {**STRATEGIES, **CONTROLS}
+"""All that ``strategy`` may name."""
+
+__all__ = [
+    "CONTROLS",
+    "ROWS",
+    "STRATEGIES",
+    "Average",
+    "Contribution",
+    "Moments",
+    "ServerState",
+    "Strategy",
+    "mean",
+    "of_turn",
+]

@@ -20,20 +20,19 @@ from typing import ClassVar
 
 from common.messages.state import AdapterState
 from strategies.base import ServerState
-from strategies.columns import Columns
 from strategies.fed_svd import FedSVD
+from strategies.heterogeneous_ranks import HeterogeneousRanks
 
 TURNED = FedSVD()
 """What re-factorises, after every round."""
 
 
 @dataclass(frozen=True)
-class FlexLoRA(Columns):
+class FlexLoRA(HeterogeneousRanks):
     """Sites train the columns of B with the largest singular values, as many as each declares."""
 
     name: ClassVar[str] = "flexlora"
     paper: ClassVar[str] = "Bai et al. 2024 (FlexLoRA), by increments"
-    ranked: ClassVar[bool] = True
     moves_frozen: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A on r_k columns, A orthonormal after round 1: norm s σC/b √(m r_k)"
 

@@ -28,16 +28,15 @@ from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
 from common.privacy import Mechanism
 from strategies.base import Contribution, ServerState, mean
-from strategies.columns import Columns
+from strategies.heterogeneous_ranks import HeterogeneousRanks
 
 
 @dataclass(frozen=True)
-class HetLoRA(Columns):
+class HetLoRA(HeterogeneousRanks):
     """Sites train the first columns of B; the server averages padded states by the length of their products."""
 
     name: ClassVar[str] = "hetlora"
     paper: ClassVar[str] = "Cho et al. 2024 (HetLoRA)"
-    ranked: ClassVar[bool] = True
     privacy: ClassVar[str] = "none"
 
     @classmethod

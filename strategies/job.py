@@ -16,7 +16,7 @@ from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
-from strategies import CONTROLS, STRATEGIES
+from strategies import ROWS
 from strategies.base import ServerState, Strategy
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 
@@ -107,7 +107,7 @@ def _flat(run: RunSettings, origin: Start, strategy: Strategy) -> dict[str, Scal
 def tables() -> dict[str, Rule]:
     """Return what the settings may be that name a row of a table, by their keys."""
     return {
-        "strategy": OneOf((*STRATEGIES, *CONTROLS)),
+        "strategy": OneOf(tuple(ROWS)),
         "adapter.name": OneOf(("auto", *ADAPTERS)),
         "adapter.start": OneOf(tuple(STARTS)),
     }
@@ -121,7 +121,7 @@ def known_settings() -> dict[str, Scalar]:
     known = defaults(RunSettings)
     for start in STARTS.values():
         known.update({START + key: value for key, value in defaults(start).items()})
-    for name, strategy in STRATEGIES.items():
+    for name, strategy in ROWS.items():
         known.update({f"{name}.{key}": value for key, value in defaults(strategy).items()})
     return {**known, **{old: known[new] for old, new in RENAMED.items()}}
 
@@ -160,7 +160,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         given: as they were written.
         renamed: the old names among them, each with its successor.
     """
-    sections = (START, *(f"{name}." for name in STRATEGIES))
+    sections = (START, *(f"{name}." for name in ROWS))
     asked = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
@@ -169,7 +169,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         raise ConfigError(f"strategy {asked.strategy!r} cannot be run: {REFUSED_STRATEGIES[asked.strategy]}")
     for key, value in (("strategy", asked.strategy), ("adapter.name", named), ("adapter.start", asked.adapter.start)):
         tables()[key].check(key, value)
-    strategy = from_section({**STRATEGIES, **CONTROLS}[config.strategy], settings, f"{config.strategy}.")
+    strategy = from_section(ROWS[config.strategy], settings, f"{config.strategy}.")
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)

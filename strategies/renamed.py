@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from common.config.sections import Scalar
 from common.errors import ConfigError
-from strategies import STRATEGIES
+from strategies import ROWS
 
 RENAMED: Mapping[str, str] = {
     "adapter.init": "adapter.start",
@@ -55,7 +55,7 @@ def by_new_names(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> t
     for old, new in RENAMED.items():
         value, default = values.get(old, known[old]), known[old]
         owner = old.split(".")[0]
-        if value == default or (owner in STRATEGIES and owner != strategy):
+        if value == default or (owner in ROWS and owner != strategy):
             continue
         if settings.get(new, default) not in (default, value):
             raise ConfigError(f"{old} is another name of {new}, and they differ: give {new} alone")

@@ -280,7 +280,7 @@ def test_sites_of_unlike_ranks_meet_in_one_run(strategy: str, toy_settings: dict
 
 
 def test_what_cannot_be_run_says_why_and_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="'fedsa-lora' cannot be run: .*no clip bounds.*'rolora'"):
+    with pytest.raises(ConfigError, match=r"'fedsa-lora' cannot be run: .*no clip bounds.*'rolora'"):
         configure({"strategy": "fedsa-lora"})
     for strategy in ("fedex-lora", "flora", "flexlora"):
         with pytest.raises(ConfigError, match="nobody sees more than a sum"):

@@ -55,9 +55,11 @@ PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float
     "fed-svd": ({}, frozen_a),
     "fed-sb": ({}, square),
 }
-ALIKE = ("heterogeneous-ranks", "increlora", "diffora", "switchlora", "dylora")
+ALIKE = ("heterogeneous-ranks", "flexlora", "increlora", "diffora", "switchlora", "dylora")
 """Strategies by columns of B, whose noise C5 in ``tests/test_columns.py`` measures, and one whose sites do what those
 of FFA-LoRA do where they have no record."""
+BOTH = ("fedex-lora", "flora", "rolora")
+"""Strategies whose sites do what those of FedAvg-LoRA do, with both factors or one of them."""
 
 
 def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
@@ -115,12 +117,15 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
 
 def test_every_strategy_has_a_prediction() -> None:
     predicted = {name.split(",")[0] for name in PREDICTED}
-    said = predicted | set(ALIKE)
+    said = predicted | set(ALIKE) | set(BOTH)
     assert said == set(STRATEGIES), f"nobody says what noise does under {said ^ set(STRATEGIES)}"
     for name in ALIKE:
         kind = STRATEGIES[name]
         assert kind.by_columns or kind.nested
         assert (kind.uplink, kind.correct, kind.adapter) == (Strategy.uplink, Strategy.correct, FFALoRA.adapter)
+    for name in BOTH:
+        kind = STRATEGIES[name]
+        assert (kind.uplink, kind.correct, kind.trains) == (Strategy.uplink, Strategy.correct, ("A", "B"))
 
 
 @pytest.mark.parametrize("name", PREDICTED)
