@@ -312,8 +312,9 @@ def test_a_lost_factor_is_noticed_by_the_comparison_of_site_and_server(strategy:
 def test_a_site_sends_what_it_trains_and_no_frozen_factor_travels(strategy: Strategy, head: bool) -> None:
     adapter, start = adapter_of(strategy), {k: v for k, v in example_states(strategy).items() if head or k != HEAD}
     turn = strategy.turn(1)
-    sent = strategy.uplink(of_turn(select(start, (*adapter.trained, "weight", "bias")), turn))
     received = strategy.downlink(strategy.start(start, adapter.trained))
+    chosen, trained = strategy.columns(received, 0), of_turn(select(start, (*adapter.trained, "weight", "bias")), turn)
+    sent = strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
     for layer, (out, into) in LAYERS.items():
         down, up = travels(strategy, adapter, out, into)
         assert set(sent[layer]) == set(turn or adapter.trained), f"{strategy.name} does not send what is trained"
