@@ -22,6 +22,7 @@ from client.rehearsal import (
     rehearse,
     rehearse_columns,
     rehearse_features,
+    rehearse_head,
     rehearse_initial,
     rehearse_linearised,
     rehearse_turn,
@@ -46,7 +47,7 @@ log = logging.getLogger("fedveil.site")
 app = ClientApp()
 
 
-PLAIN, INITIAL, VECTORS = "plain steps", "round 0", "steps on vectors"
+PLAIN, INITIAL, VECTORS, REFIT = "plain steps", "round 0", "steps on vectors", "the head's steps on features"
 """What a model rehearses."""
 
 
@@ -101,7 +102,8 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
-    training, initial = job.config.training, not task.round_number
+    number = task.round_number
+    training, initial = job.config.training, not number
     if training.linearised:
         check_memory(model, site.public_size)
     if not job.mechanism.rehearsed:
@@ -114,7 +116,8 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
     plain = _rehearse_steps(job, site, model, task)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
-    on_features = model.head_only or bool(paid_start and paid_start.on_features)
+    rests = job.config.refits(number)
+    on_features = model.head_only or rests or bool(paid_start and paid_start.on_features)
     if on_features and _process.features is None:
         # Last, because the other may change how the model attends; features that were computed before are dropped.
         _process.features, _process.records = rehearse_features(model), {}
@@ -125,11 +128,13 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
         if model.attention != attention:
             before = rehearse(model)
         _process.rehearsed = {PLAIN: before, INITIAL: start}
-    on_vectors = training.linearised and not initial
+    on_vectors = training.linearised and not initial and not rests
     if on_vectors and VECTORS not in _process.rehearsed:
         _process.rehearsed[VECTORS] = rehearse_linearised(model)
-    timing = _process.rehearsed[INITIAL if paid_start else VECTORS if on_vectors else plain]
-    if on_vectors:
+    if rests and REFIT not in _process.rehearsed:
+        _process.rehearsed[REFIT] = rehearse_head(model)
+    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else plain]
+    if on_vectors or rests:
         timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
     paid = paid_start.release() if paid_start else None
     steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)

@@ -34,6 +34,7 @@ from server.aggregation import shares_of
 from server.checkpoint import saved_state
 from server.learning import step_noise, sum_noise
 from server.optimizer import server_step
+from server.rates import within_noise
 from strategies import Contribution, ServerState, of_turn
 from strategies.job import Job, configure
 
@@ -133,7 +134,8 @@ def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) ->
         contributions = _noised(job, state, results, draw)
         if contributions is None:
             return None
-        state = job.strategy.server_update(state, contributions, partial(server_step, job.config))
+        step = partial(server_step, within_noise(job, results, contributions))
+        state = job.strategy.server_update(state, contributions, step)
     return state.adapter
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.config.schedule import learning_rate
 from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState, Factors
 from common.nulls import LEVEL, cross_site_energy, energy_of_sum, noise_edge
@@ -54,7 +53,9 @@ def layer_lines(
     parts = _parts(job, state, averaged, results, summed=summed)
     if not parts:
         return []
+    rests = job.config.refits(state.round_number + 1)
     layers = [layer for layer in sorted(parts[0].change) if all(layer in part.change for part in parts)]
+    layers = [layer for layer in layers if layer == HEAD or not rests]
     matrices = sum(len(parts[0].change[layer]) for layer in layers)
     return [_line(job, layer, parts, LEVEL / matrices, summed=summed) for layer in layers]
 
@@ -130,7 +131,7 @@ def step_noise(job: Job, result: TrainResult) -> float | None:
         return None
     event = result.spending.event
     own = type(plan)(event, event.sample_rate * result.public_size, plan.delta, plan.max_epsilon)
-    return _rate(job, result.round_number) * own.gradient_noise_std
+    return job.config.site_rate(result.round_number, 0) * own.gradient_noise_std
 
 
 def sum_noise(job: Job, results: Sequence[TrainResult]) -> float | None:
@@ -141,12 +142,7 @@ def sum_noise(job: Job, results: Sequence[TrainResult]) -> float | None:
     plan, event = paid_plan(job, first), first.spending.event
     sizes = sum(result.public_size for result in results)
     own = type(plan)(event, event.sample_rate * sizes, plan.delta, plan.max_epsilon)
-    return _rate(job, first.round_number) * own.gradient_noise_std * math.sqrt(len(results))
-
-
-def _rate(job: Job, round_number: int) -> float:
-    training = job.config.training
-    return learning_rate(training.schedule, training.learning_rate, round_number - 1, job.config.total_steps)
+    return job.config.site_rate(first.round_number, 0) * own.gradient_noise_std * math.sqrt(len(results))
 
 
 def _line(job: Job, layer: str, parts: Sequence[Part], level: float, *, summed: bool) -> LayerLine:
