@@ -233,6 +233,20 @@ def site_peers(
     _say('let the site join by the policy: honest-sites = ..., epsilon-alone = ..., peers = "peers.toml"')
 
 
+@site_app.command("withdraw")
+@for_people
+def site_withdraw(
+    folder: Folder,
+    reason: Annotated[str, typer.Option(help="Why; it stays in the ledger, and does not leave the site.")],
+    node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
+) -> None:
+    """Stop this site's records for good, under any name. No command takes it back, and what was sent stays sent."""
+    from deploy.site_folder import open_site_folder
+    from deploy.withdraw import withdraw_site
+
+    withdraw_site(open_site_folder(folder), reason, _say, node)
+
+
 @site_app.command("start")
 @for_people
 def site_start(

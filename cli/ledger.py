@@ -1,4 +1,4 @@
-"""``fedveil ledger``: what a steward reads from a site's ledger, and the budget that a steward sets there."""
+"""``fedveil ledger``: what a steward reads from a site's ledger, and what a steward sets there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,10 +19,11 @@ from cli.errors import for_people
 from common.check import in_range, nearest, one_of, positive
 from common.errors import ConfigError, DataError, LedgerError
 from common.privacy.figures import epsilon_text, remaining_text
+from common.words import counted
 
 if TYPE_CHECKING:
     from client.ledger.ledger import Ledger
-    from client.ledger.rows import Budget, Entry, Exposure, Failure
+    from client.ledger.rows import Budget, Entry, Exposure, Failure, Reservation, Withdrawal
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
 console = Console(highlight=False, soft_wrap=True)
@@ -31,6 +32,7 @@ EXPOSED = (
     "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "
     "policy has after-no-privacy = true."
 )
+WITHDRAWN = "It was withdrawn: the site refuses every further round on these records, with or without privacy."
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What a text begins with that a spreadsheet would compute."""
 LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
@@ -57,10 +59,15 @@ def show(path: LedgerFile) -> None:
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
             events += [(f.failed_at, _spoken_failure(f)) for f in ledger.failures() if f.dataset == dataset]
+            held = ledger.holds
+            events += [(r.set_at, _spoken_reservation(r)) for r in held.reservations() if r.dataset == dataset]
+            events += [(w.withdrawn_at, _spoken_withdrawal(w)) for w in held.withdrawals() if w.dataset == dataset]
             for when, what in sorted(events, key=lambda event: event[0]):
                 _say(f"  {when}  {what}")
             if ledger.exposed(dataset):
                 _say(f"  {EXPOSED}")
+            if ledger.holds.withdrawn([dataset]):
+                _say(f"  {WITHDRAWN}")
 
 
 @ledger_app.command("remaining")
@@ -85,11 +92,16 @@ def remaining(
         if at == unlimited:
             raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
         spent, exposed = ledger.epsilon(dataset, at), ledger.exposed(dataset)
+        kept, withdrawn = ledger.kept(dataset, "", at), ledger.holds.withdrawn([dataset])
     # Rounded against the site: what is left is never shown larger than it is.
     left = max(0.0, budget - spent)
     rest, gone = remaining_text(left, decimals=4), epsilon_text(spent, decimals=4)
     _say(f"{dataset}: ε {rest} of {budget:g} is left at δ {at:g}; {gone} is spent")
-    if exposed:
+    if kept:
+        _say(f"Of that {epsilon_text(kept, decimals=4)} is kept for runs that have a reservation.")
+    if withdrawn:
+        _say(WITHDRAWN)
+    elif exposed:
         _say(EXPOSED)
     elif not left:
         _say("The site refuses every further round on these records.")
@@ -123,6 +135,97 @@ def budget(
         _say("A policy with a smaller epsilon lowers it again at the next round: change the policy as well.")
 
 
+@ledger_app.command("reserve")
+@for_people
+def reserve(
+    path: LedgerFile,
+    dataset: Annotated[str, typer.Option(help="The data set's id, as the ledger calls it.")],
+    run: Annotated[str, typer.Option(help="The run's name, as charges have it. It need not have begun.")],
+    epsilon: Annotated[float, typer.Option(help="What no other run may spend; 0 ends an earlier reservation.")],
+    until: Annotated[str, typer.Option(help="The last day, as 2026-12-31 (UTC), or a time with its zone.")],
+) -> None:
+    """Keep a part of a data set's budget for one run until a day: other runs are refused what would go into it."""
+    from client.ledger.holds import moment
+
+    end = moment(until)
+    with _opened(path) as ledger:
+        _require(ledger, path, dataset)
+        terms = ledger.terms(dataset)
+        if epsilon and terms.epsilon == float("inf"):
+            raise ConfigError(f"{path} holds no budget for data set {dataset!r}: set one with 'fedveil ledger budget'")
+        spent = ledger.epsilon(dataset, min(terms.delta, 1.0))
+        free = max(0.0, terms.epsilon - spent - ledger.kept(dataset, run, terms.delta)) if epsilon else epsilon
+        if epsilon > free:
+            raise ConfigError(
+                f"{dataset}: ε {remaining_text(free, decimals=4)} is neither spent nor kept for another run: "
+                "reserve at most that"
+            )
+        ledger.holds.reserve(dataset, run, epsilon, end)
+    if epsilon:
+        _say(f"{dataset}: the last ε {epsilon:g} of {terms.epsilon:g} is kept for run {run} until {end}")
+    else:
+        _say(f"{dataset}: nothing is kept for run {run} any more")
+
+
+@ledger_app.command("withdraw")
+@for_people
+def withdraw(
+    path: LedgerFile,
+    dataset: Annotated[str, typer.Option(help="The data set's id, as the ledger calls it.")],
+    reason: Annotated[str, typer.Option(help="Why; it stays in the ledger, and does not leave the site.")],
+) -> None:
+    """Stop a data set for good. No command takes it back, and what was sent before stays sent."""
+    with _opened(path) as ledger:
+        _require(ledger, path, dataset)
+        ledger.holds.withdraw(dataset, reason)
+    _say(f"{dataset}: withdrawn. From now on every round on these records is refused, under any name.")
+    _say("Records that were never charged are known by this name alone; 'fedveil site withdraw' reads them as well.")
+
+
+@ledger_app.command("receipt")
+@for_people
+def receipt(
+    path: LedgerFile,
+    dataset: Annotated[str, typer.Option(help="The data set's id, as the ledger calls it.")],
+    run: Annotated[str, typer.Option(help="The run's name, as 'fedveil ledger show' has it.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A file for all of it, as JSON.")] = None,
+    sign: Annotated[Path | None, typer.Option(help="A private key; the signature goes beside the file.")] = None,
+) -> None:
+    """Print what one run has cost a data set; as a file, with every charge, it can be signed and handed over."""
+    from client.ledger.receipts import receipt_of
+    from common.files import replace_file
+
+    if sign is not None and output is None:
+        raise ConfigError("--sign needs a file to sign: name one with --output")
+    with _opened(path) as ledger:
+        made = receipt_of(ledger, dataset, run)
+    _say(f"{dataset}, run {run}: {_rounds(made.rounds)}, from {_times(made.charges, made.exposures)}")
+    if made.epsilon_run is None:
+        _say(EXPOSED)
+    elif made.delta is not None:
+        own, before, after = (_figure(e) for e in (made.epsilon_run, made.epsilon_before, made.epsilon_after))
+        _say(f"  its charges alone: ε {own} at δ {made.delta:g}, for one {made.unit}")
+        _say(f"  all charges together: ε {before} before it, {after} with it")
+    if made.failures:
+        _say(f"  {counted(len(made.failures), 'round')} failed after the charge and was answered by noise alone")
+    if made.withdrawn:
+        _say(f"  the data set was withdrawn at {made.withdrawn}")
+    if output is None:
+        return
+    content = (json.dumps(made.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
+    files = {output: content}
+    if sign is not None:
+        from reports.signature import sign as signed_with
+
+        files[output.with_name(f"{output.name}.sig")] = signed_with(content, sign)
+    for place, data in files.items():
+        try:
+            replace_file(place, data)
+        except OSError as error:
+            raise DataError(f"{place} cannot be written ({error.strerror}): name another file") from error
+        _say(f"written: {place}")
+
+
 @ledger_app.command("export")
 @for_people
 def export(
@@ -130,14 +233,23 @@ def export(
     form: Annotated[str, typer.Option("--format", help="json or csv.")] = "json",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file; without it, to the terminal.")] = None,
 ) -> None:
-    """Write all rows of a ledger as JSON, or all but its budgets as CSV."""
+    """Write all rows of a ledger as JSON, or all but budgets, reservations and withdrawals as CSV."""
     one_of(("json", "csv"), format=form)
     with _opened(path) as ledger:
         charges = [dataclasses.asdict(entry) for entry in ledger.entries()]
         exposures = [dataclasses.asdict(exposure) for exposure in ledger.exposures()]
         failures = [dataclasses.asdict(failure) for failure in ledger.failures()]
         budgets = [dataclasses.asdict(budget) for budget in ledger.budgets()]
-    held = {"charges": charges, "exposures": exposures, "failures": failures, "budgets": budgets}
+        reservations = [dataclasses.asdict(reservation) for reservation in ledger.holds.reservations()]
+        withdrawals = [dataclasses.asdict(withdrawal) for withdrawal in ledger.holds.withdrawals()]
+    held = {
+        "charges": charges,
+        "exposures": exposures,
+        "failures": failures,
+        "budgets": budgets,
+        "reservations": reservations,
+        "withdrawals": withdrawals,
+    }
     text = _csv(charges, exposures, failures) if form == "csv" else json.dumps(held, indent=2) + "\n"
     if output is None:
         sys.stdout.write(text)
@@ -163,6 +275,7 @@ def _opened(path: Path) -> Iterator[Ledger]:
 
 def _datasets(ledger: Ledger) -> list[str]:
     names = {entry.dataset for entry in ledger.entries()} | {budget.dataset for budget in ledger.budgets()}
+    names |= {withdrawal.dataset for withdrawal in ledger.holds.withdrawals()}
     return sorted(names | {exposure.dataset for exposure in ledger.exposures()})
 
 
@@ -199,6 +312,27 @@ def _spoken_failure(row: Failure) -> str:
 def _spoken_budget(row: Budget) -> str:
     was = "" if row.replaced is None else f", was {row.replaced:g}"
     return f"budget set to ε {row.epsilon:g}{was}, at δ {row.delta:g}"
+
+
+def _spoken_reservation(row: Reservation) -> str:
+    if not row.epsilon:
+        return f"nothing is kept for run {row.run} any more"
+    return f"ε {row.epsilon:g} of the budget is kept for run {row.run} until {row.until}"
+
+
+def _spoken_withdrawal(row: Withdrawal) -> str:
+    return f"withdrawn for good: {row.reason}"
+
+
+def _rounds(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "no training round was charged"
+    return f"{counted(len(numbers), 'round')} charged, the last one round {numbers[-1]}"
+
+
+def _times(charges: Sequence[Entry], exposures: Sequence[Exposure]) -> str:
+    times = sorted([*(c.charged_at for c in charges), *(e.released_at for e in exposures)])
+    return f"{times[0]} to {times[-1]}"
 
 
 def _csv(charges: list[dict[str, Any]], exposures: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:

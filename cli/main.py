@@ -22,6 +22,7 @@ from cli.report import keygen, print_summary, report, verify, watch
 from cli.serving import ask, merge
 from cli.settings import settings
 from cli.sweep import pictures, sweep
+from cli.tune import tune
 from common.words import counted
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, watch, verify, keygen, merge, ask, intruders, sweep, pictures):
+for command in (report, watch, verify, keygen, merge, ask, intruders, sweep, pictures, tune):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)

@@ -43,7 +43,7 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         say("records: a part of a job's data, which this site does not choose")
         return
     began = time.monotonic()
-    reading = load_protected(_pinned(policy), policy.task, str(settings["data"]))
+    reading = load_protected(pinned_settings(policy), policy.task, str(settings["data"]))
     seconds = time.monotonic() - began
     if reading.unreadable:
         raise UnreadableFile(reading.unreadable[0])
@@ -77,7 +77,7 @@ def _check_time(reply_after: float, declared: int, records: int, seconds: float)
         )
 
 
-def _pinned(policy: Policy) -> DataConfig:
+def pinned_settings(policy: Policy) -> DataConfig:
     """Return what every job that the policy allows says about the site's own records."""
     columns = Columns({role.setting: policy.columns[role.setting] for role in TASKS[policy.task].roles})
     return DataConfig(partition="iid", labels=policy.labels, columns=columns)

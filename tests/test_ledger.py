@@ -332,7 +332,7 @@ def write_other_database(path: Path) -> None:
 def write_newer_format(path: Path) -> None:
     Ledger(path).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 7")
+    connection.execute(f"PRAGMA user_version = {migrations.FORMAT + 1}")
     connection.close()
 
 
@@ -365,7 +365,7 @@ def write_impossible_figure(path: Path) -> None:
         (write_text, "not a ledger"),
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
-        (write_newer_format, "format 7, this FedVeil reads 6"),
+        (write_newer_format, f"format {migrations.FORMAT + 1}, this FedVeil reads {migrations.FORMAT}"),
         (write_damaged, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
@@ -590,11 +590,10 @@ def test_a_callers_budget_that_holds_for_other_names_is_found_out(
 ) -> None:
     sound = Ledger._prices
 
-    def everyones(self: Ledger, names: Any, releases: Any, delta: float, max_epsilon: float) -> dict[str, Receipt]:
-        prices = sound(self, names, releases, delta, max_epsilon)
+    def everyones(self: Ledger, names: Any, charge: Charge) -> dict[str, Receipt]:
         return {
-            name: dataclasses.replace(charge, max_epsilon=min(charge.max_epsilon, max_epsilon))
-            for name, charge in prices.items()
+            name: dataclasses.replace(priced, max_epsilon=min(priced.max_epsilon, charge.max_epsilon))
+            for name, priced in sound(self, names, charge).items()
         }
 
     monkeypatch.setattr(Ledger, "_prices", everyones)
@@ -803,7 +802,7 @@ def test_a_ledger_of_the_first_format_keeps_its_history_and_gets_the_rest(old_le
         assert ledger.key == key, "the key changed when the ledger was opened again"
         assert charge(ledger, 2).epsilon_after == cost_of(2)
         ledger.set_budget("ward", 3.0, DELTA)
-        assert ledger._file._connection.execute("PRAGMA user_version").fetchone()[0] == 6
+        assert ledger._file._connection.execute("PRAGMA user_version").fetchone()[0] == migrations.FORMAT
 
 
 def layout(path: Path) -> list[tuple[str, str]]:

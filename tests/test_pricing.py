@@ -69,7 +69,7 @@ def test_a_price_under_the_lock_is_found_out(path: Path, monkeypatch: pytest.Mon
     @contextmanager
     def locked(ledger: Ledger, own: Charge, _: Any) -> Iterator[tuple[Any, dict[str, Receipt], list[Receipt]]]:
         with ledger._file.transaction() as db:
-            prices = ledger._prices([own.dataset], own.releases, own.delta, own.max_epsilon)
+            prices = ledger._prices([own.dataset], own)
             yield db, prices, list(prices.values())
 
     monkeypatch.setattr(Ledger, "_offer", locked)

@@ -32,6 +32,7 @@ from typing import Any, Self
 
 from client.ledger.budgets import BudgetHistory
 from client.ledger.file import BUSY_SECONDS, LedgerFile, now
+from client.ledger.holds import Holds
 from client.ledger.rows import Budget, Charge, Entry, Exposure, Failure, Receipt, Terms, of_all, price
 from common.accountant import TRAINING
 from common.check import not_negative
@@ -63,6 +64,8 @@ class Ledger:
     ) -> None:
         self._file = LedgerFile(path, patience=patience, apart=apart)
         self._budgets = BudgetHistory(self._file)
+        self.holds = Holds(self._file)
+        """What the steward keeps for a run, and has withdrawn."""
 
     @property
     def path(self) -> Path:
@@ -130,12 +133,13 @@ class Ledger:
         Raises:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records, or cost
                 more than ``max_alone`` if no other site adds its noise.
-            PolicyRefusal: records were released without privacy, or charged for another unit, or the masks' key has a
-                charge already.
+            PolicyRefusal: the data set was withdrawn, or records were released without privacy, or charged for another
+                unit, or the masks' key has a charge already.
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         dataset = charge.dataset
         with self._offer(charge, records) as (db, prices, told):
+            self._hold_to_withdrawals(dataset)
             if allow:
                 allow(*self.trained(dataset, charge.run))
             _remember(db, dataset, records)
@@ -174,9 +178,15 @@ class Ledger:
 
     def check(self, charge: Charge) -> None:
         """Raise as ``charge`` would by what the data set's own name has spent; nothing is written."""
-        prices = self._prices([charge.dataset], charge.releases, charge.delta, charge.max_epsilon)
+        self._hold_to_withdrawals(charge.dataset)
+        prices = self._prices([charge.dataset], charge)
         self._hold_to_unit(charge, prices)
         self._hold_to_budgets(charge, prices)
+
+    def _hold_to_withdrawals(self, dataset: str) -> None:
+        """Raise PolicyRefusal if the data set was withdrawn; by its own name, which is the steward's word."""
+        if self.holds.withdrawn([dataset]):
+            raise PolicyRefusal(f"data set {dataset!r} was withdrawn by its steward: no round gets anything of it")
 
     def _hold_to_unit(self, charge: Charge, names: Iterable[str]) -> None:
         """Raise PolicyRefusal if any of the data sets was charged for another unit: no epsilon holds for both."""
@@ -193,16 +203,17 @@ class Ledger:
         """Raise BudgetExhausted unless the charge fits the budget of every data set that has a price."""
         own = prices[charge.dataset]
         what = f"data set {charge.dataset!r} refuses round {charge.round_number} of run {charge.run!r}"
-        if not own.epsilon_after <= own.max_epsilon:
+        if not own.epsilon_after <= own.max_epsilon or own.max_epsilon <= 0:
             before, after = (epsilon_text(e, decimals=4) for e in (own.epsilon_before, own.epsilon_after))
             left = remaining_text(max(0.0, own.max_epsilon - own.epsilon_before), decimals=4)
+            kept = f" without {own.kept:g} that is kept for another run" if own.kept else ""
             raise BudgetExhausted(
                 f"{what} ({_spoken(charge.releases)}): epsilon {before} is spent, this would make it {after}, the "
-                f"budget is {own.max_epsilon:g} at delta {own.delta:g}, {left} is left; see "
+                f"budget is {own.max_epsilon:g}{kept} at delta {own.delta:g}, {left} is left; see "
                 f"`fedveil ledger show {self.path}`"
             )
-        if not all(other.epsilon_after <= other.max_epsilon for other in prices.values()):
-            # No figures and no names: this line leaves the site.
+        if self.holds.withdrawn(prices) or not all(p.epsilon_after <= p.max_epsilon for p in prices.values()):
+            # No figures and no names, and the same line where the other one was withdrawn: it leaves the site.
             raise BudgetExhausted(
                 f"{what}: records that it shares with another data set have no budget left for it; see "
                 f"`fedveil ledger show {self.path}`"
@@ -251,12 +262,19 @@ class Ledger:
 
         Raises:
             ConfigError: a figure is out of range, or a name is empty.
+            PolicyRefusal: the data set was withdrawn, or another one that shares a record with it.
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         not_negative(round_number=round_number, steps=steps)
         if not dataset or not run:
             raise ConfigError("a release without privacy needs a data set and a run: name both")
         with self._file.transaction() as db:
+            self._hold_to_withdrawals(dataset)
+            if self.holds.withdrawn(self._recognise(dataset, records)):
+                raise PolicyRefusal(
+                    f"data set {dataset!r} refuses round {round_number} of run {run!r}: records that it shares with "
+                    f"another data set are released no more; see `fedveil ledger show {self.path}`"
+                )
             if allow:
                 allow(*self.trained(dataset, run))
             _remember(db, dataset, records)
@@ -296,7 +314,7 @@ class Ledger:
 
         def offer() -> tuple[dict[str, Receipt], list[Receipt]]:
             names = [charge.dataset, *self._recognise(charge.dataset, records)]
-            prices = self._prices(names, charge.releases, charge.delta, charge.max_epsilon)
+            prices = self._prices(names, charge)
             return prices, self._at_most(prices, charge.releases, prices[charge.dataset].delta)
 
         for left in reversed(range(PRICES + 1)):
@@ -380,10 +398,8 @@ class Ledger:
             )
             return [name for (name,) in rows.fetchall()]
 
-    def _prices(
-        self, names: Sequence[str], releases: Sequence[Release], delta: float, max_epsilon: float
-    ) -> dict[str, Receipt]:
-        """Return what ``releases`` cost each data set: the first has the records, the others share some.
+    def _prices(self, names: Sequence[str], charge: Charge) -> dict[str, Receipt]:
+        """Return what a charge costs each data set: the first has the records, the others share some.
 
         The caller's budget is the first one's alone, and so is its delta: a caller that chose a limit for the others,
         or met one of theirs at a figure of its choice, would learn by a refusal that a record is shared. Each of them
@@ -391,13 +407,29 @@ class Ledger:
         """
         own, *others = names
         held = self.terms(own)
-        prices = {own: self._price(own, releases, min(delta, held.delta), min(max_epsilon, held.epsilon))}
+        prices = {own: self._kept_price(own, charge, min(charge.delta, held.delta), charge.max_epsilon, held.epsilon)}
         for name in others:
             held = self.terms(name)
             # A name that holds records without a charge or a budget was released without privacy: it has no delta yet.
             at = held.delta if math.isfinite(held.delta) else prices[own].delta
-            prices[name] = self._price(name, releases, at, held.epsilon)
+            prices[name] = self._kept_price(name, charge, at, math.inf, held.epsilon)
         return prices
+
+    def _kept_price(self, dataset: str, charge: Charge, delta: float, limit: float, budget: float) -> Receipt:
+        """Return a price within ``limit``, and within the steward's ``budget`` less what is kept for other runs."""
+        kept = self.kept(dataset, charge.run, delta)
+        least = min(limit, budget - kept)
+        priced = self._price(dataset, charge.releases, delta, least)
+        return replace(priced, kept=kept) if kept and budget - kept < limit else priced
+
+    def kept(self, dataset: str, run: str, delta: float) -> float:
+        """Return the epsilon of ``dataset`` at ``delta`` that is kept for other runs than ``run``; empty: for all."""
+
+        def total(without: str) -> float:
+            with self._file.apart():
+                return accounting.epsilon(self.spent(dataset, without), delta)
+
+        return self.holds.kept(dataset, run, total)
 
     def _at_most(self, prices: dict[str, Receipt], releases: Sequence[Release], delta: float) -> list[Receipt]:
         """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
@@ -411,8 +443,12 @@ class Ledger:
         with self._file.apart():
             return price(spent, releases, delta, max_epsilon)
 
-    def spent(self, dataset: str) -> list[Release]:
+    def spent(self, dataset: str, without: str = "") -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
+
+        Args:
+            dataset: the data set.
+            without: a run whose charges are left out.
 
         Raises:
             LedgerError: the file cannot be read, or holds what has no price: figures that no mechanism has, or a kind
@@ -420,9 +456,9 @@ class Ledger:
         """
         with self._file.reading() as db:
             rows = db.execute(
-                "SELECT kind, figures, SUM(count), purpose FROM charges WHERE dataset = ? "
+                "SELECT kind, figures, SUM(count), purpose FROM charges WHERE dataset = ? AND run != ? "
                 "GROUP BY kind, figures, purpose ORDER BY MIN(id)",
-                (dataset,),
+                (dataset, without),
             ).fetchall()
         try:
             return [Release(event_from(kind, text), count, purpose) for kind, text, count, purpose in rows]

@@ -197,6 +197,37 @@ CREATE TRIGGER no_mask_key_delete BEFORE DELETE ON mask_keys
     )
 
 
+def m7_holds(db: sqlite3.Connection) -> None:
+    """Add budget that is kept for a run, and data sets that their steward has withdrawn."""
+    run_script(
+        db,
+        """
+CREATE TABLE reservations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL CHECK (run != ''),
+    epsilon REAL NOT NULL CHECK (epsilon >= 0),
+    until TEXT NOT NULL,
+    set_at TEXT NOT NULL
+);
+CREATE TRIGGER no_reservation_update BEFORE UPDATE ON reservations
+    BEGIN SELECT RAISE(ABORT, 'reservations are only ever added'); END;
+CREATE TRIGGER no_reservation_delete BEFORE DELETE ON reservations
+    BEGIN SELECT RAISE(ABORT, 'reservations are only ever added'); END;
+CREATE TABLE withdrawals (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL CHECK (dataset != ''),
+    reason TEXT NOT NULL CHECK (reason != ''),
+    withdrawn_at TEXT NOT NULL
+);
+CREATE TRIGGER no_withdrawal_update BEFORE UPDATE ON withdrawals
+    BEGIN SELECT RAISE(ABORT, 'withdrawals are only ever added'); END;
+CREATE TRIGGER no_withdrawal_delete BEFORE DELETE ON withdrawals
+    BEGIN SELECT RAISE(ABORT, 'withdrawals are only ever added'); END;
+""",
+    )
+
+
 MIGRATIONS: tuple[Step, ...] = (
     m1_charges,
     m2_budgets_and_records,
@@ -204,6 +235,7 @@ MIGRATIONS: tuple[Step, ...] = (
     m4_failures,
     m5_releases_as_data,
     m6_mask_keys,
+    m7_holds,
 )
 """The step that each format is made by, the first one's first."""
 FORMAT = len(MIGRATIONS)

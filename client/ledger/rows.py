@@ -1,4 +1,4 @@
-"""The rows of a ledger as data: charges and their receipts, terms, budgets, exposures, failures."""
+"""The rows of a ledger as data: charges and their receipts, terms, budgets, exposures, failures, holds."""
 
 from __future__ import annotations
 
@@ -104,6 +104,9 @@ class Receipt:
     """The delta at which all of the data set's releases were composed."""
     alone_after: float = 0.0
     """As ``epsilon_after``, if no other site adds its noise to a sum."""
+    kept: float = 0.0
+    """Of the steward's budget, what is reserved for other runs; 0 where that limits nothing. ``max_epsilon`` is without
+    it."""
     exposed: bool = False
     """Whether records of the data set were released without privacy too. Then no epsilon holds for them: the
     figures above are of what was charged alone."""
@@ -162,6 +165,32 @@ class Failure:
     reason: str
     """As in the site's own log: it quotes no record, and never leaves the site."""
     failed_at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """One row of the ledger: epsilon of a data set's budget that is kept for one run, or the end of that (0)."""
+
+    id: int
+    dataset: str
+    run: str
+    epsilon: float
+    until: str
+    """UTC, ISO 8601; from then on nothing is kept."""
+    set_at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """One row of the ledger: a data set of which nothing is released any more."""
+
+    id: int
+    dataset: str
+    reason: str
+    """The steward's; it never leaves the site."""
+    withdrawn_at: str
     """UTC, ISO 8601."""
 
 

@@ -1,0 +1,110 @@
+"""The receipt of a run at a site: everything that it charged to one data set, with what that came to.
+
+For whoever asks a steward what was done with some records. It says nothing of a record, and as much as the site's own
+ledger: all of it follows from public settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from client.ledger.file import now
+from client.ledger.ledger import Ledger
+from client.ledger.rows import Entry, Exposure, Failure
+from common.accountant import TRAINING
+from common.check import nearest
+from common.errors import LedgerError
+from common.privacy import accounting
+from common.privacy.accounting import Release
+
+CONTEXT = "FedVeil receipt, 1"
+
+
+@dataclass(frozen=True)
+class RunReceipt:
+    """What one run has cost one data set. Epsilons are at ``delta``, for add or remove one unit."""
+
+    context: str
+    """What the file is, so that no signature of it passes for one of anything else."""
+    dataset: str
+    run: str
+    unit: str
+    """What one neighbour is, in one word; empty: nothing was priced."""
+    delta: float | None
+    """The δ of all of the data set's releases; None: there is none."""
+    epsilon_run: float | None
+    """Of this run's charges alone. None, of these three: records were released without privacy, and no ε holds."""
+    epsilon_before: float | None
+    """Of everything charged to the data set before the run's first charge."""
+    epsilon_after: float | None
+    """Of everything charged up to the run's last one, those of other runs in between included."""
+    budget: float | None
+    """The steward's, as it holds now; None: there is none."""
+    rounds: tuple[int, ...]
+    """Training rounds that were charged, in order; one that was repeated stands twice."""
+    charges: tuple[Entry, ...]
+    exposures: tuple[Exposure, ...]
+    """Rounds that released records without privacy."""
+    failures: tuple[Failure, ...]
+    """Charged rounds that were answered by noise alone."""
+    withdrawn: str
+    """When the data set was withdrawn; empty: it is not."""
+    made: str
+    """UTC, ISO 8601."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as data, in the order of the fields."""
+        return asdict(self)
+
+
+def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
+    """Return the receipt of a run.
+
+    Raises:
+        LedgerError: the ledger holds nothing of the run for this data set; or as for ``Ledger.entries``.
+    """
+    whole = [entry for entry in ledger.entries() if entry.dataset == dataset]
+    charges = [entry for entry in whole if entry.run == run]
+    exposed = [row for row in ledger.exposures() if row.dataset == dataset]
+    exposures = [row for row in exposed if row.run == run]
+    failures = [row for row in ledger.failures() if (row.dataset, row.run) == (dataset, run)]
+    if not charges and not exposures:
+        known = sorted({entry.run for entry in whole} | {row.run for row in exposed})
+        raise LedgerError(
+            f"{ledger.path} holds no round of run {run!r} on data set {dataset!r}{nearest(run, known)}: see "
+            f"`fedveil ledger show {ledger.path}`"
+        )
+    terms = ledger.terms(dataset)
+    gone = [row.withdrawn_at for row in ledger.holds.withdrawals() if row.dataset == dataset]
+    parts: list[Sequence[Entry]] = [charges, [], []]
+    if charges:
+        parts[1:] = (
+            [entry for entry in whole if entry.id < charges[0].id],
+            [entry for entry in whole if entry.id <= charges[-1].id],
+        )
+    bare = ledger.exposed(dataset)
+    own, before, after = (None if bare else _epsilon(part, terms.delta) for part in parts)
+    return RunReceipt(
+        context=CONTEXT,
+        dataset=dataset,
+        run=run,
+        unit=charges[0].unit if charges else "",
+        delta=terms.delta if math.isfinite(terms.delta) else None,
+        epsilon_run=own,
+        epsilon_before=before,
+        epsilon_after=after,
+        budget=terms.epsilon if math.isfinite(terms.epsilon) else None,
+        rounds=tuple(entry.round_number for entry in charges if entry.purpose == TRAINING),
+        charges=tuple(charges),
+        exposures=tuple(exposures),
+        failures=tuple(failures),
+        withdrawn=gone[0] if gone else "",
+        made=now(),
+    )
+
+
+def _epsilon(entries: Sequence[Entry], delta: float) -> float:
+    return accounting.epsilon([Release(entry.event, entry.count, entry.purpose) for entry in entries], delta)

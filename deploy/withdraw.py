@@ -1,0 +1,49 @@
+"""The end of a site's records in its ledger, by the steward's word: their name, and every record that is there now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import DataError
+from deploy.site_check import pinned_settings
+from deploy.site_folder import SiteFolder, node_settings, policy_of_node
+
+
+def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], more: str = "") -> None:
+    """Write down that nothing of the site's data set is released any more, whatever name its records are given later.
+
+    Records that are gone, or cannot be read, are known by what was charged for them, and by the name. A round that was
+    charged before is answered still.
+
+    Args:
+        folder: the site's folder.
+        reason: the steward's; it stays in the ledger.
+        say: prints one line.
+        more: node settings that win over the folder's.
+
+    Raises:
+        ConfigError: a node setting is unknown, the policy cannot be read, or no reason is given.
+        LedgerError: the ledger cannot be written.
+    """
+    from client.ledger.ledger import Ledger
+    from client.ledger.record_hashes import record_hashes
+    from common.data.sources import load_protected
+
+    settings = node_settings(folder, more)
+    policy = policy_of_node(settings)
+    dataset = str(settings.get("dataset-id") or policy.dataset_id or settings["site"])
+    with Ledger(Path(str(settings["ledger"])).expanduser().absolute()) as ledger:
+        hashes: frozenset[int] = frozenset()
+        unread = "" if "data" in settings and policy.task else "this site has no records of its own"
+        if not unread:
+            try:
+                reading = load_protected(pinned_settings(policy), policy.task, str(settings["data"]))
+                hashes, unread = record_hashes(reading.dataset, ledger.key), "; ".join(reading.unreadable)
+            except DataError as error:
+                unread = str(error)
+        ledger.holds.withdraw(dataset, reason, hashes)
+    say(f"{dataset}: withdrawn. From now on every round on these records is refused, under any name.")
+    if unread:
+        say(f"No record was read now ({unread}): records that were never charged are known by this name alone.")
+    say("What was sent before stays sent. Tell the coordinator, so that the site is waited for no longer.")

@@ -1,0 +1,318 @@
+"""A steward's holds: budget that is kept for a run, data that are withdrawn, and receipts of what was charged."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from test_ledger import DELTA, ROUND, charge, cost_of
+from test_report import fedveil
+
+from audits.tiny_site import OneSite, clinic, pins
+from client.ledger.holds import Holds, moment
+from client.ledger.ledger import Ledger
+from client.ledger.receipts import receipt_of
+from common.config.text import to_toml
+from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
+from common.privacy.accounting import Release, epsilon, gaussian_release
+from deploy.site_folder import make_site, open_site_folder
+from deploy.withdraw import withdraw_site
+
+LATER = "2999-12-31T23:59:59+00:00"
+OTHER = gaussian_release(noise_multiplier=2.0, sample_rate=0.2, count=3)
+KEPT = cost_of(3) - cost_of(1)
+"""What two more rounds add to one."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "site.sqlite"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Ledger:
+    held = Ledger(path)
+    held.set_budget("ward", cost_of(3), DELTA)
+    return held
+
+
+# Reservations
+
+
+def check_that_a_reservation_keeps_what_it_says(ledger: Ledger) -> None:
+    """One round of another run fits beside what is kept, two do not; the run itself gets both of its own."""
+    ledger.holds.reserve("ward", "mine", KEPT, LATER)
+    charge(ledger, 1, run="other")
+    with pytest.raises(BudgetExhausted, match="kept for another run"):
+        charge(ledger, 2, run="other")
+    charge(ledger, 1, run="mine")
+    with pytest.raises(BudgetExhausted, match="kept for another run"):
+        charge(ledger, 2, run="other")
+    last = charge(ledger, 2, run="mine")
+    assert last.epsilon_after == cost_of(3)
+
+
+def test_what_is_kept_for_a_run_is_there_when_it_comes(ledger: Ledger) -> None:
+    check_that_a_reservation_keeps_what_it_says(ledger)
+
+
+def test_a_ledger_that_keeps_nothing_is_found_out(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Holds, "kept", lambda *_: 0.0)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_that_a_reservation_keeps_what_it_says(ledger)
+
+
+def test_what_a_run_has_added_is_no_longer_kept_for_it(ledger: Ledger) -> None:
+    """Against prices that are composed here by hand."""
+    ledger.set_budget("ward", 8.0, DELTA)
+    ledger.holds.reserve("ward", "mine", 2.0, LATER)
+    assert ledger.kept("ward", "", DELTA) == 2.0
+    assert ledger.kept("ward", "mine", DELTA) == 0.0
+    charge(ledger, 1, run="other", release=OTHER)
+    charge(ledger, 1, run="mine")
+    added = epsilon([ROUND, OTHER], DELTA) - epsilon([OTHER], DELTA)
+    assert 0 < added < 2.0
+    assert ledger.kept("ward", "other", DELTA) == pytest.approx(2.0 - added, abs=1e-12)
+    for number in (2, 3, 4):
+        charge(ledger, number, run="mine")
+    assert epsilon([Release(ROUND.event, 20), OTHER], DELTA) - epsilon([OTHER], DELTA) > 2.0
+    assert ledger.kept("ward", "other", DELTA) == 0.0
+
+
+def test_the_latest_reservation_of_a_run_holds_and_several_runs_add_up(ledger: Ledger) -> None:
+    ledger.holds.reserve("ward", "mine", 1.0, LATER)
+    ledger.holds.reserve("ward", "mine", 0.25, LATER)
+    ledger.holds.reserve("ward", "yours", 0.5, LATER)
+    assert ledger.kept("ward", "", DELTA) == 0.75
+    assert ledger.kept("ward", "yours", DELTA) == 0.25
+    assert ledger.kept("lab", "", DELTA) == 0.0
+    ledger.holds.reserve("ward", "mine", 0.0, LATER)
+    assert ledger.kept("ward", "", DELTA) == 0.5
+    assert [row.epsilon for row in ledger.holds.reservations()] == [1.0, 0.25, 0.5, 0.0]
+
+
+def test_a_reservation_ends_by_itself(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    soon = (datetime.now(UTC) + timedelta(hours=1)).isoformat(timespec="seconds")
+    ledger.holds.reserve("ward", "mine", cost_of(3), soon)
+    with pytest.raises(BudgetExhausted, match=r"the budget is 0 without .* that is kept"):
+        charge(ledger, 1, run="other")
+    monkeypatch.setattr("client.ledger.holds.now", lambda: soon)
+    charge(ledger, 1, run="other")
+    with pytest.raises(ConfigError, match="has passed"):
+        ledger.holds.reserve("ward", "mine", 1.0, soon)
+
+
+def test_a_reservation_that_somebody_makes_meanwhile_counts(
+    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A price was made before; the ledger's version tells that it must be made again."""
+    from test_pricing import during_prices
+
+    made: list[int] = []
+
+    def another() -> None:
+        if not made:
+            made.append(1)
+            with Ledger(path) as other:
+                other.holds.reserve("ward", "mine", cost_of(3), LATER)
+
+    during_prices(monkeypatch, another)
+    with pytest.raises(BudgetExhausted, match="kept for another run"):
+        charge(ledger, 1, run="other")
+    assert ledger.entries() == []
+
+
+def test_another_names_reservation_keeps_its_records_budget(ledger: Ledger) -> None:
+    """A round on another data set is charged to this one too, where they share a record."""
+    charge(ledger, 1, run="mine", records={1, 2})
+    ledger.holds.reserve("ward", "mine", KEPT + cost_of(1), LATER)
+    with pytest.raises(BudgetExhausted, match="shares with another data set have no budget left"):
+        charge(ledger, 1, dataset="clinic", run="other", records={2, 3})
+    charge(ledger, 1, dataset="clinic", run="mine", records={2, 3})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("ward", "mine", -1.0, LATER), "reserve a number above 0"),
+        (("ward", "mine", math.inf, LATER), "reserve a number above 0"),
+        (("ward", "mine", math.nan, LATER), "reserve a number above 0"),
+        (("ward", "no name", 1.0, LATER), "the name of a run"),
+        (("", "mine", 1.0, LATER), "a data set"),
+        (("ward", "mine", 1.0, "2020-01-01T00:00:00+00:00"), "has passed"),
+    ],
+)
+def test_a_reservation_that_is_none_is_refused(ledger: Ledger, words: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ledger.holds.reserve(*words)
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "2026-13-01", "2026-12-31T12:00:00", ""])
+def test_a_time_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no time"):
+        moment(text)
+
+
+def test_reserving_on_the_command_line(ledger: Ledger, path: Path) -> None:
+    charge(ledger, 1, run="other")
+    words = ("ledger", "reserve", path, "--dataset", "ward", "--run", "mine", "--until", "2999-12-31", "--epsilon")
+    code, said = fedveil(*words, cost_of(3))
+    assert code == 1
+    assert "reserve at most that" in said
+    code, said = fedveil(*words, 0.5)
+    assert code == 0, said
+    assert f"ward: the last ε 0.5 of {cost_of(3):g} is kept for run mine until 2999-12-31T23:59:59" in said
+    assert "Of that 0.5000 is kept" in fedveil("ledger", "remaining", path, "--dataset", "ward")[1]
+    assert "kept for run mine until" in fedveil("ledger", "show", path)[1]
+    assert fedveil(*words, 0)[0] == 0
+    assert "is kept for runs" not in fedveil("ledger", "remaining", path, "--dataset", "ward")[1]
+    exported = json.loads(fedveil("ledger", "export", path)[1])
+    assert [row["epsilon"] for row in exported["reservations"]] == [0.5, 0.0]
+
+
+# Withdrawals
+
+
+def check_that_a_withdrawn_data_set_is_stopped(ledger: Ledger) -> None:
+    charge(ledger, 1, records={1, 2})
+    ledger.holds.withdraw("ward", "a patient's wish", {2, 3})
+    with pytest.raises(PolicyRefusal, match="was withdrawn by its steward"):
+        charge(ledger, 2)
+    with pytest.raises(PolicyRefusal, match="was withdrawn by its steward"):
+        ledger.expose("ward", run="open", round_number=1, steps=1)
+    for shared in (1, 2, 3):
+        with pytest.raises(BudgetExhausted, match="have no budget left for it"):
+            charge(ledger, 1, dataset="clinic", records={shared, 9})
+        with pytest.raises(PolicyRefusal, match="are released no more"):
+            ledger.expose("clinic", run="open", round_number=1, steps=1, records={shared, 9})
+    charge(ledger, 1, dataset="clinic", records={9})
+    assert [entry.dataset for entry in ledger.entries()] == ["ward", "clinic"]
+    assert ledger.exposures() == []
+
+
+def test_nothing_of_a_withdrawn_data_set_is_released_under_any_name(ledger: Ledger) -> None:
+    check_that_a_withdrawn_data_set_is_stopped(ledger)
+
+
+def test_a_withdrawal_that_stops_nothing_is_found_out(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Holds, "withdrawn", lambda *_: False)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_that_a_withdrawn_data_set_is_stopped(ledger)
+
+
+def test_a_withdrawal_that_forgets_other_names_is_found_out(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = Holds.withdrawn
+    monkeypatch.setattr(Holds, "withdrawn", lambda self, names: len(names) == 1 and sound(self, names))
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_that_a_withdrawn_data_set_is_stopped(ledger)
+
+
+def test_a_withdrawal_cannot_be_taken_back(ledger: Ledger, path: Path) -> None:
+    ledger.holds.withdraw("ward", "a patient's wish")
+    ledger.set_budget("ward", 100.0, DELTA)
+    with pytest.raises(PolicyRefusal, match="withdrawn"):
+        charge(ledger, 1, max_epsilon=100.0)
+    for change in ("DELETE FROM withdrawals", "UPDATE withdrawals SET dataset = 'none'"):
+        with pytest.raises(LedgerError, match="only ever added"), ledger._file.transaction() as db:
+            db.execute(change)
+    with Ledger(path) as again, pytest.raises(PolicyRefusal, match="withdrawn"):
+        charge(again, 1)
+    with pytest.raises(ConfigError, match="a reason"):
+        ledger.holds.withdraw("ward", " ")
+
+
+def test_withdrawing_on_the_command_line(ledger: Ledger, path: Path) -> None:
+    charge(ledger, 1)
+    code, said = fedveil("ledger", "withdraw", path, "--dataset", "wart", "--reason", "asked for")
+    assert code == 1
+    assert "'ward'" in said
+    code, said = fedveil("ledger", "withdraw", path, "--dataset", "ward", "--reason", "asked for")
+    assert code == 0, said
+    assert "withdrawn for good: asked for" in fedveil("ledger", "show", path)[1]
+    assert "It was withdrawn" in fedveil("ledger", "remaining", path, "--dataset", "ward")[1]
+    (row,) = json.loads(fedveil("ledger", "export", path)[1])["withdrawals"]
+    assert (row["dataset"], row["reason"]) == ("ward", "asked for")
+
+
+def test_a_site_refuses_a_round_on_withdrawn_records_and_says_no_reason(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    site.train(1)
+    with Ledger(site.ledger) as ledger:
+        ledger.holds.withdraw("clinic", "SECRET-REASON")
+    reply = site.refuse(2)
+    assert reply.kind == "policy"
+    assert "withdrawn" in reply.reason
+    assert "SECRET-REASON" not in reply.reason
+
+
+def test_a_steward_withdraws_records_that_were_never_charged(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Under another name, in another file, they are still refused; the lines that are printed quote none."""
+    site = clinic(toy_settings, tmp_path)
+    data = Path(str(site.node["data"]))
+    policy = to_toml({"dataset-id": "ward", "epsilon": 8.0, "delta": 1e-3, "public-size": 50, **pins(site.settings)})
+    folder = make_site(tmp_path / "site", "clinic", "127.0.0.1:1", policy=policy, node=f'data="{data}"')
+    lines: list[str] = []
+    withdraw_site(open_site_folder(folder.path), "asked for", lines.append)
+    assert lines[0].startswith("ward: withdrawn")
+    assert not [line for line in lines if "No record was read" in line]
+    moved = OneSite(site.settings, {**site.node, "ledger": str(folder.ledger)})
+    reply = moved.refuse(1)
+    assert "shares with another data set have no budget left" in reply.reason
+    gone = make_site(tmp_path / "gone", "clinic", "127.0.0.1:1", policy=policy, node=f'data="{tmp_path / "no.csv"}"')
+    lines.clear()
+    withdraw_site(gone, "asked for", lines.append)
+    assert "known by this name alone" in " ".join(lines)
+
+
+# Receipts
+
+
+def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger) -> None:
+    ledger.set_budget("ward", 8.0, DELTA)
+    charge(ledger, 1, run="first", release=OTHER)
+    charge(ledger, 1, run="mine")
+    charge(ledger, 1, run="between", release=OTHER)
+    charge(ledger, 2, run="mine")
+    charge(ledger, 1, run="last")
+    ledger.fail("ward", run="mine", round_number=2, reason="a file broke")
+    made = receipt_of(ledger, "ward", "mine")
+    assert made.epsilon_run == cost_of(2)
+    assert made.epsilon_before == epsilon([OTHER], DELTA)
+    assert made.epsilon_after == epsilon([Release(OTHER.event, 6), Release(ROUND.event, 10)], DELTA)
+    assert (made.rounds, made.unit, made.delta, made.budget) == ((1, 2), "record", DELTA, 8.0)
+    assert [row.round_number for row in made.failures] == [2]
+    assert made.withdrawn == ""
+    ledger.expose("ward", run="open", round_number=1, steps=2)
+    assert receipt_of(ledger, "ward", "mine").epsilon_after is None
+    open_run = receipt_of(ledger, "ward", "open")
+    assert (open_run.epsilon_run, open_run.rounds, len(open_run.exposures)) == (None, (), 1)
+    with pytest.raises(LedgerError, match="holds no round of run 'mime'"):
+        receipt_of(ledger, "ward", "mime")
+
+
+def test_a_receipt_is_signed_and_a_changed_one_is_found(ledger: Ledger, path: Path, tmp_path: Path) -> None:
+    charge(ledger, 1, run="mine")
+    fedveil("keygen", tmp_path / "steward.pem")
+    out = tmp_path / "receipt.json"
+    words = ("ledger", "receipt", path, "--dataset", "ward", "--run", "mine")
+    code, said = fedveil(*words, "--sign", tmp_path / "steward.pem")
+    assert (code, "name one with --output" in said) == (1, True)
+    code, said = fedveil(*words, "--output", out, "--sign", tmp_path / "steward.pem")
+    assert code == 0, said
+    assert "1 round charged, the last one round 1" in said
+    held = json.loads(out.read_text())
+    assert (held["context"], held["run"], held["epsilon_run"]) == ("FedVeil receipt, 1", "mine", cost_of(1))
+    assert held["charges"][0]["event"]["figures"]["noise_multiplier"] == 1.0
+    public: Any = load_pem_public_key((tmp_path / "steward.pub.pem").read_bytes())
+    signature = (tmp_path / "receipt.json.sig").read_bytes()
+    public.verify(signature, out.read_bytes())
+    with pytest.raises(InvalidSignature):
+        public.verify(signature, out.read_bytes().replace(b"mine", b"mime"))

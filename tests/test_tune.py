@@ -1,0 +1,175 @@
+"""Trials of settings: priced together beforehand, charged together, and none paid twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import fedveil
+
+from audits.tiny_models import write_reviews
+from client.ledger.ledger import Ledger
+from common.config.text import to_toml
+from common.errors import ConfigError, PrivacyError
+from common.privacy.accounting import Release, epsilon
+from common.privacy.events import sampled_gaussian
+from experiments import tune
+from experiments.tune import STATE, Tuning, conduct_trials, read_tuning, simulated, spent
+from reports.declared import read_declared
+
+DELTA = 1e-3
+
+
+def trials_file(folder: Path, settings: dict[str, Any], trials: dict[str, dict[str, Any]], **more: Any) -> Path:
+    """Write a file of trials over a base configuration, and return it."""
+    (folder / "base.toml").write_text(to_toml(settings), encoding="utf-8")
+    tables = [f"[trials.{name}]\n{to_toml(own)}" for name, own in trials.items()]
+    head = to_toml({"base": "base.toml", "sites": 2, **more})
+    (folder / "trials.toml").write_text("\n".join([head, *tables]), encoding="utf-8")
+    return folder / "trials.toml"
+
+
+@pytest.fixture
+def base(toy_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    reviews = write_reviews(tmp_path / "all.csv", 120, 3)
+    more = {"rounds": 1, "training.local-steps": 1, "privacy.epsilon": 4.0, "privacy.delta": DELTA}
+    return {**toy_settings, "data.name": str(reviews), **more}
+
+
+THREE = {
+    "slow": {"training.learning-rate": 0.01},
+    "fast": {"training.learning-rate": 0.1},
+    "often": {"training.sample-rate": 0.5, "rounds": 2},
+}
+
+
+def test_the_total_is_the_composition_of_all_trials_and_the_noise_the_least(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    """Against releases that are written down here, and with a little less noise it would not fit."""
+    tuning = read_tuning(trials_file(tmp_path, base, THREE))
+
+    def together(noise: float) -> float:
+        rate = base["training.sample-rate"]
+        once = Release(sampled_gaussian(noise, rate), 2)  # slow and fast
+        return epsilon([once, Release(sampled_gaussian(noise, 0.5), 2)], DELTA)
+
+    assert tuning.epsilon == together(tuning.noise_multiplier)
+    assert tuning.epsilon <= 4.0 < together(0.998 * tuning.noise_multiplier)
+    alone = {trial.name: trial.epsilon for trial in tuning.trials}
+    assert max(alone.values()) < tuning.epsilon < sum(alone.values())
+    assert alone["slow"] == alone["fast"] < alone["often"]
+
+
+def check_that_every_ledger_holds_all_trials(tuning: Tuning, folder: Path) -> None:
+    held = spent(folder, DELTA)
+    assert list(held) == ["site-0", "site-1"]
+    assert set(held.values()) == {tuning.epsilon}, "the sites paid for something else than was printed"
+
+
+def test_the_ledgers_are_charged_what_was_printed(base: dict[str, Any], tmp_path: Path) -> None:
+    """Through the command line; called again nothing is run, and nothing paid."""
+    two = {name: THREE[name] for name in ("slow", "often")}
+    file, folder = trials_file(tmp_path, base, two), tmp_path / "out"
+    tuning = read_tuning(file)
+    code, said = fedveil("tune", file, "--output", folder, "--yes")
+    assert code == 0, said
+    flat = " ".join(said.split())
+    assert "no discount for publishing one holds" in flat
+    assert "its score is flattered" in flat
+    check_that_every_ledger_holds_all_trials(tuning, folder)
+    outcomes = json.loads((folder / STATE).read_text())["outcomes"]
+    assert [row["trial"] for row in outcomes] == ["slow", "often"]
+    assert [row["epsilon"] for row in outcomes] == sorted(row["epsilon"] for row in outcomes)
+    assert outcomes[-1]["epsilon"] == tuning.epsilon
+    best = max(outcomes, key=lambda row: row["accuracy"])
+    assert "this one was chosen" in read_declared(Path(best["folder"])).tuning
+    again = fedveil("tune", file, "--output", folder, "--yes")
+    assert again[0] == 0
+    assert "2 of 2 trials are there already" in again[1]
+    check_that_every_ledger_holds_all_trials(tuning, folder)
+    other = trials_file(tmp_path, base, {**two, "slow": {"training.learning-rate": 0.2}})
+    code, said = fedveil("tune", other, "--output", folder, "--yes")
+    assert (code, "is of other trials" in said) == (1, True)
+
+
+def test_without_a_yes_nothing_is_run(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.confirm", lambda _: False)
+    code, said = fedveil("tune", trials_file(tmp_path, base, THREE), "--output", tmp_path / "out")
+    assert (code, "nothing was run, and nothing is charged" in said) == (0, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ledger_for_each_trial_is_found_out(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the discount held: every trial would begin with a budget of its own."""
+    from experiments import in_process
+
+    sound, count = in_process.simulated_nodes, Counter[str]()
+
+    def apart(sites: int, ledgers: Path) -> Any:
+        count["trials"] += 1
+        return sound(sites, ledgers if count["trials"] == 1 else ledgers.with_name(f"ledgers-{count['trials']}"))
+
+    monkeypatch.setattr(in_process, "simulated_nodes", apart)
+    two = {name: THREE[name] for name in ("slow", "fast")}
+    tuning = read_tuning(trials_file(tmp_path, base, two))
+    conduct_trials(tuning, tmp_path / "out", simulated(tuning, tmp_path / "out"), lambda _: None)
+    with pytest.raises(AssertionError, match="paid for something else"):
+        check_that_every_ledger_holds_all_trials(tuning, tmp_path / "out")
+
+
+def test_a_trial_that_was_cut_off_goes_on_and_the_others_are_not_paid_again(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    two = {name: THREE[name] for name in ("slow", "fast")}
+    tuning, folder = read_tuning(trials_file(tmp_path, base, two)), tmp_path / "out"
+    conduct = simulated(tuning, folder)
+
+    def cut_off(trial: str, settings: Any) -> Path:
+        path = conduct(trial, settings)
+        if trial == "fast":
+            raise KeyboardInterrupt
+        return path
+
+    with pytest.raises(KeyboardInterrupt):
+        conduct_trials(tuning, folder, cut_off, lambda _: None)
+    tuned = conduct_trials(tuning, folder, conduct, lambda _: None)
+    assert [outcome.trial for outcome in tuned.outcomes] == ["slow", "fast"]
+    check_that_every_ledger_holds_all_trials(tuning, folder)
+    with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
+        assert Counter(entry.run for entry in ledger.entries()) == {"slow": 1, "fast": 1}
+
+
+@pytest.mark.parametrize(
+    ("trials", "more", "said"),
+    [
+        ({"one": {}}, {}, "at least two trials"),
+        ({"a": {}, "b": {"privacy.epsilon": 1.0}}, {}, "the same for all"),
+        ({"a": {}, "b": {"privacy.noise-multiplier": 1.0}}, {}, "given to every trial"),
+        ({"a": {}, "b": {"resume": "1"}}, {}, "given to every trial"),
+        ({"a": {}, "b": {"training.larning-rate": 1.0}}, {}, "learning-rate"),
+        ({"a": {}, "b": {}}, {"sties": 2}, "'sites'"),
+        ({"a": {}, "b": {}}, {"sites": 0}, "above 0"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_in_one_line(
+    base: dict[str, Any], tmp_path: Path, trials: Any, more: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_tuning(trials_file(tmp_path, base, trials, **more))
+    assert "\n" not in str(caught.value)
+
+
+def test_trials_without_privacy_and_trials_that_fit_no_budget_are_refused(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="costs no budget"):
+        read_tuning(trials_file(tmp_path, {**base, "privacy.mode": "none"}, THREE))
+    monkeypatch.setattr(tune, "paid_before", lambda _: [Release(sampled_gaussian(0.5, 0.5), 10)])
+    with pytest.raises(PrivacyError, match="what their starts release costs more"):
+        read_tuning(trials_file(tmp_path, base, THREE))
