@@ -302,8 +302,9 @@ def test_a_lost_factor_is_noticed_by_the_comparison_of_site_and_server(strategy:
 @pytest.mark.parametrize("head", [True, False], ids=["trained head", "frozen head"])
 def test_a_site_sends_what_it_trains_and_no_frozen_factor_travels(strategy: Strategy, head: bool) -> None:
     adapter, start = adapter_of(strategy), {k: v for k, v in example_states(strategy).items() if head or k != HEAD}
-    sent = strategy.uplink(select(start, (*adapter.trained, "weight", "bias")))
     received = strategy.downlink(strategy.start(start, adapter.trained))
+    trained, chosen = select(start, (*adapter.trained, "weight", "bias")), strategy.columns(received, 0)
+    sent = strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
     for layer, (out, into) in LAYERS.items():
         down, up = travels(strategy, adapter, out, into)
         assert set(sent[layer]) == set(adapter.trained), f"{strategy.name} does not send what is trained"

@@ -295,7 +295,7 @@ class Adapter(ABC):
         # PEFT takes the keys for regular expressions.
         cut = {re.escape(name): self.at_rank(len(used[name])) for name in kept if name in used}
         config.rank_pattern = {name: adapter.rank for name, adapter in cut.items()}
-        config.alpha_pattern = {name: adapter.alpha for name, adapter in cut.items()}  # type: ignore[misc]
+        config.alpha_pattern = {name: adapter.alpha for name, adapter in cut.items()}
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
