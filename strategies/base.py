@@ -203,6 +203,11 @@ class Strategy(ABC):
         del round_number
         return None
 
+    def told(self, state: ServerState) -> str:
+        """Server: return what there is to say of the next round, in words; empty: nothing."""
+        del state
+        return ""
+
     def simulated_rank(self, part: int) -> int:
         """Site: return how many columns a simulation's site trains that plays this part; 0: as many as the run has."""
         del part

@@ -29,6 +29,8 @@ from strategies.columns import MASK, Columns
 
 SCORE = "z"
 """How far a layer's score of the last round is above the least of one that learns, shape (1,): above 0 it learns."""
+SHOWN = 6
+"""Layers that a line names."""
 NONE = -1e9
 """Stands for it where there is no score."""
 
@@ -81,6 +83,17 @@ class ByEnergy(Columns):
         held = select(state.memory, (SCORE,))
         scores = {layer: float(factors[SCORE]) for layer, factors in held.items() if factors[SCORE] > NONE}
         return self.choose(state, scores) if scores else state
+
+    def told(self, state: ServerState) -> str:
+        """Return how many columns each layer trains next, those with the most first."""
+        layers: dict[int, list[str]] = {}
+        for layer, held in sorted(state.memory.items()):
+            layers.setdefault(int(held[MASK].sum()), []).append(layer)
+        said = []
+        for columns, names in sorted(layers.items(), reverse=True):
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            said.append(f"{columns} in {', '.join(names[:SHOWN])}{more}")
+        return f"columns that are trained next: {'; '.join(said)}"
 
     def _scores(self, state: ServerState, contributions: Sequence[Contribution]) -> dict[str, float]:
         """Return how far every trained layer's score is above the least; nothing of one site, or of unknown noise.

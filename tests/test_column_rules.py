@@ -268,6 +268,7 @@ def test_increlora_gives_columns_to_the_layer_that_learns_and_to_no_other() -> N
             assert torch.equal(state.adapter[layer]["B"][:, resting:], before[layer][:, resting:])
     assert [held["dense"] for held in seen] == [2, 5, 6, 6]
     assert [held["query"] for held in seen] == [2, 2, 2, 2]
+    assert strategy.told(state) == "columns that are trained next: 6 in dense; 2 in query"
 
 
 def grown_by_chance(told: float) -> float:
@@ -343,6 +344,7 @@ def test_a_run_of_increlora_and_of_diffora_sends_less_and_scores_like_its_export
         lines = read_lines(RoundLine, folder)
         sent[strategy] = [line.bytes_up for line in lines]
         assert lines[-1].accuracy == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
+        assert "columns that are trained next" in (folder / "run.log").read_text(encoding="utf-8")
     assert sent["increlora"][0] < sent["increlora"][-1]
     assert sent["diffora"][0] > sent["diffora"][-1]
 
@@ -368,7 +370,7 @@ def test_a_run_goes_on_from_the_last_ones_merged_model_and_the_ledger_charges_bo
     marks = [json.loads((run / "adapter" / "fedveil.json").read_text())["base_fingerprint"] for run in (first, second)]
     assert marks[0] != marks[1]
     before, after = (
-        load_base_model(name, "classification").module for name in (own["model.name"], tmp_path / "merged")
+        load_base_model(name, "classification").module for name in (own["model.name"], str(tmp_path / "merged"))
     )
     state, s = saved_state(first).adapter, own["adapter.alpha"] / 4
     weights = dict(after.named_parameters())

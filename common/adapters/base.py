@@ -292,11 +292,10 @@ class Adapter(ABC):
         config = named.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
         config.base_model_name_or_path = base_name
         config.inference_mode = True
-        for name in (name for name in kept if name in used):
-            cut = self.at_rank(len(used[name]))
-            # PEFT takes the keys for regular expressions.
-            config.rank_pattern[re.escape(name)] = cut.rank
-            config.alpha_pattern[re.escape(name)] = cut.alpha
+        # PEFT takes the keys for regular expressions.
+        cut = {re.escape(name): self.at_rank(len(used[name])) for name in kept if name in used}
+        config.rank_pattern = {name: adapter.rank for name, adapter in cut.items()}
+        config.alpha_pattern = {name: adapter.alpha for name, adapter in cut.items()}
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
