@@ -128,7 +128,7 @@ def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) ->
     state = job.start({layer: start[layer] for layer in ended.adapter if layer in start})
     counted = {line.round_number for line in read_lines(RoundLine, run) if line.complete and line.round_number}
     by_round = {number: _results(run, number) for number in sorted(counted)}
-    if not by_round:
+    if not by_round or job.config.server.rule != "none":  # what a rule took from public text is kept nowhere
         return None
     for results in by_round.values():
         contributions = _noised(job, state, results, draw)
