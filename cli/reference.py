@@ -14,6 +14,7 @@ import click
 import typer
 
 from cli import cited
+from cli.systems import row_table, row_texts, strategy_costs, system_table
 from common.accountant import Accountant
 from common.docstrings import fields_said, said_of
 from common.messages import wire
@@ -46,6 +47,7 @@ from common.run_lines import (
     CountLine,
     Finding,
     LabelScore,
+    LayerLine,
     PrivacyLine,
     ProgressFile,
     Reached,
@@ -126,6 +128,7 @@ def run_folder_page() -> str:
         Absence: "in `rounds.jsonl`",
         CountLine: "in `rounds.jsonl`",
         LabelScore: "in `baseline.json` and `rounds.jsonl`",
+        LayerLine: "in `rounds.jsonl`",
         Reached: "in `result.json`, beside the other keys",
         Finding: "in `audit*.json`",
         BesideRow: "in `beside.json`",
@@ -139,6 +142,33 @@ def run_folder_page() -> str:
         "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
         "ledgers.",
         *parts,
+    )
+
+
+def systems_page() -> str:
+    """Return the page of published systems: the row of each, what differs and why, what is exact, what it costs."""
+    return _page(
+        "Published systems and their rows",
+        "A system of the literature is a strategy, an adapter and a start here, and any of them goes with others "
+        "([tables.md](tables.md)). No accuracy follows from this page: a gain is claimed only beside its control "
+        "([the log](../experiments/LOG.md)).",
+        (
+            "Systems",
+            system_table(),
+            "Bytes are of the default job (12 layers of 384 × 384, r = 8), without the head and what is sent once. "
+            "Training costs ε by its steps, whatever the system: what differs is what a start costs on top. Anything "
+            "that a server computes from what sites sent is free.",
+        ),
+        (
+            "What a strategy costs",
+            strategy_costs(),
+            "A strategy that takes the mean alone can run under a [secure sum](secure-sum.md). σ noise multiplier, C "
+            "clip norm, b expected batch, s the scale, x the noise on a trained factor, K sites.",
+        ),
+        ("Rows that no system of this list names", row_table(), "Each of them can be chosen all the same."),
+        ("Strategies, one by one", row_texts("strategy"), "What the file of each row says, with its paper."),
+        ("Adapters, one by one", row_texts("adapter.name"), "Of every parameterisation."),
+        ("Starts, one by one", row_texts("adapter.start"), "Of every place where factors begin."),
     )
 
 
@@ -185,6 +215,7 @@ def commands_page() -> str:
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "tables.md": tables_page,
+    "systems.md": systems_page,
     "run-folder.md": run_folder_page,
     "wire.md": wire_page,
     "commands.md": commands_page,

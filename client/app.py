@@ -20,7 +20,15 @@ from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_features, rehearse_head, rehearse_initial, rehearse_linearised
+from client.rehearsal import (
+    rehearse,
+    rehearse_columns,
+    rehearse_features,
+    rehearse_head,
+    rehearse_initial,
+    rehearse_linearised,
+    rehearse_turn,
+)
 from client.site import Site, check_job, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
 from common.config.sections import Scalar
@@ -86,7 +94,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     return model
 
 
-def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, number: int) -> None:
+def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, task: TrainTask) -> None:
     """Let the model rehearse what it is about to do, and hold that to the time of the answer.
 
     The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
@@ -96,6 +104,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
+    number = task.round_number
     training, initial = job.config.training, not number
     each = job.config.privacy.rows_of_unit
     most = each * site.public_size
@@ -108,8 +117,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
                 f"{job.mechanism.name!r} nobody knows how long a round takes"
             )
         return
-    if PLAIN not in _process.rehearsed:
-        _process.rehearsed[PLAIN] = rehearse(model)
+    plain = _rehearse_steps(job, site, model, task)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
     rests = job.config.refits(number)
@@ -119,17 +127,17 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
         _process.features, _process.records = rehearse_features(model), {}
     if paid_start and INITIAL not in _process.rehearsed:
         # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
-        attention, plain = model.attention, _process.rehearsed.pop(PLAIN)
+        attention, before = model.attention, _process.rehearsed.pop(PLAIN)
         start = rehearse_initial(model, paid_start)
         if model.attention != attention:
-            plain = rehearse(model)
-        _process.rehearsed = {PLAIN: plain, INITIAL: start}
+            before = rehearse(model)
+        _process.rehearsed = {PLAIN: before, INITIAL: start}
     on_vectors = training.linearised and not initial and not rests
     if on_vectors and VECTORS not in _process.rehearsed:
         _process.rehearsed[VECTORS] = rehearse_linearised(model)
     if rests and REFIT not in _process.rehearsed:
         _process.rehearsed[REFIT] = rehearse_head(model)
-    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else PLAIN]
+    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else plain]
     if on_vectors or rests:
         timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
     paid = paid_start.release() if paid_start else None
@@ -154,6 +162,22 @@ def _units_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> 
         return sys.maxsize
     with start.opened(model) if start else nullcontext():
         return units_at_once(sum(p.numel() for p in model.module.parameters() if p.requires_grad))
+
+
+def _rehearse_steps(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> str:
+    """Let the model rehearse the steps of a task's round, if it has not, and return what they are called."""
+    chosen = job.strategy.columns(task.state, site.declared_rank(job)) if task.round_number else None
+    turn = job.strategy.turn(task.round_number) if task.round_number else None
+    if chosen is not None:
+        name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
+    else:
+        name = PLAIN if turn is None else f"steps on {', '.join(turn)}"
+    if name not in _process.rehearsed:
+        if chosen is not None:
+            _process.rehearsed[name] = rehearse_columns(model, chosen)
+        else:
+            _process.rehearsed[name] = rehearse(model) if turn is None else rehearse_turn(model, turn)
+    return name
 
 
 def _records(model: FederatedModel, site: Site, job: Job) -> list[Record]:
@@ -201,6 +225,8 @@ def answer(
             run = run_name(job.config, run)
             check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
+        if simulated and not site.rank:
+            site = replace(site, rank=job.strategy.simulated_rank(int(node.get("partition-id", 0))))
         asked = kind_of_task(content)
         summed = job.mechanism.summed
         party = party_of(site.name, node, site.policy, run, simulated=simulated) if summed else None
@@ -221,7 +247,7 @@ def answer(
             if whole is None:
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
             check_task(whole, job, model)
-            _hold_to(deadline, job, site, model, number)
+            _hold_to(deadline, job, site, model, whole)
             masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
         records = _records(model, site, job)
         result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)

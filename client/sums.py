@@ -280,7 +280,8 @@ def terms_of(job: Job, public_size: int) -> Terms:
 
 
 def _hashes(task: TrainTask, job: Job, model: FederatedModel) -> Task:
-    sent = job.summed(task.round_number, model.trained())
+    with model.factors_alone(job.strategy.turn(task.round_number)):
+        sent = job.summed(task.round_number, model.trained())
     trained = {layer: {name: p.detach() for name, p in factors.items()} for layer, factors in sent.items()}
     return Task(
         base=model.base.fingerprint,

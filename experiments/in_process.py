@@ -18,7 +18,7 @@ from common.paths import run_folder
 from server.conduct import conduct
 from server.model import ServerModel
 from server.records import RunFolder
-from server.replies import read_reply
+from server.replies import read_reply, replies_to
 from server.sites import Exchange, Transport
 from strategies.job import Job, configure
 
@@ -61,7 +61,8 @@ class InProcessTransport:
             down += payload_bytes(content)
             record = self.deliver(node, task, content)
             up += payload_bytes(record)
-            replies[node] = read_reply(record, self._layout_of_round(task.round_number), task, node)
+            expected = replies_to(task, self._job, self._layout_of_round(task.round_number))
+            replies[node] = read_reply(record, expected, task, node)
         return Exchange(replies, down, up)
 
     def deliver(self, node: int, task: Task, content: Any) -> Any:

@@ -21,6 +21,7 @@ from common.words import (
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.data import ReportData, setting_of
+from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sites import distinct
@@ -52,6 +53,7 @@ def to_markdown(data: ReportData) -> str:
         _beside(data),
         _sites(data),
         _rounds(data),
+        _learning(data),
         _others(data),
         _origin(data),
     ]
@@ -228,6 +230,13 @@ def _rounds(data: ReportData) -> list[str]:
             ],
         ),
     ]
+
+
+def _learning(data: ReportData) -> list[str]:
+    if not data.learning:
+        return []
+    table = _table(LEARNING_COLUMNS, map(learning_cells, data.learning))
+    return ["## Which layers learnt", "", plain(learning_sentence(data.learning)), "", *table]
 
 
 def _others(data: ReportData) -> list[str]:

@@ -248,6 +248,20 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <p>No round has finished yet.</p>
 {% endif %}
 
+{% if data.learning %}
+<h2>Which layers learnt</h2>
+<p>{{ learning }}</p>
+{% call table("What the changes of each layer tell, beside what noise alone would") %}
+<thead><tr><th scope="col">{{ learning_columns[0] }}</th>
+{% for column in learning_columns[1:] %}<th scope="col" class="n">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in data.learning %}
+{% set cells = row|layer %}
+<tr><th scope="row">{{ cells[0] }}</th>
+{% for cell in cells[1:] %}<td class="n">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+
 <h2>Refusals and failures</h2>
 {% if data.refusals %}
 {% call table("Sites that did not take part in a round, and why") %}

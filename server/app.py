@@ -19,7 +19,7 @@ from server.model import ServerModel
 from server.pulls import Pulls
 from server.records import RunFolder
 from server.registered import registered_names
-from server.replies import read_reply, refusal
+from server.replies import read_reply, refusal, replies_to
 from server.sites import Exchange
 from strategies.job import Job, configure
 
@@ -111,7 +111,8 @@ class FlowerTransport:
             return refusal(task, node, "reply", "the message cannot be unpacked"), 0
         if message.has_error():
             return refusal(task, node, "failed", message.error.reason or "no reason given"), 0
-        return read_reply(message.content, layout, task, node), payload_bytes(message.content)
+        expected = replies_to(task, self._job, layout)
+        return read_reply(message.content, expected, task, node), payload_bytes(message.content)
 
 
 def _patiently(call: Callable[[], Answer]) -> Answer:

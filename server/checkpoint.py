@@ -34,7 +34,7 @@ from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
 FORMAT = "6"
-PARTS = ("adapter", "memory", "first moments", "second moments")
+PARTS = ("adapter", "memory", "first moments", "second moments", "clocks")
 """Where a stored tensor belongs."""
 MAY_CHANGE = ("resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
@@ -80,7 +80,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     order: list[tuple[str, str, str]] = []
     tensors = {}
     held = checkpoint.state
-    parts = (held.adapter, held.memory, held.optimizer.first, held.optimizer.second)
+    parts = (held.adapter, held.memory, held.optimizer.first, held.optimizer.second, held.optimizer.clocks)
     for part, state in zip(PARTS, parts, strict=True):
         for layer, factor, tensor in entries(state):
             tensors[str(len(order))] = tensor.detach().cpu().contiguous().clone()
@@ -146,11 +146,23 @@ def memory_of(folder: Path) -> tuple[AdapterState, str]:
     Raises:
         DataError: the folder holds no checkpoint that can be read.
     """
-    path = folder / NAME
-    if not path.is_file():
-        raise DataError(f"{folder} holds no checkpoint: name the folder of a run that finished a round")
-    about, state = _read(path)
+    about, state = _saved(folder)
     return state.memory, str(about["settings"]["model.name"])
+
+
+def saved_state(folder: Path) -> ServerState:
+    """Return the state that a run's last complete round left.
+
+    Raises:
+        DataError: there is none, or the checkpoint is damaged or of another format.
+    """
+    return _saved(folder)[1]
+
+
+def _saved(folder: Path) -> tuple[dict[str, Any], ServerState]:
+    if not (folder / NAME).is_file():
+        raise DataError(f"{folder} holds no checkpoint: give the folder of a run that finished a round")
+    return _read(folder / NAME)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
@@ -167,8 +179,8 @@ def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
                 parts[part].setdefault(layer, {})[factor] = file.get_tensor(str(place))
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} is damaged ({' '.join(str(error).split())}): start a new run") from error
-    adapter, memory, first, second = (parts[part] for part in PARTS)
-    moments = Moments(first, second, about["steps"])
+    adapter, memory, first, second, clocks = (parts[part] for part in PARTS)
+    moments = Moments(first, second, about["steps"], clocks)
     return about, ServerState(about["round"], adapter, tuple(about["trained"]), memory, moments)
 
 

@@ -68,6 +68,9 @@ class _Observer:
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.finished(outcome, state, members)
         self._folder.say(round_line(self._job, outcome, members), outcome.round_number)
+        told = self._job.strategy.told(state)
+        if told and outcome.round_number < self._job.config.rounds:
+            self._folder.say(f"  {told}", outcome.round_number)
         self._tracking.tell()
 
     def missed(self, outcome: RoundOutcome) -> None:

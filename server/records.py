@@ -9,6 +9,7 @@
 ``log.jsonl``       the server's log
 ``progress.json``   what goes on right now, for whoever watches
 ``adapter/``        the final adapter in PEFT's format, with the head and what is needed to score it
+``ranks/``          the same cut to every lower rank, without the head, of a strategy whose adapter may be cut
 ``result.json``     how the run ended
 
 What the JSON files hold is defined in ``common.run_lines``.
@@ -28,6 +29,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
 from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
@@ -169,6 +171,7 @@ class RunFolder:
                 failures=got.failures,
                 labels=self._by_label(outcome.score) if outcome.score else [],
                 slices=self._by_slice(outcome.score) if outcome.score else [],
+                learning=list(outcome.learning),
             )
         )
 
@@ -212,6 +215,10 @@ class RunFolder:
         folder, config = self.path / "adapter", self.job.config
         model.write(adapter)
         model.adapter.export(model.peft_model, adapter, folder, config.model.name)
+        if self.job.strategy.nested and isinstance(model.adapter, LoRAFrozenA):
+            for rank in range(1, model.adapter.rank):
+                place, cut = self.path / "ranks" / str(rank), model.adapter.first(adapter, rank)
+                model.adapter.at_rank(rank).export(model.peft_model, cut, place, config.model.name)
         if model.head:
             head = {name: tensor.float().cpu().contiguous() for name, tensor in model.folded_head.items()}
             save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})

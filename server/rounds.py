@@ -10,10 +10,12 @@ from typing import Protocol
 
 from common.errors import RunFailed
 from common.model.federated import Score
+from common.run_lines import LayerLine
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
 from server.drop_outs import RecoveringSites
+from server.learning import layer_lines, with_noises
 from server.model import ServerModel
 from server.rates import within_noise
 from server.replies import clean
@@ -38,6 +40,8 @@ class RoundOutcome:
     seconds: float
     counts: bool = True
     """Whether the quorum was reached; if not, nothing was averaged."""
+    learning: tuple[LayerLine, ...] = ()
+    """Which layers learn, of a round of training that counts."""
 
 
 class Observer(Protocol):
@@ -107,15 +111,17 @@ def run_rounds(
                 observer.stopped(f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed")
                 break
             raise _too_few(got, round_number, job.config.min_sites)
-        averaged = list(got.summed) or contributions(job, list(got.results.values()), state)
         results = list(got.results.values())
+        averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
+        learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
         step: ServerStep = partial(ruled_step, job, within_noise(job, results, averaged), measured)
         if job.config.server.scores:
             step = watched(job, step, server_model.base_weight, variance_of_noise(job, results, averaged))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
-        observer.finished(RoundOutcome(round_number, got, score, time.monotonic() - began), state, admission.members)
+        outcome = RoundOutcome(round_number, got, score, time.monotonic() - began, learning=tuple(learning))
+        observer.finished(outcome, state, admission.members)
     return state
 
 

@@ -13,11 +13,12 @@ from common.config.sections import defaults
 from common.data.sets import DATASETS, UserFile
 from common.docstrings import said_of
 from common.errors import ConfigError
+from common.messages.columns import narrowed
 from common.messages.state import AdapterState
 from common.starts import STARTS, Start
 from common.tasks import TASKS
 from common.words import bytes_text
-from strategies import STRATEGIES, Strategy
+from strategies import STRATEGIES, Strategy, of_turn
 from strategies.rules import RULES
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
@@ -40,7 +41,10 @@ def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[
     shapes = adapter.shapes(out, into).items()
     layer = {"layer": {factor: torch.randn(shape, generator=draw) for factor, shape in shapes}}
     trained = {"layer": {factor: layer["layer"][factor] for factor in adapter.trained}}
-    return strategy.downlink(strategy.start(layer, adapter.trained)), strategy.uplink(trained)
+    down = strategy.downlink(strategy.start(layer, adapter.trained))
+    chosen = strategy.columns(down, 0)
+    trained = of_turn(trained, strategy.turn(1))
+    return down, strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
 
 
 def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:

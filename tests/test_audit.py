@@ -104,7 +104,8 @@ def test_steps_on_vectors_tell_what_was_charged_or_it_is_found(
     assert found.passed, found.figures
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+# Strategies by columns of B train a part of what FFA-LoRA does, by the same steps.
+@pytest.mark.parametrize("strategy", sorted(n for n, s in STRATEGIES.items() if not (s.by_columns or s.nested)))
 def test_steps_on_what_a_strategy_trains_give_away_what_was_charged_and_no_more(strategy: str, tmp_path: Path) -> None:
     for fault in (SOUND, HALVED):
         found = audit_steps(strategy, tmp_path, fault)

@@ -53,6 +53,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "noised_correct": "see below",
         "words": "of a secure sum, in the place of the contribution: uniform by its masks, see tests/test_sums.py",
         "offer": "a new key and its signature, of nothing but the run's public names",
+        "rank": "declared by the steward, or the configuration's where that is less",
     },
     Spending: {
         "purpose": "from the task",

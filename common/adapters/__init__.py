@@ -13,6 +13,7 @@ from common.adapters.lora_diagonal import LoRADiagonal
 from common.adapters.lora_frozen_a import LoRAFrozenA
 from common.adapters.lora_frozen_b import LoRAFrozenB
 from common.adapters.lora_increments import LoRAIncrements
+from common.adapters.lora_merged import LoRAMerged
 from common.adapters.lora_metric import LoRAMetric
 from common.adapters.lora_sb import LoRASB
 from common.adapters.none import NoAdapter
@@ -31,6 +32,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
         LoRAFrozenB,
         LoRAMetric,
         LoRAIncrements,
+        LoRAMerged,
         LoRADiagonal,
         LoRASB,
         DoRA,
@@ -78,6 +80,7 @@ __all__ = [
     "LoRAFrozenA",
     "LoRAFrozenB",
     "LoRAIncrements",
+    "LoRAMerged",
     "LoRAMetric",
     "LoRASB",
     "NoAdapter",

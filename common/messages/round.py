@@ -209,6 +209,8 @@ class TrainResult:
     """In a secure sum, the masked vector: little-endian u32, in the canonical order of the trained tensors."""
     offer: KeyOffer | None = None
     """In a secure sum, the site's key for the first attempt at the next round, if it has a budget for that."""
+    rank: int = 0
+    """How many columns the site trains, declared by its operator as public; 0 where the strategy does not ask."""
 
 
 REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")

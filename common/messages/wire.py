@@ -18,6 +18,7 @@ The header record has ``protocol`` (a whole number that every version can read) 
       4 detour      of the spending's accountant, as in ``_DETOUR``
       8 sum         none in the header; the block ``sum`` of u32 stands in the place of the tensors
      16 next key    key: 32 bytes, signature: 64 bytes; only beside a sum
+     32 rank        u32; only where sites declare one
     refusal         site: text, reason: text
     key task        attempt: u32
     key             site: text, key: 32 bytes, signature: 64 bytes
@@ -40,7 +41,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -108,7 +109,8 @@ _SUM_REPLIES: dict[str, type[SumReply]] = {
 }
 _FOR_SUMS = [kind for pair in zip(_SUM_TASKS, _SUM_REPLIES, strict=True) for kind in pair]
 _KINDS = ("train", "result", *REFUSAL_KINDS, *_FOR_SUMS)
-_SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY = 1, 2, 4, 8, 16
+_SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY, _RANKED = 1, 2, 4, 8, 16, 32
+_RANK = struct.Struct("<I")
 """Bits of a result's ``parts``."""
 _SPENT = Form(
     Spending,
@@ -468,6 +470,8 @@ def encode_reply(reply: Reply | SumReply) -> RecordDict:
     present |= _SUMMED if reply.words else 0
     if reply.offer is not None:
         present, parts = present | _NEXT_KEY, parts + _KEY.pack(reply.offer.public, reply.offer.signature)
+    if reply.rank:
+        present, parts = present | _RANKED, parts + _RANK.pack(reply.rank)
     header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
     if not reply.words:
         return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
@@ -530,8 +534,10 @@ def _words(record: RecordDict, layout: Layout) -> bytes:
     return arrays["words"].data
 
 
-def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int) -> Reply:
-    """Return the reply; ``layout`` is what the strategy lets a site send.
+def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], run: str, round_number: int) -> Reply:
+    """Return the reply; ``layout`` is what the strategy lets a site send, perhaps by the rank that it declares.
+
+    Where it is by the rank it is asked for 0 if none is declared, and raises ProtocolError for one that cannot be.
 
     Raises:
         ProtocolError: it belongs to another run or round, or anything in it is not as expected.
@@ -546,21 +552,26 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
     size, mark, present = reader.take(_RESULT, "public size")
     if size < 1:
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
-    if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED | _NEXT_KEY):
+    if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED | _NEXT_KEY | _RANKED):
         raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
     spending = _spending(reader) if present & _SPENDING else None
     counted = _count(reader, spending) if present & _COUNTED else None
     if present & _DETOURED:
         spending = _detoured(reader, spending)
     offer = KeyOffer(site, *reader.take(_KEY, "next key")) if present & _NEXT_KEY else None
+    (rank,) = reader.take(_RANK, "rank") if present & _RANKED else (0,)
     reader.end()
+    if callable(layout):
+        layout = layout(rank)
+    elif rank:
+        raise ProtocolError(f"{site} declares a rank, which this run does not ask for")
     if present & _SUMMED:
         if mark != _layout_hash({}):
             raise ProtocolError(f"{site} sends a sum and tensors beside it")
         return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, layout), offer)
     if offer is not None:
         raise ProtocolError(f"{site} sends a key of a secure sum and no vector of one")
-    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted)
+    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted, rank=rank)
 
 
 def result_to_bytes(result: TrainResult) -> bytes:
@@ -570,7 +581,8 @@ def result_to_bytes(result: TrainResult) -> bytes:
 
 def result_from_bytes(data: bytes, layout: Layout, run: str, round_number: int) -> TrainResult:
     """Return the result that ``result_to_bytes`` made; ProtocolError if it is of another round or run."""
-    reply = decode_reply(recorddict_from_proto(ProtoRecordDict.FromString(data)), layout, run, round_number)
+    kept = recorddict_from_proto(ProtoRecordDict.FromString(data))
+    reply = decode_reply(kept, lambda _: layout, run, round_number)
     if not isinstance(reply, TrainResult):
         raise ProtocolError("what was kept is not a result")
     return reply

@@ -28,6 +28,7 @@ from experiments.planner.price import (
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
 from server.model import ServerModel
+from strategies import of_turn
 from strategies.job import Job
 
 
@@ -180,8 +181,9 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
     server_model = ServerModel(job)
     workers = worker_count(len(sizes), workers)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
-    start, still = server_model.trained_start(), {HEAD} if job.config.training.linearised else set[str]()
-    trained = sum(t.numel() for layer, factors in start.items() if layer not in still for t in factors.values())
+    started = of_turn(server_model.trained_start(), job.strategy.turn(1))
+    still = {HEAD} if job.config.training.linearised else set[str]()
+    trained = sum(t.numel() for layer, factors in started.items() if layer not in still for t in factors.values())
     return Forecast(
         job=job,
         sizes=tuple(sizes),
