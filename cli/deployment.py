@@ -10,7 +10,7 @@ import typer
 
 from cli.column_options import with_columns
 from cli.errors import for_people
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from deploy.check_results import CheckResult
 
 server_app = typer.Typer(no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
@@ -231,6 +231,30 @@ def site_peers(
     roster = make_roster(open_site_folder(folder), others)
     _say(f"peers.toml has {', '.join(roster.keys)}; its hash, which every steward must see: {roster.digest}")
     _say('let the site join by the policy: honest-sites = ..., epsilon-alone = ..., peers = "peers.toml"')
+
+
+@site_app.command("statement")
+@for_people
+def site_statement(
+    folder: Folder,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A file to hand over.")] = None,
+) -> None:
+    """Print the steward's own statement from the policy (source, legal-basis, retention), and its hash."""
+    from deploy.site_folder import open_site_folder
+    from deploy.statement import statement_of
+    from reports.statements import read_statement
+
+    text = statement_of(open_site_folder(folder))
+    _say(text.rstrip("\n"))
+    _say(f"SHA-256: {read_statement(text.encode(), 'of this site').sha256}")
+    if output is not None:
+        from common.files import replace_file
+
+        try:
+            replace_file(output, text.encode())
+        except OSError as error:
+            raise DataError(f"{output} cannot be written ({error.strerror}): name another file") from error
+        _say(f"written: {output}")
 
 
 @site_app.command("withdraw")

@@ -32,6 +32,13 @@ def report(
     registry: Annotated[
         bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
     ] = False,
+    annex: Annotated[
+        bool, typer.Option("--annex", help="Also write annex.md: this run's facts beside the questions of the law.")
+    ] = False,
+    statements: Annotated[
+        list[Path] | None,
+        typer.Option("--statement", help="A steward's statement, for the annex; may be given again."),
+    ] = None,
     beside: Annotated[
         Path | None,
         typer.Option(help="Table of a sweep (.jsonl), whose runs on the same base model and data are shown beside."),
@@ -43,8 +50,10 @@ def report(
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
     from common.config.text import parse_settings
+    from common.words import visible
     from reports import write_reports
     from reports.declared import declare, read_declared
+    from reports.statements import keep as keep_statement
 
     if declared:
         declare(folder, parse_settings(declared))
@@ -53,7 +62,10 @@ def report(
     if picture is not None:
         _write_picture(folder, picture, sign)
         return
-    written = write_reports(folder, sign, registry=registry)
+    for file in statements or []:
+        kept = keep_statement(folder, file)
+        console.print(f"statement of {visible(kept.site)}: SHA-256 {kept.sha256}", markup=False)
+    written = write_reports(folder, sign, registry=registry, annex=annex or bool(statements))
     print_summary(folder)
     if registry:
         for key, question in read_declared(folder).open().items():

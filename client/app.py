@@ -18,7 +18,14 @@ from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_columns, rehearse_features, rehearse_initial, rehearse_linearised
+from client.rehearsal import (
+    rehearse,
+    rehearse_columns,
+    rehearse_features,
+    rehearse_head,
+    rehearse_initial,
+    rehearse_linearised,
+)
 from client.site import Site, check_job, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of
 from common.config.sections import Scalar
@@ -39,7 +46,7 @@ log = logging.getLogger("fedveil.site")
 app = ClientApp()
 
 
-PLAIN, INITIAL, VECTORS = "plain steps", "round 0", "steps on vectors"
+PLAIN, INITIAL, VECTORS, REFIT = "plain steps", "round 0", "steps on vectors", "the head's steps on features"
 """What a model rehearses."""
 
 
@@ -94,7 +101,8 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
-    training, initial = job.config.training, not task.round_number
+    number, training = task.round_number, job.config.training
+    initial = not number
     if training.linearised:
         check_memory(model, site.public_size)
     if not job.mechanism.rehearsed:
@@ -110,7 +118,8 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
         _process.rehearsed[plain] = rehearse(model) if chosen is None else rehearse_columns(model, chosen)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
-    on_features = model.head_only or bool(paid_start and paid_start.on_features)
+    rests = job.config.refits(number)
+    on_features = model.head_only or rests or bool(paid_start and paid_start.on_features)
     if on_features and _process.features is None:
         # Last, because the other may change how the model attends; features that were computed before are dropped.
         _process.features, _process.records = rehearse_features(model), {}
@@ -121,11 +130,13 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
         if model.attention != attention:
             before = rehearse(model)
         _process.rehearsed = {PLAIN: before, INITIAL: start}
-    on_vectors = training.linearised and not initial
+    on_vectors = training.linearised and not initial and not rests
     if on_vectors and VECTORS not in _process.rehearsed:
         _process.rehearsed[VECTORS] = rehearse_linearised(model)
-    timing = _process.rehearsed[INITIAL if paid_start else VECTORS if on_vectors else plain]
-    if on_vectors:
+    if rests and REFIT not in _process.rehearsed:
+        _process.rehearsed[REFIT] = rehearse_head(model)
+    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else plain]
+    if on_vectors or rests:
         timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
     paid = paid_start.release() if paid_start else None
     steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)

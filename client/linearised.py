@@ -64,6 +64,11 @@ class Linearisation:
         number = (task.round_number - 1) // rounds
         return cls(task.run, rounds, number, task.start_fingerprint, task.basis_fingerprint)
 
+    @classmethod
+    def of_refit(cls, task: TrainTask) -> Linearisation:
+        """Return what stands for the features of a run's last rounds."""
+        return cls(task.run, 0, 0, task.start_fingerprint, task.basis_fingerprint)
+
 
 @dataclass(frozen=True)
 class Derivatives:

@@ -23,8 +23,8 @@ from client.evaluation import noised_correct
 from client.linearised import Derivatives, Linearisation, forget_records, linearised
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
+from client.refit import refit
 from client.site import Site
-from common.config.schedule import learning_rate
 from common.errors import MechanismError, ProtocolError
 from common.log import about
 from common.messages.columns import narrowed
@@ -208,16 +208,17 @@ def _take_steps(
     kept: MutableMapping[str, Derivatives],
 ) -> Words | None:
     config = job.config.training
-    first, total = (task.round_number - 1) * config.local_steps, job.config.total_steps
+    first = (task.round_number - 1) * config.local_steps
     with _trainable(records, job, model, task, site, deadline, kept) as (seen, trained):
         optimizer = build_optimizer(trained, config)
         batches = plan.batches(model, seen, stream(job.config.seed, "batches", site.name), first)
         # The checked configuration has no strategy with a rule of its own on the step of a linearised model.
-        correct = as_it_is if config.linearised else correction(job.strategy, model, received)
+        rests = job.config.refits(task.round_number)
+        correct = as_it_is if config.linearised or rests else correction(job.strategy, model, received)
         with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
             for step in range(config.local_steps):
                 deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
-                set_learning_rate(optimizer, learning_rate(config.schedule, config.learning_rate, first + step, total))
+                set_learning_rate(optimizer, job.config.site_rate(task.round_number, step))
                 chosen = next(batches)
                 steps.step(plan.parts(model, [seen[i] for i in chosen]), model.losses)
             return steps.words
@@ -235,6 +236,13 @@ def _trainable(
 ) -> Iterator[tuple[Sequence[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Yield the records that the steps take, and what they train, by layer and factor."""
     rounds = job.config.training.linearised
+    last = task.round_number == job.config.rounds
+    if job.config.refits(task.round_number):
+        with refit(model, records, Linearisation.of_refit(task), kept, site.name, site.data, deadline.check) as both:
+            yield both
+        if last:
+            forget_records(kept, site.name)
+        return
     if not rounds:
         chosen = job.strategy.columns(task.state, site.declared_rank(job))
         with model.columns_alone(chosen), model.nested() if job.strategy.nested else nullcontext():
@@ -243,7 +251,7 @@ def _trainable(
     of = Linearisation.of_task(task, rounds)
     with linearised(model, records, of, kept, site.name, site.data, deadline.check) as both:
         yield both
-    if task.round_number % rounds == 0 or task.round_number == job.config.rounds:
+    if task.round_number % rounds == 0 or last:
         forget_records(kept, site.name)
 
 

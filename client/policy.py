@@ -100,6 +100,13 @@ class Policy:
     peers: str = ""
     """The roster: a file of the sites whose sums the site joins, each with its public signing key. Handed over outside
     the server; beside the policy, if no folder is named."""
+    source: str = ""
+    """Where the records come from, in the steward's words. This and the next two decide nothing: ``fedveil site
+    statement`` prints them, and no server gets them."""
+    legal_basis: str = ""
+    """On which legal basis they are used."""
+    retention: str = ""
+    """How long they are kept, and what happens then."""
     allow_no_privacy: bool = False
     """Whether the site joins runs that promise nothing about any record."""
     after_no_privacy: bool = False

@@ -99,6 +99,12 @@ def rehearse_linearised(model: FederatedModel) -> Timing:
         return _Rehearsal(model).run()
 
 
+def rehearse_head(model: FederatedModel) -> Timing:
+    """Check the steps on features (``client.refit``), which ``rehearse_features`` has seen; as ``rehearse``."""
+    with model.head_alone():
+        return _Rehearsal(model).run()
+
+
 class _Rehearsal:
     """One model, with the parameters that require a gradient as the trained ones."""
 

@@ -4,8 +4,8 @@ The statement (``report.signed.json``) is one JSON object in canonical form. It 
 (``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
 that ended and after how many rounds, its ε and when it was signed; and it holds the SHA-256 of everything in the folder
 that is given to others (``members``): the report in all its forms, the adapter with its model card, the record for the
-registry, and every audit. One that is changed, missing or added is found. The signature file holds the 64 raw bytes, so
-that other tools can check it as well::
+registry, the annex with the stewards' statements, and every audit. One that is changed, missing or added is found. The
+signature file holds the 64 raw bytes, so that other tools can check it as well::
 
     openssl pkeyutl -verify -pubin -inkey PUBLIC.pem -rawin -in report.signed.json -sigfile report.signed.json.sig
 
@@ -37,8 +37,10 @@ from cryptography.hazmat.primitives.serialization import (
 from common.errors import DataError
 from common.files import finite
 from common.run_lines import AUDITS
+from reports.annex import NAME as ANNEX
 from reports.fact_sheet import NAME as FACTS
 from reports.registry import NAME as REGISTRY
+from reports.statements import FOLDER as STATEMENTS
 
 CONTEXT = "FedVeil signed run, 2"
 FIRST_CONTEXT = "FedVeil signed report, 1"
@@ -97,7 +99,8 @@ def members(folder: Path) -> list[str]:
 
     In ``adapter/`` that is everything, because whoever loads the adapter may be given any file of it.
     """
-    found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY)) if path.is_file()]
+    found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY, ANNEX)) if path.is_file()]
+    found += [path for path in (folder / STATEMENTS).glob("*") if path.is_symlink() or path.is_file()]
     found += [path for path in (folder / ADAPTER).rglob("*") if path.is_symlink() or path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in [*found, *_audits(folder)])
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.config.schedule import learning_rate
 from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState, Factors
 from common.nulls import LEVEL, cross_site_energy, energy_of_sum, noise_edge
@@ -145,8 +144,7 @@ def sum_noise(job: Job, results: Sequence[TrainResult]) -> float | None:
 
 
 def _rate(job: Job, round_number: int) -> float:
-    training = job.config.training
-    return learning_rate(training.schedule, training.learning_rate, round_number - 1, job.config.total_steps)
+    return job.config.site_rate(round_number, 0)
 
 
 def _line(job: Job, layer: str, parts: Sequence[Part], level: float, *, summed: bool) -> LayerLine:

@@ -20,7 +20,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from common.config.schedule import learning_rate
 from common.config.sections import RunConfig
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge, subtract
@@ -48,13 +47,13 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
         return averaged
     if server.optimizer == "momentum":
         return _heavy_ball(config, before, averaged)
-    rate = learning_rate(server.schedule, server.learning_rate, before.round_number, config.rounds)
+    rate = config.server_rate(before.round_number + 1)
     adapter: AdapterState = {}
     first: AdapterState = {}
     second: AdapterState = {}
     steps: dict[str, int] = {}
     held, clocks = before.optimizer, _clocks(before, averaged)
-    for layer, change in _changes(before, averaged).items():
+    for layer, change in _changes(config, before, averaged).items():
         eta = rate * (server.head_rate if layer == HEAD else 1.0)
         steps[layer] = t = 1 + held.steps.get(layer, 0)
         adapter[layer], first[layer], second[layer] = {}, {}, {}
@@ -96,9 +95,13 @@ def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if active is None else torch.where(active, new, old)
 
 
-def _changes(before: ServerState, averaged: ServerState) -> AdapterState:
-    """Return ``before - averaged`` of every tensor that sites train; a layer without one is left out."""
-    whole = subtract(before.adapter, averaged.adapter)
+def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:
+    """Return ``before - averaged`` of every tensor that sites train; a layer without one is left out.
+
+    So is an adapter that rests: a step of its moments would move it from where the head is refitted to.
+    """
+    resting = config.refits(before.round_number + 1)
+    whole = {k: v for k, v in subtract(before.adapter, averaged.adapter).items() if k == HEAD or not resting}
     trained = {layer: {n: g for n, g in change.items() if before.trains(layer, n)} for layer, change in whole.items()}
     return {layer: change for layer, change in trained.items() if change}
 
@@ -109,11 +112,11 @@ def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -
     It keeps the metric in which the gradient was clipped and noised, where Adam would put one of its own in its place.
     """
     server, held = config.server, before.optimizer
-    rate = learning_rate(server.schedule, server.learning_rate, before.round_number, config.rounds)
+    rate = config.server_rate(before.round_number + 1)
     adapter: AdapterState = {}
     velocity: AdapterState = {}
     steps: dict[str, int] = {}
-    for layer, change in _changes(before, averaged).items():
+    for layer, change in _changes(config, before, averaged).items():
         eta = rate * (server.head_rate if layer == HEAD else 1.0)
         steps[layer] = 1 + held.steps.get(layer, 0)
         adapter[layer], velocity[layer] = {}, {}

@@ -22,7 +22,6 @@ import math
 from collections.abc import Mapping
 from statistics import median
 
-from common.config.schedule import learning_rate
 from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.messages.tensors import count, l2_norm
@@ -70,11 +69,8 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
     config, training = job.config, job.config.training
-    first, steps = (result.round_number - 1) * training.local_steps, training.local_steps
-    way = sum(
-        learning_rate(training.schedule, training.learning_rate, first + step, config.total_steps)
-        for step in range(steps)
-    ) * max(1.0, training.head_rate)
+    rates = (config.site_rate(result.round_number, step) for step in range(training.local_steps))
+    way = sum(rates) * max(1.0, training.head_rate)
     decay = training.weight_decay * l2_norm(state.adapter)
     if training.optimizer in ("adam", "adamw"):
         step = max(1.0, (1 - training.momentum) / math.sqrt(1 - training.beta2)) * math.sqrt(numbers)

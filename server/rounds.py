@@ -17,6 +17,7 @@ from server.checkpoint import Checkpoint
 from server.learning import layer_lines, with_noises
 from server.model import ServerModel
 from server.optimizer import server_step
+from server.rates import within_noise
 from server.replies import clean
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
@@ -100,10 +101,10 @@ def run_rounds(
                 observer.stopped(f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed")
                 break
             raise _too_few(got, round_number, job.config.min_sites)
-        step = partial(server_step, job.config)
         results = list(got.results.values())
         averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
+        step = partial(server_step, within_noise(job, results, averaged))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None

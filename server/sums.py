@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.schedule import learning_rate
 from common.errors import ConfigError
 from common.log import about
 from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
@@ -194,7 +193,7 @@ def summed_contribution(
             "site sent what is no vector of it, or the sites were told different things"
         )
     gradient, training = _shaped(summed / own.expected_batch_size, layout), config.training
-    rate = learning_rate(training.schedule, training.learning_rate, round_number - 1, config.total_steps)
+    rate = config.site_rate(round_number, 0)
     moved: AdapterState = {}
     for layer, factors in gradient.items():
         own_rate = rate * (training.head_rate if layer == HEAD else 1.0)

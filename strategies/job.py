@@ -194,6 +194,10 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         _check_calibration(config, strategy)
     if config.training.linearised:
         _check_linearised(config, strategy, ADAPTERS[name])
+    if config.server.most_noise:
+        _check_most_noise(config)
+    if config.training.refit:
+        _check_refit(config, strategy, ADAPTERS[name])
     own = _flat(asked, asked_start, strategy)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
     return Job(config, strategy, build_adapter(name, config.adapter, origin), origin, notes, own)
@@ -228,6 +232,39 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
         raise ConfigError(
             f"strategy {strategy.name!r} has a rule of its own on gradients, layer by layer, which the one step of a "
             "linearised model has not: set training.linearised to 0"
+        )
+
+
+def _check_most_noise(config: RunConfig) -> None:
+    if config.server.optimizer != "momentum" or config.training.optimizer != "sgd" or config.training.weight_decay:
+        raise ConfigError(
+            "server.most-noise bounds what plain steps pass on: set server.optimizer to 'momentum', training.optimizer "
+            "to 'sgd' and training.weight-decay to 0, or server.most-noise to 0"
+        )
+
+
+def _check_refit(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
+    if not TASKS[config.model.task].labelled:
+        raise ConfigError(f"training.refit is for a head, and model.task {config.model.task!r} has none: set it to 0")
+    if config.head.policy != "trained":
+        raise ConfigError(
+            f"training.refit trains the head, and head.policy {config.head.policy!r} sends none: set head.policy to "
+            "'trained', or training.refit to 0"
+        )
+    if not adapter.trained:
+        raise ConfigError(
+            f"training.refit lets an adapter rest, and adapter.name {adapter.name!r} trains the head alone: set "
+            "training.refit to 0"
+        )
+    if strategy.by_columns:
+        raise ConfigError(
+            f"training.refit lets the whole adapter rest, and strategy {strategy.name!r} has columns to train in every "
+            "round: set training.refit to 0"
+        )
+    if config.training.refit >= config.rounds:
+        raise ConfigError(
+            f"training.refit is {config.training.refit} of {config.rounds} rounds, so the adapter would never move: "
+            "raise rounds, or lower training.refit"
         )
 
 

@@ -66,7 +66,7 @@ def tiny_vit(kind: str = "dinov2", **options: Any) -> Any:
         ViTModel,
     )
 
-    shape = {"image_size": SIDE, "patch_size": PATCH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"image_size": SIDE, "patch_size": PATCH, "num_hidden_layers": 2, "num_attention_heads": 4}
     # Weights far enough from zero that images look unlike to the model.
     small: dict[str, Any] = {"hidden_size": 16, "initializer_range": 0.3, **shape, **options}
     if kind == "vit":

@@ -39,9 +39,11 @@ def job_with(key: str, value: Scalar) -> Any:
 
 
 def with_owner(key: str) -> dict[str, Scalar]:
-    """Return the settings of a run whose start has the option ``key``; none if it is none of a start."""
+    """Return the settings of a run in which ``key`` says something, such as the start whose option it is."""
     owners = [name for name, start in STARTS.items() if key in options(start) and start().asked != "sites"]
     owners += [name for name, start in STARTS.items() if key in options(start) and start.needs == "paid release"]
+    if key == "server.most-noise":
+        return {"server.optimizer": "momentum"}
     if not owners:
         return {}
     lacking = owners[0] == "public-gradient" and key != "start.data"

@@ -230,7 +230,6 @@ def test_a_run_counts_every_step_and_evaluates_as_it_scored(toy_settings: dict[s
         ({"privacy__mode": "none"}, "use 'public-metric'"),
         ({"adapter__name": "lora"}, "gives no A"),
         ({"adapter__name": "none"}, "has no factors"),
-        ({"head__metric": "public"}, "set adapter.start to 'public-metric'"),
         ({"start__steps": 0}, "start.steps"),
         ({"start__rate": 0.0}, "start.rate"),
     ],

@@ -52,6 +52,9 @@ class TrainingSettings(Section):
     """Rounds whose steps are those of the model to first order around where the first of them began: one pass over all
     records, and then steps that cost next to nothing. The head stays. For labels and small adapters
     (``client.linearised``). 0: none."""
+    refit: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
+    """The last rounds of the run, in which the adapter rests and sites train the head alone, on features that each
+    record has once under the adapter as it is then (``client.refit``). The schedule begins anew with them. 0: none."""
     batch_tokens: Annotated[int, NOT_NEGATIVE, Unit("tokens")] = 0
     """The size of a forward pass without privacy, padding included. 0: what suits the device. It changes speed and
     memory, not the result. Under privacy shapes are fixed (``common.model.shapes``), and this has no say."""
@@ -72,6 +75,9 @@ class ServerSettings(Section):
     """FedAdam's τ, added to the root of Adam's second moment: changes well below it do not become full steps."""
     momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.5
     """For ``momentum``: how much of the last step the next one keeps."""
+    most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
+    """For ``momentum``: standard deviation that the noise of the whole run may give a trained number. The learning rate
+    is lowered to keep it, of the head and of the rest each for itself (``server.rates``). 0: no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +132,7 @@ def resolve(asked: RunSettings) -> RunConfig:
             beta2=training.beta2,
             weight_decay=training.weight_decay,
             linearised=training.linearised,
+            refit=training.refit,
             batch_tokens=training.batch_tokens,
         ),
         server=ServerConfig(
@@ -135,6 +142,7 @@ def resolve(asked: RunSettings) -> RunConfig:
             momentum=server.momentum,
             head_rate=head_rate,
             schedule=asked.schedule,
+            most_noise=server.most_noise,
         ),
     )
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
 from common.config.fields import RATIO, Section, Unit, kebab, kinds_of
+from common.config.schedule import learning_rate
 from common.errors import ConfigError
 from common.privacy import MECHANISMS, Mechanism
 from common.tasks import TASKS, roles_of_all
@@ -232,6 +233,7 @@ class TrainingConfig:
     beta2: float = 0.999
     weight_decay: float = 0.0
     linearised: int = 0
+    refit: int = 0
     batch_tokens: int = 0
     """0: what suits the device, as each machine finds it."""
 
@@ -248,6 +250,7 @@ class ServerConfig:
     head_rate: float
     """The head's learning rate over that of the other tensors."""
     schedule: str
+    most_noise: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +316,32 @@ class RunConfig(RunTerms):
     def total_steps(self) -> int:
         """Optimiser steps of a site that joins every round."""
         return self.rounds * self.training.local_steps
+
+    def refits(self, round_number: int) -> bool:
+        """Return whether the adapter rests in a round, and sites train the head alone."""
+        return round_number > self.rounds - self.training.refit
+
+    def site_rate(self, round_number: int, step: int) -> float:
+        """Return a site's learning rate of a round's step; both phases of a run have the whole schedule.
+
+        Args:
+            round_number: from 1 on.
+            step: of the round, from 0 on.
+        """
+        first, rounds = self.phase(round_number)
+        steps = self.training.local_steps
+        done = (round_number - 1 - first) * steps + step
+        return learning_rate(self.training.schedule, self.training.learning_rate, done, rounds * steps)
+
+    def server_rate(self, round_number: int) -> float:
+        """Return the learning rate of the server's optimiser after a round, as ``site_rate``."""
+        first, rounds = self.phase(round_number)
+        return learning_rate(self.server.schedule, self.server.learning_rate, round_number - 1 - first, rounds)
+
+    def phase(self, round_number: int) -> tuple[int, int]:
+        """Return the rounds before the phase that a round belongs to, and those in it."""
+        before = self.rounds - self.training.refit
+        return (before, self.training.refit) if self.refits(round_number) else (0, before)
 
 
 def defaults(section: type[Any], prefix: str = "") -> dict[str, Scalar]:

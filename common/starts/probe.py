@@ -46,7 +46,7 @@ class Probe(PaidStart, PublicMetric):
 
     name: ClassVar[str] = "probe"
     needs: ClassVar[Needs] = "paid release"
-    gives: ClassVar[tuple[str, ...]] = ("B", "V")
+    gives: ClassVar[tuple[str, ...]] = ("B", "V", METRIC)
     on_features: ClassVar[bool] = True
 
     share: Annotated[float, Interval(0, 1, or_zero=True), RATIO] = 0.25
@@ -60,8 +60,13 @@ class Probe(PaidStart, PublicMetric):
     """Learning rate of the first of them, which falls in a line to zero."""
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
-        """Refuse a head that no site may move, and one with a metric of its own."""
+        """Refuse a head that no site may move, and a run without an adapter."""
         super().check(config, adapter)
+        if not adapter.trained:
+            raise ConfigError(
+                f"adapter.start {self.name!r} fits the head before an adapter, and adapter.name {adapter.name!r} has "
+                "no factors: set adapter.start to 'public-metric', or adapter.name to 'lora-metric'"
+            )
         if not TASKS[config.model.task].labelled:
             raise ConfigError(
                 f"adapter.start {self.name!r} fits the head, and model.task {config.model.task!r} has none: set "
@@ -133,34 +138,41 @@ class Probe(PaidStart, PublicMetric):
         self, model: FederatedModel, config: RunConfig, labels: Labels, statistic: AdapterState
     ) -> AdapterState:
         """Return the head with the sites' mean step, and B and V around it."""
-        with self._whitened(model), torch.no_grad():
+        with self._whitened(model) as made, torch.no_grad():
             for name, step in statistic[HEAD].items():
                 model.head[name].add_(step.to(model.device))
-            head: AdapterState = {HEAD: {name: p.float().cpu() for name, p in model.folded_head.items()}}
-        model.write(head)
-        return {**self.around(model, config, labels), **head}
+            behind = {name: p.detach().float().cpu().clone() for name, p in model.head.items()}
+            folded = {name: p.float().cpu() for name, p in model.folded_head.items()}
+        kept: AdapterState = {HEAD: folded}
+        if model.module.metric is not None:
+            kept = {HEAD: behind, METRIC: made}
+        model.write(kept)
+        return {**self.around(model, config, labels), **kept}
 
     @contextmanager
-    def _whitened(self, model: FederatedModel) -> Iterator[None]:
+    def _whitened(self, model: FederatedModel) -> Iterator[Factors]:
         """Put the public map of made-up words before the head, and take it away again; the head is as it was then.
 
         Every party makes it up alone: it follows from the base model. The clip of every site is the run's, so a map
         that differs in its last bits moves what a step means by as much, and no bound.
+
+        Yields:
+            Centre and map.
         """
         metric = Metric(model.module.width).to(model.device)
         texts = replace(self, text=MADE_UP, text_sha256="", records=TEXTS).texts(model)
         made = self.of_head(model, texts, self.clip_norm / self.head_clip_share)
         head = {name: p.detach().clone() for name, p in model.head.items()}
-        model.module.metric = metric
+        before, model.module.metric = model.module.metric, metric
         try:
             with torch.no_grad():
                 for layer, tensors in made.items():
                     places = dict(metric.named_parameters()) if layer == METRIC else model.head
                     for name, tensor in tensors.items():
                         places[name].copy_(tensor)
-            yield
+            yield made[METRIC]
         finally:
-            model.module.metric = None
+            model.module.metric = before
             with torch.no_grad():
                 for name, p in model.head.items():
                     p.copy_(head[name])

@@ -98,16 +98,16 @@ class PublicMetric(FromText):
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return B and V of every adapted layer, B scaled."""
         model.write(model.start)
-        return self.around(model, config, labels)
+        state = self.around(model, config, labels)
+        if model.module.metric is not None:
+            texts = self._wording(model, config, labels)
+            state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
+        return state
 
     def around(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return the same by the model as it is, whose head decides where labels live."""
-        drawn = self.drawn_labels(len(labels.names), config.seed) if labels.names else []
+        texts = self._wording(model, config, labels)
         paired = is_paired(config.data, config.model.task)
-        if paired:
-            texts = self.pairs(model, drawn)
-        else:
-            texts = self.texts(model, drawn) if labels.names else self.completions(model)
         state: AdapterState = {}
         telling = texts[:TELLING] if paired or not labels.names else _labelled(model, labels)
         columns = self._columns(model, telling) if model.adapter.directions else {}
@@ -136,9 +136,14 @@ class PublicMetric(FromText):
             after = after.clamp(min=FAINT * float(after.max()))
             wanted = config.privacy.clip_norm / self.clip_share / (len(columns) * len(after)) ** 0.5
             state[layer] = {"B": (B * (wanted / after)).float(), "V": V.float()}
-        if model.module.metric is not None:
-            state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
+
+    def _wording(self, model: FederatedModel, config: RunConfig, labels: Labels) -> list[Record]:
+        """Return the public texts as records of the run's task."""
+        if not labels.names:
+            return self.completions(model)
+        drawn = self.drawn_labels(len(labels.names), config.seed)
+        return self.pairs(model, drawn) if is_paired(config.data, config.model.task) else self.texts(model, drawn)
 
     @torch.no_grad()
     def of_head(self, model: FederatedModel, texts: Sequence[Record], length: float) -> AdapterState:

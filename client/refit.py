@@ -1,0 +1,47 @@
+"""Train the head alone on what the adapter has become: the last rounds of a run.
+
+An adapter that moved far moved the logits of all records to one side: the model is not linear, and what is left of
+order two adds up over all that was noised. So the head is fitted to the features as they are now. They follow from the
+record and from what was received, and are computed once, each in its record's fixed shape, after the charge. Steps on
+them cost next to nothing. Clip, noise and price are those of any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from client.linearised import Derivatives, Linearisation
+from common.messages.state import HEAD
+from common.model.federated import FederatedModel
+from common.tasks import Record
+from common.tasks.examples import Dataset
+
+
+@contextmanager
+def refit(
+    model: FederatedModel,
+    records: Sequence[Record],
+    of: Linearisation,
+    kept: MutableMapping[str, Derivatives],
+    site: str,
+    source: Dataset,
+    before_pass: Callable[[], None],
+) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
+    """Let the head alone take a gradient, on features of ``records``; arguments as of ``client.linearised.linearised``.
+
+    The adapter rests in these rounds, so features of the first of them serve all.
+
+    Yields:
+        The records to train on, as features (none of no records), and what is trained, by layer and factor.
+    """
+    held = kept.get(site)
+    if held is None or held.of != of:
+        kept[site] = held = Derivatives(of, {})
+    with model.head_alone():
+        if records and held.source is not source:
+            vectors = model.featurise([dict(record) for record in records], before_pass)
+            kept[site] = held = Derivatives(of, {}, source, tuple(vectors))
+        yield list(held.records) if records else [], {HEAD: model.head}

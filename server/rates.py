@@ -1,0 +1,75 @@
+"""The server's learning rate, lowered where the run's noise would carry the model further than is set.
+
+How far noise alone moves a trained number over a run follows from public figures: each site's stated noise, batch and
+share of the average, the learning rates, and the rounds. So one setting serves little noise and much: the rate is the
+largest up to ``server.learning-rate`` at which noise moves no number by more than ``server.most-noise`` in standard
+deviation. With a heavy ball a round's noise is passed on 1/(1 - μ)-fold, so over rounds of rates η_t noise ν a round
+makes ν √(Σ η_t²) / (1 - μ), or less where the run ends before it is passed on. A site that states more noise than the
+run's weighs less by its square, so stating much lowers no rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from common.config.sections import RunConfig
+from common.messages.round import TrainResult
+from server.terms import paid_plan
+from strategies import Contribution
+from strategies.job import Job
+
+
+def within_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> RunConfig:
+    """Return the run's configuration, with the server's rates that its bound on noise leaves in this round.
+
+    Args:
+        job: the run.
+        results: those that count, all of one round.
+        averaged: what is averaged, in the order of ``results``, or the one sum.
+    """
+    config = job.config
+    most = config.server.most_noise
+    if not most or not job.mechanism.charged:
+        return config
+    noise = sum_noise(job, results) if job.mechanism.summed else mean_noise(job, results, averaged)
+    number = results[0].round_number
+    first, rounds = config.phase(number)
+    # In units of the rate's peak, which is what is lowered.
+    shape = replace(config, server=replace(config.server, learning_rate=1.0))
+    way = math.hypot(*(shape.server_rate(first + 1 + done) for done in range(rounds))) / (1 - config.server.momentum)
+    if not noise * way > 0:
+        return config
+    peak, head = config.server.learning_rate, config.server.learning_rate * config.server.head_rate
+    rate, head = min(peak, most / (noise * way)), min(head, most / (noise * way))
+    return replace(config, server=replace(config.server, learning_rate=rate, head_rate=head / rate))
+
+
+def mean_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float:
+    """Return the standard deviation of one coordinate of the noise in the average of sites' changes in a round."""
+    whole = math.fsum(one.weight for one in averaged)
+    shares = [one.weight / whole for one in averaged]
+    return math.hypot(*(share * _site(job, result) for share, result in zip(shares, results, strict=True)))
+
+
+def sum_noise(job: Job, results: Sequence[TrainResult]) -> float:
+    """Return the same of the step that the sum of all sites makes, each of which adds its part of the noise."""
+    sizes = sum(result.public_size for result in results)
+    return _rate(job, results[0].round_number) * _gradient(job, results[0], sizes) * math.sqrt(len(results))
+
+
+def _site(job: Job, result: TrainResult) -> float:
+    return _rate(job, result.round_number) * _gradient(job, result, result.public_size)
+
+
+def _rate(job: Job, number: int) -> float:
+    """Return what a step's noise is multiplied by in a round of plain steps."""
+    return math.hypot(*(job.config.site_rate(number, step) for step in range(job.config.training.local_steps)))
+
+
+def _gradient(job: Job, result: TrainResult, size: int) -> float:
+    plan = paid_plan(job, result)
+    event = result.spending.event if result.spending else plan.event
+    own = type(plan)(event, event.sample_rate * size, plan.delta, plan.max_epsilon)
+    return own.gradient_noise_std

@@ -1,0 +1,96 @@
+"""The bound on how far noise carries the model over a run: what rates it leaves, and that noise keeps to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from common.accountant import TRAINING, Accountant
+from common.errors import ConfigError
+from common.messages.round import Spending, TrainResult
+from common.messages.state import HEAD, AdapterState
+from common.privacy.events import sampled_gaussian
+from server.optimizer import server_step
+from server.rates import mean_noise, within_noise
+from strategies import Contribution
+from strategies.job import Job, configure
+
+BOUND = 0.05
+SIZES = (100, 300)
+NOISES = (3.0, 2.0)
+
+
+def job_of(**more: Any) -> Job:
+    own: dict[str, Any] = {
+        "rounds": 12,
+        "privacy.noise-multiplier": 2.0,
+        "privacy.epsilon": 50.0,
+        "server.optimizer": "momentum",
+        "server.momentum": 0.6,
+        "server.learning-rate": 30.0,
+        "server.most-noise": BOUND,
+        "head-rate": 0.5,
+        "training.optimizer": "sgd",
+        "training.learning-rate": 0.7,
+        "training.local-steps": 1,
+        "training.sample-rate": 0.5,
+    }
+    return configure({**own, **more})
+
+
+def round_of(number: int, state: AdapterState) -> tuple[list[TrainResult], list[Contribution]]:
+    accountant, results = Accountant("pld", "0.6.0"), list[TrainResult]()
+    for k, (size, noise) in enumerate(zip(SIZES, NOISES, strict=True)):
+        event = sampled_gaussian(noise, 0.5, 1.0)
+        spent = Spending(TRAINING, event, 1, 12, 1e-5, 0.5, 1.5, 50.0, 48.5, accountant)
+        results.append(TrainResult("1", number, f"site-{k}", size, state, spent))
+    return results, [Contribution(result.site, result.public_size, state) for result in results]
+
+
+def test_noise_alone_ends_within_the_bound_and_near_it() -> None:
+    job, draw = job_of(**{"training.refit": 3}), torch.Generator().manual_seed(3)
+    # σ C / (q n) of each site, weighed by size, times the sites' rate.
+    wanted = 0.7 * ((0.25 * 3 / 50) ** 2 + (0.75 * 2 / 150) ** 2) ** 0.5
+    state = job.start(
+        {"layer": {"A": torch.zeros(40, 50), "B": torch.zeros(30, 40)}, HEAD: {"weight": torch.zeros(40, 50)}}
+    )
+    for number in range(1, 13):
+        results, averaged = round_of(number, state.adapter)
+        assert mean_noise(job, results, averaged) == pytest.approx(wanted)
+        changed = {
+            layer: {n: t + wanted * torch.randn(t.shape, generator=draw) for n, t in fs.items()}
+            for layer, fs in state.adapter.items()
+        }
+        config = within_noise(job, results, averaged)
+        state = replace(server_step(config, state, replace(state, adapter=changed)), round_number=number)
+    assert 0.6 * BOUND < float(state.adapter["layer"]["A"].std()) < BOUND * 1.03
+
+
+def test_head_and_adapter_are_bounded_each_for_itself() -> None:
+    job = job_of()
+    results, averaged = round_of(1, {})
+    config = within_noise(job, results, averaged)
+    assert config.server.learning_rate < 30.0
+    assert config.server.head_rate == pytest.approx(1.0)
+    slow = within_noise(job_of(**{"head-rate": 1e-4}), results, averaged)
+    assert slow.server.learning_rate == pytest.approx(config.server.learning_rate)
+    assert slow.server.learning_rate * slow.server.head_rate == pytest.approx(30.0 * 1e-4)
+
+
+@pytest.mark.parametrize("more", [{"server.most-noise": 0.0}, {"server.most-noise": 1e6}, {"privacy.mode": "none"}])
+def test_where_nothing_bounds_the_rate_is_as_set(more: dict[str, Any]) -> None:
+    job = job_of(**more)
+    results, averaged = round_of(1, {})
+    assert within_noise(job, results, averaged) == job.config
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"server.optimizer": "adam"}, {"training.optimizer": "adam"}, {"training.weight-decay": 0.1}],
+)
+def test_what_passes_noise_on_otherwise_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"server\.most-noise"):
+        job_of(**more)

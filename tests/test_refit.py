@@ -1,0 +1,300 @@
+"""The last rounds, in which the adapter rests: what sites train, what moves at the server, what is kept and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from audits.tiny_models import TARGETS
+from audits.tiny_site import clinic
+from client import app
+from client.linearised import Derivatives, Linearisation
+from client.refit import refit
+from client.rehearsal import rehearse, rehearse_features, rehearse_head
+from common.adapters import build_adapter
+from common.config.sections import AdapterConfig, HeadConfig
+from common.errors import ConfigError, ModelError
+from common.messages.state import HEAD, METRIC, AdapterState
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.privacy import dpsgd
+from common.privacy.plan import gaussian_plan
+from common.run_lines import PrivacyLine, read_lines
+from common.starts import STARTS, probe
+from common.starts.base import Labels
+from common.starts.probe import Probe
+from common.tasks import TASKS, Record
+from common.tasks.examples import Dataset
+from common.tasks.featured import FEATURES
+from common.tasks.module import TaskModule
+from common.tasks.text import TextExample
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process
+from server.optimizer import server_step
+from strategies.job import configure
+
+Folder = Callable[[str], str]
+DATA = Dataset("made-up", (), ())
+LAST = Linearisation("1", 0, 0, "", "")
+TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful")
+LABELS = Labels(("bad", "good"), (("dull film", "awful story", "cold"), ("warm film", "lovely story", "joyful")))
+
+
+def tiny(folder: str, **head: Any) -> FederatedModel:
+    """Return a model whose adapter has moved."""
+    model = FederatedModel(
+        load_base_model(folder, "classification"),
+        build_adapter(
+            "lora", AdapterConfig(name="lora", rank=2, alpha=4.0, targets=TARGETS["bert"]), STARTS["kaiming"]()
+        ),
+        TASKS["classification"],
+        HeadConfig(start="random", **head),
+        seed=1,
+        label_names=LABELS.names,
+        feature_scale=1.0,
+        max_length=24,
+        device="cpu",
+        precision="float32",
+    )
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in (*model.below_head().values(), *model.places().get(METRIC, {}).values()):
+            p.add_(0.05 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def records_of(model: FederatedModel) -> list[Record]:
+    return model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
+
+
+def nothing() -> None:
+    """Come before no pass."""
+
+
+def sums_of(model: FederatedModel, records: Sequence[Record], clip: float) -> Tensor:
+    """Return the sum of the clipped gradients of the first step, weight and bias as one vector."""
+    with refit(model, records, LAST, {}, "site", DATA, nothing) as (seen, trained):
+        optimizer = torch.optim.SGD(trained[HEAD].values(), lr=0.0)
+        with gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 8.0).steps(model, optimizer) as steps:
+            return torch.cat([g.flatten() for g in steps.release(model.fixed_batches(seen), model.losses)])
+
+
+# --- at a site --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["none", "public"])
+def test_a_step_is_that_of_the_head_on_the_moved_features_in_float64(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
+    model = tiny(model_folder("bert"), metric=metric)
+    records, C = records_of(model), 0.8
+    x = torch.cat([model.features(model.batch([record])) for record in records]).double()
+    if metric == "public":
+        places = model.places()[METRIC]
+        x = (x - places["centre"].double()) @ places["map"].double()
+    W, b = (model.head[name].detach().double() for name in ("weight", "bias"))
+    want, clipped = torch.zeros(W.numel() + b.numel(), dtype=torch.float64), 0
+    for row, label in zip(x, (0, 1, 0, 1), strict=True):
+        error = torch.softmax(W @ row + b, 0) - torch.eye(2, dtype=torch.float64)[label]
+        g = torch.cat([torch.outer(error, row).flatten(), error])
+        clipped += float(g.norm()) > C
+        want += min(1.0, C / float(g.norm())) * g
+    assert clipped > 0
+    assert float((sums_of(model, records, C).double() - want).abs().max()) < 1e-5 * float(want.abs().max())
+
+
+def test_a_record_moves_the_sum_by_one_clip(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
+    model = tiny(model_folder("bert"))
+    records, features = records_of(model), TaskModule.features
+    whole, without = sums_of(model, records, 0.3), sums_of(model, records[1:], 0.3)
+    assert 0.29 < float((whole - without).norm()) <= 0.3 * (1 + 1e-5)
+
+    # The planted fault: features of a pass hold one another.
+    def mixed(self: TaskModule, batch: Any) -> Tensor:
+        found = features(self, batch)
+        return found if FEATURES in batch else found + 10 * found.mean(0)
+
+    monkeypatch.setattr(TaskModule, "features", mixed)
+    short, other = records[0], records[2]  # of one shape
+    whole, without = sums_of(model, [short] * 3 + [other], 0.3), sums_of(model, [short] * 3, 0.3)
+    assert float((whole - without).norm()) > 0.3 * (1 + 1e-3)
+
+
+def test_the_rehearsal_sees_a_step_that_mixes_records(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(model_folder("bert"))
+    rehearse(model)
+    rehearse_features(model)
+    assert list(rehearse_head(model).passes) == [1]
+    linear = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, x: Tensor) -> Tensor:
+        found = linear(self, x)
+        return found + found.mean(0) if self is model.module.head else found
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    with pytest.raises(ModelError, match="depends on the records beside it"):
+        rehearse_head(model)
+
+
+def test_features_are_computed_once_and_no_record_s_noise_sees_them(model_folder: Folder) -> None:
+    model = tiny(model_folder("bert"))
+    records, kept, passes = records_of(model), dict[str, Derivatives](), list[int]()
+    counts = list[int]()
+    copies, before, shapes, task = [dict(r) for r in records], model.read(), model.shapes, model.task
+    for number in range(3):
+        with refit(model, records, LAST, kept, "site", DATA, lambda: passes.append(1)) as (seen, trained):
+            assert len(seen) == len(records)
+            assert set(trained) == {HEAD}
+            assert {id(p) for p in model.module.parameters() if p.requires_grad} == {id(p) for p in model.head.values()}
+        assert passes, number
+        counts.append(len(passes))
+    assert counts == counts[:1] * 3
+    with refit(model, [], LAST, kept, "site", DATA, nothing) as (seen, _):
+        assert seen == []
+    assert records == copies
+    assert (model.shapes, model.task, model.head_only) == (shapes, task, False)
+    after = model.read()
+    assert all(torch.equal(before[layer][n], after[layer][n]) for layer in before for n in before[layer])
+
+
+def test_a_site_sends_the_adapter_as_it_came_and_keeps_no_features(toy_settings: dict[str, Any], tmp_path: Any) -> None:
+    more = {"training.linearised": 2, "training.refit": 2, "training.local-steps": 1, "training.sample-rate": 0.5}
+    site = clinic({**toy_settings, **more}, tmp_path)
+    start, kept = site.model().start, []
+    for number in (1, 2, 3, 4):
+        sent = site.train(number).contribution
+        moved = {layer for layer, fs in sent.items() for n, t in fs.items() if not torch.equal(t, start[layer][n])}
+        assert (HEAD in moved) == (number > 2)
+        assert (moved <= {HEAD}) == (number > 2)
+        kept.append(bool(app._process.derivatives["clinic"].records))
+    assert kept == [True, False, True, False]
+    assert [purpose for _, number, purpose in site.charges() if number == 3] == ["training"]
+
+
+# --- at the server ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum", "none"])
+def test_the_adapter_rests_at_the_server_and_the_schedule_begins_anew(optimizer: str) -> None:
+    job = configure(
+        {
+            "rounds": 5,
+            "training.refit": 2,
+            "training.learning-rate": 0.5,
+            "server.optimizer": optimizer,
+            "server.learning-rate": 0.5,
+            "server.momentum": 0.9,
+            "head-rate": 1.0,
+        }
+    )
+    state = job.start({"layer": {"A": torch.zeros(2, 3), "B": torch.zeros(4, 2)}, HEAD: {"weight": torch.zeros(2, 4)}})
+    seen: list[AdapterState] = []
+    for number in range(1, 6):
+        rests = number > 3
+        moved = {
+            layer: {n: t + (0.0 if (layer == HEAD) != rests else 1.0) for n, t in fs.items()}
+            for layer, fs in state.adapter.items()
+        }
+        state = replace(server_step(job.config, state, replace(state, adapter=moved)), round_number=number)
+        seen.append(state.adapter)
+    at = [float(one["layer"]["B"].sum()) for one in seen]
+    head = [float(one[HEAD]["weight"].sum()) for one in seen]
+    assert at[0] < at[1] < at[2] == at[3] == at[4]
+    assert head[2] == 0.0 < head[3] < head[4]
+    config = job.config
+    rate = config.site_rate if optimizer == "none" else lambda number, _: config.server_rate(number)
+    assert [rate(number, 0) for number in range(1, 6)] == pytest.approx([0.5, 1 / 3, 1 / 6, 0.5, 0.25])
+
+
+def test_a_schedule_without_a_refit_is_as_it_was() -> None:
+    config = configure({"rounds": 4, "training.local-steps": 2, "server.optimizer": "none"}).config
+    rate = config.training.learning_rate
+    found = [config.site_rate(number, step) for number in (1, 2, 3, 4) for step in (0, 1)]
+    assert found == pytest.approx([rate * (1 - i / 8) for i in range(8)])
+
+
+def test_the_probe_keeps_its_map_where_the_head_has_one(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "TEXTS", 48)
+    start, states = Probe(records=12), list[AdapterState]()
+    step = {"weight": torch.full((2, 32), 0.02), "bias": torch.tensor([0.3, -0.3])}
+    for metric in ("none", "public"):
+        model = FederatedModel(
+            load_base_model(model_folder("bert"), "classification"),
+            build_adapter(
+                "lora-metric", AdapterConfig(name="lora-metric", rank=2, alpha=4.0, targets=TARGETS["bert"]), start
+            ),
+            TASKS["classification"],
+            HeadConfig(start="random", metric=metric),
+            seed=1,
+            label_names=LABELS.names,
+            feature_scale=1.0,
+            max_length=24,
+            device="cpu",
+            precision="float32",
+        )
+        step = {
+            name: t[:, : p.shape[-1]] if p.dim() > 1 else t
+            for (name, p), t in zip(model.head.items(), step.values(), strict=True)
+        }
+        config = configure({"adapter.start": "probe", "adapter.name": "lora-metric", "head.metric": metric}).config
+        state = start.complete(model, config, LABELS, {HEAD: step})
+        assert (METRIC in state) == (metric == "public")
+        model.write({**model.start, **{k: {**model.start.get(k, {}), **v} for k, v in state.items()}})
+        states.append({**state, HEAD: {n: t.clone() for n, t in model.folded_head.items()}})
+    for name, tensor in states[0][HEAD].items():
+        assert torch.allclose(tensor, states[1][HEAD][name], atol=1e-5)
+    for layer in states[0]:
+        if layer != HEAD:
+            assert torch.allclose(states[0][layer]["B"].abs(), states[1][layer]["B"].abs(), rtol=1e-3)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_within_its_budget_with_the_adapter_of_its_first_rounds(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "TEXTS", 48)
+    more = {
+        "strategy": "fedavg-lora",
+        "rounds": 3,
+        "adapter.name": "lora-metric",
+        "adapter.start": "probe",
+        "adapter.rank": 2,
+        "head.metric": "public",
+        "start.records": 16,
+        "start.steps": 3,
+        "start.sample-rate": 1.0,
+        "server.optimizer": "momentum",
+        "training.optimizer": "sgd",
+        "training.learning-rate": 1.0,
+        "training.local-steps": 1,
+        "training.linearised": 2,
+        "training.refit": 1,
+    }
+    folder = run_in_process({**toy_settings, **more, "privacy.epsilon": 5.0}, 2)
+    spent = [line.spent for line in read_lines(PrivacyLine, folder) if line.round_number == 3]
+    assert len(spent) == 2
+    assert all(one is not None and 4.0 < one.epsilon_total <= 5.0 for one in spent)
+    assert evaluate_run(folder).accuracy > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"adapter.name": "none"}, "trains the head alone"),
+        ({"model.task": "causal-lm", "head.policy": "frozen"}, "has none: set it to 0"),
+        ({"head.policy": "frozen"}, "sends none"),
+        ({"rounds": 1}, "would never move"),
+    ],
+)
+def test_what_has_no_head_to_refit_is_refused(more: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        configure({"training.refit": 1, **more})
