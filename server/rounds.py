@@ -16,9 +16,9 @@ from server.aggregation import contributions
 from server.checkpoint import Checkpoint
 from server.learning import layer_lines, with_noises
 from server.model import ServerModel
-from server.optimizer import server_step
 from server.rates import within_noise
 from server.replies import clean
+from server.ruled import ruled_step
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
 from strategies import ServerState, mean
@@ -89,6 +89,7 @@ def run_rounds(
         state = _initialise(job, sites, server_model, observer)
         score = server_model.score(state.adapter)
         observer.started(score, state, admission.members)
+    measured = server_model.rule_statistic()
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
         got = sites.gather(round_number, state)
@@ -104,7 +105,7 @@ def run_rounds(
         results = list(got.results.values())
         averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
-        step = partial(server_step, within_noise(job, results, averaged))
+        step = partial(ruled_step, job, within_noise(job, results, averaged), measured)
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
