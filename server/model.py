@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
+from common.adapters.base import base_weight
 from common.data.sources import public_test, slices_of
 from common.errors import ModelError
 from common.messages.state import AdapterState
@@ -52,7 +55,7 @@ class ServerModel:
         """Return names and shapes of what a site may send in a round."""
         if round_number == 0:
             return self.job.origin.layout(self.model)
-        return layout_of(self.job.strategy.uplink(self.trained_start()))
+        return layout_of(self.job.summed(round_number, self.job.strategy.uplink(self.trained_start())))
 
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records.
@@ -68,6 +71,10 @@ class ServerModel:
         """Return the sites' mean statistic with what the run's start adds to it from public records."""
         self.model.write(self.start)
         return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
+
+    def base_weight(self, layer: str) -> Tensor:
+        """Return W0 of an adapted layer, shape (out, in), float64, on the CPU."""
+        return base_weight(self.model.adapter.layers(self.model.peft_model)[layer]).double().cpu()
 
     def rule_statistic(self) -> AdapterState:
         """Return what the run's server rule takes from public text before round 1.

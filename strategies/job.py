@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.errors import ConfigError
-from common.messages.state import METRIC, OWN, AdapterState
+from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
@@ -21,6 +22,7 @@ from strategies.base import ServerState, Strategy
 from strategies.renamed import REFUSED, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
 
+T = TypeVar("T")
 START = "start."
 """What the options of a start begin with."""
 
@@ -66,6 +68,14 @@ class Job:
             for layer, held in statistic.items()
         }
         return self.start(merge(adapter, measured))
+
+    def summed(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
+        """Return the layers of ``trained`` that a round sends: in a secure sum those alone that its steps are of.
+
+        What rests would be noise in the vector. Elsewhere it is sent as it came.
+        """
+        config, every = self.config, not self.mechanism.summed
+        return {k: v for k, v in trained.items() if every or config.moves(round_number, head=k == HEAD)}
 
     @property
     def mechanism(self) -> Mechanism:
@@ -206,6 +216,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         _check_refit(config, ADAPTERS[name])
     adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
     rule.check(config, strategy, adapter)
+    if config.server.scores:
+        _check_scores(config, strategy, adapter)
     if config.server.most_noise and rule.lengthens:
         raise ConfigError(
             f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
@@ -306,6 +318,22 @@ def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]
         if owner in RULES and owner != name and value != known.get(key):
             raise ConfigError(f"{key} has no effect with server.rule {name!r}: set server.rule to {owner!r}")
     return from_section(RULES[name], settings, f"{name}.")
+
+
+def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
+    """Raise ConfigError unless an averaged change is a gradient of A and B, of which LoRAPrune's criterion is made."""
+    training = config.training
+    if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
+        raise ConfigError(
+            f"server.scores is true, and {training.local_steps} local steps of {training.optimizer} leave no gradient "
+            "in a change: set training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0, "
+            "or server.scores to false"
+        )
+    if not {"A", "B"} >= set(adapter.trained) or not adapter.trained:
+        raise ConfigError(
+            f"server.scores is true, and LoRAPrune's criterion is made of changes of A and B, which strategy "
+            f"{strategy.name!r} with the adapter {adapter.name!r} does not send: set server.scores to false"
+        )
 
 
 def _check_calibration(config: RunConfig, strategy: Strategy) -> None:

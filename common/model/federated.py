@@ -147,7 +147,12 @@ class FederatedModel:
         return places
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Return the part of ``places`` that sites train: exactly what is clipped and noised."""
+        """Return the part of ``places`` that sites train: exactly what is clipped and noised.
+
+        Inside ``linearised`` that is the way from the point, whose numbers stand in the order of ``below_head``.
+        """
+        if self.module.tangent is not None:
+            return {TANGENTS: {"step": self.module.tangent.step}}
         kept = {
             layer: {name: p for name, p in factors.items() if p.requires_grad}
             for layer, factors in self.places().items()
@@ -299,7 +304,7 @@ class FederatedModel:
         with self._on_vectors((self.classes - 1, len(tangent.step))):
             self.module.tangent = tangent
             try:
-                yield {TANGENTS: {"step": tangent.step}}
+                yield self.trained()
             finally:
                 self.module.tangent = None
         with torch.no_grad():
@@ -309,11 +314,12 @@ class FederatedModel:
 
     def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""
+        trained = self.trained()
         return {
-            (layer, name): p
-            for layer, factors in self.trained().items()
+            (layer, name): trained[layer][name]
+            for layer in sorted(trained)
             if layer != HEAD
-            for name, p in factors.items()
+            for name in sorted(trained[layer])
         }
 
     def _needed_head(self) -> nn.Linear:
