@@ -17,6 +17,7 @@ from cli.errors import for_people as _for_people
 from cli.ledger import ledger_app
 from cli.notes import print_notes
 from cli.plan import plan
+from cli.pruning import prune, recover
 from cli.report import keygen, print_summary, report, verify, watch
 from cli.serving import ask, merge
 from cli.settings import settings
@@ -33,7 +34,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, watch, verify, keygen, merge, ask, sweep, pictures, tune):
+for command in (report, watch, verify, keygen, merge, ask, prune, recover, sweep, pictures, tune):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)

@@ -43,6 +43,7 @@ from strategies.table import (
     dataset_table,
     markdown,
     pair_table,
+    rule_table,
     start_table,
     strategy_table,
     task_table,
@@ -77,6 +78,11 @@ def tables_page() -> str:
             start_table(),
             "A start whose round 0 asks nobody costs nothing and sends nothing. A paid release is charged to each "
             "site's ledger. Records without privacy are refused in a private run.",
+        ),
+        (
+            "Rules of the server",
+            rule_table(),
+            "What stands around the server's optimiser. What a rule sees has passed clip and noise: it costs nothing.",
         ),
         (
             "Tasks",

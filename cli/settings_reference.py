@@ -21,6 +21,7 @@ from common.tasks import roles_of_all
 from strategies import STRATEGIES
 from strategies.job import START, known_settings, tables
 from strategies.renamed import RENAMED
+from strategies.rules import RULES
 
 KINDS: Mapping[type, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 FLOWER = "[tool.flwr.app.config]"
@@ -45,13 +46,14 @@ class Setting:
 
 
 def all_settings() -> dict[str, Setting]:
-    """Return every setting by its key: every run's, the options of starts and of strategies; no old names."""
+    """Return every setting by its key: every run's, the options of starts, strategies and rules; no old names."""
     found = {setting.key: setting for setting in _of_section(RunSettings, "")}
     for name, start in STARTS.items():
         for option in _of_section(start, START):
             found[option.key] = _shared(found.get(option.key), option, name)
-    for name, strategy in STRATEGIES.items():
-        found.update({s.key: dataclasses.replace(s, owners=(name,)) for s in _of_section(strategy, f"{name}.")})
+    rows: list[tuple[str, type[Any]]] = [*STRATEGIES.items(), *RULES.items()]
+    for name, row in rows:
+        found.update({s.key: dataclasses.replace(s, owners=(name,)) for s in _of_section(row, f"{name}.")})
     return found
 
 
@@ -155,6 +157,8 @@ def _about(section: str) -> str:
         return "What concerns the run as a whole."
     if section in STRATEGIES:
         return f"Options of the strategy `{section}`. {said_of(STRATEGIES[section])}."
+    if section in RULES:
+        return f"Options of the server's rule `{section}`. {said_of(RULES[section])}."
     if section == START[:-1]:
         return "Options of the adapter's start (`adapter.start`), each of the starts that are named behind it."
     return f"{said_of(kinds_of(RunSettings)[section])}."

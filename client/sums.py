@@ -150,7 +150,8 @@ def terms_of(job: Job, public_size: int) -> Terms:
 
 
 def _hashes(task: TrainTask, job: Job, model: FederatedModel) -> Task:
-    trained = {layer: {name: p.detach() for name, p in factors.items()} for layer, factors in model.trained().items()}
+    sent = job.summed(task.round_number, model.trained())
+    trained = {layer: {name: p.detach() for name, p in factors.items()} for layer, factors in sent.items()}
     return Task(
         base=model.base.fingerprint,
         start=job.start_fingerprint(model.start),

@@ -12,6 +12,7 @@ from common.messages.wire import Layout, layout_of
 from common.model.federated import FederatedModel, Score, phrases_of
 from common.starts import Labels
 from common.tasks import Record
+from common.tasks.examples import Example
 from strategies.job import Job
 
 
@@ -51,7 +52,7 @@ class ServerModel:
         """Return names and shapes of what a site may send in a round."""
         if round_number == 0:
             return self.job.origin.layout(self.model)
-        return layout_of(self.job.strategy.uplink(self.trained_start()))
+        return layout_of(self.job.summed(round_number, self.job.strategy.uplink(self.trained_start())))
 
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records.
@@ -68,15 +69,32 @@ class ServerModel:
         self.model.write(self.start)
         return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
 
+    def rule_statistic(self) -> AdapterState:
+        """Return what the run's server rule takes from public text before round 1.
+
+        Raises:
+            DataError, ModelError: the text cannot be read, is not public to the run, or says nothing.
+        """
+        self.model.write(self.start)
+        return self.job.rule.measure(self.model, self.job.config)
+
     def _labels(self) -> Labels:
         return Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
 
     def calibrated(self, adapter: AdapterState) -> AdapterState:
-        """Return ``adapter`` with its A as long as suits, by the public phrases about the labels."""
+        """Return ``adapter`` with its A as long as suits, by public phrases: about the labels, or FedVeil's own."""
         from common.starts.calibration import calibrated
+        from common.starts.public_text import PACKAGED, known_sha256, read_text
 
-        task, phrases = self.model.task, self._phrases()
-        examples = [replace(task.of_phrase(text), label=label) for label, texts in enumerate(phrases) for text in texts]
+        task = self.model.task
+        examples: list[Example] = [
+            replace(task.of_phrase(text), label=label)
+            for label, texts in enumerate(self._phrases())
+            for text in texts
+            if task.labelled
+        ]
+        if not task.labelled:
+            examples = [task.of_text(text) for text in read_text(PACKAGED, known_sha256(PACKAGED))]
         return calibrated(self.model, adapter, self.model.prepare(examples))
 
     def _phrases(self) -> list[Sequence[str]]:

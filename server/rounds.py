@@ -14,9 +14,9 @@ from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
 from server.model import ServerModel
-from server.optimizer import server_step
 from server.rates import within_noise
 from server.replies import clean
+from server.ruled import ruled_step
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
 from strategies import ServerState, mean
@@ -85,6 +85,7 @@ def run_rounds(
         state = _initialise(job, sites, server_model, observer)
         score = server_model.score(state.adapter)
         observer.started(score, state, admission.members)
+    measured = server_model.rule_statistic()
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
         got = sites.gather(round_number, state)
@@ -98,7 +99,7 @@ def run_rounds(
                 break
             raise _too_few(got, round_number, job.config.min_sites)
         averaged = list(got.summed) or contributions(job, list(got.results.values()), state)
-        step = partial(server_step, within_noise(job, list(got.results.values()), averaged))
+        step = partial(ruled_step, job, within_noise(job, list(got.results.values()), averaged), measured)
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None

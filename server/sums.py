@@ -194,7 +194,12 @@ def summed_contribution(
         )
     gradient, training = _shaped(summed / own.expected_batch_size, layout), config.training
     rate = config.site_rate(round_number, 0)
-    moved: AdapterState = {}
+    # What rests in this round is no part of the sum, and stays.
+    moved = {
+        layer: {name: held for name, held in factors.items() if state.trains(layer, name)}
+        for layer, factors in state.adapter.items()
+    }
+    moved = {layer: factors for layer, factors in moved.items() if factors}
     for layer, factors in gradient.items():
         own_rate = rate * (training.head_rate if layer == HEAD else 1.0)
         held = state.adapter[layer]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.errors import ConfigError
-from common.messages.state import METRIC, OWN, AdapterState
+from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
@@ -19,7 +20,9 @@ from common.tasks import TASKS
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.renamed import REFUSED, RENAMED, by_new_names
+from strategies.rules import RULES, ServerRule
 
+T = TypeVar("T")
 START = "start."
 """What the options of a start begin with."""
 
@@ -33,6 +36,8 @@ class Job:
     adapter: Adapter
     origin: Start
     """Where the adapter's factors begin."""
+    rule: ServerRule
+    """What stands around the server's optimiser."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Lines for whoever wrote the settings, such as on one that has another name now."""
     asked: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
@@ -64,6 +69,14 @@ class Job:
         }
         return self.start(merge(adapter, measured))
 
+    def summed(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
+        """Return the layers of ``trained`` that a round sends: in a secure sum those alone that its steps are of.
+
+        What rests would be noise in the vector. Elsewhere it is sent as it came.
+        """
+        config, every = self.config, not self.mechanism.summed
+        return {k: v for k, v in trained.items() if every or config.moves(round_number, head=k == HEAD)}
+
     @property
     def mechanism(self) -> Mechanism:
         """What protects the records."""
@@ -92,7 +105,7 @@ class Job:
 
     def settings(self) -> dict[str, Scalar]:
         """Return every setting of the run with the value that it has, flat: they make the same job again."""
-        return _flat(as_asked(self.config), self.origin, self.strategy)
+        return _flat(as_asked(self.config), self.origin, self.strategy, self.rule)
 
     def chosen(self) -> list[str]:
         """Return the settings that were asked for otherwise than by default."""
@@ -100,8 +113,9 @@ class Job:
         return [key for key, value in self.asked.items() if value != known[key]]
 
 
-def _flat(run: RunSettings, origin: Start, strategy: Strategy) -> dict[str, Scalar]:
-    return {**to_mapping(run), **to_mapping(origin, START), **to_mapping(strategy, f"{strategy.name}.")}
+def _flat(run: RunSettings, origin: Start, strategy: Strategy, rule: ServerRule) -> dict[str, Scalar]:
+    own = {**to_mapping(strategy, f"{strategy.name}."), **to_mapping(rule, f"{rule.name}.")}
+    return {**to_mapping(run), **to_mapping(origin, START), **own}
 
 
 def tables() -> dict[str, Rule]:
@@ -110,19 +124,20 @@ def tables() -> dict[str, Rule]:
         "strategy": OneOf(tuple(STRATEGIES)),
         "adapter.name": OneOf(("auto", *ADAPTERS)),
         "adapter.start": OneOf(tuple(STARTS)),
+        "server.rule": OneOf(tuple(RULES)),
     }
 
 
 def known_settings() -> dict[str, Scalar]:
-    """Return every setting that exists with its default: the run's, every start's and every strategy's own, old names.
+    """Return every setting that exists with its default: the run's, every start's, strategy's and rule's, old names.
 
     Old names (``strategies.renamed``) have the default of their successors.
     """
     known = defaults(RunSettings)
     for start in STARTS.values():
         known.update({START + key: value for key, value in defaults(start).items()})
-    for name, strategy in STRATEGIES.items():
-        known.update({f"{name}.{key}": value for key, value in defaults(strategy).items()})
+    for name, row in (*STRATEGIES.items(), *RULES.items()):
+        known.update({f"{name}.{key}": value for key, value in defaults(row).items()})
     return {**known, **{old: known[new] for old, new in RENAMED.items()}}
 
 
@@ -160,12 +175,13 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         given: as they were written.
         renamed: the old names among them, each with its successor.
     """
-    sections = (START, *(f"{name}." for name in STRATEGIES))
+    sections = (START, *(f"{name}." for name in (*STRATEGIES, *RULES)))
     asked = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
     config = resolve(asked)
-    for key, value in (("strategy", asked.strategy), ("adapter.name", named), ("adapter.start", asked.adapter.start)):
+    rows = {"strategy": asked.strategy, "adapter.name": named, "adapter.start": asked.adapter.start}
+    for key, value in {**rows, "server.rule": asked.server.rule}.items():
         tables()[key].check(key, value)
     strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")
     config.privacy.mechanism.check_row()
@@ -197,9 +213,16 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         _check_most_noise(config)
     if config.training.refit:
         _check_refit(config, ADAPTERS[name])
-    own = _flat(asked, asked_start, strategy)
+    adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
+    rule.check(config, strategy, adapter)
+    if config.server.most_noise and rule.lengthens:
+        raise ConfigError(
+            f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
+            "another: set server.most-noise to 0, or server.rule to 'none'"
+        )
+    own = _flat(asked, asked_start, strategy, rule)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
-    return Job(config, strategy, build_adapter(name, config.adapter, origin), origin, notes, own)
+    return Job(config, strategy, adapter, origin, rule, notes, own)
 
 
 def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
@@ -271,15 +294,29 @@ def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar
     return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START)
 
 
+def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> ServerRule:
+    """Return the rule called ``name`` with its options.
+
+    Raises:
+        ConfigError: an option is out of range, or is ``given`` and another rule's.
+    """
+    known = known_settings()
+    for key, value in given.items():
+        owner = key.partition(".")[0]
+        if owner in RULES and owner != name and value != known.get(key):
+            raise ConfigError(f"{key} has no effect with server.rule {name!r}: set server.rule to {owner!r}")
+    return from_section(RULES[name], settings, f"{name}.")
+
+
 def _check_calibration(config: RunConfig, strategy: Strategy) -> None:
-    """Raise ConfigError unless A can be calibrated on phrases about labels, and stays as long as it was made."""
+    """Raise ConfigError unless A can be calibrated on public phrases, and stays as long as it was made."""
     if strategy.moves_frozen:
         raise ConfigError(
             f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"
         )
     task = TASKS[config.model.task]
-    if not (task.labelled and task.worded):
+    if not task.worded:
         raise ConfigError(
-            f"adapter.alpha is 0, to be calibrated on phrases about labels, but model.task {task.name!r} has none: "
+            f"adapter.alpha is 0, to be calibrated on public phrases, but model.task {task.name!r} holds no words: "
             "give it a number"
         )

@@ -18,6 +18,7 @@ from common.starts import STARTS, Start
 from common.tasks import TASKS
 from common.words import bytes_text
 from strategies import STRATEGIES, Strategy
+from strategies.rules import RULES
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
 """(m, n) of the default job's layers: query and value of MiniLM's six blocks."""
@@ -181,6 +182,15 @@ def _start_row(start: type[Start]) -> list[str]:
     options = ", ".join(f"`{name} = {_toml(value)}`" for name, value in defaults(start).items())
     cells = [f"`{start.name}`", said_of(start), start.needs, start().asked, ", ".join(start.gives)]
     return [*cells, options or "none"]
+
+
+def rule_table() -> str:
+    """Return the Markdown table of all rules around the server's optimiser."""
+    rows = []
+    for name, rule in RULES.items():
+        options = ", ".join(f"`{name}.{key} = {_toml(value)}`" for key, value in defaults(rule).items())
+        rows.append([f"`{name}`" + (f" ({rule.paper})" if rule.paper else ""), said_of(rule), options or "none"])
+    return markdown(("`server.rule`", "what it is", "options"), rows)
 
 
 def _toml(value: object) -> str:

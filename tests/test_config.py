@@ -24,6 +24,7 @@ from common.starts import STARTS, Start
 from strategies import STRATEGIES
 from strategies.job import configure, known_settings
 from strategies.renamed import RENAMED
+from strategies.rules import RULES
 
 fast = settings(max_examples=25, deadline=None)
 ROOT = Path(__file__).parent.parent
@@ -34,8 +35,10 @@ each_key = pytest.mark.parametrize("key", KNOWN)
 def job_with(key: str, value: Scalar) -> Any:
     """Configure a run with one setting changed, and the strategy whose setting it is."""
     owner = key.split(".", maxsplit=1)[0]
-    strategy = owner if owner in STRATEGIES else "ffa-lora"
-    return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), key: value})
+    strategy = owner if owner in STRATEGIES else "fedavg-lora" if owner == "lora-pro" else "ffa-lora"
+    rule = {"server.rule": owner} if owner in RULES else {}
+    words = {"model.task": "causal-lm", "head.policy": "frozen"} if owner == "align-guard" else {}
+    return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), **rule, **words, key: value})
 
 
 def with_owner(key: str) -> dict[str, Scalar]:
@@ -90,7 +93,7 @@ def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 
 def test_defaults_alone_are_a_valid_run() -> None:
-    others = {*STRATEGIES, "start"} - {"ffa-lora"}
+    others = {*STRATEGIES, *RULES, "start"} - {"ffa-lora"}
     own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k not in RENAMED}
     settings = configure({}).settings()
     assert settings.keys() == own.keys()

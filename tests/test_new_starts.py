@@ -495,7 +495,10 @@ def test_a_calibrated_run_sends_its_a_once_and_a_head_of_zeros_is_refused(toy_se
         ({"strategy": "fed-sb"}, "which only 'lora-frozen-a' can be"),
         ({"strategy": "fedavg-lora"}, "which only 'lora-frozen-a' can be"),
         ({"strategy": "fed-svd"}, "gives A another length"),
-        ({"strategy": "ffa-lora", "model.task": "causal-lm", "head.policy": "frozen"}, "phrases about labels"),
+        (
+            {"strategy": "ffa-lora", "model.task": "image-classification", "head.start": "random"},
+            "public phrases, but model.task 'image-classification' holds no words",
+        ),
     ],
 )
 def test_alpha_is_calibrated_only_where_the_scale_is_free(values: dict[str, Any], named: str) -> None:

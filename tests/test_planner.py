@@ -174,7 +174,13 @@ def test_the_derivatives_of_a_linearised_run_are_in_its_time(toy_settings: dict[
 
 def test_the_time_of_a_run_has_its_features_once(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     featured = dataclasses.replace(MEASURED, feature_seconds=0.5)
-    assert feature_seconds(featured, [60, 90, 60], workers=2) == (60.0, 45.0)
+    training = configure({"training.linearised": 3}).config.training
+    once = dataclasses.replace(training, linearised=0)
+    assert feature_seconds(featured, once, 9, [60, 90, 60], workers=2) == (60.0, 45.0)
+    # Rounds 1 to 3, 4 to 6 and 7 have a linearisation each, and the last two the features of what came of them.
+    refitted = dataclasses.replace(training, refit=2)
+    scored = dataclasses.replace(featured, scored_seconds=0.25)
+    assert feature_seconds(scored, refitted, 9, [60], workers=1) == (60 * (3 * 0.5 + 0.25),) * 2
     before = dataclasses.replace(planned({**toy_settings, **HEAD_ALONE}), calibration=featured, workers=2)
     console = Console(width=80, record=True, file=io.StringIO())
     print_forecast(console, before)

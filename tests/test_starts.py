@@ -21,7 +21,7 @@ def needed(name: str) -> dict[str, Scalar]:
     own: dict[str, Scalar] = {"adapter.start": name}
     if "A" not in STARTS[name].gives:
         own["adapter.name"] = "lora-frozen-b"
-    if name == "public-gradient":
+    if "data" in defaults(STARTS[name]):
         own["start.data"] = "public.csv"
     if STARTS[name].needs == "records, without privacy":
         own["privacy.mode"] = "none"

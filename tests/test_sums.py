@@ -26,6 +26,7 @@ from client.ledger.ledger import Ledger
 from common.config.sections import Scalar
 from common.errors import ConfigError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
+from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply
 from common.privacy import dpsgd
@@ -38,6 +39,7 @@ from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import markdown_report, report_of
 from server import checkpoint
+from server import sums as sums_at_server
 from strategies.job import configure
 
 SUMMED: dict[str, Any] = {
@@ -81,16 +83,17 @@ def last_adapter(folder: Path) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for _, _, tensor in entries(state.adapter)])
 
 
+@pytest.mark.parametrize("phases", [{}, {"rounds": 3, "training.linearised": 2, "training.refit": 1}])
 def test_without_noise_a_round_is_that_of_plain_uploads(
-    summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    summed: dict[str, Any], phases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounding, "add_private_noise", no_noise)
     monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
-    same = {**summed, "training.sample-rate": 1.0, "max-share": 1.0, "max-update-norm": 1e9}
+    same = {**summed, **phases, "training.sample-rate": 1.0, "max-share": 1.0, "max-update-norm": 1e9}
     masked = run_in_process(same, 4, run="sum")
     plain = {**same, "privacy.mode": "dp-sgd", "privacy.honest-sites": 0}
     wanted = last_adapter(run_in_process(plain, 4, run="plain"))
-    begun = run_in_process({**plain, "rounds": 1, "training.learning-rate": 1e-9}, 4, run="start")
+    begun = run_in_process({**plain, "training.learning-rate": 1e-9}, 4, run="start")
     start = last_adapter(begun)
     moved = float((wanted - start).norm())
     assert float((last_adapter(masked) - wanted).norm()) < 1e-3 * moved  # the grid is a thousandth of the noise
@@ -111,6 +114,24 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     assert "second price" in markdown_report(folder)
     shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
     assert "if no other site adds its noise to a sum: " in shown.output
+
+
+def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"rounds": 3, "training.linearised": 2, "training.refit": 1}
+    seen, read = list[tuple[int, int]](), sums_at_server.total
+
+    def spy(vectors: Any, std: float) -> torch.Tensor:
+        found = read(vectors, std)
+        seen.append((len(seen) + 1, found.numel()))
+        return found
+
+    monkeypatch.setattr(sums_at_server, "total", spy)
+    folder = run_in_process({**summed, **own}, 4)
+    state = checkpoint._read(folder / checkpoint.NAME)[1]
+    trained = {k: sum(t.numel() for n, t in fs.items() if state.trains(k, n)) for k, fs in state.adapter.items()}
+    head, below = trained.pop(HEAD), sum(trained.values())
+    assert head
+    assert seen == [(1, below), (2, below), (3, head)]
 
 
 def releases(folder: Path) -> list[Any]:
@@ -588,7 +609,6 @@ def test_a_site_whose_roster_is_another_has_no_part(clinics: SumSite) -> None:
         ({"privacy.honest-sites": 1, "privacy.colluders": 1}, "ask for 2 sites in a sum, which needs 3"),
         ({"training.local-steps": 2}, "is one sum of clipped gradients"),
         ({"training.optimizer": "adam"}, "the server steps"),
-        ({"training.linearised": 3}, "set training.linearised to 0"),
         ({"training.weight-decay": 0.1}, "the server steps"),
         ({"privacy.mode": "dp-sgd"}, "no noise is shared"),
         ({"privacy.mode": "none"}, "no noise is shared"),

@@ -75,6 +75,9 @@ class ServerSettings(Section):
     """FedAdam's τ, added to the root of Adam's second moment: changes well below it do not become full steps."""
     momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.5
     """For ``momentum``: how much of the last step the next one keeps."""
+    rule: str = "none"
+    """What stands around the optimiser: a row of ``strategies.rules.RULES``, whose options are set under its name.
+    ``lora-pro`` turns the change of A and B before it, ``allora`` and ``align-guard`` its step."""
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """For ``momentum``: standard deviation that the noise of the whole run may give a trained number. The learning rate
     is lowered to keep it, of the head and of the rest each for itself (``server.rates``). 0: no bound."""
@@ -140,6 +143,7 @@ def resolve(asked: RunSettings) -> RunConfig:
             learning_rate=server.learning_rate,
             adam_tau=server.adam_tau,
             momentum=server.momentum,
+            rule=server.rule,
             head_rate=head_rate,
             schedule=asked.schedule,
             most_noise=server.most_noise,

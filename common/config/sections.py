@@ -247,6 +247,7 @@ class ServerConfig:
     learning_rate: float
     adam_tau: float
     momentum: float
+    rule: str
     head_rate: float
     """The head's learning rate over that of the other tensors."""
     schedule: str
@@ -320,6 +321,10 @@ class RunConfig(RunTerms):
     def refits(self, round_number: int) -> bool:
         """Return whether the adapter rests in a round, and sites train the head alone."""
         return round_number > self.rounds - self.training.refit
+
+    def moves(self, round_number: int, *, head: bool) -> bool:
+        """Return whether the steps of a round are of the head, or of what is below it."""
+        return head if self.refits(round_number) else not (head and self.training.linearised)
 
     def site_rate(self, round_number: int, step: int) -> float:
         """Return a site's learning rate of a round's step; both phases of a run have the whole schedule.

@@ -117,6 +117,8 @@ class FederatedModel:
             if head.metric == "public":
                 self.module.metric = Metric(self.module.width).to(self.device)
         _turn_dropout_off(self.module)
+        self.statistic: Callable[[Batch], Tensor] | None = None
+        """While a start measures: what stands in place of the records' losses after each pass, shape (records,)."""
         self.start: AdapterState = self.read()
         """The adapter state before any training; later states are written over the model, never over this."""
 
@@ -144,7 +146,12 @@ class FederatedModel:
         return places
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Return the part of ``places`` that sites train: exactly what is clipped and noised."""
+        """Return the part of ``places`` that sites train: exactly what is clipped and noised.
+
+        Inside ``linearised`` that is the way from the point, whose numbers stand in the order of ``below_head``.
+        """
+        if self.module.tangent is not None:
+            return {TANGENTS: {"step": self.module.tangent.step}}
         kept = {
             layer: {name: p for name, p in factors.items() if p.requires_grad}
             for layer, factors in self.places().items()
@@ -288,7 +295,7 @@ class FederatedModel:
         with self._on_vectors((self.classes - 1, len(tangent.step))):
             self.module.tangent = tangent
             try:
-                yield {TANGENTS: {"step": tangent.step}}
+                yield self.trained()
             finally:
                 self.module.tangent = None
         with torch.no_grad():
@@ -298,11 +305,12 @@ class FederatedModel:
 
     def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""
+        trained = self.trained()
         return {
-            (layer, name): p
-            for layer, factors in self.trained().items()
+            (layer, name): trained[layer][name]
+            for layer in sorted(trained)
             if layer != HEAD
-            for name, p in factors.items()
+            for name in sorted(trained[layer])
         }
 
     def _needed_head(self) -> nn.Linear:
@@ -337,6 +345,8 @@ class FederatedModel:
         """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
         with autocast(self.device, self.precision):
             losses = self.task.losses(self.module, batch)
+        if self.statistic is not None:
+            losses = self.statistic(batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
 
     def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:

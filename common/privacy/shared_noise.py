@@ -96,16 +96,6 @@ class SecureSum(Mechanism):
                 f"training.local-steps is {training.local_steps}, and a round of privacy.mode 'secure-sum' is one sum "
                 "of clipped gradients: set it to 1"
             )
-        if training.refit:
-            raise ConfigError(
-                f"privacy.mode {self.name!r} sums a vector of the whole model, and in training.refit rounds the head "
-                "alone is trained: set training.refit to 0"
-            )
-        if training.linearised:
-            raise ConfigError(
-                "with privacy.mode 'secure-sum' the server steps, and a site has one step a round for which "
-                "derivatives would be kept: set training.linearised to 0"
-            )
         if training.optimizer != "sgd" or training.weight_decay:
             raise ConfigError(
                 "with privacy.mode 'secure-sum' the server steps, from the sum of all sites: set training.optimizer "

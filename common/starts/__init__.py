@@ -10,12 +10,16 @@ from __future__ import annotations
 from common.adapters import Adapter
 from common.errors import ConfigError
 from common.starts.base import Labels, PaidStart, Start, UnpaidStart
+from common.starts.dp_eva import DPEVA
 from common.starts.dp_gradient import DPGradient
+from common.starts.dp_lora_ga import DPLoRAGA
 from common.starts.eva import EVA
 from common.starts.kaiming import Kaiming
+from common.starts.lora_ga import LoRAGA
 from common.starts.minor_of_weights import MinorOfWeights
 from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
+from common.starts.private_eva import PrivateEVA
 from common.starts.private_gradient import PrivateGradient
 from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
@@ -38,6 +42,10 @@ STARTS: dict[str, type[Start]] = {
         Probe,
         DPGradient,
         PrivateGradient,
+        DPEVA,
+        PrivateEVA,
+        LoRAGA,
+        DPLoRAGA,
     )
 }
 

@@ -7,7 +7,7 @@ noised and divided by a public constant: one release, by the same mechanism as a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -65,10 +65,21 @@ def private_gradient(
     ``before_pass`` is called before each pass, and may raise.
     """
     with open_weights(model) as weights:
-        optimizer = torch.optim.SGD(weights.values(), lr=0.0)
-        with plan.steps(model, optimizer, Around(before_pass)) as steps:
-            released = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
-        return _oriented(model, {name: released[weight] for name, weight in weights.items()})
+        return _oriented(model, released(model, weights, parts, plan, before_pass))
+
+
+def released(
+    model: FederatedModel,
+    opened: Mapping[str, nn.Parameter],
+    parts: Iterable[Batch],
+    plan: PrivacyPlan,
+    before_pass: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Return one release of the gradients of ``opened``, which alone take one, by their names."""
+    optimizer = torch.optim.SGD(opened.values(), lr=0.0)
+    with plan.steps(model, optimizer, Around(before_pass)) as steps:
+        gradients = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
+    return {name: gradients[parameter] for name, parameter in opened.items()}
 
 
 def gradient_layout(model: FederatedModel) -> Layout:

@@ -1,4 +1,4 @@
-"""LoRA-SB's start from a mean gradient, on public records at the server.
+"""Starts from a mean gradient of public records at the server, and LoRA-SB's among them.
 
 Singhal, Ponkshe et al.: Initialization using Update Approximation is a Silver Bullet (LoRA-SB), algorithm 1.
 """
@@ -28,24 +28,21 @@ from common.tasks import Batch
 
 
 @dataclass(frozen=True)
-class PublicGradient(Start):
-    """B R A is the best rank-r part of one sign step down the public records' mean gradient."""
+class FromRecords(Start):
+    """A start from the mean gradient of public records; what is made of it, the row says."""
 
-    name: ClassVar[str] = "public-gradient"
     needs: ClassVar[Needs] = "public records"
 
     data: str = ""
     """The public data set or file, read with the run's ``data`` columns."""
     records: Annotated[int, POSITIVE, Unit("records")] = 256
     """How many of its records are used."""
-    step: Annotated[float, POSITIVE, RATIO] = 1e-3
-    """Length of the first sign step that is imitated: LoRA-SB's eta."""
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a start that lacks its data, or takes the sites' records for them."""
         super().check(config, adapter)
         if not self.data:
-            raise ConfigError("adapter.start 'public-gradient' needs start.data: name a public data set or file")
+            raise ConfigError(f"adapter.start {self.name!r} needs start.data: name a public data set or file")
         if self.data == config.data.name:
             raise ConfigError(
                 f"start.data is {self.data!r}, the run's own data.name, whose records simulated sites divide: they "
@@ -76,6 +73,16 @@ class PublicGradient(Start):
     def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
         """Return the mean of the records' gradients."""
         return mean_gradient(model, parts)
+
+
+@dataclass(frozen=True)
+class PublicGradient(FromRecords):
+    """B R A is the best rank-r part of one sign step down the public records' mean gradient."""
+
+    name: ClassVar[str] = "public-gradient"
+
+    step: Annotated[float, POSITIVE, RATIO] = 1e-3
+    """Length of the first sign step that is imitated: LoRA-SB's eta."""
 
     def from_statistic(self, statistic: Factors, rank: int) -> Factors:
         """Return B, A and R of LoRA-SB's algorithm 1."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from client.linearised import Derivatives, Linearisation, linearised
 from client.optimizers import build_optimizer
-from common.config.sections import RunConfig
+from common.config.sections import RunConfig, TrainingConfig
 from common.data.sources import public_test
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
@@ -68,6 +68,8 @@ class Calibration:
     feature_seconds: float = 0.0
     """Of computing one record's features, once in a run, or its derivatives, once in ``training.linearised`` rounds;
     0 where neither is kept."""
+    scored_seconds: float = 0.0
+    """Of scoring one public test record; a record's features for ``training.refit`` take about as long."""
 
     def site_seconds(self, steps: int, expected_batch: float) -> float:
         """Return the time of one site's round."""
@@ -118,6 +120,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
         accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
         alignment=alignment_of([mean for _, mean in steps]) if config.privacy.mechanism.charged else None,
         feature_seconds=featuring,
+        scored_seconds=scoring / len(server_model.records),
     )
 
 
@@ -130,9 +133,21 @@ def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float]
     return here + calibration.score_seconds, apart + calibration.score_seconds
 
 
-def feature_seconds(calibration: Calibration, sizes: Sequence[int], workers: int) -> tuple[float, float]:
-    """Return the time of all sites' features, as ``round_seconds``; ``sizes`` are their numbers of records."""
-    return _shared([calibration.feature_seconds * size for size in sizes], workers)
+def feature_seconds(
+    calibration: Calibration, training: TrainingConfig, rounds: int, sizes: Sequence[int], workers: int
+) -> tuple[float, float]:
+    """Return the time of all that is computed of records ahead of their steps in a run, as ``round_seconds``.
+
+    Args:
+        calibration: what a record takes.
+        training: how often it is computed: once, or once in ``linearised`` rounds, and once more for ``refit``.
+        rounds: of the run.
+        sizes: the sites' numbers of records.
+        workers: processes here.
+    """
+    times = math.ceil((rounds - training.refit) / training.linearised) if training.linearised else 1
+    each = times * calibration.feature_seconds + (calibration.scored_seconds if training.refit else 0.0)
+    return _shared([each * size for size in sizes], workers)
 
 
 def _shared(sites: Sequence[float], workers: int) -> tuple[float, float]:

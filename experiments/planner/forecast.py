@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +86,7 @@ class Forecast:
         if self.calibration is None:
             return None
         config = self.job.config
-        times = math.ceil(config.rounds / config.training.linearised) if config.training.linearised else 1
-        return feature_seconds(self.calibration, [times * size for size in self.sizes], self.workers)
+        return feature_seconds(self.calibration, config.training, config.rounds, self.sizes, self.workers)
 
     @property
     def warnings(self) -> list[str]:

@@ -1,0 +1,59 @@
+"""``pruned.json``: what a pruned model was made of, beside it in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.files import replace_file
+from common.model.pruned import Kept
+
+NAME = "pruned.json"
+FORMAT = "fedveil-pruned/1"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The large model, the small one, and which units of the large one are in it."""
+
+    large: str
+    """As ``model.name`` calls it."""
+    large_fingerprint: str
+    """SHA-256 of what it computes (``common.model.base.model_fingerprint``)."""
+    small_fingerprint: str
+    """The same of the small model: what a site's policy pins."""
+    task: str
+    kept: Kept
+
+
+def write_pruned(folder: Path, about: Pruned) -> None:
+    """Write ``pruned.json``."""
+    put_json(folder / NAME, {"format": FORMAT, **asdict(about)})
+
+
+def put_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step."""
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_pruned(folder: Path) -> Pruned:
+    """Return what a folder's ``pruned.json`` says.
+
+    Raises:
+        DataError: there is none, or it is of no format that is known here.
+    """
+    try:
+        told = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        if told.pop("format") != FORMAT:
+            raise KeyError(FORMAT)
+        kept = told.pop("kept")
+        sides = {side: tuple(tuple(int(i) for i in index) for index in kept[side]) for side in ("groups", "neurons")}
+        return Pruned(**told, kept=Kept(**sides))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} holds no {NAME} that can be read: name the folder that `fedveil prune` wrote"
+        ) from error

@@ -1,0 +1,87 @@
+"""The adapter of a run on a pruned model, on the large one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from common.adapters.base import PEFT_PREFIX
+from common.errors import DataError, ModelError
+from common.model.base import load_base_model
+from common.model.pruned import recovered, units_of
+from experiments.pruning.files import put_json, read_pruned
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
+    """Write a run's adapter for the large model into a new folder, as stock PEFT loads it; return the large model.
+
+    Both models are known by their fingerprints: the small one must be what the run trained on, the large one what it
+    was pruned from.
+
+    Args:
+        run: a run's folder.
+        target: a folder that does not exist yet.
+        pruned: the folder of the small model; None: where the run says that it lay.
+
+    Raises:
+        DataError: ``target`` exists, or something cannot be read or written.
+        ModelError: a model is another than the run's, or the adapter is no plain LoRA.
+    """
+    if target.exists():
+        raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
+    adapter = run / "adapter"
+    try:
+        about: dict[str, Any] = json.loads((adapter / "fedveil.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(str(adapter / WEIGHTS))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{adapter} holds no adapter of a run that can be read: name a run's folder") from error
+    told = read_pruned(pruned or Path(about["base_model"]))
+    if told.small_fingerprint != about["base_fingerprint"]:
+        raise ModelError(
+            f"the run trained on a model of fingerprint {about['base_fingerprint'][:12]}, and this pruned model is "
+            f"{told.small_fingerprint[:12]}: name the one of the run with --pruned"
+        )
+    large = load_base_model(told.large, told.task)
+    if large.fingerprint != told.large_fingerprint:
+        raise ModelError(
+            f"{told.large!r} is {large.fingerprint[:12]} on this machine, and the pruned model was made of "
+            f"{told.large_fingerprint[:12]}: install the same weights"
+        )
+    units, weights = units_of(large.module), large.module.state_dict()
+    made = {}
+    for layer, pair in _pairs(tensors).items():
+        shape = tuple(weights[f"{layer}.weight"].shape)
+        whole = recovered(pair, shape, *told.kept.sides(layer, units))
+        for letter, tensor in whole.items():
+            made[f"{PEFT_PREFIX}{layer}.lora_{letter}.weight"] = tensor.contiguous()
+    try:
+        target.mkdir(parents=True)
+        put_json(target / CONFIG, {**config, "base_model_name_or_path": told.large})
+        save_file(made, str(target / WEIGHTS), metadata={"format": "pt"})
+        fingerprints = {"trained_on": told.small_fingerprint, "recovered_onto": told.large_fingerprint}
+        put_json(target / "recovered.json", {"large": told.large, **fingerprints})
+    except OSError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
+    return told.large
+
+
+def _pairs(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return A and B of every layer of a plain LoRA adapter."""
+    pairs: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        layer, found, letter = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if not found or letter not in ("A", "B"):
+            raise ModelError(
+                f"the adapter holds {name!r}, which is no factor of a plain LoRA: its change has no zeros to be "
+                "recovered with; train an adapter that is exported as A and B"
+            )
+        pairs.setdefault(layer, {})[letter] = tensor
+    return pairs

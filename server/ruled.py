@@ -1,0 +1,56 @@
+"""The server's step with a rule around its optimiser (``strategies.rules``)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from common.config.sections import RunConfig
+from common.messages.state import OWN, AdapterState
+from common.messages.tensors import merge, subtract
+from server.optimizer import server_step
+from strategies import ServerState
+from strategies.job import Job
+from strategies.rules import NoRule
+
+
+def ruled_step(
+    job: Job, config: RunConfig, measured: AdapterState, before: ServerState, averaged: ServerState
+) -> ServerState:
+    """Return the state after the server's step, as ``server_step``, with the run's rule before and behind it.
+
+    The head and what sites do not train are as without a rule, and so is all of a round in which the adapter rests.
+    Computed in float64; the result has the adapter's dtype.
+
+    Args:
+        job: the run.
+        config: its configuration, with the server's rates of this round.
+        measured: what the rule took from public text before round 1.
+        before: the state that sites started from.
+        averaged: what the strategy's average makes of it.
+    """
+    rule, noised = job.rule, job.mechanism.charged
+    if isinstance(rule, NoRule) or config.refits(before.round_number + 1):
+        return server_step(config, before, averaged)
+    held = _layers(before, before)
+    whole = {layer: {n: t.double() for n, t in before.adapter[layer].items()} for layer in held}
+    changes = subtract(held, _layers(before, averaged))
+    scaling = job.adapter.scaling
+    turned = {layer: rule.change(change, whole[layer], scaling, noised=noised) for layer, change in changes.items()}
+    towards = replace(averaged, adapter=_with(averaged.adapter, subtract(held, turned)))
+    after = server_step(config, before, towards)
+    return replace(after, adapter=_with(after.adapter, rule.step(held, _layers(before, after), measured)))
+
+
+def _layers(before: ServerState, state: ServerState) -> AdapterState:
+    """Return what sites train of every layer but the head, float64."""
+    kept = {
+        layer: {name: t.double() for name, t in factors.items() if before.trains(layer, name)}
+        for layer, factors in state.adapter.items()
+        if layer not in OWN
+    }
+    return {layer: factors for layer, factors in kept.items() if factors}
+
+
+def _with(adapter: AdapterState, changed: AdapterState) -> AdapterState:
+    cast = {layer: {n: t.to(adapter[layer][n].dtype) for n, t in f.items()} for layer, f in changed.items()}
+    return merge(adapter, cast)

@@ -1,0 +1,16 @@
+"""Server rules around the optimiser, one per file; ``RULES`` is the table of them.
+
+A new one is one file and one row. Its options are the fields of its dataclass, and are set in the run
+configuration under its name: ``allora.eta = 2.0``.
+"""
+
+from __future__ import annotations
+
+from strategies.rules.align_guard import AlignGuard
+from strategies.rules.allora import ALLoRA
+from strategies.rules.base import NoRule, ServerRule
+from strategies.rules.lora_pro import LoRAPro
+
+RULES: dict[str, type[ServerRule]] = {rule.name: rule for rule in (NoRule, LoRAPro, ALLoRA, AlignGuard)}
+
+__all__ = ["RULES", "NoRule", "ServerRule"]

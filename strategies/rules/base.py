@@ -1,0 +1,77 @@
+"""The interface of a server rule.
+
+It stands around the server's optimiser: it turns the averaged change before the optimiser takes it for a gradient, or
+the step that came of it. Both have passed clip, noise and average, so a rule is post-processing and costs no privacy.
+It takes nothing else, but for public text that it may measure at the server before round 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.adapters import Adapter
+from common.config.fields import check_fields
+from common.config.sections import RunConfig
+from common.messages.state import AdapterState, Factors
+from common.model.federated import FederatedModel
+from strategies.base import Strategy
+
+
+@dataclass(frozen=True)
+class ServerRule(ABC):
+    """One rule; its options are its fields, set under its name, which declare what they may be."""
+
+    name: ClassVar[str]
+    """What ``server.rule`` calls it."""
+    paper: ClassVar[str]
+    lengthens: ClassVar[bool] = False
+    """Whether noise may move the model further with the rule than without, so that no bound of the run's covers it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"{self.name}.")
+
+    def check(self, config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:  # noqa: B027  (most need none)
+        """Raise ConfigError, saying what to do, unless the rule means anything in this run."""
+
+    def measure(self, model: FederatedModel, config: RunConfig) -> AdapterState:
+        """Server: return what the rule takes from public text before round 1; the model is at the run's start.
+
+        Raises:
+            DataError: the text cannot be read, or is not public to the run.
+            ModelError: it says nothing.
+        """
+        del model, config
+        return {}
+
+    def change(self, change: Factors, held: Factors, scaling: float, *, noised: bool) -> Factors:
+        """Return what the optimiser takes for one layer's averaged change.
+
+        Args:
+            change: ``before - averaged`` of the trained factors, float64.
+            held: every factor of the layer before the round, float64.
+            scaling: the adapter's s.
+            noised: whether the change carries a mechanism's noise.
+        """
+        del held, scaling, noised
+        return change
+
+    def step(self, before: AdapterState, after: AdapterState, measured: AdapterState) -> AdapterState:
+        """Return what stands after the round, of the layers' trained factors, float64.
+
+        Args:
+            before: the trained factors before the round.
+            after: the same after the optimiser's step.
+            measured: what ``measure`` gave.
+        """
+        del before, measured
+        return after
+
+
+@dataclass(frozen=True)
+class NoRule(ServerRule):
+    """The change and the step as they are."""
+
+    name: ClassVar[str] = "none"
+    paper: ClassVar[str] = ""

@@ -1,0 +1,326 @@
+"""Pruned base models: what is taken out, what an adapter on the small one is on the large one, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from audits.tiny_models import VOCABULARY
+from common.adapters import LoRAFrozenA
+from common.errors import ConfigError, DataError, ModelError
+from common.model.base import load_base_model
+from common.model.pruned import Kept, by_weights, pruned, recovered, units_of
+from common.starts import STARTS
+from experiments.in_process import run_in_process
+from experiments.pruning.files import NAME, read_pruned
+from experiments.pruning.prune import prune_model
+from experiments.pruning.recover import recover_run
+
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KEPT = Kept(groups=((0, 2), (1, 2)), neurons=((1, 2, 5, 7, 11), (0, 3, 4, 9, 13)))
+"""Of two layers, which lose different units."""
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def large() -> nn.Module:
+    """Return a random model with grouped queries (3 groups of 2), biases, and heads wider than hidden / heads."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = LlamaConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=24,
+            intermediate_size=14,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=6,
+            attention_bias=True,
+            mlp_bias=True,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+        model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def zeroed(model: nn.Module, kept: Kept) -> nn.Module:
+    """Return the large model whose pruned units say nothing: the slow, obvious reference."""
+    units, state = units_of(model), {name: t.clone() for name, t in model.state_dict().items()}
+    for name, tensor in state.items():
+        rows, columns = kept.sides(name, units)
+        mask = torch.ones_like(tensor)
+        if rows is not None:
+            mask[[i for i in range(len(tensor)) if i not in rows]] = 0
+        if columns is not None and tensor.dim() == 2:
+            mask[:, [i for i in range(tensor.shape[1]) if i not in columns]] = 0
+        state[name] = tensor * mask
+    other = LlamaForCausalLM(model.config).double().eval()
+    other.load_state_dict(state)
+    return other
+
+
+TOKENS = torch.tensor([[2, 5, 9, 11, 14, 3], [2, 7, 6, 21, 3, 3]])
+
+
+def with_changes(model: nn.Module, changes: dict[str, Tensor]) -> Tensor:
+    """Return the logits of a model whose layers' weights are moved."""
+    before = {layer: model.get_parameter(f"{layer}.weight").detach().clone() for layer in changes}
+    with torch.no_grad():
+        for layer, change in changes.items():
+            model.get_parameter(f"{layer}.weight").add_(change)
+        logits: Tensor = model(TOKENS).logits
+        for layer, weight in before.items():
+            model.get_parameter(f"{layer}.weight").copy_(weight)
+    return logits
+
+
+def pairs_of(small: nn.Module, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Return a pair of factors for every projection."""
+    found = {}
+    for i, (name, module) in enumerate(small.named_modules()):
+        if name.rpartition(".")[2] in EVERY:
+            out, into = module.weight.shape  # type: ignore[union-attr,misc]
+            found[name] = {"A": draw(2, into, seed=seed + i), "B": 0.3 * draw(out, 2, seed=seed + 50 + i)}
+    return found
+
+
+def onto(model: nn.Module, pairs: dict[str, dict[str, Tensor]], kept: Kept = KEPT) -> dict[str, dict[str, Tensor]]:
+    units = units_of(model)
+    return {
+        layer: recovered(pair, tuple(model.get_parameter(f"{layer}.weight").shape), *kept.sides(layer, units))
+        for layer, pair in pairs.items()
+    }
+
+
+def deltas(pairs: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {layer: pair["B"] @ pair["A"] for layer, pair in pairs.items()}
+
+
+def small_of(model: nn.Module, kept: Kept = KEPT) -> nn.Module:
+    return pruned(model, kept)
+
+
+def test_invariant_p1_the_zeroed_large_model_with_the_recovered_adapter_is_the_pruned_one_with_its_own(
+    large: nn.Module,
+) -> None:
+    """Gated layers and grouped heads, all seven projections, biases: to rounding, with and without an adapter."""
+    small, reference = small_of(large), zeroed(large, KEPT)
+    exact = {name: t.double() for name, t in large.state_dict().items()}
+    assert all(torch.equal(t, t.float().double()) or t.dtype == torch.float64 for name, t in exact.items())
+    pairs = pairs_of(small)
+    assert len(pairs) == 14
+    for changes in ({}, deltas(pairs)):
+        there = with_changes(reference, deltas(onto(large, pairs)) if changes else {})
+        here = with_changes(small, changes)
+        assert (there - here).abs().max() < 1e-12 * here.abs().max()
+    whole = with_changes(large, deltas(onto(large, pairs)))
+    assert (whole - with_changes(small, deltas(pairs))).abs().max() > 1e-2, "nothing was pruned: nothing is proved"
+
+
+def test_invariant_p1_the_recovered_delta_is_the_scattered_one_and_zero_elsewhere(large: nn.Module) -> None:
+    units, pairs = units_of(large), pairs_of(small_of(large))
+    for layer, pair in onto(large, pairs).items():
+        rows, columns = KEPT.sides(layer, units)
+        whole, small = pair["B"] @ pair["A"], pairs[layer]["B"] @ pairs[layer]["A"]
+        out, into = whole.shape
+        chosen = torch.zeros_like(whole)
+        chosen[torch.tensor(rows or range(out))[:, None], torch.tensor(columns or range(into))[None]] = small
+        assert (whole - chosen).abs().max() < 1e-12
+        assert (rows is None) != (columns is None)
+
+
+def test_invariant_p1_full_minus_pruned_of_a_gated_layer_is_what_the_pruned_neurons_say(large: nn.Module) -> None:
+    mlp, small = large.model.layers[0].mlp, zeroed(large, KEPT).model.layers[0].mlp  # type: ignore[union-attr]
+    x = draw(5, 24, seed=8)
+    gone = [i for i in range(14) if i not in KEPT.neurons[0]]
+    gate = mlp.gate_proj(x)[:, gone]  # type: ignore[operator]
+    said = (torch.nn.functional.silu(gate) * mlp.up_proj(x)[:, gone]) @ mlp.down_proj.weight[:, gone].T  # type: ignore[operator,index]
+    assert (mlp(x) - small(x) - said).abs().max() < 1e-12  # type: ignore[operator]
+
+
+def test_invariant_p1_a_planted_group_size_of_one_is_found(large: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices of q and o are those of k and v times the group's size: taken alike, the model is another."""
+    right = with_changes(zeroed(large, KEPT), {})
+    real = Kept.sides
+
+    def alike(self: Kept, layer: str, units: Any) -> Any:
+        rows, columns = real(self, layer, units)
+        if ".q_proj" in layer or ".o_proj" in layer:
+            wrong = tuple(range(len(rows or columns or ())))
+            return (wrong, None) if rows else (None, wrong)
+        return rows, columns
+
+    monkeypatch.setattr(Kept, "sides", alike)
+    assert (with_changes(small_of(large), {}) - right).abs().max() > 1e-3
+
+
+def test_invariant_p2_averaging_and_recovering_commute_and_different_masks_need_increments(large: nn.Module) -> None:
+    weights = (0.5, 0.3, 0.2)
+    small = small_of(large)
+    A = {layer: pair["A"] for layer, pair in pairs_of(small).items()}
+    sites = [
+        {layer: {"A": A[layer], "B": pair["B"]} for layer, pair in pairs_of(small, 9 * k).items()} for k in range(3)
+    ]
+    mean = {
+        layer: {"A": A[layer], "B": sum(w * site[layer]["B"] for w, site in zip(weights, sites, strict=True))}
+        for layer in A
+    }
+    recovered_mean = deltas(onto(large, mean))  # type: ignore[arg-type]
+    each = [deltas(onto(large, site)) for site in sites]
+    for layer, delta in recovered_mean.items():
+        assert (sum(w * e[layer] for w, e in zip(weights, each, strict=True)) - delta).abs().max() < 1e-12
+    # Sites with different prunings, one of which moves a B that stands away from 0 already.
+    other = Kept(groups=((0, 1), (0, 2)), neurons=((0, 2, 5, 7, 10), (1, 3, 4, 8, 13)))
+    layer, units = "model.layers.0.mlp.up_proj", units_of(large)
+    masks = [[*(kept.sides(layer, units)[0] or ())] for kept in (KEPT, other)]
+    held = draw(14, 2, seed=5)
+    steps = [0.1 * draw(5, 2, seed=60 + k) for k in range(2)]
+    exact, increments, padded = held.clone(), held.clone(), torch.zeros_like(held)
+    for share, mask, step in zip((0.6, 0.4), masks, steps, strict=True):
+        moved = held.clone()
+        moved[mask] += step
+        exact += share * (moved - held)
+        change = torch.zeros_like(held)
+        change[mask] = step
+        increments += share * change
+        state = torch.zeros_like(held)
+        state[mask] = held[mask] + step
+        padded += share * state
+    assert (increments - exact).abs().max() < 1e-12
+    assert (padded - exact).norm() > 0.3 * exact.norm(), "padded states would do: nothing is proved"
+
+
+def test_invariant_p3_a_is_orthonormal_in_kept_coordinates_before_and_after_and_a_fill_is_another_function(
+    large: nn.Module,
+) -> None:
+    small = small_of(large).float()
+    adapter = LoRAFrozenA(2, 2.0, ("down_proj", "o_proj"), STARTS["orthonormal"]())
+    state = adapter.read(adapter.attach(small, 1))
+    units = units_of(large)
+    for layer, pair in state.items():
+        shape = tuple(large.get_parameter(f"{layer}.weight").shape)
+        whole = recovered(pair, shape, *KEPT.sides(layer, units))["A"]
+        for A in (pair["A"], whole):
+            assert (A @ A.T - torch.eye(2)).abs().max() < 1e-6
+        columns = KEPT.sides(layer, units)[1] or ()
+        seeded = STARTS["orthonormal"]().factors(_place(layer, shape), ("A",))["A"][:, list(columns)]
+        singular = torch.linalg.svdvals(seeded)
+        assert float(singular.min()) < 0.95, "cut from a large A rows would be orthonormal: nothing is proved"
+    # normA, planted: what it fills in adds an untrained change.
+    layer = "model.layers.0.mlp.down_proj"
+    pair = {"A": state[layer]["A"], "B": draw(24, 2, seed=3).float()}
+    ours = recovered(pair, (24, 14), *KEPT.sides(layer, units))
+    filled = torch.where(ours["A"] == 0, 0.5 * draw(2, 14, seed=4).float(), ours["A"])
+    assert (ours["B"] @ (filled - ours["A"])).norm() > 0.3 * (ours["B"] @ ours["A"]).norm()
+
+
+def _place(layer: str, shape: tuple[int, ...]) -> Any:
+    from common.adapters import Place
+
+    return Place(layer, shape[0], shape[1], 2, 1, lambda: torch.zeros(shape))
+
+
+def test_units_are_chosen_by_their_weights_and_layers_choose_apart(large: nn.Module) -> None:
+    with torch.no_grad():
+        for number, (group, neuron) in enumerate(((2, 6), (0, 12))):
+            layer = large.model.layers[number]  # type: ignore[union-attr,index]
+            layer.self_attn.v_proj.weight[6 * group : 6 * group + 6] *= 9
+            layer.mlp.down_proj.weight[:, neuron] *= 9
+    kept = by_weights(large, 1, 1)
+    assert kept == Kept(groups=((2,), (0,)), neurons=((6,), (12,)))
+    assert by_weights(large, 3, 14) == Kept(groups=((0, 1, 2),) * 2, neurons=(tuple(range(14)),) * 2)
+    same = pruned(large, by_weights(large, 3, 14))
+    assert (same(TOKENS).logits - large(TOKENS).logits).abs().max() < 1e-12
+    for groups, neurons, named in ((0, 3, "--groups is 0"), (4, 3, "--groups is 4"), (1, 15, "--neurons is 15")):
+        with pytest.raises(ConfigError, match=named):
+            by_weights(large, groups, neurons)
+    with pytest.raises(ModelError, match="different numbers of units"):
+        pruned(large, Kept(groups=((0, 1), (0,)), neurons=KEPT.neurons))
+
+
+def test_a_run_on_a_pruned_model_is_recovered_onto_the_large_one_and_both_are_known_by_fingerprint(
+    toy_generation: dict[str, Any], model_folder: Callable[[str], str], tmp_path: Path
+) -> None:
+    source, small = model_folder("llama"), tmp_path / "small"
+    about = prune_model(source, small, groups=1, neurons=16)
+    assert read_pruned(small) == about
+    assert (about.large_fingerprint, about.small_fingerprint) == tuple(
+        load_base_model(str(folder), "causal-lm").fingerprint for folder in (source, small)
+    )
+    own = {"model.name": str(small), "strategy": "ffa-lora", "adapter.targets": "q_proj,v_proj,o_proj,down_proj"}
+    folder = run_in_process({**toy_generation, **own, "rounds": 1}, 2)
+    target = tmp_path / "recovered"
+    assert recover_run(folder, target) == source
+    told = json.loads((target / "recovered.json").read_text())
+    assert told["trained_on"] == about.small_fingerprint != told["recovered_onto"] == about.large_fingerprint
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), str(target)).merge_and_unload()
+    trained = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
+    before = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    units, moved = units_of(stock), 0
+    for name, weight in stock.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if f"base_model.model.{layer}.lora_A.weight" not in trained:
+            assert torch.equal(weight, before[name])
+            continue
+        A, B = (trained[f"base_model.model.{layer}.lora_{letter}.weight"] for letter in "AB")
+        scale = json.loads((target / "adapter_config.json").read_text())["lora_alpha"] / len(A)
+        whole = recovered({"A": A, "B": B}, tuple(weight.shape), *about.kept.sides(layer, units))
+        assert (weight - before[name] - scale * whole["B"] @ whole["A"]).abs().max() < 1e-6
+        moved += 1
+    assert moved == 8
+    with pytest.raises(DataError, match="exists already"):
+        recover_run(folder, target)
+    with pytest.raises(DataError, match="exists already"):
+        prune_model(source, small, 1, 16)
+
+
+def test_invariant_p5_another_small_or_large_model_than_the_runs_is_refused(
+    model_folder: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Nothing but weights decides what is pruned, so no private gradient or activation can: there is no such option."""
+    source, small = model_folder("llama"), tmp_path / "small"
+    about = prune_model(source, small, groups=1, neurons=16)
+    run = tmp_path / "run" / "adapter"
+    run.mkdir(parents=True)
+    (run / "adapter_config.json").write_text("{}", encoding="utf-8")
+    from safetensors.torch import save_file
+
+    def leave(fingerprint: str, name: str) -> None:
+        (run / "fedveil.json").write_text(
+            json.dumps({"base_model": str(small), "base_fingerprint": fingerprint}), encoding="utf-8"
+        )
+        save_file({name: torch.zeros(2, 16)}, str(run / "adapter_model.safetensors"))
+
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    leave("0" * 64, f"{key}.lora_A.weight")
+    with pytest.raises(ModelError, match="the run trained on a model of fingerprint 000000000000"):
+        recover_run(run.parent, tmp_path / "out")
+    leave(about.small_fingerprint, f"{key}.lora_magnitude_vector")
+    with pytest.raises(ModelError, match="no factor of a plain LoRA"):
+        recover_run(run.parent, tmp_path / "out")
+    told = json.loads((small / NAME).read_text())
+    (small / NAME).write_text(json.dumps({**told, "large_fingerprint": "1" * 64}), encoding="utf-8")
+    with pytest.raises(ModelError, match="was made of 111111111111"):
+        recover_run(run.parent, tmp_path / "out")
+    (small / NAME).write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"no pruned\.json that can be read"):
+        recover_run(run.parent, tmp_path / "out")
+    with pytest.raises(ModelError, match="cannot be pruned to a stock model"):
+        prune_model(model_folder("gpt2"), tmp_path / "gpt2", 1, 1)
+    assert not (tmp_path / "gpt2").exists()

@@ -1,0 +1,345 @@
+"""Rules around the server's optimiser: their algebra in float64, what noise does to them, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from client.ledger.ledger import Ledger
+from common.errors import ConfigError, DataError, ModelError
+from common.messages.state import HEAD, AdapterState
+from common.run_lines import RoundLine, read_lines
+from experiments.in_process import run_in_process
+from server.model import ServerModel
+from server.optimizer import server_step
+from server.ruled import ruled_step
+from strategies import ServerState
+from strategies.job import configure
+from strategies.rules import RULES, ServerRule
+from strategies.rules.align_guard import AlignGuard, guarded
+from strategies.rules.allora import row_factors
+from strategies.rules.lora_pro import tangent_step
+
+OUT, INTO, RANK = 13, 9, 3
+S = 1.7
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def projected(G: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return P_B G + (I - P_B) G P_A."""
+    P_B, P_A = B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
+    return P_B @ G + G @ P_A - P_B @ G @ P_A
+
+
+@pytest.fixture
+def factors() -> tuple[Tensor, Tensor, Tensor]:
+    return draw(OUT, INTO, seed=1), draw(RANK, INTO, seed=2), draw(OUT, RANK, seed=3)
+
+
+def lora_pro(G: Tensor, A: Tensor, B: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    return tangent_step(S * B.T @ G, S * G @ A.T, A, B, S, damping)
+
+
+# --- LoRA-Pro ---------------------------------------------------------------------------------------------------------
+
+
+def test_invariant_37_the_equivalent_gradient_is_the_tangent_projection_for_any_x(
+    factors: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    G, A, B = factors
+    g_a, g_b = S * B.T @ G, S * G @ A.T
+    X = draw(RANK, RANK, seed=7)
+    P_B = B @ torch.linalg.pinv(B)
+    a = torch.linalg.solve(B.T @ B, g_a) / S**2 + X @ A
+    b = (g_b - P_B @ g_b) @ torch.linalg.inv(A @ A.T) / S**2 - B @ X
+    assert (S * (B @ a + b @ A) - projected(G, A, B)).abs().max() < 1e-10
+    T = draw(RANK, RANK, seed=8)
+    turned = projected(G, T @ A, B @ torch.linalg.inv(T))
+    assert (turned - projected(G, A, B)).abs().max() < 1e-8
+
+
+def test_invariant_37_the_authors_x_solves_its_sylvester_equation_and_is_the_minimiser_with_noise_too(
+    factors: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Of ``‖a - g_A‖² + ‖b - g_B‖²`` over X; with noise g_A Aᵀ differs from Bᵀ g_B, and the right side has both."""
+    G, A, B = factors
+    for noise in (0.0, 1.0):
+        g_a = S * B.T @ G + noise * draw(RANK, INTO, seed=4)
+        g_b = S * G @ A.T + noise * draw(OUT, RANK, seed=5)
+        P_B, left, right = B @ torch.linalg.pinv(B), B.T @ B, A @ A.T
+        first = torch.linalg.solve(left, g_a) / S**2
+        second = (g_b - P_B @ g_b) @ torch.linalg.inv(right) / S**2
+        # Bᵀ B X + X A Aᵀ = -s⁻² (Bᵀ B)⁻¹ g_A Aᵀ + g_A Aᵀ - Bᵀ g_B, of which the last two cancel without noise.
+        wanted = -first @ A.T + (g_a @ A.T - B.T @ g_b)
+        eye = torch.eye(RANK, dtype=torch.float64)
+        operator = torch.kron(left.contiguous(), eye) + torch.kron(eye, right.T.contiguous())
+        X = torch.linalg.solve(operator, wanted.flatten()).reshape(RANK, RANK)
+
+        def cost(X: Tensor, g_a: Tensor = g_a, g_b: Tensor = g_b, a: Tensor = first, b: Tensor = second) -> Tensor:
+            return (a + X @ A - g_a).square().sum() + (b - B @ X - g_b).square().sum()
+
+        X.requires_grad_(True)
+        (slope,) = torch.autograd.grad(cost(X), [X])
+        assert slope.abs().max() < 1e-8
+        X = X.detach()
+        published = torch.linalg.solve(operator, (-first @ A.T).flatten()).reshape(RANK, RANK)
+        assert (float(cost(published) - cost(X)) > 1e-3) == bool(noise), "the extra term is not told apart"
+
+
+def test_invariant_38_clean_and_undamped_it_is_the_tangent_projection_and_its_factors_reproduce_it(
+    factors: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    G, A, B = factors
+    a, b, D = lora_pro(G, A, B)
+    assert (D - projected(G, A, B)).abs().max() < 1e-8
+    assert (S * (B @ a + b @ A) - D).abs().max() < 1e-8
+    # Of deficient rank what no factor reaches stays where it is.
+    deficient = B @ torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    a, b, D = lora_pro(G, A, deficient)
+    assert (D - projected(G, A, deficient)).abs().max() < 1e-8
+    assert (S * (deficient @ a + b @ A) - D).abs().max() < 1e-8
+    Q, _ = torch.linalg.qr(draw(RANK, RANK, seed=9))
+    turned = lora_pro(G, Q @ A, B @ Q.T, damping=0.3)
+    kept = lora_pro(G, A, B, damping=0.3)
+    assert (turned[2] - kept[2]).abs().max() < 1e-8, "it depends on the factors' basis"
+    assert (Q.T @ turned[0] - kept[0]).abs().max() < 1e-8
+    assert (turned[1] @ Q - kept[1]).abs().max() < 1e-8
+
+
+def test_invariant_38_at_b_zero_noise_is_damped_lora_fa_and_finite(factors: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, A, B = factors
+    g_a, g_b = draw(RANK, INTO, seed=11), draw(OUT, RANK, seed=12)
+    damping = 0.3
+    wanted = g_b @ torch.linalg.inv(A @ A.T + damping * torch.eye(RANK, dtype=torch.float64)) @ A / S
+    a, b, D = tangent_step(g_a, g_b, A, torch.zeros_like(B), S, damping)
+    assert (D - wanted).abs().max() < 1e-8
+    assert (S * b @ A - D).abs().max() < 1e-8
+    assert a.abs().max() <= g_a.abs().max() * RANK / (S**2 * damping)
+    near = tangent_step(g_a, g_b, A, 1e-9 * B, S, damping)
+    assert (near[2] - D).abs().max() < 1e-6
+    assert near[0].abs().max() <= g_a.abs().max() * RANK / (S**2 * damping)
+    # The authors' form, planted: what it makes of the noise of A alone is beyond all bounds.
+    published = torch.linalg.solve(B.T @ B * 1e-18 + 1e-8 * torch.eye(RANK, dtype=torch.float64), g_a) / S**2
+    assert published.abs().max() > 1e6
+
+
+def test_lora_pro_has_less_error_than_the_projection_where_b_is_small() -> None:
+    """Mean squared error of the tangent gradient over 40 draws of noise, B times 1, 0.1 and 0.001."""
+    A, B0 = draw(RANK, INTO, seed=2), draw(OUT, RANK, seed=3)
+    for times in (1.0, 0.1, 0.001):
+        B, errors = times * B0, torch.zeros(2)
+        for k in range(40):
+            G = draw(OUT, INTO, seed=100 + k)
+            g_a, g_b = S * B.T @ G + draw(RANK, INTO, seed=200 + k), S * G @ A.T + draw(OUT, RANK, seed=300 + k)
+            for i, damping in enumerate((1 / S**2, 0.0)):
+                D = tangent_step(g_a, g_b, A, B, S, damping)[2]
+                errors[i] += float((D - projected(G, A, B)).square().sum()) / 40
+        assert errors[0] < errors[1]
+        assert times == 1.0 or errors[1] > 3 * errors[0]
+
+
+def test_invariant_39_with_a_frozen_orthonormal_a_it_would_be_a_constant_factor_and_is_refused(
+    factors: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    G, A, _ = factors
+    A = torch.linalg.qr(A.T)[0].T
+    g_b = S * G @ A.T
+    damped = tangent_step(torch.zeros(RANK, INTO, dtype=torch.float64), g_b, A, torch.zeros(OUT, RANK).double(), S, 0.5)
+    assert (damped[1] - g_b / (S**2 * 1.5)).abs().max() < 1e-12
+    for strategy in ("ffa-lora", "fed-svd", "fed-sb"):
+        with pytest.raises(ConfigError, match=r"joins the gradients of A and B.*a rate alone"):
+            configure({"strategy": strategy, "server.rule": "lora-pro"})
+    with pytest.raises(ConfigError, match=r"takes a change for a gradient.*16 local steps of adam"):
+        configure({"strategy": "fedavg-lora", "server.rule": "lora-pro", "privacy.mode": "none"})
+    assert configure({"strategy": "fedavg-lora", "server.rule": "lora-pro"}).rule.name == "lora-pro"
+
+
+# --- ALLoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_invariant_40_the_factor_is_eta_at_zero_and_its_place_is_behind_the_noise() -> None:
+    """Removing a record moves a clipped sum by the clip; scaled between clip and noise it would move by max f clips."""
+    clip, eta = 1.0, 2.0
+    assert torch.equal(row_factors(torch.zeros(OUT, RANK).double(), eta), torch.full((OUT,), eta).double())
+    grown = row_factors(draw(OUT, RANK), eta)
+    assert bool((grown < eta).all())
+    record = draw(OUT, RANK, seed=4)
+    clipped = record * min(1.0, clip / float(record.norm()))
+    f = row_factors(torch.zeros(OUT, RANK).double(), eta)[:, None]
+    behind = clipped  # what noise is added to; the factor comes afterwards
+    between = f * clipped
+    assert float(behind.norm()) == pytest.approx(clip)
+    assert float(between.norm()) == pytest.approx(clip * eta), "the planted order is not found"
+
+
+def test_invariant_41_a_scale_is_refused_and_a_turn_of_the_basis_changes_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"no scale, and adapter\.alpha 16 makes it 2: set adapter\.alpha to 8"):
+        configure({"strategy": "ffa-lora", "server.rule": "allora", "adapter.alpha": 16.0})
+    with pytest.raises(ConfigError, match="rows of B trained from 0"):
+        configure({"strategy": "fed-sb", "server.rule": "allora"})
+    assert configure({"strategy": "fed-svd", "server.rule": "allora"}).adapter.alpha == 8.0
+    Q, _ = torch.linalg.qr(draw(RANK, RANK))
+    B = draw(OUT, RANK, seed=2)
+    assert (row_factors(B @ Q, 2.0) - row_factors(B, 2.0)).abs().max() < 1e-12
+
+
+# --- AlignGuard -------------------------------------------------------------------------------------------------------
+
+
+def test_invariant_j1_collision_terms_vanish_for_a_projector_and_for_a_mask() -> None:
+    change, U = draw(OUT * RANK), torch.linalg.qr(draw(OUT * RANK, 4, seed=1))[0]
+    guard = U @ (U.T @ change)
+    assert float(guard @ (change - guard)) ** 2 < 1e-24
+    mask = torch.arange(OUT * RANK) % 3 == 0
+    kept, rest = change * mask, change * ~mask
+    assert float((kept * rest).abs().max()) == 0.0
+    assert float(kept @ rest) == 0.0
+
+
+def test_invariant_j2_the_closed_form_of_the_fisher_terms_gradient_is_that_of_differences() -> None:
+    g, b, strength = draw(20, OUT * RANK, seed=3), draw(OUT * RANK, seed=4), 0.7
+    _, values, Vt = torch.linalg.svd(g, full_matrices=False)
+    c = strength * (values[:5] / values[0]).square()
+
+    def term(x: Tensor) -> float:
+        return float((c * (Vt[:5] @ x).square()).sum()) / 2
+
+    closed, step = Vt[:5].T @ (c * (Vt[:5] @ b)), 1e-5
+    for i in range(0, OUT * RANK, 7):
+        unit = torch.zeros_like(b)
+        unit[i] = step
+        assert (term(b + unit) - term(b - unit)) / (2 * step) == pytest.approx(float(closed[i]), abs=1e-6)
+
+
+def test_invariant_j3_the_shift_is_the_proximal_map_and_is_the_same_at_the_sites() -> None:
+    rule, g = AlignGuard(strength=3.0, directions=5), draw(20, OUT * RANK + 12, seed=3)
+    pulls = guarded(g, rule.directions, rule.strength)
+    parts = pulls.split([OUT * RANK, 12], dim=1)
+    measured = {"one": {"B": parts[0].reshape(-1, OUT, RANK)}, "two": {"B": parts[1].reshape(-1, 4, 3)}}
+
+    def shifted(state: AdapterState) -> AdapterState:
+        return rule.step(state, state, measured)
+
+    def flat(state: AdapterState) -> Tensor:
+        return torch.cat([state[layer]["B"].flatten() for layer in ("one", "two")])
+
+    state = {"one": {"B": draw(OUT, RANK, seed=5)}, "two": {"B": draw(4, 3, seed=6)}}
+    moved, b = flat(shifted(state)), flat(state)
+    _, values, Vt = torch.linalg.svd(g, full_matrices=False)
+    U, c = Vt[:5].T, 3.0 * (values[:5] / values[0]).square()
+    # Optimal: x - b + U diag(c) Uᵀ x = 0, and never longer.
+    assert (moved - b + U @ (c * (U.T @ moved))).abs().max() < 1e-12
+    assert float(moved.norm()) <= float(b.norm())
+    assert float(U[:, 0] @ moved) == pytest.approx(float(U[:, 0] @ b) / 4)
+    sites = [{k: {"B": f["B"] + draw(*f["B"].shape, seed=20 + i)} for k, f in state.items()} for i in range(3)]
+    weights = (0.5, 0.3, 0.2)
+    there = sum(w * flat(shifted(site)) for w, site in zip(weights, sites, strict=True))
+    mean = {k: {"B": sum(w * s[k]["B"] for w, s in zip(weights, sites, strict=True))} for k in state}
+    assert (flat(shifted(mean)) - there).abs().max() < 1e-12  # type: ignore[arg-type]
+
+
+def test_invariant_j4_the_fisher_matrix_is_of_public_text_and_nothing_is_charged_for_it(
+    toy_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {"strategy": "ffa-lora", "server.rule": "align-guard", "align-guard.records": 6, "rounds": 2}
+    folder = run_in_process({**toy_generation, **own}, 2)
+    with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
+        assert {entry.purpose for entry in ledger.entries()} == {"training"}
+    assert [line.round_number for line in read_lines(RoundLine, folder)] == [1, 2]
+    # Private text is refused: a file that holds a record of the run's.
+    prompts = Path(toy_generation["data.name"]).read_text(encoding="utf-8").splitlines()[1].split(",")[0]
+    private = tmp_path / "private.txt"
+    private.write_text(f"{prompts}\n", encoding="utf-8")
+    digest = hashlib.sha256(private.read_bytes()).hexdigest()
+    named = {**own, "align-guard.text": str(private), "align-guard.text-sha256": digest}
+    with pytest.raises(DataError, match="not public to this run"):
+        ServerModel(configure({**toy_generation, **named})).rule_statistic()
+    with pytest.raises(ConfigError, match="guards what a language model answers"):
+        configure({"strategy": "ffa-lora", "server.rule": "align-guard"})
+    with pytest.raises(ConfigError, match="which strategy 'fed-svd' turns"):
+        configure({**toy_generation, "server.rule": "align-guard", "strategy": "fed-svd"})
+    with pytest.raises(ConfigError, match="trained from 0"):
+        configure({**toy_generation, "server.rule": "align-guard", "strategy": "fedavg-lora"})
+    with pytest.raises(ModelError, match="has no gradient"):
+        guarded(torch.zeros(3, 7), 2, 1.0)
+
+
+# --- all rules --------------------------------------------------------------------------------------------------------
+
+FITTING: dict[str, dict[str, Any]] = {
+    "none": {"strategy": "ffa-lora"},
+    "lora-pro": {"strategy": "fedavg-lora"},
+    "allora": {"strategy": "ffa-lora"},
+    "align-guard": {"strategy": "ffa-lora", "model.task": "causal-lm", "head.policy": "frozen"},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_leaves_head_and_frozen_factors_and_comes_back_from_its_settings(name: str) -> None:
+    job = configure({**FITTING[name], "server.rule": name})
+    assert configure(job.settings()) == job
+    trained = job.adapter.trained
+    adapter = {"layer": {"A": draw(RANK, INTO), "B": draw(OUT, RANK, seed=1)}, HEAD: {"weight": draw(2, 5)}}
+    before = ServerState(0, adapter, trained)
+    moved = {
+        "layer": {n: t - 0.1 * draw(*t.shape, seed=5) if n in trained else t for n, t in adapter["layer"].items()},
+        HEAD: {"weight": adapter[HEAD]["weight"] + 1},
+    }
+    averaged = replace(before, adapter=moved, round_number=1)
+    pulls = guarded(draw(4, OUT * RANK), 2, 1.0).reshape(-1, OUT, RANK)
+    measured = {"layer": {"B": pulls}} if name == "align-guard" else {}
+    plain, after = server_step(job.config, before, averaged), ruled_step(job, job.config, measured, before, averaged)
+    assert torch.equal(plain.adapter[HEAD]["weight"], after.adapter[HEAD]["weight"])
+    same = [torch.equal(plain.adapter["layer"][n], after.adapter["layer"][n]) for n in ("A", "B")]
+    assert same == [name in ("none", "allora", "align-guard"), name == "none"]
+    assert after.round_number == 1
+
+
+def test_a_bound_on_noise_and_a_rule_that_lengthens_it_do_not_go_together() -> None:
+    bound = {"server.optimizer": "momentum", "server.most-noise": 0.1}
+    with pytest.raises(ConfigError, match=r"server\.most-noise bounds what noise does through a plain step"):
+        configure({"strategy": "ffa-lora", "server.rule": "allora", **bound})
+
+
+def test_options_of_another_rule_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"allora\.eta has no effect with server\.rule 'none': set server\.rule"):
+        configure({"strategy": "ffa-lora", "allora.eta": 3.0})
+    with pytest.raises(ConfigError, match=r"server\.rule is 'lora-por'; choose one of none, lora-pro"):
+        configure({"server.rule": "lora-por"})
+
+
+def test_lora_pro_runs_privately_and_its_adapter_is_exported(toy_settings: dict[str, Any]) -> None:
+    own = {"strategy": "fedavg-lora", "server.rule": "lora-pro", "server.optimizer": "momentum", "rounds": 2}
+    plain = {"training.local-steps": 1, "training.optimizer": "sgd", "server.learning-rate": 0.5}
+    folder = run_in_process({**toy_settings, **own, **plain}, 2)
+    assert [line.round_number for line in read_lines(RoundLine, folder)] == [1, 2]
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_row_more_is_all_that_a_rule_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Still(ServerRule):
+        """Nothing moves."""
+
+        name, paper = "still", "nobody"
+
+        def step(self, before: AdapterState, after: AdapterState, measured: AdapterState) -> AdapterState:
+            return before
+
+    monkeypatch.setitem(RULES, Still.name, Still)
+    job = configure({"strategy": "ffa-lora", "server.rule": "still"})
+    adapter = {"layer": {"A": draw(RANK, INTO), "B": draw(OUT, RANK, seed=1)}}
+    before = ServerState(0, adapter, ("B",))
+    averaged = replace(before, adapter={"layer": {**adapter["layer"], "B": draw(OUT, RANK, seed=2)}})
+    assert torch.equal(ruled_step(job, job.config, {}, before, averaged).adapter["layer"]["B"], adapter["layer"]["B"])
+    make: Callable[[], ServerRule] = Still
+    assert make().name == "still"
