@@ -311,11 +311,6 @@ def _check_refit(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) 
             f"training.refit lets an adapter rest, and adapter.name {adapter.name!r} trains the head alone: set "
             "training.refit to 0"
         )
-    if strategy.by_columns:
-        raise ConfigError(
-            f"training.refit lets the whole adapter rest, and strategy {strategy.name!r} has columns to train in every "
-            "round: set training.refit to 0"
-        )
     if config.training.refit >= config.rounds:
         raise ConfigError(
             f"training.refit is {config.training.refit} of {config.rounds} rounds, so the adapter would never move: "
