@@ -121,6 +121,19 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
     return checkpoint
 
 
+def memory_of(folder: Path) -> tuple[AdapterState, str]:
+    """Return what a run's server remembered after its last round, and the base model of the run's settings.
+
+    Raises:
+        DataError: the folder holds no checkpoint that can be read.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise DataError(f"{folder} holds no checkpoint: name the folder of a run that finished a round")
+    about, state = _read(path)
+    return state.memory, str(about["settings"]["model.name"])
+
+
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -19,7 +19,9 @@ from server.replies import clean
 from server.ruled import ruled_step
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
+from server.watched import variance_of_noise, watched
 from strategies import ServerState, mean
+from strategies.base import ServerStep
 from strategies.job import Job
 
 
@@ -99,7 +101,10 @@ def run_rounds(
                 break
             raise _too_few(got, round_number, job.config.min_sites)
         averaged = list(got.summed) or contributions(job, list(got.results.values()), state)
-        step = partial(ruled_step, job, within_noise(job, list(got.results.values()), averaged), measured)
+        results = list(got.results.values())
+        step: ServerStep = partial(ruled_step, job, within_noise(job, results, averaged), measured)
+        if job.config.server.scores:
+            step = watched(job, step, server_model.base_weight, variance_of_noise(job, results, averaged))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None

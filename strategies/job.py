@@ -215,6 +215,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         _check_refit(config, ADAPTERS[name])
     adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
     rule.check(config, strategy, adapter)
+    if config.server.scores:
+        _check_scores(config, strategy, adapter)
     if config.server.most_noise and rule.lengthens:
         raise ConfigError(
             f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
@@ -306,6 +308,22 @@ def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]
         if owner in RULES and owner != name and value != known.get(key):
             raise ConfigError(f"{key} has no effect with server.rule {name!r}: set server.rule to {owner!r}")
     return from_section(RULES[name], settings, f"{name}.")
+
+
+def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
+    """Raise ConfigError unless an averaged change is a gradient of A and B, of which LoRAPrune's criterion is made."""
+    training = config.training
+    if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
+        raise ConfigError(
+            f"server.scores is true, and {training.local_steps} local steps of {training.optimizer} leave no gradient "
+            "in a change: set training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0, "
+            "or server.scores to false"
+        )
+    if not {"A", "B"} >= set(adapter.trained) or not adapter.trained:
+        raise ConfigError(
+            f"server.scores is true, and LoRAPrune's criterion is made of changes of A and B, which strategy "
+            f"{strategy.name!r} with the adapter {adapter.name!r} does not send: set server.scores to false"
+        )
 
 
 def _check_calibration(config: RunConfig, strategy: Strategy) -> None:

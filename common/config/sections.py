@@ -248,6 +248,7 @@ class ServerConfig:
     adam_tau: float
     momentum: float
     rule: str
+    scores: bool
     head_rate: float
     """The head's learning rate over that of the other tensors."""
     schedule: str
