@@ -14,6 +14,7 @@ from rich.console import Console
 from cli.compare import compare
 from cli.deployment import doctor_app, server_app, site_app
 from cli.errors import for_people as _for_people
+from cli.intruders import intruders
 from cli.ledger import ledger_app
 from cli.notes import print_notes
 from cli.plan import plan
@@ -23,7 +24,7 @@ from cli.serving import ask, merge
 from cli.settings import settings
 from cli.sweep import pictures, sweep
 from cli.tune import tune
-from common.words import counted
+from common.words import counted, names_text, natural
 
 if TYPE_CHECKING:
     from common.run_lines import ProgressFile
@@ -34,7 +35,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, watch, verify, keygen, merge, ask, prune, recover, sweep, pictures, tune):
+for command in (report, watch, verify, keygen, merge, ask, prune, recover, intruders, sweep, pictures, tune):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)
@@ -91,7 +92,7 @@ def run(
 def _progress_words(state: ProgressFile, seconds: float) -> str:
     if state.round_number is None:
         return f"{state.phase} ({seconds:.0f} s)"
-    answered = ", ".join(state.answered) or "none yet"
+    answered = names_text(sorted(state.answered, key=natural)) or "none yet"
     return (
         f"round {state.round_number}/{state.rounds}: {len(state.answered)} of {state.asked} sites "
         f"have answered ({answered}) ({seconds:.0f} s)"

@@ -388,5 +388,6 @@ def test_invariant_p4_a_run_keeps_its_scores_and_prune_chooses_by_them(
 def test_scores_are_refused_where_a_change_is_no_gradient_of_a_and_b() -> None:
     with pytest.raises(ConfigError, match="leave no gradient in a change"):
         configure({"server.scores": True, "privacy.mode": "none"})
-    with pytest.raises(ConfigError, match="made of changes of A and B"):
-        configure({"server.scores": True, "strategy": "fed-sb"})
+    for strategy in ("fed-sb", "rolora", "increlora", "dylora", "fedex-lora"):
+        with pytest.raises(ConfigError, match="made of changes of all of A or B"):
+            configure({"server.scores": True, "strategy": strategy})

@@ -305,6 +305,15 @@ def test_a_rule_leaves_head_and_frozen_factors_and_comes_back_from_its_settings(
     assert after.round_number == 1
 
 
+def test_what_takes_turns_or_lets_columns_rest_is_refused_where_a_rule_would_move_it() -> None:
+    with pytest.raises(ConfigError, match="trains them in turns"):
+        configure({"strategy": "rolora", "server.rule": "lora-pro"})
+    words = {"model.task": "causal-lm", "head.policy": "frozen"}
+    with pytest.raises(ConfigError, match="columns that strategy 'increlora' lets rest are to stay"):
+        configure({"strategy": "increlora", "server.rule": "align-guard", **words})
+    assert configure({"strategy": "increlora", "server.rule": "allora"}).rule.name == "allora"
+
+
 def test_a_bound_on_noise_and_a_rule_that_lengthens_it_do_not_go_together() -> None:
     bound = {"server.optimizer": "momentum", "server.most-noise": 0.1}
     with pytest.raises(ConfigError, match=r"server\.most-noise bounds what noise does through a plain step"):

@@ -51,6 +51,6 @@ class DPEVA(OfInputs, PaidStart):
     ) -> AdapterState:
         """Return the records' moments by the mechanism of a training step."""
         with open_moments(model) as maps:
-            parts = model.fixed_batches([records[i] for i in plan.sample(len(records))], initial_shapes(model))
+            parts = plan.parts(model, [records[i] for i in next(plan.draws(records))], initial_shapes(model))
             found = released(model, maps, parts, plan, before_pass)
         return {name: {"M": packed(M.detach().double().cpu()).float()} for name, M in found.items()}

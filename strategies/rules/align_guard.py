@@ -67,6 +67,11 @@ class AlignGuard(ServerRule):
                 f"server.rule {self.name!r} guards directions in the run's first coordinates, which strategy "
                 f"{strategy.name!r} turns: set strategy to 'ffa-lora'"
             )
+        if strategy.by_columns:
+            raise ConfigError(
+                f"server.rule {self.name!r} pulls all of B in every round, and columns that strategy {strategy.name!r} "
+                "lets rest are to stay: set strategy to 'ffa-lora'"
+            )
         task = TASKS[config.model.task]
         if task.labelled or not task.worded:
             raise ConfigError(

@@ -63,6 +63,11 @@ class LoRAPro(ServerRule):
                 f"{' and '.join(adapter.trained) or 'none of them'}, where it would be a rate alone: set server.rule "
                 "to 'none', or strategy to 'fedavg-lora'"
             )
+        if type(strategy).turn is not Strategy.turn:
+            raise ConfigError(
+                f"server.rule {self.name!r} joins the gradients of A and B, and strategy {strategy.name!r} trains them "
+                "in turns: set server.rule to 'none', or strategy to 'fedavg-lora'"
+            )
         training = config.training
         if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
             raise ConfigError(
