@@ -12,8 +12,8 @@ from common.messages.wire import Layout, layout_of
 from common.model.federated import FederatedModel, Score, phrases_of
 from common.starts import Labels
 from common.tasks import Record
-from strategies import of_turn
 from common.tasks.examples import Example
+from strategies import of_turn
 from strategies.job import Job
 
 
