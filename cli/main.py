@@ -24,7 +24,7 @@ from cli.serving import ask, merge
 from cli.settings import settings
 from cli.sweep import pictures, sweep
 from cli.tune import tune
-from common.words import counted
+from common.words import counted, names_text, natural
 
 if TYPE_CHECKING:
     from common.run_lines import ProgressFile
@@ -92,7 +92,7 @@ def run(
 def _progress_words(state: ProgressFile, seconds: float) -> str:
     if state.round_number is None:
         return f"{state.phase} ({seconds:.0f} s)"
-    answered = ", ".join(state.answered) or "none yet"
+    answered = names_text(sorted(state.answered, key=natural)) or "none yet"
     return (
         f"round {state.round_number}/{state.rounds}: {len(state.answered)} of {state.asked} sites "
         f"have answered ({answered}) ({seconds:.0f} s)"

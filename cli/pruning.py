@@ -20,11 +20,14 @@ def prune(
     groups: Annotated[int, typer.Option(help="Groups of heads that stay in each layer; 0: all.")] = 0,
     neurons: Annotated[int, typer.Option(help="Neurons that stay in each layer; 0: all.")] = 0,
     task: Annotated[str, typer.Option(help="Kind of task, as model.task.")] = "causal-lm",
+    by: Annotated[
+        Path | None, typer.Option(help="A run on the large model with server.scores, whose scores choose.")
+    ] = None,
 ) -> None:
-    """Write a base model with fewer heads and neurons, chosen by their weights alone, as a stock model."""
+    """Write a base model with fewer heads and neurons, chosen by weights or a run's scores, as a stock model."""
     from experiments.pruning.prune import prune_model
 
-    about = prune_model(model, target, groups, neurons, task)
+    about = prune_model(model, target, groups, neurons, task, by)
     console.print(f"model: {target}, fingerprint {about.small_fingerprint}", markup=False)
     console.print(f"of:    {about.large}, fingerprint {about.large_fingerprint}", markup=False)
 

@@ -18,7 +18,23 @@ from cli.systems import row_table, row_texts, strategy_costs, system_table
 from common.accountant import Accountant
 from common.docstrings import fields_said, said_of
 from common.messages import wire
-from common.messages.round import PROTOCOL, REFUSAL_KINDS, NoisedCount, Refusal, SpendingFigures, TrainResult, TrainTask
+from common.messages.round import (
+    PROTOCOL,
+    REFUSAL_KINDS,
+    KeyReply,
+    KeyTask,
+    NoisedCount,
+    Refusal,
+    ShareReply,
+    ShareTask,
+    SpendingFigures,
+    SurvivorReply,
+    SurvivorTask,
+    TrainResult,
+    TrainTask,
+    UnmaskReply,
+    UnmaskTask,
+)
 from common.privacy.events import Event
 from common.run_lines import (
     AUDITS,
@@ -38,6 +54,7 @@ from common.run_lines import (
     ResultFile,
     RoundLine,
 )
+from common.secure_sum import Agreement, KeyOffer, Sharing
 from experiments.sweep.arms import ARMS
 from experiments.sweep.rows import Row
 from strategies.table import (
@@ -158,13 +175,19 @@ def systems_page() -> str:
 def wire_page() -> str:
     """Return the page of what server and sites send each other."""
     kinds = (TrainTask, TrainResult, SpendingFigures, Event, Accountant, NoisedCount, Refusal)
+    of_sums = (
+        *(KeyTask, KeyReply, KeyOffer),
+        *(ShareTask, ShareReply, Sharing),
+        *(SurvivorTask, SurvivorReply, Agreement),
+        *(UnmaskTask, UnmaskReply),
+    )
     layout = (wire.__doc__ or "").split("``body``::\n\n")[1].split("\n\n")[0]
     return _page(
         f"What travels: protocol {PROTOCOL}",
         "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
         "the only field computed from records, and it has passed clip and noise. A noised count may be beside it, "
         "which the site's ledger has paid for. An adapter state is one block of little-endian float32.",
-        *((kind.__name__, _fields(kind), _about(kind)) for kind in kinds),
+        *((kind.__name__, _fields(kind), _about(kind)) for kind in (*kinds, *of_sums)),
         (
             "Bytes of a header",
             f"```text\n{layout}\n```",

@@ -165,6 +165,7 @@ def print_summary(folder: Path) -> None:
         visible,
     )
     from reports import report_of
+    from reports.alike import alike_sites
     from reports.meaning import attack_sentence, several_sentence
     from reports.scores import share_text
     from reports.sites import distinct
@@ -173,10 +174,11 @@ def print_summary(folder: Path) -> None:
     table = Table(title="privacy spent, by site")
     for column in ("site", "rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
         table.add_column(column, justify="left" if column == "site" else "right")
-    for site in data.sites:
+    for row in alike_sites(data.sites):
+        site = row.site
         settings = [distinct(site.events, name) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
         table.add_row(
-            Text(visible(site.site)),
+            Text(visible(row.names)),
             *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
             *(epsilon_text(site.epsilon_total), number_text(site.epsilon_budget)),
             remaining_text(site.epsilon_remaining),

@@ -10,7 +10,8 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``division``    settings by which those partitions were made when they were handed out; a run
                 that divides otherwise is refused (``common.data.partition.division_of``)
 ``dataset-id``  what the ledger calls the data; default: the site's name
-``public-size`` number of records declared as public; needed with ``data`` (of a partition it follows)
+``public-size`` number of records declared as public, or of persons where the policy's ``unit`` is
+                ``person``; needed with ``data`` (of a partition it follows)
 ``ledger``      file of the ledger; it outlives every run; default: the user's one
 ``policy``      TOML file of the steward's rules (see ``client.policy``); needed with ``data``
 ``identity``    file of the site's signing key, for secure sums (see ``client.sums``)
@@ -178,7 +179,8 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             check_division(str(node["division"]), config)
         data = _partition(config.data, config.model.task, part, parts, simulated)
         # Anyone can repeat the division, so the size of a part follows from public settings.
-        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(len(data.examples))
+        held = config.privacy.mechanism.unit.count(data)
+        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(held)
     policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()
@@ -216,8 +218,10 @@ def own_settings(config: RunConfig) -> DataConfig:
     """
     columns = Columns({role.setting: config.data.columns[role.setting] for role in TASKS[config.model.task].roles})
     name = config.data.name if config.data.name in DATASETS else ""
+    person = config.data.person if config.privacy.mechanism.unit.grouped else ""
     # However a job spaces its labels: no second spelling gets the records read again.
-    return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", columns=columns)
+    labels = ",".join(known_labels(config.data))
+    return DataConfig(name=name, labels=labels, partition="iid", columns=columns, person=person)
 
 
 def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> None:

@@ -64,7 +64,7 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class BaselineFile(RunFile):
-    """The score on public data before round 1."""
+    """The score on public data before any record was used."""
 
     NAME: ClassVar[str] = "baseline.json"
     accuracy: float
@@ -73,6 +73,9 @@ class BaselineFile(RunFile):
     """Empty where records have no label."""
     slices: list[LabelScore] = field(default_factory=list)
     """By slice of the test data (``data.slice``)."""
+    begun_accuracy: float | None = None
+    """After round 0, if the run's start was made from the sites' records there."""
+    begun_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 UNKNOWN = "–"
+EACH = 12
+"""Sites up to which each is named, or has a row of its own."""
 
 
 def visible(text: str) -> str:
@@ -73,3 +75,24 @@ def counted(number: int, word: str) -> str:
     ('1 step', '20 steps')
     """
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Return what names are sorted by so that numbers in them count as numbers.
+
+    >>> sorted(["site-10", "site-2", "north"], key=natural)
+    ['north', 'site-2', 'site-10']
+    """
+    parts = re.findall(r"[0-9]{1,18}|[^0-9]+", name)
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
+
+
+def names_text(names: list[str]) -> str:
+    """Return names in words: each, or the first and the last of many with their number.
+
+    >>> names_text(["north", "south"]), names_text([f"site-{i}" for i in range(1000)])
+    ('north, south', 'site-0 … site-999 (1,000 sites)')
+    """
+    if len(names) <= EACH:
+        return ", ".join(names)
+    return f"{names[0]} … {names[-1]} ({len(names):,} sites)"

@@ -12,7 +12,7 @@ from typing import Any
 
 from client.app import answer
 from common.config.sections import Scalar
-from common.messages.round import KeyReply, Reply, Task
+from common.messages.round import Reply, SumReply, Task
 from common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
 from common.paths import run_folder
 from server.conduct import conduct
@@ -54,7 +54,7 @@ class InProcessTransport:
 
     def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
-        replies: dict[int, Reply | KeyReply] = {}
+        replies: dict[int, Reply | SumReply] = {}
         down = up = 0
         for node, task in tasks.items():
             content = encode_task(task)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from common.config.sections import Scalar
 from common.data.sources import unprotected_test
-from common.privacy import MECHANISMS
+from common.privacy import mechanism_of
 from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
+from common.words import EACH, names_text, natural
 from reports.folder import RunFiles
 from reports.sites import SiteReport, distinct, federation_delta, worst_site
 
@@ -31,7 +32,10 @@ OFF = (
     "may reveal their records."
 )
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
-UNKNOWN = "The run's privacy.mode {!r} is none that this FedVeil knows. It can say nothing about any record."
+UNKNOWN = (
+    "The run's privacy.mode {!r} is none that this FedVeil knows, or none for privacy.unit {!r}. It can say nothing "
+    "about any record."
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,11 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     heads = sorted({*(line.head for line in files.privacy), *(line.head for line in files.rounds)})
     head = "; ".join(heads) or "not recorded yet"
     worst, delta = worst_site(sites), federation_delta(sites)
-    unpaid = sorted({line.site for line in files.privacy if line.spent is None})
+    unpaid = sorted({line.site for line in files.privacy if line.spent is None}, key=natural)
     text = _public_text(files.config.settings)
-    mechanism = MECHANISMS.get(mode)
+    mechanism = mechanism_of(files.config.settings)
     if mechanism is None or not mechanism.claims:
-        sentence = OFF if mechanism else UNKNOWN.format(mode)
+        sentence = OFF if mechanism else UNKNOWN.format(mode, files.config.settings.get("privacy.unit", "record"))
         return Claim(False, True, mode, sentence, *6 * ("",), head, [], [], [], text)
     claim, gaps = mechanism.claim, _gaps(files, sites, unpaid)
     if worst is None or delta is None:
@@ -77,7 +81,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
     sentence = (
         f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
-        f"differentially private in {claim.unit}. Both are the maximum over sites: their records are disjoint."
+        f"differentially private in {claim.unit}. Both are the maximum over sites: {claim.across}"
     )
     sentence += _shared(sites)
     if any(site.agreement == "exposed" for site in sites):
@@ -124,11 +128,19 @@ def _public_text(settings: Mapping[str, Scalar]) -> str:
     return words_of(str(settings["start.text"]), str(settings.get("start.text-sha256", "")))
 
 
-def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str]) -> list[str]:
+def _by_note(wrong: Sequence[SiteReport], sites: int) -> list[str]:
+    """Return what stands against the claim at these sites, those of one reason together where there are many sites."""
+    if sites <= EACH:
+        return [f"{site.site}: {site.note}" for site in wrong]
+    notes = dict.fromkeys(site.note for site in wrong)
+    return [f"{names_text([site.site for site in wrong if site.note == note])}: {note}" for note in notes]
+
+
+def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> list[str]:
     settings = files.config.settings
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []
-    gaps += [f"{site.site}: {site.note}" for site in sites if site.agreement in ("smaller", "unknown", "exposed")]
+    gaps += _by_note([site for site in sites if site.agreement in ("smaller", "unknown", "exposed")], len(sites))
     gaps += [
         f"{site.site}: ε {epsilon_text(site.epsilon_total)} is above its budget of {site.epsilon_budget:g}: it shares "
         "records with other names of its ledger, and the figure is the dearest name's"
@@ -138,12 +150,13 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: Sequence[str]) -
         and site.epsilon_budget < site.epsilon_total < math.inf
     ]
     if unpaid:
-        gaps.append(f"no claim for {', '.join(unpaid)}: a contribution came without a charge")
+        gaps.append(f"no claim for {names_text(unpaid)}: a contribution came without a charge")
     accounted = {(line.round_number, line.site) for line in files.privacy}
     for line in files.rounds:
-        missing = sorted(site for site in line.participants if (line.round_number, site) not in accounted)
+        missing = [site for site in line.participants if (line.round_number, site) not in accounted]
         if missing:
-            gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {', '.join(missing)}; ε is too low")
+            names = names_text(sorted(missing, key=natural))
+            gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {names}; ε is too low")
     if files.result is None or files.result.status == "failed":
         gaps.append("the run has no good end: sites may have charged a round that is not in these files")
     return gaps

@@ -17,6 +17,7 @@ from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import DataError
 from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, read_json
+from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
@@ -193,7 +194,7 @@ def report_of(folder: Path) -> ReportData:
         versions=versions,
         origin=_origin(folder, problems),
         actors=actors_of(claim, headline.epsilon),
-        unprotected=unprotected_of(sites, _cut_test(settings)),
+        unprotected=unprotected_of(sites, _cut_test(settings), claim.per),
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
@@ -289,8 +290,11 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
     if before:
         # A start from a statistic is round 0, and what was scored before round 1 is its result.
         first = next((line for line in files.rounds if _is_start(line)), None)
+        begun = (
+            (before.accuracy, before.loss) if before.begun_loss is None else (before.begun_accuracy, before.begun_loss)
+        )
         nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, worst_by(0))
-        rows.append(row(first, before.accuracy, before.loss) if first else nothing)
+        rows.append(row(first, *begun) if first else nothing)
     rows += [row(line, line.accuracy, line.loss) for line in files.rounds if not (before and _is_start(line))]
     return rows
 
@@ -311,7 +315,7 @@ def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
         own[line.round_number] = line.spent.epsilon_total
         budgets[line.site] = line.spent.epsilon_budget
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for site in sorted(points):
+    for site in sorted(points, key=natural):
         groups.setdefault((budgets[site], tuple(sorted(points[site].items()))), []).append(site)
     return [Spent(sites, budget, list(course)) for (budget, course), sites in groups.items()]
 

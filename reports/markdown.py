@@ -18,6 +18,7 @@ from common.words import (
     value_text,
     visible,
 )
+from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.data import ReportData, setting_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
@@ -112,8 +113,9 @@ def _meaning(data: ReportData) -> list[str]:
     spoken = [text for sentence in sentences if sentence for text in (plain(sentence), "")]
     columns = ("false positives", "true positives, at most")
     attacks = [(f"{100 * a.false_positives:g} %", bound_text(a.true_positives)) for a in meaning.bounds.attacks]
-    people = [("1", epsilon_text(meaning.epsilon))]
-    people += [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    people = [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    if people:
+        people = [("1", epsilon_text(meaning.epsilon)), *people]
     return [
         "## What ε means",
         "",
@@ -122,7 +124,7 @@ def _meaning(data: ReportData) -> list[str]:
         *spoken,
         *_table(columns, attacks),
         "",
-        *_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people),
+        *(_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people) if people else []),
     ]
 
 
@@ -160,6 +162,7 @@ def _beside(data: ReportData) -> list[str]:
 
 def _sites(data: ReportData) -> list[str]:
     columns = ("site", "public size", "rounds joined", "refused", "steps", "sample rate", "noise multiplier", "clip")
+    rows = alike_sites(data.sites)
     spent = ("site", "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
     return [
         "## Sites",
@@ -168,14 +171,15 @@ def _sites(data: ReportData) -> list[str]:
             columns,
             [
                 (
-                    s.site,
-                    number_text(s.public_size),
+                    row.names,
+                    row.sizes,
                     str(s.rounds_joined),
                     str(s.rounds_refused),
                     number_text(s.steps),
                     *_figures(s.events),
                 )
-                for s in data.sites
+                for row in rows
+                for s in [row.site]
             ],
         ),
         "",
@@ -183,7 +187,7 @@ def _sites(data: ReportData) -> list[str]:
             spent,
             [
                 (
-                    s.site,
+                    row.names,
                     epsilon_text(s.epsilon_total),
                     UNKNOWN if s.delta is None else f"{s.delta:g}",
                     number_text(s.epsilon_budget),
@@ -192,7 +196,8 @@ def _sites(data: ReportData) -> list[str]:
                     epsilon_text(s.epsilon_rdp),
                     s.note,
                 )
-                for s in data.sites
+                for row in rows
+                for s in [row.site]
             ],
         ),
     ]
@@ -216,7 +221,7 @@ def _rounds(data: ReportData) -> list[str]:
                     percent_text(r.accuracy),
                     "–" if r.loss is None else f"{r.loss:.4f}",
                     epsilon_text(r.epsilon_worst, NO_CLAIM if r.round_number or not data.claim.made else UNKNOWN),
-                    ", ".join(r.participants) if r.counted else "did not count",
+                    participants_text(r.participants, data.sites) if r.counted else "did not count",
                     number_text(r.bytes_down),
                     number_text(r.bytes_up),
                     seconds_text(r.seconds),
@@ -236,7 +241,10 @@ def _learning(data: ReportData) -> list[str]:
 
 def _others(data: ReportData) -> list[str]:
     lines = ["## Refusals and failures", ""]
-    refusals = [(str(r.round_number), str(r.attempt), r.site, r.kind, r.reason) for r in data.refusals]
+    refusals = [
+        (str(r.round_number), str(r.attempt), names, r.kind, r.reason)
+        for names, r in alike_absences(data.refusals, len(data.sites))
+    ]
     lines += (
         _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else ["None that is recorded."]
     )
@@ -244,13 +252,13 @@ def _others(data: ReportData) -> list[str]:
     releases = [
         (
             str(r.round_number),
-            r.site,
+            names,
             r.purpose,
             *_figures([r.event], ("noise_multiplier", "sample_rate", "clip_norm")),
             epsilon_text(r.epsilon_added, "with the round"),
             number_text(r.value),
         )
-        for r in data.other_releases
+        for names, r in alike_releases(data.other_releases, len(data.sites))
     ]
     columns = ("round", "site", "kind", "noise multiplier", "sample rate", "clip", "ε added", "value")
     return [*lines, *(_table(columns, releases) if releases else ["None."])]

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from common import words
 from common.privacy import figures
+from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
 from reports.data import ReportData, setting_of
@@ -37,7 +38,8 @@ def _template(page: str) -> Template:
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
-    environment.filters |= {"share": share_text, "beside": beside_cells, "layer": learning_cells}
+    environment.filters |= {"took_part": participants_text, "layer": learning_cells}
+    environment.filters |= {"share": share_text, "beside": beside_cells}
     return environment.from_string(page)
 
 
@@ -57,6 +59,9 @@ def to_html(data: ReportData) -> str:
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),
         accuracy_chart=accuracy_chart(data),
+        site_rows=alike_sites(data.sites),
+        refusal_rows=alike_absences(data.refusals, len(data.sites)),
+        release_rows=alike_releases(data.other_releases, len(data.sites)),
         groups=[_group(spent.sites) for spent in data.spent],
         epsilon_rows=epsilon_rows(data),
     )

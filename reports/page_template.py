@@ -109,6 +109,7 @@ PAGE = """\
 <td class="n">{{ attack.true_positives|bound }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% if meaning.bounds.several %}
 {% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta)) %}
 <thead><tr><th scope="col" class="n">{{ meaning.per }}s of the person</th><th scope="col" class="n">ε</th></tr></thead>
 <tbody><tr><th scope="row" class="n">1</th><td class="n">{{ meaning.epsilon|epsilon }}</td></tr>
@@ -116,6 +117,7 @@ PAGE = """\
 <tr><th scope="row" class="n">{{ several.units }}</th><td class="n">{{ several.epsilon|epsilon }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% endif %}
 </div>
 {% endif %}
 
@@ -174,7 +176,7 @@ PAGE = """\
 {% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
 {{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
 {% else %}
-{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before training.") }}
+{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before round 1.") }}
 {% endif %}
 </div>
 {% if epsilon_rows %}
@@ -196,8 +198,8 @@ PAGE = """\
 <th scope="col" class="n">rounds joined</th><th scope="col" class="n">refused</th>
 <th scope="col" class="n">steps</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
 <th scope="col" class="n">clip</th></tr></thead>
-<tbody>{% for site in data.sites %}
-<tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.public_size|number }}</td>
+<tbody>{% for row in site_rows %}{% set site = row.site %}
+<tr><th scope="row">{{ row.names }}</th><td class="n">{{ row.sizes }}</td>
 <td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.rounds_refused }}</td>
 <td class="n">{{ site.steps|number }}</td><td class="n">{{ site.events|figures("noise_multiplier")|numbers }}</td>
 <td class="n">{{ site.events|figures("sample_rate")|numbers }}</td>
@@ -208,8 +210,8 @@ PAGE = """\
 <thead><tr><th scope="col">site</th><th scope="col" class="n">ε spent</th><th scope="col" class="n">at δ</th>
 <th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
 <th scope="col" class="n">cross-check, RDP</th><th scope="col">agreement</th></tr></thead>
-<tbody>{% for site in data.sites %}
-<tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.epsilon_total|epsilon }}</td>
+<tbody>{% for row in site_rows %}{% set site = row.site %}
+<tr><th scope="row">{{ row.names }}</th><td class="n">{{ site.epsilon_total|epsilon }}</td>
 <td class="n">{{ "–" if site.delta is none else "%g"|format(site.delta) }}</td>
 <td class="n">{{ site.epsilon_budget|number }}</td><td class="n">{{ site.epsilon_remaining|remaining }}</td>
 <td class="n">{{ site.epsilon_recomputed|epsilon("–") }}</td><td class="n">{{ site.epsilon_rdp|epsilon("–") }}</td>
@@ -237,7 +239,7 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <tr><th scope="row" class="n">{{ round.round_number }}</th><td class="n">{{ round.accuracy|percent }}</td>
 <td class="n">{{ "–" if round.loss is none else "%.4f"|format(round.loss) }}</td>
 <td class="n">{{ round.epsilon_worst|epsilon("no claim" if round.round_number or not claim.made else "–") }}</td>
-<td class="wide">{% if round.counted %}{{ round.participants|join(", ") }}
+<td class="wide">{% if round.counted %}{{ round.participants|took_part(data.sites) }}
 {%- else %}<span class="bad">did not count</span>{% endif %}</td><td class="n">{{ round.bytes_down|number }}</td>
 <td class="n">{{ round.bytes_up|number }}</td><td class="n">{{ round.seconds|seconds }}</td></tr>
 {% endfor %}</tbody>
@@ -265,9 +267,9 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 {% call table("Sites that did not take part in a round, and why") %}
 <thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">attempt</th><th scope="col">site</th>
 <th scope="col">kind</th><th scope="col">reason</th></tr></thead>
-<tbody>{% for refusal in data.refusals %}
+<tbody>{% for names, refusal in refusal_rows %}
 <tr><th scope="row" class="n">{{ refusal.round_number }}</th><td class="n">{{ refusal.attempt }}</td>
-<td class="name">{{ refusal.site }}</td><td>{{ refusal.kind }}</td>
+<td class="name">{{ names }}</td><td>{{ refusal.kind }}</td>
 <td class="wide">{{ refusal.reason }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
@@ -281,8 +283,8 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 <thead><tr><th scope="col" class="n">round</th><th scope="col">site</th><th scope="col">kind</th>
 <th scope="col" class="n">σ</th><th scope="col" class="n">q</th><th scope="col" class="n">clip</th>
 <th scope="col" class="n">ε added</th><th scope="col" class="n">value</th></tr></thead>
-<tbody>{% for release in data.other_releases %}
-<tr><th scope="row" class="n">{{ release.round_number }}</th><td class="name">{{ release.site }}</td>
+<tbody>{% for names, release in release_rows %}
+<tr><th scope="row" class="n">{{ release.round_number }}</th><td class="name">{{ names }}</td>
 <td>{{ release.purpose }}</td>
 <td class="n">{{ [release.event]|figures("noise_multiplier")|numbers }}</td>
 <td class="n">{{ [release.event]|figures("sample_rate")|numbers }}</td>

@@ -16,6 +16,7 @@ from common.errors import ConfigError
 from common.messages.round import SpendingFigures
 from common.privacy.accounting import Release, alone, epsilon_with_method, gaussian_release
 from common.privacy.events import Event, sampled_gaussian
+from common.words import natural
 from reports.folder import RunFiles
 
 EXPOSED = (
@@ -81,11 +82,11 @@ class ReleaseReport:
 
 
 def site_reports(files: RunFiles) -> list[SiteReport]:
-    """Return every site that the run's files name, by name."""
+    """Return every site that the run's files name, in the natural order of names: site-2 before site-10."""
     refused = [refusal.site for line in files.rounds for refusal in line.refusals]
     joined = {site for line in files.rounds for site in line.participants}
     names = joined | set(refused) | {line.site for line in files.privacy}
-    return [_site(name, files, refused.count(name)) for name in sorted(names)]
+    return [_site(name, files, refused.count(name)) for name in sorted(names, key=natural)]
 
 
 def worst_site(sites: Iterable[SiteReport]) -> SiteReport | None:

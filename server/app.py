@@ -11,7 +11,7 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from common.log import place_of
-from common.messages.round import KeyReply, Reply, Task
+from common.messages.round import Reply, SumReply, Task
 from common.messages.wire import Layout, encode_task, payload_bytes
 from common.run_lines import ProgressFile
 from server.conduct import conduct
@@ -62,7 +62,7 @@ class FlowerTransport:
         task = next(iter(tasks.values()))
         nodes, down = self._push(tasks, timeout)
         unsent = set(tasks) - set(nodes.values())
-        replies: dict[int, Reply | KeyReply] = {
+        replies: dict[int, Reply | SumReply] = {
             node: refusal(task, node, "failed", "the SuperLink did not take its task") for node in unsent
         }
         up = 0
@@ -106,7 +106,7 @@ class FlowerTransport:
         taken = {m: node for node, m in zip(contents, _patiently(push), strict=False) if m}
         return taken, sum(payload_bytes(contents[node]) for node in taken.values())
 
-    def _read(self, message: Message | None, task: Task, node: int, layout: Layout) -> tuple[Reply | KeyReply, int]:
+    def _read(self, message: Message | None, task: Task, node: int, layout: Layout) -> tuple[Reply | SumReply, int]:
         if message is None:
             return refusal(task, node, "reply", "the message cannot be unpacked"), 0
         if message.has_error():

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
+from common.adapters.base import base_weight
 from common.data.sources import public_test, slices_of
 from common.errors import ModelError
 from common.messages.state import AdapterState
@@ -71,6 +74,10 @@ class ServerModel:
         """Return the sites' mean statistic with what the run's start adds to it from public records."""
         self.model.write(self.start)
         return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
+
+    def base_weight(self, layer: str) -> Tensor:
+        """Return W0 of an adapted layer, shape (out, in), float64, on the CPU."""
+        return base_weight(self.model.adapter.layers(self.model.peft_model)[layer]).double().cpu()
 
     def rule_statistic(self) -> AdapterState:
         """Return what the run's server rule takes from public text before round 1.

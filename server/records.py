@@ -1,7 +1,7 @@
 """The files of a run's folder, as the server writes them.
 
 ``config.json``     every setting, with versions of what computed it
-``baseline.json``   the score before round 1
+``baseline.json``   the score before any record is used
 ``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
 ``privacy.jsonl``   one line a round and site: the privacy report
 ``checkpoint.safetensors``  what the run goes on from (see ``server.checkpoint``)
@@ -122,11 +122,15 @@ class RunFolder:
         versions = {"python": platform.python_version(), **package_versions()}
         self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
-        """Record the score before round 1."""
-        self._write(BaselineFile(baseline.accuracy, baseline.loss, self._by_label(baseline), self._by_slice(baseline)))
+    def started(
+        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+    ) -> None:
+        """Record the score before any record was used, and that after round 0, if it used some."""
+        counts = (self._by_label(baseline), self._by_slice(baseline))
+        after = (begun.accuracy, begun.loss) if begun else (None, None)
+        self._write(BaselineFile(baseline.accuracy, baseline.loss, *counts, *after))
         self._baseline = baseline
-        self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
+        self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, begun or baseline, {}))
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         """Append the round's line and each site's privacy line, then make the round count by its checkpoint."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from common.privacy.figures import epsilon_text
+from common.words import EACH, names_text, natural
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
     from common.model.federated import Score
@@ -39,7 +40,10 @@ def score_words(score: Score | None) -> str:
 
 
 def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -> str:
-    """Return the terminal line of one round, with one more line for every refusal; ``members`` are all that counted."""
+    """Return the terminal line of one round, with one more for every refusal; ``members`` are all that counted.
+
+    Of many refusals those of one reason are one line.
+    """
     got = outcome.got
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
@@ -47,4 +51,9 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
         f"{epsilon_words(members.values(), job.mechanism.claim.per)}  {len(got.results)} sites  {payload:.2f} MB  "
         f"{outcome.seconds:.0f} s"
     )
-    return line + "".join(f"\n  {a.site} did not take part ({a.kind}): {a.reason}" for a in got.refusals.values())
+    why: dict[str, list[str]] = {}
+    for absence in got.refusals.values():
+        why.setdefault(f"did not take part ({absence.kind}): {absence.reason}", []).append(absence.site)
+    if len(got.refusals) <= EACH:
+        return line + "".join(f"\n  {site} {reason}" for reason, sites in why.items() for site in sites)
+    return line + "".join(f"\n  {names_text(sorted(sites, key=natural))} {reason}" for reason, sites in why.items())

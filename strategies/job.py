@@ -21,6 +21,7 @@ from strategies import ROWS
 from strategies.base import ServerState, Strategy
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
+from strategies.systems import told
 
 T = TypeVar("T")
 START = "start."
@@ -180,12 +181,15 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
     config = resolve(asked)
+    if named not in ADAPTERS and (instead := told(named.lower())):
+        raise ConfigError(f"adapter.name {named!r} is no adapter here; {instead}")
     if asked.strategy in REFUSED_STRATEGIES:
         raise ConfigError(f"strategy {asked.strategy!r} cannot be run: {REFUSED_STRATEGIES[asked.strategy]}")
     rows = {"strategy": asked.strategy, "adapter.name": named, "adapter.start": asked.adapter.start}
     for key, value in {**rows, "server.rule": asked.server.rule}.items():
         tables()[key].check(key, value)
     strategy = from_section(ROWS[config.strategy], settings, f"{config.strategy}.")
+    _check_unit(config)
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)
@@ -218,6 +222,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         _check_refit(config, strategy, ADAPTERS[name])
     adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
     rule.check(config, strategy, adapter)
+    if config.server.scores:
+        _check_scores(config, strategy, adapter)
     if config.server.rule != "none" and _chooses(strategy):
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round, and server.rule {config.server.rule!r} "
@@ -231,6 +237,15 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     own = _flat(asked, asked_start, strategy, rule)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
     return Job(config, strategy, adapter, origin, rule, notes, own)
+
+
+def _check_unit(config: RunConfig) -> None:
+    unit = config.privacy.mechanism.unit  # an error if the row does not protect such
+    if unit.grouped and not config.data.person:
+        raise ConfigError(
+            f"privacy.unit is {unit.name!r}, and data.person names no column: name the one that says whose a record "
+            "is, or set privacy.unit to 'record'"
+        )
 
 
 def _chooses(strategy: Strategy) -> bool:
@@ -329,6 +344,22 @@ def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]
         if owner in RULES and owner != name and value != known.get(key):
             raise ConfigError(f"{key} has no effect with server.rule {name!r}: set server.rule to {owner!r}")
     return from_section(RULES[name], settings, f"{name}.")
+
+
+def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
+    """Raise ConfigError unless an averaged change is a gradient of A and B, of which LoRAPrune's criterion is made."""
+    training = config.training
+    if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
+        raise ConfigError(
+            f"server.scores is true, and {training.local_steps} local steps of {training.optimizer} leave no gradient "
+            "in a change: set training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0, "
+            "or server.scores to false"
+        )
+    if not {"A", "B"} >= set(adapter.trained) or not adapter.trained:
+        raise ConfigError(
+            f"server.scores is true, and LoRAPrune's criterion is made of changes of A and B, which strategy "
+            f"{strategy.name!r} with the adapter {adapter.name!r} does not send: set server.scores to false"
+        )
 
 
 def _check_calibration(config: RunConfig, strategy: Strategy) -> None:

@@ -26,7 +26,7 @@ DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
 DEFAULT_RANK = 8
 SHOWN_LABELS = 6
 """Labels of a data set that its table lists."""
-_SIDES = ((5, 7, 11), (13, 17, 19))
+_SIDES = ((5, 7, 11), (3, 29, 19))
 """Stand-ins for the rank r, the outputs m and the inputs n of a layer: different primes, so that a product of them
 tells its factors."""
 _POWERS = {2: "²", 3: "³"}

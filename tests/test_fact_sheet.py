@@ -86,6 +86,8 @@ def test_many_labels_and_many_sites_stay_on_the_page(tmp_path: Path) -> None:
     assert "label 1: 1.0 %" in text
     assert "label 59: 59.0 %" in text
     assert "label 30" not in text
+    line["participants"] = [f"site-{i}" for i in range(10)]  # so few that each has a sentence of its own
+    (run.folder / "rounds.jsonl").write_text(json.dumps(line) + "\n")
     lines = run.lines("privacy.jsonl")
     for told in lines:
         told["epsilon_total"] = 0.1

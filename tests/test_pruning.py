@@ -18,12 +18,15 @@ from audits.tiny_models import VOCABULARY
 from common.adapters import LoRAFrozenA
 from common.errors import ConfigError, DataError, ModelError
 from common.model.base import load_base_model
-from common.model.pruned import Kept, by_weights, pruned, recovered, units_of
+from common.model.importance import COLUMNS, ROWS, importance, running
+from common.model.pruned import Kept, by_scores, by_weights, pruned, recovered, units_of
 from common.starts import STARTS
 from experiments.in_process import run_in_process
 from experiments.pruning.files import NAME, read_pruned
 from experiments.pruning.prune import prune_model
 from experiments.pruning.recover import recover_run
+from server.checkpoint import memory_of
+from strategies.job import configure
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT = Kept(groups=((0, 2), (1, 2)), neurons=((1, 2, 5, 7, 11), (0, 3, 4, 9, 13)))
@@ -324,3 +327,66 @@ def test_invariant_p5_another_small_or_large_model_than_the_runs_is_refused(
     with pytest.raises(ModelError, match="cannot be pruned to a stock model"):
         prune_model(model_folder("gpt2"), tmp_path / "gpt2", 1, 1)
     assert not (tmp_path / "gpt2").exists()
+
+
+# --- LoRAPrune --------------------------------------------------------------------------------------------------------
+
+
+def criterion(W: Tensor, A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """Return the squares of the criterion, number by number, off the identity behind it."""
+    return ((s * (B @ A - (B - b) @ (A - a))) * (W + s * B @ A)).square()
+
+
+@pytest.mark.parametrize("trained", [("B",), ("A", "B")])
+def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients_and_its_noise_is_taken_off(
+    trained: tuple[str, ...],
+) -> None:
+    W, A, B, s, eta = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), 1.7, 0.3
+    held = {"A": A, "B": B}
+    gradients = {"A": draw(2, 13, seed=4), "B": draw(9, 2, seed=5)}
+    sent = {name: held[name] - eta * gradients[name] for name in trained}
+    change = {name: (held[name] - sent[name]) / eta for name in trained}
+    a, b = (change.get(n, torch.zeros_like(held[n])) for n in ("A", "B"))
+    whole = criterion(W, A, B, a, b, s)
+    found = importance(W, held, change, s, 0.0)
+    assert (found[ROWS] - whole.sum(1) / whole.norm()).abs().max() < 1e-12
+    assert (found[COLUMNS] - whole.sum(0) / whole.norm()).abs().max() < 1e-12
+    assert (running(found, found)[ROWS] - found[ROWS]).abs().max() < 1e-12
+    # Noise alone: of 4,000 draws the mean of the squares is the formula's, and none is left once it is taken off.
+    tau, draws = 0.4, 4000
+    generator = torch.Generator().manual_seed(6)
+    total = torch.zeros(9, 13, dtype=torch.float64)
+    for _ in range(draws):
+        noise = {n: tau * torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in held.items()}
+        a, b = (noise[n] if n in trained else torch.zeros_like(held[n]) for n in ("A", "B"))
+        total += criterion(W, A, B, a, b, s) / draws
+    spread = A.square().sum(0)[None] + ((B.square().sum(1)[:, None] + 2 * tau**2) if "A" in trained else 0)
+    bias = (W + s * B @ A).square() * s**2 * tau**2 * spread
+    assert float((total.sum(1) - bias.sum(1)).abs().max() / bias.sum(1).max()) < 0.08
+
+
+def test_invariant_p4_a_run_keeps_its_scores_and_prune_chooses_by_them(
+    toy_generation: dict[str, Any], model_folder: Callable[[str], str], tmp_path: Path
+) -> None:
+    plain = {"training.local-steps": 1, "training.optimizer": "sgd", "strategy": "ffa-lora", "rounds": 2}
+    own = {**plain, "server.scores": True, "adapter.targets": "v_proj,down_proj"}
+    folder = run_in_process({**toy_generation, **own}, 2)
+    memory, _ = memory_of(folder)
+    units = units_of(load_base_model(model_folder("llama"), "causal-lm").module)
+    assert {tuple(held[COLUMNS].shape) for layer, held in memory.items() if "down" in layer} == {(units.neurons,)}
+    about = prune_model(model_folder("llama"), tmp_path / "small", 1, 16, by=folder)
+    for number, kept in enumerate(about.kept.neurons):
+        scores = next(held[COLUMNS] for layer, held in memory.items() if f"layers.{number}.mlp.down" in layer)
+        assert set(kept) == set(scores.argsort(descending=True, stable=True)[:16].tolist())
+    module = load_base_model(model_folder("llama"), "causal-lm").module
+    with pytest.raises(ConfigError, match="no score of the neurons of layer 0"):
+        by_scores(module, {k: f for k, f in memory.items() if "down" not in k}, 1, 16)
+    with pytest.raises(ModelError, match="name its run"):
+        prune_model(str(tmp_path / "small"), tmp_path / "smaller", 1, 8, by=folder)
+
+
+def test_scores_are_refused_where_a_change_is_no_gradient_of_a_and_b() -> None:
+    with pytest.raises(ConfigError, match="leave no gradient in a change"):
+        configure({"server.scores": True, "privacy.mode": "none"})
+    with pytest.raises(ConfigError, match="made of changes of A and B"):
+        configure({"server.scores": True, "strategy": "fed-sb"})

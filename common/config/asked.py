@@ -78,6 +78,9 @@ class ServerSettings(Section):
     rule: str = "none"
     """What stands around the optimiser: a row of ``strategies.rules.RULES``, whose options are set under its name.
     ``lora-pro`` turns the change of A and B before it, ``allora`` and ``align-guard`` its step."""
+    scores: bool = False
+    """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which
+    ``fedveil prune --by`` chooses (docs/pruned.md). It asks no site for anything."""
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """For ``momentum``: standard deviation that the noise of the whole run may give a trained number. The learning rate
     is lowered to keep it, of the head and of the rest each for itself (``server.rates``). 0: no bound."""
@@ -144,6 +147,7 @@ def resolve(asked: RunSettings) -> RunConfig:
             adam_tau=server.adam_tau,
             momentum=server.momentum,
             rule=server.rule,
+            scores=server.scores,
             head_rate=head_rate,
             schedule=asked.schedule,
             most_noise=server.most_noise,

@@ -39,6 +39,7 @@ from common.model.lowered import lowered
 from common.model.shapes import FixedBatch, Shapes
 from common.randomness import private_integers, stream
 from common.tasks import TASKS, Batch, Record, Task
+from common.tasks.base import OWNER
 from common.tasks.examples import Example
 from common.tasks.featured import FEATURES, TANGENTS, Featured, put_features
 from common.tasks.module import Metric
@@ -235,14 +236,21 @@ class FederatedModel:
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
-        tensors = {k: v.to(self.device) for k, v in self.task.collate(self.base, records).items()}
+        tensors = {k: v.to(self.device) for k, v in self.task.collate(self.base, _bare(records)).items()}
         return {**tensors, **self._drawn(len(records))}
 
     def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
         """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
+        for batch, _ in self.fixed_groups(records, shapes):
+            yield batch
+
+    def fixed_groups(
+        self, records: Sequence[Record], shapes: Shapes | None = None
+    ) -> Iterator[tuple[FixedBatch, list[int]]]:
+        """Yield the same with the positions of each batch's records; of one length they keep their order."""
         shapes = shapes or self.shapes
         for length, group in shapes.groups([self.task.size(record) for record in records]):
-            yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length))
+            yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length)), group
 
     def length_batches(self, records: Sequence[Record], budget: int) -> Iterator[Batch]:
         """Yield ``records`` in batches of like length, each of at most ``budget`` tokens (``length_batches``)."""
@@ -251,6 +259,7 @@ class FederatedModel:
 
     def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
         """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
+        records = _bare(records)
         filler = [self.task.filler(self.base, records[0])] * (rows - len(records))
         tensors = self.task.collate(self.base, [*records, *filler], length)
         moved = {key: value.to(self.device) for key, value in tensors.items()}
@@ -402,6 +411,11 @@ class FederatedModel:
     def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:
         """Return accuracy and mean loss on ``records`` (at least one); ``slices`` as of score_records."""
         return score_records(self.module, self.task, self.base, records, self.device, self.precision, slices=slices)
+
+
+def _bare(records: Sequence[Record]) -> list[Record]:
+    """Return records without whose they are, which no batch has."""
+    return [{k: v for k, v in record.items() if k != OWNER} if OWNER in record else record for record in records]
 
 
 @torch.no_grad()

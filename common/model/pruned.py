@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError
 from common.messages.state import Factors
+from common.model.importance import COLUMNS, ROWS
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj(?=\.|$)")
 _NAMES = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -92,10 +93,7 @@ def by_weights(module: nn.Module, groups: int, neurons: int) -> Kept:
         ConfigError: more units are to stay than there are, or none.
         ModelError: as of ``units_of``.
     """
-    units = units_of(module)
-    for name, wanted, most in (("--groups", groups, units.groups), ("--neurons", neurons, units.neurons)):
-        if not 1 <= wanted <= most:
-            raise ConfigError(f"{name} is {wanted}, and a layer has {most}: name how many of them stay")
+    units = _checked(module, groups, neurons)
     totals: dict[tuple[int, str], Tensor] = {}
     for name, parameter in module.named_parameters():
         match = _LAYER.search(name)
@@ -107,6 +105,51 @@ def by_weights(module: nn.Module, groups: int, neurons: int) -> Kept:
         of_side = shares.sum(0 if role in ("o", "down") else 1)
         kind, count = ("neurons", units.neurons) if role in ("gate", "up", "down") else ("groups", units.groups)
         totals[number, kind] = totals.get((number, kind), 0) + of_side.reshape(count, -1).sum(1)
+    return _kept(totals, groups, neurons)
+
+
+def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neurons: int) -> Kept:
+    """Return the units of every layer that a run's scores put first (``common.model.importance``).
+
+    A unit's score is the sum over the adapted layers that it goes through. Where all units of a kind stay, no score of
+    that kind is needed.
+
+    Raises:
+        ConfigError: more units are to stay than there are, or none; or the run has no score of a layer's units.
+        ModelError: as of ``units_of``.
+    """
+    units = _checked(module, groups, neurons)
+    totals: dict[tuple[int, str], Tensor] = {}
+    for layer, held in scores.items():
+        match = _LAYER.search(layer)
+        if match is None or ROWS not in held:
+            continue
+        number, role = int(match[1]), match[2]
+        of_side = held[COLUMNS if role in ("o", "down") else ROWS].double()
+        kind, count = ("neurons", units.neurons) if role in ("gate", "up", "down") else ("groups", units.groups)
+        totals[number, kind] = totals.get((number, kind), 0) + of_side.reshape(count, -1).sum(1)
+    layers = int(module.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    for kind, wanted, most in (("groups", groups, units.groups), ("neurons", neurons, units.neurons)):
+        for number in range(layers):
+            if wanted == most:
+                totals[number, kind] = torch.ones(most, dtype=torch.float64)
+            elif (number, kind) not in totals:
+                raise ConfigError(
+                    f"the run has no score of the {kind} of layer {number}: run it with server.scores = true and "
+                    "adapter.targets that go through them, such as 'v_proj,down_proj'"
+                )
+    return _kept(totals, groups, neurons)
+
+
+def _checked(module: nn.Module, groups: int, neurons: int) -> Units:
+    units = units_of(module)
+    for name, wanted, most in (("--groups", groups, units.groups), ("--neurons", neurons, units.neurons)):
+        if not 1 <= wanted <= most:
+            raise ConfigError(f"{name} is {wanted}, and a layer has {most}: name how many of them stay")
+    return units
+
+
+def _kept(totals: Mapping[tuple[int, str], Tensor], groups: int, neurons: int) -> Kept:
     layers = 1 + max(number for number, _ in totals)
     return Kept(
         tuple(_longest(totals[number, "groups"], groups) for number in range(layers)),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from common.errors import DataError, ModelError, ModelNotLoaded
-from common.model.base import load_base_model, model_fingerprint
-from common.model.pruned import by_weights, pruned, units_of
+from common.messages.state import AdapterState
+from common.model.base import BaseModel, load_base_model, model_fingerprint
+from common.model.pruned import by_scores, by_weights, pruned, units_of
 from common.tasks import TASKS
 from experiments.pruning.files import Pruned, write_pruned
+from server.checkpoint import memory_of
 
 
-def prune_model(large: str, target: Path, groups: int, neurons: int, task: str = "causal-lm") -> Pruned:
+def prune_model(
+    large: str, target: Path, groups: int, neurons: int, task: str = "causal-lm", by: Path | None = None
+) -> Pruned:
     """Write a model with so many groups of heads and neurons a layer into a new folder; whole or not at all.
 
-    The longest units by their weights stay. No record is asked, so it costs no privacy.
+    The longest units by their weights stay, or those that a run's scores put first. No record is asked: the scores are
+    of what was sent, so it costs no privacy.
 
     Args:
         large: the model, as ``model.name`` calls it.
@@ -23,17 +29,19 @@ def prune_model(large: str, target: Path, groups: int, neurons: int, task: str =
         groups: of heads that share a key and a value head, that stay in each layer. 0: all.
         neurons: of the gated layer, that stay in each layer. 0: all.
         task: kind of task, as ``model.task``.
+        by: folder of a run on the large model with ``server.scores``; None: weights decide.
 
     Raises:
-        DataError: ``target`` exists, or cannot be written.
-        ModelError: the model cannot be loaded, or not be pruned to a stock model.
-        ConfigError: more units are to stay than there are.
+        DataError: ``target`` exists, or cannot be written; or ``by`` holds no run.
+        ModelError: the model cannot be loaded, or not be pruned to a stock model; or ``by`` trained another.
+        ConfigError: more units are to stay than there are, or the run has no scores of them.
     """
     if target.exists():
         raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
     base = load_base_model(large, task)
     units = units_of(base.module)
-    kept = by_weights(base.module, groups or units.groups, neurons or units.neurons)
+    counts = groups or units.groups, neurons or units.neurons
+    kept = by_scores(base.module, _scores(by, base), *counts) if by else by_weights(base.module, *counts)
     small = pruned(base.module, kept)
     about = Pruned(
         large=large,
@@ -53,6 +61,21 @@ def prune_model(large: str, target: Path, groups: int, neurons: int, task: str =
         shutil.rmtree(target, ignore_errors=True)
         raise
     return about
+
+
+def _scores(run: Path, base: BaseModel) -> AdapterState:
+    memory, name = memory_of(run)
+    try:
+        told = str(json.loads((run / "adapter" / "fedveil.json").read_text(encoding="utf-8"))["base_fingerprint"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{run} holds no adapter of a run that can be read: name the folder of a finished run"
+        ) from error
+    if told != base.fingerprint:
+        raise ModelError(
+            f"{run} trained on {name!r} of fingerprint {told[:12]}, not {base.fingerprint[:12]}: name its run"
+        )
+    return memory
 
 
 def _fingerprint(folder: Path, task: str, heads: int) -> str:

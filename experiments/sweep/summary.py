@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from common.config.sections import Scalar
 from common.errors import DataError
-from common.privacy import MECHANISMS
+from common.privacy import mechanism_of
 from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import BesideFile, BesideRow
 from common.words import UNKNOWN, bytes_text, counted, seconds_text
@@ -202,8 +202,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     deltas = sorted({row.delta for row in rows if row.delta is not None})
     divided = len({row.settings["data.seed"] for row in rows}) > 1
     cut = divided and not any(row.settings["data.test"] for row in rows)
-    modes = {str(row.settings["privacy.mode"]) for row in rows if row.epsilon is not None}
-    units = sorted({MECHANISMS[mode].claim.per for mode in modes if mode in MECHANISMS})
+    paying = [mechanism_of(row.settings) for row in rows if row.epsilon is not None]
+    units = sorted({mechanism.claim.per for mechanism in paying if mechanism is not None})
     sizes = sorted({row.test_records for row in rows})
     mean = statistics.mean(row.accuracy for row in rows)
     error = 100 * math.sqrt(mean * (1 - mean) / sizes[0])
