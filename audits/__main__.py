@@ -28,7 +28,7 @@ from audits.persons import audit_persons, probe_persons_all
 from audits.sensitivity import audit_sensitivity
 from audits.simulation import probe_runs
 from audits.site_rounds import audit_sites
-from audits.step_canaries import audit_steps
+from audits.step_canaries import audit_steps, audited
 from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
@@ -37,7 +37,6 @@ from audits.worlds import World, fresh_world
 from common.run_lines import ConfigFile, Finding
 from common.strict_json import to_json
 from server.records import package_versions, write_json
-from strategies import STRATEGIES
 
 FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen"))
 """Model family, adapter and head policy of the models that noise and sensitivity are looked at on."""
@@ -65,7 +64,7 @@ def world_of(folder: Path, family: str, adapter: str, head: str) -> World:
 def steps_of_all(folder: Path) -> list[Finding]:
     """Return the findings about single steps on what each strategy trains."""
     cases = (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.DOUBLED)
-    return [audit_steps(strategy, folder, fault) for strategy in STRATEGIES for fault in cases]
+    return [audit_steps(strategy, folder, fault) for strategy in audited() for fault in cases]
 
 
 def rounds_of_all(folder: Path) -> list[Finding]:

@@ -16,11 +16,14 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import tiny_run
 from audits.worlds import Recorder, flat
+from common.adapters import ADAPTERS
+from common.adapters.low_rank import LowRank
 from common.model.federated import FederatedModel
 from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.run_lines import Finding
+from strategies import STRATEGIES
 from strategies.job import configure
 
 CANARIES, STEPS = 100, 50
@@ -28,6 +31,18 @@ DELTA = 1e-5
 NOISE = 1.0
 CONFIDENCE = 0.999
 """Of each error rate; both must be off at once, so a false alarm comes about once in a million audits."""
+
+
+def audited() -> list[str]:
+    """Return the strategies whose sites' steps have canaries: of the others, sites take steps that one of these has.
+
+    A canary needs trained numbers of plain linear layers. Strategies by columns, or in turns, train a part of such.
+    """
+    return [
+        name
+        for name, kind in sorted(STRATEGIES.items())
+        if issubclass(ADAPTERS[kind.adapter], LowRank) and not (kind.by_columns or kind.nested or kind().turn(1))
+    ]
 
 
 def model_for(strategy: str, folder: Path) -> FederatedModel:

@@ -29,14 +29,13 @@ from audits.noise_law import audit_noise
 from audits.sensitivity import audit_sensitivity
 from audits.simulated_site import axes_of, text_of
 from audits.site_rounds import audit_sites
-from audits.step_canaries import audit_steps, model_for
+from audits.step_canaries import audit_steps, audited, model_for
 from audits.summed import CASES
 from audits.worlds import flat
 from common.privacy.accounting import epsilon, gaussian_release
 from common.run_lines import Finding
 from common.tasks.text import TextExample
 from reports import markdown_report
-from strategies import STRATEGIES
 
 DELTA = 1e-5
 
@@ -104,8 +103,7 @@ def test_steps_on_vectors_tell_what_was_charged_or_it_is_found(
     assert found.passed, found.figures
 
 
-# Strategies by columns of B train a part of what FFA-LoRA does, by the same steps.
-@pytest.mark.parametrize("strategy", sorted(n for n, s in STRATEGIES.items() if not (s.by_columns or s.nested)))
+@pytest.mark.parametrize("strategy", audited())
 def test_steps_on_what_a_strategy_trains_give_away_what_was_charged_and_no_more(strategy: str, tmp_path: Path) -> None:
     for fault in (SOUND, HALVED):
         found = audit_steps(strategy, tmp_path, fault)

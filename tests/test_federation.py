@@ -36,9 +36,9 @@ ROUND_FIELDS = ["round", "strategy", "participants", "accuracy", "loss", "bytes_
 
 
 def runs() -> list[tuple[str, str, str]]:
-    """Strategies by columns share both halves of FFA-LoRA's round: of them two runs, in which every word is met."""
+    """Later rows share both halves of a round with the first four: of them two runs, in which every word is met."""
     every = [(head, mode) for head in ("trained", "frozen") for mode in ("dp-sgd", "none")]
-    shared = {name: kind.by_columns or kind.nested for name, kind in STRATEGIES.items()}
+    shared = dict.fromkeys(STRATEGIES, True) | dict.fromkeys(("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"), False)
     return [(name, *both) for name in sorted(STRATEGIES) for both in (every[::3] if shared[name] else every)]
 
 

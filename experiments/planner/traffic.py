@@ -46,7 +46,10 @@ class Traffic:
 
 
 def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -> Traffic:
-    """Return the bytes of the job's messages, by encoding them; ``plans`` are those of sites that are charged."""
+    """Return the bytes of the job's messages, by encoding them; ``plans`` are those of sites that are charged.
+
+    Where factors take turns they are those of the first round.
+    """
     strategy = job.strategy
     state = job.start(server_model.start)
     basis = job.basis(state)
@@ -59,8 +62,7 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         base_fingerprint=server_model.model.base.fingerprint,
         start_fingerprint=job.start_fingerprint(server_model.start),
     )
-    turn = strategy.turn(job.config.rounds)
-    trained = strategy.uplink(of_turn(server_model.trained_start(), turn))
+    trained = strategy.uplink(of_turn(server_model.trained_start(), strategy.turn(1)))
     result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, _spending(plans))
     if job.mechanism.summed:
         task = replace(task, offers=tuple(KeyOffer(f"site-{k}", bytes(32), bytes(64)) for k in range(len(plans))))
