@@ -24,6 +24,7 @@ from audits.finding import audit_file, quiet, show
 from audits.hostile_server import hostile_server
 from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
+from audits.persons import audit_persons, probe_persons_all
 from audits.sensitivity import audit_sensitivity
 from audits.simulation import probe_runs
 from audits.site_rounds import audit_sites
@@ -31,6 +32,7 @@ from audits.step_canaries import audit_steps
 from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
+from audits.vectors import audit_vectors
 from audits.worlds import World, fresh_world
 from common.run_lines import ConfigFile, Finding
 from common.strict_json import to_json
@@ -51,6 +53,7 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
     for world in worlds:
         couples = () if world.model.head else (faults.TOKEN_MEAN,)
         seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, *couples)]
+        seen += [audit_persons(world, fault) for fault in (SOUND, faults.ROW_CLIPPED, faults.PERSON_DIVIDED)]
     return seen
 
 
@@ -89,6 +92,8 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         lambda own: list(hostile_server(own)),
         audit_sums,
         probe_all,
+        probe_persons_all,
+        audit_vectors,
         probe_runs,
     )
     for number, audit in enumerate(parts):

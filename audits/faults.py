@@ -7,7 +7,7 @@ mistake, so an audit that stays silent there proves nothing when it is silent ab
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
@@ -23,9 +23,11 @@ from client import budget
 from client.ledger.ledger import Ledger
 from common import randomness
 from common.privacy import MECHANISMS, dpsgd
+from common.privacy import plan as planning
 from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
+from common.privacy.together import together
 from common.randomness import _entropy, add_private_noise
 from common.tasks import Batch, Task
 
@@ -217,6 +219,25 @@ def row_with_another_count() -> AbstractContextManager[Any]:
     return faulty_row(release=lambda plan, _: Release(plan.event, 1))
 
 
+def each_row_clipped() -> AbstractContextManager[Any]:
+    """Each record of a person clipped by itself, as if it were a person."""
+
+    def by_row(model: Any, records: Any, members: Sequence[Sequence[int]], shapes: Any = None) -> Iterator[Any]:
+        return together(model, records, [[row] for own in members for row in own], shapes)
+
+    return patch.object(planning, "together", by_row)
+
+
+def persons_divided() -> AbstractContextManager[Any]:
+    """The records of a person in two batches of the step, each clipped for itself."""
+
+    def halves(model: Any, records: Any, members: Sequence[Sequence[int]], shapes: Any = None) -> Iterator[Any]:
+        yield from together(model, records, [own[::2] for own in members], shapes)
+        yield from together(model, records, [own[1::2] for own in members if len(own) > 1], shapes)
+
+    return patch.object(planning, "together", halves)
+
+
 @contextmanager
 def divisor_of_records() -> Iterator[None]:
     """A divisor that counts the site's records instead of taking the size that it declares."""
@@ -239,6 +260,8 @@ FLOATING = Fault("noise in floating point", noise_in_floating_point)
 SHARED_SEED = Fault("one seed for all sites", shared_seed)
 SHUFFLED = Fault("shuffled batches", shuffled_batches)
 TOKEN_MEAN = Fault("mean over the batch's tokens", token_mean_loss)
+ROW_CLIPPED = Fault("each record of a person clipped by itself", each_row_clipped)
+PERSON_DIVIDED = Fault("a person divided over batches", persons_divided)
 PRIVATE_SIZE = Fault("divisor counts the records", divisor_of_records)
 ROW_QUIET = Fault("a row that forgets the noise", row_without_noise)
 ROW_RATE = Fault("a row that samples at another rate", row_with_another_rate)

@@ -143,6 +143,11 @@ def write_questions(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+PLAIN_STEP: dict[str, Any] = {"training.optimizer": "sgd", "training.local-steps": 1}
+"""What strategies that choose by known noise need beside the settings of ``toy_run``."""
+NEED_PLAIN_STEP = ("increlora", "diffora")
+
+
 def toy_run(model: str, folder: Path) -> dict[str, Any]:
     """Return what ``toy_settings`` returns, for the tiny BERT in the folder ``model``; the rest goes to ``folder``."""
     return {

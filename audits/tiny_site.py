@@ -14,7 +14,7 @@ from client.ledger.ledger import Ledger
 from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.data.sources import load_dataset
-from common.messages.round import KeyReply, Refusal, Reply, TrainResult, TrainTask
+from common.messages.round import Refusal, Reply, TrainResult, TrainTask
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, start_fingerprint
 from common.messages.wire import encode_task
@@ -74,7 +74,7 @@ class OneSite:
     def ask(self, task: TrainTask) -> Reply:
         """Send a task through the wire format and return the site's reply."""
         reply = answer(encode_task(task), self.node, self.settings, task.run, self.memory)
-        assert not isinstance(reply, KeyReply)
+        assert isinstance(reply, TrainResult | Refusal)
         return reply
 
     def train(self, round_number: int = 1, run: str = "1") -> TrainResult:

@@ -22,7 +22,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 @for_people
 def compare(
-    configs: Annotated[list[Path] | None, typer.Argument(help="TOML files; the four strategies if none.")] = None,
+    configs: Annotated[
+        list[Path] | None, typer.Argument(help="TOML files; the shipped comparison of four if none.")
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("-c", "--config", help="Laid over every file.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of each job, separated by commas.")] = "1,2,3",
     sites: Annotated[int, typer.Option(min=1, help="Simulated sites that divide the data.")] = 4,

@@ -131,7 +131,10 @@ def site_init(
         Path | None, typer.Option(help="ca.crt from the coordinator; may be put into the folder later.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="File or folder with the site's records.")] = None,
-    public_size: Annotated[int, typer.Option(help="Number of records that you declare as public.")] = 0,
+    public_size: Annotated[int, typer.Option(help="Number of records, or persons, that you declare as public.")] = 0,
+    person: Annotated[
+        str, typer.Option(help="Column of whose a record is: persons are protected, each with all their records.")
+    ] = "",
     epsilon: Annotated[float, typer.Option(help="Budget of the data set, over all runs.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Below one over the number of records.")] = 1e-5,
     node: Annotated[str, typer.Option(help="More node settings, such as 'partition-id=0 num-partitions=2'.")] = "",
@@ -165,7 +168,7 @@ def site_init(
         folder,
         site,
         server,
-        policy=policy_text(site, public_size, epsilon, delta, pins, models_of(model, fingerprint)),
+        policy=policy_text(site, public_size, epsilon, delta, pins, models_of(model, fingerprint), person=person),
         node=node,
         authority=ca,
         runtime_port=runtime_port,

@@ -14,6 +14,7 @@ from rich.console import Console
 from cli.compare import compare
 from cli.deployment import doctor_app, server_app, site_app
 from cli.errors import for_people as _for_people
+from cli.intruders import intruders
 from cli.ledger import ledger_app
 from cli.notes import print_notes
 from cli.plan import plan
@@ -34,7 +35,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, watch, verify, keygen, merge, ask, prune, recover, sweep, pictures, tune):
+for command in (report, watch, verify, keygen, merge, ask, prune, recover, intruders, sweep, pictures, tune):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)

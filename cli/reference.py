@@ -14,10 +14,27 @@ import click
 import typer
 
 from cli import cited
+from cli.systems import row_table, row_texts, strategy_costs, system_table
 from common.accountant import Accountant
 from common.docstrings import fields_said, said_of
 from common.messages import wire
-from common.messages.round import PROTOCOL, REFUSAL_KINDS, NoisedCount, Refusal, SpendingFigures, TrainResult, TrainTask
+from common.messages.round import (
+    PROTOCOL,
+    REFUSAL_KINDS,
+    KeyReply,
+    KeyTask,
+    NoisedCount,
+    Refusal,
+    ShareReply,
+    ShareTask,
+    SpendingFigures,
+    SurvivorReply,
+    SurvivorTask,
+    TrainResult,
+    TrainTask,
+    UnmaskReply,
+    UnmaskTask,
+)
 from common.privacy.events import Event
 from common.run_lines import (
     AUDITS,
@@ -30,12 +47,14 @@ from common.run_lines import (
     CountLine,
     Finding,
     LabelScore,
+    LayerLine,
     PrivacyLine,
     ProgressFile,
     Reached,
     ResultFile,
     RoundLine,
 )
+from common.secure_sum import Agreement, KeyOffer, Sharing
 from experiments.sweep.arms import ARMS
 from experiments.sweep.rows import Row
 from strategies.table import (
@@ -109,6 +128,7 @@ def run_folder_page() -> str:
         Absence: "in `rounds.jsonl`",
         CountLine: "in `rounds.jsonl`",
         LabelScore: "in `baseline.json` and `rounds.jsonl`",
+        LayerLine: "in `rounds.jsonl`",
         Reached: "in `result.json`, beside the other keys",
         Finding: "in `audit*.json`",
         BesideRow: "in `beside.json`",
@@ -125,16 +145,49 @@ def run_folder_page() -> str:
     )
 
 
+def systems_page() -> str:
+    """Return the page of published systems: the row of each, what differs and why, what is exact, what it costs."""
+    return _page(
+        "Published systems and their rows",
+        "A system of the literature is a strategy, an adapter and a start here, and any of them goes with others "
+        "([tables.md](tables.md)). No accuracy follows from this page: a gain is claimed only beside its control "
+        "([the log](../experiments/LOG.md)).",
+        (
+            "Systems",
+            system_table(),
+            "Bytes are of the default job (12 layers of 384 × 384, r = 8), without the head and what is sent once. "
+            "Training costs ε by its steps, whatever the system: what differs is what a start costs on top. Anything "
+            "that a server computes from what sites sent is free.",
+        ),
+        (
+            "What a strategy costs",
+            strategy_costs(),
+            "A strategy that takes the mean alone can run under a [secure sum](secure-sum.md). σ noise multiplier, C "
+            "clip norm, b expected batch, s the scale, x the noise on a trained factor, K sites.",
+        ),
+        ("Rows that no system of this list names", row_table(), "Each of them can be chosen all the same."),
+        ("Strategies, one by one", row_texts("strategy"), "What the file of each row says, with its paper."),
+        ("Adapters, one by one", row_texts("adapter.name"), "Of every parameterisation."),
+        ("Starts, one by one", row_texts("adapter.start"), "Of every place where factors begin."),
+    )
+
+
 def wire_page() -> str:
     """Return the page of what server and sites send each other."""
     kinds = (TrainTask, TrainResult, SpendingFigures, Event, Accountant, NoisedCount, Refusal)
+    of_sums = (
+        *(KeyTask, KeyReply, KeyOffer),
+        *(ShareTask, ShareReply, Sharing),
+        *(SurvivorTask, SurvivorReply, Agreement),
+        *(UnmaskTask, UnmaskReply),
+    )
     layout = (wire.__doc__ or "").split("``body``::\n\n")[1].split("\n\n")[0]
     return _page(
         f"What travels: protocol {PROTOCOL}",
         "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
         "the only field computed from records, and it has passed clip and noise. A noised count may be beside it, "
         "which the site's ledger has paid for. An adapter state is one block of little-endian float32.",
-        *((kind.__name__, _fields(kind), _about(kind)) for kind in kinds),
+        *((kind.__name__, _fields(kind), _about(kind)) for kind in (*kinds, *of_sums)),
         (
             "Bytes of a header",
             f"```text\n{layout}\n```",
@@ -162,6 +215,7 @@ def commands_page() -> str:
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "tables.md": tables_page,
+    "systems.md": systems_page,
     "run-folder.md": run_folder_page,
     "wire.md": wire_page,
     "commands.md": commands_page,

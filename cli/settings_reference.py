@@ -18,7 +18,7 @@ from common.docstrings import fields_said, said_of
 from common.errors import ConfigError
 from common.starts import STARTS
 from common.tasks import roles_of_all
-from strategies import STRATEGIES
+from strategies import ROWS
 from strategies.job import START, known_settings, tables
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
@@ -51,7 +51,7 @@ def all_settings() -> dict[str, Setting]:
     for name, start in STARTS.items():
         for option in _of_section(start, START):
             found[option.key] = _shared(found.get(option.key), option, name)
-    rows: list[tuple[str, type[Any]]] = [*STRATEGIES.items(), *RULES.items()]
+    rows: list[tuple[str, type[Any]]] = [*ROWS.items(), *RULES.items()]
     for name, row in rows:
         found.update({s.key: dataclasses.replace(s, owners=(name,)) for s in _of_section(row, f"{name}.")})
     return found
@@ -155,8 +155,8 @@ def _about(section: str) -> str:
     """Return the first sentence on a section: that of its class."""
     if not section:
         return "What concerns the run as a whole."
-    if section in STRATEGIES:
-        return f"Options of the strategy `{section}`. {said_of(STRATEGIES[section])}."
+    if section in ROWS:
+        return f"Options of the strategy `{section}`. {said_of(ROWS[section])}."
     if section in RULES:
         return f"Options of the server's rule `{section}`. {said_of(RULES[section])}."
     if section == START[:-1]:

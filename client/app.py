@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,17 +20,26 @@ from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_features, rehearse_head, rehearse_initial, rehearse_linearised
+from client.rehearsal import (
+    rehearse,
+    rehearse_columns,
+    rehearse_features,
+    rehearse_head,
+    rehearse_initial,
+    rehearse_linearised,
+    rehearse_turn,
+)
 from client.site import Site, check_job, open_site, policy_of
-from client.sums import Party, agreed, make_key, next_key, party_of
+from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, FedVeilError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
-from common.messages.round import KeyReply, KeyTask, Refusal, Reply, TrainTask
-from common.messages.wire import decode_key_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
+from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainTask
+from common.messages.wire import decode_sum_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
 from common.paths import run_name
+from common.privacy.together import units_at_once
 from common.secure_sum import KeyOffer
 from common.starts import PaidStart
 from common.tasks import Record
@@ -48,8 +59,9 @@ class _Process:
     """What this process has built and keeps between rounds."""
 
     model: FederatedModel | None = None
-    records: dict[str, tuple[Dataset, list[Record]]] = field(default_factory=dict)
-    """Each site's records as read and as the current model takes them."""
+    records: dict[str, tuple[Dataset, tuple[str, int], list[Record]]] = field(default_factory=dict)
+    """Each site's records as read, the run's unit with the most records of one, and them as the current model takes
+    them."""
     rehearsed: dict[str, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast, by the names above."""
     features: Timing | None = None
@@ -66,8 +78,6 @@ _process = _Process()
 
 def _in_simulation() -> bool:
     """Whether this process is a worker of Flower's Ray simulation."""
-    import sys
-
     ray = sys.modules.get("ray")
     return bool(ray and ray.is_initialized())
 
@@ -84,7 +94,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     return model
 
 
-def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, number: int) -> None:
+def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, task: TrainTask) -> None:
     """Let the model rehearse what it is about to do, and hold that to the time of the answer.
 
     The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
@@ -94,9 +104,12 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
         ModelError: it cannot be trained privately.
         PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
     """
+    number = task.round_number
     training, initial = job.config.training, not number
+    each = job.config.privacy.rows_of_unit
+    most = each * site.public_size
     if training.linearised:
-        check_memory(model, site.public_size)
+        check_memory(model, most)
     if not job.mechanism.rehearsed:
         if deadline.seconds and job.mechanism.conceals:
             raise PolicyRefusal(
@@ -104,8 +117,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
                 f"{job.mechanism.name!r} nobody knows how long a round takes"
             )
         return
-    if PLAIN not in _process.rehearsed:
-        _process.rehearsed[PLAIN] = rehearse(model)
+    plain = _rehearse_steps(job, site, model, task)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
     rests = job.config.refits(number)
@@ -115,17 +127,17 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
         _process.features, _process.records = rehearse_features(model), {}
     if paid_start and INITIAL not in _process.rehearsed:
         # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
-        attention, plain = model.attention, _process.rehearsed.pop(PLAIN)
+        attention, before = model.attention, _process.rehearsed.pop(PLAIN)
         start = rehearse_initial(model, paid_start)
         if model.attention != attention:
-            plain = rehearse(model)
-        _process.rehearsed = {PLAIN: plain, INITIAL: start}
+            before = rehearse(model)
+        _process.rehearsed = {PLAIN: before, INITIAL: start}
     on_vectors = training.linearised and not initial and not rests
     if on_vectors and VECTORS not in _process.rehearsed:
         _process.rehearsed[VECTORS] = rehearse_linearised(model)
     if rests and REFIT not in _process.rehearsed:
         _process.rehearsed[REFIT] = rehearse_head(model)
-    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else PLAIN]
+    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else plain]
     if on_vectors or rests:
         timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
     paid = paid_start.release() if paid_start else None
@@ -135,20 +147,50 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, nu
         rate = job.mechanism.event(job.config.privacy, training).sample_rate
     scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
     # A process that began anew computes them in whatever round it is.
-    ahead = (_process.features, 1, float(site.public_size)) if _process.features and on_features else None
+    ahead = (_process.features, 1, float(most)) if _process.features and on_features else None
     if on_vectors:
-        ahead = (_process.rehearsed[PLAIN], contrasts(model), float(site.public_size))
-    deadline.allow(timing, steps, rate * site.public_size, scored, ahead)
-    if deadline.seconds and len(site.data.examples) > site.public_size:
-        log.error("there are more records than public-size says: when it answers, is not covered by the claim")
+        ahead = (_process.rehearsed[PLAIN], contrasts(model), float(most))
+    unit = job.mechanism.unit
+    deadline.allow(timing, steps, rate * site.public_size, scored, ahead, each, _units_at_once(job, model, paid_start))
+    if deadline.seconds and unit.count(site.data) > site.public_size:
+        log.error("there are more %ss than public-size says: when it answers, is not covered by the claim", unit.name)
 
 
-def _records(model: FederatedModel, site: Site) -> list[Record]:
+def _units_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> int:
+    """Return how many units of several rows a step passes together at least, by what it trains."""
+    if not job.mechanism.unit.grouped:
+        return sys.maxsize
+    with start.opened(model) if start else nullcontext():
+        return units_at_once(sum(p.numel() for p in model.module.parameters() if p.requires_grad))
+
+
+def _rehearse_steps(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> str:
+    """Let the model rehearse the steps of a task's round, if it has not, and return what they are called."""
+    chosen = job.strategy.columns(task.state, site.declared_rank(job)) if task.round_number else None
+    turn = job.strategy.turn(task.round_number) if task.round_number else None
+    if chosen is not None:
+        name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
+    else:
+        name = PLAIN if turn is None else f"steps on {', '.join(turn)}"
+    if name not in _process.rehearsed:
+        if chosen is not None:
+            _process.rehearsed[name] = rehearse_columns(model, chosen)
+        else:
+            _process.rehearsed[name] = rehearse(model) if turn is None else rehearse_turn(model, turn)
+    return name
+
+
+def _records(model: FederatedModel, site: Site, job: Job) -> list[Record]:
     """Return the site's records as the model takes them, made once for all settings that read them alike."""
+    unit, most = job.mechanism.unit, job.config.privacy.rows_of_unit
     kept = _process.records.get(site.name)
-    if kept is None or kept[0] is not site.data:
-        kept = _process.records[site.name] = (site.data, prepared(model, site.data.examples))
-    return kept[1]
+    if kept is None or kept[0] is not site.data or kept[1] != (unit.name, most):
+        kept = _process.records[site.name] = (
+            site.data,
+            (unit.name, most),
+            prepared(model, site.data.examples, unit, most),
+        )
+    return kept[2]
 
 
 def answer(
@@ -160,7 +202,7 @@ def answer(
     deadline: Deadline | None = None,
     *,
     simulated: bool | None = None,
-) -> Reply | KeyReply:
+) -> Reply | SumReply:
     """Return a site's reply to a train message; every failure is a Refusal that names the site.
 
     Args:
@@ -183,11 +225,13 @@ def answer(
             run = run_name(job.config, run)
             check_job(node, job, simulated=simulated)
         site = open_site(node, job.config, run, simulated=simulated)
+        if simulated and not site.rank:
+            site = replace(site, rank=job.strategy.simulated_rank(int(node.get("partition-id", 0))))
         asked = kind_of_task(content)
         summed = job.mechanism.summed
         party = party_of(site.name, node, site.policy, run, simulated=simulated) if summed else None
-        if asked is KeyTask:
-            return _key(decode_key_task(content), job, site, party, run, memory, deadline)
+        if asked is not TrainTask:
+            return _for_sum(decode_sum_task(content), job, site, party, run, memory, deadline)
         with deadline.extended():
             model = _model(job, site)
             state = job.start(model.start)
@@ -203,9 +247,9 @@ def answer(
             if whole is None:
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
             check_task(whole, job, model)
-            _hold_to(deadline, job, site, model, number)
+            _hold_to(deadline, job, site, model, whole)
             masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
-        records = _records(model, site)
+        records = _records(model, site, job)
         result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
         if party is not None:
             result = replace(result, offer=_next_key(task, job, site, party, memory, deadline))
@@ -218,20 +262,22 @@ def answer(
         return refused(error, node, run, number, simulated=simulated)
 
 
-def _key(
-    task: KeyTask,
+def _for_sum(
+    task: SumTask,
     job: Job,
     site: Site,
     party: Party | None,
     run: str,
     memory: MutableMapping[str, bytes],
     deadline: Deadline,
-) -> KeyReply:
-    """Return the site's key for an attempt, if it could pay for it."""
+) -> SumReply:
+    """Return what is asked for a sum beside the vector: the key for an attempt, if the site could pay for it."""
     if task.run != run or party is None:
         raise ProtocolError("a key is asked for in a run whose vectors are not summed, or of another run")
-    check_budget(site, job, task, deadline)
-    return make_key(task, party, memory)
+    if isinstance(task, KeyTask):
+        check_budget(site, job, task, deadline)
+        return make_key(task, job, party, memory)
+    return told_for_sum(task, job, party, memory)
 
 
 def _next_key(
@@ -249,7 +295,7 @@ def _next_key(
     except FedVeilError as error:
         log.info("no key for the next round: %s", own_words(error), extra=about(task.run, task.round_number))
         return None
-    return next_key(task, party, memory)
+    return next_key(task, job, party, memory)
 
 
 def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:

@@ -21,8 +21,9 @@ from common.accountant import EVALUATION
 from common.errors import LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
-from common.privacy.accounting import Release, gaussian_release
+from common.privacy.accounting import Release, gaussian_release, least_noise
 from common.privacy.plan import PrivacyPlan
+from common.secure_sum import check_headroom
 from common.starts import PaidStart
 from common.tasks import TASKS
 from strategies.job import Job
@@ -53,7 +54,7 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
             )
         if not isinstance(job.origin, PaidStart):
             raise ProtocolError(f"no release is made for the start {job.origin.name!r}")
-        least = site.policy.min_noise_multiplier
+        least = _least_start_noise(job, site, plan.max_epsilon, plan.delta)
         plan = job.origin.plan(plan, site.public_size, least)
         return plan, _charge(ledger, site, job, plan, [job.origin.release(least)], task, deadline)
 
@@ -61,11 +62,13 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
 def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> None:
     """Raise if the site could not pay for a round that others are about to pay for, too.
 
-    By what its own name was charged, before a record is read; what is shared with other names shows in the charge.
+    By all that its ledger holds of its records, under whatever name: an attempt that one site cannot pay for is thrown
+    away, and the others have paid.
 
     Raises:
-        BudgetExhausted: it has no budget left.
-        PolicyRefusal: the run has had all its rounds or steps here, or needs another unit or more noise.
+        BudgetExhausted: it has no budget left, or another data set that shares records has none.
+        PolicyRefusal: the run has had all its rounds or steps here, or needs another unit or more noise, or records
+            were released without privacy.
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
@@ -73,7 +76,11 @@ def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> Non
         releases = (plan.release(steps),)
         _within(site, steps, fewer=releases[0].count < steps)(*ledger.trained(site.dataset_id, task.run))
         where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
-        ledger.check(Charge(*where, releases, plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone))
+        ledger.check(
+            Charge(*where, releases, plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone),
+            records=record_hashes(site.data, ledger.key),
+            after_exposure=site.policy.after_no_privacy,
+        )
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
@@ -138,7 +145,7 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     if job.mechanism.summed:
         return _common_plan(job, site, epsilon, delta)
     rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
-    paid = job.origin.release(site.policy.min_noise_multiplier)
+    paid = job.origin.release(_least_start_noise(job, site, epsilon, delta))
     plan = job.mechanism.plan(
         dataclasses.replace(config.privacy, epsilon=epsilon, delta=delta),
         config.training,
@@ -150,17 +157,36 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     return dataclasses.replace(plan, event=plan.event.having(noise_multiplier=noise))
 
 
+def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> float:
+    """Return the least noise of what the run's start is made from, at a site whose budget is this one.
+
+    The run's noise takes a part of the run's budget. Where the site's is stricter, the noise is larger by as much as
+    the whole budget asks for, so that the release takes about the same part of it: else a site that agreed to less
+    would spend it before round 1.
+    """
+    least, run, paid = site.policy.min_noise_multiplier, job.config.privacy, job.origin.release()
+    if paid is None or (epsilon, delta) == (run.epsilon, run.delta):
+        return least
+    own, asked = (least_noise(paid.event, e, d, paid.count) for e, d in ((epsilon, delta), (run.epsilon, run.delta)))
+    return max(least, paid.event.noise_multiplier * own / asked)
+
+
 def _common_plan(job: Job, site: Site, epsilon: float, delta: float) -> PrivacyPlan:
     """Return the plan of a run whose sites must do the same: the run's own noise, and what the site lets it cost.
 
     Raises:
-        PolicyRefusal: the policy asks for more noise.
+        PolicyRefusal: the policy asks for more noise than the site itself is to add.
+        ConfigError: the site's own part does not fit a sum's words.
     """
     config, least = job.config, site.policy.min_noise_multiplier
     plan = job.mechanism.plan(config.privacy, config.training, config.total_steps, site.public_size)
-    noise = plan.event.noise_multiplier
+    # What the site itself adds to the sum must fit, before anybody pays.
+    sites = config.privacy.honest_sites + config.privacy.colluders
+    check_headroom(plan.expected_batch_size, plan.event.clip_norm, plan.noise_std, sites)
+    noise = plan.noise_std / plan.event.clip_norm
     if noise < least:
-        raise refusal("min-noise-multiplier", f"{least:g}", f"noise multiplier {noise:g}, the same at every site")
+        asked = f"noise multiplier {noise:g} of each site, and {plan.event.noise_multiplier:g} of the sum"
+        raise refusal("min-noise-multiplier", f"{least:g}", asked)
     return dataclasses.replace(plan, delta=delta, max_epsilon=epsilon)
 
 

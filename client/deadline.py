@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,19 +67,23 @@ class Timing:
     score: float
     """Of scoring one record of the greatest length."""
 
-    def worst(self, steps: int, batch: float, scored: int) -> float:
+    def worst(self, steps: int, batch: float, scored: int, each: int = 1, at_once: int = sys.maxsize) -> float:
         """Return the seconds of a round that draws the most records, of the slowest lengths, with ``reserve`` in hand.
 
-        Every length that occurs costs a pass, however few records of it there are. Any other record costs its row of
-        a pass at most. With the reserve no pass of such a round is given up.
+        Every length that occurs costs a pass, however few records of it there are, anew for every so many units as
+        pass together. Any other record costs its row of a pass at most. With the reserve no pass of such a round is
+        given up.
 
         Args:
             steps: private steps.
-            batch: expected records of a step, by the public size.
+            batch: expected units of a step, by the public size.
             scored: records that are scored for a noised count, by the public size.
+            each: most records of a unit.
+            at_once: most units whose records pass together.
         """
-        most = most_drawn(batch)
-        begun = sum(sorted(self.passes.values())[-most:])
+        units = most_drawn(batch)
+        most = each * units
+        begun = math.ceil(units / at_once) * sum(sorted(self.passes.values())[-most:])
         rows = (most - 1) * max(seconds / self.rows[length] for length, seconds in self.passes.items())
         return steps * (begun + rows + self.empty) + scored * self.score + self.reserve(steps)
 
@@ -98,7 +103,14 @@ class Deadline:
     """Seconds that a step needs to be left when it begins a pass; see ``Timing.reserve``."""
 
     def allow(
-        self, timing: Timing, steps: int, batch: float, scored: int, ahead: tuple[Timing, int, float] | None = None
+        self,
+        timing: Timing,
+        steps: int,
+        batch: float,
+        scored: int,
+        ahead: tuple[Timing, int, float] | None = None,
+        each: int = 1,
+        at_once: int = sys.maxsize,
     ) -> None:
         """Raise PolicyRefusal if a round might not be done in time, and hold it to that; arguments as Timing.worst.
 
@@ -107,7 +119,7 @@ class Deadline:
         It follows from public figures and the rehearsal alone. How long the records took so far is no part of it: a
         server could choose steps and rate so that the refusal tells.
         """
-        worst, room = timing.worst(steps, batch, scored), TRAINED * self.seconds
+        worst, room = timing.worst(steps, batch, scored, each, at_once), TRAINED * self.seconds
         reserve = timing.reserve(steps)
         if ahead:
             worst += ahead[1] * ahead[0].worst(1, ahead[2], 0)

@@ -32,14 +32,15 @@ from common.model.shapes import FixedBatch
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.tasks import Record
+from common.tasks.base import owner_of
 from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES, TANGENTS
+from common.tasks.featured import FEATURES, SCALES, TANGENTS
 
 log = logging.getLogger("fedveil.site")
 BYTES = 2
 """Of one derivative as it is kept."""
 MOST_BYTES = 2**32
-"""Memory that the derivatives of a site's records may take, by its public size."""
+"""Memory that the derivatives of a site's records may take, by its public size; and those of all sites of a process."""
 _PLAN = gaussian_plan(
     clip_norm=1.0, noise_multiplier=1.0, sample_rate=1.0, expected_batch_size=1.0, delta=1e-5, max_epsilon=1.0
 )
@@ -118,6 +119,7 @@ def linearised(
         kept[site] = held = Derivatives(of, around)
     if records and held.source is not source:
         kept[site] = replace(held, source=None, records=())  # before the next ones are made: they are large
+        _make_room(kept, len(records) * bytes_each(model))
         with _at(model, held.around):
             vectors = _vectors(model, records, before_pass)
         kept[site] = held = replace(held, source=source, records=tuple(vectors))
@@ -150,13 +152,32 @@ def _at(model: FederatedModel, around: AdapterState) -> Iterator[None]:
 def check_memory(model: FederatedModel, public_size: int) -> None:
     """Raise ModelError if the derivatives of so many records are more than a site should hold."""
     numbers = sum(p.numel() for p in model.below_head().values())
-    wanted = public_size * contrasts(model) * numbers * BYTES
+    wanted = public_size * bytes_each(model)
     if wanted > MOST_BYTES:
         raise ModelError(
             f"training.linearised keeps {contrasts(model)} × {numbers} derivatives of each record, for {public_size} "
             f"records {wanted / 2**30:.1f} GiB, above {MOST_BYTES / 2**30:g}: lower adapter.rank, name fewer layers in "
             "adapter.targets, or set training.linearised to 0"
         )
+
+
+def bytes_each(model: FederatedModel) -> int:
+    """Return the memory of one record's derivatives."""
+    return contrasts(model) * sum(p.numel() for p in model.below_head().values()) * BYTES
+
+
+def _make_room(kept: MutableMapping[str, Derivatives], wanted: int) -> None:
+    """Drop vectors of sites, the last made first, until so many bytes more are within ``MOST_BYTES``.
+
+    A simulation's process plays many sites in turn. One whose vectors are dropped has them made anew when it is next
+    asked, and of sites that are asked in turn the first keep theirs.
+    """
+    held = {site: sum(record[TANGENTS].nbytes for record in one.records) for site, one in kept.items()}
+    for site in reversed(list(kept)):
+        if sum(held.values()) + wanted <= MOST_BYTES:
+            return
+        forget_records(kept, site)
+        held[site] = 0
 
 
 def contrasts(model: FederatedModel) -> int:
@@ -182,7 +203,7 @@ def _vectors(model: FederatedModel, records: Sequence[Record], before_pass: Call
     finally:
         for parameter in head:
             parameter.requires_grad_(model.head_trained)
-    return [found[i] for i in sorted(found)]
+    return [{**found[i], **owner_of(records[i])} for i in sorted(found)]
 
 
 def _order(model: FederatedModel, trained: Sequence[nn.Parameter]) -> list[int]:
@@ -201,11 +222,11 @@ def _compute(
     before_pass: Callable[[], None],
 ) -> None:
     """Put the vectors of a batch's records, at ``positions``, into ``found``; if the pass fails, each passes alone."""
-    parts: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for label in range(1, model.classes):
         before_pass()
         try:
-            features, part = derivatives(model, steps, order, batch, label)
+            features, *part = derivatives(model, steps, order, batch, label)
         except MechanismError:
             raise
         except Exception as error:
@@ -215,20 +236,24 @@ def _compute(
             for row, position in enumerate(positions):
                 _compute(model, steps, order, batch.alone(row), [position], found, before_pass)
             return
-        parts.append(part)
-    labels, tangents = batch["labels"].tolist(), torch.stack(parts, dim=1)
+        parts.append((part[0], part[1]))
+    labels = batch["labels"].tolist()
+    tangents, scales = (torch.stack(rows, dim=1) for rows in zip(*parts, strict=True))
     for row, position in enumerate(positions):
         found[position] = {
             FEATURES: features[row].clone(),
             TANGENTS: tangents[row].clone(),
+            SCALES: scales[row].clone(),
             "labels": labels[row],
         }
 
 
 def derivatives(
     model: FederatedModel, steps: PrivateSteps, order: Sequence[int], batch: FixedBatch, label: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return a batch's features, shape (records, width), and one label's derivatives, shape (records, numbers), on CPU.
+
+    The derivatives are float16, and the third is what each record's are to be multiplied by, shape (records,).
 
     Args:
         model: whose head takes no gradient here.
@@ -247,5 +272,18 @@ def derivatives(
         return (logits[:, label] - logits[:, 0])[: batch.records]
 
     samples = steps.samples(batch, contrast)
-    part = torch.cat([samples[i].flatten(1).half().cpu() for i in order], dim=1)
-    return seen[0].float().cpu(), part
+    part = torch.cat([samples[i].flatten(1).float() for i in order], dim=1)
+    scales = _scales(part)
+    return seen[0].float().cpu(), (part / scales[:, None]).half().cpu(), scales.cpu()
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """Return for each row the power of two by which its longest number is in [1, 2); 1 for what has none such.
+
+    >>> _scales(torch.tensor([[0.0, -12.0], [0.0, 0.0], [2e-9, 1e-9]])).log2().tolist()
+    [3.0, 0.0, -29.0]
+    """
+    longest = rows.abs().amax(1)
+    # At most 2⁻¹⁰⁰: the quotient by it is a number.
+    usable = longest.isfinite() & (longest > 2.0**-100)
+    return torch.where(usable, longest, torch.ones_like(longest)).log2().floor().exp2()

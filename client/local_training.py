@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import cast
 
@@ -27,6 +27,7 @@ from client.refit import refit
 from client.site import Site
 from common.errors import MechanismError, ProtocolError
 from common.log import about
+from common.messages.columns import narrowed
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
@@ -38,6 +39,7 @@ from common.secure_sum.masks import Words
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS
 from common.tasks import Record
+from strategies import of_turn
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
@@ -71,6 +73,7 @@ def train_round(
         PolicyRefusal: a rule of the site's steward forbids the round; nothing was charged or trained.
     """
     check_task(task, job, model)
+    rank = site.declared_rank(job)
     deadline = deadline or Deadline()
     plan: Plan
     words: Words | None = None
@@ -105,11 +108,17 @@ def train_round(
         if masked is not None and words is None:
             # Its noise is a part of what the sum needs: it must not leave as it is.
             raise MechanismError("a round of a secure sum has no vector: nothing is sent")
+        chosen = job.strategy.columns(task.state, rank)
+        if chosen is not None:
+            trained, received = narrowed(trained, chosen), narrowed(received, chosen)
+        trained = of_turn(trained, job.strategy.turn(task.round_number))
         contribution = plan.outgoing(job.strategy.uplink(trained), received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
         *(task.run, task.round_number, site.name, site.public_size, contribution), *(spending, counted)
     )
+    if task.round_number:
+        result = replace(result, rank=rank)
     if words is not None:
         if masked is None:
             raise MechanismError("the vector of a secure sum has no mask: nothing of it can be sent")
@@ -237,7 +246,10 @@ def _trainable(
             forget_records(kept, site.name)
         return
     if not rounds:
-        yield records, model.trained()
+        chosen = job.strategy.columns(task.state, site.declared_rank(job))
+        turn = model.factors_alone(job.strategy.turn(task.round_number))
+        with turn, model.columns_alone(chosen), model.nested() if job.strategy.nested else nullcontext():
+            yield records, model.trained()
         return
     of = Linearisation.of_task(task, rounds)
     with linearised(model, records, of, kept, site.name, site.data, deadline.check) as both:

@@ -23,7 +23,7 @@ from common.errors import (
 )
 from common.log import place_of
 
-PATH_KEYS = ("ledger", "policy", "data")
+PATH_KEYS = ("ledger", "policy", "data", "identity")
 """Node settings that hold a path."""
 TOLD = (
     BudgetExhausted,

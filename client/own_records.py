@@ -1,37 +1,87 @@
 """A site's records as the model takes them; what it cannot take is left out, which is to contribute zero.
 
-Under Poisson sampling every record is drawn on its own, and divisor, noise and price follow from public figures. So a
+Under Poisson sampling every unit is drawn on its own, and divisor, noise and price follow from public figures. So a
 record that is left out changes the sum as one whose gradient is zero, and nobody but the site can tell.
+
+Where the unit is a person a site uses a bounded number of each person's records: those whose rows have the least
+hashes. Which ones follows from that person's rows alone, whoever else is there, whatever the server asks and in
+whatever order a file has them. So all that is computed of a person, at any time, is of the same few records.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 
+from common.errors import MechanismError
 from common.log import place_of
 from common.model.federated import FederatedModel
+from common.privacy import Unit
+from common.privacy.units import RECORD
 from common.tasks import Record
+from common.tasks.base import OWNER
 from common.tasks.examples import Example
 
 log = logging.getLogger("fedveil.site")
 
 
-def prepared(model: FederatedModel, examples: Sequence[Example]) -> list[Record]:
-    """Return the records, in order, of those ``examples`` that the model can take."""
+def prepared(model: FederatedModel, examples: Sequence[Example], unit: Unit = RECORD, most: int = 1) -> list[Record]:
+    """Return the records, in order, of those ``examples`` that the model can take and the unit uses.
+
+    Args:
+        model: that takes them.
+        examples: of one site.
+        unit: what is drawn and clipped as one. Where several records belong to one, each says to which.
+        most: records of one unit that are used, at most.
+
+    Raises:
+        MechanismError: an example belongs to no unit.
+    """
+    if unit.grouped:
+        examples = bounded(examples, most)
     try:
-        records = model.prepare(examples)
+        records: list[Record | None] = list(model.prepare(examples))
     except Exception:  # one of them; which, shows when each passes by itself
-        records = [record for example in examples for record in _one(model, example)]
-    fitting = [record for record in records if model.task.fits(model.base, record, model.max_length)]
-    if len(fitting) < len(records):
+        records = [_one(model, example) for example in examples]
+    numbers: dict[str, int] = {}
+    made: list[Record] = []
+    for example, record in zip(examples, records, strict=True):
+        if record is None:
+            continue
+        if unit.grouped:
+            record = {**record, OWNER: numbers.setdefault(example.person, len(numbers))}
+        made.append(record)
+    fitting = [record for record in made if model.task.fits(model.base, record, model.max_length)]
+    if len(fitting) < len(made):
         log.warning("records that the model cannot take (too long, empty, of unknown tokens) contribute zero")
     return fitting
 
 
-def _one(model: FederatedModel, example: Example) -> list[Record]:
+def bounded(examples: Sequence[Example], most: int) -> list[Example]:
+    """Return of each person at most so many examples, those of the least hashes, in the order that they are in.
+
+    Raises:
+        MechanismError: an example is nobody's.
+    """
+    held: dict[str, list[tuple[bytes, int]]] = {}
+    for position, example in enumerate(examples):
+        if not example.person:
+            raise MechanismError("a record is nobody's: no claim about persons would cover it")
+        held.setdefault(example.person, []).append((_digest(example), position))
+    kept = sorted(position for own in held.values() for _, position in sorted(own)[:most])
+    return [examples[position] for position in kept]
+
+
+def _digest(example: Example) -> bytes:
+    """Return a hash of an example's whole row; one that was read from none has that of what it holds."""
+    return hashlib.sha256(example.row or example.canonical(str(example.label)).encode()).digest()
+
+
+def _one(model: FederatedModel, example: Example) -> Record | None:
     try:
-        return model.prepare([example])
+        (record,) = model.prepare([example])
     except Exception as error:
         log.warning("a record could not be prepared and contributes zero: %s", place_of(error))
-        return []
+        return None
+    return record

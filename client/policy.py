@@ -19,11 +19,12 @@ from common.check import at_least, below, in_range, not_negative, one_of, positi
 from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError
 from common.model.base import NAMED_MODELS
-from common.privacy import MECHANISMS
+from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
 from common.privacy.mechanism import Mechanism
 from common.privacy.record_level import DPSGD
+from common.privacy.units import RECORD
 from strategies import STRATEGIES
 from strategies.job import Job
 
@@ -46,14 +47,20 @@ BUNDLE_DIGITS = 64
 class Policy:
     """What a site allows. Every field is public.
 
-    The defaults leave to the server all but runs without privacy or of another mechanism than record-level DP-SGD,
-    private records, and base models of its own.
+    The defaults leave to the server all but runs without privacy or of another unit or mechanism than record-level
+    DP-SGD, private records, and base models of its own.
     """
 
     dataset_id: str = ""
     """What the ledger calls the data; empty: the node configuration's, or the site's name."""
+    unit: str = RECORD.name
+    """Whom a run must protect, as ``privacy.unit``; it is what the budget is of, and what ``public_size`` counts."""
+    person: str = ""
+    """Of unit ``person``: the column that says whose a record is, as ``data.person``."""
+    records_per_person: int = UNLIMITED
+    """Most records of a person that a run may use."""
     public_size: int = 0
-    """Number of records declared as public; 0: the node configuration's."""
+    """Number of records, or persons, declared as public; 0: the node configuration's."""
     epsilon: float = math.inf
     """Budget of the data set over all runs; stored in the ledger, and needs ``delta``."""
     delta: float = math.inf
@@ -115,6 +122,8 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", Columns({**unpinned_columns(), **self.columns}))
         positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
+        positive(records_per_person=self.records_per_person)
+        self._check_unit()
         not_negative(
             public_size=self.public_size,
             min_noise_multiplier=self.min_noise_multiplier,
@@ -165,6 +174,16 @@ class Policy:
             raise ConfigError(f"honest-sites is for secure sums, which mechanisms does not allow: add {known} to it")
         check_whole(self)
 
+    def _check_unit(self) -> None:
+        one_of(UNITS, unit=self.unit)
+        if UNITS[self.unit].grouped and not self.person:
+            raise ConfigError(
+                f"unit is {self.unit!r}, and person names no column: say which one tells whose a record is"
+            )
+        if not UNITS[self.unit].grouped and (self.person or self.records_per_person != UNLIMITED):
+            key = "person" if self.person else "records-per-person"
+            raise ConfigError(f"{key} is for unit 'person', and unit is {self.unit!r}: set unit, or remove {key}")
+
     def check_size(self, public_size: int) -> None:
         """Raise ConfigError if delta is above one over the public size."""
         if math.isfinite(self.delta) and self.delta > 1 / public_size:
@@ -184,6 +203,7 @@ class Policy:
         config = job.config
         check_pins(self, config, private=private, place=place)
         self.check_mechanism(job.mechanism)
+        self._check_unit_of(job, private=private)
         if job.mechanism.summed and config.privacy.honest_sites > self.honest_sites:
             raise refusal("honest-sites", self.honest_sites, f"privacy.honest-sites = {config.privacy.honest_sites}")
         _one_of("strategies", self.strategies, config.strategy)
@@ -192,6 +212,20 @@ class Policy:
             # Paid for, and then dropped by the server.
             raise refusal("reply-after", f"{self.reply_after:g}", f"round-timeout = {config.round_timeout:g}")
         self.check_model_name(config.model.name)
+
+    def _check_unit_of(self, job: Job, *, private: bool) -> None:
+        """Raise PolicyRefusal unless the run protects whom the steward says, by the steward's own column."""
+        asked, unit = job.config.privacy, job.mechanism.unit
+        # A part of a public data set has the size that follows from its division, by either unit.
+        if not job.mechanism.claims or not (private or UNITS[self.unit].grouped):
+            return
+        if unit.name != self.unit:
+            raise refusal("unit", repr(self.unit), f"privacy.unit = {asked.unit!r}")
+        if self.person and job.config.data.person != self.person:
+            raise refusal("person", repr(self.person), f"data.person = {job.config.data.person!r}")
+        if unit.grouped and asked.records_per_person > self.records_per_person:
+            own = self.records_per_person
+            raise refusal("records-per-person", own, f"privacy.records-per-person = {asked.records_per_person}")
 
     def check_mechanism(self, mechanism: Mechanism) -> None:
         """Raise PolicyRefusal unless runs of this mechanism may be joined; one that nobody allowed may not."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from client.deadline import Timing
 from common.errors import MechanismError, ModelError
+from common.messages.columns import Chosen
 from common.messages.state import METRIC, AdapterState
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch, Shapes
@@ -66,6 +67,18 @@ def rehearse(model: FederatedModel) -> Timing:
         ModelError: the model cannot be trained privately; the message says why.
     """
     return _Rehearsal(model).run()
+
+
+def rehearse_columns(model: FederatedModel, chosen: Chosen) -> Timing:
+    """Check the steps on chosen columns, in layers of their shapes; as ``rehearse``."""
+    with _away_from_zero(model), model.columns_alone(chosen):
+        return _Rehearsal(model).run()
+
+
+def rehearse_turn(model: FederatedModel, names: Collection[str]) -> Timing:
+    """Check the steps on factors of these names, the others resting; as ``rehearse``."""
+    with model.factors_alone(names):
+        return _Rehearsal(model).run()
 
 
 def rehearse_initial(model: FederatedModel, start: PaidStart) -> Timing:

@@ -10,10 +10,13 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``division``    settings by which those partitions were made when they were handed out; a run
                 that divides otherwise is refused (``common.data.partition.division_of``)
 ``dataset-id``  what the ledger calls the data; default: the site's name
-``public-size`` number of records declared as public; needed with ``data`` (of a partition it follows)
+``public-size`` number of records declared as public, or of persons where the policy's ``unit`` is
+                ``person``; needed with ``data`` (of a partition it follows)
 ``ledger``      file of the ledger; it outlives every run; default: the user's one
 ``policy``      TOML file of the steward's rules (see ``client.policy``); needed with ``data``
 ``identity``    file of the site's signing key, for secure sums (see ``client.sums``)
+``rank``        most columns of an adapter that the site trains, declared as public; without it as many as a
+                run has. Only strategies that ask for it take a site with fewer
 =============== =====================================================================
 """
 
@@ -55,6 +58,7 @@ NODE_KEYS = (
     *("site", "data", "dataset-id", "public-size", "ledger", "policy"),
     *("partition-id", "num-partitions", "division"),
     "identity",
+    "rank",
 )
 log = logging.getLogger("fedveil.site")
 
@@ -71,6 +75,25 @@ class Site:
     policy: Policy = field(default_factory=Policy)
     unreadable: str = ""
     """Why the file with the records is no table now, for the site's log and ledger; every round is then noise."""
+    rank: int = 0
+    """Most columns that the site trains, public; 0: as many as a run has."""
+
+    def declared_rank(self, job: Job) -> int:
+        """Return how many columns the site says that it trains in a run; 0 where the strategy does not ask.
+
+        Raises:
+            PolicyRefusal: the site trains fewer than the run has, and all sites are to train alike.
+        """
+        rank = job.config.adapter.rank
+        if job.strategy.ranked:
+            return min(self.rank or rank, rank)
+        if self.rank and self.rank < rank:
+            raise PolicyRefusal(
+                f"this site trains at most {self.rank} columns (its setting 'rank'), and strategy "
+                f"{job.config.strategy!r} has every site train {rank}: lower adapter.rank, or choose "
+                "'heterogeneous-ranks'"
+            )
+        return 0
 
 
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
@@ -156,7 +179,8 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
             check_division(str(node["division"]), config)
         data = _partition(config.data, config.model.task, part, parts, simulated)
         # Anyone can repeat the division, so the size of a part follows from public settings.
-        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(len(data.examples))
+        held = config.privacy.mechanism.unit.count(data)
+        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(held)
     policy.check_size(size)
     if "ledger" in node:
         ledger = Path(str(node["ledger"])).expanduser().absolute()
@@ -165,7 +189,16 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     else:
         ledger = only_ledger(user_folder())
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
-    return Site(name, data, dataset_id, size, ledger, policy, unreadable)
+    return Site(name, data, dataset_id, size, ledger, policy, unreadable, _own_rank(node))
+
+
+def _own_rank(node: Mapping[str, Scalar]) -> int:
+    rank = node.get("rank", 0)
+    if not isinstance(rank, int) or isinstance(rank, bool) or ("rank" in node and rank < 1):
+        raise ConfigError(
+            f"node setting 'rank' is {rank!r}: give a whole number of columns, at least 1, or leave it out"
+        )
+    return rank
 
 
 def user_folder() -> Path:
@@ -185,8 +218,10 @@ def own_settings(config: RunConfig) -> DataConfig:
     """
     columns = Columns({role.setting: config.data.columns[role.setting] for role in TASKS[config.model.task].roles})
     name = config.data.name if config.data.name in DATASETS else ""
+    person = config.data.person if config.privacy.mechanism.unit.grouped else ""
     # However a job spaces its labels: no second spelling gets the records read again.
-    return DataConfig(name=name, labels=",".join(known_labels(config.data)), partition="iid", columns=columns)
+    labels = ",".join(known_labels(config.data))
+    return DataConfig(name=name, labels=labels, partition="iid", columns=columns, person=person)
 
 
 def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> None:

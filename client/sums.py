@@ -1,8 +1,9 @@
-"""A site's part in secure sums: who it is, whom it takes for its peers, its key of an attempt, its masks.
+"""A site's part in secure sums: who it is, whom it takes for its peers, its key of an attempt, its masks, its shares.
 
 The key is made with the reply of the round before, or when the server asks for it, and kept in the node's memory until
 the task comes; the ledger writes down under which key a vector was charged, so that a second one never leaves under its
-masks, whatever is lost or repeated.
+masks, whatever is lost or repeated. Where sites may be lost from a sum, the shares of all its sites are kept from the
+vector until they are told; what was sealed for a node that lost its memory is lost with it, as the node would be.
 """
 
 from __future__ import annotations
@@ -12,21 +13,45 @@ import json
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from client.pins import refusal
 from client.policy import Policy
 from common.config.sections import Scalar
 from common.errors import ConfigError, PolicyRefusal, ProtocolError
-from common.messages.round import KeyReply, KeyTask, TrainTask
+from common.messages.round import (
+    KeyReply,
+    KeyTask,
+    ShareReply,
+    ShareTask,
+    SumReply,
+    SumTask,
+    SurvivorReply,
+    SurvivorTask,
+    TrainTask,
+    UnmaskReply,
+    UnmaskTask,
+)
 from common.messages.wire import encode_state, layout_digest, layout_of
 from common.model.federated import FederatedModel
-from common.secure_sum import AttemptName, Identity, KeyOffer, Roster, SiteAttempt, Task, Terms
+from common.secure_sum import (
+    AttemptName,
+    Holder,
+    Identity,
+    KeyOffer,
+    RecoverableAttempt,
+    Roster,
+    SiteAttempt,
+    Task,
+    Terms,
+    threshold,
+)
 from common.secure_sum.masks import Words
 from common.secure_sum.roster import load_roster
 from strategies.job import Job
 
-KEPT = "mask-key"
-"""Key of a node's memory."""
+KEPT, HELD = "mask-key", "mask-shares"
+"""Keys of a node's memory: what is secret of the next vector's masks, and what this site holds of the last one's."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,20 @@ class Party:
                 f"privacy.honest-sites = {honest} of a sum of {sites} sites, of which {others} need not be honest",
             )
 
+    def check_threshold(self, sites: int, colluders: int) -> None:
+        """Raise PolicyRefusal if those that need not be honest could help the server to both secrets of a site.
+
+        Of ``sites`` that hold shares so many may be among them, whatever the run says of ``colluders``.
+        """
+        others = min(len(self.roster.keys) - self.honest, sites)
+        if 2 * threshold(sites, colluders) <= sites + others:
+            raise refusal(
+                "honest-sites",
+                f"{self.honest} of the roster's {len(self.roster.keys)}",
+                f"privacy.colluders = {colluders} of a sum of {sites} sites that may lose some, of which {others} need "
+                "not be honest",
+            )
+
 
 def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *, simulated: bool) -> Party:
     """Return who a site is in secure sums, and whom its steward takes for its peers.
@@ -60,7 +99,7 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
 
     Raises:
         ConfigError: the node names no ``identity`` or the policy no ``peers``, or one of the files is none; or the
-            roster has another key for this site.
+            roster has another key for this site, or fewer sites than the steward takes for honest.
         PolicyRefusal: the roster does not have this site.
     """
     if simulated and not policy.peers:
@@ -75,7 +114,12 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
                 "own signing key, and the roster of all sites"
             )
         own = _identity(Path(str(node["identity"])).expanduser())
-        party = Party(site, own, load_roster(roster_file(node, policy)), policy.honest_sites)
+        party = Party(site, own, _roster(roster_file(node, policy)), policy.honest_sites)
+    if party.honest > len(party.roster.keys):
+        raise ConfigError(
+            f"the policy has honest-sites = {party.honest}, and its roster {len(party.roster.keys)} sites: count those "
+            "of the roster alone, or hand over a whole one"
+        )
     if site not in party.roster.keys:
         raise PolicyRefusal(f"the roster of this site's steward does not have {site!r}: stewards must agree on one")
     if party.roster.keys[site] != party.identity.public:
@@ -86,6 +130,14 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
 def roster_file(node: Mapping[str, Scalar], policy: Policy) -> Path:
     """Return where the policy's roster is: beside the policy, if it names no folder."""
     return Path(str(node["policy"])).expanduser().parent / Path(policy.peers).expanduser()
+
+
+def _roster(path: Path) -> Roster:
+    """Read the policy's roster; an error, which the server is told, does not say where the file is."""
+    try:
+        return load_roster(path)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(path), "<peers>")) from error
 
 
 def _simulated(run: str, site: str) -> Identity:
@@ -99,17 +151,48 @@ def _identity(path: Path) -> Identity:
         raise ConfigError(f"the signing key {path} cannot be read ({error.strerror}): check 'identity'") from error
 
 
-def make_key(task: KeyTask, party: Party, memory: MutableMapping[str, bytes]) -> KeyReply:
+def make_key(task: KeyTask, job: Job, party: Party, memory: MutableMapping[str, bytes]) -> KeyReply:
     """Return a new key for an attempt, and keep its secret half in place of any other."""
-    name = AttemptName(task.run, task.round_number, task.attempt, party.roster.digest)
-    attempt = SiteAttempt(name, party.site, party.identity)
+    name = _name(task, party)
+    kind = RecoverableAttempt if job.config.privacy.drop_outs else SiteAttempt
+    attempt = kind(name, party.site, party.identity)
     memory[KEPT] = json.dumps({**asdict(name), "secret": attempt.secret.hex()}).encode()
     return KeyReply(task.run, task.round_number, party.site, attempt.offer)
 
 
-def next_key(task: TrainTask, party: Party, memory: MutableMapping[str, bytes]) -> KeyOffer:
+def next_key(task: TrainTask, job: Job, party: Party, memory: MutableMapping[str, bytes]) -> KeyOffer:
     """Return a new key for the first attempt at the round after a task's, and keep its secret half."""
-    return make_key(KeyTask(task.run, task.round_number + 1, 0), party, memory).offer
+    return make_key(KeyTask(task.run, task.round_number + 1, 0), job, party, memory).offer
+
+
+def told_for_sum(
+    task: ShareTask | SurvivorTask | UnmaskTask, job: Job, party: Party, memory: MutableMapping[str, bytes]
+) -> SumReply:
+    """Return what a site tells before and after its vector, where sites may be lost from the sum.
+
+    Raises:
+        ProtocolError: none may be lost in this run; this site has no key or no shares of the attempt; or as
+            ``RecoverableAttempt`` and ``Holder`` say.
+        PolicyRefusal: of the sites too few are honest by the policy.
+    """
+    privacy, where = job.config.privacy, (task.run, task.round_number, party.site)
+    if not privacy.drop_outs:
+        raise ProtocolError("shares are asked for in a run with privacy.drop-outs = 0: no vector may be missing")
+    if isinstance(task, ShareTask):
+        party.check_size(len(task.offers), privacy.honest_sites)
+        party.check_threshold(len(task.offers), privacy.colluders)
+        attempt, kept = _recoverable(task, party, memory)
+        sharing = attempt.share(task.offers, party.roster, privacy.honest_sites, privacy.colluders)
+        kept |= {"threshold": attempt.threshold, "sealing": {site: key.hex() for site, key in attempt.sealing.items()}}
+        memory[KEPT] = json.dumps(kept).encode()
+        return ShareReply(*where, sharing)
+    holder = _holder(task, party, memory)
+    if isinstance(task, UnmaskTask):
+        return UnmaskReply(*where, holder.reveal(dict(task.signatures), party.roster))
+    party.check_size(len(task.survivors), privacy.honest_sites)
+    agreement = holder.sign(task.survivors, party.identity)
+    _hold(holder, memory)  # before it is sent: of one attempt one list is signed
+    return SurvivorReply(*where, agreement)
 
 
 def agreed(
@@ -123,16 +206,63 @@ def agreed(
         ProtocolError: this site has no key for the attempt, or as ``SiteAttempt.agree``.
         PolicyRefusal: of the sites too few are honest by the policy.
     """
-    name = AttemptName(task.run, task.round_number, task.attempt, party.roster.digest)
-    kept = json.loads(memory.get(KEPT, b"{}"))
-    secret = kept.pop("secret", "")
-    if not secret or kept != asdict(name):
-        raise ProtocolError("this site has no key for that attempt: the server must ask for one, in a new attempt")
-    party.check_size(len(task.offers), job.config.privacy.honest_sites)
-    attempt = SiteAttempt(name, party.site, party.identity, bytes.fromhex(secret))
-    attempt.agree(task.offers, party.roster, terms_of(job, public_size), _hashes(task, job, model))
+    attempt: SiteAttempt | RecoverableAttempt
+    terms, hashes = terms_of(job, public_size), _hashes(task, job, model)
+    if job.config.privacy.drop_outs:
+        attempt, kept = _recoverable(task, party, memory)
+        attempt.threshold = kept.get("threshold", 0)
+        attempt.sealing = {site: bytes.fromhex(key) for site, key in kept.get("sealing", {}).items()}
+        party.check_size(len(task.offers), terms.honest_sites)
+        _hold(attempt.agree(task.offers, task.sealed, party.roster, terms, hashes), memory)
+    else:
+        secret = _kept(task, party, memory)["secret"]
+        party.check_size(len(task.offers), terms.honest_sites)
+        attempt = SiteAttempt(_name(task, party), party.site, party.identity, bytes.fromhex(secret))
+        attempt.agree(task.offers, party.roster, terms, hashes)
     del memory[KEPT]
     return lambda words: attempt.masked(words).astype("<u4").tobytes()
+
+
+def _name(task: SumTask | TrainTask, party: Party) -> AttemptName:
+    return AttemptName(task.run, task.round_number, task.attempt, party.roster.digest)
+
+
+def _kept(task: SumTask | TrainTask, party: Party, memory: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return what is kept of an attempt's key; ProtocolError if there is none of this attempt."""
+    kept = dict(json.loads(memory.get(KEPT, b"{}")))
+    if {key: kept.get(key) for key in asdict(_name(task, party))} != asdict(_name(task, party)):
+        raise ProtocolError("this site has no key for that attempt: the server must ask for one, in a new attempt")
+    return kept
+
+
+def _recoverable(
+    task: SumTask | TrainTask, party: Party, memory: Mapping[str, bytes]
+) -> tuple[RecoverableAttempt, dict[str, Any]]:
+    kept = _kept(task, party, memory)
+    secret = bytes.fromhex(kept["secret"])
+    return RecoverableAttempt(_name(task, party), party.site, party.identity, secret), kept
+
+
+def _hold(holder: Holder, memory: MutableMapping[str, bytes]) -> None:
+    """Keep what a site holds of an attempt, in place of any other."""
+    held = {site: shares.hex() for site, shares in holder.held.items()}
+    memory[HELD] = json.dumps({**asdict(holder), "digest": holder.digest.hex(), "held": held}).encode()
+
+
+def _holder(task: SumTask, party: Party, memory: Mapping[str, bytes]) -> Holder:
+    """Return what this site holds of an attempt; ProtocolError if it is nothing."""
+    held = json.loads(memory.get(HELD, b"{}"))
+    if held.get("name") != asdict(_name(task, party)):
+        raise ProtocolError("this site has masked no vector of that attempt, or has lost what it held of it")
+    return Holder(
+        name=_name(task, party),
+        site=party.site,
+        digest=bytes.fromhex(held["digest"]),
+        threshold=held["threshold"],
+        least=tuple(held["least"]),
+        held={site: bytes.fromhex(shares) for site, shares in held["held"].items()},
+        survivors=tuple(held["survivors"]),
+    )
 
 
 def terms_of(job: Job, public_size: int) -> Terms:
@@ -150,7 +280,8 @@ def terms_of(job: Job, public_size: int) -> Terms:
 
 
 def _hashes(task: TrainTask, job: Job, model: FederatedModel) -> Task:
-    sent = job.summed(task.round_number, model.trained())
+    with model.factors_alone(job.strategy.turn(task.round_number)):
+        sent = job.summed(task.round_number, model.trained())
     trained = {layer: {name: p.detach() for name, p in factors.items()} for layer, factors in sent.items()}
     return Task(
         base=model.base.fingerprint,

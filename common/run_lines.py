@@ -64,7 +64,7 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class BaselineFile(RunFile):
-    """The score on public data before round 1."""
+    """The score on public data before any record was used."""
 
     NAME: ClassVar[str] = "baseline.json"
     accuracy: float
@@ -73,6 +73,9 @@ class BaselineFile(RunFile):
     """Empty where records have no label."""
     slices: list[LabelScore] = field(default_factory=list)
     """By slice of the test data (``data.slice``)."""
+    begun_accuracy: float | None = None
+    """After round 0, if the run's start was made from the sites' records there."""
+    begun_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,27 @@ class CountLine:
 
 
 @dataclass(frozen=True)
+class LayerLine:
+    """What the changes of one layer's trained tensors in one round tell, beside what noise alone would."""
+
+    layer: str
+    numbers: int
+    """That sites train in it."""
+    form: Literal["across sites", "of the sum"]
+    """What ``score`` is of: what the sites' changes have in common, or the one sum that is seen."""
+    change: float
+    """Euclidean norm of the averaged change, before the server's optimiser."""
+    agreement: float | None
+    """Mean cosine of two sites' changes, each by its share; None of a sum, or of one site."""
+    score: float | None
+    """In standard deviations of what noise alone gives, whose mean is 0; None where that noise is not known."""
+    rank: int
+    """The most singular values that the averaged change can have."""
+    above: int | None
+    """Its singular values above the edge of the noise; None as of ``score``."""
+
+
+@dataclass(frozen=True)
 class RoundLine(RunFile):
     """One round, asked for by the server, whether or not it counts."""
 
@@ -179,6 +203,8 @@ class RoundLine(RunFile):
     """The score by label; empty in a round that was not scored."""
     slices: list[LabelScore] = field(default_factory=list)
     """The score by slice of the test data (``data.slice``)."""
+    learning: list[LayerLine] = field(default_factory=list)
+    """Which layers learn, from what was sent; empty in a round that does not count, and in round 0."""
 
 
 @dataclass(frozen=True)

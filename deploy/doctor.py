@@ -186,7 +186,8 @@ def _models(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
-    from client.sums import party_of
+    from client.sums import party_of, roster_file
+    from common.secure_sum.roster import load_roster
 
     settings = node_settings(folder)
     policy, what = policy_of_node(settings), "secure sums"
@@ -194,6 +195,7 @@ def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
         yield CheckResult(True, what, "the policy lets this site join none")
         return
     yield from shared.private_file(folder.path / "identity.key", "signing key")
+    load_roster(roster_file(settings, policy))  # an error says where the file is, which a party's keeps to itself
     roster = party_of(str(settings["site"]), settings, policy, "", simulated=False).roster
     yield CheckResult(
         True,

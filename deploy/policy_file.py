@@ -9,6 +9,7 @@ from common.config.text import to_toml
 from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.privacy.record_level import DPSGD
+from common.privacy.units import PERSON
 from common.tasks import TASKS
 
 HEAD = """\
@@ -35,17 +36,19 @@ def policy_text(
     pins: Pins | None = None,
     models: Sequence[str] = (),
     mechanisms: Sequence[str] = (DPSGD.name,),
+    person: str = "",
 ) -> str:
     """Return a policy's text: the budget of one data set, how it is protected, and what its records are for.
 
     Args:
         dataset: what the ledger calls the records.
-        public_size: number of records declared as public; 0 leaves it to the node's settings.
+        public_size: number of records, or persons, declared as public; 0 leaves it to the node's settings.
         epsilon: budget over all runs.
         delta: the delta that it holds at.
         pins: what the records are for; without them they are a part of a public data set.
         models: base models that are allowed, as ``models_of`` returns them; empty: those that FedVeil knows by hash.
         mechanisms: names of those that are allowed; at least one.
+        person: column that says whose a record is, where persons are protected; empty: records are.
 
     Raises:
         ConfigError: a site with this policy would refuse every round: a figure is out of range, delta
@@ -54,6 +57,8 @@ def policy_text(
     from client.policy import parse_policy  # imports torch: seconds that only this needs
 
     settings: dict[str, Scalar | Sequence[str]] = {"dataset-id": dataset, "epsilon": epsilon, "delta": delta}
+    if person:
+        settings |= {"unit": PERSON.name, "person": person}
     if public_size:
         settings["public-size"] = public_size
     if models:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from common.config.sections import Columns, DataConfig
 from common.errors import ConfigError, DataError, UnreadableFile
+from common.privacy import UNITS
 from common.tasks import TASKS
+from common.tasks.examples import Dataset
 from common.tasks.tables import Unfit
 from deploy.site_folder import SiteFolder, check_pinned, node_settings
 
@@ -47,27 +50,36 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
     seconds = time.monotonic() - began
     if reading.unreadable:
         raise UnreadableFile(reading.unreadable[0])
-    fit, others = len(reading.dataset.examples), len(reading.unfit)
+    fit, others, unit = len(reading.dataset.examples), len(reading.unfit), UNITS[policy.unit]
     if not fit:
         why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if others else "there is none"
         raise DataError(f"{settings['data']}: no row is a record ({why}): mend the rows, or pin what they are")
     if policy.reply_after:
-        _check_time(policy.reply_after, int(settings.get("public-size", policy.public_size)), fit, seconds)
+        declared = int(settings.get("public-size", policy.public_size))
+        _check_time(policy.reply_after, declared, unit.count(reading.dataset), seconds, unit.name)
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
+    if unit.grouped:
+        say(_persons(reading.dataset))
     for line in _by_reason(reading.unfit) if rows else ():
         say(line)
 
 
-def _check_time(reply_after: float, declared: int, records: int, seconds: float) -> None:
-    """Raise ConfigError if the time of every answer cannot be kept for so many records.
+def _persons(data: Dataset) -> str:
+    """Return how many persons there are and how many records they have, for the steward alone."""
+    held = sorted(Counter(example.person for example in data.examples).values())
+    return f"persons: {len(held)}, with {held[len(held) // 2]} records in the middle and {held[-1]} at most"
 
-    Here alone the real number counts: a round that did anything else with more records than are declared would tell.
+
+def _check_time(reply_after: float, declared: int, units: int, seconds: float, unit: str) -> None:
+    """Raise ConfigError if the time of every answer cannot be kept for so many units.
+
+    Here alone the real number counts: a round that did anything else with more than are declared would tell.
     """
     from client.deadline import PREPARED
 
-    if records > declared:
+    if units > declared:
         raise ConfigError(
-            f"there are {records} records and public-size is {declared}, for which alone reply-after = {reply_after:g} "
+            f"there are {units} {unit}s and public-size is {declared}, for which alone reply-after = {reply_after:g} "
             "leaves time: declare at least as many as there are, or leave reply-after out"
         )
     if seconds > PREPARED * reply_after:
@@ -80,7 +92,7 @@ def _check_time(reply_after: float, declared: int, records: int, seconds: float)
 def pinned_settings(policy: Policy) -> DataConfig:
     """Return what every job that the policy allows says about the site's own records."""
     columns = Columns({role.setting: policy.columns[role.setting] for role in TASKS[policy.task].roles})
-    return DataConfig(partition="iid", labels=policy.labels, columns=columns)
+    return DataConfig(partition="iid", labels=policy.labels, columns=columns, person=policy.person)
 
 
 def _by_reason(unfit: Sequence[Unfit]) -> list[str]:

@@ -12,13 +12,13 @@ from typing import Any
 
 from client.app import answer
 from common.config.sections import Scalar
-from common.messages.round import KeyReply, Reply, Task
+from common.messages.round import Reply, SumReply, Task
 from common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
 from common.paths import run_folder
 from server.conduct import conduct
 from server.model import ServerModel
 from server.records import RunFolder
-from server.replies import read_reply
+from server.replies import read_reply, replies_to
 from server.sites import Exchange, Transport
 from strategies.job import Job, configure
 
@@ -54,14 +54,15 @@ class InProcessTransport:
 
     def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
-        replies: dict[int, Reply | KeyReply] = {}
+        replies: dict[int, Reply | SumReply] = {}
         down = up = 0
         for node, task in tasks.items():
             content = encode_task(task)
             down += payload_bytes(content)
             record = self.deliver(node, task, content)
             up += payload_bytes(record)
-            replies[node] = read_reply(record, self._layout_of_round(task.round_number), task, node)
+            expected = replies_to(task, self._job, self._layout_of_round(task.round_number))
+            replies[node] = read_reply(record, expected, task, node)
         return Exchange(replies, down, up)
 
     def deliver(self, node: int, task: Task, content: Any) -> Any:

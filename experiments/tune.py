@@ -50,7 +50,18 @@ OWN = {
     "resume": "the same command again, which goes on",
 }
 """Settings that the command gives every trial."""
-SAME = (BUDGET, DELTA, MODE, "data.name", "data.test", "data.test-size", "data.seed", "model.task")
+SAME = (
+    BUDGET,
+    DELTA,
+    MODE,
+    "privacy.unit",
+    "data.person",
+    "data.name",
+    "data.test",
+    "data.test-size",
+    "data.seed",
+    "model.task",
+)
 """Settings in which no trial may differ: what is paid, and what scores are compared on."""
 STATE = "tune.json"
 PRECISION = 1e-3

@@ -16,6 +16,7 @@ import yaml
 
 from common.errors import DataError
 from common.privacy.figures import epsilon_text
+from common.privacy.units import PERSON
 from common.tasks import TASKS
 from common.words import UNKNOWN, counted, number_text, percent_text, visible
 from reports.data import ReportData, cares_of, cut_test, setting_of
@@ -178,10 +179,11 @@ def _privacy(data: ReportData) -> str:
 def _records(data: ReportData) -> str:
     sizes = sorted(site.public_size for site in data.sites if site.public_size is not None)
     told = "Trained on the records of sites, which are not published."
+    whose = f"in {data.claim.per}s, " if data.claim.per == PERSON.name else ""
     if sizes:
         told += (
-            f" Their number, as the sites declare it: {number_text(sum(sizes))}, from {number_text(sizes[0])} to "
-            f"{number_text(sizes[-1])} a site."
+            f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from "
+            f"{number_text(sizes[0])} to {number_text(sizes[-1])} a site."
         )
     public = (
         "Declared public, and not protected: the test part, which was cut from the same source as the sites' records"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from common.config.sections import Scalar
 from common.data.sources import unprotected_test
-from common.privacy import MECHANISMS
+from common.privacy import mechanism_of
 from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
 from common.words import EACH, names_text, natural
@@ -32,7 +32,10 @@ OFF = (
     "may reveal their records."
 )
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
-UNKNOWN = "The run's privacy.mode {!r} is none that this FedVeil knows. It can say nothing about any record."
+UNKNOWN = (
+    "The run's privacy.mode {!r} is none that this FedVeil knows, or none for privacy.unit {!r}. It can say nothing "
+    "about any record."
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     worst, delta = worst_site(sites), federation_delta(sites)
     unpaid = sorted({line.site for line in files.privacy if line.spent is None}, key=natural)
     text = _public_text(files.config.settings)
-    mechanism = MECHANISMS.get(mode)
+    mechanism = mechanism_of(files.config.settings)
     if mechanism is None or not mechanism.claims:
-        sentence = OFF if mechanism else UNKNOWN.format(mode)
+        sentence = OFF if mechanism else UNKNOWN.format(mode, files.config.settings.get("privacy.unit", "record"))
         return Claim(False, True, mode, sentence, *6 * ("",), head, [], [], [], text)
     claim, gaps = mechanism.claim, _gaps(files, sites, unpaid)
     if worst is None or delta is None:
@@ -78,7 +81,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
     sentence = (
         f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
-        f"differentially private in {claim.unit}. Both are the maximum over sites: their records are disjoint."
+        f"differentially private in {claim.unit}. Both are the maximum over sites: {claim.across}"
     )
     sentence += _shared(sites)
     if any(site.agreement == "exposed" for site in sites):

@@ -21,6 +21,7 @@ from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of
 from reports.folder import RunFiles, read_run
+from reports.learning import LayerReport, layer_reports
 from reports.meaning import MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
@@ -136,6 +137,8 @@ class ReportData:
     beside: list[BesideRow]
     """What other runs on the same base model and data came to; empty: nobody has said."""
     rounds: list[RoundReport]
+    learning: list[LayerReport]
+    """Which layers learnt; empty: no round counts yet, or nothing was trained that could tell."""
     spent: list[Spent]
     other_releases: list[ReleaseReport]
     refusals: list[Absence]
@@ -183,6 +186,7 @@ def report_of(folder: Path) -> ReportData:
         slices=_accuracy(files, "slices")[1:],
         beside=files.beside,
         rounds=_rounds(files),
+        learning=layer_reports(files.rounds),
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],
@@ -190,7 +194,7 @@ def report_of(folder: Path) -> ReportData:
         versions=versions,
         origin=_origin(folder, problems),
         actors=actors_of(claim, headline.epsilon),
-        unprotected=unprotected_of(sites, _cut_test(settings)),
+        unprotected=unprotected_of(sites, _cut_test(settings), claim.per),
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
@@ -286,8 +290,11 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
     if before:
         # A start from a statistic is round 0, and what was scored before round 1 is its result.
         first = next((line for line in files.rounds if _is_start(line)), None)
+        begun = (
+            (before.accuracy, before.loss) if before.begun_loss is None else (before.begun_accuracy, before.begun_loss)
+        )
         nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, worst_by(0))
-        rows.append(row(first, before.accuracy, before.loss) if first else nothing)
+        rows.append(row(first, *begun) if first else nothing)
     rows += [row(line, line.accuracy, line.loss) for line in files.rounds if not (before and _is_start(line))]
     return rows
 

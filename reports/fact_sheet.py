@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from common.privacy.figures import epsilon_text
+from common.privacy.units import PERSON
 from common.words import counted, number_text, percent_text
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.scores import share_text
@@ -52,10 +53,11 @@ def _made(data: ReportData) -> Fact:
 
 def _records(data: ReportData) -> Fact:
     sizes = [site.public_size for site in data.sites if site.public_size is not None]
+    whose = f" {data.claim.per}s" if data.claim.per == PERSON.name else ""
     noised = "with chance numbers (noise) added" if data.claim.made else "as they are"
     answer = (
-        f"Those of the sites, {number_text(sum(sizes))} in all as the sites declare them. The records stayed where "
-        f"they are. What left a site are numbers that were computed from its records, {noised}."
+        f"Those of the sites, {number_text(sum(sizes))}{whose} in all as the sites declare them. The records stayed "
+        f"where they are. What left a site are numbers that were computed from its records, {noised}."
     )
     cut = (
         "The records on which the model was tested were taken from the same source and are not protected."

@@ -21,6 +21,7 @@ from common.words import (
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.data import ReportData, setting_of
+from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sites import distinct
@@ -52,6 +53,7 @@ def to_markdown(data: ReportData) -> str:
         _beside(data),
         _sites(data),
         _rounds(data),
+        _learning(data),
         _others(data),
         _origin(data),
     ]
@@ -111,8 +113,9 @@ def _meaning(data: ReportData) -> list[str]:
     spoken = [text for sentence in sentences if sentence for text in (plain(sentence), "")]
     columns = ("false positives", "true positives, at most")
     attacks = [(f"{100 * a.false_positives:g} %", bound_text(a.true_positives)) for a in meaning.bounds.attacks]
-    people = [("1", epsilon_text(meaning.epsilon))]
-    people += [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    people = [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    if people:
+        people = [("1", epsilon_text(meaning.epsilon)), *people]
     return [
         "## What ε means",
         "",
@@ -121,7 +124,7 @@ def _meaning(data: ReportData) -> list[str]:
         *spoken,
         *_table(columns, attacks),
         "",
-        *_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people),
+        *(_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people) if people else []),
     ]
 
 
@@ -227,6 +230,13 @@ def _rounds(data: ReportData) -> list[str]:
             ],
         ),
     ]
+
+
+def _learning(data: ReportData) -> list[str]:
+    if not data.learning:
+        return []
+    table = _table(LEARNING_COLUMNS, map(learning_cells, data.learning))
+    return ["## Which layers learnt", "", plain(learning_sentence(data.learning)), "", *table]
 
 
 def _others(data: ReportData) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.privacy import MECHANISMS
+from common.privacy import mechanism_of
 from common.privacy.figures import bound_text, epsilon_text
 from common.privacy.meaning import Meaning, meaning_of
 from reports.folder import RunFiles
@@ -34,7 +34,7 @@ class MeaningReport:
 
 def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningReport | None:
     """Return what the run's ε means; None where nothing is promised or nothing was computed."""
-    mechanism = MECHANISMS.get(str(files.config.settings.get("privacy.mode", "")))
+    mechanism = mechanism_of(files.config.settings)
     if mechanism is None or not mechanism.claims or any(site.agreement == "exposed" for site in sites):
         return None
     known = [site for site in sites if site.epsilon_recomputed is not None and site.delta is not None]

@@ -16,6 +16,7 @@ from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
 from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
+from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence
 from reports.page_style import FACTS_STYLE, STYLE
 from reports.page_template import FACTS, PAGE
@@ -37,7 +38,7 @@ def _template(page: str) -> Template:
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
-    environment.filters |= {"took_part": participants_text}
+    environment.filters |= {"took_part": participants_text, "layer": learning_cells}
     environment.filters |= {"share": share_text, "beside": beside_cells}
     return environment.from_string(page)
 
@@ -53,6 +54,8 @@ def to_html(data: ReportData) -> str:
         slice=str(setting_of(data, "data.slice")),
         bounds=bound_sentences(data.audit_results),
         whose=WHOSE,
+        learning=learning_sentence(data.learning) if data.learning else "",
+        learning_columns=LEARNING_COLUMNS,
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),
         accuracy_chart=accuracy_chart(data),

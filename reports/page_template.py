@@ -109,6 +109,7 @@ PAGE = """\
 <td class="n">{{ attack.true_positives|bound }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% if meaning.bounds.several %}
 {% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta)) %}
 <thead><tr><th scope="col" class="n">{{ meaning.per }}s of the person</th><th scope="col" class="n">ε</th></tr></thead>
 <tbody><tr><th scope="row" class="n">1</th><td class="n">{{ meaning.epsilon|epsilon }}</td></tr>
@@ -116,6 +117,7 @@ PAGE = """\
 <tr><th scope="row" class="n">{{ several.units }}</th><td class="n">{{ several.epsilon|epsilon }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% endif %}
 </div>
 {% endif %}
 
@@ -174,7 +176,7 @@ PAGE = """\
 {% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
 {{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
 {% else %}
-{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before training.") }}
+{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before round 1.") }}
 {% endif %}
 </div>
 {% if epsilon_rows %}
@@ -244,6 +246,20 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 {% endcall %}
 {% else %}
 <p>No round has finished yet.</p>
+{% endif %}
+
+{% if data.learning %}
+<h2>Which layers learnt</h2>
+<p>{{ learning }}</p>
+{% call table("What the changes of each layer tell, beside what noise alone would") %}
+<thead><tr><th scope="col">{{ learning_columns[0] }}</th>
+{% for column in learning_columns[1:] %}<th scope="col" class="n">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in data.learning %}
+{% set cells = row|layer %}
+<tr><th scope="row">{{ cells[0] }}</th>
+{% for cell in cells[1:] %}<td class="n">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+{% endcall %}
 {% endif %}
 
 <h2>Refusals and failures</h2>

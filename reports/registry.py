@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from common.errors import ConfigError
-from common.privacy import MECHANISMS
+from common.privacy import MECHANISMS, UNITS
 from common.privacy.figures import epsilon_text
 from common.words import counted, numbers_text, visible
 from reports.data import ReportData, cares_of, setting_of
@@ -76,7 +76,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
             "accounting": {
                 "post_processing": _lines(_afterwards(data)),
                 "composition": f"All releases of all rounds are composed, adaptively, by {data.claim.accountant}. "
-                "Sites hold other records, so the federation's ε is the largest of its sites'.",
+                f"The federation's ε is the largest of its sites': {UNITS[data.claim.per].across}",
             },
             "implementation": {
                 TUNING: declared.tuning

@@ -44,10 +44,13 @@ from reports.statements import FOLDER as STATEMENTS
 
 CONTEXT = "FedVeil signed run, 2"
 FIRST_CONTEXT = "FedVeil signed report, 1"
-"""Of statements that name the report and its audits alone. Of the adapter they have what the report states."""
+"""Of statements that name the report and its audits alone. Of the adapter they have what the report states, which is
+all of it but the card."""
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
 FORMS = ("report.md", "report.html", "report.json", FACTS)
 ADAPTER = "adapter"
+CARD = f"{ADAPTER}/README.md"
+"""The model card."""
 
 
 class NotGenuine(DataError):
@@ -100,8 +103,7 @@ def members(folder: Path) -> list[str]:
     In ``adapter/`` that is everything, because whoever loads the adapter may be given any file of it.
     """
     found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY, ANNEX)) if path.is_file()]
-    found += [path for path in (folder / STATEMENTS).glob("*") if path.is_symlink() or path.is_file()]
-    found += [path for path in (folder / ADAPTER).rglob("*") if path.is_symlink() or path.is_file()]
+    found += [path for path in _given(folder) if path.is_symlink() or path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in [*found, *_audits(folder)])
 
 
@@ -143,7 +145,7 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
 
     Raises:
         NotGenuine: the signature is not of this statement by this key, or a file was changed, is missing or came after
-            it was signed.
+            it was signed, or is a link.
         DataError: a file cannot be read, or ``key_file`` holds no Ed25519 public key.
     """
     try:
@@ -160,19 +162,31 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(signed)
     if value.get("context") not in (CONTEXT, FIRST_CONTEXT):
         raise NotGenuine(f"{folder / STATEMENT} is signed, but is no statement on a run")
+    for path in _given(folder):
+        if path.is_symlink():
+            # What it leads to may be the same today and another tomorrow.
+            raise NotGenuine(f"{path} is a link: what is given to others must be the files themselves")
     for name, digest in value["files"].items():
         _same(folder, name, digest, "was changed after it was signed")
+    there, held = members(folder), set(value["files"])
     if value["context"] == FIRST_CONTEXT:
-        there = [path.name for path in _audits(folder)]
-        for name, digest in _stated_adapter(folder).items():
+        stated = _stated_adapter(folder)
+        for name, digest in stated.items():
             if (folder / name).is_file():
                 _same(folder, name, digest, "is not of the adapter that the signed report is about")
-    else:
-        there = members(folder)
-    added = [name for name in there if name not in value["files"]]
+        # Its own forms of the report were all, and a card is not under it.
+        there = [path.name for path in _audits(folder)] + [name for name in there if name.startswith(f"{ADAPTER}/")]
+        held |= {*stated, CARD}
+    added = [name for name in there if name not in held]
     if added:
         raise NotGenuine(f"{', '.join(added)} in {folder} came after the run was signed")
     return value
+
+
+def _given(folder: Path) -> list[Path]:
+    """Return the folders that are given to others whole, and everything in them."""
+    adapter, statements = folder / ADAPTER, folder / STATEMENTS
+    return [adapter, *adapter.rglob("*"), statements, *statements.glob("*")]
 
 
 def _audits(folder: Path) -> list[Path]:

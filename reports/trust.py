@@ -71,16 +71,17 @@ def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
     ]
 
 
-def unprotected_of(sites: Sequence[SiteReport], cut_test: str) -> list[str]:
+def unprotected_of(sites: Sequence[SiteReport], cut_test: str, per: str) -> list[str]:
     """Return the quantities that no noise protects, each a phrase.
 
     Args:
         sites: of the run.
         cut_test: what is said of a public test part that is cut from the sites' source; empty: it is not.
+        per: the claim's unit in one word; empty: there is no claim.
     """
     sizes = [site.public_size for site in sites if site.public_size is not None]
     return [
-        f"the number of records that each site declares ({number_text(sum(sizes))} in all)",
+        f"the number of {per or 'record'}s that each site declares ({number_text(sum(sizes))} in all)",
         "which site took part in which round, when, and how long it took",
         "every setting of the run, its labels, and the public test part that accuracy is measured on"
         + (", which was cut from the same source as the sites' records" if cut_test else ""),

@@ -37,6 +37,8 @@ class Member:
     public_size: int
     spending: Spending | None
     """What it told last of its ledger; None where nothing is charged."""
+    rank: int = 0
+    """How many columns it declared that it trains; 0 where the strategy does not ask."""
 
 
 class Admission:
@@ -93,7 +95,7 @@ class Admission:
         left = {node: result for node, result in results.items() if node not in reasons}
         reasons |= self._oversized(left)
         left = {node: result for node, result in left.items() if node not in reasons}
-        norms = {node: update_norm(result, state) for node, result in left.items()}
+        norms = {node: update_norm(self._job, result, state) for node, result in left.items()}
         bounds = {n: largest_norm(self._job, least_plan(self._job, r), r, state) for n, r in left.items()}
         return reasons | implausible(norms, bounds)
 
@@ -107,7 +109,7 @@ class Admission:
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
         """Remember the nodes of a round that counts."""
         for node, result in results.items():
-            self.members[node] = Member(result.site, result.public_size, result.spending)
+            self.members[node] = Member(result.site, result.public_size, result.spending, result.rank)
 
     def _past(self, node: int, site: str) -> Member | None:
         """Return what the node said last, or else the last one that had its name."""
@@ -123,6 +125,9 @@ class Admission:
         before, spent = self._past(node, result.site), result.spending
         if before and before.public_size != result.public_size:
             return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
+        # Round 0 trains no column.
+        if before and before.rank and result.round_number and before.rank != result.rank:
+            return f"the site declares rank {result.rank}, it was {before.rank} in this run"
         if not self._job.mechanism.charged:
             return "the reply states a privacy spending in a run without privacy" if spent else ""
         plan = paid_plan(self._job, result)

@@ -52,7 +52,7 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
             where = about(result.run, result.round_number, result.site)
             log.warning("the update is scaled by %.3g: it is longer than is likely", factor, extra=where)
     return [
-        Contribution(result.site, share, shortened(result, state, factor))
+        Contribution(result.site, share, shortened(job, result, state, factor), result.rank)
         for result, share, factor in zip(results, shares, factors, strict=True)
     ]
 
@@ -102,7 +102,7 @@ def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> 
     if len(results) < ENOUGH and not bounded:
         return [1.0] * len(results)
     lengths = [
-        update_norm(result, state) / (most if math.isfinite(most) and most else 1.0)
+        update_norm(job, result, state) / (most if math.isfinite(most) and most else 1.0)
         for result, most in zip(results, honest, strict=True)
     ]
     longest = job.mechanism.longest
@@ -111,11 +111,11 @@ def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> 
     return [longest / length if length > longest else 1.0 for length in lengths]
 
 
-def shortened(result: TrainResult, state: ServerState, factor: float) -> AdapterState:
+def shortened(job: Job, result: TrainResult, state: ServerState, factor: float) -> AdapterState:
     """Return the contribution whose change of what the site received is ``factor`` times as long."""
     if factor == 1:
         return result.contribution
-    held = held_by(result, state)
+    held = held_by(job, result, state)
     own = {
         layer: {name: held.get(layer, {}).get(name, 0 * tensor) for name, tensor in factors.items()}
         for layer, factors in result.contribution.items()

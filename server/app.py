@@ -11,7 +11,7 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from common.log import place_of
-from common.messages.round import KeyReply, Reply, Task
+from common.messages.round import Reply, SumReply, Task
 from common.messages.wire import Layout, encode_task, payload_bytes
 from common.run_lines import ProgressFile
 from server.conduct import conduct
@@ -19,7 +19,7 @@ from server.model import ServerModel
 from server.pulls import Pulls
 from server.records import RunFolder
 from server.registered import registered_names
-from server.replies import read_reply, refusal
+from server.replies import read_reply, refusal, replies_to
 from server.sites import Exchange
 from strategies.job import Job, configure
 
@@ -62,7 +62,7 @@ class FlowerTransport:
         task = next(iter(tasks.values()))
         nodes, down = self._push(tasks, timeout)
         unsent = set(tasks) - set(nodes.values())
-        replies: dict[int, Reply | KeyReply] = {
+        replies: dict[int, Reply | SumReply] = {
             node: refusal(task, node, "failed", "the SuperLink did not take its task") for node in unsent
         }
         up = 0
@@ -106,12 +106,13 @@ class FlowerTransport:
         taken = {m: node for node, m in zip(contents, _patiently(push), strict=False) if m}
         return taken, sum(payload_bytes(contents[node]) for node in taken.values())
 
-    def _read(self, message: Message | None, task: Task, node: int, layout: Layout) -> tuple[Reply | KeyReply, int]:
+    def _read(self, message: Message | None, task: Task, node: int, layout: Layout) -> tuple[Reply | SumReply, int]:
         if message is None:
             return refusal(task, node, "reply", "the message cannot be unpacked"), 0
         if message.has_error():
             return refusal(task, node, "failed", message.error.reason or "no reason given"), 0
-        return read_reply(message.content, layout, task, node), payload_bytes(message.content)
+        expected = replies_to(task, self._job, layout)
+        return read_reply(message.content, expected, task, node), payload_bytes(message.content)
 
 
 def _patiently(call: Callable[[], Answer]) -> Answer:

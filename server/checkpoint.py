@@ -30,14 +30,33 @@ from common.run_lines import ResultFile, read_if_there
 from common.strict_json import from_json, to_json
 from server.admission import Member
 from strategies import Moments, ServerState
-from strategies.job import Job, known_settings
+from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
 FORMAT = "6"
-PARTS = ("adapter", "memory", "first moments", "second moments")
+PARTS = ("adapter", "memory", "first moments", "second moments", "clocks")
 """Where a stored tensor belongs."""
 MAY_CHANGE = ("resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
+BEFORE: Mapping[str, Scalar] = {
+    "privacy.honest-sites": 0,
+    "privacy.colluders": 1,
+    "training.linearised": 0,
+    "training.refit": 0,
+    "training.momentum": 0.9,
+    "server.momentum": 0.5,
+    "server.most-noise": 0.0,
+    "server.rule": "none",
+    "head.metric": "none",
+    "head.pool": "mean",
+    "data.slice": "",
+    "data.messages": "messages",
+    "data.instruction": "instruction",
+    "data.input": "input",
+    "data.output": "output",
+}
+"""Settings that came after runs of this ``FORMAT`` had begun, each with what such a run did. Whoever adds a setting
+puts it here; a default that is changed later changes nothing here."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     order: list[tuple[str, str, str]] = []
     tensors = {}
     held = checkpoint.state
-    parts = (held.adapter, held.memory, held.optimizer.first, held.optimizer.second)
+    parts = (held.adapter, held.memory, held.optimizer.first, held.optimizer.second, held.optimizer.clocks)
     for part, state in zip(PARTS, parts, strict=True):
         for layer, factor, tensor in entries(state):
             tensors[str(len(order))] = tensor.detach().cpu().contiguous().clone()
@@ -127,11 +146,23 @@ def memory_of(folder: Path) -> tuple[AdapterState, str]:
     Raises:
         DataError: the folder holds no checkpoint that can be read.
     """
-    path = folder / NAME
-    if not path.is_file():
-        raise DataError(f"{folder} holds no checkpoint: name the folder of a run that finished a round")
-    about, state = _read(path)
+    about, state = _saved(folder)
     return state.memory, str(about["settings"]["model.name"])
+
+
+def saved_state(folder: Path) -> ServerState:
+    """Return the state that a run's last complete round left.
+
+    Raises:
+        DataError: there is none, or the checkpoint is damaged or of another format.
+    """
+    return _saved(folder)[1]
+
+
+def _saved(folder: Path) -> tuple[dict[str, Any], ServerState]:
+    if not (folder / NAME).is_file():
+        raise DataError(f"{folder} holds no checkpoint: give the folder of a run that finished a round")
+    return _read(folder / NAME)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
@@ -148,16 +179,21 @@ def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
                 parts[part].setdefault(layer, {})[factor] = file.get_tensor(str(place))
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} is damaged ({' '.join(str(error).split())}): start a new run") from error
-    adapter, memory, first, second = (parts[part] for part in PARTS)
-    moments = Moments(first, second, about["steps"])
+    adapter, memory, first, second, clocks = (parts[part] for part in PARTS)
+    moments = Moments(first, second, about["steps"], clocks)
     return about, ServerState(about["round"], adapter, tuple(about["trained"]), memory, moments)
 
 
 def _same_settings(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    had = {**known_settings(), **before}  # a setting that came after the run began had its default
+    had = {**BEFORE, **before}
     for key in sorted({*before, *now} - set(MAY_CHANGE)):
-        if had.get(key) != now.get(key):
+        if key not in had:
             raise ConfigError(
-                f"resume: {key} is {now.get(key)!r}, the run was started with {had.get(key)!r}: "
+                f"resume: the run was started before there was {key}, and nothing says which value is what it did: "
+                "resume it with the FedVeil that began it, or start a new run"
+            )
+        if had[key] != now.get(key):
+            raise ConfigError(
+                f"resume: {key} is {now.get(key)!r}, the run was started with {had[key]!r}: "
                 "a run goes on with the settings it began with"
             )

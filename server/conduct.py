@@ -38,9 +38,13 @@ class _Observer:
         self._job, self._folder, self._server_model, self._tracking = job, folder, server_model, tracking
         self.stop_reason = ""
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
-        self._folder.started(baseline, state, members)
+    def started(
+        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+    ) -> None:
+        self._folder.started(baseline, state, members, begun)
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
+        if begun is not None:
+            self._folder.say(f"after round 0: accuracy {100 * begun.accuracy:.1f} %")
         self._tracking.tell()
 
     def resumed(self, checkpoint: Checkpoint) -> None:
@@ -64,6 +68,9 @@ class _Observer:
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.finished(outcome, state, members)
         self._folder.say(round_line(self._job, outcome, members), outcome.round_number)
+        told = self._job.strategy.told(state)
+        if told and outcome.round_number < self._job.config.rounds:
+            self._folder.say(f"  {told}", outcome.round_number)
         self._tracking.tell()
 
     def missed(self, outcome: RoundOutcome) -> None:

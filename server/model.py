@@ -16,6 +16,7 @@ from common.model.federated import FederatedModel, Score, phrases_of
 from common.starts import Labels
 from common.tasks import Record
 from common.tasks.examples import Example
+from strategies import of_turn
 from strategies.job import Job
 
 
@@ -55,7 +56,9 @@ class ServerModel:
         """Return names and shapes of what a site may send in a round."""
         if round_number == 0:
             return self.job.origin.layout(self.model)
-        return layout_of(self.job.summed(round_number, self.job.strategy.uplink(self.trained_start())))
+        strategy = self.job.strategy
+        sent = strategy.uplink(of_turn(self.trained_start(), strategy.turn(round_number)))
+        return layout_of(self.job.summed(round_number, sent))
 
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records.

@@ -8,6 +8,9 @@ divides by it, instead of every site's Adam scaling its own noise up to full ste
 It sees averages of noised contributions only: post-processing, at no privacy cost. Moments are
 kept per coordinate and each layer counts its own steps: a strategy that writes a layer's factors in other
 coordinates drops what belongs to the old ones (``settle``), and that layer begins anew.
+
+Where sites train columns of a factor, each column counts its own steps, and one that nobody trained rests: neither it
+nor its moments change. Its first moment would move it on otherwise, and under privacy most of that is noise.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from common.config.sections import RunConfig
 from common.messages.state import HEAD, AdapterState
@@ -48,20 +52,47 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     first: AdapterState = {}
     second: AdapterState = {}
     steps: dict[str, int] = {}
-    held = before.optimizer
+    held, clocks = before.optimizer, _clocks(before, averaged)
     for layer, change in _changes(config, before, averaged).items():
         eta = rate * (server.head_rate if layer == HEAD else 1.0)
         steps[layer] = t = 1 + held.steps.get(layer, 0)
         adapter[layer], first[layer], second[layer] = {}, {}, {}
         for name, g in change.items():
             x, g = before.adapter[layer][name], g.double()
-            m = held.first[layer][name] if t > 1 else torch.zeros_like(g)
-            v = held.second[layer][name] if t > 1 else torch.zeros_like(g)
-            first[layer][name] = m = BETA1 * m + (1 - BETA1) * g
-            second[layer][name] = v = BETA2 * v + (1 - BETA2) * g.square()
-            step = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + server.adam_tau)
-            adapter[layer][name] = (x.double() - eta * step).to(x.dtype)
-    return replace(averaged, adapter=merge(averaged.adapter, adapter), optimizer=Moments(first, second, steps))
+            old_m = held.first[layer][name] if t > 1 else torch.zeros_like(g)
+            old_v = held.second[layer][name] if t > 1 else torch.zeros_like(g)
+            clock, active = clocks.get(layer, {}).get(name), averaged.active.get(layer, {}).get(name)
+            m = BETA1 * old_m + (1 - BETA1) * g
+            v = BETA2 * old_v + (1 - BETA2) * g.square()
+            step = (m / _seen(BETA1, t, clock)) / ((v / _seen(BETA2, t, clock)).sqrt() + server.adam_tau)
+            first[layer][name], second[layer][name] = _where(active, m, old_m), _where(active, v, old_v)
+            adapter[layer][name] = _where(active, (x.double() - eta * step).to(x.dtype), x)
+    moments = Moments(first, second, steps, clocks)
+    return replace(averaged, adapter=merge(averaged.adapter, adapter), optimizer=moments)
+
+
+def _clocks(before: ServerState, averaged: ServerState) -> AdapterState:
+    """Return the steps of each column of what is trained by columns, this one counted."""
+    held = before.optimizer.clocks
+    return {
+        layer: {
+            name: held.get(layer, {}).get(name, torch.zeros(len(mask), dtype=torch.float64)) + mask.double()
+            for name, mask in masks.items()
+        }
+        for layer, masks in averaged.active.items()
+    }
+
+
+def _seen(beta: float, t: int, clock: Tensor | None) -> float | Tensor:
+    """Return ``1 - β^t``, of each column by its own clock where there are clocks; a column without a step rests."""
+    if clock is None:
+        return 1 - beta**t
+    return torch.tensor([1 - beta ** max(1, int(own)) for own in clock.tolist()], dtype=torch.float64)
+
+
+def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """Return ``new`` with the columns of ``old`` that are not active."""
+    return new if active is None else torch.where(active, new, old)
 
 
 def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:
@@ -90,7 +121,9 @@ def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -
         steps[layer] = 1 + held.steps.get(layer, 0)
         adapter[layer], velocity[layer] = {}, {}
         for name, g in change.items():
-            kept = server.momentum * held.first[layer][name] if steps[layer] > 1 else torch.zeros_like(g).double()
-            velocity[layer][name] = v = kept + g.double()
-            adapter[layer][name] = (before.adapter[layer][name].double() - eta * v).to(g.dtype)
+            x, active = before.adapter[layer][name], averaged.active.get(layer, {}).get(name)
+            old = held.first[layer][name] if steps[layer] > 1 else torch.zeros_like(g).double()
+            v = server.momentum * old + g.double()
+            velocity[layer][name] = _where(active, v, old)
+            adapter[layer][name] = _where(active, (x.double() - eta * v).to(g.dtype), x)
     return replace(averaged, adapter=merge(averaged.adapter, adapter), optimizer=Moments(velocity, {}, steps))

@@ -34,9 +34,9 @@ MEDIANS = 100.0
 """How many times the round's median an update may be where nothing else bounds it."""
 
 
-def update_norm(result: TrainResult, state: ServerState) -> float:
+def update_norm(job: Job, result: TrainResult, state: ServerState) -> float:
     """Return the L2 norm of a contribution minus what the adapter holds in its place (0 where it holds nothing)."""
-    held = held_by(result, state)
+    held = held_by(job, result, state)
     change: AdapterState = {}
     for layer, factors in result.contribution.items():
         old = held.get(layer, {})
@@ -44,9 +44,12 @@ def update_norm(result: TrainResult, state: ServerState) -> float:
     return l2_norm(change)
 
 
-def held_by(result: TrainResult, state: ServerState) -> AdapterState:
-    """Return what a contribution is a change of: the adapter, and nothing in round 0, which brings a gradient."""
-    return state.adapter if result.round_number else {}
+def held_by(job: Job, result: TrainResult, state: ServerState) -> AdapterState:
+    """Return what a contribution is a change of: the part of the adapter that the site trains.
+
+    Nothing in round 0, which brings a gradient.
+    """
+    return job.strategy.counterpart(state, result.rank) if result.round_number else {}
 
 
 def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -> float:

@@ -1,7 +1,7 @@
 """The files of a run's folder, as the server writes them.
 
 ``config.json``     every setting, with versions of what computed it
-``baseline.json``   the score before round 1
+``baseline.json``   the score before any record is used
 ``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
 ``privacy.jsonl``   one line a round and site: the privacy report
 ``checkpoint.safetensors``  what the run goes on from (see ``server.checkpoint``)
@@ -9,6 +9,7 @@
 ``log.jsonl``       the server's log
 ``progress.json``   what goes on right now, for whoever watches
 ``adapter/``        the final adapter in PEFT's format, with the head and what is needed to score it
+``ranks/``          the same cut to every lower rank, without the head, of a strategy whose adapter may be cut
 ``result.json``     how the run ended
 
 What the JSON files hold is defined in ``common.run_lines``.
@@ -28,6 +29,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
 from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
@@ -120,11 +122,15 @@ class RunFolder:
         versions = {"python": platform.python_version(), **package_versions()}
         self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
-        """Record the score before round 1."""
-        self._write(BaselineFile(baseline.accuracy, baseline.loss, self._by_label(baseline), self._by_slice(baseline)))
+    def started(
+        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+    ) -> None:
+        """Record the score before any record was used, and that after round 0, if it used some."""
+        counts = (self._by_label(baseline), self._by_slice(baseline))
+        after = (begun.accuracy, begun.loss) if begun else (None, None)
+        self._write(BaselineFile(baseline.accuracy, baseline.loss, *counts, *after))
         self._baseline = baseline
-        self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, baseline, {}))
+        self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, begun or baseline, {}))
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         """Append the round's line and each site's privacy line, then make the round count by its checkpoint."""
@@ -165,6 +171,7 @@ class RunFolder:
                 failures=got.failures,
                 labels=self._by_label(outcome.score) if outcome.score else [],
                 slices=self._by_slice(outcome.score) if outcome.score else [],
+                learning=list(outcome.learning),
             )
         )
 
@@ -208,6 +215,10 @@ class RunFolder:
         folder, config = self.path / "adapter", self.job.config
         model.write(adapter)
         model.adapter.export(model.peft_model, adapter, folder, config.model.name)
+        if self.job.strategy.nested and isinstance(model.adapter, LoRAFrozenA):
+            for rank in range(1, model.adapter.rank):
+                place, cut = self.path / "ranks" / str(rank), model.adapter.first(adapter, rank)
+                model.adapter.at_rank(rank).export(model.peft_model, cut, place, config.model.name)
         if model.head:
             head = {name: tensor.float().cpu().contiguous() for name, tensor in model.folded_head.items()}
             save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from common.errors import ProtocolError
-from common.messages.round import KeyReply, KeyTask, Refusal, Reply, Task, TrainResult
-from common.messages.wire import Layout, decode_key_reply, decode_reply, round_of
+from common.messages.columns import narrowed_layout
+from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
+from common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
+from strategies.job import Job
 
 LONGEST_REASON = 500
 """Characters of a reason that reach the terminal and the records."""
@@ -27,7 +30,23 @@ def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:
     return Refusal(task.run, task.round_number, f"node {node}", kind, clean(reason))
 
 
-def read_reply(record: Any, layout: Layout, task: Task, node: int) -> Reply | KeyReply:
+def replies_to(task: Task, job: Job, layout: Layout) -> Layout | Callable[[int], Layout]:
+    """Return what a site may send in answer to a task, by its rank where sites declare one, from the whole layout."""
+    strategy = job.strategy
+    if not isinstance(task, TrainTask) or not (strategy.by_columns and task.round_number):
+        return layout
+
+    def of_rank(rank: int) -> Layout:
+        if bool(rank) != strategy.ranked:
+            raise ProtocolError("the reply declares a rank, or lacks one, against what the strategy asks for")
+        if rank > job.config.adapter.rank:
+            raise ProtocolError(f"the reply declares rank {rank}, the run has {job.config.adapter.rank}")
+        return narrowed_layout(layout, strategy.columns(task.state, rank) or {})
+
+    return of_rank
+
+
+def read_reply(record: Any, layout: Layout | Callable[[int], Layout], task: Task, node: int) -> Reply | SumReply:
     """Return the reply in a node's message; whatever is wrong with it makes it a refusal.
 
     A vector of a secure sum is taken where one was asked for, and tensors where they were.
@@ -36,14 +55,14 @@ def read_reply(record: Any, layout: Layout, task: Task, node: int) -> Reply | Ke
 
     Args:
         record: the message's content as Flower delivers it (a RecordDict).
-        layout: names and shapes of what a site may send in this round.
+        layout: names and shapes of what a site may send in this round; as ``decode_reply``.
         task: what the node was asked.
         node: its number, by which it is named as long as its own name cannot be trusted.
     """
     try:
-        reply: Reply | KeyReply
-        if isinstance(task, KeyTask):
-            reply = decode_key_reply(record, task.run, task.round_number)
+        reply: Reply | SumReply
+        if not isinstance(task, TrainTask):
+            reply = decode_sum_reply(record, task)
         else:
             reply = decode_reply(record, layout, task.run, task.round_number)
             if isinstance(reply, TrainResult) and bool(reply.words) != bool(task.offers):

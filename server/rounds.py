@@ -10,9 +10,12 @@ from typing import Protocol
 
 from common.errors import RunFailed
 from common.model.federated import Score
+from common.run_lines import LayerLine
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
+from server.drop_outs import RecoveringSites
+from server.learning import layer_lines, with_noises
 from server.model import ServerModel
 from server.rates import within_noise
 from server.replies import clean
@@ -37,13 +40,17 @@ class RoundOutcome:
     seconds: float
     counts: bool = True
     """Whether the quorum was reached; if not, nothing was averaged."""
+    learning: tuple[LayerLine, ...] = ()
+    """Which layers learn, of a round of training that counts."""
 
 
 class Observer(Protocol):
     """Who is told about a run while it goes on: the run's folder, the terminal."""
 
-    def started(self, baseline: Score, state: ServerState, members: Mapping[int, Member]) -> None:
-        """The model before round 1 was scored."""
+    def started(
+        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+    ) -> None:
+        """The model was scored before any record was used; and once more before round 1, if round 0 used some."""
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         """The run goes on after the checkpoint's round."""
@@ -79,14 +86,18 @@ def run_rounds(
             after the first too; names each with its reason.
     """
     admission = Admission(job, saved.members if saved else {}, transport.registered)
-    sites = (SummedSites if job.mechanism.summed else Sites)(job, run, transport, server_model, admission)
+    lossy = RecoveringSites if job.config.privacy.drop_outs else SummedSites
+    sites = (lossy if job.mechanism.summed else Sites)(job, run, transport, server_model, admission)
     if saved:
         state, score = saved.state, saved.score
         observer.resumed(saved)
     else:
+        asked = job.origin.asked == "sites"
+        # What round 0 brings is paid for as what the others bring: "before" is before it.
+        before = server_model.score(job.start(server_model.start).adapter) if asked else None
         state = _initialise(job, sites, server_model, observer)
         score = server_model.score(state.adapter)
-        observer.started(score, state, admission.members)
+        observer.started(before or score, state, admission.members, score if asked else None)
     measured = server_model.rule_statistic()
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
@@ -100,15 +111,17 @@ def run_rounds(
                 observer.stopped(f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed")
                 break
             raise _too_few(got, round_number, job.config.min_sites)
-        averaged = list(got.summed) or contributions(job, list(got.results.values()), state)
         results = list(got.results.values())
+        averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
+        learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
         step: ServerStep = partial(ruled_step, job, within_noise(job, results, averaged), measured)
         if job.config.server.scores:
             step = watched(job, step, server_model.base_weight, variance_of_noise(job, results, averaged))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
-        observer.finished(RoundOutcome(round_number, got, score, time.monotonic() - began), state, admission.members)
+        outcome = RoundOutcome(round_number, got, score, time.monotonic() - began, learning=tuple(learning))
+        observer.finished(outcome, state, admission.members)
     return state
 
 

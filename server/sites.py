@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.log import about
-from common.messages.round import KeyReply, Refusal, Reply, Task, TrainResult, TrainTask
+from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
 from common.messages.tensors import fingerprint
 from common.run_lines import Absence
 from common.secure_sum import KeyOffer
@@ -26,7 +26,7 @@ ASK_AGAIN = ("late", "failed")
 class Exchange:
     """What came of sending tasks once."""
 
-    replies: Mapping[int, Reply | KeyReply]
+    replies: Mapping[int, Reply | SumReply]
     """By node; every node that was asked is in it. One that did not answer in time is ``late``."""
     bytes_down: int
     """Adapter payload of all tasks as encoded."""
@@ -158,14 +158,18 @@ class Sites:
         state: ServerState,
         attempt: int = 0,
         offers: tuple[KeyOffer, ...] = (),
+        sealed: Mapping[int, tuple[bytes, ...]] | None = None,
     ) -> Exchange:
-        """Send every node its task; a site that lost what is sent once gets it within the attempt."""
-        first = self._exchange(nodes, round_number, state, attempt, offers)
+        """Send every node its task; a site that lost what is sent once gets it within the attempt.
+
+        ``sealed``: by node, what goes to it alone.
+        """
+        first = self._exchange(nodes, round_number, state, attempt, offers, sealed or {})
         lacking = [n for n, r in first.replies.items() if isinstance(r, Refusal) and r.kind == "basis"]
         if not lacking:
             return first
         self._informed -= set(lacking)
-        second = self._exchange(lacking, round_number, state, attempt, offers)
+        second = self._exchange(lacking, round_number, state, attempt, offers, sealed or {})
         return Exchange(
             {**first.replies, **second.replies},
             first.bytes_down + second.bytes_down,
@@ -177,8 +181,9 @@ class Sites:
         nodes: Iterable[int],
         round_number: int,
         state: ServerState,
-        attempt: int = 0,
-        offers: tuple[KeyOffer, ...] = (),
+        attempt: int,
+        offers: tuple[KeyOffer, ...],
+        sealed: Mapping[int, tuple[bytes, ...]],
     ) -> Exchange:
         strategy = self._job.strategy
         basis = self._job.basis(state) if round_number else {}
@@ -193,6 +198,7 @@ class Sites:
                 start_fingerprint=self._start,
                 attempt=attempt,
                 offers=offers,
+                sealed=sealed.get(node, ()),
             )
             for node in nodes
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,10 +24,12 @@ from common.log import about
 from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.messages.wire import Layout
+from common.privacy.events import Event
 from common.privacy.plan import PrivacyPlan
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer, check_headroom, total
-from server.admission import Admission
+from common.secure_sum import KeyOffer, check_headroom, least_sites, total
+from common.secure_sum.masks import Words
+from server.admission import ROOM, Admission
 from server.model import ServerModel
 from server.plausible import SLACK
 from server.registered import misnamed
@@ -39,7 +42,7 @@ log = logging.getLogger("fedveil.server")
 ALL = "the sum of all sites"
 """What the contribution of a sum is called."""
 UNFIT = ("budget", "policy")
-"""Kinds of refusal of a site that is asked no more in the round."""
+"""Kinds of refusal of a site that is asked no more in the run: each attempt without it would cost the others."""
 
 
 class SummedSites(Sites):
@@ -51,15 +54,21 @@ class SummedSites(Sites):
         super().__init__(job, run, transport, server_model, admission)
         self._came: tuple[int, dict[int, KeyOffer]] = (0, {})
         """A round, and the keys for its first attempt, by node, that came with the vectors of the round before."""
+        self._unfit: dict[int, Absence] = {}
+        """By node, why it is asked no more, until the run is resumed."""
+        self._sizes: dict[int, int] = {}
+        """By node, the public size of its last reply that was judged sound."""
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Ask for keys that are not there yet, then for the vectors, until one attempt brings all.
 
-        The sites of an attempt are those that gave a key. Fewer than ``min-sites``, or than the honest ones and those
-        that may collude together, are asked for nothing that costs them.
+        The sites of an attempt are those that gave a key. Fewer than ``min-sites``, or than ``least_sites``, are asked
+        for nothing that costs them.
         """
-        config, privacy, got, unfit = self._job.config, self._job.config.privacy, Gathering(), set[int]()
-        least = max(config.min_sites, privacy.honest_sites + privacy.colluders)
+        config, privacy, got, unfit = self._job.config, self._job.config.privacy, Gathering(), set(self._unfit)
+        got.refusals = {node: replace(absence, round_number=round_number) for node, absence in self._unfit.items()}
+        begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
+        least = max(config.min_sites, begins)
         for attempt in range(1, config.round_retries + 2):
             got.attempts = attempt
             offers = self._offers(got, unfit, least, round_number)
@@ -69,6 +78,9 @@ class SummedSites(Sites):
                     message = f"{len(offers)} sites gave a key, {least} are needed for a sum"
                     self._note(got, Absence(round_number, attempt, "", None, "quorum", message))
                 continue
+            if overfull := self._overfull(offers):
+                self._note(got, Absence(round_number, attempt, "", None, "quorum", overfull))
+                break
             results = self._vectors(got, offers, round_number, state)
             unfit |= {node for node, absence in got.refusals.items() if absence.kind in UNFIT}
             if results:
@@ -77,7 +89,24 @@ class SummedSites(Sites):
                 self._came = round_number + 1, keys
                 self._admission.enrol(results)
                 break
+        self._unfit = {node: absence for node, absence in got.refusals.items() if absence.kind in UNFIT}
         return got.in_order()
+
+    def _overfull(self, offers: Iterable[int]) -> str:
+        """Return why the sum of nodes does not fit its words, by the sizes that they have told; empty if it does.
+
+        Before anybody pays: else the sum would be thrown away, again in each attempt.
+        """
+        config, nodes = self._job.config, list(offers)
+        size = sum(self._sizes.get(node, 0) for node in nodes)
+        if not size:
+            return ""
+        plan = self._job.mechanism.plan(config.privacy, config.training, config.total_steps, size)
+        try:
+            check_headroom(plan.expected_batch_size, plan.event.clip_norm, plan.noise_std, len(nodes))
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     def _offers(self, got: Gathering, unfit: set[int], least: int, round_number: int) -> dict[int, KeyOffer]:
         """Return the keys of an attempt by node, in the order of the sites' names.
@@ -114,7 +143,22 @@ class SummedSites(Sites):
         self, got: Gathering, offers: Mapping[int, KeyOffer], round_number: int, state: ServerState
     ) -> dict[int, TrainResult]:
         """Return the results of an attempt, with what they make in ``got``; none if it is thrown away."""
-        exchange = self._ask(list(offers), round_number, state, got.attempts - 1, tuple(offers.values()))
+        results = self._masked(got, offers, round_number, state, {})
+        if len(results) < len(offers):
+            self._throw_away(got, round_number, "a sum needs all its vectors")
+            return {}
+        return self._summed(got, results, words_of(results), round_number, state)
+
+    def _masked(
+        self,
+        got: Gathering,
+        offers: Mapping[int, KeyOffer],
+        round_number: int,
+        state: ServerState,
+        sealed: Mapping[int, tuple[bytes, ...]],
+    ) -> dict[int, TrainResult]:
+        """Return the results that count of those that are asked for a vector; ``sealed`` as in ``_ask``."""
+        exchange = self._ask(list(offers), round_number, state, got.attempts - 1, tuple(offers.values()), sealed)
         got.bytes_down += exchange.bytes_down
         got.bytes_up += exchange.bytes_up
         results = {node: reply for node, reply in exchange.replies.items() if isinstance(reply, TrainResult)}
@@ -123,19 +167,30 @@ class SummedSites(Sites):
                 self._absent(got, round_number, node, (reply.site, reply.kind, reply.reason), offers)
         reasons = self._admission.judge(results, state, set(offers))
         misnamed = [node for node, result in results.items() if result.site != offers[node].site]
-        reasons |= _others(results) | dict.fromkeys(misnamed, "it answers under another name than its key")
+        reasons |= _others(self._job, results) | dict.fromkeys(misnamed, "it answers under another name than its key")
+        self._sizes |= {node: result.public_size for node, result in results.items() if node not in reasons}
         for node, reason in reasons.items():
             self._absent(got, round_number, node, (results[node].site, "reply", reason), offers)
-        if len(results) < len(offers) or reasons:
-            where = about(self._run, round_number)
-            log.warning("attempt %d is thrown away: a sum needs all its vectors", got.attempts, extra=where)
-            return {}
-        summed = summed_contribution(self._job, results, self._layout(round_number), state, round_number)
+        return {node: result for node, result in results.items() if node not in reasons}
+
+    def _summed(
+        self,
+        got: Gathering,
+        results: dict[int, TrainResult],
+        vectors: Iterable[Words],
+        round_number: int,
+        state: ServerState,
+    ) -> dict[int, TrainResult]:
+        """Return the results whose vectors these are, or add up to, with what they make in ``got``; else none."""
+        summed = summed_contribution(self._job, results, vectors, self._layout(round_number), state, round_number)
         if isinstance(summed, str):
             self._note(got, Absence(round_number, got.attempts, "", None, "quorum", summed))
             return {}
         got.summed = (summed,)
         return results
+
+    def _throw_away(self, got: Gathering, round_number: int, why: str) -> None:
+        log.warning("attempt %d is thrown away: %s", got.attempts, why, extra=about(self._run, round_number))
 
     def _absent(
         self, got: Gathering, round_number: int, node: int, told: tuple[str, str, str], online: Iterable[int]
@@ -153,25 +208,42 @@ def in_order(offers: Mapping[int, KeyOffer]) -> dict[int, KeyOffer]:
     return dict(sorted(offers.items(), key=lambda item: item[1].site))
 
 
-def _others(results: Mapping[int, TrainResult]) -> dict[int, str]:
-    """Return the nodes that were charged for another release than most of them: their masks would not cancel."""
-    events = [result.spending.event for result in results.values() if result.spending]
-    usual = max(events, key=events.count) if events else None
+def words_of(results: Mapping[int, TrainResult]) -> Iterable[Words]:
+    """Yield the vectors of results."""
+    return (np.frombuffer(result.words, dtype="<u4").astype(np.uint32) for result in results.values())
+
+
+def _others(job: Job, results: Mapping[int, TrainResult]) -> dict[int, str]:
+    """Return the nodes that were charged for another release than the run's: their masks would not cancel."""
     return {
-        node: "the spending's release is another than the other sites', and all of a sum pay for the same"
+        node: "the spending's release is another than the run's, and all sites of a sum pay for the same"
         for node, result in results.items()
-        if result.spending is None or result.spending.event != usual
+        if result.spending is None or not _is_run_s(job, result.spending.event, result.public_size)
     }
 
 
+def _is_run_s(job: Job, told: Event, public_size: int) -> bool:
+    """Return whether an event is the run's, up to what two versions of an accountant make of the noise."""
+    config = job.config
+    own = job.mechanism.plan(config.privacy, config.training, config.total_steps, public_size).event
+    noise = own.noise_multiplier
+    return abs(told.noise_multiplier - noise) <= ROOM * noise and told.having(noise_multiplier=noise) == own
+
+
 def summed_contribution(
-    job: Job, results: Mapping[int, TrainResult], layout: Layout, state: ServerState, round_number: int
+    job: Job,
+    results: Mapping[int, TrainResult],
+    vectors: Iterable[Words],
+    layout: Layout,
+    state: ServerState,
+    round_number: int,
 ) -> Contribution | str:
     """Return what all sites of an attempt make of the model, as one site with all records would; or why nothing.
 
     Args:
         job: the run.
-        results: of all sites of the attempt, each with its vector.
+        results: of all sites of the sum.
+        vectors: what they have sent, or what that adds up to.
         layout: names and shapes of what is summed.
         state: what the sites started from.
         round_number: of the round.
@@ -184,7 +256,6 @@ def summed_contribution(
         check_headroom(own.expected_batch_size, event.clip_norm, own.noise_std, len(results))
     except ConfigError as error:
         return str(error)
-    vectors = (np.frombuffer(result.words, dtype="<u4").astype(np.uint32) for result in results.values())
     summed = total(vectors, own.noise_std)
     longest = longest_sum(own, len(results), summed.numel())
     if not float(summed.norm()) <= longest:

@@ -8,12 +8,56 @@ under its name: ``fed-svd.period = 2``.
 from __future__ import annotations
 
 from strategies.average import Average
-from strategies.base import Contribution, Moments, ServerState, Strategy, mean
+from strategies.base import Contribution, Moments, ServerState, Strategy, mean, of_turn
+from strategies.diffora import DiffoRA
+from strategies.dylora import DyLoRA
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
+from strategies.fedex_lora import FedExLoRA
 from strategies.ffa_lora import FFALoRA
+from strategies.flexlora import FlexLoRA
+from strategies.flora import FLoRA
+from strategies.heterogeneous_ranks import HeterogeneousRanks
+from strategies.hetlora import HetLoRA
+from strategies.increlora import IncreLoRA
+from strategies.rolora import RoLoRA
+from strategies.switchlora import SwitchLoRA
 
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FedAvgLoRA, FFALoRA, FedSB, FedSVD)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy
+    for strategy in (
+        FedAvgLoRA,
+        FFALoRA,
+        FedSB,
+        FedSVD,
+        FedExLoRA,
+        FLoRA,
+        RoLoRA,
+        HeterogeneousRanks,
+        FlexLoRA,
+        DyLoRA,
+        IncreLoRA,
+        DiffoRA,
+        SwitchLoRA,
+    )
+}
 
-__all__ = ["STRATEGIES", "Average", "Contribution", "Moments", "ServerState", "Strategy", "mean"]
+CONTROLS: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (HetLoRA,)}
+"""Rules that are published and break what every strategy promises, to be run beside one, without privacy alone."""
+
+ROWS: dict[str, type[Strategy]] = {**STRATEGIES, **CONTROLS}
+"""All that ``strategy`` may name."""
+
+__all__ = [
+    "CONTROLS",
+    "ROWS",
+    "STRATEGIES",
+    "Average",
+    "Contribution",
+    "Moments",
+    "ServerState",
+    "Strategy",
+    "mean",
+    "of_turn",
+]

@@ -14,7 +14,9 @@ from typing import ClassVar, Literal
 
 from common.adapters import Adapter
 from common.config.fields import check_fields
+from common.config.sections import RunConfig
 from common.errors import ConfigError, ProtocolError
+from common.messages.columns import Chosen
 from common.messages.state import HEAD, METRIC, AdapterState
 from common.messages.tensors import merge, select, weighted_sum
 from common.privacy import Mechanism
@@ -30,6 +32,8 @@ class Moments:
     """Running mean of the gradient's square, alike."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """Steps since a layer's moments began."""
+    clocks: AdapterState = field(default_factory=dict)
+    """The same of every column of a tensor that is trained by columns, shape (rank,), float64."""
 
     def without(self, layers: Collection[str]) -> Moments:
         """Return the moments of all other layers: for these Adam begins anew."""
@@ -38,7 +42,7 @@ class Moments:
             return {layer: factors for layer, factors in state.items() if layer not in layers}
 
         steps = {layer: count for layer, count in self.steps.items() if layer not in layers}
-        return Moments(kept(self.first), kept(self.second), steps)
+        return Moments(kept(self.first), kept(self.second), steps, kept(self.clocks))
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class ServerState:
     """Whatever else the strategy needs, as tensors."""
     optimizer: Moments = field(default_factory=Moments)
     """What the server's optimiser needs."""
+    active: AdapterState = field(default_factory=dict)
+    """Of a state just averaged, the columns of a tensor that some site trained, bool, shape (rank,): the others rest,
+    and the server's step leaves them and their moments as they are. A tensor that is not in it is trained whole."""
 
     def trains(self, layer: str, name: str) -> bool:
         """Return whether sites train this tensor of the adapter."""
@@ -73,6 +80,10 @@ class Contribution:
     weight: float
     """The site's public size, less where it states more noise than the run asks for; only ratios matter."""
     state: AdapterState
+    rank: int = 0
+    """How many columns the site has declared that it trains; 0: the run's strategy does not ask."""
+    noise: float | None = None
+    """Standard deviation of the noise on one number of an adapted layer, as far as it is known; 0: there is none."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,12 @@ class Strategy(ABC):
     """How a site's noise enters a layer's weights; empty: as the adapter says."""
     privacy: ClassVar[str] = "dp-sgd, none"
     """Privacy modes it may run in."""
+    by_columns: ClassVar[bool] = False
+    """Whether sites train chosen columns of a factor (``strategies.columns``)."""
+    ranked: ClassVar[bool] = False
+    """Whether each site declares how many columns it trains."""
+    nested: ClassVar[bool] = False
+    """Whether each record passes through the first columns alone, as many as are drawn for it."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
@@ -126,6 +143,10 @@ class Strategy(ABC):
                 f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and with "
                 f"privacy.mode {mechanism.name!r} nobody sees more than a sum: choose another"
             )
+
+    def check_run(self, config: RunConfig) -> None:
+        """Raise ConfigError, saying what to do, if a run of this configuration cannot have the strategy."""
+        del config
 
     @classmethod
     def check_adapter(cls, adapter: type[Adapter]) -> None:
@@ -166,6 +187,37 @@ class Strategy(ABC):
         """Site: return what to write into the model, from the shared start and what was received."""
         return merge(start, received)
 
+    def columns(self, received: AdapterState, rank: int) -> Chosen | None:
+        """Return the columns that a site of this rank trains, from what came down; None: every tensor whole.
+
+        Server and site both ask, so it follows from nothing else.
+        """
+        del received, rank
+        return None
+
+    def turn(self, round_number: int) -> tuple[str, ...] | None:
+        """Return the factors that sites train in a round, where factors take turns; None: all that the adapter trains.
+
+        Server and site both ask, so it follows from the round's number alone.
+        """
+        del round_number
+        return None
+
+    def told(self, state: ServerState) -> str:
+        """Server: return what there is to say of the next round, in words; empty: nothing."""
+        del state
+        return ""
+
+    def simulated_rank(self, part: int) -> int:
+        """Site: return how many columns a simulation's site trains that plays this part; 0: as many as the run has."""
+        del part
+        return 0
+
+    def counterpart(self, state: ServerState, rank: int) -> AdapterState:
+        """Server: return what a contribution of a site of this rank is a change of."""
+        del rank
+        return state.adapter
+
     def correct(self, gradients: AdapterState, weights: AdapterState, received: AdapterState) -> AdapterState:
         """Site: return what the optimiser takes for the gradient of one step.
 
@@ -201,6 +253,14 @@ class Strategy(ABC):
         """Server: return the next state: combine, let the server's optimiser ``step`` (if any), settle."""
         combined = self.combine(state, contributions)
         return self.settle(step(state, combined) if step else combined)
+
+
+def of_turn(trained: AdapterState, turn: Collection[str] | None) -> AdapterState:
+    """Return the part of what sites train whose turn it is, and the head; ``turn`` as of ``Strategy.turn``."""
+    if turn is None:
+        return trained
+    head = {HEAD: trained[HEAD]} if HEAD in trained else {}
+    return {**select({layer: factors for layer, factors in trained.items() if layer != HEAD}, turn), **head}
 
 
 def mean(contributions: Sequence[Contribution]) -> AdapterState:

@@ -17,10 +17,11 @@ from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
-from strategies import STRATEGIES
+from strategies import ROWS
 from strategies.base import ServerState, Strategy
-from strategies.renamed import REFUSED, RENAMED, by_new_names
+from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
+from strategies.systems import told
 
 T = TypeVar("T")
 START = "start."
@@ -121,7 +122,7 @@ def _flat(run: RunSettings, origin: Start, strategy: Strategy, rule: ServerRule)
 def tables() -> dict[str, Rule]:
     """Return what the settings may be that name a row of a table, by their keys."""
     return {
-        "strategy": OneOf(tuple(STRATEGIES)),
+        "strategy": OneOf(tuple(ROWS)),
         "adapter.name": OneOf(("auto", *ADAPTERS)),
         "adapter.start": OneOf(tuple(STARTS)),
         "server.rule": OneOf(tuple(RULES)),
@@ -136,7 +137,7 @@ def known_settings() -> dict[str, Scalar]:
     known = defaults(RunSettings)
     for start in STARTS.values():
         known.update({START + key: value for key, value in defaults(start).items()})
-    for name, row in (*STRATEGIES.items(), *RULES.items()):
+    for name, row in (*ROWS.items(), *RULES.items()):
         known.update({f"{name}.{key}": value for key, value in defaults(row).items()})
     return {**known, **{old: known[new] for old, new in RENAMED.items()}}
 
@@ -175,18 +176,24 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         given: as they were written.
         renamed: the old names among them, each with its successor.
     """
-    sections = (START, *(f"{name}." for name in (*STRATEGIES, *RULES)))
+    sections = (START, *(f"{name}." for name in (*ROWS, *RULES)))
     asked = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
     config = resolve(asked)
+    if named not in ADAPTERS and (instead := told(named.lower())):
+        raise ConfigError(f"adapter.name {named!r} is no adapter here; {instead}")
+    if asked.strategy in REFUSED_STRATEGIES:
+        raise ConfigError(f"strategy {asked.strategy!r} cannot be run: {REFUSED_STRATEGIES[asked.strategy]}")
     rows = {"strategy": asked.strategy, "adapter.name": named, "adapter.start": asked.adapter.start}
     for key, value in {**rows, "server.rule": asked.server.rule}.items():
         tables()[key].check(key, value)
-    strategy = from_section(STRATEGIES[config.strategy], settings, f"{config.strategy}.")
+    strategy = from_section(ROWS[config.strategy], settings, f"{config.strategy}.")
+    _check_unit(config)
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)
+    strategy.check_run(config)
     name = strategy.adapter if named == "auto" else named
     strategy.check_adapter(ADAPTERS[name])
     ADAPTERS[name].check(config)
@@ -212,11 +219,16 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     if config.server.most_noise:
         _check_most_noise(config)
     if config.training.refit:
-        _check_refit(config, ADAPTERS[name])
+        _check_refit(config, strategy, ADAPTERS[name])
     adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
     rule.check(config, strategy, adapter)
     if config.server.scores:
         _check_scores(config, strategy, adapter)
+    if config.server.rule != "none" and _chooses(strategy):
+        raise ConfigError(
+            f"strategy {strategy.name!r} chooses what is trained in a round, and server.rule {config.server.rule!r} "
+            "would move what rests: set server.rule to 'none'"
+        )
     if config.server.most_noise and rule.lengthens:
         raise ConfigError(
             f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
@@ -225,6 +237,20 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     own = _flat(asked, asked_start, strategy, rule)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
     return Job(config, strategy, adapter, origin, rule, notes, own)
+
+
+def _check_unit(config: RunConfig) -> None:
+    unit = config.privacy.mechanism.unit  # an error if the row does not protect such
+    if unit.grouped and not config.data.person:
+        raise ConfigError(
+            f"privacy.unit is {unit.name!r}, and data.person names no column: name the one that says whose a record "
+            "is, or set privacy.unit to 'record'"
+        )
+
+
+def _chooses(strategy: Strategy) -> bool:
+    """Return whether a strategy has a part of the adapter rest in a round, or in a record's pass."""
+    return strategy.by_columns or strategy.nested or type(strategy).turn is not Strategy.turn
 
 
 def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
@@ -236,6 +262,11 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
         raise ConfigError(
             f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
             "linear already: set it to 0"
+        )
+    if _chooses(strategy):
+        raise ConfigError(
+            f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and derivatives of a "
+            "linearised model are of all of it: set training.linearised to 0"
         )
     if strategy.moves_frozen and config.training.linearised > 1:
         raise ConfigError(
@@ -262,7 +293,12 @@ def _check_most_noise(config: RunConfig) -> None:
         )
 
 
-def _check_refit(config: RunConfig, adapter: type[Adapter]) -> None:
+def _check_refit(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
+    if _chooses(strategy):
+        raise ConfigError(
+            f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and training.refit "
+            "has the head alone: set it to 0"
+        )
     if not TASKS[config.model.task].labelled:
         raise ConfigError(f"training.refit is for a head, and model.task {config.model.task!r} has none: set it to 0")
     if config.head.policy != "trained":

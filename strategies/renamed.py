@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from common.config.sections import Scalar
 from common.errors import ConfigError
-from strategies import STRATEGIES
+from strategies import ROWS
 
 RENAMED: Mapping[str, str] = {
     "adapter.init": "adapter.start",
@@ -29,6 +29,14 @@ _PACKED = (
 REFUSED: Mapping[str, str] = dict.fromkeys(("packing", "neat-packing", "sample-packing"), _PACKED)
 """Last part of a setting's name in TRL, LLaMA-Factory or axolotl, and why no run here can have it."""
 
+REFUSED_STRATEGIES: Mapping[str, str] = {
+    "fedsa-lora": "FedSA-LoRA leaves B at each site, where training without noise lets one record move it and with it "
+    "the gradient of every other record in A, so that no clip bounds what a record changes; and it ends in a model for "
+    "each site, where a run here ends in one: freeze one factor for all ('ffa-lora', or 'fedavg-lora' with "
+    "adapter.name 'lora-frozen-b'), or train them in turn ('rolora')",
+}
+"""Published strategies that are no row, and why a run cannot have them."""
+
 
 def by_new_names(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], dict[str, str]]:
     """Return flat settings by their present names, and each old name that says something with its successor.
@@ -47,7 +55,7 @@ def by_new_names(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> t
     for old, new in RENAMED.items():
         value, default = values.get(old, known[old]), known[old]
         owner = old.split(".")[0]
-        if value == default or (owner in STRATEGIES and owner != strategy):
+        if value == default or (owner in ROWS and owner != strategy):
             continue
         if settings.get(new, default) not in (default, value):
             raise ConfigError(f"{old} is another name of {new}, and they differ: give {new} alone")

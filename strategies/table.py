@@ -13,11 +13,12 @@ from common.config.sections import defaults
 from common.data.sets import DATASETS, UserFile
 from common.docstrings import said_of
 from common.errors import ConfigError
+from common.messages.columns import narrowed
 from common.messages.state import AdapterState
 from common.starts import STARTS, Start
 from common.tasks import TASKS
 from common.words import bytes_text
-from strategies import STRATEGIES, Strategy
+from strategies import STRATEGIES, Strategy, of_turn
 from strategies.rules import RULES
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
@@ -25,7 +26,7 @@ DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
 DEFAULT_RANK = 8
 SHOWN_LABELS = 6
 """Labels of a data set that its table lists."""
-_SIDES = ((5, 7, 11), (13, 17, 19))
+_SIDES = ((5, 7, 11), (3, 29, 19))
 """Stand-ins for the rank r, the outputs m and the inputs n of a layer: different primes, so that a product of them
 tells its factors."""
 _POWERS = {2: "²", 3: "³"}
@@ -40,7 +41,10 @@ def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[
     shapes = adapter.shapes(out, into).items()
     layer = {"layer": {factor: torch.randn(shape, generator=draw) for factor, shape in shapes}}
     trained = {"layer": {factor: layer["layer"][factor] for factor in adapter.trained}}
-    return strategy.downlink(strategy.start(layer, adapter.trained)), strategy.uplink(trained)
+    down = strategy.downlink(strategy.start(layer, adapter.trained))
+    chosen = strategy.columns(down, 0)
+    trained = of_turn(trained, strategy.turn(1))
+    return down, strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
 
 
 def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -5,9 +5,11 @@ Each family adapts a layer that is not square; GPT-2 stores its weights transpos
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,10 +47,16 @@ each_seeded = pytest.mark.parametrize("name", [name for name, adapter in ADAPTER
 Folder = Callable[[str], str]
 
 
-def stock(folder: str, family: str) -> Any:
+@functools.cache
+def _read(folder: str, family: str) -> Any:
     loader = AutoModel if family == "bert" else AutoModelForCausalLM
     options = {"add_pooling_layer": False} if family == "bert" else {}
     return loader.from_pretrained(folder, **options).float().eval()
+
+
+def stock(folder: str, family: str) -> Any:
+    """Return the folder's model; a copy of one that is read from disk once."""
+    return copy.deepcopy(_read(folder, family))
 
 
 def build(name: str, family: str, init: str = "orthonormal") -> Adapter:
@@ -72,6 +80,15 @@ def random_values(state: AdapterState, seed: int = 5) -> AdapterState:
     return {
         layer: {factor: torch.randn(tensor.shape, generator=generator) * 0.2 for factor, tensor in factors.items()}
         for layer, factors in state.items()
+    }
+
+
+def as_trained(state: AdapterState, trained: Collection[str]) -> AdapterState:
+    """Return the state with random values in what is trained, or is 0; what else is frozen stays as a run has it."""
+    drawn = random_values(state)
+    return {
+        layer: {name: drawn[layer][name] if name in trained or not t.any() else t for name, t in held.items()}
+        for layer, held in state.items()
     }
 
 
@@ -267,7 +284,7 @@ def test_an_exported_adapter_is_the_same_model_in_stock_peft(
 ) -> None:
     folder = model_folder(family)
     adapter, model = attached(folder, name, family)
-    state = random_values(adapter.read(model))
+    state = as_trained(adapter.read(model), adapter.trained)
     adapter.write(model, state)
     adapter.export(model, state, tmp_path / "adapter", folder)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -340,7 +357,7 @@ def test_every_adapter_stands_on_peft_layers(model_folder: Folder) -> None:
 def float64_model(folder: str, name: str, family: str) -> tuple[Adapter, PeftModel]:
     """Return an adapted model in float64, with factors that are nowhere zero, and its own dropout off."""
     adapter, model = attached(folder, name, family)
-    adapter.write(model, random_values(adapter.read(model)))
+    adapter.write(model, as_trained(adapter.read(model), adapter.trained))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

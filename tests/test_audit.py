@@ -16,6 +16,7 @@ import torch
 from made_run import MadeRun
 from rich.console import Console
 
+from audits import vectors
 from audits.__main__ import FAMILIES, world_of
 from audits.bounds import free_bound, gaussian_bound, gaussian_epsilon
 from audits.canary import probe
@@ -91,7 +92,20 @@ def test_a_sum_tells_what_its_price_says_and_one_upload_nothing_or_it_is_found(
     assert found.passed, found.figures
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize(
+    ("audit", "fault"),
+    [(audit, fault) for audit, faults in vectors.CASES.items() for fault in (SOUND, *faults)],
+    ids=lambda case: name_of(case) if isinstance(case, Fault) else case.__name__,
+)
+def test_steps_on_vectors_tell_what_was_charged_or_it_is_found(
+    audit: Callable[[Path, Fault], Finding], fault: Fault, tmp_path: Path
+) -> None:
+    found = audit(tmp_path, fault)
+    assert found.passed, found.figures
+
+
+# Strategies by columns of B train a part of what FFA-LoRA does, by the same steps.
+@pytest.mark.parametrize("strategy", sorted(n for n, s in STRATEGIES.items() if not (s.by_columns or s.nested)))
 def test_steps_on_what_a_strategy_trains_give_away_what_was_charged_and_no_more(strategy: str, tmp_path: Path) -> None:
     for fault in (SOUND, HALVED):
         found = audit_steps(strategy, tmp_path, fault)

@@ -165,8 +165,9 @@ def test_a_planted_change_of_a_run_is_seen(toy_settings: dict[str, Any], tmp_pat
         assert furthest(stored("ffa-lora", case), stored("ffa-lora", "open average")) > 100 * RELATIVE
 
 
-def test_every_strategy_has_stored_figures() -> None:
-    assert {path.stem for path in GOLDEN.glob("*.json")} == {strategy for strategy, _ in CASES} == set(STRATEGIES)
+def test_every_case_has_stored_figures_and_is_of_a_strategy() -> None:
+    # Rows that came later are held to slow sums in float64 (test_columns, test_column_rules, test_neighbours).
+    assert {path.stem for path in GOLDEN.glob("*.json")} == {strategy for strategy, _ in CASES} <= set(STRATEGIES)
 
 
 def main(write: bool) -> None:

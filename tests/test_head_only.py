@@ -308,13 +308,13 @@ def test_features_that_no_rehearsal_saw_reach_no_private_run(toy_settings: dict[
     """A run without privacy rehearses nothing: what it computed may depend on the records beside a record."""
     app._process.model = None
     run_in_process(settings(toy_settings, privacy__mode="none"), 1, "exposing")
-    (_, before) = app._process.records["site-0"]
+    (_, _, before) = app._process.records["site-0"]
     assert FEATURES in before[0]
     assert app._process.features is None
     model = app._process.model
     run_in_process(settings(toy_settings), 1, "private")
     assert app._process.model is model
-    (_, after) = app._process.records["site-0"]
+    (_, _, after) = app._process.records["site-0"]
     assert not {id(record) for record in before} & {id(record) for record in after}
 
 

@@ -49,6 +49,7 @@ DOORS = {
         "common/secure_sum/attempt.py",
         "common/secure_sum/identity.py",
         "common/secure_sum/masks.py",
+        "common/secure_sum/recovery.py",
         "reports/signature.py",
         "deploy/certificates.py",
         "deploy/fleet.py",

@@ -29,10 +29,11 @@ from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.tasks import TASKS, Record
 from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES, TANGENTS
+from common.tasks.featured import FEATURES, ROWS, SCALES, TANGENTS
 from common.tasks.tangent import Tangent
 from common.tasks.text import TextExample
 from experiments.in_process import run_in_process
+from experiments.planner.forecast import forecast
 from strategies import STRATEGIES
 from strategies.job import configure
 
@@ -83,6 +84,11 @@ def vectors_of(model: FederatedModel, records: Sequence[Record]) -> list[Record]
         return vectors
 
 
+def rows_of(vector: Record) -> Tensor:
+    """Return a record's derivatives, shape (labels - 1, numbers), as a step takes them."""
+    return vector[TANGENTS].float() * vector[SCALES][:, None]
+
+
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
@@ -97,9 +103,43 @@ def test_derivatives_are_those_of_the_logits_less_the_first_one(model_folder: Fo
             found = torch.autograd.grad(logits[label] - logits[0], below, retain_graph=True)
             want = torch.cat([g.flatten() for g in found])
             # Kept in half precision.
-            assert float((vector[TANGENTS][label - 1] - want).abs().max()) < 2e-3 * float(want.abs().max())
+            assert float((rows_of(vector)[label - 1] - want).abs().max()) < 2e-3 * float(want.abs().max())
         assert torch.allclose(vector[FEATURES], model.features(model.batch([record]))[0], atol=1e-5)
         assert [vector["labels"]] == record["labels"]
+
+
+def check_digits(model: FederatedModel, size: float) -> None:
+    """Hold half precision to its eleven bits where a head of this size makes derivatives small or large."""
+    records = records_of(model)
+    with torch.no_grad():
+        model.head["weight"].mul_(size)
+    below = list(model.below_head().values())
+    for record, vector in zip(records, vectors_of(model, records), strict=True):
+        logits = logits_of(model, record)
+        want = torch.cat([g.flatten() for g in torch.autograd.grad(logits[1] - logits[0], below)])
+        wrong = float((rows_of(vector)[0] - want).abs().max())
+        assert wrong < 1e-3 * float(want.abs().max()), "digits are lost"
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e7])
+def test_derivatives_keep_their_digits_whatever_their_size(
+    model_folder: Folder, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_digits(tiny(model_folder("bert")), size)
+    # The planted fault: half precision as it is.
+    monkeypatch.setattr(wing, "_scales", lambda rows: torch.ones(len(rows)))
+    with pytest.raises(AssertionError, match="digits are lost"):
+        check_digits(tiny(model_folder("bert")), size)
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(2, ROWS), (3, ROWS // 2)])
+def test_a_pass_has_as_many_rows_of_derivatives_whatever_the_labels(
+    model_folder: Folder, labels: int, rows: int
+) -> None:
+    model = tiny(model_folder("bert"), labels=labels)
+    with linearised(model, records_of(model), FIRST, {}, "site", DATA, nothing) as (vectors, _):
+        (batch, *_) = model.fixed_batches(vectors)
+    assert (batch.rows, batch[TANGENTS].shape[:2].numel()) == (rows, ROWS)
 
 
 def test_logits_are_the_models_to_first_order(model_folder: Folder) -> None:
@@ -143,7 +183,7 @@ def test_a_clipped_step_is_that_of_the_slow_way_in_float64(
                 optimizer.param_groups[0]["lr"] = rate
                 steps.step(model.fixed_batches(vectors), model.losses)
 
-    J = [torch.cat([torch.zeros(1, v[TANGENTS].shape[1]), v[TANGENTS]]).double() for v in vectors]
+    J = [torch.cat([torch.zeros(1, v[TANGENTS].shape[1]), rows_of(v)]).double() for v in vectors]
     u = [v[FEATURES].double() for v in vectors]
     step = torch.zeros(J[0].shape[1], dtype=torch.float64)
     W, b = head["weight"].clone(), head["bias"].clone()
@@ -208,18 +248,18 @@ def test_a_record_moves_the_sum_by_one_clip_and_no_other_record(
     # The odd one: derivatives a hundred times those of others.
     compute, first = wing.derivatives, vectors_of(model, records)[0][FEATURES]
 
-    def odd(*given: Any) -> tuple[Tensor, Tensor]:
-        features, tangents = compute(*given)
-        return features, tangents * torch.where((features == first).all(1), 100.0, 1.0)[:, None]
+    def odd(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        features, tangents, scales = compute(*given)
+        return features, tangents, scales * torch.where((features == first).all(1), 100.0, 1.0)
 
     monkeypatch.setattr(wing, "derivatives", odd)
     whole, without = sums_of(model, records, 0.05), sums_of(model, records[1:], 0.05)
     assert float((whole - without).norm()) <= 0.05 * (1 + 1e-5)
 
     # The planted fault: one record's derivatives hold another's as well.
-    def mixed(*given: Any) -> tuple[Tensor, Tensor]:
-        features, tangents = compute(*given)
-        return features, tangents + 10 * tangents.flip(0)
+    def mixed(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        features, tangents, scales = compute(*given)
+        return features, tangents + 10 * tangents.flip(0), scales
 
     monkeypatch.setattr(wing, "derivatives", mixed)
     short, other = records[0], records[2]  # of one shape
@@ -259,8 +299,8 @@ def test_the_rehearsal_sees_a_step_that_mixes_records(model_folder: Folder, monk
     after = model.read()
     assert all(torch.equal(before[layer][n], after[layer][n]) for layer in before for n in before[layer])
 
-    def forward(self: Tangent, tangents: Tensor) -> Tensor:
-        moved = (tangents.float() * self.step).sum(-1)
+    def forward(self: Tangent, tangents: Tensor, scales: Tensor) -> Tensor:
+        moved = (tangents.float() * self.step).sum(-1) * scales
         return torch.nn.functional.pad(moved + moved.mean(), (1, 0))
 
     monkeypatch.setattr(Tangent, "forward", forward)
@@ -433,6 +473,43 @@ def test_more_derivatives_than_fit_are_refused_before_the_charge(
     monkeypatch.setattr(wing, "MOST_BYTES", 1000)
     site = clinic({**toy_settings, "training.linearised": 1}, tmp_path)
     assert "lower adapter.rank" in site.refuse().reason
+
+
+def test_a_process_of_many_sites_holds_no_more_than_one_site_may(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = tiny(model_folder("bert")), dict[str, Derivatives]()
+    records = records_of(model)
+    monkeypatch.setattr(wing, "MOST_BYTES", 2 * len(records) * wing.bytes_each(model))
+
+    def play(site: str) -> None:
+        with linearised(model, records, FIRST, kept, site, DATA, nothing) as (vectors, _):
+            assert len(vectors) == len(records)
+
+    for site in ("north", "south", "west", "east"):
+        play(site)
+    held = [site for site, one in kept.items() if one.records]
+    assert held == ["north", "east"]
+    assert sum(v[TANGENTS].nbytes for one in kept.values() for v in one.records) <= wing.MOST_BYTES
+    assert set(kept) == {"north", "south", "west", "east"}, "a point is lost with the vectors"
+    play("south")
+    monkeypatch.setattr(wing, "_make_room", lambda *own: None)
+    play("west")
+    play("east")
+    assert len([one for one in kept.values() if one.records]) == 4, (
+        "planted: nothing is dropped where nobody makes room"
+    )
+
+
+def test_the_planner_counts_what_is_trained_and_not_the_head(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "privacy.noise-multiplier": 2.0, "privacy.epsilon": 60.0}
+    plain, other = (
+        forecast(configure({**settings, "training.linearised": rounds}), [100, 100], calibrated=False).signal
+        for rounds in (0, 2)
+    )
+    assert plain is not None
+    assert other is not None
+    assert plain.trained_numbers - other.trained_numbers == 2 * 16 + 2
 
 
 @pytest.mark.parametrize("round_number", [1, 2])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import hashlib
 import subprocess
 import sys
@@ -22,7 +25,7 @@ from common.config.sections import HeadConfig
 from common.errors import ConfigError, DataError, ModelError
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint, merge
-from common.model.base import load_base_model
+from common.model.base import BaseModel, load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
@@ -59,10 +62,21 @@ def off_identity(rows: Tensor) -> float:
     return float((rows.double() @ rows.double().T - torch.eye(len(rows), dtype=torch.float64)).abs().max())
 
 
+@functools.cache
+def _read(folder: str, task: str) -> BaseModel:
+    return load_base_model(folder, task)
+
+
+def base_of(folder: str, task: str) -> BaseModel:
+    """Return the folder's base model; a copy of one that is read from disk once."""
+    read = _read(folder, task)
+    return dataclasses.replace(read, module=copy.deepcopy(read.module))
+
+
 def tiny(folder: str, family: str, start: Start, adapter: str = "lora-frozen-a", alpha: float = 3.0) -> FederatedModel:
     task = "classification" if family == "bert" else "causal-lm"
     return FederatedModel(
-        load_base_model(folder, task),
+        base_of(folder, task),
         ADAPTERS[adapter](RANK, alpha, tuple(TARGETS[family].split(",")), start),
         TASKS[task],
         HeadConfig(policy="trained" if family == "bert" else "frozen", start="random"),
@@ -74,7 +88,10 @@ def tiny(folder: str, family: str, start: Start, adapter: str = "lora-frozen-a",
     )
 
 
-OURS = ("orthonormal", "shards", "svd-of-weights", "minor-of-weights", "nystrom")
+OURS = (
+    *("orthonormal", "shared", "shards", "sparse"),
+    *("svd-of-weights", "minor-of-weights", "lu-of-weights", "nystrom"),
+)
 """Rows that another process has without being told."""
 
 # --- from the weights -------------------------------------------------------------------------------------------------
@@ -147,7 +164,7 @@ def test_a_start_that_every_party_derives_leaves_base_and_outputs_bit_for_bit(
 ) -> None:
     folder = model_folder(family)
     model = tiny(folder, family, STARTS[name](), adapter)
-    stock = load_base_model(folder, model.task.name).module.state_dict()
+    stock = _read(folder, model.task.name).module.state_dict()
     live = {
         key.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
         for key, tensor in model.peft_model.state_dict().items()
@@ -165,7 +182,7 @@ PRINT_FINGERPRINTS = """
 import sys
 from common.adapters import LoRASB
 from common.messages.tensors import fingerprint
-from common.model.base import load_base_model
+from common.model.base import BaseModel, load_base_model
 from common.starts import STARTS
 for name in sys.argv[2:]:
     adapter = LoRASB(3, 6.0, ("query", "dense"), STARTS[name]())

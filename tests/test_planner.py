@@ -330,6 +330,15 @@ def test_the_plan_fits_80_columns_and_its_file_says_the_same(tmp_path: Path, toy
     assert f"{content['signal_to_noise']['run'][0]:.2f}" in result.stdout
 
 
+def test_the_plan_says_what_it_costs_that_sites_may_be_lost(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, **SUMMED, "privacy.drop-outs": 1}
+    told = run_plan(tmp_path, settings, "--sizes", "60,70,60,70", "--no-calibration").stdout
+    assert "1 site may be lost from a sum that begins with 4 or more. Its noise" in " ".join(told.split())
+    assert "(3 / 2) = 1.22 times" in " ".join(told.split())
+    told = run_plan(tmp_path, settings, "--sizes", "60,70,60", "--no-calibration").stdout
+    assert "begins with 4 or more: 3 sites are too few" in " ".join(told.split())
+
+
 def test_noise_at_the_server_is_as_long_as_drawn_noise() -> None:
     sizes, numbers = (100, 300), 2000
     plans = [gaussian_plan(2.0, 1.5, 0.1, 0.1 * size, 1e-5, 8.0) for size in sizes]

@@ -24,6 +24,7 @@ from common.messages.tensors import merge
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.run_lines import RoundLine, read_lines
+from common.starts import public_metric
 from common.starts.base import Labels
 from common.starts.public_metric import PublicMetric, shrinking
 from common.tasks import TASKS
@@ -104,6 +105,26 @@ def test_the_factors_in_weights_are_the_map_in_float64(model_folder: Folder) -> 
 
 
 # --- what it is made from ---------------------------------------------------------------------------------------------
+
+
+def test_moments_of_layers_in_turn_are_those_of_all_at_once(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = PublicMetric(records=12)
+    model = tiny(model_folder("bert"), start)
+    config = configure({"adapter.start": "public-metric", "adapter.name": "lora-metric"}).config
+    at_once, gradients, held = start.from_public(model, config, LABELS), public_metric._gradients, list[int]()
+
+    def spy(model: FederatedModel, records: Any, only: Collection[str] = ()) -> Any:
+        held.append(len(only))
+        return gradients(model, records, only)
+
+    monkeypatch.setattr(public_metric, "_gradients", spy)
+    monkeypatch.setattr(public_metric, "MOMENTS", 1)
+    in_turn = start.from_public(model, config, LABELS)
+    assert held == [0, *[1] * len(in_turn)], "more than one layer's moments are held"
+    assert in_turn.keys() == at_once.keys()
+    assert all(torch.equal(in_turn[layer][n], at_once[layer][n]) for layer in at_once for n in at_once[layer])
 
 
 @pytest.mark.parametrize("adapter", ["lora-metric", "lora-frozen-b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from made_run import spent
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from audits.tiny_models import PLAIN_STEP
 from common import files, randomness
-from common.errors import DataError, RunFailed
+from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import TrainTask
-from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
-from server.checkpoint import NAME
+from server.checkpoint import BEFORE, NAME
 from server.lock import GLANCE_SECONDS, is_written, only_writer
 from server.resume import with_resumed
 from server.sites import Exchange
@@ -79,7 +81,10 @@ def fixed_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("strategy", "changes"),
     [
-        *((strategy, {"server.optimizer": "adam"}) for strategy in sorted(STRATEGIES)),
+        *((n, {"server.optimizer": "adam"}) for n, s in sorted(STRATEGIES.items()) if not (s.by_columns or s.nested)),
+        # Of those by columns, one whose masks follow from the round and one whose follow from what was sent.
+        ("switchlora", {"server.optimizer": "adam", "switchlora.window": 2}),
+        ("increlora", {"server.optimizer": "adam", "increlora.start-columns": 1, **PLAIN_STEP}),
         ("fed-svd", {"server.optimizer": "none"}),
         # The basis turns in no round before the cut: there are moments of B to lose beside FedSVD's own memory.
         ("fed-svd", {"server.optimizer": "adam", "fed-svd.warmup": 2}),
@@ -104,7 +109,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert rounds == what_counts(whole)[0], "the resumed run scores otherwise than the one that nobody stopped"
     # What was in flight stays charged: round 3 is dearer for having been paid twice, earlier rounds are as they were.
     assert [p for p in privacy if p.round_number < 3] == [p for p in what_counts(whole)[1] if p.round_number < 3]
-    assert spent(privacy[-1]).steps_total == 8, "the round in flight was forgotten by the ledger"
+    assert spent(privacy[-1]).steps_total == 4 * settings["training.local-steps"], (
+        "the round in flight was forgotten by the ledger"
+    )
     assert same_adapter(whole, folder), "the resumed run ends at another adapter"
 
 
@@ -190,6 +197,39 @@ def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: d
     (Path(settings["resume"]) / NAME).write_bytes(b"rubbish")
     with pytest.raises(DataError, match="is damaged"):
         with_resumed(given)
+
+
+def without(folder: Path, key: str) -> None:
+    """Let a stopped run look as if it had been started before there was a setting."""
+    file, tensors = folder / NAME, load_file(str(folder / NAME))
+    with safe_open(str(file), framework="pt") as opened:
+        metadata = opened.metadata()
+    about = json.loads(metadata["about"])
+    del about["settings"][key]
+    file.write_bytes(save(tensors, metadata={**metadata, "about": json.dumps(about)}))
+    config = folder / ConfigFile.NAME
+    told = json.loads(config.read_text())
+    del told["settings"][key]
+    config.write_text(json.dumps(told))
+
+
+def test_a_setting_that_came_after_a_run_began_is_as_the_run_did_without_it(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed), killed_at(17):
+        run_in_process(toy_settings, 1, "77")
+    given = {"output": toy_settings["output"], "resume": "77"}
+    folder = Path(toy_settings["output"]) / "ffa-lora-77"
+    without(folder, "head.pool")
+    assert with_resumed(given)["head.pool"] == "mean"
+    without(folder, "server.adam-tau")
+    said = r"started before there was server\.adam-tau.*resume it with the FedVeil that began it"
+    with pytest.raises(ConfigError, match=said) as refused:
+        with_resumed(given)
+    assert "\n" not in str(refused.value)
+    monkeypatch.setattr("server.checkpoint.BEFORE", {**BEFORE, "server.adam-tau": 0.125})
+    monkeypatch.setattr("server.resume.BEFORE", {**BEFORE, "server.adam-tau": 0.125})
+    assert with_resumed(given)["server.adam-tau"] == 0.125, "today's default is filled in"
 
 
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dict[str, Any]) -> None:

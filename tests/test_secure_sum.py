@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -450,24 +450,47 @@ def test_an_attempt_masks_one_vector() -> None:
             federation.masked(federation.zeros(3))
 
 
-def test_no_two_vectors_ever_leave_under_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def check_that_no_mask_is_used_twice() -> None:
     used: list[tuple[bytes, str]] = []
 
     def spying(words: Words, seed: bytes, own: str, peer: str) -> None:
         used.append((seed, own))
         add_mask(words, seed, own, peer)
 
-    monkeypatch.setattr(attempt, "add_mask", spying)
-    federation = Federation(4)
-    for number in range(3):  # the same round again, with the same terms, task and sites
-        federation.begin(number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempt, "add_mask", spying)
+        federation = Federation(4)
+        for number in range(3):  # the same round again, with the same terms, task and sites
+            federation.begin(number)
+            federation.agree()
+            federation.masked(federation.zeros(3))
+        federation.begin(number=2)  # and the same attempt, after all sites have lost their memory
         federation.agree()
         federation.masked(federation.zeros(3))
-    federation.begin(number=2)  # and the same attempt, after all sites have lost their memory
-    federation.agree()
-    federation.masked(federation.zeros(3))
     assert len(used) == len(set(used)) == 4 * 12, "one site used one seed twice"
     assert len({seed for seed, _ in used}) == 4 * 6, "a seed is used by both sites of its pair, and no other"
+
+
+def test_no_two_vectors_ever_leave_under_one_mask() -> None:
+    check_that_no_mask_is_used_twice()
+
+
+def test_keys_that_are_made_of_the_attempts_name_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: a site that was started anew makes the same key, and masks another vector with it."""
+
+    class Repeating(X25519PrivateKey):
+        made: ClassVar[int] = 0
+
+        @classmethod
+        def generate(cls) -> X25519PrivateKey:
+            cls.made += 1
+            # The keys of the four sites' third attempt come again in the fourth.
+            number = cls.made - 4 if cls.made > 16 else cls.made
+            return X25519PrivateKey.from_private_bytes(number.to_bytes(32))
+
+    monkeypatch.setattr(attempt, "X25519PrivateKey", Repeating)
+    with pytest.raises(AssertionError, match="used one seed twice"):
+        check_that_no_mask_is_used_twice()
 
 
 # --- rosters and identities -------------------------------------------------------------------------------------------

@@ -169,6 +169,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
     the_models = {"adapter.targets"}
     none = {
         "privacy.honest-sites",
+        "privacy.drop-outs",
         "resume",
         "data.test",
         "data.text-pair",
@@ -177,7 +178,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "head.phrases",
         "training.weight-decay",
     }
-    none |= {"data.slice", "training.linearised", "training.refit", "server.most-noise"}
+    none |= {"data.slice", "data.person", "training.linearised", "training.refit", "server.most-noise"}
     assert open_values == each_machines | each_sites | the_models | none
 
 

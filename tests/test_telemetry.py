@@ -26,11 +26,21 @@ from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
 from common import randomness
 from common.accountant import Accountant, Detour
 from common.errors import DataError, FedVeilError, MechanismError
-from common.messages.round import KeyReply, NoisedCount, Refusal, Reply, Spending, TrainResult
+from common.messages.round import (
+    KeyReply,
+    NoisedCount,
+    Refusal,
+    Reply,
+    ShareReply,
+    Spending,
+    SurvivorReply,
+    TrainResult,
+    UnmaskReply,
+)
 from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
 from common.privacy import dpsgd
 from common.privacy.events import Event
-from common.secure_sum import KeyOffer
+from common.secure_sum import Agreement, KeyOffer, Sharing
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {
@@ -43,6 +53,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "noised_correct": "see below",
         "words": "of a secure sum, in the place of the contribution: uniform by its masks, see tests/test_sums.py",
         "offer": "a new key and its signature, of nothing but the run's public names",
+        "rank": "declared by the steward, or the configuration's where that is less",
     },
     Spending: {
         "purpose": "from the task",
@@ -79,6 +90,33 @@ FIELDS: dict[type, dict[str, str]] = {
         "site": "named by the steward",
         "public": "new, from the operating system's entropy",
         "signature": "of these and of run, round and attempt",
+    },
+    ShareReply: {
+        "run": "from the task",
+        "round_number": "from the task",
+        "site": "named by the steward",
+        "sharing": "see below",
+    },
+    Sharing: {
+        "offer": "see above",
+        "sealed": "shares of the masks' secrets, from such entropy, each sealed for its holder",
+    },
+    SurvivorReply: {
+        "run": "from the task",
+        "round_number": "from the task",
+        "site": "named by the steward",
+        "agreement": "see below",
+    },
+    Agreement: {
+        "site": "named by the steward",
+        "digest": "of what the server says and the run's figures",
+        "signature": "of that and of the survivors' names, from the task",
+    },
+    UnmaskReply: {
+        "run": "from the task",
+        "round_number": "from the task",
+        "site": "named by the steward",
+        "shares": "of the masks' secrets, one of each site's two, see tests/test_drop_outs.py",
     },
     Refusal: {
         "run": "from the task",

@@ -23,7 +23,8 @@ from common.messages.state import HEAD
 from common.messages.tensors import fingerprint, merge, start_fingerprint
 from common.privacy import dpsgd
 from common.tasks.examples import Dataset
-from strategies import STRATEGIES, Contribution
+from strategies import STRATEGIES, Contribution, Strategy
+from strategies.ffa_lora import FFALoRA
 from strategies.job import configure
 
 ROUNDS = 60
@@ -54,6 +55,11 @@ PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float
     "fed-svd": ({}, frozen_a),
     "fed-sb": ({}, square),
 }
+ALIKE = ("heterogeneous-ranks", "flexlora", "increlora", "diffora", "switchlora", "dylora")
+"""Strategies by columns of B, whose noise C5 in ``tests/test_columns.py`` measures, and one whose sites do what those
+of FFA-LoRA do where they have no record."""
+BOTH = ("fedex-lora", "flora", "rolora")
+"""Strategies whose sites do what those of FedAvg-LoRA do, with both factors or one of them."""
 
 
 def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
@@ -111,7 +117,15 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path) -> float:
 
 def test_every_strategy_has_a_prediction() -> None:
     predicted = {name.split(",")[0] for name in PREDICTED}
-    assert predicted == set(STRATEGIES), f"nobody says what noise does under {predicted ^ set(STRATEGIES)}"
+    said = predicted | set(ALIKE) | set(BOTH)
+    assert said == set(STRATEGIES), f"nobody says what noise does under {said ^ set(STRATEGIES)}"
+    for name in ALIKE:
+        kind = STRATEGIES[name]
+        assert kind.by_columns or kind.nested
+        assert (kind.uplink, kind.correct, kind.adapter) == (Strategy.uplink, Strategy.correct, FFALoRA.adapter)
+    for name in BOTH:
+        kind = STRATEGIES[name]
+        assert (kind.uplink, kind.correct, kind.trains) == (Strategy.uplink, Strategy.correct, ("A", "B"))
 
 
 @pytest.mark.parametrize("name", PREDICTED)

@@ -144,11 +144,8 @@ class Ledger:
                 allow(*self.trained(dataset, charge.run))
             _remember(db, dataset, records)
             exposed = self.exposed(dataset)
-            if exposed and not after_exposure:
-                raise PolicyRefusal(
-                    f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
-                    "them: a private run needs after-no-privacy = true in the site's policy"
-                )
+            if not after_exposure:
+                self._hold_closed(dataset, exposed)
             self._hold_to_unit(charge, prices)
             self._hold_to_budgets(charge, prices)
             self._use_key(db, charge)
@@ -176,12 +173,24 @@ class Ledger:
             )
         return replace(of_all(prices[dataset], told), exposed=exposed)
 
-    def check(self, charge: Charge) -> None:
-        """Raise as ``charge`` would by what the data set's own name has spent; nothing is written."""
+    def check(self, charge: Charge, *, records: Collection[int] = (), after_exposure: bool = False) -> None:
+        """Raise as ``charge`` would by all that the ledger holds now; nothing is written."""
         self._hold_to_withdrawals(charge.dataset)
-        prices = self._prices([charge.dataset], charge)
+        others = self._recognise(charge.dataset, records)
+        prices = self._prices([charge.dataset, *others], charge)
+        if not after_exposure:
+            open_names = {exposure.dataset for exposure in self.exposures()}
+            self._hold_closed(charge.dataset, self.exposed(charge.dataset) or not open_names.isdisjoint(others))
         self._hold_to_unit(charge, prices)
         self._hold_to_budgets(charge, prices)
+
+    def _hold_closed(self, dataset: str, exposed: bool) -> None:
+        """Raise PolicyRefusal if records of a data set were released without privacy."""
+        if exposed:
+            raise PolicyRefusal(
+                f"records of data set {dataset!r} were released without privacy before, so no epsilon holds for "
+                "them: a private run needs after-no-privacy = true in the site's policy"
+            )
 
     def _hold_to_withdrawals(self, dataset: str) -> None:
         """Raise PolicyRefusal if the data set was withdrawn; by its own name, which is the steward's word."""

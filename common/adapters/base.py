@@ -11,6 +11,7 @@ directions, layer by layer.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
     from common.config.sections import RunConfig
@@ -240,7 +241,7 @@ class Adapter(ABC):
                     places[layer][factor].copy_(tensor)
 
     def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
-        """Return the PEFT configuration that a stock reader needs for the exported adapter."""
+        """Return the PEFT configuration by which layers are found and the exported adapter is read."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -253,6 +254,35 @@ class Adapter(ABC):
             fan_in_fan_out=fan_in_fan_out,
         )
 
+    def stock_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
+        """Return the configuration of the exported adapter, where it is another than that of the injection."""
+        return self.peft_config(fan_in_fan_out=fan_in_fan_out)
+
+    def shared(self, state: AdapterState, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return what a stock reader needs once for all layers, by the name it has there; most need nothing.
+
+        Args:
+            state: every factor of every layer.
+            shapes: (out, in) of the adapted layers.
+        """
+        del state, shapes
+        return {}
+
+    def used(self, state: AdapterState) -> dict[str, Tensor]:
+        """Return the columns of each layer to export, where some of the adapter's say nothing; empty: all of them."""
+        del state
+        return {}
+
+    def of_columns(self, factors: Factors, columns: Tensor) -> Factors:
+        """Return the factors of a layer with these columns alone, for an adapter that has columns to leave out."""
+        del columns
+        return factors
+
+    def at_rank(self, rank: int) -> Self:
+        """Return the adapter with so many directions and the same factor in front of the product."""
+        of_rank = math.sqrt(rank) if self.scale == "sqrt-rank" else rank
+        return replace(self, rank=rank, alpha=self.scaling * of_rank)
+
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
         """Write ``state`` as a stock PEFT adapter that ``PeftModel.from_pretrained`` loads.
 
@@ -260,16 +290,33 @@ class Adapter(ABC):
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers(model).items():
-            for suffix, tensor in self.exported(state[name], base_weight(layer).float().cpu()).items():
+        used = self.used(state)
+        kept = {name: layer for name, layer in self.layers(model).items() if name not in used or len(used[name])}
+        for name, layer in kept.items():
+            factors = self.of_columns(state[name], used[name]) if name in used else state[name]
+            for suffix, tensor in self.exported(factors, base_weight(layer).float().cpu()).items():
                 tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
+        shapes = [layer_shape(layer) for layer in self.layers(model).values()]
+        for suffix, tensor in self.shared(state, shapes).items():
+            # PEFT writes what layers share beside each of them as well, and warns where a copy is missing.
+            for owner in ("base_model", *(f"{PEFT_PREFIX}{name}" for name in self.layers(model))):
+                tensors[f"{owner}.{suffix}"] = tensor.float().clone()
         injected = model.peft_config[ADAPTER_NAME]
         # A stock reader is told the names that ``auto`` stood for.
         found = sorted({name.rpartition(".")[2] for name in self.layers(model)})
         named = self._naming(found) if self.target_modules == (AUTO,) else self
-        config = named.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
+        if len(kept) < len(self.layers(model)):
+            # PEFT refuses a layer of rank 0, so the others are named in full.
+            named = self._naming(sorted(kept))
+        config = named.stock_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
         config.base_model_name_or_path = base_name
         config.inference_mode = True
+        # PEFT takes the keys for regular expressions.
+        cut = {re.escape(name): self.at_rank(len(used[name])) for name in kept if name in used}
+        if cut:
+            lora = cast("LoraConfig", config)  # what has columns to leave out is exported as LoRA
+            lora.rank_pattern = {name: adapter.rank for name, adapter in cut.items()}
+            lora.alpha_pattern = {name: adapter.alpha for name, adapter in cut.items()}
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})

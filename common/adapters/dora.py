@@ -53,13 +53,9 @@ class DoRA(Mapped):
             ModelError: a row of W0 is zero, so it has no direction.
         """
         factors = super().start(layer_name, layer, seed)
+        lengths_of_rows(layer_name, layer)
         # In float64, so that server and sites round to the same magnitudes.
         weight = base_weight(layer).double().cpu()
-        if not bool((norms := weight.norm(dim=1)).all()):
-            raise ModelError(
-                f"row {int(norms.argmin())} of {layer_name} is zero in the base model, and DoRA divides by its norm: "
-                "name other layers in adapter.targets, or set adapter.name to 'lora'"
-            )
         return {**factors, "mu": row_norms(weight, factors["A"], factors["B"], self.scaling).float()}
 
     def change(
@@ -84,6 +80,21 @@ class DoRA(Mapped):
         config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
         config.use_dora = True
         return config
+
+
+def lengths_of_rows(layer_name: str, layer: LoraLayer) -> Tensor:
+    """Return the norms of the rows of a layer's W0, shape (out,), float32, CPU.
+
+    Raises:
+        ModelError: a row of W0 is zero, so it has no direction.
+    """
+    norms = base_weight(layer).double().cpu().norm(dim=1)
+    if not bool(norms.all()):
+        raise ModelError(
+            f"row {int(norms.argmin())} of {layer_name} is zero in the base model, and DoRA divides by its norm: "
+            "name other layers in adapter.targets, or set adapter.name to 'lora'"
+        )
+    return norms.float()
 
 
 def row_norms(base_weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from common.adapters.lora import LoRA
+from common.messages.state import OWN, AdapterState, Factors
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,24 @@ class LoRAFrozenA(LoRA):
     linear: ClassVar[bool] = True
     free_scale: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"
+
+    def used(self, state: AdapterState) -> dict[str, Tensor]:
+        """Return the columns of B that are not 0, of every layer, where some layer has others: such were never trained.
+
+        Of a B that is 0 everywhere, as before round 1, all columns count.
+        """
+        used = {
+            layer: factors["B"].ne(0).any(0).nonzero()[:, 0] for layer, factors in state.items() if layer not in OWN
+        }
+        some = any(len(columns) for columns in used.values())
+        return used if some and any(len(c) < self.rank for c in used.values()) else {}
+
+    def of_columns(self, factors: Factors, columns: Tensor) -> Factors:
+        """Return the rows of A and columns of B."""
+        return {"A": factors["A"][columns], "B": factors["B"][:, columns]}
+
+    def first(self, state: AdapterState, rank: int) -> AdapterState:
+        """Return the first rows of A and columns of B: what ``at_rank`` exports."""
+        return {
+            layer: self.of_columns(factors, torch.arange(rank)) for layer, factors in state.items() if layer not in OWN
+        }

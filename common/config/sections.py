@@ -17,7 +17,7 @@ from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nea
 from common.config.fields import RATIO, Section, Unit, kebab, kinds_of
 from common.config.schedule import learning_rate
 from common.errors import ConfigError
-from common.privacy import MECHANISMS, Mechanism
+from common.privacy import MECHANISMS, UNITS, Mechanism
 from common.tasks import TASKS, roles_of_all
 from common.trackers import NO_TRACKER, TRACKERS
 
@@ -110,6 +110,9 @@ class DataConfig(Section):
     """Concentration of the label-Dirichlet partition: smaller is more uneven."""
     key: str = ""
     """Column of the natural partition, such as an author or a domain."""
+    person: str = ""
+    """Column that says whose a record is, for ``privacy.unit = "person"``; it never leaves a site. Where records are
+    divided, those of one person stay together. Empty: none."""
     seed: Annotated[int, RATIO] = 45
     """Seed of the partition and of the test part; fixed, so that runs are comparable (``experiments/LOG.md`` says how
     the default was chosen)."""
@@ -193,12 +196,18 @@ class PrivacyConfig(Section):
     mode: Annotated[str, OneOf(MECHANISMS)] = "dp-sgd"
     """A row of ``common.privacy.MECHANISMS``: ``dp-sgd``, ``secure-sum`` (the sites share the noise of a sum of which
     nobody sees the parts) or ``none``, which makes no privacy claim and says so everywhere."""
+    unit: Annotated[str, OneOf(UNITS)] = "record"
+    """Whom the promise is made to: one ``record``, or one ``person`` with all records that have one value in the column
+    ``data.person``. What is drawn, clipped and counted is then a person."""
+    records_per_person: Annotated[int, POSITIVE, Unit("records")] = 8
+    """Of unit ``person``: most records of a person that a site uses, the same ones in every round. It bounds time and
+    memory; the promise does not depend on it."""
     epsilon: Annotated[float, POSITIVE, RATIO] = 8.0
     """Budget of a site for the whole run, for the mechanism's unit, add or remove one."""
     delta: Annotated[float, Interval(0, 0.5, high_too=False), RATIO] = 1e-5
     """The δ that the budget holds at. A site refuses one above one over its public size."""
     clip_norm: Annotated[float, CLIP_NORM, Unit("L2 norm")] = 1.0
-    """L2 bound of one record's gradient over all trained tensors together."""
+    """L2 bound of one unit's gradient over all trained tensors together; a person's is the sum of their records'."""
     noise_multiplier: Annotated[float, NOT_NEGATIVE, Unit("clip norms")] = 0.0
     """Standard deviation of the noise over the clip norm. 0: the least that keeps every round of the run within
     ``privacy.epsilon``, found by each site for its own size."""
@@ -208,11 +217,19 @@ class PrivacyConfig(Section):
     colluders: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 1
     """For ``secure-sum``: most sites of a sum that may tell the server all they know. A sum has at least so many sites
     beside the honest ones."""
+    drop_outs: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
+    """For ``secure-sum``: most sites that may be lost from an attempt, whose sum is then that of the others. They are
+    beside the honest ones and the colluders. 0: a missing vector costs the attempt, and a round has fewer messages."""
 
     @property
     def mechanism(self) -> Mechanism:
-        """The row that the mode names."""
-        return MECHANISMS[self.mode]
+        """The row that the mode names, by the unit."""
+        return MECHANISMS[self.mode].of_unit(self.unit)
+
+    @property
+    def rows_of_unit(self) -> int:
+        """Most records that belong to one unit."""
+        return self.records_per_person if self.mechanism.unit.grouped else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,8 @@ def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partiti
     The division follows from the records, ``data.partition``, ``data.seed`` and the number of sites,
     and is computed once per process. ``iid`` gives equal sizes but for one record; ``dirichlet`` draws
     each label's shares from Dirichlet(``data.dirichlet-alpha``); ``natural`` deals whole keys, largest
-    first, each to the site with the fewest records so far.
+    first, each to the site with the fewest records so far. Where ``data.person`` is read persons are divided so, each
+    with all their records, by the first of them.
 
     Args:
         train: records of all sites.
@@ -91,7 +92,8 @@ def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partiti
 
     Raises:
         ConfigError: ``partition_id`` is out of range, or ``dirichlet`` is asked of records without labels.
-        DataError: fewer records or keys than sites, or no Dirichlet draw gave every site a record.
+        DataError: fewer records, persons or keys than sites, or no Dirichlet draw gave every site a record, or a person
+            has records of several keys.
     """
     positive(num_partitions=num_partitions)
     if not 0 <= partition_id < num_partitions:
@@ -109,6 +111,8 @@ def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partiti
 @lru_cache(maxsize=8)
 def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tuple[int, ...], ...]:
     """Return the indices into ``train`` that each site has."""
+    if any(example.person for example in train.examples):
+        return _shares_of_persons(train, config, num_partitions)
     columns: dict[str, list[int]] = {}
     if config.partition == "dirichlet":
         columns["label"] = [example.label for example in train.examples if example.label is not None]
@@ -146,6 +150,29 @@ def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tu
                 f"no division of {len(train.examples)} records with data.dirichlet-alpha {config.dirichlet_alpha} "
                 f"gave each of {num_partitions} sites a record: raise alpha, or use fewer sites"
             ) from error
+
+
+def _shares_of_persons(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tuple[int, ...], ...]:
+    """Return the same where persons are divided, each by the first of their records, which all the others follow."""
+    held: dict[str, list[int]] = {}
+    for i, example in enumerate(train.examples):
+        held.setdefault(example.person, []).append(i)
+    if len(held) < num_partitions:
+        raise DataError(
+            f"{train.name} has {len(held)} different values of data.person {config.person!r}, too few for "
+            f"{num_partitions} sites: use at most {len(held)}"
+        )
+    if config.partition == "natural":
+        for own in held.values():
+            if len({train.examples[i].key for i in own}) > 1:
+                raise DataError(
+                    f"a person of {train.name} (data.person {config.person!r}) has records with several values of "
+                    f"data.key {config.key!r}, which would divide them: choose another data.partition"
+                )
+    everyone = list(held.values())
+    firsts = tuple(dataclasses.replace(train.examples[own[0]], person="") for own in everyone)
+    parts = _shares(dataclasses.replace(train, examples=firsts), config, num_partitions)
+    return tuple(tuple(i for number in part for i in everyone[number]) for part in parts)
 
 
 def _sites_of_keys(train: Dataset, config: DataConfig, num_partitions: int) -> list[int]:

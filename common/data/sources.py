@@ -23,7 +23,7 @@ from common.errors import ConfigError, DataError, UnreadableFile
 from common.tasks import TASKS
 from common.tasks.cells import is_missing
 from common.tasks.examples import Dataset
-from common.tasks.roles import KEY, LABEL, SLICE, Column
+from common.tasks.roles import KEY, LABEL, PERSON, SLICE, Column
 from common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
 
 MOST_SLICES = 50
@@ -79,10 +79,14 @@ def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str,
     return named.label_phrases if named and named.label_names == labels else ()
 
 
-def _load(config: DataConfig, task: str, source: str | None, *, protected: bool) -> Reading:
+def _load(config: DataConfig, task: str, source: str | None, *, protected: bool, persons: bool = False) -> Reading:
     OneOf(TASKS).check("model.task", task)
     source = config.name if source is None else source
-    key = config.key if config.partition == "natural" and source == config.name else ""
+    whole = source == config.name
+    key, person = config.key if config.partition == "natural" and whole else "", ""
+    # Of the server's public test file it is read where sites' records are read beside it, and no one may be in both.
+    if whole or protected or persons:
+        person = config.person
     labels = _configured_labels(config)
     if source in DATASETS:
         _check_named(source, task, labels, config)
@@ -90,11 +94,12 @@ def _load(config: DataConfig, task: str, source: str | None, *, protected: bool)
             raise ConfigError(
                 f"data.slice is {config.slice!r}, and {source!r} has no columns to choose from: leave it empty"
             )
-        reading = Reading(_load_named(source, key))
+        reading = Reading(_load_named(source, key, person))
     else:
         kind = TASKS[task]
         tables, unreadable = _tables(source, task, protected=protected)
         more = [Column(KEY, key)] if key else []
+        more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
         columns = (*kind.columns(config), *more)
         dataset, unfit = read_rows(source, tables, columns, kind.example, labels, protected=protected)
@@ -171,7 +176,7 @@ def _configured_labels(config: DataConfig) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4)
-def _load_named(name: str, key: str) -> Dataset:
+def _load_named(name: str, key: str, person: str) -> Dataset:
     """Load a named data set; kept, because a simulation asks for it again every round."""
     named = DATASETS[name]
     kind = TASKS[named.task]
@@ -185,6 +190,8 @@ def _load_named(name: str, key: str) -> Dataset:
         read = [Column(role, role.field) for role in kind.roles if role.field in given]
     if key:
         read.append(Column(KEY, key))
+    if person:
+        read.append(Column(PERSON, person))
     return read_rows(name, [table], read, kind.example, named.label_names)[0]
 
 
@@ -276,11 +283,17 @@ def train_and_test(config: DataConfig, task: str) -> tuple[Dataset, Dataset]:
     that no site gets. Kept, because every process asks again in every round.
 
     Raises:
-        DataError: a source cannot be read, or the two sources do not have the same labels.
+        DataError: a source cannot be read, or the two sources do not have the same labels, or have a person in common.
     """
     if not config.test:
         return public_split(load_dataset(config, task), config.test_size, config.seed)
-    train, test = load_dataset(config, task), load_dataset(config, task, config.test)
+    train = load_dataset(config, task)
+    test = _load(config, task, config.test, protected=False, persons=bool(config.person)).dataset
+    if {example.person for example in train.examples} & {example.person for example in test.examples} - {""}:
+        raise DataError(
+            f"{config.test} has records of a person who is in {config.name} as well (data.person {config.person!r}): "
+            "a score on them would not be of new people; leave these persons out of one of the two"
+        )
     if train.label_names != test.label_names:
         raise DataError(
             f"{config.name} has the labels {', '.join(train.label_names)}, {config.test} has "

@@ -16,7 +16,8 @@ def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, 
     """Divide a data set into a training part and a public test part.
 
     The parts are disjoint and together are the data set. Records that are alike (``Example.likeness``: texts that
-    differ in case and blanks alone) are on the same side, so a premise with several hypotheses is never split. The
+    differ in case and blanks alone) are on the same side, so a premise with several hypotheses is never split; so are
+    the records of one person (``Example.person``), and whatever is tied to them by either. The
     test part follows from what records hold and the seed alone, not from the order of records, the platform or a
     library. Its classes are in the proportions of the whole, as far as records that are alike allow.
 
@@ -43,7 +44,8 @@ def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, 
     if not chosen:
         raise DataError(
             f"no public test part of {test_size} records can be taken from {dataset.name}, because every text "
-            f"occurs more than {test_size} times: name a file as data.test"
+            f"{'and person ' * any(example.person for example in dataset.examples)}occurs more than {test_size} times: "
+            "name a file as data.test"
         )
     held_out = set(chosen)
     train = tuple(example for i, example in enumerate(dataset.examples) if i not in held_out)
@@ -55,8 +57,8 @@ def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, 
 def _test_records(dataset: Dataset, test_size: int, seed: int) -> tuple[int, ...]:
     """Return the indices of the test part, in its order."""
     groups: dict[str, list[int]] = {}
-    for i, example in enumerate(dataset.examples):
-        groups.setdefault(example.likeness(), []).append(i)
+    for i, name in enumerate(_tied(dataset)):
+        groups.setdefault(name, []).append(i)
     # Sorting by a keyed hash is a shuffle that no library version can change.
     mixed = sorted(groups, key=lambda text: hashlib.sha256(f"{seed}/public-test/{text}".encode()).digest())
     places = _quotas(Counter(example.label for example in dataset.examples), test_size)
@@ -70,6 +72,26 @@ def _test_records(dataset: Dataset, test_size: int, seed: int) -> tuple[int, ...
                 places.subtract(classes)
                 chosen.update(dict.fromkeys(members))
     return tuple(chosen)
+
+
+def _tied(dataset: Dataset) -> list[str]:
+    """Return for each record a text that those have alike which must be on one side."""
+    texts = [example.likeness() for example in dataset.examples]
+    if not any(example.person for example in dataset.examples):
+        return texts
+    # Union of sets: a text and a person are tied by a record that has both.
+    above: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def top(name: tuple[str, str]) -> tuple[str, str]:
+        while above.setdefault(name, name) != name:
+            above[name] = above[above[name]]
+            name = above[name]
+        return name
+
+    for example, text in zip(dataset.examples, texts, strict=True):
+        first, second = sorted((top(("text", text)), top(("person", example.person or text))))
+        above[second] = first
+    return ["/".join(top(("text", text))) for text in texts]
 
 
 def _quotas(counts: Counter[int | None], places: int) -> Counter[int | None]:

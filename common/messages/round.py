@@ -3,7 +3,7 @@
 Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is the only field computed
 from records, or the masked ``words`` in its place, and it has passed clip and noise; a site whose policy says so adds a
 noised count, which its ledger has paid for. The rest follows from configuration and from the ledger's arithmetic on
-it, and a key from nothing at all.
+it, and keys, shares and signatures from nothing at all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from common.accountant import INITIALISATION, TRAINING, Accountant
 from common.messages.state import AdapterState
 from common.privacy.events import Event
 from common.secure_sum.attempt import KeyOffer
+from common.secure_sum.recovery import Agreement, Sharing
 from common.strict_json import Endless
 
 PROTOCOL = 4
@@ -49,6 +50,8 @@ class TrainTask:
     """Of a secure sum, from 0; 0 as well where none is asked for."""
     offers: tuple[KeyOffer, ...] = ()
     """The keys of all sites of a secure sum, in the order of their names; empty where none is asked for."""
+    sealed: tuple[bytes, ...] = ()
+    """Where sites may be lost from the sum: what each of these sites has sealed for this one; else empty."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,74 @@ class KeyReply:
     offer: KeyOffer
 
 
-Task = TrainTask | KeyTask
+@dataclass(frozen=True)
+class ShareTask:
+    """Server to site, where sites may be lost from a sum: share the secrets of your masks out among these sites."""
+
+    run: str
+    round_number: int
+    attempt: int
+    offers: tuple[KeyOffer, ...]
+    """Keys to seal the shares with, of all sites that gave one, in the order of their names."""
+
+
+@dataclass(frozen=True)
+class ShareReply:
+    """Site to server: the key of its masks, and its sealed shares. They follow from no record."""
+
+    run: str
+    round_number: int
+    site: str
+    sharing: Sharing
+
+
+@dataclass(frozen=True)
+class SurvivorTask:
+    """Server to site, after the vectors: these sites' have come; sign that the sum is of them and of no others."""
+
+    run: str
+    round_number: int
+    attempt: int
+    survivors: tuple[str, ...]
+    """In the order of their names."""
+
+
+@dataclass(frozen=True)
+class SurvivorReply:
+    """Site to server: its signature."""
+
+    run: str
+    round_number: int
+    site: str
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class UnmaskTask:
+    """Server to site: so many have signed that list; tell one share of each site."""
+
+    run: str
+    round_number: int
+    attempt: int
+    signatures: tuple[tuple[str, bytes], ...]
+    """By site."""
+
+
+@dataclass(frozen=True)
+class UnmaskReply:
+    """Site to server: a share of each site of the sum, of its own mask if it survived, else of its key."""
+
+    run: str
+    round_number: int
+    site: str
+    shares: tuple[bytes, ...]
+    """In the order of the sites' names."""
+
+
+SumTask = KeyTask | ShareTask | SurvivorTask | UnmaskTask
+"""What is asked for a secure sum beside the vectors."""
+SumReply = KeyReply | ShareReply | SurvivorReply | UnmaskReply
+Task = TrainTask | SumTask
 
 
 SPENDING_PURPOSES = (TRAINING, INITIALISATION)
@@ -139,6 +209,8 @@ class TrainResult:
     """In a secure sum, the masked vector: little-endian u32, in the canonical order of the trained tensors."""
     offer: KeyOffer | None = None
     """In a secure sum, the site's key for the first attempt at the next round, if it has a budget for that."""
+    rank: int = 0
+    """How many columns the site trains, declared by its operator as public; 0 where the strategy does not ask."""
 
 
 REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")
@@ -160,4 +232,4 @@ class Refusal:
 
 
 Reply = TrainResult | Refusal
-KeyAnswer = KeyReply | Refusal
+SumAnswer = SumReply | Refusal

@@ -8,18 +8,26 @@ protocol version is a ProtocolError.
 
 The header record has ``protocol`` (a whole number that every version can read) and ``body``::
 
-    every message   kind: u8 (place in ``_KINDS``: 0 task, 1 result, then refusals, then keys), round: u32, run: text
+    every message   kind: u8 (place in ``_KINDS``: 0 task, 1 result, then refusals, then sums), round: u32, run: text
     task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each; for
-                    a secure sum attempt: u32, number of sites: u16, and of each its name: text, key and signature
+                    a secure sum attempt: u32, number of sites: u16, and of each its name: text, key and signature;
+                    if sites may be lost from it then what each has sealed for the receiver: 82 bytes
     result          site: text, public size: i64, layout: 8 bytes, parts: u8, then the parts
       1 spending    figures as in ``_SPENT``; event; accountant as in ``_ACCOUNTANT``; version of dp-accounting: text
       2 count       value: i32, standard deviation of its noise: f64
       4 detour      of the spending's accountant, as in ``_DETOUR``
       8 sum         none in the header; the block ``sum`` of u32 stands in the place of the tensors
      16 next key    key: 32 bytes, signature: 64 bytes; only beside a sum
+     32 rank        u32; only where sites declare one
     refusal         site: text, reason: text
     key task        attempt: u32
     key             site: text, key: 32 bytes, signature: 64 bytes
+    share task      attempt: u32, number of sites: u16, and of each its name: text, key and signature
+    shares          site: text, key: 32 bytes, signature: 64 bytes, number of holders: u16, for each 82 bytes
+    survivor task   attempt: u32, number of sites: u16, and of each its name: text
+    survivors       site: text, context: 32 bytes, signature: 64 bytes
+    unmask task     attempt: u32, number of sites: u16, and of each its name: text, and its signature: 64 bytes
+    unmasking       site: text, number of sites: u16, and of each a share: 33 bytes
     event           hash of the names of its kind and figures: 8 bytes; figures in the order of their names: f64 each
 
 Little-endian. A text is its length in bytes (u16) and UTF-8. Fingerprints travel as their first 128
@@ -33,7 +41,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -50,23 +58,34 @@ from common.messages.round import (
     PROTOCOL,
     REFUSAL_KINDS,
     SPENDING_PURPOSES,
-    KeyAnswer,
     KeyReply,
     KeyTask,
     NoisedCount,
     Refusal,
     Reply,
+    ShareReply,
+    ShareTask,
     Spending,
+    SumAnswer,
+    SumReply,
+    SumTask,
+    SurvivorReply,
+    SurvivorTask,
     Task,
     TrainResult,
     TrainTask,
+    UnmaskReply,
+    UnmaskTask,
 )
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
 from common.packed import Form
 from common.privacy.events import EVENTS, Event
 from common.secure_sum.attempt import KeyOffer
+from common.secure_sum.identity import SIGNATURE_BYTES
+from common.secure_sum.recovery import SEALED_BYTES, Agreement, Sharing
 from common.secure_sum.roster import MOST_SITES
+from common.secure_sum.shares import SHARE_BYTES
 
 STYPE, WORDS_STYPE = "f32le", "u32le"
 Layout = dict[str, dict[str, tuple[int, ...]]]
@@ -75,8 +94,23 @@ _PREFIX, _LENGTH = struct.Struct("<BI"), struct.Struct("<H")
 _TASK, _RESULT = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB")
 _COUNT, _MARK = struct.Struct("<id"), struct.Struct("<8s")
 _ATTEMPT, _SITES, _KEY = struct.Struct("<I"), struct.Struct("<H"), struct.Struct("<32s64s")
-_KINDS = ("train", "result", *REFUSAL_KINDS, "key task", "key")
-_SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY = 1, 2, 4, 8, 16
+_SIGNATURE = struct.Struct(f"<{SIGNATURE_BYTES}s")
+_SUM_TASKS: dict[str, type[SumTask]] = {
+    "key task": KeyTask,
+    "share task": ShareTask,
+    "survivor task": SurvivorTask,
+    "unmask task": UnmaskTask,
+}
+_SUM_REPLIES: dict[str, type[SumReply]] = {
+    "key": KeyReply,
+    "shares": ShareReply,
+    "survivors": SurvivorReply,
+    "unmasking": UnmaskReply,
+}
+_FOR_SUMS = [kind for pair in zip(_SUM_TASKS, _SUM_REPLIES, strict=True) for kind in pair]
+_KINDS = ("train", "result", *REFUSAL_KINDS, *_FOR_SUMS)
+_SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY, _RANKED = 1, 2, 4, 8, 16, 32
+_RANK = struct.Struct("<I")
 """Bits of a result's ``parts``."""
 _SPENT = Form(
     Spending,
@@ -291,19 +325,56 @@ def kind_of_task(record: RecordDict) -> type[Task]:
         ProtocolError: it is none.
     """
     kind = _Reader(record).kind
-    if kind not in ("train", "key task"):
+    if kind != "train" and kind not in _SUM_TASKS:
         raise ProtocolError(f"a site expects a task, not a reply of kind {kind!r}")
-    return KeyTask if kind == "key task" else TrainTask
+    return TrainTask if kind == "train" else _SUM_TASKS[kind]
 
 
-def decode_key_task(record: RecordDict) -> KeyTask:
-    """Return the task to make a key; ProtocolError if it is none."""
+def decode_sum_task(record: RecordDict) -> SumTask:
+    """Return what is asked for a secure sum beside a vector; ProtocolError if it is nothing of that."""
     reader = _Reader(record)
-    if reader.kind != "key task":
-        raise ProtocolError(f"a task to make a key was expected, not {reader.kind!r}")
+    if reader.kind not in _SUM_TASKS:
+        raise ProtocolError(f"a task of a secure sum was expected, not {reader.kind!r}")
     (attempt,) = reader.take(_ATTEMPT, "attempt")
+    kind = _SUM_TASKS[reader.kind]
+    where = reader.run, reader.round_number, attempt
+    task: SumTask
+    if kind is KeyTask:
+        task = KeyTask(*where)
+    elif kind is ShareTask:
+        task = ShareTask(*where, tuple(_key(reader) for _ in range(_count_of(reader))))
+    elif kind is SurvivorTask:
+        task = SurvivorTask(*where, tuple(_site(reader) for _ in range(_count_of(reader))))
+    else:
+        signed = ((_site(reader), *reader.take(_SIGNATURE, "signature")) for _ in range(_count_of(reader)))
+        task = UnmaskTask(*where, tuple((site, signature) for site, signature in signed))
     reader.end()
-    return KeyTask(reader.run, reader.round_number, attempt)
+    return task
+
+
+def _pack_sum_task(task: SumTask) -> RecordDict:
+    kind = next(name for name, own in _SUM_TASKS.items() if own is type(task))
+    rest = _ATTEMPT.pack(task.attempt)
+    if isinstance(task, ShareTask):
+        rest += _SITES.pack(len(task.offers)) + b"".join(map(_pack_key, task.offers))
+    elif isinstance(task, SurvivorTask):
+        rest += _SITES.pack(len(task.survivors)) + b"".join(_text(site, 200) for site in task.survivors)
+    elif isinstance(task, UnmaskTask):
+        signed = (_text(site, 200) + _SIGNATURE.pack(signature) for site, signature in task.signatures)
+        rest += _SITES.pack(len(task.signatures)) + b"".join(signed)
+    return _pack(kind, task.round_number, task.run, rest)
+
+
+def _count_of(reader: _Reader) -> int:
+    (sites,) = reader.take(_SITES, "sites")
+    if not 0 < sites <= MOST_SITES:
+        raise ProtocolError(f"the message names {sites} sites of a sum, and 1 to {MOST_SITES} are possible")
+    return int(sites)
+
+
+def _blocks(reader: _Reader, count: int, size: int, name: str) -> tuple[bytes, ...]:
+    form = struct.Struct(f"<{size}s")
+    return tuple(reader.take(form, name)[0] for _ in range(count))
 
 
 def _pack_key(offer: KeyOffer) -> bytes:
@@ -323,23 +394,17 @@ def _site(reader: _Reader) -> str:
     return site
 
 
-def _offers(reader: _Reader) -> tuple[int, tuple[KeyOffer, ...]]:
-    (attempt,), (sites,) = reader.take(_ATTEMPT, "attempt"), reader.take(_SITES, "sites")
-    if not 0 < sites <= MOST_SITES:
-        raise ProtocolError(f"the task names {sites} sites of a sum, and 1 to {MOST_SITES} are possible")
-    return attempt, tuple(_key(reader) for _ in range(sites))
-
-
 def encode_task(task: Task) -> RecordDict:
     """Return a task as Flower records."""
-    if isinstance(task, KeyTask):
-        return _pack("key task", task.round_number, task.run, _ATTEMPT.pack(task.attempt))
+    if not isinstance(task, TrainTask):
+        return _pack_sum_task(task)
     marks = [_mark(value) for value in (task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint)]
     basis = {"basis": task.basis} if task.basis else {}
     layouts = _layout_hash(layout_of(task.state)), _layout_hash(layout_of(task.basis)) if basis else bytes(8)
     header = _TASK.pack(*marks, *layouts)
     if task.offers:
         header += _ATTEMPT.pack(task.attempt) + _SITES.pack(len(task.offers)) + b"".join(map(_pack_key, task.offers))
+        header += b"".join(task.sealed)
     return _pack("train", task.round_number, task.run, header, adapter=task.state, **basis)
 
 
@@ -355,7 +420,11 @@ def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None 
     if reader.kind != "train":
         raise ProtocolError(f"a site expects a task, not a reply of kind {reader.kind!r}")
     base, start, basis_mark, state_layout, once_layout = reader.take(_TASK, "fingerprints")
-    attempt, offers = _offers(reader) if reader.more else (0, ())
+    attempt, offers, sealed = 0, tuple[KeyOffer, ...](), tuple[bytes, ...]()
+    if reader.more:
+        (attempt,) = reader.take(_ATTEMPT, "attempt")
+        offers = tuple(_key(reader) for _ in range(_count_of(reader)))
+        sealed = _blocks(reader, len(offers), SEALED_BYTES, "sealed shares") if reader.more else ()
     reader.end()
     basis: AdapterState = {}
     if "basis" in record.array_records:
@@ -370,13 +439,24 @@ def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None 
         start_fingerprint=_fingerprint(start),
         attempt=attempt,
         offers=offers,
+        sealed=sealed,
     )
 
 
-def encode_reply(reply: Reply | KeyReply) -> RecordDict:
-    """Return a result, a key or a refusal as Flower records."""
+def encode_reply(reply: Reply | SumReply) -> RecordDict:
+    """Return a result, what is sent for a sum beside it, or a refusal as Flower records."""
     if isinstance(reply, KeyReply):
         return _pack("key", reply.round_number, reply.run, _pack_key(reply.offer))
+    if isinstance(reply, ShareReply):
+        sealed = reply.sharing.sealed
+        rest = _pack_key(reply.sharing.offer) + _SITES.pack(len(sealed)) + b"".join(sealed)
+        return _pack("shares", reply.round_number, reply.run, rest)
+    if isinstance(reply, SurvivorReply):
+        word = _KEY.pack(reply.agreement.digest, reply.agreement.signature)
+        return _pack("survivors", reply.round_number, reply.run, _text(reply.site, 200) + word)
+    if isinstance(reply, UnmaskReply):
+        rest = _text(reply.site, 200) + _SITES.pack(len(reply.shares)) + b"".join(reply.shares)
+        return _pack("unmasking", reply.round_number, reply.run, rest)
     if isinstance(reply, Refusal):
         return _pack(reply.kind, reply.round_number, reply.run, _text(reply.site, 200) + _text(reply.reason))
     present, parts, layout = 0, b"", _layout_hash(layout_of(reply.contribution))
@@ -390,6 +470,8 @@ def encode_reply(reply: Reply | KeyReply) -> RecordDict:
     present |= _SUMMED if reply.words else 0
     if reply.offer is not None:
         present, parts = present | _NEXT_KEY, parts + _KEY.pack(reply.offer.public, reply.offer.signature)
+    if reply.rank:
+        present, parts = present | _RANKED, parts + _RANK.pack(reply.rank)
     header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
     if not reply.words:
         return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
@@ -399,21 +481,34 @@ def encode_reply(reply: Reply | KeyReply) -> RecordDict:
     return record
 
 
-def decode_key_reply(record: RecordDict, run: str, round_number: int) -> KeyAnswer:
-    """Return the answer to a task to make a key.
+def decode_sum_reply(record: RecordDict, task: SumTask) -> SumAnswer:
+    """Return the answer to a task of a secure sum that asks for no vector.
 
     Raises:
-        ProtocolError: it belongs to another run or round, or anything in it is not as expected.
+        ProtocolError: it belongs to another run, round or kind of task, or anything in it is not as expected.
     """
     reader = _Reader(record)
     if reader.kind in REFUSAL_KINDS:
-        return _refusal(reader, run, round_number)
-    if reader.kind != "key":
-        raise ProtocolError(f"the server expects a key, not a message of kind {reader.kind!r}")
-    offer = _key(reader)
-    _check_asked(reader, offer.site, run, round_number)
+        return _refusal(reader, task.run, task.round_number)
+    wanted = _KINDS[1 + _KINDS.index(next(name for name, own in _SUM_TASKS.items() if own is type(task)))]
+    if reader.kind != wanted:
+        raise ProtocolError(f"the server expects a message of kind {wanted!r}, not of kind {reader.kind!r}")
+    site = _site(reader)
+    _check_asked(reader, site, task.run, task.round_number)
+    where = task.run, task.round_number, site
+    reply: SumReply
+    if isinstance(task, SurvivorTask):
+        reply = SurvivorReply(*where, Agreement(site, *reader.take(_KEY, "signature")))
+    elif isinstance(task, UnmaskTask):
+        reply = UnmaskReply(*where, _blocks(reader, _count_of(reader), SHARE_BYTES, "shares"))
+    else:
+        offer = KeyOffer(site, *reader.take(_KEY, "key"))
+        if isinstance(task, KeyTask):
+            reply = KeyReply(*where, offer)
+        else:
+            reply = ShareReply(*where, Sharing(offer, _blocks(reader, _count_of(reader), SEALED_BYTES, "shares")))
     reader.end()
-    return KeyReply(run, round_number, offer.site, offer)
+    return reply
 
 
 def _check_asked(reader: _Reader, site: str, run: str, round_number: int) -> None:
@@ -439,8 +534,10 @@ def _words(record: RecordDict, layout: Layout) -> bytes:
     return arrays["words"].data
 
 
-def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int) -> Reply:
-    """Return the reply; ``layout`` is what the strategy lets a site send.
+def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], run: str, round_number: int) -> Reply:
+    """Return the reply; ``layout`` is what the strategy lets a site send, perhaps by the rank that it declares.
+
+    Where it is by the rank it is asked for 0 if none is declared, and raises ProtocolError for one that cannot be.
 
     Raises:
         ProtocolError: it belongs to another run or round, or anything in it is not as expected.
@@ -449,27 +546,32 @@ def decode_reply(record: RecordDict, layout: Layout, run: str, round_number: int
     if reader.kind in REFUSAL_KINDS:
         return _refusal(reader, run, round_number)
     if reader.kind != "result":
-        raise ProtocolError(f"the server expects a reply, not a {'key' if reader.kind == 'key' else 'task'}")
+        raise ProtocolError(f"the server expects a reply, not a message of kind {reader.kind!r}")
     site = _site(reader)
     _check_asked(reader, site, run, round_number)
     size, mark, present = reader.take(_RESULT, "public size")
     if size < 1:
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
-    if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED | _NEXT_KEY):
+    if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED | _NEXT_KEY | _RANKED):
         raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
     spending = _spending(reader) if present & _SPENDING else None
     counted = _count(reader, spending) if present & _COUNTED else None
     if present & _DETOURED:
         spending = _detoured(reader, spending)
     offer = KeyOffer(site, *reader.take(_KEY, "next key")) if present & _NEXT_KEY else None
+    (rank,) = reader.take(_RANK, "rank") if present & _RANKED else (0,)
     reader.end()
+    if callable(layout):
+        layout = layout(rank)
+    elif rank:
+        raise ProtocolError(f"{site} declares a rank, which this run does not ask for")
     if present & _SUMMED:
         if mark != _layout_hash({}):
             raise ProtocolError(f"{site} sends a sum and tensors beside it")
         return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, layout), offer)
     if offer is not None:
         raise ProtocolError(f"{site} sends a key of a secure sum and no vector of one")
-    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted)
+    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted, rank=rank)
 
 
 def result_to_bytes(result: TrainResult) -> bytes:
@@ -479,7 +581,8 @@ def result_to_bytes(result: TrainResult) -> bytes:
 
 def result_from_bytes(data: bytes, layout: Layout, run: str, round_number: int) -> TrainResult:
     """Return the result that ``result_to_bytes`` made; ProtocolError if it is of another round or run."""
-    reply = decode_reply(recorddict_from_proto(ProtoRecordDict.FromString(data)), layout, run, round_number)
+    kept = recorddict_from_proto(ProtoRecordDict.FromString(data))
+    reply = decode_reply(kept, lambda _: layout, run, round_number)
     if not isinstance(reply, TrainResult):
         raise ProtocolError("what was kept is not a result")
     return reply

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.adapters import Adapter
+from common.adapters.nested import DEPTH, Depths, nested_ranks
+from common.adapters.split import split_columns
 from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.log import place_of
+from common.messages.columns import Chosen
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
@@ -34,8 +37,9 @@ from common.model.device import (
 )
 from common.model.lowered import lowered
 from common.model.shapes import FixedBatch, Shapes
-from common.randomness import stream
+from common.randomness import private_integers, stream
 from common.tasks import TASKS, Batch, Record, Task
+from common.tasks.base import OWNER
 from common.tasks.examples import Example
 from common.tasks.featured import FEATURES, TANGENTS, Featured, put_features
 from common.tasks.module import Metric
@@ -86,6 +90,8 @@ class FederatedModel:
         precision: str = "auto",
     ) -> None:
         self.base, self.adapter = base, adapter
+        self._depths: Depths | None = None
+        """Ranks of records, inside ``nested``."""
         self.max_length = task.limit(base, max_length)
         self.classes = len(label_names)
         self.device = choose_device(device)
@@ -230,13 +236,21 @@ class FederatedModel:
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
-        return {k: v.to(self.device) for k, v in self.task.collate(self.base, records).items()}
+        tensors = {k: v.to(self.device) for k, v in self.task.collate(self.base, _bare(records)).items()}
+        return {**tensors, **self._drawn(len(records))}
 
     def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
         """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
+        for batch, _ in self.fixed_groups(records, shapes):
+            yield batch
+
+    def fixed_groups(
+        self, records: Sequence[Record], shapes: Shapes | None = None
+    ) -> Iterator[tuple[FixedBatch, list[int]]]:
+        """Yield the same with the positions of each batch's records; of one length they keep their order."""
         shapes = shapes or self.shapes
         for length, group in shapes.groups([self.task.size(record) for record in records]):
-            yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length))
+            yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length)), group
 
     def length_batches(self, records: Sequence[Record], budget: int) -> Iterator[Batch]:
         """Yield ``records`` in batches of like length, each of at most ``budget`` tokens (``length_batches``)."""
@@ -245,9 +259,17 @@ class FederatedModel:
 
     def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
         """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
+        records = _bare(records)
         filler = [self.task.filler(self.base, records[0])] * (rows - len(records))
         tensors = self.task.collate(self.base, [*records, *filler], length)
-        return FixedBatch({key: value.to(self.device) for key, value in tensors.items()}, len(records))
+        moved = {key: value.to(self.device) for key, value in tensors.items()}
+        return FixedBatch({**moved, **self._drawn(rows)}, len(records))
+
+    def _drawn(self, rows: int) -> dict[str, Tensor]:
+        """Return a rank for each row of a batch, inside ``nested``: a record that passes again keeps its own."""
+        if self._depths is None:
+            return {}
+        return {DEPTH: 1 + private_integers(rows, self.adapter.rank).to(self.device)}
 
     @property
     def attention(self) -> str:
@@ -303,6 +325,41 @@ class FederatedModel:
             for parameter, part in zip(below.values(), moved, strict=True):
                 parameter.add_(part.view_as(parameter))
 
+    def columns_alone(self, chosen: Chosen | None) -> AbstractContextManager[None]:
+        """Let the chosen columns of every layer's B take a gradient in place of the adapter; the head stays.
+
+        Inside it ``trained`` has these columns as B, and afterwards B is whole again, with what was trained in it.
+
+        Args:
+            chosen: by layer; None: every trained tensor whole, so that nothing happens.
+        """
+        return nullcontext() if chosen is None else split_columns(self.adapter, self.peft_model, chosen)
+
+    @contextmanager
+    def factors_alone(self, names: Collection[str] | None) -> Iterator[None]:
+        """Let factors of these names alone take a gradient in every layer; the head stays.
+
+        Args:
+            names: of trained factors; None: all of them, so that nothing happens.
+        """
+        resting = [] if names is None else [p for (_, name), p in self.below_head().items() if name not in names]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """Draw a rank of its own for each record of a batch that is made inside it (``common.adapters.nested``)."""
+        with nested_ranks(self.adapter, self.peft_model) as self._depths:
+            try:
+                yield
+            finally:
+                self._depths = None
+
     def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""
         trained = self.trained()
@@ -343,8 +400,10 @@ class FederatedModel:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
-        with autocast(self.device, self.precision):
-            losses = self.task.losses(self.module, batch)
+        ranks = batch.get(DEPTH)
+        plain = batch if ranks is None else {key: tensor for key, tensor in batch.items() if key != DEPTH}
+        with autocast(self.device, self.precision), self._depths.of(ranks) if self._depths else nullcontext():
+            losses = self.task.losses(self.module, plain)
         if self.statistic is not None:
             losses = self.statistic(batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
@@ -352,6 +411,11 @@ class FederatedModel:
     def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:
         """Return accuracy and mean loss on ``records`` (at least one); ``slices`` as of score_records."""
         return score_records(self.module, self.task, self.base, records, self.device, self.precision, slices=slices)
+
+
+def _bare(records: Sequence[Record]) -> list[Record]:
+    """Return records without whose they are, which no batch has."""
+    return [{k: v for k, v in record.items() if k != OWNER} if OWNER in record else record for record in records]
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ class Claim:
     """The unit in one word."""
     leaves_out: tuple[str, ...] = ()
     """What somebody might take for promised, and is not."""
+    across: str = "their records are disjoint."
+    """Why a federation's figure is the maximum over its sites, or what that means for a unit at several of them."""
 
 
 NOTHING = Claim(NO_CLAIM, NO_CLAIM, NO_CLAIM, NO_CLAIM)

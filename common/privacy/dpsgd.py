@@ -11,7 +11,9 @@ what a federation needs and Opacus leaves open:
 * only a gradient that came from here, or was made of one after clip and noise, reaches the optimiser.
 
 Guarantee: with per-record losses, adding or removing one record changes the noiseless sum by at
-most ``clip_norm`` in L2 over all trained tensors together. That needs every record's gradient to be its
+most ``clip_norm`` in L2 over all trained tensors together. Where several rows belong to one unit
+(``common.privacy.together``), their gradients are summed first, and that holds for adding or removing the
+unit with all of them. It needs every record's gradient to be its
 own to the last bit, whoever is beside it: the batches have shapes that follow from each record alone
 (``common.model.shapes``), and a model that mixes records, or keeps something from one pass to the next, is
 refused before its first round (``client.rehearsal``). A record whose gradient cannot be computed in its
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,10 +39,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.adapters.branch import Branch
+from common.adapters.lora_diagonal import Diagonal
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
 from common.privacy.steps import Correct, as_it_is
+from common.privacy.together import Together
 from common.randomness import add_private_noise
 from common.secure_sum.masks import Words
 from common.secure_sum.rounding import rounded, total
@@ -56,6 +60,7 @@ TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter", "words")
 
 
 register_grad_sampler(Branch)(Branch.gradients)
+register_grad_sampler(Diagonal)(Diagonal.gradients)
 register_grad_sampler(Tangent)(Tangent.gradients)
 
 
@@ -96,6 +101,9 @@ class ClipAndNoise(DPOptimizer):
         """Return a parameter's sum with its noise on the grid, in float64 and of the parameter's shape."""
         return add_private_noise(parameter.summed_grad, std)
 
+    def read(self, plan: PrivacyPlan, margin: float) -> None:
+        """Note what ``noised`` needs of a plan beside the standard deviation, and the margin on it: here nothing."""
+
 
 class ClipAndShare(ClipAndNoise):
     """The same with a part of the noise, as whole steps of a grid that all sites of a sum have alike."""
@@ -103,6 +111,10 @@ class ClipAndShare(ClipAndNoise):
     share: float
     """Standard deviation of the part, before the margin; the grid follows from it."""
     margin: float
+
+    def read(self, plan: PrivacyPlan, margin: float) -> None:
+        """Note the site's part of the noise."""
+        self.share, self.margin = plan.noise_std, margin
 
     def noised(self, parameter: Any, std: float) -> Tensor:
         """Hang the noised sum on the parameter as ``words``, and return the same as numbers."""
@@ -182,6 +194,8 @@ class PrivateSteps:
             max_grad_norm=plan.event.clip_norm,
             expected_batch_size=plan.expected_batch_size,
         )
+        self._unit = plan.unit
+        self._mechanism.read(plan, noise_margin)
         self._released: list[tuple[Tensor, int]] = []
         # From now on, also after the context: this optimiser never sees a raw gradient.
         optimizer.register_step_pre_hook(self._check)
@@ -264,7 +278,37 @@ class PrivateSteps:
         self._mechanism.scale_grad()
 
     def _accumulate(self, batch: Any, losses: Callable[[Any], Tensor]) -> bool:
-        """Add a part's clipped gradients to the sum; return whether there were any.
+        """Add a part's clipped gradients, one of each unit, to the sum; return whether there were any."""
+        if isinstance(batch, Together):
+            return self._accumulate_together(batch, losses)
+        if self._unit.grouped:
+            # Clipped row by row, a unit would move the sum by a clip for each of its rows.
+            raise MechanismError(f"rows that belong to one {self._unit.name} did not come together: nothing is summed")
+        seen = False
+        for _ in self._passes(batch, losses):
+            self._mechanism.clip_and_accumulate()
+            seen = True
+        return seen
+
+    def _accumulate_together(self, units: Together, losses: Callable[[Any], Tensor]) -> bool:
+        """Sum the gradients of each unit's rows in float64, and add what the clip leaves of it to the step's sum."""
+        held = [p.new_zeros((units.units, *p.shape), dtype=torch.float64) for p in self._trained]
+        seen = False
+        for part, owners in units.parts:
+            for rows in self._passes(part, losses):
+                index = torch.tensor([owners[row] for row in rows], device=held[0].device)
+                for total_of_unit, parameter in zip(held, self._trained, strict=True):
+                    total_of_unit.index_add_(0, index, parameter.grad_sample.double())
+                seen = True
+        if seen:
+            for total_of_unit, parameter in zip(held, self._trained, strict=True):
+                parameter.grad_sample = total_of_unit
+            self._mechanism.clip_and_accumulate()
+            self._forget()
+        return seen
+
+    def _passes(self, batch: Any, losses: Callable[[Any], Tensor]) -> Iterator[range]:
+        """Yield which rows of a part have passed, while their gradients are in every ``grad_sample``.
 
         If the pass fails, each record of it passes alone in the same shape, which gives the same gradient, and one that
         fails there contributes zero.
@@ -280,12 +324,13 @@ class PrivateSteps:
                 raise
             if batch.records == 1:
                 log.warning("a record could not be computed and contributes zero: %s", place_of(error))
-                return False
-            seen = [self._accumulate(batch.alone(row), losses) for row in range(batch.records)]
-            return any(seen)
-        self._mechanism.clip_and_accumulate()
+                return
+            for row in range(batch.records):
+                for _ in self._passes(batch.alone(row), losses):
+                    yield range(row, row + 1)
+            return
+        yield range(len(self._trained[0].grad_sample))
         self._forget()
-        return True
 
     def _differentiate(self, batch: Any, losses: Callable[[Any], Tensor]) -> None:
         """Leave in every trained tensor's ``grad_sample`` the gradient of each record of ``batch``."""
@@ -331,19 +376,6 @@ class SummedSteps(PrivateSteps):
     """
 
     clipping: ClassVar[type[ClipAndNoise]] = ClipAndShare
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        plan: PrivacyPlan,
-        *,
-        noise_margin: float = 1.0,
-        before_pass: Callable[[], None] = lambda: None,
-        correct: Correct = as_it_is,
-    ) -> None:
-        super().__init__(module, optimizer, plan, noise_margin=noise_margin, before_pass=before_pass, correct=correct)
-        self._mechanism.share, self._mechanism.margin = plan.noise_std, noise_margin
 
     def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         """Clip, sum and noise one logical batch, and keep the words; a second step of a round is an error.

@@ -7,14 +7,17 @@ asks whether a run is private: what a caller needs to know is a property here, n
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from common.errors import ConfigError, MechanismError
 from common.privacy.accounting import Release
 from common.privacy.claim import NOTHING, Claim
+from common.privacy.units import PERSON, RECORD, UNITS, Unit
 
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
@@ -38,6 +41,10 @@ class Mechanism(ABC):
     name: ClassVar[str]
     """What ``privacy.mode`` calls it."""
     claim: ClassVar[Claim]
+    unit: Unit = RECORD
+    """Whom the claim speaks of, and what is drawn and clipped."""
+    units: ClassVar[tuple[Unit, ...]] = (RECORD, PERSON)
+    """What ``privacy.unit`` may be: see ``of_unit``."""
     noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]]
     """Where the noise is added that the price counts on."""
     charged: ClassVar[bool]
@@ -63,6 +70,21 @@ class Mechanism(ABC):
     plans: ClassVar[type[PrivacyPlan] | None] = None
     """What its plans are, where a site is charged."""
 
+    def of_unit(self, name: str) -> Mechanism:
+        """Return the row with another unit: all that it does and says is then by that.
+
+        A row that promises nothing is what it is by any unit.
+
+        Raises:
+            ConfigError: it cannot protect such units.
+        """
+        if name == self.unit.name or not self.claims:
+            return self
+        if name not in UNITS or UNITS[name] not in self.units:
+            known = " or ".join(repr(unit.name) for unit in self.units)
+            raise ConfigError(f"privacy.mode {self.name!r} does not protect a {name}: set privacy.unit to {known}")
+        return _of_unit(self, UNITS[name])
+
     @property
     def claims(self) -> bool:
         """Whether anything is promised."""
@@ -79,6 +101,11 @@ class Mechanism(ABC):
             raise ConfigError(
                 f"privacy.honest-sites is {config.privacy.honest_sites}, and with privacy.mode {self.name!r} no noise "
                 "is shared: leave it at 0, or set privacy.mode to 'secure-sum'"
+            )
+        if config.privacy.drop_outs:
+            raise ConfigError(
+                f"privacy.drop-outs is {config.privacy.drop_outs}, and with privacy.mode {self.name!r} no sum is lost "
+                "with a site: leave it at 0, or set privacy.mode to 'secure-sum'"
             )
 
     def check_row(self) -> None:
@@ -135,3 +162,11 @@ class Mechanism(ABC):
     @abstractmethod
     def promise(self, privacy: PrivacyConfig) -> str:
         """Return in a few words what a run with these settings promises, for its first line."""
+
+
+@lru_cache(maxsize=16)
+def _of_unit(row: Mechanism, unit: Unit) -> Mechanism:
+    made = copy.copy(row)
+    # Of this instance: the row has them as its class's.
+    vars(made).update(unit=unit, claim=unit.said(row.claim), counted=row.counted and not unit.grouped)
+    return made

@@ -19,6 +19,8 @@ from common.errors import MechanismError, PrivacyError
 from common.privacy.accounting import Release, check_terms, least_noise
 from common.privacy.events import Event, SampledGaussian, sampled_gaussian
 from common.privacy.steps import JUST_STEPS, Around, Steps
+from common.privacy.together import together
+from common.privacy.units import RECORD, Unit
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, TrainingConfig
     from common.messages.state import AdapterState
     from common.model.federated import FederatedModel
+    from common.model.shapes import Shapes
     from common.privacy.dpsgd import PrivateSteps
+    from common.privacy.together import Together
     from common.tasks import Batch, Record
 
 
@@ -48,7 +52,7 @@ class Plan(ABC):
         """
 
     @abstractmethod
-    def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch]:
+    def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch | Together]:
         """Return one step's records as the batches in which they pass the model."""
 
     @abstractmethod
@@ -83,7 +87,7 @@ class Plan(ABC):
 
 @dataclass(frozen=True)
 class PrivacyPlan(Plan):
-    """The plan of a site that pays: Poisson samples, one L2 clip a record, Gaussian noise, a public divisor.
+    """The plan of a site that pays: Poisson samples, one L2 clip a unit, Gaussian noise, a public divisor.
 
     Another mechanism states its own ``kind`` and overrides what it does otherwise.
 
@@ -102,6 +106,8 @@ class PrivacyPlan(Plan):
     delta: float
     max_epsilon: float
     """Budget of the data set, for the mechanism's unit, add or remove one."""
+    unit: Unit = RECORD
+    """What is drawn, clipped and counted as one."""
 
     def __post_init__(self) -> None:
         if self.event.kind != self.kind:
@@ -127,11 +133,11 @@ class PrivacyPlan(Plan):
         within the budget, on a data set that has spent nothing but ``before`` (releases that the run itself
         makes ahead of its first step, such as an initialisation); any other is used as it is, even if the
         budget then ends before the run does (the ledger stops it). ``public_size`` is the number of
-        records that the site declares, not the one that it counts.
+        units that the site declares, not the one that it counts.
 
         Raises:
             ConfigError: a figure is out of range, or none that an honest job has (``check_terms``).
-            PrivacyError: delta is above one over the public size, so that publishing a whole record
+            PrivacyError: delta is above one over the public size, so that publishing a whole unit
                 at random would satisfy it.
         """
         positive(total_steps=total_steps, public_size=public_size)
@@ -150,6 +156,7 @@ class PrivacyPlan(Plan):
             expected_batch_size=event.sample_rate * public_size,
             delta=privacy.delta,
             max_epsilon=privacy.epsilon,
+            unit=privacy.mechanism.unit,
         )
 
     @classmethod
@@ -159,23 +166,35 @@ class PrivacyPlan(Plan):
         return Event(cls.kind, {**figures, "clip_norm": privacy.clip_norm})
 
     def sample(self, size: int) -> list[int]:
-        """Return the positions of one Poisson sample of ``size`` records, from the operating system's entropy."""
+        """Return the numbers of one Poisson sample of ``size`` units, from the operating system's entropy."""
         from common import randomness  # It brings torch, which no command line needs.
 
         chosen: list[int] = randomness.private_poisson_sample(size, self.event.sample_rate).tolist()
         return chosen
+
+    def draws(self, records: Sequence[Record]) -> Iterator[list[int]]:
+        """Yield the positions of one sample of units after another: of each that is drawn all of its records."""
+        members = self.unit.members(records)
+        while True:
+            yield [position for number in self.sample(len(members)) for position in members[number]]
 
     def batches(
         self, model: FederatedModel, records: Sequence[Record], public: torch.Generator, first: int
     ) -> Iterator[list[int]]:
         """Yield one sample after another; the public stream has no part in it, nor has what came before."""
         del model, public, first
-        while True:
-            yield self.sample(len(records))
+        return self.draws(records)
 
-    def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch]:
-        """Return batches whose shapes follow from each record alone."""
-        return model.fixed_batches(records)
+    def parts(
+        self, model: FederatedModel, records: Sequence[Record], shapes: Shapes | None = None
+    ) -> Iterable[Batch | Together]:
+        """Return batches whose shapes follow from each record alone, by ``shapes`` or the model's own.
+
+        Where several records belong to one unit, theirs come together.
+        """
+        if self.unit.grouped:
+            return together(model, records, self.unit.members(records), shapes)
+        return model.fixed_batches(records) if shapes is None else model.fixed_batches(records, shapes)
 
     @contextmanager
     def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[PrivateSteps]:

@@ -5,14 +5,15 @@ other site, modulo 2³². The two sites of a pair derive the same mask, one adds
 server gets from one site is then uniform; only all vectors of an attempt together have a sum that means something,
 and that is the rounded sum of what the sites hold, plus noise of which each has drawn a part.
 
-All or nothing: an attempt in which one vector is missing has no sum. Who may take part is a roster of signing keys that
+An attempt in which one vector is missing has no sum, unless its sites have shared the secrets of their masks
+(``recovery``). Who may take part is a roster of signing keys that
 a site's steward was given by hand (``roster``); the masks' keys are made anew for each attempt and signed
 (``attempt``); everything that the sites must agree on goes into each mask (``context``), so that a server which told
 two sites different things gets uniform words. Why noise that each site rounds for itself keeps the price of one
 Gaussian: ``docs/secure-sum.md``, which has the proof and the adversary.
 
 The masks are those of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
-section 4.1, without its recovery from drop-outs.
+section 4.1.
 """
 
 from __future__ import annotations
@@ -20,20 +21,28 @@ from __future__ import annotations
 from common.secure_sum.attempt import KeyOffer, SiteAttempt
 from common.secure_sum.context import AttemptName, Context, Task, Terms
 from common.secure_sum.identity import Identity
+from common.secure_sum.recovery import Agreement, Holder, RecoverableAttempt, Sharing, least_sites, threshold, unmasked
 from common.secure_sum.roster import Roster
 from common.secure_sum.rounding import check_headroom, noise_share, rounded, total
 
 __all__ = [
+    "Agreement",
     "AttemptName",
     "Context",
+    "Holder",
     "Identity",
     "KeyOffer",
+    "RecoverableAttempt",
     "Roster",
+    "Sharing",
     "SiteAttempt",
     "Task",
     "Terms",
     "check_headroom",
+    "least_sites",
     "noise_share",
     "rounded",
+    "threshold",
     "total",
+    "unmasked",
 ]

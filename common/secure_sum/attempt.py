@@ -7,8 +7,8 @@ drops the key; it cannot wipe the memory that held it.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -33,17 +33,52 @@ class KeyOffer:
 
 
 def _signed(name: AttemptName, site: str, public: bytes) -> bytes:
-    return canonical(
-        f"{PROTOCOL}/key",
-        {
-            "run": name.run,
-            "round_number": name.round_number,
-            "attempt": name.attempt,
-            "roster": name.roster,
-            "site": site,
-            "public": public,
-        },
-    )
+    return canonical(f"{PROTOCOL}/key", {**asdict(name), "site": site, "public": public})
+
+
+def checked_keys(
+    offers: Sequence[KeyOffer],
+    own: KeyOffer,
+    name: AttemptName,
+    roster: Roster,
+    signed: Callable[[AttemptName, str, bytes], bytes],
+) -> dict[str, bytes]:
+    """Return the public keys of an attempt by site, once every one of them is known to be its site's.
+
+    Args:
+        offers: as the server says, this site's among them.
+        own: this site's, as it made it.
+        name: of the attempt.
+        roster: the steward's own, never the server's.
+        signed: returns what a site signs of its key.
+
+    Raises:
+        ProtocolError: the attempt is of another roster; an offer is of no site of it, is there twice, is not signed by
+            that site for this attempt, or is another than this site's own; or a key is there twice.
+    """
+    if roster.digest != name.roster:
+        raise ProtocolError("the attempt is of another roster than this site's: stewards must agree on one")
+    keys: dict[str, bytes] = {}
+    for offer in offers:
+        if offer.site not in roster.keys:
+            raise ProtocolError(f"site {offer.site!r} is not in the roster: its noise may be anybody's")
+        if offer.site in keys or offer.public in keys.values():
+            raise ProtocolError(f"the key of site {offer.site!r} is there twice: no mask would hide anything")
+        if not is_signed(signed(name, offer.site, offer.public), offer.signature, roster.keys[offer.site]):
+            raise ProtocolError(f"the key of site {offer.site!r} is not signed by that site for this attempt")
+        keys[offer.site] = offer.public
+    if keys.get(own.site) != own.public:
+        raise ProtocolError("this site's own key is not among those of the attempt: its masks would not be its own")
+    return keys
+
+
+def check_count(sites: int, honest: int, colluders: int) -> None:
+    """Raise ProtocolError unless so many sites are enough for a sum."""
+    if sites < honest + colluders:
+        raise ProtocolError(
+            f"the attempt has {sites} sites: {honest} honest ones beside {colluders} that may collude need "
+            f"{honest + colluders}"
+        )
 
 
 class SiteAttempt:
@@ -85,24 +120,8 @@ class SiteAttempt:
                 attempt, or is another than this site's own; a key is there twice, or is none; the sites are too few; or
                 another task was given for the same attempt before.
         """
-        if roster.digest != self.name.roster:
-            raise ProtocolError("the attempt is of another roster than this site's: stewards must agree on one")
-        keys: dict[str, bytes] = {}
-        for offer in offers:
-            if offer.site not in roster.keys:
-                raise ProtocolError(f"site {offer.site!r} is not in the roster: its noise may be anybody's")
-            if offer.site in keys or offer.public in keys.values():
-                raise ProtocolError(f"the key of site {offer.site!r} is there twice: no mask would hide anything")
-            if not is_signed(_signed(self.name, offer.site, offer.public), offer.signature, roster.keys[offer.site]):
-                raise ProtocolError(f"the key of site {offer.site!r} is not signed by that site for this attempt")
-            keys[offer.site] = offer.public
-        if keys.get(self._site) != self.offer.public:
-            raise ProtocolError("this site's own key is not among those of the attempt: its masks would not be its own")
-        if len(keys) < terms.least_sites:
-            raise ProtocolError(
-                f"the attempt has {len(keys)} sites: {terms.honest_sites} honest ones beside {terms.colluders} that "
-                f"may collude need {terms.least_sites}"
-            )
+        keys = checked_keys(offers, self.offer, self.name, roster, _signed)
+        check_count(len(keys), terms.honest_sites, terms.colluders)
         context = Context(self.name, terms, task, keys)
         if self._context is not None and self._context.encoded() != context.encoded():
             raise ProtocolError("another task was given for this attempt before: each attempt has one")

@@ -102,6 +102,8 @@ class Context:
     task: Task
     keys: Mapping[str, bytes]
     """Public keys of the masks (X25519, raw bytes) by the sites' names."""
+    sharing: bytes = b""
+    """Hash of who holds shares of the masks' secrets, and of how many tell them; empty where nobody does."""
 
     def encoded(self) -> bytes:
         """Return all of it in canonical form."""
@@ -114,7 +116,8 @@ class Context:
             "word_bits": WORD_BITS,
             "keys": [[name, self.keys[name]] for name in sorted(self.keys)],
         }
-        return canonical(f"{PROTOCOL}/context", values)
+        # By a name of its own, so that no context with holders has the bytes of one without.
+        return canonical(f"{PROTOCOL}/context", values | ({"sharing": self.sharing} if self.sharing else {}))
 
     def digest(self) -> bytes:
         """Return the SHA-256 of the canonical form, 32 bytes."""

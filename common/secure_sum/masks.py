@@ -35,13 +35,22 @@ def pair_seed(secret_key: X25519PrivateKey, peer_key: bytes, context: bytes, own
     Raises:
         ProtocolError: the key is none, or one of the few with which every secret is zero.
     """
-    try:
-        secret = secret_key.exchange(X25519PublicKey.from_public_bytes(peer_key))
-    except ValueError as error:
-        raise ProtocolError(f"the key of site {peer!r} makes no secret: it is no key of this protocol") from error
     first, second = sorted((own, peer))
     info = canonical(f"{PROTOCOL}/mask", {"first": first, "second": second})
-    return HKDF(SHA256(), SEED_BYTES, salt=context, info=info).derive(secret)
+    return derived(shared_secret(secret_key, peer_key, peer), context, info)
+
+
+def shared_secret(secret_key: X25519PrivateKey, peer_key: bytes, peer: str) -> bytes:
+    """Return what two sites' keys make of each other, 32 bytes, from which seeds are derived; as ``pair_seed``."""
+    try:
+        return secret_key.exchange(X25519PublicKey.from_public_bytes(peer_key))
+    except ValueError as error:
+        raise ProtocolError(f"the key of site {peer!r} makes no secret: it is no key of this protocol") from error
+
+
+def derived(secret: bytes, salt: bytes, info: bytes) -> bytes:
+    """Return ``SEED_BYTES`` of HKDF-SHA256: another secret for every ``salt`` and ``info``."""
+    return HKDF(SHA256(), SEED_BYTES, salt=salt, info=info).derive(secret)
 
 
 def mask_of(seed: bytes, count: int) -> Words:

@@ -16,6 +16,7 @@ from common.starts.dp_lora_ga import DPLoRAGA
 from common.starts.eva import EVA
 from common.starts.kaiming import Kaiming
 from common.starts.lora_ga import LoRAGA
+from common.starts.lu_of_weights import LUOfWeights
 from common.starts.minor_of_weights import MinorOfWeights
 from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
@@ -25,6 +26,8 @@ from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
 from common.starts.public_metric import PublicMetric
 from common.starts.shards import Shards
+from common.starts.shared import Shared
+from common.starts.sparse import Sparse
 from common.starts.svd_of_weights import SVDOfWeights
 
 STARTS: dict[str, type[Start]] = {
@@ -32,9 +35,12 @@ STARTS: dict[str, type[Start]] = {
     for start in (
         Orthonormal,
         Kaiming,
+        Shared,
         Shards,
+        Sparse,
         SVDOfWeights,
         MinorOfWeights,
+        LUOfWeights,
         Nystrom,
         EVA,
         PublicGradient,

@@ -50,7 +50,7 @@ class DPEVA(OfInputs, PaidStart):
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
         """Return the records' moments by the mechanism of a training step."""
-        parts = model.fixed_batches([records[i] for i in plan.sample(len(records))], initial_shapes(model))
+        parts = plan.parts(model, [records[i] for i in next(plan.draws(records))], initial_shapes(model))
         with open_moments(model) as maps:
             found = released(model, maps, parts, plan, before_pass)
         return {name: {"M": packed(M.detach().double().cpu()).float()} for name, M in found.items()}

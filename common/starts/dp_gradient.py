@@ -47,7 +47,7 @@ class DPGradient(PaidStart):
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
         """Return the records' gradients by the mechanism of a training step."""
-        parts = model.fixed_batches([records[i] for i in plan.sample(len(records))], initial_shapes(model))
+        parts = plan.parts(model, [records[i] for i in next(plan.draws(records))], initial_shapes(model))
         return private_gradient(model, parts, plan, before_pass)
 
     def from_statistic(self, statistic: Factors, rank: int) -> Factors:

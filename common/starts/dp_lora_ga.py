@@ -68,7 +68,7 @@ class DPLoRAGA(PaidStart):
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
         """Return the sketches of the records' gradients by the mechanism of a training step."""
-        parts = model.fixed_batches([records[i] for i in plan.sample(len(records))], initial_shapes(model))
+        parts = plan.parts(model, [records[i] for i in next(plan.draws(records))], initial_shapes(model))
         with self._sketches(model) as sketches:
             found = released(model, sketches, parts, plan, before_pass)
         return {name: {"S": S.detach().float().cpu()} for name, S in found.items()}

@@ -22,6 +22,7 @@ from common.model.federated import FederatedModel
 from common.model.shapes import Shapes
 from common.privacy.plan import PrivacyPlan
 from common.privacy.steps import Around
+from common.privacy.together import Together
 from common.starts.directions import leading_singular_triple
 from common.tasks import Batch
 
@@ -58,9 +59,12 @@ def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState
 
 
 def private_gradient(
-    model: FederatedModel, parts: Iterable[Batch], plan: PrivacyPlan, before_pass: Callable[[], None] = lambda: None
+    model: FederatedModel,
+    parts: Iterable[Batch | Together],
+    plan: PrivacyPlan,
+    before_pass: Callable[[], None] = lambda: None,
 ) -> AdapterState:
-    """Return the clipped, noised, publicly scaled sum of per-record gradients, factor ``G`` per layer.
+    """Return the clipped, noised, publicly scaled sum of the units' gradients, factor ``G`` per layer.
 
     ``before_pass`` is called before each pass, and may raise.
     """
@@ -71,7 +75,7 @@ def private_gradient(
 def released(
     model: FederatedModel,
     opened: Mapping[str, nn.Parameter],
-    parts: Iterable[Batch],
+    parts: Iterable[Batch | Together],
     plan: PrivacyPlan,
     before_pass: Callable[[], None],
 ) -> dict[str, Tensor]:

@@ -126,12 +126,13 @@ class Probe(PaidStart, PublicMetric):
             # Copies: the rounds after this one read the records as they were.
             vectors = model.featurise([dict(record) for record in records], before_pass)
             optimizer = torch.optim.SGD(model.head.values(), lr=0.0)
+            draws = plan.draws(vectors)
             with plan.steps(model, optimizer, Around(before_pass)) as steps:
                 for step in range(self.steps):
                     before_pass()
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate("linear", self.rate, step, self.steps)
-                    steps.step(model.fixed_batches([vectors[i] for i in plan.sample(len(vectors))]), model.losses)
+                    steps.step(plan.parts(model, [vectors[i] for i in next(draws)]), model.losses)
             return {HEAD: {name: (p.detach() - begun[name]).float().cpu() for name, p in model.head.items()}}
 
     def complete(

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Record: TypeAlias = dict[str, Any]
 """One record as a batch is made of it: lists of numbers, or tensors, by the names of the batch's tensors."""
+OWNER = "owner"
+"""Key of a record under which stands whose it is, as a number of this process alone; it is in no batch. A record that
+belongs to nobody in particular has none."""
 Batch: TypeAlias = "dict[str, Tensor]"
 """Tensors whose first dimension is the records'; none holds anything that follows from several of them."""
 Inventor: TypeAlias = Callable[[int, int, int], Record]
@@ -85,6 +88,11 @@ class Answer:
     """A label, or a completion."""
     probability: float | None
     """None of a completion."""
+
+
+def owner_of(record: Record) -> Record:
+    """Return whose a record is, alone, to be put into what is made of it; empty if it belongs to nobody."""
+    return {OWNER: record[OWNER]} if OWNER in record else {}
 
 
 class Task(ABC):

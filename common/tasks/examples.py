@@ -6,6 +6,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 
+BESIDE = ("key", "person", "slice")
+"""Fields that are about a record, and none of what it holds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example(ABC):
@@ -15,6 +18,8 @@ class Example(ABC):
     """Index into the data set's ``label_names``."""
     key: str = ""
     """Value of the natural partition's column, such as an author."""
+    person: str = field(default="", repr=False)
+    """Whose it is, as the column ``data.person`` says; empty: nobody is named. It never leaves a site."""
     slice: str = field(default="", compare=False)
     """Of a public test record: the part of the test data that it is of; empty: none is asked for."""
     row: bytes = field(default=b"", compare=False, repr=False)
@@ -34,7 +39,7 @@ class Example(ABC):
 
     def texts(self) -> list[str]:
         """Return the words that the record holds, a text for each of its fields; none, if it holds no words."""
-        values = [getattr(self, item.name) for item in fields(self) if item.name not in ("key", "slice")]
+        values = [getattr(self, item.name) for item in fields(self) if item.name not in BESIDE]
         return [value for value in values if isinstance(value, str)]
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.tasks.base import Batch, Inventor, Record, Sums, Task
+from common.tasks.base import Batch, Inventor, Record, Sums, Task, owner_of
 from common.tasks.examples import Example
 
 if TYPE_CHECKING:
@@ -26,8 +26,12 @@ FEATURES = "features"
 TANGENTS = "tangents"
 """What they call the derivatives of ``common.tasks.tangent``, shape (labels - 1, numbers) and (records, labels - 1,
 numbers), float16."""
+SCALES = "tangent scales"
+"""What they call the powers of two by which tangents are multiplied, shape (labels - 1,) and (records, labels - 1),
+float32: float16 alone would lose derivatives that are small or large."""
+VECTORS = (FEATURES, TANGENTS, SCALES)
 ROWS = 256
-"""Records of a pass."""
+"""Vectors of a pass: one a record, or one for each row of its tangents, which are far longer."""
 
 
 class Featured(Task):
@@ -87,18 +91,19 @@ class Featured(Task):
         del base, limit, tokens
         from common.model.shapes import Shapes
 
-        return Shapes(longest=1, tokens=ROWS, most=most, uniform=True)
+        rows = ROWS // self.tangents[0] if self.tangents else ROWS
+        return Shapes(longest=1, tokens=max(1, rows), most=most, uniform=True)
 
     def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
         """Return ``features``, shape (records, width), and ``labels``, shape (records,); or the inner task's batch.
 
-        Where records have tangents, the batch has ``tangents`` beside them.
+        Where records have tangents, the batch has them and their scales as well.
         """
         import torch
 
         if FEATURES not in records[0]:
             return self.inner.collate(base, records, size)
-        vectors = [key for key in (FEATURES, TANGENTS) if key in records[0]]
+        vectors = [key for key in VECTORS if key in records[0]]
         return {
             **{key: torch.stack([record[key] for record in records]) for key in vectors},
             "labels": torch.tensor([record["labels"] for record in records]),
@@ -108,7 +113,7 @@ class Featured(Task):
         """Return vectors of zeros."""
         if FEATURES not in like:
             return self.inner.filler(base, like)
-        vectors = [key for key in (FEATURES, TANGENTS) if key in like]
+        vectors = [key for key in VECTORS if key in like]
         return {**{key: like[key].new_zeros(like[key].shape) for key in vectors}, "labels": 0}
 
     def inventor(self, base: BaseModel, limit: int) -> Inventor:
@@ -124,7 +129,7 @@ class Featured(Task):
             made: Record = {FEATURES: F.normalize(drawn, dim=0), "labels": label}
             if self.tangents:
                 drawn = torch.randn(self.tangents, generator=stream(number, "tangents", str(size)))
-                made[TANGENTS] = F.normalize(drawn, dim=-1).half()
+                made[TANGENTS], made[SCALES] = F.normalize(drawn, dim=-1).half(), torch.ones(self.tangents[0])
             return made
 
         return invent
@@ -139,12 +144,13 @@ class Featured(Task):
 
 
 def put_features(records: Sequence[Record], batch: Batch, features: Tensor) -> None:
-    """Leave in each record its features and its label alone.
+    """Leave in each record its features and its label alone, and whose it is.
 
     Args:
         records: what ``batch`` was made of, in its order.
         features: shape (records, width).
     """
     for record, vector, label in zip(records, features.detach().cpu(), batch["labels"].tolist(), strict=False):
+        whose = owner_of(record)
         record.clear()
-        record.update({FEATURES: vector.clone(), "labels": label})
+        record.update({FEATURES: vector.clone(), "labels": label, **whose})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.tasks.base import Batch
-from common.tasks.featured import FEATURES, TANGENTS
+from common.tasks.featured import FEATURES, SCALES, TANGENTS
 from common.tasks.tangent import Tangent
 
 
@@ -79,5 +79,5 @@ class TaskModule(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             logits: Tensor = self.head(self.metric(features) if self.metric is not None else features)
             if self.tangent is not None and TANGENTS in batch:
-                logits = logits + self.tangent(batch[TANGENTS])
+                logits = logits + self.tangent(batch[TANGENTS], batch[SCALES])
         return logits

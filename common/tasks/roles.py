@@ -54,3 +54,5 @@ KEY = Role("key", "key", "the natural partition", read=read_word)
 """Column of the natural partition: of no task, and never read of records that somebody protects."""
 SLICE = Role("slice", "slice", "the part of the public test data that a record is of", read=read_word)
 """Column of the public test file alone, by which scores are given as well."""
+PERSON = Role("person", "person", "whose the record is", read=read_word)
+"""Column of persons: of no task; at a site with records of its own it is the one that its policy pins."""

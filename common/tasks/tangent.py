@@ -24,10 +24,15 @@ class Tangent(nn.Module):
         super().__init__()
         self.step = nn.Parameter(torch.zeros(numbers))
 
-    def forward(self, tangents: Tensor) -> Tensor:
-        """Return what is added to the logits, shape (records, labels); the first label's is 0."""
+    def forward(self, tangents: Tensor, scales: Tensor) -> Tensor:
+        """Return what is added to the logits, shape (records, labels); the first label's is 0.
+
+        Args:
+            tangents: shape (records, labels - 1, numbers), in any precision.
+            scales: shape (records, labels - 1): what each row of them is multiplied by.
+        """
         # Number by number and not as a product of matrices: each record's sum is its own in every row.
-        return F.pad((tangents.to(self.step.dtype) * self.step).sum(-1), (1, 0))
+        return F.pad((tangents.to(self.step.dtype) * self.step).sum(-1) * scales.to(self.step.dtype), (1, 0))
 
     def gradients(self, activations: Sequence[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
         """Return the step's gradient of each record, shape (records, numbers).
@@ -36,8 +41,8 @@ class Tangent(nn.Module):
             activations: what ``forward`` was called with.
             backprops: gradient of the loss with respect to what it returned, shape (records, labels).
         """
-        (tangents,) = activations
-        errors = backprops[:, 1:].to(self.step.dtype)
+        tangents, scales = activations
+        errors = backprops[:, 1:].to(self.step.dtype) * scales.to(self.step.dtype)
         gradients = torch.zeros(len(tangents), tangents.shape[-1], dtype=self.step.dtype, device=tangents.device)
         for label in range(tangents.shape[1]):
             gradients += errors[:, label, None] * tangents[:, label]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.messages.state import HEAD
 from common.model.device import worker_count
 from common.privacy.accounting import alone, epsilon
 from common.privacy.claim import NO_CLAIM
@@ -27,6 +28,7 @@ from experiments.planner.price import (
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
 from server.model import ServerModel
+from strategies import of_turn
 from strategies.job import Job
 
 
@@ -105,8 +107,14 @@ class Forecast:
                 f"(signal-to-noise below {LEAST_SIGNAL:g}); take more records or sites, more ε, fewer trained numbers "
                 "(another strategy, a smaller rank), or another start"
             )
+        if self.job.mechanism.unit.grouped and self.calibration is not None:
+            found.append(
+                f"times and signal are of persons with one record each: with up to "
+                f"{self.job.config.privacy.records_per_person}, a step takes up to so many times as long"
+            )
         if min(self.expected_batches) < 1:
-            found.append("a site's expected batch is below one record: most of its steps are noise alone")
+            unit = self.job.mechanism.unit.name
+            found.append(f"a site's expected batch is below one {unit}: most of its steps are noise alone")
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -173,7 +181,9 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
     server_model = ServerModel(job)
     workers = worker_count(len(sizes), workers)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
-    trained = sum(tensor.numel() for factors in server_model.trained_start().values() for tensor in factors.values())
+    started = of_turn(server_model.trained_start(), job.strategy.turn(1))
+    still = {HEAD} if job.config.training.linearised else set[str]()
+    trained = sum(t.numel() for layer, factors in started.items() if layer not in still for t in factors.values())
     return Forecast(
         job=job,
         sizes=tuple(sizes),

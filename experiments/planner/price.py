@@ -118,8 +118,9 @@ def simulated_sizes(job: Job, sites: int) -> tuple[int, ...]:
     """
     if sites < 1:
         raise ConfigError(f"a federation needs at least 1 site, not {sites}")
-    train = train_and_test(job.config.data, job.config.model.task)[0]
-    return tuple(public_size_of_part(len(site_part(train, job.config.data, k, sites).examples)) for k in range(sites))
+    train, unit = train_and_test(job.config.data, job.config.model.task)[0], job.mechanism.unit
+    parts = [site_part(train, job.config.data, k, sites) for k in range(sites)]
+    return tuple(public_size_of_part(unit.count(part)) for part in parts)
 
 
 def paid_before(job: Job) -> list[Release]:

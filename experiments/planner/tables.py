@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from common.accountant import INITIALISATION
 from common.privacy.figures import epsilon_text, remaining_text
+from common.secure_sum import least_sites
 from common.words import counted
 from experiments.planner.find import Found
 from experiments.planner.forecast import Forecast
@@ -92,10 +94,28 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
             f"That is the price of the sum, if {honest} sites are honest; if no other site adds its noise, "
             f"ε {epsilon_text(forecast.epsilon_alone)} after the run."
         )
+    _print_lost(console, forecast)
     _print_thrown_away(console, forecast)
     lasts = forecast.rounds_within
     more = "at least " if lasts == MOST_ROUNDS else ""
     console.print(f"A fresh budget lasts {more}{lasts:,} rounds at this noise.")
+
+
+def _print_lost(console: Console, forecast: Forecast) -> None:
+    """Say what it costs that sites may be lost from a sum: its noise is that of the fewest which are left."""
+    privacy, sites = forecast.job.config.privacy, len(forecast.sizes)
+    if not privacy.drop_outs:
+        return
+    least = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
+    told = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum that begins with {least} or more"
+    if sites < least:
+        console.print(f"{told}: {counted(sites, 'site')} are too few.")
+        return
+    honest = sites - privacy.colluders
+    console.print(
+        f"{told}. Its noise is that of {privacy.honest_sites} sites: √({honest} / {privacy.honest_sites}) = "
+        f"{math.sqrt(honest / privacy.honest_sites):.3g} times what {honest} honest ones would need if none is lost."
+    )
 
 
 def _print_thrown_away(console: Console, forecast: Forecast) -> None:

@@ -15,7 +15,7 @@ from common.messages.wire import encode_reply, encode_task, message_bytes, paylo
 from common.privacy.plan import PrivacyPlan
 from common.secure_sum import KeyOffer
 from server.model import ServerModel
-from strategies import STRATEGIES
+from strategies import STRATEGIES, of_turn
 from strategies.job import Job
 from strategies.table import payload, preset_adapter
 
@@ -59,7 +59,8 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         base_fingerprint=server_model.model.base.fingerprint,
         start_fingerprint=job.start_fingerprint(server_model.start),
     )
-    trained = strategy.uplink(server_model.trained_start())
+    turn = strategy.turn(job.config.rounds)
+    trained = strategy.uplink(of_turn(server_model.trained_start(), turn))
     result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, _spending(plans))
     if job.mechanism.summed:
         task = replace(task, offers=tuple(KeyOffer(f"site-{k}", bytes(32), bytes(64)) for k in range(len(plans))))

@@ -125,6 +125,7 @@ def _row(work: Work, run: Path, seconds: float) -> Row:
     if result.reached is None or result.status == "failed":
         raise RunFailed(result.reason or "the run ended without a result")
     reached, travels = result.reached, not ARMS[cell.arm].baseline
+    intruders, of_noise = _intruders(run)
     device = choose_device(job.config.device)
     return Row(
         sweep=work.sweep,
@@ -157,7 +158,22 @@ def _row(work: Work, run: Path, seconds: float) -> Row:
         commit=work.commit,
         versions=config.versions,
         settings={key: value for key, value in config.settings.items() if key != "output"},
+        intruders=intruders,
+        intruders_of_noise=of_noise,
     )
+
+
+def _intruders(run: Path) -> tuple[int | None, int | None]:
+    """Return the counts of all layers together, of the run and of its noise alone."""
+    from common.errors import ModelError
+    from experiments.intruders import intruders_of
+
+    try:
+        rows = intruders_of(run)
+    except ModelError:  # a change of another kind, of which none are counted
+        return None, None
+    noise = [row.of_noise for row in rows if row.of_noise is not None]
+    return sum(row.intruders for row in rows), sum(noise) if noise else None
 
 
 def _cores() -> int:

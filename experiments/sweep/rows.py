@@ -76,6 +76,10 @@ class Row:
     versions: dict[str, str]
     settings: dict[str, Scalar]
     """Every setting with the value that the run had, without ``output``."""
+    intruders: int | None = None
+    """Intruder dimensions of all adapted layers (``fedveil intruders``); None where none are counted."""
+    intruders_of_noise: int | None = None
+    """The same of the run's noise alone; None where that noise is not known."""
 
     @property
     def key(self) -> Key:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from common.config.sections import Scalar
 from common.errors import DataError
-from common.privacy import MECHANISMS
+from common.privacy import mechanism_of
 from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import BesideFile, BesideRow
 from common.words import UNKNOWN, bytes_text, counted, seconds_text
@@ -76,6 +76,8 @@ class Group:
     """Mean bytes of a run, both ways and all sites; None of a baseline."""
     seconds: float
     """Mean of a seed, all its runs one after another."""
+    intruders: tuple[float, float | None] | None
+    """Mean count of a run, and of its noise alone, as far as that is known; None where none are counted."""
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
@@ -113,7 +115,14 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         delta=max((row.delta for row in counting if row.delta is not None), default=None),
         payload=statistics.mean(payloads) if payloads else None,
         seconds=statistics.mean(sum(row.seconds for row in members) for members in whole),
+        intruders=_intruders(counting),
     )
+
+
+def _intruders(rows: Sequence[Row]) -> tuple[float, float | None] | None:
+    own = [row.intruders for row in rows if row.intruders is not None]
+    noise = [row.intruders_of_noise for row in rows if row.intruders_of_noise is not None]
+    return (statistics.mean(own), statistics.mean(noise) if noise else None) if own else None
 
 
 SAME = ("model.name", "model.task", "data.name", "data.test")
@@ -154,7 +163,10 @@ def markdown_of(rows: Sequence[Row]) -> str:
     if not rows:
         return "No run has ended.\n"
     header = "| variant | arm | ε | runs | accuracy, % | start, % | loss | ε spent | bytes | time |"
-    lines = [header, "|" + "---|" * 10, *map(_line, groups(rows))]
+    found = groups(rows)
+    counts = any(group.intruders for group in found)
+    lines = [header + " intruders (of noise) |" * counts, "|" + "---|" * (10 + counts)]
+    lines += [_line(group) + f" {_intruder_words(group)} |" * counts for group in found]
     return "\n".join(lines) + "\n\n" + " ".join(_notes(rows)) + "\n"
 
 
@@ -177,14 +189,21 @@ def _line(group: Group) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _intruder_words(group: Group) -> str:
+    if group.intruders is None:
+        return UNKNOWN
+    own, noise = group.intruders
+    return f"{own:.1f} ({UNKNOWN if noise is None else f'{noise:.1f}'})"
+
+
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Return sentences on what the table's figures are, and are not."""
     arms = [ARMS[name] for name in ARMS if any(row.arm == name for row in rows)]
     deltas = sorted({row.delta for row in rows if row.delta is not None})
     divided = len({row.settings["data.seed"] for row in rows}) > 1
     cut = divided and not any(row.settings["data.test"] for row in rows)
-    modes = {str(row.settings["privacy.mode"]) for row in rows if row.epsilon is not None}
-    units = sorted({MECHANISMS[mode].claim.per for mode in modes if mode in MECHANISMS})
+    paying = [mechanism_of(row.settings) for row in rows if row.epsilon is not None]
+    units = sorted({mechanism.claim.per for mechanism in paying if mechanism is not None})
     sizes = sorted({row.test_records for row in rows})
     mean = statistics.mean(row.accuracy for row in rows)
     error = 100 * math.sqrt(mean * (1 - mean) / sizes[0])
@@ -199,6 +218,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     told.append(f"{seed}; {_division(divided, cut)}.")
     if deltas:
         told.append("Under privacy sampling and noise are never seeded: each run draws its own.")
+    if any(row.intruders is not None for row in rows):
+        told.append(
+            "Intruders are new directions among the ten largest of each layer's weights, summed over layers, in "
+            "brackets those that the run's noise alone makes."
+        )
     size = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     told.append(
         f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"

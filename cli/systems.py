@@ -1,0 +1,157 @@
+"""Published systems and what a run has for each: settings that are that system, a command, or why there is none.
+
+A row of a table that no system names here is put into the page all the same, under its own name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.adapters import ADAPTERS
+from common.config.sections import Scalar
+from common.starts import STARTS
+from common.words import bytes_text
+from strategies import ROWS, STRATEGIES
+from strategies.job import Job, configure
+from strategies.renamed import REFUSED_STRATEGIES
+from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, markdown, payload, preset_adapter
+
+AXES: Mapping[str, Mapping[str, type[Any]]] = {
+    "strategy": ROWS,
+    "adapter.name": ADAPTERS,
+    "adapter.start": STARTS,
+}
+"""The tables whose rows are parts of published systems, by the setting that names a row."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One published system."""
+
+    name: str
+    """As the field calls it."""
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    """That make a run of it, where they differ from the default job's; empty: there is no such run."""
+    instead: str = ""
+    """What there is where it is no run, in words; empty: the reason stands among refused strategies."""
+
+
+SYSTEMS: tuple[System, ...] = (
+    System("FedAvg on LoRA, FedIT", {"strategy": "fedavg-lora"}),
+    System("FFA-LoRA", {"strategy": "ffa-lora"}),
+    System("FedSVD", {"strategy": "fed-svd"}),
+    System("Fed-SB on LoRA-SB", {"strategy": "fed-sb", "adapter.start": "dp-gradient"}),
+    System("LoRA-XS, federated", {"strategy": "fed-sb", "adapter.start": "svd-of-weights"}),
+    System("IntTune of NLoRA", {"strategy": "fed-sb", "adapter.start": "nystrom"}),
+    System("FedEx-LoRA", {"strategy": "fedex-lora"}),
+    System("FLoRA", {"strategy": "flora"}),
+    System("RoLoRA", {"strategy": "rolora"}),
+    System("FlexLoRA, by increments", {"strategy": "flexlora"}),
+    System("HetLoRA, padded states and weights by norm", {"strategy": "hetlora", "privacy.mode": "none"}),
+    System("Heterogeneous ranks (HetLoRA, FLoRA), exact", {"strategy": "heterogeneous-ranks"}),
+    System("DyLoRA", {"strategy": "dylora"}),
+    System("IncreLoRA", {"strategy": "increlora"}),
+    System("DiffoRA", {"strategy": "diffora"}),
+    System("SwitchLoRA", {"strategy": "switchlora"}),
+    System("FedSA-LoRA", {"strategy": "fedsa-lora"}),
+    System("rsLoRA", {"strategy": "fedavg-lora", "adapter.scale": "sqrt-rank"}),
+    System("DoRA", {"strategy": "fedavg-lora", "adapter.name": "dora"}),
+    System("PiSSA, A alone frozen", {"strategy": "ffa-lora", "adapter.start": "svd-of-weights"}),
+    System("MiLoRA, A alone frozen", {"strategy": "ffa-lora", "adapter.start": "minor-of-weights"}),
+    System("MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards"}),
+    System("EVA from public text", {"strategy": "ffa-lora", "adapter.start": "eva"}),
+    System("FedAdam (FedOpt)", {"strategy": "fedavg-lora", "server.optimizer": "adam"}),
+    System(
+        "Intruder dimensions", instead="`fedveil intruders RUN_FOLDER` ([planning](planning.md#intruder-dimensions))"
+    ),
+)
+
+
+def named_rows() -> set[tuple[str, str]]:
+    """Return the rows of the axes that some system names, as (setting, row)."""
+    return {(key, str(value)) for system in SYSTEMS for key, value in system.settings.items() if key in AXES}
+
+
+def unnamed_rows() -> Iterator[tuple[str, str]]:
+    """Yield the rows of the axes that no system names, as (setting, row)."""
+    named = named_rows()
+    yield from ((key, name) for key, rows in AXES.items() for name in rows if (key, name) not in named)
+
+
+def system_table() -> str:
+    """Return the Markdown table of every system: how it is run, whether averages are exact, its price and its bytes."""
+    header = (
+        "system",
+        "run it with",
+        "averages are exact",
+        "privacy modes",
+        "the start costs",
+        "up, a site and round",
+        "down",
+    )
+    return markdown(header, [_row(system) for system in SYSTEMS])
+
+
+def _row(system: System) -> list[str]:
+    if system.instead:
+        return [system.name, system.instead, *[""] * 5]
+    strategy = str(system.settings["strategy"])
+    if strategy in REFUSED_STRATEGIES:
+        return [system.name, f"refused: {REFUSED_STRATEGIES[strategy]}", *[""] * 5]
+    job = configure(system.settings)
+    down, up = payload(job.strategy, _at_default_rank(job), DEFAULT_SHAPES)
+    typed = " ".join(f"`{key} = {_toml(value)}`" for key, value in system.settings.items())
+    exact = "yes" if job.strategy.exact(type(job.adapter)) else "no"
+    return [system.name, typed, exact, job.strategy.privacy, job.origin.needs, bytes_text(up), bytes_text(down)]
+
+
+def _at_default_rank(job: Job) -> Any:
+    return type(job.adapter)(DEFAULT_RANK, float(DEFAULT_RANK), ())
+
+
+def row_table() -> str:
+    """Return the Markdown table of all rows that no system names."""
+    rows = []
+    for key, name in unnamed_rows():
+        rows.append([f"`{key} = {_toml(name)}`", title_of(AXES[key][name])])
+    return markdown(("row", "what it is"), rows)
+
+
+def strategy_costs() -> str:
+    """Return the Markdown table of what each strategy sends and how its noise enters, at the default job's layers."""
+    rows = []
+    for strategy in STRATEGIES.values():
+        adapter = preset_adapter(strategy, DEFAULT_RANK)
+        down, up = payload(strategy(), adapter, DEFAULT_SHAPES)
+        noise = strategy.noise or adapter.noise
+        rows.append([f"`{strategy.name}`", strategy.needs, noise, bytes_text(up), bytes_text(down)])
+    header = ("strategy", "the server takes", "noise in the weights, per step", "up, a site and round", "down")
+    return markdown(header, rows)
+
+
+def row_texts(key: str) -> str:
+    """Return what the file of every row of an axis says of it: its paper, what differs from that, and why."""
+    return "\n\n".join(f"### `{name}`\n\n{text_of(row)}" for name, row in AXES[key].items())
+
+
+def text_of(row: type[Any]) -> str:
+    """Return the whole text about a row, as Markdown.
+
+    >>> from strategies.fedex_lora import FedExLoRA
+    >>> text_of(FedExLoRA).split("\\n")[0]
+    'FedEx-LoRA: both factors averaged, and what their product misses added to the base.'
+    """
+    module = inspect.getmodule(row)
+    return inspect.cleandoc((module.__doc__ if module else "") or row.__doc__ or "").replace("``", "`")
+
+
+def title_of(row: type[Any]) -> str:
+    """Return the first line of the text about a row, without its dot."""
+    return text_of(row).split("\n\n")[0].replace("\n", " ").rstrip(".")
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

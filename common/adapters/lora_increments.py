@@ -1,0 +1,128 @@
+"""LoRA with both factors trained from where a start puts them, over the base as it is: PiSSA, LoRA-GA.
+
+PiSSA (Meng, Wang, Zhang 2024, arXiv 2404.02948, eq. 2 to 4) begins with the principal part of W0 in A and B and
+freezes the residual W0 - s B A. Here W0 stays, the start stays in frozen halves, and what is trained is how far the
+factors have moved: W = W0 + (B + dB) (A + dA) - B A. Gradients, clip and noise of a step are those of training the
+factors themselves; only weight decay is another, as it draws towards the start. At the start nothing is added, to the
+last bit, also where a residual base in half precision would be another model.
+
+PiSSA is this adapter in the start ``svd-of-weights`` with ``start.singular-values``; LoRA-GA (Wang, Yu, Li 2024) in a
+start from a gradient, without the factor m^(1/4) / √γ of its ``stable`` scale. The scale s is 1 whatever
+``adapter.alpha`` says, as in PiSSA's experiments: B A is what the start gives.
+
+Averages are off by Σ p_k (dB_k - mean) (dA_k - mean); the start drops out of it. Stock PEFT loads a pair of rank 2 r,
+[A + dA; dA] and [dB, B]: without the frozen halves, on the stock base, it would count the principal part twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.adapters.base import ADAPTER_NAME, layer_shape
+from common.adapters.low_rank import LowRank, lora_modules
+from common.messages.state import Factors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+
+class _Into(nn.Module):
+    """x ↦ (A x + dA x, dA x); outside training the product with both halves at once, as the exported adapter has it."""
+
+    def __init__(self, frozen: nn.Linear, moved: nn.Linear) -> None:
+        super().__init__()
+        self.frozen, self.moved = frozen, moved
+
+    @property
+    def weight(self) -> Tensor:
+        """The trained half; PEFT's layer asks for its dtype."""
+        return self.moved.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:  # shape (..., in) to (..., 2 rank)
+        if self.training:
+            moved = self.moved(inputs)
+            return torch.cat([self.frozen(inputs) + moved, moved], -1)
+        with torch.autocast(inputs.device.type, enabled=False):
+            folded = torch.cat([self.frozen.weight + self.moved.weight, self.moved.weight])
+        return F.linear(inputs, folded)
+
+
+class _OutOf(nn.Module):
+    """(h, g) ↦ dB h + B g; outside training one product."""
+
+    def __init__(self, frozen: nn.Linear, moved: nn.Linear) -> None:
+        super().__init__()
+        self.frozen, self.moved = frozen, moved
+
+    def forward(self, hidden: Tensor) -> Tensor:  # shape (..., 2 rank) to (..., out)
+        if self.training:
+            turned, moved = hidden.chunk(2, -1)
+            return cast(Tensor, self.moved(turned) + self.frozen(moved))
+        return F.linear(hidden, torch.cat([self.moved.weight, self.frozen.weight], 1))
+
+
+@dataclass(frozen=True)
+class LoRAIncrements(LowRank):
+    """Factors ``A`` (rank, in) and ``B`` (out, rank), frozen, and ``dA`` and ``dB`` of their shapes, trained from 0."""
+
+    name: ClassVar[str] = "lora-increments"
+    trained: ClassVar[tuple[str, ...]] = ("dA", "dB")
+    frozen: ClassVar[tuple[str, ...]] = ("A", "B")
+    linear: ClassVar[bool] = False
+    noise: ClassVar[str] = "B x_A + x_B A + x_B x_A, also at the start: quadratic"
+    scales: ClassVar[tuple[str, ...]] = ("rank",)
+    directions: ClassVar[tuple[str, ...]] = ("A", "B")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", float(self.rank))
+
+    def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        """Return those of A and dA, (rank, into), and of B and dB, (out, rank)."""
+        A, B = (self.rank, into), (out, self.rank)
+        return {"A": A, "B": B, "dA": A, "dB": B}
+
+    def prepare(self, layer: LoraLayer) -> None:
+        """Put two maps side by side in the place of each of PEFT's."""
+        out, into = layer_shape(layer)
+        like = cast(nn.Linear, lora_modules(layer)["A"]).weight
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)
+
+        layer.lora_A[ADAPTER_NAME] = _Into(linear(into, self.rank), linear(into, self.rank))
+        layer.lora_B[ADAPTER_NAME] = _OutOf(linear(self.rank, out), linear(self.rank, out))
+
+    def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
+        """Return the four linear maps."""
+        first, last = cast(_Into, layer.lora_A[ADAPTER_NAME]), cast(_OutOf, layer.lora_B[ADAPTER_NAME])
+        return {"A": first.frozen, "dA": first.moved, "B": last.frozen, "dB": last.moved}
+
+    def begin(self, given: Factors) -> Factors:
+        """Return A and B; and dB with dB A = B R A of a start that moves the weights."""
+        moved = {"dB": given["B"] @ given["R"]} if "R" in given else {}
+        return {"A": given["A"], "B": given["B"], **moved}
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        """Return dB (A + dA) + B dA."""
+        del base_weight
+        return factors["dB"] @ (factors["A"] + factors["dA"]) + factors["B"] @ factors["dA"]
+
+    def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:
+        """Return the halves beside each other: a pair of twice the rank."""
+        return {
+            "A": torch.cat([factors["A"] + factors["dA"], factors["dA"]]),
+            "B": torch.cat([factors["dB"], factors["B"]], 1),
+        }
+
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+        """Return LoRA's at twice the rank, of scale 1."""
+        config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
+        config.r = config.lora_alpha = 2 * self.rank
+        return config

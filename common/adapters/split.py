@@ -1,0 +1,78 @@
+"""B as two linear maps while columns of it are trained: those that are, and those that rest.
+
+Each gets its slice of ``A x``, and the first alone requires a gradient. So per-record gradients, the clip and the noise
+cover the trained columns and nothing else, by Opacus' own hooks, and the forward pass is that of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from common.adapters.base import ADAPTER_NAME, Adapter
+from common.messages.columns import Chosen
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+
+class SplitColumns(nn.Module):
+    """A linear map (rank to out) whose chosen columns, at least one, are a parameter of their own."""
+
+    def __init__(self, whole: nn.Linear, columns: Tensor) -> None:
+        super().__init__()
+        device, mask = whole.weight.device, torch.zeros(whole.in_features, dtype=torch.bool)
+        mask[columns] = True
+        self.columns, self.others = mask.nonzero()[:, 0].to(device), (~mask).nonzero()[:, 0].to(device)
+        self.moving = _linear(whole.weight.detach()[:, self.columns], trained=True)
+        resting = whole.weight.detach()[:, self.others]
+        self.resting = _linear(resting, trained=False) if len(self.others) else None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The trained columns, shape (out, columns)."""
+        return cast(nn.Parameter, self.moving.weight)
+
+    def forward(self, projected: Tensor) -> Tensor:
+        """Return ``B projected``, shape (..., out), from shape (..., rank)."""
+        moved: Tensor = self.moving(projected.index_select(-1, self.columns))
+        if self.resting is None:
+            return moved
+        return moved + cast(Tensor, self.resting(projected.index_select(-1, self.others)))
+
+
+def _linear(weight: Tensor, *, trained: bool) -> nn.Linear:
+    out, into = weight.shape
+    linear = nn.Linear(into, out, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=trained)
+    return linear
+
+
+@contextmanager
+def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterator[None]:
+    """Let the chosen columns of every layer's B, and no other number of the adapter, take a gradient.
+
+    Afterwards B is whole again, with what was trained in its place.
+    """
+    wholes: list[tuple[LoraLayer, nn.Linear]] = []
+    try:
+        for name, layer in adapter.layers(model).items():
+            whole = cast(nn.Linear, layer.lora_B[ADAPTER_NAME])
+            wholes.append((layer, whole))
+            if len(chosen[name]):
+                layer.lora_B[ADAPTER_NAME] = SplitColumns(whole, chosen[name])
+            else:
+                whole.requires_grad_(False)
+        yield
+    finally:
+        for layer, whole in wholes:
+            split = layer.lora_B[ADAPTER_NAME]
+            if isinstance(split, SplitColumns):
+                with torch.no_grad():
+                    whole.weight[:, split.columns] = split.weight
+            layer.lora_B[ADAPTER_NAME] = whole
+            whole.requires_grad_(True)

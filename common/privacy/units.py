@@ -1,0 +1,100 @@
+"""Units: whose addition or removal nobody notices, as words of a claim and as which records are drawn together.
+
+A unit is an axis of its own, chosen by ``privacy.unit``. A mechanism says which units it protects
+(``Mechanism.units``); what it clips, samples and counts is then one of these. Its public size, and so the divisor, a
+site's weight and the least delta, count units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from common.errors import MechanismError
+from common.privacy.claim import Claim
+from common.tasks.base import OWNER
+
+if TYPE_CHECKING:
+    from common.tasks import Record
+    from common.tasks.examples import Dataset
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One kind of neighbour. A record is one by itself: where units are ``grouped`` several belong to one."""
+
+    name: str
+    """What ``privacy.unit`` calls it: one word."""
+    what: str
+    """What one of them is, in a claim."""
+    adjacency: str
+    """How neighbouring data sets differ."""
+    each: str
+    """How one of them is drawn, in a sampler's words."""
+    leaves_out: tuple[str, ...]
+    """What somebody might take for promised, and is not."""
+    across: str
+    """What a federation's figure, the maximum over its sites, means for one that is at several sites."""
+    grouped: bool
+    """Whether several records belong to one unit, so that their gradients are summed before the clip."""
+
+    def said(self, claim: Claim) -> Claim:
+        """Return a record's claim as it is made of this unit."""
+        if not self.grouped:
+            return claim
+        sampler = claim.sampler.replace(RECORD.each, self.each)
+        kept = tuple(text for text in claim.leaves_out if text not in RECORD.leaves_out)
+        return replace(
+            claim,
+            unit=self.what,
+            adjacency=self.adjacency,
+            sampler=sampler,
+            per=self.name,
+            leaves_out=(*self.leaves_out, *kept),
+            across=self.across,
+        )
+
+    def members(self, records: Sequence[Record]) -> list[list[int]]:
+        """Return the positions of each unit's records, units in the order in which they first occur.
+
+        Raises:
+            MechanismError: a record belongs to nobody, so that no claim would cover it.
+        """
+        if not self.grouped:
+            return [[position] for position in range(len(records))]
+        found: dict[int, list[int]] = {}
+        for position, record in enumerate(records):
+            if OWNER not in record:
+                raise MechanismError(f"a record belongs to no {self.name}: whose gradients are clipped is not known")
+            found.setdefault(record[OWNER], []).append(position)
+        return list(found.values())
+
+    def count(self, data: Dataset) -> int:
+        """Return how many there are in a site's data; the number is private."""
+        return len({example.person for example in data.examples}) if self.grouped else len(data.examples)
+
+
+RECORD = Unit(
+    name="record",
+    what="one training record of one site",
+    adjacency="add or remove one record",
+    each="each record on its own",
+    leaves_out=("a person with several records: the unit is one record",),
+    across="their records are disjoint.",
+    grouped=False,
+)
+PERSON = Unit(
+    name="person",
+    what="all training records of one person at one site",
+    adjacency="add or remove one person with all their records",
+    each="each person on their own, with all their records that the run uses",
+    leaves_out=(
+        "a person at several sites: what these have spent adds up",
+        "a person whom the column of persons calls by several names: each name counts as one",
+        "what the records of others tell of a person, such as those of a family",
+    ),
+    across="a person with records at several sites has the sum of what these have spent, at the sum of their δ.",
+    grouped=True,
+)
+UNITS: dict[str, Unit] = {row.name: row for row in (RECORD, PERSON)}

@@ -1,0 +1,83 @@
+"""Shares of a secret: so many tell all of it, and one fewer tells nothing (Shamir 1979, "How to share a secret").
+
+A secret is the value at 0 of a polynomial over the integers modulo ``PRIME``, whose other coefficients are uniform. The
+holder with the number x, from 1, has the value at x. The field holds every secret of 32 bytes as it is, and a share has
+33. (Libraries share 16 bytes over GF(2¹²⁸), bit by bit: two orders of magnitude slower for a hundred holders.)
+
+The secrets of an attempt have the same holders. So the weights of those who answered are computed once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.errors import MechanismError, ProtocolError
+from common.secure_sum.masks import mask_of
+
+PRIME = 2**256 + 297
+"""The least prime above 2²⁵⁶."""
+SECRET_BYTES, SHARE_BYTES = 32, 33
+_DRAW_BYTES = 48
+"""Of a coefficient before the remainder: its law is uniform but for 2⁻¹²⁷."""
+
+
+def split(secret: bytes, threshold: int, holders: int, seed: bytes) -> list[bytes]:
+    """Return the shares of ``holders`` holders, ``SHARE_BYTES`` each, in the order of their numbers from 1.
+
+    Args:
+        secret: ``SECRET_BYTES``.
+        threshold: so many shares tell the secret.
+        holders: at least ``threshold``.
+        seed: 32 secret bytes that serve this one secret; the coefficients are ``mask_of`` it.
+
+    Raises:
+        MechanismError: the secret has another length, or the threshold is not from 1 to ``holders``.
+    """
+    if len(secret) != SECRET_BYTES or not 1 <= threshold <= holders:
+        raise MechanismError(
+            f"a secret of {len(secret)} bytes cannot be shared by {holders} holders of whom {threshold} tell it"
+        )
+    drawn = mask_of(seed, _DRAW_BYTES // 4 * (threshold - 1)).astype("<u4").tobytes()
+    starts = range(0, len(drawn), _DRAW_BYTES)
+    coefficients = [int.from_bytes(drawn[start : start + _DRAW_BYTES], "big") % PRIME for start in starts]
+    coefficients.append(int.from_bytes(secret, "big"))
+    shares = []
+    for number in range(1, holders + 1):
+        value = 0
+        for coefficient in coefficients:
+            value = (value * number + coefficient) % PRIME
+        shares.append(value.to_bytes(SHARE_BYTES, "big"))
+    return shares
+
+
+def weights(numbers: Sequence[int]) -> list[int]:
+    """Return by what the shares of the holders with these numbers are multiplied: Lagrange's at 0, modulo ``PRIME``.
+
+    Raises:
+        ProtocolError: a number is there twice, or is none of a holder.
+    """
+    if len(set(numbers)) < len(numbers) or not all(0 < number < PRIME for number in numbers):
+        raise ProtocolError("shares are of holders that are there twice, or of none: no secret follows from them")
+    found = []
+    for own in numbers:
+        above, below = 1, 1
+        for other in numbers:
+            if other != own:
+                above, below = above * other % PRIME, below * (other - own) % PRIME
+        found.append(above * pow(below, -1, PRIME) % PRIME)
+    return found
+
+
+def combined(shares: Sequence[bytes], factors: Sequence[int]) -> bytes:
+    """Return the secret of exactly as many shares as the threshold; ``factors`` are their holders' ``weights``.
+
+    Raises:
+        ProtocolError: one is no share, or together they are none of a secret.
+    """
+    values = [int.from_bytes(share, "big") for share in shares]
+    if any(len(share) != SHARE_BYTES for share in shares) or not all(value < PRIME for value in values):
+        raise ProtocolError("what a site answers with is no share of a secret")
+    secret = sum(value * factor for value, factor in zip(values, factors, strict=True)) % PRIME
+    if secret.bit_length() > 8 * SECRET_BYTES:
+        raise ProtocolError("shares do not belong together: no secret follows from them")
+    return secret.to_bytes(SECRET_BYTES, "big")

@@ -1,0 +1,23 @@
+"""One pair of random orthonormal factors for all layers of one shape, as S2-LoRA shares them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from common.adapters import Place
+from common.messages.state import Factors
+from common.starts.base import Needs, Start, seeded
+
+
+@dataclass(frozen=True)
+class Shared(Start):
+    """As ``orthonormal``, but layers of one shape have the same A and B."""
+
+    name: ClassVar[str] = "shared"
+    needs: ClassVar[Needs] = "nothing"
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return them from public streams that are named for the layer's shape."""
+        return seeded(replace(place, layer=f"shared {place.out}x{place.into}"), wanted)

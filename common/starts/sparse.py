@@ -1,0 +1,51 @@
+"""Sparse random directions: the A of FlyLoRA.
+
+FlyLoRA's A is frozen, with normal numbers at p random inputs of each row and 0 elsewhere; a position then takes the k
+of r directions that answer it most. With k = r that is LoRA with a frozen sparse A, which this is, with rows of length
+1.
+
+What is not there: k below r. Such a choice is made anew at every position, so that it is no change of a weight, and
+stock PEFT cannot load it. As published it also adds a bias to each direction that counts how often records took it, in
+every pass and without noise: a statistic of private records, which no ε covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+
+from common.adapters import Place
+from common.check import Interval
+from common.config.fields import Unit
+from common.messages.state import Factors
+from common.randomness import stream
+from common.starts.base import Needs, Start
+
+
+@dataclass(frozen=True)
+class Sparse(Start):
+    """Each row of A has normal numbers at some random inputs, and length 1; B is that of the outputs, transposed."""
+
+    name: ClassVar[str] = "sparse"
+    needs: ClassVar[Needs] = "nothing"
+
+    density: Annotated[float, Interval(0, 1), Unit("share")] = 0.25
+    """Share of a row's entries that are not 0; at least one is not. FlyLoRA's is k / r."""
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return them from public streams of the run's seed."""
+
+        def rows(factor: str, columns: int) -> Tensor:
+            draw = stream(place.seed, "adapter", place.layer, "sparse", factor)
+            kept = max(1, int(columns * self.density))
+            chosen = torch.rand(place.rank, columns, generator=draw, dtype=torch.float64).argsort(1)[:, :kept]
+            values = torch.randn(place.rank, kept, generator=draw, dtype=torch.float64)
+            made = torch.zeros(place.rank, columns, dtype=torch.float64).scatter(1, chosen, values)
+            return (made / made.norm(dim=1, keepdim=True)).float()
+
+        made = {"A": lambda: rows("A", place.into), "B": lambda: rows("B", place.out).T.contiguous()}
+        return {factor: make() for factor, make in made.items() if factor in wanted}

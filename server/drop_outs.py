@@ -1,0 +1,123 @@
+"""The round of a secure sum that sites may be lost from: shares, vectors, one signed list, and shares that are told.
+
+As long as no more than ``privacy.drop-outs`` are lost, the others have their sum and pay once. A site may be lost
+before its shares, before its vector, or after it; then it is in the sum. What it was charged by then stays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from common.errors import ProtocolError
+from common.messages.round import (
+    Refusal,
+    ShareReply,
+    ShareTask,
+    SumReply,
+    SumTask,
+    SurvivorReply,
+    SurvivorTask,
+    TrainResult,
+    UnmaskReply,
+    UnmaskTask,
+)
+from common.run_lines import Absence
+from common.secure_sum import KeyOffer, threshold, unmasked
+from server.sites import Gathering
+from server.sums import SummedSites, in_order, words_of
+from strategies import ServerState
+
+Told = TypeVar("Told", bound=SumReply)
+
+
+class RecoveringSites(SummedSites):
+    """Asks sites for one sum, of which some may be missing."""
+
+    def _vectors(
+        self, got: Gathering, offers: Mapping[int, KeyOffer], round_number: int, state: ServerState
+    ) -> dict[int, TrainResult]:
+        """Return the results of those in an attempt's sum, with what they make in ``got``; none if there is no sum.
+
+        Args:
+            got: what came of the round so far.
+            offers: keys to seal shares with, by node.
+            round_number: of the round.
+            state: what the sites start from.
+        """
+        privacy, where = self._job.config.privacy, (self._run, round_number, got.attempts - 1)
+        holders = [offer.site for offer in offers.values()]
+        needed = threshold(len(holders), privacy.colluders)
+        least = max(self._job.config.min_sites, privacy.honest_sites + privacy.colluders, needed)
+        shared = self._told(got, ShareTask(*where, tuple(offers.values())), offers, ShareReply)
+        shared = self._whole(got, shared, len(holders), offers, round_number)
+        if not self._enough(got, round_number, shared, least, "have shared the secrets of their masks"):
+            return {}
+        masks = in_order({node: reply.sharing.offer for node, reply in shared.items()})
+        sealed = {
+            node: tuple(shared[other].sharing.sealed[holders.index(offer.site)] for other in masks)
+            for node, offer in masks.items()
+        }
+        results = self._masked(got, masks, round_number, state, sealed)
+        if not self._enough(got, round_number, results, least, "have sent a vector that counts"):
+            return {}
+        survivors = tuple(sorted(result.site for result in results.values()))
+        signed = self._told(got, SurvivorTask(*where, survivors), results, SurvivorReply)
+        digests = Counter(reply.agreement.digest for reply in signed.values())
+        usual = max(digests, key=lambda digest: digests[digest], default=b"")
+        agreed = {node: reply for node, reply in signed.items() if reply.agreement.digest == usual}
+        agreed = {node: reply for node, reply in agreed.items() if reply.site == results[node].site}
+        if not self._enough(got, round_number, agreed, needed, "have signed for one sum of the survivors"):
+            return {}
+        signatures = tuple((reply.site, reply.agreement.signature) for reply in agreed.values())
+        told = self._told(got, UnmaskTask(*where, signatures), agreed, UnmaskReply)
+        if not self._enough(got, round_number, told, needed, "have told their shares"):
+            return {}
+        vectors = dict(zip((result.site for result in results.values()), words_of(results), strict=True))
+        keys = {offer.site: offer.public for offer in masks.values()}
+        try:
+            shares = {results[node].site: reply.shares for node, reply in told.items()}
+            total = unmasked(vectors, keys, holders, privacy.colluders, usual, shares)
+        except ProtocolError as error:
+            self._note(got, Absence(round_number, got.attempts, "", None, "quorum", str(error)))
+            return {}
+        return self._summed(got, results, [total], round_number, state)
+
+    def _told(self, got: Gathering, task: SumTask, nodes: Collection[int], kind: type[Told]) -> dict[int, Told]:
+        """Return what nodes answer to one task, in the order of the nodes; who does not is written down."""
+        exchange = self._transport.exchange(dict.fromkeys(nodes, task), self._job.config.round_timeout)
+        told: dict[int, Told] = {}
+        for node in nodes:
+            reply = exchange.replies[node]
+            if isinstance(reply, kind):
+                told[node] = reply
+            elif isinstance(reply, Refusal):
+                self._absent(got, task.round_number, node, (reply.site, reply.kind, reply.reason), nodes)
+        return told
+
+    def _whole(
+        self,
+        got: Gathering,
+        shared: Mapping[int, ShareReply],
+        holders: int,
+        offers: Mapping[int, KeyOffer],
+        round_number: int,
+    ) -> dict[int, ShareReply]:
+        """Return the replies that have a share for each holder, under the name of the node's key."""
+        whole = {}
+        for node, reply in shared.items():
+            if reply.site == offers[node].site and len(reply.sharing.sealed) == holders:
+                whole[node] = reply
+            else:
+                reason = "it shares with others than the sites that gave a key, or under another name"
+                self._absent(got, round_number, node, (reply.site, "reply", reason), offers)
+        return whole
+
+    def _enough(self, got: Gathering, round_number: int, sites: Collection[int], least: int, what: str) -> bool:
+        if len(sites) >= least:
+            return True
+        message = f"{len(sites)} sites {what}, {least} are needed"
+        self._note(got, Absence(round_number, got.attempts, "", None, "quorum", message))
+        self._throw_away(got, round_number, message)
+        return False

@@ -1,0 +1,129 @@
+"""The interface of a strategy that chooses layers by what the sites' changes of a round have in common.
+
+The statistic is the cross-site energy ``Σ_{j≠k} p_j p_k ⟨D_j, D_k⟩`` of a layer's trained columns over its standard
+deviation under noise alone (``common.nulls``). Its mean is 0 where there is noise and nothing else, however much, so a
+layer above ``least_score`` learns. It is a function of what was sent, which was noised: a choice by it costs no
+privacy, and other records change it through nothing else.
+
+The papers' own scores need gradients of the weights, or a validation set of private records: both would be paid for.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.config.sections import RunConfig
+from common.errors import ConfigError
+from common.messages.columns import FACTOR
+from common.messages.state import OWN, AdapterState
+from common.messages.tensors import merge, select
+from common.nulls import cross_site_energy, least_score
+from strategies.base import Contribution, ServerState
+from strategies.columns import MASK, Columns
+
+SCORE = "z"
+"""How far a layer's score of the last round is above the least of one that learns, shape (1,): above 0 it learns."""
+SHOWN = 6
+"""Layers that a line names."""
+NONE = -1e9
+"""Stands for it where there is no score."""
+
+
+@dataclass(frozen=True)
+class ByEnergy(Columns):
+    """Sites train the columns that the server's masks have, and it makes the next masks by the layers' scores."""
+
+    privacy: ClassVar[str] = "dp-sgd, none"
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a run in which the noise of a site's change does not follow from what is public."""
+        training = config.training
+        if not config.privacy.mechanism.charged:
+            return
+        if training.local_steps > 1 or training.optimizer != "sgd" or training.weight_decay:
+            raise ConfigError(
+                f"strategy {self.name!r} chooses by the noise that is known of one plain step: set "
+                "training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0"
+            )
+
+    @abstractmethod
+    def begin_with(self, rank: int) -> int:
+        """Return how many columns of each layer are trained in round 1."""
+
+    @abstractmethod
+    def choose(self, state: ServerState, scores: dict[str, float]) -> ServerState:
+        """Return the state with the masks that follow from this round's scores, by layer: above 0 a layer learns."""
+
+    def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
+        """Return the state in which the first columns of every layer are trained."""
+        memory: AdapterState = {}
+        for layer, factors in adapter.items():
+            if layer not in OWN:
+                rank = factors[FACTOR].shape[1]
+                memory[layer] = {MASK: first_columns(rank, self.begin_with(rank)), SCORE: torch.tensor([NONE])}
+        return ServerState(0, adapter, trained, memory)
+
+    def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Return B with the mean of the increments added, and every layer's score in the memory."""
+        found: AdapterState = {
+            layer: {SCORE: torch.tensor([score])} for layer, score in self._scores(state, contributions).items()
+        }
+        none: AdapterState = {layer: {SCORE: torch.tensor([NONE])} for layer in state.memory}
+        combined = super().combine(state, contributions)
+        return replace(combined, memory=merge(merge(state.memory, none), found))
+
+    def settle(self, state: ServerState) -> ServerState:
+        """Return the state with the masks of the next round."""
+        held = select(state.memory, (SCORE,))
+        scores = {layer: float(factors[SCORE]) for layer, factors in held.items() if factors[SCORE] > NONE}
+        return self.choose(state, scores) if scores else state
+
+    def told(self, state: ServerState) -> str:
+        """Return how many columns each layer trains next, those with the most first."""
+        layers: dict[int, list[str]] = {}
+        for layer, held in sorted(state.memory.items()):
+            layers.setdefault(int(held[MASK].sum()), []).append(layer)
+        said = []
+        for columns, names in sorted(layers.items(), reverse=True):
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            said.append(f"{columns} in {', '.join(names[:SHOWN])}{more}")
+        return f"columns that are trained next: {'; '.join(said)}"
+
+    def _scores(self, state: ServerState, contributions: Sequence[Contribution]) -> dict[str, float]:
+        """Return how far every trained layer's score is above the least; nothing of one site, or of unknown noise.
+
+        Without noise it is the changes' mean cosine, and the least is 0.
+        """
+        noises = [one.noise for one in contributions]
+        if len(contributions) < 2 or any(noise is None for noise in noises):
+            return {}
+        total = sum(one.weight for one in contributions)
+        shares = [one.weight / total for one in contributions]
+        held = self.counterpart(state, 0)
+        scores, layers = {}, sorted(set(contributions[0].state) - set(OWN))
+        for layer in layers:
+            changes = [_change(one.state[layer][FACTOR], held[layer][FACTOR]) for one in contributions]
+            known = [noise for noise in noises if noise]
+            energy = cross_site_energy(shares, changes, known or None)
+            if energy is not None:
+                scores[layer] = energy.agreement if energy.score is None else energy.score - least_score(len(layers))
+        return scores
+
+
+def first_columns(rank: int, columns: int) -> Tensor:
+    """Return the mask of the first columns, float32, shape (rank,).
+
+    >>> first_columns(4, 2).tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    return (torch.arange(rank) < columns).float()
+
+
+def _change(sent: Tensor, held: Tensor) -> Tensor:
+    return (sent.double() - held.double()).flatten()

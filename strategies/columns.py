@@ -1,0 +1,91 @@
+"""Training by columns: one frozen A, one scale, and a public rule of which columns of B a site trains in a round.
+
+The forward pass has all of B always, so a site's gradient is that of the global model, restricted to its columns; the
+clip, the noise and what travels cover these and nothing else. The server adds increments, ``B_i ← B_i + Σ p_k ΔB_k,i``
+over the sites k that train column i. That is exactly the mean of the sites' weights, whatever each of them trains,
+since a column that a site does not train stands at what all received.
+
+Neither padded states (a column would shrink by ``Σ p_k`` of its sites every round) nor columns averaged among their
+own sites alone (high columns would move as fast as low ones, on the noise of few) are that mean.
+
+A choice of the server follows from what was sent, which is noised: it costs no privacy. It travels as ``S``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.adapters import Adapter
+from common.errors import ProtocolError
+from common.messages.columns import FACTOR, Chosen, narrowed, trained_by_any, widened
+from common.messages.state import OWN, AdapterState
+from common.messages.tensors import merge, select
+from strategies.base import Contribution, ServerState, Strategy, mean
+
+MASK = "S"
+"""Which columns are trained in a layer, as the server sends it: shape (rank,), 1 where one is and else 0."""
+
+
+@dataclass(frozen=True)
+class Columns(Strategy):
+    """Sites train columns of B; the server adds the mean of their increments to it."""
+
+    adapter: ClassVar[str] = "lora-frozen-a"
+    trains: ClassVar[tuple[str, ...]] = (FACTOR,)
+    freezes: ClassVar[tuple[str, ...]] = ("A",)
+    by_columns: ClassVar[bool] = True
+
+    @classmethod
+    def exact(cls, adapter: type[Adapter]) -> bool:
+        """Return whether the weights are linear in what is averaged."""
+        return adapter.linear
+
+    def downlink(self, state: ServerState) -> AdapterState:
+        """Return all of B, the masks if the server makes them, and the head."""
+        return merge(super().downlink(state), select(state.memory, (MASK,)))
+
+    def install(self, start: AdapterState, received: AdapterState) -> AdapterState:
+        """Return the start with B and the head as received."""
+        rest = {layer: {n: t for n, t in factors.items() if n != MASK} for layer, factors in received.items()}
+        return merge(start, rest)
+
+    def columns(self, received: AdapterState, rank: int) -> Chosen:
+        """Return the columns that the masks have, all where there is no mask, below a site's own rank.
+
+        Raises:
+            ProtocolError: a mask has another number than 0 and 1.
+        """
+        chosen: dict[str, Tensor] = {}
+        for layer, factors in received.items():
+            if layer in OWN:
+                continue
+            mask = factors.get(MASK, torch.ones(factors[FACTOR].shape[1]))
+            if not bool(((mask == 0) | (mask == 1)).all()):
+                raise ProtocolError(f"the mask of trained columns of {layer!r} has other numbers than 0 and 1")
+            columns = mask.nonzero()[:, 0]
+            chosen[layer] = columns[columns < rank] if rank else columns
+        return chosen
+
+    def counterpart(self, state: ServerState, rank: int) -> AdapterState:
+        """Return the adapter with the columns alone that a site of this rank trains."""
+        return narrowed(state.adapter, self.columns(self.downlink(state), rank))
+
+    def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Return B with the mean of the increments added; what nobody trains stays as it is, bit for bit."""
+        received = self.downlink(state)
+        chosen = [self.columns(received, one.rank) for one in contributions]
+        whole = [
+            replace(one, state=widened(one.state, state.adapter, columns))
+            for one, columns in zip(contributions, chosen, strict=True)
+        ]
+        averaged, active = mean(whole), trained_by_any(chosen, state.adapter)
+        for layer, masks in active.items():
+            old = state.adapter[layer][FACTOR]
+            averaged[layer][FACTOR] = torch.where(masks[FACTOR], averaged[layer][FACTOR], old)
+        adapter = merge(state.adapter, averaged)
+        return replace(state, round_number=state.round_number + 1, adapter=adapter, active=active)

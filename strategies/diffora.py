@@ -1,0 +1,62 @@
+"""DiffoRA: all layers are trained for a round or two, and those that learn are trained on.
+
+Jiang et al.: DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation, 2025
+(arXiv 2502.08905), from its abstract. The paper relaxes a gate for every layer, trains gates on validation records and
+factors on training records, and keeps the layers of the largest gates. What differs, and why:
+
+* A private validation set is private, so both halves would be paid for. Here the choice is by the cross-site energy of
+  the last round before it (``strategies.by_energy``), which costs nothing and has a threshold.
+* A gate and a B that are both trained have no exact average. Here B alone is trained.
+
+The B of a layer that is dropped goes back to 0: what it has learned by then is not told from noise. That step changes
+the model; every other round is exactly the mean of the sites' weights. Afterwards the clip is spent on layers that
+learn, and noise and bytes are those of the layers that are kept. Where none is told from noise, all go on, and the
+next round is asked again. The exported adapter has the kept layers alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import torch
+
+from common.check import POSITIVE
+from common.config.fields import Unit
+from common.messages.columns import FACTOR
+from common.messages.state import AdapterState
+from common.messages.tensors import merge
+from strategies.base import ServerState
+from strategies.by_energy import ByEnergy
+from strategies.columns import MASK
+
+
+@dataclass(frozen=True)
+class DiffoRA(ByEnergy):
+    """Sites train B in every layer at first, and then in the layers that the server keeps."""
+
+    name: ClassVar[str] = "diffora"
+    paper: ClassVar[str] = "Jiang et al. 2025"
+    noise: ClassVar[str] = "s x_B A in kept layers: norm s σC/b √m ‖A‖"
+
+    warmup: Annotated[int, POSITIVE, Unit("rounds")] = 1
+    """Rounds in which every layer is trained, before some are dropped."""
+
+    def begin_with(self, rank: int) -> int:
+        """Return all."""
+        return rank
+
+    def choose(self, state: ServerState, scores: dict[str, float]) -> ServerState:
+        """Return the state in which layers that do not learn rest at 0, once, when it is due and some do learn."""
+        chosen = not all(bool(held[MASK].all()) for held in state.memory.values())
+        dropped = [layer for layer, score in scores.items() if not score > 0]
+        if chosen or state.round_number < self.warmup or len(dropped) == len(scores):
+            return state
+        masks: AdapterState = {layer: {MASK: torch.zeros_like(state.memory[layer][MASK])} for layer in dropped}
+        zeros: AdapterState = {layer: {FACTOR: torch.zeros_like(state.adapter[layer][FACTOR])} for layer in dropped}
+        return replace(
+            state,
+            adapter=merge(state.adapter, zeros),
+            memory=merge(state.memory, masks),
+            optimizer=state.optimizer.without(dropped),
+        )

@@ -1,0 +1,52 @@
+"""Heterogeneous ranks: each site declares how many columns of B it trains, and all of them run the whole.
+
+HetLoRA (Cho et al. 2024), FlexLoRA (Bai et al. 2024) and FLoRA (Wang et al. 2024) let sites of unlike capacity join.
+Here site k trains the first r_k columns under one frozen A whose rows are nested, and increments are averaged, so the
+new weights are exactly the mean of the sites' (``strategies.columns``). What differs from the papers, and why:
+
+* HetLoRA pads and truncates states: columns that few sites train shrink every round, whatever the records say.
+* HetLoRA weighs sites by the length of their product. Under noise that length is the noise's. Here public sizes weigh.
+* LoRA's ``alpha / r_k`` at each site would be another scale at each: the scale is the run's, ``alpha / r``.
+
+A site says its rank once, as the node's setting ``rank``: it is public, like its size, so it may follow from a machine
+and never from records. Site k puts noise of norm ``s σC/b √(m r_k)`` into a layer's weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.errors import ConfigError
+from strategies.columns import Columns
+
+
+@dataclass(frozen=True)
+class HeterogeneousRanks(Columns):
+    """Sites train the first columns of B, as many as each declares."""
+
+    name: ClassVar[str] = "heterogeneous-ranks"
+    paper: ClassVar[str] = "Cho et al. 2024, by increments"
+    ranked: ClassVar[bool] = True
+    noise: ClassVar[str] = "s x_B A on r_k columns: norm s σC/b √(m r_k), A orthonormal"
+
+    simulated: str = ""
+    """Ranks of a simulation's sites, separated by commas, from the first on again where there are more sites. Empty:
+    ``adapter.rank``. A deployed site declares its own (node setting ``rank``)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.simulated and not all(part.strip().isdecimal() and int(part) > 0 for part in self.simulated.split(",")):
+            raise ConfigError(
+                f"{self.name}.simulated is {self.simulated!r}: write ranks of at least 1, separated by commas, such as "
+                "'2,4,8'"
+            )
+
+    def simulated_rank(self, part: int) -> int:
+        """Return the rank of a simulation's site.
+
+        >>> HeterogeneousRanks(simulated="2,4").simulated_rank(3)
+        4
+        """
+        ranks = [int(rank) for rank in self.simulated.split(",")] if self.simulated else [0]
+        return ranks[part % len(ranks)]

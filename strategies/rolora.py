@@ -1,0 +1,59 @@
+"""RoLoRA: A and B take turns; in each round one of them is trained and averaged, and the other rests.
+
+Chen et al.: RoLoRA (2024, arXiv 2409.02346). With the other factor the same everywhere the weights are linear in what
+is trained, so that the average is exact in every round, and over two rounds both factors learn. A round sends one
+factor, half of what FedAvg-LoRA sends. Under privacy clip and noise are of that factor alone: no product of two noises
+enters.
+
+Odd rounds train B, since B = 0 at the start hides A; even rounds train A. Whose turn it is follows from the round's
+number alone, so that a resumed run and a late site know it. The resting factor stays bit for bit, and so do its
+moments and its clock at the server's optimiser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from common.adapters import Adapter
+from common.messages.state import HEAD, AdapterState
+from strategies.average import Average
+from strategies.base import ServerState
+
+TURNS = (("B",), ("A",))
+"""The factors of odd rounds, and of even ones."""
+
+
+@dataclass(frozen=True)
+class RoLoRA(Average):
+    """Sites train B in odd rounds and A in even ones; the server averages what was trained."""
+
+    name: ClassVar[str] = "rolora"
+    paper: ClassVar[str] = "Chen et al. 2024 (RoLoRA)"
+    adapter: ClassVar[str] = "lora"
+    trains: ClassVar[tuple[str, ...]] = ("A", "B")
+    noise: ClassVar[str] = "in turns s x_B A and s B x_A: norm s σC/b √m ‖A‖ and s σC/b √n ‖B‖"
+
+    @classmethod
+    def exact(cls, adapter: type[Adapter]) -> bool:
+        """Return True: the weights are linear in each factor alone."""
+        del adapter
+        return True
+
+    def turn(self, round_number: int) -> tuple[str, ...]:
+        """Return B in odd rounds, A in even ones."""
+        return TURNS[(round_number + 1) % 2]
+
+    def update(self, state: ServerState, mean: AdapterState) -> ServerState:
+        """Return the state with the mean in place, and the factor that rests marked as resting."""
+        turn = self.turn(state.round_number + 1)
+        active = {
+            layer: {
+                name: torch.full((factors[name].shape[-1],), name in turn) for name in self.trains if name in factors
+            }
+            for layer, factors in state.adapter.items()
+            if layer != HEAD
+        }
+        return replace(super().update(state, mean), active=active)

@@ -1,0 +1,384 @@
+"""What decides which columns of B are trained: DyLoRA (N), SwitchLoRA (W), IncreLoRA and DiffoRA (T6, K2), and exports.
+
+The letters are those of the invariants; scores against noise alone are statistical, with fixed seeds.
+"""
+
+from __future__ import annotations
+
+import doctest
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_run import spent
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from audits.tiny_models import PLAIN_STEP
+from common.adapters import LoRAFrozenA
+from common.adapters.nested import DEPTH, Depths
+from common.config.sections import HeadConfig
+from common.errors import ConfigError
+from common.messages.state import AdapterState
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import gaussian_plan
+from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.starts import STARTS
+from common.tasks import TASKS
+from experiments.evaluate import evaluate_run
+from experiments.in_process import run_in_process, simulated_nodes
+from experiments.serving.merge import merge_run
+from server.checkpoint import saved_state
+from strategies import Contribution, ServerState, by_energy, switchlora
+from strategies.by_energy import SCORE, ByEnergy
+from strategies.columns import MASK
+from strategies.diffora import DiffoRA
+from strategies.increlora import IncreLoRA
+from strategies.job import configure
+from strategies.switchlora import SwitchLoRA
+
+RANK = 6
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# N: a rank for each record.
+
+
+def nested_samples(depths: Sequence[int], x: Tensor, mask: Callable[[Tensor], Tensor] = lambda d: d) -> list[Tensor]:
+    """Per-record gradients of B behind the records' ranks, and without hooks, one record at a time."""
+    layer, ranks = nn.Linear(RANK, 9, bias=False, dtype=torch.float64), Depths()
+    with torch.no_grad():
+        layer.weight.copy_(normal(1, 9, RANK))
+    handle = layer.register_forward_pre_hook(ranks.masked)
+
+    def losses(x: Tensor) -> Tensor:
+        return layer(x).tanh().square().sum((1, 2))
+
+    plan = gaussian_plan(1.0, 1.0, 1.0, 4.0, 1e-5, 8.0)
+    with ranks.of(mask(torch.tensor(depths))), PrivateSteps(layer, torch.optim.SGD([layer.weight], 0.0), plan) as steps:
+        (found,) = steps.samples(x, losses)
+    handle.remove()
+    wanted = []
+    for depth, record in zip(depths, x, strict=True):
+        cut = layer.weight.detach()[:, :depth].clone().requires_grad_()
+        (record[:, :depth] @ cut.T).tanh().square().sum().backward()
+        assert cut.grad is not None
+        wanted.append(torch.cat([cut.grad, torch.zeros(9, RANK - depth, dtype=torch.float64)], 1))
+    return [found, torch.stack(wanted)]
+
+
+def test_n1_a_records_gradient_is_that_of_its_own_rank_and_zero_beyond_it() -> None:
+    depths, x = [1, 3, 6, 2], normal(2, 4, 3, RANK)
+    found, wanted = nested_samples(depths, x)
+    assert float((found - wanted).abs().max()) < 1e-12
+    for depth, sample in zip(depths, found, strict=True):
+        assert not bool(sample[:, depth:].any())
+        assert bool(sample[:, :depth].all())
+    planted, _ = nested_samples(depths, x, lambda ranks: ranks.roll(1))
+    assert float((planted - wanted).abs().max()) > 1e-3, "the rank of another record went unnoticed"
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Callable[[str], str]) -> FederatedModel:
+    """Tiny BERT with layers that are not square."""
+    adapter = LoRAFrozenA(RANK, 9.0, ("query", "intermediate.dense"), STARTS["orthonormal"]())
+    base = load_base_model(model_folder("bert"), "classification")
+    head = HeadConfig(start="random")
+    return FederatedModel(
+        base,
+        adapter,
+        TASKS["classification"],
+        head,
+        seed=1,
+        label_names=("bad", "good"),
+        device="cpu",
+        precision="float32",
+    )
+
+
+def test_n1_in_a_model_each_record_has_one_rank_in_all_layers_and_keeps_it_when_it_passes_again(
+    model: FederatedModel,
+) -> None:
+    records = model.prepare([model.task.of_phrase(text) for text in ("the film", "a story was", "warm", "dull scene")])
+    state = {
+        layer: {**f, "B": normal(i, *f["B"].shape).float()}
+        for i, (layer, f) in enumerate(model.read().items())
+        if "B" in f
+    }
+    model.write(state)
+    batch_before = model.fixed_batch(records, 8, 6)
+    assert DEPTH not in batch_before, "a rank is drawn for records that are scored"
+    with torch.no_grad():
+        whole = model.losses(batch_before)
+        with model.nested():
+            batch = model.fixed_batch(records, 8, 6)
+            losses = model.losses(batch)
+            assert torch.equal(losses[2:3], model.losses(batch.alone(2))), "a record that passes alone has another rank"
+        assert torch.equal(whole, model.losses(batch_before)), "ranks of records outlive their context"
+        for row, depth in enumerate(batch[DEPTH][: len(records)].tolist()):
+            cut = {layer: {"B": f["B"] * (torch.arange(RANK) < depth)} for layer, f in state.items()}
+            model.write(cut)
+            assert float((model.losses(batch_before)[row] - losses[row]).abs()) < 1e-6
+        drawn = set()
+        with model.nested():
+            for _ in range(40):
+                drawn |= set(model.batch(records)[DEPTH].tolist())
+        assert drawn == set(range(1, RANK + 1))
+    model.write(model.start)
+
+
+def merged(folder: Path, adapter: Path) -> dict[str, Tensor]:
+    """The change that stock PEFT merges into each weight of the stock base model."""
+    plain = AutoModel.from_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    after = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload().state_dict()
+    return {n.removesuffix(".weight"): after[n] - t for n, t in before.items() if not torch.equal(after[n], t)}
+
+
+def test_n2_one_run_exports_every_rank(toy_settings: dict[str, Any]) -> None:
+    own = {"strategy": "dylora", "adapter.rank": 4, "adapter.targets": "query,intermediate.dense", "rounds": 1}
+    folder = run_in_process({**toy_settings, **own}, 2)
+    state, s = saved_state(folder).adapter, 6.0 / 4
+    places = {**{b: folder / "ranks" / str(b) for b in (1, 2, 3)}, 4: folder / "adapter"}
+    for rank, place in places.items():
+        found = merged(Path(toy_settings["model.name"]), place)
+        layers = {layer: f for layer, f in state.items() if "A" in f}
+        assert found.keys() == layers.keys()
+        for layer, factors in layers.items():
+            wanted = s * factors["B"][:, :rank] @ factors["A"][:rank]
+            assert float((found[layer] - wanted).abs().max()) < 1e-6, f"{layer} at rank {rank}"
+
+
+def test_c8_ranks_by_layer_merge_to_the_same_weights_and_a_layer_of_none_is_left_out(
+    model: FederatedModel, model_folder: Callable[[str], str], tmp_path: Path
+) -> None:
+    state = {layer: dict(factors) for layer, factors in model.start.items() if "A" in factors}
+    columns = dict(zip(sorted(state), ([0, 1], [], [1, 4, 5], list(range(RANK))), strict=True))
+    for seed, (layer, chosen) in enumerate(columns.items()):
+        B = torch.zeros_like(state[layer]["B"])
+        B[:, chosen] = normal(seed, len(B), len(chosen)).float()
+        state[layer]["B"] = B
+    model.adapter.export(model.peft_model, state, tmp_path, "base")
+    found = merged(Path(model_folder("bert")), tmp_path)
+    assert found.keys() == {layer for layer, chosen in columns.items() if chosen}
+    for layer, change in found.items():
+        assert float((change - model.adapter.delta(state[layer])).abs().max()) < 1e-6
+
+
+# W: a window over a pool.
+
+LAYERS = {"query": (5, 7), "dense": (9, 6)}
+
+
+def start() -> AdapterState:
+    return {
+        layer: {"A": torch.linalg.qr(normal(i, into, RANK))[0].T, "B": torch.zeros(out, RANK, dtype=torch.float64)}
+        for i, (layer, (out, into)) in enumerate(LAYERS.items())
+    }
+
+
+def sites(
+    strategy: Any, state: ServerState, seed: int, common: dict[str, float], noise: float, count: int = 3
+) -> list[Contribution]:
+    """Contributions of noise and, in some layers, of a change of this norm that all sites have in common."""
+    received = strategy.downlink(state)
+    chosen, made = strategy.columns(received, 0), []
+    for k in range(count):
+        sent: AdapterState = {}
+        for i, (layer, (out, _)) in enumerate(LAYERS.items()):
+            columns = chosen[layer]
+            if len(columns):
+                signal = normal(99 + i, out, len(columns))
+                change = common.get(layer, 0.0) * signal / signal.norm() + noise * normal(
+                    1000 * seed + 10 * k + i, out, len(columns)
+                )
+                sent[layer] = {"B": state.adapter[layer]["B"][:, columns] + change}
+        made.append(Contribution(str(k), 1.0 + k, sent, 0, noise))
+    return made
+
+
+def test_w1_a_window_over_a_pool_is_the_form_that_merges_into_the_base() -> None:
+    """Published: what leaves the slots goes into the base weight, and what comes into them is taken out of it."""
+    strategy, s = SwitchLoRA(window=2), 1.5
+    state = strategy.start(start(), ("B",))
+    weights = {layer: normal(7 + i, *shape) for i, (layer, shape) in enumerate(LAYERS.items())}
+    base, slots = {layer: W0.clone() for layer, W0 in weights.items()}, set[int]()
+    for number in range(1, 31):
+        window = set(strategy.columns(strategy.downlink(state), 0)["query"].tolist())
+        held = {layer: state.adapter[layer]["B"].clone() for layer in LAYERS}
+        state = strategy.server_update(state, sites(strategy, state, number, {}, 0.1))
+        for layer, W0 in weights.items():
+            A, B = state.adapter[layer]["A"], state.adapter[layer]["B"]
+            for i in slots - window:
+                base[layer] += s * torch.outer(held[layer][:, i], A[i])
+            for i in window - slots:
+                base[layer] -= s * torch.outer(held[layer][:, i], A[i])
+            now = sorted(window)
+            assert float((base[layer] + s * B[:, now] @ A[now] - W0 - s * B @ A).abs().max()) < 1e-12
+            resting = sorted(set(range(RANK)) - window)
+            assert torch.equal(B[:, resting], held[layer][:, resting])
+        slots = window
+
+
+def test_w2_the_window_follows_from_the_round_alone_and_a_late_site_rebuilds_the_weights() -> None:
+    strategy = SwitchLoRA(window=4, interval=2)
+    state = strategy.start(start(), ("B",))
+    for number in range(1, 7):
+        first = (number - 1) // 2 * 4
+        wanted = sorted((first + i) % RANK for i in range(4))
+        assert strategy.columns(strategy.downlink(state), 0)["query"].tolist() == wanted
+        again = strategy.settle(replace(strategy.start(start(), ("B",)), round_number=number - 1))
+        assert all(torch.equal(again.memory[x][MASK], state.memory[x][MASK]) for x in LAYERS)
+        state = strategy.server_update(state, sites(strategy, state, number, {}, 0.1))
+    late = strategy.install(start(), strategy.downlink(state))
+    for layer in LAYERS:
+        assert late[layer].keys() == {"A", "B"}
+        for name in ("A", "B"):
+            assert torch.equal(late[layer][name], state.adapter[layer][name])
+
+
+# IncreLoRA and DiffoRA: a choice by what sites have in common.
+
+
+def counts(state: ServerState) -> dict[str, int]:
+    return {layer: int(held[MASK].sum()) for layer, held in state.memory.items()}
+
+
+def test_increlora_gives_columns_to_the_layer_that_learns_and_to_no_other() -> None:
+    strategy = IncreLoRA(start_columns=2, more_columns=3, top_layers=2)
+    state = strategy.start(start(), ("B",))
+    seen = [counts(state)]
+    for number in range(3):
+        before = {layer: state.adapter[layer]["B"].clone() for layer in LAYERS}
+        state = strategy.server_update(state, sites(strategy, state, number, {"dense": 5.0}, 0.1))
+        seen.append(counts(state))
+        for layer in LAYERS:
+            resting = seen[-2][layer]
+            assert torch.equal(state.adapter[layer]["B"][:, resting:], before[layer][:, resting:])
+    assert [held["dense"] for held in seen] == [2, 5, 6, 6]
+    assert [held["query"] for held in seen] == [2, 2, 2, 2]
+    assert strategy.told(state) == "columns that are trained next: 6 in dense; 2 in query"
+
+
+def grown_by_chance(told: float) -> float:
+    """Share of rounds of noise alone in which some layer grows, where sites tell ``told`` times the noise they have."""
+    strategy, found = IncreLoRA(start_columns=4), 0
+    fresh = strategy.start(start(), ("B",))
+    for seed in range(200):
+        made = [replace(one, noise=told * 0.1) for one in sites(strategy, fresh, seed, {}, 0.1)]
+        found += counts(strategy.server_update(fresh, made)) != counts(fresh)
+    return found / 200
+
+
+def test_noise_alone_makes_layers_grow_as_seldom_as_the_level_says_and_a_wrong_noise_is_noticed() -> None:
+    # The level is 5 % over both layers; 200 rounds have a standard deviation of 1.5 %.
+    assert grown_by_chance(1.0) < 0.12
+    assert grown_by_chance(0.5) > 0.2, "noise that is told at half would go unnoticed"
+
+
+def test_diffora_keeps_what_learns_puts_the_rest_back_to_zero_and_asks_no_more() -> None:
+    strategy = DiffoRA(warmup=2)
+    state = strategy.start(start(), ("B",))
+    state = strategy.server_update(state, sites(strategy, state, 1, {"query": 5.0}, 0.1))
+    assert counts(state) == {"query": RANK, "dense": RANK}, "it chose before its time"
+    state = strategy.server_update(state, sites(strategy, state, 2, {"query": 5.0}, 0.1))
+    assert counts(state) == {"query": RANK, "dense": 0}
+    assert not bool(state.adapter["dense"]["B"].any())
+    kept = state.adapter["query"]["B"].clone()
+    state = strategy.server_update(state, sites(strategy, state, 3, {}, 0.1))
+    assert counts(state) == {"query": RANK, "dense": 0}, "the layer that is left was dropped by a round of noise"
+    assert not torch.equal(state.adapter["query"]["B"], kept)
+    assert not bool(state.adapter["dense"]["B"].any())
+
+
+def test_where_no_layer_is_told_from_noise_diffora_trains_all_and_asks_again() -> None:
+    strategy = DiffoRA()
+    state = strategy.start(start(), ("B",))
+    state = strategy.server_update(state, sites(strategy, state, 5, {}, 0.1))
+    assert counts(state) == {"query": RANK, "dense": RANK}
+    state = strategy.server_update(state, sites(strategy, state, 6, {"dense": 5.0}, 0.1))
+    assert counts(state) == {"query": 0, "dense": RANK}
+
+
+@pytest.mark.parametrize("strategy", [IncreLoRA(), DiffoRA()], ids=lambda s: s.name)
+def test_k2_a_choice_follows_from_what_was_sent_alone(strategy: ByEnergy) -> None:
+    state = strategy.start(start(), ("B",))
+    made = sites(strategy, state, 1, {"dense": 5.0}, 0.1)
+    first, again = strategy.server_update(state, made), strategy.server_update(state, list(reversed(made)))
+    for layer in LAYERS:
+        assert torch.equal(first.memory[layer][MASK], again.memory[layer][MASK])
+        assert float((first.memory[layer][SCORE] - again.memory[layer][SCORE]).abs()) < 1e-4
+    for few in (made[:1], [replace(one, noise=None) for one in made]):
+        new = strategy.server_update(state, few)
+        assert counts(new) == counts(state), "a choice without a score"
+
+
+@pytest.mark.parametrize("strategy", ["increlora", "diffora"])
+@pytest.mark.parametrize(
+    "wrong", [{"training.local-steps": 2}, {"training.optimizer": "adam"}, {"training.weight-decay": 0.1}], ids=str
+)
+def test_t6_a_run_whose_noise_is_not_that_of_one_plain_step_is_refused(strategy: str, wrong: dict[str, Any]) -> None:
+    configure({"strategy": strategy, **PLAIN_STEP})
+    with pytest.raises(ConfigError, match="chooses by the noise that is known of one plain step"):
+        configure({"strategy": strategy, **PLAIN_STEP, **wrong})
+    configure({"strategy": strategy, "privacy.mode": "none", **wrong})
+
+
+def test_a_run_of_increlora_and_of_diffora_sends_less_and_scores_like_its_export(toy_settings: dict[str, Any]) -> None:
+    """Without privacy layers are told apart by what two sites have in common: some grow, and some are dropped."""
+    own = {"adapter.rank": 8, "rounds": 3, "privacy.mode": "none", "server.optimizer": "adam", **PLAIN_STEP}
+    sent = {}
+    for strategy in ("increlora", "diffora"):
+        folder = run_in_process({**toy_settings, **own, "strategy": strategy, "training.learning-rate": 0.5}, 3)
+        lines = read_lines(RoundLine, folder)
+        sent[strategy] = [line.bytes_up for line in lines]
+        assert lines[-1].accuracy == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
+        assert "columns that are trained next" in (folder / "run.log").read_text(encoding="utf-8")
+    assert sent["increlora"][0] < sent["increlora"][-1]
+    assert sent["diffora"][0] > sent["diffora"][-1]
+
+
+@pytest.mark.parametrize("module", [by_energy, switchlora], ids=["masks", "window"])
+def test_the_examples_in_docstrings_run(module: Any) -> None:
+    done = doctest.testmod(module)
+    assert done.attempted
+    assert not done.failed
+
+
+def test_a_run_goes_on_from_the_last_ones_merged_model_and_the_ledger_charges_both(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """CoDyRA's chain of tasks: the base of the second run is W0 + delta of the first, ranks by layer and all."""
+    budget = {"privacy.noise-multiplier": 2.0, "privacy.epsilon": 50.0, "rounds": 1}
+    own = {**toy_settings, **budget, **PLAIN_STEP, "strategy": "increlora", "adapter.rank": 4}
+    nodes = simulated_nodes(2, tmp_path / "ledgers")
+    first = run_in_process(own, nodes, "first")
+    merge_run(first, tmp_path / "merged")
+    second = run_in_process({**own, "model.name": str(tmp_path / "merged")}, nodes, "second")
+
+    marks = [json.loads((run / "adapter" / "fedveil.json").read_text())["base_fingerprint"] for run in (first, second)]
+    assert marks[0] != marks[1]
+    before, after = (
+        load_base_model(name, "classification").module for name in (own["model.name"], str(tmp_path / "merged"))
+    )
+    state, s = saved_state(first).adapter, own["adapter.alpha"] / 4
+    weights = dict(after.named_parameters())
+    for name, tensor in before.named_parameters():
+        factors = state.get(name.removesuffix(".weight"), {})
+        change = s * factors["B"] @ factors["A"] if "A" in factors and name.endswith(".weight") else 0.0
+        assert float((weights[name] - tensor - change).detach().abs().max()) < 1e-6, name
+    alone, both = (spent(read_lines(PrivacyLine, run)[-1]) for run in (first, second))
+    assert (alone.steps_total, both.steps_total) == (1, 2)
+    assert both.epsilon_total == pytest.approx(epsilon([gaussian_release(2.0, 0.25, 2)], 1e-3), abs=1e-9)
+    assert both.epsilon_total > 1.2 * alone.epsilon_total

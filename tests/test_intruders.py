@@ -1,0 +1,172 @@
+"""Intruder dimensions: invariants Q1 to Q4, in float64 on layers of every orientation, and of whole runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_run import MadeRun
+from test_sweep_summary import row as swept
+from torch import Tensor
+from typer.testing import CliRunner
+
+import experiments.spectra
+from cli.main import app
+from common.errors import ConfigError, DataError, ModelError
+from experiments.in_process import run_in_process
+from experiments.intruders import intruders_of, noise_alone
+from experiments.spectra import Spectrum, count_above, spectrum_of, top_of
+from experiments.sweep.summary import groups, markdown_of
+from server.checkpoint import saved_state
+from strategies.job import configure
+
+SHAPES = ((90, 90), (110, 80), (80, 110), (30, 12), (12, 30))
+RANK = 4
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def changed(out: int, into: int, length: float) -> tuple[Tensor, Spectrum, Tensor, Tensor]:
+    """Return a weight, its spectrum, and a change whose rows of A are orthonormal."""
+    weight = normal(out, into)
+    A = torch.linalg.qr(normal(into, RANK, seed=2))[0].T
+    return weight, spectrum_of(weight), length * normal(out, RANK, seed=3), A
+
+
+@pytest.mark.parametrize(("out", "into"), SHAPES)
+def test_q1_values_and_cosines_are_those_of_the_whole_decomposition(out: int, into: int) -> None:
+    weight, before, B, A = changed(out, into, 2.0)
+    for own in (B, torch.cat([B[:, :1]] * RANK, 1)):  # the second without full rank
+        vectors, values, _ = torch.linalg.svd(weight + own @ A, full_matrices=False)
+        made = top_of(before, own, A, 10)
+        assert float((made.values - values[:10]).abs().max()) < 1e-10
+        assert float((made.cosines - (before.left.T @ vectors[:, :10]).abs().amax(0)).abs().max()) < 1e-8
+
+
+def test_q1_a_span_that_is_taken_for_the_whole_space_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, before, B, A = changed(110, 80, 2.0)
+    wanted = torch.linalg.svdvals(weight + B @ A)[:10]
+    monkeypatch.setattr(experiments.spectra, "_coordinates", lambda basis, columns: basis.T @ columns)
+    assert float((top_of(before, B, A, 10).values - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("out", "into"), SHAPES)
+def test_q2_the_inertia_count_is_the_number_of_singular_values_above_a_bound(out: int, into: int) -> None:
+    weight, before, B, A = changed(out, into, 1.0)
+    values = torch.linalg.svdvals(weight + B @ A)
+    for bound in torch.linspace(0.05, 1.2 * float(values[0]), 40).tolist():
+        assert count_above(before, B, A, bound) == int((values > bound).sum()), bound
+
+
+def test_q4_nothing_makes_no_intruder_and_noise_that_is_long_enough_makes_one_for_each_of_its_columns() -> None:
+    left, right = (torch.linalg.qr(normal(side, 64, seed=side))[0] for side in (96, 64))
+    weight = left @ torch.diag(10 * 0.9 ** torch.arange(64, dtype=torch.float64)) @ right.T
+    before, (_, _, B, A) = spectrum_of(weight), changed(96, 64, 1.0)
+    none = top_of(before, 0 * B, A, 10)
+    assert float((1 - none.cosines).abs().max()) < 1e-8
+    assert torch.equal(none.values, none.values.sort(descending=True).values)
+    edge = float(before.values[9])
+    for times, least in ((0.2, 0), (8.0, RANK)):
+        length = times * edge / math.sqrt(96)
+        intruders = int((top_of(before, length * normal(96, RANK, seed=5), A, 10).cosines < 0.5).sum())
+        assert intruders == least, f"{times} times σ10: {intruders}"
+    assert count_above(before, 0 * B, A, edge * (1 + 1e-9)) == 9
+    assert count_above(before, 0 * B, A, edge * (1 - 1e-9)) == 10
+
+
+NOISY: dict[str, Any] = {
+    "training.optimizer": "sgd",
+    "training.learning-rate": 1.0,
+    "training.local-steps": 1,
+    "server.optimizer": "none",
+    "rounds": 1,
+    "privacy.clip-norm": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def gpt2(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run whose layers are kept transposed, and whose noise drowns all."""
+    from audits.tiny_models import TARGETS, toy_run
+
+    settings = toy_run(model_folder("gpt2"), tmp_path_factory.mktemp("gpt2"))
+    noise = {"privacy.noise-multiplier": 3000.0, "adapter.start": "orthonormal"}
+    return run_in_process({**settings, **NOISY, **noise, "adapter.targets": TARGETS["gpt2"]}, 2)
+
+
+def test_q3_a_transposed_layer_is_oriented_first_and_noise_stands_beside_noise(gpt2: Path) -> None:
+    rows = intruders_of(gpt2)
+    state, job = saved_state(gpt2), configure(swept_settings(gpt2))
+    from common.adapters.base import base_weight
+    from common.model.base import load_base_model
+
+    base = load_base_model(job.config.model.name, job.config.model.task)
+    layers = job.adapter.layers(job.adapter.attach(base.module, job.config.seed))
+    for row in rows:
+        weight, factors = base_weight(layers[row.layer]).double(), state.adapter[row.layer]
+        delta = job.adapter.delta(factors).double()
+        assert weight.shape == delta.shape
+        old, values, _ = torch.linalg.svd(weight, full_matrices=False)
+        new = torch.linalg.svd(weight + delta, full_matrices=False)[0][:, : row.top]
+        assert row.intruders == int(((old.T @ new).abs().amax(0) < 0.5).sum())
+        assert row.edge == pytest.approx(float(values[row.top - 1]), rel=1e-6)
+        assert row.largest == pytest.approx(float(torch.linalg.svdvals(delta)[0]), rel=1e-6)
+        assert row.above == int((torch.linalg.svdvals(weight + delta) > row.edge * (1 + 1e-9)).sum())
+    assert any(layer.fan_in_fan_out for layer in layers.values() if hasattr(layer, "fan_in_fan_out"))
+    # The run is noise, so both counts are of draws of one law.
+    assert sum(row.intruders for row in rows) == pytest.approx(sum(row.of_noise or 0 for row in rows), abs=len(rows))
+    assert all(row.intruders for row in rows)
+
+
+def swept_settings(run: Path) -> dict[str, Any]:
+    from common.run_lines import ConfigFile, read_file
+
+    return dict(read_file(ConfigFile, run).settings)
+
+
+def test_the_noise_alone_is_as_long_as_the_formula_says(gpt2: Path) -> None:
+    job, state = configure(swept_settings(gpt2)), saved_state(gpt2)
+    start = {layer: {**factors, "B": 0 * factors["B"]} for layer, factors in state.adapter.items() if layer != "head"}
+    alone = noise_alone(job, gpt2, start, state)
+    assert alone is not None
+    numbers = torch.cat([factors["B"].flatten() for factors in alone.values()])
+    real = torch.cat([factors["B"].flatten() for layer, factors in state.adapter.items() if layer != "head"])
+    assert float(numbers.std()) == pytest.approx(float(real.std()), rel=6 / math.sqrt(len(numbers)))
+
+
+def test_the_command_prints_both_counts_and_refuses_what_has_no_adapter(gpt2: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["intruders", str(gpt2), "--top", "5"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    rows = intruders_of(gpt2, 5)
+    assert f"{sum(row.intruders for row in rows)} intruders in {len(rows)} layers" in done.output
+    assert f"noise alone makes {sum(row.of_noise or 0 for row in rows)}" in done.output
+    with pytest.raises(DataError, match="holds no adapter"):
+        intruders_of(MadeRun(tmp_path / "run").start().folder)
+    with pytest.raises(ConfigError, match="cosine must be"):
+        intruders_of(gpt2, 5, 1.5)
+
+
+def test_a_change_that_is_no_product_and_a_run_without_known_noise_are_told_apart(toy_settings: dict[str, Any]) -> None:
+    open_run = run_in_process({**toy_settings, **NOISY, "privacy.mode": "none"}, 2)
+    rows = intruders_of(open_run)
+    assert {row.of_noise for row in rows} == {None}
+    magnitudes = {"strategy": "fedavg-lora", "adapter.name": "dora", "privacy.mode": "none"}
+    with pytest.raises(ModelError, match="no layer by a product of two factors"):
+        intruders_of(run_in_process({**toy_settings, **NOISY, **magnitudes}, 2, "2"))
+
+
+def test_a_sweeps_table_has_the_counts_where_they_are_known() -> None:
+    plain = swept(0.7)
+    assert "intruders" not in markdown_of([plain])
+    counted = [replace(swept(0.7, seed=seed), intruders=seed, intruders_of_noise=0) for seed in (1, 2)]
+    assert groups(counted)[0].intruders == (1.5, 0)
+    text = markdown_of(counted)
+    assert "intruders (of noise) |" in text
+    assert "1.5 (0.0) |" in text
+    assert "new directions" in text

@@ -1,0 +1,230 @@
+"""Statistics of a round whose null is known: invariants T4 to T6, by simulation, in float64 and through whole runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_run import MadeRun
+from torch import Tensor
+
+import common.nulls
+from common.nulls import Energy, cross_site_energy, energy_of_sum, least_score, noise_edge
+from common.privacy import dpsgd
+from common.run_lines import LayerLine, RoundLine, read_lines
+from common.strict_json import to_json
+from experiments.in_process import run_in_process
+from reports import markdown_report, report_of, write_reports
+from reports.learning import learning_sentence
+
+SHARES = (0.4, 0.3, 0.2, 0.1)
+NOISES = (2.0, 1.0, 0.5, 0.7)
+SHAPE = (96, 8)
+DRAWS = 600
+
+
+def noised(signal: Tensor, draw: torch.Generator, noises: Sequence[float] = NOISES) -> list[Tensor]:
+    """Return each site's change of a layer: the same signal, and noise of its own."""
+    return [signal + noise * torch.randn(SHAPE, generator=draw, dtype=torch.float64) for noise in noises]
+
+
+def scores(
+    signal: Tensor, draws: int = DRAWS, more: float = 1.0, energy: Callable[..., Energy | None] = cross_site_energy
+) -> Tensor:
+    """Return cross-site scores of so many draws, where every site adds ``more`` times the noise that it states."""
+    draw, found = torch.Generator().manual_seed(1), []
+    for _ in range(draws):
+        told = energy(SHARES, [x.flatten() for x in noised(signal, draw, [more * n for n in NOISES])], NOISES)
+        assert told is not None
+        found.append(told.score)
+    return torch.tensor(found)
+
+
+def sum_scores(draws: int = DRAWS, more: float = 1.0) -> Tensor:
+    draw = torch.Generator().manual_seed(2)
+    tau = math.hypot(*(p * n for p, n in zip(SHARES, NOISES, strict=True)))
+    found = []
+    for _ in range(draws):
+        parts = noised(torch.zeros(SHAPE), draw, [more * n for n in NOISES])
+        found.append(energy_of_sum(sum((p * x for p, x in zip(SHARES, parts, strict=True)), torch.zeros(())), tau))
+    return torch.tensor(found)
+
+
+def test_t4_under_noise_alone_every_statistic_has_the_mean_the_deviation_and_the_false_keeps_it_says() -> None:
+    for found in (scores(torch.zeros(SHAPE)), sum_scores()):
+        assert abs(float(found.mean())) < 4 / math.sqrt(DRAWS)
+        assert abs(float(found.std()) - 1) < 4 / math.sqrt(2 * DRAWS)
+    draw, level = torch.Generator().manual_seed(3), 0.05
+    for shape in (SHAPE, SHAPE[::-1], (7, 1), (5, 4)):
+        noise = torch.randn((2000, *shape), generator=draw, dtype=torch.float64)
+        kept = float((torch.linalg.svdvals(noise)[:, 0] > noise_edge(*shape, level)).double().mean())
+        assert abs(kept - level) < 4 * math.sqrt(level / 2000), f"{shape}: {kept:.3f} of noise is kept"
+
+
+def test_t4_a_score_with_a_sites_own_energy_in_it_or_of_equal_shares_is_found_out() -> None:
+    def with_own(shares: Sequence[float], changes: Sequence[Tensor], noises: Sequence[float]) -> Energy:
+        told = cross_site_energy(shares, changes, noises)
+        assert told is not None
+        own = sum((p * float(x.norm())) ** 2 for p, x in zip(shares, changes, strict=True))
+        return replace(told, value=told.value + own)
+
+    def as_equals(shares: Sequence[float], changes: Sequence[Tensor], noises: Sequence[float]) -> Energy:
+        told, wrong = (cross_site_energy(p, changes, noises) for p in (shares, [1 / len(shares)] * len(shares)))
+        assert told is not None
+        assert wrong is not None
+        return replace(told, deviation=wrong.deviation)
+
+    assert float(scores(torch.zeros(SHAPE), 100, energy=with_own).mean()) > 3
+    assert abs(float(scores(torch.zeros(SHAPE), energy=as_equals).std()) - 1) > 0.2
+
+
+def test_the_energy_is_the_sum_over_pairs_and_the_agreement_of_equal_changes_is_one() -> None:
+    draw = torch.Generator().manual_seed(4)
+    changes = [x.flatten() for x in noised(torch.ones(SHAPE, dtype=torch.float64), draw)]
+    told = cross_site_energy(SHARES, changes)
+    pairs = [(j, k) for j in range(4) for k in range(4) if j != k]
+    slow = sum(SHARES[j] * SHARES[k] * float(changes[j] @ changes[k]) for j, k in pairs)
+    most = sum(SHARES[j] * SHARES[k] * float(changes[j].norm() * changes[k].norm()) for j, k in pairs)
+    assert told is not None
+    assert (told.score, told.deviation) == (None, None)
+    assert told.value == pytest.approx(slow, rel=1e-12)
+    assert told.agreement == pytest.approx(slow / most, rel=1e-12)
+    same = cross_site_energy(SHARES, [changes[0]] * 4)
+    assert same is not None
+    assert same.agreement == pytest.approx(1, rel=1e-12)
+    nothing = cross_site_energy(SHARES, [0 * change for change in changes])
+    assert nothing is not None
+    assert nothing.agreement == 0
+    assert cross_site_energy([1.0], changes[:1]) is None
+
+
+def test_t5_noise_that_is_larger_than_stated_moves_the_sum_form_and_not_the_cross_site_one() -> None:
+    numbers = SHAPE[0] * SHAPE[1]
+    across = float(scores(torch.zeros(SHAPE), more=1.05).mean())
+    of_sum = float(sum_scores(more=1.05).mean())
+    assert abs(across) < 4 / math.sqrt(DRAWS)
+    assert of_sum == pytest.approx((1.05**2 - 1) * math.sqrt(numbers / 2), abs=5 / math.sqrt(DRAWS))
+    # Sampling of records: each site's change has a part of its own, independent of the others', of no known size.
+    draw, told = torch.Generator().manual_seed(9), []
+    for _ in range(DRAWS):
+        noise, sampling = (noised(torch.zeros(SHAPE), draw, sizes) for sizes in (NOISES, [0.3] * 4))
+        energy = cross_site_energy(SHARES, [(x + y).flatten() for x, y in zip(noise, sampling, strict=True)], NOISES)
+        assert energy is not None
+        told.append(energy.score)
+    assert abs(float(torch.tensor(told).mean())) < 5 / math.sqrt(DRAWS)
+
+
+def test_a_common_signal_is_found_at_the_strength_that_the_formula_says() -> None:
+    pairs = sum((SHARES[j] * NOISES[j] * SHARES[k] * NOISES[k]) ** 2 for j in range(4) for k in range(4) if j != k)
+    weight = sum(SHARES[j] * SHARES[k] for j in range(4) for k in range(4) if j != k)
+    signal = torch.full(SHAPE, 0.1, dtype=torch.float64)
+    wanted = weight * float(signal.square().sum()) / math.sqrt(2 * signal.numel() * pairs)
+    found = scores(signal)
+    assert float(found.mean()) == pytest.approx(wanted, abs=0.3)
+    assert least_score(12) == pytest.approx(2.638, abs=1e-3)
+
+
+def test_the_edge_of_a_wide_matrix_is_the_limit_and_near_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = noise_edge(100, 100, 0.05)
+    monkeypatch.setattr(common.nulls, "WIDE", 50)
+    assert noise_edge(100, 100, 0.05) == pytest.approx(drawn, rel=2e-3)
+
+
+# --- through whole runs -----------------------------------------------------------------------------------------------
+
+NOISY: dict[str, Any] = {
+    "training.optimizer": "sgd",
+    "training.learning-rate": 1.0,
+    "training.local-steps": 1,
+    "server.optimizer": "adam",
+    "privacy.noise-multiplier": 60.0,
+    "privacy.clip-norm": 0.1,
+    "head-rate": 3.0,
+}
+
+
+def learning(folder: Path) -> list[LayerLine]:
+    return [line for told in read_lines(RoundLine, folder) for line in told.learning]
+
+
+def spread(lines: Sequence[LayerLine]) -> float:
+    """Return the mean square of all scores, 1 under noise alone."""
+    known = [line.score for line in lines if line.score is not None]
+    assert len(known) == len(lines)
+    return math.fsum(score**2 for score in known) / len(known)
+
+
+def test_a_private_run_whose_noise_drowns_all_tells_scores_of_noise(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_in_process({**toy_settings, **NOISY, "rounds": 2}, 3)
+    lines = learning(folder)
+    assert {line.form for line in lines} == {"across sites"}
+    assert {line.layer for line in lines} > {"head"}
+    # Of 22 scores of mean square 1; a noise that is twice as large as said makes it 16.
+    assert 0.3 < spread(lines) < 3
+    assert sum(line.above or 0 for line in lines) <= 3
+    data = report_of(folder)
+    assert [row.layer for row in data.learning] == [line.layer for line in lines[-len(data.learning) :]]
+    assert all(len(row.scores) == 2 for row in data.learning)
+    assert "costs no privacy" in markdown_report(folder)
+
+    noised = dpsgd.add_private_noise
+    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: noised(total, 2 * std))
+    planted = learning(run_in_process({**toy_settings, **NOISY, "rounds": 1}, 3, "2"))
+    assert spread(planted) > 3, "noise of twice the size that is stated goes unnoticed"
+
+
+def test_under_a_secure_sum_the_score_is_of_the_sum_and_the_report_says_so(toy_settings: dict[str, Any]) -> None:
+    summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "privacy.epsilon": 40.0}
+    folder = run_in_process({**toy_settings, **NOISY, **summed, "rounds": 1}, 4)
+    lines = learning(folder)
+    assert {(line.form, line.agreement) for line in lines} == {("of the sum", None)}
+    assert 0.1 < spread(lines) < 4, "the sum's noise is not the one that its sites share"
+    assert "the score is of the sum" in markdown_report(folder)
+    assert "The server sees the sum of all sites alone" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "open_or_many",
+    [{"privacy.mode": "none"}, {"training.local-steps": 2}, {"training.optimizer": "adam"}],
+    ids=lambda changed: "".join(changed),
+)
+def test_t6_no_score_is_told_where_the_noise_does_not_follow_from_what_is_public(
+    open_or_many: dict[str, Any], toy_settings: dict[str, Any]
+) -> None:
+    folder = run_in_process({**toy_settings, **NOISY, "rounds": 1, **open_or_many}, 2)
+    lines = learning(folder)
+    assert lines
+    assert all(line.score is None and line.above is None for line in lines)
+    assert all(-1 <= (line.agreement or 0) <= 1 for line in lines)
+    assert "There is no score" in markdown_report(folder)
+
+
+def test_the_reports_table_counts_rounds_above_the_threshold_and_needs_no_line(tmp_path: Path) -> None:
+    def line(layer: str, score: float | None) -> LayerLine:
+        return LayerLine(layer, 48, "across sites", 0.1, 0.2, score, 3, 1)
+
+    run = MadeRun(tmp_path / "run", {"rounds": 2}).start().round(1, 0.7).round(2, 0.71)
+    assert report_of(run.folder).learning == []
+    assert "Which layers learnt" not in markdown_report(run.folder)
+    told = run.lines("rounds.jsonl")
+    told[0]["learning"] = [to_json(line("a|b", 9.0)), to_json(line("head", None))]
+    told[1]["learning"] = [to_json(line("a|b", 1.0)), to_json(line("head", 5.0))]
+    (run.folder / "rounds.jsonl").write_text("")
+    for value in told:
+        run.append("rounds.jsonl", value)
+    first, head = report_of(run.folder).learning
+    assert (first.learnt, first.scores, first.least) == (1, [(1, 9.0), (2, 1.0)], least_score(2))
+    assert (head.learnt, head.above, head.rank) == (1, 1, 3)
+    write_reports(run.folder)
+    for form in ("md", "html"):
+        text = (run.folder / f"report.{form}").read_text(encoding="utf-8")
+        assert "Which layers learnt" in text
+        assert "9.0, 1.0" in text
+    assert "its mean under noise is 0" in learning_sentence([first])

@@ -1,0 +1,370 @@
+"""Runs whose sums sites are lost from: what is left, what a site refuses, and who pays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from audits.faults import zero_noise
+from audits.sum_site import SumSite
+from audits.tiny_site import clinic
+from client import sums
+from client.app import answer
+from common.errors import ConfigError, RunFailed
+from common.messages.round import (
+    KeyReply,
+    KeyTask,
+    Refusal,
+    ShareReply,
+    ShareTask,
+    SurvivorReply,
+    SurvivorTask,
+    Task,
+    TrainResult,
+    TrainTask,
+    UnmaskReply,
+    UnmaskTask,
+)
+from common.messages.wire import decode_sum_reply, decode_sum_task, encode_reply, encode_task, kind_of_task
+from common.privacy import dpsgd
+from common.run_lines import RoundLine, read_lines
+from common.secure_sum import (
+    Agreement,
+    AttemptName,
+    Holder,
+    Identity,
+    KeyOffer,
+    RecoverableAttempt,
+    Roster,
+    Sharing,
+    noise_share,
+    rounding,
+    total,
+)
+from experiments.in_process import InProcessTransport, run_in_process
+from reports import report_of
+from strategies.job import configure
+from tests.test_sums import SUMMED, last_adapter, no_noise, spent, words_of
+
+SITES, DROP_OUTS = 6, 2
+STAGES: Mapping[str, type[Task]] = {"shares": ShareTask, "vector": TrainTask, "list": SurvivorTask, "end": UnmaskTask}
+
+
+@pytest.fixture
+def lossy(toy_settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of a run of two rounds from whose sums two sites may be lost."""
+    return {**toy_settings, **SUMMED, "privacy.drop-outs": DROP_OUTS, "round-retries": 0}
+
+
+def losing(lost: Mapping[int, type[Task]]) -> type[InProcessTransport]:
+    """Return a transport that loses nodes, each from the first task of its kind on, in round 1."""
+
+    class Losing(InProcessTransport):
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            stages = list(STAGES.values())
+            if task.round_number == 1 and node in lost and type(task) in stages[stages.index(lost[node]) :]:
+                return encode_reply(Refusal(task.run, 1, f"site-{node}", "failed", "the line is cut"))
+            return super().deliver(node, task, content)
+
+    return Losing
+
+
+def quiet(settings: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return settings of a run without noise or sampling, of one round."""
+    monkeypatch.setattr(rounding, "add_private_noise", no_noise)
+    monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
+    return {**settings, "rounds": 1, "training.sample-rate": 1.0, "max-share": 1.0, "max-update-norm": 1e9}
+
+
+def test_the_sum_of_those_that_are_left_is_that_of_plain_uploads(
+    lossy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = quiet(lossy, monkeypatch)
+    lost = {1: TrainTask, 4: TrainTask}
+    summed = run_in_process(same, SITES, run="sum", kind=losing(lost))
+    plain = {**same, "privacy.mode": "dp-sgd", "privacy.honest-sites": 0, "privacy.drop-outs": 0}
+    wanted = last_adapter(run_in_process(plain, SITES, run="plain", kind=losing(lost)))
+    everybody = last_adapter(run_in_process(plain, SITES, run="all"))
+    got = last_adapter(summed)
+    assert float((got - wanted).norm()) < 0.02 * float((got - everybody).norm())
+
+
+def test_two_sites_are_lost_wherever_and_a_round_counts_at_the_first_attempt(lossy: dict[str, Any]) -> None:
+    for first, second in (("shares", "vector"), ("list", "end")):
+        folder = run_in_process(lossy, SITES, run=first, kind=losing({1: STAGES[first], 4: STAGES[second]}))
+        one, two = read_lines(RoundLine, folder)
+        late = first == "list"  # their vectors were there
+        left = [f"site-{i}" for i in range(SITES) if late or i not in (1, 4)]
+        assert (one.attempts, one.participants, two.attempts) == (1, left, 1)
+        assert two.participants == [f"site-{i}" for i in range(SITES)]
+        assert {failure.site for failure in one.failures} == {"site-1", "site-4"}
+        paid = {site: [number for number, _ in rows] for site, rows in spent(folder).items()}
+        assert paid == {f"site-{i}": [1, 2] if late or i not in (1, 4) else [2] for i in range(SITES)}
+        report = report_of(folder)
+        assert {site.agreement for site in report.sites} == {"agrees"}
+        assert "as long as 2 sites of each sum are honest" in report.claim.sentence
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_site_more_is_lost_and_there_is_no_sum(stage: str, lossy: dict[str, Any]) -> None:
+    lost = dict.fromkeys((1, 2, 4), STAGES[stage])
+    with pytest.raises(RunFailed, match="0 sites succeeded"):
+        run_in_process(lossy, SITES, kind=losing(lost))
+    folder = next(Path(lossy["output"]).iterdir())
+    (line,) = read_lines(RoundLine, folder)
+    assert "3 sites" in line.failures[-1].reason
+    assert ", 4 are needed" in line.failures[-1].reason
+
+
+def test_fewer_sites_than_may_be_lost_from_are_asked_for_nothing_that_costs(lossy: dict[str, Any]) -> None:
+    with pytest.raises(RunFailed, match="0 sites gave a key, 6 are needed"):
+        run_in_process(lossy, SITES - 1)
+    assert not list(Path(lossy["output"]).rglob("ledgers/*.sqlite"))
+
+
+def test_a_server_that_tells_sites_of_different_survivors_gets_no_sum(lossy: dict[str, Any]) -> None:
+    class Lying(InProcessTransport):
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
+            told = {
+                node: replace(task, survivors=tuple(s for s in task.survivors if s != "site-0"))
+                if isinstance(task, SurvivorTask) and node > 2
+                else task
+                for node, task in tasks.items()
+            }
+            return super().exchange(told, timeout)
+
+    with pytest.raises(RunFailed, match="has not signed the survivors"):
+        run_in_process(lossy, SITES, kind=Lying)
+
+
+def test_a_server_that_tells_a_site_another_model_gets_no_sum(lossy: dict[str, Any]) -> None:
+    class Lying(InProcessTransport):
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
+            told = dict(tasks)
+            if isinstance(task := told.get(1), TrainTask):
+                layer = next(iter(task.state))
+                moved = {name: tensor + 1.0 for name, tensor in task.state[layer].items()}
+                told[1] = replace(task, state={**task.state, layer: moved})
+            return super().exchange(told, timeout)
+
+    with pytest.raises(RunFailed, match="the sum's length"):
+        run_in_process(lossy, SITES, kind=Lying)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"privacy.mode": "dp-sgd", "privacy.honest-sites": 0}, "no sum is lost with a site"),
+        ({"privacy.drop-outs": -1}, "privacy.drop-outs"),
+    ],
+)
+def test_drop_outs_of_what_is_no_sum_are_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configure({**SUMMED, "privacy.drop-outs": 1, **wrong})
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_sent_for_a_sum_comes_back_as_it_was() -> None:
+    offer = KeyOffer("north", bytes(range(32)), bytes(range(64)))
+    tasks = (
+        KeyTask("1", 2, 3),
+        ShareTask("1", 2, 3, (offer, replace(offer, site="south"))),
+        SurvivorTask("1", 2, 3, ("north", "south")),
+        UnmaskTask("1", 2, 3, (("north", bytes(64)), ("south", b"x" * 64))),
+    )
+    replies = (
+        KeyReply("1", 2, "north", offer),
+        ShareReply("1", 2, "north", Sharing(offer, (bytes(82), b"y" * 82))),
+        SurvivorReply("1", 2, "north", Agreement("north", bytes(32), bytes(64))),
+        UnmaskReply("1", 2, "north", (bytes(33), b"z" * 33)),
+    )
+    for task, reply in zip(tasks, replies, strict=True):
+        record = encode_task(task)
+        assert kind_of_task(record) is type(task)
+        assert decode_sum_task(record) == task
+        assert decode_sum_reply(encode_reply(reply), task) == reply
+        refusal = Refusal("1", 2, "north", "policy", "no")
+        assert decode_sum_reply(encode_reply(refusal), task) == refusal
+        for other in replies:
+            if other is not reply:
+                with pytest.raises(Exception, match="expects a message of kind"):
+                    decode_sum_reply(encode_reply(other), task)
+        with pytest.raises(Exception, match="answers run"):
+            decode_sum_reply(encode_reply(replace(reply, run="2")), task)
+
+
+# --- one deployed site ------------------------------------------------------------------------------------------------
+
+
+class LossySite(SumSite):
+    """A site among two others, and a server that asks it whatever a test wants."""
+
+    def ask(self, task: Task) -> Any:
+        return answer(encode_task(task), self.site.node, self.site.settings, task.run, self.site.memory)
+
+    def refused(self, task: Task, words: str) -> None:
+        reply = self.ask(task)
+        assert isinstance(reply, Refusal), f"the site answers {reply}"
+        assert words in reply.reason, reply.reason
+
+    def join(self, *names: str) -> None:
+        """Take more sites into the roster."""
+        self.peers |= {name: Identity.new() for name in names}
+        self.roster = Roster({**self.roster.keys, **{name: self.peers[name].public for name in names}})
+        (self.site.ledger.parent / "peers.toml").write_text(self.roster.text())
+
+    def begin(self, number: int = 1, attempt: int = 0) -> tuple[ShareTask, TrainTask]:
+        """Take all through keys and shares; return the tasks to share, and to train."""
+        reply = self.key(number, attempt)
+        assert isinstance(reply, KeyReply), reply
+        name = AttemptName("1", number, attempt, self.roster.digest)
+        self.lossy = {site: RecoverableAttempt(name, site, identity) for site, identity in self.peers.items()}
+        offers = sorted([reply.offer, *(own.offer for own in self.lossy.values())], key=lambda offer: offer.site)
+        task = ShareTask("1", number, attempt, tuple(offers))
+        own = self.ask(task)
+        assert isinstance(own, ShareReply), own
+        shared = {site: other.share(offers, self.roster, 2, 1) for site, other in self.lossy.items()}
+        shared = dict(sorted({**shared, "clinic": own.sharing}.items()))
+        masks, place = tuple(one.offer for one in shared.values()), list(shared).index("clinic")
+        self.shared = shared
+        sealed = tuple(one.sealed[place] for one in shared.values())
+        return task, replace(self.site.task(number), attempt=attempt, offers=masks, sealed=sealed)
+
+    def peers_agree(self, task: TrainTask) -> dict[str, Holder]:
+        """Let the others agree to a task, and return what they hold."""
+        job, model = configure(self.site.settings), self.site.model()
+        hashes = sums._hashes(task, job, model)
+        return {
+            site: own.agree(
+                task.offers,
+                [one.sealed[list(self.shared).index(site)] for one in self.shared.values()],
+                self.roster,
+                sums.terms_of(job, 50),
+                hashes,
+            )
+            for site, own in self.lossy.items()
+        }
+
+
+@pytest.fixture
+def clinics(toy_settings: dict[str, Any], tmp_path: Path) -> LossySite:
+    settings = {**toy_settings, **SUMMED, "privacy.drop-outs": 1, "privacy.delta": 1e-3}
+    return LossySite(clinic(settings, tmp_path))
+
+
+def test_a_sites_vector_is_bound_to_what_it_was_told_and_comes_off_with_its_shares(clinics: LossySite) -> None:
+    _, task = clinics.begin()
+    reply = clinics.ask(task)
+    assert isinstance(reply, TrainResult), reply
+    assert len(clinics.site.charges()) == 1
+    held = clinics.peers_agree(task)
+    names = ("clinic", "north", "south")
+    survive = SurvivorTask("1", 1, 0, names)
+    signed = clinics.ask(survive)
+    assert isinstance(signed, SurvivorReply), signed
+    assert {holder.digest for holder in held.values()} == {signed.agreement.digest}
+    words = {site: own.sign(names, clinics.peers[site]) for site, own in held.items()} | {"clinic": signed.agreement}
+    told = clinics.ask(UnmaskTask("1", 1, 0, tuple((site, word.signature) for site, word in words.items())))
+    assert isinstance(told, UnmaskReply), told
+    signatures = {site: word.signature for site, word in words.items()}
+    shares = {"clinic": told.shares} | {site: own.reveal(signatures, clinics.roster) for site, own in held.items()}
+    vectors = {site: own.masked(0 * words_of_result(reply)) for site, own in clinics.lossy.items()}
+    vectors["clinic"] = words_of_result(reply)
+    keys = {site: one.offer.public for site, one in clinics.shared.items()}
+    from common.secure_sum import unmasked
+
+    share = noise_share(2.0, 1.0, 2)
+    own = total([unmasked(vectors, keys, names, 1, signed.agreement.digest, shares)], share)
+    assert 0.8 < float(own.norm()) / share / len(own) ** 0.5 < 1.3
+
+
+def words_of_result(reply: TrainResult) -> Any:
+    return words_of(encode_reply(reply)).astype("uint32")
+
+
+def test_a_server_that_asks_for_both_secrets_of_a_site_is_refused(clinics: LossySite) -> None:
+    """First with north among the survivors, then without it; and with the signatures of another list."""
+    clinics.join("east")
+    clinics.rule(honest_sites=4)
+    _, task = clinics.begin()
+    assert isinstance(clinics.ask(task), TrainResult)
+    held = clinics.peers_agree(task)
+    everybody, fewer = ("clinic", "east", "north", "south"), ("clinic", "east", "south")
+    clinics.refused(UnmaskTask("1", 1, 0, (("north", bytes(64)),)), "signed for no survivors")
+    assert isinstance(clinics.ask(SurvivorTask("1", 1, 0, everybody)), SurvivorReply)
+    clinics.refused(SurvivorTask("1", 1, 0, fewer), "other survivors were signed for in this attempt")
+    wrong = [(site, held[site].sign(fewer, clinics.peers[site]).signature) for site in ("east", "south")]
+    clinics.refused(UnmaskTask("1", 1, 0, tuple(wrong)), "has not signed the survivors that this site knows of")
+    # The planted fault: a site that forgets what it has signed tells both shares of north.
+    kept = json.loads(clinics.site.memory[sums.HELD])
+    assert kept["survivors"] == list(everybody)
+    told = {}
+    for survivors in (everybody, fewer):
+        kept |= {"survivors": [], "threshold": 1}
+        clinics.site.memory[sums.HELD] = json.dumps(kept).encode()
+        signed = clinics.ask(SurvivorTask("1", 1, 0, survivors))
+        assert isinstance(signed, SurvivorReply), signed
+        reply = clinics.ask(UnmaskTask("1", 1, 0, (("clinic", signed.agreement.signature),)))
+        assert isinstance(reply, UnmaskReply), reply
+        told[survivors] = reply.shares[2]
+    assert told[everybody] + told[fewer] == bytes.fromhex(kept["held"]["north"])
+
+
+def test_one_key_has_one_vector_whatever_is_lost_or_kept(clinics: LossySite) -> None:
+    share, task = clinics.begin()
+    again = clinics.ask(share)
+    assert isinstance(again, ShareReply)
+    assert again.sharing == clinics.shared["clinic"], "a task that comes twice has two answers"
+    kept = dict(clinics.site.memory)
+    first = clinics.ask(task)
+    assert isinstance(first, TrainResult)
+    assert clinics.ask(task).words == first.words
+    clinics.refused(share, "has no key for that attempt")
+    clinics.site.memory.clear()
+    clinics.site.memory.update(kept)
+    clinics.refused(task, "was charged under this key of its masks before")
+    clinics.site.memory.clear()
+    clinics.refused(task, "has no key for that attempt")
+    clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "north", "south")), "or has lost what it held of it")
+    assert len(clinics.site.charges()) == 1
+
+
+def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySite) -> None:
+    share, task = clinics.begin()
+    survive = SurvivorTask("1", 1, 0, ("clinic", "north", "south"))
+    clinics.refused(survive, "masked no vector of that attempt")
+    clinics.refused(UnmaskTask("1", 1, 0, (("north", bytes(64)),)), "masked no vector of that attempt")
+    clinics.refused(replace(share, attempt=1), "has no key for that attempt")
+    clinics.refused(replace(share, offers=share.offers[:2]), "need 3")
+    clinics.refused(replace(task, sealed=task.sealed[::-1]), "cannot be opened")
+    clinics.refused(replace(task, offers=share.offers), "is not signed by that site")
+    clinics.refused(replace(task, sealed=()), "0 sealed shares of 3 sites")
+    clinics.key(1, 1)
+    clinics.refused(replace(task, attempt=1), "has shared no secrets")
+    assert not clinics.site.charges()
+    clinics.site.settings |= {"privacy.drop-outs": 0}
+    clinics.refused(share, "privacy.drop-outs = 0")
+
+
+def test_a_steward_who_counts_on_fewer_honest_sites_than_the_threshold_does_is_not_in_the_sum(
+    clinics: LossySite,
+) -> None:
+    """Of five sites three need not be honest; with the run's one colluder three shares would tell a secret."""
+    clinics.join("east", "west")
+    clinics.site.settings |= {"privacy.honest-sites": 2}
+    clinics.rule(honest_sites=2)
+    with pytest.raises(AssertionError, match="of a sum of 5 sites that may lose some, of which 3 need not be honest"):
+        clinics.begin()
+    clinics.rule(honest_sites=4)
+    assert clinics.begin()
+    with pytest.MonkeyPatch.context() as patch:  # the planted fault: a site that believes the run's colluders
+        patch.setattr(sums.Party, "check_threshold", lambda *own: None)
+        clinics.rule(honest_sites=2)
+        assert clinics.begin(), "the refusal is another's"

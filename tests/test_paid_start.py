@@ -1,0 +1,80 @@
+"""A start that is paid for: what part of a site's budget it takes, and what is scored before and after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_probe import ask, settings
+
+from audits.tiny_site import OneSite, clinic
+from client import budget
+from common.messages.round import Spending, TrainResult
+from common.privacy.accounting import least_noise
+from common.run_lines import BaselineFile, read_file
+from experiments.in_process import run_in_process
+from reports import report_of
+
+STEPS = 5
+"""Of the probe in these settings."""
+
+
+def strict(toy_settings: dict[str, Any], folder: Path, noise: float = 0.0) -> OneSite:
+    """Return a site with a tenth of the run's budget, for a probe of a share of it or of this noise."""
+    own = settings(toy_settings, privacy__epsilon=30.0)
+    own |= {"start.noise-multiplier": noise} if noise else {"start.share": 0.25}
+    if not noise:
+        del own["start.noise-multiplier"]
+    site = clinic(own, folder)
+    site.rule(epsilon=3.0, delta=1e-3)
+    return site
+
+
+def spent_by(site: OneSite) -> Spending:
+    answer = ask(site)
+    assert isinstance(answer, TrainResult), f"the site refuses: {answer}"
+    assert answer.spending is not None
+    return answer.spending
+
+
+def check_part(site: OneSite) -> None:
+    """Let a site answer round 0, and hold what it cost to the part that it may take of a quarter's noise."""
+    spending = spent_by(site)
+    whole = least_noise(spending.event, 3.0, 1e-3, STEPS)
+    assert spending.event.noise_multiplier == pytest.approx(2 * whole, rel=2e-3), "another part of the site's budget"
+    assert spending.epsilon_remaining > 1.0
+
+
+def test_a_site_with_a_stricter_budget_takes_the_same_part_of_its_own(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    check_part(strict(toy_settings, tmp_path))
+
+
+def test_a_start_that_takes_the_runs_noise_whatever_the_sites_budget_is_found(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_least_start_noise", lambda job, site, epsilon, delta: 0.0)
+    with pytest.raises(AssertionError):
+        check_part(strict(toy_settings, tmp_path))
+
+
+def test_noise_that_is_set_by_hand_grows_alike(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    spending = spent_by(strict(toy_settings, tmp_path, noise=4.0))
+    ratio = least_noise(spending.event, 3.0, 1e-3, STEPS) / least_noise(spending.event, 30.0, 1e-3, STEPS)
+    assert spending.event.noise_multiplier == pytest.approx(4.0 * ratio, rel=2e-3)
+
+
+def test_before_is_before_the_paid_round_and_its_own_score_is_beside(toy_settings: dict[str, Any]) -> None:
+    private = {"rounds": 1, "privacy.noise-multiplier": 2.0, "privacy.epsilon": 60.0}
+    folder = run_in_process({**settings(toy_settings), **private}, 2, "probed")
+    plain = run_in_process({**toy_settings, "rounds": 1, "privacy.mode": "none"}, 2, "plain")
+    probed, begun = (read_file(BaselineFile, run) for run in (folder, plain))
+    assert probed.loss == pytest.approx(begun.loss, rel=1e-5), "the probe is in what was scored before it"
+    assert begun.begun_loss is None
+    assert probed.begun_loss is not None
+    assert abs(probed.begun_loss - probed.loss) > 1e-4
+    report = report_of(folder)
+    assert report.headline.accuracy_before == probed.accuracy
+    assert (report.rounds[0].round_number, report.rounds[0].loss) == (0, probed.begun_loss)

@@ -1,0 +1,177 @@
+"""What is looked at before the sites of a sum pay: budgets, rosters, room in the words; and who is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_sums import SUMMED
+
+from audits.sum_site import SumSite
+from audits.tiny_site import clinic
+from client import budget
+from client.ledger.ledger import Ledger
+from client.outgoing import without_paths
+from common.errors import RunFailed
+from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainTask
+from common.messages.wire import encode_reply
+from common.run_lines import RoundLine, read_lines
+from common.secure_sum import rounding
+from experiments.in_process import InProcessTransport, run_in_process
+from server.sums import SummedSites, _others
+from strategies.job import configure
+
+
+@pytest.fixture
+def summed(toy_settings: dict[str, Any]) -> dict[str, Any]:
+    return {**toy_settings, **SUMMED}
+
+
+@pytest.fixture
+def clinics(summed: dict[str, Any], tmp_path: Path) -> SumSite:
+    return SumSite(clinic({**summed, "privacy.delta": 1e-3}, tmp_path))
+
+
+def charges(folder: Path) -> list[int]:
+    """Return how many charges each site's ledger holds."""
+    counts = []
+    for path in sorted((folder / "ledgers").glob("*.sqlite")):
+        with Ledger(path) as ledger:
+            counts.append(len(ledger.entries()))
+    return counts
+
+
+def refused(site: SumSite, words: str, number: int = 1) -> None:
+    reply = site.key(number)
+    assert isinstance(reply, Refusal), "the site gives a key, for which the others would pay"
+    assert words in reply.reason, reply.reason
+
+
+# --- a site that could not pay ----------------------------------------------------------------------------------------
+
+
+def test_a_site_whose_records_were_released_without_privacy_gives_no_key(clinics: SumSite) -> None:
+    clinics.train(1)
+    with Ledger(clinics.site.ledger) as ledger:
+        ledger.expose("clinic", run="open", round_number=1, steps=1)
+    refused(clinics, "released without privacy", 2)
+    clinics.site.node["dataset-id"] = "other"
+    refused(clinics, "released without privacy", 2)
+    clinics.rule(after_no_privacy=True)
+    assert isinstance(clinics.key(2), KeyReply)
+
+
+def test_a_site_whose_records_have_no_budget_under_another_name_gives_no_key(
+    clinics: SumSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clinics.train(1)
+    with Ledger(clinics.site.ledger) as ledger:
+        clinics.rule(epsilon=1.01 * ledger.epsilon("clinic", 1e-3), delta=1e-3)
+    refused(clinics, "is spent", 2)
+    clinics.site.node["dataset-id"] = "other"
+    clinics.rule(epsilon=100.0, delta=1e-3)
+    refused(clinics, "shares with another data set", 2)
+    # The planted fault: the key is given by what one name has spent, and the vector is refused when others have paid.
+    monkeypatch.setattr(Ledger, "_recognise", lambda *own: [])
+    task = clinics.task(2)
+    monkeypatch.undo()
+    clinics.refuse(task, "shares with another data set")
+
+
+class Unwilling(InProcessTransport):
+    """One site gives keys and refuses every vector."""
+
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
+        if isinstance(task, KeyTask):
+            self.keys.append((task.round_number, node))
+        if isinstance(task, TrainTask) and node == 3:
+            return encode_reply(Refusal(task.run, task.round_number, "site-3", "policy", "its policy has no more"))
+        return super().deliver(node, task, content)
+
+    keys: list[tuple[int, int]]
+
+
+def test_a_site_that_refused_a_vector_is_asked_no_more_in_the_run(
+    summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fresh() -> Iterator[type[Unwilling]]:
+        while True:
+            yield type("Fresh", (Unwilling,), {"keys": []})
+
+    kinds = fresh()
+    folder = run_in_process(summed, 4, run="kept", kind=next(kinds))
+    first, second = read_lines(RoundLine, folder)
+    assert (first.attempts, second.attempts) == (2, 1)
+    assert [(line.site, line.kind) for line in second.refusals] == [("site-3", "policy")], "nobody says why it is gone"
+    assert charges(folder)[:3] == [3, 3, 3]
+    # The planted fault: each round begins with all sites, and the others pay for each.
+    gather = SummedSites.gather
+
+    def forgetful(self: SummedSites, *given: Any) -> Any:
+        self._unfit.clear()
+        return gather(self, *given)
+
+    monkeypatch.setattr(SummedSites, "gather", forgetful)
+    assert charges(run_in_process(summed, 4, run="forgot", kind=next(kinds)))[:3] == [4, 4, 4]
+
+
+# --- what a policy says -----------------------------------------------------------------------------------------------
+
+
+def test_the_least_noise_of_a_policy_is_of_what_the_site_itself_adds(clinics: SumSite) -> None:
+    clinics.rule(min_noise_multiplier=1.5)  # of the sum it is 2, of each of two honest sites 2 / √2
+    refused(clinics, "noise multiplier 1.41421 of each site")
+    clinics.rule(min_noise_multiplier=1.41)
+    assert isinstance(clinics.key(), KeyReply)
+
+
+def test_more_honest_sites_than_the_roster_has_are_refused(clinics: SumSite) -> None:
+    clinics.rule(honest_sites=4)
+    refused(clinics, "honest-sites = 4, and its roster 3 sites")
+
+
+def test_no_path_of_a_key_or_a_roster_leaves_the_site(clinics: SumSite) -> None:
+    clinics.rule(peers="the ward/peers.toml")
+    refused(clinics, "the roster <peers> cannot be read")
+    reason = clinics.key().reason
+    assert "ward" not in reason
+    assert without_paths("see /srv/the ward/key", {"identity": "/srv/the ward/key"}) == "see <identity>"
+
+
+# --- what the server looks at -----------------------------------------------------------------------------------------
+
+
+def test_a_sum_that_does_not_fit_its_words_is_refused_before_anybody_pays(
+    clinics: SumSite, summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "_RANGE", 2**16)
+    refused(clinics, "does not fit")
+    assert not clinics.site.charges()
+    # Whose parts fit alone pay once, with which the server learns the sizes; not in each attempt.
+    monkeypatch.setattr(budget, "check_headroom", lambda *own: None)
+    with pytest.raises(RunFailed, match="does not fit"):
+        run_in_process(summed, 4, run="full")
+    (full,) = Path(summed["output"]).glob("*full")
+    assert charges(full) == [1, 1, 1, 1]
+    monkeypatch.setattr(SummedSites, "_overfull", lambda *own: "")
+    with pytest.raises(RunFailed, match="does not fit"):
+        run_in_process(summed, 4, run="blind")
+    (blind,) = Path(summed["output"]).glob("*blind")
+    assert min(charges(blind)) > 1, "planted: the test above would pass without the look"
+
+
+def test_a_majority_that_was_charged_for_another_release_than_the_runs_is_named(clinics: SumSite) -> None:
+    job, honest = configure(clinics.site.settings), clinics.train()
+    assert honest.spending is not None
+    event = honest.spending.event
+    for other in (
+        event.having(clip_norm=0.5 * event.clip_norm),
+        event.having(noise_multiplier=1.01 * event.noise_multiplier),
+        event.having(honest_sites=1.0),
+    ):
+        lying = replace(honest, spending=replace(honest.spending, event=other))
+        assert set(_others(job, {0: lying, 1: honest, 2: lying})) == {0, 2}
+    assert not _others(job, {0: honest, 1: honest})
