@@ -7,6 +7,8 @@ under its name: ``fed-svd.period = 2``.
 
 from __future__ import annotations
 
+from collections import ChainMap
+
 from strategies.average import Average
 from strategies.base import Contribution, Moments, ServerState, Strategy, mean, of_turn
 from strategies.diffora import DiffoRA
@@ -46,8 +48,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
 CONTROLS: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (HetLoRA,)}
 """Rules that are published and break what every strategy promises, to be run beside one, without privacy alone."""
 
-ROWS: dict[str, type[Strategy]] = {**STRATEGIES, **CONTROLS}
-"""All that ``strategy`` may name."""
+ROWS = ChainMap(CONTROLS, STRATEGIES)
+"""All that ``strategy`` may name; a row that comes to either table is in it."""
 
 __all__ = [
     "CONTROLS",

@@ -187,6 +187,11 @@ class Strategy(ABC):
         """Site: return what to write into the model, from the shared start and what was received."""
         return merge(start, received)
 
+    @classmethod
+    def chooses(cls) -> bool:
+        """Return whether a part of the adapter rests in a round, or in a record's pass."""
+        return cls.by_columns or cls.nested or cls.turn is not Strategy.turn
+
     def columns(self, received: AdapterState, rank: int) -> Chosen | None:
         """Return the columns that a site of this rank trains, from what came down; None: every tensor whole.
 

@@ -224,7 +224,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     rule.check(config, strategy, adapter)
     if config.server.scores:
         _check_scores(config, strategy, adapter)
-    if config.server.rule != "none" and _chooses(strategy):
+    if config.server.rule != "none" and strategy.chooses():
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round, and server.rule {config.server.rule!r} "
             "would move what rests: set server.rule to 'none'"
@@ -248,11 +248,6 @@ def _check_unit(config: RunConfig) -> None:
         )
 
 
-def _chooses(strategy: Strategy) -> bool:
-    """Return whether a strategy has a part of the adapter rest in a round, or in a record's pass."""
-    return strategy.by_columns or strategy.nested or type(strategy).turn is not Strategy.turn
-
-
 def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
     if not TASKS[config.model.task].labelled:
         raise ConfigError(
@@ -263,7 +258,7 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
             f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
             "linear already: set it to 0"
         )
-    if _chooses(strategy):
+    if strategy.chooses():
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and derivatives of a "
             "linearised model are of all of it: set training.linearised to 0"
@@ -294,7 +289,7 @@ def _check_most_noise(config: RunConfig) -> None:
 
 
 def _check_refit(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
-    if _chooses(strategy):
+    if strategy.chooses():
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and training.refit "
             "has the head alone: set it to 0"

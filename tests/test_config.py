@@ -21,7 +21,7 @@ from common.config.text import flatten, parse_settings, read_settings_file, to_t
 from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.starts import STARTS, Start
-from strategies import STRATEGIES
+from strategies import CONTROLS, ROWS, STRATEGIES
 from strategies.job import configure, known_settings
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
@@ -35,9 +35,10 @@ each_key = pytest.mark.parametrize("key", KNOWN)
 def job_with(key: str, value: Scalar) -> Any:
     """Configure a run with one setting changed, and the strategy whose setting it is."""
     owner = key.split(".", maxsplit=1)[0]
-    strategy = owner if owner in STRATEGIES else "fedavg-lora" if owner == "lora-pro" else "ffa-lora"
+    strategy = owner if owner in ROWS else "fedavg-lora" if owner == "lora-pro" else "ffa-lora"
     rule = {"server.rule": owner} if owner in RULES else {}
     words = {"model.task": "causal-lm", "head.policy": "frozen"} if owner == "align-guard" else {}
+    words |= {"privacy.mode": "none"} if owner in CONTROLS else {}
     return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), **rule, **words, key: value})
 
 
@@ -93,7 +94,7 @@ def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 
 def test_defaults_alone_are_a_valid_run() -> None:
-    others = {*STRATEGIES, *RULES, "start"} - {"ffa-lora"}
+    others = {*ROWS, *RULES, "start"} - {"ffa-lora"}
     own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k not in RENAMED}
     settings = configure({}).settings()
     assert settings.keys() == own.keys()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from common.accountant import TRAINING, Accountant
 from common.adapters.base import layer_shape, target_shapes
+from common.messages.columns import narrowed
 from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint
@@ -48,7 +49,7 @@ class Traffic:
 def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -> Traffic:
     """Return the bytes of the job's messages, by encoding them; ``plans`` are those of sites that are charged.
 
-    Where factors take turns they are those of the first round.
+    Where factors take turns, columns are chosen or a part of the model rests, they are those of the first round.
     """
     strategy = job.strategy
     state = job.start(server_model.start)
@@ -62,7 +63,9 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         base_fingerprint=server_model.model.base.fingerprint,
         start_fingerprint=job.start_fingerprint(server_model.start),
     )
-    trained = strategy.uplink(of_turn(server_model.trained_start(), strategy.turn(1)))
+    trained = job.summed(1, strategy.uplink(of_turn(server_model.trained_start(), strategy.turn(1))))
+    chosen = strategy.columns(task.state, job.config.adapter.rank)
+    trained = trained if chosen is None else narrowed(trained, chosen)
     result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, _spending(plans))
     if job.mechanism.summed:
         task = replace(task, offers=tuple(KeyOffer(f"site-{k}", bytes(32), bytes(64)) for k in range(len(plans))))
