@@ -482,12 +482,12 @@ def test_a_secure_sum_and_a_linearised_model_are_refused() -> None:
     base = {"strategy": "heterogeneous-ranks"}
     with pytest.raises(ConfigError, match="nobody sees more than a sum"):
         configure({**base, "privacy.mode": "secure-sum", "privacy.honest-sites": 2})
-    with pytest.raises(ConfigError, match="derivatives of a linearised model are of all of them"):
+    with pytest.raises(ConfigError, match="derivatives of a linearised model are of all of it"):
         configure({**base, "training.linearised": 1, "training.optimizer": "sgd"})
     with pytest.raises(ConfigError, match="by a rule of its own"):
         configure({**base, "training.refit": 1})
-    with pytest.raises(ConfigError, match="leaves resting columns as they are"):
-        configure({**base, "server.rule": "lora-pro"})
+    with pytest.raises(ConfigError, match="would move what rests"):
+        configure({**base, "server.rule": "allora"})
 
 
 def test_a_declared_rank_is_held_against_what_the_run_asks(
