@@ -214,11 +214,14 @@ def words_of(results: Mapping[int, TrainResult]) -> Iterable[Words]:
 
 
 def _others(job: Job, results: Mapping[int, TrainResult]) -> dict[int, str]:
-    """Return the nodes that were charged for another release than the run's: their masks would not cancel."""
+    """Return the nodes that were charged for another release than the run's, or the others: masks would not cancel."""
+    told = {node: result.spending.event for node, result in results.items() if result.spending}
+    fitting = [event for node, event in told.items() if _is_run_s(job, event, results[node].public_size)]
+    usual = max(fitting, key=fitting.count) if fitting else None
     return {
         node: "the spending's release is another than the run's, and all sites of a sum pay for the same"
-        for node, result in results.items()
-        if result.spending is None or not _is_run_s(job, result.spending.event, result.public_size)
+        for node in results
+        if usual is None or told.get(node) != usual
     }
 
 
