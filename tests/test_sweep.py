@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -98,7 +99,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped(swept: Swept) -> None:
 
 
 def test_every_run_has_one_line_of_progress(swept: Swept) -> None:
-    lines = [line for line in swept.told.splitlines() if f"/{len(swept.rows)} " in line]
+    lines = [line for line in swept.told.splitlines() if re.match(rf"\d+/{len(swept.rows)} ", line)]
     assert [line.split("/")[0] for line in lines] == [
         str(number) for number in range(len(swept.killed) + 1, len(swept.rows) + 1)
     ]
