@@ -486,7 +486,7 @@ def test_a_secure_sum_and_a_linearised_model_are_refused() -> None:
         configure({**base, "training.linearised": 1, "training.optimizer": "sgd"})
     with pytest.raises(ConfigError, match="by a rule of its own"):
         configure({**base, "training.refit": 1})
-    with pytest.raises(ConfigError, match="would move what rests"):
+    with pytest.raises(ConfigError, match="trains B, where it would be a rate alone"):
         configure({**base, "server.rule": "lora-pro"})
 
 
