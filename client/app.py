@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from client.budget import check_budget, evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
 from client.leftovers import left_nothing, tensors_digest
-from client.linearised import Derivatives, check_memory, contrasts
+from client.linearised import Derivatives, check_memory, contrasts, forget_records
 from client.local_training import check_task, train_round
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
@@ -185,6 +185,7 @@ def _records(model: FederatedModel, site: Site, job: Job) -> list[Record]:
     unit, most = job.mechanism.unit, job.config.privacy.rows_of_unit
     kept = _process.records.get(site.name)
     if kept is None or kept[0] is not site.data or kept[1] != (unit.name, most):
+        forget_records(_process.derivatives, site.name)  # vectors say whose a record is by the old numbers
         kept = _process.records[site.name] = (
             site.data,
             (unit.name, most),

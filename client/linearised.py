@@ -172,7 +172,10 @@ def _make_room(kept: MutableMapping[str, Derivatives], wanted: int) -> None:
     A simulation's process plays many sites in turn. One whose vectors are dropped has them made anew when it is next
     asked, and of sites that are asked in turn the first keep theirs.
     """
-    held = {site: sum(record[TANGENTS].nbytes for record in one.records) for site, one in kept.items()}
+    held = {
+        site: sum(held.nbytes for record in one.records for held in record.values() if isinstance(held, Tensor))
+        for site, one in kept.items()
+    }
     for site in reversed(list(kept)):
         if sum(held.values()) + wanted <= MOST_BYTES:
             return

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from client.linearised import Derivatives, Linearisation
-from common.messages.state import HEAD
+from common.messages.state import HEAD, AdapterState
 from common.model.federated import FederatedModel
 from common.tasks import Record
 from common.tasks.examples import Dataset
@@ -32,16 +33,25 @@ def refit(
 ) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Let the head alone take a gradient, on features of ``records``; arguments as of ``client.linearised.linearised``.
 
-    The adapter rests in these rounds, so features of the first of them serve all.
+    The adapter rests in these rounds, so features of the first of them serve all; of another adapter they are made anew.
 
     Yields:
         The records to train on, as features (none of no records), and what is trained, by layer and factor.
     """
     held = kept.get(site)
-    if held is None or held.of != of:
-        kept[site] = held = Derivatives(of, {})
+    around: AdapterState = {}
+    for (layer, name), p in model.below_head().items():
+        around.setdefault(layer, {})[name] = p.detach().clone()
+    if held is None or held.of != of or not _same(held.around, around):
+        kept[site] = held = Derivatives(of, around)
     with model.head_alone():
         if records and held.source is not source:
             vectors = model.featurise([dict(record) for record in records], before_pass)
-            kept[site] = held = Derivatives(of, {}, source, tuple(vectors))
+            kept[site] = held = Derivatives(of, around, source, tuple(vectors))
         yield list(held.records) if records else [], {HEAD: model.head}
+
+
+def _same(one: AdapterState, other: AdapterState) -> bool:
+    return {(layer, name) for layer in one for name in one[layer]} == {
+        (layer, name) for layer in other for name in other[layer]
+    } and all(torch.equal(t, other[layer][name]) for layer, factors in one.items() for name, t in factors.items())

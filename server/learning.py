@@ -67,12 +67,20 @@ def _parts(
     least = min(contribution.rank for contribution in averaged)
     held = job.strategy.counterpart(state, least)
     changes = [_change(_first(contribution.state, held), held) for contribution in averaged]
+    if summed:  # what rests in the round is in no vector, and has no noise
+        changes = [_moved(change) for change in changes]
     weights = [contribution.weight for contribution in averaged]
     noises = [sum_noise(job, results)] if summed else noises_of(job, results, state)
     return [
         Part(weight / math.fsum(weights), change, noise)
         for weight, change, noise in zip(weights, changes, noises, strict=True)
     ]
+
+
+def _moved(change: AdapterState) -> AdapterState:
+    """Return the tensors of which anything moved."""
+    kept = {layer: {name: t for name, t in factors.items() if bool(t.any())} for layer, factors in change.items()}
+    return {layer: factors for layer, factors in kept.items() if factors}
 
 
 def noises_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float | None]:

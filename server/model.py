@@ -11,12 +11,13 @@ from common.adapters.base import base_weight
 from common.data.sources import public_test, slices_of
 from common.errors import ModelError
 from common.messages.state import AdapterState
+from common.messages.tensors import merge
 from common.messages.wire import Layout, layout_of
 from common.model.federated import FederatedModel, Score, phrases_of
 from common.starts import Labels
 from common.tasks import Record
 from common.tasks.examples import Example
-from strategies import of_turn
+from strategies import ServerState, of_turn
 from strategies.job import Job
 
 
@@ -79,13 +80,21 @@ class ServerModel:
         """Return W0 of an adapted layer, shape (out, in), float64, on the CPU."""
         return base_weight(self.model.adapter.layers(self.model.peft_model)[layer]).double().cpu()
 
-    def rule_statistic(self) -> AdapterState:
+    def rule_statistic(self, state: ServerState) -> AdapterState:
         """Return what the run's server rule takes from public text before round 1.
+
+        Args:
+            state: any of the run's: the factors that no site trains are those of its start, whoever made it.
 
         Raises:
             DataError, ModelError: the text cannot be read, is not public to the run, or says nothing.
         """
-        self.model.write(self.start)
+        frozen = {
+            layer: {n: t for n, t in state.adapter[layer].items() if n in factors and not state.trains(layer, n)}
+            for layer, factors in self.start.items()
+            if layer in state.adapter
+        }
+        self.model.write(merge(self.start, frozen))
         return self.job.rule.measure(self.model, self.job.config)
 
     def _labels(self) -> Labels:

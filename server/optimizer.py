@@ -43,6 +43,10 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     Computed in float64; the result has the adapter's dtype.
     """
     server = config.server
+    if config.refits(before.round_number + 1):
+        # To the bit, which a mean of equal parts need not be: sites keep the features of an adapter that rests.
+        rests = {layer: factors for layer, factors in before.adapter.items() if layer != HEAD}
+        averaged = replace(averaged, adapter=merge(averaged.adapter, rests))
     if server.optimizer == "none":
         return averaged
     if server.optimizer == "momentum":

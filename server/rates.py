@@ -5,7 +5,7 @@ share of the average, the learning rates, and the rounds. So one setting serves 
 largest up to ``server.learning-rate`` at which noise moves no number by more than ``server.most-noise`` in standard
 deviation. With a heavy ball a round's noise is passed on 1/(1 - μ)-fold, so over rounds of rates η_t noise ν a round
 makes ν √(Σ η_t²) / (1 - μ), or less where the run ends before it is passed on. A site that states more noise than the
-run's weighs less by its square, so stating much lowers no rate.
+run's weighs less by its square, and is counted at the run's own: stating much lowers no rate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from common.config.sections import RunConfig
 from common.messages.round import TrainResult
-from server.terms import paid_plan
+from server.terms import paid_plan, usual_noise
 from strategies import Contribution
 from strategies.job import Job
 
@@ -71,5 +71,6 @@ def _rate(job: Job, number: int) -> float:
 def _gradient(job: Job, result: TrainResult, size: int) -> float:
     plan = paid_plan(job, result)
     event = result.spending.event if result.spending else plan.event
+    event = event.having(noise_multiplier=min(event.noise_multiplier, usual_noise(job, result)))
     own = type(plan)(event, event.sample_rate * size, plan.delta, plan.max_epsilon)
     return own.gradient_noise_std

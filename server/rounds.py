@@ -98,7 +98,7 @@ def run_rounds(
         state = _initialise(job, sites, server_model, observer)
         score = server_model.score(state.adapter)
         observer.started(before or score, state, admission.members, score if asked else None)
-    measured = server_model.rule_statistic()
+    measured = server_model.rule_statistic(state)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
         got = sites.gather(round_number, state)

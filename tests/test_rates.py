@@ -52,8 +52,8 @@ def round_of(number: int, state: AdapterState) -> tuple[list[TrainResult], list[
 
 def test_noise_alone_ends_within_the_bound_and_near_it() -> None:
     job, draw = job_of(**{"training.refit": 3}), torch.Generator().manual_seed(3)
-    # σ C / (q n) of each site, weighed by size, times the sites' rate.
-    wanted = 0.7 * ((0.25 * 3 / 50) ** 2 + (0.75 * 2 / 150) ** 2) ** 0.5
+    # σ C / (q n) of each site, weighed by size, times the sites' rate; none at more than the run's σ of 2.
+    wanted = 0.7 * ((0.25 * 2 / 50) ** 2 + (0.75 * 2 / 150) ** 2) ** 0.5
     state = job.start(
         {"layer": {"A": torch.zeros(40, 50), "B": torch.zeros(30, 40)}, HEAD: {"weight": torch.zeros(40, 50)}}
     )
@@ -78,6 +78,17 @@ def test_head_and_adapter_are_bounded_each_for_itself() -> None:
     slow = within_noise(job_of(**{"head-rate": 1e-4}), results, averaged)
     assert slow.server.learning_rate == pytest.approx(config.server.learning_rate)
     assert slow.server.learning_rate * slow.server.head_rate == pytest.approx(30.0 * 1e-4)
+
+
+def test_a_site_that_states_much_noise_lowers_no_rate() -> None:
+    job = job_of()
+    results, averaged = round_of(1, {})
+    assert results[1].spending is not None
+    loud = replace(results[1].spending, event=sampled_gaussian(1e5, 0.5, 1.0))
+    lying = [results[0], replace(results[1], spending=loud)]
+    usual = replace(results[1].spending, event=sampled_gaussian(2.0, 0.5, 1.0))
+    honest = [results[0], replace(results[1], spending=usual)]
+    assert mean_noise(job, lying, averaged) == pytest.approx(mean_noise(job, honest, averaged))
 
 
 @pytest.mark.parametrize("more", [{"server.most-noise": 0.0}, {"server.most-noise": 1e6}, {"privacy.mode": "none"}])

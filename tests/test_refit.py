@@ -154,10 +154,20 @@ def test_features_are_computed_once_and_no_record_s_noise_sees_them(model_folder
             assert set(trained) == {HEAD}
             assert {id(p) for p in model.module.parameters() if p.requires_grad} == {id(p) for p in model.head.values()}
         assert passes, number
+        first = seen[0][FEATURES]
         counts.append(len(passes))
     assert counts == counts[:1] * 3
     with refit(model, [], LAST, kept, "site", DATA, nothing) as (seen, _):
         assert seen == []
+    received = {place: p.detach().clone() for place, p in model.below_head().items()}
+    with torch.no_grad():  # of another adapter they are others
+        next(iter(model.below_head().values())).add_(0.5)
+    with refit(model, records, LAST, kept, "site", DATA, lambda: passes.append(1)) as (moved, _):
+        assert len(passes) == 2 * counts[0]
+        assert not torch.equal(moved[0][FEATURES], first)
+    with torch.no_grad():
+        for place, p in model.below_head().items():
+            p.copy_(received[place])
     assert records == copies
     assert (model.shapes, model.task, model.head_only) == (shapes, task, False)
     after = model.read()

@@ -262,8 +262,10 @@ def test_invariant_j4_the_fisher_matrix_is_of_public_text_and_nothing_is_charged
     private.write_text(f"{prompts}\n", encoding="utf-8")
     digest = hashlib.sha256(private.read_bytes()).hexdigest()
     named = {**own, "align-guard.text": str(private), "align-guard.text-sha256": digest}
+    job = configure({**toy_generation, **named})
+    server_model = ServerModel(job)
     with pytest.raises(DataError, match="not public to this run"):
-        ServerModel(configure({**toy_generation, **named})).rule_statistic()
+        server_model.rule_statistic(job.start(server_model.start))
     with pytest.raises(ConfigError, match="guards what a language model answers"):
         configure({"strategy": "ffa-lora", "server.rule": "align-guard"})
     with pytest.raises(ConfigError, match="which strategy 'fed-svd' turns"):

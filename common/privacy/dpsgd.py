@@ -296,9 +296,10 @@ class PrivateSteps:
         seen = False
         for part, owners in units.parts:
             for rows in self._passes(part, losses):
-                index = torch.tensor([owners[row] for row in rows], device=held[0].device)
+                # One after the other: a device that adds in no fixed order would let others' rows decide the rounding.
                 for total_of_unit, parameter in zip(held, self._trained, strict=True):
-                    total_of_unit.index_add_(0, index, parameter.grad_sample.double())
+                    for sample, row in zip(parameter.grad_sample, rows, strict=True):
+                        total_of_unit[owners[row]] += sample
                 seen = True
         if seen:
             for total_of_unit, parameter in zip(held, self._trained, strict=True):
