@@ -33,7 +33,7 @@ def refit(
 ) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Let the head alone take a gradient, on features of ``records``; arguments as of ``client.linearised.linearised``.
 
-    The adapter rests in these rounds, so features of the first of them serve all; of another adapter they are made anew.
+    The adapter rests in these rounds, so features of the first of them serve all. Of another one they are made anew.
 
     Yields:
         The records to train on, as features (none of no records), and what is trained, by layer and factor.
