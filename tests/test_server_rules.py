@@ -313,7 +313,8 @@ def test_what_takes_turns_or_lets_columns_rest_is_refused_where_a_rule_would_mov
     words = {"model.task": "causal-lm", "head.policy": "frozen"}
     with pytest.raises(ConfigError, match="columns that strategy 'increlora' lets rest are to stay"):
         configure({"strategy": "increlora", "server.rule": "align-guard", **words})
-    assert configure({"strategy": "increlora", "server.rule": "allora"}).rule.name == "allora"
+    with pytest.raises(ConfigError, match="would move what rests"):
+        configure({"strategy": "increlora", "server.rule": "allora"})
 
 
 def test_a_bound_on_noise_and_a_rule_that_lengthens_it_do_not_go_together() -> None:
