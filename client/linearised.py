@@ -173,7 +173,7 @@ def _make_room(kept: MutableMapping[str, Derivatives], wanted: int) -> None:
     asked, and of sites that are asked in turn the first keep theirs.
     """
     held = {
-        site: sum(held.nbytes for record in one.records for held in record.values() if isinstance(held, Tensor))
+        site: sum(record[TANGENTS].nbytes for record in one.records if TANGENTS in record)  # of a refit there are none
         for site, one in kept.items()
     }
     for site in reversed(list(kept)):
