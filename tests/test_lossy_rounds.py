@@ -138,8 +138,21 @@ def test_a_server_that_tells_sites_of_different_survivors_gets_no_sum(lossy: dic
             }
             return super().exchange(told, timeout)
 
-    with pytest.raises(RunFailed, match="has not signed the survivors"):
+    with pytest.raises(RunFailed, match="3 sites have signed the survivors, and 4 are needed"):
         run_in_process(lossy, SITES, kind=Lying)
+
+
+def test_a_site_that_signs_nothing_costs_the_others_no_attempt(lossy: dict[str, Any]) -> None:
+    class Lying(InProcessTransport):
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
+            exchange = super().exchange(tasks, timeout)
+            if isinstance(reply := exchange.replies.get(1), SurvivorReply):
+                unsigned = replace(reply, agreement=replace(reply.agreement, signature=bytes(64)))
+                return replace(exchange, replies={**exchange.replies, 1: unsigned})
+            return exchange
+
+    lines = read_lines(RoundLine, run_in_process(lossy, SITES, kind=Lying))
+    assert [(line.attempts, len(line.participants)) for line in lines] == [(1, SITES), (1, SITES)]
 
 
 def test_a_server_that_tells_a_site_another_model_gets_no_sum(lossy: dict[str, Any]) -> None:
@@ -301,7 +314,7 @@ def test_a_server_that_asks_for_both_secrets_of_a_site_is_refused(clinics: Lossy
     assert isinstance(clinics.ask(SurvivorTask("1", 1, 0, everybody)), SurvivorReply)
     clinics.refused(SurvivorTask("1", 1, 0, fewer), "other survivors were signed for in this attempt")
     wrong = [(site, held[site].sign(fewer, clinics.peers[site]).signature) for site in ("east", "south")]
-    clinics.refused(UnmaskTask("1", 1, 0, tuple(wrong)), "has not signed the survivors that this site knows of")
+    clinics.refused(UnmaskTask("1", 1, 0, tuple(wrong)), "0 sites have signed the survivors, and 3 are needed")
     # The planted fault: a site that forgets what it has signed tells both shares of north.
     kept = json.loads(clinics.site.memory[sums.HELD])
     assert kept["survivors"] == list(everybody)

@@ -265,25 +265,28 @@ class Holder:
     def reveal(self, signatures: Mapping[str, bytes], roster: Roster) -> tuple[bytes, ...]:
         """Return a share of each site of the sum: of its own mask if it survived, else of its key.
 
+        A signature counts that is by a survivor, over the list that this site signed and this context. Others are
+        ignored, so that one site which signs something else does not cost the attempt.
+
         Args:
-            signatures: of the list that this site signed, by survivor.
+            signatures: of that list, by survivor.
             roster: the steward's own.
 
         Raises:
-            ProtocolError: this site has signed no list; a signature is not by a survivor, over that list and this
-                context; or they are too few.
+            ProtocolError: this site has signed no list, or those that count are fewer than the threshold.
         """
         if not self.survivors:
             raise ProtocolError("this site has signed for no survivors in this attempt: it tells no shares")
-        for site, signature in signatures.items():
-            if site not in self.survivors or not is_signed(self._signed(), signature, roster.keys.get(site, b"")):
-                raise ProtocolError(f"site {site!r} has not signed the survivors that this site knows of")
-        if len(signatures) < self.threshold:
+        survived, content = set(self.survivors), self._signed()
+        signed = sum(
+            site in survived and is_signed(content, signature, roster.keys.get(site, b""))
+            for site, signature in signatures.items()
+        )
+        if signed < self.threshold:
             raise ProtocolError(
-                f"{len(signatures)} sites have signed the survivors, and {self.threshold} are needed: others may have "
+                f"{signed} sites have signed the survivors, and {self.threshold} are needed: others may have "
                 "been told of other survivors"
             )
-        survived = set(self.survivors)
         return tuple(s[:SHARE_BYTES] if site in survived else s[SHARE_BYTES:] for site, s in self.held.items())
 
     def _signed(self) -> bytes:
