@@ -515,8 +515,8 @@ def test_too_few_answers_or_false_ones_make_no_sum() -> None:
         federation.unmask(vectors, dict(list(told.items())[:3]))
     for bad, words in (
         ((told["site-02"][1], *told["site-01"][1:]), "not of its key|do not belong together"),
-        (told["site-01"][1:], "not one of each site"),
-        ((b"", *told["site-01"][1:]), "no share"),
+        (told["site-01"][1:], "3 sites told their shares, and 4 are needed"),
+        ((b"", *told["site-01"][1:]), "3 sites told their shares, and 4 are needed"),
     ):
         with pytest.raises(ProtocolError, match=words):
             federation.unmask(vectors, {**told, "site-01": bad})
@@ -527,3 +527,23 @@ def test_too_few_answers_or_false_ones_make_no_sum() -> None:
     except ProtocolError as error:
         assert "do not belong together" in str(error)  # noqa: PT017
     assert federation.unmask(vectors, told).tolist() == (4 * np.arange(50_000)).tolist()
+
+
+@pytest.mark.parametrize("bad", ["one fewer", "one more", "too short", "no number of the field"])
+def test_an_answer_that_is_no_shares_is_left_out_if_the_others_suffice(bad: str) -> None:
+    federation = Federation(5)
+    federation.share()
+    for name in federation.names:
+        federation.agree(name)
+    words = {name: np.full(257, 2**31 + 5 * i, dtype=np.uint32) for i, name in enumerate(federation.names)}
+    vectors = federation.vectors(words)
+    signed = [federation.sign(name, federation.names) for name in federation.names]
+    told = {name: federation.reveal(name, signed) for name in federation.names}
+    whole = told["site-00"]
+    told["site-00"] = {
+        "one fewer": whole[1:],
+        "one more": (*whole, whole[0]),
+        "too short": (whole[0][1:], *whole[1:]),
+        "no number of the field": (*whole[:-1], PRIME.to_bytes(SHARE_BYTES, "big")),
+    }[bad]
+    assert federation.unmask(vectors, told).tolist() == modular_sum(list(words.values()))

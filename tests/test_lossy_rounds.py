@@ -46,6 +46,7 @@ from common.secure_sum import (
     rounding,
     total,
 )
+from common.secure_sum.shares import SHARE_BYTES
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from strategies.job import configure
@@ -153,6 +154,22 @@ def test_a_site_that_signs_nothing_costs_the_others_no_attempt(lossy: dict[str, 
 
     lines = read_lines(RoundLine, run_in_process(lossy, SITES, kind=Lying))
     assert [(line.attempts, len(line.participants)) for line in lines] == [(1, SITES), (1, SITES)]
+
+
+@pytest.mark.parametrize("bad", ["one fewer", "no number of the field"])
+def test_a_site_that_tells_no_shares_costs_the_others_no_attempt_and_is_noted(bad: str, lossy: dict[str, Any]) -> None:
+    class Lying(InProcessTransport):
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
+            exchange = super().exchange(tasks, timeout)
+            if isinstance(reply := exchange.replies.get(0), UnmaskReply):
+                wrong = reply.shares[1:] if bad == "one fewer" else (b"\xff" * SHARE_BYTES, *reply.shares[1:])
+                return replace(exchange, replies={**exchange.replies, 0: replace(reply, shares=wrong)})
+            return exchange
+
+    for line in read_lines(RoundLine, run_in_process(lossy, SITES, kind=Lying)):
+        assert (line.attempts, len(line.participants)) == (1, SITES)
+        assert [(failure.site, failure.kind) for failure in line.failures] == [("site-0", "reply")]
+        assert "not one share of each site" in line.failures[0].reason
 
 
 def test_a_server_that_tells_a_site_another_model_gets_no_sum(lossy: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ from common.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Term
 from common.secure_sum.identity import Identity, is_signed
 from common.secure_sum.masks import Words, add_mask, derived, mask_of, pair_seed, shared_secret
 from common.secure_sum.roster import Roster
-from common.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, combined, split, weights
+from common.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, combined, is_share, split, weights
 
 SEALED_BYTES = 2 * SHARE_BYTES + 16
 """Of the two shares that one site gives another, with the seal of ChaCha20-Poly1305 (RFC 8439)."""
@@ -302,6 +302,11 @@ def _box(
     return ChaCha20Poly1305(derived(shared_secret(own, peer_key, peer), sharing, info))
 
 
+def are_shares(told: Sequence[bytes], sites: int) -> bool:
+    """Return whether what a survivor told could be one share of each of so many sites; else its answer is left out."""
+    return len(told) == sites and all(is_share(share) for share in told)
+
+
 def unmasked(
     vectors: Mapping[str, Words],
     offers: Mapping[str, bytes],
@@ -318,18 +323,16 @@ def unmasked(
         holders: the sites that hold shares.
         colluders: the run's ``privacy.colluders``.
         digest: of the context.
-        told: what survivors told (``RecoverableAttempt.reveal``), by holder.
+        told: what survivors told (``Holder.reveal``), by holder; what is not ``are_shares`` is left out.
 
     Raises:
         ProtocolError: too few told, or what they told are not the secrets of these sites.
     """
-    needed, names = threshold(len(holders), colluders), sorted(holders)
-    if len(told) < needed:
-        raise ProtocolError(f"{len(told)} sites told their shares, and {needed} are needed")
-    chosen = sorted(told)[:needed]
-    sites = sorted(offers)
-    if any(holder not in names or len(told[holder]) != len(sites) for holder in chosen):
-        raise ProtocolError("the shares that were told are not one of each site of the sum")
+    needed, names, sites = threshold(len(holders), colluders), sorted(holders), sorted(offers)
+    whole = [holder for holder in names if are_shares(told.get(holder, ()), len(sites))]
+    if len(whole) < needed:
+        raise ProtocolError(f"{len(whole)} sites told their shares, and {needed} are needed")
+    chosen = whole[:needed]
     factors = weights([1 + names.index(holder) for holder in chosen])
     total = np.zeros_like(next(iter(vectors.values())))
     for vector in vectors.values():
