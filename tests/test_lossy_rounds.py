@@ -128,6 +128,12 @@ def test_fewer_sites_than_may_be_lost_from_are_asked_for_nothing_that_costs(loss
     assert not list(Path(lossy["output"]).rglob("ledgers/*.sqlite"))
 
 
+def test_an_attempt_begins_with_so_many_sites_that_min_sites_are_left(lossy: dict[str, Any]) -> None:
+    with pytest.raises(RunFailed, match="0 sites gave a key, 7 are needed"):
+        run_in_process({**lossy, "min-sites": 5}, SITES)
+    assert not list(Path(lossy["output"]).rglob("ledgers/*.sqlite"))
+
+
 def test_a_server_that_tells_sites_of_different_survivors_gets_no_sum(lossy: dict[str, Any]) -> None:
     class Lying(InProcessTransport):
         def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
