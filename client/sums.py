@@ -179,7 +179,8 @@ def told_for_sum(
     if not privacy.drop_outs:
         raise ProtocolError("shares are asked for in a run with privacy.drop-outs = 0: no vector may be missing")
     if isinstance(task, ShareTask):
-        party.check_size(len(task.offers), privacy.honest_sites)
+        # What may be left of them: a list of survivors that this site refused later would be paid for by then.
+        party.check_size(len(task.offers) - privacy.drop_outs, privacy.honest_sites)
         party.check_threshold(len(task.offers), privacy.colluders)
         attempt, kept = _recoverable(task, party, memory)
         sharing = attempt.share(task.offers, party.roster, privacy.honest_sites, privacy.colluders)

@@ -378,7 +378,7 @@ def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySi
     clinics.refused(survive, "masked no vector of that attempt")
     clinics.refused(UnmaskTask("1", 1, 0, (("north", bytes(64)),)), "masked no vector of that attempt")
     clinics.refused(replace(share, attempt=1), "has no key for that attempt")
-    clinics.refused(replace(share, offers=share.offers[:2]), "need 3")
+    clinics.refused(replace(share, offers=share.offers[:2]), "honest-sites = 2 of a sum of 1 sites")
     clinics.refused(replace(task, sealed=task.sealed[::-1]), "cannot be opened")
     clinics.refused(replace(task, offers=share.offers), "is not signed by that site")
     clinics.refused(replace(task, sealed=()), "0 sealed shares of 3 sites")
@@ -392,15 +392,24 @@ def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySi
 def test_a_steward_who_counts_on_fewer_honest_sites_than_the_threshold_does_is_not_in_the_sum(
     clinics: LossySite,
 ) -> None:
-    """Of five sites three need not be honest; with the run's one colluder three shares would tell a secret."""
-    clinics.join("east", "west")
-    clinics.site.settings |= {"privacy.honest-sites": 2}
-    clinics.rule(honest_sites=2)
-    with pytest.raises(AssertionError, match="of a sum of 5 sites that may lose some, of which 3 need not be honest"):
+    """Of six sites three need not be honest; with the run's one colluder four shares would tell a secret."""
+    clinics.join("east", "west", "centre")
+    clinics.rule(honest_sites=3)
+    with pytest.raises(AssertionError, match="of a sum of 6 sites that may lose some, of which 3 need not be honest"):
         clinics.begin()
-    clinics.rule(honest_sites=4)
+    clinics.rule(honest_sites=5)
     assert clinics.begin()
     with pytest.MonkeyPatch.context() as patch:  # the planted fault: a site that believes the run's colluders
         patch.setattr(sums.Party, "check_threshold", lambda *own: None)
-        clinics.rule(honest_sites=2)
+        clinics.rule(honest_sites=3)
         assert clinics.begin(), "the refusal is another's"
+
+
+def test_a_steward_whose_honest_sites_may_be_too_few_of_what_is_left_pays_for_nothing(clinics: LossySite) -> None:
+    """Of three sites one need not be honest: once another is lost, one of the two that are left is honest."""
+    clinics.rule(honest_sites=2)
+    with pytest.raises(AssertionError, match="honest-sites = 2 of a sum of 2 sites, of which 1 need not be honest"):
+        clinics.begin()
+    assert not clinics.site.charges()
+    clinics.rule(honest_sites=3)
+    assert clinics.begin()
