@@ -366,6 +366,8 @@ def test_one_key_has_one_vector_whatever_is_lost_or_kept(clinics: LossySite) -> 
     clinics.site.memory.clear()
     clinics.site.memory.update(kept)
     clinics.refused(task, "was charged under this key of its masks before")
+    # Nothing is held again that could sign a second list.
+    clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "north", "south")), "masked no vector of that attempt")
     clinics.site.memory.clear()
     clinics.refused(task, "has no key for that attempt")
     clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "north", "south")), "or has lost what it held of it")
