@@ -179,7 +179,8 @@ def told_for_sum(
     if not privacy.drop_outs:
         raise ProtocolError("shares are asked for in a run with privacy.drop-outs = 0: no vector may be missing")
     if isinstance(task, ShareTask):
-        party.check_size(len(task.offers), privacy.honest_sites)
+        # What may be left of them: a list of survivors that this site refused later would be paid for by then.
+        party.check_size(len(task.offers) - privacy.drop_outs, privacy.honest_sites)
         party.check_threshold(len(task.offers), privacy.colluders)
         attempt, kept = _recoverable(task, party, memory)
         sharing = attempt.share(task.offers, party.roster, privacy.honest_sites, privacy.colluders)
@@ -200,27 +201,36 @@ def agreed(
 ) -> Callable[[Words], bytes]:
     """Check a task of a secure sum, before anything is charged, and return what puts this site's masks on its vector.
 
-    The kept key is taken away here: it serves once.
+    The kept key is taken away here: it serves once. What this site holds of the others is kept with the vector, after
+    the charge: a task that is replayed on memory that was put back is not charged twice, and so brings back no part in
+    the attempt that could sign a second list of survivors.
 
     Raises:
         ProtocolError: this site has no key for the attempt, or as ``SiteAttempt.agree``.
         PolicyRefusal: of the sites too few are honest by the policy.
     """
     attempt: SiteAttempt | RecoverableAttempt
+    holder: Holder | None = None
     terms, hashes = terms_of(job, public_size), _hashes(task, job, model)
     if job.config.privacy.drop_outs:
         attempt, kept = _recoverable(task, party, memory)
         attempt.threshold = kept.get("threshold", 0)
         attempt.sealing = {site: bytes.fromhex(key) for site, key in kept.get("sealing", {}).items()}
         party.check_size(len(task.offers), terms.honest_sites)
-        _hold(attempt.agree(task.offers, task.sealed, party.roster, terms, hashes), memory)
+        holder = attempt.agree(task.offers, task.sealed, party.roster, terms, hashes)
     else:
         secret = _kept(task, party, memory)["secret"]
         party.check_size(len(task.offers), terms.honest_sites)
         attempt = SiteAttempt(_name(task, party), party.site, party.identity, bytes.fromhex(secret))
         attempt.agree(task.offers, party.roster, terms, hashes)
     del memory[KEPT]
-    return lambda words: attempt.masked(words).astype("<u4").tobytes()
+
+    def masked(words: Words) -> bytes:
+        if holder is not None:
+            _hold(holder, memory)
+        return attempt.masked(words).astype("<u4").tobytes()
+
+    return masked
 
 
 def _name(task: SumTask | TrainTask, party: Party) -> AttemptName:

@@ -24,7 +24,7 @@ from common.messages.round import (
     UnmaskTask,
 )
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer, threshold, unmasked
+from common.secure_sum import KeyOffer, are_shares, threshold, unmasked
 from server.sites import Gathering
 from server.sums import SummedSites, in_order, words_of
 from strategies import ServerState
@@ -71,7 +71,7 @@ class RecoveringSites(SummedSites):
         if not self._enough(got, round_number, agreed, needed, "have signed for one sum of the survivors"):
             return {}
         signatures = tuple((reply.site, reply.agreement.signature) for reply in agreed.values())
-        told = self._told(got, UnmaskTask(*where, signatures), agreed, UnmaskReply)
+        told = self._telling(got, UnmaskTask(*where, signatures), agreed, len(masks))
         if not self._enough(got, round_number, told, needed, "have told their shares"):
             return {}
         vectors = dict(zip((result.site for result in results.values()), words_of(results), strict=True))
@@ -95,6 +95,17 @@ class RecoveringSites(SummedSites):
             elif isinstance(reply, Refusal):
                 self._absent(got, task.round_number, node, (reply.site, reply.kind, reply.reason), nodes)
         return told
+
+    def _telling(self, got: Gathering, task: UnmaskTask, nodes: Collection[int], sites: int) -> dict[int, UnmaskReply]:
+        """Return the answers that have a share of each of the sum's ``sites``; the others are written down."""
+        telling = {}
+        for node, reply in self._told(got, task, nodes, UnmaskReply).items():
+            if are_shares(reply.shares, sites):
+                telling[node] = reply
+            else:
+                reason = "what it told is not one share of each site of the sum"
+                self._absent(got, task.round_number, node, (reply.site, "reply", reason), nodes)
+        return telling
 
     def _whole(
         self,

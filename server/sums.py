@@ -62,13 +62,13 @@ class SummedSites(Sites):
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Ask for keys that are not there yet, then for the vectors, until one attempt brings all.
 
-        The sites of an attempt are those that gave a key. Fewer than ``min-sites``, or than ``least_sites``, are asked
-        for nothing that costs them.
+        The sites of an attempt are those that gave a key. Fewer than ``least_sites``, or than leave ``min-sites`` when
+        all are lost that may be, are asked for nothing that costs them.
         """
         config, privacy, got, unfit = self._job.config, self._job.config.privacy, Gathering(), set(self._unfit)
         got.refusals = {node: replace(absence, round_number=round_number) for node, absence in self._unfit.items()}
         begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
-        least = max(config.min_sites, begins)
+        least = max(config.min_sites + privacy.drop_outs, begins)
         for attempt in range(1, config.round_retries + 2):
             got.attempts = attempt
             offers = self._offers(got, unfit, least, round_number)

@@ -46,6 +46,7 @@ from common.secure_sum import (
     rounding,
     total,
 )
+from common.secure_sum.shares import SHARE_BYTES
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from strategies.job import configure
@@ -127,6 +128,12 @@ def test_fewer_sites_than_may_be_lost_from_are_asked_for_nothing_that_costs(loss
     assert not list(Path(lossy["output"]).rglob("ledgers/*.sqlite"))
 
 
+def test_an_attempt_begins_with_so_many_sites_that_min_sites_are_left(lossy: dict[str, Any]) -> None:
+    with pytest.raises(RunFailed, match="0 sites gave a key, 7 are needed"):
+        run_in_process({**lossy, "min-sites": 5}, SITES)
+    assert not list(Path(lossy["output"]).rglob("ledgers/*.sqlite"))
+
+
 def test_a_server_that_tells_sites_of_different_survivors_gets_no_sum(lossy: dict[str, Any]) -> None:
     class Lying(InProcessTransport):
         def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
@@ -138,8 +145,37 @@ def test_a_server_that_tells_sites_of_different_survivors_gets_no_sum(lossy: dic
             }
             return super().exchange(told, timeout)
 
-    with pytest.raises(RunFailed, match="has not signed the survivors"):
+    with pytest.raises(RunFailed, match="3 sites have signed the survivors, and 4 are needed"):
         run_in_process(lossy, SITES, kind=Lying)
+
+
+def test_a_site_that_signs_nothing_costs_the_others_no_attempt(lossy: dict[str, Any]) -> None:
+    class Lying(InProcessTransport):
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
+            exchange = super().exchange(tasks, timeout)
+            if isinstance(reply := exchange.replies.get(1), SurvivorReply):
+                unsigned = replace(reply, agreement=replace(reply.agreement, signature=bytes(64)))
+                return replace(exchange, replies={**exchange.replies, 1: unsigned})
+            return exchange
+
+    lines = read_lines(RoundLine, run_in_process(lossy, SITES, kind=Lying))
+    assert [(line.attempts, len(line.participants)) for line in lines] == [(1, SITES), (1, SITES)]
+
+
+@pytest.mark.parametrize("bad", ["one fewer", "no number of the field"])
+def test_a_site_that_tells_no_shares_costs_the_others_no_attempt_and_is_noted(bad: str, lossy: dict[str, Any]) -> None:
+    class Lying(InProcessTransport):
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Any:
+            exchange = super().exchange(tasks, timeout)
+            if isinstance(reply := exchange.replies.get(0), UnmaskReply):
+                wrong = reply.shares[1:] if bad == "one fewer" else (b"\xff" * SHARE_BYTES, *reply.shares[1:])
+                return replace(exchange, replies={**exchange.replies, 0: replace(reply, shares=wrong)})
+            return exchange
+
+    for line in read_lines(RoundLine, run_in_process(lossy, SITES, kind=Lying)):
+        assert (line.attempts, len(line.participants)) == (1, SITES)
+        assert [(failure.site, failure.kind) for failure in line.failures] == [("site-0", "reply")]
+        assert "not one share of each site" in line.failures[0].reason
 
 
 def test_a_server_that_tells_a_site_another_model_gets_no_sum(lossy: dict[str, Any]) -> None:
@@ -301,7 +337,7 @@ def test_a_server_that_asks_for_both_secrets_of_a_site_is_refused(clinics: Lossy
     assert isinstance(clinics.ask(SurvivorTask("1", 1, 0, everybody)), SurvivorReply)
     clinics.refused(SurvivorTask("1", 1, 0, fewer), "other survivors were signed for in this attempt")
     wrong = [(site, held[site].sign(fewer, clinics.peers[site]).signature) for site in ("east", "south")]
-    clinics.refused(UnmaskTask("1", 1, 0, tuple(wrong)), "has not signed the survivors that this site knows of")
+    clinics.refused(UnmaskTask("1", 1, 0, tuple(wrong)), "0 sites have signed the survivors, and 3 are needed")
     # The planted fault: a site that forgets what it has signed tells both shares of north.
     kept = json.loads(clinics.site.memory[sums.HELD])
     assert kept["survivors"] == list(everybody)
@@ -330,6 +366,8 @@ def test_one_key_has_one_vector_whatever_is_lost_or_kept(clinics: LossySite) -> 
     clinics.site.memory.clear()
     clinics.site.memory.update(kept)
     clinics.refused(task, "was charged under this key of its masks before")
+    # Nothing is held again that could sign a second list.
+    clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "north", "south")), "masked no vector of that attempt")
     clinics.site.memory.clear()
     clinics.refused(task, "has no key for that attempt")
     clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "north", "south")), "or has lost what it held of it")
@@ -342,7 +380,7 @@ def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySi
     clinics.refused(survive, "masked no vector of that attempt")
     clinics.refused(UnmaskTask("1", 1, 0, (("north", bytes(64)),)), "masked no vector of that attempt")
     clinics.refused(replace(share, attempt=1), "has no key for that attempt")
-    clinics.refused(replace(share, offers=share.offers[:2]), "need 3")
+    clinics.refused(replace(share, offers=share.offers[:2]), "honest-sites = 2 of a sum of 1 sites")
     clinics.refused(replace(task, sealed=task.sealed[::-1]), "cannot be opened")
     clinics.refused(replace(task, offers=share.offers), "is not signed by that site")
     clinics.refused(replace(task, sealed=()), "0 sealed shares of 3 sites")
@@ -356,15 +394,24 @@ def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySi
 def test_a_steward_who_counts_on_fewer_honest_sites_than_the_threshold_does_is_not_in_the_sum(
     clinics: LossySite,
 ) -> None:
-    """Of five sites three need not be honest; with the run's one colluder three shares would tell a secret."""
-    clinics.join("east", "west")
-    clinics.site.settings |= {"privacy.honest-sites": 2}
-    clinics.rule(honest_sites=2)
-    with pytest.raises(AssertionError, match="of a sum of 5 sites that may lose some, of which 3 need not be honest"):
+    """Of six sites three need not be honest; with the run's one colluder four shares would tell a secret."""
+    clinics.join("east", "west", "centre")
+    clinics.rule(honest_sites=3)
+    with pytest.raises(AssertionError, match="of a sum of 6 sites that may lose some, of which 3 need not be honest"):
         clinics.begin()
-    clinics.rule(honest_sites=4)
+    clinics.rule(honest_sites=5)
     assert clinics.begin()
     with pytest.MonkeyPatch.context() as patch:  # the planted fault: a site that believes the run's colluders
         patch.setattr(sums.Party, "check_threshold", lambda *own: None)
-        clinics.rule(honest_sites=2)
+        clinics.rule(honest_sites=3)
         assert clinics.begin(), "the refusal is another's"
+
+
+def test_a_steward_whose_honest_sites_may_be_too_few_of_what_is_left_pays_for_nothing(clinics: LossySite) -> None:
+    """Of three sites one need not be honest: once another is lost, one of the two that are left is honest."""
+    clinics.rule(honest_sites=2)
+    with pytest.raises(AssertionError, match="honest-sites = 2 of a sum of 2 sites, of which 1 need not be honest"):
+        clinics.begin()
+    assert not clinics.site.charges()
+    clinics.rule(honest_sites=3)
+    assert clinics.begin()

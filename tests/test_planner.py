@@ -338,6 +338,8 @@ def test_the_plan_says_what_it_costs_that_sites_may_be_lost(tmp_path: Path, toy_
     assert "(3 / 2) = 1.22 times" in " ".join(told.split())
     told = run_plan(tmp_path, settings, "--sizes", "60,70,60", "--no-calibration").stdout
     assert "begins with 4 or more: 3 sites are too few" in " ".join(told.split())
+    told = run_plan(tmp_path, {**settings, "min-sites": 4}, "--sizes", "60,70,60,70", "--no-calibration").stdout
+    assert "begins with 5 or more: 4 sites are too few" in " ".join(told.split())
 
 
 def test_noise_at_the_server_is_as_long_as_drawn_noise() -> None:

@@ -21,7 +21,16 @@ from __future__ import annotations
 from common.secure_sum.attempt import KeyOffer, SiteAttempt
 from common.secure_sum.context import AttemptName, Context, Task, Terms
 from common.secure_sum.identity import Identity
-from common.secure_sum.recovery import Agreement, Holder, RecoverableAttempt, Sharing, least_sites, threshold, unmasked
+from common.secure_sum.recovery import (
+    Agreement,
+    Holder,
+    RecoverableAttempt,
+    Sharing,
+    are_shares,
+    least_sites,
+    threshold,
+    unmasked,
+)
 from common.secure_sum.roster import Roster
 from common.secure_sum.rounding import check_headroom, noise_share, rounded, total
 
@@ -38,6 +47,7 @@ __all__ = [
     "SiteAttempt",
     "Task",
     "Terms",
+    "are_shares",
     "check_headroom",
     "least_sites",
     "noise_share",

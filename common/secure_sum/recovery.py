@@ -38,7 +38,7 @@ from common.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Term
 from common.secure_sum.identity import Identity, is_signed
 from common.secure_sum.masks import Words, add_mask, derived, mask_of, pair_seed, shared_secret
 from common.secure_sum.roster import Roster
-from common.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, combined, split, weights
+from common.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, combined, is_share, split, weights
 
 SEALED_BYTES = 2 * SHARE_BYTES + 16
 """Of the two shares that one site gives another, with the seal of ChaCha20-Poly1305 (RFC 8439)."""
@@ -265,25 +265,28 @@ class Holder:
     def reveal(self, signatures: Mapping[str, bytes], roster: Roster) -> tuple[bytes, ...]:
         """Return a share of each site of the sum: of its own mask if it survived, else of its key.
 
+        A signature counts that is by a survivor, over the list that this site signed and this context. Others are
+        ignored, so that one site which signs something else does not cost the attempt.
+
         Args:
-            signatures: of the list that this site signed, by survivor.
+            signatures: of that list, by survivor.
             roster: the steward's own.
 
         Raises:
-            ProtocolError: this site has signed no list; a signature is not by a survivor, over that list and this
-                context; or they are too few.
+            ProtocolError: this site has signed no list, or those that count are fewer than the threshold.
         """
         if not self.survivors:
             raise ProtocolError("this site has signed for no survivors in this attempt: it tells no shares")
-        for site, signature in signatures.items():
-            if site not in self.survivors or not is_signed(self._signed(), signature, roster.keys.get(site, b"")):
-                raise ProtocolError(f"site {site!r} has not signed the survivors that this site knows of")
-        if len(signatures) < self.threshold:
+        survived, content = set(self.survivors), self._signed()
+        signed = sum(
+            site in survived and is_signed(content, signature, roster.keys.get(site, b""))
+            for site, signature in signatures.items()
+        )
+        if signed < self.threshold:
             raise ProtocolError(
-                f"{len(signatures)} sites have signed the survivors, and {self.threshold} are needed: others may have "
+                f"{signed} sites have signed the survivors, and {self.threshold} are needed: others may have "
                 "been told of other survivors"
             )
-        survived = set(self.survivors)
         return tuple(s[:SHARE_BYTES] if site in survived else s[SHARE_BYTES:] for site, s in self.held.items())
 
     def _signed(self) -> bytes:
@@ -297,6 +300,11 @@ def _box(
     """Return what seals, and opens, the shares that one site gives another: one key for each direction and attempt."""
     info = canonical(f"{PROTOCOL}/sealed-shares", {"from": sender, "to": holder})
     return ChaCha20Poly1305(derived(shared_secret(own, peer_key, peer), sharing, info))
+
+
+def are_shares(told: Sequence[bytes], sites: int) -> bool:
+    """Return whether what a survivor told could be one share of each of so many sites; else its answer is left out."""
+    return len(told) == sites and all(is_share(share) for share in told)
 
 
 def unmasked(
@@ -315,18 +323,16 @@ def unmasked(
         holders: the sites that hold shares.
         colluders: the run's ``privacy.colluders``.
         digest: of the context.
-        told: what survivors told (``RecoverableAttempt.reveal``), by holder.
+        told: what survivors told (``Holder.reveal``), by holder; what is not ``are_shares`` is left out.
 
     Raises:
         ProtocolError: too few told, or what they told are not the secrets of these sites.
     """
-    needed, names = threshold(len(holders), colluders), sorted(holders)
-    if len(told) < needed:
-        raise ProtocolError(f"{len(told)} sites told their shares, and {needed} are needed")
-    chosen = sorted(told)[:needed]
-    sites = sorted(offers)
-    if any(holder not in names or len(told[holder]) != len(sites) for holder in chosen):
-        raise ProtocolError("the shares that were told are not one of each site of the sum")
+    needed, names, sites = threshold(len(holders), colluders), sorted(holders), sorted(offers)
+    whole = [holder for holder in names if are_shares(told.get(holder, ()), len(sites))]
+    if len(whole) < needed:
+        raise ProtocolError(f"{len(whole)} sites told their shares, and {needed} are needed")
+    chosen = whole[:needed]
     factors = weights([1 + names.index(holder) for holder in chosen])
     total = np.zeros_like(next(iter(vectors.values())))
     for vector in vectors.values():

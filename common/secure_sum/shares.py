@@ -68,16 +68,20 @@ def weights(numbers: Sequence[int]) -> list[int]:
     return found
 
 
+def is_share(content: bytes) -> bool:
+    """Return whether ``content`` could be a holder's: ``SHARE_BYTES`` of a number below ``PRIME``."""
+    return len(content) == SHARE_BYTES and int.from_bytes(content, "big") < PRIME
+
+
 def combined(shares: Sequence[bytes], factors: Sequence[int]) -> bytes:
     """Return the secret of exactly as many shares as the threshold; ``factors`` are their holders' ``weights``.
 
     Raises:
         ProtocolError: one is no share, or together they are none of a secret.
     """
-    values = [int.from_bytes(share, "big") for share in shares]
-    if any(len(share) != SHARE_BYTES for share in shares) or not all(value < PRIME for value in values):
+    if not all(is_share(share) for share in shares):
         raise ProtocolError("what a site answers with is no share of a secret")
-    secret = sum(value * factor for value, factor in zip(values, factors, strict=True)) % PRIME
+    secret = sum(int.from_bytes(share, "big") * factor for share, factor in zip(shares, factors, strict=True)) % PRIME
     if secret.bit_length() > 8 * SECRET_BYTES:
         raise ProtocolError("shares do not belong together: no secret follows from them")
     return secret.to_bytes(SECRET_BYTES, "big")

@@ -103,10 +103,12 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
 
 def _print_lost(console: Console, forecast: Forecast) -> None:
     """Say what it costs that sites may be lost from a sum: its noise is that of the fewest which are left."""
-    privacy, sites = forecast.job.config.privacy, len(forecast.sizes)
+    config, sites = forecast.job.config, len(forecast.sizes)
+    privacy = config.privacy
     if not privacy.drop_outs:
         return
-    least = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
+    begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
+    least = max(config.min_sites + privacy.drop_outs, begins)
     told = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum that begins with {least} or more"
     if sites < least:
         console.print(f"{told}: {counted(sites, 'site')} are too few.")
