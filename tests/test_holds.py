@@ -282,13 +282,15 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     charge(ledger, 1, run="between", release=OTHER)
     charge(ledger, 2, run="mine")
     charge(ledger, 1, run="last")
-    ledger.fail("ward", run="mine", round_number=2, reason="a file broke")
+    ledger.fail("ward", run="mine", round_number=2, reason="SECRET-REASON")
     made = receipt_of(ledger, "ward", "mine")
     assert made.epsilon_run == cost_of(2)
     assert made.epsilon_before == epsilon([OTHER], DELTA)
     assert made.epsilon_after == epsilon([Release(OTHER.event, 6), Release(ROUND.event, 10)], DELTA)
     assert (made.rounds, made.unit, made.delta, made.budget) == ((1, 2), "record", DELTA, 8.0)
     assert [row.round_number for row in made.failures] == [2]
+    assert [set(row) for row in made.as_json()["failures"]] == [{"round_number", "failed_at"}]
+    assert "SECRET-REASON" not in json.dumps(made.as_json()), "words of the site's log leave it"
     assert made.withdrawn == ""
     ledger.expose("ward", run="open", round_number=1, steps=2)
     assert receipt_of(ledger, "ward", "mine").epsilon_after is None

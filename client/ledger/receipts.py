@@ -1,7 +1,8 @@
 """The receipt of a run at a site: everything that it charged to one data set, with what that came to.
 
-For whoever asks a steward what was done with some records. It says nothing of a record, and as much as the site's own
-ledger: all of it follows from public settings.
+For whoever asks a steward what was done with some records. It quotes no record, and its charges follow from public
+settings. That a round failed, and when, may depend on the records; why it failed stays in the ledger, as words of the
+site's own log.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from client.ledger.file import now
 from client.ledger.ledger import Ledger
-from client.ledger.rows import Entry, Exposure, Failure
+from client.ledger.rows import Entry, Exposure
 from common.accountant import TRAINING
 from common.check import nearest
 from common.errors import LedgerError
@@ -21,6 +22,15 @@ from common.privacy import accounting
 from common.privacy.accounting import Release
 
 CONTEXT = "FedVeil receipt, 1"
+
+
+@dataclass(frozen=True)
+class FailedRound:
+    """A charged round that was answered by noise alone, without the reason."""
+
+    round_number: int
+    failed_at: str
+    """UTC, ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,8 @@ class RunReceipt:
     charges: tuple[Entry, ...]
     exposures: tuple[Exposure, ...]
     """Rounds that released records without privacy."""
-    failures: tuple[Failure, ...]
-    """Charged rounds that were answered by noise alone."""
+    failures: tuple[FailedRound, ...]
+    """Charged rounds that were answered by noise alone. Which ones these are may depend on the records."""
     withdrawn: str
     """When the data set was withdrawn; empty: it is not."""
     made: str
@@ -70,7 +80,7 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
     charges = [entry for entry in whole if entry.run == run]
     exposed = [row for row in ledger.exposures() if row.dataset == dataset]
     exposures = [row for row in exposed if row.run == run]
-    failures = [row for row in ledger.failures() if (row.dataset, row.run) == (dataset, run)]
+    failed = [row for row in ledger.failures() if (row.dataset, row.run) == (dataset, run)]
     if not charges and not exposures:
         known = sorted({entry.run for entry in whole} | {row.run for row in exposed})
         raise LedgerError(
@@ -100,7 +110,7 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
         rounds=tuple(entry.round_number for entry in charges if entry.purpose == TRAINING),
         charges=tuple(charges),
         exposures=tuple(exposures),
-        failures=tuple(failures),
+        failures=tuple(FailedRound(row.round_number, row.failed_at) for row in failed),
         withdrawn=gone[0] if gone else "",
         made=now(),
     )
