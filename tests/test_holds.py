@@ -181,7 +181,8 @@ def test_reserving_on_the_command_line(ledger: Ledger, path: Path) -> None:
 
 def check_that_a_withdrawn_data_set_is_stopped(ledger: Ledger) -> None:
     charge(ledger, 1, records={1, 2})
-    ledger.holds.withdraw("ward", "a patient's wish", {2, 3})
+    ledger.holds.withdraw("ward", "a patient's wish")
+    ledger.remember("ward", {2, 3})
     with pytest.raises(PolicyRefusal, match="was withdrawn by its steward"):
         charge(ledger, 2)
     with pytest.raises(PolicyRefusal, match="was withdrawn by its steward"):
@@ -270,6 +271,26 @@ def test_a_steward_withdraws_records_that_were_never_charged(toy_settings: dict[
     lines.clear()
     withdraw_site(gone, "asked for", lines.append)
     assert "known by this name alone" in " ".join(lines)
+
+
+def test_a_withdrawal_stands_whatever_becomes_of_reading_the_records(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    policy = to_toml({"dataset-id": "ward", "epsilon": 8.0, "delta": 1e-3, "public-size": 50, **pins(site.settings)})
+    node = f'data="{site.node["data"]}"'
+    folder = make_site(tmp_path / "site", "clinic", "127.0.0.1:1", policy=policy, node=node)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("common.data.sources.load_protected", fail)
+    lines: list[str] = []
+    with pytest.raises(MemoryError):
+        withdraw_site(open_site_folder(folder.path), "asked for", lines.append)
+    assert lines == ["ward: withdrawn. From now on every round on it is refused, and on what was charged for it."]
+    with Ledger(folder.ledger) as ledger:
+        assert ledger.holds.withdrawn(["ward"])
 
 
 # Receipts

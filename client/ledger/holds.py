@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, time
 
 from client.ledger.file import LedgerFile, now
@@ -76,8 +76,8 @@ class Holds:
         added = {name: total("") - total(name) for name, _ in rows if name in begun}
         return sum(max(0.0, epsilon - max(0.0, added.get(name, 0.0))) for name, epsilon in rows)
 
-    def withdraw(self, dataset: str, reason: str, records: Collection[int] = ()) -> None:
-        """Stop a data set for good, durably; ``records`` are hashes of what it has now, and are kept.
+    def withdraw(self, dataset: str, reason: str) -> None:
+        """Stop a data set for good, durably.
 
         Raises:
             ConfigError: it has no name, or no reason is given.
@@ -86,9 +86,6 @@ class Holds:
         if not dataset or not reason.strip():
             raise ConfigError("a withdrawal needs a data set and a reason, which stays in the ledger: give both")
         with self._file.transaction() as db:
-            db.executemany(
-                "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
-            )
             db.execute(
                 "INSERT INTO withdrawals (dataset, reason, withdrawn_at) VALUES (?, ?, ?)", (dataset, reason, now())
             )

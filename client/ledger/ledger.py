@@ -249,6 +249,15 @@ class Ledger:
             (charge.mask_key, charge.dataset, charge.run, charge.round_number, now()),
         )
 
+    def remember(self, dataset: str, records: Collection[int]) -> None:
+        """Keep hashes of records of ``dataset``, durably, so that they are known again though none was charged for.
+
+        Raises:
+            LedgerError: the file cannot be written.
+        """
+        with self._file.transaction() as db:
+            _remember(db, dataset, records)
+
     def expose(
         self,
         dataset: str,
