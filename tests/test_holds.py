@@ -85,6 +85,31 @@ def test_what_a_run_has_added_is_no_longer_kept_for_it(ledger: Ledger) -> None:
     assert ledger.kept("ward", "other", DELTA) == 0.0
 
 
+def test_what_a_run_had_spent_before_is_not_taken_from_what_is_kept_for_it(ledger: Ledger) -> None:
+    """Against prices that are composed here by hand."""
+    charge(ledger, 1, run="mine")
+    ledger.holds.reserve("ward", "mine", KEPT, LATER)
+    assert ledger.kept("ward", "", DELTA) == KEPT
+    with pytest.raises(BudgetExhausted, match="kept for another run"):
+        charge(ledger, 1, run="other")
+    charge(ledger, 2, run="mine")
+    assert ledger.kept("ward", "", DELTA) == pytest.approx(KEPT - (cost_of(2) - cost_of(1)), abs=1e-12)
+    ledger.holds.reserve("ward", "mine", 0.01, LATER)
+    assert ledger.kept("ward", "", DELTA) == 0.01, "a new reservation counts from then"
+
+
+def test_a_reservation_of_the_seventh_format_counts_all_charges_of_its_run(ledger: Ledger, path: Path) -> None:
+    charge(ledger, 1, run="mine")
+    ledger.holds.reserve("ward", "mine", KEPT, LATER)
+    with ledger._file.transaction() as db:
+        db.execute("ALTER TABLE reservations DROP COLUMN last_charge")
+        db.execute("PRAGMA user_version = 7")
+    ledger.close()
+    with Ledger(path) as again:
+        assert again.kept("ward", "", DELTA) == pytest.approx(max(0.0, KEPT - cost_of(1)), abs=1e-12)
+        assert [row.epsilon for row in again.holds.reservations()] == [KEPT]
+
+
 def test_the_latest_reservation_of_a_run_holds_and_several_runs_add_up(ledger: Ledger) -> None:
     ledger.holds.reserve("ward", "mine", 1.0, LATER)
     ledger.holds.reserve("ward", "mine", 0.25, LATER)
@@ -131,7 +156,7 @@ def test_a_reservation_that_somebody_makes_meanwhile_counts(
 def test_another_names_reservation_keeps_its_records_budget(ledger: Ledger) -> None:
     """A round on another data set is charged to this one too, where they share a record."""
     charge(ledger, 1, run="mine", records={1, 2})
-    ledger.holds.reserve("ward", "mine", KEPT + cost_of(1), LATER)
+    ledger.holds.reserve("ward", "mine", KEPT, LATER)
     with pytest.raises(BudgetExhausted, match="shares with another data set have no budget left"):
         charge(ledger, 1, dataset="clinic", run="other", records={2, 3})
     charge(ledger, 1, dataset="clinic", run="mine", records={2, 3})
