@@ -206,7 +206,8 @@ def receipt(
     elif made.delta is not None:
         own, before, after = (_figure(e) for e in (made.epsilon_run, made.epsilon_before, made.epsilon_after))
         _say(f"  its charges alone: ε {own} at δ {made.delta:g}, for one {made.unit}")
-        _say(f"  all charges together: ε {before} before it, {after} with it")
+        _say(f"  all charges to this name: ε {before} before it, {after} with it")
+        _say(f"  its records' largest until now, under any name: ε {_figure(made.largest)}")
     if made.failures:
         _say(f"  {counted(len(made.failures), 'round')} failed after the charge and was answered by noise alone")
     if made.withdrawn:
@@ -327,7 +328,7 @@ def _spoken_withdrawal(row: Withdrawal) -> str:
 
 def _rounds(numbers: Sequence[int]) -> str:
     if not numbers:
-        return "no training round was charged"
+        return "no training round of its own was charged"
     return f"{counted(len(numbers), 'round')} charged, the last one round {numbers[-1]}"
 
 

@@ -21,6 +21,7 @@ from client.ledger.receipts import receipt_of
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.figures import epsilon_text
 from deploy.site_folder import make_site, open_site_folder
 from deploy.withdraw import withdraw_site
 
@@ -344,6 +345,26 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     assert (open_run.epsilon_run, open_run.rounds, len(open_run.exposures)) == (None, (), 1)
     with pytest.raises(LedgerError, match="holds no round of run 'mime'"):
         receipt_of(ledger, "ward", "mime")
+
+
+def test_a_receipt_has_what_its_records_have_spent_under_another_name(ledger: Ledger, path: Path) -> None:
+    charge(ledger, 1, run="mine", records={1, 2})
+    assert receipt_of(ledger, "ward", "mine").largest == cost_of(1)
+    charge(ledger, 1, dataset="lab", run="other", records={9})
+    charge(ledger, 2, dataset="lab", run="other", records={2})
+    made = receipt_of(ledger, "ward", "other")
+    assert made.rounds == (), "a round that another data set trained is none of this one's"
+    assert [entry.caused_by for entry in made.charges] == ["lab"]
+    assert made.epsilon_after == made.largest == cost_of(2)
+    charge(ledger, 3, dataset="lab", run="other", records={9})
+    made = receipt_of(ledger, "ward", "mine")
+    assert (made.epsilon_after, made.largest) == (cost_of(1), cost_of(3))
+    said = fedveil("ledger", "receipt", path, "--dataset", "ward", "--run", "mine")[1]
+    assert f"largest until now, under any name: ε {epsilon_text(cost_of(3), decimals=4)}" in said
+    ledger.expose("far", run="open", round_number=1, steps=1, records={9})
+    far = receipt_of(ledger, "ward", "mine")
+    assert (far.epsilon_after, far.largest) == (cost_of(1), None)
+    json.dumps(far.as_json(), allow_nan=False)
 
 
 def test_a_receipt_is_signed_and_a_changed_one_is_found(ledger: Ledger, path: Path, tmp_path: Path) -> None:

@@ -46,16 +46,22 @@ class RunReceipt:
     delta: float | None
     """The δ of all of the data set's releases; None: there is none."""
     epsilon_run: float | None
-    """Of this run's charges alone. None, of these three: records were released without privacy, and no ε holds."""
+    """Of this run's charges alone. None, of this and the next two: records were released without privacy, and no ε
+    holds."""
     epsilon_before: float | None
-    """Of everything charged to the data set before the run's first charge."""
+    """Of everything charged to the data set, by its own name, before the run's first charge."""
     epsilon_after: float | None
-    """Of everything charged up to the run's last one, those of other runs in between included."""
+    """Of everything charged to it up to the run's last charge, those of other runs in between included."""
+    largest: float | None
+    """The largest of the data set and all of its ledger that share a record with it, by everything charged until now:
+    it bounds what any of its records has spent, under whatever name. None: one of these was released without privacy.
+    """
     budget: float | None
     """The steward's, as it holds now; None: there is none."""
     rounds: tuple[int, ...]
-    """Training rounds that were charged, in order; one that was repeated stands twice."""
+    """Rounds in which the data set was trained and charged, in order; one that was repeated stands twice."""
     charges: tuple[Entry, ...]
+    """Those too that another data set caused, because it shares records."""
     exposures: tuple[Exposure, ...]
     """Rounds that released records without privacy."""
     failures: tuple[FailedRound, ...]
@@ -106,14 +112,21 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
         epsilon_run=own,
         epsilon_before=before,
         epsilon_after=after,
+        largest=None if bare else _largest(ledger, dataset, terms.delta),
         budget=terms.epsilon if math.isfinite(terms.epsilon) else None,
-        rounds=tuple(entry.round_number for entry in charges if entry.purpose == TRAINING),
+        rounds=tuple(e.round_number for e in charges if e.purpose == TRAINING and e.caused_by is None),
         charges=tuple(charges),
         exposures=tuple(exposures),
         failures=tuple(FailedRound(row.round_number, row.failed_at) for row in failed),
         withdrawn=gone[0] if gone else "",
         made=now(),
     )
+
+
+def _largest(ledger: Ledger, dataset: str, delta: float) -> float | None:
+    shared = ledger.largest(dataset, delta)
+    found = ledger.epsilon(dataset, delta) if shared is None else shared
+    return found if math.isfinite(found) else None  # of another name it may be infinite, which JSON has not
 
 
 def _epsilon(entries: Sequence[Entry], delta: float) -> float:
