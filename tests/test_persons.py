@@ -455,6 +455,14 @@ def test_other_records_of_a_person_are_known_again() -> None:
     assert record_hashes(other, key) & record_hashes(stranger, key), "rows are known by any person"
 
 
+def test_what_runs_by_record_leave_unknown_of_a_person_is_in_the_claim() -> None:
+    by_record = Dataset("first", (example("one", "", b"1"),), ("a", "b"))
+    by_person = Dataset("other", (example("three", "x", b"3"),), ("a", "b"))
+    assert not record_hashes(by_record, bytes(32)) & record_hashes(by_person, bytes(32))
+    said = MECHANISMS["dp-sgd"].of_unit("person").claim.leaves_out
+    assert [text for text in said if "runs by record" in text and "remember no persons" in text]
+
+
 def test_a_site_reads_the_column_of_persons_for_that_unit_or_its_steward_alone(toy_settings: dict[str, Any]) -> None:
     by_record = configure({**toy_settings, "data.person": "author"}).config
     assert own_settings(by_record, Policy()).person == ""
