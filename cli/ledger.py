@@ -141,7 +141,7 @@ def reserve(
     path: LedgerFile,
     dataset: Annotated[str, typer.Option(help="The data set's id, as the ledger calls it.")],
     run: Annotated[str, typer.Option(help="The run's name, as charges have it. It need not have begun.")],
-    epsilon: Annotated[float, typer.Option(help="What no other run may spend; 0 ends an earlier reservation.")],
+    epsilon: Annotated[float, typer.Option(help="For what the run adds from now on; 0 ends an earlier reservation.")],
     until: Annotated[str, typer.Option(help="The last day, as 2026-12-31 (UTC), or a time with its zone.")],
 ) -> None:
     """Keep a part of a data set's budget for one run until a day: other runs are refused what would go into it."""
@@ -162,7 +162,8 @@ def reserve(
             )
         ledger.holds.reserve(dataset, run, epsilon, end)
     if epsilon:
-        _say(f"{dataset}: the last ε {epsilon:g} of {terms.epsilon:g} is kept for run {run} until {end}")
+        of = f"the last ε {epsilon:g} of {terms.epsilon:g}"
+        _say(f"{dataset}: {of} is kept for run {run} until {end}, for what it adds from now on")
     else:
         _say(f"{dataset}: nothing is kept for run {run} any more")
 
@@ -205,7 +206,8 @@ def receipt(
     elif made.delta is not None:
         own, before, after = (_figure(e) for e in (made.epsilon_run, made.epsilon_before, made.epsilon_after))
         _say(f"  its charges alone: ε {own} at δ {made.delta:g}, for one {made.unit}")
-        _say(f"  all charges together: ε {before} before it, {after} with it")
+        _say(f"  all charges to this name: ε {before} before it, {after} with it")
+        _say(f"  its records' largest until now, under any name: ε {_figure(made.largest)}")
     if made.failures:
         _say(f"  {counted(len(made.failures), 'round')} failed after the charge and was answered by noise alone")
     if made.withdrawn:
@@ -326,7 +328,7 @@ def _spoken_withdrawal(row: Withdrawal) -> str:
 
 def _rounds(numbers: Sequence[int]) -> str:
     if not numbers:
-        return "no training round was charged"
+        return "no training round of its own was charged"
     return f"{counted(len(numbers), 'round')} charged, the last one round {numbers[-1]}"
 
 

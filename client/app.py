@@ -32,7 +32,7 @@ from client.rehearsal import (
 from client.site import Site, check_job, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
 from common.config.sections import Scalar
-from common.errors import BudgetExhausted, ConfigError, FedVeilError, PolicyRefusal, ProtocolError
+from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
 from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainTask
 from common.messages.wire import decode_sum_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
@@ -286,17 +286,17 @@ def _next_key(
 ) -> KeyOffer | None:
     """Return the site's key for the next round, which goes out with its vector; None where the server has to ask.
 
-    That is after the last round, and where the site could not pay: then it says so when it is asked. The vector that
-    the ledger has paid for leaves in any case.
+    That is after the last round, and where the site could not pay, or anything fails: then it says so when it is asked.
+    The vector that the ledger has paid for leaves in any case.
     """
     if task.round_number >= job.config.rounds:
         return None
     try:
         check_budget(site, job, KeyTask(task.run, task.round_number + 1, 0), deadline)
-    except FedVeilError as error:
-        log.info("no key for the next round: %s", own_words(error), extra=about(task.run, task.round_number))
+        return next_key(task, job, party, memory)
+    except Exception as error:
+        log.warning("no key for the next round: %s", own_words(error), extra=about(task.run, task.round_number))
         return None
-    return next_key(task, job, party, memory)
 
 
 def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:

@@ -21,7 +21,7 @@ from common.accountant import EVALUATION
 from common.errors import LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
-from common.privacy.accounting import Release, gaussian_release, least_noise
+from common.privacy.accounting import Release, check_terms, gaussian_release, least_noise
 from common.privacy.plan import PrivacyPlan
 from common.secure_sum import check_headroom
 from common.starts import PaidStart
@@ -163,10 +163,15 @@ def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> fl
     The run's noise takes a part of the run's budget. Where the site's is stricter, the noise is larger by as much as
     the whole budget asks for, so that the release takes about the same part of it: else a site that agreed to less
     would spend it before round 1.
+
+    Raises:
+        ConfigError: the run asks for figures that no honest job has, and that would take long to price.
     """
     least, run, paid = site.policy.min_noise_multiplier, job.config.privacy, job.origin.release()
     if paid is None or (epsilon, delta) == (run.epsilon, run.delta):
         return least
+    for each in (delta, run.delta):
+        check_terms([paid], each)
     own, asked = (least_noise(paid.event, e, d, paid.count) for e, d in ((epsilon, delta), (run.epsilon, run.delta)))
     return max(least, paid.event.noise_multiplier * own / asked)
 

@@ -158,7 +158,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     if "data" in node:
         if TASKS[config.model.task].labelled and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
-        reading = _own_data(own_settings(config), config.model.task, str(node["data"]), name)
+        reading = _own_data(own_settings(config, policy), config.model.task, str(node["data"]), name)
         data, unreadable = reading.dataset, "; ".join(reading.unreadable)
         if unreadable:
             log.error("no record is read, and rounds cost the same: %s", unreadable, extra=about(run, site=name))
@@ -210,15 +210,16 @@ def user_folder() -> Path:
     return (named if named.is_absolute() else Path.home() / ".local" / "share") / "fedveil"
 
 
-def own_settings(config: RunConfig) -> DataConfig:
+def own_settings(config: RunConfig, policy: Policy) -> DataConfig:
     """Return what a run may say about a site's own records: what a policy pins, and whose phrases the head starts from.
 
     Everything else of ``data.*`` is about data sets that are divided. A column of the natural partition, say, that
-    was read of these records as well would be one more question about them.
+    was read of these records as well would be one more question about them. The steward's column of persons is read
+    in every run, also in one without privacy: by it the ledger knows other rows of the same persons again.
     """
     columns = Columns({role.setting: config.data.columns[role.setting] for role in TASKS[config.model.task].roles})
     name = config.data.name if config.data.name in DATASETS else ""
-    person = config.data.person if config.privacy.mechanism.unit.grouped else ""
+    person = policy.person or (config.data.person if config.privacy.mechanism.unit.grouped else "")
     # However a job spaces its labels: no second spelling gets the records read again.
     labels = ",".join(known_labels(config.data))
     return DataConfig(name=name, labels=labels, partition="iid", columns=columns, person=person)

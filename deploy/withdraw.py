@@ -13,8 +13,8 @@ from deploy.site_folder import SiteFolder, node_settings, policy_of_node
 def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], more: str = "") -> None:
     """Write down that nothing of the site's data set is released any more, whatever name its records are given later.
 
-    Records that are gone, or cannot be read, are known by what was charged for them, and by the name. A round that was
-    charged before is answered still.
+    The name is withdrawn before a record is read, whatever becomes of that. Records that are gone, or cannot be read,
+    are known by what was charged for them, and by the name. A round that was charged before is answered still.
 
     Args:
         folder: the site's folder.
@@ -34,16 +34,18 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
     policy = policy_of_node(settings)
     dataset = str(settings.get("dataset-id") or policy.dataset_id or settings["site"])
     with Ledger(Path(str(settings["ledger"])).expanduser().absolute()) as ledger:
-        hashes: frozenset[int] = frozenset()
+        ledger.holds.withdraw(dataset, reason)
+        say(f"{dataset}: withdrawn. From now on every round on it is refused, and on what was charged for it.")
         unread = "" if "data" in settings and policy.task else "this site has no records of its own"
         if not unread:
             try:
                 reading = load_protected(pinned_settings(policy), policy.task, str(settings["data"]))
-                hashes, unread = record_hashes(reading.dataset, ledger.key), "; ".join(reading.unreadable)
+                unread = "; ".join(reading.unreadable)
+                ledger.remember(dataset, record_hashes(reading.dataset, ledger.key))
             except DataError as error:
                 unread = str(error)
-        ledger.holds.withdraw(dataset, reason, hashes)
-    say(f"{dataset}: withdrawn. From now on every round on these records is refused, under any name.")
     if unread:
         say(f"No record was read now ({unread}): records that were never charged are known by this name alone.")
+    else:
+        say("The records that are there now are refused under any name.")
     say("What was sent before stays sent. Tell the coordinator, so that the site is waited for no longer.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from client.policy import Policy
 from client.site import check_job, own_settings
 from common.config.sections import DataConfig
 from common.data.sets import DATASETS, UserFile
@@ -116,7 +117,7 @@ def test_a_file_of_the_users_is_no_public_data_set_and_its_phrases_are_the_rows(
     job = configure({"data.name": "sst2"})
     with pytest.raises(PolicyRefusal, match="give each site its own file"):
         check_job({"partition-id": 0, "num-partitions": 2}, job, simulated=False)
-    assert own_settings(job.config).name == "sst2", "server and sites would start the head from other phrases"
+    assert own_settings(job.config, Policy()).name == "sst2", "server and sites would start the head from other phrases"
 
 
 def test_sentences_are_written_with_the_hash_that_a_run_asks_for(

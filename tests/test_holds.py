@@ -21,6 +21,7 @@ from client.ledger.receipts import receipt_of
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.figures import epsilon_text
 from deploy.site_folder import make_site, open_site_folder
 from deploy.withdraw import withdraw_site
 
@@ -85,6 +86,31 @@ def test_what_a_run_has_added_is_no_longer_kept_for_it(ledger: Ledger) -> None:
     assert ledger.kept("ward", "other", DELTA) == 0.0
 
 
+def test_what_a_run_had_spent_before_is_not_taken_from_what_is_kept_for_it(ledger: Ledger) -> None:
+    """Against prices that are composed here by hand."""
+    charge(ledger, 1, run="mine")
+    ledger.holds.reserve("ward", "mine", KEPT, LATER)
+    assert ledger.kept("ward", "", DELTA) == KEPT
+    with pytest.raises(BudgetExhausted, match="kept for another run"):
+        charge(ledger, 1, run="other")
+    charge(ledger, 2, run="mine")
+    assert ledger.kept("ward", "", DELTA) == pytest.approx(KEPT - (cost_of(2) - cost_of(1)), abs=1e-12)
+    ledger.holds.reserve("ward", "mine", 0.01, LATER)
+    assert ledger.kept("ward", "", DELTA) == 0.01, "a new reservation counts from then"
+
+
+def test_a_reservation_of_the_seventh_format_counts_all_charges_of_its_run(ledger: Ledger, path: Path) -> None:
+    charge(ledger, 1, run="mine")
+    ledger.holds.reserve("ward", "mine", KEPT, LATER)
+    with ledger._file.transaction() as db:
+        db.execute("ALTER TABLE reservations DROP COLUMN last_charge")
+        db.execute("PRAGMA user_version = 7")
+    ledger.close()
+    with Ledger(path) as again:
+        assert again.kept("ward", "", DELTA) == pytest.approx(max(0.0, KEPT - cost_of(1)), abs=1e-12)
+        assert [row.epsilon for row in again.holds.reservations()] == [KEPT]
+
+
 def test_the_latest_reservation_of_a_run_holds_and_several_runs_add_up(ledger: Ledger) -> None:
     ledger.holds.reserve("ward", "mine", 1.0, LATER)
     ledger.holds.reserve("ward", "mine", 0.25, LATER)
@@ -131,7 +157,7 @@ def test_a_reservation_that_somebody_makes_meanwhile_counts(
 def test_another_names_reservation_keeps_its_records_budget(ledger: Ledger) -> None:
     """A round on another data set is charged to this one too, where they share a record."""
     charge(ledger, 1, run="mine", records={1, 2})
-    ledger.holds.reserve("ward", "mine", KEPT + cost_of(1), LATER)
+    ledger.holds.reserve("ward", "mine", KEPT, LATER)
     with pytest.raises(BudgetExhausted, match="shares with another data set have no budget left"):
         charge(ledger, 1, dataset="clinic", run="other", records={2, 3})
     charge(ledger, 1, dataset="clinic", run="mine", records={2, 3})
@@ -181,7 +207,8 @@ def test_reserving_on_the_command_line(ledger: Ledger, path: Path) -> None:
 
 def check_that_a_withdrawn_data_set_is_stopped(ledger: Ledger) -> None:
     charge(ledger, 1, records={1, 2})
-    ledger.holds.withdraw("ward", "a patient's wish", {2, 3})
+    ledger.holds.withdraw("ward", "a patient's wish")
+    ledger.remember("ward", {2, 3})
     with pytest.raises(PolicyRefusal, match="was withdrawn by its steward"):
         charge(ledger, 2)
     with pytest.raises(PolicyRefusal, match="was withdrawn by its steward"):
@@ -272,6 +299,26 @@ def test_a_steward_withdraws_records_that_were_never_charged(toy_settings: dict[
     assert "known by this name alone" in " ".join(lines)
 
 
+def test_a_withdrawal_stands_whatever_becomes_of_reading_the_records(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    policy = to_toml({"dataset-id": "ward", "epsilon": 8.0, "delta": 1e-3, "public-size": 50, **pins(site.settings)})
+    node = f'data="{site.node["data"]}"'
+    folder = make_site(tmp_path / "site", "clinic", "127.0.0.1:1", policy=policy, node=node)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("common.data.sources.load_protected", fail)
+    lines: list[str] = []
+    with pytest.raises(MemoryError):
+        withdraw_site(open_site_folder(folder.path), "asked for", lines.append)
+    assert lines == ["ward: withdrawn. From now on every round on it is refused, and on what was charged for it."]
+    with Ledger(folder.ledger) as ledger:
+        assert ledger.holds.withdrawn(["ward"])
+
+
 # Receipts
 
 
@@ -282,13 +329,15 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     charge(ledger, 1, run="between", release=OTHER)
     charge(ledger, 2, run="mine")
     charge(ledger, 1, run="last")
-    ledger.fail("ward", run="mine", round_number=2, reason="a file broke")
+    ledger.fail("ward", run="mine", round_number=2, reason="SECRET-REASON")
     made = receipt_of(ledger, "ward", "mine")
     assert made.epsilon_run == cost_of(2)
     assert made.epsilon_before == epsilon([OTHER], DELTA)
     assert made.epsilon_after == epsilon([Release(OTHER.event, 6), Release(ROUND.event, 10)], DELTA)
     assert (made.rounds, made.unit, made.delta, made.budget) == ((1, 2), "record", DELTA, 8.0)
     assert [row.round_number for row in made.failures] == [2]
+    assert [set(row) for row in made.as_json()["failures"]] == [{"round_number", "failed_at"}]
+    assert "SECRET-REASON" not in json.dumps(made.as_json()), "words of the site's log leave it"
     assert made.withdrawn == ""
     ledger.expose("ward", run="open", round_number=1, steps=2)
     assert receipt_of(ledger, "ward", "mine").epsilon_after is None
@@ -296,6 +345,26 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     assert (open_run.epsilon_run, open_run.rounds, len(open_run.exposures)) == (None, (), 1)
     with pytest.raises(LedgerError, match="holds no round of run 'mime'"):
         receipt_of(ledger, "ward", "mime")
+
+
+def test_a_receipt_has_what_its_records_have_spent_under_another_name(ledger: Ledger, path: Path) -> None:
+    charge(ledger, 1, run="mine", records={1, 2})
+    assert receipt_of(ledger, "ward", "mine").largest == cost_of(1)
+    charge(ledger, 1, dataset="lab", run="other", records={9})
+    charge(ledger, 2, dataset="lab", run="other", records={2})
+    made = receipt_of(ledger, "ward", "other")
+    assert made.rounds == (), "a round that another data set trained is none of this one's"
+    assert [entry.caused_by for entry in made.charges] == ["lab"]
+    assert made.epsilon_after == made.largest == cost_of(2)
+    charge(ledger, 3, dataset="lab", run="other", records={9})
+    made = receipt_of(ledger, "ward", "mine")
+    assert (made.epsilon_after, made.largest) == (cost_of(1), cost_of(3))
+    said = fedveil("ledger", "receipt", path, "--dataset", "ward", "--run", "mine")[1]
+    assert f"largest until now, under any name: ε {epsilon_text(cost_of(3), decimals=4)}" in said
+    ledger.expose("far", run="open", round_number=1, steps=1, records={9})
+    far = receipt_of(ledger, "ward", "mine")
+    assert (far.epsilon_after, far.largest) == (cost_of(1), None)
+    json.dumps(far.as_json(), allow_nan=False)
 
 
 def test_a_receipt_is_signed_and_a_changed_one_is_found(ledger: Ledger, path: Path, tmp_path: Path) -> None:

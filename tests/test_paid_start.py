@@ -10,7 +10,7 @@ from test_probe import ask, settings
 
 from audits.tiny_site import OneSite, clinic
 from client import budget
-from common.messages.round import Spending, TrainResult
+from common.messages.round import Refusal, Spending, TrainResult
 from common.privacy.accounting import least_noise
 from common.run_lines import BaselineFile, read_file
 from experiments.in_process import run_in_process
@@ -64,6 +64,29 @@ def test_noise_that_is_set_by_hand_grows_alike(toy_settings: dict[str, Any], tmp
     spending = spent_by(strict(toy_settings, tmp_path, noise=4.0))
     ratio = least_noise(spending.event, 3.0, 1e-3, STEPS) / least_noise(spending.event, 30.0, 1e-3, STEPS)
     assert spending.event.noise_multiplier == pytest.approx(4.0 * ratio, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"start.sample-rate": 1e-9}, "sample-rate must be"),
+        ({"start.noise-multiplier": 1e9}, "noise-multiplier must be from"),
+        ({"privacy.delta": 1e-14}, "delta must be"),
+    ],
+)
+def test_figures_of_a_start_that_no_honest_run_has_are_refused_before_they_are_priced(
+    asked: dict[str, Any], words: str, toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = strict(toy_settings, tmp_path, noise=4.0)
+    site.settings |= asked
+
+    def priced(*_: Any) -> float:
+        pytest.fail("a server's figures are priced unasked")
+
+    monkeypatch.setattr(budget, "least_noise", priced)
+    answer = ask(site)
+    assert isinstance(answer, Refusal)
+    assert words in answer.reason
 
 
 def test_before_is_before_the_paid_round_and_its_own_score_is_beside(toy_settings: dict[str, Any]) -> None:

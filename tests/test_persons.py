@@ -455,10 +455,54 @@ def test_other_records_of_a_person_are_known_again() -> None:
     assert record_hashes(other, key) & record_hashes(stranger, key), "rows are known by any person"
 
 
-def test_a_site_reads_the_column_of_persons_for_that_unit_alone(toy_settings: dict[str, Any]) -> None:
+def test_what_runs_by_record_leave_unknown_of_a_person_is_in_the_claim() -> None:
+    by_record = Dataset("first", (example("one", "", b"1"),), ("a", "b"))
+    by_person = Dataset("other", (example("three", "x", b"3"),), ("a", "b"))
+    assert not record_hashes(by_record, bytes(32)) & record_hashes(by_person, bytes(32))
+    said = MECHANISMS["dp-sgd"].of_unit("person").claim.leaves_out
+    assert [text for text in said if "runs by record" in text and "remember no persons" in text]
+
+
+def test_a_site_reads_the_column_of_persons_for_that_unit_or_its_steward_alone(toy_settings: dict[str, Any]) -> None:
     by_record = configure({**toy_settings, "data.person": "author"}).config
-    assert own_settings(by_record).person == ""
-    assert own_settings(configure({**toy_settings, **BY_PERSON}).config).person == "author"
+    assert own_settings(by_record, Policy()).person == ""
+    assert own_settings(configure({**toy_settings, **BY_PERSON}).config, Policy()).person == "author"
+    assert own_settings(by_record, Policy(unit="person", person="patient")).person == "patient"
+
+
+def other_rows(site: OneSite) -> str:
+    """Return a file with other rows of the same seven authors."""
+    own = Path(str(site.node["data"]))
+    with own.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    other = own.with_name("other.csv")
+    with other.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "text": f"{row['text']} again"} for row in rows)
+    return str(other)
+
+
+def test_persons_that_a_run_without_privacy_released_are_known_by_another_name(site: OneSite) -> None:
+    protected = {"unit": "person", "person": "author", "allow_no_privacy": True}
+    private = dict(site.settings)
+    site.rule(dataset_id="ward", **protected)
+    site.settings |= {"privacy.mode": "none", "privacy.unit": "record", "data.person": ""}
+    site.train(run="open")
+    site.settings, site.node["data"] = private, other_rows(site)
+    site.rule(dataset_id="lab", **protected)
+    assert "were released without privacy before" in site.refuse(run="2").reason
+
+
+def test_a_run_without_privacy_gets_no_other_rows_of_persons_that_were_withdrawn(site: OneSite) -> None:
+    site.rule(dataset_id="ward", unit="person", person="author")
+    site.train()
+    with Ledger(site.ledger) as ledger:
+        ledger.holds.withdraw("ward", "asked for")
+    site.node["data"] = other_rows(site)
+    site.rule(dataset_id="lab", unit="person", person="author", allow_no_privacy=True)
+    site.settings |= {"privacy.mode": "none", "privacy.unit": "record", "data.person": ""}
+    assert "are released no more" in site.refuse(run="open").reason
 
 
 def test_a_steward_hears_how_many_persons_there_are(site: OneSite, tmp_path: Path) -> None:

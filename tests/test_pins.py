@@ -170,7 +170,7 @@ def test_no_other_setting_of_the_data_changes_what_is_read_of_a_sites_own_record
     site: OneSite, tmp_path: Path
 ) -> None:
     assert unpinned_questions(site, tmp_path) == []
-    with patch("client.site.own_settings", lambda config: config.data):
+    with patch("client.site.own_settings", lambda config, policy: config.data):
         assert "data.key" in unpinned_questions(site, tmp_path), "a column that is read and not pinned is missed"
 
 
@@ -180,7 +180,8 @@ def test_every_setting_of_the_model_is_pinned_or_named_or_only_computed_with() -
 
 def test_own_settings_are_the_columns_of_the_task_and_no_more() -> None:
     config = configure({"data.key": "postcode", "data.text": "note", "data.prompt": "q", "data.labels": "a,b"}).config
-    assert own_settings(config) == DataConfig(columns=Columns({"text": "note"}), labels="a,b", partition="iid")
+    own = DataConfig(columns=Columns({"text": "note"}), labels="a,b", partition="iid")
+    assert own_settings(config, Policy()) == own
 
 
 # Who needs a policy.

@@ -345,6 +345,23 @@ def test_a_site_that_cannot_pay_for_the_next_round_sends_no_key_and_says_so_when
     assert isinstance(clinics.key(2), KeyReply)
 
 
+@pytest.mark.parametrize("broken", ["check_budget", "next_key"])
+def test_a_vector_that_is_paid_for_leaves_whatever_fails_on_the_way_to_the_next_key(
+    broken: str, clinics: SumSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = clinics.task(1)
+
+    def fail(*_: Any) -> None:
+        raise OSError("PRIVATE-WORDS")
+
+    monkeypatch.setattr(f"client.app.{broken}", fail)
+    reply = clinics.site.ask(task)
+    assert isinstance(reply, TrainResult), f"a paid vector is lost: {reply}"
+    assert reply.offer is None
+    assert "no key for the next round" in caplog.text
+    assert "PRIVATE-WORDS" not in caplog.text
+
+
 def test_a_reply_that_has_a_key_and_no_vector_is_refused(clinics: SumSite) -> None:
     reply = clinics.train(1)
     assert reply.offer is not None

@@ -2,7 +2,8 @@
 
 A reservation of ε for a run is a limit for every other run: they may bring what the data set has spent no further than
 the budget less what is kept. It is counted in the data set's total, at its δ. What the run itself has added to that
-total, in all its rounds, is no longer kept. It is no limit for the run, and gives it no budget beyond the steward's.
+total since the reservation was made is no longer kept; what it had added before is not taken from it. It is no limit
+for the run, and gives it no budget beyond the steward's.
 
 A withdrawal has no opposite. From then on nothing of the data set is released, priced or not, under its own name or
 under another one with one of its records. It undoes nothing: what was sent has been sent.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, time
 
 from client.ledger.file import LedgerFile, now
@@ -20,8 +21,8 @@ from client.ledger.rows import Reservation, Withdrawal
 from common.errors import ConfigError
 from common.paths import RUN_NAME
 
-Total = Callable[[str], float]
-"""The epsilon of a data set without the charges of the run that it is called with; of all, with an empty name."""
+Total = Callable[[str, int], float]
+"""The epsilon of a data set without the charges of a run after the one of this number; of all, with an empty name."""
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -36,8 +37,8 @@ class Holds:
 
         Args:
             dataset: the data set.
-            run: as charges name it.
-            epsilon: of the data set's total.
+            run: as charges name it; it may have begun.
+            epsilon: of the data set's total, for what the run adds from now on.
             until: as ``moment`` returns it.
 
         Raises:
@@ -52,7 +53,8 @@ class Holds:
             raise ConfigError(f"until is {until}, which has passed: name a later day")
         with self._file.transaction() as db:
             db.execute(
-                "INSERT INTO reservations (dataset, run, epsilon, until, set_at) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO reservations (dataset, run, epsilon, until, set_at, last_charge) "
+                "VALUES (?, ?, ?, ?, ?, (SELECT COALESCE(MAX(id), 0) FROM charges))",
                 (dataset, run, epsilon, until, now()),
             )
 
@@ -66,18 +68,19 @@ class Holds:
         """
         with self._file.reading() as db:
             rows = db.execute(
-                "SELECT run, epsilon FROM reservations WHERE dataset = :name AND run != :run AND until > :now "
-                "AND epsilon > 0 AND id IN (SELECT MAX(id) FROM reservations WHERE dataset = :name GROUP BY run)",
+                "SELECT run, epsilon, last_charge FROM reservations WHERE dataset = :name AND run != :run "
+                "AND until > :now AND epsilon > 0 "
+                "AND id IN (SELECT MAX(id) FROM reservations WHERE dataset = :name GROUP BY run)",
                 {"name": dataset, "run": run, "now": now()},
             ).fetchall()
-            begun = {r for (r,) in db.execute("SELECT DISTINCT run FROM charges WHERE dataset = ?", (dataset,))}
+            latest = dict(db.execute("SELECT run, MAX(id) FROM charges WHERE dataset = ? GROUP BY run", (dataset,)))
         if not rows:
             return 0.0
-        added = {name: total("") - total(name) for name, _ in rows if name in begun}
-        return sum(max(0.0, epsilon - max(0.0, added.get(name, 0.0))) for name, epsilon in rows)
+        added = {name: total("", 0) - total(name, last) for name, _, last in rows if latest.get(name, 0) > last}
+        return sum(max(0.0, epsilon - max(0.0, added.get(name, 0.0))) for name, epsilon, _ in rows)
 
-    def withdraw(self, dataset: str, reason: str, records: Collection[int] = ()) -> None:
-        """Stop a data set for good, durably; ``records`` are hashes of what it has now, and are kept.
+    def withdraw(self, dataset: str, reason: str) -> None:
+        """Stop a data set for good, durably.
 
         Raises:
             ConfigError: it has no name, or no reason is given.
@@ -86,9 +89,6 @@ class Holds:
         if not dataset or not reason.strip():
             raise ConfigError("a withdrawal needs a data set and a reason, which stays in the ledger: give both")
         with self._file.transaction() as db:
-            db.executemany(
-                "INSERT OR IGNORE INTO records (hash, dataset) VALUES (?, ?)", [(value, dataset) for value in records]
-            )
             db.execute(
                 "INSERT INTO withdrawals (dataset, reason, withdrawn_at) VALUES (?, ?, ?)", (dataset, reason, now())
             )

@@ -249,6 +249,15 @@ class Ledger:
             (charge.mask_key, charge.dataset, charge.run, charge.round_number, now()),
         )
 
+    def remember(self, dataset: str, records: Collection[int]) -> None:
+        """Keep hashes of records of ``dataset``, durably, so that they are known again though none was charged for.
+
+        Raises:
+            LedgerError: the file cannot be written.
+        """
+        with self._file.transaction() as db:
+            _remember(db, dataset, records)
+
     def expose(
         self,
         dataset: str,
@@ -434,9 +443,9 @@ class Ledger:
     def kept(self, dataset: str, run: str, delta: float) -> float:
         """Return the epsilon of ``dataset`` at ``delta`` that is kept for other runs than ``run``; empty: for all."""
 
-        def total(without: str) -> float:
+        def total(without: str, after: int) -> float:
             with self._file.apart():
-                return accounting.epsilon(self.spent(dataset, without), delta)
+                return accounting.epsilon(self.spent(dataset, without, after), delta)
 
         return self.holds.kept(dataset, run, total)
 
@@ -452,12 +461,13 @@ class Ledger:
         with self._file.apart():
             return price(spent, releases, delta, max_epsilon)
 
-    def spent(self, dataset: str, without: str = "") -> list[Release]:
+    def spent(self, dataset: str, without: str = "", after: int = 0) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
 
         Args:
             dataset: the data set.
             without: a run whose charges are left out.
+            after: number of a charge; those of that run up to it are not left out.
 
         Raises:
             LedgerError: the file cannot be read, or holds what has no price: figures that no mechanism has, or a kind
@@ -465,9 +475,9 @@ class Ledger:
         """
         with self._file.reading() as db:
             rows = db.execute(
-                "SELECT kind, figures, SUM(count), purpose FROM charges WHERE dataset = ? AND run != ? "
-                "GROUP BY kind, figures, purpose ORDER BY MIN(id)",
-                (dataset, without),
+                "SELECT kind, figures, SUM(count), purpose FROM charges WHERE dataset = ? "
+                "AND (run != ? OR id <= ?) GROUP BY kind, figures, purpose ORDER BY MIN(id)",
+                (dataset, without, after),
             ).fetchall()
         try:
             return [Release(event_from(kind, text), count, purpose) for kind, text, count, purpose in rows]

@@ -228,6 +228,11 @@ CREATE TRIGGER no_withdrawal_delete BEFORE DELETE ON withdrawals
     )
 
 
+def m8_what_was_charged_before(db: sqlite3.Connection) -> None:
+    """Add to a reservation the last charge that was made before it; an earlier one counts all charges of its run."""
+    db.execute("ALTER TABLE reservations ADD COLUMN last_charge INTEGER NOT NULL DEFAULT 0")
+
+
 MIGRATIONS: tuple[Step, ...] = (
     m1_charges,
     m2_budgets_and_records,
@@ -236,6 +241,7 @@ MIGRATIONS: tuple[Step, ...] = (
     m5_releases_as_data,
     m6_mask_keys,
     m7_holds,
+    m8_what_was_charged_before,
 )
 """The step that each format is made by, the first one's first."""
 FORMAT = len(MIGRATIONS)

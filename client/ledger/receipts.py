@@ -1,7 +1,8 @@
 """The receipt of a run at a site: everything that it charged to one data set, with what that came to.
 
-For whoever asks a steward what was done with some records. It says nothing of a record, and as much as the site's own
-ledger: all of it follows from public settings.
+For whoever asks a steward what was done with some records. It quotes no record, and its charges follow from public
+settings. That a round failed, and when, may depend on the records; why it failed stays in the ledger, as words of the
+site's own log.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from client.ledger.file import now
 from client.ledger.ledger import Ledger
-from client.ledger.rows import Entry, Exposure, Failure
+from client.ledger.rows import Entry, Exposure
 from common.accountant import TRAINING
 from common.check import nearest
 from common.errors import LedgerError
@@ -21,6 +22,15 @@ from common.privacy import accounting
 from common.privacy.accounting import Release
 
 CONTEXT = "FedVeil receipt, 1"
+
+
+@dataclass(frozen=True)
+class FailedRound:
+    """A charged round that was answered by noise alone, without the reason."""
+
+    round_number: int
+    failed_at: str
+    """UTC, ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +46,26 @@ class RunReceipt:
     delta: float | None
     """The δ of all of the data set's releases; None: there is none."""
     epsilon_run: float | None
-    """Of this run's charges alone. None, of these three: records were released without privacy, and no ε holds."""
+    """Of this run's charges alone. None, of this and the next two: records were released without privacy, and no ε
+    holds."""
     epsilon_before: float | None
-    """Of everything charged to the data set before the run's first charge."""
+    """Of everything charged to the data set, by its own name, before the run's first charge."""
     epsilon_after: float | None
-    """Of everything charged up to the run's last one, those of other runs in between included."""
+    """Of everything charged to it up to the run's last charge, those of other runs in between included."""
+    largest: float | None
+    """The largest of the data set and all of its ledger that share a record with it, by everything charged until now:
+    it bounds what any of its records has spent, under whatever name. None: one of these was released without privacy.
+    """
     budget: float | None
     """The steward's, as it holds now; None: there is none."""
     rounds: tuple[int, ...]
-    """Training rounds that were charged, in order; one that was repeated stands twice."""
+    """Rounds in which the data set was trained and charged, in order; one that was repeated stands twice."""
     charges: tuple[Entry, ...]
+    """Those too that another data set caused, because it shares records."""
     exposures: tuple[Exposure, ...]
     """Rounds that released records without privacy."""
-    failures: tuple[Failure, ...]
-    """Charged rounds that were answered by noise alone."""
+    failures: tuple[FailedRound, ...]
+    """Charged rounds that were answered by noise alone. Which ones these are may depend on the records."""
     withdrawn: str
     """When the data set was withdrawn; empty: it is not."""
     made: str
@@ -70,7 +86,7 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
     charges = [entry for entry in whole if entry.run == run]
     exposed = [row for row in ledger.exposures() if row.dataset == dataset]
     exposures = [row for row in exposed if row.run == run]
-    failures = [row for row in ledger.failures() if (row.dataset, row.run) == (dataset, run)]
+    failed = [row for row in ledger.failures() if (row.dataset, row.run) == (dataset, run)]
     if not charges and not exposures:
         known = sorted({entry.run for entry in whole} | {row.run for row in exposed})
         raise LedgerError(
@@ -96,14 +112,21 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
         epsilon_run=own,
         epsilon_before=before,
         epsilon_after=after,
+        largest=None if bare else _largest(ledger, dataset, terms.delta),
         budget=terms.epsilon if math.isfinite(terms.epsilon) else None,
-        rounds=tuple(entry.round_number for entry in charges if entry.purpose == TRAINING),
+        rounds=tuple(e.round_number for e in charges if e.purpose == TRAINING and e.caused_by is None),
         charges=tuple(charges),
         exposures=tuple(exposures),
-        failures=tuple(failures),
+        failures=tuple(FailedRound(row.round_number, row.failed_at) for row in failed),
         withdrawn=gone[0] if gone else "",
         made=now(),
     )
+
+
+def _largest(ledger: Ledger, dataset: str, delta: float) -> float | None:
+    shared = ledger.largest(dataset, delta)
+    found = ledger.epsilon(dataset, delta) if shared is None else shared
+    return found if math.isfinite(found) else None  # of another name it may be infinite, which JSON has not
 
 
 def _epsilon(entries: Sequence[Entry], delta: float) -> float:

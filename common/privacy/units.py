@@ -93,6 +93,7 @@ PERSON = Unit(
         "a person at several sites: what these have spent adds up",
         "a person whom the column of persons calls by several names: each name counts as one",
         "what the records of others tell of a person, such as those of a family",
+        "what runs by record released of other rows of a person under another name: they remember no persons",
     ),
     across="a person with records at several sites has the sum of what these have spent, at the sum of their δ.",
     grouped=True,
