@@ -1,4 +1,4 @@
-"""What decides which columns of B are trained: DyLoRA (N), SwitchLoRA (W), IncreLoRA and DiffoRA (T6, K2), and exports.
+"""Rules of the columns of B that are trained: DyLoRA (N), SwitchLoRA (W), IncreLoRA and DiffoRA (T6, K2), and exports.
 
 The letters are those of the invariants; scores against noise alone are statistical, with fixed seeds.
 """
