@@ -18,7 +18,7 @@ from common.data.sentences import FEWEST_WORDS, ending_of, likeness, sentences_o
 from common.data.sets import DATASETS, NamedDataset, UserFile, share_sentences
 from common.errors import ConfigError, DataError, FedVeilError
 from common.starts import public_text
-from common.starts.public_text import as_file, check_apart, data_set_sentences, known_sha256
+from common.starts.public_text import as_file, check_apart, data_set_sentences, known_sha256, read_text
 from experiments.in_process import run_in_process
 from strategies.job import configure
 
@@ -102,10 +102,21 @@ def test_a_data_set_that_is_not_public_to_the_run_is_refused_unread(
 
 def test_sites_know_a_data_sets_text_by_its_hash_and_never_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(public_text, "load_texts", lambda name: pytest.fail(f"{name} was read"))
-    jobs = [configure({"adapter.start": "eva", "start.text": name}) for name in ("imdb", "reuters", "phrases")]
+    jobs = [configure({"adapter.start": "eva", "start.text": name}) for name in ("imdb", "reuters", "phrases", "prose")]
     assert [job.origin.fingerprint for job in jobs[:2]] == [DATASETS[n].sentences_sha256 for n in ("imdb", "reuters")]
-    assert len({job.start_fingerprint({}) for job in jobs}) == 3
+    assert len({job.start_fingerprint({}) for job in jobs}) == 4
     assert configure(jobs[0].settings()) == jobs[0]
+
+
+def test_prose_comes_with_the_package_and_stays_what_it_is() -> None:
+    """Every text once, of a length that tells, and all of its bytes by the hash that a run states."""
+    job = configure({"adapter.start": "eva", "start.text": "prose"})
+    assert job.origin.fingerprint == "f96203cf7fcac8bbb94cc3a41ae2cd43b711e5175babd69e9c6cd0d411da3d69"
+    texts = read_text("prose", job.origin.fingerprint)
+    assert len(texts) == len({likeness(text) for text in texts}) == 600
+    assert all(6 <= len(text.split()) <= 24 for text in texts)
+    with pytest.raises(DataError, match="has the SHA-256"):
+        read_text("prose", "0" * 64)
 
 
 def test_sharing_is_said_by_either_row_and_only_of_sets_that_there_are() -> None:

@@ -13,7 +13,16 @@ from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.model.federated import FederatedModel
 from common.starts.base import Needs, Start
-from common.starts.public_text import MADE_UP, OF_NO_ONE, PACKAGED, check_apart, check_named, known_sha256, read_text
+from common.starts.public_text import (
+    MADE_UP,
+    OF_NO_ONE,
+    PACKAGED,
+    SHIPPED,
+    check_apart,
+    check_named,
+    known_sha256,
+    read_text,
+)
 from common.tasks import TASKS, Record
 from common.tasks.text import TOKENS
 
@@ -27,9 +36,9 @@ class FromText(Start):
     """What ``auto`` stands for."""
 
     text: str = "auto"
-    """The public text: ``phrases``, which come with FedVeil, ``made-up`` (words drawn from the model's vocabulary), the
-    name of a data set, of which the sentences are taken, or a file of the server's, one text a line; ``auto``: what
-    suits the start. A text that stands among the run's own records is refused."""
+    """The public text: ``phrases`` or ``prose``, which come with FedVeil, ``made-up`` (words drawn from the model's
+    vocabulary), the name of a data set, of which the sentences are taken, or a file of the server's, one text a line;
+    ``auto``: what suits the start. A text that stands among the run's own records is refused."""
     text_sha256: Annotated[str, Digits(64, "sha256sum")] = ""
     """SHA-256 of a file's bytes; of a data set's sentences where FedVeil does not know it."""
     records: Annotated[int, POSITIVE, Unit("records")] = 256
@@ -54,7 +63,7 @@ class FromText(Start):
     def resolved(self) -> Self:
         """Return the start with its text and the fingerprint of that; a file's has to be given."""
         text = self.suits if self.text == "auto" else self.text
-        given = "" if text == PACKAGED else self.text_sha256
+        given = "" if text in SHIPPED else self.text_sha256
         return replace(self, text=text, text_sha256=given or known_sha256(text))
 
     @property

@@ -1,4 +1,4 @@
-"""Public text for starts: phrases that come with FedVeil, the sentences of a named data set, or a file of the server's.
+"""Public text for starts: what comes with FedVeil, the sentences of a named data set, or a file of the server's.
 
 No site ever opens a file or a data set that a run's settings name as public text. It knows the text by its fingerprint,
 which is part of the settings and of what a task must agree with. Of a data set the sentences alone are read, no label.
@@ -18,6 +18,7 @@ from pathlib import Path
 from common.config.sections import DataConfig
 from common.data.packaged import PackagedTree
 from common.data.phrases import SENTIMENT
+from common.data.prose import PROSE
 from common.data.sentences import FEWEST_WORDS, likeness, sentences_of, traces
 from common.data.sets import DATASETS, share_sentences
 from common.data.sources import load_texts, public_test, train_and_test
@@ -26,16 +27,20 @@ from common.tasks.examples import Example
 
 PACKAGED = "phrases"
 """What ``start.text`` calls the phrases that come with FedVeil."""
+OWN_PROSE = "prose"
+"""What it calls the sentences of FedVeil's own documents."""
+SHIPPED = {PACKAGED: tuple(phrase for phrases in SENTIMENT for phrase in phrases), OWN_PROSE: PROSE}
+"""The texts that come with FedVeil."""
 MADE_UP = "made-up"
 """What it calls words drawn from the base model's vocabulary, which are no text of anyone's."""
-OF_NO_ONE = (PACKAGED, MADE_UP)
+OF_NO_ONE = (*SHIPPED, MADE_UP)
 """Texts that are in no source of records."""
 
 
 def known_sha256(source: str) -> str:
     """Return the SHA-256 of a text that FedVeil knows, in hexadecimal; empty: whoever names it has to say it."""
-    if source == PACKAGED:
-        return hashlib.sha256(_packaged()).hexdigest()
+    if source in SHIPPED:
+        return hashlib.sha256(as_file(SHIPPED[source])).hexdigest()
     return DATASETS[source].sentences_sha256 if source in DATASETS else ""
 
 
@@ -80,8 +85,8 @@ def words_of(source: str, sha256: str) -> str:
     """
     if source == MADE_UP:
         return "none: words drawn from the vocabulary of the base model"
-    if source == PACKAGED:
-        return f"phrases that come with FedVeil, SHA-256 {sha256}"
+    if source in SHIPPED:
+        return f"{source} that comes with FedVeil, SHA-256 {sha256}"
     return (
         f"{source!r}, SHA-256 {sha256}. That it is public is the coordinator's word; what was used of it stands "
         "neither in the public test part, nor among the records of data.name where the server had them"
@@ -92,7 +97,7 @@ def read_text(source: str, sha256: str) -> list[str]:
     """Return the texts of a source, in its order, without empty lines.
 
     Args:
-        source: ``phrases``, a named data set, or a file in UTF-8.
+        source: ``phrases``, ``prose``, a named data set, or a file in UTF-8.
         sha256: of the source's bytes, in hexadecimal; of a data set's sentences as a file with one a line.
 
     Raises:
@@ -102,7 +107,7 @@ def read_text(source: str, sha256: str) -> list[str]:
         if source in DATASETS:
             content = as_file(data_set_sentences(source))
         else:
-            content = _packaged() if source == PACKAGED else Path(source).expanduser().read_bytes()
+            content = as_file(SHIPPED[source]) if source in SHIPPED else Path(source).expanduser().read_bytes()
         texts = [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -168,7 +173,3 @@ def _refuse(source: str, texts: Sequence[str], examples: Sequence[Example], wher
             f"{len(found)} of the {len(texts)} texts of start.text {source!r} stand in {where}, such as {shown!r}: "
             f"they are not public to this run; take them out{written if source in DATASETS else ''}, or name another"
         )
-
-
-def _packaged() -> bytes:
-    return as_file([phrase for phrases in SENTIMENT for phrase in phrases])
