@@ -25,7 +25,7 @@ EXACT  := --require-hashes --no-deps --only-binary :all:
 .PHONY: demo test test-deployment audit faults docs settings check format environment generative texts vision clean
 
 demo: environment
-	$(BIN)/fedveil run
+	$(BIN)/fedveil run -c experiments/configs/probe.toml
 
 test: environment generative texts $(VISION)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -75,7 +75,7 @@ def simulate(
             # The end and the lines that the run's folder has already are not those that are waited for.
             (run_folder(job.config, "") / ResultFile.NAME).unlink(missing_ok=True)
             known = len(_log_lines(run_folder(job.config, "")))
-        run = _submit(link, settings, sites, workers)
+        run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.keeps))
         folder = run_folder(job.config, run)
         record_sites(folder, sites)
         _follow(link, run, folder, watch, known)
@@ -166,7 +166,7 @@ def _resources(sites: int, workers: int) -> str:
     """Divide cores and GPUs among worker processes, so that no two share a core."""
     import torch
 
-    cores, gpus, workers = own_cores(), torch.cuda.device_count(), worker_count(sites, workers)
+    cores, gpus = own_cores(), torch.cuda.device_count()
     share = gpus / workers if gpus else 0.0
     return (
         f"num-supernodes={sites} client-resources-num-cpus={cores // workers} "

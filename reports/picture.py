@@ -37,7 +37,7 @@ text { font-family: "Source Sans 3", "Segoe UI", "Helvetica Neue", "Noto Sans", 
 
 @dataclass(frozen=True)
 class PicturedRound:
-    """One round; round 0 is the model before training."""
+    """One round; round 0 is the model before training, or behind a start that sites paid for."""
 
     number: int
     accuracy: float | None
@@ -61,6 +61,8 @@ class Picture:
     budget: float | None
     """The ε of the site that has spent most, at most."""
     rounds: list[PicturedRound]
+    before: float | None = None
+    """Accuracy before any record was used; None: that of the first round that was scored."""
 
 
 def picture_of(data: ReportData) -> Picture:
@@ -81,7 +83,8 @@ def picture_of(data: ReportData) -> Picture:
         if line.counted
     ]
     title = f"{data.strategy} on {values.get('model.name')} and {values.get('data.name')}"
-    return Picture(title, data.headline.sites, data.headline.delta, data.headline.epsilon_budget, rounds)
+    top = data.headline
+    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before)
 
 
 def to_svg(picture: Picture) -> str:
@@ -109,7 +112,8 @@ def said_of_run(picture: Picture) -> str:
     done = sum(line.number > 0 for line in picture.rounds)
     words = f"{counted(picture.sites, 'site')}, {counted(done, 'round')}"
     if scores:
-        words += f": accuracy {percent_text(scores[0])} before, {percent_text(scores[-1])} after"
+        before = scores[0] if picture.before is None else picture.before
+        words += f": accuracy {percent_text(before)} before, {percent_text(scores[-1])} after"
     if picture.delta is None:
         return f"{words}; no privacy claim"
     spent = max((line.epsilon for line in picture.rounds if line.epsilon is not None), default=None)
@@ -124,8 +128,16 @@ def _accuracy(picture: Picture) -> Chart | None:
         "Accuracy over rounds",
         Axis("accuracy on public test data", percent=True),
         points,
+        marks=_before_a_paid_start(picture),
         labels=[(x, y, percent_text(y)) for x, y in ends],
     )
+
+
+def _before_a_paid_start(picture: Picture) -> list[Mark]:
+    """Return the accuracy before any record was used, where round 0 is behind a start that sites paid for."""
+    if picture.before is None or not any(not line.number and line.epsilon for line in picture.rounds):
+        return []
+    return [Mark(picture.before, f"before {percent_text(picture.before)}")]
 
 
 def _epsilon(picture: Picture) -> Chart | None:
@@ -143,7 +155,7 @@ def _chart(
     marks: Sequence[Mark] = (),
     labels: Sequence[tuple[float, float, str]] = (),
 ) -> Chart | None:
-    x = Axis("round (0: before training)", whole=True)
+    x = Axis("round (0: before the first)", whole=True)
     return line_chart(name, title, x, y, [Curve(title, points)], marks, labels)
 
 

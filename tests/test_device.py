@@ -5,14 +5,17 @@ from __future__ import annotations
 import builtins
 import io
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from common.config.text import read_settings_file
 from common.errors import ConfigError
-from common.model.device import autocast, choose_attention, choose_device, choose_precision, own_cores
+from common.model.device import autocast, choose_attention, choose_device, choose_precision, own_cores, worker_count
+from strategies.job import configure
 
 CPU = torch.device("cpu")
 
@@ -143,3 +146,13 @@ def test_a_list_of_thread_numbers_means_its_first(cores: Any) -> None:
 
 def test_this_machine_has_a_core() -> None:
     assert 1 <= own_cores() <= (os.cpu_count() or 1)
+
+
+def test_sites_that_keep_what_a_pass_costs_share_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.model.device.own_cores", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert [worker_count(8, asked, keeps=False) for asked in (0, 2, 9)] == [4, 2, 4]
+    assert [worker_count(8, asked, keeps=True) for asked in (0, 2, 9)] == [1, 2, 4]
+    assert worker_count(3, 0, keeps=False) == 3
+    assert configure({"training.linearised": 0}).config.keeps is False
+    assert configure(read_settings_file(Path("experiments/configs/probe.toml"))).config.keeps

@@ -18,7 +18,7 @@ from cli.main import app
 from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
 from common.adapters.targets import AUTO
-from common.config.text import parse_settings, to_toml
+from common.config.text import parse_settings, read_settings_file, to_toml
 from common.data.packaged import MINILM, packaged_folder
 from common.errors import ConfigError, DataError
 from common.privacy.figures import epsilon_text
@@ -233,27 +233,44 @@ def test_the_page_on_one_round_names_code_that_is_there_and_the_picture_has_its_
 def test_the_readmes_run_has_the_figures_of_docs_demo_and_the_picture_is_of_them() -> None:
     picture = read_picture(ROOT / "docs" / "demo.json")
     assert to_svg(picture) == (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8"), "run make docs"
-    config = configure({}).config
-    model, data = config.model.name, config.data.name
-    assert picture.title == f"{config.strategy} on {model} and {data}", "this is not the default job"
+    demo = ROOT / "experiments" / "configs" / "probe.toml"
+    assert f"fedveil run -c {demo.relative_to(ROOT)}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    job = configure(read_settings_file(demo))
+    config = job.config
+    assert picture.title == f"{config.strategy} on {config.model.name} and {config.data.name}", "this is another job"
     assert (picture.budget, picture.delta) == (config.privacy.epsilon, config.privacy.delta)
-    before, *rounds = picture.rounds
-    assert [line.number for line in rounds] == list(range(1, config.rounds + 1))
+    start, *rounds = picture.rounds
+    total = config.rounds
+    assert [line.number for line in rounds] == list(range(1, total + 1))
     lines = [
-        f"{picture.title}: 4 sites, 6 rounds of 1 step, ε ≤ 8 at δ = 1e-05 for each site",
-        f"before training: accuracy {percent_text(before.accuracy)}",
+        f"{picture.title}: 4 sites, {total} rounds of 1 step, ε ≤ 8 at δ = 1e-05 for each site",
+        f"initialisation by probe, public text of SHA-256 {job.origin.fingerprint}: 4 sites, "
+        f"ε {epsilon_text(start.epsilon)}, worst site",
+        f"before training: accuracy {percent_text(picture.before)}",
+        f"after round 0: accuracy {percent_text(start.accuracy)}",
         *(
-            f"round {line.number}/6  accuracy {percent_text(line.accuracy)}  loss {line.loss:.3f}  "
-            f"ε {epsilon_text(line.epsilon)} of 8 (δ 1e-05, record-level, worst site)  4 sites  "
+            f"round {line.number}/{total}  "
+            + (f"accuracy {percent_text(line.accuracy)}  loss {line.loss:.3f}" if line.accuracy else "not scored")
+            + f"  ε {epsilon_text(line.epsilon)} of 8 (δ 1e-05, record-level, worst site)  4 sites  "
             f"{line.payload / 1e6:.2f} MB  {line.seconds:.0f} s"
             for line in rounds
         ),
         f"federation: (ε, δ) = ({epsilon_text(rounds[-1].epsilon)}, 1e-05) per record, the maximum over sites",
-        f"accuracy on public data: {percent_text(before.accuracy)} before, {percent_text(rounds[-1].accuracy)} "
-        "after 6 rounds",
+        f"accuracy on public data: {percent_text(picture.before)} before, {percent_text(rounds[-1].accuracy)} "
+        f"after {total} rounds",
     ]
-    shown = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("fedavg-lora on"))
-    assert shown.splitlines() == lines
+    block = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("fedavg-lora on"))
+    shown, at = block.splitlines(), 0
+    for number, line in enumerate(shown):
+        if line == "...":
+            rest = lines.index(shown[number + 1])
+            assert rest > at, "nothing is left out here"
+            assert not any("accuracy" in left_out for left_out in lines[at:rest]), "no score is left out"
+            at = rest
+        else:
+            assert line == lines[at]
+            at += 1
+    assert at == len(lines)
 
 
 def test_tests_named_in_the_page_on_privacy_exist() -> None:

@@ -336,6 +336,11 @@ class RunConfig(RunTerms):
         """Optimiser steps of a site that joins every round."""
         return self.rounds * self.training.local_steps
 
+    @property
+    def keeps(self) -> bool:
+        """Whether sites keep derivatives or features of their records from one round to the next."""
+        return bool(self.training.linearised or self.training.refit)
+
     def refits(self, round_number: int) -> bool:
         """Return whether the adapter rests in a round, and sites train the head alone."""
         return round_number > self.rounds - self.training.refit

@@ -95,7 +95,14 @@ def own_cores() -> int:
     return max(1, min(cores, int(assigned) if assigned.isdigit() else cores))
 
 
-def worker_count(sites: int, workers: int) -> int:
-    """Return how many processes train at once: ``workers``, or with 0 one for each GPU, else for each core."""
+def worker_count(sites: int, workers: int, *, keeps: bool) -> int:
+    """Return how many processes train at once.
+
+    Args:
+        sites: of the federation.
+        workers: as asked for. 0: one for each GPU, else for each core; a single one, with all cores, where sites keep.
+        keeps: whether sites keep from round to round what a pass over their records costs. Which process plays a site
+            changes, and another one would have to make it anew.
+    """
     cores = own_cores()
-    return min(workers or (torch.cuda.device_count() or cores), sites, cores)
+    return min(workers or (1 if keeps else torch.cuda.device_count() or cores), sites, cores)

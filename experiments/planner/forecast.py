@@ -179,7 +179,7 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
     """
     plans = site_plans(job, sizes)
     server_model = ServerModel(job)
-    workers = worker_count(len(sizes), workers)
+    workers = worker_count(len(sizes), workers, keeps=job.config.keeps)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
     started = of_turn(server_model.trained_start(), job.strategy.turn(1))
     still = {HEAD} if job.config.training.linearised else set[str]()
