@@ -1,4 +1,4 @@
-"""Every fault on a real federation of three sites, one table; the exit code is 1 if anything failed.
+"""Every fault on a real federation of three sites, or four, one table; the exit code is 1 if anything failed.
 
 make faults
 """
@@ -23,10 +23,10 @@ from faults.federation import Federation
 from faults.network import Cable
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
-from faults.sum_scenarios import sums
+from faults.sum_scenarios import drop_outs, sums
 from faults.table import show
 
-SCENARIOS = ("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "stutters")
+SCENARIOS = ("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "stutters", "drop-outs")
 
 
 def main() -> None:
@@ -69,6 +69,7 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "lies": lambda: lies(federation, deadline),
                 "quorum": lambda: below_quorum(federation, deadline),
                 "slow": lambda: slow(federation, deadline),
+                "drop-outs": lambda: drop_outs(federation, deadline),
                 "sums": lambda: sums(federation, deadline),
                 "stutters": lambda: stutters(federation, deadline),
                 "server": lambda: server_killed(federation, deadline),

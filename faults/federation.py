@@ -34,6 +34,8 @@ from strategies.job import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
 """The sites and their public sizes: three different weights."""
+MORE_SIZES = {"mill": 60}
+"""Of sites that join for one scenario."""
 RECORDS = 40
 PATIENCE = 600.0
 """Seconds for anything to happen; a failure's price, not a deadline of the federation."""
@@ -69,7 +71,7 @@ class Federation:
         self.folder, self.processes, self.plan = folder, Processes(folder), FaultPlan(folder / "plan")
         self.plan.folder.mkdir()
         self.plan.write({})
-        fleet, control, *self._runtime = free_ports(2 + len(SIZES))
+        fleet, control, *self._runtime = free_ports(2 + len(SIZES) + len(MORE_SIZES))
         self.server = make_server(folder / "server", ["127.0.0.1", *addresses], fleet_port=fleet, control_port=control)
         self.sites: dict[str, SiteFolder] = {}
         self._places, self._stutters = dict[str, Place](), dict[str, bool]()
@@ -117,7 +119,7 @@ class Federation:
         """Make a site that dials the server at ``address``, let it in, and start it.
 
         Args:
-            name: one of SIZES.
+            name: one of SIZES or MORE_SIZES.
             address: what it dials.
             inside: puts a command into the network where this site is.
         """
@@ -128,7 +130,7 @@ class Federation:
         self.sites[name] = make_site(
             *(self.folder / name, name, f"{address}:{self.server.fleet_port}"),
             policy=policy_text(
-                *(name, SIZES[name], 50.0, 1e-3),
+                *(name, {**SIZES, **MORE_SIZES}[name], 50.0, 1e-3),
                 *(pins_of_job(config), models_of(config.model.name, fingerprint)),
             ),
             node=f'data="{data}"',

@@ -1,4 +1,4 @@
-"""A site killed in the middle of a round whose vectors are summed under masks."""
+"""A site killed in a round whose vectors are summed under masks: where none may be lost, and where one may."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.run_lines import Finding, RoundLine, read_lines
 from deploy.peers import ENTRY, make_roster
 from faults.checks import charges, masked_words
 from faults.faulty_site import AFTER
-from faults.federation import SIZES, Federation, Run
+from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
 
 SUM = "a secure sum"
@@ -22,6 +22,8 @@ SETTINGS: dict[str, Scalar] = {
     "training__optimizer": "sgd",
     "training__local_steps": 1,
 }
+LOSING: dict[str, Scalar] = {"privacy__drop_outs": 1, "min_sites": 3}
+"""Any three of four sites have their sum without the fourth."""
 RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
 KILLED = "lab"
 SMALL = 2.0**28
@@ -71,13 +73,58 @@ def sums(federation: Federation, deadline: float) -> Iterator[Finding]:
     )
 
 
+def drop_outs(federation: Federation, deadline: float) -> Iterator[Finding]:
+    """Kill the lab between its charge and its vector; the others have their sum in the same attempt, and pay once."""
+    for site in MORE_SIZES:
+        federation.add_site(site)
+    federation.wait_online(*MORE_SIZES)
+    _let_in(federation)
+    others = sorted(site for site in federation.sites if site != KILLED)
+    federation.plan.write({KILLED: {1: AFTER}})
+    run = federation.submit(rounds=1, round_timeout=max(deadline, NOTICED), **SETTINGS, **LOSING)
+    federation.wait_held(KILLED, 1)
+    federation.processes.kill(KILLED)
+    federation.plan.write({})
+    result = run.result()
+    wrong = [] if result.status == "completed" else [f"the run {result.status}: {result.reason}"]
+    lines = read_lines(RoundLine, run.path)
+    told = [(failure.site, failure.kind) for line in lines for failure in line.failures]
+    if [(line.complete, line.attempts, sorted(line.participants)) for line in lines] != [(True, 1, others)]:
+        wrong.append(f"the round should count at once, with {', '.join(others)}")
+    if not told or any(kind not in LATE for _, kind in told):
+        wrong.append("it should tell of the site that was killed")
+    paid = {site: charges(federation, site, run) for site in federation.sites}
+    for site, rows in paid.items():
+        if rows[1] != 1:
+            wrong.append(f"{site}'s ledger should hold one charge")
+    wrong += _wrong_uploads(federation, run)
+    federation.start_site(KILLED)
+    figures: dict[str, int | float | str] = {
+        "took part": ", ".join(others),
+        "told": "; ".join(f"{site} ({kind})" for site, kind in told),
+        "charged": ", ".join(f"{site} {rows[1]}" for site, rows in paid.items()),
+        "adapter": "of the survivors' sums",
+        "seconds until let in again": federation.wait_online(KILLED, restart=True),
+    }
+    yield Finding(
+        SUM,
+        f"the {KILLED} lost between charge and vector, one may be",
+        False,
+        not wrong,
+        figures | ({"wrong": "; ".join(wrong)} if wrong else {}),
+    )
+
+
 def _let_in(federation: Federation) -> None:
     """Make every site's roster of all sites' entries, and let it join secure sums of them."""
     for name, folder in federation.sites.items():
         entries = [other.path / ENTRY for site, other in federation.sites.items() if site != name]
         make_roster(folder, entries)
         policy = folder.path / "policy.toml"
-        text = policy.read_text(encoding="utf-8").replace('["dp-sgd"]', '["dp-sgd", "secure-sum"]')
+        text = policy.read_text(encoding="utf-8")
+        if "secure-sum" in text:  # from the scenario before this one
+            continue
+        text = text.replace('["dp-sgd"]', '["dp-sgd", "secure-sum"]')
         policy.write_text(to_toml(RULES) + text, encoding="utf-8")
 
 
