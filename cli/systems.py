@@ -39,6 +39,13 @@ class System:
     """What there is where it is no run, in words; empty: the reason stands among refused strategies."""
 
 
+SOFT: Mapping[str, Scalar] = {
+    "strategy": "ffa-lora",
+    "server.rule": "soft-threshold",
+    "server.optimizer": "momentum",
+    "server.momentum": 0.0,
+    "server.learning-rate": 1.0,
+}
 SYSTEMS: tuple[System, ...] = (
     System("FedAvg on LoRA, FedIT", {"strategy": "fedavg-lora"}),
     System("FFA-LoRA", {"strategy": "ffa-lora"}),
@@ -56,6 +63,7 @@ SYSTEMS: tuple[System, ...] = (
     System("IncreLoRA", {"strategy": "increlora"}),
     System("DiffoRA", {"strategy": "diffora"}),
     System("SwitchLoRA", {"strategy": "switchlora"}),
+    System("SoRA, and the rank selection of CoDyRA", SOFT),
     System("FedSA-LoRA", {"strategy": "fedsa-lora"}),
     System("rsLoRA", {"strategy": "fedavg-lora", "adapter.scale": "sqrt-rank"}),
     System("DoRA", {"strategy": "fedavg-lora", "adapter.name": "dora"}),
