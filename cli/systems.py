@@ -60,6 +60,7 @@ SYSTEMS: tuple[System, ...] = (
     System("HetLoRA, padded states and weights by norm", {"strategy": "hetlora", "privacy.mode": "none"}),
     System("Heterogeneous ranks (HetLoRA, FLoRA), exact", {"strategy": "heterogeneous-ranks"}),
     System("DyLoRA", {"strategy": "dylora"}),
+    System("FlyLoRA", {"strategy": "flylora", "adapter.start": "sparse"}),
     System("IncreLoRA", {"strategy": "increlora"}),
     System("DiffoRA", {"strategy": "diffora"}),
     System("SwitchLoRA", {"strategy": "switchlora"}),

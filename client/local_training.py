@@ -248,7 +248,9 @@ def _trainable(
     if not rounds:
         chosen = job.strategy.columns(task.state, site.declared_rank(job))
         turn = model.factors_alone(job.strategy.turn(task.round_number))
-        with turn, model.columns_alone(chosen), model.nested() if job.strategy.nested else nullcontext():
+        active = job.strategy.active(task.round_number, job.config.rounds)
+        within = model.nested() if job.strategy.nested else model.routed(active) if active else nullcontext()
+        with turn, model.columns_alone(chosen), within:
             yield records, model.trained()
         return
     of = Linearisation.of_task(task, rounds)

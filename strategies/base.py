@@ -130,6 +130,8 @@ class Strategy(ABC):
     """Whether each site declares how many columns it trains."""
     nested: ClassVar[bool] = False
     """Whether each record passes through the first columns alone, as many as are drawn for it."""
+    routed: ClassVar[bool] = False
+    """Whether each position of a record passes through some directions alone, those that answer it most."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
@@ -190,7 +192,7 @@ class Strategy(ABC):
     @classmethod
     def chooses(cls) -> bool:
         """Return whether a part of the adapter rests in a round, or in a record's pass."""
-        return cls.by_columns or cls.nested or cls.turn is not Strategy.turn
+        return cls.by_columns or cls.nested or cls.routed or cls.turn is not Strategy.turn
 
     def columns(self, received: AdapterState, rank: int) -> Chosen | None:
         """Return the columns that a site of this rank trains, from what came down; None: every tensor whole.
@@ -207,6 +209,11 @@ class Strategy(ABC):
         """
         del round_number
         return None
+
+    def active(self, round_number: int, rounds: int) -> int:
+        """Return through how many directions a position passes in a round of so many; 0: all of them."""
+        del round_number, rounds
+        return 0
 
     def told(self, state: ServerState) -> str:
         """Server: return what there is to say of the next round, in words; empty: nothing."""
