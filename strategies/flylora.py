@@ -37,7 +37,7 @@ class FlyLoRA(Average):
     routed: ClassVar[bool] = True
 
     directions: Annotated[int, POSITIVE, Unit("directions")] = 2
-    """k: how many a position passes through, before the last rounds. FlyLoRA's is a quarter of the rank."""
+    """How many a position passes through before the last rounds: k. FlyLoRA's is a quarter of the rank."""
     dense_rounds: Annotated[int, POSITIVE, Unit("rounds")] = 1
     """Last rounds of the run, in which all directions are trained: what is exported has all of them."""
 
