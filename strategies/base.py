@@ -60,8 +60,9 @@ class ServerState:
     optimizer: Moments = field(default_factory=Moments)
     """What the server's optimiser needs."""
     active: AdapterState = field(default_factory=dict)
-    """Of a state just averaged, the columns of a tensor that some site trained, bool, shape (rank,): the others rest,
-    and the server's step leaves them and their moments as they are. A tensor that is not in it is trained whole."""
+    """Of a state just averaged, the share of the weight of each column of a tensor that the sites have which trained
+    it, float64, shape (rank,). One of share 0 rests: the server's step leaves it and its moments as they are. A tensor
+    that is not in it is trained whole, by all."""
 
     def trains(self, layer: str, name: str) -> bool:
         """Return whether sites train this tensor of the adapter."""
