@@ -77,6 +77,25 @@ def cross_site_energy(
     return Energy(value, deviation, value / most if most > 0 else 0.0)
 
 
+def evened(changes: Sequence[Tensor], noises: Sequence[float] | None = None) -> list[Tensor]:
+    """Return sites' changes of the same tensors, none longer than the middle one, each over its noise.
+
+    Of noise all are about as long, in these units. One that is longer would have more of a vote: the energy's standard
+    deviation under noise alone grows with it, so that its sender could have any score, of either sign, by chance.
+    Behind this it has no more than a site whose change is noise. Of an even number it is the shorter of the middle two.
+
+    Args:
+        changes: D_k, each of shape (d,).
+        noises: τ_k; None: not known, and 1 stands for each.
+    """
+    units = [1.0] * len(changes) if noises is None else noises
+    lengths = [float(change.norm()) / unit for change, unit in zip(changes, units, strict=True)]
+    most = sorted(lengths)[(len(lengths) - 1) // 2]
+    return [
+        change * (most / length) if length > most else change for change, length in zip(changes, lengths, strict=True)
+    ]
+
+
 def energy_of_sum(change: Tensor, noise: float) -> float:
     """Return (‖D‖²/τ² - d) / √(2 d) of one noised change of d numbers: mean 0, standard deviation 1 under noise alone.
 
