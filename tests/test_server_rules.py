@@ -428,6 +428,8 @@ def test_a_threshold_is_refused_where_it_means_nothing() -> None:
         with pytest.raises(ConfigError, match=why):
             configure({**PLAIN, **more})
     configure({**PLAIN, "privacy.mode": "none", "soft-threshold.threshold": 0.005})
+    with pytest.raises(ModelError, match=r"does not follow .* set soft-threshold\.threshold"):
+        configure(PLAIN).rule.step({}, {"layer": {"B": draw(OUT, RANK)}}, {}, Known())
     job = configure({**PLAIN, "strategy": "fedavg-lora", "adapter.name": "lora-diagonal"})
     z = draw(50, seed=3)
     found = job.rule.step({}, {"layer": {"z": z}}, {}, Known({}, 0.1))["layer"]["z"]

@@ -34,7 +34,7 @@ from common.adapters import Adapter
 from common.check import NOT_NEGATIVE
 from common.config.fields import Unit
 from common.config.sections import RunConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, ModelError
 from common.messages.state import AdapterState, Factors
 from common.nulls import LEVEL, edge_behind
 from strategies.base import Strategy
@@ -57,7 +57,6 @@ class SoftThreshold(ServerRule):
 
     def check(self, config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
         """Refuse an adapter that trains anything else, steps behind which it would not last, and no threshold."""
-        del strategy
         if adapter.name not in ("lora-frozen-a", "lora-diagonal"):
             raise ConfigError(
                 f"server.rule {self.name!r} shrinks all of B over a frozen A, or a diagonal, and the adapter is "
@@ -77,6 +76,11 @@ class SoftThreshold(ServerRule):
                 f"server.rule {self.name!r} takes its threshold from the noise, and privacy.mode "
                 f"{config.privacy.mechanism.name!r} has none: set {self.name}.threshold, such as to 0.005"
             )
+        if type(strategy).correct is not Strategy.correct or type(strategy).uplink is not Strategy.uplink:
+            raise ConfigError(
+                f"server.rule {self.name!r} takes its threshold from the noise of one plain step, and strategy "
+                f"{strategy.name!r} makes another of it: set {self.name}.threshold"
+            )
         if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
             raise ConfigError(
                 f"server.rule {self.name!r} takes its threshold from the noise of one plain step, and "
@@ -86,10 +90,17 @@ class SoftThreshold(ServerRule):
             )
 
     def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:
-        """Return every layer's factor behind the threshold; as it is where the noise of the round is not known."""
+        """Return every layer's factor behind the threshold.
+
+        Raises:
+            ModelError: it is to follow from the noise of the round, which is not known.
+        """
         del before, measured
         if not self.threshold and known.noise is None:
-            return after
+            raise ModelError(
+                f"server.rule {self.name!r} takes its threshold from the noise, which does not follow from what this "
+                f"run's mechanism says: set {self.name}.threshold"
+            )
         return {
             layer: self._shrunk(factors, known.frozen.get(layer, {}), known.noise or 0.0, len(after))
             for layer, factors in after.items()
