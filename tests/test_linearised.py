@@ -483,7 +483,7 @@ def test_a_process_of_many_sites_holds_no_more_than_one_site_may(
     monkeypatch.setattr(wing, "MOST_BYTES", 2 * len(records) * wing.bytes_each(model))
 
     def play(site: str) -> None:
-        with linearised(model, records, FIRST, kept, site, DATA, nothing) as (vectors, _):
+        with linearised(model, records, Keeping(FIRST, kept, site, DATA, nothing)) as (vectors, _):
             assert len(vectors) == len(records)
 
     for site in ("north", "south", "west", "east"):
