@@ -41,7 +41,7 @@ def audited() -> list[str]:
     return [
         name
         for name, kind in sorted(STRATEGIES.items())
-        if issubclass(ADAPTERS[kind.adapter], LowRank) and not (kind.by_columns or kind.nested or kind().turn(1))
+        if issubclass(ADAPTERS[kind.adapter], LowRank) and not kind.chooses()
     ]
 
 

@@ -23,8 +23,8 @@ from audits.canary import PART, compared
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, SOUND, Fault
 from audits.shell import with_each
 from audits.tiny_site import tiny_run
-from client.linearised import Derivatives, Linearisation, linearised
-from common.messages.state import HEAD, AdapterState
+from client.linearised import Derivatives, Keeping, Linearisation, below_head, linearised
+from common.messages.state import HEAD
 from common.model.federated import FederatedModel
 from common.privacy.accounting import epsilon
 from common.privacy.plan import gaussian_plan
@@ -125,11 +125,9 @@ def _vectors(model: FederatedModel, axes: Tensor, length: float) -> tuple[Record
 
 def _way(model: FederatedModel, records: tuple[Record, ...], plan: Any) -> Tensor:
     """Return how far the adapter goes in one round of steps with learning rate 1."""
-    around: AdapterState = {}
-    for (layer, name), p in model.below_head().items():
-        around.setdefault(layer, {})[name] = p.detach().clone()
-    kept = {"site": Derivatives(_OF, around, _SOURCE, records)}
-    with linearised(model, records, _OF, kept, "site", _SOURCE, lambda: None) as (seen, trained):
+    kept = {"site": Derivatives(_OF, below_head(model), _SOURCE, records)}
+    keeping = Keeping(_OF, kept, "site", _SOURCE, lambda: None)
+    with linearised(model, records, keeping) as (seen, trained):
         step = trained[TANGENTS]["step"]
         with plan.steps(model, torch.optim.SGD([step], lr=1.0)) as steps:
             for _ in range(STEPS):

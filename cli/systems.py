@@ -27,6 +27,10 @@ AXES: Mapping[str, Mapping[str, type[Any]]] = {
 """The tables whose rows are parts of published systems, by the setting that names a row."""
 
 
+CONFIGS = "experiments/configs/systems"
+"""Where the configurations of systems lie, from the repository's root."""
+
+
 @dataclass(frozen=True)
 class System:
     """One published system."""
@@ -35,6 +39,8 @@ class System:
     """As the field calls it."""
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     """That make a run of it, where they differ from the default job's; empty: there is no such run."""
+    file: str = ""
+    """Where more than two settings are needed: the configuration in ``experiments/configs/systems`` that has them."""
     instead: str = ""
     """What there is where it is no run, in words; empty: the reason stands among refused strategies."""
 
@@ -53,16 +59,88 @@ SYSTEMS: tuple[System, ...] = (
     System("HetLoRA, padded states and weights by norm", {"strategy": "hetlora", "privacy.mode": "none"}),
     System("Heterogeneous ranks (HetLoRA, FLoRA), exact", {"strategy": "heterogeneous-ranks"}),
     System("DyLoRA", {"strategy": "dylora"}),
+    System("FlyLoRA", {"strategy": "flylora", "adapter.start": "sparse"}),
     System("IncreLoRA", {"strategy": "increlora"}),
     System("DiffoRA", {"strategy": "diffora"}),
     System("SwitchLoRA", {"strategy": "switchlora"}),
+    System(
+        "SoRA, and the rank selection of CoDyRA",
+        {
+            "strategy": "ffa-lora",
+            "server.rule": "soft-threshold",
+            "server.optimizer": "momentum",
+            "server.momentum": 0.0,
+            "server.learning-rate": 10.0,
+        },
+        file="sora",
+    ),
     System("FedSA-LoRA", {"strategy": "fedsa-lora"}),
     System("rsLoRA", {"strategy": "fedavg-lora", "adapter.scale": "sqrt-rank"}),
     System("DoRA", {"strategy": "fedavg-lora", "adapter.name": "dora"}),
+    System(
+        "PiSSA",
+        {
+            "strategy": "fedavg-lora",
+            "adapter.name": "lora-increments",
+            "adapter.start": "svd-of-weights",
+            "start.singular-values": True,
+        },
+        file="pissa",
+    ),
     System("PiSSA, A alone frozen", {"strategy": "ffa-lora", "adapter.start": "svd-of-weights"}),
     System("MiLoRA, A alone frozen", {"strategy": "ffa-lora", "adapter.start": "minor-of-weights"}),
     System("MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards"}),
     System("EVA from public text", {"strategy": "ffa-lora", "adapter.start": "eva"}),
+    System("EVA, paid for", {"strategy": "ffa-lora", "adapter.start": "dp-eva"}),
+    System("LoRA-GA, A alone, paid for", {"strategy": "ffa-lora", "adapter.start": "dp-lora-ga"}),
+    System("RandLoRA", {"strategy": "fedavg-lora", "adapter.name": "randlora"}),
+    System(
+        "LoLDU",
+        {"strategy": "fedavg-lora", "adapter.name": "lora-diagonal", "adapter.start": "lu-of-weights"},
+        file="loldu",
+    ),
+    System(
+        "S2-LoRA",
+        {"strategy": "fedavg-lora", "adapter.name": "lora-diagonal", "adapter.start": "shared"},
+        file="s2-lora",
+    ),
+    System(
+        "SALT",
+        {"strategy": "fedavg-lora", "adapter.name": "salt", "adapter.start": "svd-of-weights"},
+        file="salt",
+    ),
+    System(
+        "LoRA-Pro",
+        {
+            "strategy": "fedavg-lora",
+            "server.rule": "lora-pro",
+            "server.optimizer": "momentum",
+            "server.learning-rate": 10.0,
+        },
+        file="lora-pro",
+    ),
+    System("ALLoRA", {"strategy": "ffa-lora", "server.rule": "allora"}),
+    System(
+        "AlignGuard",
+        {
+            "strategy": "ffa-lora",
+            "server.rule": "align-guard",
+            "rounds": 3,
+            "model.name": "SmolLM2-135M-Instruct",
+            "model.task": "causal-lm",
+            "model.max-length": 128,
+            "data.name": "asdiv",
+            "data.partition": "iid",
+            "data.test-size": 100,
+            "adapter.targets": "q_proj,v_proj",
+            "head.policy": "frozen",
+            "training.sample-rate": 0.06,
+            "training.batch-tokens": 1024,
+            "server.learning-rate": 0.005,
+            "privacy.delta": 5e-4,
+        },
+        file="align-guard",
+    ),
     System("FedAdam (FedOpt)", {"strategy": "fedavg-lora", "server.optimizer": "adam"}),
     System(
         "Intruder dimensions", instead="`fedveil intruders RUN_FOLDER` ([planning](planning.md#intruder-dimensions))"
@@ -103,9 +181,14 @@ def _row(system: System) -> list[str]:
         return [system.name, f"refused: {REFUSED_STRATEGIES[strategy]}", *[""] * 5]
     job = configure(system.settings)
     down, up = payload(job.strategy, _at_default_rank(job), DEFAULT_SHAPES)
-    typed = " ".join(f"`{key} = {_toml(value)}`" for key, value in system.settings.items())
+    typed = f"`fedveil run -c {CONFIGS}/{system.file}.toml`" if system.file else written(system.settings)
     exact = "yes" if job.strategy.exact(type(job.adapter)) else "no"
     return [system.name, typed, exact, job.strategy.privacy, job.origin.needs, bytes_text(up), bytes_text(down)]
+
+
+def written(settings: Mapping[str, Scalar]) -> str:
+    """Return settings as they stand in a configuration, each in Markdown's marks."""
+    return " ".join(f"`{key} = {_toml(value)}`" for key, value in settings.items())
 
 
 def _at_default_rank(job: Job) -> Any:
@@ -154,4 +237,4 @@ def title_of(row: type[Any]) -> str:
 
 
 def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -84,17 +84,27 @@ class Derivatives:
     """One that could not be computed is left out, which is to contribute zero."""
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Where a process keeps what it makes of a site's records, and what that is made from."""
+
+    of: Linearisation
+    """Which linearisation it serves."""
+    kept: MutableMapping[str, Derivatives]
+    """What the process keeps, by site; the latest alone."""
+    site: str
+    """Its name."""
+    source: Dataset
+    """What the site's records were read as."""
+    before_pass: Callable[[], None]
+    """Called before each pass over records that have no vectors yet, and may raise."""
+
+
 @contextmanager
 def linearised(
-    model: FederatedModel,
-    records: Sequence[Record],
-    of: Linearisation,
-    kept: MutableMapping[str, Derivatives],
-    site: str,
-    source: Dataset,
-    before_pass: Callable[[], None],
+    model: FederatedModel, records: Sequence[Record], keeping: Keeping
 ) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
-    """Take ``model`` in its first order around where it was when this process first took it so in ``of``.
+    """Take ``model`` in its first order around where it was when this process first took it so in ``keeping.of``.
 
     Where that is differs between processes that began in different rounds. It follows from what was received, and from
     no record: it is kept before any is looked at, and serves a round whose records fail as it serves any other.
@@ -102,29 +112,31 @@ def linearised(
     Args:
         model: as received, with the run's trained tensors requiring a gradient; afterwards it has made the steps.
         records: as of ``FederatedModel.prepare``; they stay as they are.
-        of: which linearisation it is.
-        kept: what the process keeps, by site; the latest alone.
-        site: its name.
-        source: what ``records`` were read as.
-        before_pass: called before each pass over records that have no vectors yet, and may raise.
+        keeping: where their vectors are kept, and for what.
 
     Yields:
         The records to train on, as vectors (none of no records), and what is trained, by layer and factor.
     """
+    of, kept, site, source = keeping.of, keeping.kept, keeping.site, keeping.source
     held = kept.get(site)
     if held is None or held.of != of:
-        around: AdapterState = {}
-        for (layer, name), p in model.below_head().items():
-            around.setdefault(layer, {})[name] = p.detach().clone()
-        kept[site] = held = Derivatives(of, around)
+        kept[site] = held = Derivatives(of, below_head(model))
     if records and held.source is not source:
         kept[site] = replace(held, source=None, records=())  # before the next ones are made: they are large
         _make_room(kept, len(records) * bytes_each(model))
         with _at(model, held.around):
-            vectors = _vectors(model, records, before_pass)
+            vectors = _vectors(model, records, keeping.before_pass)
         kept[site] = held = replace(held, source=source, records=tuple(vectors))
     with model.linearised(held.around) as trained:
         yield list(held.records) if records else [], trained
+
+
+def below_head(model: FederatedModel) -> AdapterState:
+    """Return a copy of what is trained below the head, on the model's device."""
+    around: AdapterState = {}
+    for (layer, name), p in model.below_head().items():
+        around.setdefault(layer, {})[name] = p.detach().clone()
+    return around
 
 
 def forget_records(kept: MutableMapping[str, Derivatives], site: str) -> None:

@@ -20,7 +20,7 @@ from client.budget import evaluation_releases, note_exposure, note_failure, pay_
 from client.correction import correction
 from client.deadline import Deadline
 from client.evaluation import noised_correct
-from client.linearised import Derivatives, Linearisation, forget_records, linearised
+from client.linearised import Derivatives, Keeping, Linearisation, forget_records, linearised
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
 from client.refit import refit
@@ -240,7 +240,8 @@ def _trainable(
     rounds = job.config.training.linearised
     last = task.round_number == job.config.rounds
     if job.config.refits(task.round_number):
-        with refit(model, records, Linearisation.of_refit(task), kept, site.name, site.data, deadline.check) as both:
+        keeping = Keeping(Linearisation.of_refit(task), kept, site.name, site.data, deadline.check)
+        with refit(model, records, keeping) as both:
             yield both
         if last:
             forget_records(kept, site.name)
@@ -248,11 +249,13 @@ def _trainable(
     if not rounds:
         chosen = job.strategy.columns(task.state, site.declared_rank(job))
         turn = model.factors_alone(job.strategy.turn(task.round_number))
-        with turn, model.columns_alone(chosen), model.nested() if job.strategy.nested else nullcontext():
+        active = job.strategy.active(task.round_number, job.config.rounds)
+        within = model.nested() if job.strategy.nested else model.routed(active) if active else nullcontext()
+        with turn, model.columns_alone(chosen), within:
             yield records, model.trained()
         return
-    of = Linearisation.of_task(task, rounds)
-    with linearised(model, records, of, kept, site.name, site.data, deadline.check) as both:
+    keeping = Keeping(Linearisation.of_task(task, rounds), kept, site.name, site.data, deadline.check)
+    with linearised(model, records, keeping) as both:
         yield both
     if task.round_number % rounds == 0 or last:
         forget_records(kept, site.name)

@@ -8,28 +8,21 @@ them cost next to nothing. Clip, noise and price are those of any step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from client.linearised import Derivatives, Linearisation
+from client.linearised import Derivatives, Keeping, below_head
 from common.messages.state import HEAD, AdapterState
 from common.model.federated import FederatedModel
 from common.tasks import Record
-from common.tasks.examples import Dataset
 
 
 @contextmanager
 def refit(
-    model: FederatedModel,
-    records: Sequence[Record],
-    of: Linearisation,
-    kept: MutableMapping[str, Derivatives],
-    site: str,
-    source: Dataset,
-    before_pass: Callable[[], None],
+    model: FederatedModel, records: Sequence[Record], keeping: Keeping
 ) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Let the head alone take a gradient, on features of ``records``; arguments as of ``client.linearised.linearised``.
 
@@ -38,15 +31,13 @@ def refit(
     Yields:
         The records to train on, as features (none of no records), and what is trained, by layer and factor.
     """
-    held = kept.get(site)
-    around: AdapterState = {}
-    for (layer, name), p in model.below_head().items():
-        around.setdefault(layer, {})[name] = p.detach().clone()
+    of, kept, site, source = keeping.of, keeping.kept, keeping.site, keeping.source
+    held, around = kept.get(site), below_head(model)
     if held is None or held.of != of or not _same(held.around, around):
         kept[site] = held = Derivatives(of, around)
     with model.head_alone():
         if records and held.source is not source:
-            vectors = model.featurise([dict(record) for record in records], before_pass)
+            vectors = model.featurise([dict(record) for record in records], keeping.before_pass)
             kept[site] = held = Derivatives(of, around, source, tuple(vectors))
         yield list(held.records) if records else [], {HEAD: model.head}
 

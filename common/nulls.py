@@ -21,6 +21,10 @@ DRAWS = 10_000
 """Of the largest singular value of noise, once for each shape."""
 WIDE = 128
 """Smaller side of a matrix from which on its edge is that of Tracy and Widom's limit."""
+EVEN = 0.99
+"""Least over largest singular value from which on a matrix counts as a turn of the identity."""
+FEWER_DRAWS = 2_000
+"""Of the largest singular value of noise behind a matrix of uneven ones."""
 _TRACY_WIDOM = (46.446, 0.186054, 9.84801)
 """Shape, scale and shift of the gamma law that stands for Tracy and Widom's (Chiani 2014, real case)."""
 
@@ -73,6 +77,25 @@ def cross_site_energy(
     return Energy(value, deviation, value / most if most > 0 else 0.0)
 
 
+def evened(changes: Sequence[Tensor], noises: Sequence[float] | None = None) -> list[Tensor]:
+    """Return sites' changes of the same tensors, none longer than the middle one, each over its noise.
+
+    Of noise all are about as long, in these units. One that is longer would have more of a vote: the energy's standard
+    deviation under noise alone grows with it, so that its sender could have any score, of either sign, by chance.
+    Behind this it has no more than a site whose change is noise. Of an even number it is the shorter of the middle two.
+
+    Args:
+        changes: D_k, each of shape (d,).
+        noises: τ_k; None: not known, and 1 stands for each.
+    """
+    units = [1.0] * len(changes) if noises is None else noises
+    lengths = [float(change.norm()) / unit for change, unit in zip(changes, units, strict=True)]
+    most = sorted(lengths)[(len(lengths) - 1) // 2]
+    return [
+        change * (most / length) if length > most else change for change, length in zip(changes, lengths, strict=True)
+    ]
+
+
 def energy_of_sum(change: Tensor, noise: float) -> float:
     """Return (‖D‖²/τ² - d) / √(2 d) of one noised change of d numbers: mean 0, standard deviation 1 under noise alone.
 
@@ -105,6 +128,39 @@ def noise_edge(rows: int, columns: int, level: float) -> float:
     if small >= WIDE:
         return _limit(large, small, level)
     return float(np.quantile(_largest(large, small), 1 - level))
+
+
+def edge_behind(rows: int, gains: Sequence[float], level: float) -> float:
+    """Return what the largest singular value of x S exceeds with chance ``level``, for S of these singular values.
+
+    Of x the numbers are standard normal, shape (rows, len(gains)); S is any matrix of ``len(gains)`` rows. Where all
+    gains are equal it is ``noise_edge`` times them. Else it is drawn, from a fixed seed.
+
+    Args:
+        rows: of x.
+        gains: singular values, at least one of them above 0.
+        level: a chance.
+    """
+    largest = max(gains)
+    scaled = tuple(round(gain / largest, 4) for gain in gains)
+    if min(scaled) >= EVEN:
+        return largest * noise_edge(rows, len(gains), level)
+    return largest * float(np.quantile(_behind(rows, scaled), 1 - level))
+
+
+@lru_cache(maxsize=256)
+def _behind(rows: int, gains: tuple[float, ...]) -> np.ndarray:
+    """Return draws of the largest singular value of x S."""
+    kept = np.array([gain for gain in gains if gain > 0])
+    count, draw = len(kept), np.random.default_rng([rows, *(int(gain * 10_000) for gain in kept)])
+    if rows < count:
+        drawn = draw.standard_normal((FEWER_DRAWS, rows, count))
+    else:  # x = Q T with T triangular (Bartlett), and Q changes no singular value
+        drawn = np.triu(draw.standard_normal((FEWER_DRAWS, count, count)), 1)
+        drawn[:, np.arange(count), np.arange(count)] = np.sqrt(
+            draw.chisquare(rows - np.arange(count), (FEWER_DRAWS, count))
+        )
+    return np.linalg.svd(drawn * kept, compute_uv=False)[:, 0]
 
 
 @lru_cache(maxsize=64)

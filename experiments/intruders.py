@@ -32,7 +32,8 @@ from common.run_lines import PrivacyLine, RoundLine, read_json, read_lines
 from experiments.spectra import Top, count_above, spectrum_of, top_of
 from server.aggregation import shares_of
 from server.checkpoint import saved_state
-from server.learning import step_noise, sum_noise
+from server.learning import step_noise
+from server.noise import sum_noise
 from server.optimizer import server_step
 from server.rates import within_noise
 from strategies import Contribution, ServerState, of_turn
@@ -163,6 +164,7 @@ def _noised(
     if not results or strategy.ranked:  # a folder does not say which columns each site has trained
         return None
     chosen = strategy.columns(strategy.downlink(state), 0)
+    noises: list[float | None]
     if job.mechanism.summed:
         noises, shares, names = [sum_noise(job, results)], [1.0], ["all"]
     else:

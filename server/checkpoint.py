@@ -54,6 +54,7 @@ BEFORE: Mapping[str, Scalar] = {
     "server.scores": False,
     "head.metric": "none",
     "head.pool": "mean",
+    "start.singular-values": False,
     "data.slice": "",
     "data.messages": "messages",
     "data.instruction": "instruction",

@@ -15,11 +15,10 @@ from torch import Tensor
 from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState, Factors
 from common.nulls import LEVEL, cross_site_energy, energy_of_sum, noise_edge
-from common.privacy.plan import Plan
 from common.run_lines import LayerLine
 from server.aggregation import factors_of
-from server.terms import paid_plan
-from strategies import Contribution, ServerState, Strategy
+from server.noise import known, noised_whole, of_average, site_noise, sum_noise
+from strategies import Contribution, ServerState
 from strategies.job import Job
 
 
@@ -70,11 +69,16 @@ def _parts(
     if summed:  # what rests in the round is in no vector, and has no noise
         changes = [_moved(change) for change in changes]
     weights = [contribution.weight for contribution in averaged]
-    noises = [sum_noise(job, results)] if summed else noises_of(job, results, state)
+    noises = [_of_sum(job, results)] if summed else noises_of(job, results, state)
     return [
         Part(weight / math.fsum(weights), change, noise)
         for weight, change, noise in zip(weights, changes, noises, strict=True)
     ]
+
+
+def _of_sum(job: Job, results: Sequence[TrainResult]) -> float | None:
+    paid = job.mechanism.charged and any(result.spending is not None for result in results)
+    return sum_noise(job, results) if paid else None
 
 
 def _moved(change: AdapterState) -> AdapterState:
@@ -85,8 +89,8 @@ def _moved(change: AdapterState) -> AdapterState:
 
 def noises_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float | None]:
     """Return the standard deviation of one coordinate of the noise in each site's change as it is averaged."""
-    known, factors = [step_noise(job, result) for result in results], factors_of(job, results, state)
-    return [None if noise is None else noise * factor for noise, factor in zip(known, factors, strict=True)]
+    own, factors = [step_noise(job, result) for result in results], factors_of(job, results, state)
+    return [None if noise is None else noise * factor for noise, factor in zip(own, factors, strict=True)]
 
 
 def with_noises(
@@ -124,47 +128,23 @@ def step_noise(job: Job, result: TrainResult) -> float | None:
     None where it does not follow from what is public: without privacy, after more than one step, or behind a rule or
     an optimiser that changes what a plain step does.
     """
-    training = job.config.training
-    plain = (
-        training.local_steps == 1
-        and training.optimizer == "sgd"
-        and not training.weight_decay
-        and type(job.strategy).correct is Strategy.correct
-        and type(job.strategy).uplink is Strategy.uplink
-    )
-    if not job.mechanism.charged or result.spending is None or not plain:
+    if result.spending is None or not known(job) or noised_whole(job, result):
         return None
-    plan = paid_plan(job, result)
-    if type(plan).outgoing is not Plan.outgoing:
-        return None
-    event = result.spending.event
-    own = type(plan)(event, event.sample_rate * result.public_size, plan.delta, plan.max_epsilon)
-    return job.config.site_rate(result.round_number, 0) * own.gradient_noise_std
-
-
-def sum_noise(job: Job, results: Sequence[TrainResult]) -> float | None:
-    """Return the same of the one change that all sites' sum makes, where every site adds its part of the noise."""
-    first = next((result for result in results if result.spending is not None), None)
-    if first is None or first.spending is None:
-        return None
-    plan, event = paid_plan(job, first), first.spending.event
-    sizes = sum(result.public_size for result in results)
-    own = type(plan)(event, event.sample_rate * sizes, plan.delta, plan.max_epsilon)
-    return job.config.site_rate(first.round_number, 0) * own.gradient_noise_std * math.sqrt(len(results))
+    return site_noise(job, result)
 
 
 def _line(job: Job, layer: str, parts: Sequence[Part], level: float, *, summed: bool) -> LayerLine:
     faster = job.config.training.head_rate if layer == HEAD else 1.0
     noises = [part.noise * faster for part in parts if part.noise is not None]
-    known = noises if len(noises) == len(parts) else None
+    told = noises if len(noises) == len(parts) else None
     flat = [_flat(part.change[layer]) for part in parts]
     shares = [part.share for part in parts]
     change = torch.stack([share * own for share, own in zip(shares, flat, strict=True)]).sum(0)
-    energy, score = cross_site_energy(shares, flat, known), None
+    energy, score = cross_site_energy(shares, flat, told), None
     if energy is not None:
         score = energy.score
-    elif known is not None:
-        score = energy_of_sum(change, known[0])
+    elif told is not None:
+        score = energy_of_sum(change, told[0])
     average = _unflat(change, parts[0].change[layer])
     return LayerLine(
         layer=layer,
@@ -174,7 +154,7 @@ def _line(job: Job, layer: str, parts: Sequence[Part], level: float, *, summed: 
         agreement=None if energy is None else energy.agreement,
         score=score,
         rank=sum(min(_matrix(tensor).shape) for tensor in average.values()),
-        above=None if known is None else _above(average, _of_average(shares, known), level),
+        above=None if told is None else _above(average, of_average(shares, told), level),
     )
 
 
@@ -201,7 +181,3 @@ def _unflat(numbers: Tensor, like: Factors) -> Factors:
     names = sorted(like)
     pieces = numbers.split([like[name].numel() for name in names])
     return {name: piece.view_as(like[name]) for name, piece in zip(names, pieces, strict=True)}
-
-
-def _of_average(shares: Sequence[float], noises: Sequence[float]) -> float:
-    return math.hypot(*(share * noise for share, noise in zip(shares, noises, strict=True)))

@@ -10,7 +10,9 @@ kept per coordinate and each layer counts its own steps: a strategy that writes 
 coordinates drops what belongs to the old ones (``settle``), and that layer begins anew.
 
 Where sites train columns of a factor, each column counts its own steps, and one that nobody trained rests: neither it
-nor its moments change. Its first moment would move it on otherwise, and under privacy most of that is noise.
+nor its moments change. Its first moment would move it on otherwise, and under privacy most of that is noise. Adam
+divides out how large a change is, and with that the weight of the sites that trained a column. So a column's step is
+multiplied by their share of all weight: what few sites train moves as they weigh, as in the plain mean.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     coordinate by the full η. η follows ``schedule`` over the rounds; the head's is ``head-rate`` times that.
     What sites do not train (frozen factors, the map of the head's features) has no moments, and is what the average
     says.
+
+    A column's step is multiplied by its share of the weight (``ServerState.active``).
 
     Computed in float64; the result has the adapter's dtype.
     """
@@ -70,6 +74,8 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
             v = BETA2 * old_v + (1 - BETA2) * g.square()
             step = (m / _seen(BETA1, t, clock)) / ((v / _seen(BETA2, t, clock)).sqrt() + server.adam_tau)
             first[layer][name], second[layer][name] = _where(active, m, old_m), _where(active, v, old_v)
+            if active is not None:
+                step = active * step
             adapter[layer][name] = _where(active, (x.double() - eta * step).to(x.dtype), x)
     moments = Moments(first, second, steps, clocks)
     return replace(averaged, adapter=merge(averaged.adapter, adapter), optimizer=moments)
@@ -80,10 +86,10 @@ def _clocks(before: ServerState, averaged: ServerState) -> AdapterState:
     held = before.optimizer.clocks
     return {
         layer: {
-            name: held.get(layer, {}).get(name, torch.zeros(len(mask), dtype=torch.float64)) + mask.double()
-            for name, mask in masks.items()
+            name: held.get(layer, {}).get(name, torch.zeros(len(shares), dtype=torch.float64)) + (shares > 0).double()
+            for name, shares in columns.items()
         }
-        for layer, masks in averaged.active.items()
+        for layer, columns in averaged.active.items()
     }
 
 
@@ -96,7 +102,7 @@ def _seen(beta: float, t: int, clock: Tensor | None) -> float | Tensor:
 
 def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """Return ``new`` with the columns of ``old`` that are not active."""
-    return new if active is None else torch.where(active, new, old)
+    return new if active is None else torch.where(active > 0, new, old)
 
 
 def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:

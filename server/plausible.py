@@ -10,6 +10,10 @@ honest one, whatever its records are:
   small budget may ask for far more than the run. Who says more weighs less by its square
   (``aggregation``), so a lie about it buys nothing.
 
+The head moves ``head-rate`` times as far as the rest: what of a record's C lies in it, and its own noise. The adapter's
+noise is counted at the adapter's rate, so sites of unlike ranks, which have one head and unlike many numbers beside it,
+are held to bounds alike.
+
 Both are met with room (``SLACK``), for large Poisson batches; what is above is not counted. Plain SGD
 without privacy has no such bound; there a contribution is measured against the median of the round,
 if at least three sites answered. How much of the average a contribution within the bound may be is
@@ -23,7 +27,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from common.messages.round import TrainResult
-from common.messages.state import AdapterState
+from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import count, l2_norm
 from common.privacy.plan import Plan
 from strategies import ServerState
@@ -62,21 +66,27 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
             elements are used.
         state: what the site started from.
     """
-    numbers = count(result.contribution)
-    gradient = plan.longest_gradient(numbers, result.spending.event if result.spending else None)
+    told = result.spending.event if result.spending else None
     if result.round_number == 0:
-        return gradient * job.origin.way
+        return plan.longest_gradient(count(result.contribution), told) * job.origin.way
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
     config, training = job.config, job.config.training
     rates = (config.site_rate(result.round_number, step) for step in range(training.local_steps))
-    way = sum(rates) * max(1.0, training.head_rate)
-    decay = training.weight_decay * l2_norm(state.adapter)
+    head = count({layer: f for layer, f in result.contribution.items() if layer == HEAD})
+    fastest = max(1.0, training.head_rate) if head else 1.0
+    # So many numbers of the adapter would be moved as far by noise of one size.
+    numbers = math.ceil(count(result.contribution) - head + training.head_rate**2 * head)
+    decay = training.weight_decay * fastest * l2_norm(state.adapter)
     if training.optimizer in ("adam", "adamw"):
         step = max(1.0, (1 - training.momentum) / math.sqrt(1 - training.beta2)) * math.sqrt(numbers)
     else:
-        step = gradient / (1 - training.momentum if training.optimizer == "momentum" else 1.0)
-    return way * (step + decay) if math.isfinite(step) else math.inf
+        clipped = plan.longest_gradient(0, told)
+        if not math.isfinite(clipped):
+            return math.inf
+        noised = plan.longest_gradient(numbers, told) - clipped
+        step = (fastest * clipped + noised) / (1 - training.momentum if training.optimizer == "momentum" else 1.0)
+    return sum(rates) * (step + decay)
 
 
 def largest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -> float:

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from common.config.sections import RunConfig
 from common.messages.round import TrainResult
-from server.terms import paid_plan, usual_noise
+from server.noise import averaged_noise
 from strategies import Contribution
 from strategies.job import Job
 
@@ -33,7 +33,7 @@ def within_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Co
     most = config.server.most_noise
     if not most or not job.mechanism.charged:
         return config
-    noise = sum_noise(job, results) if job.mechanism.summed else mean_noise(job, results, averaged)
+    noise = averaged_noise(job, results, averaged, usual=True)
     number = results[0].round_number
     first, rounds = config.phase(number)
     # In units of the rate's peak, which is what is lowered.
@@ -44,33 +44,3 @@ def within_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Co
     peak, head = config.server.learning_rate, config.server.learning_rate * config.server.head_rate
     rate, head = min(peak, most / (noise * way)), min(head, most / (noise * way))
     return replace(config, server=replace(config.server, learning_rate=rate, head_rate=head / rate))
-
-
-def mean_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float:
-    """Return the standard deviation of one coordinate of the noise in the average of sites' changes in a round."""
-    whole = math.fsum(one.weight for one in averaged)
-    shares = [one.weight / whole for one in averaged]
-    return math.hypot(*(share * _site(job, result) for share, result in zip(shares, results, strict=True)))
-
-
-def sum_noise(job: Job, results: Sequence[TrainResult]) -> float:
-    """Return the same of the step that the sum of all sites makes, each of which adds its part of the noise."""
-    sizes = sum(result.public_size for result in results)
-    return _rate(job, results[0].round_number) * _gradient(job, results[0], sizes) * math.sqrt(len(results))
-
-
-def _site(job: Job, result: TrainResult) -> float:
-    return _rate(job, result.round_number) * _gradient(job, result, result.public_size)
-
-
-def _rate(job: Job, number: int) -> float:
-    """Return what a step's noise is multiplied by in a round of plain steps."""
-    return math.hypot(*(job.config.site_rate(number, step) for step in range(job.config.training.local_steps)))
-
-
-def _gradient(job: Job, result: TrainResult, size: int) -> float:
-    plan = paid_plan(job, result)
-    event = result.spending.event if result.spending else plan.event
-    event = event.having(noise_multiplier=min(event.noise_multiplier, usual_noise(job, result)))
-    own = type(plan)(event, event.sample_rate * size, plan.delta, plan.max_epsilon)
-    return own.gradient_noise_std

@@ -17,12 +17,13 @@ from server.checkpoint import Checkpoint
 from server.drop_outs import RecoveringSites
 from server.learning import layer_lines, with_noises
 from server.model import ServerModel
+from server.noise import averaged_noise, exact_noise
 from server.rates import within_noise
 from server.replies import clean
 from server.ruled import ruled_step
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
-from server.watched import variance_of_noise, watched
+from server.watched import watched
 from strategies import ServerState, mean
 from strategies.base import ServerStep
 from strategies.job import Job
@@ -114,9 +115,10 @@ def run_rounds(
         results = list(got.results.values())
         averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
-        step: ServerStep = partial(ruled_step, job, within_noise(job, results, averaged), measured)
+        noise = exact_noise(job, results, averaged)
+        step: ServerStep = partial(ruled_step, job, within_noise(job, results, averaged), measured, noise=noise)
         if job.config.server.scores:
-            step = watched(job, step, server_model.base_weight, variance_of_noise(job, results, averaged))
+            step = watched(job, step, server_model.base_weight, averaged_noise(job, results, averaged, usual=True))
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None

@@ -11,10 +11,16 @@ from server.optimizer import server_step
 from strategies import ServerState
 from strategies.job import Job
 from strategies.rules import NoRule
+from strategies.rules.base import Known
 
 
 def ruled_step(
-    job: Job, config: RunConfig, measured: AdapterState, before: ServerState, averaged: ServerState
+    job: Job,
+    config: RunConfig,
+    measured: AdapterState,
+    before: ServerState,
+    averaged: ServerState,
+    noise: float | None = None,
 ) -> ServerState:
     """Return the state after the server's step, as ``server_step``, with the run's rule before and behind it.
 
@@ -27,6 +33,7 @@ def ruled_step(
         measured: what the rule took from public text before round 1.
         before: the state that sites started from.
         averaged: what the strategy's average makes of it.
+        noise: standard deviation of the noise on one number of the averaged change (``server.noise``); None: unknown.
     """
     rule, noised = job.rule, job.mechanism.charged
     if isinstance(rule, NoRule) or config.refits(before.round_number + 1):
@@ -38,7 +45,14 @@ def ruled_step(
     turned = {layer: rule.change(change, whole[layer], scaling, noised=noised) for layer, change in changes.items()}
     towards = replace(averaged, adapter=_with(averaged.adapter, subtract(held, turned)))
     after = server_step(config, before, towards)
-    return replace(after, adapter=_with(after.adapter, rule.step(held, _layers(before, after), measured)))
+    frozen = {layer: {n: t for n, t in whole[layer].items() if n not in held[layer]} for layer in held}
+    known = Known(frozen, None if noise is None else noise * _step_rate(config, before))
+    return replace(after, adapter=_with(after.adapter, rule.step(held, _layers(before, after), measured, known)))
+
+
+def _step_rate(config: RunConfig, before: ServerState) -> float:
+    """Return what the server's step multiplies a change by, where it is a plain one."""
+    return 1.0 if config.server.optimizer == "none" else config.server_rate(before.round_number + 1)
 
 
 def _layers(before: ServerState, state: ServerState) -> AdapterState:

@@ -20,6 +20,7 @@ from strategies.fedex_lora import FedExLoRA
 from strategies.ffa_lora import FFALoRA
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
+from strategies.flylora import FlyLoRA
 from strategies.heterogeneous_ranks import HeterogeneousRanks
 from strategies.hetlora import HetLoRA
 from strategies.increlora import IncreLoRA
@@ -39,6 +40,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         HeterogeneousRanks,
         FlexLoRA,
         DyLoRA,
+        FlyLoRA,
         IncreLoRA,
         DiffoRA,
         SwitchLoRA,

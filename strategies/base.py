@@ -60,8 +60,9 @@ class ServerState:
     optimizer: Moments = field(default_factory=Moments)
     """What the server's optimiser needs."""
     active: AdapterState = field(default_factory=dict)
-    """Of a state just averaged, the columns of a tensor that some site trained, bool, shape (rank,): the others rest,
-    and the server's step leaves them and their moments as they are. A tensor that is not in it is trained whole."""
+    """Of a state just averaged, the share of the weight of each column of a tensor that the sites have which trained
+    it, float64, shape (rank,). One of share 0 rests: the server's step leaves it and its moments as they are. A tensor
+    that is not in it is trained whole, by all."""
 
     def trains(self, layer: str, name: str) -> bool:
         """Return whether sites train this tensor of the adapter."""
@@ -130,6 +131,8 @@ class Strategy(ABC):
     """Whether each site declares how many columns it trains."""
     nested: ClassVar[bool] = False
     """Whether each record passes through the first columns alone, as many as are drawn for it."""
+    routed: ClassVar[bool] = False
+    """Whether each position of a record passes through some directions alone, those that answer it most."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
@@ -190,7 +193,7 @@ class Strategy(ABC):
     @classmethod
     def chooses(cls) -> bool:
         """Return whether a part of the adapter rests in a round, or in a record's pass."""
-        return cls.by_columns or cls.nested or cls.turn is not Strategy.turn
+        return cls.by_columns or cls.nested or cls.routed or cls.turn is not Strategy.turn
 
     def columns(self, received: AdapterState, rank: int) -> Chosen | None:
         """Return the columns that a site of this rank trains, from what came down; None: every tensor whole.
@@ -207,6 +210,11 @@ class Strategy(ABC):
         """
         del round_number
         return None
+
+    def active(self, round_number: int, rounds: int) -> int:
+        """Return through how many directions a position passes in a round of so many; 0: all of them."""
+        del round_number, rounds
+        return 0
 
     def told(self, state: ServerState) -> str:
         """Server: return what there is to say of the next round, in words; empty: nothing."""

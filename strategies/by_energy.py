@@ -5,6 +5,11 @@ deviation under noise alone (``common.nulls``). Its mean is 0 where there is noi
 layer above ``least_score`` learns. It is a function of what was sent, which was noised: a choice by it costs no
 privacy, and other records change it through nothing else.
 
+One site cannot buy a choice by the length of what it sends: in the score no change is longer than the middle one
+(``common.nulls.evened``), so that what it makes up is to the others' noise as noise is. What remains: it can hold a
+layer back by sending the opposite of what the others have in common, or nothing, and speak for a layer in which their
+records move, as far as its share of the average goes.
+
 The papers' own scores need gradients of the weights, or a validation set of private records: both would be paid for.
 """
 
@@ -23,7 +28,7 @@ from common.errors import ConfigError
 from common.messages.columns import FACTOR
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
-from common.nulls import cross_site_energy, least_score
+from common.nulls import cross_site_energy, evened, least_score
 from strategies.base import Contribution, ServerState
 from strategies.columns import MASK, Columns
 
@@ -110,7 +115,7 @@ class ByEnergy(Columns):
         for layer in layers:
             changes = [_change(one.state[layer][FACTOR], held[layer][FACTOR]) for one in contributions]
             known = [noise for noise in noises if noise]
-            energy = cross_site_energy(shares, changes, known or None)
+            energy = cross_site_energy(shares, evened(changes, known or None), known or None)
             if energy is not None:
                 scores[layer] = energy.agreement if energy.score is None else energy.score - least_score(len(layers))
         return scores

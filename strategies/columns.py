@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.adapters import Adapter
 from common.errors import ProtocolError
-from common.messages.columns import FACTOR, Chosen, narrowed, trained_by_any, widened
+from common.messages.columns import FACTOR, Chosen, narrowed, shares_of_columns, widened
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
 from strategies.base import Contribution, ServerState, Strategy, mean
@@ -83,9 +83,10 @@ class Columns(Strategy):
             replace(one, state=widened(one.state, state.adapter, columns))
             for one, columns in zip(contributions, chosen, strict=True)
         ]
-        averaged, active = mean(whole), trained_by_any(chosen, state.adapter)
-        for layer, masks in active.items():
+        averaged = mean(whole)
+        active = shares_of_columns(chosen, [one.weight for one in contributions], state.adapter)
+        for layer, shares in active.items():
             old = state.adapter[layer][FACTOR]
-            averaged[layer][FACTOR] = torch.where(masks[FACTOR], averaged[layer][FACTOR], old)
+            averaged[layer][FACTOR] = torch.where(shares[FACTOR] > 0, averaged[layer][FACTOR], old)
         adapter = merge(state.adapter, averaged)
         return replace(state, round_number=state.round_number + 1, adapter=adapter, active=active)

@@ -213,7 +213,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
             "set head.policy to 'trained', or head.metric to 'none'"
         )
     if not config.adapter.alpha:
-        _check_calibration(config, strategy)
+        _check_calibration(config, strategy, origin)
     if config.training.linearised:
         _check_linearised(config, strategy, ADAPTERS[name])
     if config.server.most_noise:
@@ -350,7 +350,7 @@ def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> No
             "in a change: set training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0, "
             "or server.scores to false"
         )
-    parts = type(strategy).turn is not Strategy.turn or strategy.by_columns or strategy.nested
+    parts = type(strategy).turn is not Strategy.turn or strategy.by_columns or strategy.nested or strategy.routed
     if parts or not adapter.trained or not {"A", "B"} >= {*adapter.trained, *adapter.frozen}:
         raise ConfigError(
             f"server.scores is true, and LoRAPrune's criterion is made of changes of all of A or B, which "
@@ -359,8 +359,13 @@ def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> No
         )
 
 
-def _check_calibration(config: RunConfig, strategy: Strategy) -> None:
-    """Raise ConfigError unless A can be calibrated on public phrases, and stays as long as it was made."""
+def _check_calibration(config: RunConfig, strategy: Strategy, origin: Start) -> None:
+    """Raise ConfigError unless a factor can be calibrated on public phrases, and stays as long as it was made."""
+    if getattr(origin, "step", 0.0) or METRIC in origin.gives:
+        does = "has a length of its own" if METRIC in origin.gives else "moves the weights by start.step"
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated, but adapter.start {origin.name!r} {does}: give it a number"
+        )
     if strategy.moves_frozen:
         raise ConfigError(
             f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"

@@ -51,7 +51,9 @@ class RoLoRA(Average):
         turn = self.turn(state.round_number + 1)
         active = {
             layer: {
-                name: torch.full((factors[name].shape[-1],), name in turn) for name in self.trains if name in factors
+                name: torch.full((factors[name].shape[-1],), float(name in turn), dtype=torch.float64)
+                for name in self.trains
+                if name in factors
             }
             for layer, factors in state.adapter.items()
             if layer != HEAD

@@ -20,7 +20,7 @@ SYSTEMS: Mapping[str, Mapping[str, Scalar]] = {
     "eva": {"adapter.start": "eva"},
     "miss": {"adapter.name": "lora-frozen-a", "adapter.start": "shards"},
     "bone": {"adapter.name": "lora-frozen-a", "adapter.start": "shards"},
-    "flylora": {"adapter.name": "lora-frozen-a", "adapter.start": "sparse"},
+    "flylora": {"strategy": "flylora", "adapter.start": "sparse"},
     "inttune": {"strategy": "fed-sb", "adapter.start": "nystrom"},
     "loldu": {"strategy": "fedavg-lora", "adapter.name": "lora-diagonal", "adapter.start": "lu-of-weights"},
     "s2-lora": {"strategy": "fedavg-lora", "adapter.name": "lora-diagonal", "adapter.start": "shared"},

@@ -31,7 +31,7 @@ LONGEST = (
 """Files with few tests that take long."""
 ROUGHLY_PRICED = (
     *("test_faults", "test_federation", "test_image_classification", "test_sums", "test_resume", "test_merge"),
-    *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start"),
+    *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start", "test_systems"),
 )
 """Files of runs that are about no price: theirs come from a grid ten times as coarse, looser and never wrong."""
 ROUGH: dict[tuple[Any, str], Any] = {

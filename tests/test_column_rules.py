@@ -287,6 +287,38 @@ def test_noise_alone_makes_layers_grow_as_seldom_as_the_level_says_and_a_wrong_n
     assert grown_by_chance(0.5) > 0.2, "noise that is told at half would go unnoticed"
 
 
+def grown_by_a_liar(count: int) -> float:
+    """Share of rounds of noise alone in which some layer grows, where a site sends a direction of its own, 30 fold."""
+    strategy, found = IncreLoRA(start_columns=4), 0
+    fresh = strategy.start(start(), ("B",))
+    made_up = normal(77, LAYERS["query"][0], 4)
+    for seed in range(200):
+        *honest, liar = sites(strategy, fresh, seed, {}, 0.1, count)
+        lie = {**liar.state, "query": {"B": fresh.adapter["query"]["B"][:, :4] + 3.0 * made_up}}
+        found += counts(strategy.server_update(fresh, [*honest, replace(liar, state=lie)])) != counts(fresh)
+    return found / 200
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_site_that_sends_much_makes_no_layer_grow_by_chance(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The level is 5 % over both layers; 200 rounds have a standard deviation of 1.5 %.
+    assert grown_by_a_liar(count) < 0.12
+    monkeypatch.setattr(by_energy, "evened", lambda changes, noises: changes)
+    assert grown_by_a_liar(count) > 0.25, "the length of a lie goes unnoticed"
+
+
+def test_a_site_that_sends_much_keeps_no_layer_that_learns_from_being_told() -> None:
+    """DiffoRA's choice: of four sites one sends a long change where the others learn, and one where nobody does."""
+    strategy, right = DiffoRA(), 0
+    fresh = strategy.start(start(), ("B",))
+    for seed in range(40):
+        *honest, liar = sites(strategy, fresh, seed, {"dense": 5.0}, 0.1, 4)
+        lie = {layer: {"B": f["B"] + 3.0 * normal(55 + seed, *f["B"].shape)} for layer, f in liar.state.items()}
+        after = strategy.server_update(fresh, [*honest, replace(liar, state=lie)])
+        right += counts(after) == {"query": 0, "dense": RANK}
+    assert right >= 34
+
+
 def test_diffora_keeps_what_learns_puts_the_rest_back_to_zero_and_asks_no_more() -> None:
     strategy = DiffoRA(warmup=2)
     state = strategy.start(start(), ("B",))

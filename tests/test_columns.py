@@ -46,6 +46,7 @@ from server.replies import replies_to
 from strategies import Contribution, ServerState
 from strategies.columns import MASK
 from strategies.ffa_lora import FFALoRA
+from strategies.flexlora import FlexLoRA
 from strategies.heterogeneous_ranks import HeterogeneousRanks
 from strategies.job import configure
 
@@ -209,6 +210,28 @@ def test_c4_columns_that_are_trained_together_have_one_adam() -> None:
         whole = FFALoRA().server_update(whole, plain, lambda a, b: server_step(CONFIG, a, b))
     for layer in LAYERS:
         assert torch.equal(by_columns.adapter[layer]["B"], whole.adapter[layer]["B"])
+
+
+@pytest.mark.parametrize("kind", [HeterogeneousRanks, FlexLoRA], ids=lambda kind: kind.name)
+def test_a_column_that_one_site_trains_moves_by_its_share_under_adam_too(kind: type[HeterogeneousRanks]) -> None:
+    """Of three sites one declares all columns: with a tenth of the weight those of its own move a tenth as far."""
+    strategy, state = kind(), kind().start(start(), ("B",))
+    parts = [
+        Contribution(str(k), weight, sent(strategy, state, trained_at(state, rank, 3 + k), rank), rank)
+        for k, (weight, rank) in enumerate(((4.0, 3), (5.0, 3), (1.0, RANK)))
+    ]
+    averaged = strategy.combine(state, parts)
+    for layer in LAYERS:
+        assert averaged.active[layer]["B"].tolist() == pytest.approx([1.0] * 3 + [0.1] * (RANK - 3))
+        assert averaged.active[layer]["B"][0] == 1.0
+    sharp = replace(CONFIG, server=replace(CONFIG.server, adam_tau=1e-12))
+    stepped = server_step(sharp, state, averaged)
+    whole = {layer: {"B": torch.ones(RANK, dtype=torch.float64)} for layer in LAYERS}
+    planted = server_step(sharp, state, replace(averaged, active=whole))
+    for layer in LAYERS:
+        steps = [(one.adapter[layer]["B"] - state.adapter[layer]["B"]).abs().mean(0) for one in (stepped, planted)]
+        assert (steps[0] / steps[0][0]).tolist() == pytest.approx([1.0] * 3 + [0.1] * (RANK - 3), rel=1e-6)
+        assert (steps[1] / steps[1][0]).tolist() == pytest.approx([1.0] * RANK), "the fault is not found"
 
 
 def split_layer(columns: Sequence[int], seed: int = 3) -> tuple[nn.Linear, SplitColumns, Tensor]:

@@ -38,6 +38,7 @@ def job_with(key: str, value: Scalar) -> Any:
     strategy = owner if owner in ROWS else "fedavg-lora" if owner == "lora-pro" else "ffa-lora"
     rule = {"server.rule": owner} if owner in RULES else {}
     words = {"model.task": "causal-lm", "head.policy": "frozen"} if owner == "align-guard" else {}
+    words |= {"server.optimizer": "momentum", "server.momentum": 0.0} if owner == "soft-threshold" else {}
     words |= {"privacy.mode": "none"} if owner in CONTROLS else {}
     return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), **rule, **words, key: value})
 

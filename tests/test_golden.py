@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import client.app
 from audits.tiny_models import save_tiny_model, toy_run, write_reviews
 from common import randomness
 from common.privacy import dpsgd
@@ -70,6 +71,9 @@ OF_ONE_MACHINE = {("fed-sb", "open average, public-gradient")}
 processor, and the start with it (measured: a third of a tensor's norm)."""
 
 
+REHEARSALS = [name for name in vars(client.app) if name.startswith("rehearse")]
+
+
 def cases(strategy: str) -> dict[str, dict[str, Any]]:
     """Return the settings of every case of a strategy, over those of a toy run."""
     plain = {f"{mode} {server}": {**MODES[mode], **SERVERS[server]} for mode in MODES for server in SERVERS}
@@ -81,7 +85,11 @@ CASES = [(strategy, case) for strategy in ("fedavg-lora", "ffa-lora", "fed-sb", 
 
 @contextmanager
 def chance_from_a_seed() -> Iterator[None]:
-    """Draw noise and Poisson samples from a fixed seed; the noise is on no grid, which would enlarge last bits."""
+    """Draw noise and Poisson samples from a fixed seed; the noise is on no grid, which would enlarge last bits.
+
+    A rehearsal draws noise too, but once in a process for each model, so what it draws is put back: else a case's
+    figures would depend on the cases before it.
+    """
     drawn = torch.Generator().manual_seed(20)
 
     def noised(total: Tensor, std: float) -> Tensor:
@@ -91,7 +99,19 @@ def chance_from_a_seed() -> Iterator[None]:
     def sampled(size: int, rate: float) -> Tensor:
         return (torch.rand(size, generator=drawn, dtype=torch.float64) < rate).nonzero()[:, 0]
 
+    def put_back(rehearsal: Callable[..., Any]) -> Callable[..., Any]:
+        def rehearsed(*terms: Any) -> Any:
+            before = drawn.get_state()
+            try:
+                return rehearsal(*terms)
+            finally:
+                drawn.set_state(before)
+
+        return rehearsed
+
     with pytest.MonkeyPatch.context() as patch:
+        for name in REHEARSALS:
+            patch.setattr(client.app, name, put_back(getattr(client.app, name)))
         patch.setattr(dpsgd, "add_private_noise", noised)
         patch.setattr(randomness, "private_poisson_sample", sampled)
         yield
@@ -163,6 +183,17 @@ def test_a_planted_change_of_a_run_is_seen(toy_settings: dict[str, Any], tmp_pat
     assert furthest(figures(tensors), before) > RELATIVE
     for case in ("private average", "private adam", "open adam"):
         assert furthest(stored("ffa-lora", case), stored("ffa-lora", "open average")) > 100 * RELATIVE
+
+
+def test_a_rehearsal_leaves_no_draw_behind(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    """A process that has rehearsed the model, and one that has not, end with the same adapter, bit for bit."""
+    model, ends = toy_settings["model.name"], []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        if not number:
+            client.app._process.rehearsed = {}
+        ends.append(digest(final_adapter("ffa-lora", "private average", model, tmp_path / str(number))))
+    assert ends[0] == ends[1]
 
 
 def test_every_case_has_stored_figures_and_is_of_a_strategy() -> None:

@@ -15,7 +15,7 @@ from audits.tiny_site import clinic
 from client import app
 from client import linearised as wing
 from client.deadline import Timing
-from client.linearised import Derivatives, Linearisation, linearised
+from client.linearised import Derivatives, Keeping, Linearisation, linearised
 from client.rehearsal import rehearse, rehearse_linearised
 from common.adapters import build_adapter
 from common.config.sections import AdapterConfig, HeadConfig
@@ -80,7 +80,7 @@ def nothing() -> None:
 
 
 def vectors_of(model: FederatedModel, records: Sequence[Record]) -> list[Record]:
-    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (vectors, _):
+    with linearised(model, records, Keeping(FIRST, {}, "site", DATA, nothing)) as (vectors, _):
         return vectors
 
 
@@ -137,7 +137,7 @@ def test_a_pass_has_as_many_rows_of_derivatives_whatever_the_labels(
     model_folder: Folder, labels: int, rows: int
 ) -> None:
     model = tiny(model_folder("bert"), labels=labels)
-    with linearised(model, records_of(model), FIRST, {}, "site", DATA, nothing) as (vectors, _):
+    with linearised(model, records_of(model), Keeping(FIRST, {}, "site", DATA, nothing)) as (vectors, _):
         (batch, *_) = model.fixed_batches(vectors)
     assert (batch.rows, batch[TANGENTS].shape[:2].numel()) == (rows, ROWS)
 
@@ -149,7 +149,7 @@ def test_logits_are_the_models_to_first_order(model_folder: Folder) -> None:
     start, direction = model.read(), torch.Generator().manual_seed(3)
     kept: dict[str, Derivatives] = {}
     records = [record]
-    with linearised(model, records, FIRST, kept, "site", DATA, nothing):
+    with linearised(model, records, Keeping(FIRST, kept, "site", DATA, nothing)):
         pass
     moves = {key: torch.randn(p.shape, generator=direction) for key, p in model.below_head().items()}
     apart = []
@@ -159,7 +159,7 @@ def test_logits_are_the_models_to_first_order(model_folder: Folder) -> None:
             for key, p in model.below_head().items():
                 p.add_(scale * moves[key])
         real = logits_of(model, record).detach()
-        with linearised(model, records, FIRST, kept, "site", DATA, nothing) as (vectors, _), torch.no_grad():
+        with linearised(model, records, Keeping(FIRST, kept, "site", DATA, nothing)) as (vectors, _), torch.no_grad():
             linear = model.module(model.batch(vectors))[0].double()
         both = [z - z[0] for z in (real, linear)]
         apart.append(float((both[0] - both[1]).norm()))
@@ -176,7 +176,7 @@ def test_a_clipped_step_is_that_of_the_slow_way_in_float64(
     plan = gaussian_plan(C, 1.0, 1.0, 8.0, 1e-5, 8.0)
     begun = {key: p.detach().clone() for key, p in model.below_head().items()}
     head = {name: p.detach().double().clone() for name, p in model.head.items()}
-    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (vectors, trained):
+    with linearised(model, records, Keeping(FIRST, {}, "site", DATA, nothing)) as (vectors, trained):
         optimizer = torch.optim.SGD([p for fs in trained.values() for p in fs.values()], lr=1.0)
         with plan.steps(model, optimizer) as steps:
             for rate in rates:
@@ -233,7 +233,7 @@ def test_the_first_step_of_a_round_is_the_real_models(
 
 def sums_of(model: FederatedModel, records: Sequence[Record], clip: float) -> Tensor:
     """Return the noiseless sum of the first step, all trained tensors as one vector."""
-    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (vectors, trained):
+    with linearised(model, records, Keeping(FIRST, {}, "site", DATA, nothing)) as (vectors, trained):
         optimizer = torch.optim.SGD([p for fs in trained.values() for p in fs.values()], lr=0.0)
         with gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 8.0).steps(model, optimizer) as steps:
             return torch.cat([g.flatten() for g in steps.release(model.fixed_batches(vectors), model.losses)])
@@ -312,7 +312,7 @@ def test_the_rehearsal_sees_a_step_that_mixes_records(model_folder: Folder, monk
 
 
 def step_and_fail(model: FederatedModel, records: Sequence[Record]) -> None:
-    with linearised(model, records, FIRST, {}, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records, Keeping(FIRST, {}, "site", DATA, nothing)) as (_, parts):
         with torch.no_grad():
             parts[TANGENTS]["step"].add_(1.0)
         raise KeyError
@@ -359,13 +359,13 @@ def test_the_step_goes_on_from_what_was_received(model_folder: Folder, monkeypat
     """In a later round the point stays, and the way to what is received now is already made."""
     model = tiny(model_folder("bert"))
     records, kept = records_of(model), dict[str, Derivatives]()
-    with linearised(model, records, FIRST, kept, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records, Keeping(FIRST, kept, "site", DATA, nothing)) as (_, parts):
         assert not parts[TANGENTS]["step"].any()
     with torch.no_grad():
         for p in model.below_head().values():
             p.add_(0.25)
     received = model.read()
-    with linearised(model, records, FIRST, kept, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records, Keeping(FIRST, kept, "site", DATA, nothing)) as (_, parts):
         assert torch.allclose(parts[TANGENTS]["step"], torch.full_like(parts[TANGENTS]["step"], 0.25), atol=1e-6)
     assert all(torch.equal(model.read()[layer][n], received[layer][n]) for layer in received for n in received[layer])
 
@@ -378,7 +378,7 @@ def test_the_point_is_the_same_whether_records_are_there_fail_or_not(
     records, begun = records_of(model), model.read()
 
     def way(kept: dict[str, Derivatives], seen: Sequence[Record]) -> Tensor:
-        with linearised(model, seen, FIRST, kept, "site", DATA, nothing) as (vectors, parts):
+        with linearised(model, seen, Keeping(FIRST, kept, "site", DATA, nothing)) as (vectors, parts):
             assert len(vectors) == len(seen)
             return parts[TANGENTS]["step"].detach().clone()
 
@@ -419,7 +419,7 @@ def test_vectors_are_dropped_when_no_round_needs_them(toy_settings: dict[str, An
 
 def test_the_head_stays_and_goes_on_afterwards(model_folder: Folder) -> None:
     model = tiny(model_folder("bert"))
-    with linearised(model, records_of(model), FIRST, {}, "site", DATA, nothing) as (_, parts):
+    with linearised(model, records_of(model), Keeping(FIRST, {}, "site", DATA, nothing)) as (_, parts):
         assert set(parts) == {TANGENTS}
         assert not any(p.requires_grad for p in model.head.values())
     assert all(p.requires_grad for p in model.head.values())
@@ -483,7 +483,7 @@ def test_a_process_of_many_sites_holds_no_more_than_one_site_may(
     monkeypatch.setattr(wing, "MOST_BYTES", 2 * len(records) * wing.bytes_each(model))
 
     def play(site: str) -> None:
-        with linearised(model, records, FIRST, kept, site, DATA, nothing) as (vectors, _):
+        with linearised(model, records, Keeping(FIRST, kept, site, DATA, nothing)) as (vectors, _):
             assert len(vectors) == len(records)
 
     for site in ("north", "south", "west", "east"):

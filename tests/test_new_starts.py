@@ -480,6 +480,34 @@ def test_after_calibration_gradients_are_as_long_as_with_random_rows(model_folde
     assert float(after) == pytest.approx(wanted, rel=0.03)  # a hundred draws know it to 1 %
 
 
+@pytest.mark.parametrize("name", ["lora-frozen-b", "lora-diagonal"])
+def test_so_are_those_of_an_adapter_that_trains_something_else_than_b(model_folder: Folder, name: str) -> None:
+    """The factor of a free length alone is scaled; the median is that of two hundred models of random directions."""
+    model = tiny(model_folder("bert"), "bert", STARTS["svd-of-weights"](), name)
+    records = model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
+    squares, generator = torch.zeros(len(records), dtype=torch.float64), torch.Generator().manual_seed(4)
+    for _ in range(200):
+        drawn: AdapterState = {}
+        for layer, factors in model.start.items():
+            if layer != HEAD:
+                rows = {n: orthonormal_rows(RANK, max(factors[n].shape), generator) for n in ("A", "B") if n in factors}
+                drawn[layer] = {n: rows[n] if n == "A" else rows[n].T for n in model.adapter.frozen}
+        squares += torch.tensor(gradients(model, merge(model.start, drawn), records)).square() / 200
+    free = model.adapter.free_scale
+    long = {
+        layer: {n: 7 * t if n == free else t for n, t in f.items()} if layer != HEAD else f
+        for layer, f in model.start.items()
+    }
+    for state in (model.start, long):
+        made = calibrated(model, state, records)
+        after = float(torch.tensor(gradients(model, made, records)).median())
+        assert after == pytest.approx(float(squares.sqrt().median()), rel=0.08)
+        for layer, factors in made.items():
+            for factor, tensor in factors.items():
+                if layer == HEAD or factor != free:
+                    assert torch.equal(tensor, model.start[layer][factor])
+
+
 def test_calibration_is_the_ratio_of_medians_and_moves_a_alone(model_folder: Folder) -> None:
     model = tiny(model_folder("bert"), "bert", STARTS["shards"](normalised=False))  # type: ignore[call-arg]
     records = model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
@@ -509,9 +537,21 @@ def test_a_calibrated_run_sends_its_a_once_and_a_head_of_zeros_is_refused(toy_se
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"strategy": "fed-sb"}, "which only 'lora-frozen-a' can be"),
-        ({"strategy": "fedavg-lora"}, "which only 'lora-frozen-a' can be"),
+        ({"strategy": "fed-sb"}, "which only 'lora-frozen-a', 'lora-frozen-b', 'lora-diagonal' can be"),
+        ({"strategy": "fedavg-lora"}, "which only 'lora-frozen-a', 'lora-frozen-b', 'lora-diagonal' can be"),
+        ({"strategy": "fedavg-lora", "adapter.name": "dora"}, "can be: give 'dora' a number"),
+        ({"strategy": "fedavg-lora", "adapter.name": "lora-increments"}, "can be: give 'lora-increments' a number"),
+        ({"strategy": "fedavg-lora", "adapter.name": "randlora"}, "can be: give 'randlora' a number"),
+        ({"strategy": "fedavg-lora", "adapter.name": "salt"}, "can be: give 'salt' a number"),
         ({"strategy": "fed-svd"}, "gives A another length"),
+        (
+            {"strategy": "ffa-lora", "adapter.start": "public-gradient", "start.data": "a.csv"},
+            "'public-gradient' moves the weights by start.step",
+        ),
+        (
+            {"strategy": "fedavg-lora", "adapter.name": "lora-frozen-b", "adapter.start": "public-metric"},
+            "'public-metric' has a length of its own",
+        ),
         (
             {"strategy": "ffa-lora", "model.task": "image-classification", "head.start": "random"},
             "public phrases, but model.task 'image-classification' holds no words",

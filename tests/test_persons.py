@@ -23,7 +23,7 @@ from audits.worlds import Gradient, Recorder, World, fresh_world, minus, norm, r
 from client.deadline import Timing, most_drawn
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
-from client.linearised import Linearisation, linearised
+from client.linearised import Keeping, Linearisation, linearised
 from client.own_records import bounded, prepared
 from client.policy import Policy
 from client.site import own_settings
@@ -222,7 +222,7 @@ def test_linearised_steps_clip_persons(model_folder: Folder) -> None:
     records, of, data = owned(world), Linearisation("1", 1, 0, "", ""), Dataset("", (), ())
     clip, moved = 0.01, []
     for chosen in (records, [r for r in records if r[OWNER] != 1]):
-        with linearised(world.model, chosen, of, {}, "site", data, lambda: None) as (vectors, trained):
+        with linearised(world.model, chosen, Keeping(of, {}, "site", data, lambda: None)) as (vectors, trained):
             assert [vector[OWNER] for vector in vectors] == [record[OWNER] for record in chosen]
             figures = by_person(clip)
             parameters = [p for layer in trained.values() for p in layer.values()]

@@ -13,8 +13,9 @@ from common.errors import ConfigError
 from common.messages.round import Spending, TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.privacy.events import sampled_gaussian
+from server.noise import averaged_noise
 from server.optimizer import server_step
-from server.rates import mean_noise, within_noise
+from server.rates import within_noise
 from strategies import Contribution
 from strategies.job import Job, configure
 
@@ -59,7 +60,7 @@ def test_noise_alone_ends_within_the_bound_and_near_it() -> None:
     )
     for number in range(1, 13):
         results, averaged = round_of(number, state.adapter)
-        assert mean_noise(job, results, averaged) == pytest.approx(wanted)
+        assert averaged_noise(job, results, averaged, usual=True) == pytest.approx(wanted)
         changed = {
             layer: {n: t + wanted * torch.randn(t.shape, generator=draw) for n, t in fs.items()}
             for layer, fs in state.adapter.items()
@@ -88,7 +89,9 @@ def test_a_site_that_states_much_noise_lowers_no_rate() -> None:
     lying = [results[0], replace(results[1], spending=loud)]
     usual = replace(results[1].spending, event=sampled_gaussian(2.0, 0.5, 1.0))
     honest = [results[0], replace(results[1], spending=usual)]
-    assert mean_noise(job, lying, averaged) == pytest.approx(mean_noise(job, honest, averaged))
+    assert averaged_noise(job, lying, averaged, usual=True) == pytest.approx(
+        averaged_noise(job, honest, averaged, usual=True)
+    )
 
 
 @pytest.mark.parametrize("more", [{"server.most-noise": 0.0}, {"server.most-noise": 1e6}, {"privacy.mode": "none"}])

@@ -13,7 +13,7 @@ from torch import Tensor
 from audits.tiny_models import TARGETS
 from audits.tiny_site import clinic
 from client import app
-from client.linearised import Derivatives, Linearisation
+from client.linearised import Derivatives, Keeping, Linearisation
 from client.refit import refit
 from client.rehearsal import rehearse, rehearse_features, rehearse_head
 from common.adapters import build_adapter
@@ -78,7 +78,7 @@ def nothing() -> None:
 
 def sums_of(model: FederatedModel, records: Sequence[Record], clip: float) -> Tensor:
     """Return the sum of the clipped gradients of the first step, weight and bias as one vector."""
-    with refit(model, records, LAST, {}, "site", DATA, nothing) as (seen, trained):
+    with refit(model, records, Keeping(LAST, {}, "site", DATA, nothing)) as (seen, trained):
         optimizer = torch.optim.SGD(trained[HEAD].values(), lr=0.0)
         with gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 8.0).steps(model, optimizer) as steps:
             return torch.cat([g.flatten() for g in steps.release(model.fixed_batches(seen), model.losses)])
@@ -149,7 +149,7 @@ def test_features_are_computed_once_and_no_record_s_noise_sees_them(model_folder
     counts = list[int]()
     copies, before, shapes, task = [dict(r) for r in records], model.read(), model.shapes, model.task
     for number in range(3):
-        with refit(model, records, LAST, kept, "site", DATA, lambda: passes.append(1)) as (seen, trained):
+        with refit(model, records, Keeping(LAST, kept, "site", DATA, lambda: passes.append(1))) as (seen, trained):
             assert len(seen) == len(records)
             assert set(trained) == {HEAD}
             assert {id(p) for p in model.module.parameters() if p.requires_grad} == {id(p) for p in model.head.values()}
@@ -157,12 +157,12 @@ def test_features_are_computed_once_and_no_record_s_noise_sees_them(model_folder
         first = seen[0][FEATURES]
         counts.append(len(passes))
     assert counts == counts[:1] * 3
-    with refit(model, [], LAST, kept, "site", DATA, nothing) as (seen, _):
+    with refit(model, [], Keeping(LAST, kept, "site", DATA, nothing)) as (seen, _):
         assert seen == []
     received = {place: p.detach().clone() for place, p in model.below_head().items()}
     with torch.no_grad():  # of another adapter they are others
         next(iter(model.below_head().values())).add_(0.5)
-    with refit(model, records, LAST, kept, "site", DATA, lambda: passes.append(1)) as (moved, _):
+    with refit(model, records, Keeping(LAST, kept, "site", DATA, lambda: passes.append(1))) as (moved, _):
         assert len(passes) == 2 * counts[0]
         assert not torch.equal(moved[0][FEATURES], first)
     with torch.no_grad():

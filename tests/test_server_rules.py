@@ -6,26 +6,31 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from client.ledger.ledger import Ledger
 from common.errors import ConfigError, DataError, ModelError
 from common.messages.state import HEAD, AdapterState
+from common.nulls import LEVEL, edge_behind, noise_edge
 from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
 from server.model import ServerModel
 from server.optimizer import server_step
 from server.ruled import ruled_step
-from strategies import ServerState
+from strategies import Contribution, ServerState
 from strategies.job import configure
 from strategies.rules import RULES, ServerRule
 from strategies.rules.align_guard import AlignGuard, guarded
 from strategies.rules.allora import row_factors
+from strategies.rules.base import Known
 from strategies.rules.lora_pro import tangent_step
+from strategies.rules.soft_threshold import entries_shrunk, product_shrunk
 
 OUT, INTO, RANK = 13, 9, 3
 S = 1.7
@@ -228,7 +233,7 @@ def test_invariant_j3_the_shift_is_the_proximal_map_and_is_the_same_at_the_sites
     measured = {"one": {"B": parts[0].reshape(-1, OUT, RANK)}, "two": {"B": parts[1].reshape(-1, 4, 3)}}
 
     def shifted(state: AdapterState) -> AdapterState:
-        return rule.step(state, state, measured)
+        return rule.step(state, state, measured, Known())
 
     def flat(state: AdapterState) -> Tensor:
         return torch.cat([state[layer]["B"].flatten() for layer in ("one", "two")])
@@ -276,6 +281,172 @@ def test_invariant_j4_the_fisher_matrix_is_of_public_text_and_nothing_is_charged
         guarded(torch.zeros(3, 7), 2, 1.0)
 
 
+# --- a threshold of singular values -----------------------------------------------------------------------------------
+
+PLAIN: dict[str, Any] = {
+    "strategy": "ffa-lora",
+    "server.rule": "soft-threshold",
+    "server.optimizer": "momentum",
+    "server.momentum": 0.0,
+    "server.learning-rate": 0.5,
+    "schedule": "constant",
+}
+
+
+def slow(B: Tensor, A: Tensor, threshold: float) -> Tensor:
+    """Return the weight whose singular values are those of B A, less a threshold: of the whole product."""
+    U, values, Vt = torch.linalg.svd(B @ A, full_matrices=False)
+    return U @ torch.diag((values - threshold).clamp(min=0)) @ Vt
+
+
+def published(z: Tensor, threshold: float) -> Tensor:
+    """Return what SoRA's code makes: shrunk by ξ, and then what is below ξ dropped."""
+    once = entries_shrunk(z, threshold)
+    return torch.where(once.abs() < threshold, 0.0, once)
+
+
+def of_columns(B: Tensor, threshold: float) -> Tensor:
+    norms = B.norm(dim=0)
+    return B * ((norms - threshold).clamp(min=0) / norms)
+
+
+@pytest.mark.parametrize(("out", "into", "rank"), [(13, 9, 3), (7, 21, 5), (4, 30, 6), (20, 3, 5)])
+def test_invariant_t1_the_products_singular_values_shrink_whatever_the_shapes_and_ranks(
+    out: int, into: int, rank: int
+) -> None:
+    A, B = draw(rank, into, seed=1), draw(out, rank, seed=2)
+    cases = [(B, A), (torch.cat([B[:, :1]] * rank, dim=1), A), (B, torch.cat([A[:1], A[:-1]])), (0 * B, A)]
+    for left, right in cases:
+        for threshold in (0.0, 0.7, 3.0, 1e3):
+            found = product_shrunk(left, right, threshold) @ right
+            assert float((found - slow(left, right, threshold)).abs().max()) < 1e-9
+    # It is the proximal map: (B A - P) / ξ is a subgradient of the nuclear norm at P.
+    P, threshold = product_shrunk(B, A, 2.0) @ A, 2.0
+    U, kept, Vt = torch.linalg.svd(P, full_matrices=False)
+    gradient, on = (B @ A - P) / threshold, kept > 1e-9
+    assert float(torch.linalg.svdvals(gradient)[0]) <= 1 + 1e-10
+    assert float(((U[:, on].T @ gradient @ Vt[on].T) - torch.eye(int(on.sum()))).abs().max()) < 1e-9
+    # Planted: of B alone, whose singular values are not the product's under an A that is not orthonormal.
+    planted = product_shrunk(B, torch.eye(rank, dtype=torch.float64), threshold) @ A
+    assert float((planted - slow(B, A, threshold)).abs().max()) > 1e-2
+
+
+def test_invariant_t1_the_published_operator_drops_twice_as_much() -> None:
+    z = draw(1000, seed=2)
+    assert float((entries_shrunk(z, 0.3) - torch.nn.functional.softshrink(z, 0.3)).abs().max()) < 1e-15
+    assert int((published(z, 0.3) == 0).sum()) > 1.5 * int((entries_shrunk(z, 0.3) == 0).sum())
+
+
+def test_invariant_t2_it_does_not_depend_on_the_basis_and_a_gate_on_columns_does() -> None:
+    B, A = draw(OUT, RANK, seed=1), draw(RANK, INTO, seed=2)
+    T = draw(RANK, RANK, seed=3)
+    turned = product_shrunk(B @ torch.linalg.inv(T), T @ A, 2.0) @ T @ A
+    assert float((turned - slow(B, A, 2.0)).abs().max()) < 1e-9
+    turn = torch.linalg.qr(T)[0]
+    assert float((of_columns(B @ turn.T, 2.0) @ turn - of_columns(B, 2.0)).abs().max()) > 1e-2
+
+
+def soft_round(
+    job: Any, sites: list[AdapterState], weights: list[float], adapter: AdapterState, noise: float
+) -> Tensor:
+    before = ServerState(0, adapter, job.adapter.trained)
+    parts = [Contribution(str(k), w, s) for k, (w, s) in enumerate(zip(weights, sites, strict=True))]
+    averaged = job.strategy.combine(before, parts)
+    return ruled_step(job, job.config, {}, before, averaged, noise).adapter["layer"][job.adapter.trained[0]]
+
+
+def test_a_round_is_the_slow_threshold_of_the_weighed_mean_and_no_mean_of_thresholds() -> None:
+    """Unequal weights, a server's rate, an A that is not orthonormal, a B that had a value: against whole products."""
+    job = configure(PLAIN)
+    adapter: AdapterState = {"layer": {"A": draw(RANK, INTO, seed=1), "B": draw(OUT, RANK, seed=2)}}
+    weights, noise, rate = [100.0, 300.0, 50.0], 0.3, 0.5
+    sites: list[AdapterState] = [{"layer": {"B": draw(OUT, RANK, seed=5 + k)}} for k in range(3)]
+    found = soft_round(job, sites, weights, adapter, noise)
+    mean = sum(w / 450 * s["layer"]["B"] for w, s in zip(weights, sites, strict=True))
+    A, B = adapter["layer"]["A"], adapter["layer"]["B"]
+    moved = B - rate * (B - mean)
+    xi = rate * noise * edge_behind(OUT, torch.linalg.svdvals(A).tolist(), LEVEL)
+    assert xi > 0.1 * float(torch.linalg.svdvals(moved @ A)[-1]), "nothing shrinks: nothing is proved"
+    assert float((found @ A - slow(moved, A, xi)).abs().max()) < 1e-10
+    # Planted: the threshold at the sites; that of a round at rate 1; of B alone.
+    at_sites = sum(w / 450 * product_shrunk(s["layer"]["B"], A, xi) for w, s in zip(weights, sites, strict=True))
+    for wrong in (B - rate * (B - at_sites), product_shrunk(moved, A, xi / rate)):
+        assert float((found @ A - wrong @ A).abs().max()) > 1e-3
+
+
+def test_noise_alone_stays_at_zero_and_a_smaller_edge_lets_it_through() -> None:
+    """In 200 rounds of pure noise about one in twenty moves anything, in any of four layers; signal stays."""
+    job = configure({**PLAIN, "server.optimizer": "none", "training.optimizer": "sgd", "training.local-steps": 1})
+    gains = torch.tensor([1.0, 0.8, 0.3], dtype=torch.float64)
+    A = torch.diag(gains) @ torch.linalg.qr(draw(INTO, RANK, seed=1))[0].T
+    weights, noises = (0.5, 0.3, 0.2), (0.1, 0.2, 0.4)
+    tau = sum((w * n) ** 2 for w, n in zip(weights, noises, strict=True)) ** 0.5
+    layers = [f"layer{k}" for k in range(4)]
+    before = {layer: {"B": torch.zeros(OUT, RANK).double()} for layer in layers}
+    frozen: AdapterState = {layer: {"A": A} for layer in layers}
+    moved, let_through = 0, 0
+    for trial in range(200):
+        noise = {
+            layer: {
+                "B": sum(
+                    w * n * draw(OUT, RANK, seed=1 + 1000 * trial + 10 * k + j)
+                    for j, (w, n) in enumerate(zip(weights, noises, strict=True))
+                )
+            }
+            for k, layer in enumerate(layers)
+        }
+        kept = job.rule.step(before, noise, {}, Known(frozen, tau))  # type: ignore[arg-type]
+        moved += any(bool(f["B"].abs().max() > 1e-12) for f in kept.values())
+        lax = job.rule.step(before, noise, {}, Known(frozen, 0.7 * tau))  # type: ignore[arg-type]
+        let_through += any(bool(f["B"].abs().max() > 1e-12) for f in lax.values())
+    assert moved <= 20, f"{moved} of 200 rounds of noise alone moved the model"
+    assert let_through > 100, "the planted edge of less noise is not told apart"
+    strong = {layer: {"B": 40 * tau * draw(OUT, 1, seed=3) @ draw(1, RANK, seed=4)} for layer in layers}
+    assert float(job.rule.step(before, strong, {}, Known(frozen, tau))["layer0"]["B"].norm()) > 10 * tau
+
+
+def test_the_edge_behind_a_matrix_is_that_of_draws() -> None:
+    for rows, gains in ((13, (1.0, 0.8, 0.3)), (3, (2.0, 1.0, 1.0, 0.5, 0.1)), (40, (5.0, 0.0))):
+        drawn = torch.linalg.svdvals(draw(20_000, rows, len(gains), seed=8) * torch.tensor(gains).double())[:, 0]
+        assert float((drawn > edge_behind(rows, gains, 0.05)).double().mean()) == pytest.approx(0.05, abs=0.02)
+    assert edge_behind(13, (2.0, 2.0), 0.05) == pytest.approx(2 * noise_edge(13, 2, 0.05))
+
+
+def test_a_threshold_is_refused_where_it_means_nothing() -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"strategy": "fedavg-lora"}, r"shrinks all of B over a frozen A, or a diagonal"),
+        ({"strategy": "fed-sb"}, r"shrinks all of B over a frozen A, or a diagonal"),
+        ({"server.optimizer": "adam"}, r"needs a plain step of the server, and server\.optimizer 'adam'"),
+        ({"server.momentum": 0.5}, r"needs a plain step of the server, and server\.optimizer 'momentum'"),
+        ({"privacy.mode": "none"}, r"privacy\.mode 'none' has none: set soft-threshold\.threshold"),
+        ({"training.local-steps": 4}, r"the noise of one plain step, and 4 local steps of sgd"),
+        ({"server.optimizer": "none"}, r"the noise of one plain step, and 1 local steps of adam"),
+        ({"strategy": "increlora"}, r"would move what rests"),
+        ({"strategy": "dylora"}, r"would move what rests"),
+    ]
+    for more, why in refused:
+        with pytest.raises(ConfigError, match=why):
+            configure({**PLAIN, **more})
+    configure({**PLAIN, "privacy.mode": "none", "soft-threshold.threshold": 0.005})
+    with pytest.raises(ModelError, match=r"does not follow .* set soft-threshold\.threshold"):
+        configure(PLAIN).rule.step({}, {"layer": {"B": draw(OUT, RANK)}}, {}, Known())
+    job = configure({**PLAIN, "strategy": "fedavg-lora", "adapter.name": "lora-diagonal"})
+    z = draw(50, seed=3)
+    found = job.rule.step({}, {"layer": {"z": z}}, {}, Known({}, 0.1))["layer"]["z"]
+    assert torch.allclose(found, torch.nn.functional.softshrink(z, 0.1 * NormalDist().inv_cdf(1 - LEVEL / 100)))
+
+
+def test_a_threshold_runs_privately_and_what_noise_explains_does_not_move(toy_settings: dict[str, Any]) -> None:
+    loud = {**toy_settings, **PLAIN, "rounds": 2, "privacy.noise-multiplier": 40.0, "adapter.start": "kaiming"}
+    loud |= {"training.local-steps": 1, "training.optimizer": "sgd"}
+    folder = run_in_process(loud, 2)
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    moved = [name for name, tensor in adapter.items() if "lora_B" in name and bool(tensor.any())]
+    assert not moved, "what moved is noise"
+    plain = load_file(run_in_process({**loud, "server.rule": "none"}, 2, "plain") / "adapter/adapter_model.safetensors")
+    assert all(bool(tensor.any()) for name, tensor in plain.items() if "lora_B" in name)
+
+
 # --- all rules --------------------------------------------------------------------------------------------------------
 
 FITTING: dict[str, dict[str, Any]] = {
@@ -283,6 +454,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "lora-pro": {"strategy": "fedavg-lora"},
     "allora": {"strategy": "ffa-lora"},
     "align-guard": {"strategy": "ffa-lora", "model.task": "causal-lm", "head.policy": "frozen"},
+    "soft-threshold": {**PLAIN, "soft-threshold.threshold": 0.1},
 }
 
 
@@ -303,7 +475,7 @@ def test_a_rule_leaves_head_and_frozen_factors_and_comes_back_from_its_settings(
     plain, after = server_step(job.config, before, averaged), ruled_step(job, job.config, measured, before, averaged)
     assert torch.equal(plain.adapter[HEAD]["weight"], after.adapter[HEAD]["weight"])
     same = [torch.equal(plain.adapter["layer"][n], after.adapter["layer"][n]) for n in ("A", "B")]
-    assert same == [name in ("none", "allora", "align-guard"), name == "none"]
+    assert same == [name in ("none", "allora", "align-guard", "soft-threshold"), name == "none"]
     assert after.round_number == 1
 
 
@@ -344,7 +516,7 @@ def test_a_row_more_is_all_that_a_rule_needs(monkeypatch: pytest.MonkeyPatch) ->
 
         name, paper = "still", "nobody"
 
-        def step(self, before: AdapterState, after: AdapterState, measured: AdapterState) -> AdapterState:
+        def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:
             return before
 
     monkeypatch.setitem(RULES, Still.name, Still)

@@ -16,6 +16,7 @@ from test_admission import DEAR_START, NUMBERS, STATE, answer, plan
 
 from common.errors import BudgetExhausted, ConfigError
 from common.messages.round import TrainResult
+from common.messages.state import HEAD
 from common.messages.tensors import l2_norm
 from common.privacy import MECHANISMS
 from server import aggregation
@@ -203,3 +204,33 @@ def test_the_module_says_the_figures_that_the_documents_have() -> None:
     text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
     assert f"{LONGEST:g} times" in text
     assert f"{LONGEST_OPEN:g} times" in text
+
+
+def noise_of_rank(job: Job, rank: int, out: int = 300) -> tuple[TrainResult, ServerState]:
+    """Return a site's answer of noise alone on a head and so many columns, and the state that it is a change of."""
+    draw, own = torch.Generator().manual_seed(rank), plan(job)
+    way = own.gradient_noise_std * job.config.site_rate(1, 0)
+    shapes = {"layer": {"B": (out, rank)}, HEAD: {"weight": (2, 400)}}
+    faster = {"layer": 1.0, HEAD: job.config.training.head_rate}
+    sent = {
+        layer: {n: faster[layer] * way * torch.randn(s, generator=draw) for n, s in fs.items()}
+        for layer, fs in shapes.items()
+    }
+    held = {layer: {n: torch.zeros(s) for n, s in fs.items()} for layer, fs in shapes.items()}
+    return replace(answer(job, own), contribution=sent), ServerState(0, held, ("B",))
+
+
+def test_sites_of_unlike_ranks_are_measured_alike_where_the_head_moves_faster() -> None:
+    job = configure({**PRIVATE, "head-rate": 30.0, "privacy.noise-multiplier": 60.0, "privacy.epsilon": 50.0})
+    assert job.config.training.head_rate == 30.0
+    parts, before = [], []
+    for rank in (1, 64):
+        result, state = noise_of_rank(job, rank)
+        length, least = l2_norm(result.contribution), least_plan(job, result)
+        parts.append(length / honest_norm(job, least, result, state))
+        told = result.spending.event if result.spending else None
+        numbers = 300 * rank + 800
+        before.append(length / (30.0 * job.config.site_rate(1, 0) * least.longest_gradient(numbers, told)))
+    assert all(part < 1 for part in parts)
+    assert parts[0] / parts[1] == pytest.approx(1.0, abs=0.35)
+    assert before[0] / before[1] > 2.5, "the whole way at the head's rate measures them as unlike"

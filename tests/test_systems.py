@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from safetensors.torch import load_file
 
 from cli.reference import systems_page
-from cli.systems import AXES, SYSTEMS, System, named_rows, system_table, text_of, title_of, unnamed_rows
+from cli.systems import AXES, CONFIGS, SYSTEMS, System, named_rows, system_table, text_of, title_of, unnamed_rows
+from common.config.text import flatten, parse_settings
 from common.errors import ConfigError
+from common.run_lines import RoundLine, read_lines
+from experiments.in_process import run_in_process
+from server.checkpoint import saved_state
 from strategies import STRATEGIES
 from strategies.ffa_lora import FFALoRA
 from strategies.job import configure
 from strategies.renamed import REFUSED_STRATEGIES
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
@@ -53,3 +65,57 @@ def test_a_row_that_comes_later_is_on_the_page_by_itself(monkeypatch: pytest.Mon
     page = systems_page()
     assert '| `strategy = "later"` |' in page
     assert "### `later`" in page
+
+
+# What stands in the column "run it with", as a person types it: it runs. ----------------------------------------------
+
+RUN = [system for system in SYSTEMS if system.settings and system.settings["strategy"] not in REFUSED_STRATEGIES]
+OWN = ("strategy", "server.optimizer", "training.optimizer", "training.learning-rate", "training.local-steps")
+"""Settings of the toy run that a system's own recipe decides."""
+PLACES = ("model.name", "data.name", "data.test-size", "data.partition", "adapter.targets", "privacy.delta", "rounds")
+"""Where a system runs at all: the toy's, for it has other records than the default job."""
+
+
+table = cache(system_table)
+
+
+def printed(system: System, page: str) -> list[str]:
+    """Return what the page tells to write: lines of a configuration, or where one lies."""
+    row = next(line for line in page.splitlines() if line.startswith(f"| {system.name} |"))
+    told = re.findall(r"`([^`]+)`", row.split(" | ")[1])
+    return [told[0].split(" -c ")[1]] if told[0].startswith("fedveil run") else told
+
+
+@pytest.mark.parametrize("system", RUN, ids=lambda system: system.name)
+def test_a_system_runs_two_rounds_by_what_its_row_says(system: System, request: pytest.FixtureRequest) -> None:
+    words = printed(system, table())
+    assert len(words) == (1 if system.file else len(system.settings)) <= 2
+    text = (ROOT / words[0]).read_text(encoding="utf-8") if system.file else "\n".join(words)
+    settings = flatten(tomllib.loads(text))
+    assert settings == system.settings, "the page, the code and the file say different things"
+    generative = settings.get("model.task") == "causal-lm"
+    toy = request.getfixturevalue("toy_generation" if generative else "toy_settings")
+    own = {key: value for key, value in toy.items() if key not in OWN}
+    kept = {key: value for key, value in settings.items() if key not in PLACES}
+    scale = {"adapter.alpha": float(own["adapter.rank"])}  # 1, as in the default job
+    folder = run_in_process({**own, **scale, **kept, "data.test-size": 20}, 2)
+    assert [line.round_number for line in read_lines(RoundLine, folder) if line.round_number] == [1, 2]
+    assert saved_state(folder).round_number == 2
+    tensors = load_file(next((folder / "adapter").glob("adapter_model.safetensors")))
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_every_file_of_a_system_is_a_systems_and_says_its_command() -> None:
+    folder = ROOT / CONFIGS
+    assert {path.stem for path in folder.glob("*")} == {system.file for system in SYSTEMS if system.file}
+    for path in folder.glob("*.toml"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith("# ")
+        assert f"fedveil run -c {CONFIGS}/{path.name}" in first
+
+
+def test_a_row_of_another_setting_than_its_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = next(system for system in SYSTEMS if system.file == "salt")
+    planted = replace(name, settings={**name.settings, "adapter.start": "minor-of-weights"})
+    monkeypatch.setattr("cli.systems.SYSTEMS", (planted,))
+    assert parse_settings([str(ROOT / printed(planted, system_table())[0])]) != planted.settings

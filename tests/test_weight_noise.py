@@ -55,7 +55,7 @@ PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float
     "fed-svd": ({}, frozen_a),
     "fed-sb": ({}, square),
 }
-ALIKE = ("heterogeneous-ranks", "flexlora", "increlora", "diffora", "switchlora", "dylora")
+ALIKE = ("heterogeneous-ranks", "flexlora", "increlora", "diffora", "switchlora", "dylora", "flylora")
 """Strategies by columns of B, whose noise C5 in ``tests/test_columns.py`` measures, and one whose sites do what those
 of FFA-LoRA do where they have no record."""
 BOTH = ("fedex-lora", "flora", "rolora")
@@ -121,7 +121,7 @@ def test_every_strategy_has_a_prediction() -> None:
     assert said == set(STRATEGIES), f"nobody says what noise does under {said ^ set(STRATEGIES)}"
     for name in ALIKE:
         kind = STRATEGIES[name]
-        assert kind.by_columns or kind.nested
+        assert kind.by_columns or kind.nested or kind.routed
         assert (kind.uplink, kind.correct, kind.adapter) == (Strategy.uplink, Strategy.correct, FFALoRA.adapter)
     for name in BOTH:
         kind = STRATEGIES[name]

@@ -85,8 +85,9 @@ class Adapter(ABC):
     directions: ClassVar[tuple[str, ...]] = ("A",)
     """What it asks of a start: ``A``, rows among a layer's inputs, ``B``, columns among its outputs."""
 
-    free_scale: ClassVar[bool] = False
-    """Whether only the product of scale and A matters, A being frozen and B trained from 0: then a start may choose."""
+    free_scale: ClassVar[str] = ""
+    """The frozen factor of which only the product with the scale matters, what is trained beginning at 0: then a start
+    may choose its length (``common.starts.calibration``). Empty: there is none."""
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -239,6 +240,21 @@ class Adapter(ABC):
             for layer, factors in state.items():
                 for factor, tensor in factors.items():
                     places[layer][factor].copy_(tensor)
+
+    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
+        """Return the gradient of what is trained, at 0 and without the scale, of an adapter with a free one.
+
+        Args:
+            factors: of one layer, float64.
+            gradient: G of the layer's weight, shape (out, in), float64.
+        """
+        del factors, gradient
+        raise TypeError(f"the {self.name} adapter has no scale that a start may choose")
+
+    def share_seen(self, out: int, into: int) -> float:
+        """Return the mean of ‖``seen``‖² / ‖G‖² under random orthonormal directions."""
+        del out, into
+        raise TypeError(f"the {self.name} adapter has no scale that a start may choose")
 
     def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
         """Return the PEFT configuration by which layers are found and the exported adapter is read."""

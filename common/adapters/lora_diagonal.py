@@ -70,6 +70,7 @@ class LoRADiagonal(LowRank):
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "s B diag(x_z) A: norm s σC/b √r for unit columns of B and rows of A"
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
+    free_scale: ClassVar[str] = "A"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and z, (rank,)."""
@@ -89,6 +90,14 @@ class LoRADiagonal(LowRank):
         """Return A and B; of a start that moves the weights by B R A, what a diagonal holds of it: R's."""
         moved = {"z": given["R"].diagonal() / self.scaling} if "R" in given else {}
         return {"A": given["A"], "B": given["B"], **moved}
+
+    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
+        """Return the diagonal of Bᵀ G Aᵀ, shape (rank,)."""
+        return ((factors["B"].T @ gradient) * factors["A"]).sum(1)
+
+    def share_seen(self, out: int, into: int) -> float:
+        """Return r / (m n)."""
+        return self.rank / (out * into)
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return s B diag(z) A."""

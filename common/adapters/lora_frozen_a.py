@@ -25,8 +25,17 @@ class LoRAFrozenA(LoRA):
     trained: ClassVar[tuple[str, ...]] = ("B",)
     frozen: ClassVar[tuple[str, ...]] = ("A",)
     linear: ClassVar[bool] = True
-    free_scale: ClassVar[bool] = True
+    free_scale: ClassVar[str] = "A"
     noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"
+
+    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
+        """Return G Aᵀ, shape (out, rank)."""
+        return gradient @ factors["A"].T
+
+    def share_seen(self, out: int, into: int) -> float:
+        """Return r / n."""
+        del out
+        return self.rank / into
 
     def used(self, state: AdapterState) -> dict[str, Tensor]:
         """Return the columns of B that are not 0, of every layer, where some layer has others: such were never trained.

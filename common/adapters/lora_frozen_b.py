@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from common.adapters.lora import LoRA
 from common.messages.state import Factors
 
@@ -25,8 +27,18 @@ class LoRAFrozenB(LoRA):
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "s B x_A: norm s σC/b √n ‖B‖"
     directions: ClassVar[tuple[str, ...]] = ("B",)
+    free_scale: ClassVar[str] = "B"
 
     def begin(self, given: Factors) -> Factors:
         """Return B, and A with s B A = B R A of a start that moves the weights."""
         moved = {"A": given["R"] @ given["A"] / self.scaling} if "R" in given else {}
         return {"B": given["B"], **moved}
+
+    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
+        """Return Bᵀ G, shape (rank, in)."""
+        return factors["B"].T @ gradient
+
+    def share_seen(self, out: int, into: int) -> float:
+        """Return r / m."""
+        del into
+        return self.rank / out

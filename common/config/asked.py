@@ -77,7 +77,7 @@ class ServerSettings(Section):
     """For ``momentum``: how much of the last step the next one keeps."""
     rule: str = "none"
     """What stands around the optimiser: a row of ``strategies.rules.RULES``, whose options are set under its name.
-    ``lora-pro`` turns the change of A and B before it, ``allora`` and ``align-guard`` its step."""
+    ``lora-pro`` turns the change of A and B before it, ``allora``, ``align-guard`` and ``soft-threshold`` its step."""
     scores: bool = False
     """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which
     ``fedveil prune --by`` chooses (docs/pruned.md). It asks no site for anything."""

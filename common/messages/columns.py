@@ -6,7 +6,8 @@ beside it. So a column that a site did not train stands, in the mean of the site
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,12 +67,17 @@ def narrowed_layout(
     }
 
 
-def trained_by_any(chosen: list[Chosen], whole: AdapterState) -> AdapterState:
-    """Return, by layer, which columns of ``FACTOR`` some of the choices have: bool, shape (rank,)."""
-    found: AdapterState = {}
+def shares_of_columns(chosen: Sequence[Chosen], weights: Sequence[float], whole: AdapterState) -> AdapterState:
+    """Return, by layer, the part of all weight that the sites have which train a column: float64, shape (rank,).
+
+    0 where nobody does, and exactly 1 where all do.
+    """
+    total, found = math.fsum(weights), dict[str, dict[str, Tensor]]()
     for layer in dict.fromkeys(layer for one in chosen for layer in one):
-        mask = torch.zeros(whole[layer][FACTOR].shape[1], dtype=torch.bool)
-        for one in chosen:
-            mask[one[layer]] = True
-        found[layer] = {FACTOR: mask}
+        columns = [set(one[layer].tolist()) for one in chosen]
+        shares = [
+            math.fsum(weight for weight, own in zip(weights, columns, strict=True) if i in own) / total
+            for i in range(whole[layer][FACTOR].shape[1])
+        ]
+        found[layer] = {FACTOR: torch.tensor(shares, dtype=torch.float64)}
     return found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.adapters import Adapter
 from common.adapters.nested import DEPTH, Depths, nested_ranks
+from common.adapters.routed import routed_directions
 from common.adapters.split import split_columns
 from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, ModelError, ProtocolError
@@ -350,6 +351,14 @@ class FederatedModel:
         finally:
             for parameter in resting:
                 parameter.requires_grad_(True)
+
+    def routed(self, active: int) -> AbstractContextManager[None]:
+        """Let each position of a record through the directions alone that answer it most (``common.adapters.routed``).
+
+        Args:
+            active: how many, of those of the adapter.
+        """
+        return routed_directions(self.adapter, self.peft_model, active)
 
     @contextmanager
     def nested(self) -> Iterator[None]:

@@ -243,6 +243,20 @@ class PaidStart(Start):
 
 
 @dataclass(frozen=True)
+class PaidGradient(PaidStart):
+    """A paid start of the records' gradients: what LoRA-SB and LoRA-GA take, each of another part of them."""
+
+    @property
+    def unfit(self) -> str:
+        """Name the start that a run without privacy has."""
+        return "is for a private run: without privacy use 'private-gradient'"
+
+    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
+        """Return orthonormal directions, which hold until the sites have answered."""
+        return seeded(place, wanted)
+
+
+@dataclass(frozen=True)
 class UnpaidStart(Start):
     """A start from every site's records as they are; no privacy."""
 

@@ -1,7 +1,10 @@
-"""The length of A at which records' gradients are as long as with random orthonormal rows.
+"""The length of a frozen factor at which records' gradients are as long as with random orthonormal directions.
 
 One clip covers the adapter and the head: a start whose A makes the adapter's gradients longer takes from the head what
-the clip leaves it. With B trained from 0 only the product of scale and A matters, so A is scaled and the scale stays 1.
+the clip leaves it. With what is trained at 0, only the product of the scale and one frozen factor matters
+(``Adapter.free_scale``: A where B or a diagonal is trained, B where A is), so that factor is scaled and the scale stays
+1. Where both factors are trained, the length of neither is free after the first step; ``lora-sb`` has orthonormal
+factors by definition, and ``lora-metric`` a start that chooses its own length: there it is refused.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from common.tasks import Record
 
 
 def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[Record]) -> AdapterState:
-    """Return ``adapter`` with every A times one number.
+    """Return ``adapter`` with every factor of a free length times one number.
 
-    It is the median over public records of ‖G Aᵀ‖ with random orthonormal rows, over that with the A at hand; G is a
-    record's gradient of all adapted weights where the model starts, B = 0. With random rows it is taken in the root of
-    the mean square over all of them, which is r / n ‖G‖² of a layer with n inputs.
+    It is the median over public records of ‖∇‖ with random orthonormal directions, over that with those at hand; ∇ is a
+    record's gradient of all that is trained below the head where the model starts: G Aᵀ of a B (Bᵀ G of an A) at 0, for
+    the gradient G of an adapted weight. With random directions it is taken in the root of the mean square over all of
+    them, which is r / n ‖G‖² of a layer with n inputs (``Adapter.share_seen``).
 
     Raises:
         ModelError: the median is 0, such as with a head that starts at zero.
@@ -38,8 +42,9 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
             gradients = torch.autograd.grad(model.losses(model.batch([record])).sum(), list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 G = (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
-                lengths[0, i] += model.adapter.rank / G.shape[1] * G.square().sum()
-                lengths[1, i] += (G @ adapter[name]["A"].double().T).square().sum()
+                held = {factor: tensor.double() for factor, tensor in adapter[name].items()}
+                lengths[0, i] += model.adapter.share_seen(*G.shape) * G.square().sum()
+                lengths[1, i] += model.adapter.seen(held, G).square().sum()
     model.module.train(was_training)
     wanted, found = lengths.sqrt().median(dim=1).values.tolist()
     if not (wanted > 0 and found > 0):
@@ -47,7 +52,8 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
             "adapter.alpha cannot be calibrated, because the public phrases have no gradient: set head.start to "
             "'label-words' or 'random', or give adapter.alpha a number"
         )
+    free, times = model.adapter.free_scale, wanted / found
     return {
-        layer: {name: t * (wanted / found) if (layer not in OWN and name == "A") else t for name, t in factors.items()}
+        layer: {name: t * times if (layer not in OWN and name == free) else t for name, t in factors.items()}
         for layer, factors in adapter.items()
     }

@@ -22,7 +22,7 @@ from common.messages.state import AdapterState
 from common.model.federated import FederatedModel
 from common.privacy.plan import PrivacyPlan
 from common.starts.base import PaidStart
-from common.starts.gradient import initial_shapes, released
+from common.starts.gradient import drawn, released
 from common.starts.inputs import OfInputs, open_moments, packed
 from common.tasks import Record
 
@@ -51,6 +51,6 @@ class DPEVA(OfInputs, PaidStart):
     ) -> AdapterState:
         """Return the records' moments by the mechanism of a training step."""
         with open_moments(model) as maps:
-            parts = plan.parts(model, [records[i] for i in next(plan.draws(records))], initial_shapes(model))
+            parts = drawn(model, records, plan)
             found = released(model, maps, parts, plan, before_pass)
         return {name: {"M": packed(M.detach().double().cpu()).float()} for name, M in found.items()}

@@ -10,7 +10,7 @@ gradient of rank above k is seen in part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, cast
@@ -18,7 +18,6 @@ from typing import Annotated, Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters import Place
 from common.adapters.base import layer_shape
 from common.check import NOT_NEGATIVE
 from common.config.fields import Unit
@@ -27,29 +26,20 @@ from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
-from common.starts.base import PaidStart, seeded
+from common.starts.base import PaidGradient
 from common.starts.directions import leading_singular_triple, orthonormal_rows
-from common.starts.gradient import initial_shapes, released
+from common.starts.gradient import drawn, released
 from common.tasks import Record
 
 
 @dataclass(frozen=True)
-class DPLoRAGA(PaidStart):
+class DPLoRAGA(PaidGradient):
     """A spans the leading right singular vectors of a sketch of the sites' noised gradient; B is random."""
 
     name: ClassVar[str] = "dp-lora-ga"
 
     oversampling: Annotated[int, NOT_NEGATIVE, Unit("rows")] = 0
     """Rows that the sketch of a layer has beyond the adapter's rank."""
-
-    @property
-    def unfit(self) -> str:
-        """Name the start that a run without privacy has."""
-        return "is for a private run: without privacy use 'private-gradient'"
-
-    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
-        """Return orthonormal directions, which hold until the sketch is there."""
-        return seeded(place, wanted)
 
     def layout(self, model: FederatedModel) -> Layout:
         """Return ``S``, shape (rank + oversampling, in), of every adapted layer; no more rows than it has outputs."""
@@ -68,7 +58,7 @@ class DPLoRAGA(PaidStart):
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
         """Return the sketches of the records' gradients by the mechanism of a training step."""
-        parts = plan.parts(model, [records[i] for i in next(plan.draws(records))], initial_shapes(model))
+        parts = drawn(model, records, plan)
         with self._sketches(model) as sketches:
             found = released(model, sketches, parts, plan, before_pass)
         return {name: {"S": S.detach().float().cpu()} for name, S in found.items()}

@@ -7,7 +7,7 @@ noised and divided by a public constant: one release, by the same mechanism as a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -24,7 +24,7 @@ from common.privacy.plan import PrivacyPlan
 from common.privacy.steps import Around
 from common.privacy.together import Together
 from common.starts.directions import leading_singular_triple
-from common.tasks import Batch
+from common.tasks import Batch, Record
 
 BATCH_TOKENS = 1024
 """Tokens of one forward pass, which is one batch of the run: small parts cost it little time."""
@@ -74,6 +74,11 @@ def private_gradient(
     """
     with open_weights(model) as weights:
         return _oriented(model, released(model, weights, parts, plan, before_pass))
+
+
+def drawn(model: FederatedModel, records: Sequence[Record], plan: PrivacyPlan) -> Iterable[Batch | Together]:
+    """Return one sample of the records, in the shapes in which a start's gradients pass."""
+    return plan.parts(model, [records[i] for i in next(plan.draws(records))], initial_shapes(model))
 
 
 def released(

@@ -1,12 +1,8 @@
 """Sparse random directions: the A of FlyLoRA.
 
 FlyLoRA's A is frozen, with normal numbers at p random inputs of each row and 0 elsewhere; a position then takes the k
-of r directions that answer it most. With k = r that is LoRA with a frozen sparse A, which this is, with rows of length
-1.
-
-What is not there: k below r. Such a choice is made anew at every position, so that it is no change of a weight, and
-stock PEFT cannot load it. As published it also adds a bias to each direction that counts how often records took it, in
-every pass and without noise: a statistic of private records, which no ε covers.
+of r directions that answer it most. The choice is the strategy ``flylora``; with k = r it is LoRA with a frozen sparse
+A, which ``ffa-lora`` in this start is, with rows of length 1.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from client.linearised import Derivatives, Linearisation, linearised
+from client.linearised import Keeping, Linearisation, linearised
 from client.optimizers import build_optimizer
 from common.config.sections import RunConfig, TrainingConfig
 from common.data.sources import public_test
@@ -177,12 +177,12 @@ def _linearised(
 ) -> tuple[float, float, list[tuple[float, Tensor]]]:
     """Return the seconds of one record's derivatives, and as ``_steps`` of steps on them."""
     sizes, joined = [len(chunk) for chunk in chunks], [record for chunk in chunks for record in chunk]
-    held: dict[str, Derivatives] = {}
     public = Dataset("public", (), ())
-    with linearised(model, few, Linearisation("few", 1, 0, "", ""), held, "", public, nothing):
+    first = Keeping(Linearisation("few", 1, 0, "", ""), {}, "", public, nothing)
+    with linearised(model, few, first):
         pass  # the first passes pay for what later ones find ready
     began = time.perf_counter()
-    with linearised(model, joined, Linearisation("all", 1, 0, "", ""), held, "", public, nothing) as (vectors, trained):
+    with linearised(model, joined, replace(first, of=Linearisation("all", 1, 0, "", ""))) as (vectors, trained):
         each = (time.perf_counter() - began) / len(joined)
         left = iter(vectors)
         return each, *_steps(model, vectors[: len(few)], [list(islice(left, size)) for size in sizes], trained, config)

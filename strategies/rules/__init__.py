@@ -10,7 +10,8 @@ from strategies.rules.align_guard import AlignGuard
 from strategies.rules.allora import ALLoRA
 from strategies.rules.base import NoRule, ServerRule
 from strategies.rules.lora_pro import LoRAPro
+from strategies.rules.soft_threshold import SoftThreshold
 
-RULES: dict[str, type[ServerRule]] = {rule.name: rule for rule in (NoRule, LoRAPro, ALLoRA, AlignGuard)}
+RULES: dict[str, type[ServerRule]] = {rule.name: rule for rule in (NoRule, LoRAPro, ALLoRA, AlignGuard, SoftThreshold)}
 
 __all__ = ["RULES", "NoRule", "ServerRule"]

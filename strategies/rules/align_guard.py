@@ -33,7 +33,7 @@ from common.model.federated import FederatedModel
 from common.starts.public_text import MADE_UP, PACKAGED, check_apart, check_named, known_sha256, read_text
 from common.tasks import TASKS
 from strategies.base import Strategy
-from strategies.rules.base import ServerRule
+from strategies.rules.base import Known, ServerRule
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class AlignGuard(ServerRule):
             made.setdefault(layer, {})[name] = part.reshape(-1, *p.shape)
         return made
 
-    def step(self, before: AdapterState, after: AdapterState, measured: AdapterState) -> AdapterState:
+    def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:
         """Return b - Σ v ⟨v, b⟩ over the measured v, all layers together."""
-        del before
+        del before, known
         held = {layer: {n: t for n, t in f.items() if n in measured.get(layer, {})} for layer, f in after.items()}
         lengths = sum(
             (measured[layer][name].flatten(1) @ t.double().flatten() for layer, name, t in entries(held)),

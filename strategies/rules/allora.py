@@ -23,7 +23,7 @@ from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import AdapterState
 from strategies.base import Strategy
-from strategies.rules.base import ServerRule
+from strategies.rules.base import Known, ServerRule
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class ALLoRA(ServerRule):
                 f"{adapter.scaling:g}: set adapter.alpha to {adapter.alpha / adapter.scaling:g}, where it is 1"
             )
 
-    def step(self, before: AdapterState, after: AdapterState, measured: AdapterState) -> AdapterState:
+    def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:
         """Return B + f (the step of B) in every layer."""
-        del measured
+        del measured, known
         moved = {layer: dict(factors) for layer, factors in after.items()}
         for layer, factors in moved.items():
             if "B" in factors:

@@ -8,7 +8,7 @@ It takes nothing else, but for public text that it may measure at the server bef
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from common.adapters import Adapter
@@ -17,6 +17,16 @@ from common.config.sections import RunConfig
 from common.messages.state import AdapterState, Factors
 from common.model.federated import FederatedModel
 from strategies.base import Strategy
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a rule may know of a step beside the tensors that it moves; all of it is public."""
+
+    frozen: AdapterState = field(default_factory=dict)
+    """The factors that no site trains, of the layers alone, float64."""
+    noise: float | None = None
+    """Standard deviation of the noise on one number of a plain step; 0: there is none; None: it does not follow."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,16 @@ class ServerRule(ABC):
         del held, scaling, noised
         return change
 
-    def step(self, before: AdapterState, after: AdapterState, measured: AdapterState) -> AdapterState:
+    def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:
         """Return what stands after the round, of the layers' trained factors, float64.
 
         Args:
             before: the trained factors before the round.
             after: the same after the optimiser's step.
             measured: what ``measure`` gave.
+            known: what else is public of this step.
         """
-        del before, measured
+        del before, measured, known
         return after
 
 

@@ -1,0 +1,116 @@
+"""The noise in a round's averaged numbers: what follows from each site's stated noise, batch, rate and share.
+
+A plain step of a site with batch b and rate η puts noise of standard deviation η σ C / b on every number of its
+change; steps of one round add up by their squares, and so do the sites, each times its share of the average. Whoever
+asks what noise alone would do asks here: the report of layers that learn, the server's rates, LoRAPrune's scores, and
+thresholds of singular values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from common.messages.round import TrainResult
+from common.privacy.plan import Plan
+from server.terms import paid_plan, usual_noise
+from strategies import Contribution, Strategy
+from strategies.job import Job
+
+
+def known(job: Job) -> bool:
+    """Return whether a site's change is its gradient with Gaussian noise of a known size: one plain step, no rule."""
+    training = job.config.training
+    return (
+        job.mechanism.charged
+        and training.local_steps == 1
+        and training.optimizer == "sgd"
+        and not training.weight_decay
+        and type(job.strategy).correct is Strategy.correct
+        and type(job.strategy).uplink is Strategy.uplink
+    )
+
+
+def site_noise(job: Job, result: TrainResult, *, usual: bool = False) -> float:
+    """Return the standard deviation of the noise on one number of a site's change, after plain steps.
+
+    Args:
+        job: the run, of which something is charged.
+        result: the site's answer; only its round, its size and what it was charged for are used.
+        usual: count a site that states more noise than the run's own at the run's own.
+    """
+    return _rate(job, result) * _gradient(job, result, result.public_size, usual)
+
+
+def sum_noise(job: Job, results: Sequence[TrainResult], *, usual: bool = False) -> float:
+    """Return the same of the one change that the sum of all sites makes, in which every site adds its part.
+
+    Args:
+        job: the run, of which something is charged.
+        results: those that are in the sum, at least one.
+        usual: as of ``site_noise``.
+    """
+    first = next((result for result in results if result.spending is not None), results[0])
+    sizes = sum(result.public_size for result in results)
+    return _rate(job, first) * _gradient(job, first, sizes, usual) * math.sqrt(len(results))
+
+
+def of_average(shares: Sequence[float], noises: Sequence[float]) -> float:
+    """Return the standard deviation of one number of ``Σ p_k x_k`` for independent x_k.
+
+    >>> of_average([0.6, 0.4], [1.0, 2.0])
+    1.0
+    """
+    return math.hypot(*(share * noise for share, noise in zip(shares, noises, strict=True)))
+
+
+def averaged_noise(
+    job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution], *, usual: bool = False
+) -> float:
+    """Return the standard deviation of the noise on one number of a round's averaged change; 0 if nothing is charged.
+
+    Args:
+        job: the run.
+        results: those that count, all of one round.
+        averaged: what is averaged, in the order of ``results``, or the one sum.
+        usual: as of ``site_noise``. So a lie about noise moves nothing. Else what a site is known by counts
+            (``Contribution.noise``), that is with the factor that its change was shortened by.
+    """
+    if not job.mechanism.charged:
+        return 0.0
+    if job.mechanism.summed:
+        return sum_noise(job, results, usual=usual)
+    whole = math.fsum(one.weight for one in averaged)
+    noises = [
+        site_noise(job, result, usual=usual) if usual or one.noise is None else one.noise
+        for one, result in zip(averaged, results, strict=True)
+    ]
+    return of_average([one.weight / whole for one in averaged], noises)
+
+
+def exact_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float | None:
+    """Return ``averaged_noise`` where the averaged change is a gradient with Gaussian noise of that size; else None."""
+    if not job.mechanism.charged:
+        return 0.0
+    if not known(job) or any(noised_whole(job, result) for result in results):
+        return None
+    return averaged_noise(job, results, averaged)
+
+
+def noised_whole(job: Job, result: TrainResult) -> bool:
+    """Return whether a site's plan noises what leaves it, and not the steps."""
+    return type(paid_plan(job, result)).outgoing is not Plan.outgoing
+
+
+def _rate(job: Job, result: TrainResult) -> float:
+    """Return what a step's noise is multiplied by in a round of plain steps."""
+    number = result.round_number
+    return math.hypot(*(job.config.site_rate(number, step) for step in range(job.config.training.local_steps)))
+
+
+def _gradient(job: Job, result: TrainResult, size: int, usual: bool) -> float:
+    plan = paid_plan(job, result)
+    event = result.spending.event if result.spending else plan.event
+    if usual:
+        event = event.having(noise_multiplier=min(event.noise_multiplier, usual_noise(job, result)))
+    return type(plan)(event, event.sample_rate * size, plan.delta, plan.max_epsilon).gradient_noise_std

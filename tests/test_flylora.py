@@ -1,0 +1,200 @@
+"""FlyLoRA: a choice of directions at every position (Y1 to Y4), its sensitivity, its averages and its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from digits import tiny_vit
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_adapters import FAMILIES, Folder, float64_model, furthest_from_alone
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from common.adapters import LoRAFrozenA
+from common.adapters.routed import Routes, routed_directions
+from common.errors import ConfigError
+from common.messages.state import AdapterState
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import gaussian_plan
+from common.run_lines import PrivacyLine, read_lines
+from common.starts import STARTS
+from experiments.in_process import run_in_process
+from server.checkpoint import saved_state
+from strategies import STRATEGIES, Contribution
+from strategies.job import configure
+
+OUT, INTO, RANK, ACTIVE = 7, 11, 6, 2
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def slow(x: Tensor, A: Tensor, B: Tensor, active: int) -> Tensor:
+    """Return B (M ∘ A x) of every position, one after another, for x of shape (positions, in)."""
+    rows = []
+    for position in x:
+        y = A @ position
+        kept = sorted(range(len(y)), key=lambda i: -abs(float(y[i])))[:active]
+        rows.append(sum((y[i] * B[:, i] for i in kept), torch.zeros(len(B), dtype=torch.float64)))
+    return torch.stack(rows)
+
+
+class Counting(Routes):
+    """The fault: as published, a bias counts how often the batch takes each direction, and turns the next choice."""
+
+    def __init__(self, active: int, rank: int) -> None:
+        super().__init__(active)
+        self.bias = torch.zeros(rank, dtype=torch.float64)
+
+    def largest(self, projected: Tensor) -> Tensor:
+        score = projected.detach().abs()
+        taken = torch.zeros_like(score).scatter(-1, (score + self.bias).topk(self.active, dim=-1).indices, 1.0)
+        self.bias = 5 * (self.active / score.shape[-1] - taken.flatten(0, -2).mean(0))
+        kept = (score + self.bias).topk(self.active, dim=-1).indices
+        return projected * torch.zeros_like(projected).scatter(-1, kept, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_y1_the_gradient_of_each_record_is_that_of_one_alone(model_folder: Folder, family: str) -> None:
+    adapter, model = float64_model(model_folder(family), "lora-frozen-a", family)
+    with routed_directions(adapter, model, 1):
+        gap = furthest_from_alone(model)
+    assert gap < 1e-12, f"a record's gradient is {gap:.1e} off that of the record alone"
+    whole = model.get_submodule(next(n for n, m in model.named_modules() if n.endswith("lora_B.default")))
+    assert not whole._forward_pre_hooks, "the choice stays behind the round"
+
+
+def samples_of(model: nn.Module, losses: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, ...]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    figures = gaussian_plan(1.0, 1.0, sample_rate=0.5, expected_batch_size=2.0, delta=1e-3, max_epsilon=9.0)
+    with PrivateSteps(model, torch.optim.SGD(trained, 0.0), figures) as steps:
+        return tuple(steps.samples(batch, losses))
+
+
+def test_y1_so_is_that_of_a_vision_transformer_under_a_sparse_a() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        base = tiny_vit("vit").eval()
+    adapter = LoRAFrozenA(RANK, 6.0, ("q_proj", "v_proj"), STARTS["sparse"]())
+    model = adapter.attach(base, 1)
+    with torch.no_grad():
+        for seed, factors in enumerate(adapter.parameters(model).values()):
+            factors["B"].copy_(draw(*factors["B"].shape, seed=seed))
+    side = model.config.image_size
+    pixels = draw(4, 3, side, side, seed=5)
+
+    def losses(batch: Tensor) -> Tensor:
+        hidden = model(pixel_values=batch).last_hidden_state
+        return cast(Tensor, (hidden * draw(*hidden.shape[1:], seed=6)).sum((1, 2)).sin())
+
+    model.double().train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with routed_directions(adapter, model, ACTIVE):
+        alone = [torch.autograd.grad(losses(pixels[i : i + 1]).sum(), trained) for i in range(4)]
+        found = samples_of(model, losses, pixels)
+    whole = [torch.autograd.grad(losses(pixels[i : i + 1]).sum(), trained) for i in range(4)]
+    largest = max(float(g.abs().max()) for gradients in alone for g in gradients)
+    for i, gradients in enumerate(alone):
+        for sample, wanted in zip(found, gradients, strict=True):
+            assert float((sample[i] - wanted).abs().max()) < 1e-12 * largest
+    assert max(float((a - b).abs().max()) for a, b in zip(alone[0], whole[0], strict=True)) > 1e-3 * largest
+
+
+def layer_behind(routes: Routes) -> tuple[nn.Sequential, Callable[[Tensor], Tensor]]:
+    frozen, moving = nn.Linear(INTO, RANK, bias=False).double(), nn.Linear(RANK, OUT, bias=False).double()
+    with torch.no_grad():
+        frozen.weight.copy_(draw(RANK, INTO, seed=1))
+        moving.weight.copy_(draw(OUT, RANK, seed=2))
+    frozen.requires_grad_(False)
+    moving.register_forward_pre_hook(routes.before)
+    layer = nn.Sequential(frozen, moving)
+    return layer, lambda x: layer(x).tanh().square().sum((1, 2))
+
+
+def clipped_sum(routes: Routes, x: Tensor) -> Tensor:
+    layer, losses = layer_behind(routes)
+    (samples,) = samples_of(layer, losses, x)
+    flat = samples.flatten(1)
+    return (flat * (1.0 / flat.norm(dim=1, keepdim=True)).clamp(max=1.0)).sum(0)
+
+
+def test_y4_a_record_more_moves_the_clipped_sum_by_one_clip_and_with_a_counted_bias_by_more() -> None:
+    x = 3 * draw(24, 5, INTO, seed=3)
+    odd = 50 * draw(1, 5, INTO, seed=4)
+    with_it = torch.cat([x, odd])
+    assert float((clipped_sum(Routes(ACTIVE), with_it) - clipped_sum(Routes(ACTIVE), x)).norm()) <= 1 + 1e-9
+    faulty = [clipped_sum(Counting(ACTIVE, RANK), records) for records in (with_it, x)]
+    assert float((faulty[0] - faulty[1]).norm()) > 1.2, "records that share a count are not found"
+
+
+@pytest.mark.parametrize("active", [1, 2, 5, 6])
+def test_y1_the_pass_is_the_slow_one_position_after_position(active: int) -> None:
+    layer, _ = layer_behind(Routes(active))
+    A, B = (module.weight.detach() for module in layer)  # type: ignore[union-attr]
+    x = draw(9, INTO, seed=5)
+    assert float((layer(x).detach() - slow(x, A, B, active)).abs().max()) < 1e-12
+    if active == RANK:
+        assert float((layer(x).detach() - x @ A.T @ B.T).abs().max()) < 1e-12
+
+
+def test_y2_the_mean_of_what_sites_compute_is_what_their_mean_computes() -> None:
+    A, x, shares = draw(RANK, INTO, seed=1), draw(9, INTO, seed=5), (0.5, 0.3, 0.2)
+    sites = [draw(OUT, RANK, seed=10 + k) for k in range(3)]
+    strategy = STRATEGIES["flylora"]()
+    state = strategy.start({"layer": {"A": A, "B": torch.zeros(OUT, RANK).double()}}, ("B",))
+    parts = [Contribution(str(k), w, {"layer": {"B": B}}) for k, (w, B) in enumerate(zip(shares, sites, strict=True))]
+    averaged = strategy.server_update(state, parts).adapter["layer"]["B"]
+    wanted = sum(w * slow(x, A, B, ACTIVE) for w, B in zip(shares, sites, strict=True))
+    assert float((slow(x, A, averaged, ACTIVE) - wanted).abs().max()) < 1e-12
+    # Planted: a choice of each site's own, as a bias per site makes it.
+    own = sum(w * slow(x, A.roll(k, 1), B, ACTIVE) for k, (w, B) in enumerate(zip(shares, sites, strict=True)))
+    assert float((slow(x, A, averaged, ACTIVE) - own).abs().max()) > 1e-2
+
+
+def changed(start: AdapterState, end: AdapterState) -> dict[str, float]:
+    return {layer: float((end[layer]["B"] - start[layer]["B"]).norm()) for layer in end if "B" in start.get(layer, {})}
+
+
+def test_y3_a_run_chooses_until_its_last_round_and_its_export_is_the_whole(toy_settings: dict[str, Any]) -> None:
+    own = {"adapter.start": "sparse", "adapter.rank": 4, "adapter.targets": "query,intermediate.dense", "rounds": 2}
+    settings = {**toy_settings, **own, "privacy.mode": "none"}
+    routed = run_in_process({**settings, "strategy": "flylora"}, 2, "routed")
+    plain = run_in_process({**settings, "strategy": "ffa-lora"}, 2, "plain")
+    held, other = saved_state(routed).adapter, saved_state(plain).adapter
+    assert max(changed(other, held).values()) > 1e-4, "nothing is chosen"
+    stock = AutoModel.from_pretrained(Path(toy_settings["model.name"]))
+    before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    after = PeftModel.from_pretrained(stock, str(routed / "adapter")).merge_and_unload().state_dict()
+    for layer, factors in held.items():
+        if "A" in factors:
+            change = after[f"{layer}.weight"] - before[f"{layer}.weight"]
+            assert float((change - 6.0 / 4 * factors["B"] @ factors["A"]).abs().max()) < 1e-6
+
+
+def test_it_runs_privately_and_pays_what_ffa_lora_pays(toy_settings: dict[str, Any]) -> None:
+    own = {**toy_settings, "adapter.start": "sparse", "rounds": 2}
+    folders = [run_in_process({**own, "strategy": name}, 2, name) for name in ("flylora", "ffa-lora")]
+    paid = [[(line.round_number, line.site, line.spent) for line in read_lines(PrivacyLine, f)] for f in folders]
+    assert paid[0] == paid[1] != []
+    shapes = [{n: t.shape for n, t in load_file(f / "adapter/adapter_model.safetensors").items()} for f in folders]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"flylora.directions": 8}, r"flylora\.directions is 8 and adapter\.rank 8, so that all are taken"),
+        ({"rounds": 1}, r"flylora\.dense-rounds is 1 of 1 rounds, so that no round chooses"),
+        ({"adapter.name": "lora"}, r"strategy 'flylora' works on an adapter that trains B"),
+        ({"training.linearised": 1}, r"strategy 'flylora' chooses what is trained"),
+    ],
+)
+def test_it_is_refused_where_nothing_is_chosen_or_no_round_is_whole(more: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        configure({"strategy": "flylora", **more})
