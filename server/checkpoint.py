@@ -52,6 +52,7 @@ BEFORE: Mapping[str, Scalar] = {
     "server.most-noise": 0.0,
     "server.rule": "none",
     "server.scores": False,
+    "model.checkpointing": False,
     "head.metric": "none",
     "head.pool": "mean",
     "data.slice": "",

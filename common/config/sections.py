@@ -83,6 +83,9 @@ class ModelConfig(Section):
     An image is scaled to the largest square of whole patches that has at most so many."""
     feature_scale: Annotated[float, NOT_NEGATIVE, RATIO] = 1.0
     """Classification: length that the pooled features are brought to. 0 leaves them as they are."""
+    checkpointing: bool = False
+    """Whether each layer is computed again in the backward pass, so that memory holds one layer's activations and the
+    inputs of the others. A step takes about a third longer. It changes no gradient."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from common.model.device import (
     choose_private_tokens,
 )
 from common.model.lowered import lowered
+from common.model.recomputed import computed_once, recompute_layers
 from common.model.shapes import FixedBatch, Shapes
 from common.randomness import private_integers, stream
 from common.tasks import TASKS, Batch, Record, Task
@@ -88,6 +89,7 @@ class FederatedModel:
         max_length: int = 128,
         device: str = "auto",
         precision: str = "auto",
+        checkpointing: bool = False,
     ) -> None:
         self.base, self.adapter = base, adapter
         self._depths: Depths | None = None
@@ -123,6 +125,8 @@ class FederatedModel:
             if head.metric == "public":
                 self.module.metric = Metric(self.module.width).to(self.device)
         _turn_dropout_off(self.module)
+        if checkpointing:
+            recompute_layers(self.peft_model, base.name, self._now)
         self.statistic: Callable[[Batch], Tensor] | None = None
         """While a start measures: what stands in place of the records' losses after each pass, shape (records,)."""
         self.start: AdapterState = self.read()
@@ -393,6 +397,18 @@ class FederatedModel:
                 parameter.requires_grad_(wanted)
                 parameter.grad = None
 
+    def _now(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what brings back the ranks of the records that pass now (``common.model.recomputed``)."""
+        depths = self._depths
+        if depths is None:
+            return nullcontext
+        ranks = depths.now
+        return lambda: depths.of(ranks)
+
+    def computed_once(self) -> AbstractContextManager[None]:
+        """Return the context in which no layer is computed again in the backward pass."""
+        return computed_once(self.peft_model)
+
     def many_passes(self) -> AbstractContextManager[None]:
         """Return the context of many passes in a row: frozen weights are in the run's precision inside it."""
         # The head computes in float32, outside autocast.
@@ -563,4 +579,5 @@ def model_of(
         max_length=config.max_length,
         device=device,
         precision=precision,
+        checkpointing=config.checkpointing,
     )
