@@ -63,7 +63,7 @@ $(READY): pyproject.toml requirements/demo.txt requirements/override.txt
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(EXACT) -r requirements/demo.txt
-	$(PIP) -e '.[demo,vision,pictures,dev]'
+	$(PIP) -e '.[demo,vision,pictures,quantised,dev]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(READY)
 

@@ -53,6 +53,7 @@ BEFORE: Mapping[str, Scalar] = {
     "server.rule": "none",
     "server.scores": False,
     "model.checkpointing": False,
+    "model.quantise": "none",
     "head.metric": "none",
     "head.pool": "mean",
     "data.slice": "",

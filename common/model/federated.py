@@ -568,7 +568,7 @@ def model_of(
     The next user writes its own state over what the last one left, so nothing carries over.
     """
     return FederatedModel(
-        load_base_model(config.name, config.task, head.pool),
+        load_base_model(config.name, config.task, head.pool, config.quantise),
         adapter,
         TASKS[config.task].pooled(head.pool),
         head,
