@@ -6,6 +6,7 @@
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
+# make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
 # make docs   the pages of docs that are made from the code, and the README's picture
 # make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
@@ -22,7 +23,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment audit faults docs settings check format environment generative texts vision clean
+.PHONY: demo test test-deployment audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run -c experiments/configs/probe.toml
@@ -88,6 +89,12 @@ vision: $(VISION)
 $(VISION): $(READY) requirements/vision.txt
 	$(PIP) $(EXACT) -r requirements/vision.txt
 	@touch $(VISION)
+
+# Browser and checker are pinned by package-lock.json, and no script of a package runs. CHROMIUM=path takes another browser.
+browser: environment
+	cd reports/browser && npm ci --ignore-scripts --no-audit --no-fund
+	$(if $(RUN),,rm -rf build/report && PYTHONPATH=. $(BIN)/python tests/report_pages.py build/report)
+	node reports/browser/check.mjs build/browser $(or $(RUN),build/report)/report.html $(or $(RUN),build/report)/facts.html
 
 clean:
 	rm -rf $(VENV) .flwr .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

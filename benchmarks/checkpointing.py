@@ -1,4 +1,4 @@
-"""What ``model.checkpointing`` saves and costs: peak memory and seconds of a private step, as ratios within one run.
+"""Memory and seconds of a private step under ``model.checkpointing``, as ratios within one run.
 
     .venv/bin/python benchmarks/checkpointing.py             # about two minutes on 1 core
 
