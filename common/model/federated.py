@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.adapters import Adapter
+from common.adapters.low_bits import LowBits
 from common.adapters.nested import DEPTH, Depths, nested_ranks
 from common.adapters.split import split_columns
 from common.config.sections import HeadConfig, ModelConfig
@@ -92,6 +93,11 @@ class FederatedModel:
         checkpointing: bool = False,
     ) -> None:
         self.base, self.adapter = base, adapter
+        self.base_parameters = sum(
+            child.in_features * child.out_features if isinstance(child, LowBits) else 0
+            for child in base.module.modules()
+        ) + sum(p.numel() for p in base.module.parameters())
+        """Weights of the base model, counted once where they are shared."""
         self._depths: Depths | None = None
         """Ranks of records, inside ``nested``."""
         self.max_length = task.limit(base, max_length)
