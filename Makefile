@@ -4,6 +4,7 @@
 # make texts   the sets of newswire and newsgroups, for experiments
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys
+# make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
@@ -23,7 +24,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment audit faults docs settings check format environment generative texts vision browser clean
+.PHONY: demo test test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run -c experiments/configs/probe.toml
@@ -33,6 +34,14 @@ test: environment generative texts $(VISION)
 
 test-deployment: environment
 	$(BIN)/python -m pytest -m deployment tests/test_deploy.py
+
+# The harness and what it asks for, some 40 MB, stay out of the environment that tests are run in.
+test-harness: environment
+	$(PYTHON) -m venv $(VENV)/harness
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$($(VENV)/harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(VENV)/harness/bin/pip install --quiet --disable-pip-version-check 'lm-eval>=0.4.13,<0.5'
+	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/test_harness.py
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))
