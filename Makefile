@@ -4,8 +4,10 @@
 # make texts   the sets of newswire and newsgroups, for experiments
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys
+# make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
+# make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
 # make docs   the pages of docs that are made from the code, and the README's picture
 # make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
@@ -22,7 +24,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment audit faults docs settings check format environment generative texts vision clean
+.PHONY: demo test test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run -c experiments/configs/probe.toml
@@ -32,6 +34,14 @@ test: environment generative texts $(VISION)
 
 test-deployment: environment
 	$(BIN)/python -m pytest -m deployment tests/test_deploy.py
+
+# The harness and what it asks for, some 40 MB, stay out of the environment that tests are run in.
+test-harness: environment
+	$(PYTHON) -m venv $(VENV)/harness
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$($(VENV)/harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(VENV)/harness/bin/pip install --quiet --disable-pip-version-check 'lm-eval>=0.4.13,<0.5'
+	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/test_harness.py
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))
@@ -63,7 +73,7 @@ $(READY): pyproject.toml requirements/demo.txt requirements/override.txt
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(EXACT) -r requirements/demo.txt
-	$(PIP) -e '.[demo,vision,pictures,dev]'
+	$(PIP) -e '.[demo,vision,pictures,quantised,dev]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(READY)
 
@@ -88,6 +98,12 @@ vision: $(VISION)
 $(VISION): $(READY) requirements/vision.txt
 	$(PIP) $(EXACT) -r requirements/vision.txt
 	@touch $(VISION)
+
+# Browser and checker are pinned by package-lock.json, and no script of a package runs. CHROMIUM=path takes another browser.
+browser: environment
+	cd reports/browser && npm ci --ignore-scripts --no-audit --no-fund
+	$(if $(RUN),,rm -rf build/report && PYTHONPATH=. $(BIN)/python tests/report_pages.py build/report)
+	node reports/browser/check.mjs build/browser $(or $(RUN),build/report)/report.html $(or $(RUN),build/report)/facts.html
 
 clean:
 	rm -rf $(VENV) .flwr .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

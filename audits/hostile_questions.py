@@ -106,7 +106,7 @@ def looked_at(site: OneSite, task: TrainTask, names: Sequence[str]) -> list[str]
     """Return which of these base models a site begins to load whose policy names none of them."""
     loaded: list[str] = []
 
-    def load(name: str, task: str, pool: str) -> Any:
+    def load(name: str, task: str, pool: str, bits: str) -> Any:
         loaded.append(name)
         raise ModelNotLoaded("a model was looked at")
 

@@ -20,7 +20,7 @@ from cli.notes import print_notes
 from cli.plan import plan
 from cli.pruning import prune, recover
 from cli.report import keygen, print_summary, report, verify, watch
-from cli.serving import ask, merge
+from cli.serving import ask, export, merge
 from cli.settings import settings
 from cli.sweep import pictures, sweep
 from cli.tune import tune
@@ -35,7 +35,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, watch, verify, keygen, merge, ask, prune, recover, intruders, sweep, pictures, tune):
+for command in (report, watch, verify, keygen, merge, export, ask, prune, recover, intruders, sweep, pictures, tune):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)

@@ -1,4 +1,4 @@
-"""``fedveil merge`` and ``ask``: what becomes of a finished run's model."""
+"""``fedveil merge``, ``export`` and ``ask``: what becomes of a finished run's model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cli.errors import for_people
-from common.words import percent_text
+from common.words import counted, percent_text
 
 console = Console(highlight=False, soft_wrap=True)
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
@@ -29,6 +29,18 @@ def merge(
 
     code = merge_run(folder, target, form)
     console.print(f"model: {target}\n\n{code}", markup=False, end="")
+
+
+@for_people
+def export(
+    folder: RunFolder,
+    gguf: Annotated[Path, typer.Option(help="A new file for the adapter in llama.cpp's format.")],
+) -> None:
+    """Write a language model's adapter as one GGUF file, which llama.cpp takes with --lora."""
+    from experiments.serving.gguf import export_gguf
+
+    layers = export_gguf(folder, gguf)
+    console.print(f"adapter: {gguf}, {counted(layers, 'layer')}", markup=False)
 
 
 @for_people

@@ -171,15 +171,25 @@ class _Rehearsal:
                             self._compare([sample[row] for sample in found], alone[length][number])
 
     def _alone(self, record: Record, length: int) -> list[Tensor]:
-        """Return a record's gradient without hooks and beside filler alone, in the shape of the comparison."""
-        loss = self.model.losses(self.model.fixed_batch([record], length, ROWS)).sum()
-        found = torch.autograd.grad(loss, self.trained, allow_unused=True)
-        if any(gradient is None for gradient in found):
-            unused = next(p for p, gradient in zip(self.trained, found, strict=True) if gradient is None)
-            raise self._refusal(
-                f"the model does not use the layer {self.layers[id(unused)]!r}: name others in adapter.targets"
-            )
-        return list(found)
+        """Return a record's gradient without hooks and beside filler alone, in the shape of the comparison.
+
+        In the shortest shape no layer is computed again (``model.checkpointing``): what that changes shows there. In
+        longer ones memory may not have room for all activations.
+        """
+        once = self.model.computed_once() if length == self.shapes.lengths[0] else nullcontext()
+        for parameter in self.trained:
+            parameter.grad = None
+        with once:
+            self.model.losses(self.model.fixed_batch([record], length, ROWS)).sum().backward()
+        found: list[Tensor] = []
+        for parameter in self.trained:
+            if parameter.grad is None:
+                raise self._refusal(
+                    f"the model does not use the layer {self.layers[id(parameter)]!r}: name others in adapter.targets"
+                )
+            found.append(parameter.grad)
+            parameter.grad = None
+        return found
 
     def _compare(self, found: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         whole = float(torch.stack([w.double().norm() for w in want]).norm())

@@ -30,7 +30,8 @@ def load_result(adapter: Path) -> tuple[TaskModule, dict[str, Any]]:
         raise DataError(f"{adapter} holds no adapter: give the folder of a finished run")
     about = read_json(adapter / "fedveil.json")
     pool = str(about["settings"].get("head.pool", "mean"))
-    base = load_base_model(about["base_model"], about["task"], pool)
+    bits = str(about["settings"].get("model.quantise", "none"))
+    base = load_base_model(about["base_model"], about["task"], pool, bits)
     if base.fingerprint != about["base_fingerprint"]:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     # A run of the head alone has no adapter.

@@ -86,7 +86,7 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
             f"adapter {adapter.name!r} changes no layer by a product of two factors, and intruders are counted for "
             "such a change alone: there is nothing to count"
         )
-    base = load_base_model(about["base_model"], about["task"], job.config.head.pool)
+    base = load_base_model(about["base_model"], about["task"], job.config.head.pool, job.config.model.quantise)
     if base.fingerprint != about["base_fingerprint"]:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     peft_model, state = adapter.attach(base.module, job.config.seed), saved_state(run)

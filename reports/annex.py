@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from common.privacy.figures import epsilon_text
 from common.words import counted, number_text
 from reports.audits import bound_sentences
+from reports.compute import compute_words
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared
 from reports.markdown import plain
@@ -208,7 +209,8 @@ def _ai_act(data: ReportData, declared: Declared) -> list[Row]:
             [
                 f"Base model: {base}, not trained further but for the adapter; {data.headline.rounds_done} rounds of "
                 f"{setting_of(data, 'training.local-steps')} steps at each site.",
-                f"{OPEN} The base model's training compute.",
+                *(compute_words(data, declared.base_training_flop) or [f"{OPEN} The run's training compute."]),
+                *([] if declared.base_training_flop else [f"{OPEN} The base model's training compute."]),
                 *([f"Its licence, as declared: {declared.base_license}"] if declared.base_license else []),
             ],
         ),

@@ -110,6 +110,8 @@ class Origin:
     """Of the server's code; empty: an earlier FedVeil did not record it."""
     files: dict[str, str]
     """Of each file in the run's folder that the adapter consists of, by its path there."""
+    parameters: int = 0
+    """Weights of the base model; 0: an earlier FedVeil did not record it."""
 
 
 @dataclass(frozen=True)
@@ -208,13 +210,14 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
     try:
         told = read_json(about)
         base_model, base = str(told["base_model"]), str(told["base_fingerprint"])
+        parameters = int(told.get("base_parameters", 0))
         files = {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}
-    except (DataError, KeyError, OSError) as error:
+    except (DataError, KeyError, OSError, TypeError, ValueError) as error:
         problems.append(
             f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
         )
         return None
-    return Origin(base_model, base, str(told.get("bundle", "")), files)
+    return Origin(base_model, base, str(told.get("bundle", "")), files, parameters)
 
 
 def setting_of(data: ReportData, key: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -33,7 +34,7 @@ class Declared:
     """Each field answers one question; empty: nobody has answered it.
 
     Raises:
-        ConfigError: a sector that the registry does not know, or a date that is none.
+        ConfigError: a sector that the registry does not know, or a date or a number that is none.
     """
 
     name: str = ""
@@ -42,6 +43,8 @@ class Declared:
     """Under which licence is the adapter given away? An identifier of the hub, such as apache-2.0."""
     base_license: str = ""
     """Under which licence does the base model stand?"""
+    base_training_flop: str = ""
+    """How many floating-point operations did training the base model take? A number, such as 1.6e21."""
     description: str = ""
     """What is the model, in a sentence?"""
     intended_use: str = ""
@@ -64,6 +67,15 @@ class Declared:
     """Who fills in the record for the registry? Several are separated by semicolons."""
 
     def __post_init__(self) -> None:
+        if self.base_training_flop:
+            try:
+                flop = float(self.base_training_flop)
+            except ValueError:
+                flop = 0.0
+            if not 0 < flop < math.inf:
+                raise ConfigError(
+                    f"base-training-flop is {self.base_training_flop!r}: write a number above 0, such as '1.6e21'"
+                )
         if self.sector:
             OneOf(SECTORS).check("sector", self.sector)
         if self.published:

@@ -52,6 +52,8 @@ BEFORE: Mapping[str, Scalar] = {
     "server.most-noise": 0.0,
     "server.rule": "none",
     "server.scores": False,
+    "model.checkpointing": False,
+    "model.quantise": "none",
     "head.metric": "none",
     "head.pool": "mean",
     "start.singular-values": False,

@@ -227,6 +227,7 @@ class RunFolder:
             {
                 "base_model": config.model.name,
                 "base_fingerprint": model.base.fingerprint,
+                "base_parameters": model.base_parameters,
                 "bundle": own_digest(),
                 "task": config.model.task,
                 "label_names": list(label_names),

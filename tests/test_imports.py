@@ -63,6 +63,8 @@ DOORS = {
     "trackio": {"common/trackers/trackio.py"},
     "wandb": {"common/trackers/wandb.py"},
     "onnx": {"common/model/dinov2.py"},
+    "gguf": {"experiments/serving/gguf.py"},
+    "bitsandbytes": {"common/adapters/low_bits.py"},
     "ray": set(),
 }
 

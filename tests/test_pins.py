@@ -132,8 +132,8 @@ def test_what_else_is_pinned_is_refused_unread(asked: dict[str, Scalar], words: 
 PINNED = {"model.task", "model.max-length", "data.labels", *(f"data.{r.setting}" for r in roles_of_all())}
 NAMED = {"model.name"}
 """Asked by the policy's ``models``."""
-COMPUTED = {"model.feature-scale"}
-"""Changes what is clipped, noised and paid for, and no more."""
+COMPUTED = {"model.feature-scale", "model.checkpointing", "model.quantise"}
+"""Changes what is clipped, noised and paid for, or how it is computed, and no more."""
 
 
 def asked_of_own_records(settings: dict[str, Scalar], node: dict[str, Scalar]) -> Any:

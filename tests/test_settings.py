@@ -179,6 +179,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "training.weight-decay",
     }
     none |= {"data.slice", "data.person", "training.linearised", "training.refit", "server.most-noise", "server.scores"}
+    none |= {"model.checkpointing"}
     assert open_values == each_machines | each_sites | the_models | none
 
 

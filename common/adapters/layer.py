@@ -13,13 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from common.adapters.base import ADAPTER_NAME
 from common.adapters.branch import Branch
+from common.adapters.low_bits import LOW_BITS
 from common.errors import ModelError
 
 if TYPE_CHECKING:
     from common.adapters.mapped import Mapped
 
-LINEAR = (nn.Linear, Conv1D)
-"""What can be adapted: exactly these, for others (a quantised one) hold their weight in another form."""
+LINEAR = (nn.Linear, Conv1D, *LOW_BITS.values())
+"""What can be adapted: exactly these, for others (another quantised one) hold their weight otherwise."""
 
 
 class AdaptedLinear(nn.Module, LoraLayer):

@@ -39,11 +39,11 @@ class Depths:
     @contextmanager
     def of(self, ranks: Tensor | None) -> Iterator[None]:
         """Let records of these ranks pass."""
-        self.now = ranks
+        before, self.now = self.now, ranks
         try:
             yield
         finally:
-            self.now = None
+            self.now = before
 
 
 @contextmanager

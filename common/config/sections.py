@@ -33,6 +33,7 @@ OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SERVER_OPTIMIZERS = ("none", "adam", "momentum")
 SCALES = ("rank", "sqrt-rank")
+QUANTISE = ("none", "8bit", "4bit")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -83,6 +84,12 @@ class ModelConfig(Section):
     An image is scaled to the largest square of whole patches that has at most so many."""
     feature_scale: Annotated[float, NOT_NEGATIVE, RATIO] = 1.0
     """Classification: length that the pooled features are brought to. 0 leaves them as they are."""
+    checkpointing: bool = False
+    """Whether each layer is computed again in the backward pass, so that memory holds one layer's activations and the
+    inputs of the others. A step takes about a third longer. It changes no gradient."""
+    quantise: Annotated[str, OneOf(QUANTISE)] = "none"
+    """How the base model's frozen linear layers are held: ``none`` (in full), ``8bit``, or ``4bit`` (NF4), by
+    bitsandbytes (``common.adapters.low_bits``). It is part of the fingerprint, so the same at server and sites."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.adapters.low_bits import quantise
 from common.data.packaged import MINILM, packaged_folder
 from common.errors import ModelNotLoaded
 from common.model.dinov2 import PLAIN_DINOV2_SMALL
@@ -30,7 +31,7 @@ from common.tasks.loading import UNCOUNTED
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A stock model as loaded: float32, on the CPU, in eval mode."""
+    """A stock model as loaded: float32 or in low bits, on the CPU, in eval mode."""
 
     name: str
     module: nn.Module
@@ -110,15 +111,17 @@ def _load_named(name: str, folder: Path, kind: Task) -> tuple[Any, Any]:
     return module, processor
 
 
-def load_base_model(name: str, task: str, pool: str = "mean") -> BaseModel:
+def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none") -> BaseModel:
     """Load a base model and its processor.
 
     Args:
         name: a key of NAMED_MODELS, a folder, or a hub id.
         task: kind of task, which knows what to load (``Task.load``).
         pool: what the head reads of it (``head.pool``).
+        bits: of its frozen linear layers (``model.quantise``). They count in the fingerprint.
 
     Raises:
+        ModelError: bitsandbytes is not installed, or the model has no linear layers for it.
         ModelNotLoaded: the model cannot be found or read, or is none of a kind that the task takes.
         DataError: the package that carries a named model is missing or altered.
     """
@@ -138,4 +141,6 @@ def load_base_model(name: str, task: str, pool: str = "mean") -> BaseModel:
                 f"no folder, and the hub did not give it ({reason})"
             ) from error
     module = module.float().eval().requires_grad_(False)
+    if bits != "none":
+        quantise(module, bits, name)
     return BaseModel(name, module, processor, model_fingerprint(module, kind.processor_parts(processor)))

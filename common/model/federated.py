@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.adapters import Adapter
+from common.adapters.low_bits import LowBits
 from common.adapters.nested import DEPTH, Depths, nested_ranks
 from common.adapters.routed import routed_directions
 from common.adapters.split import split_columns
@@ -37,6 +38,7 @@ from common.model.device import (
     choose_private_tokens,
 )
 from common.model.lowered import lowered
+from common.model.recomputed import computed_once, recompute_layers
 from common.model.shapes import FixedBatch, Shapes
 from common.randomness import private_integers, stream
 from common.tasks import TASKS, Batch, Record, Task
@@ -89,8 +91,14 @@ class FederatedModel:
         max_length: int = 128,
         device: str = "auto",
         precision: str = "auto",
+        checkpointing: bool = False,
     ) -> None:
         self.base, self.adapter = base, adapter
+        self.base_parameters = sum(
+            child.in_features * child.out_features if isinstance(child, LowBits) else 0
+            for child in base.module.modules()
+        ) + sum(p.numel() for p in base.module.parameters())
+        """Weights of the base model, counted once where they are shared."""
         self._depths: Depths | None = None
         """Ranks of records, inside ``nested``."""
         self.max_length = task.limit(base, max_length)
@@ -124,6 +132,8 @@ class FederatedModel:
             if head.metric == "public":
                 self.module.metric = Metric(self.module.width).to(self.device)
         _turn_dropout_off(self.module)
+        if checkpointing:
+            recompute_layers(self.peft_model, base.name, self._now)
         self.statistic: Callable[[Batch], Tensor] | None = None
         """While a start measures: what stands in place of the records' losses after each pass, shape (records,)."""
         self.start: AdapterState = self.read()
@@ -402,6 +412,18 @@ class FederatedModel:
                 parameter.requires_grad_(wanted)
                 parameter.grad = None
 
+    def _now(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what brings back the ranks of the records that pass now (``common.model.recomputed``)."""
+        depths = self._depths
+        if depths is None:
+            return nullcontext
+        ranks = depths.now
+        return lambda: depths.of(ranks)
+
+    def computed_once(self) -> AbstractContextManager[None]:
+        """Return the context in which no layer is computed again in the backward pass."""
+        return computed_once(self.peft_model)
+
     def many_passes(self) -> AbstractContextManager[None]:
         """Return the context of many passes in a row: frozen weights are in the run's precision inside it."""
         # The head computes in float32, outside autocast.
@@ -561,7 +583,7 @@ def model_of(
     The next user writes its own state over what the last one left, so nothing carries over.
     """
     return FederatedModel(
-        load_base_model(config.name, config.task, head.pool),
+        load_base_model(config.name, config.task, head.pool, config.quantise),
         adapter,
         TASKS[config.task].pooled(head.pool),
         head,
@@ -572,4 +594,5 @@ def model_of(
         max_length=config.max_length,
         device=device,
         precision=precision,
+        checkpointing=config.checkpointing,
     )

@@ -119,10 +119,16 @@ def record_bytes(model: FederatedModel) -> int:
 
 
 def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:
-    return {
-        name: cast(nn.Parameter, layer.get_base_layer().weight)
-        for name, layer in sorted(model.adapter.layers(model.peft_model).items())
-    }
+    found = {}
+    for name, layer in sorted(model.adapter.layers(model.peft_model).items()):
+        weight = layer.get_base_layer().weight
+        if not isinstance(weight, nn.Parameter):
+            raise ModelError(
+                f"the adapted layers' own weights must have a gradient here, and model.quantise holds that of {name!r} "
+                "in low bits: set it to 'none', or adapter.start to 'orthonormal' and adapter.alpha to a number"
+            )
+        found[name] = weight
+    return found
 
 
 @contextmanager

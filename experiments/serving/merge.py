@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.adapters.low_bits import in_full
 from common.check import OneOf
 from common.data.packaged import sha256_of
 from common.errors import DataError, ModelError
@@ -26,7 +27,8 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
     """Write a run's model into a new folder, float32, with its processor; whole or not at all.
 
     ``W0 + delta`` is formed once for each adapted layer, by stock PEFT (``merge_and_unload``), so answers differ from
-    those of base model and adapter by rounding alone.
+    those of base model and adapter by rounding alone. A base model in low bits (``model.quantise``) is written in
+    float32 as the numbers that its bits stand for, because the adapter was trained beside these.
 
     Args:
         run: a run's folder.
@@ -86,6 +88,8 @@ def _write_card(run: Path, form: Form, written: Path) -> None:
 def load_finished(run: Path) -> Finished:
     """Return the model that a run ended with, in eval mode, the adapter merged into it; errors as of ``merge_run``."""
     module, about = load_result(run / "adapter")
+    # PEFT would merge into numbers that a layer of low bits makes anew, and lose them.
+    in_full(module)
     encoder: Any = module.encoder
     if hasattr(encoder, "merge_and_unload"):
         try:

@@ -1,0 +1,156 @@
+"""The adapter of a run as llama.cpp reads it: one GGUF file with LoRA factors under the names of its own layers.
+
+llama.cpp's ``convert_lora_to_gguf.py`` makes the same of PEFT's folder. Here the adapter is read with its scale,
+whatever it is called there (rsLoRA, ranks of single layers), and GPT-2's transposed layers come out right.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.adapters.base import PEFT_PREFIX
+from common.errors import DataError, ModelError
+from common.run_lines import read_json
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What llama.cpp makes of a kind of model."""
+
+    arch: str
+    """Its name there."""
+    turned: tuple[str, ...] = ()
+    """Layers whose outputs it orders otherwise: halves of each attention head's rotation in turn."""
+
+
+KINDS = {
+    "llama": Kind("llama", ("q_proj", "k_proj")),
+    "mistral": Kind("llama", ("q_proj", "k_proj")),
+    "qwen2": Kind("qwen2"),
+    "qwen3": Kind("qwen3"),
+    "gpt2": Kind("gpt2"),
+}
+"""By transformers' ``model_type``."""
+
+
+def export_gguf(run: Path, file: Path) -> int:
+    """Write a run's adapter as a GGUF file for llama.cpp, float32; return how many layers it changes.
+
+    Args:
+        run: a run's folder.
+        file: a file that does not exist yet.
+
+    Raises:
+        DataError: there is no saved adapter, the package gguf is missing, or the file exists or cannot be written.
+        ModelError: the run's model is none that llama.cpp's names are known of here, or its adapter is no plain LoRA.
+    """
+    if file.exists():
+        raise DataError(f"{file} exists already, and nothing is written over: name a new file")
+    try:
+        import gguf
+    except ImportError as error:
+        raise DataError("--gguf needs the package gguf, which is not installed: pip install 'fedveil[gguf]'") from error
+    config, factors = _read(run / "adapter")
+    base = _config_of(config["base_model_name_or_path"])
+    if base.model_type not in KINDS:
+        raise ModelError(
+            f"the run's base model is of kind {base.model_type!r}, and a GGUF adapter is made for {', '.join(KINDS)}: "
+            "merge it with 'fedveil merge' and convert the whole model"
+        )
+    kind = KINDS[base.model_type]
+    (known,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind.arch)
+    names = gguf.get_tensor_name_map(known, base.num_hidden_layers)
+    # llama.cpp multiplies by one alpha over each layer's rank. Where alphas differ they go into B, and it is 1.
+    alphas = {scale * len(A) for A, _, scale in factors.values()}
+    alpha = alphas.pop() if len(alphas) == 1 else 1.0
+    partial = file.absolute().with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        writer = gguf.GGUFWriter(partial, kind.arch)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_name(f"FedVeil run {run.name}")
+        for layer, (A, B, scale) in factors.items():
+            place = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+            if place is None:
+                raise ModelError(f"llama.cpp has no name for the layer {layer!r}: name others in adapter.targets")
+            if layer.rpartition(".")[2] in kind.turned:
+                heads = base.num_attention_heads if layer.endswith("q_proj") else base.num_key_value_heads
+                B = turned(B, heads)
+            left = scale * len(A) / alpha
+            writer.add_tensor(f"{place}.lora_a", A.float().contiguous().numpy())
+            writer.add_tensor(f"{place}.lora_b", (B.double() * left).float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be written ({error.strerror}): check rights and space") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(factors)
+
+
+def turned(rows: Tensor, heads: int) -> Tensor:
+    """Return outputs of a rotated projection in llama.cpp's order, shape as given: (out, anything).
+
+    Transformers rotates number i of a head with number i + d / 2, llama.cpp number 2 i with 2 i + 1.
+
+    >>> import torch
+    >>> turned(torch.arange(8)[:, None], heads=2).flatten().tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _config_of(name: str) -> Any:
+    from transformers import AutoConfig
+
+    from common.model.base import NAMED_MODELS
+    from common.tasks.loading import OWN_CODE
+
+    if name in NAMED_MODELS:
+        with NAMED_MODELS[name]() as folder:
+            return AutoConfig.from_pretrained(folder, **OWN_CODE)
+    return AutoConfig.from_pretrained(name, **OWN_CODE)
+
+
+def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]]]:
+    """Return PEFT's configuration, and A, B and the factor in front of their product, by layer.
+
+    Raises:
+        DataError, ModelError: as ``export_gguf``.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise DataError(f"{adapter} holds no adapter: give the folder of a finished run that has one")
+    config = read_json(adapter / "adapter_config.json")
+    tensors = load_file(str(adapter / "adapter_model.safetensors"))
+    ends = (".lora_A.weight", ".lora_B.weight")
+    strange = [name for name in tensors if not name.endswith(ends)]
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or strange:
+        raise ModelError(
+            "the run's adapter is no plain LoRA, which is all that llama.cpp reads: merge it with 'fedveil merge' and "
+            "convert the whole model"
+        )
+    lora = LoraConfig.from_pretrained(str(adapter))
+    found = {}
+    for name in sorted(tensors):
+        if not name.endswith(ends[0]):
+            continue
+        layer = name.removeprefix(PEFT_PREFIX).removesuffix(ends[0])
+        A, B = tensors[name], tensors[name.removesuffix(ends[0]) + ends[1]]
+        # PEFT takes the keys for regular expressions of a name's end.
+        own = (a for key, a in (lora.alpha_pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer))
+        alpha = float(next(own, lora.lora_alpha))
+        found[layer] = (A, B, alpha / (len(A) ** 0.5 if lora.use_rslora else len(A)))
+    return config, found

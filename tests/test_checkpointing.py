@@ -1,0 +1,288 @@
+"""Layers computed again in the backward pass: the same gradients of each record, in less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from digits import TOKENS, save_vit
+from torch import Tensor, nn
+
+from audits.tiny_models import TARGETS
+from client.linearised import Linearisation, linearised
+from client.rehearsal import rehearse, rehearse_linearised
+from common.adapters import ADAPTERS
+from common.adapters.nested import DEPTH
+from common.config.sections import HeadConfig
+from common.errors import MechanismError, ModelError
+from common.messages.tensors import entries
+from common.model import recomputed
+from common.model.base import load_base_model
+from common.model.federated import FederatedModel
+from common.model.shapes import FixedBatch
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import gaussian_plan
+from common.starts import STARTS
+from common.tasks import TASKS, Record
+from common.tasks.examples import Dataset
+from common.tasks.featured import TANGENTS
+from experiments.in_process import run_in_process
+from experiments.planner.forecast import forecast
+from strategies.job import configure
+
+Folder = Callable[[str], str]
+TASK = {"bert": "classification", "vit": "image-classification"}
+FAMILIES = ("bert", "gpt2", "llama", "vit")
+CASES = [
+    *((family, adapter, "float32") for family in FAMILIES for adapter in ("lora", "lora-sb", "dora", "lora-diagonal")),
+    *((family, "lora-frozen-a", "bfloat16") for family in FAMILIES),
+]
+STEP = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    vit = save_vit(tmp_path_factory.mktemp("vit"), "vit")
+    return lambda family: vit if family == "vit" else model_folder(family)
+
+
+def tiny(
+    folder: str, family: str, adapter: str = "lora", precision: str = "float32", again: bool = True, targets: str = ""
+) -> FederatedModel:
+    """Return a model whose factors are away from zero."""
+    task = TASK.get(family, "causal-lm")
+    start = STARTS["orthonormal" if "B" in ADAPTERS[adapter].directions else "kaiming"]()
+    named = targets or TARGETS.get(family, "auto")
+    model = FederatedModel(
+        load_base_model(folder, task),
+        ADAPTERS[adapter](2, 4.0, tuple(named.split(",")), start),
+        TASKS[task],
+        HeadConfig(start="random"),
+        seed=1,
+        label_names=("bad", "good"),
+        max_length=TOKENS if family == "vit" else 24,
+        device="cpu",
+        precision=precision,
+        checkpointing=again,
+    )
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, _, p in entries(model.trained()):  # type: ignore[arg-type]
+            p.add_(0.05 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def records_of(model: FederatedModel, family: str) -> list[Record]:
+    invent = model.task.inventor(model.base, model.max_length)
+    sizes = (model.max_length,) * 3 if family == "vit" else (7, 3, 6)
+    return [invent(size, i, i % 2) for i, size in enumerate(sizes)]
+
+
+def batch_of(model: FederatedModel, records: list[Record], rows: int = 3) -> FixedBatch:
+    return model.fixed_batch(records, model.shapes.lengths[0], rows)
+
+
+def samples(model: FederatedModel, batch: FixedBatch) -> list[Tensor]:
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+    with model.many_passes(), PrivateSteps(model.module, torch.optim.SGD(trained, lr=0.0), STEP) as steps:
+        return [sample.clone() for sample in steps.samples(batch, model.losses)]
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "adapter", "precision"), CASES)
+def test_gradients_are_each_records_own_and_those_without_to_the_bit(
+    folder: Folder, family: str, adapter: str, precision: str
+) -> None:
+    model = tiny(folder(family), family, adapter, precision)
+    plain = tiny(folder(family), family, adapter, precision, again=False)
+    records = records_of(model, family)
+    together = batch_of(model, records)
+    found = samples(model, together)
+    assert all(map(torch.equal, found, samples(plain, together))), "computing again changes a gradient"
+    trained = [p for p in plain.module.parameters() if p.requires_grad]
+    for row, record in enumerate(records):
+        # No record beside it, no hooks, nothing computed again; bfloat16 rounds another way without hooks.
+        want = torch.autograd.grad(plain.losses(batch_of(plain, [record])).sum(), trained)
+        for sample, gradient in zip(found, want, strict=True):
+            apart = float((sample[row].double() - gradient.double()).norm())
+            assert apart <= (1e-5 if precision == "float32" else 0.03) * max(float(gradient.norm()), 1e-4)
+        beside = samples(model, batch_of(model, [records[row - 1], record]))
+        # Shapes are fixed, so a record has its own bits in every row and beside every other.
+        assert all(torch.equal(mine[1], sample[row]) for mine, sample in zip(beside, found, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rehearsal_keeps_every_row(folder: Folder, family: str) -> None:
+    model = tiny(folder(family), family)
+    shapes = model.shapes
+    rehearse(model)
+    assert model.shapes == shapes
+    assert all(p.grad is None for p in model.module.parameters())
+
+
+def test_the_planted_faults_are_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = recomputed.checkpoint
+
+    def twice(function: Any, carrier: Tensor, *given: Any, **options: Any) -> Any:
+        function(carrier, *given)  # with its gradient, so that activations are taken here and again
+        return right(function, carrier, *given, **options)
+
+    def other_form(function: Any, *given: Any, **options: Any) -> Any:
+        return right(function, *given, use_reentrant=False)
+
+    model = tiny(folder("bert"), "bert", targets="query,value")
+    batch = batch_of(model, records_of(model, "bert"))
+    for fault in (twice, other_form):
+        monkeypatch.setattr(recomputed, "checkpoint", fault)
+        with pytest.raises((MechanismError, ModelError)):
+            samples(model, batch)
+        with pytest.raises(ModelError, match="cannot be trained privately"):
+            rehearse(model)
+
+
+def test_a_rehearsal_finds_a_layer_that_is_another_when_it_is_computed_again(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = recomputed.checkpoint
+
+    def another(function: Any, carrier: Tensor, *given: Any, **options: Any) -> Any:
+        passes = iter((1.0, 1.01))
+        return right(lambda carrier, *rest: function(carrier, *rest) * next(passes), carrier, *given, **options)
+
+    monkeypatch.setattr(recomputed, "checkpoint", another)
+    with pytest.raises(ModelError, match="cannot be trained privately"):
+        rehearse(tiny(folder("llama"), "llama"))
+
+
+def test_ranks_drawn_for_records_hold_in_the_second_pass(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = (tiny(folder("bert"), "bert", again=again) for again in (True, False))
+    records = records_of(model, "bert")
+    with model.nested(), plain.nested():
+        batch = batch_of(model, records)
+        batch[DEPTH] = torch.tensor([1, 2, 1])
+        want = samples(plain, batch)
+        assert all(map(torch.equal, samples(model, batch), want))
+        unranked = {key: value for key, value in batch.items() if key != DEPTH}
+        assert not all(map(torch.equal, samples(plain, FixedBatch(unranked, 3)), want)), "ranks change nothing here"
+
+        def forgotten(self: FederatedModel) -> Callable[[], AbstractContextManager[None]]:
+            return nullcontext
+
+        monkeypatch.setattr(FederatedModel, "_now", forgotten)
+        for layer in model.module.modules():
+            if isinstance(getattr(layer, "_gradient_checkpointing_func", None), recomputed.Recomputed):
+                layer._gradient_checkpointing_func._now = lambda: nullcontext
+        assert not all(map(torch.equal, samples(model, batch), want)), "the planted fault is not found"
+
+
+def test_a_linearised_model_has_the_same_derivatives(folder: Folder) -> None:
+    made = []
+    for again in (True, False):
+        model = tiny(folder("bert"), "bert", again=again)
+        records = records_of(model, "bert")
+        of = Linearisation("1", 4, 0, "", "")
+        with linearised(model, records, of, {}, "site", Dataset("made-up", (), ()), lambda: None) as (vectors, _):
+            made.append([vector[TANGENTS] for vector in vectors])
+        rehearse_linearised(model)
+    assert all(map(torch.equal, *made))
+
+
+# --- what is kept and what is computed --------------------------------------------------------------------------------
+
+
+def passes_of(model: FederatedModel, batch: FixedBatch) -> list[int]:
+    """Return how often each layer passes in a step."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, given: Any, output: Any) -> None:
+        counts[places[id(layer)]] += 1
+
+    layers = [m for m in model.module.modules() if type(m).__name__ == "BertSelfAttention"]
+    places = {id(layer): i for i, layer in enumerate(layers)}
+    counts += [0] * len(layers)
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    samples(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def test_layers_below_the_first_adapted_one_pass_once(folder: Folder) -> None:
+    model = tiny(folder("bert"), "bert", targets="layer.1.attention.self.query")
+    batch = batch_of(model, records_of(model, "bert"))
+    assert passes_of(model, batch) == [1, 2]
+    with model.computed_once():
+        assert passes_of(model, batch) == [1, 1]
+    assert passes_of(model, batch) == [1, 2], "the context was not left"
+
+
+def test_less_is_kept_for_the_backward_pass(folder: Folder) -> None:
+    kept = []
+    for again in (True, False):
+        model = tiny(folder("bert"), "bert", again=again)
+        model.module.train()
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.losses(batch_of(model, records_of(model, "bert")))
+        kept.append(sum(sizes))
+    assert kept[0] < kept[1] / 3, "the first passes keep more than the layers' inputs"
+
+
+def test_scores_and_features_are_of_one_pass(folder: Folder) -> None:
+    model, plain = (tiny(folder("bert"), "bert", again=again) for again in (True, False))
+    records = records_of(model, "bert")
+    assert model.score(records) == plain.score(records)
+    assert torch.equal(model.features(batch_of(model, records)), plain.features(batch_of(plain, records)))
+
+
+# --- refusals, runs, plans --------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_such_layers_is_refused_in_one_line() -> None:
+    with pytest.raises(ModelError, match=r"^model\.checkpointing is true, but 'own' has no layers .* to false$"):
+        recomputed.recompute_layers(nn.Linear(2, 2), "own", lambda: nullcontext)
+
+
+def test_an_input_given_by_name_is_refused_in_one_line(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(folder("bert"), "bert")
+    layers: Any = model.base.module.encoder.layer  # type: ignore[union-attr]
+    own = type(layers[1]).forward
+    monkeypatch.setattr(layers[1], "forward", lambda hidden, *_, **__: own(layers[1], hidden_states=hidden))
+    with pytest.raises(ModelError, match=r"the layer '.*layer\.1' takes its input by name.*checkpointing to false"):
+        rehearse(model)
+
+
+def test_a_run_without_privacy_ends_the_same_to_the_bit(toy_settings: dict[str, Any]) -> None:
+    asked = {**toy_settings, "rounds": 1, "privacy.mode": "none"}
+    runs = [run_in_process({**asked, "model.checkpointing": again}, 2) for again in (False, True)]
+    first, second = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)
+    assert first == second
+
+
+def test_a_plan_measures_steps_that_compute_again(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    right = recomputed.checkpoint
+
+    def counted(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        return right(*given, **options)
+
+    monkeypatch.setattr(recomputed, "checkpoint", counted)
+    told = forecast(
+        configure({**toy_settings, "privacy.mode": "none", "model.checkpointing": True}), (100, 100), workers=1
+    )
+    assert calls
+    assert told.calibration is not None
+    assert told.calibration.record_seconds > 0
