@@ -93,6 +93,7 @@ class ProgressFile(RunFile):
     answered: list[str] = field(default_factory=list)
     """Sites that have answered, of ``asked``."""
     asked: int | None = None
+    """None, and nobody in ``answered``, where a trusted server tells nobody who was drawn."""
 
 
 @dataclass(frozen=True)

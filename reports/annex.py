@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from common.privacy.figures import epsilon_text
 from common.words import counted, number_text
 from reports.audits import bound_sentences
+from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared
 from reports.markdown import plain
@@ -102,9 +103,13 @@ def _tests(data: ReportData) -> list[str]:
 
 def _measures(data: ReportData) -> list[str]:
     left = "clipped and noised before they left" if data.claim.made else "as they were computed, without noise"
+    declared = f"{number_text(_declared_records(data))}, as the sites declare"
+    if server_is_trusted(data.claim.privacy_mode):
+        left = "clipped, and without noise: the server, which is trusted, noised their sum"
+        declared = "their number is told to nobody"
     return [
-        f"Records of {counted(data.headline.sites, 'site')} ({number_text(_declared_records(data))}, as the sites "
-        f"declare) stayed at the sites; what left are numbers computed from them, {left}.",
+        f"Records of {counted(data.headline.sites, 'site')} ({declared}) stayed at the sites; what left are numbers "
+        f"computed from them, {left}.",
         f"Trained were the adapter's factors{' and the head' if setting_of(data, 'head.policy') == 'trained' else ''}; "
         "the base model stayed as it was.",
         *[f"Not protected: {text}." for text in data.unprotected],
@@ -179,7 +184,12 @@ def _ai_act(data: ReportData, declared: Declared) -> list[Row]:
             "Art. 10",
             "Which data, and what is known of their gaps and bias?",
             [
-                f"Task {setting_of(data, 'model.task')}; {number_text(_declared_records(data))} records, as declared.",
+                f"Task {setting_of(data, 'model.task')}; "
+                + (
+                    "nobody but the sites knows how many records."
+                    if server_is_trusted(data.claim.privacy_mode)
+                    else f"{number_text(_declared_records(data))} records, as declared."
+                ),
                 f"{OPEN} How the records were chosen and labelled: nobody but the sites has seen one.",
             ],
         ),

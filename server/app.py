@@ -74,13 +74,14 @@ class FlowerTransport:
                 waiting.discard(asked)
                 replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
                 up += size
+            open_ = not self._job.mechanism.central
             self._folder.progress(
                 ProgressFile(
                     "training",
                     round_number=task.round_number,
                     rounds=self._job.config.rounds,
-                    answered=[reply.site for reply in replies.values()],
-                    asked=len(tasks),
+                    answered=[reply.site for reply in replies.values()] if open_ else [],
+                    asked=len(tasks) if open_ else None,
                 )
             )
             if waiting:

@@ -70,11 +70,16 @@ def _parts(
     if summed:  # what rests in the round is in no vector, and has no noise
         changes = [_moved(change) for change in changes]
     weights = [contribution.weight for contribution in averaged]
-    noises = [sum_noise(job, results)] if summed else noises_of(job, results, state)
+    noises = [_noise_of_sum(job, averaged, results)] if summed else noises_of(job, results, state)
     return [
         Part(weight / math.fsum(weights), change, noise)
         for weight, change, noise in zip(weights, changes, noises, strict=True)
     ]
+
+
+def _noise_of_sum(job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]) -> float | None:
+    """Return the standard deviation of the noise in the one change that all sites make."""
+    return averaged[0].noise if job.mechanism.central else sum_noise(job, results)
 
 
 def _moved(change: AdapterState) -> AdapterState:
@@ -154,7 +159,8 @@ def sum_noise(job: Job, results: Sequence[TrainResult]) -> float | None:
 
 
 def _line(job: Job, layer: str, parts: Sequence[Part], level: float, *, summed: bool) -> LayerLine:
-    faster = job.config.training.head_rate if layer == HEAD else 1.0
+    # A trusted server noises changes as they are, whatever rates they came by.
+    faster = job.config.training.head_rate if layer == HEAD and not job.mechanism.central else 1.0
     noises = [part.noise * faster for part in parts if part.noise is not None]
     known = noises if len(noises) == len(parts) else None
     flat = [_flat(part.change[layer]) for part in parts]

@@ -28,7 +28,7 @@ def ruled_step(
         before: the state that sites started from.
         averaged: what the strategy's average makes of it.
     """
-    rule, noised = job.rule, job.mechanism.charged
+    rule, noised = job.rule, job.mechanism.claims
     if isinstance(rule, NoRule) or config.refits(before.round_number + 1):
         return server_step(config, before, averaged)
     held = _layers(before, before)
