@@ -92,8 +92,6 @@ def run(
 def _progress_words(state: ProgressFile, seconds: float) -> str:
     if state.round_number is None:
         return f"{state.phase} ({seconds:.0f} s)"
-    if state.asked is None:
-        return f"round {state.round_number}/{state.rounds}: sites train ({seconds:.0f} s)"
     answered = names_text(sorted(state.answered, key=natural)) or "none yet"
     return (
         f"round {state.round_number}/{state.rounds}: {len(state.answered)} of {state.asked} sites "

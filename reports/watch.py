@@ -114,9 +114,7 @@ class Watched(ThreadingHTTPServer):
         if state.round_number is None:
             waited = f": {state.online} of {state.wanted} are online" if state.wanted else ""
             return f"Right now: {state.phase}{waited}"
-        answered = "sites train"
-        if state.asked is not None:
-            answered = f"{len(state.answered)} of {state.asked} sites have answered"
+        answered = f"{len(state.answered)} of {state.asked} sites have answered"
         return f"Right now: round {state.round_number} of {state.rounds}, {answered}"
 
 

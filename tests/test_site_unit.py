@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -22,14 +23,14 @@ from audits.tiny_site import OneSite, clinic
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
-from common.messages.round import Refusal, Task, TrainResult
+from common.messages.round import Refusal, Task, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import apply, entries, l2_norm, subtract
 from common.privacy.accounting import Release, epsilon
 from common.privacy.client_level import ClippedPlan
 from common.privacy.events import sampled_gaussian
 from common.randomness import add_private_noise
-from common.run_lines import Absence, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from common.run_lines import Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
 from deploy.doctor import _mechanisms
 from deploy.policy_file import policy_text
 from deploy.site_folder import SiteFolder
@@ -38,6 +39,7 @@ from experiments.planner.find import find
 from experiments.planner.price import priced_rounds, rounds_within, site_plans
 from reports import markdown_report, report_of
 from server.admission import Admission
+from server.app import FlowerTransport
 from server.ledger import ServerLedger, with_ledger
 from server.model import ServerModel
 from server.records import RunFolder
@@ -638,6 +640,40 @@ def test_a_server_that_tells_of_replies_is_found(
 
     with patch.object(TrustedSites, "_ask", watched), patch.object(TrustedSites, "gather", telling):
         assert "rounds.jsonl" in leaks({**settings, "rounds": 6, "privacy.epsilon": 200.0})
+
+
+class OneReply:
+    """A grid with three nodes, each of which says that it has failed."""
+
+    def get_node_ids(self) -> list[int]:
+        return [1, 2, 3]
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        return [f"m{number}" for number, _ in enumerate(messages)]
+
+    def pull_messages(self, wanted: list[str]) -> list[Any]:
+        return [SimpleNamespace(has_error=lambda: True, error=SimpleNamespace(reason="away"))]
+
+
+def shown(mode: Mapping[str, Any], settings: dict[str, Any], drawn: Sequence[int]) -> list[ProgressFile]:
+    """Return what a run's folder shows to whoever watches, in a round in which these nodes are asked."""
+    told: list[ProgressFile] = []
+    parts = (OneReply(), configure({**settings, **mode}), SimpleNamespace(reply_layout=lambda _: {}))
+    transport = FlowerTransport(*cast(Any, (*parts, SimpleNamespace(progress=told.append))))
+    with patch("server.app.Message", lambda *content, **terms: content):
+        transport.nodes(1, ())
+        if drawn:
+            task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
+            transport.exchange(dict.fromkeys(drawn, task), 5.0)
+    return told
+
+
+def test_whoever_watches_sees_the_same_whoever_is_drawn(settings: dict[str, Any]) -> None:
+    found = [shown({}, settings, drawn) for drawn in ([], [1], [1, 2, 3])]
+    assert found == [[ProgressFile("training")]] * 3
+    # Where no server is trusted, it does tell.
+    plain = {"privacy.mode": "dp-sgd", "privacy.unit": "record", "privacy.cohort": 0}
+    assert shown(plain, settings, [1])[-1].asked == 1
 
 
 def test_no_update_lies_in_the_run_s_folder(settings: dict[str, Any]) -> None:
