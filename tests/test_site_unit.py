@@ -465,54 +465,74 @@ class Killed(BaseException):
     """What nothing catches: the process is gone."""
 
 
-@pytest.mark.parametrize("place", ["before the charge", "after the charge", "after the noise", "before the checkpoint"])
-def test_a_server_that_is_killed_has_charged_for_all_noise_that_it_drew(settings: dict[str, Any], place: str) -> None:
-    """In round 2; what is resumed is charged again, and the ledger's total is of every charge."""
-    drawn: list[int] = []
+PLACES = ("before the charge", "after the charge", "after the noise", "before the checkpoint")
+
+
+def killed(settings: dict[str, Any], place: str) -> tuple[Path, ServerLedger, int]:
+    """Return the folder of a run whose server died in round 2, its ledger, and how many sums were noised by then."""
+    noised: list[int] = []
     real_mean, real_charge, real_finished = TrustedSites._mean, ServerLedger.charge, RunFolder.finished
 
     def mean(sites: TrustedSites, results: Any, number: int, state: ServerState) -> Any:
-        if place == "after the charge" and number == 2 and not drawn.count(2):
-            drawn.append(0)
+        if (place, number) == ("after the charge", 2):
             raise Killed
-        drawn.append(number)
         made = real_mean(sites, results, number, state)
-        if place == "after the noise" and number == 2 and drawn.count(2) == 1:
+        noised.append(number)
+        if (place, number) == ("after the noise", 2):
             raise Killed
         return made
 
     def charge(ledger: ServerLedger, run: str, number: int, *rest: Any) -> Any:
-        if place == "before the charge" and number == 2:
+        if (place, number) == ("before the charge", 2):
             raise Killed
         return real_charge(ledger, run, number, *rest)
 
     def finished(folder: RunFolder, outcome: Any, *rest: Any) -> None:
-        if place == "before the checkpoint" and outcome.round_number == 2:
+        if (place, outcome.round_number) == ("before the checkpoint", 2):
             raise Killed
         real_finished(folder, outcome, *rest)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(TrustedSites, "_mean", mean))
-        with ExitStack() as first:
-            first.enter_context(patch.object(ServerLedger, "charge", charge))
-            first.enter_context(patch.object(RunFolder, "finished", finished))
-            with pytest.raises(Killed):
-                run_in_process(settings, 2)
-        folder = Path(settings["output"]) / "ffa-lora-1"
-        ledger = ServerLedger(folder / "ledgers" / "server.json", "site")
-        assert len(ledger.charges()) >= sum(number > 0 for number in drawn)
-        before = len(ledger.charges())
-        # The clean-up of the first process may have died with it.
-        stack.enter_context(patch.object(TrustedSites, "_mean", real_mean))
-        run_in_process({**settings, "resume": str(folder)}, 2)
+        stack.enter_context(patch.object(ServerLedger, "charge", charge))
+        stack.enter_context(patch.object(RunFolder, "finished", finished))
+        stack.enter_context(pytest.raises(Killed))
+        run_in_process(settings, 2)
+    folder = Path(settings["output"]) / "ffa-lora-1"
+    return folder, ServerLedger(folder / "ledgers" / "server.json", "site"), len(noised)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_server_that_is_killed_has_charged_for_all_that_it_noised(settings: dict[str, Any], place: str) -> None:
+    """What is resumed is charged again, and the total is of every charge."""
+    folder, ledger, noised = killed(settings, place)
+    before = len(ledger.charges())
+    assert before == (1 if place == "before the charge" else 2) >= noised
+    run_in_process({**settings, "resume": str(folder)}, 2)
     charges = ledger.charges()
-    assert len(charges) == before + 1
+    assert [one.round_number for one in charges] == [1, 2, 2][: before + 1]
     lines = read_lines(PrivacyLine, folder)
     assert [line.round_number for line in lines] == [1, 2]
     total = epsilon([Release(one.event, 1) for one in charges], 1e-3)
     assert lines[-1].spent is not None
     assert lines[-1].spent.epsilon_total == total
     assert report_of(folder).headline.epsilon == total
+
+
+def test_a_ledger_that_is_written_after_the_noise_is_found(settings: dict[str, Any]) -> None:
+    real, due = ServerLedger.charge, list[tuple[Any, ...]]()
+
+    def late(ledger: ServerLedger, *asked: Any) -> Any:
+        """Write a charge once the next one is asked for."""
+        beside = ServerLedger(ledger.path.with_name("beside.json"), "site")
+        for one in due:
+            real(ledger, *one)
+        due[:] = [asked]
+        return real(beside, *asked)
+
+    with patch.object(ServerLedger, "charge", late), patch.object(ServerLedger, "rounds_of", lambda *_: 9):
+        _, ledger, noised = killed(settings, "after the noise")
+    assert len(ledger.charges()) < noised
 
 
 def test_a_run_ends_well_before_the_round_that_its_budget_does_not_pay(settings: dict[str, Any]) -> None:
