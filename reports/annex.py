@@ -124,6 +124,14 @@ def _gdpr(data: ReportData, declared: Declared, statements: Sequence[Statement])
     said = [f"{row.site} says: see below (SHA-256 {row.sha256[:16]}…)." for row in statements]
     silent = sorted({site.site for site in data.sites} - {row.site for row in statements})
     missing = [f"{OPEN} No steward's statement of {_several(silent)} lies beside this run."] if silent else []
+    central = server_is_trusted(data.claim.privacy_mode)
+    if central:
+        missing = [f"{OPEN} Of which sites no steward's statement lies beside this run: it does not say who took part."]
+    ledgers = (
+        "the server's ledger of the cohort"
+        if central
+        else "a ledger at each site that no run can change; fedveil ledger receipt hands out a run's part of it"
+    )
     purpose = [f"The coordinator declares: {declared.intended_use}"] if declared.intended_use else []
     return [
         Row("Art. 5(1)(a), 6, 9", "Which legal basis do the sites have?", said + missing),
@@ -138,8 +146,7 @@ def _gdpr(data: ReportData, declared: Declared, statements: Sequence[Statement])
             "Art. 5(2), 30",
             "What documents the processing?",
             [
-                f"report.json ({data.schema}), each round in rounds.jsonl and privacy.jsonl, and a ledger at each site "
-                "that no run can change; fedveil ledger receipt hands out a run's part of it.",
+                f"report.json ({data.schema}), each round in rounds.jsonl and privacy.jsonl, and {ledgers}.",
                 f"{OPEN} The controllers' records of processing.",
             ],
         ),
@@ -226,6 +233,7 @@ def _ai_act(data: ReportData, declared: Declared) -> list[Row]:
 
 
 def _hipaa(data: ReportData) -> list[Row]:
+    central = server_is_trusted(data.claim.privacy_mode)
     return [
         Row(
             "164.514(b)(1)",
@@ -240,7 +248,10 @@ def _hipaa(data: ReportData) -> list[Row]:
         Row(
             "164.312(b)",
             "What records the activity?",
-            ["Each site's ledger, written before a record is used and never changed; the server's rounds.jsonl."],
+            [
+                "Each site's ledger, written before a record is used and never changed; the server's rounds.jsonl.",
+                *(["The server's own ledger, written before a site is asked."] if central else []),
+            ],
         ),
         Row(
             "164.312(d) and (e)",

@@ -38,6 +38,9 @@ from experiments.in_process import InProcessTransport, run_in_process
 from experiments.planner.find import find
 from experiments.planner.price import priced_rounds, rounds_within, site_plans
 from reports import markdown_report, report_of
+from reports.annex import annex_of
+from reports.declared import Declared
+from reports.registry import registry_record
 from server.admission import Admission
 from server.app import FlowerTransport
 from server.ledger import ServerLedger, with_ledger
@@ -733,6 +736,10 @@ def test_the_report_says_who_is_trusted_and_promises_no_record_anything(settings
     assert "trusted server" in (folder / "run.log").read_text(encoding="utf-8")
     assert report.meaning is not None
     assert report.meaning.bounds.several == []
+    annex, record = annex_of(report, Declared(), [], "0" * 64), registry_record(report, Declared())
+    assert "without noise: the server, which is trusted" in annex
+    assert "their number is told to nobody" in annex
+    assert "Nothing is promised against the server" in re.sub(r"\s+", " ", record)
 
 
 # --- the site ---------------------------------------------------------------------------------------------------------
