@@ -61,6 +61,8 @@ class Picture:
     budget: float | None
     """The ε of the site that has spent most, at most."""
     rounds: list[PicturedRound]
+    per: str = "record"
+    """The claim's unit in one word."""
 
 
 def picture_of(data: ReportData) -> Picture:
@@ -81,7 +83,8 @@ def picture_of(data: ReportData) -> Picture:
         if line.counted
     ]
     title = f"{data.strategy} on {values.get('model.name')} and {values.get('data.name')}"
-    return Picture(title, data.headline.sites, data.headline.delta, data.headline.epsilon_budget, rounds)
+    per = data.claim.per or "record"
+    return Picture(title, data.headline.sites, data.headline.delta, data.headline.epsilon_budget, rounds, per)
 
 
 def to_svg(picture: Picture) -> str:
@@ -113,7 +116,7 @@ def said_of_run(picture: Picture) -> str:
     if picture.delta is None:
         return f"{words}; no privacy claim"
     spent = max((line.epsilon for line in picture.rounds if line.epsilon is not None), default=None)
-    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each record, the maximum over sites"
+    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each {picture.per}, the maximum over sites"
 
 
 def _accuracy(picture: Picture) -> Chart | None:
