@@ -185,8 +185,9 @@ def wire_page() -> str:
     return _page(
         f"What travels: protocol {PROTOCOL}",
         "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
-        "the only field computed from records, and it has passed clip and noise. A noised count may be beside it, "
-        "which the site's ledger has paid for. An adapter state is one block of little-endian float32.",
+        "the only field computed from records, and it has passed clip and noise; where the server is trusted, the clip "
+        "alone. A noised count may be beside it, which the site's ledger has paid for. An adapter state is one block "
+        "of little-endian float32.",
         *((kind.__name__, _fields(kind), _about(kind)) for kind in (*kinds, *of_sums)),
         (
             "Bytes of a header",

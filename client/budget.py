@@ -86,9 +86,17 @@ def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> Non
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
     """Write down that a round releases records without privacy; round 0, a start from them, has no steps.
 
+    A trusted server is told of records as they are, so that counts. In a simulation, whose ledgers lie in the run's
+    folder, they would tell whoever gets that folder which sites were drawn, so nothing is written.
+
     Raises:
         PolicyRefusal: the run has had all its rounds or steps here; nothing was written.
     """
+    if job.mechanism.central:
+        if site.simulated:
+            return
+        where = about(task.run, task.round_number, site.name)
+        log.warning("the server is sent an update without noise: no record is protected from it", extra=where)
     steps = job.config.training.local_steps if task.round_number else 0
     with Ledger(site.ledger_path) as ledger:
         ledger.expose(

@@ -82,7 +82,7 @@ def train_round(
         plan, spending = pay_round(site, job, task, deadline)
     else:
         note_exposure(site, job, task)
-        plan = job.mechanism.exposing_plan(job.config.training)
+        plan = job.mechanism.exposing_plan(job.config.privacy, job.config.training)
     try:
         with model.many_passes():
             # Where nothing is concealed a late answer is better than none.
@@ -115,7 +115,8 @@ def train_round(
         contribution = plan.outgoing(job.strategy.uplink(trained), received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
-        *(task.run, task.round_number, site.name, site.public_size, contribution), *(spending, counted)
+        *(task.run, task.round_number, site.name, 1 if job.mechanism.central else site.public_size, contribution),
+        *(spending, counted),
     )
     if task.round_number:
         result = replace(result, rank=rank)

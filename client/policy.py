@@ -24,7 +24,7 @@ from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
 from common.privacy.mechanism import Mechanism
 from common.privacy.record_level import DPSGD
-from common.privacy.units import RECORD
+from common.privacy.units import PERSON, RECORD
 from strategies import STRATEGIES
 from strategies.job import Job
 
@@ -163,7 +163,7 @@ class Policy:
                 )
         for name in _names(self.mechanisms):
             one_of(MECHANISMS, mechanisms=name)
-            if not MECHANISMS[name].charged:
+            if not MECHANISMS[name].claims:
                 raise ConfigError(
                     f"mechanisms names {name!r}, which promises nothing about any record: remove it, and set "
                     "allow-no-privacy = true if the site is to join such runs"
@@ -175,7 +175,7 @@ class Policy:
         check_whole(self)
 
     def _check_unit(self) -> None:
-        one_of(UNITS, unit=self.unit)
+        one_of((RECORD.name, PERSON.name), unit=self.unit)
         if UNITS[self.unit].grouped and not self.person:
             raise ConfigError(
                 f"unit is {self.unit!r}, and person names no column: say which one tells whose a record is"
@@ -217,7 +217,8 @@ class Policy:
         """Raise PolicyRefusal unless the run protects whom the steward says, by the steward's own column."""
         asked, unit = job.config.privacy, job.mechanism.unit
         # A part of a public data set has the size that follows from its division, by either unit.
-        if not job.mechanism.claims or not (private or UNITS[self.unit].grouped):
+        # Where the server is trusted, the site's budget, which is of its own unit, pays for nothing.
+        if not job.mechanism.claims or job.mechanism.central or not (private or UNITS[self.unit].grouped):
             return
         if unit.name != self.unit:
             raise refusal("unit", repr(self.unit), f"privacy.unit = {asked.unit!r}")
@@ -230,11 +231,15 @@ class Policy:
     def check_mechanism(self, mechanism: Mechanism) -> None:
         """Raise PolicyRefusal unless runs of this mechanism may be joined; one that nobody allowed may not."""
         asked = f"privacy.mode = {mechanism.name!r}"
-        if not mechanism.charged:
+        if not mechanism.claims:
             if not self.allow_no_privacy:
                 raise refusal("allow-no-privacy", "false", asked)
         elif mechanism.name not in self.allowed_mechanisms:
             raise refusal("mechanisms", ", ".join(self.allowed_mechanisms), asked)
+        elif mechanism.central and self.min_noise_multiplier:
+            raise refusal(
+                "min-noise-multiplier", f"{self.min_noise_multiplier:g}", f"{asked}, in which a site adds none"
+            )
 
     @property
     def allowed_mechanisms(self) -> tuple[str, ...]:

@@ -77,6 +77,8 @@ class Site:
     """Why the file with the records is no table now, for the site's log and ledger; every round is then noise."""
     rank: int = 0
     """Most columns that the site trains, public; 0: as many as a run has."""
+    simulated: bool = False
+    """Whether site and server are one machine's own experiment."""
 
     def declared_rank(self, job: Job) -> int:
         """Return how many columns the site says that it trains in a run; 0 where the strategy does not ask.
@@ -112,7 +114,7 @@ def policy_of(node: Mapping[str, Scalar]) -> Policy:
                 "a node with 'data' needs a 'policy' that says what its records are for: write one with "
                 f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
             )
-        return Policy(allow_no_privacy=True, mechanisms=",".join(n for n, row in MECHANISMS.items() if row.charged))
+        return Policy(allow_no_privacy=True, mechanisms=",".join(n for n, row in MECHANISMS.items() if row.claims))
     policy = load_policy(Path(str(node["policy"])).expanduser())
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:
@@ -189,7 +191,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     else:
         ledger = only_ledger(user_folder())
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
-    return Site(name, data, dataset_id, size, ledger, policy, unreadable, _own_rank(node))
+    return Site(name, data, dataset_id, size, ledger, policy, unreadable, _own_rank(node), simulated)
 
 
 def _own_rank(node: Mapping[str, Scalar]) -> int:

@@ -105,9 +105,16 @@ def set_up() -> None:
 
 
 @contextmanager
-def kept_in(path: Path) -> Iterator[None]:
-    """Append the project's log lines, as JSON, to a file for as long as the context lasts."""
+def kept_in(path: Path, without: str = "") -> Iterator[None]:
+    """Append the project's log lines, as JSON, to a file for as long as the context lasts.
+
+    Args:
+        path: the file.
+        without: name of a logger whose lines are left out; empty: none.
+    """
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    if without:
+        handler.addFilter(lambda record: record.name != without)
     handler.setFormatter(JsonLines())
     logger = logging.getLogger("fedveil")
     logger.addHandler(handler)

@@ -180,14 +180,14 @@ class RoundLine(RunFile):
     """Whether the quorum was reached; if not, nothing was averaged."""
     strategy: str
     participants: list[str]
-    """Sites whose result counts."""
+    """Sites whose result counts; with a trusted server, which tells nobody, the cohort."""
     accuracy: float | None
     """On public data; None, as ``loss``, in a round that was not scored."""
     loss: float | None
     bytes_down: int
-    """Adapter payload of all tasks."""
+    """Adapter payload of all tasks; with a trusted server, of the usual draw."""
     bytes_up: int
-    """Adapter payload of all replies."""
+    """Adapter payload of all replies, likewise."""
     seconds: float
     privacy: str
     """The setting ``privacy.mode``."""
@@ -195,7 +195,7 @@ class RoundLine(RunFile):
     """The head's policy in words."""
     noised_correct: list[CountLine]
     refusals: list[Absence]
-    """The last word of each site that was asked and did not take part."""
+    """The last word of each site that was asked and did not take part; with a trusted server, of none."""
     attempts: int
     failures: list[Absence]
     """Everything that went wrong, in every attempt, also where a later one mended it."""
@@ -209,13 +209,13 @@ class RoundLine(RunFile):
 
 @dataclass(frozen=True)
 class PrivacyLine(RunFile):
-    """What one site released in one round: everything that the claim for it rests on."""
+    """What one site released in one round, or a trusted server for all: everything that the claim for it rests on."""
 
     NAME: ClassVar[str] = "privacy.jsonl"
     round_number: int = field(metadata=called("round"))
     site: str
     public_size: int
-    """Declared by the site's steward."""
+    """Declared by the site's steward; of the cohort, its sites."""
     unit: str
     adjacency: str
     adversary: str

@@ -12,6 +12,7 @@ from pathlib import Path
 from client.ledger.ledger import Ledger
 from common.bundle import own_digest
 from common.errors import PolicyRefusal
+from common.privacy import MECHANISMS
 from deploy import shared_checks as shared
 from deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
 from deploy.check_results import CheckResult, examine
@@ -172,7 +173,9 @@ def _pins(folder: SiteFolder) -> Iterator[CheckResult]:
 def _mechanisms(folder: SiteFolder) -> Iterator[CheckResult]:
     policy = policy_of_node(node_settings(folder))
     without = "; and runs without privacy" if policy.allow_no_privacy else ""
-    yield CheckResult(True, "mechanisms", f"runs of {', '.join(policy.allowed_mechanisms)}{without}")
+    trusting = [name for name in policy.allowed_mechanisms if MECHANISMS[name].central]
+    seen = f"; in those of {', '.join(trusting)} no record is protected from the server" if trusting else ""
+    yield CheckResult(True, "mechanisms", f"runs of {', '.join(policy.allowed_mechanisms)}{seen}{without}")
 
 
 def _models(folder: SiteFolder) -> Iterator[CheckResult]:

@@ -20,6 +20,9 @@ HEAD = """\
 MECHANISMS_HEAD = """\
 # How a run must protect the records, as its privacy.mode. A run of any other mechanism is refused.
 """
+TRUSTING = """\
+# In runs of {names} the server gets what this site computes without noise: no record is protected from it.
+"""
 PINS_HEAD = """\
 # What the records are for. A job that asks for another task, other columns or labels, or longer records is refused.
 """
@@ -63,7 +66,9 @@ def policy_text(
         settings["public-size"] = public_size
     if models:
         settings["models"] = models
-    protection = MECHANISMS_HEAD + to_toml({"mechanisms": mechanisms})
+    trusting = [name for name in mechanisms if name in MECHANISMS and MECHANISMS[name].central]
+    protection = MECHANISMS_HEAD + (TRUSTING.format(names=", ".join(trusting)) if trusting else "")
+    protection += to_toml({"mechanisms": mechanisms})
     text = HEAD + to_toml(settings) + protection + (PINS_HEAD + to_toml(pins) if pins else "")
     policy = parse_policy(text, "that would be written")
     if public_size:
@@ -119,7 +124,7 @@ def pins_of_job(config: RunConfig) -> Pins:
 def mechanisms_of_job(config: RunConfig) -> list[str]:
     """Return the ``mechanisms`` of a policy that lets a job in; for a job that promises nothing, the usual one."""
     mode = config.privacy.mode
-    return [mode if MECHANISMS[mode].charged else DPSGD.name]
+    return [mode if MECHANISMS[mode].claims else DPSGD.name]
 
 
 def models_of(name: str, fingerprint: str) -> list[str]:

@@ -15,6 +15,7 @@ from deploy.control import Control, control_of
 from deploy.server_folder import ServerFolder
 from server.checkpoint import NAME as CHECKPOINT
 from server.conduct import DYING_SECONDS
+from server.ledger import with_ledger
 from server.lock import is_written
 from server.records import write_json
 from server.resume import settings_of_resumed, with_resumed
@@ -52,7 +53,7 @@ def submit(
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
     """
-    settings = settings_of_resumed({**settings, "output": str(folder.runs)})
+    settings = with_ledger(settings_of_resumed({**settings, "output": str(folder.runs)}), folder.runs)
     check_tracker(configure(settings).config.tracker)
     with control_of(folder) as control:
         last = _last_job(folder, settings) if once else {}

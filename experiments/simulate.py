@@ -29,6 +29,7 @@ from common.ports import free_ports
 from common.run_lines import ProgressFile, ResultFile, read_if_there
 from deploy.app import app_folder
 from experiments.site_count import record_sites
+from server.ledger import with_ledger
 from server.lock import is_written
 from server.tracking import check_tracker
 from strategies.job import configure
@@ -65,7 +66,7 @@ def simulate(
     if sites < 1:
         raise ConfigError(f"a federation needs at least 1 site, not {sites}")
     output = str(Path(str(settings.get("output", "runs"))).expanduser().absolute())
-    settings = {**settings, "output": output}
+    settings = with_ledger({**settings, "output": output})
     job = configure(settings)
     check_tracker(job.config.tracker)
     check_partition(job.config)

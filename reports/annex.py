@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from common.privacy.figures import epsilon_text
 from common.words import counted, number_text
 from reports.audits import bound_sentences
+from reports.claim import server_is_trusted
 from reports.compute import compute_words
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared
@@ -103,9 +104,13 @@ def _tests(data: ReportData) -> list[str]:
 
 def _measures(data: ReportData) -> list[str]:
     left = "clipped and noised before they left" if data.claim.made else "as they were computed, without noise"
+    declared = f"{number_text(_declared_records(data))}, as the sites declare"
+    if server_is_trusted(data.claim.privacy_mode):
+        left = "clipped, and without noise: the server, which is trusted, noised their sum"
+        declared = "their number is told to nobody"
     return [
-        f"Records of {counted(data.headline.sites, 'site')} ({number_text(_declared_records(data))}, as the sites "
-        f"declare) stayed at the sites; what left are numbers computed from them, {left}.",
+        f"Records of {counted(data.headline.sites, 'site')} ({declared}) stayed at the sites; what left are numbers "
+        f"computed from them, {left}.",
         f"Trained were the adapter's factors{' and the head' if setting_of(data, 'head.policy') == 'trained' else ''}; "
         "the base model stayed as it was.",
         *[f"Not protected: {text}." for text in data.unprotected],
@@ -120,6 +125,14 @@ def _gdpr(data: ReportData, declared: Declared, statements: Sequence[Statement])
     said = [f"{row.site} says: see below (SHA-256 {row.sha256[:16]}…)." for row in statements]
     silent = sorted({site.site for site in data.sites} - {row.site for row in statements})
     missing = [f"{OPEN} No steward's statement of {_several(silent)} lies beside this run."] if silent else []
+    central = server_is_trusted(data.claim.privacy_mode)
+    if central:
+        missing = [f"{OPEN} Of which sites no steward's statement lies beside this run: it does not say who took part."]
+    ledgers = (
+        "the server's ledger of the cohort"
+        if central
+        else "a ledger at each site that no run can change; fedveil ledger receipt hands out a run's part of it"
+    )
     purpose = [f"The coordinator declares: {declared.intended_use}"] if declared.intended_use else []
     return [
         Row("Art. 5(1)(a), 6, 9", "Which legal basis do the sites have?", said + missing),
@@ -134,8 +147,7 @@ def _gdpr(data: ReportData, declared: Declared, statements: Sequence[Statement])
             "Art. 5(2), 30",
             "What documents the processing?",
             [
-                f"report.json ({data.schema}), each round in rounds.jsonl and privacy.jsonl, and a ledger at each site "
-                "that no run can change; fedveil ledger receipt hands out a run's part of it.",
+                f"report.json ({data.schema}), each round in rounds.jsonl and privacy.jsonl, and {ledgers}.",
                 f"{OPEN} The controllers' records of processing.",
             ],
         ),
@@ -180,7 +192,12 @@ def _ai_act(data: ReportData, declared: Declared) -> list[Row]:
             "Art. 10",
             "Which data, and what is known of their gaps and bias?",
             [
-                f"Task {setting_of(data, 'model.task')}; {number_text(_declared_records(data))} records, as declared.",
+                f"Task {setting_of(data, 'model.task')}; "
+                + (
+                    "nobody but the sites knows how many records."
+                    if server_is_trusted(data.claim.privacy_mode)
+                    else f"{number_text(_declared_records(data))} records, as declared."
+                ),
                 f"{OPEN} How the records were chosen and labelled: nobody but the sites has seen one.",
             ],
         ),
@@ -218,6 +235,7 @@ def _ai_act(data: ReportData, declared: Declared) -> list[Row]:
 
 
 def _hipaa(data: ReportData) -> list[Row]:
+    central = server_is_trusted(data.claim.privacy_mode)
     return [
         Row(
             "164.514(b)(1)",
@@ -232,7 +250,10 @@ def _hipaa(data: ReportData) -> list[Row]:
         Row(
             "164.312(b)",
             "What records the activity?",
-            ["Each site's ledger, written before a record is used and never changed; the server's rounds.jsonl."],
+            [
+                "Each site's ledger, written before a record is used and never changed; the server's rounds.jsonl.",
+                *(["The server's own ledger, written before a site is asked."] if central else []),
+            ],
         ),
         Row(
             "164.312(d) and (e)",

@@ -19,6 +19,7 @@ from common.privacy.figures import epsilon_text
 from common.privacy.units import PERSON
 from common.tasks import TASKS
 from common.words import UNKNOWN, counted, number_text, percent_text, visible
+from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared
 from reports.markdown import plain
@@ -180,7 +181,9 @@ def _records(data: ReportData) -> str:
     sizes = sorted(site.public_size for site in data.sites if site.public_size is not None)
     told = "Trained on the records of sites, which are not published."
     whose = f"in {data.claim.per}s, " if data.claim.per == PERSON.name else ""
-    if sizes:
+    if server_is_trusted(data.claim.privacy_mode):
+        told += f" There were {number_text(sum(sizes))} sites; how many records one has is told to nobody."
+    elif sizes:
         told += (
             f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from "
             f"{number_text(sizes[0])} to {number_text(sizes[-1])} a site."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from common.config.sections import Scalar
 from common.data.sources import unprotected_test
-from common.privacy import mechanism_of
+from common.privacy import MECHANISMS, mechanism_of
 from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
 from common.words import EACH, names_text, natural
@@ -26,6 +26,19 @@ NOT_COVERED = (
     "side channels, such as how long a site takes",
     "the base model, which may have been trained on the same records before",
     "rounds that a site charged and that never counted: the site's ledger has the last word",
+)
+COVERED_BY_SERVER = (
+    "every model that the server gave away after a round, and whatever is made of it: the final model, its accuracy, "
+    "the choice of a round",
+    "this run's folder: its lines, its log and its checkpoint hold nothing of one site",
+    "all rounds together, and earlier runs as far as the server's ledger holds them",
+)
+"""The same where the server is trusted with every update."""
+BY_SERVER = (
+    "choices of settings made by looking at earlier runs of the same sites",
+    "side channels, such as what the sites' network shows",
+    "the base model, which may have been trained on the same records before",
+    "what a site has given away otherwise, such as in runs of another server, or by another ledger of this one",
 )
 OFF = (
     "Privacy was OFF. This run promises nothing about any record: what the sites sent, and the final model, "
@@ -79,8 +92,13 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     if worst is None or delta is None:
         return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps, text)
     accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
+    central = server_is_trusted(mode)
     sentence = (
-        f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
+        f"What a trusted server gave away is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) differentially "
+        f"private in {claim.unit}: {claim.across} Nothing is promised against the server, which saw every update "
+        "without noise: no record is protected from it."
+        if central
+        else f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
         f"differentially private in {claim.unit}. Both are the maximum over sites: {claim.across}"
     )
     sentence += _shared(sites)
@@ -102,11 +120,16 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         sampler=claim.sampler,
         accountant=", ".join(accountants),
         head=head,
-        covered=list(COVERED),
-        not_covered=[*claim.leaves_out, *NOT_COVERED],
+        covered=list(COVERED_BY_SERVER if central else COVERED),
+        not_covered=[*claim.leaves_out, *(BY_SERVER if central else NOT_COVERED)],
         gaps=gaps,
         public_text=text,
     )
+
+
+def server_is_trusted(mode: str) -> bool:
+    """Return whether a privacy.mode has a trusted server, which sees what sites send as it is."""
+    return mode in MECHANISMS and MECHANISMS[mode].central
 
 
 def _shared(sites: Sequence[SiteReport]) -> str:

@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, read_json
 from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
-from reports.claim import Claim, claim_of
+from reports.claim import Claim, claim_of, server_is_trusted
 from reports.folder import RunFiles, read_run
 from reports.learning import LayerReport, layer_reports
 from reports.meaning import MeaningReport, meaning_report
@@ -92,7 +92,7 @@ class Headline:
     rounds_done: int
     rounds_planned: int
     sites: int
-    """Sites that took part in a round at least."""
+    """Sites that took part in a round at least; with a trusted server, which tells nobody, those of the cohort."""
     bytes_down: int
     bytes_up: int
     seconds: float
@@ -196,7 +196,7 @@ def report_of(folder: Path) -> ReportData:
         versions=versions,
         origin=_origin(folder, problems),
         actors=actors_of(claim, headline.epsilon),
-        unprotected=unprotected_of(sites, _cut_test(settings), claim.per),
+        unprotected=unprotected_of(sites, _cut_test(settings), claim),
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
@@ -247,6 +247,9 @@ def federation_epsilon(folder: Path) -> float | None:
 
 def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     worst, planned = worst_site(sites), files.config.settings.get("rounds")
+    number = sum(site.rounds_joined > 0 for site in sites)
+    if server_is_trusted(str(files.config.settings.get("privacy.mode", ""))):
+        number = sum(site.public_size or 0 for site in sites)  # one line stands for the cohort
     counted = [line for line in files.rounds if line.round_number and line.complete]
     return Headline(
         accuracy_before=files.baseline.accuracy if files.baseline else None,
@@ -257,7 +260,7 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         worst_site=worst.site if worst else "",
         rounds_done=len({line.round_number for line in counted}),
         rounds_planned=planned if isinstance(planned, int) else 0,
-        sites=sum(site.rounds_joined > 0 for site in sites),
+        sites=number,
         bytes_down=sum(line.bytes_down for line in files.rounds),
         bytes_up=sum(line.bytes_up for line in files.rounds),
         seconds=sum(line.seconds for line in files.rounds),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from common.privacy.figures import epsilon_text
 from common.privacy.units import PERSON
 from common.words import counted, number_text, percent_text
+from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.scores import share_text
 
@@ -59,6 +60,13 @@ def _records(data: ReportData) -> Fact:
         f"Those of the sites, {number_text(sum(sizes))}{whose} in all as the sites declare them. The records stayed "
         f"where they are. What left a site are numbers that were computed from its records, {noised}."
     )
+    if server_is_trusted(data.claim.privacy_mode):
+        answer = (
+            f"Those of {number_text(sum(sizes))} sites; how many records they have, nobody says. The records stayed "
+            "where they are. What left a site are numbers that were computed from its records, without noise, for the "
+            "server alone. It is trusted with them, and added chance numbers (noise) to their sum before anybody else "
+            "got it."
+        )
     cut = (
         "The records on which the model was tested were taken from the same source and are not protected."
         if cut_test(data)
@@ -76,8 +84,15 @@ def _promise(data: ReportData) -> Fact:
         f"There is a limit on how much any one {claim.per} can change all that left a site, and the finished model. It "
         "holds whatever anybody else knows, and it was counted at every step before a record was used."
     )
+    if server_is_trusted(claim.privacy_mode):
+        answer = (
+            "There is a limit on how much any one site, with all people in its records, can change what the server "
+            "gave away, and the finished model. It holds whatever anybody else knows. It does not hold against the "
+            "server: that one saw what each site sent, and nothing is promised about what it could find out."
+        )
+    whose = "it" if server_is_trusted(claim.privacy_mode) else "the site with the largest"
     figure = (
-        f"The limit is a number, ε (epsilon): {epsilon_text(head.epsilon)}; the site with the largest may come to "
+        f"The limit is a number, ε (epsilon): {epsilon_text(head.epsilon)}; {whose} may come to "
         f"{number_text(head.epsilon_budget)}. At 0 one {claim.per} would change nothing, and each further 1 allows "
         f"nearly three times the odds. Chances below δ = {head.delta:g} are left out of it."
     )
@@ -95,7 +110,7 @@ def _meaning(data: ReportData) -> list[Fact]:
         for attack in meaning.bounds.attacks
     ]
     answers = [
-        f"Say somebody saw everything that was sent and knows all {per}s but one. The best method that there can be to "
+        f"Say somebody saw {meaning.seen} and knows all {per}s but one. The best method that there can be to "
         f"find out whether that {per} was used does no more than this: {'; '.join(tries)}."
     ]
     if meaning.bounds.several:

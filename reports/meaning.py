@@ -30,6 +30,8 @@ class MeaningReport:
     bounds: Meaning
     caution: str
     """What the figures leave out; empty: nothing that this report knows of."""
+    seen: str
+    """What an attacker sees, in words."""
 
 
 def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningReport | None:
@@ -50,7 +52,8 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
         # Of another unit a person may be one whole.
         bounds = replace(bounds, several=[])
     caution = THIS_RUN if worst.agreement == "larger" else ""
-    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution)
+    seen = "all that the server gave away" if mechanism.central else "all that was sent"
+    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen)
 
 
 def attack_sentence(meaning: MeaningReport) -> str:
@@ -60,7 +63,7 @@ def attack_sentence(meaning: MeaningReport) -> str:
         for a in meaning.bounds.attacks
     )
     return (
-        f"An attacker who sees all that was sent, knows every other {meaning.per} and asks whether one {meaning.per} "
+        f"An attacker who sees {meaning.seen}, knows every other {meaning.per} and asks whether one {meaning.per} "
         f"was trained on, {rates}. Guessing finds as many members as it has false alarms; no attack finds more than "
         f"{bound_text(meaning.bounds.advantage)} beyond that."
     )

@@ -63,6 +63,8 @@ class Picture:
     rounds: list[PicturedRound]
     before: float | None = None
     """Accuracy before any record was used; None: that of the first round that was scored."""
+    per: str = "record"
+    """The claim's unit in one word."""
 
 
 def picture_of(data: ReportData) -> Picture:
@@ -83,8 +85,8 @@ def picture_of(data: ReportData) -> Picture:
         if line.counted
     ]
     title = f"{data.strategy} on {values.get('model.name')} and {values.get('data.name')}"
-    top = data.headline
-    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before)
+    top, per = data.headline, data.claim.per or "record"
+    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before, per)
 
 
 def to_svg(picture: Picture) -> str:
@@ -117,7 +119,7 @@ def said_of_run(picture: Picture) -> str:
     if picture.delta is None:
         return f"{words}; no privacy claim"
     spent = max((line.epsilon for line in picture.rounds if line.epsilon is not None), default=None)
-    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each record, the maximum over sites"
+    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each {picture.per}, the maximum over sites"
 
 
 def _accuracy(picture: Picture) -> Chart | None:

@@ -16,6 +16,7 @@ from common.errors import ConfigError
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.figures import epsilon_text
 from common.words import counted, numbers_text, visible
+from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, setting_of
 from reports.declared import Declared, several
 from reports.meaning import attack_sentence, several_sentence
@@ -28,9 +29,17 @@ TUNING = "preprocessing_and_hyper" + "parameter_tuning"
 NOISED = {
     "at the site": "Each site clips and noises what it computes before anything leaves it: the local model, with a "
     "site in the place of a person. The server is trusted with nothing.",
+    "at the server": "A trusted server clips each site's update, noises their sum and gives away nothing else: the "
+    "central model, with a site in the place of a person. Nothing is promised against the server.",
     "in the sum": "The noise that the claim counts on is in the sum over sites, which the server sees alone.",
 }
 """What ``Mechanism.noised`` means for whoever asks whom to trust."""
+BY_SITES = (
+    "Every site's ledger composes all runs on its records and stops at its budget. A site can be asked again until "
+    "then."
+)
+BY_SERVER = "The server's ledger composes all runs that are charged to it, and stops at the budget."
+"""What composes a run with others."""
 
 
 def registry_record(data: ReportData, declared: Declared) -> str:
@@ -68,8 +77,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
                 "model_name_details": NOISED.get(mechanism.noised, ""),
                 "actors": _lines([f"{actor.who}: trusted {actor.trusted}" for actor in data.actors]),
                 "release_type": "Many releases" if _more(data) else "One release",
-                "release_type_details": "Every site's ledger composes all runs on its records and stops at its "
-                "budget. A site can be asked again until then.",
+                "release_type_details": BY_SERVER if mechanism.central else BY_SITES,
                 "data_source_type": "Static",
                 "access_type": "Non-interactive",
             },
@@ -130,6 +138,8 @@ def _basic(data: ReportData, declared: Declared) -> dict[str, Any]:
 
 def _parameters(data: ReportData) -> list[str]:
     lines = [f"largest of all sites, over all rounds; site {data.headline.worst_site}"]
+    if server_is_trusted(data.claim.privacy_mode):
+        lines = ["of every site of the cohort, over all rounds"]
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [text for text in said if text]
@@ -139,7 +149,9 @@ def _parameters(data: ReportData) -> list[str]:
 def _afterwards(data: ReportData) -> list[str]:
     optimizer = setting_of(data, "server.optimizer")
     return [
-        f"the sites' noised contributions are averaged by {data.strategy}",
+        f"the noised mean of the sites' updates is taken by {data.strategy}"
+        if server_is_trusted(data.claim.privacy_mode)
+        else f"the sites' noised contributions are averaged by {data.strategy}",
         f"the server's optimiser ({optimizer}) steps on the average" if optimizer != "none" else "no server optimiser",
         "scores on public records, and the choice of the last round",
     ]

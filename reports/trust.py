@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from common.privacy import MECHANISMS
 from common.words import number_text
-from reports.claim import Claim
+from reports.claim import Claim, server_is_trusted
 from reports.sites import SiteReport
 
 
@@ -28,16 +28,22 @@ class Actor:
 
 SERVER = {
     "at the site": "with no record (local model, of sites): the noise is there before anything reaches it",
+    "at the server": "with every record (central model, of sites): it sees each site's update without noise, clips it, "
+    "noises the sum, keeps the ledger, and must tell nobody who was drawn",
     "in the sum": "with no record, as long as the claim's honest sites are (secure sum, of sites): the noise is in the "
     "sum, and each site's part of it reaches the server under masks alone",
 }
 """By ``Mechanism.noised``."""
 OTHERS = {
     "at the site": "with no record",
+    "at the server": "with no update of another site",
     "in the sum": "the claim's number of honest ones with their parts of the noise and with their keys: without these "
     "the price alone holds",
 }
 """By the same."""
+OWN = "as the curator of its records (central model): it clips, adds its noise and keeps the ledger"
+TO_SERVER = "with its own records: it clips what it sends, and adds no noise"
+"""What a site is trusted with; the second where the server is."""
 
 
 def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
@@ -50,16 +56,19 @@ def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
     promised = claim.made and not (epsilon is not None and math.isinf(epsilon))
     whole = "" if promised else "with everything: no finite ε is promised"
     noised = MECHANISMS[claim.privacy_mode].noised if promised else ""
+    central = promised and server_is_trusted(claim.privacy_mode)
     return [
         Actor(
             "a site, with its steward and its machine",
             "its own records",
-            whole or "as the curator of its records (central model): it clips, adds its noise and keeps the ledger",
+            whole or (TO_SERVER if central else OWN),
         ),
         Actor(
             "the coordinator's server",
             "every message of every site",
-            whole or f"{SERVER[noised]}. With the result: a dishonest server can spoil the model, not the claim",
+            whole
+            or SERVER[noised]
+            + ("" if central else ". With the result: a dishonest server can spoil the model, not the claim"),
         ),
         Actor("the other sites", "the global model after every round", whole or OTHERS[noised]),
         Actor("everyone who gets the model", "the final model", whole or "with no record"),
@@ -71,18 +80,26 @@ def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
     ]
 
 
-def unprotected_of(sites: Sequence[SiteReport], cut_test: str, per: str) -> list[str]:
+def unprotected_of(sites: Sequence[SiteReport], cut_test: str, claim: Claim) -> list[str]:
     """Return the quantities that no noise protects, each a phrase.
 
     Args:
         sites: of the run.
         cut_test: what is said of a public test part that is cut from the sites' source; empty: it is not.
-        per: the claim's unit in one word; empty: there is no claim.
+        claim: of the run.
     """
     sizes = [site.public_size for site in sites if site.public_size is not None]
-    return [
-        f"the number of {per or 'record'}s that each site declares ({number_text(sum(sizes))} in all)",
+    said = [
+        f"the number of {claim.per or 'record'}s that each site declares ({number_text(sum(sizes))} in all)",
         "which site took part in which round, when, and how long it took",
+    ]
+    if claim.made and server_is_trusted(claim.privacy_mode):
+        said = [
+            f"the number of sites in the cohort ({number_text(sum(sizes))})",
+            "when rounds began and ended, and whether enough sites were connected for one",
+        ]
+    return [
+        *said,
         "every setting of the run, its labels, and the public test part that accuracy is measured on"
         + (", which was cut from the same source as the sites' records" if cut_test else ""),
         "the base model, which may have been trained on the same records before",

@@ -45,6 +45,8 @@ class FlowerTransport:
         while True:
             nodes = sorted(set(_patiently(self._grid.get_node_ids)) - set(besides))
             if len(nodes) >= wanted or time.monotonic() > deadline:
+                if self._job.mechanism.central:  # before anybody is drawn
+                    self._folder.progress(ProgressFile("training"))
                 return nodes
             self._folder.progress(ProgressFile("waiting for sites", online=len(nodes), wanted=wanted))
             time.sleep(POLL_SECONDS)
@@ -74,15 +76,7 @@ class FlowerTransport:
                 waiting.discard(asked)
                 replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
                 up += size
-            self._folder.progress(
-                ProgressFile(
-                    "training",
-                    round_number=task.round_number,
-                    rounds=self._job.config.rounds,
-                    answered=[reply.site for reply in replies.values()],
-                    asked=len(tasks),
-                )
-            )
+            self._tell_progress(task.round_number, [reply.site for reply in replies.values()], len(tasks))
             if waiting:
                 time.sleep(POLL_SECONDS)
         for message_id in waiting:
@@ -91,6 +85,13 @@ class FlowerTransport:
             trouble = f" (the SuperLink failed: {pulls.trouble})" if pulls.trouble else ""
             replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s{trouble}")
         return Exchange(replies, down, up)
+
+    def _tell_progress(self, round_number: int, answered: list[str], asked: int) -> None:
+        """Write who has answered; with a trusted server that is nobody's business, nor whether anybody was drawn."""
+        if not self._job.mechanism.central:
+            rounds = self._job.config.rounds
+            told = ProgressFile("training", round_number=round_number, rounds=rounds, answered=answered, asked=asked)
+            self._folder.progress(told)
 
     def _push(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, int], int]:
         """Return the node behind each message that the SuperLink took, and what these weigh in bytes."""

@@ -27,6 +27,7 @@ from strategies import ServerState
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
+SITES_LOG = "fedveil.site"
 DYING_SECONDS = 90.0
 """How long a resumed run waits for the server that began it: one that lost its SuperLink takes a while to give up."""
 
@@ -106,7 +107,8 @@ def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder
         # Read once nobody else writes: the server that did may have finished a round, or the run, meanwhile.
         saved = load_checkpoint(path, job, run) if job.config.resume else None
         folder = RunFolder(path, job, run, saved)
-        with kept_in(path / "log.jsonl"):
+        # Of sites in this very process, an experiment's, the lines would tell who was drawn.
+        with kept_in(path / "log.jsonl", SITES_LOG if job.mechanism.central else ""):
             tracking = Tracking(job, path, run)
             try:
                 _conduct(job, run, folder, connect, tracking)

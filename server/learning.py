@@ -69,14 +69,16 @@ def _parts(
     if summed:  # what rests in the round is in no vector, and has no noise
         changes = [_moved(change) for change in changes]
     weights = [contribution.weight for contribution in averaged]
-    noises = [_of_sum(job, results)] if summed else noises_of(job, results, state)
+    noises = [_of_sum(job, averaged, results)] if summed else noises_of(job, results, state)
     return [
         Part(weight / math.fsum(weights), change, noise)
         for weight, change, noise in zip(weights, changes, noises, strict=True)
     ]
 
 
-def _of_sum(job: Job, results: Sequence[TrainResult]) -> float | None:
+def _of_sum(job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]) -> float | None:
+    if job.mechanism.central:
+        return averaged[0].noise
     paid = job.mechanism.charged and any(result.spending is not None for result in results)
     return sum_noise(job, results) if paid else None
 
@@ -134,7 +136,8 @@ def step_noise(job: Job, result: TrainResult) -> float | None:
 
 
 def _line(job: Job, layer: str, parts: Sequence[Part], level: float, *, summed: bool) -> LayerLine:
-    faster = job.config.training.head_rate if layer == HEAD else 1.0
+    # A trusted server noises changes as they are, whatever rates they came by.
+    faster = job.config.training.head_rate if layer == HEAD and not job.mechanism.central else 1.0
     noises = [part.noise * faster for part in parts if part.noise is not None]
     told = noises if len(noises) == len(parts) else None
     flat = [_flat(part.change[layer]) for part in parts]

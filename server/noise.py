@@ -76,6 +76,8 @@ def averaged_noise(
         usual: as of ``site_noise``. So a lie about noise moves nothing. Else what a site is known by counts
             (``Contribution.noise``), that is with the factor that its change was shortened by.
     """
+    if job.mechanism.central:
+        return averaged[0].noise or 0.0  # which the server drew itself
     if not job.mechanism.charged:
         return 0.0
     if job.mechanism.summed:
@@ -90,6 +92,8 @@ def averaged_noise(
 
 def exact_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float | None:
     """Return ``averaged_noise`` where the averaged change is a gradient with Gaussian noise of that size; else None."""
+    if job.mechanism.central:
+        return averaged[0].noise
     if not job.mechanism.charged:
         return 0.0
     if not known(job) or any(noised_whole(job, result) for result in results):

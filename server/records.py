@@ -33,7 +33,7 @@ from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
 from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
-from common.messages.round import TrainResult
+from common.messages.round import Spending, TrainResult
 from common.messages.state import AdapterState
 from common.model.federated import FederatedModel, Score
 from common.privacy.claim import NO_CLAIM, NOTHING
@@ -54,6 +54,7 @@ from common.tasks import TASKS
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
 from server.rounds import RoundOutcome
+from server.trusted import COHORT
 from strategies import ServerState
 from strategies.job import Job
 
@@ -87,6 +88,12 @@ def privacy_line(job: Job, result: TrainResult) -> PrivacyLine:
         accountant=str(spent.accountant) if spent else NO_CLAIM,
         head=head_words(job),
     )
+
+
+def cohort_line(job: Job, round_number: int, spent: Spending) -> PrivacyLine:
+    """Return the line of ``privacy.jsonl`` for a round of a trusted server: one for all sites together."""
+    cohort = job.config.privacy.cohort
+    return privacy_line(job, TrainResult("", round_number, COHORT, cohort, {}, spent))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -151,13 +158,17 @@ class RunFolder:
     def _lines(self, outcome: RoundOutcome) -> None:
         got, results = outcome.got, outcome.got.results.values()
         self._append(*(privacy_line(self.job, result) for result in results))
+        participants = [result.site for result in results if outcome.counts]
+        if got.released:
+            self._append(cohort_line(self.job, outcome.round_number, got.released))
+            participants = [COHORT]
         counts = [(result.site, result.noised_correct) for result in results]
         self._append(
             RoundLine(
                 round_number=outcome.round_number,
                 complete=outcome.counts,
                 strategy=self.job.strategy.name,
-                participants=[result.site for result in results if outcome.counts],
+                participants=participants,
                 accuracy=outcome.score.accuracy if outcome.score else None,
                 loss=outcome.score.loss if outcome.score else None,
                 bytes_down=got.bytes_down,

@@ -23,6 +23,7 @@ from server.replies import clean
 from server.ruled import ruled_step
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
+from server.trusted import TrustedSites
 from server.watched import watched
 from strategies import ServerState, mean
 from strategies.base import ServerStep
@@ -87,8 +88,7 @@ def run_rounds(
             after the first too; names each with its reason.
     """
     admission = Admission(job, saved.members if saved else {}, transport.registered)
-    lossy = RecoveringSites if job.config.privacy.drop_outs else SummedSites
-    sites = (lossy if job.mechanism.summed else Sites)(job, run, transport, server_model, admission)
+    sites = _kind_of_sites(job)(job, run, transport, server_model, admission)
     if saved:
         state, score = saved.state, saved.score
         observer.resumed(saved)
@@ -103,8 +103,11 @@ def run_rounds(
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
         got = sites.gather(round_number, state)
-        if len(got.results) < job.config.min_sites:
+        if not got.counts(job.config.min_sites):
             observer.missed(RoundOutcome(round_number, got, score, time.monotonic() - began, counts=False))
+            if round_number > 1 and got.spent:
+                observer.stopped(got.spent)
+                break
             # Nothing but spent budgets went wrong, in any attempt: the run has had all the rounds that it can have.
             spent = [r for r in got.refusals.values() if r.kind == "budget"]
             if round_number > 1 and spent and len(spent) == len(got.failures):
@@ -125,6 +128,15 @@ def run_rounds(
         outcome = RoundOutcome(round_number, got, score, time.monotonic() - began, learning=tuple(learning))
         observer.finished(outcome, state, admission.members)
     return state
+
+
+def _kind_of_sites(job: Job) -> type[Sites]:
+    """Return how a run's sites are asked, by who may see what of them."""
+    if job.mechanism.central:
+        return TrustedSites
+    if job.mechanism.summed:
+        return RecoveringSites if job.config.privacy.drop_outs else SummedSites
+    return Sites
 
 
 def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Observer) -> ServerState:

@@ -35,7 +35,7 @@ def ruled_step(
         averaged: what the strategy's average makes of it.
         noise: standard deviation of the noise on one number of the averaged change (``server.noise``); None: unknown.
     """
-    rule, noised = job.rule, job.mechanism.charged
+    rule, noised = job.rule, job.mechanism.claims
     if isinstance(rule, NoRule) or config.refits(before.round_number + 1):
         return server_step(config, before, averaged)
     held = _layers(before, before)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.log import about
-from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
+from common.messages.round import Refusal, Reply, Spending, SumReply, Task, TrainResult, TrainTask
 from common.messages.tensors import fingerprint
 from common.run_lines import Absence
 from common.secure_sum import KeyOffer
@@ -63,6 +63,14 @@ class Gathering:
     bytes_up: int = 0
     summed: tuple[Contribution, ...] = ()
     """In place of what each site sent, where nobody sees that: what all of them together make."""
+    released: Spending | None = None
+    """Of a trusted server: what the round cost its ledger. Then ``summed`` is noised, and there are no results."""
+    spent: str = ""
+    """Of a trusted server: why its ledger does not pay for the round."""
+
+    def counts(self, least: int) -> bool:
+        """Return whether the round counts, with at least so many results; a trusted server's does whatever came."""
+        return self.released is not None or len(self.results) >= least
 
     def settled(self) -> set[int]:
         """Return the nodes that it is no use to ask again in this round."""

@@ -10,18 +10,20 @@ from common.privacy.figures import epsilon_text
 from common.words import EACH, names_text, natural
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
+    from common.messages.round import Spending
     from common.model.federated import Score
     from server.admission import Member
     from server.rounds import RoundOutcome
     from strategies.job import Job
 
 
-def epsilon_words(members: Iterable[Member], unit: str) -> str:
+def epsilon_words(told: Iterable[Spending | None], unit: str, whose: str = "worst site") -> str:
     """Return the federation's figures so far, each the maximum over sites, because their records are disjoint.
 
-    Sites that did not take part in the last round have spent what they had before.
+    Of a trusted server they are its ledger's. Sites that did not take part in the last round have spent what they had
+    before.
     """
-    spent = [member.spending for member in members if member.spending]
+    spent = [one for one in told if one]
     if not spent:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)
@@ -31,7 +33,7 @@ def epsilon_words(members: Iterable[Member], unit: str) -> str:
         why = ", its records were released without privacy before"
     elif worst.epsilon_total > worst.epsilon_budget:
         why = ", its records were charged under other names too"
-    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, {unit}-level, worst site{why})"
+    return f"ε {total} of {worst.epsilon_budget:g} (δ {delta:g}, {unit}-level, {whose}{why})"
 
 
 def score_words(score: Score | None) -> str:
@@ -45,10 +47,15 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
     Of many refusals those of one reason are one line.
     """
     got = outcome.got
+    per = job.mechanism.claim.per
+    if job.mechanism.central:  # who took part, and how many, it tells nobody
+        sites, spent = f"cohort of {job.config.privacy.cohort}", epsilon_words([got.released], per, "trusted server")
+    else:
+        sites, spent = f"{len(got.results)} sites", epsilon_words((m.spending for m in members.values()), per)
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
         f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
-        f"{epsilon_words(members.values(), job.mechanism.claim.per)}  {len(got.results)} sites  {payload:.2f} MB  "
+        f"{spent}  {sites}  {payload:.2f} MB  "
         f"{outcome.seconds:.0f} s"
     )
     why: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ def least_plan(job: Job, result: TrainResult) -> Plan:
     """
     if job.mechanism.charged:
         return paid_plan(job, result)
-    return job.mechanism.exposing_plan(job.config.training)
+    return job.mechanism.exposing_plan(job.config.privacy, job.config.training)
 
 
 def paid_plan(job: Job, result: TrainResult) -> PrivacyPlan:

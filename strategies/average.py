@@ -21,7 +21,7 @@ class Average(Strategy):
     """The server averages what sites train, whatever the adapter."""
 
     needs: ClassVar[Literal["mean", "each"]] = "mean"
-    privacy: ClassVar[str] = "dp-sgd, secure-sum, none"
+    privacy: ClassVar[str] = "dp-sgd, secure-sum, client-level, none"
 
     @classmethod
     def exact(cls, adapter: type[Adapter]) -> bool:

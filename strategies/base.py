@@ -141,10 +141,11 @@ class Strategy(ABC):
         """Raise ConfigError, saying what to do, if the strategy or its options do not fit the run's mechanism."""
         own = type(self)
         bare = own.uplink is Strategy.uplink and own.correct is Strategy.correct
-        if mechanism.summed and not (self.needs == "mean" and bare):
+        if mechanism.pooled and not (self.needs == "mean" and bare):
+            seen = "nobody sees" if mechanism.summed else "no strategy is given"
             raise ConfigError(
                 f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and with "
-                f"privacy.mode {mechanism.name!r} nobody sees more than a sum: choose another"
+                f"privacy.mode {mechanism.name!r} {seen} more than a sum: choose another"
             )
 
     def check_run(self, config: RunConfig) -> None:

@@ -190,6 +190,7 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
         tables()[key].check(key, value)
     strategy = from_section(ROWS[config.strategy], settings, f"{config.strategy}.")
     _check_unit(config)
+    _check_cohort(config)
     config.privacy.mechanism.check_row()
     config.privacy.mechanism.check(config)
     strategy.check(config.privacy.mechanism)
@@ -245,6 +246,17 @@ def _check_unit(config: RunConfig) -> None:
         raise ConfigError(
             f"privacy.unit is {unit.name!r}, and data.person names no column: name the one that says whose a record "
             "is, or set privacy.unit to 'record'"
+        )
+
+
+def _check_cohort(config: RunConfig) -> None:
+    privacy = config.privacy
+    given = {"cohort": privacy.cohort, "site-rate": privacy.site_rate < 1, "ledger": privacy.ledger}
+    key = next((key for key, value in given.items() if value), "")
+    if key and not privacy.mechanism.central:
+        raise ConfigError(
+            f"privacy.{key} is for a run whose unit is a whole site, and privacy.mode is {privacy.mode!r}: leave it "
+            "out, or set privacy.mode to 'client-level' and privacy.unit to 'site'"
         )
 
 

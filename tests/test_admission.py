@@ -155,7 +155,7 @@ def test_a_total_of_shared_records_may_be_above_the_budget_and_the_terminal_says
     admission = Admission(job, {})
     assert admission.judge({1: told}, STATE, [1]) == {}
     admission.enrol({1: told})
-    words = epsilon_words(admission.members.values(), "record")
+    words = epsilon_words((member.spending for member in admission.members.values()), "record")
     assert words.startswith("ε 9.500 of 8 "), words
     assert "charged under other names too" in words
 

@@ -49,6 +49,8 @@ def with_owner(key: str) -> dict[str, Scalar]:
     owners += [name for name, start in STARTS.items() if key in options(start) and start.needs == "paid release"]
     if key == "server.most-noise":
         return {"server.optimizer": "momentum"}
+    if key in ("privacy.site-rate", "privacy.ledger"):
+        return {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20}
     if not owners:
         return {}
     lacking = owners[0] == "public-gradient" and key != "start.data"
@@ -306,7 +308,7 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
         if key == "model.task" and not choices.TASKS[choice].worded:
             context["head.start"] = "random"
         if key == "privacy.mode" and MECHANISMS[choice].needs:
-            context[MECHANISMS[choice].needs] = 2
+            context |= {MECHANISMS[choice].needs: 2, "privacy.unit": MECHANISMS[choice].unit.name}
         assert configure({**context, key: choice}).settings()[key] == choice or (choice == "auto" and key in OPEN)
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)} is '{CHOICES[key][-1]}x'.*did you mean"):
         configure({key: CHOICES[key][-1] + "x"})
@@ -380,6 +382,8 @@ kinds = {
 @fast
 @given(st.fixed_dictionaries({}, optional=kinds))
 def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> None:
+    if "privacy.mode" in values:
+        values["privacy.unit"] = MECHANISMS[str(values["privacy.mode"])].unit.name
     asked = from_mapping(values)
     assert to_mapping(asked) == {**defaults(RunSettings), **values}, "a setting was lost or changed on the way"
     config = resolve(asked)

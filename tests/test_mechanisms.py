@@ -64,7 +64,10 @@ each_charged = pytest.mark.parametrize("name", CHARGED)
 RECORDS = 40
 
 
-OWN: dict[str, dict[str, Any]] = {"secure-sum": {"privacy.honest-sites": 2}}
+OWN: dict[str, dict[str, Any]] = {
+    "secure-sum": {"privacy.honest-sites": 2},
+    "client-level": {"privacy.unit": "site", "privacy.cohort": 3},
+}
 """Settings without which a row is refused."""
 
 
@@ -108,12 +111,15 @@ def test_a_row_is_called_by_its_own_name_and_does_not_contradict_itself(name: st
 @each_row
 def test_a_row_has_either_a_plan_that_pays_or_one_that_exposes(name: str) -> None:
     row, (privacy, training) = MECHANISMS[name], figures_of(name)
-    if row.charged:
+    if row.central:  # the server's plan pays, the site's exposes
+        assert row.plan(privacy, training, 3, PUBLIC).release(3).purpose == TRAINING
+        row.exposing_plan(privacy, training)
+    elif row.charged:
         assert row.plan(privacy, training, 3, PUBLIC).release(3).purpose == TRAINING
         with pytest.raises(ConfigError, match="every round is charged"):
-            row.exposing_plan(training)
+            row.exposing_plan(privacy, training)
     else:
-        row.exposing_plan(training)
+        row.exposing_plan(privacy, training)
         with pytest.raises(ConfigError, match="nothing to plan"):
             row.plan(privacy, training, 3, PUBLIC)
 
@@ -345,14 +351,14 @@ def test_a_run_and_its_report_say_what_the_row_claims(name: str, toy_settings: d
     folder, row = run_in_process(settings, 3), MECHANISMS[name]
     report = report_of(folder)
     assert {line.unit for line in read_lines(PrivacyLine, folder)} == {row.claim.unit}
-    assert (report.claim.made, report.claim.off) == (row.charged, not row.claims)
-    assert (report.headline.epsilon is not None) == row.charged
-    if row.charged:
+    assert (report.claim.made, report.claim.off) == (row.claims, not row.claims)
+    assert (report.headline.epsilon is not None) == row.claims
+    if row.claims:
         assert (report.claim.unit, report.claim.sampler) == (row.claim.unit, row.claim.sampler)
         assert row.claim.unit in report.claim.sentence
         assert set(row.claim.leaves_out) <= set(report.claim.not_covered)
         assert row.claim.sampler in markdown_report(folder)
-        assert [site.agreement for site in report.sites] == ["agrees"] * 3
+        assert [site.agreement for site in report.sites] == ["agrees"] * (1 if row.central else 3)
 
 
 # --- a row that is otherwise in everything: the unit is a whole site --------------------------------------------------

@@ -16,6 +16,9 @@ from server import pulls
 from server.app import FlowerTransport
 from server.pulls import Pulls
 
+OPEN = SimpleNamespace(central=False)
+"""Of a run whose folder tells who has answered."""
+
 
 class Grid:
     """A grid whose pulls do what a test says, by the id of the task's message."""
@@ -93,7 +96,7 @@ def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatc
 
 
 def exchange(grid: Any, tasks: int, timeout: float = 1.0) -> Any:
-    job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout))
+    job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout), mechanism=OPEN)
     server_model, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=lambda _: None)
     transport = FlowerTransport(*cast(Any, (grid, job, server_model, folder)))
     task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
@@ -135,7 +138,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_superlink_that_fails_now_and_then_ends_no_run() -> None:
     busy = BusyGrid(2, a=answered("asked"))
     assert exchange(busy, 1).replies[1].reason == "asked"
-    job = SimpleNamespace(config=SimpleNamespace(round_timeout=5.0))
+    job = SimpleNamespace(config=SimpleNamespace(round_timeout=5.0), mechanism=OPEN)
     folder = SimpleNamespace(progress=lambda _: None)
     transport = FlowerTransport(*cast(Any, (busy, job, SimpleNamespace(reply_layout=lambda _: {}), folder)))
     assert transport.nodes(1, {2}) == [1, 3]

@@ -178,6 +178,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "head.phrases",
         "training.weight-decay",
     }
+    none |= {"privacy.cohort", "privacy.ledger"}
     none |= {"data.slice", "data.person", "training.linearised", "training.refit", "server.most-noise", "server.scores"}
     none |= {"model.checkpointing"}
     assert open_values == each_machines | each_sites | the_models | none

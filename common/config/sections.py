@@ -203,10 +203,12 @@ class PrivacyConfig(Section):
 
     mode: Annotated[str, OneOf(MECHANISMS)] = "dp-sgd"
     """A row of ``common.privacy.MECHANISMS``: ``dp-sgd``, ``secure-sum`` (the sites share the noise of a sum of which
-    nobody sees the parts) or ``none``, which makes no privacy claim and says so everywhere."""
+    nobody sees the parts), ``client-level`` (a trusted server noises the sum; the unit is a whole site) or ``none``,
+    which makes no privacy claim and says so everywhere."""
     unit: Annotated[str, OneOf(UNITS)] = "record"
     """Whom the promise is made to: one ``record``, or one ``person`` with all records that have one value in the column
-    ``data.person``. What is drawn, clipped and counted is then a person."""
+    ``data.person``. What is drawn, clipped and counted is then a person. One ``site`` with all its records: of
+    ``client-level``, and of no other mechanism."""
     records_per_person: Annotated[int, POSITIVE, Unit("records")] = 8
     """Of unit ``person``: most records of a person that a site uses, the same ones in every round. It bounds time and
     memory; the promise does not depend on it."""
@@ -228,6 +230,15 @@ class PrivacyConfig(Section):
     drop_outs: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
     """For ``secure-sum``: most sites that may be lost from an attempt, whose sum is then that of the others. They are
     beside the honest ones and the colluders. 0: a missing vector costs the attempt, and a round has fewer messages."""
+    cohort: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
+    """For ``client-level``: how many sites there are, at most; public. The noised sum is divided by it times
+    ``privacy.site-rate``, however many reply. 0: the run's unit is not a site."""
+    site_rate: Annotated[float, Interval(0, 1), RATIO] = 1.0
+    """For ``client-level``: chance of each site to be asked in a round, drawn by the server for each on its own. Below
+    1 the price counts on nobody seeing who was asked."""
+    ledger: str = ""
+    """For ``client-level``: the server's ledger file, which all runs on these sites share so that their prices add up;
+    relative to where the program was started. Empty: one in the run's folder, for this run alone."""
 
     @property
     def mechanism(self) -> Mechanism:

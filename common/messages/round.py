@@ -1,9 +1,9 @@
 """The messages of a round, as plain data.
 
 Everything a site sends is listed here, and here only. While privacy is on, ``contribution`` is the only field computed
-from records, or the masked ``words`` in its place, and it has passed clip and noise; a site whose policy says so adds a
-noised count, which its ledger has paid for. The rest follows from configuration and from the ledger's arithmetic on
-it, and keys, shares and signatures from nothing at all.
+from records, or the masked ``words`` in its place, and it has passed clip and noise; where the server is trusted, the
+clip alone. A site whose policy says so adds a noised count, which its ledger has paid for. The rest follows from
+configuration and from the ledger's arithmetic on it, and keys, shares and signatures from nothing at all.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class TrainResult:
     round_number: int
     site: str
     public_size: int
-    """Declared by the steward; never counted from the records."""
+    """Declared by the steward; never counted from the records. 1 where the unit is a whole site."""
     contribution: AdapterState
     """Empty in a secure sum."""
     spending: Spending | None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from common.privacy.client_level import ClientLevel
 from common.privacy.mechanism import Mechanism
 from common.privacy.no_privacy import NoPrivacy
 from common.privacy.record_level import DPSGD
 from common.privacy.shared_noise import SecureSum
 from common.privacy.units import RECORD, UNITS, Unit
 
-MECHANISMS: dict[str, Mechanism] = {row.name: row for row in (DPSGD(), SecureSum(), NoPrivacy())}
+MECHANISMS: dict[str, Mechanism] = {row.name: row for row in (DPSGD(), SecureSum(), ClientLevel(), NoPrivacy())}
 
 __all__ = ["MECHANISMS", "UNITS", "Mechanism", "Unit", "mechanism_of"]
 

@@ -45,11 +45,12 @@ class Mechanism(ABC):
     """Whom the claim speaks of, and what is drawn and clipped."""
     units: ClassVar[tuple[Unit, ...]] = (RECORD, PERSON)
     """What ``privacy.unit`` may be: see ``of_unit``."""
-    noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]]
+    noised: ClassVar[Literal["at the site", "in the sum", "at the server", "nowhere"]]
     """Where the noise is added that the price counts on."""
     charged: ClassVar[bool]
     """Whether a round is charged to the site's ledger as releases. If not, it is written down there as an exposure, for
-    which no budget pays: the site's steward must allow that, and no ε holds afterwards."""
+    which no budget pays: the site's steward must allow that, and no ε holds afterwards. Where the noise is added at the
+    server, the ledger that is charged is the server's."""
     counted: ClassVar[bool]
     """Whether adding or removing one unit moves a count of records by at most 1, so that a noised count has a price."""
     starts: ClassVar[frozenset[str]]
@@ -95,6 +96,16 @@ class Mechanism(ABC):
         """Whether the server is given a sum of what sites send, and no part of it."""
         return self.noised == "in the sum"
 
+    @property
+    def central(self) -> bool:
+        """Whether the server is trusted: it clips, sums, noises, keeps the ledger, and passes on nothing else."""
+        return self.noised == "at the server"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a strategy is given what all sites make together, and no site's part of it."""
+        return self.summed or self.central
+
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, saying what to do, unless the run's settings fit the mechanism."""
         if config.privacy.honest_sites:
@@ -110,12 +121,17 @@ class Mechanism(ABC):
 
     def check_row(self) -> None:
         """Raise MechanismError if the row contradicts itself: who promises anything charges for it, and adds noise."""
-        if not self.claims == self.charged == (self.noised != "nowhere") == (self.plans is not None):
+        paid = self.charged or self.central
+        if not self.claims == paid == (self.noised != "nowhere") == (self.plans is not None):
             raise MechanismError(
                 f"the mechanism {self.name!r} must promise something, charge for it, add noise and have a plan, or do "
                 "none of it"
             )
-        if (self.charged and not self.claim.per) or self.counted > self.charged:
+        if self.charged and self.central:
+            raise MechanismError(
+                f"the mechanism {self.name!r} must charge the server's ledger, and no site's: its noise is the server's"
+            )
+        if (self.claims and not self.claim.per) or self.counted > self.charged:
             raise MechanismError(f"the mechanism {self.name!r} must name its unit in one word, and charge for counts")
         if self.charged and not self.conceals:
             raise MechanismError(f"the mechanism {self.name!r} must conceal failures: a refusal would tell of records")
@@ -155,8 +171,8 @@ class Mechanism(ABC):
             )
         return self.plans
 
-    def exposing_plan(self, training: TrainingConfig) -> Plan:
-        """Return what a site does that is not charged, by its training settings."""
+    def exposing_plan(self, privacy: PrivacyConfig, training: TrainingConfig) -> Plan:
+        """Return what a site does that is not charged, by the run's settings."""
         raise ConfigError(f"privacy.mode is {self.name!r}, in which every round is charged: it has no plan without")
 
     @abstractmethod

@@ -67,7 +67,7 @@ class NoPrivacy(Mechanism):
 
     name: ClassVar[str] = "none"
     claim: ClassVar[Claim] = NOTHING
-    noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]] = "nowhere"
+    noised: ClassVar[Literal["at the site", "in the sum", "at the server", "nowhere"]] = "nowhere"
     charged: ClassVar[bool] = False
     counted: ClassVar[bool] = False
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records", "records, without privacy"})
@@ -78,7 +78,7 @@ class NoPrivacy(Mechanism):
     # Honest ones were up to 2.7 times as long.
     longest: ClassVar[float] = 3.0
 
-    def exposing_plan(self, training: TrainingConfig) -> ExposingPlan:
+    def exposing_plan(self, privacy: PrivacyConfig, training: TrainingConfig) -> ExposingPlan:
         """Return the run's rate and pass."""
         return ExposingPlan(training.sample_rate, training.batch_tokens)
 

@@ -28,7 +28,7 @@ class DPSGD(Mechanism):
         per="record",
         leaves_out=("a person with several records: the unit is one record",),
     )
-    noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]] = "at the site"
+    noised: ClassVar[Literal["at the site", "in the sum", "at the server", "nowhere"]] = "at the site"
     charged: ClassVar[bool] = True
     counted: ClassVar[bool] = True
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records", "paid release"})

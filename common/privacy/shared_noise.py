@@ -64,7 +64,7 @@ class SecureSum(Mechanism):
             "noise alone, at the second price in its ledger",
         ),
     )
-    noised: ClassVar[Literal["at the site", "in the sum", "nowhere"]] = "in the sum"
+    noised: ClassVar[Literal["at the site", "in the sum", "at the server", "nowhere"]] = "in the sum"
     charged: ClassVar[bool] = True
     counted: ClassVar[bool] = False
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records"})

@@ -98,4 +98,20 @@ PERSON = Unit(
     across="a person with records at several sites has the sum of what these have spent, at the sum of their δ.",
     grouped=True,
 )
-UNITS: dict[str, Unit] = {row.name: row for row in (RECORD, PERSON)}
+SITE = Unit(
+    name="site",
+    what="one site, with all its training records",
+    adjacency="replace one site's update by zero in every round; the cohort that the sum is divided by stays as it is",
+    each="each site on its own",
+    leaves_out=(
+        "any record against the server: it sees each site's update without noise",
+        "that a site is one of the cohort, and when it was connected: its updates are protected",
+        "a site that runs as several nodes, and people whose records are at several sites: each counts as several",
+        "who was asked in a round, against whoever watches the sites' network: where privacy.site-rate is below 1, "
+        "the price counts on that being hidden",
+        "how long a round takes, which may show that some site was late",
+    ),
+    across="all updates are in one sum, for which the server's ledger is charged once.",
+    grouped=False,
+)
+UNITS: dict[str, Unit] = {row.name: row for row in (RECORD, PERSON, SITE)}

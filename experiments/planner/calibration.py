@@ -209,7 +209,7 @@ def _step(
     model.module.train()
     began = time.perf_counter()
     if not config.privacy.mechanism.charged:
-        open_plan = config.privacy.mechanism.exposing_plan(config.training)
+        open_plan = config.privacy.mechanism.exposing_plan(config.privacy, config.training)
         with open_plan.steps(model, optimizer) as steps:
             steps.step(open_plan.parts(model, records), model.losses)
         return time.perf_counter() - began, torch.zeros(0)

@@ -13,7 +13,7 @@ from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import Release, epsilon, least_noise
 from common.privacy.events import LEAST_NOISE, Event
-from experiments.planner.price import MOST_ROUNDS, last_within, paid_before
+from experiments.planner.price import MOST_ROUNDS, last_within, paid_before, releases_of_round
 from strategies.job import Job
 
 RATES = (*(float(f"{digits}e{power}") for power in range(-7, -2) for digits in range(100, 1000)), 1.0)
@@ -42,7 +42,7 @@ def find(job: Job, quantity: str) -> Found:
         BudgetExhausted: the budget allows not even the smallest step.
     """
     one_of(QUANTITIES, find=quantity)
-    if not job.mechanism.charged:
+    if not job.mechanism.claims:
         raise ConfigError(f"privacy.mode is {job.mechanism.name!r}: there is no budget to plan for; set it to 'dp-sgd'")
     if quantity != "noise" and not job.config.privacy.noise_multiplier:
         raise ConfigError(
@@ -56,7 +56,7 @@ def find(job: Job, quantity: str) -> Found:
 
 def noise_for(job: Job) -> Found:
     """Return the least noise multiplier that keeps every round within the budget, to a thousandth."""
-    privacy, steps = job.config.privacy, job.config.total_steps
+    privacy, steps = job.config.privacy, job.config.rounds * releases_of_round(job)
     before = tuple(paid_before(job))
     event = _event(job)
     noise = least_noise(event, privacy.epsilon, privacy.delta, steps, before)
@@ -71,7 +71,7 @@ def noise_for(job: Job) -> Found:
 
 def rounds_for(job: Job) -> Found:
     """Return the most rounds that stay within the budget at the configured noise."""
-    event, local = _event(job), job.config.training.local_steps
+    event, local = _event(job), releases_of_round(job)
 
     def release(rounds: float) -> Release:
         return Release(event, int(rounds) * local)
@@ -84,7 +84,7 @@ def rounds_for(job: Job) -> Found:
 
 def sample_rate_for(job: Job) -> Found:
     """Return the largest sample rate of three digits that stays within the budget at the configured noise."""
-    event, steps = _event(job), job.config.total_steps
+    event, steps = _event(job), job.config.rounds * releases_of_round(job)
 
     def release(rate: float) -> Release:
         return Release(event.having(sample_rate=rate), steps)
@@ -93,7 +93,8 @@ def sample_rate_for(job: Job) -> Found:
     if not count:
         raise _nothing(job, f"a sample rate of {RATES[0]:g}")
     following = RATES[count] if count < len(RATES) else None
-    return _found(job, "training.sample-rate", RATES[count - 1], following, release)
+    setting = "privacy.site-rate" if job.mechanism.central else "training.sample-rate"
+    return _found(job, setting, RATES[count - 1], following, release)
 
 
 QUANTITIES: dict[str, Callable[[Job], Found]] = {

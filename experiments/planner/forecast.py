@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,9 @@ class Forecast:
 
     @property
     def noises(self) -> list[float | None]:
-        """Each site's noise multiplier; None where nothing is charged."""
+        """Each site's noise multiplier; None where nothing is charged, or a trusted server adds it."""
+        if self.job.mechanism.central:
+            return [None] * len(self.sizes)
         return [plan.event.noise_multiplier for plan in self.plans] or [None] * len(self.sizes)
 
     @property
@@ -112,7 +115,12 @@ class Forecast:
                 f"times and signal are of persons with one record each: with up to "
                 f"{self.job.config.privacy.records_per_person}, a step takes up to so many times as long"
             )
-        if min(self.expected_batches) < 1:
+        privacy = self.job.config.privacy
+        if self.job.mechanism.central and len(self.sizes) > privacy.cohort:
+            found.append(
+                f"{len(self.sizes)} sites are more than privacy.cohort, which is {privacy.cohort}: no round will begin"
+            )
+        if min(self.expected_batches) < 1 and not self.job.mechanism.central:
             unit = self.job.mechanism.unit.name
             found.append(f"a site's expected batch is below one {unit}: most of its steps are noise alone")
         return found
@@ -196,14 +204,24 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         payloads=payload_by_strategy(server_model),
         workers=workers,
         calibration=calibration,
-        signal=signal_to_noise(
-            plans,
-            sizes,
-            job.config.total_steps,
-            trained,
-            margin=rounding_margin(server_model.model.device),
-            alignment=calibration.alignment if calibration else None,
-        )
-        if job.mechanism.charged
-        else None,
+        signal=_signal(job, sizes, plans, trained, calibration, rounding_margin(server_model.model.device)),
     )
+
+
+def _signal(
+    job: Job,
+    sizes: Sequence[int],
+    plans: Sequence[PrivacyPlan],
+    trained: int,
+    calibration: Calibration | None,
+    margin: float,
+) -> SignalToNoise | None:
+    """Return the run's signal-to-noise; of a trusted server, of updates as long as the clip; None without noise."""
+    if job.mechanism.central:
+        plan = plans[0]
+        noise = math.sqrt(trained) * plan.gradient_noise_std / plan.event.clip_norm
+        return SignalToNoise(trained, job.config.rounds, noise, None)
+    if not job.mechanism.charged:
+        return None
+    alignment = calibration.alignment if calibration else None
+    return signal_to_noise(plans, sizes, job.config.total_steps, trained, margin=margin, alignment=alignment)

@@ -39,7 +39,7 @@ class PricedRound:
     round_number: int
     """1-based; 0 is a paid initialisation."""
     steps: int
-    """Optimiser steps so far."""
+    """Optimiser steps so far; of a trusted server, sums."""
     epsilon: float
     """The number of record, at the run's delta."""
     epsilon_rdp: float
@@ -132,12 +132,22 @@ def paid_before(job: Job) -> list[Release]:
 def site_plans(job: Job, sizes: Sequence[int]) -> list[PrivacyPlan]:
     """Return each site's plan, as the run will make it; none where nothing is charged.
 
+    A trusted server has one plan, of the sum: it stands for every site.
+
     Raises:
         PrivacyError: delta does not fit a size, or the budget is spent by the initialisation.
     """
+    if job.mechanism.central:
+        privacy, config = job.config.privacy, job.config
+        return [job.mechanism.plan(privacy, config.training, config.rounds, privacy.cohort)] * len(sizes)
     if not job.mechanism.charged:
         return []
     return [plan_of(job, _planned_site(size), Terms(math.inf, math.inf)) for size in sizes]
+
+
+def releases_of_round(job: Job) -> int:
+    """Return how many releases a plan counts a round as: its steps, or the one sum of a trusted server."""
+    return 1 if job.mechanism.central else job.config.training.local_steps
 
 
 def _planned_site(size: int) -> Site:
@@ -147,7 +157,7 @@ def _planned_site(size: int) -> Site:
 
 def priced_rounds(job: Job, plan: PrivacyPlan) -> list[PricedRound]:
     """Return what a site has spent after the initialisation, if it pays for one, and after each round."""
-    before, local = paid_before(job), job.config.training.local_steps
+    before, local = paid_before(job), releases_of_round(job)
     numbers = ([0] if before else []) + spread(job.config.rounds, MOST_PRICED)
     priced = []
     for number in numbers:
@@ -189,7 +199,7 @@ def thrown_away(job: Job, plan: PrivacyPlan) -> list[ThrownAway]:
 
 def rounds_within(job: Job, plan: PrivacyPlan) -> int:
     """Return how many rounds a fresh budget lasts at the plan's noise, from 0 to ``MOST_ROUNDS``."""
-    before, local = paid_before(job), job.config.training.local_steps
+    before, local = paid_before(job), releases_of_round(job)
     return last_within(
         lambda rounds: epsilon([*before, plan.release(rounds * local)], plan.delta) <= plan.max_epsilon, MOST_ROUNDS
     )

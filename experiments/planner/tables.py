@@ -72,11 +72,14 @@ def _print_sites(console: Console, forecast: Forecast) -> None:
 
 
 def _print_rounds(console: Console, forecast: Forecast) -> None:
-    if not forecast.job.mechanism.charged:
+    if not forecast.job.mechanism.claims:
         return
     budget, delta = forecast.plans[0].max_epsilon, forecast.plans[0].delta
-    table = Table(title=f"ε of each site, budget {budget:g} at δ {delta:g}")
-    for column in ("after round", "steps", "ε (PLD)", "ε (RDP)", "left"):
+    central, whose, count = forecast.job.mechanism.central, "of each site", "steps"
+    if central:
+        whose, count = "of every site, by the server's ledger", "sums"
+    table = Table(title=f"ε {whose}, budget {budget:g} at δ {delta:g}")
+    for column in ("after round", count, "ε (PLD)", "ε (RDP)", "left"):
         table.add_column(column, justify="right")
     for i in spread(len(forecast.rounds), MOST_LINES):
         priced = forecast.rounds[i - 1]
@@ -93,6 +96,12 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
         console.print(
             f"That is the price of the sum, if {honest} sites are honest; if no other site adds its noise, "
             f"ε {epsilon_text(forecast.epsilon_alone)} after the run."
+        )
+    if central:
+        event, privacy = forecast.plans[0].event, forecast.job.config.privacy
+        console.print(
+            f"The server noises the sum with σ {event.noise_multiplier:.5g} clips, and divides it by "
+            f"{forecast.plans[0].expected_batch_size:g}: {privacy.cohort} sites, drawn at {event.sample_rate:g}."
         )
     _print_lost(console, forecast)
     _print_thrown_away(console, forecast)

@@ -66,7 +66,8 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
     trained = job.summed(1, strategy.uplink(of_turn(server_model.trained_start(), strategy.turn(1))))
     chosen = strategy.columns(task.state, job.config.adapter.rank)
     trained = trained if chosen is None else narrowed(trained, chosen)
-    result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, _spending(plans))
+    spending = None if job.mechanism.central else _spending(plans)
+    result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, spending)
     if job.mechanism.summed:
         task = replace(task, offers=tuple(KeyOffer(f"site-{k}", bytes(32), bytes(64)) for k in range(len(plans))))
         words = bytes(_payload(trained))

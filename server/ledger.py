@@ -1,0 +1,210 @@
+"""The server's ledger, of a mechanism whose noise a trusted server adds: what the sites' sum has paid, over all runs.
+
+A charge is priced on top of all that the file holds, and is on disk before a site is asked, and so before any noise is
+drawn. The file is replaced in one step under a lock: a killed server leaves the old one or the new one, and two servers
+that share it never spend the same remainder. Charges are only ever added. A round that is repeated, after a crash or in
+a resumed run, releases anew and is charged anew.
+
+What no file can know: one that is restored from an old copy, or deleted, forgets. A run that goes on refuses a ledger
+that lacks the rounds which it has done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.accountant import TRAINING
+from common.config.sections import Scalar
+from common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
+from common.files import replace_file
+from common.messages.round import Spending
+from common.privacy import MECHANISMS
+from common.privacy.accounting import Release, epsilon, epsilon_with_method
+from common.privacy.events import Event
+from common.privacy.figures import epsilon_text
+from common.strict_json import from_json, to_json
+
+FORMAT = 1
+NAME = "sites-ledger.json"
+"""Of the ledger that all runs of one server share."""
+PATIENCE = 60.0
+"""Seconds that another server's lock is waited for."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One release that was charged."""
+
+    run: str
+    round_number: int
+    """1-based."""
+    event: Event
+    delta: float
+    charged_at: str
+    """UTC, ISO 8601."""
+
+    @property
+    def release(self) -> Release:
+        """What was charged for."""
+        return Release(self.event, 1)
+
+
+@dataclass(frozen=True)
+class LedgerContent:
+    """All that the file holds."""
+
+    format: int
+    unit: str
+    """What one neighbour is, in one word."""
+    charges: list[Charge]
+
+
+def with_ledger(settings: Mapping[str, Scalar], folder: Path | None = None) -> dict[str, Scalar]:
+    """Return a run's settings with its ledger by an absolute path, since Flower starts the server elsewhere.
+
+    Args:
+        settings: of the run, flat.
+        folder: where the ledger of all runs lies that name none; None: such a run has one of its own.
+    """
+    named = str(settings.get("privacy.ledger", ""))
+    if named:
+        return {**settings, "privacy.ledger": str(Path(named).expanduser().absolute())}
+    mode = str(settings.get("privacy.mode", ""))
+    if folder is None or mode not in MECHANISMS or not MECHANISMS[mode].central:
+        return dict(settings)
+    return {**settings, "privacy.ledger": str(folder / NAME)}
+
+
+class ServerLedger:
+    """The ledger in the file ``path``; made, with its folder, by the first charge.
+
+    Args:
+        path: the file.
+        unit: what one neighbour is, in one word; a file of another unit is refused.
+        patience: seconds that a lock is waited for.
+    """
+
+    def __init__(self, path: Path, unit: str, *, patience: float = PATIENCE) -> None:
+        self.path, self._unit, self._patience = path, unit, patience
+        self._seen = 0
+
+    def charges(self) -> list[Charge]:
+        """Return every charge, oldest first.
+
+        Raises:
+            LedgerError: the file cannot be read, is damaged, of another format or unit, or has lost charges.
+        """
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            text = ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise LedgerError(f"the ledger {self.path} cannot be read: check rights and the disk") from error
+        charges = self._read(text) if text or self.path.exists() else []
+        if len(charges) < self._seen:
+            raise LedgerError(
+                f"the ledger {self.path} has {len(charges)} charges, and had {self._seen}: put back the file that was "
+                "there"
+            )
+        self._seen = len(charges)
+        return charges
+
+    def rounds_of(self, run: str) -> int:
+        """Return how many rounds of a run were charged, a repeated one counted once; errors as of ``charges``."""
+        return len({charge.round_number for charge in self.charges() if charge.run == run})
+
+    def charge(self, run: str, round_number: int, event: Event, delta: float, max_epsilon: float) -> Spending:
+        """Write down durably that a round is about to release a noised sum.
+
+        Guarantees: when this returns, the charge is on disk; when it raises, nothing was written. All that the file
+        holds is composed at the smallest δ that any of it was charged at.
+
+        Raises:
+            BudgetExhausted: the release would pass ``max_epsilon``.
+            LedgerError: as of ``charges``, or it cannot be written, or was locked for too long.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                held = self.charges()
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                added = Charge(run, round_number, event, min([delta, *(one.delta for one in held)]), now)
+                spending = _price(held, added, max_epsilon)
+                if not spending.epsilon_total <= max_epsilon:
+                    raise BudgetExhausted(
+                        f"round {round_number} of run {run!r} would make the sites' epsilon "
+                        f"{epsilon_text(spending.epsilon_total, decimals=4)}, the budget is {max_epsilon:g} at delta "
+                        f"{added.delta:g}: train on other sites, or agree on a larger budget"
+                    )
+                content = LedgerContent(FORMAT, self._unit, [*held, added])
+                replace_file(self.path, (json.dumps(to_json(content), indent=1) + "\n").encode())
+        except OSError as error:
+            raise LedgerError(
+                f"the ledger {self.path} cannot be written ({error.strerror}): name a local file that may be"
+            ) from error
+        self._seen = len(held) + 1
+        return spending
+
+    def _read(self, text: str) -> list[Charge]:
+        try:
+            content = from_json(LedgerContent, json.loads(text), "the ledger")
+            for charge in content.charges:
+                charge.event.check()
+        except (ValueError, DataError, ConfigError) as error:
+            reason = " ".join(str(error).split())
+            raise LedgerError(f"the ledger {self.path} is damaged ({reason}): do not train, ask for help") from error
+        if content.format != FORMAT:
+            raise LedgerError(
+                f"the ledger {self.path} has format {content.format}, this FedVeil reads {FORMAT}: install the FedVeil "
+                "that wrote it"
+            )
+        if content.unit != self._unit:
+            raise LedgerError(
+                f"the ledger {self.path} is of the unit {content.unit!r}, not {self._unit!r}: name another file"
+            )
+        return content.charges
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Be the only one that charges, until the block ends; the lock ends with the process, however that ends."""
+        held = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + self._patience
+        try:
+            while True:
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= deadline:
+                        raise LedgerError(
+                            f"the ledger {self.path} was in use by another server for too long: try again"
+                        ) from error
+                    time.sleep(0.02)
+            yield
+        finally:
+            os.close(held)
+
+
+def _price(held: Sequence[Charge], added: Charge, max_epsilon: float) -> Spending:
+    before = [charge.release for charge in held]
+    total, accountant = epsilon_with_method([*before, added.release], added.delta)
+    return Spending(
+        purpose=TRAINING,
+        event=added.event,
+        steps_round=1,
+        steps_total=len(held) + 1,
+        delta=added.delta,
+        epsilon_round=total - epsilon(before, added.delta),
+        epsilon_total=total,
+        epsilon_budget=max_epsilon,
+        epsilon_remaining=max(0.0, max_epsilon - total),
+        accountant=accountant,
+    )

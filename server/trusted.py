@@ -1,0 +1,190 @@
+"""The round of a trusted server: draw sites, ask them once, clip what comes, sum, noise, forget.
+
+What single sites sent lives in ``gather`` alone, in memory. From there goes on one noised mean, and beside it nothing
+that follows from a reply: not who was drawn or answered, how many did, what went wrong, or how many bytes came. The
+round counts whatever came, since whether it counts would tell of the replies. So no rule here compares sites, and none
+looks at a name, a size or a length that a site could use to push another one out of the sum.
+
+Whether sites are connected is looked at before anything is charged, drawn or sent, and is not protected.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.errors import BudgetExhausted, LedgerError
+from common.log import about
+from common.messages.round import TrainResult, TrainTask
+from common.messages.state import HEAD, AdapterState
+from common.messages.tensors import fingerprint
+from common.messages.wire import encode_task, payload_bytes
+from common.paths import run_folder
+from common.privacy.client_level import clipped
+from common.randomness import add_private_noise, private_poisson_sample
+from common.run_lines import Absence
+from server.admission import Admission
+from server.ledger import ServerLedger
+from server.model import ServerModel
+from server.sites import Gathering, Sites, Transport
+from strategies import Contribution, ServerState
+from strategies.job import Job
+
+log = logging.getLogger("fedveil.server")
+COHORT = "the cohort"
+"""What all sites together are called, in whose place no site has a line."""
+
+
+@dataclass(frozen=True)
+class NoisedMean:
+    """What a round made of the updates of all sites."""
+
+    change: AdapterState
+    """The noised sum over the public divisor, float64, of what moves in the round."""
+    noise: float
+    """Standard deviation of the noise on one of its numbers."""
+
+
+class TrustedSites(Sites):
+    """Asks drawn sites once a round, and hands on their noised mean."""
+
+    def __init__(
+        self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
+    ) -> None:
+        super().__init__(job, run, transport, server_model, admission)
+        privacy, config = job.config.privacy, job.config
+        self._plan = job.mechanism.plan(privacy, config.training, config.rounds, privacy.cohort)
+        self._ledger = ServerLedger(ledger_path(job, run), job.mechanism.claim.per)
+
+    def gather(self, round_number: int, state: ServerState) -> Gathering:
+        """Charge the round, ask the sites that are drawn, and return the noised mean; ``released`` says what it cost.
+
+        Without ``released`` the round was neither charged nor sent: too few or too many nodes are connected, or the
+        budget is spent (``spent``).
+
+        Raises:
+            LedgerError: it cannot be written, or lacks rounds that the run has done.
+        """
+        self._check_ledger(state)
+        got, nodes = Gathering(), self._online(round_number)
+        got.attempts = 1
+        if isinstance(nodes, str):
+            self._note(got, Absence(round_number, 1, "", None, "quorum", nodes))
+            return got
+        plan = self._plan
+        try:
+            got.released = self._ledger.charge(self._run, round_number, plan.event, plan.delta, plan.max_epsilon)
+        except BudgetExhausted as error:
+            got.spent = str(error)
+            self._note(got, Absence(round_number, 1, "", None, "budget", got.spent))
+            return got
+        drawn = [nodes[i] for i in private_poisson_sample(len(nodes), plan.event.sample_rate).tolist()]
+        replies = self._ask(drawn, round_number, state).replies.values() if drawn else ()
+        mean = self._mean((reply for reply in replies if isinstance(reply, TrainResult)), round_number, state)
+        got.summed = (
+            Contribution(COHORT, self._job.config.privacy.cohort, _moved(state, mean.change), noise=mean.noise),
+        )
+        got.bytes_down, got.bytes_up = self._usual_bytes(round_number, state)
+        return got
+
+    def _mean(self, results: Iterable[TrainResult], round_number: int, state: ServerState) -> NoisedMean:
+        """Return the noised mean of what sites sent; one that sent nothing, or no update, is zero in it."""
+        held, plan = self._moving(round_number, state), self._plan
+        total = {layer: {n: torch.zeros_like(t) for n, t in factors.items()} for layer, factors in held.items()}
+        for result in results:
+            change = _change(result.contribution, held)
+            if change is None:
+                continue
+            for layer, factors in clipped(change, plan.event.clip_norm).items():
+                for name, tensor in factors.items():
+                    total[layer][name] += tensor
+        noised = {
+            layer: {n: add_private_noise(t, plan.noise_std) / plan.expected_batch_size for n, t in factors.items()}
+            for layer, factors in total.items()
+        }
+        return NoisedMean(noised, plan.gradient_noise_std)
+
+    def _moving(self, round_number: int, state: ServerState) -> AdapterState:
+        """Return, in float64, what is summed in a round: what sites send of layers that do not rest in it."""
+        config, layout = self._job.config, self._layout(round_number)
+        counterpart = self._job.strategy.counterpart(state, config.adapter.rank)
+        return {
+            layer: {name: counterpart[layer][name].double() for name in factors}
+            for layer, factors in layout.items()
+            if config.moves(round_number, head=layer == HEAD)
+        }
+
+    def _online(self, round_number: int) -> list[int] | str:
+        """Return the nodes that may be drawn, one a site as far as names are registered, or why no round can begin."""
+        config, names = self._job.config, self._admission.registered()
+        nodes: list[int] = []
+        for _ in range(config.round_retries + 1):
+            nodes = self._transport.nodes(config.min_sites, ())
+            if names is not None:
+                nodes = list({names[node]: node for node in sorted(nodes) if node in names}.values())
+            if len(nodes) >= config.min_sites:
+                break
+            log.warning("%d sites are connected", len(nodes), extra=about(self._run, round_number))
+        cohort = config.privacy.cohort
+        if len(nodes) < config.min_sites:
+            return f"{len(nodes)} sites are connected, {config.min_sites} are needed for min-sites"
+        if len(nodes) > cohort:
+            return f"{len(nodes)} sites are connected, more than privacy.cohort, which is {cohort}: shut out the others"
+        return nodes
+
+    def _check_ledger(self, state: ServerState) -> None:
+        held = self._ledger.rounds_of(self._run)
+        if held < state.round_number:
+            raise LedgerError(
+                f"the ledger {self._ledger.path} has {held} rounds of run {self._run!r}, which has done "
+                f"{state.round_number}: put back the one that it was charged to"
+            )
+
+    def _usual_bytes(self, round_number: int, state: ServerState) -> tuple[int, int]:
+        """Return payload bytes down and up of as many sites as are drawn on average: how many were is private."""
+        basis = self._job.basis(state)
+        down = self._job.strategy.downlink(state)
+        task = TrainTask(
+            self._run, round_number, down, {}, fingerprint(basis) if basis else "", self._base, self._start
+        )
+        up = sum(4 * math.prod(shape) for factors in self._layout(round_number).values() for shape in factors.values())
+        sites = self._plan.expected_batch_size
+        return round(sites * payload_bytes(encode_task(task))), round(sites * up)
+
+
+def ledger_path(job: Job, run: str) -> Path:
+    """Return the file of the server's ledger."""
+    named = job.config.privacy.ledger
+    if named:
+        return Path(named).expanduser().absolute()
+    return run_folder(job.config, run) / "ledgers" / "server.json"
+
+
+def _change(sent: AdapterState, held: AdapterState) -> AdapterState | None:
+    """Return what a site sent minus what it received, float64; None if it lacks anything or has another shape."""
+    change: AdapterState = {}
+    for layer, factors in held.items():
+        own = sent.get(layer, {})
+        if any(name not in own or own[name].shape != tensor.shape for name, tensor in factors.items()):
+            return None
+        change[layer] = {name: own[name].double() - tensor for name, tensor in factors.items()}
+    return change
+
+
+def _moved(state: ServerState, change: AdapterState) -> AdapterState:
+    """Return all that sites train, moved by the change; what rests in the round as it is."""
+    moved: AdapterState = {}
+    for layer, factors in state.adapter.items():
+        own = change.get(layer, {})
+        trained = {name: held for name, held in factors.items() if name in own or state.trains(layer, name)}
+        if trained:
+            moved[layer] = {
+                name: (held.double() + own[name]).to(held.dtype) if name in own else held
+                for name, held in trained.items()
+            }
+    return moved
