@@ -12,7 +12,7 @@ from digits import TOKENS, save_vit
 from torch import Tensor, nn
 
 from audits.tiny_models import TARGETS
-from client.linearised import Linearisation, linearised
+from client.linearised import Keeping, Linearisation, linearised
 from client.rehearsal import rehearse, rehearse_linearised
 from common.adapters import ADAPTERS
 from common.adapters.nested import DEPTH
@@ -186,7 +186,8 @@ def test_a_linearised_model_has_the_same_derivatives(folder: Folder) -> None:
         model = tiny(folder("bert"), "bert", again=again)
         records = records_of(model, "bert")
         of = Linearisation("1", 4, 0, "", "")
-        with linearised(model, records, of, {}, "site", Dataset("made-up", (), ()), lambda: None) as (vectors, _):
+        keeping = Keeping(of, {}, "site", Dataset("made-up", (), ()), lambda: None)
+        with linearised(model, records, keeping) as (vectors, _):
             made.append([vector[TANGENTS] for vector in vectors])
         rehearse_linearised(model)
     assert all(map(torch.equal, *made))

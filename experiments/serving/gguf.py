@@ -128,7 +128,6 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor
     Raises:
         DataError, ModelError: as ``export_gguf``.
     """
-    from peft import LoraConfig
     from safetensors.torch import load_file
 
     if not (adapter / "adapter_config.json").is_file():
@@ -142,7 +141,6 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor
             "the run's adapter is no plain LoRA, which is all that llama.cpp reads: merge it with 'fedveil merge' and "
             "convert the whole model"
         )
-    lora = LoraConfig.from_pretrained(str(adapter))
     found = {}
     for name in sorted(tensors):
         if not name.endswith(ends[0]):
@@ -150,7 +148,7 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor
         layer = name.removeprefix(PEFT_PREFIX).removesuffix(ends[0])
         A, B = tensors[name], tensors[name.removesuffix(ends[0]) + ends[1]]
         # PEFT takes the keys for regular expressions of a name's end.
-        own = (a for key, a in (lora.alpha_pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer))
-        alpha = float(next(own, lora.lora_alpha))
-        found[layer] = (A, B, alpha / (len(A) ** 0.5 if lora.use_rslora else len(A)))
+        own = (a for key, a in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer))
+        alpha = float(next(own, config["lora_alpha"]))
+        found[layer] = (A, B, alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)))
     return config, found
