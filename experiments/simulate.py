@@ -70,6 +70,10 @@ def simulate(
     job = configure(settings)
     check_tracker(job.config.tracker)
     check_partition(job.config)
+    if job.mechanism.central and sites > job.config.privacy.cohort:
+        raise ConfigError(
+            f"{sites} sites are more than privacy.cohort, which is {job.config.privacy.cohort}: raise it, or take fewer"
+        )
     with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
         known = 0
         if job.config.resume:

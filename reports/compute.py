@@ -11,6 +11,7 @@ D counts each record as ``model.max-length`` tokens, and of every step as many a
 from __future__ import annotations
 
 from common.config.sections import PrivacyConfig
+from reports.claim import server_is_trusted
 from reports.data import ReportData, setting_of
 
 EACH, AGAIN = 6, 2
@@ -23,6 +24,8 @@ def operations(data: ReportData) -> float | None:
         return None
     if setting_of(data, "training.linearised") or setting_of(data, "adapter.name") == "none":
         return None  # a record passes once for many steps there
+    if server_is_trusted(data.claim.privacy_mode):
+        return None  # how many records a site has is told to nobody
     drawn = 0.0
     for site in data.sites:
         if site.public_size is None:

@@ -217,7 +217,8 @@ class PrivacyConfig(Section):
     delta: Annotated[float, Interval(0, 0.5, high_too=False), RATIO] = 1e-5
     """The δ that the budget holds at. A site refuses one above one over its public size."""
     clip_norm: Annotated[float, CLIP_NORM, Unit("L2 norm")] = 1.0
-    """L2 bound of one unit's gradient over all trained tensors together; a person's is the sum of their records'."""
+    """L2 bound of one unit's gradient over all trained tensors together; a person's is the sum of their records'. With
+    ``client-level`` it bounds a site's whole change of a round."""
     noise_multiplier: Annotated[float, NOT_NEGATIVE, Unit("clip norms")] = 0.0
     """Standard deviation of the noise over the clip norm. 0: the least that keeps every round of the run within
     ``privacy.epsilon``, found by each site for its own size."""
@@ -310,7 +311,8 @@ class RunTerms(Section):
     tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
     """The server's experiment tracker (see ``common.trackers``), which gets what the run's folder holds."""
     min_sites: Annotated[int, POSITIVE, Unit("sites")] = 1
-    """Replies that a round needs to count."""
+    """Replies that a round needs to count. With ``client-level`` every round counts that begins, and so many sites must
+    be connected for that."""
     round_timeout: Annotated[float, POSITIVE, Unit("seconds")] = 3600.0
     """How long an attempt at a round waits for sites, and then for their replies."""
     round_retries: Annotated[int, NOT_NEGATIVE, Unit("attempts")] = 1
