@@ -428,6 +428,8 @@ def test_a_threshold_is_refused_where_it_means_nothing() -> None:
         with pytest.raises(ConfigError, match=why):
             configure({**PLAIN, **more})
     configure({**PLAIN, "privacy.mode": "none", "soft-threshold.threshold": 0.005})
+    trusted = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 200, "privacy.delta": 1e-3}
+    assert configure({**PLAIN, **trusted}).rule.name == "soft-threshold"
     with pytest.raises(ModelError, match=r"does not follow .* set soft-threshold\.threshold"):
         configure(PLAIN).rule.step({}, {"layer": {"B": draw(OUT, RANK)}}, {}, Known())
     job = configure({**PLAIN, "strategy": "fedavg-lora", "adapter.name": "lora-diagonal"})
