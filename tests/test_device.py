@@ -155,4 +155,5 @@ def test_sites_that_keep_what_a_pass_costs_share_one_process(monkeypatch: pytest
     assert [worker_count(8, asked, keeps=True) for asked in (0, 2, 9)] == [1, 2, 4]
     assert worker_count(3, 0, keeps=False) == 3
     assert configure({"training.linearised": 0}).config.keeps is False
-    assert configure(read_settings_file(Path("experiments/configs/probe.toml"))).config.keeps
+    for name in ("probe", "head-only"):
+        assert configure(read_settings_file(Path(f"experiments/configs/{name}.toml"))).config.keeps

@@ -360,7 +360,7 @@ class RunConfig(RunTerms):
     @property
     def keeps(self) -> bool:
         """Whether sites keep derivatives or features of their records from one round to the next."""
-        return bool(self.training.linearised or self.training.refit)
+        return bool(self.training.linearised or self.training.refit) or self.adapter.name == "none"
 
     def refits(self, round_number: int) -> bool:
         """Return whether the adapter rests in a round, and sites train the head alone."""
