@@ -96,7 +96,7 @@ def test_the_table_has_its_row_with_formulas_and_bytes_of_its_own() -> None:
         "m = 18,432 B",
         "yes",
         "s diag(x_Z) B A",
-        "dp-sgd, secure-sum, none |",
+        "dp-sgd, secure-sum, client-level, none |",
     ]
 
 
