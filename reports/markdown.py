@@ -254,13 +254,14 @@ def _others(data: ReportData) -> list[str]:
             str(r.round_number),
             names,
             r.purpose,
+            number_text(r.count),
             *_figures([r.event], ("noise_multiplier", "sample_rate", "clip_norm")),
             epsilon_text(r.epsilon_added, "with the round"),
             number_text(r.value),
         )
         for names, r in alike_releases(data.other_releases, len(data.sites))
     ]
-    columns = ("round", "site", "kind", "noise multiplier", "sample rate", "clip", "ε added", "value")
+    columns = ("round", "site", "kind", "releases", "noise multiplier", "sample rate", "clip", "ε added", "value")
     return [*lines, *(_table(columns, releases) if releases else ["None."])]
 
 

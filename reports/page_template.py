@@ -281,11 +281,13 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 {% if data.other_releases %}
 {% call table("Each was paid for from the same budget") %}
 <thead><tr><th scope="col" class="n">round</th><th scope="col">site</th><th scope="col">kind</th>
-<th scope="col" class="n">σ</th><th scope="col" class="n">q</th><th scope="col" class="n">clip</th>
-<th scope="col" class="n">ε added</th><th scope="col" class="n">value</th></tr></thead>
+<th scope="col" class="n">releases</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
+<th scope="col" class="n">clip</th><th scope="col" class="n">ε added</th>
+<th scope="col" class="n">value</th></tr></thead>
 <tbody>{% for names, release in release_rows %}
 <tr><th scope="row" class="n">{{ release.round_number }}</th><td class="name">{{ names }}</td>
 <td>{{ release.purpose }}</td>
+<td class="n">{{ release.count|number }}</td>
 <td class="n">{{ [release.event]|figures("noise_multiplier")|numbers }}</td>
 <td class="n">{{ [release.event]|figures("sample_rate")|numbers }}</td>
 <td class="n">{{ [release.event]|figures("clip_norm")|numbers }}</td>

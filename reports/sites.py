@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from common.accountant import EVALUATION, TRAINING
+from common.accountant import EVALUATION, INITIALISATION, TRAINING
 from common.errors import ConfigError
 from common.messages.round import SpendingFigures
 from common.privacy.accounting import Release, alone, epsilon_with_method, gaussian_release
 from common.privacy.events import Event, sampled_gaussian
 from common.words import natural
 from reports.folder import RunFiles
+from strategies.job import configure
 
 EXPOSED = (
     "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
@@ -79,6 +80,8 @@ class ReleaseReport:
     """None: it was charged together with the training of its round."""
     value: float | None = None
     """What was released, where it is one figure."""
+    count: int | None = 1
+    """How many releases of the event it is: a start may take many steps. None: this version cannot read the run's."""
 
 
 def site_reports(files: RunFiles) -> list[SiteReport]:
@@ -105,16 +108,21 @@ def federation_delta(sites: Iterable[SiteReport]) -> float | None:
 
 def other_releases(files: RunFiles) -> list[ReleaseReport]:
     """Return what was released beside training steps: initialisations, then noised counts of right answers."""
+    beside = [(line, line.spent) for line in files.privacy if line.spent and line.spent.purpose != TRAINING]
+    try:
+        start = _count_of_start(files) if beside else 1
+    except ConfigError:  # of another version's settings; ε is not recomputed then, and the report says why
+        start = None
     paid = [
         ReleaseReport(
             round_number=line.round_number,
             site=line.site,
-            purpose=line.spent.purpose,
-            event=line.spent.event,
-            epsilon_added=line.spent.epsilon_round,
+            purpose=spent.purpose,
+            event=spent.event,
+            epsilon_added=spent.epsilon_round,
+            count=start if spent.purpose == INITIALISATION else 1,
         )
-        for line in files.privacy
-        if line.spent and line.spent.purpose != TRAINING
+        for line, spent in beside
     ]
     counts = [
         ReleaseReport(number, site, EVALUATION, sampled_gaussian(noise, 1.0), None, value)
@@ -133,22 +141,39 @@ def _noised_counts(files: RunFiles) -> list[tuple[int, str, float, float]]:
     return list(dict.fromkeys(told))
 
 
-def releases_of(paid: Iterable[SpendingFigures]) -> list[Release]:
-    """Return what a site's spendings say was released, in order.
-
-    One for training is as many as its steps; any other the one release that it is.
+def _count_of_start(files: RunFiles) -> int:
+    """Return how many releases the run's start is, by its settings: no line says it, and a probe is many steps.
 
     Raises:
-        ConfigError: one of them holds figures that no mechanism has, or is of a kind that has no price here.
+        ConfigError: they are no settings of this version.
     """
-    return [Release(s.event, s.steps_round if s.purpose == TRAINING else 1, s.purpose) for s in paid]
+    release = configure(files.config.settings).origin.release()
+    return release.count if release else 1
+
+
+def releases_of(paid: Iterable[SpendingFigures], files: RunFiles) -> list[Release]:
+    """Return what a site's spendings say was released, in order.
+
+    One for training is as many as its steps, one of the start as many as the start has; any other is one release.
+
+    Raises:
+        ConfigError: one of them holds figures that no mechanism has, or is of a kind that has no price here; or the
+            run's settings are none of this version.
+    """
+    spendings = list(paid)
+    start = _count_of_start(files) if any(s.purpose == INITIALISATION for s in spendings) else 1
+    counts = {INITIALISATION: start}
+    return [
+        Release(s.event, s.steps_round if s.purpose == TRAINING else counts.get(s.purpose, 1), s.purpose)
+        for s in spendings
+    ]
 
 
 def releases_of_site(name: str, files: RunFiles) -> list[Release]:
     """Return everything that one site released in this run; errors as of ``releases_of``."""
     paid = [line.spent for line in files.privacy if line.site == name and line.spent]
     noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
-    return releases_of(paid) + [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in noises]
+    return releases_of(paid, files) + [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in noises]
 
 
 def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
@@ -174,7 +199,7 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         epsilon_recomputed=recomputed,
         accountant_recomputed=accountant,
         epsilon_rdp=rdp,
-        epsilon_alone=_alone(paid, delta) if recomputed is not None else None,
+        epsilon_alone=_alone(paid, files, delta) if recomputed is not None else None,
         agreement=agreement,
         note=note,
     )
@@ -192,8 +217,8 @@ def _recompute(name: str, files: RunFiles, delta: float | None) -> tuple[float |
         return None, "", None, str(error)
 
 
-def _alone(paid: Sequence[SpendingFigures], delta: float | None) -> float | None:
-    releases = releases_of(paid)
+def _alone(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None) -> float | None:
+    releases = releases_of(paid, files)
     own = alone(releases)
     return None if delta is None or own == releases else epsilon_with_method(own, delta)[0]
 

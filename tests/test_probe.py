@@ -32,6 +32,7 @@ from common.tasks.featured import FEATURES
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from reports import report_of
 from strategies.job import configure
 
 Folder = Callable[[str], str]
@@ -262,3 +263,21 @@ def test_its_noise_is_that_of_its_share_of_the_budget() -> None:
     # What a run is written down as makes the same run again.
     again = configure(configure(own).settings())
     assert again.origin == configure(own).origin
+
+
+# --- in the report ----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_counts_every_step_of_the_probe(toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """ε is recomputed from what was released: 40 steps taken for one would flatter it, and all that it means."""
+    more = {"start.steps": 40, "start.noise-multiplier": 12.0, "start.sample-rate": 1.0}
+    folder = run_in_process({**settings(toy_settings), **more}, 2)
+    report = report_of(folder)
+    assert [site.agreement for site in report.sites] == ["agrees", "agrees"]
+    for site in report.sites:
+        assert site.epsilon_recomputed == pytest.approx(site.epsilon_total, abs=1e-6)
+    assert report.meaning is not None
+    assert report.meaning.epsilon == pytest.approx(report.headline.epsilon, abs=1e-6)
+    assert [release.count for release in report.other_releases] == [40, 40]
+    monkeypatch.setattr("reports.sites._count_of_start", lambda files: 1)
+    assert [site.agreement for site in report_of(folder).sites] == ["larger", "larger"], "the planted fault is not seen"
