@@ -90,7 +90,7 @@ def _queries(data: ReportData) -> list[str]:
     if data.meaning is None:
         return []
     return [
-        "The bound holds for everything that was sent and for the model, whatever is asked of it. Whether it makes the "
+        f"The bound holds for {data.meaning.seen} and for the model, whatever is asked of it. Whether it makes the "
         "likelihood insignificant is for the authority, case by case."
     ]
 

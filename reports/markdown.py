@@ -20,6 +20,7 @@ from common.words import (
 )
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
+from reports.claim import server_is_trusted
 from reports.data import ReportData, setting_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence
@@ -236,7 +237,8 @@ def _learning(data: ReportData) -> list[str]:
     if not data.learning:
         return []
     table = _table(LEARNING_COLUMNS, map(learning_cells, data.learning))
-    return ["## Which layers learnt", "", plain(learning_sentence(data.learning)), "", *table]
+    said = learning_sentence(data.learning, central=server_is_trusted(data.claim.privacy_mode))
+    return ["## Which layers learnt", "", plain(said), "", *table]
 
 
 def _others(data: ReportData) -> list[str]:

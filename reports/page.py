@@ -14,6 +14,7 @@ from common.privacy import figures
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
+from reports.claim import server_is_trusted
 from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
@@ -45,6 +46,7 @@ def _template(page: str) -> Template:
 
 def to_html(data: ReportData) -> str:
     """Return the whole report as one self-contained page."""
+    central = server_is_trusted(data.claim.privacy_mode)
     return _template(PAGE).render(
         data=data,
         head=data.headline,
@@ -54,7 +56,7 @@ def to_html(data: ReportData) -> str:
         slice=str(setting_of(data, "data.slice")),
         bounds=bound_sentences(data.audit_results),
         whose=WHOSE,
-        learning=learning_sentence(data.learning) if data.learning else "",
+        learning=learning_sentence(data.learning, central=central) if data.learning else "",
         learning_columns=LEARNING_COLUMNS,
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),

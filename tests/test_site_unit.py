@@ -751,6 +751,13 @@ def test_the_report_says_who_is_trusted_and_promises_no_record_anything(settings
     annex, record = annex_of(report, Declared(), [], "0" * 64), registry_record(report, Declared())
     assert "without noise: the server, which is trusted" in annex
     assert "their number is told to nobody" in annex
+    assert "The bound holds for all that the server gave away and for the model" in annex
+    assert "everything that was sent" not in annex
+    assert report.learning
+    for page in (text, (folder / "report.html").read_text(encoding="utf-8")):
+        assert "of the server&#39;s noised sum" in page or "of the server's noised sum" in page
+        assert "which is noised already" not in page
+        assert "that sites state" not in page
     assert "Nothing is promised against the server" in re.sub(r"\s+", " ", record)
 
 
