@@ -33,7 +33,7 @@ from common.privacy.events import sampled_gaussian
 from common.randomness import add_private_noise
 from common.run_lines import Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
 from deploy.doctor import _mechanisms
-from deploy.policy_file import policy_text
+from deploy.policy_file import mechanisms_of_job, policy_text
 from deploy.site_folder import SiteFolder
 from experiments.in_process import InProcessTransport, run_in_process
 from experiments.planner.find import find
@@ -780,9 +780,13 @@ def test_a_policy_that_does_not_name_it_refuses(site: OneSite) -> None:
         site.rule(**rules)
         reply = site.refuse(1)
         assert reply.kind == "policy"
-        assert "privacy.mode = 'client-level'" in reply.reason
+        assert "privacy.mode = 'client-level', in which no record is protected from the server" in reply.reason
     with Ledger(site.ledger) as ledger:
         assert ledger.exposures() == []
+
+
+def test_a_policy_that_is_made_from_a_job_does_not_let_it_in(settings: dict[str, Any]) -> None:
+    assert mechanisms_of_job(configure(settings).config) == ["dp-sgd"]
 
 
 def test_a_policy_that_asks_for_the_site_s_own_noise_refuses(site: OneSite) -> None:
