@@ -62,10 +62,10 @@ def _records(data: ReportData) -> Fact:
     )
     if server_is_trusted(data.claim.privacy_mode):
         answer = (
-            f"Those of {number_text(sum(sizes))} sites; how many records they have, nobody says. The records stayed "
-            "where they are. What left a site are numbers that were computed from its records, without noise, for the "
-            "server alone. It is trusted with them, and added chance numbers (noise) to their sum before anybody else "
-            "got it."
+            f"Those of at most {number_text(sum(sizes))} sites; how many records they have, nobody says. The records "
+            "stayed where they are. What left a site are numbers that were computed from its records, without noise, "
+            "for the server alone. It is trusted with them, and added chance numbers (noise) to their sum before "
+            "anybody else got it."
         )
     cut = (
         "The records on which the model was tested were taken from the same source and are not protected."

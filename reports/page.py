@@ -49,6 +49,7 @@ def to_html(data: ReportData) -> str:
     central = server_is_trusted(data.claim.privacy_mode)
     return _template(PAGE).render(
         data=data,
+        central=central,
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
@@ -89,11 +90,12 @@ def _group(sites: list[str]) -> str:
 def epsilon_chart(data: ReportData) -> Chart | None:
     """Return ε over rounds, one line for all sites that have spent alike, and the budgets; None without a claim."""
     budgets = sorted({spent.budget for spent in data.spent})
+    whose = "server" if server_is_trusted(data.claim.privacy_mode) else "site"
     return line_chart(
         "epsilon",
         "Privacy spent over rounds, by site, with the budget",
         Axis("round", whole=True),
-        Axis("ε spent, by the site's ledger", from_zero=True),
+        Axis(f"ε spent, by the {whose}'s ledger", from_zero=True),
         [Curve(_group(spent.sites), spent.points) for spent in data.spent],
         [Mark(budget, f"budget {budget:g}") for budget in budgets],
     )
@@ -109,10 +111,11 @@ def accuracy_chart(data: ReportData) -> Chart | None:
         )
     course = [(r.epsilon_worst or 0.0, r.accuracy, r.round_number) for r in data.rounds if r.accuracy is not None]
     ends = [] if len(course) < 2 else [course[0], course[-1]]
+    whose = "cohort" if server_is_trusted(data.claim.privacy_mode) else "worst site"
     return line_chart(
         "accuracy",
-        "Accuracy against the privacy spent by the worst site",
-        Axis("ε spent, worst site", from_zero=True),
+        f"Accuracy against the privacy spent by the {whose}",
+        Axis(f"ε spent, {whose}", from_zero=True),
         y,
         [Curve(data.strategy, [(epsilon, accuracy) for epsilon, accuracy, _ in course])],
         [Mark(data.headline.epsilon_budget, f"budget {data.headline.epsilon_budget:g}", upright=True)]

@@ -43,6 +43,7 @@ from reports import markdown_report, report_of
 from reports.annex import annex_of
 from reports.compute import operations
 from reports.declared import Declared
+from reports.picture import picture_of, said_of_run
 from reports.registry import registry_record
 from server.admission import Admission
 from server.app import FlowerTransport
@@ -753,10 +754,18 @@ def test_the_report_says_who_is_trusted_and_promises_no_record_anything(settings
     assert "their number is told to nobody" in annex
     assert "The bound holds for all that the server gave away and for the model" in annex
     assert "everything that was sent" not in annex
+    assert "per site, by the server's ledger" in annex
+    assert f"Records of at most {COHORT_SIZE} sites" in annex
+    assert f"Those of at most {COHORT_SIZE} sites" in (folder / "facts.html").read_text(encoding="utf-8")
+    said = said_of_run(picture_of(report))
+    assert said.startswith(f"at most {COHORT_SIZE} sites")
+    assert "maximum over sites" not in said
     assert report.learning
     for page in (text, (folder / "report.html").read_text(encoding="utf-8")):
         assert "of the server&#39;s noised sum" in page or "of the server's noised sum" in page
         assert "which is noised already" not in page
+        assert "worst site" not in page
+        assert f"at most {COHORT_SIZE} sites" in page
         assert "that sites state" not in page
     assert "Nothing is promised against the server" in re.sub(r"\s+", " ", record)
 
