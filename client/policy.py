@@ -235,7 +235,8 @@ class Policy:
             if not self.allow_no_privacy:
                 raise refusal("allow-no-privacy", "false", asked)
         elif mechanism.name not in self.allowed_mechanisms:
-            raise refusal("mechanisms", ", ".join(self.allowed_mechanisms), asked)
+            without = ", in which no record is protected from the server" if mechanism.central else ""
+            raise refusal("mechanisms", ", ".join(self.allowed_mechanisms), asked + without)
         elif mechanism.central and self.min_noise_multiplier:
             raise refusal(
                 "min-noise-multiplier", f"{self.min_noise_multiplier:g}", f"{asked}, in which a site adds none"

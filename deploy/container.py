@@ -89,6 +89,8 @@ def make_keys(
                 fingerprint=fingerprint,
             )
             print(f"made the key pair of {name}", flush=True)
+            if job.mechanism.central:  # which a steward lets in, and no job does
+                _say_if_refused(folder, name, job)
         else:
             _say_if_refused(folder, name, job)
         if not part:
@@ -102,7 +104,7 @@ def make_keys(
 
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:
-    """Print why a site whose policy was made for another job will refuse this one, if it will."""
+    """Print why a site will refuse this job, if it will: its policy was made for another, or does not let it in."""
     from client.policy import load_policy
     from common.errors import FedVeilError
 

@@ -122,9 +122,12 @@ def pins_of_job(config: RunConfig) -> Pins:
 
 
 def mechanisms_of_job(config: RunConfig) -> list[str]:
-    """Return the ``mechanisms`` of a policy that lets a job in; for a job that promises nothing, the usual one."""
+    """Return the ``mechanisms`` of a policy that lets a job in whose rounds the site's ledger pays; else the usual one.
+
+    So a steward writes down a mechanism that protects nothing from the server.
+    """
     mode = config.privacy.mode
-    return [mode if MECHANISMS[mode].claims else DPSGD.name]
+    return [mode if MECHANISMS[mode].charged else DPSGD.name]
 
 
 def models_of(name: str, fingerprint: str) -> list[str]:

@@ -191,7 +191,9 @@ def _priced(name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base
     jobs = {trial: configure(settings) for trial, settings in asked.items()}
     for trial, job in jobs.items():
         if not job.mechanism.charged:
-            raise ConfigError(f"trial {trial!r} has privacy.mode {job.mechanism.name!r}, which costs no budget")
+            free = "whose budget is the server's, which trials do not count"
+            why = free if job.mechanism.central else "which costs no budget"
+            raise ConfigError(f"trial {trial!r} has privacy.mode {job.mechanism.name!r}, {why}")
     privacy, first = next(iter(jobs.values())).config.privacy, next(iter(jobs.values()))
 
     def with_noise(noise: float) -> dict[str, Job]:

@@ -74,7 +74,8 @@ def _claim(data: ReportData) -> list[str]:
     if not data.claim.made:
         return [data.claim.sentence]
     head = data.headline
-    figure = f"(ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, the maximum over sites"
+    basis = "by the server's ledger" if server_is_trusted(data.claim.privacy_mode) else "the maximum over sites"
+    figure = f"(ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, {basis}"
     return [data.claim.sentence, figure, f"against: {data.claim.adversary}", f"neighbours: {data.claim.neighbours}"]
 
 
@@ -90,7 +91,7 @@ def _queries(data: ReportData) -> list[str]:
     if data.meaning is None:
         return []
     return [
-        "The bound holds for everything that was sent and for the model, whatever is asked of it. Whether it makes the "
+        f"The bound holds for {data.meaning.seen} and for the model, whatever is asked of it. Whether it makes the "
         "likelihood insignificant is for the authority, case by case."
     ]
 
@@ -104,13 +105,13 @@ def _tests(data: ReportData) -> list[str]:
 
 def _measures(data: ReportData) -> list[str]:
     left = "clipped and noised before they left" if data.claim.made else "as they were computed, without noise"
-    declared = f"{number_text(_declared_records(data))}, as the sites declare"
+    declared, most = f"{number_text(_declared_records(data))}, as the sites declare", ""
     if server_is_trusted(data.claim.privacy_mode):
         left = "clipped, and without noise: the server, which is trusted, noised their sum"
-        declared = "their number is told to nobody"
+        declared, most = "their number is told to nobody", "at most "
     return [
-        f"Records of {counted(data.headline.sites, 'site')} ({declared}) stayed at the sites; what left are numbers "
-        f"computed from them, {left}.",
+        f"Records of {most}{counted(data.headline.sites, 'site')} ({declared}) stayed at the sites; what left are "
+        f"numbers computed from them, {left}.",
         f"Trained were the adapter's factors{' and the head' if setting_of(data, 'head.policy') == 'trained' else ''}; "
         "the base model stayed as it was.",
         *[f"Not protected: {text}." for text in data.unprotected],

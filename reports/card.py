@@ -80,9 +80,8 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
     task = TASKS[str(setting_of(data, "model.task"))]
     title = declared.name or f"{_shown_base(data)}, fine-tuned by {data.strategy}"
-    trained = (
-        f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {counted(data.headline.sites, 'site')}"
-    )
+    sites = f"{'at most ' * server_is_trusted(data.claim.privacy_mode)}{counted(data.headline.sites, 'site')}"
+    trained = f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {sites}"
     parts = [
         f"---\n{head}---",
         f"# {plain(title)}",
@@ -182,7 +181,8 @@ def _records(data: ReportData) -> str:
     told = "Trained on the records of sites, which are not published."
     whose = f"in {data.claim.per}s, " if data.claim.per == PERSON.name else ""
     if server_is_trusted(data.claim.privacy_mode):
-        told += f" There were {number_text(sum(sizes))} sites; how many records one has is told to nobody."
+        most = number_text(sum(sizes))
+        told += f" They were a cohort of at most {most} sites; how many records one has is told to nobody."
     elif sizes:
         told += (
             f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from "

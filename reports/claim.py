@@ -30,7 +30,7 @@ NOT_COVERED = (
 COVERED_BY_SERVER = (
     "every model that the server gave away after a round, and whatever is made of it: the final model, its accuracy, "
     "the choice of a round",
-    "this run's folder: its lines, its log and its checkpoint hold nothing of one site",
+    "this run's folder, but its times: its lines, its log and its checkpoint hold nothing of one site",
     "all rounds together, and earlier runs as far as the server's ledger holds them",
 )
 """The same where the server is trusted with every update."""

@@ -45,8 +45,9 @@ def in_thousand(share: float) -> str:
 def _made(data: ReportData) -> Fact:
     head, base = data.headline, str(setting_of(data, "model.name")).rstrip("/").rpartition("/")[2]
     ended = {"completed": "It came to its planned end.", "unfinished": "It still goes on, or was cut off."}
+    most = "at most " if server_is_trusted(data.claim.privacy_mode) else ""
     answer = (
-        f"A computer model, {base}, was trained further by {counted(head.sites, 'site')} together, in "
+        f"A computer model, {base}, was trained further by {most}{counted(head.sites, 'site')} together, in "
         f"{counted(head.rounds_done, 'round')} of {head.rounds_planned} that were planned. "
     )
     return Fact("What was made?", [answer + ended.get(data.status, f"It ended early ({data.status}).")])
@@ -62,10 +63,10 @@ def _records(data: ReportData) -> Fact:
     )
     if server_is_trusted(data.claim.privacy_mode):
         answer = (
-            f"Those of {number_text(sum(sizes))} sites; how many records they have, nobody says. The records stayed "
-            "where they are. What left a site are numbers that were computed from its records, without noise, for the "
-            "server alone. It is trusted with them, and added chance numbers (noise) to their sum before anybody else "
-            "got it."
+            f"Those of at most {number_text(sum(sizes))} sites; how many records they have, nobody says. The records "
+            "stayed where they are. What left a site are numbers that were computed from its records, without noise, "
+            "for the server alone. It is trusted with them, and added chance numbers (noise) to their sum before "
+            "anybody else got it."
         )
     cut = (
         "The records on which the model was tested were taken from the same source and are not protected."

@@ -63,19 +63,27 @@ def layer_reports(rounds: Sequence[RoundLine]) -> list[LayerReport]:
     ]
 
 
-def learning_sentence(rows: Sequence[LayerReport]) -> str:
-    """Return what the table of layers is of, what a score means, and what it rests on."""
+def learning_sentence(rows: Sequence[LayerReport], *, central: bool = False) -> str:
+    """Return what the table of layers is of, what a score means, and what it rests on.
+
+    Args:
+        rows: of the table; at least one.
+        central: whether a trusted server noised the sum itself.
+    """
     first = rows[0]
     if all(score is None for row in rows for _, score in row.scores):
         return (
             "Agreement is the mean cosine of two sites' changes in the last round. There is no score: it needs noise "
             "that is known, of one plain step a round."
         )
+    computed = "of the server's noised sum" if central else "from what was sent, which is noised already"
     known = (
         f"A score is in standard deviations of what noise alone gives. Above {first.least:.2f} a layer learns; where "
-        f"none does, one round in {1 / LEVEL:.0f} has such a layer by chance. It is computed from what was sent, which "
-        "is noised already, and costs no privacy."
+        f"none does, one round in {1 / LEVEL:.0f} has such a layer by chance. It is computed {computed}, and "
+        "costs no privacy."
     )
+    if central:
+        return f"{known} It rests on the server's own noise, of which it knows how much it drew."
     if first.form == "of the sum":
         return (
             f"{known} The server sees the sum of all sites alone, so the score is of the sum: it rests on the noise "

@@ -20,6 +20,7 @@ from common.words import (
 )
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
+from reports.claim import server_is_trusted
 from reports.data import ReportData, setting_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence
@@ -68,19 +69,20 @@ def _notices(data: ReportData) -> list[str]:
 def _result(data: ReportData) -> list[str]:
     head = data.headline
     ended = data.status + (f": {data.reason}" if data.reason else "")
+    central = server_is_trusted(data.claim.privacy_mode)
+    basis = "by the server's ledger" if central else f"worst site: {plain(head.worst_site)}"
     accuracy = f"{percent_text(head.accuracy_before)} before → {percent_text(head.accuracy_after)} after"
     lines = [
         f"- status: {plain(ended)}",
         f"- accuracy on public data: {accuracy}",
-        f"- rounds: {head.rounds_done} of {head.rounds_planned}, {head.sites} sites",
+        f"- rounds: {head.rounds_done} of {head.rounds_planned}, {'at most ' if central else ''}{head.sites} sites",
         f"- adapter payload: {bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up; "
         f"{seconds_text(head.seconds)}",
     ]
     if head.epsilon is not None and head.delta is not None:
         lines.insert(
             1,
-            f"- ε {epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)} at δ {head.delta:g} "
-            f"(worst site: {plain(head.worst_site)})",
+            f"- ε {epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)} at δ {head.delta:g} ({basis})",
         )
     return lines + [f"- {plain(text)}" for text in bound_sentences(data.audit_results)]
 
@@ -210,11 +212,12 @@ def _figures(
 
 
 def _rounds(data: ReportData) -> list[str]:
+    spent = "ε" if server_is_trusted(data.claim.privacy_mode) else "ε worst site"
     return [
         "## Rounds",
         "",
         *_table(
-            ("round", "accuracy", "loss", "ε worst site", "participants", "bytes down", "bytes up", "seconds"),
+            ("round", "accuracy", "loss", spent, "participants", "bytes down", "bytes up", "seconds"),
             [
                 (
                     str(r.round_number),
@@ -236,7 +239,8 @@ def _learning(data: ReportData) -> list[str]:
     if not data.learning:
         return []
     table = _table(LEARNING_COLUMNS, map(learning_cells, data.learning))
-    return ["## Which layers learnt", "", plain(learning_sentence(data.learning)), "", *table]
+    said = learning_sentence(data.learning, central=server_is_trusted(data.claim.privacy_mode))
+    return ["## Which layers learnt", "", plain(said), "", *table]
 
 
 def _others(data: ReportData) -> list[str]:

@@ -14,6 +14,7 @@ from common.privacy import figures
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
+from reports.claim import server_is_trusted
 from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
@@ -45,8 +46,10 @@ def _template(page: str) -> Template:
 
 def to_html(data: ReportData) -> str:
     """Return the whole report as one self-contained page."""
+    central = server_is_trusted(data.claim.privacy_mode)
     return _template(PAGE).render(
         data=data,
+        central=central,
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
@@ -54,7 +57,7 @@ def to_html(data: ReportData) -> str:
         slice=str(setting_of(data, "data.slice")),
         bounds=bound_sentences(data.audit_results),
         whose=WHOSE,
-        learning=learning_sentence(data.learning) if data.learning else "",
+        learning=learning_sentence(data.learning, central=central) if data.learning else "",
         learning_columns=LEARNING_COLUMNS,
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data),
@@ -87,11 +90,12 @@ def _group(sites: list[str]) -> str:
 def epsilon_chart(data: ReportData) -> Chart | None:
     """Return ε over rounds, one line for all sites that have spent alike, and the budgets; None without a claim."""
     budgets = sorted({spent.budget for spent in data.spent})
+    whose = "server" if server_is_trusted(data.claim.privacy_mode) else "site"
     return line_chart(
         "epsilon",
         "Privacy spent over rounds, by site, with the budget",
         Axis("round", whole=True),
-        Axis("ε spent, by the site's ledger", from_zero=True),
+        Axis(f"ε spent, by the {whose}'s ledger", from_zero=True),
         [Curve(_group(spent.sites), spent.points) for spent in data.spent],
         [Mark(budget, f"budget {budget:g}") for budget in budgets],
     )
@@ -107,10 +111,11 @@ def accuracy_chart(data: ReportData) -> Chart | None:
         )
     course = [(r.epsilon_worst or 0.0, r.accuracy, r.round_number) for r in data.rounds if r.accuracy is not None]
     ends = [] if len(course) < 2 else [course[0], course[-1]]
+    whose = "cohort" if server_is_trusted(data.claim.privacy_mode) else "worst site"
     return line_chart(
         "accuracy",
-        "Accuracy against the privacy spent by the worst site",
-        Axis("ε spent, worst site", from_zero=True),
+        f"Accuracy against the privacy spent by the {whose}",
+        Axis(f"ε spent, {whose}", from_zero=True),
         y,
         [Curve(data.strategy, [(epsilon, accuracy) for epsilon, accuracy, _ in course])],
         [Mark(data.headline.epsilon_budget, f"budget {data.headline.epsilon_budget:g}", upright=True)]

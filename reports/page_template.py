@@ -50,7 +50,8 @@ PAGE = """\
 <div><dt>Privacy spent, ε</dt>
 {% if head.epsilon is not none %}
 <dd class="big">{{ head.epsilon|epsilon }} <small>of {{ head.epsilon_budget|number }}</small></dd>
-<dd class="note">at δ = {{ "%g"|format(head.delta) }}, worst site: {{ head.worst_site }}</dd>
+{% set basis = "by the server's ledger" if central else "worst site: " ~ head.worst_site %}
+<dd class="note">at δ = {{ "%g"|format(head.delta) }}, {{ basis }}</dd>
 {% elif claim.off %}
 <dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>
 {% else %}
@@ -63,7 +64,8 @@ PAGE = """\
 <dd class="note">before and after training</dd></div>
 <div><dt>Rounds</dt>
 <dd class="big">{{ head.rounds_done }} <small>of {{ head.rounds_planned }}</small></dd>
-<dd class="note">{{ head.sites }} sites took part; {{ head.seconds|seconds }}</dd></div>
+<dd class="note">{{ "a cohort of at most " ~ head.sites ~ " sites" if central else head.sites ~ " sites took part" }};
+{{ head.seconds|seconds }}</dd></div>
 <div><dt>Traffic, adapter payload</dt>
 <dd class="big">{{ head.bytes_down|bytes }} <small>down</small></dd>
 <dd class="note">{{ head.bytes_up|bytes }} up, all sites and rounds</dd></div>
@@ -172,7 +174,8 @@ PAGE = """\
 {% if epsilon_chart or accuracy_chart %}
 <h2>Course of the run</h2>
 <div class="pair">
-{{ figure(epsilon_chart, "Privacy spent over rounds.", "ε by the sites' own ledgers; the dashed line is the budget.") }}
+{{ figure(epsilon_chart, "Privacy spent over rounds.",
+"ε by " ~ ("the server's ledger" if central else "the sites' own ledgers") ~ "; the dashed line is the budget.") }}
 {% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
 {{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
 {% else %}
@@ -206,7 +209,8 @@ PAGE = """\
 <td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
-{% call table("What each site has spent, by its own ledger, and this run's releases computed again here") %}
+{% call table("What " ~ ("the cohort has spent, by the server's ledger" if central else
+"each site has spent, by its own ledger") ~ ", and this run's releases computed again here") %}
 <thead><tr><th scope="col">site</th><th scope="col" class="n">ε spent</th><th scope="col" class="n">at δ</th>
 <th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
 <th scope="col" class="n">cross-check, RDP</th><th scope="col">agreement</th></tr></thead>
@@ -221,7 +225,9 @@ PAGE = """\
 {% endcall %}
 {% if claim.made %}
 <p class="soft">The number of record is the ledger's total by PLD. RDP is an upper bound of its own and nearly always
-the larger one. Both are computed here from σ, q and the steps that each site reported, without its ledger.</p>
+the larger one. Both are computed here from σ, q and the {{
+"rounds that the server wrote down" if central else "steps that each site reported" }}, without {{
+"the" if central else "its" }} ledger.</p>
 {% endif %}
 {% else %}
 <p>No site has answered yet.</p>
@@ -232,7 +238,7 @@ the larger one. Both are computed here from σ, q and the steps that each site r
 {% call table("Scores on public test data; bytes are adapter payload of all messages of the round") %}
 <thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">accuracy</th>
 <th scope="col" class="n">loss</th>
-<th scope="col" class="n">ε, worst site</th><th scope="col">participants</th>
+<th scope="col" class="n">{{ "ε" if central else "ε, worst site" }}</th><th scope="col">participants</th>
 <th scope="col" class="n">bytes down</th><th scope="col" class="n">bytes up</th><th scope="col" class="n">time</th></tr>
 </thead>
 <tbody>{% for round in data.rounds %}

@@ -17,6 +17,7 @@ from common.privacy.figures import epsilon_text
 from common.strict_json import Endless, from_json
 from common.words import counted, percent_text, visible
 from reports.charts import HEIGHT, WIDTH, Axis, Chart, Curve, Mark, line_chart
+from reports.claim import server_is_trusted
 from reports.data import ReportData
 
 GAP, HEAD, FOOT = 24, 56, 16
@@ -65,6 +66,8 @@ class Picture:
     """Accuracy before any record was used; None: that of the first round that was scored."""
     per: str = "record"
     """The claim's unit in one word."""
+    central: bool = False
+    """Whether the server is trusted: then the sites are the most that its cohort has, and ε is its ledger's."""
 
 
 def picture_of(data: ReportData) -> Picture:
@@ -86,7 +89,8 @@ def picture_of(data: ReportData) -> Picture:
     ]
     title = f"{data.strategy} on {values.get('model.name')} and {values.get('data.name')}"
     top, per = data.headline, data.claim.per or "record"
-    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before, per)
+    central = server_is_trusted(data.claim.privacy_mode)
+    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before, per, central)
 
 
 def to_svg(picture: Picture) -> str:
@@ -112,14 +116,16 @@ def said_of_run(picture: Picture) -> str:
     """Return the result in one line."""
     scores = [line.accuracy for line in picture.rounds if line.accuracy is not None]
     done = sum(line.number > 0 for line in picture.rounds)
-    words = f"{counted(picture.sites, 'site')}, {counted(done, 'round')}"
+    most = "at most " if picture.central else ""
+    words = f"{most}{counted(picture.sites, 'site')}, {counted(done, 'round')}"
     if scores:
         before = scores[0] if picture.before is None else picture.before
         words += f": accuracy {percent_text(before)} before, {percent_text(scores[-1])} after"
     if picture.delta is None:
         return f"{words}; no privacy claim"
     spent = max((line.epsilon for line in picture.rounds if line.epsilon is not None), default=None)
-    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each {picture.per}, the maximum over sites"
+    basis = "by the server's ledger" if picture.central else "the maximum over sites"
+    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each {picture.per}, {basis}"
 
 
 def _accuracy(picture: Picture) -> Chart | None:

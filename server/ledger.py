@@ -6,7 +6,8 @@ that share it never spend the same remainder. Charges are only ever added. A rou
 a resumed run, releases anew and is charged anew.
 
 What no file can know: one that is restored from an old copy, or deleted, forgets. A run that goes on refuses a ledger
-that lacks the rounds which it has done.
+that lacks the rounds which it has done. A ledger in the run's own folder is copied and restored along with it, and then
+lacks none: never resume a copied or restored folder whose ledger is its own; name ``privacy.ledger``.
 """
 
 from __future__ import annotations

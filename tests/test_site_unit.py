@@ -33,7 +33,7 @@ from common.privacy.events import sampled_gaussian
 from common.randomness import add_private_noise
 from common.run_lines import Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
 from deploy.doctor import _mechanisms
-from deploy.policy_file import policy_text
+from deploy.policy_file import mechanisms_of_job, policy_text
 from deploy.site_folder import SiteFolder
 from experiments.in_process import InProcessTransport, run_in_process
 from experiments.planner.find import find
@@ -43,6 +43,7 @@ from reports import markdown_report, report_of
 from reports.annex import annex_of
 from reports.compute import operations
 from reports.declared import Declared
+from reports.picture import picture_of, said_of_run
 from reports.registry import registry_record
 from server.admission import Admission
 from server.app import FlowerTransport
@@ -751,6 +752,21 @@ def test_the_report_says_who_is_trusted_and_promises_no_record_anything(settings
     annex, record = annex_of(report, Declared(), [], "0" * 64), registry_record(report, Declared())
     assert "without noise: the server, which is trusted" in annex
     assert "their number is told to nobody" in annex
+    assert "The bound holds for all that the server gave away and for the model" in annex
+    assert "everything that was sent" not in annex
+    assert "per site, by the server's ledger" in annex
+    assert f"Records of at most {COHORT_SIZE} sites" in annex
+    assert f"Those of at most {COHORT_SIZE} sites" in (folder / "facts.html").read_text(encoding="utf-8")
+    said = said_of_run(picture_of(report))
+    assert said.startswith(f"at most {COHORT_SIZE} sites")
+    assert "maximum over sites" not in said
+    assert report.learning
+    for page in (text, (folder / "report.html").read_text(encoding="utf-8")):
+        assert "of the server&#39;s noised sum" in page or "of the server's noised sum" in page
+        assert "which is noised already" not in page
+        assert "worst site" not in page
+        assert f"at most {COHORT_SIZE} sites" in page
+        assert "that sites state" not in page
     assert "Nothing is promised against the server" in re.sub(r"\s+", " ", record)
 
 
@@ -773,9 +789,13 @@ def test_a_policy_that_does_not_name_it_refuses(site: OneSite) -> None:
         site.rule(**rules)
         reply = site.refuse(1)
         assert reply.kind == "policy"
-        assert "privacy.mode = 'client-level'" in reply.reason
+        assert "privacy.mode = 'client-level', in which no record is protected from the server" in reply.reason
     with Ledger(site.ledger) as ledger:
         assert ledger.exposures() == []
+
+
+def test_a_policy_that_is_made_from_a_job_does_not_let_it_in(settings: dict[str, Any]) -> None:
+    assert mechanisms_of_job(configure(settings).config) == ["dp-sgd"]
 
 
 def test_a_policy_that_asks_for_the_site_s_own_noise_refuses(site: OneSite) -> None:

@@ -170,6 +170,9 @@ def test_trials_without_privacy_and_trials_that_fit_no_budget_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="costs no budget"):
         read_tuning(trials_file(tmp_path, {**base, "privacy.mode": "none"}, THREE))
+    site = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 50, "privacy.delta": 1e-3}
+    with pytest.raises(ConfigError, match="whose budget is the server's, which trials do not count"):
+        read_tuning(trials_file(tmp_path, {**base, **site}, THREE))
     monkeypatch.setattr(tune, "paid_before", lambda _: [Release(sampled_gaussian(0.5, 0.5), 10)])
     with pytest.raises(PrivacyError, match="what their starts release costs more"):
         read_tuning(trials_file(tmp_path, base, THREE))
