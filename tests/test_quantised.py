@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from audits.tiny_models import TARGETS, toy_run
+from audits.tiny_site import clinic
 from client.rehearsal import rehearse
 from common.adapters import ADAPTERS
 from common.adapters.low_bits import LOW_BITS, LowBits, bitsandbytes, in_full
 from common.config.sections import QUANTISE, HeadConfig
 from common.errors import ConfigError, ModelError
+from common.messages.round import Refusal
 from common.messages.tensors import entries
 from common.model.base import load_base_model, weights_fingerprint
 from common.model.federated import FederatedModel
@@ -35,6 +39,7 @@ from common.tasks import TASKS, Record
 from experiments.evaluate import load_result
 from experiments.in_process import run_in_process
 from experiments.serving.merge import load_finished, merge_run
+from server.records import package_versions
 from strategies.job import configure
 
 Folder = Callable[[str], str]
@@ -279,6 +284,20 @@ def test_a_start_that_would_open_weights_is_refused_before_anything_is_charged(
 def test_a_paid_start_of_sketches_opens_no_weights_and_runs(model_folder: Folder, tmp_path: Path) -> None:
     found = run_in_process(asked_of(model_folder, tmp_path, **{"adapter.start": "dp-lora-ga"}), 2)
     assert [line.complete for line in read_lines(RoundLine, found)] == [True, True]
+
+
+def test_a_base_that_differs_may_be_another_version_of_bitsandbytes(model_folder: Folder, tmp_path: Path) -> None:
+    for folder in ("4bit", "none"):
+        (tmp_path / folder).mkdir()
+    for bits, said in (("4bit", r"model\.quantise '4bit' the same version of bitsandbytes,"), ("none", "same weights")):
+        asked = asked_of(model_folder, tmp_path / bits, **{"model.quantise": bits})
+        site = clinic(asked, tmp_path / bits)
+        base = site.model().base
+        site.rule(models=[f"{base.name}={'0' * 64}", f"{base.name}={base.fingerprint}"])
+        reply = site.ask(replace(site.task(), base_fingerprint="0" * 64))
+        assert isinstance(reply, Refusal)
+        assert re.search(rf"{said} on both sides$", reply.reason)
+    assert ("bitsandbytes" in package_versions("8bit"), "bitsandbytes" in package_versions()) == (True, False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
