@@ -27,6 +27,7 @@ from client.rehearsal import (
     rehearse_head,
     rehearse_initial,
     rehearse_linearised,
+    rehearse_routed,
     rehearse_turn,
 )
 from client.site import Site, check_job, open_site, policy_of
@@ -168,13 +169,18 @@ def _rehearse_steps(job: Job, site: Site, model: FederatedModel, task: TrainTask
     """Let the model rehearse the steps of a task's round, if it has not, and return what they are called."""
     chosen = job.strategy.columns(task.state, site.declared_rank(job)) if task.round_number else None
     turn = job.strategy.turn(task.round_number) if task.round_number else None
+    active = job.strategy.active(task.round_number, job.config.rounds) if task.round_number else 0
     if chosen is not None:
         name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
+    elif active:
+        name = f"steps through {active} directions"
     else:
         name = PLAIN if turn is None else f"steps on {', '.join(turn)}"
     if name not in _process.rehearsed:
         if chosen is not None:
             _process.rehearsed[name] = rehearse_columns(model, chosen)
+        elif active:
+            _process.rehearsed[name] = rehearse_routed(model, active)
         else:
             _process.rehearsed[name] = rehearse(model) if turn is None else rehearse_turn(model, turn)
     return name

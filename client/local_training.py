@@ -161,9 +161,12 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     if task.round_number > job.config.rounds:
         raise ProtocolError(f"the task is for round {task.round_number}, the run has {job.config.rounds}")
     if not same_fingerprint(task.base_fingerprint, model.base.fingerprint):
+        same, quantised = "the same weights", job.config.model.quantise
+        if quantised != "none":
+            same += f", and for model.quantise {quantised!r} the same version of bitsandbytes,"
         raise ProtocolError(
             f"the server's base model is {task.base_fingerprint[:12]}, this site's {model.base.name!r} is "
-            f"{model.base.fingerprint[:12]}: install the same weights on both sides"
+            f"{model.base.fingerprint[:12]}: install {same} on both sides"
         )
     if not same_fingerprint(task.start_fingerprint, job.start_fingerprint(model.start)):
         raise ProtocolError(

@@ -81,6 +81,12 @@ def rehearse_turn(model: FederatedModel, names: Collection[str]) -> Timing:
         return _Rehearsal(model).run()
 
 
+def rehearse_routed(model: FederatedModel, active: int) -> Timing:
+    """Check the steps in which so many directions are chosen at each position; as ``rehearse``."""
+    with model.routed(active):
+        return _Rehearsal(model).run()
+
+
 def rehearse_initial(model: FederatedModel, start: PaidStart) -> Timing:
     """Check round 0, whose gradient is that of what ``start`` is made from; as ``rehearse``."""
     with start.opened(model):
@@ -145,7 +151,7 @@ class _Rehearsal:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._refusal(
                 f"{self.shapes.rows_of(self.shapes.longest)} records of {self.shapes.longest} tokens do not fit this "
-                "site's memory: lower model.max-length or adapter.rank"
+                "site's memory: lower model.max-length or adapter.rank, or set model.checkpointing to true"
             ) from error
 
     def _refusal(self, reason: str) -> ModelError:

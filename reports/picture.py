@@ -142,8 +142,9 @@ def _accuracy(picture: Picture) -> Chart | None:
 
 
 def _before_a_paid_start(picture: Picture) -> list[Mark]:
-    """Return the accuracy before any record was used, where round 0 is behind a start that sites paid for."""
-    if picture.before is None or not any(not line.number and line.epsilon for line in picture.rounds):
+    """Return the accuracy before any record was used, where it is another behind a start that sites paid for."""
+    first = next((line.accuracy for line in picture.rounds if not line.number), None)
+    if picture.before is None or first is None or picture.before == first:
         return []
     return [Mark(picture.before, f"before {percent_text(picture.before)}")]
 

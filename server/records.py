@@ -126,7 +126,7 @@ class RunFolder:
             config = read_file(ConfigFile, path)
             self._write(replace(config, resumed=[*config.resumed, now]))
             return
-        versions = {"python": platform.python_version(), **package_versions()}
+        versions = {"python": platform.python_version(), **package_versions(job.config.model.quantise)}
         self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
 
     def started(
@@ -251,10 +251,10 @@ class RunFolder:
         return folder
 
 
-def package_versions() -> dict[str, str]:
-    """Return the installed version of everything that a run's figures rest on."""
+def package_versions(quantise: str = "none") -> dict[str, str]:
+    """Return the installed version of everything that a run's figures rest on, given its ``model.quantise``."""
     found = {}
-    for package in PACKAGES:
+    for package in PACKAGES if quantise == "none" else (*PACKAGES, "bitsandbytes"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -203,6 +203,8 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     origin = asked_start.resolved().within(config.privacy)
     check_directions(origin, ADAPTERS[name])
     origin.check(config, ADAPTERS[name])
+    if config.model.quantise != "none":
+        _check_quantise(config, origin, ADAPTERS[name])
     if config.head.metric == "public" and METRIC not in origin.gives:
         raise ConfigError(
             f"head.metric is 'public', which adapter.start {config.adapter.start!r} does not make: set "
@@ -238,6 +240,21 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
     own = _flat(asked, asked_start, strategy, rule)
     notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
     return Job(config, strategy, adapter, origin, rule, notes, own)
+
+
+def _check_quantise(config: RunConfig, origin: Start, adapter: type[Adapter]) -> None:
+    """Raise ConfigError if the start needs a gradient of weights that are held in low bits: sites pay before it."""
+    held = f"of the adapted layers' weights, which model.quantise {config.model.quantise!r} holds in low bits"
+    if origin.opens_weights and adapter.directions:
+        raise ConfigError(
+            f"adapter.start {origin.name!r} needs gradients {held}: set adapter.start to one that needs none, such as "
+            "'orthonormal', or model.quantise to 'none'"
+        )
+    if not config.adapter.alpha:
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated by gradients {held}: give it a number, or set model.quantise to "
+            "'none'"
+        )
 
 
 def _check_unit(config: RunConfig) -> None:

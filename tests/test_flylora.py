@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,9 @@ from test_adapters import FAMILIES, Folder, float64_model, furthest_from_alone
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from common.adapters import LoRAFrozenA
+import client.app
+from audits.tiny_site import clinic
+from common.adapters import LoRAFrozenA, routed
 from common.adapters.routed import Routes, routed_directions
 from common.errors import ConfigError
 from common.messages.state import AdapterState
@@ -184,6 +187,20 @@ def test_it_runs_privately_and_pays_what_ffa_lora_pays(toy_settings: dict[str, A
     assert paid[0] == paid[1] != []
     shapes = [{n: t.shape for n, t in load_file(f / "adapter/adapter_model.safetensors").items()} for f in folders]
     assert shapes[0] == shapes[1]
+
+
+def test_its_rounds_are_rehearsed_with_their_choice_and_a_counted_bias_is_refused_unpaid(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.app, "_process", client.app._Process())  # nothing is rehearsed
+    asked = {**toy_settings, "adapter.start": "sparse", "adapter.rank": RANK, "rounds": 2, "strategy": "flylora"}
+    run_in_process(asked, 2)
+    assert set(client.app._process.rehearsed) == {"steps through 2 directions", client.app.PLAIN}
+    monkeypatch.setattr(client.app, "_process", client.app._Process())
+    monkeypatch.setattr(routed, "Routes", lambda active: Counting(active, RANK))
+    site = clinic(asked, tmp_path)
+    assert re.search("depends on the records beside it", site.refuse().reason)
+    assert not site.ledger.exists() or not site.charges()
 
 
 @pytest.mark.parametrize(

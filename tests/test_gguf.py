@@ -162,3 +162,31 @@ def test_what_cannot_be_written_is_refused_in_one_line(model_folder: Folder, tmp
     with pytest.raises(ModelError, match=r"of kind 'bert'.*llama, mistral"):
         export_gguf(run, tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_head_that_would_be_lost_is_refused(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    run = run_in_process({**toy_settings, "rounds": 1, "privacy.mode": "none"}, 2)
+    with pytest.raises(ModelError, match=r"^the run has a classification head, [^\n]*$"):
+        export_gguf(run, tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_damaged_adapter_and_a_base_that_is_gone_are_one_line(
+    model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saved_adapter(model_folder, "llama", tmp_path / "run")
+    path = run / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for missing in (str(tmp_path / "gone"), "~/gone"):
+        path.write_text(json.dumps({**config, "base_model_name_or_path": missing}))
+        with pytest.raises(ModelError, match=r"^the run's base model '.*gone' cannot be read [^\n]*$"):
+            export_gguf(run, tmp_path / "a.gguf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(model_folder("llama"), tmp_path / "base")
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "~/base"}))
+    assert export_gguf(run, tmp_path / "a.gguf") == 6
+    tensors = run / "adapter" / "adapter_model.safetensors"
+    for damage in (lambda: tensors.write_bytes(tensors.read_bytes()[:100]), tensors.unlink):
+        damage()
+        with pytest.raises(DataError, match=r"^[^\n]*adapter_model\.safetensors cannot be read [^\n]*$"):
+            export_gguf(run, tmp_path / "b.gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,6 +40,15 @@ def test_a_picture_has_the_figures_of_the_report(run: MadeRun) -> None:
     assert "75.0 %" in shown
     assert any(text.startswith("budget ") for text in shown)
     assert any("accuracy 69.5 % before, 75.0 % after; ε " in text for text in shown)
+
+
+def test_the_accuracy_before_is_marked_where_round_0_has_another(run: MadeRun) -> None:
+    picture = picture_of(report_of(run.folder))
+    assert not any(text.startswith("before ") for text in texts(to_svg(picture)))
+    moved = replace(picture, before=0.5, rounds=[replace(picture.rounds[0], epsilon=None), *picture.rounds[1:]])
+    assert "before 50.0 %" in texts(to_svg(moved))
+    charged = [replace(picture.rounds[0], epsilon=1.0), *picture.rounds[1:]]
+    assert not any(text.startswith("before ") for text in texts(to_svg(replace(picture, rounds=charged))))
 
 
 def test_what_a_ledger_held_before_the_run_is_shown(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,28 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from audits.tiny_models import TARGETS
+from audits.tiny_models import TARGETS, toy_run
+from audits.tiny_site import clinic
 from client.rehearsal import rehearse
 from common.adapters import ADAPTERS
 from common.adapters.low_bits import LOW_BITS, LowBits, bitsandbytes, in_full
 from common.config.sections import QUANTISE, HeadConfig
 from common.errors import ConfigError, ModelError
+from common.messages.round import Refusal
 from common.messages.tensors import entries
 from common.model.base import load_base_model, weights_fingerprint
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
+from common.run_lines import RoundLine, read_lines
 from common.starts import STARTS
 from common.starts.gradient import open_weights
 from common.tasks import TASKS, Record
 from experiments.evaluate import load_result
 from experiments.in_process import run_in_process
 from experiments.serving.merge import load_finished, merge_run
+from server.records import package_versions
 from strategies.job import configure
 
 Folder = Callable[[str], str]
@@ -178,7 +184,7 @@ def test_an_output_layer_and_shared_weights_stay_in_full(model_folder: Folder) -
 @pytest.fixture(scope="module")
 def run(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run of a language model in 4 bits."""
-    from audits.tiny_models import toy_run, write_questions
+    from audits.tiny_models import write_questions
 
     folder = tmp_path_factory.mktemp("quantised")
     asked = {
@@ -244,6 +250,54 @@ def test_a_model_without_linear_layers_and_a_start_that_opens_weights_are_refuse
         pass
     with pytest.raises(ConfigError, match=r"model\.quantise is '4bits'.*did you mean"):
         configure({"model.quantise": "4bits"})
+
+
+def asked_of(model_folder: Folder, folder: Path, **more: Any) -> dict[str, Any]:
+    """Return settings of a private run in 4 bits, of one round."""
+    return {
+        **toy_run(model_folder("bert"), folder),
+        "model.quantise": "4bit",
+        "privacy.epsilon": 8.0,
+        "rounds": 1,
+        **more,
+    }
+
+
+def test_a_start_that_would_open_weights_is_refused_before_anything_is_charged(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    opening = [name for name, start in STARTS.items() if start.opens_weights]
+    assert {"public-metric", "probe", "public-gradient", "lora-ga", "private-gradient", "dp-gradient"} == set(opening)
+    for name in ("public-metric", "probe", "dp-gradient"):
+        more = {"adapter.start": name, "adapter.name": "lora-metric", "strategy": "fedavg-lora"}
+        if name == "dp-gradient":
+            more |= {"adapter.name": "lora-sb", "strategy": "fed-sb"}
+        asked = asked_of(model_folder, tmp_path, **more)
+        configure({**asked, "model.quantise": "none"})
+        with pytest.raises(ConfigError, match=rf"^adapter\.start '{name}' needs gradients .* to 'none'$"):
+            run_in_process(asked, 2)
+    with pytest.raises(ConfigError, match=r"^adapter\.alpha is 0, .* give it a number, .* to 'none'$"):
+        run_in_process(asked_of(model_folder, tmp_path, **{"adapter.alpha": 0.0}), 2)
+    assert not list(tmp_path.rglob("*ledger*")), "something was charged"
+
+
+def test_a_paid_start_of_sketches_opens_no_weights_and_runs(model_folder: Folder, tmp_path: Path) -> None:
+    found = run_in_process(asked_of(model_folder, tmp_path, **{"adapter.start": "dp-lora-ga"}), 2)
+    assert [line.complete for line in read_lines(RoundLine, found)] == [True, True]
+
+
+def test_a_base_that_differs_may_be_another_version_of_bitsandbytes(model_folder: Folder, tmp_path: Path) -> None:
+    for folder in ("4bit", "none"):
+        (tmp_path / folder).mkdir()
+    for bits, said in (("4bit", r"model\.quantise '4bit' the same version of bitsandbytes,"), ("none", "same weights")):
+        asked = asked_of(model_folder, tmp_path / bits, **{"model.quantise": bits})
+        site = clinic(asked, tmp_path / bits)
+        base = site.model().base
+        site.rule(models=[f"{base.name}={'0' * 64}", f"{base.name}={base.fingerprint}"])
+        reply = site.ask(replace(site.task(), base_fingerprint="0" * 64))
+        assert isinstance(reply, Refusal)
+        assert re.search(rf"{said} on both sides$", reply.reason)
+    assert ("bitsandbytes" in package_versions("8bit"), "bitsandbytes" in package_versions()) == (True, False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -412,6 +412,16 @@ def test_the_edge_behind_a_matrix_is_that_of_draws() -> None:
     assert edge_behind(13, (2.0, 2.0), 0.05) == pytest.approx(2 * noise_edge(13, 2, 0.05))
 
 
+def test_the_edges_of_many_uneven_layers_are_passed_by_chance_as_often_as_they_say() -> None:
+    layers, rank, passed = 100, 4, 0.0
+    for layer in range(layers):
+        gains = (0.3 + 0.7 * torch.rand(rank, generator=torch.Generator().manual_seed(layer)).double()).tolist()
+        drawn = draw(20_000, rank, rank, seed=layer) * torch.tensor(gains).double()
+        largest = torch.linalg.eigvalsh(drawn.mT @ drawn)[:, -1].sqrt()
+        passed += float((largest > edge_behind(rank, gains, LEVEL / layers)).double().mean())
+    assert passed == pytest.approx(LEVEL, rel=0.25)
+
+
 def test_a_threshold_is_refused_where_it_means_nothing() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"strategy": "fedavg-lora"}, r"shrinks all of B over a frozen A, or a diagonal"),

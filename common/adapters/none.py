@@ -45,6 +45,11 @@ class NoAdapter(Adapter):
             )
         if config.head.policy != "trained":
             raise ConfigError("adapter.name is 'none' and head.policy 'frozen', so nothing is trained: change one")
+        if config.model.checkpointing:
+            raise ConfigError(
+                "model.checkpointing has no effect on adapter.name 'none', where no gradient passes the layers: set it "
+                "to false"
+            )
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return none."""

@@ -86,7 +86,7 @@ class ModelConfig(Section):
     """Classification: length that the pooled features are brought to. 0 leaves them as they are."""
     checkpointing: bool = False
     """Whether each layer is computed again in the backward pass, so that memory holds one layer's activations and the
-    inputs of the others. A step takes about a third longer. It changes no gradient."""
+    inputs of the others. A step takes a third to two thirds longer. It changes no gradient."""
     quantise: Annotated[str, OneOf(QUANTISE)] = "none"
     """How the base model's frozen linear layers are held: ``none`` (in full), ``8bit``, or ``4bit`` (NF4), by
     bitsandbytes (``common.adapters.low_bits``). It is part of the fingerprint, so the same at server and sites."""

@@ -71,6 +71,8 @@ class Start(ABC):
     """What it is made from, besides the run's public seed."""
     gives: ClassVar[tuple[str, ...]] = ("A", "B")
     """The directions that it has; an adapter that asks for more is refused."""
+    opens_weights: ClassVar[bool] = False
+    """Whether it is made from a gradient of the adapted layers' own weights, by whoever is asked."""
 
     def __post_init__(self) -> None:
         check_fields(self, "start.")

@@ -24,6 +24,7 @@ class DPGradient(PaidGradient):
     """B and A span the leading singular vectors of the sites' noised gradient; no weight moves."""
 
     name: ClassVar[str] = "dp-gradient"
+    opens_weights: ClassVar[bool] = True
 
     def layout(self, model: FederatedModel) -> Layout:
         """Return ``G``, shape (out, in), of every adapted layer."""

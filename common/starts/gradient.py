@@ -7,6 +7,7 @@ noised and divided by a public constant: one release, by the same mechanism as a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -115,7 +116,8 @@ def gradient_basis(G: Tensor, rank: int, step: float, *, sign: bool) -> dict[str
 
 def record_bytes(model: FederatedModel) -> int:
     """Return what one record's gradient takes while records' gradients are apart, as under privacy."""
-    return sum(weight.numel() * weight.element_size() for weight in _own_weights(model).values())
+    layers = model.adapter.layers(model.peft_model).values()
+    return sum(math.prod(layer_shape(layer)) for layer in layers) * torch.float32.itemsize
 
 
 def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:

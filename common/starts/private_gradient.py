@@ -25,6 +25,7 @@ class PrivateGradient(UnpaidStart):
     """B R A is the best rank-r part of one sign step down the sites' mean gradient."""
 
     name: ClassVar[str] = "private-gradient"
+    opens_weights: ClassVar[bool] = True
 
     step: Annotated[float, POSITIVE, RATIO] = 1e-3
     """Length of the first sign step that is imitated: LoRA-SB's eta."""

@@ -32,6 +32,7 @@ class FromRecords(Start):
     """A start from the mean gradient of public records; what is made of it, the row says."""
 
     needs: ClassVar[Needs] = "public records"
+    opens_weights: ClassVar[bool] = True
 
     data: str = ""
     """The public data set or file, read with the run's ``data`` columns."""

@@ -56,6 +56,7 @@ class PublicMetric(FromText):
     name: ClassVar[str] = "public-metric"
     suits: ClassVar[str] = MADE_UP
     gives: ClassVar[tuple[str, ...]] = ("B", "V", METRIC)
+    opens_weights: ClassVar[bool] = True
 
     outputs: Annotated[str, OneOf(("public", "random"))] = "public"
     """Where B points: ``public`` (the phrases' gradients) or ``random`` (from the seed)."""

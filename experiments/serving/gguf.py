@@ -47,8 +47,10 @@ def export_gguf(run: Path, file: Path) -> int:
         file: a file that does not exist yet.
 
     Raises:
-        DataError: there is no saved adapter, the package gguf is missing, or the file exists or cannot be written.
-        ModelError: the run's model is none that llama.cpp's names are known of here, or its adapter is no plain LoRA.
+        DataError: there is no saved adapter or it is damaged, the package gguf is missing, or the file exists or cannot
+            be written.
+        ModelError: the run's model is missing or none that llama.cpp's names are known of here, its adapter is no plain
+            LoRA, or it has a head.
     """
     if file.exists():
         raise DataError(f"{file} exists already, and nothing is written over: name a new file")
@@ -111,6 +113,7 @@ def turned(rows: Tensor, heads: int) -> Tensor:
 
 
 def _config_of(name: str) -> Any:
+    """Return the configuration of a base model; ModelError if it cannot be read."""
     from transformers import AutoConfig
 
     from common.model.base import NAMED_MODELS
@@ -119,7 +122,14 @@ def _config_of(name: str) -> Any:
     if name in NAMED_MODELS:
         with NAMED_MODELS[name]() as folder:
             return AutoConfig.from_pretrained(folder, **OWN_CODE)
-    return AutoConfig.from_pretrained(name, **OWN_CODE)
+    place = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    try:
+        return AutoConfig.from_pretrained(place, **OWN_CODE)
+    except (OSError, ValueError) as error:  # not found, or of a kind that transformers does not know
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"the run's base model {name!r} cannot be read ({reason}): put it back where the run had it"
+        ) from error
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]]]:
@@ -128,12 +138,23 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor
     Raises:
         DataError, ModelError: as ``export_gguf``.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (adapter / "adapter_config.json").is_file():
         raise DataError(f"{adapter} holds no adapter: give the folder of a finished run that has one")
     config = read_json(adapter / "adapter_config.json")
-    tensors = load_file(str(adapter / "adapter_model.safetensors"))
+    if (adapter / "head.safetensors").exists():
+        raise ModelError(
+            "the run has a classification head, which an adapter of llama.cpp has no place for: use the run's adapter "
+            "folder as it is, with PEFT and head.safetensors"
+        )
+    factors = adapter / "adapter_model.safetensors"
+    try:
+        tensors = load_file(str(factors))
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{factors} cannot be read ({reason}): give the folder of a finished run") from error
     ends = (".lora_A.weight", ".lora_B.weight")
     strange = [name for name in tensors if not name.endswith(ends)]
     if config.get("peft_type") != "LORA" or config.get("use_dora") or strange:

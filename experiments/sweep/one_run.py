@@ -67,7 +67,7 @@ def basis_of(cell: Cell, through: Through, code: str) -> Basis:
     from server.records import package_versions
 
     settings = {key: value for key, value in cell.job(Path()).settings().items() if key != "output"}
-    versions = {"python": platform.python_version(), **package_versions()}
+    versions = {"python": platform.python_version(), **package_versions(str(settings["model.quantise"]))}
     return Basis(settings, cell.sites, through, versions, code)
 
 
