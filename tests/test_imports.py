@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -249,7 +250,8 @@ def privacy_asked(tree: ast.AST) -> Iterator[str]:
             yield ast.unparse(node)
         if isinstance(node, ast.Compare):
             sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
-            by_mode = any(side.strip("'") in MECHANISMS for side in sides) and any("mode" in side for side in sides)
+            named = any(re.search(r"\bmode\b", side) for side in sides)
+            by_mode = named and any(side.strip("'") in MECHANISMS for side in sides)
             if by_mode or ("None" in sides and any(side.split(".")[-1] in ("plan", "plans") for side in sides)):
                 yield ast.unparse(node)
         test = getattr(node, "test", None)
