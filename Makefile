@@ -3,7 +3,7 @@
 # make generative   the model and data of the generative example
 # make texts   the sets of newswire and newsgroups, for experiments
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
-# make test-deployment   the guides of coordinator and steward with real processes, TLS and keys
+# make test-deployment   the guides of coordinator and steward with real processes, TLS and keys; more runs of Flower
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
@@ -33,7 +33,7 @@ test: environment generative texts $(VISION)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-deployment: environment
-	$(BIN)/python -m pytest -m deployment tests/test_deploy.py
+	$(BIN)/python -m pytest -m deployment tests/test_deploy.py tests/test_flower.py
 
 # The harness and what it asks for, some 40 MB, stay out of the environment that tests are run in.
 test-harness: environment

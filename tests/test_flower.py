@@ -42,7 +42,7 @@ def settings_file(toy_settings: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.deployment
 def test_a_secure_sum_runs_through_flower_and_ray(settings_file: Path, tmp_path: Path) -> None:
     summed = 'privacy.mode="secure-sum" privacy.honest-sites=2 training.optimizer="sgd" training.learning-rate=0.5'
     own = f"{summed} training.local-steps=1 privacy.noise-multiplier=2.0"
@@ -76,7 +76,7 @@ def test_a_federation_runs_through_flower_and_ray(settings_file: Path, tmp_path:
     assert not [line for line in left.splitlines() if "flower-superlink" in line and str(tmp_path) in line]
 
 
-@pytest.mark.slow
+@pytest.mark.deployment
 def test_a_run_in_which_every_site_fails_names_the_reasons(settings_file: Path, tmp_path: Path) -> None:
     done = fedveil("run", "-c", str(settings_file), "-c", "privacy.delta=0.2", "--sites", "2", cwd=tmp_path)
     assert done.returncode == 1
