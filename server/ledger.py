@@ -12,10 +12,8 @@ lacks none: never resume a copied or restored folder whose ledger is its own; na
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from common.privacy.accounting import Release, epsilon, epsilon_with_method
 from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
 from common.strict_json import from_json, to_json
+from server.lock import locked
 
 FORMAT = 1
 NAME = "sites-ledger.json"
@@ -176,22 +175,10 @@ class ServerLedger:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Be the only one that charges, until the block ends; the lock ends with the process, however that ends."""
-        held = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        deadline = time.monotonic() + self._patience
-        try:
-            while True:
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() >= deadline:
-                        raise LedgerError(
-                            f"the ledger {self.path} was in use by another server for too long: try again"
-                        ) from error
-                    time.sleep(0.02)
+        lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        taken = LedgerError(f"the ledger {self.path} was in use by another server for too long: try again")
+        with locked(lock, self._patience, taken):
             yield
-        finally:
-            os.close(held)
 
 
 def _price(held: Sequence[Charge], added: Charge, max_epsilon: float) -> Spending:

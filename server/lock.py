@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import RunFailed
+from common.errors import FedVeilError, RunFailed
 
 GLANCE_SECONDS = 1.0
 """Far longer than anyone who asks whether a folder is written holds its lock."""
@@ -30,7 +30,20 @@ def only_writer(folder: Path, patience: float = GLANCE_SECONDS) -> Iterator[None
     Raises:
         RunFailed: somebody writes it already; nothing of it was touched.
     """
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    under_way = RunFailed(f"the run in {folder} is under way: wait for its end, or end it first")
+    with locked(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), patience, under_way):
+        yield
+
+
+@contextmanager
+def locked(held: int, patience: float, taken: FedVeilError) -> Iterator[None]:
+    """Hold the operating system's lock on an open file or folder until the block ends, and close it.
+
+    Args:
+        held: its descriptor.
+        patience: seconds to try for; 0 is one try.
+        taken: what is raised where somebody else holds the lock for longer.
+    """
     deadline = time.monotonic() + patience
     try:
         while True:
@@ -39,7 +52,7 @@ def only_writer(folder: Path, patience: float = GLANCE_SECONDS) -> Iterator[None
                 break
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
-                    raise RunFailed(f"the run in {folder} is under way: wait for its end, or end it first") from error
+                    raise taken from error
                 time.sleep(0.02)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The round of a trusted server: draw sites, ask them once, clip what comes, sum, noise, forget.
+"""Rounds of a trusted server, which draws sites, clips and sums what they send, and noises the sum.
 
 What single sites sent lives in ``gather`` alone, in memory. From there goes on one noised mean, and beside it nothing
 that follows from a reply: not who was drawn or answered, how many did, what went wrong, or how many bytes came. The
