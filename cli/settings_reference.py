@@ -176,7 +176,7 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
     """Yield the settings of a dataclass: its own first, then those of the sections in it."""
     said, kinds, rules = fields_said(section), kinds_of(section), rules_of(section)
     inner = [item for item in dataclasses.fields(section) if dataclasses.is_dataclass(kinds[item.name])]
-    instance = section()
+    known = known_settings()
     for item in dataclasses.fields(section):
         name, kind, key = item.name, kinds[item.name], prefix + kebab(item.name)
         if item in inner:
@@ -190,7 +190,7 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
         unit = unit_of(section, name)
         yield Setting(
             key=key,
-            default=getattr(instance, name),
+            default=known[key],
             meaning=said[name].replace("``", "`"),  # out of reStructuredText
             unit=unit.name if unit else "",
             range=_range(kind, own),

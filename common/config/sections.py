@@ -32,6 +32,8 @@ HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SERVER_OPTIMIZERS = ("none", "adam", "momentum")
+TARGET_KINDS = ("auto", "values")
+"""Words of ``adapter.targets`` that stand for layers, however the model names them (``common.adapters.targets``)."""
 SCALES = ("rank", "sqrt-rank")
 QUANTISE = ("none", "8bit", "4bit")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -154,7 +156,8 @@ class AdapterConfig(Section):
     """``rank``: the product is scaled by ``alpha / rank`` (LoRA). ``sqrt-rank``: by ``alpha / √rank`` (rsLoRA)."""
     targets: str = "auto"
     """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``. ``auto``: those that make queries
-    and values, as PEFT's table or the model's own names tell; of most encoders ``query,value``."""
+    and values, as PEFT's table or the model's own names tell; of most encoders ``query,value``. ``values``: those that
+    make values alone."""
     start: str = "orthonormal"
     """Where the factors begin: a row of ``common.starts.STARTS``, whose options are ``start.*``."""
 
@@ -162,8 +165,9 @@ class AdapterConfig(Section):
         super().__post_init__()
         if not self.target_modules:
             raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value', or 'auto'")
-        if "auto" in self.target_modules and len(self.target_modules) > 1:
-            raise ConfigError(f"adapter.targets is {self.targets!r}: write 'auto' alone, or the layers' own names")
+        kind = next((name for name in self.target_modules if name in TARGET_KINDS), "")
+        if kind and len(self.target_modules) > 1:
+            raise ConfigError(f"adapter.targets is {self.targets!r}: write {kind!r} alone, or the layers' own names")
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -296,6 +300,9 @@ class ServerConfig:
 class RunTerms(Section):
     """What a run is asked for and does alike."""
 
+    recipe: str = "auto"
+    """Settings that go together: a row of ``strategies.recipes.RECIPES``, or ``auto`` for the first of them that suits
+    the run. It fills in what is left open."""
     strategy: str = "fedavg-lora"
     """The rule of aggregation: a row of ``strategies.STRATEGIES``, whose options are set under its name."""
     rounds: Annotated[int, POSITIVE, Unit("rounds")] = 6

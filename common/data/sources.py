@@ -168,6 +168,26 @@ def known_labels(config: DataConfig) -> tuple[str, ...]:
     return _configured_labels(config) or (named.label_names if named else ())
 
 
+def count_labels(config: DataConfig, task: str) -> int:
+    """Return how many labels a run has by its settings, its named data set or a file that is here; 0: nothing tells."""
+    if known := known_labels(config):
+        return len(known)
+    for source in filter(None, (config.test, config.name)):
+        path = Path(source).expanduser()
+        if path.exists():
+            return _labels_in(config, task, source, path.stat().st_mtime_ns)
+    return 0
+
+
+@lru_cache(maxsize=16)
+def _labels_in(config: DataConfig, task: str, source: str, changed: int) -> int:
+    del changed  # the file is another one then
+    try:
+        return len(load_dataset(config, task, source).label_names)
+    except DataError:
+        return 0  # whoever needs its records says what is wrong
+
+
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:
     names = tuple(name.strip() for name in config.labels.split(",")) if config.labels.strip() else ()
     if names and (len(names) < 2 or len(set(names)) < len(names) or "" in names):
