@@ -46,7 +46,7 @@ class System:
 
 
 SYSTEMS: tuple[System, ...] = (
-    System("FedAvg on LoRA, FedIT", {"strategy": "fedavg-lora"}),
+    System("FedAvg on LoRA, FedIT", {"recipe": "plain", "strategy": "fedavg-lora"}),
     System("FFA-LoRA", {"strategy": "ffa-lora"}),
     System("FedSVD", {"strategy": "fed-svd"}),
     System("Fed-SB on LoRA-SB", {"strategy": "fed-sb", "adapter.start": "dp-gradient"}),

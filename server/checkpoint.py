@@ -39,6 +39,7 @@ PARTS = ("adapter", "memory", "first moments", "second moments", "clocks")
 MAY_CHANGE = ("resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model."""
 BEFORE: Mapping[str, Scalar] = {
+    "recipe": "plain",
     "privacy.honest-sites": 0,
     "privacy.colluders": 1,
     "privacy.drop-outs": 0,

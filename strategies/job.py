@@ -137,11 +137,11 @@ def known_settings() -> dict[str, Scalar]:
 
     What a recipe may fill in is ``auto``. Old names (``strategies.renamed``) have the default of their successors.
     """
-    known = {**_declared(), **dict.fromkeys(FILLED, AUTO)}
+    known = {**declared_settings(), **dict.fromkeys(FILLED, AUTO)}
     return {**known, **{old: known[new] for old, new in RENAMED.items()}}
 
 
-def _declared() -> dict[str, Scalar]:
+def declared_settings() -> dict[str, Scalar]:
     """Return every setting by its present name with the default that its field declares."""
     known = defaults(RunSettings)
     for start in STARTS.values():
@@ -160,7 +160,7 @@ def configure(values: Mapping[str, Scalar]) -> Job:
         ConfigError: a key is unknown (the nearest known one is named), ill-typed or out of range,
             or strategy, adapter, start and privacy do not fit together.
     """
-    known, declared = known_settings(), _declared()
+    known, declared = known_settings(), declared_settings()
     for key, value in values.items():
         if key not in known:
             why = REFUSED.get(key.rpartition(".")[2].replace("_", "-"))

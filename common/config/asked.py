@@ -70,7 +70,7 @@ class ServerSettings(Section):
     """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
     ``momentum``: it is one for gradient descent with a heavy ball. ``auto``: ``adam`` under privacy, else ``none``."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
-    """The server's optimiser's, at the start of the schedule. The default suits Adam."""
+    """The server's optimiser's, at the start of the schedule. 0.025 suits Adam."""
     adam_tau: Annotated[float, POSITIVE, RATIO] = 1e-3
     """FedAdam's τ, added to the root of Adam's second moment: changes well below it do not become full steps."""
     momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.5
