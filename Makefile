@@ -27,7 +27,7 @@ EXACT  := --require-hashes --no-deps --only-binary :all:
 .PHONY: demo test test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
-	$(BIN)/fedveil run -c experiments/configs/probe.toml
+	$(BIN)/fedveil run
 
 test: environment generative texts $(VISION)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

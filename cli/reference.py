@@ -81,7 +81,7 @@ def tables_page() -> str:
         (
             "Strategies",
             strategy_table(),
-            "m outputs, n inputs, r the rank. Bytes are of the default job (12 layers of 384 × 384, r = 8), without "
+            "m outputs, n inputs, r the rank. Bytes are of the plain job (12 layers of 384 × 384, r = 8), without "
             "the head. σ noise multiplier, C clip norm, b expected batch, s the scale, x the noise on a trained "
             "factor.",
         ),
@@ -89,7 +89,7 @@ def tables_page() -> str:
             "Strategies and adapters",
             pair_table(),
             'A strategy takes its own adapter where `adapter.name = "auto"`. It takes another that trains and freezes '
-            "what it needs. Bytes are of one site and round of the default job, without the head.",
+            "what it needs. Bytes are of one site and round of the plain job, without the head.",
         ),
         ("Adapters", adapter_table(), "In brackets the numbers of a factor in one layer."),
         (
@@ -155,7 +155,7 @@ def systems_page() -> str:
         (
             "Systems",
             system_table(),
-            "Bytes are of the default job (12 layers of 384 × 384, r = 8), without the head and what is sent once. "
+            "Bytes are of the plain job (12 layers of 384 × 384, r = 8), without the head and what is sent once. "
             "Training costs ε by its steps, whatever the system: what differs is what a start costs on top. Anything "
             "that a server computes from what sites sent is free.",
         ),

@@ -73,7 +73,7 @@ RUN = [system for system in SYSTEMS if system.settings and system.settings["stra
 OWN = ("strategy", "server.optimizer", "training.optimizer", "training.learning-rate", "training.local-steps")
 """Settings of the toy run that a system's own recipe decides."""
 PLACES = ("model.name", "data.name", "data.test-size", "data.partition", "adapter.targets", "privacy.delta", "rounds")
-"""Where a system runs at all: the toy's, for it has other records than the default job."""
+"""Where a system runs at all: the toy's, for it has other records than the plain job."""
 
 
 table = cache(system_table)
@@ -97,7 +97,7 @@ def test_a_system_runs_two_rounds_by_what_its_row_says(system: System, request: 
     toy = request.getfixturevalue("toy_generation" if generative else "toy_settings")
     own = {key: value for key, value in toy.items() if key not in OWN}
     kept = {key: value for key, value in settings.items() if key not in PLACES}
-    scale = {"adapter.alpha": float(own["adapter.rank"])}  # 1, as in the default job
+    scale = {"adapter.alpha": float(own["adapter.rank"])}  # 1, as in the plain job
     folder = run_in_process({**own, **scale, **kept, "data.test-size": 20}, 2)
     assert [line.round_number for line in read_lines(RoundLine, folder) if line.round_number] == [1, 2]
     assert saved_state(folder).round_number == 2
