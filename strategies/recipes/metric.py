@@ -45,22 +45,22 @@ class PublicMetricRecipe(Recipe):
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return the whole method; of ``rounds`` a fifth are for the head alone."""
-        summed = asked.settings.privacy.mechanism.summed
+        probed = "paid release" in asked.settings.privacy.mechanism.starts
         rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS
         refit = max(1, rounds // 5)
-        probed: dict[str, Scalar] = {"start.rate": 1.0, "start.sample-rate": 1.0}
+        of_probe: dict[str, Scalar] = {"start.rate": 1.0, "start.sample-rate": 1.0}
         return {
             "rounds": rounds,
             "evaluate-every": 5,
-            "head-rate": 0.2 if summed else 0.04,
+            "head-rate": 0.04 if probed else 0.2,
             "adapter.name": "lora-metric",
-            "adapter.start": "public-metric" if summed else "probe",
+            "adapter.start": "probe" if probed else "public-metric",
             "adapter.rank": 2,
             "adapter.targets": "values",
             "start.text": "prose",
             "start.records": 600,
             "start.clip-share": 1.2,
-            **({} if summed else probed),
+            **(of_probe if probed else {}),
             "head.metric": "public",
             "server.optimizer": "momentum",
             "server.momentum": 0.8,

@@ -20,7 +20,7 @@ def own_method(asked: Asked) -> str:
     """Return what in a run's settings is not for a recipe of a private run with labels, in words; empty: nothing."""
     run = asked.settings
     mechanism, task = run.privacy.mechanism, TASKS.get(run.model.task)
-    if not mechanism.claims or mechanism.central:
+    if not mechanism.claims or mechanism.central or "public records" not in mechanism.starts:
         return f"privacy.mode is {run.privacy.mode!r}"
     if task is None or not task.labelled or not task.worded:
         return f"model.task is {run.model.task!r}"
