@@ -28,8 +28,9 @@ MANY = "a,b,c,d,e"
         ({"rounds": 50}, "metric", ""),
         ({"data.name": "snli-dev", "privacy.delta": 1e-4}, "metric", ""),
         ({"privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "metric", ""),
-        ({"data.name": "reviews.csv"}, "metric", ""),  # nothing tells how many labels
-        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and it suits 4 at most"),
+        ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
+        ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
+        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and it suits 3 at most"),
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
         ({"rounds": 6}, "head-only", "because rounds is 6, and it takes 10 at least"),
         ({"privacy.mode": "none"}, "plain", ""),
@@ -59,7 +60,7 @@ def test_the_labels_of_a_file_that_is_here_are_counted(tmp_path: Path) -> None:
         path.write_text("text,label\n" + "".join(f"note {i},kind {i % count}\n" for i in range(40 + count)), "utf-8")
         assert configure({"data.name": str(path)}).config.recipe == recipe
     path.write_text("text\nno label\n", encoding="utf-8")
-    assert configure({"data.name": str(path)}).config.recipe == "metric", "whoever reads it says what is wrong"
+    assert configure({"data.name": str(path)}).config.recipe == "head-only", "whoever reads it says what is wrong"
 
 
 def test_what_is_set_stands_and_the_rest_is_the_recipes() -> None:

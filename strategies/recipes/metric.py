@@ -22,7 +22,7 @@ from strategies.recipes.whole import own_method
 ROUNDS = 25
 FEWEST = 10
 """Rounds below which its rates would not carry it far."""
-MOST_LABELS = 4
+MOST_LABELS = 3
 """Every label costs a pass over the records more, and memory for as many derivatives."""
 
 
@@ -36,6 +36,8 @@ class PublicMetricRecipe(Recipe):
         """Return what is not for it: another method, many labels, few rounds."""
         if told := own_method(asked):
             return told
+        if not asked.labels:
+            return "nothing says how many labels there are, which data.labels may"
         if asked.labels > MOST_LABELS:
             return f"there are {asked.labels} labels, and it suits {MOST_LABELS} at most"
         rounds = asked.settings.rounds
