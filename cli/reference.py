@@ -140,7 +140,8 @@ def run_folder_page() -> str:
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
         "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
         "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
-        "ledgers.",
+        "ledgers. Of a run whose server is trusted, `log.jsonl` and `ledgers/` have the times of rounds and are not to "
+        "be published.",
         *parts,
     )
 

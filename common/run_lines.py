@@ -19,6 +19,8 @@ from common.strict_json import BESIDE, Endless, called, from_json
 
 AUDITS = "audit*"
 """Names of the files in which audits leave their findings, each an ``AuditFile``."""
+COHORT = "the cohort"
+"""What all sites of a trusted server together are called, in whose place no site has a line."""
 
 
 Status = Literal["completed", "stopped", "failed"]
@@ -188,7 +190,8 @@ class RoundLine(RunFile):
     """Adapter payload of all tasks; with a trusted server, of the usual draw."""
     bytes_up: int
     """Adapter payload of all replies, likewise."""
-    seconds: float
+    seconds: float | None
+    """None with a trusted server, which tells nobody who was drawn: how long a round takes follows from that."""
     privacy: str
     """The setting ``privacy.mode``."""
     head: str

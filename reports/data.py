@@ -40,7 +40,7 @@ SCHEMA = "fedveil-report/2"
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round. Bytes are adapter payload of all messages, accuracy a share, seconds wall time."""
+    """One round. Bytes are adapter payload of all messages, accuracy a share."""
 
     round_number: int
     """0: before training, or the statistic that the start is made from."""
@@ -53,6 +53,7 @@ class RoundReport:
     bytes_down: int | None
     bytes_up: int | None
     seconds: float | None
+    """Wall time; None with a trusted server, which tells nobody who was drawn."""
     epsilon_worst: float | None
     """Largest total that a site had reported by then; None without a claim."""
 
@@ -95,8 +96,8 @@ class Headline:
     """Sites that took part in a round at least; with a trusted server, which tells nobody, those of the cohort."""
     bytes_down: int
     bytes_up: int
-    seconds: float
-    """Of all finished rounds together."""
+    seconds: float | None
+    """Of all finished rounds together; None as of a round."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def federation_epsilon(folder: Path) -> float | None:
 def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     worst, planned = worst_site(sites), files.config.settings.get("rounds")
     number = sum(site.rounds_joined > 0 for site in sites)
-    if server_is_trusted(str(files.config.settings.get("privacy.mode", ""))):
+    if _is_central(files):
         number = sum(site.public_size or 0 for site in sites)  # one line stands for the cohort
     counted = [line for line in files.rounds if line.round_number and line.complete]
     return Headline(
@@ -263,8 +264,12 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         sites=number,
         bytes_down=sum(line.bytes_down for line in files.rounds),
         bytes_up=sum(line.bytes_up for line in files.rounds),
-        seconds=sum(line.seconds for line in files.rounds),
+        seconds=None if _is_central(files) else sum(line.seconds or 0.0 for line in files.rounds),
     )
+
+
+def _is_central(files: RunFiles) -> bool:
+    return server_is_trusted(str(files.config.settings.get("privacy.mode", "")))
 
 
 def _accuracy(files: RunFiles, kind: Literal["labels", "slices"]) -> list[LabelReport]:
@@ -288,7 +293,7 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
             loss=loss,
             bytes_down=line.bytes_down,
             bytes_up=line.bytes_up,
-            seconds=line.seconds,
+            seconds=None if _is_central(files) else line.seconds,
             epsilon_worst=worst_by(line.round_number),
         )
 

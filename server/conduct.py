@@ -28,6 +28,10 @@ from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
 SITES_LOG = "fedveil.site"
+NOT_PUBLISHED = (
+    "this log has the times of rounds, which may show who was drawn: it is the trusted server's own, and is not to be "
+    "published"
+)
 DYING_SECONDS = 90.0
 """How long a resumed run waits for the server that began it: one that lost its SuperLink takes a while to give up."""
 
@@ -109,6 +113,8 @@ def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder
         folder = RunFolder(path, job, run, saved)
         # Of sites in this very process, an experiment's, the lines would tell who was drawn.
         with kept_in(path / "log.jsonl", SITES_LOG if job.mechanism.central else ""):
+            if job.mechanism.central:
+                log.info(NOT_PUBLISHED, extra=about(run))
             tracking = Tracking(job, path, run)
             try:
                 _conduct(job, run, folder, connect, tracking)

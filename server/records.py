@@ -38,6 +38,7 @@ from common.messages.state import AdapterState
 from common.model.federated import FederatedModel, Score
 from common.privacy.claim import NO_CLAIM, NOTHING
 from common.run_lines import (
+    COHORT,
     BaselineFile,
     ConfigFile,
     CountLine,
@@ -54,7 +55,6 @@ from common.tasks import TASKS
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
 from server.rounds import RoundOutcome
-from server.trusted import COHORT
 from strategies import ServerState
 from strategies.job import Job
 
@@ -173,7 +173,7 @@ class RunFolder:
                 loss=outcome.score.loss if outcome.score else None,
                 bytes_down=got.bytes_down,
                 bytes_up=got.bytes_up,
-                seconds=round(outcome.seconds, 3),
+                seconds=None if self.job.mechanism.central else round(outcome.seconds, 3),
                 privacy=self.job.config.privacy.mode,
                 head=head_words(self.job),
                 noised_correct=[CountLine(site, c.value, c.noise_std) for site, c in counts if c],
