@@ -77,11 +77,8 @@ def run_one(work: Work) -> Row:
     Raises:
         FedVeilError: the run failed, or the code changed meanwhile.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from common.model.federated import model_of
 
-    disable_progress_bar()  # several runs at a time would write over the sweep's own lines
     _same_code(work)
     model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
     began = time.monotonic()
