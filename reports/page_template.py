@@ -13,7 +13,8 @@ PAGE = """\
 {% endmacro %}
 {% macro figure(chart, title, text) %}
 {% if chart %}
-<figure><figcaption><strong>{{ title }}</strong> {{ text }}</figcaption>
+<figure aria-labelledby="{{ chart.name }}-caption">
+<figcaption id="{{ chart.name }}-caption"><strong>{{ title }}</strong> {{ text }}</figcaption>
 {{ chart.svg }}
 <ul class="legend">{% for swatch, label in chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul></figure>
 {% endif %}
