@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from client.ledger.rows import Budget, Entry, Exposure, Failure, Reservation, Withdrawal
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 EXPOSED = (
     "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "

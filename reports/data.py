@@ -20,6 +20,7 @@ from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, read_js
 from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of, server_is_trusted
+from reports.connection import ConnectionReport, connection_cares, connection_reports
 from reports.folder import RunFiles, read_run
 from reports.learning import LayerReport, layer_reports
 from reports.meaning import MeaningReport, meaning_report
@@ -152,6 +153,8 @@ class ReportData:
     """Of the final adapter; None while none is saved."""
     actors: list[Actor]
     """Who is trusted with what."""
+    connections: list[ConnectionReport]
+    """How sites were reached, and the server's own check; empty: an earlier FedVeil did not record it."""
     unprotected: list[str]
     """Quantities that no noise protects."""
     audits: dict[str, str]
@@ -170,7 +173,7 @@ def report_of(folder: Path) -> ReportData:
     """
     files = read_run(folder)
     settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
-    problems = list(files.problems)
+    problems, connections = list(files.problems), connection_reports(files.server)
     audits = audit_reports(files.findings, problems)
     claim, headline = claim_of(files, sites), _headline(files, sites)
     return ReportData(
@@ -180,7 +183,7 @@ def report_of(folder: Path) -> ReportData:
         started=files.config.started,
         status=files.result.status if files.result else "unfinished",
         reason=files.result.reason if files.result else "",
-        problems=[*problems, *audit_cares(audits, versions)],
+        problems=[*problems, *audit_cares(audits, versions), *connection_cares(connections)],
         headline=headline,
         claim=claim,
         meaning=meaning_report(files, sites),
@@ -197,6 +200,7 @@ def report_of(folder: Path) -> ReportData:
         versions=versions,
         origin=_origin(folder, problems),
         actors=actors_of(claim, headline.epsilon),
+        connections=connections,
         unprotected=unprotected_of(sites, _cut_test(settings), claim),
         audits=files.audits,
         audit_results=audits,

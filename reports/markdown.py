@@ -21,6 +21,7 @@ from common.words import (
 from reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.claim import UNTOLD, none_refused, server_is_trusted
+from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
@@ -50,6 +51,7 @@ def to_markdown(data: ReportData) -> str:
         _claim(data),
         _meaning(data),
         _trust(data),
+        _connection(data),
         _accuracy(data),
         _beside(data),
         _sites(data),
@@ -141,6 +143,21 @@ def _trust(data: ReportData) -> list[str]:
         "",
         *(f"- {plain(text)}" for text in data.unprotected),
     ]
+
+
+def _connection(data: ReportData) -> list[str]:
+    lines = ["## The server and its connections", ""]
+    if not data.connections:
+        return [*lines, NOT_RECORDED]
+    for report in data.connections:
+        lines += [f"When the server began ({', '.join(report.began)}):", ""]
+        lines += [f"- {plain(text)}" for text in report.said]
+        lines += [f"- {NOT_KNOWN} {plain(text)}." for text in report.unknown]
+        lines += [f"- Bundle, the server's code: SHA-256 `{report.bundle}`.", ""]
+        if report.checks:
+            rows = [("ok" if check.ok else "FAILED", check.what, check.found) for check in report.checks]
+            lines += [*_table(("the server's own check", "of", "found"), rows), ""]
+    return [*lines, SITES_OWN]
 
 
 def _accuracy(data: ReportData) -> list[str]:

@@ -136,6 +136,24 @@ PAGE = """\
 <p>No noise protects:</p>
 <ul>{% for text in data.unprotected %}<li>{{ text }}</li>{% endfor %}</ul>
 
+<h2>The server and its connections</h2>
+{% for report in data.connections %}
+<p>When the server began ({{ report.began|join(", ") }}):</p>
+<ul>{% for text in report.said %}<li>{{ text }}</li>{% endfor %}
+{% for text in report.unknown %}<li>{{ not_known }} {{ text }}.</li>{% endfor %}
+<li>Bundle, the server's code:<br><code>SHA-256 {{ report.bundle }}</code></li></ul>
+{% if report.checks %}
+{% call table("The server's own check, begun " ~ report.began|join(", ")) %}
+<thead><tr><th scope="col">outcome</th><th scope="col">of</th><th scope="col">found</th></tr></thead>
+<tbody>{% for check in report.checks %}
+<tr><td class="{{ "ok" if check.ok else "bad" }}">{{ "ok" if check.ok else "FAILED" }}</td>
+<th scope="row">{{ check.what }}</th><td class="wide">{{ check.found }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% endfor %}
+<p>{{ sites_own if data.connections else not_recorded }}</p>
+
 {% if data.accuracy %}
 <h2>Accuracy on public data</h2>
 {% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}

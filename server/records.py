@@ -1,6 +1,7 @@
 """The files of a run's folder, as the server writes them.
 
 ``config.json``     every setting, with versions of what computed it
+``server.json``     what the server knew of its code, connections and machine at each start
 ``baseline.json``   the score before any record is used
 ``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
 ``privacy.jsonl``   one line a round and site: the privacy report
@@ -48,7 +49,10 @@ from common.run_lines import (
     ResultFile,
     RoundLine,
     RunFile,
+    ServerFile,
+    ServerStart,
     read_file,
+    read_if_there,
 )
 from common.strict_json import to_json
 from common.tasks import TASKS
@@ -128,6 +132,11 @@ class RunFolder:
             return
         versions = {"python": platform.python_version(), **package_versions(job.config.model.quantise)}
         self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
+
+    def begun(self, start: ServerStart) -> None:
+        """Record what the server knows of itself, beside what it knew when the run began or last went on."""
+        before = read_if_there(ServerFile, self.path) if self.saved else None
+        self._write(ServerFile([*(before.starts if before else []), start]))
 
     def started(
         self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
