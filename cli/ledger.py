@@ -32,6 +32,10 @@ EXPOSED = (
     "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "
     "policy has after-no-privacy = true."
 )
+ASKED = (
+    "  It tells in which rounds this site was asked. If a trusted server drew sites for them, the price counts on "
+    "nobody knowing that: hand it to nobody but that server's people."
+)
 WITHDRAWN = "It was withdrawn: the site refuses every further round on these records, with or without privacy."
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What a text begins with that a spreadsheet would compute."""
@@ -203,6 +207,7 @@ def receipt(
     _say(f"{dataset}, run {run}: {_rounds(made.rounds)}, from {_times(made.charges, made.exposures)}")
     if made.epsilon_run is None:
         _say(EXPOSED)
+        _say(ASKED)
     elif made.delta is not None:
         own, before, after = (_figure(e) for e in (made.epsilon_run, made.epsilon_before, made.epsilon_after))
         _say(f"  its charges alone: ε {own} at δ {made.delta:g}, for one {made.unit}")

@@ -20,9 +20,12 @@ import torch
 from markupsafe import escape
 from safetensors import safe_open
 from torch import Tensor
+from typer.testing import CliRunner
 
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
+from cli.ledger import ASKED
+from cli.main import app
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
@@ -894,6 +897,10 @@ def test_a_round_is_written_down_as_one_without_privacy_and_closes_the_records(s
     assert 0 < l2_norm(subtract(sent.contribution, received)) <= CLIP * (1 + 1e-6)
     with Ledger(site.ledger) as ledger:
         assert [(one.run, one.round_number, one.steps) for one in ledger.exposures()] == [("1", 1, 2)]
+    with Ledger(site.ledger) as ledger:
+        (name,) = {one.dataset for one in ledger.exposures()}
+    said = CliRunner().invoke(app, ["ledger", "receipt", str(site.ledger), "--dataset", name, "--run", "1"])
+    assert (said.exit_code, ASKED in said.output) == (0, True), "a receipt tells when this site was drawn"
     for key in ("privacy.mode", "privacy.unit", "privacy.cohort"):
         del site.settings[key]
     site.rule(mechanisms=["dp-sgd"])
