@@ -1,4 +1,4 @@
-"""What other packages say at every start and nobody needs: each left out by its own words, and nothing else is."""
+"""Lines that other packages print at every start and nobody needs: each left out by its own words, and nothing else."""
 
 from __future__ import annotations
 

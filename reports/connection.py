@@ -1,4 +1,4 @@
-"""How a run's sites were reached and what its server found of itself, in words: only what the server app could know.
+"""Connections of a run and its server's own check, in words: only what the server app could know.
 
 A port that was asked is a fact. That the sites dialled that port is the operator's word, and what nobody here can know
 is named as such.

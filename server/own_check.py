@@ -1,4 +1,4 @@
-"""What the server app can know, when a run begins, of its connections and of its machine.
+"""The check of its connections and its machine that a server app has made when a run begins.
 
 How a SuperLink was started is hidden from the app that it runs. ``fedveil server start`` therefore names its folder in
 the SuperLink's environment, and the app has the installed version look at that folder and ask the port that sites dial
