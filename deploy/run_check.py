@@ -91,7 +91,7 @@ def check_run(runs: Path, named: str) -> OwnCheck:
         tls=port.tls,
         certificate=port.certificate,
         keys=_keys(server) if port.tls else None,
-        checks=_lines(examine([*checks, *own]), {**places, str(folder): FOLDER}),
+        checks=_lines(examine([*checks, *own]), {**places, str(folder): FOLDER, str(_nodes(server)): "their folder"}),
     )
 
 
@@ -136,8 +136,11 @@ def _keys(server: ServerFolder) -> bool | None:
 
 def _registered(server: ServerFolder) -> Iterator[CheckResult]:
     # Their number alone: who takes part is no business of this line.
-    number = len(names_in(Path(os.environ.get(NODES) or server.nodes)))
-    yield CheckResult(True, "registered sites", str(number))
+    yield CheckResult(True, "registered sites", str(len(names_in(_nodes(server)))))
+
+
+def _nodes(server: ServerFolder) -> Path:
+    return Path(os.environ.get(NODES) or server.nodes)
 
 
 if __name__ == "__main__":

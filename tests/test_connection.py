@@ -28,6 +28,7 @@ from reports import report_of, write_reports
 from reports.connection import NEVER_KNOWN, NO_NETWORK, NOT_NAMED, NOT_RECORDED, SITES_OWN
 from reports.signature import NotGenuine, make_key, verified
 from server.own_check import FOLDER, own_check
+from server.registered import NODES
 
 BUNDLE, SHOWN = "ab" * 32, "AB:CD:EF"
 WELL = OwnCheck(True, True, SHOWN, True, [CheckLine(True, "disk", "9 GiB free")])
@@ -275,6 +276,16 @@ def test_a_missing_file_is_told_without_its_path(folder: ServerFolder, name: str
     assert name in failures(check)
     assert str(folder.path) not in failures(check)
     assert check.named
+
+
+def test_names_that_cannot_be_read_are_told_without_their_path(
+    folder: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NODES, str(tmp_path / "elsewhere"))
+    with superlink(folder):
+        check = found(folder)
+    assert "the registered sites cannot be read from their folder" in failures(check)
+    assert str(tmp_path) not in failures(check)
 
 
 def test_a_superlink_that_names_no_folder_has_its_machine_checked_alone(tmp_path: Path) -> None:
