@@ -110,7 +110,7 @@ def main() -> None:
     wanted = parser.parse_args()
     if wanted.run and not (wanted.run / ConfigFile.NAME).is_file():
         parser.error(f"{wanted.run} is not the folder of a run: it has no config.json")
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     quiet()
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as name:

@@ -39,7 +39,7 @@ for command in (report, watch, verify, keygen, merge, export, ask, prune, recove
     app.command()(command)
 app.command()(compare)
 app.command()(settings)
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 Overrides = Annotated[
     list[str] | None,

@@ -16,7 +16,7 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from strategies.job import Job
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 
 
 @for_people

@@ -18,7 +18,7 @@ from cli.notes import print_notes
 from common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 @for_people

@@ -177,7 +177,7 @@ def read_outcome(name: str, folder: Path, mode: str, seed: int) -> Outcome:
         reached.epsilon,
         sum(line.bytes_down for line in rounds),
         sum(line.bytes_up for line in rounds),
-        sum(line.seconds for line in rounds),
+        sum(line.seconds or 0.0 for line in rounds),
     )
 
 

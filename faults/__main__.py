@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SCENARIOS, nargs="+", default=SCENARIOS, help="in this order")
     wanted = parser.parse_args().only
     # Where the output is no terminal, seven columns need more than the usual eighty characters.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 180)
     say = partial(console.print, markup=False, soft_wrap=True)
     began, findings = time.monotonic(), list[Finding]()
     quiet()

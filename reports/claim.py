@@ -30,7 +30,8 @@ NOT_COVERED = (
 COVERED_BY_SERVER = (
     "every model that the server gave away after a round, and whatever is made of it: the final model, its accuracy, "
     "the choice of a round",
-    "this run's folder, but its times: its lines, its log and its checkpoint hold nothing of one site",
+    "this run's folder, but for what has the times of rounds (log.jsonl, ledgers/, the dates of files), which is the "
+    "server's own: its lines, its report and its checkpoint hold nothing of one site",
     "all rounds together, and earlier runs as far as the server's ledger holds them",
 )
 """The same where the server is trusted with every update."""
@@ -40,6 +41,12 @@ BY_SERVER = (
     "the base model, which may have been trained on the same records before",
     "what a site has given away otherwise, such as in runs of another server, or by another ledger of this one",
 )
+UNTOLD = (
+    "No site has a line here. Who was drawn and who answered is told to nobody, nor how long a round took or how many "
+    "bytes came, since both follow from it; bytes are those of the usual draw. Where privacy.site-rate is below 1, the "
+    "price counts on nobody knowing who was drawn."
+)
+"""What a report leaves out where a trusted server draws whole sites, and why."""
 OFF = (
     "Privacy was OFF. This run promises nothing about any record: what the sites sent, and the final model, "
     "may reveal their records."
@@ -130,6 +137,11 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
 def server_is_trusted(mode: str) -> bool:
     """Return whether a privacy.mode has a trusted server, which sees what sites send as it is."""
     return mode in MECHANISMS and MECHANISMS[mode].central
+
+
+def none_refused(*, central: bool) -> str:
+    """Return what stands where no refusal is recorded; ``central``: a trusted server tells of none."""
+    return "None is told: see the cohort." if central else "None that is recorded."
 
 
 def _shared(sites: Sequence[SiteReport]) -> str:

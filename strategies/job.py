@@ -18,6 +18,7 @@ from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
+from common.trackers import NO_TRACKER
 from strategies import ROWS
 from strategies.base import ServerState, Strategy
 from strategies.recipes import AUTO, FILLED, RECIPES, Asked, choose, own_method, without_open
@@ -312,6 +313,12 @@ def _check_cohort(config: RunConfig) -> None:
         raise ConfigError(
             f"privacy.{key} is for a run whose unit is a whole site, and privacy.mode is {privacy.mode!r}: leave it "
             "out, or set privacy.mode to 'client-level' and privacy.unit to 'site'"
+        )
+    if privacy.site_rate < 1 and config.tracker != NO_TRACKER:
+        raise ConfigError(
+            f"tracker {config.tracker!r} notes when each round ended, which may show who was drawn, and at "
+            f"privacy.site-rate {privacy.site_rate:g} the price counts on nobody knowing that: set tracker to "
+            f"{NO_TRACKER!r}, or privacy.site-rate to 1"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from markupsafe import escape
 from safetensors import safe_open
 from torch import Tensor
+from typer.testing import CliRunner
 
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
+from cli.ledger import ASKED
+from cli.main import app
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
@@ -31,7 +36,8 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.client_level import ClippedPlan
 from common.privacy.events import sampled_gaussian
 from common.randomness import add_private_noise
-from common.run_lines import Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
+from common.run_lines import COHORT, Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
+from common.trackers import TRACKERS
 from deploy.doctor import _mechanisms
 from deploy.policy_file import mechanisms_of_job, policy_text
 from deploy.site_folder import SiteFolder
@@ -41,17 +47,22 @@ from experiments.planner.price import priced_rounds, rounds_within, site_plans
 from experiments.simulate import simulate
 from reports import markdown_report, report_of
 from reports.annex import annex_of
+from reports.claim import UNTOLD
 from reports.compute import operations
 from reports.declared import Declared
 from reports.picture import picture_of, said_of_run
 from reports.registry import registry_record
+from reports.watch import TO_NOBODY, Watched
 from server.admission import Admission
 from server.app import FlowerTransport
+from server.conduct import NOT_PUBLISHED
 from server.ledger import ServerLedger, with_ledger
 from server.model import ServerModel
 from server.records import RunFolder
 from server.sites import Exchange, Gathering
-from server.trusted import COHORT, TrustedSites
+from server.terminal import round_line
+from server.tracking import rounds_of
+from server.trusted import TrustedSites
 from strategies import STRATEGIES, ServerState
 from strategies.job import Job, configure
 
@@ -580,11 +591,8 @@ def test_a_resumed_run_keeps_its_cohort_rate_and_ledger(settings: dict[str, Any]
 
 # --- what the server gives away ---------------------------------------------------------------------------------------
 
-CLOCKS = re.compile(
-    r'"(started|time|charged_at)": ?"[^"]*"|"seconds": ?[0-9.e-]+|[0-9.]+ (s|min)\b|[0-9-]+T[0-9:+.]+'
-    r"|`report.json` \| `[0-9a-f]+`"
-)
-"""Times, and the hash of a file that has them."""
+CLOCKS = re.compile(r'"(started|time|charged_at)": ?"[^"]*"|[0-9-]+T[0-9:+.]+|`report.json` \| `[0-9a-f]+`')
+"""When a run began, the times of the server's own log and ledger, and the hash of a file that has them."""
 NAMES = re.compile(r"site-[0-9]")
 
 
@@ -598,11 +606,12 @@ class Restless(InProcessTransport):
 
 
 class Others(Restless):
-    """Other sites that cannot, and all the others with other records."""
+    """Other sites that cannot, and all the others with other records, which take them longer."""
 
     odd = 1
 
     def deliver(self, node: int, task: Task, content: Any) -> Any:
+        time.sleep(0.05)
         self._nodes[node]["partition-id"] = len(self._nodes) - 1 - node
         return super().deliver(node, task, content)
 
@@ -675,6 +684,82 @@ def test_a_server_that_tells_of_replies_is_found(
 
     with patch.object(TrustedSites, "_ask", watched), patch.object(TrustedSites, "gather", telling):
         assert "rounds.jsonl" in leaks({**settings, "rounds": 6, "privacy.epsilon": 200.0})
+
+
+PUBLISHED = {"report.json", "report.md", "report.html"}
+
+
+def timed(folder: RunFolder, *lines: Any, real: Any = RunFolder._append) -> None:
+    """Write down when a round ended."""
+    real(folder, *(replace(line, seconds=time.monotonic()) if isinstance(line, RoundLine) else line for line in lines))
+
+
+def test_a_server_that_tells_how_long_a_round_took_is_found(settings: dict[str, Any]) -> None:
+    settings |= {"rounds": 3, "privacy.epsilon": 200.0}
+    with patch.object(RunFolder, "_append", timed):
+        found = leaks(settings)
+        # A report drops what such a file holds, also of a run that an earlier FedVeil has left.
+        assert "rounds.jsonl" in found
+        assert not found & PUBLISHED
+        with patch("reports.data._is_central", lambda files: False):
+            assert "report.json" in leaks(settings)
+
+
+def test_a_line_that_tells_how_long_a_round_took_is_found(settings: dict[str, Any]) -> None:
+    def line(job: Job, outcome: Any, members: Any) -> str:
+        return f"{round_line(job, outcome, members)}  {outcome.seconds:.3f} s"
+
+    with patch("server.conduct.round_line", line):
+        assert "run.log" in leaks({**settings, "rounds": 3, "privacy.epsilon": 200.0})
+
+
+def test_the_log_says_that_it_is_not_to_be_published(settings: dict[str, Any]) -> None:
+    folder = run_in_process(settings, 3)
+    assert NOT_PUBLISHED in (folder / "log.jsonl").read_text(encoding="utf-8")
+    assert "is not to be published" in NOT_PUBLISHED
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_no_tracker_notes_when_a_round_ended_that_sites_were_drawn_for(settings: dict[str, Any], tracker: str) -> None:
+    with pytest.raises(ConfigError, match="which may show who was drawn"):
+        configure({**settings, "privacy.site-rate": 0.5, "tracker": tracker})
+    assert configure({**settings, "tracker": tracker}).config.tracker == tracker
+
+
+def test_a_tracker_hears_neither_time_nor_number_of_sites(settings: dict[str, Any]) -> None:
+    told = rounds_of(run_in_process(settings, 3))
+    assert set(told) == {0, 1, 2}
+    assert {"accuracy", "epsilon", "bytes_up"} <= set(told[2])
+    assert not {"seconds", "sites"} & set(told[2])
+
+
+def test_a_watched_page_says_for_whom_it_is_and_nothing_of_the_round(settings: dict[str, Any]) -> None:
+    folder = run_in_process(settings, 3)
+    (folder / "result.json").unlink()
+    (folder / "progress.json").write_text('{"phase": "training", "round": 2, "asked": 3}', encoding="utf-8")
+    watched = Watched(folder)
+    try:
+        _, page, goes_on = watched.page("/")
+    finally:
+        watched.server_close()
+    assert goes_on
+    assert escape(TO_NOBODY) in page.decode()
+    assert "sites have answered" not in page.decode()
+
+
+def test_the_report_has_a_cohort_and_no_sites(settings: dict[str, Any]) -> None:
+    folder = run_in_process({**settings, "privacy.site-rate": 0.5}, 6)
+    page, text = (
+        (folder / "report.html").read_text(encoding="utf-8"),
+        (folder / "report.md").read_text(encoding="utf-8"),
+    )
+    assert "<h2>The cohort</h2>" in page
+    assert "## The cohort" in text
+    for form in (page, text):
+        assert UNTOLD in form
+        assert not re.search(r"<h2>Sites</h2>|## Sites|rounds joined|refused<|seconds|>time<", form)
+    assert {line.seconds for line in report_of(folder).rounds} == {None}
+    assert report_of(folder).headline.seconds is None
 
 
 class OneReply:
@@ -812,6 +897,10 @@ def test_a_round_is_written_down_as_one_without_privacy_and_closes_the_records(s
     assert 0 < l2_norm(subtract(sent.contribution, received)) <= CLIP * (1 + 1e-6)
     with Ledger(site.ledger) as ledger:
         assert [(one.run, one.round_number, one.steps) for one in ledger.exposures()] == [("1", 1, 2)]
+    with Ledger(site.ledger) as ledger:
+        (name,) = {one.dataset for one in ledger.exposures()}
+    said = CliRunner().invoke(app, ["ledger", "receipt", str(site.ledger), "--dataset", name, "--run", "1"])
+    assert (said.exit_code, ASKED in said.output) == (0, True), "a receipt tells when this site was drawn"
     for key in ("privacy.mode", "privacy.unit", "privacy.cohort"):
         del site.settings[key]
     site.rule(mechanisms=["dp-sgd"])

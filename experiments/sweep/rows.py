@@ -55,8 +55,8 @@ class Row:
     bytes_down: int | None
     """Adapter payload of all rounds and sites; None of a baseline, of which nothing needs to travel."""
     bytes_up: int | None
-    seconds: float
-    """Of all rounds."""
+    seconds: float | None
+    """Of all rounds; None where a round has none, as of a trusted server."""
     seconds_in_all: float
     """Of the run's process, with loading and reports."""
     through: Literal["one process", "flower"]
