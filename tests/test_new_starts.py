@@ -482,17 +482,17 @@ def test_after_calibration_gradients_are_as_long_as_with_random_rows(model_folde
 
 @pytest.mark.parametrize("name", ["lora-frozen-b", "lora-diagonal"])
 def test_so_are_those_of_an_adapter_that_trains_something_else_than_b(model_folder: Folder, name: str) -> None:
-    """The factor of a free length alone is scaled; the median is that of two hundred models of random directions."""
+    """The factor of a free length alone is scaled; the median is that of a hundred models of random directions."""
     model = tiny(model_folder("bert"), "bert", STARTS["svd-of-weights"](), name)
     records = model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
     squares, generator = torch.zeros(len(records), dtype=torch.float64), torch.Generator().manual_seed(4)
-    for _ in range(200):
+    for _ in range(100):
         drawn: AdapterState = {}
         for layer, factors in model.start.items():
             if layer != HEAD:
                 rows = {n: orthonormal_rows(RANK, max(factors[n].shape), generator) for n in ("A", "B") if n in factors}
                 drawn[layer] = {n: rows[n] if n == "A" else rows[n].T for n in model.adapter.frozen}
-        squares += torch.tensor(gradients(model, merge(model.start, drawn), records)).square() / 200
+        squares += torch.tensor(gradients(model, merge(model.start, drawn), records)).square() / 100
     free = model.adapter.free_scale
     long = {
         layer: {n: 7 * t if n == free else t for n, t in f.items()} if layer != HEAD else f
