@@ -213,6 +213,7 @@ def test_the_server_adds_the_mean_step_and_looks_for_labels_around_it(model_fold
     model.write(merge(model.start, found))
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_a_run_counts_every_step_and_evaluates_as_it_scored(toy_settings: dict[str, Any]) -> None:
     folder = run_in_process(settings(toy_settings, privacy__epsilon=30.0), 2)
     lines = list(read_lines(RoundLine, folder))
@@ -268,6 +269,7 @@ def test_its_noise_is_that_of_its_share_of_the_budget() -> None:
 # --- in the report ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_a_report_counts_every_step_of_the_probe(toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """ε is recomputed from what was released: 40 steps taken for one would flatter it, and all that it means."""
     more = {"start.steps": 40, "start.noise-multiplier": 12.0, "start.sample-rate": 1.0}
