@@ -29,8 +29,9 @@ EXACT  := --require-hashes --no-deps --only-binary :all:
 demo: environment
 	$(BIN)/fedveil run
 
+# Tests start many processes, each of which would compile this project's files anew where no bytecode may be kept.
 test: environment generative texts $(VISION)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-deployment: environment
 	$(BIN)/python -m pytest -m deployment tests/test_deploy.py tests/test_flower.py

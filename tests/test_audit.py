@@ -44,10 +44,22 @@ def name_of(fault: Fault) -> str:
     return fault.name or "as it is"
 
 
-def fresh(work: Callable[..., Any], *args: Any) -> Any:
-    """Return what ``work`` returns in a process of its own that has no threads yet: it forks."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *args).result(timeout=300)
+@pytest.fixture(scope="module")
+def fresh() -> Callable[..., Any]:
+    """Return a function that has work done in a process of its own that has no threads yet: it forks.
+
+    All these processes are forks of one that has loaded the audits and what they import.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(
+        ["audits.kills", "audits.concurrent", "peft", "transformers.models.bert.modeling_bert"]
+    )
+
+    def done(work: Callable[..., Any], *args: Any) -> Any:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(work, *args).result(timeout=300)
+
+    return done
 
 
 def few_kills(folder: Path) -> tuple[Finding, Finding]:
@@ -57,7 +69,9 @@ def few_kills(folder: Path) -> tuple[Finding, Finding]:
     return kill_rounds(folder / "sound", 12), kill_rounds(folder / "late", 10, charge_late, span=4.0)
 
 
-def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(tmp_path: Path) -> None:
+def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(
+    fresh: Callable[..., Any], tmp_path: Path
+) -> None:
     sound, late = fresh(few_kills, tmp_path)
     assert sound.passed, sound.figures
     assert sum(sound.figures[phase] for phase in PHASES) == sound.figures["kills"] == 12
@@ -67,7 +81,9 @@ def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(tmp_pa
 
 
 @pytest.mark.parametrize(("fault", "fit"), [(SOUND, 6), (UNLOCKED, 1)], ids=["as it is", UNLOCKED.name])
-def test_two_processes_at_once_stay_within_the_budget_or_are_found(tmp_path: Path, fault: Fault, fit: int) -> None:
+def test_two_processes_at_once_stay_within_the_budget_or_are_found(
+    fresh: Callable[..., Any], tmp_path: Path, fault: Fault, fit: int
+) -> None:
     found = fresh(charge_at_once, tmp_path, 5, fit, fault)
     assert found.passed, found.figures
     assert fault is UNLOCKED or found.figures["charges paid"] == 30

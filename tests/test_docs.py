@@ -314,6 +314,7 @@ def researcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_settings: di
 OWN_RECORDS = {"data.name": "reviews.csv", "data.text": "review", "data.label": "stars", "data.test-size": 40}
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_researchers_guide_ends_in_a_result(
     researcher: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def check_that_plan_is_run(settings: dict[str, Any], sites: int = 2) -> None:
     assert sum(line.bytes_up for line in rounds) == up
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
     check_that_plan_is_run(toy_settings)
 
@@ -75,10 +76,12 @@ SUMMED = {
 }
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_of_a_secure_sum_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
     check_that_plan_is_run({**toy_settings, **SUMMED}, 3)
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {**toy_settings, **SUMMED, "rounds": 3, "round-retries": 1}
     before = planned(settings, (60, 60, 60))
@@ -98,10 +101,12 @@ def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: d
     assert max(map(len, said.splitlines())) <= 80
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_of_a_language_model_is_what_the_run_does(toy_generation: dict[str, Any]) -> None:
     check_that_plan_is_run({**toy_generation, "strategy": "fed-svd"})
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_a_paid_initialisation_is_round_0_of_the_plan_and_travels_once(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "dp-gradient", "rounds": 1}
     check_that_plan_is_run(settings)
@@ -123,6 +128,7 @@ def test_the_table_of_bytes_equals_the_encoded_messages_of_every_strategy(
 HEAD_ALONE = {"adapter.name": "none", "strategy": "fedavg-lora"}
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_of_the_head_alone_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
     check_that_plan_is_run({**toy_settings, **HEAD_ALONE})
 
