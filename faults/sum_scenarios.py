@@ -1,8 +1,8 @@
-"""A site killed in a round whose vectors are summed under masks: where none may be lost, and where one may."""
+"""Rounds whose vectors are summed under masks: a site killed, where none may be lost and where one may, and lies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,11 +11,13 @@ from common.config.text import to_toml
 from common.run_lines import Finding, RoundLine, read_lines
 from deploy.peers import ENTRY, make_roster
 from faults.checks import charges, masked_words
+from faults.fault_plan import SERVER
+from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SWAPS
 from faults.faulty_site import AFTER
 from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
 
-SUM = "a secure sum"
+SUM, LIES = "a secure sum", "a secure sum of a lying server"
 SETTINGS: dict[str, Scalar] = {
     "privacy__mode": "secure-sum",
     "privacy__honest_sites": 2,
@@ -25,6 +27,15 @@ SETTINGS: dict[str, Scalar] = {
 LOSING: dict[str, Scalar] = {"privacy__drop_outs": 1, "min_sites": 3}
 """Any three of four sites have their sum without the fourth."""
 RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
+SERVER_LIES: dict[str, tuple[str, int, int]] = {
+    EQUIVOCATES: ("the sum's length", 2, 6),
+    REPLAYS: ("", 1, 3),
+    SWAPS: ("is not signed by that site", 2, 5),
+    DROPS: ("the attempt has 2 sites", 2, 4),
+    INVENTS: ("is not in the roster", 2, 3),
+}
+"""Of three sites, by the server's lie in the first attempt at a round: what is told of it, how many attempts the round
+takes, and how often the three together are charged."""
 KILLED = "lab"
 SMALL = 2.0**28
 """Of uniform words, read as signed numbers, one half is above four times this."""
@@ -118,6 +129,39 @@ def drop_outs(federation: Federation, deadline: float) -> Iterator[Finding]:
     )
 
 
+def server_lies(federation: Federation, deadline: float) -> Iterator[Finding]:
+    """Let the server lie in the first attempt at each round: it is refused, or the words that it gets are uniform."""
+    _let_in(federation)
+    names = list(SERVER_LIES)
+    federation.plan.write({SERVER: dict(enumerate(names, 1))})
+    run = federation.submit(rounds=len(names), round_retries=1, round_timeout=deadline, **SETTINGS)
+    result = run.result()
+    federation.plan.write({})
+    lines = {line.round_number: line for line in read_lines(RoundLine, run.path)}
+    for number, name in enumerate(names, 1):
+        paid = {site: charges(federation, site, run)[number] for site in SIZES}
+        wrong = wrong_after_a_lie(name, lines.get(number), sum(paid.values()))
+        wrong += _wrong_uploads(federation, run, range(1, len(names) + 1)) if number == len(names) else []
+        wrong += [] if result.status == "completed" else [f"the run {result.status}: {result.reason}"]
+        figures: dict[str, int | float | str] = {
+            "took part": ", ".join(sorted(SIZES)),
+            "charged": ", ".join(f"{site} {count}" for site, count in paid.items()),
+            "adapter": "of whole sums",
+        }
+        yield Finding(LIES, name, False, not wrong, figures | ({"wrong": "; ".join(wrong)} if wrong else {}))
+
+
+def wrong_after_a_lie(name: str, line: RoundLine | None, paid: int) -> list[str]:
+    """Return what is wrong with a round in whose first attempt the server told this lie, ``paid`` times charged."""
+    words, attempts, times = SERVER_LIES[name]
+    if line is None or not line.complete or len(line.participants) != len(SIZES):
+        return ["the round should count with all sites"]
+    wrong = [] if line.attempts == attempts else [f"it should have taken {attempts} attempts, not {line.attempts}"]
+    if words and not any(words in failure.reason for failure in line.failures):
+        wrong.append(f"it should tell that {words}")
+    return wrong + ([] if paid == times else [f"the sites should have paid {times} times, not {paid}"])
+
+
 def _let_in(federation: Federation) -> None:
     """Make every site's roster of all sites' entries, and let it join secure sums of them."""
     for name, folder in federation.sites.items():
@@ -131,12 +175,12 @@ def _let_in(federation: Federation) -> None:
         policy.write_text(to_toml(RULES) + text, encoding="utf-8")
 
 
-def _wrong_uploads(federation: Federation, run: Run) -> Sequence[str]:
+def _wrong_uploads(federation: Federation, run: Run, rounds: Iterable[int] = (1, 2)) -> list[str]:
     """Return what is wrong with what left the sites: tensors, or two vectors under one mask."""
     wrong = []
     for site in federation.sites:
         sent = []
-        for number in (1, 2):
+        for number in rounds:
             for reply in federation.plan.kept(site, run.name, number, "reply"):
                 words = masked_words(reply)
                 if words is None:

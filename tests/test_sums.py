@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ from common.randomness import noise_grid
 from common.run_lines import RoundLine, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
+from faults.faulty_server import lying
+from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
 from reports import markdown_report, report_of
 from server import checkpoint
 from server import sums as sums_at_server
@@ -645,3 +648,18 @@ def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, S
 def test_the_promise_names_those_on_whom_it_rests() -> None:
     job = configure(SUMMED)
     assert "as long as 2 sites of each sum are honest" in job.mechanism.promise(job.config.privacy)
+
+
+def test_a_lying_server_is_refused_or_gets_no_sum_and_no_second_vector(summed: dict[str, Any]) -> None:
+    """The lies of ``make faults`` in one process: in each the second attempt, which is honest, counts."""
+    names = list(SERVER_LIES)
+
+    class Lying(InProcessTransport):
+        exchange = lying(InProcessTransport.exchange, lambda number: names[number - 1])  # type: ignore[assignment]
+
+    folder = run_in_process({**summed, "rounds": len(names), "round-retries": 1}, 3, kind=Lying)
+    lines, paid = read_lines(RoundLine, folder), Counter(n for rows in spent(folder).values() for n, _ in rows)
+    for line, name in zip(lines, names, strict=True):
+        assert wrong_after_a_lie(name, line, paid[line.round_number]) == []
+        assert wrong_after_a_lie(name, replace(line, attempts=3), paid[line.round_number])
+        assert wrong_after_a_lie(name, line, 1)
