@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from common.config.sections import Scalar
     from strategies.job import Job
 
 FOLDER, PKI = Path("/federation"), Path("/pki")
@@ -74,7 +75,7 @@ def make_keys(
     model, privacy = job.config.model, job.config.privacy
     named = [name.strip() for name in mechanisms.split(",") if name.strip()]
     allowed = list(dict.fromkeys([*mechanisms_of_job(job.config), *named]))
-    sums = {"honest-sites": honest, "epsilon-alone": alone, "peers": PEERS} if honest else {}
+    sums: dict[str, Scalar] = {"honest-sites": honest, "epsilon-alone": alone, "peers": PEERS} if honest else {}
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)

@@ -174,12 +174,8 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", help=f"{', '.join(LAYOUTS)}, sentences or persons")
-    parser.add_argument(
-        "source", help="the public distribution's folder; of sentences and persons, a data set's name"
-    )
-    parser.add_argument(
-        "target", nargs="?", default="data", help="the folder to write to; of those, the file"
-    )
+    parser.add_argument("source", help="the public distribution's folder; of sentences and persons, a data set's name")
+    parser.add_argument("target", nargs="?", default="data", help="the folder to write to; of those, the file")
     asked = parser.parse_args(words)
     try:
         if asked.what in ("sentences", "persons"):

@@ -54,8 +54,8 @@ class RecoveringSites(SummedSites):
         where, holders = (self._run, round_number, got.attempts - 1), [offer.site for offer in offers.values()]
         terms = privacy.honest_sites, privacy.colluders, privacy.drop_outs
         if (few := may_be_lost(len(holders), *terms, config.min_sites)) < privacy.drop_outs:
-            told = "%d sites are left, of which %d may be lost, and privacy.drop-outs is %d"
-            log.warning(told, len(holders), few, privacy.drop_outs, extra=about(self._run, round_number))
+            line = "%d sites are left, of which %d may be lost, and privacy.drop-outs is %d"
+            log.warning(line, len(holders), few, privacy.drop_outs, extra=about(self._run, round_number))
         needed = threshold(len(holders), privacy.colluders)
         least = max(config.min_sites, privacy.honest_sites + privacy.colluders, needed)
         shared = self._told(got, ShareTask(*where, tuple(offers.values())), offers, ShareReply)
