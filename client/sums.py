@@ -44,6 +44,7 @@ from common.secure_sum import (
     SiteAttempt,
     Task,
     Terms,
+    may_be_lost,
     threshold,
 )
 from common.secure_sum.masks import Words
@@ -179,8 +180,12 @@ def told_for_sum(
     if not privacy.drop_outs:
         raise ProtocolError("shares are asked for in a run with privacy.drop-outs = 0: no vector may be missing")
     if isinstance(task, ShareTask):
-        # What may be left of them: a list of survivors that this site refused later would be paid for by then.
-        party.check_size(len(task.offers) - privacy.drop_outs, privacy.honest_sites)
+        # What may be left of them: a list of survivors that this site refused later would be paid for by then. Where
+        # the server names fewer sites than the run began with, whoever they are, fewer may be lost, and no claim rests
+        # on whether they are gone: the honest ones of what is left are counted here, and again before a list is signed.
+        terms = privacy.honest_sites, privacy.colluders, privacy.drop_outs
+        lost = may_be_lost(len(task.offers), *terms, job.config.min_sites)
+        party.check_size(len(task.offers) - lost, privacy.honest_sites)
         party.check_threshold(len(task.offers), privacy.colluders)
         attempt, kept = _recoverable(task, party, memory)
         sharing = attempt.share(task.offers, party.roster, privacy.honest_sites, privacy.colluders)

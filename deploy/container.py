@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from common.config.sections import Scalar
     from strategies.job import Job
 
 FOLDER, PKI = Path("/federation"), Path("/pki")
@@ -26,7 +27,16 @@ ESTABLISHED = "01"
 
 
 def make_keys(
-    sites: int, epsilon: float, delta: float, pki: Path = PKI, *, settings: str = "", fingerprint: str = ""
+    sites: int,
+    epsilon: float,
+    delta: float,
+    pki: Path = PKI,
+    *,
+    settings: str = "",
+    fingerprint: str = "",
+    mechanisms: str = "",
+    honest: int = 0,
+    alone: float = 0.0,
 ) -> None:
     """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
 
@@ -42,6 +52,11 @@ def make_keys(
         settings: of the job, as ``fedveil run -c`` takes them: each new site's policy pins what it asks for, and its
             node how the data are divided.
         fingerprint: of the job's base model, needed unless FedVeil knows that by its hash.
+        mechanisms: that each new site's policy allows beside what the job alone gets, names with commas between them:
+            a trusted server is in no policy unless it stands here.
+        honest: how many sites of the roster each policy takes for honest; 0: no site joins a secure sum. The roster is
+            of all sites, made anew whenever keys are: here one machine is all stewards.
+        alone: each policy's ``epsilon-alone``, needed with ``honest``.
 
     Raises:
         FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
@@ -49,13 +64,18 @@ def make_keys(
     """
     from common.config.text import parse_settings
     from common.data.partition import division_of
+    from common.privacy.units import PERSON
+    from deploy.peers import ENTRY, PEERS, make_roster
     from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
     from deploy.server_folder import make_server
-    from deploy.site_folder import make_site
+    from deploy.site_folder import make_site, open_site_folder
     from strategies.job import configure
 
     job = configure(parse_settings([settings]))
-    model = job.config.model
+    model, privacy = job.config.model, job.config.privacy
+    named = [name.strip() for name in mechanisms.split(",") if name.strip()]
+    allowed = list(dict.fromkeys([*mechanisms_of_job(job.config), *named]))
+    sums: dict[str, Scalar] = {"honest-sites": honest, "epsilon-alone": alone, "peers": PEERS} if honest else {}
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)
@@ -80,7 +100,9 @@ def make_keys(
                     delta,
                     pins_of_job(job.config),
                     models_of(model.name, fingerprint),
-                    mechanisms_of_job(job.config),
+                    allowed,
+                    job.config.data.person if privacy.unit == PERSON.name else "",
+                    sums,
                 ),
                 node=part,
                 authority=pki / "server" / "ca.crt",
@@ -89,10 +111,7 @@ def make_keys(
                 fingerprint=fingerprint,
             )
             print(f"made the key pair of {name}", flush=True)
-            if job.mechanism.central:  # which a steward lets in, and no job does
-                _say_if_refused(folder, name, job)
-        else:
-            _say_if_refused(folder, name, job)
+        _say_if_refused(folder, name, job)
         if not part:
             print(
                 f"{name} has no part of the job's data, which are divided among {parts} sites: it needs "
@@ -101,6 +120,9 @@ def make_keys(
             )
         (folder / "ledger").mkdir(exist_ok=True)
         shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
+    folders = [open_site_folder(pki / f"site-{number}") for number in range(1, sites + 1)]
+    for own in folders if honest else ():
+        make_roster(own, [other.path / ENTRY for other in folders if other is not own])
 
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:
@@ -159,6 +181,9 @@ def _make_keys_by_environment() -> int:
             float(os.environ.get("SITE_DELTA", "1e-5")),
             settings=os.environ.get("FEDVEIL_SETTINGS", ""),
             fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
+            mechanisms=os.environ.get("SITE_MECHANISMS", ""),
+            honest=int(os.environ.get("SITE_HONEST_SITES", "0")),
+            alone=float(os.environ.get("SITE_EPSILON_ALONE", "0")),
         )
     except FedVeilError as error:
         print(f"fedveil: {error}", file=sys.stderr)

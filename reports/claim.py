@@ -13,7 +13,7 @@ from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
 from common.words import EACH, names_text, natural
 from reports.folder import RunFiles
-from reports.sites import SiteReport, distinct, federation_delta, worst_site
+from reports.sites import SiteReport, distinct, federation_delta, fewest_summed, worst_site
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -108,7 +108,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         else f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
         f"differentially private in {claim.unit}. Both are the maximum over sites: {claim.across}"
     )
-    sentence += _shared(sites)
+    sentence += _shared(files, sites)
     if any(site.agreement == "exposed" for site in sites):
         # Without names: a sentence is not escaped as they are. The gaps name the sites.
         sentence = (
@@ -144,14 +144,24 @@ def none_refused(*, central: bool) -> str:
     return "None is told: see the cohort." if central else "None that is recorded."
 
 
-def _shared(sites: Sequence[SiteReport]) -> str:
+def _shared(files: RunFiles, sites: Sequence[SiteReport]) -> str:
     """Return on whom a claim rests whose noise the sites share, and what holds without them; empty where none do."""
     honest = [figure for site in sites for figure in distinct(site.events, "honest_sites")]
     bare = [site.epsilon_alone for site in sites if site.epsilon_alone is not None]
     if not honest or not bare:
         return ""
+    least, fewest = max(honest), fewest_summed(files)
+    whole = [site.epsilon_all_honest for site in sites if site.epsilon_all_honest is not None]
+    told = ""
+    if whole and fewest > least:
+        told = (
+            f" If all {fewest} sites of each sum are honest, the sums of this run that counted cost "
+            f"ε {epsilon_text(max(whole))} at the same δ."
+        )
+    if least == 1:
+        return f" It rests on no other site: each adds all of the noise that its records need.{told}"
     return (
-        f" That holds as long as {max(honest):.0f} sites of each sum are honest. If no other site adds its noise, or "
+        f" That holds as long as {least:.0f} sites of each sum are honest.{told} If no other site adds its noise, or "
         f"the masks fail, the sums of this run that counted cost ε {epsilon_text(max(bare))} at the same δ; a site's "
         "ledger also has the attempts that were thrown away."
     )

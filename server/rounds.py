@@ -165,7 +165,9 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
 
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:
     absent = got.refusals.values()
-    reasons = "; ".join(f"{a.site} ({a.kind}): {a.reason}" for a in absent) or got.failures[-1].reason
+    told, last = [f"{a.site} ({a.kind}): {a.reason}" for a in absent], got.failures[-1]
+    # What no site answers for, such as how many make a sum, and what to do then.
+    reasons = "; ".join([*([] if last.site else [last.reason]), *told])
     attempts = f" in {got.attempts} attempts" if got.attempts > 1 else ""
     return RunFailed(
         f"round {round_number}: {len(got.results)} sites succeeded{attempts}, {wanted} needed. {clean(reasons, 2000)}"

@@ -16,7 +16,7 @@ import torch
 from made_run import MadeRun
 from rich.console import Console
 
-from audits import vectors
+from audits import vectors, whole_sites
 from audits.__main__ import FAMILIES, world_of
 from audits.bounds import free_bound, gaussian_bound, gaussian_epsilon
 from audits.canary import probe
@@ -113,6 +113,18 @@ def test_a_sum_tells_what_its_price_says_and_one_upload_nothing_or_it_is_found(
     ids=lambda case: name_of(case) if isinstance(case, Fault) else case.__name__,
 )
 def test_steps_on_vectors_tell_what_was_charged_or_it_is_found(
+    audit: Callable[[Path, Fault], Finding], fault: Fault, tmp_path: Path
+) -> None:
+    found = audit(tmp_path, fault)
+    assert found.passed, found.figures
+
+
+@pytest.mark.parametrize(
+    ("audit", "fault"),
+    [(audit, fault) for audit, faults in whole_sites.CASES.items() for fault in (SOUND, *faults)],
+    ids=lambda case: name_of(case) if isinstance(case, Fault) else case.__name__,
+)
+def test_rounds_of_a_trusted_server_tell_of_a_site_what_was_charged_or_it_is_found(
     audit: Callable[[Path, Fault], Finding], fault: Fault, tmp_path: Path
 ) -> None:
     found = audit(tmp_path, fault)

@@ -340,12 +340,13 @@ def test_the_plan_fits_80_columns_and_its_file_says_the_same(tmp_path: Path, toy
 def test_the_plan_says_what_it_costs_that_sites_may_be_lost(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, **SUMMED, "privacy.drop-outs": 1}
     told = run_plan(tmp_path, settings, "--sizes", "60,70,60,70", "--no-calibration").stdout
-    assert "1 site may be lost from a sum that begins with 4 or more. Its noise" in " ".join(told.split())
+    assert "1 site may be lost from a sum, and a run begins with 4 sites or more. The noise" in " ".join(told.split())
     assert "(3 / 2) = 1.22 times" in " ".join(told.split())
+    assert "gone for good end the run once fewer than 3 are left" in " ".join(told.split())
     told = run_plan(tmp_path, settings, "--sizes", "60,70,60", "--no-calibration").stdout
-    assert "begins with 4 or more: 3 sites are too few" in " ".join(told.split())
+    assert "begins with 4 sites or more: 3 sites are too few" in " ".join(told.split())
     told = run_plan(tmp_path, {**settings, "min-sites": 4}, "--sizes", "60,70,60,70", "--no-calibration").stdout
-    assert "begins with 5 or more: 4 sites are too few" in " ".join(told.split())
+    assert "begins with 5 sites or more: 4 sites are too few" in " ".join(told.split())
 
 
 def test_noise_at_the_server_is_as_long_as_drawn_noise() -> None:

@@ -6,9 +6,9 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -19,11 +19,11 @@ import pytest
 import torch
 from markupsafe import escape
 from safetensors import safe_open
-from torch import Tensor
 from typer.testing import CliRunner
 
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
+from audits.whole_sites import MadeUp, Sent, flat
 from cli.ledger import ASKED
 from cli.main import app
 from client.ledger.ledger import Ledger
@@ -68,8 +68,6 @@ from strategies.job import Job, configure
 
 SITE = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.noise-multiplier": 2.0}
 CLIP, COHORT_SIZE = 0.5, 8
-Sent = Callable[[int, AdapterState], Any]
-"""From a node and what it received to its reply."""
 
 
 @pytest.fixture
@@ -79,26 +77,6 @@ def settings(toy_settings: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- a server whose sites are made up ---------------------------------------------------------------------------------
-
-
-@dataclass
-class MadeUp:
-    """A transport of nodes that answer as they are told to, without training."""
-
-    sent: Sent
-    count: int = COHORT_SIZE
-    names: Mapping[int, str] | None = None
-    asked: list[list[int]] = field(default_factory=list)
-
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
-        return [node for node in range(self.count) if node not in besides]
-
-    def registered(self) -> Mapping[int, str] | None:
-        return self.names
-
-    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
-        self.asked.append(list(tasks))
-        return Exchange({node: self.sent(node, task.state) for node, task in tasks.items()}, 1, 1)  # type: ignore[union-attr]
 
 
 @dataclass
@@ -141,10 +119,6 @@ def update(node: int, received: AdapterState, length: float = 1.0) -> TrainResul
 
 def filled(received: AdapterState, value: float) -> TrainResult:
     return TrainResult("1", 1, "liar", 1, apply(lambda tensor: torch.full_like(tensor, value), received), None)
-
-
-def flat(state: AdapterState) -> Tensor:
-    return torch.cat([tensor.double().flatten() for _, _, tensor in entries(state)])
 
 
 @contextmanager
@@ -281,7 +255,7 @@ def test_the_mean_is_that_of_a_slow_reference_whatever_sizes_are_said(world: Wor
 def test_what_goes_on_to_the_strategy_is_the_state_moved_by_the_mean(world: World) -> None:
     with without_noise():
         mean = world.mean(update)
-        got = world.sites(MadeUp(update)).gather(1, world.state)
+        got = world.sites(MadeUp(update, COHORT_SIZE)).gather(1, world.state)
     assert got.results == got.refusals == {}
     assert got.failures == []
     (one,) = got.summed
@@ -297,7 +271,7 @@ def test_what_goes_on_to_the_strategy_is_the_state_moved_by_the_mean(world: Worl
 
 def noise_ratio(world: World, times: int = 40) -> float:
     """Return the standard deviation of the noise in the mean over what is priced."""
-    plan = world.sites(MadeUp(update))._plan
+    plan = world.sites(MadeUp(update, COHORT_SIZE))._plan
     drawn = torch.cat([flat(world.mean(update, 0)) for _ in range(times)])
     assert len(drawn) > 5_000
     return float(drawn.square().mean().sqrt()) / (plan.event.noise_multiplier * CLIP / COHORT_SIZE)
@@ -305,7 +279,7 @@ def noise_ratio(world: World, times: int = 40) -> float:
 
 def test_the_mean_carries_the_noise_that_is_priced_also_when_nobody_answers(world: World) -> None:
     assert noise_ratio(world) == pytest.approx(1, abs=0.03)
-    got = world.sites(MadeUp(update)).gather(1, world.state)
+    got = world.sites(MadeUp(update, COHORT_SIZE)).gather(1, world.state)
     assert got.released is not None
     assert got.released.event == sampled_gaussian(2.0, 1.0, CLIP)
     assert got.summed[0].noise == pytest.approx(2.0 * CLIP / COHORT_SIZE)
@@ -318,7 +292,7 @@ def test_halved_noise_is_found(world: World) -> None:
 
 def test_what_rests_in_a_round_gets_no_noise(settings: dict[str, Any], world: World) -> None:
     resting = replace(world, job=configure({**settings, "rounds": 2, "training.refit": 1}))
-    sites = resting.sites(MadeUp(update))
+    sites = resting.sites(MadeUp(update, COHORT_SIZE))
     for number, rests in ((1, False), (2, True)):
         (one,) = sites.gather(number, replace(world.state, round_number=number - 1)).summed
         for layer, name, tensor in entries(one.state):
@@ -359,7 +333,7 @@ def test_a_draw_of_a_fixed_number_is_found(settings: dict[str, Any], world: Worl
 
 def test_who_fails_is_not_asked_again_and_the_divisor_stays(settings: dict[str, Any], world: World) -> None:
     """A second draw after the first one's replies would be no Poisson draw."""
-    transport = MadeUp(lambda node, received: Refusal("1", 1, "x", "failed", "no"))
+    transport = MadeUp(lambda node, received: Refusal("1", 1, "x", "failed", "no"), COHORT_SIZE)
     got = world.sites(transport).gather(1, world.state)
     assert transport.asked == [list(range(COHORT_SIZE))]
     assert got.counts(5)
@@ -368,7 +342,7 @@ def test_who_fails_is_not_asked_again_and_the_divisor_stays(settings: dict[str, 
 
 def test_one_node_a_registered_name_is_asked_and_no_other(world: World) -> None:
     names = {0: "north", 1: "south", 3: "north"}
-    transport = MadeUp(update, names=names)
+    transport = MadeUp(update, COHORT_SIZE, names)
     world.sites(transport).gather(1, world.state)
     assert transport.asked == [[3, 1]]
 
@@ -466,7 +440,7 @@ def test_a_ledger_that_cannot_be_read_as_it_was_written_is_refused(tmp_path: Pat
 
 
 def test_a_ledger_that_is_put_back_to_an_older_state_is_refused(world: World) -> None:
-    sites = world.sites(MadeUp(update))
+    sites = world.sites(MadeUp(update, COHORT_SIZE))
     sites.gather(1, world.state)
     older = sites._ledger.path.read_bytes()
     done = replace(world.state, round_number=1)
@@ -476,7 +450,7 @@ def test_a_ledger_that_is_put_back_to_an_older_state_is_refused(world: World) ->
         sites.gather(3, done)
     sites._ledger.path.unlink()
     with pytest.raises(LedgerError, match="has 0 rounds of run '1', which has done 1"):
-        world.sites(MadeUp(update)).gather(2, done)
+        world.sites(MadeUp(update, COHORT_SIZE)).gather(2, done)
 
 
 class Killed(BaseException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ from common.randomness import noise_grid
 from common.run_lines import RoundLine, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
+from faults.faulty_server import lying
+from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
 from reports import markdown_report, report_of
 from server import checkpoint
 from server import sums as sums_at_server
@@ -109,11 +112,44 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     assert report.sites[0].epsilon_alone == pytest.approx(bare, abs=1e-6)
     assert report.sites[0].epsilon_worst is not None
     assert bare > 1.3 * report.sites[0].epsilon_worst
-    assert "as long as 2 sites of each sum are honest. If no other site adds its noise" in report.claim.sentence
+    assert (
+        "as long as 2 sites of each sum are honest. If all 4 sites of each sum are honest, the sums"
+        in report.claim.sentence
+    )
+    assert "If no other site adds its noise" in report.claim.sentence
     assert f"ε {epsilon_text(bare)} at the same δ" in report.claim.sentence
     assert "second price" in markdown_report(folder)
     shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
     assert "if no other site adds its noise to a sum: " in shown.output
+
+
+@pytest.mark.parametrize(("honest", "colluders", "lost"), [(1, 2, False), (2, 1, False), (2, 1, True)])
+def test_a_report_says_what_the_sums_cost_if_all_their_sites_are_honest(
+    honest: int, colluders: int, lost: bool, summed: dict[str, Any]
+) -> None:
+    """By the round with fewest sites: where one of four is lost, three add noise."""
+
+    class Losing(InProcessTransport):
+        def nodes(self, wanted: int, besides: Any) -> list[int]:
+            return super().nodes(wanted, besides)[: 3 if lost else 4]
+
+    own = {"privacy.honest-sites": honest, "privacy.colluders": colluders}
+    folder = run_in_process({**summed, **own}, 4, kind=Losing)
+    sites, report = 3 if lost else 4, report_of(folder)
+    noise = 2.0 * (sites / honest) ** 0.5
+    wanted = epsilon([dataclasses.replace(r, event=sampled_gaussian(noise, 0.25)) for r in releases(folder)], 1e-3)
+    found = report.sites[0]
+    assert found.epsilon_all_honest == pytest.approx(wanted, abs=1e-6)
+    assert found.epsilon_recomputed is not None
+    assert wanted < found.epsilon_recomputed
+    assert (
+        f"If all {sites} sites of each sum are honest, the sums of this run that counted cost ε {epsilon_text(wanted)}"
+        in (report.claim.sentence)
+    )
+    assert ("It rests on no other site" in report.claim.sentence) == (honest == 1)
+    if honest == 1:
+        assert found.epsilon_alone == pytest.approx(found.epsilon_recomputed, abs=1e-3)
+        assert "if no other site" not in report.claim.sentence.lower()
 
 
 def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -645,3 +681,18 @@ def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, S
 def test_the_promise_names_those_on_whom_it_rests() -> None:
     job = configure(SUMMED)
     assert "as long as 2 sites of each sum are honest" in job.mechanism.promise(job.config.privacy)
+
+
+def test_a_lying_server_is_refused_or_gets_no_sum_and_no_second_vector(summed: dict[str, Any]) -> None:
+    """The lies of ``make faults`` in one process: in each the second attempt, which is honest, counts."""
+    names = list(SERVER_LIES)
+
+    class Lying(InProcessTransport):
+        exchange = lying(InProcessTransport.exchange, lambda number: names[number - 1])  # type: ignore[assignment]
+
+    folder = run_in_process({**summed, "rounds": len(names), "round-retries": 1}, 3, kind=Lying)
+    lines, paid = read_lines(RoundLine, folder), Counter(n for rows in spent(folder).values() for n, _ in rows)
+    for line, name in zip(lines, names, strict=True):
+        assert wrong_after_a_lie(name, line, paid[line.round_number]) == []
+        assert wrong_after_a_lie(name, replace(line, attempts=3), paid[line.round_number])
+        assert wrong_after_a_lie(name, line, 1)

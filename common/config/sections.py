@@ -234,7 +234,8 @@ class PrivacyConfig(Section):
     beside the honest ones."""
     drop_outs: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
     """For ``secure-sum``: most sites that may be lost from an attempt, whose sum is then that of the others. They are
-    beside the honest ones and the colluders. 0: a missing vector costs the attempt, and a round has fewer messages."""
+    beside the honest ones and the colluders. Where some are gone for good, fewer of the others may be. 0: a missing
+    vector costs the attempt, and a round has fewer messages."""
     cohort: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
     """For ``client-level``: how many sites there are, at most; public. The noised sum is divided by it times
     ``privacy.site-rate``, however many reply. 0: the run's unit is not a site."""

@@ -118,14 +118,15 @@ def _print_lost(console: Console, forecast: Forecast) -> None:
         return
     begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
     least = max(config.min_sites + privacy.drop_outs, begins)
-    told = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum that begins with {least} or more"
+    told = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum, and a run begins with {least} sites or more"
     if sites < least:
         console.print(f"{told}: {counted(sites, 'site')} are too few.")
         return
-    honest = sites - privacy.colluders
+    honest, fewest = sites - privacy.colluders, max(config.min_sites, privacy.honest_sites + privacy.colluders)
     console.print(
-        f"{told}. Its noise is that of {privacy.honest_sites} sites: √({honest} / {privacy.honest_sites}) = "
-        f"{math.sqrt(honest / privacy.honest_sites):.3g} times what {honest} honest ones would need if none is lost."
+        f"{told}. The noise of a sum is that of {privacy.honest_sites} sites: √({honest} / {privacy.honest_sites}) = "
+        f"{math.sqrt(honest / privacy.honest_sites):.3g} times what {honest} honest ones would need if none is lost. "
+        f"Sites that are gone for good end the run once fewer than {fewest} are left."
     )
 
 
