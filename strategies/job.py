@@ -10,7 +10,7 @@ from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
-from common.data.sources import count_labels
+from common.data.sources import count_labels, known_labels
 from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
@@ -21,7 +21,7 @@ from common.tasks import TASKS
 from common.trackers import NO_TRACKER
 from strategies import ROWS
 from strategies.base import ServerState, Strategy
-from strategies.recipes import AUTO, FILLED, RECIPES, Asked, choose, own_method, without_open
+from strategies.recipes import AUTO, FILLED, RECIPES, Asked, Recipe, choose, own_method, without_open
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
 from strategies.systems import told
@@ -170,9 +170,12 @@ def configure(values: Mapping[str, Scalar]) -> Job:
         if (key in RENAMED or key.startswith(START)) and not (present in FILLED and value == AUTO):
             typed(key, value, type(declared[present]))
     settings, renamed = by_new_names(values, known)
+    filled = _filled(settings)
     try:
-        return _compose(_filled(settings, known), values, renamed)
+        return _compose(filled, values, renamed)
     except ConfigError as error:
+        if filled.note:
+            raise ConfigError(f"{error} ({filled.note})") from error
         for old, new in renamed.items():
             if str(error).startswith(f"{new} "):
                 raise ConfigError(f"{error} ({old} is called {new} now)") from error
@@ -191,14 +194,37 @@ class _Filled:
     """On the recipe."""
 
 
-def _filled(settings: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> _Filled:
+def _filled(settings: Mapping[str, Scalar]) -> _Filled:
     told = without_open(settings)
-    run = _run_settings(told)
-    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]))
-    if run.recipe == AUTO and not own_method(asked):
-        asked = replace(asked, labels=count_labels(run.data, run.model.task))
-    recipe, note = choose(run.recipe, asked)
+    recipe, note, asked = _recipe(told)
     return _Filled({**recipe.settings(asked), **told, "recipe": recipe.name}, asked.given, note)
+
+
+def with_recipe(values: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], str]:
+    """Return settings that name their recipe, and the note on it: where a job is made, a file that is here has labels.
+
+    Whoever gets the settings then finds the same recipe, wherever the file is.
+
+    Raises:
+        ConfigError: as of ``configure``.
+    """
+    told = without_open(by_new_names(values, known_settings())[0])
+    config = configure(values).config
+    labels = 0
+    if values.get("recipe", AUTO) == AUTO and TASKS[config.model.task].labelled and not known_labels(config.data):
+        labels = count_labels(config.data, config.model.task)
+    recipe, note, _ = _recipe(told, labels)
+    return {**values, "recipe": recipe.name}, note
+
+
+def _recipe(told: Mapping[str, Scalar], labels: int = 0) -> tuple[Recipe, str, Asked]:
+    """Return the recipe of settings, the note on it and what it was chosen by."""
+    known, run = known_settings(), _run_settings(told)
+    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]), labels)
+    if run.recipe == AUTO and not labels and not own_method(asked):
+        # A site configures what a server sends: no file that this names is looked at here.
+        asked = replace(asked, labels=len(known_labels(run.data)))
+    return *choose(run.recipe, asked), asked
 
 
 def _run_settings(settings: Mapping[str, Scalar]) -> RunSettings:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpointing import batch_of, records_of, samples, tiny
+from alone import records_of, samples
+from test_checkpointing import batch_of, tiny
 
 from common.config.text import read_settings_file
 from common.errors import ConfigError
@@ -156,7 +157,7 @@ def test_sites_that_keep_what_a_pass_costs_share_one_process(monkeypatch: pytest
     assert [worker_count(8, asked, keeps=False) for asked in (0, 2, 9)] == [4, 2, 4]
     assert [worker_count(8, asked, keeps=True) for asked in (0, 2, 9)] == [1, 2, 4]
     assert worker_count(3, 0, keeps=False) == 3
-    assert configure({"training.linearised": 0}).config.keeps is False
+    assert configure({"recipe": "plain"}).config.keeps is False
     for name in ("probe", "head-only"):
         assert configure(read_settings_file(Path(f"experiments/configs/{name}.toml"))).config.keeps
 
@@ -170,7 +171,7 @@ def test_gradients_under_the_fused_attention_are_each_records_own_and_those_of_p
     plain.base.module.set_attn_implementation("eager")
     fused.base.module.set_attn_implementation("sdpa")
     assert fused.base.module.config._attn_implementation == "sdpa"
-    records = records_of(fused, family)
+    records = records_of(fused)
     found = samples(fused, batch_of(fused, records))
     for mine, theirs in zip(found, samples(plain, batch_of(plain, records)), strict=True):
         assert mine.abs().sum() > 0

@@ -185,7 +185,9 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
 
 
 def test_settings_are_checked_without_the_libraries_that_only_training_needs() -> None:
-    code = "import sys, strategies.job, server.resume; strategies.job.configure({}); print(*sys.modules)"
+    code = (
+        "import sys, strategies.job, server.resume; strategies.job.configure({'recipe': 'plain'}); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {"peft", "transformers", "opacus", "dp_accounting", "scipy"} & set(done.stdout.split())
     assert not loaded, f"a wrong setting is named only after {', '.join(sorted(loaded))} are imported: seconds"

@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
-from strategies.job import configure, declared_settings, known_settings
+from strategies.job import configure, declared_settings, known_settings, with_recipe
 from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 
 MANY = "a,b,c,d,e"
@@ -30,16 +30,19 @@ MANY = "a,b,c,d,e"
         ({"privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "metric", ""),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
         ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
-        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and it suits 3 at most"),
+        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and that takes 3 at most"),
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
-        ({"rounds": 6}, "head-only", "because rounds is 6, and it takes 10 at least"),
+        ({"rounds": 6}, "head-only", "because rounds is 6, and that takes 10 at least"),
         ({"privacy.mode": "none"}, "plain", ""),
         ({"strategy": "fed-sb"}, "plain", ""),
+        ({"rounds": 6, "adapter.rank": 4}, "plain", "because rounds is 6"),
+        ({"head-rate": 0, "training.sample-rate": 0.0}, "metric", ""),  # 0 leaves them open
         ({"adapter.name": "lora"}, "plain", ""),
+        ({"adapter.name": "lora", "server.optimizer": "adam"}, "plain", ""),
         ({"adapter.start": "kaiming"}, "plain", ""),
-        ({"head.policy": "frozen"}, "plain", ""),
-        ({"server.optimizer": "adam"}, "plain", ""),
-        ({"training.sample-rate": 0.5}, "plain", ""),
+        ({"head.policy": "frozen"}, "plain", "because head.policy is set: write recipe = 'metric' to keep that"),
+        ({"server.optimizer": "adam"}, "plain", "because server.optimizer is set: write recipe = 'metric'"),
+        ({"training.sample-rate": 0.5}, "plain", "because training.sample-rate is set: write"),
         ({"model.quantise": "8bit"}, "plain", ""),
         ({"model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"}, "plain", ""),
         ({"recipe": "plain"}, "plain", ""),
@@ -54,13 +57,21 @@ def test_auto_is_the_first_recipe_that_suits_a_run(settings: dict[str, Any], rec
     assert configure(job.settings()) == job, "what a run stores does not make it again"
 
 
-def test_the_labels_of_a_file_that_is_here_are_counted(tmp_path: Path) -> None:
+def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "notes.csv"
     for count, recipe in ((2, "metric"), (5, "head-only"), (3, "metric")):
         path.write_text("text,label\n" + "".join(f"note {i},kind {i % count}\n" for i in range(40 + count)), "utf-8")
-        assert configure({"data.name": str(path)}).config.recipe == recipe
+        settings, note = with_recipe({"data.name": str(path)})
+        assert settings["recipe"] == recipe == configure(settings).config.recipe
+        assert ("there are 5 labels" in note) == (count == 5)
     path.write_text("text\nno label\n", encoding="utf-8")
-    assert configure({"data.name": str(path)}).config.recipe == "head-only", "whoever reads it says what is wrong"
+    for name in (str(path), str(tmp_path / "nowhere.csv"), "~nobody-of-that-name/x.csv", "x" * 300, "hub:someones/set"):
+        assert with_recipe({"data.name": name})[0]["recipe"] == "head-only", "whoever reads it says what is wrong"
+    # A site configures what a server sends: that it opened a file of the server's choice would tell of the file.
+    monkeypatch.setattr("strategies.job.count_labels", None)
+    assert configure({"data.name": str(path)}).config.recipe == "head-only"
 
 
 def test_what_is_set_stands_and_the_rest_is_the_recipes() -> None:
@@ -100,6 +111,7 @@ def test_what_is_left_open_may_be_said() -> None:
         ({"start.records": "few"}, "start.records must be a whole number"),
         ({"recipe": "metric", "privacy.mode": "none", "adapter.start": "probe"}, "'probe' is for a private run"),
         ({"recipe": "metric", "strategy": "fed-sb"}, "adapter"),
+        ({"start.clip-share": 0.5}, "because start.clip-share is set: write recipe = 'metric' to keep that"),
         ({"recipe": "metric", "rounds": 1}, "training.refit is 1 of 1 rounds"),
     ],
     ids=str,
@@ -137,8 +149,8 @@ def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
         settings["rounds"] = 10  # of 25: a toy's time
     folder = run_in_process(settings, 2)
     rounds = [line.round_number for line in read_lines(RoundLine, folder)]
-    assert rounds[-1] == (10 if labels == 2 else 8)
-    said = configure(settings).settings()
+    assert rounds[-1] == (10 if labels == 2 else 12)
+    said = configure(with_recipe(settings)[0]).settings()
     assert said["recipe"] == ("metric" if labels == 2 else "head-only")
     assert read_file(ConfigFile, folder).settings == said
-    assert configure(said) == configure(settings)
+    assert configure(said).config.recipe == said["recipe"]

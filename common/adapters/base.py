@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.adapters.targets import targets_in
-from common.config.sections import TARGET_KINDS
+from common.config.fields import TARGET_KINDS
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 

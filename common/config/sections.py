@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
-from common.config.fields import RATIO, Section, Unit, kebab, kinds_of
+from common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
 from common.config.schedule import learning_rate
 from common.errors import ConfigError
 from common.privacy import MECHANISMS, UNITS, Mechanism
@@ -32,8 +32,6 @@ HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SERVER_OPTIMIZERS = ("none", "adam", "momentum")
-TARGET_KINDS = ("auto", "values")
-"""Words of ``adapter.targets`` that stand for layers, however the model names them (``common.adapters.targets``)."""
 SCALES = ("rank", "sqrt-rank")
 QUANTISE = ("none", "8bit", "4bit")
 PRECISIONS = ("auto", "float32", "bfloat16")

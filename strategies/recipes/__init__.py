@@ -15,7 +15,7 @@ from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.head_only import HeadOnly
 from strategies.recipes.metric import PublicMetricRecipe
 from strategies.recipes.plain import Plain
-from strategies.recipes.whole import own_method
+from strategies.recipes.whole import own_method, set_aside
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (PublicMetricRecipe(), HeadOnly(), Plain())}
 AUTO = "auto"
@@ -24,6 +24,9 @@ AUTO = "auto"
 _RUNS = (RunSettings(), RunSettings(privacy=PrivacyConfig(mode="secure-sum")))
 FILLED = tuple(dict.fromkeys(key for row in RECIPES.values() for run in _RUNS for key in row.settings(Asked(run))))
 """Keys of the settings that some recipe fills in, so that they are ``auto`` by default."""
+
+OPEN_AT_ZERO = ("head-rate", "training.local-steps", "training.sample-rate", "training.learning-rate")
+"""Those of which 0 says that they are left open."""
 
 
 def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
@@ -37,13 +40,20 @@ def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
         return RECIPES[named], ""
     reasons = [row.unfit(asked) for row in RECIPES.values()]
     chosen = next(row for row, reason in zip(RECIPES.values(), reasons, strict=True) if not reason)
-    told = bool(reasons[0]) and not own_method(asked)
-    return chosen, f"recipe is {chosen.name!r}, because {reasons[0]}" if told else ""
+    first, why = next(iter(RECIPES)), own_method(asked)
+    if not reasons[0] or (why and not set_aside(why)):
+        return chosen, ""
+    keep = f": write recipe = {first!r} to keep that" if why else ""
+    return chosen, f"recipe is {chosen.name!r} and not {first!r}, because {reasons[0]}{keep}"
 
 
 def without_open(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return the settings without those that are left to the recipe."""
-    return {key: value for key, value in settings.items() if not (key in FILLED and value == AUTO)}
+    return {
+        key: value
+        for key, value in settings.items()
+        if not (key in FILLED and (value == AUTO or (key in OPEN_AT_ZERO and value == 0)))
+    }
 
 
 __all__ = ["AUTO", "FILLED", "RECIPES", "Asked", "Recipe", "choose", "own_method", "without_open"]

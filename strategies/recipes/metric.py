@@ -39,10 +39,12 @@ class PublicMetricRecipe(Recipe):
         if not asked.labels:
             return "nothing says how many labels there are, which data.labels may"
         if asked.labels > MOST_LABELS:
-            return f"there are {asked.labels} labels, and it suits {MOST_LABELS} at most"
+            return f"there are {asked.labels} labels, and that takes {MOST_LABELS} at most"
         rounds = asked.settings.rounds
         return (
-            f"rounds is {rounds}, and it takes {FEWEST} at least" if "rounds" in asked.given and rounds < FEWEST else ""
+            f"rounds is {rounds}, and that takes {FEWEST} at least"
+            if "rounds" in asked.given and rounds < FEWEST
+            else ""
         )
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:

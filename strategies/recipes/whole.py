@@ -14,6 +14,8 @@ FREE = (
     *("start.text", "start.text-sha256", "start.records"),
 )
 """Among them what may be set beside them."""
+METHODS = ("adapter.name", "adapter.start")
+"""Settings that say by themselves that another method is wanted."""
 
 
 def own_method(asked: Asked) -> str:
@@ -29,4 +31,10 @@ def own_method(asked: Asked) -> str:
     if run.model.quantise != "none" or run.model.checkpointing:
         return "model.quantise or model.checkpointing is set"
     own = sorted(key for key in asked.given if key.startswith(DECIDED) and key not in FREE)
-    return f"{own[0]} is set" if own else ""
+    return next((f"{key} is set" for key in own if key in METHODS), f"{own[0]} is set" if own else "")
+
+
+def set_aside(reason: str) -> bool:
+    """Return whether a reason of ``own_method`` is one setting of a recipe's own, whose writer may not want another."""
+    key = reason.removesuffix(" is set")
+    return key != reason and key.startswith(DECIDED) and key not in METHODS
