@@ -361,8 +361,8 @@ def test_the_researchers_guide_ends_in_a_result(
     assert {"plan", "settings", "run", "evaluate", "report", "ledger", "python", "sweep", "pictures"} <= set(done)
     rows = read_rows(Path("runs/sweeps/sweep/sweep.jsonl"))
     assert {(row.variant, row.arm) for row in rows} == {
-        *(("rank-8", arm) for arm in ("federated", "local-only", "pooled")),
-        ("rank-2", "federated"),
+        *(("rank-2", arm) for arm in ("federated", "local-only", "pooled")),
+        ("rank-8", "federated"),
     }
     assert sorted(path.suffix for path in Path("pictures").iterdir()) == [".html", ".png", ".png"]
     assert re.search(r"^1 0\.\d+ \d+ ", capsys.readouterr().out, flags=re.M), "no line of a round was printed"

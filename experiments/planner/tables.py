@@ -56,7 +56,9 @@ def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) 
     rate = job.config.training.sample_rate
     batches = ", ".join(f"{rate * size:.1f} of {size}" for size in sizes)
     console.print(f"  {job.config.total_steps} steps; expected batch by site: {batches}", markup=False)
-    console.print(f"use it: fedveil run -c '{found.setting}={found.value}' after your other settings")
+    # By itself the setting might bring another recipe.
+    used = f'recipe="{job.config.recipe}" {found.setting}={found.value}'
+    console.print(f"use it: fedveil run -c '{used}' after your other settings", markup=False)
 
 
 def _print_sites(console: Console, forecast: Forecast) -> None:
