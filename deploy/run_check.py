@@ -69,7 +69,7 @@ def check_run(runs: Path, named: str) -> OwnCheck:
         runs: where runs are kept.
         named: the server's folder, if the SuperLink names one.
     """
-    checks = [("versions", shared.versions), ("disk", lambda: shared.disk(runs, "disk"))]
+    checks = [("versions", shared.versions), ("disk", lambda: shared.disk(runs, "disk", RUNS))]
     if not named:
         return OwnCheck(checks=_lines(examine(checks), {str(runs): RUNS}))
     folder, places = Path(named).expanduser().absolute(), {str(runs): RUNS, named: FOLDER}

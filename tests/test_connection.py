@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,25 @@ def test_a_superlink_that_names_no_folder_has_its_machine_checked_alone(tmp_path
     check = check_run(tmp_path, "")
     assert (check.named, check.tls, check.keys) == (False, None, None)
     assert {"flwr", "disk"} <= {line.what for line in check.checks}
+
+
+@pytest.mark.parametrize("free", [1 << 40, 1])
+def test_a_folder_of_runs_that_is_not_there_yet_is_told_without_the_path_of_its_parent(
+    free: int, folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(free))
+    for named in (str(folder.path), ""):
+        check = check_run(folder.path.parent / "not" / "there", named)
+        (line,) = [line for line in check.checks if line.what == "disk"]
+        assert "free at the folder of runs" in line.found
+        assert str(folder.path.parent) not in "".join(line.found for line in check.checks)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of a disk."""
+
+    free: int
 
 
 # --- how the server app asks ------------------------------------------------------------------------------------------
