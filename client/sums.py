@@ -45,7 +45,6 @@ from common.secure_sum import (
     Task,
     Terms,
     may_be_lost,
-    threshold,
 )
 from common.secure_sum.masks import Words
 from common.secure_sum.roster import load_roster
@@ -79,12 +78,15 @@ class Party:
             )
 
     def check_threshold(self, sites: int, colluders: int) -> None:
-        """Raise PolicyRefusal if those that need not be honest could help the server to both secrets of a site.
+        """Raise PolicyRefusal if the steward takes more sites for not honest than the run's ``colluders``.
 
-        Of ``sites`` that hold shares so many may be among them, whatever the run says of ``colluders``.
+        Those of them that hold shares could help the server to both secrets of a site. It is so at any number of
+        sites, so that a run which begins well goes on as sites are lost.
         """
-        others = min(len(self.roster.keys) - self.honest, sites)
-        if 2 * threshold(sites, colluders) <= sites + others:
+        others = len(self.roster.keys) - self.honest
+        # The threshold t has 2t > sites + colluders. So with others <= colluders 2t > sites + others: two lists with t
+        # signatures each have an honest site in common. With one more that holds only where sites + colluders is even.
+        if others > colluders:
             raise refusal(
                 "honest-sites",
                 f"{self.honest} of the roster's {len(self.roster.keys)}",

@@ -12,7 +12,7 @@ import socket
 import ssl
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from common.config.sections import Scalar
@@ -60,10 +60,11 @@ def make_keys(
 
     Raises:
         FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
-            cannot say what they ask for.
+            cannot say what they ask for; or there is ``alone`` without ``honest``.
     """
     from common.config.text import parse_settings
     from common.data.partition import division_of
+    from common.errors import ConfigError
     from common.privacy.units import PERSON
     from deploy.peers import ENTRY, PEERS, make_roster
     from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
@@ -71,6 +72,8 @@ def make_keys(
     from deploy.site_folder import make_site, open_site_folder
     from strategies.job import configure
 
+    if alone and not honest:
+        raise ConfigError("SITE_EPSILON_ALONE needs SITE_HONEST_SITES: say how many sites the policies take for honest")
     job = configure(parse_settings([settings]))
     model, privacy = job.config.model, job.config.privacy
     named = [name.strip() for name in mechanisms.split(",") if name.strip()]
@@ -176,19 +179,40 @@ def _make_keys_by_environment() -> int:
 
     try:
         make_keys(
-            int(os.environ.get("SITES", "4")),
-            float(os.environ.get("SITE_EPSILON", "8")),
-            float(os.environ.get("SITE_DELTA", "1e-5")),
+            _whole("SITES", 4),
+            _number("SITE_EPSILON", 8.0),
+            _number("SITE_DELTA", 1e-5),
             settings=os.environ.get("FEDVEIL_SETTINGS", ""),
             fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
             mechanisms=os.environ.get("SITE_MECHANISMS", ""),
-            honest=int(os.environ.get("SITE_HONEST_SITES", "0")),
-            alone=float(os.environ.get("SITE_EPSILON_ALONE", "0")),
+            honest=_whole("SITE_HONEST_SITES", 0),
+            alone=_number("SITE_EPSILON_ALONE", 0.0),
         )
     except FedVeilError as error:
         print(f"fedveil: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _whole(name: str, default: int) -> int:
+    number = _number(name, default)
+    if not number.is_integer():
+        _refuse(name, "a whole number")
+    return int(number)
+
+
+def _number(name: str, default: float) -> float:
+    try:
+        number = float(os.environ.get(name, default))
+    except ValueError:
+        _refuse(name, "a number")
+    return number
+
+
+def _refuse(name: str, wanted: str) -> NoReturn:
+    from common.errors import ConfigError
+
+    raise ConfigError(f"{name} is {os.environ[name]!r}: write {wanted}, or leave it out")
 
 
 def main(role: str) -> int:

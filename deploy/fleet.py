@@ -7,6 +7,7 @@ says whether the key is registered and the clocks agree, and the site does not g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ UNREGISTER = "/flwr.proto.Fleet/UnregisterNode"
 AUTHENTICATED = "authentication is enabled"
 """What a server says that registers no key by the Fleet API."""
 REFUSED_INTERVAL = 0.0
+NO_PROXY = (("grpc.enable_http_proxy", 0),)
+"""Options of a channel to the own machine."""
 
 
 class Answer(Enum):
@@ -72,11 +75,13 @@ def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey, 
 def asks_for_keys(server: str, authority: bytes, timeout: float = 10.0) -> bool | None:
     """Return whether the server at ``server`` turns away a key that nobody has registered; None: it does not say.
 
+    It is one of this machine, which no proxy of the environment stands before.
+
     A fresh key asks to be registered, which a server that asks for keys refuses to everyone. A server that takes it is
     told at once to forget it again; the key never goes online.
     """
     key = ec.generate_private_key(ec.SECP384R1())
-    with _channel(server, authority) as channel:
+    with _channel(server, authority, NO_PROXY) as channel:
         try:
             request = RegisterNodeFleetRequest(public_key=_pem(key))
             taken = _call(channel, REGISTER, request, RegisterNodeFleetResponse, key, timeout)
@@ -89,8 +94,8 @@ def asks_for_keys(server: str, authority: bytes, timeout: float = 10.0) -> bool 
     return False
 
 
-def _channel(server: str, authority: bytes) -> grpc.Channel:
-    return grpc.secure_channel(server, grpc.ssl_channel_credentials(root_certificates=authority))
+def _channel(server: str, authority: bytes, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
+    return grpc.secure_channel(server, grpc.ssl_channel_credentials(root_certificates=authority), options)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from common.run_lines import CheckLine, OwnCheck
 from common.strict_json import to_json
 from deploy import shared_checks as shared
 from deploy.certificates import as_fingerprint, fingerprint, read_certificate
-from deploy.check_results import CheckResult, examine
+from deploy.check_results import Check, CheckResult, examine
 from deploy.doctor import authority_checks, certificate_checks, control_checks
 from deploy.files import read_bytes
 from deploy.fleet import asks_for_keys
@@ -69,13 +69,13 @@ def check_run(runs: Path, named: str) -> OwnCheck:
         runs: where runs are kept.
         named: the server's folder, if the SuperLink names one.
     """
-    checks = [("versions", shared.versions), ("disk", lambda: shared.disk(runs, "disk"))]
+    checks = [("versions", shared.versions), ("disk", lambda: shared.disk(runs, "disk", RUNS))]
     if not named:
-        return OwnCheck(checks=_lines(examine(checks), {str(runs): RUNS}))
+        return OwnCheck(checks=_lines(_examined(checks), {str(runs): RUNS}))
     folder, places = Path(named).expanduser().absolute(), {str(runs): RUNS, named: FOLDER}
-    opened = list(examine([("server's folder", lambda: _opened(folder))]))
+    opened = list(_examined([("server's folder", lambda: _opened(folder))]))
     if opened:
-        return OwnCheck(named=True, checks=_lines([*examine(checks), *opened], {**places, str(folder): FOLDER}))
+        return OwnCheck(named=True, checks=_lines([*_examined(checks), *opened], {**places, str(folder): FOLDER}))
     server = open_server(folder)
     port = ask_port(server.fleet_port)
     own = [
@@ -86,12 +86,16 @@ def check_run(runs: Path, named: str) -> OwnCheck:
         ("Control port", lambda: control_checks(server)),
         ("registered sites", lambda: _registered(server)),
     ]
+    keys = list[bool | None]()
+    if port.tls:
+        own.append(("keys of the sites", lambda: _keys(server, keys)))
+    lines = _lines(_examined([*checks, *own]), {**places, str(folder): FOLDER, str(_nodes(server)): "their folder"})
     return OwnCheck(
         named=True,
         tls=port.tls,
         certificate=port.certificate,
-        keys=_keys(server) if port.tls else None,
-        checks=_lines(examine([*checks, *own]), {**places, str(folder): FOLDER, str(_nodes(server)): "their folder"}),
+        keys=keys[0] if keys else None,
+        checks=lines,
     )
 
 
@@ -103,6 +107,16 @@ def _opened(folder: Path) -> Iterator[CheckResult]:
     """Raise ConfigError unless the folder is a server's; nothing is said of one that is."""
     open_server(folder)
     yield from ()
+
+
+def _examined(checks: Iterable[tuple[str, Check]]) -> Iterator[CheckResult]:
+    """Yield as ``examine``; a check that fails in any other way stops no other, and what was found stays."""
+    for what, check in checks:
+        try:
+            yield from examine([(what, check)])
+        except (OSError, ValueError, RuntimeError) as error:
+            why = f"it could not be looked at ({type(error).__name__}): run 'fedveil doctor server' by hand"
+            yield CheckResult(False, what, why)
 
 
 def _lines(results: Iterator[CheckResult] | list[CheckResult], places: dict[str, str]) -> list[CheckLine]:
@@ -129,9 +143,13 @@ def _port_checks(server: ServerFolder, port: Port) -> Iterator[CheckResult]:
         )
 
 
-def _keys(server: ServerFolder) -> bool | None:
-    authority = server.path / "ca.crt"  # what is wrong with it is a line of its own
-    return asks_for_keys(f"{LOCAL}:{server.fleet_port}", authority.read_bytes()) if authority.is_file() else None
+def _keys(server: ServerFolder, found: list[bool | None]) -> Iterator[CheckResult]:
+    """Put whether the port asks for keys into ``found``, and say nothing of them."""
+    path = server.path / "ca.crt"
+    if path.is_file():  # that it is missing is a line of its own
+        authority = read_bytes(path, "the authority's certificate")
+        found.append(asks_for_keys(f"{LOCAL}:{server.fleet_port}", authority))
+    yield from ()
 
 
 def _registered(server: ServerFolder) -> Iterator[CheckResult]:

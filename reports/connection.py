@@ -118,9 +118,14 @@ def _said(start: ServerStart) -> list[str]:
         None: f"{NOT_KNOWN} whether connections were under TLS. The port of the sites could not be asked.",
     }[check.tls]
     shown = [f"Certificate: the port showed the one of SHA-256 {check.certificate}."] if check.certificate else []
+    unsaid = (
+        "The port was asked, and its answer does not tell."
+        if check.tls
+        else "The port of the sites could not be asked."
+    )
     keys = {
         True: "Keys: this port turned away a key that nobody had registered.",
         False: "Keys: none. This port took a key that nobody had registered.",
-        None: f"{NOT_KNOWN} whether sites had to prove themselves by keys. The port of the sites could not be asked.",
+        None: f"{NOT_KNOWN} whether sites had to prove themselves by keys. {unsaid}",
     }[check.keys]
     return [tls, *shown, keys]

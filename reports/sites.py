@@ -228,7 +228,9 @@ def _alone(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None
 
 def fewest_summed(files: RunFiles) -> int:
     """Return of how many sites the sum of fewest sites is, among the rounds that counted; 0 where none did."""
-    return min((len(line.participants) for line in files.rounds if line.complete), default=0)
+    # Round 0 sums nothing: where its start is from public records, its line has no participants.
+    counted = (line for line in files.rounds if line.complete and line.round_number)
+    return min((len(line.participants) for line in counted), default=0)
 
 
 def _all_honest(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None) -> float | None:

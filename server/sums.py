@@ -65,8 +65,8 @@ class SummedSites(Sites):
         begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
         self._begins = max(config.min_sites + privacy.drop_outs, begins)
         """With how many sites a run begins."""
-        self._usual = self._begins
-        """How many sites are waited for: as many, or those that the last sum was of."""
+        self._last: set[int] = set()
+        """The nodes of the last sum; empty before the first."""
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Ask for keys that are not there yet, then for the vectors, until one attempt brings all.
@@ -80,11 +80,9 @@ class SummedSites(Sites):
         least = self._begins if round_number == 1 else max(config.min_sites, privacy.honest_sites + privacy.colluders)
         for attempt in range(1, config.round_retries + 2):
             got.attempts = attempt
-            # Those of the last sum are waited for, but for who has refused since; who comes back is asked as well.
-            offers = self._offers(got, unfit, max(least, self._usual - len(unfit)), least, round_number)
+            offers = self._offers(got, unfit, max(least, self._waited_for(unfit)), least, round_number)
             if len(offers) < least:
-                spent = [absence for absence in got.refusals.values() if absence.kind == "budget"]
-                if not spent:  # a run whose sites have no budget left ends well
+                if not self._for_want_of_budget(got, offers, least):
                     what = (
                         "start the others, or lower privacy.drop-outs or privacy.honest-sites"
                         if round_number == 1
@@ -102,11 +100,28 @@ class SummedSites(Sites):
                 got.results, got.refusals = results, {n: r for n, r in got.refusals.items() if n not in results}
                 keys = {node: result.offer for node, result in results.items() if result.offer is not None}
                 self._came = round_number + 1, keys
-                self._usual = min(self._begins, len(results))
+                self._last = set(results)
                 self._admission.enrol(results)
                 break
         self._unfit = {node: absence for node, absence in got.refusals.items() if absence.kind in UNFIT}
         return got.in_order()
+
+    def _waited_for(self, unfit: set[int]) -> int:
+        """Return how many sites are waited for: those of the last sum, but for who has refused since.
+
+        Who comes back is asked as well.
+        """
+        return min(self._begins, len(self._last - unfit)) if self._last else self._begins - len(unfit)
+
+    def _for_want_of_budget(self, got: Gathering, offers: Mapping[int, KeyOffer], least: int) -> bool:
+        """Return whether spent budgets alone explain that there is no sum: such a run ends well.
+
+        They do not where all others that gave a key, refused otherwise or counted before would make one.
+        """
+        spent = {absence.site for absence in got.refusals.values() if absence.kind == "budget"}
+        others = {offer.site for offer in offers.values()} | {absence.site for absence in got.refusals.values()}
+        others |= {member.site for member in self._admission.members.values()}
+        return bool(spent) and len(others - spent) < least
 
     def _overfull(self, offers: Iterable[int]) -> str:
         """Return why the sum of nodes does not fit its words, by the sizes that they have told; empty if it does.

@@ -174,6 +174,26 @@ def test_policies_let_in_what_the_variables_say_and_no_trusted_server_by_themsel
     assert len(rosters) == (1 if job.mechanism.summed and not let_in else 0), "sites have other rosters"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SITE_HONEST_SITES", "three", "SITE_HONEST_SITES is 'three': write a number"),
+        ("SITE_HONEST_SITES", "2.5", "write a whole number"),
+        ("SITES", "inf", "write a whole number"),
+        ("SITE_EPSILON", "", "SITE_EPSILON is '': write a number"),
+        ("SITE_EPSILON_ALONE", "9", "SITE_EPSILON_ALONE needs SITE_HONEST_SITES"),
+    ],
+)
+def test_a_variable_that_says_nothing_is_an_error_of_one_line(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert container.main("keys") == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
 def test_a_site_that_comes_later_is_in_the_roster_of_all(tmp_path: Path) -> None:
     for name in ("authority", "server", "coordinator", *SITES):
         (tmp_path / name).mkdir()

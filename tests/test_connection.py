@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import pytest
 from made_run import MadeRun
 
 from cli.report import print_summary
+from common.errors import ConfigError
 from common.ports import free_ports
 from common.run_lines import CheckLine, ConfigFile, OwnCheck, Reach, ServerFile, ServerStart, read_file
 from deploy.certificates import SERVER_DAYS, fingerprint, read_certificate
 from deploy.commands import superlink_environment
-from deploy.fleet import AUTHENTICATED
+from deploy.fleet import AUTHENTICATED, asks_for_keys
 from deploy.run_check import Port, check_run
-from deploy.server_folder import ServerFolder, make_server, renew_server
+from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
 from experiments.in_process import run_in_process
 from reports import report_of, write_reports
 from reports.connection import NEVER_KNOWN, NO_NETWORK, NOT_NAMED, NOT_RECORDED, SITES_OWN
@@ -87,6 +89,12 @@ def test_what_is_not_known_is_said_to_be_unknown_and_nothing_is_claimed(
     (report,) = report_of(tmp_path).connections
     assert (report.tls, report.certificate, report.keys) == (None, "", None)
     assert report.unknown == (list(NEVER_KNOWN) if reach == "network" else [])
+
+
+def test_a_port_whose_answer_does_not_tell_of_keys_was_asked(tmp_path: Path) -> None:
+    text = forms(tmp_path, start(OwnCheck(True, True, SHOWN, None)))["report.md"]
+    assert "prove themselves by keys. The port was asked, and its answer does not tell." in text
+    assert "could not be asked" not in text
 
 
 def test_a_run_of_an_earlier_version_says_that_nothing_is_recorded(tmp_path: Path) -> None:
@@ -292,6 +300,66 @@ def test_a_superlink_that_names_no_folder_has_its_machine_checked_alone(tmp_path
     check = check_run(tmp_path, "")
     assert (check.named, check.tls, check.keys) == (False, None, None)
     assert {"flwr", "disk"} <= {line.what for line in check.checks}
+
+
+@pytest.mark.parametrize("free", [1 << 40, 1])
+def test_a_folder_of_runs_that_is_not_there_yet_is_told_without_the_path_of_its_parent(
+    free: int, folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(free))
+    for named in (str(folder.path), ""):
+        check = check_run(folder.path.parent / "not" / "there", named)
+        (line,) = [line for line in check.checks if line.what == "disk"]
+        assert "free at the folder of runs" in line.found
+        assert str(folder.path.parent) not in "".join(line.found for line in check.checks)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of a disk."""
+
+    free: int
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, RuntimeError])
+def test_a_check_that_breaks_stops_no_other_and_what_the_port_showed_stays(
+    error: type[Exception], folder: ServerFolder
+) -> None:
+    with superlink(folder), patch("deploy.run_check.control_checks", side_effect=error("PRIVATE-WORDS")):
+        check = found(folder)
+    assert (check.tls, check.certificate, check.keys) == (True, own_fingerprint(folder), True)
+    assert f"Control port: it could not be looked at ({error.__name__})" in failures(check)
+    assert "PRIVATE-WORDS" not in failures(check)
+    assert CheckLine(True, "registered sites", "0") in check.checks
+
+
+def test_keys_that_cannot_be_asked_for_leave_what_the_port_showed(folder: ServerFolder) -> None:
+    with superlink(folder), patch("deploy.run_check.asks_for_keys", side_effect=ValueError("PRIVATE-WORDS")):
+        check = found(folder)
+    assert (check.tls, check.certificate, check.keys) == (True, own_fingerprint(folder), None)
+    assert "keys of the sites: it could not be looked at (ValueError)" in failures(check)
+
+
+@pytest.mark.parametrize("fleet", ["localhost", "0.0.0.0:", "0.0.0.0:x", "0.0.0.0:0", "0.0.0.0:70000"])
+def test_an_address_of_the_sites_without_a_port_is_an_error_that_says_so(fleet: str, folder: ServerFolder) -> None:
+    path = folder.path / "server.toml"
+    path.write_text(path.read_text().replace(folder.fleet, fleet))
+    with pytest.raises(ConfigError, match="has no port: write ADDRESS:PORT"):
+        open_server(folder.path)
+    check = found(folder)
+    assert "has no port" in failures(check)
+    assert str(folder.path) not in failures(check)
+
+
+def test_a_proxy_of_the_environment_does_not_stand_before_the_own_machine(
+    folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with superlink(folder):
+        assert asks_for_keys(f"127.0.0.1:{folder.fleet_port}", (folder.path / "ca.crt").read_bytes()) is True
 
 
 # --- how the server app asks ------------------------------------------------------------------------------------------

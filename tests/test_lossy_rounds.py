@@ -16,7 +16,7 @@ from audits.tiny_site import clinic
 from client import sums
 from client.app import answer
 from client.ledger.ledger import Ledger
-from common.errors import ConfigError, RunFailed
+from common.errors import ConfigError, PolicyRefusal, RunFailed
 from common.messages.round import (
     KeyReply,
     KeyTask,
@@ -45,6 +45,7 @@ from common.secure_sum import (
     Sharing,
     noise_share,
     rounding,
+    threshold,
     total,
 )
 from common.secure_sum.shares import SHARE_BYTES
@@ -469,6 +470,21 @@ def test_a_steward_who_counts_on_fewer_honest_sites_than_the_threshold_does_is_n
         patch.setattr(sums.Party, "check_threshold", lambda *own: None)
         clinics.rule(honest_sites=3)
         assert clinics.begin(), "the refusal is another's"
+
+
+@pytest.mark.parametrize("sites", [7, 6, 5, 4])
+def test_more_sites_than_the_colluders_that_need_not_be_honest_are_refused_at_any_number(
+    sites: int, clinics: LossySite
+) -> None:
+    """Else a run of an even number of sites begins, and is refused once one of them is lost for good."""
+    clinics.join(*("east", "west", "centre", "coast")[: sites - 3])
+    party = sums.Party("clinic", Identity.new(), clinics.roster, sites - 2)
+    with pytest.raises(PolicyRefusal, match=f"privacy.colluders = 1 of a sum of {sites} sites"):
+        party.check_threshold(sites, 1)
+    party.check_threshold(sites, 2)
+    for colluders in (1, 2):
+        replace(party, honest=sites - 1).check_threshold(sites, colluders)
+        assert 2 * threshold(sites, colluders) > sites + colluders, "two lists may have no honest site in common"
 
 
 def test_a_steward_whose_honest_sites_may_be_too_few_of_what_is_left_pays_for_nothing(clinics: LossySite) -> None:

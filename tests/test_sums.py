@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ from common.privacy.accounting import alone, epsilon
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.figures import epsilon_text
 from common.randomness import noise_grid
-from common.run_lines import RoundLine, read_lines
+from common.run_lines import Absence, RoundLine, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
@@ -43,6 +43,8 @@ from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
 from reports import markdown_report, report_of
 from server import checkpoint
 from server import sums as sums_at_server
+from server.rounds import _too_few
+from server.sites import Gathering
 from strategies.job import configure
 
 SUMMED: dict[str, Any] = {
@@ -150,6 +152,17 @@ def test_a_report_says_what_the_sums_cost_if_all_their_sites_are_honest(
     if honest == 1:
         assert found.epsilon_alone == pytest.approx(found.epsilon_recomputed, abs=1e-3)
         assert "if no other site" not in report.claim.sentence.lower()
+
+
+def test_a_round_0_that_sums_nothing_is_no_sum_of_no_sites(summed: dict[str, Any]) -> None:
+    folder = run_in_process(summed, 4)
+    wanted = report_of(folder).sites[0].epsilon_all_honest
+    path = folder / RoundLine.NAME
+    begun = {**json.loads(path.read_text().splitlines()[0]), "round": 0, "participants": []}
+    path.write_text(f"{json.dumps(begun)}\n{path.read_text()}")
+    assert wanted is not None
+    assert report_of(folder).sites[0].epsilon_all_honest == wanted
+    assert "If all 4 sites of each sum are honest" in report_of(folder).claim.sentence
 
 
 def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +292,66 @@ def test_sites_that_spent_their_budget_end_the_run_well_and_cost_the_others_noth
     assert {len(rows) for rows in spent(folder).values()} == {1}
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["rounds"]) == ("stopped", 1)
+
+
+def spending(gone: Mapping[int, int], offline: Mapping[int, int]) -> Any:
+    """Return a transport whose nodes have no budget left, or are offline, from the round on that is given by node.
+
+    How many nodes are waited for goes to its ``waited``, which has one entry a round as long as nothing goes wrong.
+    """
+
+    class Spending(InProcessTransport):
+        waited: ClassVar[list[int]] = []
+
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            if isinstance(task, TrainTask):
+                record = super().deliver(node, task, content)
+                if task.round_number + 1 < gone.get(node, 99):
+                    return record
+                reply = decode_reply(record, self._layout_of_round(task.round_number), task.run, task.round_number)
+                return encode_reply(replace(reply, offer=None)) if isinstance(reply, TrainResult) else record
+            if task.round_number >= gone.get(node, 99):
+                return encode_reply(Refusal(task.run, task.round_number, f"site-{node}", "budget", "it is spent"))
+            return super().deliver(node, task, content)
+
+        def nodes(self, wanted: int, besides: Any) -> list[int]:
+            self.waited.append(wanted)
+            there = super().nodes(wanted, besides)
+            return [node for node in there if len(self.waited) < offline.get(node, 99)]
+
+    return Spending
+
+
+def test_a_site_that_is_offline_after_another_spent_its_budget_fails_the_run_with_advice(
+    summed: dict[str, Any],
+) -> None:
+    """In round 2 site-0 has no budget left and three make the sum; in round 3 site-1 is offline."""
+    kind = spending({0: 2}, {1: 3})
+    with pytest.raises(RunFailed, match=r"round 3: .*3 are needed for a sum: start the others, and resume.*site-0 "):
+        run_in_process({**summed, "rounds": 3}, 4, kind=kind)
+    lines = read_lines(RoundLine, next(Path(summed["output"]).iterdir()))
+    assert [line.participants for line in lines[:2]] == [
+        [f"site-{i}" for i in range(4)],
+        ["site-1", "site-2", "site-3"],
+    ]
+
+
+def test_budgets_that_are_spent_one_after_the_other_end_the_run_well(summed: dict[str, Any]) -> None:
+    folder = run_in_process({**summed, "rounds": 4}, 4, kind=spending({0: 2, 1: 3}, {}))
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["rounds"]) == ("stopped", 2)
+    assert result["reason"] == "too few sites for a sum have budget left after round 2"
+
+
+def test_a_round_of_carried_refusals_alone_is_told_without_a_failure() -> None:
+    got = Gathering(refusals={0: Absence(3, 1, "site-0", 0, "budget", "it is spent")})
+    assert "site-0 (budget): it is spent" in str(_too_few(got, 3, 2))
+
+
+def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dict[str, Any]) -> None:
+    kind = spending({0: 2}, {})
+    run_in_process({**summed, "rounds": 4, "privacy.drop-outs": 2}, 6, kind=kind)
+    assert kind.waited == [6, 6, 5, 5]
 
 
 def alone_of(count: int) -> Any:

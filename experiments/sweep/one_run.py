@@ -147,7 +147,7 @@ def _row(work: Work, run: Path, seconds: float) -> Row:
         bytes_down=sum(line.bytes_down for line in lines) if travels else None,
         bytes_up=sum(line.bytes_up for line in lines) if travels else None,
         seconds=None if job.mechanism.central else round(sum(line.seconds or 0.0 for line in lines), 3),
-        seconds_in_all=round(seconds, 3),
+        seconds_in_all=None if job.mechanism.central else round(seconds, 3),
         through=work.through,
         device=str(device),
         precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),

@@ -57,8 +57,8 @@ class Row:
     bytes_up: int | None
     seconds: float | None
     """Of all rounds; None where a round has none, as of a trusted server."""
-    seconds_in_all: float
-    """Of the run's process, with loading and reports."""
+    seconds_in_all: float | None
+    """Of the run's process, with loading and reports; None with ``seconds``, which it would tell."""
     through: Literal["one process", "flower"]
     """How server and sites met."""
     device: str

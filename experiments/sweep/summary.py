@@ -234,10 +234,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
         + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
     )
-    told.append(
-        f"{counted(len(rows), 'run')}, {seconds_text(sum(row.seconds_in_all for row in rows))} in all, on "
-        f"{'; '.join(machines)}, code {', '.join(codes)}."
-    )
+    timed = [row.seconds_in_all for row in rows if row.seconds_in_all is not None]
+    took = f", {seconds_text(sum(timed))} in all" if len(timed) == len(rows) else ""
+    told.append(f"{counted(len(rows), 'run')}{took}, on {'; '.join(machines)}, code {', '.join(codes)}.")
     return told
 
 
