@@ -27,20 +27,22 @@ EXACT  := --require-hashes --no-deps --only-binary :all:
 .PHONY: demo test test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
-	$(BIN)/fedveil run -c experiments/configs/probe.toml
+	$(BIN)/fedveil run
 
+# Tests start many processes, each of which would compile this project's files anew where no bytecode may be kept.
 test: environment generative texts $(VISION)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-deployment: environment
 	$(BIN)/python -m pytest -m deployment tests/test_deploy.py tests/test_flower.py
 
-# The harness and what it asks for, some 40 MB, stay out of the environment that tests are run in.
+# The extra's packages, some 150 MB on the disk, stay out of the environment that tests are run in.
 test-harness: environment
 	$(PYTHON) -m venv $(VENV)/harness
 	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
 	  "$$($(VENV)/harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/harness/bin/pip install --quiet --disable-pip-version-check 'lm-eval>=0.4.13,<0.5'
+	$(VENV)/harness/bin/pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c \
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["harness"])')"
 	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/test_harness.py
 
 audit: environment

@@ -33,6 +33,7 @@ from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
 from audits.vectors import audit_vectors
+from audits.whole_sites import audit_whole_sites
 from audits.worlds import World, fresh_world
 from common.run_lines import ConfigFile, Finding
 from common.strict_json import to_json
@@ -93,6 +94,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         probe_all,
         probe_persons_all,
         audit_vectors,
+        audit_whole_sites,
         probe_runs,
     )
     for number, audit in enumerate(parts):
@@ -110,7 +112,7 @@ def main() -> None:
     wanted = parser.parse_args()
     if wanted.run and not (wanted.run / ConfigFile.NAME).is_file():
         parser.error(f"{wanted.run} is not the folder of a run: it has no config.json")
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     quiet()
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as name:

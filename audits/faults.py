@@ -73,30 +73,40 @@ def noise_halved() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def noise_on_every_second_step() -> Iterator[None]:
-    """No noise on the first step, the third and so on."""
+def noise_on_steps(has: Callable[[int], bool]) -> Iterator[None]:
+    """No noise on the steps, counted from 0, that ``has`` denies it."""
     steps, add_noise = count(), dpsgd.ClipAndNoise.add_noise
 
     def sometimes(mechanism: Any) -> None:
-        with nullcontext() if next(steps) % 2 else patch.object(dpsgd, "add_private_noise", zero_noise):
+        with nullcontext() if has(next(steps)) else patch.object(dpsgd, "add_private_noise", zero_noise):
             add_noise(mechanism)
 
     with patch.object(dpsgd.ClipAndNoise, "add_noise", sometimes):
         yield
 
 
+def noise_on_every_second_step() -> AbstractContextManager[Any]:
+    """No noise on the first step, the third and so on."""
+    return noise_on_steps(lambda step: step % 2 == 1)
+
+
 @contextmanager
-def clip_doubled() -> Iterator[None]:
-    """Gradients up to twice the bound, noise for the bound."""
+def clip_times(factor: float) -> Iterator[None]:
+    """Gradients up to ``factor`` times the bound, noise for the bound."""
     clip = dpsgd.ClipAndNoise.clip_and_accumulate
 
     def lax(mechanism: Any) -> None:
-        mechanism.max_grad_norm *= 2
+        mechanism.max_grad_norm *= factor
         clip(mechanism)
-        mechanism.max_grad_norm /= 2
+        mechanism.max_grad_norm /= factor
 
     with patch.object(dpsgd.ClipAndNoise, "clip_and_accumulate", lax):
         yield
+
+
+def clip_doubled() -> AbstractContextManager[Any]:
+    """Gradients up to twice the bound, noise for the bound."""
+    return clip_times(2)
 
 
 @contextmanager
@@ -255,6 +265,7 @@ SOUND = Fault("")
 HALVED = Fault("noise halved", noise_halved)
 EVERY_SECOND = Fault("no noise on every second step", noise_on_every_second_step)
 DOUBLED = Fault("clip doubled", clip_doubled)
+UNCLIPPED = Fault("no clip", lambda: clip_times(1e6))
 RESET = Fault("ledger reset each round", ledger_reset)
 FLOATING = Fault("noise in floating point", noise_in_floating_point)
 SHARED_SEED = Fault("one seed for all sites", shared_seed)

@@ -73,8 +73,8 @@ def clips_moved(model: FederatedModel, records: Sequence[Record], leave_out: Ite
 
 
 def default_model(precision: str) -> tuple[FederatedModel, list[Record]]:
-    """Return the default job's model, rehearsed and then in a hostile state, and 24 of its reviews, tokenised."""
-    job = configure({})
+    """Return the plain job's model, rehearsed and then in a hostile state, and 24 of its reviews, tokenised."""
+    job = configure({"recipe": "plain"})
     config, (train, _) = job.config, train_and_test(job.config.data, job.config.model.task)
     model = FederatedModel(
         load_base_model(config.model.name, config.model.task),

@@ -40,5 +40,5 @@ def run_alone(about: str | None, count: str, default: int, audit: Callable[[Path
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         findings = audit(Path(folder), wanted)
-    show(Console(highlight=False), findings)
+    show(Console(highlight=False, emoji=False), findings)
     sys.exit(not all(finding.passed for finding in findings))

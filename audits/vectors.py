@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from audits.canary import PART, compared
-from audits.faults import DOUBLED, EVERY_SECOND, HALVED, SOUND, Fault
+from audits.faults import DOUBLED, EVERY_SECOND, HALVED, SOUND, UNCLIPPED, Fault, noise_on_steps
 from audits.shell import with_each
 from audits.tiny_site import tiny_run
 from client.linearised import Derivatives, Keeping, Linearisation, below_head, linearised
@@ -38,7 +38,7 @@ from strategies.job import configure
 
 LABELS = 256
 """Of the probe's head; each has as many canaries as the model's features are wide."""
-STEPS, NOISE, LENGTH = 4, 3.0, 5.0
+STEPS, NOISE, LENGTH = 9, 4.5, 5.0
 DELTA = 1e-5
 ROUNDS = 4
 """Linearised rounds; each is a canary's chance for each number of the adapter."""
@@ -52,6 +52,7 @@ def charged_once() -> AbstractContextManager[Any]:
 
 
 CHARGED_ONCE = Fault("a probe charged as one step", charged_once)
+LAST_STEP = Fault("noise on the last step of a probe alone", lambda: noise_on_steps(lambda step: step == STEPS - 1))
 
 
 @contextmanager
@@ -136,7 +137,7 @@ def _way(model: FederatedModel, records: tuple[Record, ...], plan: Any) -> Tenso
 
 
 CASES: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
-    audit_probe: (HALVED, EVERY_SECOND, DOUBLED, CHARGED_ONCE),
+    audit_probe: (HALVED, EVERY_SECOND, LAST_STEP, DOUBLED, UNCLIPPED, CHARGED_ONCE),
     audit_linearised: (HALVED, EVERY_SECOND, DOUBLED),
 }
 """Each audit with the faults that it must find."""

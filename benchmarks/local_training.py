@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/local_training.py            # about two minutes on 2 cores
 
-Three loops over the same logical batches of the default job's records:
+Three loops over the same logical batches of the plain job's records:
 
 * plain: what one writes first. Stock model and attention, float32, batches padded as they come;
 * ours without privacy: sorted into parts of like length, the precision that pays on this device;
@@ -84,7 +84,7 @@ def product_speed(model: FederatedModel, seconds: float = 1.0) -> float:
 def site_peak(records: int) -> float:
     """Take two private steps as a simulated site's process does, which holds one model, and return its peak in MiB."""
     torch.set_num_threads(own_cores())
-    job = configure({})
+    job = configure({"recipe": "plain"})
     model = build(job, precision="auto")
     train, _ = train_and_test(job.config.data, job.config.model.task)
     tokenised = model.prepare(train.examples)
@@ -107,7 +107,7 @@ def main() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         peak = pool.submit(site_peak, arguments.records).result()
     torch.set_num_threads(own_cores())
-    job = configure({})
+    job = configure({"recipe": "plain"})
     train, _ = train_and_test(job.config.data, job.config.model.task)
 
     began = time.perf_counter()

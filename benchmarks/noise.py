@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/noise.py                     # about 20 seconds on 2 cores
 
-Sizes: the adapter of the default job (a step at a site), query and value of RoBERTa-large at rank 8, and their whole
+Sizes: the adapter of the plain job (a step at a site), query and value of RoBERTa-large at rank 8, and their whole
 weights in a round 0 of Fed-SB. Measured in processor time of one thread, in turns: sums with their noise on the grid
 (``add_private_noise``), noise from 52 bits in float64 without a grid, torch's own seeded generator, and the floor:
 12 bytes a number from the operating system.
@@ -24,7 +24,7 @@ from torch import Tensor
 from common.randomness import add_private_noise
 
 SIZES = {
-    "default job": (24, 8 * 384),
+    "plain job": (24, 8 * 384),
     "RoBERTa-large, r = 8": (96, 8 * 1024),
     "its round 0": (48, 1024 * 1024),
 }

@@ -17,7 +17,7 @@ from common.privacy.figures import epsilon_text
 if TYPE_CHECKING:
     from experiments.compare import Outcome
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 @for_people

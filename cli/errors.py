@@ -20,7 +20,7 @@ def for_people(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except FedVeilError as error:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"fedveil: {error}", markup=False)
+            Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"fedveil: {error}", markup=False)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             Console(stderr=True).print("fedveil: stopped by you; what was charged to a ledger stays charged")

@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from client.ledger.rows import Budget, Entry, Exposure, Failure, Reservation, Withdrawal
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 EXPOSED = (
     "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "
     "policy has after-no-privacy = true."
+)
+ASKED = (
+    "  It tells in which rounds this site was asked. If a trusted server drew sites for them, the price counts on "
+    "nobody knowing that: hand it to nobody but that server's people."
 )
 WITHDRAWN = "It was withdrawn: the site refuses every further round on these records, with or without privacy."
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -203,6 +207,7 @@ def receipt(
     _say(f"{dataset}, run {run}: {_rounds(made.rounds)}, from {_times(made.charges, made.exposures)}")
     if made.epsilon_run is None:
         _say(EXPOSED)
+        _say(ASKED)
     elif made.delta is not None:
         own, before, after = (_figure(e) for e in (made.epsilon_run, made.epsilon_before, made.epsilon_after))
         _say(f"  its charges alone: ε {own} at δ {made.delta:g}, for one {made.unit}")

@@ -39,7 +39,7 @@ for command in (report, watch, verify, keygen, merge, export, ask, prune, recove
     app.command()(command)
 app.command()(compare)
 app.command()(settings)
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 Overrides = Annotated[
     list[str] | None,
@@ -62,13 +62,14 @@ def run(
     from experiments.site_count import sites_of
     from reports import write_reports
     from server.resume import with_resumed
-    from strategies.job import configure
+    from strategies.job import configure, with_recipe
 
     # A kill must end the SuperLink and Ray as well, so it takes the way of Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    began, overrides = time.monotonic(), with_resumed(parse_settings(settings or []))
+    began = time.monotonic()
+    overrides, note = with_recipe(with_resumed(parse_settings(settings or [])))
     job = configure(overrides)
-    print_notes(job)
+    print_notes(job, note)
     number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
     console.print(
         f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from strategies.job import Job
 
 
-def print_notes(job: Job) -> None:
-    """Say each of the job's notes, such as on a setting that has another name now."""
-    for note in job.notes:
+def print_notes(job: Job, recipe: str = "") -> None:
+    """Say each of the job's notes, such as on a setting that has another name now, and the one on its recipe."""
+    for note in (*job.notes, *([recipe] if recipe else [])):
         print(note, file=sys.stderr)

@@ -16,7 +16,7 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from strategies.job import Job
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 
 
 @for_people
@@ -35,15 +35,16 @@ def plan(
     from experiments.planner.forecast import forecast
     from experiments.planner.price import site_plans
     from experiments.planner.tables import print_forecast, print_found
-    from strategies.job import configure
+    from strategies.job import configure, with_recipe
 
     overrides = parse_settings(settings or [])
+    overrides, note = with_recipe(overrides)
     job = configure(overrides)
-    print_notes(job)
+    print_notes(job, note)
     public_sizes = _sizes(job, sites, sizes)
     if find:
         found = find_within_budget(job, find)
-        job = configure({**overrides, found.setting: found.value})
+        job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})
         site_plans(job, public_sizes)
         print_found(console, job, public_sizes, found)
         content = {**vars(found), "sizes": list(public_sizes), "settings": job.settings()}

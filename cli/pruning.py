@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cli.errors import for_people
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 @for_people

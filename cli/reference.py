@@ -43,16 +43,20 @@ from common.run_lines import (
     BaselineFile,
     BesideFile,
     BesideRow,
+    CheckLine,
     ConfigFile,
     CountLine,
     Finding,
     LabelScore,
     LayerLine,
+    OwnCheck,
     PrivacyLine,
     ProgressFile,
     Reached,
     ResultFile,
     RoundLine,
+    ServerFile,
+    ServerStart,
 )
 from common.secure_sum import Agreement, KeyOffer, Sharing
 from experiments.sweep.arms import ARMS
@@ -81,7 +85,7 @@ def tables_page() -> str:
         (
             "Strategies",
             strategy_table(),
-            "m outputs, n inputs, r the rank. Bytes are of the default job (12 layers of 384 × 384, r = 8), without "
+            "m outputs, n inputs, r the rank. Bytes are of the plain job (12 layers of 384 × 384, r = 8), without "
             "the head. σ noise multiplier, C clip norm, b expected batch, s the scale, x the noise on a trained "
             "factor.",
         ),
@@ -89,7 +93,7 @@ def tables_page() -> str:
             "Strategies and adapters",
             pair_table(),
             'A strategy takes its own adapter where `adapter.name = "auto"`. It takes another that trains and freezes '
-            "what it needs. Bytes are of one site and round of the default job, without the head.",
+            "what it needs. Bytes are of one site and round of the plain job, without the head.",
         ),
         ("Adapters", adapter_table(), "In brackets the numbers of a factor in one layer."),
         (
@@ -120,11 +124,14 @@ def _arm_table() -> str:
 
 def run_folder_page() -> str:
     """Return the page of a run's folder: every file, and the fields of each line."""
-    files = (ConfigFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile, BesideFile)
+    files = (ConfigFile, ServerFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile, BesideFile)
     parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
     parts.append((f"`{AUDITS}.json`", _fields(AuditFile), _about(AuditFile)))
     nested: Mapping[type[Any], str] = {
         SpendingFigures: "in `privacy.jsonl`, beside the other keys",
+        ServerStart: "in `server.json`",
+        OwnCheck: "in `server.json`",
+        CheckLine: "in `server.json`",
         Absence: "in `rounds.jsonl`",
         CountLine: "in `rounds.jsonl`",
         LabelScore: "in `baseline.json` and `rounds.jsonl`",
@@ -140,7 +147,8 @@ def run_folder_page() -> str:
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
         "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
         "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
-        "ledgers.",
+        "ledgers. Of a run whose server is trusted, `log.jsonl` and `ledgers/` have the times of rounds and are not to "
+        "be published.",
         *parts,
     )
 
@@ -155,7 +163,7 @@ def systems_page() -> str:
         (
             "Systems",
             system_table(),
-            "Bytes are of the default job (12 layers of 384 × 384, r = 8), without the head and what is sent once. "
+            "Bytes are of the plain job (12 layers of 384 × 384, r = 8), without the head and what is sent once. "
             "Training costs ε by its steps, whatever the system: what differs is what a start costs on top. Anything "
             "that a server computes from what sites sent is free.",
         ),

@@ -16,7 +16,7 @@ from common.errors import ConfigError, DataError
 from common.privacy.figures import epsilon_text, remaining_text
 from common.words import counted
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 @for_people
@@ -166,14 +166,18 @@ def print_summary(folder: Path) -> None:
     )
     from reports import report_of
     from reports.alike import alike_sites
+    from reports.claim import server_is_trusted
+    from reports.connection import connection_sentences
     from reports.meaning import attack_sentence, several_sentence
     from reports.scores import share_text
     from reports.sites import distinct
 
     data = report_of(folder)
-    table = Table(title="privacy spent, by site")
-    for column in ("site", "rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
-        table.add_column(column, justify="left" if column == "site" else "right")
+    central = server_is_trusted(data.claim.privacy_mode)
+    table = Table(title="privacy spent, by the server's ledger" if central else "privacy spent, by site")
+    table.add_column("whose" if central else "site")
+    for column in ("rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
+        table.add_column(column, justify="right")
     for row in alike_sites(data.sites):
         site = row.site
         settings = [distinct(site.events, name) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
@@ -187,14 +191,16 @@ def print_summary(folder: Path) -> None:
     head = data.headline
     if head.epsilon is not None:
         console.print(
-            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, the maximum "
-            "over sites"
+            f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, "
+            f"{'of the cohort' if central else 'the maximum over sites'}"
         )
     else:
         console.print(f"federation: {data.claim.sentence}")
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         console.print(visible(" ".join(text for text in said if text)), markup=False)
+    for text in connection_sentences(data.connections):
+        console.print(visible(text), markup=False)
     for text in data.alarms:
         console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))
     for text in [*data.problems, *data.claim.gaps]:

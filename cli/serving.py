@@ -11,7 +11,7 @@ from rich.console import Console
 from cli.errors import for_people
 from common.words import counted, percent_text
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 

@@ -18,7 +18,7 @@ from cli.notes import print_notes
 from common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 @for_people
@@ -31,12 +31,13 @@ def settings(
     from cli.settings_reference import lines_of, select, values_of
     from common.config.text import parse_settings
     from common.files import replace_file
-    from strategies.job import configure, known_settings
+    from strategies.job import configure, known_settings, with_recipe
     from strategies.renamed import by_new_names
 
     overrides = parse_settings(config or [])
-    job = configure(overrides)
-    print_notes(job)
+    resolved, note = with_recipe(overrides)
+    job = configure(resolved)
+    print_notes(job, note)
     asked, run = by_new_names(overrides, known_settings())[0], job.settings()
     shown = [lines_of(setting, asked.get(setting.key), run.get(setting.key)) for setting in select(names or [])]
     sys.stdout.write("\n".join(shown))

@@ -19,7 +19,8 @@ from common.errors import ConfigError
 from common.starts import STARTS
 from common.tasks import roles_of_all
 from strategies import ROWS
-from strategies.job import START, known_settings, tables
+from strategies.job import START, declared_settings, known_settings, tables
+from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
@@ -54,7 +55,7 @@ def all_settings() -> dict[str, Setting]:
     rows: list[tuple[str, type[Any]]] = [*ROWS.items(), *RULES.items()]
     for name, row in rows:
         found.update({s.key: dataclasses.replace(s, owners=(name,)) for s in _of_section(row, f"{name}.")})
-    return found
+    return {key: dataclasses.replace(s, meaning=s.meaning + _filled(key)) for key, s in found.items()}
 
 
 def select(names: Sequence[str]) -> list[Setting]:
@@ -176,7 +177,7 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
     """Yield the settings of a dataclass: its own first, then those of the sections in it."""
     said, kinds, rules = fields_said(section), kinds_of(section), rules_of(section)
     inner = [item for item in dataclasses.fields(section) if dataclasses.is_dataclass(kinds[item.name])]
-    instance = section()
+    known = known_settings()
     for item in dataclasses.fields(section):
         name, kind, key = item.name, kinds[item.name], prefix + kebab(item.name)
         if item in inner:
@@ -190,13 +191,24 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
         unit = unit_of(section, name)
         yield Setting(
             key=key,
-            default=getattr(instance, name),
+            default=known[key],
             meaning=said[name].replace("``", "`"),  # out of reStructuredText
             unit=unit.name if unit else "",
-            range=_range(kind, own),
+            range=_range(kind, own) + (f", or {AUTO!r}" if key in FILLED and kind is not str else ""),
         )
     for item in inner:
         yield from _of_section(kinds[item.name], f"{prefix}{kebab(item.name)}.")
+
+
+def _filled(key: str) -> str:
+    """Return what recipes fill in for a setting, as a sentence of its meaning; empty: none does."""
+    if key not in FILLED:
+        return ""
+    values = {name: row.settings(Asked(RunSettings())).get(key) for name, row in RECIPES.items()}
+    told = [f"{toml_value(value)} of `{name}`" for name, value in values.items() if value is not None]
+    rest = declared_settings()[key]
+    other = [] if rest == AUTO else [f"else {toml_value(rest)}"]
+    return f" Left to the recipe: {', '.join([*told, *other])}."
 
 
 def _range(kind: type, rules: Sequence[Rule]) -> str:

@@ -13,7 +13,7 @@ from cli.errors import for_people
 from common.errors import DataError
 from experiments.run import sweep as run_sweep
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 sweep = for_people(run_sweep)
 
 

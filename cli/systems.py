@@ -38,7 +38,7 @@ class System:
     name: str
     """As the field calls it."""
     settings: Mapping[str, Scalar] = field(default_factory=dict)
-    """That make a run of it, where they differ from the default job's; empty: there is no such run."""
+    """That make a run of it, where they differ from the plain job's; empty: there is no such run."""
     file: str = ""
     """Where more than two settings are needed: the configuration in ``experiments/configs/systems`` that has them."""
     instead: str = ""
@@ -46,7 +46,7 @@ class System:
 
 
 SYSTEMS: tuple[System, ...] = (
-    System("FedAvg on LoRA, FedIT", {"strategy": "fedavg-lora"}),
+    System("FedAvg on LoRA, FedIT", {"recipe": "plain", "strategy": "fedavg-lora"}),
     System("FFA-LoRA", {"strategy": "ffa-lora"}),
     System("FedSVD", {"strategy": "fed-svd"}),
     System("Fed-SB on LoRA-SB", {"strategy": "fed-sb", "adapter.start": "dp-gradient"}),
@@ -204,7 +204,7 @@ def row_table() -> str:
 
 
 def strategy_costs() -> str:
-    """Return the Markdown table of what each strategy sends and how its noise enters, at the default job's layers."""
+    """Return the Markdown table of what each strategy sends and how its noise enters, at the plain job's layers."""
     rows = []
     for strategy in STRATEGIES.values():
         adapter = preset_adapter(strategy, DEFAULT_RANK)

@@ -169,7 +169,7 @@ def check_memory(model: FederatedModel, public_size: int) -> None:
         raise ModelError(
             f"training.linearised keeps {contrasts(model)} × {numbers} derivatives of each record, for {public_size} "
             f"records {wanted / 2**30:.1f} GiB, above {MOST_BYTES / 2**30:g}: lower adapter.rank, name fewer layers in "
-            "adapter.targets, or set training.linearised to 0"
+            "adapter.targets, or set recipe to 'head-only'"
         )
 
 

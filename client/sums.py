@@ -44,7 +44,7 @@ from common.secure_sum import (
     SiteAttempt,
     Task,
     Terms,
-    threshold,
+    may_be_lost,
 )
 from common.secure_sum.masks import Words
 from common.secure_sum.roster import load_roster
@@ -78,12 +78,15 @@ class Party:
             )
 
     def check_threshold(self, sites: int, colluders: int) -> None:
-        """Raise PolicyRefusal if those that need not be honest could help the server to both secrets of a site.
+        """Raise PolicyRefusal if the steward takes more sites for not honest than the run's ``colluders``.
 
-        Of ``sites`` that hold shares so many may be among them, whatever the run says of ``colluders``.
+        Those of them that hold shares could help the server to both secrets of a site. It is so at any number of
+        sites, so that a run which begins well goes on as sites are lost.
         """
-        others = min(len(self.roster.keys) - self.honest, sites)
-        if 2 * threshold(sites, colluders) <= sites + others:
+        others = len(self.roster.keys) - self.honest
+        # The threshold t has 2t > sites + colluders. So with others <= colluders 2t > sites + others: two lists with t
+        # signatures each have an honest site in common. With one more that holds only where sites + colluders is even.
+        if others > colluders:
             raise refusal(
                 "honest-sites",
                 f"{self.honest} of the roster's {len(self.roster.keys)}",
@@ -179,8 +182,12 @@ def told_for_sum(
     if not privacy.drop_outs:
         raise ProtocolError("shares are asked for in a run with privacy.drop-outs = 0: no vector may be missing")
     if isinstance(task, ShareTask):
-        # What may be left of them: a list of survivors that this site refused later would be paid for by then.
-        party.check_size(len(task.offers) - privacy.drop_outs, privacy.honest_sites)
+        # What may be left of them: a list of survivors that this site refused later would be paid for by then. Where
+        # the server names fewer sites than the run began with, whoever they are, fewer may be lost, and no claim rests
+        # on whether they are gone: the honest ones of what is left are counted here, and again before a list is signed.
+        terms = privacy.honest_sites, privacy.colluders, privacy.drop_outs
+        lost = may_be_lost(len(task.offers), *terms, job.config.min_sites)
+        party.check_size(len(task.offers) - lost, privacy.honest_sites)
         party.check_threshold(len(task.offers), privacy.colluders)
         attempt, kept = _recoverable(task, party, memory)
         sharing = attempt.share(task.offers, party.roster, privacy.honest_sites, privacy.colluders)

@@ -19,6 +19,8 @@ from common.strict_json import BESIDE, Endless, called, from_json
 
 AUDITS = "audit*"
 """Names of the files in which audits leave their findings, each an ``AuditFile``."""
+COHORT = "the cohort"
+"""What all sites of a trusted server together are called, in whose place no site has a line."""
 
 
 Status = Literal["completed", "stopped", "failed"]
@@ -50,6 +52,56 @@ class ConfigFile(RunFile):
     """The settings that were asked for otherwise than by default."""
     resumed: list[str] = field(default_factory=list)
     """When the run went on, as ``started``."""
+
+
+@dataclass(frozen=True)
+class CheckLine:
+    """One line of the server's own check, as ``fedveil doctor`` has it."""
+
+    ok: bool
+    what: str
+    found: str
+    """What was found; where it is not well, also what to do."""
+
+
+@dataclass(frozen=True)
+class OwnCheck:
+    """What a server found of itself when a run began or went on."""
+
+    named: bool = False
+    """Whether the SuperLink says which folder it was started from. If not, of TLS and keys nothing is known."""
+    tls: bool | None = None
+    """Whether the port that sites dial took a TLS handshake; None: not known."""
+    certificate: str = ""
+    """SHA-256 fingerprint of the certificate that this port showed; empty: not known."""
+    keys: bool | None = None
+    """Whether this port turned away a key that nobody had registered; None: not known."""
+    checks: list[CheckLine] = field(default_factory=list)
+
+
+Reach = Literal["network", "simulation", "one process"]
+"""How sites are reached; only in the first case does anything go over a network."""
+
+
+@dataclass(frozen=True)
+class ServerStart:
+    """One start of a run's server."""
+
+    began: str
+    """UTC, ISO 8601."""
+    bundle: str
+    """SHA-256 of the server's code, as ``fedveil bundle`` prints it."""
+    reach: Reach
+    """How sites are reached."""
+    check: OwnCheck
+
+
+@dataclass(frozen=True)
+class ServerFile(RunFile):
+    """What the server knew of its code, its connections and its machine, at each start of the run."""
+
+    NAME: ClassVar[str] = "server.json"
+    starts: list[ServerStart]
 
 
 @dataclass(frozen=True)
@@ -188,7 +240,8 @@ class RoundLine(RunFile):
     """Adapter payload of all tasks; with a trusted server, of the usual draw."""
     bytes_up: int
     """Adapter payload of all replies, likewise."""
-    seconds: float
+    seconds: float | None
+    """None with a trusted server, which tells nobody who was drawn: how long a round takes follows from that."""
     privacy: str
     """The setting ``privacy.mode``."""
     head: str

@@ -148,7 +148,12 @@ def lacks(certificate: x509.Certificate) -> list[str]:
 
 def fingerprint(certificate: x509.Certificate) -> str:
     """Return a certificate's SHA-256 as people read it to each other: ``AB:CD:...``."""
-    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+    return as_fingerprint(certificate.fingerprint(hashes.SHA256()))
+
+
+def as_fingerprint(digest: bytes) -> str:
+    """Return a digest in the form of ``fingerprint``."""
+    return digest.hex(":").upper()
 
 
 def _identifier_of(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:

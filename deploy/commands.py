@@ -11,6 +11,7 @@ from pathlib import Path
 from common.config.sections import Scalar
 from deploy.server_folder import ServerFolder
 from deploy.site_folder import SiteFolder, node_settings
+from server.own_check import FOLDER
 from server.registered import NODES
 
 QUIET = {
@@ -33,11 +34,11 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def superlink_environment(folder: ServerFolder, home: Path) -> dict[str, str]:
-    """Return the SuperLink's environment: as ``environment``, and where its runs find the sites' registered names.
+    """Return the SuperLink's environment: as ``environment``, and where its runs find this folder and the sites' names.
 
-    A container, whose coordinator has a folder of its own, names another place than ``folder`` has.
+    A container, whose coordinator has a folder of its own, names another place for the names than ``folder`` has.
     """
-    return {NODES: str(folder.nodes), **environment(home)}
+    return {NODES: str(folder.nodes), **environment(home), FOLDER: str(folder.path)}
 
 
 def superlink_command(folder: ServerFolder) -> list[str]:

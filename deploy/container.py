@@ -12,9 +12,10 @@ import socket
 import ssl
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from common.config.sections import Scalar
     from strategies.job import Job
 
 FOLDER, PKI = Path("/federation"), Path("/pki")
@@ -26,7 +27,16 @@ ESTABLISHED = "01"
 
 
 def make_keys(
-    sites: int, epsilon: float, delta: float, pki: Path = PKI, *, settings: str = "", fingerprint: str = ""
+    sites: int,
+    epsilon: float,
+    delta: float,
+    pki: Path = PKI,
+    *,
+    settings: str = "",
+    fingerprint: str = "",
+    mechanisms: str = "",
+    honest: int = 0,
+    alone: float = 0.0,
 ) -> None:
     """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
 
@@ -42,20 +52,33 @@ def make_keys(
         settings: of the job, as ``fedveil run -c`` takes them: each new site's policy pins what it asks for, and its
             node how the data are divided.
         fingerprint: of the job's base model, needed unless FedVeil knows that by its hash.
+        mechanisms: that each new site's policy allows beside what the job alone gets, names with commas between them:
+            a trusted server is in no policy unless it stands here.
+        honest: how many sites of the roster each policy takes for honest; 0: no site joins a secure sum. The roster is
+            of all sites, made anew whenever keys are: here one machine is all stewards.
+        alone: each policy's ``epsilon-alone``, needed with ``honest``.
 
     Raises:
         FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
-            cannot say what they ask for.
+            cannot say what they ask for; or there is ``alone`` without ``honest``.
     """
     from common.config.text import parse_settings
     from common.data.partition import division_of
+    from common.errors import ConfigError
+    from common.privacy.units import PERSON
+    from deploy.peers import ENTRY, PEERS, make_roster
     from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
     from deploy.server_folder import make_server
-    from deploy.site_folder import make_site
+    from deploy.site_folder import make_site, open_site_folder
     from strategies.job import configure
 
+    if alone and not honest:
+        raise ConfigError("SITE_EPSILON_ALONE needs SITE_HONEST_SITES: say how many sites the policies take for honest")
     job = configure(parse_settings([settings]))
-    model = job.config.model
+    model, privacy = job.config.model, job.config.privacy
+    named = [name.strip() for name in mechanisms.split(",") if name.strip()]
+    allowed = list(dict.fromkeys([*mechanisms_of_job(job.config), *named]))
+    sums: dict[str, Scalar] = {"honest-sites": honest, "epsilon-alone": alone, "peers": PEERS} if honest else {}
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)
@@ -80,7 +103,9 @@ def make_keys(
                     delta,
                     pins_of_job(job.config),
                     models_of(model.name, fingerprint),
-                    mechanisms_of_job(job.config),
+                    allowed,
+                    job.config.data.person if privacy.unit == PERSON.name else "",
+                    sums,
                 ),
                 node=part,
                 authority=pki / "server" / "ca.crt",
@@ -89,10 +114,7 @@ def make_keys(
                 fingerprint=fingerprint,
             )
             print(f"made the key pair of {name}", flush=True)
-            if job.mechanism.central:  # which a steward lets in, and no job does
-                _say_if_refused(folder, name, job)
-        else:
-            _say_if_refused(folder, name, job)
+        _say_if_refused(folder, name, job)
         if not part:
             print(
                 f"{name} has no part of the job's data, which are divided among {parts} sites: it needs "
@@ -101,6 +123,9 @@ def make_keys(
             )
         (folder / "ledger").mkdir(exist_ok=True)
         shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
+    folders = [open_site_folder(pki / f"site-{number}") for number in range(1, sites + 1)]
+    for own in folders if honest else ():
+        make_roster(own, [other.path / ENTRY for other in folders if other is not own])
 
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:
@@ -154,16 +179,40 @@ def _make_keys_by_environment() -> int:
 
     try:
         make_keys(
-            int(os.environ.get("SITES", "4")),
-            float(os.environ.get("SITE_EPSILON", "8")),
-            float(os.environ.get("SITE_DELTA", "1e-5")),
+            _whole("SITES", 4),
+            _number("SITE_EPSILON", 8.0),
+            _number("SITE_DELTA", 1e-5),
             settings=os.environ.get("FEDVEIL_SETTINGS", ""),
             fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
+            mechanisms=os.environ.get("SITE_MECHANISMS", ""),
+            honest=_whole("SITE_HONEST_SITES", 0),
+            alone=_number("SITE_EPSILON_ALONE", 0.0),
         )
     except FedVeilError as error:
         print(f"fedveil: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _whole(name: str, default: int) -> int:
+    number = _number(name, default)
+    if not number.is_integer():
+        _refuse(name, "a whole number")
+    return int(number)
+
+
+def _number(name: str, default: float) -> float:
+    try:
+        number = float(os.environ.get(name, default))
+    except ValueError:
+        _refuse(name, "a number")
+    return number
+
+
+def _refuse(name: str, wanted: str) -> NoReturn:
+    from common.errors import ConfigError
+
+    raise ConfigError(f"{name} is {os.environ[name]!r}: write {wanted}, or leave it out")
 
 
 def main(role: str) -> int:

@@ -34,10 +34,10 @@ def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Chec
     return examine(
         [
             ("versions", shared.versions),
-            ("authority", lambda: _authority(folder.path)),
-            ("server's certificate", lambda: _server_certificate(folder)),
+            ("authority", lambda: authority_checks(folder.path)),
+            ("server's certificate", lambda: certificate_checks(folder)),
             ("server's key", lambda: shared.private_file(folder.path / "server.key", "server's key")),
-            ("Control port", lambda: _control_is_local(folder)),
+            ("Control port", lambda: control_checks(folder)),
             ("ports", lambda: _server_ports(folder)),
             ("registered sites", lambda: _registered(folder)),
             ("disk", lambda: shared.disk(folder.runs, "disk")),
@@ -51,7 +51,7 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
     return examine(
         [
             ("versions", shared.versions),
-            ("authority", lambda: _authority(folder.path)),
+            ("authority", lambda: authority_checks(folder.path)),
             ("site's key", lambda: shared.private_file(folder.path / "node.key", "site's key")),
             ("key pair", lambda: _pair(folder)),
             ("node settings", lambda: _settings(folder)),
@@ -72,13 +72,15 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
     )
 
 
-def _authority(path: Path) -> Iterator[CheckResult]:
+def authority_checks(path: Path) -> Iterator[CheckResult]:
+    """The authority's certificate in a server's or a site's folder."""
     authority = read_certificate(read_bytes(path / "ca.crt", "the authority's certificate"), "the authority")
     yield from shared.validity(authority, "authority", NEW_AUTHORITY)
     yield from shared.strictness(authority, "authority", NEW_AUTHORITY)
 
 
-def _server_certificate(folder: ServerFolder) -> Iterator[CheckResult]:
+def certificate_checks(folder: ServerFolder) -> Iterator[CheckResult]:
+    """The server's certificate: its time, its issuer, its key and its names."""
     what = "server's certificate"
     server = read_certificate(read_bytes(folder.path / "server.pem", what), "the server")
     authority = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
@@ -98,7 +100,8 @@ def _server_certificate(folder: ServerFolder) -> Iterator[CheckResult]:
         yield CheckResult(True, "certificate's names", ", ".join(held))
 
 
-def _control_is_local(folder: ServerFolder) -> Iterator[CheckResult]:
+def control_checks(folder: ServerFolder) -> Iterator[CheckResult]:
+    """The Control port does not listen to everybody."""
     host = folder.control_host
     open_to_all, local = host in ("0.0.0.0", "::", ""), host in ("127.0.0.1", "::1", "localhost")
     advice = "set control-host to 127.0.0.1" if open_to_all else "let nobody else there"

@@ -1,4 +1,4 @@
-"""Ask a server's Fleet API whether it would let this site in, without joining.
+"""Ask a server's Fleet API whether it would let a site in, without joining.
 
 The request is the one by which a SuperNode goes online, signed with the site's key, but with a
 heartbeat interval that the server must refuse. It looks up the key before it refuses, so the answer
@@ -7,17 +7,33 @@ says whether the key is registered and the clocks agree, and the site does not g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
+from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    RegisterNodeFleetRequest,
+    RegisterNodeFleetResponse,
+    UnregisterNodeFleetRequest,
+    UnregisterNodeFleetResponse,
+)
 
 ACTIVATE = "/flwr.proto.Fleet/ActivateNode"
+REGISTER = "/flwr.proto.Fleet/RegisterNode"
+UNREGISTER = "/flwr.proto.Fleet/UnregisterNode"
+AUTHENTICATED = "authentication is enabled"
+"""What a server says that registers no key by the Fleet API."""
 REFUSED_INTERVAL = 0.0
+NO_PROXY = (("grpc.enable_http_proxy", 0),)
+"""Options of a channel to the own machine."""
 
 
 class Answer(Enum):
@@ -47,25 +63,59 @@ def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey, 
         key: the site's private key; only a signature of the time goes out.
         timeout: seconds to wait.
     """
-    pem = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    time = datetime.now(UTC).isoformat()
-    metadata = (
-        ("flwr-public-key-bin", pem),
-        ("flwr-timestamp", time),
-        ("flwr-signature-bin", key.sign(time.encode("ascii"), ec.ECDSA(hashes.SHA256()))),
-    )
-    with grpc.secure_channel(server, grpc.ssl_channel_credentials(root_certificates=authority)) as channel:
-        call = channel.unary_unary(
-            ACTIVATE,
-            request_serializer=ActivateNodeRequest.SerializeToString,
-            response_deserializer=ActivateNodeResponse.FromString,
-        )
-        request = ActivateNodeRequest(public_key=pem, heartbeat_interval=REFUSED_INTERVAL)
+    with _channel(server, authority) as channel:
         try:
-            call(request, metadata=metadata, timeout=timeout)
+            request = ActivateNodeRequest(public_key=_pem(key), heartbeat_interval=REFUSED_INTERVAL)
+            _call(channel, ACTIVATE, request, ActivateNodeResponse, key, timeout)
         except grpc.RpcError as error:
             return _understood(error.code(), error.details() or "")
     return Reply(Answer.OTHER, "it let this check go online, which it must not")
+
+
+def asks_for_keys(server: str, authority: bytes, timeout: float = 10.0) -> bool | None:
+    """Return whether the server at ``server`` turns away a key that nobody has registered; None: it does not say.
+
+    It is one of this machine, which no proxy of the environment stands before.
+
+    A fresh key asks to be registered, which a server that asks for keys refuses to everyone. A server that takes it is
+    told at once to forget it again; the key never goes online.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    with _channel(server, authority, NO_PROXY) as channel:
+        try:
+            request = RegisterNodeFleetRequest(public_key=_pem(key))
+            taken = _call(channel, REGISTER, request, RegisterNodeFleetResponse, key, timeout)
+        except grpc.RpcError as error:
+            refused = error.code() == grpc.StatusCode.FAILED_PRECONDITION and AUTHENTICATED in (error.details() or "")
+            return True if refused else None
+        with suppress(grpc.RpcError):
+            forget = UnregisterNodeFleetRequest(node_id=taken.node_id)
+            _call(channel, UNREGISTER, forget, UnregisterNodeFleetResponse, key, timeout)
+    return False
+
+
+def _channel(server: str, authority: bytes, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
+    return grpc.secure_channel(server, grpc.ssl_channel_credentials(root_certificates=authority), options)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _call(
+    channel: grpc.Channel, path: str, request: Any, answer: Any, key: ec.EllipticCurvePrivateKey, timeout: float
+) -> Any:
+    """Send one request, with the time signed by ``key``, as every call of a SuperNode is."""
+    time = datetime.now(UTC).isoformat()
+    metadata = (
+        ("flwr-public-key-bin", _pem(key)),
+        ("flwr-timestamp", time),
+        ("flwr-signature-bin", key.sign(time.encode("ascii"), ec.ECDSA(hashes.SHA256()))),
+    )
+    call = channel.unary_unary(
+        path, request_serializer=type(request).SerializeToString, response_deserializer=answer.FromString
+    )
+    return call(request, metadata=metadata, timeout=timeout)
 
 
 def _understood(code: grpc.StatusCode, words: str) -> Reply:

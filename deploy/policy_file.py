@@ -40,6 +40,7 @@ def policy_text(
     models: Sequence[str] = (),
     mechanisms: Sequence[str] = (DPSGD.name,),
     person: str = "",
+    sums: Mapping[str, Scalar] | None = None,
 ) -> str:
     """Return a policy's text: the budget of one data set, how it is protected, and what its records are for.
 
@@ -52,6 +53,7 @@ def policy_text(
         models: base models that are allowed, as ``models_of`` returns them; empty: those that FedVeil knows by hash.
         mechanisms: names of those that are allowed; at least one.
         person: column that says whose a record is, where persons are protected; empty: records are.
+        sums: the policy's keys about secure sums; without them the site joins none.
 
     Raises:
         ConfigError: a site with this policy would refuse every round: a figure is out of range, delta
@@ -68,7 +70,7 @@ def policy_text(
         settings["models"] = models
     trusting = [name for name in mechanisms if name in MECHANISMS and MECHANISMS[name].central]
     protection = MECHANISMS_HEAD + (TRUSTING.format(names=", ".join(trusting)) if trusting else "")
-    protection += to_toml({"mechanisms": mechanisms})
+    protection += to_toml({"mechanisms": mechanisms, **(sums or {})})
     text = HEAD + to_toml(settings) + protection + (PINS_HEAD + to_toml(pins) if pins else "")
     policy = parse_policy(text, "that would be written")
     if public_size:

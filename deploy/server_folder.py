@@ -95,9 +95,17 @@ def open_server(path: Path) -> ServerFolder:
     """Return the folder that ``fedveil server init`` made.
 
     Raises:
-        ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key.
+        ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key, or a fleet address without
+            a port.
     """
-    return open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
+    folder = open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
+    port = folder.fleet.rpartition(":")[2]
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ConfigError(
+            f"{folder.path / 'server.toml'}: fleet = {folder.fleet!r} has no port: write ADDRESS:PORT, such as "
+            f"0.0.0.0:{FLEET_PORT}"
+        )
+    return folder
 
 
 def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Folder:

@@ -83,18 +83,24 @@ def strictness(certificate: x509.Certificate, what: str, renewal: str) -> Iterat
         yield CheckResult(False, what, f"it lacks {', '.join(missing)}, so Python 3.13 and newer refuse it: {renewal}")
 
 
-def disk(path: Path, what: str) -> Iterator[CheckResult]:
-    """There is room and the right to write where ``path`` is or will be."""
+def disk(path: Path, what: str, place: str = "") -> Iterator[CheckResult]:
+    """There is room and the right to write where ``path`` is or will be.
+
+    Args:
+        path: the folder.
+        what: what is looked at.
+        place: what it is called where no path of a disk may be told; empty: the path is.
+    """
     folder = path
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free, told = shutil.disk_usage(folder).free, place or folder
     if not os.access(folder, os.W_OK):
-        yield CheckResult(False, what, f"{folder} may not be written: give this user the right to")
+        yield CheckResult(False, what, f"{told} may not be written: give this user the right to")
         return
     low = free < LOW_DISK_BYTES
     advice = ": make room, a full disk stops training" if low else ""
-    yield CheckResult(not low, what, f"{free / (1 << 30):.1f} GiB free at {folder}{advice}")
+    yield CheckResult(not low, what, f"{free / (1 << 30):.1f} GiB free at {told}{advice}")
 
 
 def base_model(name: str, task: str, expected: str) -> Iterator[CheckResult]:

@@ -20,7 +20,7 @@ from server.lock import is_written
 from server.records import write_json
 from server.resume import settings_of_resumed, with_resumed
 from server.tracking import check_tracker
-from strategies.job import configure
+from strategies.job import configure, with_recipe
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 20.0
@@ -53,6 +53,9 @@ def submit(
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
     """
+    settings, note = with_recipe(settings)
+    if note:
+        say(note)
     settings = with_ledger(settings_of_resumed({**settings, "output": str(folder.runs)}), folder.runs)
     check_tracker(configure(settings).config.tracker)
     with control_of(folder) as control:

@@ -29,7 +29,7 @@ from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import ConfigFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
 from experiments.site_count import record_sites, recorded_sites
 from server.lock import only_writer
-from strategies.job import Job, configure
+from strategies.job import Job, configure, with_recipe
 
 SHIPPED = Path(__file__).parent / "configs"
 DEFAULT = tuple(SHIPPED / f"{name}.toml" for name in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"))
@@ -85,7 +85,7 @@ def compare(
     for path in configs:
         for mode in MODES:
             for seed in seeds:
-                settings: dict[str, Scalar] = {**parse_settings([str(path)]), **overrides}
+                settings, _ = with_recipe({**parse_settings([str(path)]), **overrides, "privacy.mode": MODES[0]})
                 settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
                 jobs[path.stem, mode, seed] = (settings, f"{path.stem}-{mode}-{seed}")
                 job = configure(settings)
@@ -152,7 +152,8 @@ def _check_kept(job: Job, run: str, sites: int) -> None:
     if not _ended_well(folder):
         return
     # Folders may be moved; where a run was written is no part of its result.
-    had = {**read_file(ConfigFile, folder).settings, "output": job.config.output}
+    # What a recipe has filled in is compared itself.
+    had = {**read_file(ConfigFile, folder).settings, "output": job.config.output, "recipe": job.config.recipe}
     wanted = job.settings()
     differing = [(key, had.get(key), wanted.get(key)) for key in sorted({*had, *wanted})]
     for key, before, now in [*differing, ("--sites", recorded_sites(folder) or "unknown", sites)]:
@@ -177,7 +178,7 @@ def read_outcome(name: str, folder: Path, mode: str, seed: int) -> Outcome:
         reached.epsilon,
         sum(line.bytes_down for line in rounds),
         sum(line.bytes_up for line in rounds),
-        sum(line.seconds for line in rounds),
+        sum(line.seconds or 0.0 for line in rounds),
     )
 
 

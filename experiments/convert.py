@@ -4,6 +4,7 @@
     python -m experiments.convert snli FOLDER                  # snli_1.0_train.jsonl and its like, or train.jsonl
     python -m experiments.convert qnli FOLDER                  # GLUE's train.tsv and dev.tsv
     python -m experiments.convert sentences imdb imdb.txt      # of a named data set, as ``start.text`` takes them
+    python -m experiments.convert persons imdb persons.csv     # sentences of reviews, each author of one a person
 
 The first three write ``data/sst2/train.tsv`` and so on, of which the columns are ``text``, ``label`` and, of pairs,
 ``text_pair``. FOLDER is the public distribution, unpacked. Rows without a label are left out, and counted.
@@ -21,12 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.check import nearest
+from common.config.sections import DataConfig
+from common.data.sentences import FEWEST_WORDS, sentences_of
 from common.data.sets import DATASETS
+from common.data.sources import load_dataset
 from common.errors import ConfigError, DataError, FedVeilError
 from common.starts.public_text import as_file, data_set_sentences
 from common.tasks.cells import is_missing, plain
 from common.tasks.tables import Table, read_file
 
+PERSONS, RECORDS_OF_ONE = 2000, 8
+"""Authors whose reviews are cut into records, and the most sentences of one."""
 UNLABELLED = ("-", "-1")
 """What stands in place of a label that annotators did not agree on."""
 
@@ -106,6 +112,32 @@ def write_sentences(name: str, path: Path) -> str:
     return f"{path}: {len(found)} sentences, SHA-256 {hashlib.sha256(content).hexdigest()}"
 
 
+def write_persons(name: str, path: Path) -> str:
+    """Write sentences of the texts of a named data set to a CSV file with a column that says whose they are.
+
+    Each text is taken for one person's. Its first sentences that are long enough to tell are records with its label.
+
+    Raises:
+        ConfigError: there is no such data set.
+        DataError: it cannot be read, or its records have no label.
+    """
+    if name not in DATASETS:
+        raise ConfigError(f"there is no data set {name!r}{nearest(name, DATASETS)}: name one of {', '.join(DATASETS)}")
+    found = load_dataset(DataConfig(name=name), DATASETS[name].task)
+    if not found.label_names:
+        raise DataError(f"{name} has no labels, which records of persons need: name another")
+    # By a hash of their own: in their own order they may be sorted by label.
+    mixed = sorted(found.examples, key=lambda one: hashlib.sha256("".join(one.texts()).encode()).digest())
+    rows = [
+        (sentence, found.label_names[one.label or 0], f"person-{person}")
+        for person, one in enumerate(mixed[:PERSONS])
+        for sentence in [s for s in sentences_of(one.texts()[0]) if len(s.split()) >= FEWEST_WORDS][:RECORDS_OF_ONE]
+    ]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "person"), *rows])
+    return f"{path}: {len(rows)} records of {len({person for *_, person in rows})} persons"
+
+
 def _column(table: Table, names: Sequence[str]) -> str:
     found = next((name for name in names if name in table.columns), "")
     if not found and "label" not in names:
@@ -141,13 +173,14 @@ def main(words: Sequence[str]) -> int:
     """Do what the command line says; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", help=f"{', '.join(LAYOUTS)}, or sentences")
-    parser.add_argument("source", help="the folder of the public distribution; of sentences, the data set's name")
-    parser.add_argument("target", nargs="?", default="data", help="the folder to write to; of sentences, the file")
+    parser.add_argument("what", help=f"{', '.join(LAYOUTS)}, sentences or persons")
+    parser.add_argument("source", help="the public distribution's folder; of sentences and persons, a data set's name")
+    parser.add_argument("target", nargs="?", default="data", help="the folder to write to; of those, the file")
     asked = parser.parse_args(words)
     try:
-        if asked.what == "sentences":
-            lines = [write_sentences(asked.source, Path(asked.target))]
+        if asked.what in ("sentences", "persons"):
+            write = write_sentences if asked.what == "sentences" else write_persons
+            lines = [write(asked.source, Path(asked.target))]
         else:
             lines = convert(asked.what, Path(asked.source), Path(asked.target))
     except (FedVeilError, OSError) as error:

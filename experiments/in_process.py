@@ -20,7 +20,7 @@ from server.model import ServerModel
 from server.records import RunFolder
 from server.replies import read_reply, replies_to
 from server.sites import Exchange, Transport
-from strategies.job import Job, configure
+from strategies.job import Job, configure, with_recipe
 
 
 def simulated_nodes(count: int, ledgers: Path) -> list[dict[str, Scalar]]:
@@ -83,6 +83,7 @@ def run_in_process(
     kind: type[InProcessTransport] = InProcessTransport,
 ) -> Path:
     """Conduct a run over ``nodes`` (or so many simulated sites) and return its folder; ``kind`` may misbehave."""
+    settings, _ = with_recipe(settings)
     job = configure(settings)
     folder = run_folder(job.config, run)
     described = simulated_nodes(nodes, folder / "ledgers") if isinstance(nodes, int) else list(nodes)

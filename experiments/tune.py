@@ -40,7 +40,7 @@ from common.strict_json import Endless, from_json, to_json
 from common.tasks import TASKS
 from experiments.planner.price import paid_before, site_plans
 from experiments.site_count import USUAL
-from strategies.job import Job, configure
+from strategies.job import Job, configure, with_recipe
 
 KEYS = ("base", "sites", "settings", "trials")
 NOISE, BUDGET, DELTA, MODE = "privacy.noise-multiplier", "privacy.epsilon", "privacy.delta", "privacy.mode"
@@ -187,6 +187,8 @@ def _flat(table: Any, name: str) -> dict[str, Scalar]:
 
 
 def _priced(name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base: Mapping[str, Scalar]) -> Tuning:
+    # The recipe is that of what all trials share, so that a trial changes its own settings alone.
+    base, _ = with_recipe(base)
     asked = {trial: {**base, **own} for trial, own in trials.items()}
     jobs = {trial: configure(settings) for trial, settings in asked.items()}
     for trial, job in jobs.items():

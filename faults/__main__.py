@@ -23,10 +23,12 @@ from faults.federation import Federation
 from faults.network import Cable
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
-from faults.sum_scenarios import drop_outs, sums
+from faults.sum_scenarios import drop_outs, server_lies, sums
 from faults.table import show
 
-SCENARIOS = ("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "stutters", "drop-outs")
+SCENARIOS = (
+    *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),
+)
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SCENARIOS, nargs="+", default=SCENARIOS, help="in this order")
     wanted = parser.parse_args().only
     # Where the output is no terminal, seven columns need more than the usual eighty characters.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 180)
     say = partial(console.print, markup=False, soft_wrap=True)
     began, findings = time.monotonic(), list[Finding]()
     quiet()
@@ -71,6 +73,7 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "slow": lambda: slow(federation, deadline),
                 "drop-outs": lambda: drop_outs(federation, deadline),
                 "sums": lambda: sums(federation, deadline),
+                "server-lies": lambda: server_lies(federation, deadline),
                 "stutters": lambda: stutters(federation, deadline),
                 "server": lambda: server_killed(federation, deadline),
                 "superlink": lambda: superlink_killed(federation, deadline),

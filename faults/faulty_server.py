@@ -1,26 +1,35 @@
-"""The server's ServerApp, which sends itself SIGKILL where the plan says so, or says its number to be killed."""
+"""The server's ServerApp, which sends itself SIGKILL or lies to sites where the plan says so.
+
+Its number is written down, so that the suite can kill it.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from common.messages.round import Task, TrainTask
+from common.messages.tensors import apply
+from common.secure_sum import AttemptName, Identity, SiteAttempt
 from faults.fault_plan import SERVER, FaultPlan, open_plan
 from server import app as real
 from server import records
 from server.checkpoint import NAME, Checkpoint, save_checkpoint
-from server.sites import Sites
+from server.sites import Exchange, Sites
 from strategies import STRATEGIES
 from strategies.job import configure
 
 BEFORE, TRAINING, AGGREGATING = "before sending", "while sites train", "while aggregating"
 RENAME, CHECKPOINT = "between the checkpoint's write and its rename", "after the checkpoint"
+EQUIVOCATES, REPLAYS, SWAPS = "tells one site another model", "asks for a second vector", "swaps two sites' keys"
+DROPS, INVENTS = "leaves a site out to the others", "invents a site"
 app = ServerApp()
 
 
@@ -30,7 +39,70 @@ def main(grid: Grid, context: Context) -> None:
     plan = open_plan()
     (plan.folder / f"{context.run_id}.pid").write_text(str(os.getpid()))
     _mine(plan, type(configure(dict(context.run_config)).strategy).name)
+    exchange = real.FlowerTransport.exchange
+    real.FlowerTransport.exchange = lying(exchange, lambda number: plan.fault(SERVER, number))  # type: ignore[method-assign]
     real.main(grid, context)
+
+
+def lying(exchange: Callable[..., Exchange], lie_of: Callable[[int], str]) -> Callable[..., Exchange]:
+    """Return a transport's ``exchange`` that lies with the vectors' tasks of a round's first attempt, if it lies there.
+
+    Args:
+        exchange: the honest one.
+        lie_of: returns what it does wrong in a round.
+    """
+
+    def lied(transport: Any, tasks: Mapping[int, Task], timeout: float) -> Exchange:
+        first = next(iter(tasks.values()))
+        lie = lie_of(first.round_number)
+        if not isinstance(first, TrainTask) or first.attempt or lie not in (*LIES, REPLAYS):
+            return exchange(transport, tasks, timeout)
+        if lie != REPLAYS:
+            return exchange(transport, LIES[lie](tasks), timeout)
+        honest = exchange(transport, tasks, timeout)
+        exchange(transport, {node: _moved(task) for node, task in tasks.items()}, timeout)
+        return honest
+
+    return lied
+
+
+def _moved(task: Any) -> Any:
+    return replace(task, state=apply(lambda tensor: tensor + 1.0, task.state))
+
+
+def _equivocate(tasks: Mapping[int, Any]) -> dict[int, Any]:
+    one = min(tasks)
+    return {**tasks, one: _moved(tasks[one])}
+
+
+def _swap(tasks: Mapping[int, Any]) -> dict[int, Any]:
+    one = min(tasks)
+    first, second, *others = tasks[one].offers
+    swapped = (replace(first, public=second.public), replace(second, public=first.public), *others)
+    return {**tasks, one: replace(tasks[one], offers=swapped)}
+
+
+def _drop(tasks: Mapping[int, Any]) -> dict[int, Any]:
+    # Tasks and keys are both in the order of the sites' names.
+    dropped = next(iter(tasks))
+    fewer = {node: replace(task, offers=task.offers[1:]) for node, task in tasks.items()}
+    return {**fewer, dropped: tasks[dropped]}
+
+
+def _invent(tasks: Mapping[int, Any]) -> dict[int, Any]:
+    task = next(iter(tasks.values()))
+    name = AttemptName(task.run, task.round_number, task.attempt, "")
+    offer = SiteAttempt(name, "zoo", Identity.new()).offer
+    return {node: replace(task, offers=(*task.offers, offer)) for node, task in tasks.items()}
+
+
+LIES: dict[str, Callable[[Mapping[int, Any]], dict[int, Any]]] = {
+    EQUIVOCATES: _equivocate,
+    SWAPS: _swap,
+    DROPS: _drop,
+    INVENTS: _invent,
+}
+"""What a lying server makes of honest tasks of a secure sum, by node."""
 
 
 def _mine(plan: FaultPlan, strategy: str) -> None:

@@ -44,7 +44,7 @@ def sound(federation: Federation) -> tuple[Finding, float]:
     federation.plan.write({})
     run = federation.submit(rounds=1, min_sites=len(everyone))
     run.result()
-    seconds = read_lines(RoundLine, run.path)[0].seconds
+    seconds = read_lines(RoundLine, run.path)[0].seconds or 0.0
     deadline = max(LEAST_DEADLINE, ROOM * seconds)
     more = {"seconds of the round": seconds, "deadline from now on": deadline}
     return examine(federation, run, 1, "no fault", Expected(everyone), "none", more=more), deadline

@@ -1,8 +1,8 @@
-"""A site killed in a round whose vectors are summed under masks: where none may be lost, and where one may."""
+"""Rounds whose vectors are summed under masks: a site killed, where none may be lost and where one may, and lies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,11 +11,13 @@ from common.config.text import to_toml
 from common.run_lines import Finding, RoundLine, read_lines
 from deploy.peers import ENTRY, make_roster
 from faults.checks import charges, masked_words
+from faults.fault_plan import SERVER
+from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SWAPS
 from faults.faulty_site import AFTER
 from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
 
-SUM = "a secure sum"
+SUM, LIES = "a secure sum", "a secure sum of a lying server"
 SETTINGS: dict[str, Scalar] = {
     "privacy__mode": "secure-sum",
     "privacy__honest_sites": 2,
@@ -25,6 +27,15 @@ SETTINGS: dict[str, Scalar] = {
 LOSING: dict[str, Scalar] = {"privacy__drop_outs": 1, "min_sites": 3}
 """Any three of four sites have their sum without the fourth."""
 RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
+SERVER_LIES: dict[str, tuple[str, int, int]] = {
+    EQUIVOCATES: ("the sum's length", 2, 6),
+    REPLAYS: ("", 1, 3),
+    SWAPS: ("is not signed by that site", 2, 5),
+    DROPS: ("the attempt has 2 sites", 2, 4),
+    INVENTS: ("is not in the roster", 2, 3),
+}
+"""Of three sites, by the server's lie in the first attempt at a round: what is told of it, how many attempts the round
+takes, and how often the three together are charged."""
 KILLED = "lab"
 SMALL = 2.0**28
 """Of uniform words, read as signed numbers, one half is above four times this."""
@@ -74,14 +85,17 @@ def sums(federation: Federation, deadline: float) -> Iterator[Finding]:
 
 
 def drop_outs(federation: Federation, deadline: float) -> Iterator[Finding]:
-    """Kill the lab between its charge and its vector; the others have their sum in the same attempt, and pay once."""
+    """Kill the lab between its charge and its vector, for good.
+
+    The others have their sum in the same attempt, pay once, and the next round without it, of which none may be lost.
+    """
     for site in MORE_SIZES:
         federation.add_site(site)
     federation.wait_online(*MORE_SIZES)
     _let_in(federation)
     others = sorted(site for site in federation.sites if site != KILLED)
     federation.plan.write({KILLED: {1: AFTER}})
-    run = federation.submit(rounds=1, round_timeout=max(deadline, NOTICED), **SETTINGS, **LOSING)
+    run = federation.submit(rounds=2, round_timeout=max(deadline, NOTICED), **SETTINGS, **LOSING)
     federation.wait_held(KILLED, 1)
     federation.processes.kill(KILLED)
     federation.plan.write({})
@@ -89,14 +103,14 @@ def drop_outs(federation: Federation, deadline: float) -> Iterator[Finding]:
     wrong = [] if result.status == "completed" else [f"the run {result.status}: {result.reason}"]
     lines = read_lines(RoundLine, run.path)
     told = [(failure.site, failure.kind) for line in lines for failure in line.failures]
-    if [(line.complete, line.attempts, sorted(line.participants)) for line in lines] != [(True, 1, others)]:
-        wrong.append(f"the round should count at once, with {', '.join(others)}")
+    if [(line.complete, line.attempts, sorted(line.participants)) for line in lines] != [(True, 1, others)] * 2:
+        wrong.append(f"both rounds should count at once, with {', '.join(others)}")
     if not told or any(kind not in LATE for _, kind in told):
         wrong.append("it should tell of the site that was killed")
     paid = {site: charges(federation, site, run) for site in federation.sites}
     for site, rows in paid.items():
-        if rows[1] != 1:
-            wrong.append(f"{site}'s ledger should hold one charge")
+        if (rows[1], rows[2]) != (1, int(site != KILLED)):
+            wrong.append(f"{site}'s ledger should hold one charge of round 1, and one of round 2 unless it was gone")
     wrong += _wrong_uploads(federation, run)
     federation.start_site(KILLED)
     figures: dict[str, int | float | str] = {
@@ -108,11 +122,46 @@ def drop_outs(federation: Federation, deadline: float) -> Iterator[Finding]:
     }
     yield Finding(
         SUM,
-        f"the {KILLED} lost between charge and vector, one may be",
+        f"the {KILLED} lost for good between charge and vector, one may be",
         False,
         not wrong,
         figures | ({"wrong": "; ".join(wrong)} if wrong else {}),
     )
+
+
+def server_lies(federation: Federation, deadline: float) -> Iterator[Finding]:
+    """Let the server lie in the first attempt at each round: it is refused, or the words that it gets are uniform."""
+    _let_in(federation)
+    names = list(SERVER_LIES)
+    # In two runs: of five rounds, most of them with two attempts, one would last longer than a run is waited for.
+    for part in (names[:3], names[3:]):
+        federation.plan.write({SERVER: dict(enumerate(part, 1))})
+        run = federation.submit(rounds=len(part), round_retries=1, round_timeout=deadline, **SETTINGS)
+        result = run.result()
+        federation.plan.write({})
+        lines = {line.round_number: line for line in read_lines(RoundLine, run.path)}
+        uploads = _wrong_uploads(federation, run, range(1, len(part) + 1))
+        for number, name in enumerate(part, 1):
+            paid = {site: charges(federation, site, run)[number] for site in SIZES}
+            wrong = wrong_after_a_lie(name, lines.get(number), sum(paid.values())) + uploads
+            wrong += [] if result.status == "completed" else [f"the run {result.status}: {result.reason}"]
+            figures: dict[str, int | float | str] = {
+                "took part": ", ".join(sorted(SIZES)),
+                "charged": ", ".join(f"{site} {count}" for site, count in paid.items()),
+                "adapter": "of whole sums",
+            }
+            yield Finding(LIES, name, False, not wrong, figures | ({"wrong": "; ".join(wrong)} if wrong else {}))
+
+
+def wrong_after_a_lie(name: str, line: RoundLine | None, paid: int) -> list[str]:
+    """Return what is wrong with a round in whose first attempt the server told this lie, ``paid`` times charged."""
+    words, attempts, times = SERVER_LIES[name]
+    if line is None or not line.complete or len(line.participants) != len(SIZES):
+        return ["the round should count with all sites"]
+    wrong = [] if line.attempts == attempts else [f"it should have taken {attempts} attempts, not {line.attempts}"]
+    if words and not any(words in failure.reason for failure in line.failures):
+        wrong.append(f"it should tell that {words}")
+    return wrong + ([] if paid == times else [f"the sites should have paid {times} times, not {paid}"])
 
 
 def _let_in(federation: Federation) -> None:
@@ -128,12 +177,12 @@ def _let_in(federation: Federation) -> None:
         policy.write_text(to_toml(RULES) + text, encoding="utf-8")
 
 
-def _wrong_uploads(federation: Federation, run: Run) -> Sequence[str]:
+def _wrong_uploads(federation: Federation, run: Run, rounds: Iterable[int] = (1, 2)) -> list[str]:
     """Return what is wrong with what left the sites: tensors, or two vectors under one mask."""
     wrong = []
     for site in federation.sites:
         sent = []
-        for number in (1, 2):
+        for number in rounds:
             for reply in federation.plan.kept(site, run.name, number, "reply"):
                 words = masked_words(reply)
                 if words is None:

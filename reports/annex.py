@@ -16,6 +16,7 @@ from common.words import counted, number_text
 from reports.audits import bound_sentences
 from reports.claim import server_is_trusted
 from reports.compute import compute_words
+from reports.connection import NOT_KNOWN, connection_sentences
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared
 from reports.markdown import plain
@@ -235,6 +236,11 @@ def _ai_act(data: ReportData, declared: Declared) -> list[Row]:
     ]
 
 
+def _as_fact(text: str) -> str:
+    """Return a sentence on connections; what the server app does not know, no file of the run knows."""
+    return f"{OPEN}{text.removeprefix(NOT_KNOWN)}" if text.startswith(NOT_KNOWN) else text
+
+
 def _hipaa(data: ReportData) -> list[Row]:
     central = server_is_trusted(data.claim.privacy_mode)
     return [
@@ -259,7 +265,7 @@ def _hipaa(data: ReportData) -> list[Row]:
         Row(
             "164.312(d) and (e)",
             "Who could take part, and how was it transmitted?",
-            [f"{OPEN} A deployed server takes registered keys over TLS alone; whether it was one, its own log says."],
+            [_as_fact(text) for text in connection_sentences(data.connections)],
         ),
         Row(
             "164.502(e), 164.504(e)",

@@ -56,6 +56,8 @@ class Axis:
 class Chart:
     """A chart and the legend that belongs to it, both ready to be put into a page."""
 
+    name: str
+    """An identifier, unique in the page."""
     svg: Markup
     legend: list[tuple[Markup, str]]
 
@@ -105,7 +107,7 @@ def line_chart(
         f'<desc id="{name}-text">{escape(y.label)} against {escape(x.label)}. Last values: {escape(ends)}. '
         f"The figures are in the tables of this page.</desc>{''.join(parts)}</svg>"
     )
-    return Chart(Markup(svg), [(_swatch(index), curve.label) for index, curve in enumerate(drawn)])
+    return Chart(name, Markup(svg), [(_swatch(index), curve.label) for index, curve in enumerate(drawn)])
 
 
 def ticks(values: Sequence[float], axis: Axis) -> list[float]:

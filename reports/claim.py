@@ -13,7 +13,7 @@ from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
 from common.words import EACH, names_text, natural
 from reports.folder import RunFiles
-from reports.sites import SiteReport, distinct, federation_delta, worst_site
+from reports.sites import SiteReport, distinct, federation_delta, fewest_summed, worst_site
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -30,7 +30,8 @@ NOT_COVERED = (
 COVERED_BY_SERVER = (
     "every model that the server gave away after a round, and whatever is made of it: the final model, its accuracy, "
     "the choice of a round",
-    "this run's folder, but its times: its lines, its log and its checkpoint hold nothing of one site",
+    "this run's folder, but for what has the times of rounds (log.jsonl, ledgers/, the dates of files), which is the "
+    "server's own: its lines, its report and its checkpoint hold nothing of one site",
     "all rounds together, and earlier runs as far as the server's ledger holds them",
 )
 """The same where the server is trusted with every update."""
@@ -40,6 +41,12 @@ BY_SERVER = (
     "the base model, which may have been trained on the same records before",
     "what a site has given away otherwise, such as in runs of another server, or by another ledger of this one",
 )
+UNTOLD = (
+    "No site has a line here. Who was drawn and who answered is told to nobody, nor how long a round took or how many "
+    "bytes came, since both follow from it; bytes are those of the usual draw. Where privacy.site-rate is below 1, the "
+    "price counts on nobody knowing who was drawn."
+)
+"""What a report leaves out where a trusted server draws whole sites, and why."""
 OFF = (
     "Privacy was OFF. This run promises nothing about any record: what the sites sent, and the final model, "
     "may reveal their records."
@@ -101,7 +108,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         else f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
         f"differentially private in {claim.unit}. Both are the maximum over sites: {claim.across}"
     )
-    sentence += _shared(sites)
+    sentence += _shared(files, sites)
     if any(site.agreement == "exposed" for site in sites):
         # Without names: a sentence is not escaped as they are. The gaps name the sites.
         sentence = (
@@ -132,14 +139,29 @@ def server_is_trusted(mode: str) -> bool:
     return mode in MECHANISMS and MECHANISMS[mode].central
 
 
-def _shared(sites: Sequence[SiteReport]) -> str:
+def none_refused(*, central: bool) -> str:
+    """Return what stands where no refusal is recorded; ``central``: a trusted server tells of none."""
+    return "None is told: see the cohort." if central else "None that is recorded."
+
+
+def _shared(files: RunFiles, sites: Sequence[SiteReport]) -> str:
     """Return on whom a claim rests whose noise the sites share, and what holds without them; empty where none do."""
     honest = [figure for site in sites for figure in distinct(site.events, "honest_sites")]
     bare = [site.epsilon_alone for site in sites if site.epsilon_alone is not None]
     if not honest or not bare:
         return ""
+    least, fewest = max(honest), fewest_summed(files)
+    whole = [site.epsilon_all_honest for site in sites if site.epsilon_all_honest is not None]
+    told = ""
+    if whole and fewest > least:
+        told = (
+            f" If all {fewest} sites of each sum are honest, the sums of this run that counted cost "
+            f"ε {epsilon_text(max(whole))} at the same δ."
+        )
+    if least == 1:
+        return f" It rests on no other site: each adds all of the noise that its records need.{told}"
     return (
-        f" That holds as long as {max(honest):.0f} sites of each sum are honest. If no other site adds its noise, or "
+        f" That holds as long as {least:.0f} sites of each sum are honest.{told} If no other site adds its noise, or "
         f"the masks fail, the sums of this run that counted cost ε {epsilon_text(max(bare))} at the same δ; a site's "
         "ledger also has the attempts that were thrown away."
     )

@@ -20,6 +20,7 @@ from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, read_js
 from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of, server_is_trusted
+from reports.connection import ConnectionReport, connection_cares, connection_reports
 from reports.folder import RunFiles, read_run
 from reports.learning import LayerReport, layer_reports
 from reports.meaning import MeaningReport, meaning_report
@@ -40,7 +41,7 @@ SCHEMA = "fedveil-report/2"
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round. Bytes are adapter payload of all messages, accuracy a share, seconds wall time."""
+    """One round. Bytes are adapter payload of all messages, accuracy a share."""
 
     round_number: int
     """0: before training, or the statistic that the start is made from."""
@@ -53,6 +54,7 @@ class RoundReport:
     bytes_down: int | None
     bytes_up: int | None
     seconds: float | None
+    """Wall time; None with a trusted server, which tells nobody who was drawn."""
     epsilon_worst: float | None
     """Largest total that a site had reported by then; None without a claim."""
 
@@ -95,8 +97,8 @@ class Headline:
     """Sites that took part in a round at least; with a trusted server, which tells nobody, those of the cohort."""
     bytes_down: int
     bytes_up: int
-    seconds: float
-    """Of all finished rounds together."""
+    seconds: float | None
+    """Of all finished rounds together; None as of a round."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class ReportData:
     """Of the final adapter; None while none is saved."""
     actors: list[Actor]
     """Who is trusted with what."""
+    connections: list[ConnectionReport]
+    """How sites were reached, and the server's own check; empty: an earlier FedVeil did not record it."""
     unprotected: list[str]
     """Quantities that no noise protects."""
     audits: dict[str, str]
@@ -169,7 +173,7 @@ def report_of(folder: Path) -> ReportData:
     """
     files = read_run(folder)
     settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
-    problems = list(files.problems)
+    problems, connections = list(files.problems), connection_reports(files.server)
     audits = audit_reports(files.findings, problems)
     claim, headline = claim_of(files, sites), _headline(files, sites)
     return ReportData(
@@ -179,7 +183,7 @@ def report_of(folder: Path) -> ReportData:
         started=files.config.started,
         status=files.result.status if files.result else "unfinished",
         reason=files.result.reason if files.result else "",
-        problems=[*problems, *audit_cares(audits, versions)],
+        problems=[*problems, *audit_cares(audits, versions), *connection_cares(connections)],
         headline=headline,
         claim=claim,
         meaning=meaning_report(files, sites),
@@ -196,6 +200,7 @@ def report_of(folder: Path) -> ReportData:
         versions=versions,
         origin=_origin(folder, problems),
         actors=actors_of(claim, headline.epsilon),
+        connections=connections,
         unprotected=unprotected_of(sites, _cut_test(settings), claim),
         audits=files.audits,
         audit_results=audits,
@@ -248,7 +253,7 @@ def federation_epsilon(folder: Path) -> float | None:
 def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     worst, planned = worst_site(sites), files.config.settings.get("rounds")
     number = sum(site.rounds_joined > 0 for site in sites)
-    if server_is_trusted(str(files.config.settings.get("privacy.mode", ""))):
+    if _is_central(files):
         number = sum(site.public_size or 0 for site in sites)  # one line stands for the cohort
     counted = [line for line in files.rounds if line.round_number and line.complete]
     return Headline(
@@ -263,8 +268,12 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         sites=number,
         bytes_down=sum(line.bytes_down for line in files.rounds),
         bytes_up=sum(line.bytes_up for line in files.rounds),
-        seconds=sum(line.seconds for line in files.rounds),
+        seconds=None if _is_central(files) else sum(line.seconds or 0.0 for line in files.rounds),
     )
+
+
+def _is_central(files: RunFiles) -> bool:
+    return server_is_trusted(str(files.config.settings.get("privacy.mode", "")))
 
 
 def _accuracy(files: RunFiles, kind: Literal["labels", "slices"]) -> list[LabelReport]:
@@ -288,7 +297,7 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
             loss=loss,
             bytes_down=line.bytes_down,
             bytes_up=line.bytes_up,
-            seconds=line.seconds,
+            seconds=None if _is_central(files) else line.seconds,
             epsilon_worst=worst_by(line.round_number),
         )
 

@@ -25,6 +25,7 @@ from common.run_lines import (
     ResultFile,
     RoundLine,
     RunFile,
+    ServerFile,
 )
 from common.strict_json import from_json
 
@@ -51,6 +52,8 @@ class RunFiles:
     beside: list[BesideRow] = field(default_factory=list)
     """What other runs came to; empty: nobody has said."""
     problems: list[str] = field(default_factory=list)
+    server: ServerFile | None = None
+    """What the server knew of itself; None: an earlier FedVeil did not record it."""
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -76,6 +79,7 @@ def read_run(folder: Path) -> RunFiles:
         {name: content for name, content in read if content},
         beside.rows if (beside := _file(BesideFile, folder / BesideFile.NAME, problems)) else [],
         problems,
+        _file(ServerFile, folder / ServerFile.NAME, problems),
     )
 
 

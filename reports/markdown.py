@@ -18,12 +18,13 @@ from common.words import (
     value_text,
     visible,
 )
-from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
+from reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
-from reports.claim import server_is_trusted
+from reports.claim import UNTOLD, none_refused, server_is_trusted
+from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
-from reports.meaning import attack_sentence, several_sentence
+from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sites import distinct
 
@@ -50,6 +51,7 @@ def to_markdown(data: ReportData) -> str:
         _claim(data),
         _meaning(data),
         _trust(data),
+        _connection(data),
         _accuracy(data),
         _beside(data),
         _sites(data),
@@ -76,8 +78,8 @@ def _result(data: ReportData) -> list[str]:
         f"- status: {plain(ended)}",
         f"- accuracy on public data: {accuracy}",
         f"- rounds: {head.rounds_done} of {head.rounds_planned}, {'at most ' if central else ''}{head.sites} sites",
-        f"- adapter payload: {bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up; "
-        f"{seconds_text(head.seconds)}",
+        f"- adapter payload: {bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up"
+        + (", of the usual draw" if central else f"; {seconds_text(head.seconds)}"),
     ]
     if head.epsilon is not None and head.delta is not None:
         lines.insert(
@@ -121,7 +123,7 @@ def _meaning(data: ReportData) -> list[str]:
     return [
         "## What ε means",
         "",
-        f"Of the site that this run cost most: {plain(meaning.site)}.",
+        plain(whose_sentence(meaning, central=server_is_trusted(data.claim.privacy_mode))),
         "",
         *spoken,
         *_table(columns, attacks),
@@ -141,6 +143,21 @@ def _trust(data: ReportData) -> list[str]:
         "",
         *(f"- {plain(text)}" for text in data.unprotected),
     ]
+
+
+def _connection(data: ReportData) -> list[str]:
+    lines = ["## The server and its connections", ""]
+    if not data.connections:
+        return [*lines, NOT_RECORDED]
+    for report in data.connections:
+        lines += [f"When the server began ({', '.join(report.began)}):", ""]
+        lines += [f"- {plain(text)}" for text in report.said]
+        lines += [f"- {NOT_KNOWN} {plain(text)}." for text in report.unknown]
+        lines += [f"- Bundle, the server's code: SHA-256 `{report.bundle}`.", ""]
+        if report.checks:
+            rows = [("ok" if check.ok else "FAILED", check.what, check.found) for check in report.checks]
+            lines += [*_table(("the server's own check", "of", "found"), rows), ""]
+    return [*lines, SITES_OWN]
 
 
 def _accuracy(data: ReportData) -> list[str]:
@@ -163,9 +180,10 @@ def _beside(data: ReportData) -> list[str]:
 
 
 def _sites(data: ReportData) -> list[str]:
+    if server_is_trusted(data.claim.privacy_mode):
+        return _cohort(data)
     columns = ("site", "public size", "rounds joined", "refused", "steps", "sample rate", "noise multiplier", "clip")
     rows = alike_sites(data.sites)
-    spent = ("site", "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
     return [
         "## Sites",
         "",
@@ -185,24 +203,34 @@ def _sites(data: ReportData) -> list[str]:
             ],
         ),
         "",
-        *_table(
-            spent,
-            [
-                (
-                    row.names,
-                    epsilon_text(s.epsilon_total),
-                    UNKNOWN if s.delta is None else f"{s.delta:g}",
-                    number_text(s.epsilon_budget),
-                    remaining_text(s.epsilon_remaining),
-                    epsilon_text(s.epsilon_recomputed),
-                    epsilon_text(s.epsilon_rdp),
-                    s.note,
-                )
-                for row in rows
-                for s in [row.site]
-            ],
-        ),
+        *_spent("site", rows),
     ]
+
+
+def _cohort(data: ReportData) -> list[str]:
+    """Return the one line of all sites of a trusted server."""
+    columns = ("whose", "sites", "rounds charged", "chance to be drawn", "noise multiplier", "clip")
+    rows = [(s.site, number_text(s.public_size), str(s.rounds_joined), *_figures(s.events)) for s in data.sites]
+    return ["## The cohort", "", UNTOLD, "", *_table(columns, rows), "", *_spent("whose", alike_sites(data.sites))]
+
+
+def _spent(who: str, rows: Sequence[Alike]) -> list[str]:
+    columns = (who, "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
+    cells = [
+        (
+            row.names,
+            epsilon_text(s.epsilon_total),
+            UNKNOWN if s.delta is None else f"{s.delta:g}",
+            number_text(s.epsilon_budget),
+            remaining_text(s.epsilon_remaining),
+            epsilon_text(s.epsilon_recomputed),
+            epsilon_text(s.epsilon_rdp),
+            s.note,
+        )
+        for row in rows
+        for s in [row.site]
+    ]
+    return _table(columns, cells)
 
 
 def _figures(
@@ -212,12 +240,13 @@ def _figures(
 
 
 def _rounds(data: ReportData) -> list[str]:
-    spent = "ε" if server_is_trusted(data.claim.privacy_mode) else "ε worst site"
+    central = server_is_trusted(data.claim.privacy_mode)
+    spent, seconds = "ε" if central else "ε worst site", () if central else ("seconds",)
     return [
         "## Rounds",
         "",
         *_table(
-            ("round", "accuracy", "loss", spent, "participants", "bytes down", "bytes up", "seconds"),
+            ("round", "accuracy", "loss", spent, "participants", "bytes down", "bytes up", *seconds),
             [
                 (
                     str(r.round_number),
@@ -227,7 +256,7 @@ def _rounds(data: ReportData) -> list[str]:
                     participants_text(r.participants, data.sites) if r.counted else "did not count",
                     number_text(r.bytes_down),
                     number_text(r.bytes_up),
-                    seconds_text(r.seconds),
+                    *(() if central else (seconds_text(r.seconds),)),
                 )
                 for r in data.rounds
             ],
@@ -249,9 +278,8 @@ def _others(data: ReportData) -> list[str]:
         (str(r.round_number), str(r.attempt), names, r.kind, r.reason)
         for names, r in alike_absences(data.refusals, len(data.sites))
     ]
-    lines += (
-        _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else ["None that is recorded."]
-    )
+    none = none_refused(central=server_is_trusted(data.claim.privacy_mode))
+    lines += _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else [none]
     lines += ["", "## Releases other than training", ""]
     releases = [
         (

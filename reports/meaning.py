@@ -56,6 +56,11 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen)
 
 
+def whose_sentence(meaning: MeaningReport, *, central: bool) -> str:
+    """Return of which site the figures are; ``central``: whether a trusted server noised the sum of all."""
+    return "Of every site of the cohort." if central else f"Of the site that this run cost most: {meaning.site}."
+
+
 def attack_sentence(meaning: MeaningReport) -> str:
     """Return the bounds on attacks in one sentence."""
     rates = ", and ".join(

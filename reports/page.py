@@ -14,11 +14,12 @@ from common.privacy import figures
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.charts import Axis, Chart, Curve, Mark, line_chart
-from reports.claim import server_is_trusted
+from reports.claim import UNTOLD, none_refused, server_is_trusted
+from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
-from reports.meaning import attack_sentence, several_sentence
+from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.page_style import FACTS_STYLE, STYLE
 from reports.page_template import FACTS, PAGE
 from reports.scores import BESIDE, beside_cells, share_text
@@ -50,6 +51,12 @@ def to_html(data: ReportData) -> str:
     return _template(PAGE).render(
         data=data,
         central=central,
+        untold=UNTOLD,
+        not_known=NOT_KNOWN,
+        not_recorded=NOT_RECORDED,
+        sites_own=SITES_OWN,
+        none_refused=none_refused(central=central),
+        whose_meaning=whose_sentence(data.meaning, central=central) if data.meaning else "",
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,

@@ -33,7 +33,7 @@ h1 { font-size: 2.1rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.35rem; margin: 3rem 0 .9rem; padding-top: .9rem; border-top: 2px solid var(--ink); }
 h3 { font-size: 1.02rem; margin: 1.6rem 0 .5rem; }
 p, ul, dl { margin: 0 0 .9rem; max-width: 46rem; }
-li { margin: .15rem 0; }
+li { margin: .15rem 0; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); }
 .meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
 .status {
@@ -124,7 +124,11 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   main { max-width: none; padding: 0; }
   h2 { margin-top: 1.6rem; break-after: avoid; }
   .scroll { overflow: visible; border: 0; }
-  th, td { padding: .22rem .5rem; }
+  table { font-size: 7.5pt; }
+  th, td { padding: .2rem .3rem; }
+  thead th.n { white-space: normal; }
+  tbody th[scope=row] { position: static; }
+  tbody th[scope=row]:not(.n), td.name, td.wide { min-width: 0; max-width: none; }
   figure, .figures, tr, .alarm, .care { break-inside: avoid; }
   thead { display: table-header-group; }
 }
@@ -136,8 +140,9 @@ FACTS_STYLE = """
 .facts p { margin: 0 0 .4rem; }
 @media print {
   @page { size: A4; margin: 14mm 16mm; }
-  .facts { padding: 0; max-width: none; font-size: 10.5pt; line-height: 1.35; }
-  .facts h1 { font-size: 17pt; } .facts h2 { font-size: 11.5pt; margin-top: .55rem; }
+  .facts { padding: 0; max-width: none; font-size: 9.5pt; line-height: 1.3; }
+  .facts h1 { font-size: 16pt; } .facts h2 { font-size: 10.5pt; margin-top: .4rem; }
+  .facts p { margin-bottom: .25rem; } .facts footer { margin-top: .8rem; padding-top: .4rem; font-size: 8pt; }
 }
 """
 """What a fact sheet has besides: one column, and on paper one page of A4."""

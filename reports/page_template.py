@@ -13,7 +13,8 @@ PAGE = """\
 {% endmacro %}
 {% macro figure(chart, title, text) %}
 {% if chart %}
-<figure><figcaption><strong>{{ title }}</strong> {{ text }}</figcaption>
+<figure aria-labelledby="{{ chart.name }}-caption">
+<figcaption id="{{ chart.name }}-caption"><strong>{{ title }}</strong> {{ text }}</figcaption>
 {{ chart.svg }}
 <ul class="legend">{% for swatch, label in chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul></figure>
 {% endif %}
@@ -64,11 +65,12 @@ PAGE = """\
 <dd class="note">before and after training</dd></div>
 <div><dt>Rounds</dt>
 <dd class="big">{{ head.rounds_done }} <small>of {{ head.rounds_planned }}</small></dd>
-<dd class="note">{{ "a cohort of at most " ~ head.sites ~ " sites" if central else head.sites ~ " sites took part" }};
-{{ head.seconds|seconds }}</dd></div>
+<dd class="note">{% if central %}a cohort of at most {{ head.sites }} sites
+{%- else %}{{ head.sites }} sites took part; {{ head.seconds|seconds }}{% endif %}</dd></div>
 <div><dt>Traffic, adapter payload</dt>
 <dd class="big">{{ head.bytes_down|bytes }} <small>down</small></dd>
-<dd class="note">{{ head.bytes_up|bytes }} up, all sites and rounds</dd></div>
+<dd class="note">{{ head.bytes_up|bytes }} up,
+{{ "of the usual draw" if central else "all sites and rounds" }}</dd></div>
 </dl>
 
 <h2>What is promised</h2>
@@ -94,7 +96,7 @@ PAGE = """\
 {% if data.meaning %}
 {% set meaning = data.meaning %}
 <h2>What ε means</h2>
-<p>Of the site that this run cost most: {{ meaning.site }}.</p>
+<p>{{ whose_meaning }}</p>
 <p>{{ meaning|attacks }}</p>
 {% if meaning|several %}
 <p>{{ meaning|several }}</p>
@@ -133,6 +135,24 @@ PAGE = """\
 {% endcall %}
 <p>No noise protects:</p>
 <ul>{% for text in data.unprotected %}<li>{{ text }}</li>{% endfor %}</ul>
+
+<h2>The server and its connections</h2>
+{% for report in data.connections %}
+<p>When the server began ({{ report.began|join(", ") }}):</p>
+<ul>{% for text in report.said %}<li>{{ text }}</li>{% endfor %}
+{% for text in report.unknown %}<li>{{ not_known }} {{ text }}.</li>{% endfor %}
+<li>Bundle, the server's code:<br><code>SHA-256 {{ report.bundle }}</code></li></ul>
+{% if report.checks %}
+{% call table("The server's own check, begun " ~ report.began|join(", ")) %}
+<thead><tr><th scope="col">outcome</th><th scope="col">of</th><th scope="col">found</th></tr></thead>
+<tbody>{% for check in report.checks %}
+<tr><td class="{{ "ok" if check.ok else "bad" }}">{{ "ok" if check.ok else "FAILED" }}</td>
+<th scope="row">{{ check.what }}</th><td class="wide">{{ check.found }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% endfor %}
+<p>{{ sites_own if data.connections else not_recorded }}</p>
 
 {% if data.accuracy %}
 <h2>Accuracy on public data</h2>
@@ -194,8 +214,24 @@ PAGE = """\
 {% endif %}
 {% endif %}
 
-<h2>Sites</h2>
+<h2>{{ "The cohort" if central else "Sites" }}</h2>
+{% if central %}
+<p>{{ untold }}</p>
+{% endif %}
 {% if data.sites %}
+{% if central %}
+{% call table("What the server charged for all sites together; the noise multiplier σ is noise over clip") %}
+<thead><tr><th scope="col">whose</th><th scope="col" class="n">sites</th>
+<th scope="col" class="n">rounds charged</th><th scope="col" class="n">σ</th>
+<th scope="col" class="n">chance to be drawn</th><th scope="col" class="n">clip</th></tr></thead>
+<tbody>{% for site in data.sites %}
+<tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.public_size|number }}</td>
+<td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.events|figures("noise_multiplier")|numbers }}</td>
+<td class="n">{{ site.events|figures("sample_rate")|numbers }}</td>
+<td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
 {% call table("What each site did in this run; the noise multiplier σ is noise over clip, q is the sample rate") %}
 <thead><tr><th scope="col">site</th><th scope="col" class="n">public size</th>
 <th scope="col" class="n">rounds joined</th><th scope="col" class="n">refused</th>
@@ -209,9 +245,11 @@ PAGE = """\
 <td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% endif %}
 {% call table("What " ~ ("the cohort has spent, by the server's ledger" if central else
 "each site has spent, by its own ledger") ~ ", and this run's releases computed again here") %}
-<thead><tr><th scope="col">site</th><th scope="col" class="n">ε spent</th><th scope="col" class="n">at δ</th>
+<thead><tr><th scope="col">{{ "whose" if central else "site" }}</th>
+<th scope="col" class="n">ε spent</th><th scope="col" class="n">at δ</th>
 <th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
 <th scope="col" class="n">cross-check, RDP</th><th scope="col">agreement</th></tr></thead>
 <tbody>{% for row in site_rows %}{% set site = row.site %}
@@ -230,7 +268,7 @@ the larger one. Both are computed here from σ, q and the {{
 "the" if central else "its" }} ledger.</p>
 {% endif %}
 {% else %}
-<p>No site has answered yet.</p>
+<p>{{ "No round was charged yet." if central else "No site has answered yet." }}</p>
 {% endif %}
 
 <h2>Rounds</h2>
@@ -239,15 +277,16 @@ the larger one. Both are computed here from σ, q and the {{
 <thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">accuracy</th>
 <th scope="col" class="n">loss</th>
 <th scope="col" class="n">{{ "ε" if central else "ε, worst site" }}</th><th scope="col">participants</th>
-<th scope="col" class="n">bytes down</th><th scope="col" class="n">bytes up</th><th scope="col" class="n">time</th></tr>
-</thead>
+<th scope="col" class="n">bytes down</th><th scope="col" class="n">bytes up</th>
+{% if not central %}<th scope="col" class="n">time</th>{% endif %}</tr></thead>
 <tbody>{% for round in data.rounds %}
 <tr><th scope="row" class="n">{{ round.round_number }}</th><td class="n">{{ round.accuracy|percent }}</td>
 <td class="n">{{ "–" if round.loss is none else "%.4f"|format(round.loss) }}</td>
 <td class="n">{{ round.epsilon_worst|epsilon("no claim" if round.round_number or not claim.made else "–") }}</td>
 <td class="wide">{% if round.counted %}{{ round.participants|took_part(data.sites) }}
 {%- else %}<span class="bad">did not count</span>{% endif %}</td><td class="n">{{ round.bytes_down|number }}</td>
-<td class="n">{{ round.bytes_up|number }}</td><td class="n">{{ round.seconds|seconds }}</td></tr>
+<td class="n">{{ round.bytes_up|number }}</td>
+{% if not central %}<td class="n">{{ round.seconds|seconds }}</td>{% endif %}</tr>
 {% endfor %}</tbody>
 {% endcall %}
 {% else %}
@@ -280,7 +319,7 @@ the larger one. Both are computed here from σ, q and the {{
 {% endfor %}</tbody>
 {% endcall %}
 {% else %}
-<p>None that is recorded.</p>
+<p>{{ none_refused }}</p>
 {% endif %}
 
 <h2>Releases other than training</h2>

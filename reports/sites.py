@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.accountant import EVALUATION, INITIALISATION, TRAINING
 from common.errors import ConfigError
@@ -54,6 +54,8 @@ class SiteReport:
     """Of this run's releases, by RDP: the cross-check."""
     epsilon_alone: float | None
     """Of this run's releases, if no other site adds its noise to a sum; None where none was to."""
+    epsilon_all_honest: float | None
+    """Of this run's releases, if all sites of each sum add their noise, by the sum of fewest sites; None as above."""
     agreement: str
     """``agrees``, ``larger`` or ``smaller`` (the site's total against the recomputed one), ``exposed`` (its total is
     infinite), ``unknown`` or ``none``."""
@@ -200,6 +202,7 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         accountant_recomputed=accountant,
         epsilon_rdp=rdp,
         epsilon_alone=_alone(paid, files, delta) if recomputed is not None else None,
+        epsilon_all_honest=_all_honest(paid, files, delta) if recomputed is not None else None,
         agreement=agreement,
         note=note,
     )
@@ -220,6 +223,19 @@ def _recompute(name: str, files: RunFiles, delta: float | None) -> tuple[float |
 def _alone(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None) -> float | None:
     releases = releases_of(paid, files)
     own = alone(releases)
+    return None if delta is None or own == releases else epsilon_with_method(own, delta)[0]
+
+
+def fewest_summed(files: RunFiles) -> int:
+    """Return of how many sites the sum of fewest sites is, among the rounds that counted; 0 where none did."""
+    # Round 0 sums nothing: where its start is from public records, its line has no participants.
+    counted = (line for line in files.rounds if line.complete and line.round_number)
+    return min((len(line.participants) for line in counted), default=0)
+
+
+def _all_honest(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None) -> float | None:
+    releases, sites = releases_of(paid, files), fewest_summed(files)
+    own = [replace(release, event=release.event.of_honest(sites)) for release in releases] if sites else releases
     return None if delta is None or own == releases else epsilon_with_method(own, delta)[0]
 
 

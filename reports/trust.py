@@ -96,7 +96,8 @@ def unprotected_of(sites: Sequence[SiteReport], cut_test: str, claim: Claim) -> 
     if claim.made and server_is_trusted(claim.privacy_mode):
         said = [
             f"the number of sites in the cohort ({number_text(sum(sizes))})",
-            "when rounds began and ended, and whether enough sites were connected for one",
+            "when rounds began and ended, from whoever watches the server or gets its logs",
+            "whether enough sites were connected for a round",
         ]
     return [
         *said,

@@ -20,6 +20,7 @@ from markupsafe import escape
 from common.errors import DataError, FedVeilError
 from common.run_lines import ProgressFile, read_if_there
 from common.words import visible
+from reports.claim import server_is_trusted
 from reports.data import ReportData, report_of
 from reports.fact_sheet import NAME as FACTS
 from reports.files import REPORT_JSON, to_json
@@ -30,6 +31,10 @@ LOOPBACK = "127.0.0.1"
 REFRESH_SECONDS = 5
 UNFINISHED = "unfinished"
 TITLE = "<h1>Privacy report</h1>"
+TO_NOBODY = (
+    "Right now: the run goes on. This page is for the trusted server's own people alone: when a round ends may tell "
+    "who was drawn for it"
+)
 FORMS: Mapping[str, tuple[str, Callable[[ReportData], bytes]]] = {
     "/": ("text/html; charset=utf-8", lambda data: to_html(data).encode()),
     f"/{FACTS}": ("text/html; charset=utf-8", lambda data: to_fact_sheet(data).encode()),
@@ -99,12 +104,14 @@ class Watched(ThreadingHTTPServer):
         kind, made = FORMS[path]
         data = self.report()
         content, goes_on = made(data), data.status == UNFINISHED
-        if path == "/" and goes_on and (words := self._progress()):
+        if path == "/" and goes_on and (words := self._progress(data)):
             said = f'{TITLE}\n<p class="care" role="status">{escape(visible(words))}</p>'
             content = content.replace(TITLE.encode(), said.encode(), 1)
         return kind, content, goes_on
 
-    def _progress(self) -> str:
+    def _progress(self, data: ReportData) -> str:
+        if server_is_trusted(data.claim.privacy_mode):
+            return TO_NOBODY
         try:
             state = read_if_there(ProgressFile, self.folder)
         except DataError:

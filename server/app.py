@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 
 from common.log import place_of
 from common.messages.round import Reply, SumReply, Task
 from common.messages.wire import Layout, encode_task, payload_bytes
-from common.run_lines import ProgressFile
+from common.paths import run_folder
+from common.run_lines import ProgressFile, Reach
 from server.conduct import conduct
 from server.model import ServerModel
+from server.own_check import began, own_check
 from server.pulls import Pulls
 from server.records import RunFolder
 from server.registered import registered_names
@@ -135,4 +138,7 @@ def _patiently(call: Callable[[], Answer]) -> Answer:
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry point: check every setting before anything else, then conduct the run."""
     job = configure(dict(context.run_config))
-    conduct(job, str(context.run_id), lambda server_model, folder: FlowerTransport(grid, job, server_model, folder))
+    run = str(context.run_id)
+    reach: Reach = "simulation" if isinstance(grid, InMemoryGrid) else "network"
+    start = began(reach, own_check(run_folder(job.config, run).parent, reach))
+    conduct(job, run, lambda server_model, folder: FlowerTransport(grid, job, server_model, folder), start)

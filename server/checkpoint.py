@@ -36,9 +36,11 @@ NAME = "checkpoint.safetensors"
 FORMAT = "6"
 PARTS = ("adapter", "memory", "first moments", "second moments", "clocks")
 """Where a stored tensor belongs."""
-MAY_CHANGE = ("resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
-"""Settings in which a resumed run may differ from its start: none of them enters the model."""
+MAY_CHANGE = ("recipe", "resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
+"""Settings in which a resumed run may differ from its start: none of them enters the model. What a recipe has filled in
+is compared itself."""
 BEFORE: Mapping[str, Scalar] = {
+    "recipe": "plain",
     "privacy.honest-sites": 0,
     "privacy.colluders": 1,
     "privacy.drop-outs": 0,

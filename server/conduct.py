@@ -12,12 +12,13 @@ from common.log import about, kept_in, place_of, set_up
 from common.model.federated import Score
 from common.paths import run_folder, run_name
 from common.privacy.figures import epsilon_text
-from common.run_lines import ProgressFile, Reached, ResultFile, Status
+from common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
 from reports import federation_epsilon, write_reports
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.lock import GLANCE_SECONDS, only_writer
 from server.model import ServerModel
+from server.own_check import began
 from server.records import RunFolder
 from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
@@ -28,6 +29,10 @@ from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
 SITES_LOG = "fedveil.site"
+NOT_PUBLISHED = (
+    "this log has the times of rounds, which may show who was drawn: it is the trusted server's own, and is not to be "
+    "published"
+)
 DYING_SECONDS = 90.0
 """How long a resumed run waits for the server that began it: one that lost its SuperLink takes a while to give up."""
 
@@ -82,13 +87,19 @@ class _Observer:
         self._folder.say(f"run ends early: {reason}")
 
 
-def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder], Transport]) -> Path:
+def conduct(
+    job: Job,
+    flower_run: str,
+    connect: Callable[[ServerModel, RunFolder], Transport],
+    start: ServerStart | None = None,
+) -> Path:
     """Run a job, or go on with the run that it resumes, and leave everything in its folder, whose path is returned.
 
     Args:
         job: the checked configuration.
         flower_run: the id that Flower gave this start.
         connect: makes the transport once the server's model is there.
+        start: what the server knows of itself; None: server and sites are this one process.
 
     Raises:
         ConfigError, DataError: there is nothing to resume, or the tracker is not installed; nothing was touched.
@@ -107,8 +118,11 @@ def conduct(job: Job, flower_run: str, connect: Callable[[ServerModel, RunFolder
         # Read once nobody else writes: the server that did may have finished a round, or the run, meanwhile.
         saved = load_checkpoint(path, job, run) if job.config.resume else None
         folder = RunFolder(path, job, run, saved)
+        folder.begun(start or began("one process"))
         # Of sites in this very process, an experiment's, the lines would tell who was drawn.
         with kept_in(path / "log.jsonl", SITES_LOG if job.mechanism.central else ""):
+            if job.mechanism.central:
+                log.info(NOT_PUBLISHED, extra=about(run))
             tracking = Tracking(job, path, run)
             try:
                 _conduct(job, run, folder, connect, tracking)

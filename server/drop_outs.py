@@ -1,16 +1,19 @@
 """The round of a secure sum that sites may be lost from: shares, vectors, one signed list, and shares that are told.
 
 As long as no more than ``privacy.drop-outs`` are lost, the others have their sum and pay once. A site may be lost
-before its shares, before its vector, or after it; then it is in the sum. What it was charged by then stays.
+before its shares, before its vector, or after it; then it is in the sum. What it was charged by then stays. Where sites
+are gone for good, fewer of those that are left may be lost, by their number alone.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from common.errors import ProtocolError
+from common.log import about
 from common.messages.round import (
     Refusal,
     ShareReply,
@@ -24,11 +27,12 @@ from common.messages.round import (
     UnmaskTask,
 )
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer, are_shares, threshold, unmasked
+from common.secure_sum import KeyOffer, are_shares, may_be_lost, threshold, unmasked
 from server.sites import Gathering
 from server.sums import SummedSites, in_order, words_of
 from strategies import ServerState
 
+log = logging.getLogger("fedveil.server")
 Told = TypeVar("Told", bound=SumReply)
 
 
@@ -46,10 +50,14 @@ class RecoveringSites(SummedSites):
             round_number: of the round.
             state: what the sites start from.
         """
-        privacy, where = self._job.config.privacy, (self._run, round_number, got.attempts - 1)
-        holders = [offer.site for offer in offers.values()]
+        config, privacy = self._job.config, self._job.config.privacy
+        where, holders = (self._run, round_number, got.attempts - 1), [offer.site for offer in offers.values()]
+        terms = privacy.honest_sites, privacy.colluders, privacy.drop_outs
+        if (few := may_be_lost(len(holders), *terms, config.min_sites)) < privacy.drop_outs:
+            line = "%d sites are left, of which %d may be lost, and privacy.drop-outs is %d"
+            log.warning(line, len(holders), few, privacy.drop_outs, extra=about(self._run, round_number))
         needed = threshold(len(holders), privacy.colluders)
-        least = max(self._job.config.min_sites, privacy.honest_sites + privacy.colluders, needed)
+        least = max(config.min_sites, privacy.honest_sites + privacy.colluders, needed)
         shared = self._told(got, ShareTask(*where, tuple(offers.values())), offers, ShareReply)
         shared = self._whole(got, shared, len(holders), offers, round_number)
         if not self._enough(got, round_number, shared, least, "have shared the secrets of their masks"):

@@ -1,6 +1,7 @@
 """The files of a run's folder, as the server writes them.
 
 ``config.json``     every setting, with versions of what computed it
+``server.json``     what the server knew of its code, connections and machine at each start
 ``baseline.json``   the score before any record is used
 ``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
 ``privacy.jsonl``   one line a round and site: the privacy report
@@ -38,6 +39,7 @@ from common.messages.state import AdapterState
 from common.model.federated import FederatedModel, Score
 from common.privacy.claim import NO_CLAIM, NOTHING
 from common.run_lines import (
+    COHORT,
     BaselineFile,
     ConfigFile,
     CountLine,
@@ -47,14 +49,16 @@ from common.run_lines import (
     ResultFile,
     RoundLine,
     RunFile,
+    ServerFile,
+    ServerStart,
     read_file,
+    read_if_there,
 )
 from common.strict_json import to_json
 from common.tasks import TASKS
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
 from server.rounds import RoundOutcome
-from server.trusted import COHORT
 from strategies import ServerState
 from strategies.job import Job
 
@@ -129,6 +133,11 @@ class RunFolder:
         versions = {"python": platform.python_version(), **package_versions(job.config.model.quantise)}
         self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
 
+    def begun(self, start: ServerStart) -> None:
+        """Record what the server knows of itself, beside what it knew when the run began or last went on."""
+        before = read_if_there(ServerFile, self.path) if self.saved else None
+        self._write(ServerFile([*(before.starts if before else []), start]))
+
     def started(
         self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
     ) -> None:
@@ -173,7 +182,7 @@ class RunFolder:
                 loss=outcome.score.loss if outcome.score else None,
                 bytes_down=got.bytes_down,
                 bytes_up=got.bytes_up,
-                seconds=round(outcome.seconds, 3),
+                seconds=None if self.job.mechanism.central else round(outcome.seconds, 3),
                 privacy=self.job.config.privacy.mode,
                 head=head_words(self.job),
                 noised_correct=[CountLine(site, c.value, c.noise_std) for site, c in counts if c],

@@ -109,10 +109,10 @@ def run_rounds(
                 observer.stopped(got.spent)
                 break
             # Nothing but spent budgets went wrong, in any attempt: the run has had all the rounds that it can have.
+            # A site that refused a sum in an earlier round is asked no more: it is among the refusals alone.
             spent = [r for r in got.refusals.values() if r.kind == "budget"]
-            if round_number > 1 and spent and len(spent) == len(got.failures):
-                left = f"{len(got.results)} sites have" if got.results else "no site has"
-                observer.stopped(f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed")
+            if round_number > 1 and spent and all(failure.kind == "budget" for failure in got.failures):
+                observer.stopped(_without_budget(job, got, round_number))
                 break
             raise _too_few(got, round_number, job.config.min_sites)
         results = list(got.results.values())
@@ -163,9 +163,18 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
     return state
 
 
+def _without_budget(job: Job, got: Gathering, round_number: int) -> str:
+    if job.mechanism.summed:
+        return f"too few sites for a sum have budget left after round {round_number - 1}"
+    left = f"{len(got.results)} sites have" if got.results else "no site has"
+    return f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed"
+
+
 def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:
     absent = got.refusals.values()
-    reasons = "; ".join(f"{a.site} ({a.kind}): {a.reason}" for a in absent) or got.failures[-1].reason
+    told, last = [f"{a.site} ({a.kind}): {a.reason}" for a in absent], got.failures[-1] if got.failures else None
+    # What no site answers for, such as how many make a sum, and what to do then.
+    reasons = "; ".join([*([last.reason] if last and not last.site else []), *told])
     attempts = f" in {got.attempts} attempts" if got.attempts > 1 else ""
     return RunFailed(
         f"round {round_number}: {len(got.results)} sites succeeded{attempts}, {wanted} needed. {clean(reasons, 2000)}"

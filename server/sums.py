@@ -4,8 +4,11 @@ A site's key for the next round comes with its vector, so that a round costs no 
 asked first.
 
 An attempt in which one vector is missing, or one reply does not count, is thrown away. The next one has new keys, new
-noise and a new charge at every site. What the server could hold against single updates it holds against the sum: no
-site is bounded any more, and one that poisons is not seen.
+noise and a new charge at every site. A site that is gone for good ends nothing as long as those that are left make a
+sum: its noise, and so its price, is that of ``privacy.honest-sites``, however many there are.
+
+What the server could hold against single updates it holds against the sum: no site is bounded any more, and one that
+poisons is not seen.
 """
 
 from __future__ import annotations
@@ -58,24 +61,34 @@ class SummedSites(Sites):
         """By node, why it is asked no more, until the run is resumed."""
         self._sizes: dict[int, int] = {}
         """By node, the public size of its last reply that was judged sound."""
+        config, privacy = job.config, job.config.privacy
+        begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
+        self._begins = max(config.min_sites + privacy.drop_outs, begins)
+        """With how many sites a run begins."""
+        self._last: set[int] = set()
+        """The nodes of the last sum; empty before the first."""
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Ask for keys that are not there yet, then for the vectors, until one attempt brings all.
 
-        The sites of an attempt are those that gave a key. Fewer than ``least_sites``, or than leave ``min-sites`` when
-        all are lost that may be, are asked for nothing that costs them.
+        The sites of an attempt are those that gave a key. A run begins with as many as leave a sum, and ``min-sites``,
+        when ``privacy.drop-outs`` are lost. Later rounds go on with fewer, of which fewer may be lost
+        (``may_be_lost``), as long as a sum of them all counts. Else nobody is asked for anything that costs.
         """
         config, privacy, got, unfit = self._job.config, self._job.config.privacy, Gathering(), set(self._unfit)
         got.refusals = {node: replace(absence, round_number=round_number) for node, absence in self._unfit.items()}
-        begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
-        least = max(config.min_sites + privacy.drop_outs, begins)
+        least = self._begins if round_number == 1 else max(config.min_sites, privacy.honest_sites + privacy.colluders)
         for attempt in range(1, config.round_retries + 2):
             got.attempts = attempt
-            offers = self._offers(got, unfit, least, round_number)
+            offers = self._offers(got, unfit, max(least, self._waited_for(unfit)), least, round_number)
             if len(offers) < least:
-                spent = [absence for absence in got.refusals.values() if absence.kind == "budget"]
-                if not spent:  # a run whose sites have no budget left ends well
-                    message = f"{len(offers)} sites gave a key, {least} are needed for a sum"
+                if not self._for_want_of_budget(got, offers, least):
+                    what = (
+                        "start the others, or lower privacy.drop-outs or privacy.honest-sites"
+                        if round_number == 1
+                        else "start the others, and resume the run"
+                    )
+                    message = f"{len(offers)} sites gave a key, {least} are needed for a sum: {what}"
                     self._note(got, Absence(round_number, attempt, "", None, "quorum", message))
                 continue
             if overfull := self._overfull(offers):
@@ -87,10 +100,28 @@ class SummedSites(Sites):
                 got.results, got.refusals = results, {n: r for n, r in got.refusals.items() if n not in results}
                 keys = {node: result.offer for node, result in results.items() if result.offer is not None}
                 self._came = round_number + 1, keys
+                self._last = set(results)
                 self._admission.enrol(results)
                 break
         self._unfit = {node: absence for node, absence in got.refusals.items() if absence.kind in UNFIT}
         return got.in_order()
+
+    def _waited_for(self, unfit: set[int]) -> int:
+        """Return how many sites are waited for: those of the last sum, but for who has refused since.
+
+        Who comes back is asked as well.
+        """
+        return min(self._begins, len(self._last - unfit)) if self._last else self._begins - len(unfit)
+
+    def _for_want_of_budget(self, got: Gathering, offers: Mapping[int, KeyOffer], least: int) -> bool:
+        """Return whether spent budgets alone explain that there is no sum: such a run ends well.
+
+        They do not where all others that gave a key, refused otherwise or counted before would make one.
+        """
+        spent = {absence.site for absence in got.refusals.values() if absence.kind == "budget"}
+        others = {offer.site for offer in offers.values()} | {absence.site for absence in got.refusals.values()}
+        others |= {member.site for member in self._admission.members.values()}
+        return bool(spent) and len(others - spent) < least
 
     def _overfull(self, offers: Iterable[int]) -> str:
         """Return why the sum of nodes does not fit its words, by the sizes that they have told; empty if it does.
@@ -108,13 +139,15 @@ class SummedSites(Sites):
             return str(error)
         return ""
 
-    def _offers(self, got: Gathering, unfit: set[int], least: int, round_number: int) -> dict[int, KeyOffer]:
-        """Return the keys of an attempt by node, in the order of the sites' names.
+    def _offers(
+        self, got: Gathering, unfit: set[int], wanted: int, least: int, round_number: int
+    ) -> dict[int, KeyOffer]:
+        """Return the keys of an attempt by node, in the order of the sites' names; ``wanted`` sites are waited for.
 
-        A key that came with the last vector is for a round's first attempt alone, and is used there if its node is
-        still online; who has sent none is asked.
+        Where fewer than ``least`` are there, none is asked. A key that came with the last vector is for a round's first
+        attempt alone, and is used there if its node is still online; who has sent none is asked.
         """
-        nodes = self._transport.nodes(least, unfit)
+        nodes = self._transport.nodes(wanted, unfit)
         if len(nodes) < least:
             return {}
         for_round, keys = self._came

@@ -47,16 +47,16 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
     Of many refusals those of one reason are one line.
     """
     got = outcome.got
-    per = job.mechanism.claim.per
-    if job.mechanism.central:  # who took part, and how many, it tells nobody
+    per, seconds = job.mechanism.claim.per, f"  {outcome.seconds:.0f} s"
+    if job.mechanism.central:  # who took part, how many, and how long they took, it tells nobody
+        seconds = ""
         sites, spent = f"cohort of {job.config.privacy.cohort}", epsilon_words([got.released], per, "trusted server")
     else:
         sites, spent = f"{len(got.results)} sites", epsilon_words((m.spending for m in members.values()), per)
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
         f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
-        f"{spent}  {sites}  {payload:.2f} MB  "
-        f"{outcome.seconds:.0f} s"
+        f"{spent}  {sites}  {payload:.2f} MB{seconds}"
     )
     why: dict[str, list[str]] = {}
     for absence in got.refusals.values():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.log import place_of
-from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
+from common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
 from common.trackers import NO_TRACKER, TRACKERS, Tracker
 from strategies.job import Job
 
@@ -67,7 +67,8 @@ class Tracking:
 def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
     """Return the figures of each complete round of a run, by its number; 0 is before training.
 
-    ``epsilon`` is the largest total that a site has reported by then. What is not there, or not finite, is left out.
+    ``epsilon`` is the largest total that a site has reported by then. What is not there, or not finite, is left out;
+    of a trusted server's run that is how many sites took part, and how long they took.
 
     Raises:
         DataError: a file of the folder is not as it is written.
@@ -85,7 +86,7 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
                 "accuracy": line.accuracy,
                 "loss": line.loss,
                 "epsilon": max(paid, default=None),
-                "sites": float(len(line.participants)),
+                "sites": None if line.participants == [COHORT] else float(len(line.participants)),
                 "bytes_down": float(line.bytes_down),
                 "bytes_up": float(line.bytes_up),
                 "seconds": line.seconds,

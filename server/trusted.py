@@ -27,7 +27,7 @@ from common.messages.wire import encode_task, payload_bytes
 from common.paths import run_folder
 from common.privacy.client_level import clipped
 from common.randomness import add_private_noise, private_poisson_sample
-from common.run_lines import Absence
+from common.run_lines import COHORT, Absence
 from server.admission import Admission
 from server.ledger import ServerLedger
 from server.model import ServerModel
@@ -36,8 +36,6 @@ from strategies import Contribution, ServerState
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
-COHORT = "the cohort"
-"""What all sites together are called, in whose place no site has a line."""
 
 
 @dataclass(frozen=True)

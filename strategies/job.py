@@ -10,6 +10,7 @@ from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
+from common.data.sources import count_labels, known_labels
 from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.messages.tensors import merge, start_fingerprint
@@ -17,8 +18,10 @@ from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
+from common.trackers import NO_TRACKER
 from strategies import ROWS
 from strategies.base import ServerState, Strategy
+from strategies.recipes import AUTO, FILLED, RECIPES, Asked, Recipe, choose, own_method, without_open
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
 from strategies.systems import told
@@ -122,6 +125,7 @@ def _flat(run: RunSettings, origin: Start, strategy: Strategy, rule: ServerRule)
 def tables() -> dict[str, Rule]:
     """Return what the settings may be that name a row of a table, by their keys."""
     return {
+        "recipe": OneOf((AUTO, *RECIPES)),
         "strategy": OneOf(tuple(ROWS)),
         "adapter.name": OneOf(("auto", *ADAPTERS)),
         "adapter.start": OneOf(tuple(STARTS)),
@@ -132,14 +136,20 @@ def tables() -> dict[str, Rule]:
 def known_settings() -> dict[str, Scalar]:
     """Return every setting that exists with its default: the run's, every start's, strategy's and rule's, old names.
 
-    Old names (``strategies.renamed``) have the default of their successors.
+    What a recipe may fill in is ``auto``. Old names (``strategies.renamed``) have the default of their successors.
     """
+    known = {**declared_settings(), **dict.fromkeys(FILLED, AUTO)}
+    return {**known, **{old: known[new] for old, new in RENAMED.items()}}
+
+
+def declared_settings() -> dict[str, Scalar]:
+    """Return every setting by its present name with the default that its field declares."""
     known = defaults(RunSettings)
     for start in STARTS.values():
         known.update({START + key: value for key, value in defaults(start).items()})
     for name, row in (*ROWS.items(), *RULES.items()):
         known.update({f"{name}.{key}": value for key, value in defaults(row).items()})
-    return {**known, **{old: known[new] for old, new in RENAMED.items()}}
+    return known
 
 
 def configure(values: Mapping[str, Scalar]) -> Job:
@@ -151,33 +161,87 @@ def configure(values: Mapping[str, Scalar]) -> Job:
         ConfigError: a key is unknown (the nearest known one is named), ill-typed or out of range,
             or strategy, adapter, start and privacy do not fit together.
     """
-    known = known_settings()
+    known, declared = known_settings(), declared_settings()
     for key, value in values.items():
         if key not in known:
             why = REFUSED.get(key.rpartition(".")[2].replace("_", "-"))
             raise ConfigError(f"{key} cannot be set: {why}" if why else f"unknown setting {key!r}{nearest(key, known)}")
-        if key in RENAMED or key.startswith(START):
-            typed(key, value, type(known[key]))
+        present = RENAMED.get(key, key)
+        if (key in RENAMED or key.startswith(START)) and not (present in FILLED and value == AUTO):
+            typed(key, value, type(declared[present]))
     settings, renamed = by_new_names(values, known)
+    filled = _filled(settings)
     try:
-        return _compose(settings, values, renamed)
+        return _compose(filled, values, renamed)
     except ConfigError as error:
+        if filled.note:
+            raise ConfigError(f"{error} ({filled.note})") from error
         for old, new in renamed.items():
             if str(error).startswith(f"{new} "):
                 raise ConfigError(f"{error} ({old} is called {new} now)") from error
         raise
 
 
-def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], renamed: Mapping[str, str]) -> Job:
-    """Return the job of settings by their present names; errors as for ``configure``.
+@dataclass(frozen=True)
+class _Filled:
+    """The settings of a run with its recipe under them."""
+
+    settings: Mapping[str, Scalar]
+    """Flat, by present names; what is open still has its field's default."""
+    given: frozenset[str]
+    """Keys that were asked for otherwise than by default."""
+    note: str
+    """On the recipe."""
+
+
+def _filled(settings: Mapping[str, Scalar]) -> _Filled:
+    told = without_open(settings)
+    recipe, note, asked = _recipe(told)
+    return _Filled({**recipe.settings(asked), **told, "recipe": recipe.name}, asked.given, note)
+
+
+def with_recipe(values: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], str]:
+    """Return settings that name their recipe, and the note on it: where a job is made, a file that is here has labels.
+
+    Whoever gets the settings then finds the same recipe, wherever the file is.
+
+    Raises:
+        ConfigError: as of ``configure``.
+    """
+    told = without_open(by_new_names(values, known_settings())[0])
+    config = configure(values).config
+    labels = 0
+    if values.get("recipe", AUTO) == AUTO and TASKS[config.model.task].labelled and not known_labels(config.data):
+        labels = count_labels(config.data, config.model.task)
+    recipe, note, _ = _recipe(told, labels)
+    return {**values, "recipe": recipe.name}, note
+
+
+def _recipe(told: Mapping[str, Scalar], labels: int = 0) -> tuple[Recipe, str, Asked]:
+    """Return the recipe of settings, the note on it and what it was chosen by."""
+    known, run = known_settings(), _run_settings(told)
+    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]), labels)
+    if run.recipe == AUTO and not labels and not own_method(asked):
+        # A site configures what a server sends: no file that this names is looked at here.
+        asked = replace(asked, labels=len(known_labels(run.data)))
+    return *choose(run.recipe, asked), asked
+
+
+def _run_settings(settings: Mapping[str, Scalar]) -> RunSettings:
+    sections = (START, *(f"{name}." for name in (*ROWS, *RULES)))
+    return from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
+
+
+def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str, str]) -> Job:
+    """Return the job of settings; errors as for ``configure``.
 
     Args:
-        settings: by present names.
+        filled: by present names.
         given: as they were written.
         renamed: the old names among them, each with its successor.
     """
-    sections = (START, *(f"{name}." for name in (*ROWS, *RULES)))
-    asked = from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
+    settings = filled.settings
+    asked = _run_settings(settings)
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
     config = resolve(asked)
@@ -237,9 +301,10 @@ def _compose(settings: Mapping[str, Scalar], given: Mapping[str, Scalar], rename
             f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
             "another: set server.most-noise to 0, or server.rule to 'none'"
         )
-    own = _flat(asked, asked_start, strategy, rule)
-    notes = tuple(f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own)
-    return Job(config, strategy, adapter, origin, rule, notes, own)
+    known = known_settings()
+    own = {k: v if k in filled.given else known[k] for k, v in _flat(asked, asked_start, strategy, rule).items()}
+    notes = [f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own]
+    return Job(config, strategy, adapter, origin, rule, (*notes, *([filled.note] if filled.note else [])), own)
 
 
 def _check_quantise(config: RunConfig, origin: Start, adapter: type[Adapter]) -> None:
@@ -274,6 +339,12 @@ def _check_cohort(config: RunConfig) -> None:
         raise ConfigError(
             f"privacy.{key} is for a run whose unit is a whole site, and privacy.mode is {privacy.mode!r}: leave it "
             "out, or set privacy.mode to 'client-level' and privacy.unit to 'site'"
+        )
+    if privacy.site_rate < 1 and config.tracker != NO_TRACKER:
+        raise ConfigError(
+            f"tracker {config.tracker!r} notes when each round ended, which may show who was drawn, and at "
+            f"privacy.site-rate {privacy.site_rate:g} the price counts on nobody knowing that: set tracker to "
+            f"{NO_TRACKER!r}, or privacy.site-rate to 1"
         )
 
 

@@ -22,7 +22,7 @@ from strategies import STRATEGIES, Strategy, of_turn
 from strategies.rules import RULES
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
-"""(m, n) of the default job's layers: query and value of MiniLM's six blocks."""
+"""(m, n) of the plain job's layers: query and value of MiniLM's six blocks."""
 DEFAULT_RANK = 8
 SHOWN_LABELS = 6
 """Labels of a data set that its table lists."""
@@ -121,7 +121,7 @@ def strategy_table() -> str:
 
 def short_table() -> str:
     """Return the Markdown table of all strategies in words, for whoever reads the first page."""
-    header = ("strategy", "sites train", "frozen", "averages are exact", "a site sends in a round of the default job")
+    header = ("strategy", "sites train", "frozen", "averages are exact", "a site sends in a round of the plain job")
     rows = []
     for strategy in STRATEGIES.values():
         adapter = preset_adapter(strategy, DEFAULT_RANK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import ssl
@@ -18,6 +19,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+# PEFT loads bitsandbytes, which marks optimisers to be compiled that nothing here uses: the compiler's import alone
+# takes each process a second.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 
@@ -26,12 +30,22 @@ from common.privacy import accounting, meaning
 
 LONGEST = (
     *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit", "test_compare"),
-    *("test_docs", "test_optimizers", "test_real_faults", "test_shapes", "test_worker"),
+    *("test_docs", "test_optimizers", "test_real_faults", "test_shapes", "test_worker", "test_probe", "test_rows"),
+    *("test_server_optimizer", "test_metric_of_pairs"),
 )
 """Files with few tests that take long."""
 ROUGHLY_PRICED = (
     *("test_faults", "test_federation", "test_image_classification", "test_sums", "test_resume", "test_merge"),
-    *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start", "test_systems"),
+    *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start", "test_systems", "test_add_pages"),
+    *("test_annex", "test_card", "test_chat", "test_checkpointing", "test_column_rules", "test_columns"),
+    *("test_compare", "test_dora", "test_fed_svd", "test_first_guide", "test_flylora"),
+    *("test_frozen_head", "test_gguf", "test_head_only", "test_initial_batches", "test_intruders", "test_learning"),
+    *("test_linearised", "test_log", "test_metric_of_pairs", "test_neighbours", "test_new_adapter", "test_new_starts"),
+    *("test_optimizers", "test_paid_starts", "test_pruning", "test_public_metric", "test_quantised"),
+    *("test_redelivery", "test_refit", "test_registered", "test_rehearsal", "test_rows", "test_rslora"),
+    *("test_run_lines", "test_scores", "test_scoring", "test_server_optimizer", "test_server_rules", "test_simulate"),
+    *("test_slices", "test_stock_head", "test_sweep", "test_targets", "test_task_row", "test_telemetry"),
+    *("test_tracking", "test_wire_audit", "test_worker"),
 )
 """Files of runs that are about no price: theirs come from a grid ten times as coarse, looser and never wrong."""
 ROUGH: dict[tuple[Any, str], Any] = {
@@ -57,14 +71,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path], item.path))
 
 
+def price_roughly(patch: pytest.MonkeyPatch) -> None:
+    for (module, name), value in ROUGH.items():
+        patch.setattr(module, name, value)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection pass over what is there for good: libraries and thousands of collected tests."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def prices(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the files that are about no price do with rough ones, which take a fifth of the time."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem in ROUGHLY_PRICED:
-            for (module, name), value in ROUGH.items():
-                patch.setattr(module, name, value)
+            price_roughly(patch)
         yield
+
+
+@pytest.fixture
+def rough_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one test do with rough prices, in a file that is about prices too."""
+    price_roughly(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ from strategies.job import Job, configure
 
 SIZE = 2000
 NUMBERS = 40_000
-"""About as many as the default job trains."""
+"""About as many as the plain job trains."""
+PLAIN: dict[str, Any] = {"recipe": "plain"}
 STATE = ServerState(0, {"layer": {"B": torch.zeros(NUMBERS)}}, ("B",))
 
 
@@ -115,7 +116,7 @@ def test_a_figure_that_only_its_kind_knows_is_the_runs_own(monkeypatch: pytest.M
     job = configure({"privacy.noise-multiplier": 2.0})
     own = plan(job)
     assert own.event.figures["cut"] == 4.0
-    assert plan(configure({})).event.figures["cut"] == 4.0, "noise is calibrated with the kind's own figures"
+    assert plan(configure(PLAIN)).event.figures["cut"] == 4.0, "noise is calibrated with the kind's own figures"
     assert Admission(job, {}).judge({1: answer(job, own)}, STATE, [1]) == {}
     for cut in (3.0, 5.0):
         reason = Admission(job, {}).judge({1: answer(job, own, cut=cut)}, STATE, [1])[1]
@@ -123,7 +124,7 @@ def test_a_figure_that_only_its_kind_knows_is_the_runs_own(monkeypatch: pytest.M
 
 
 def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> None:
-    job = configure({})
+    job = configure(PLAIN)
     own = plan(job, Policy(max_rounds=1))
     told = answer(job, own, noise_multiplier=0.9 * own.event.noise_multiplier)
     assert "noise multiplier" in Admission(job, {}).judge({1: told}, STATE, [1])[1]
@@ -138,7 +139,7 @@ def test_noise_with_which_not_even_one_round_fits_the_budget_is_dropped() -> Non
     ids=["a small budget at a small site", "a policy's least noise"],
 )
 def test_a_strict_site_is_not_implausible_by_the_noise_that_it_adds(size: int, policy: Policy) -> None:
-    job = configure({})
+    job = configure(PLAIN)
     own = plan(job, policy, size)
     assert own.event.noise_multiplier > 10 * plan(job).event.noise_multiplier, "the site is not strict"
     little = {"epsilon_total": 0.05, "epsilon_round": 0.05, "epsilon_remaining": 0.05}
@@ -150,7 +151,7 @@ def test_a_strict_site_is_not_implausible_by_the_noise_that_it_adds(size: int, p
 
 
 def test_a_total_of_shared_records_may_be_above_the_budget_and_the_terminal_says_why() -> None:
-    job = configure({})
+    job = configure(PLAIN)
     told = answer(job, plan(job), epsilon_total=9.5, epsilon_remaining=0.0)
     admission = Admission(job, {})
     assert admission.judge({1: told}, STATE, [1]) == {}
@@ -173,8 +174,8 @@ def test_a_size_is_measured_against_those_of_earlier_rounds_where_two_answer() -
 
 
 def test_terms_that_allow_no_count_drop_the_reply_and_not_the_run() -> None:
-    job = configure({"privacy.noise-multiplier": 50.0, "privacy.epsilon": 1e-6, "privacy.delta": 1e-12})
-    told = answer(job, plan(configure({"privacy.noise-multiplier": 50.0})))
+    job = configure({**PLAIN, "privacy.noise-multiplier": 50.0, "privacy.epsilon": 1e-6, "privacy.delta": 1e-12})
+    told = answer(job, plan(configure({**PLAIN, "privacy.noise-multiplier": 50.0})))
     counted = replace(told, noised_correct=NoisedCount(10.0, 5.0))
     assert "1e-06" in Admission(job, {}).judge({1: counted}, STATE, [1])[1]
 
@@ -194,14 +195,14 @@ def enrolled(job: Job) -> Admission:
 
 
 def test_nobody_takes_the_name_of_a_site_that_is_late() -> None:
-    job = configure({})
+    job = configure(PLAIN)
     admission = enrolled(job)
     assert "another node" in admission.judge(round_of(job, 2, steps_total=4_000_000), STATE, [1, 2])[2]
     assert admission.judge(round_of(job, 1, epsilon_total=0.3, steps_total=2), STATE, [1, 2]) == {}
 
 
 def test_a_site_that_comes_back_gets_its_name_back_and_is_judged_by_its_own_past() -> None:
-    job = configure({})
+    job = configure(PLAIN)
     admission = enrolled(job)
     namesake = round_of(job, 2, epsilon_total=8.0, steps_total=4_000_000)
     assert admission.judge(namesake, STATE, [2]) == {}, "a site that was started again as another node is kept out"
@@ -211,7 +212,7 @@ def test_a_site_that_comes_back_gets_its_name_back_and_is_judged_by_its_own_past
 
 
 def test_a_site_that_was_started_again_as_another_node_is_judged_by_its_past() -> None:
-    job = configure({})
+    job = configure(PLAIN)
     admission = enrolled(job)
     assert "went back" in admission.judge(round_of(job, 2, epsilon_total=0.1, epsilon_round=0.1), STATE, [2])[2]
     admission.enrol(round_of(job, 2, epsilon_total=0.4, steps_total=2))
@@ -219,7 +220,7 @@ def test_a_site_that_was_started_again_as_another_node_is_judged_by_its_past() -
 
 
 def test_the_round_line_tells_what_the_federation_has_spent_also_if_the_worst_site_is_absent() -> None:
-    job = configure({})
+    job = configure(PLAIN)
     admission = Admission(job, {})
     ward = answer(job, plan(job), epsilon_total=7.5)
     clinic = replace(ward, site="clinic", spending=replace(ward.spending, epsilon_total=3.0, delta=1e-6))

@@ -31,7 +31,7 @@ ANSWERS = {"source": "Letters of 2019.", "legal-basis": "Consent.", "retention":
 @pytest.fixture
 def made(tmp_path: Path) -> MadeRun:
     """A finished run of two sites with an adapter."""
-    run = MadeRun(tmp_path / "run", {"rounds": 1}, noise={"north": 0.8}).start().round(1, 0.76).end()
+    run = MadeRun(tmp_path / "run", {"recipe": "plain", "rounds": 1}, noise={"north": 0.8}).start().round(1, 0.76).end()
     return with_adapter(run)
 
 

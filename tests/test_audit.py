@@ -16,7 +16,7 @@ import torch
 from made_run import MadeRun
 from rich.console import Console
 
-from audits import vectors
+from audits import vectors, whole_sites
 from audits.__main__ import FAMILIES, world_of
 from audits.bounds import free_bound, gaussian_bound, gaussian_epsilon
 from audits.canary import probe
@@ -44,10 +44,22 @@ def name_of(fault: Fault) -> str:
     return fault.name or "as it is"
 
 
-def fresh(work: Callable[..., Any], *args: Any) -> Any:
-    """Return what ``work`` returns in a process of its own that has no threads yet: it forks."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *args).result(timeout=300)
+@pytest.fixture(scope="module")
+def fresh() -> Callable[..., Any]:
+    """Return a function that has work done in a process of its own that has no threads yet: it forks.
+
+    All these processes are forks of one that has loaded the audits and what they import.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(
+        ["audits.kills", "audits.concurrent", "peft", "transformers.models.bert.modeling_bert"]
+    )
+
+    def done(work: Callable[..., Any], *args: Any) -> Any:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(work, *args).result(timeout=300)
+
+    return done
 
 
 def few_kills(folder: Path) -> tuple[Finding, Finding]:
@@ -57,7 +69,9 @@ def few_kills(folder: Path) -> tuple[Finding, Finding]:
     return kill_rounds(folder / "sound", 12), kill_rounds(folder / "late", 10, charge_late, span=4.0)
 
 
-def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(tmp_path: Path) -> None:
+def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(
+    fresh: Callable[..., Any], tmp_path: Path
+) -> None:
     sound, late = fresh(few_kills, tmp_path)
     assert sound.passed, sound.figures
     assert sum(sound.figures[phase] for phase in PHASES) == sound.figures["kills"] == 12
@@ -67,7 +81,9 @@ def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(tmp_pa
 
 
 @pytest.mark.parametrize(("fault", "fit"), [(SOUND, 6), (UNLOCKED, 1)], ids=["as it is", UNLOCKED.name])
-def test_two_processes_at_once_stay_within_the_budget_or_are_found(tmp_path: Path, fault: Fault, fit: int) -> None:
+def test_two_processes_at_once_stay_within_the_budget_or_are_found(
+    fresh: Callable[..., Any], tmp_path: Path, fault: Fault, fit: int
+) -> None:
     found = fresh(charge_at_once, tmp_path, 5, fit, fault)
     assert found.passed, found.figures
     assert fault is UNLOCKED or found.figures["charges paid"] == 30
@@ -97,6 +113,18 @@ def test_a_sum_tells_what_its_price_says_and_one_upload_nothing_or_it_is_found(
     ids=lambda case: name_of(case) if isinstance(case, Fault) else case.__name__,
 )
 def test_steps_on_vectors_tell_what_was_charged_or_it_is_found(
+    audit: Callable[[Path, Fault], Finding], fault: Fault, tmp_path: Path
+) -> None:
+    found = audit(tmp_path, fault)
+    assert found.passed, found.figures
+
+
+@pytest.mark.parametrize(
+    ("audit", "fault"),
+    [(audit, fault) for audit, faults in whole_sites.CASES.items() for fault in (SOUND, *faults)],
+    ids=lambda case: name_of(case) if isinstance(case, Fault) else case.__name__,
+)
+def test_rounds_of_a_trusted_server_tell_of_a_site_what_was_charged_or_it_is_found(
     audit: Callable[[Path, Fault], Finding], fault: Fault, tmp_path: Path
 ) -> None:
     found = audit(tmp_path, fault)

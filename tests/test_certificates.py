@@ -41,7 +41,7 @@ def test_a_renewal_that_was_interrupted_is_completed_by_the_next_start_or_renewa
         with pytest.raises(Crash):
             renew_server(server)
     if step > 1:
-        (finding,) = (f for f in doctor._server_certificate(server) if "interrupted" in f.found)
+        (finding,) = (f for f in doctor.certificate_checks(server) if "interrupted" in f.found)
         assert not finding.ok
     monkeypatch.setattr(start.os, "execve", lambda *_: None)
     start.start_server(server, lambda line: None)  # raises where certificate and key do not fit
@@ -77,7 +77,7 @@ def test_the_doctor_says_who_reaches_the_control_port(tmp_path: Path) -> None:
         ("control", True, "it has no login"),
         ("0.0.0.0", False, "set control-host to 127.0.0.1"),
     ):
-        (finding,) = doctor._control_is_local(dataclasses.replace(server, control_host=host))
+        (finding,) = doctor.control_checks(dataclasses.replace(server, control_host=host))
         assert (finding.ok, words in finding.found) == (ok, True), finding.found
 
 
@@ -115,7 +115,9 @@ def test_certificates_pass_the_strict_check(tmp_path: Path, tls_server: Callable
         assert certificates.lacks(held) == []
         assert held.extensions.get_extension_for_class(x509.KeyUsage).critical
     assert not [
-        finding for finding in (*doctor._authority(server.path), *doctor._server_certificate(server)) if not finding.ok
+        finding
+        for finding in (*doctor.authority_checks(server.path), *doctor.certificate_checks(server))
+        if not finding.ok
     ]
 
 
@@ -126,13 +128,13 @@ def test_an_old_folder_is_named_by_the_doctor_and_gets_a_good_server_certificate
         without_identifiers(patch)
         server = make_server(tmp_path / "server", ["127.0.0.1"])
     assert "Missing" in strict_handshake(tls_server(server), server.path / "ca.crt"), "the fault is not found"
-    (own,) = (finding.found for finding in doctor._server_certificate(server) if not finding.ok)
+    (own,) = (finding.found for finding in doctor.certificate_checks(server) if not finding.ok)
     assert "lacks subject key identifier, authority key identifier, key usage" in own
     assert "fedveil server renew" in own
     renew_server(server)
     renewed = certificates.read_certificate((server.path / "server.pem").read_bytes(), "the server")
     assert certificates.lacks(renewed) == []
-    assert [finding for finding in doctor._server_certificate(server) if not finding.ok] == []
-    (authority,) = (finding.found for finding in doctor._authority(server.path) if not finding.ok)
+    assert [finding for finding in doctor.certificate_checks(server) if not finding.ok] == []
+    (authority,) = (finding.found for finding in doctor.authority_checks(server.path) if not finding.ok)
     assert "Python 3.13 and newer refuse it: the coordinator makes a new one" in authority
     assert why_unreachable(site_for(tmp_path, tls_server(server), server.path)) == "", "sites need nothing new"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import SIZES, away_from_zero, records_of, samples
 from digits import TOKENS, save_vit
 from torch import Tensor, nn
 
@@ -18,13 +19,10 @@ from common.adapters import ADAPTERS
 from common.adapters.nested import DEPTH
 from common.config.sections import HeadConfig
 from common.errors import MechanismError, ModelError
-from common.messages.tensors import entries
 from common.model import recomputed
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.starts import STARTS
 from common.tasks import TASKS, Record
 from common.tasks.examples import Dataset
@@ -40,7 +38,6 @@ CASES = [
     *((family, adapter, "float32") for family in FAMILIES for adapter in ("lora", "lora-sb", "dora", "lora-diagonal")),
     *((family, "lora-frozen-a", "bfloat16") for family in FAMILIES),
 ]
-STEP = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -68,27 +65,11 @@ def tiny(
         precision=precision,
         checkpointing=again,
     )
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _, _, p in entries(model.trained()):  # type: ignore[arg-type]
-            p.add_(0.05 * torch.randn(p.shape, generator=draw))
-    return model
-
-
-def records_of(model: FederatedModel, family: str) -> list[Record]:
-    invent = model.task.inventor(model.base, model.max_length)
-    sizes = (model.max_length,) * 3 if family == "vit" else (7, 3, 6)
-    return [invent(size, i, i % 2) for i, size in enumerate(sizes)]
+    return away_from_zero(model)
 
 
 def batch_of(model: FederatedModel, records: list[Record], rows: int = 3) -> FixedBatch:
     return model.fixed_batch(records, model.shapes.lengths[0], rows)
-
-
-def samples(model: FederatedModel, batch: FixedBatch) -> list[Tensor]:
-    trained = [p for p in model.module.parameters() if p.requires_grad]
-    with model.many_passes(), PrivateSteps(model.module, torch.optim.SGD(trained, lr=0.0), STEP) as steps:
-        return [sample.clone() for sample in steps.samples(batch, model.losses)]
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -100,7 +81,7 @@ def test_gradients_are_each_records_own_and_those_without_to_the_bit(
 ) -> None:
     model = tiny(folder(family), family, adapter, precision)
     plain = tiny(folder(family), family, adapter, precision, again=False)
-    records = records_of(model, family)
+    records = records_of(model, (model.max_length,) * 3 if family == "vit" else SIZES)
     together = batch_of(model, records)
     found = samples(model, together)
     assert all(map(torch.equal, found, samples(plain, together))), "computing again changes a gradient"
@@ -136,7 +117,7 @@ def test_the_planted_faults_are_refused(folder: Folder, monkeypatch: pytest.Monk
         return right(function, *given, use_reentrant=False)
 
     model = tiny(folder("bert"), "bert", targets="query,value")
-    batch = batch_of(model, records_of(model, "bert"))
+    batch = batch_of(model, records_of(model))
     for fault in (twice, other_form):
         monkeypatch.setattr(recomputed, "checkpoint", fault)
         with pytest.raises((MechanismError, ModelError)):
@@ -161,7 +142,7 @@ def test_a_rehearsal_finds_a_layer_that_is_another_when_it_is_computed_again(
 
 def test_ranks_drawn_for_records_hold_in_the_second_pass(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = (tiny(folder("bert"), "bert", again=again) for again in (True, False))
-    records = records_of(model, "bert")
+    records = records_of(model)
     with model.nested(), plain.nested():
         batch = batch_of(model, records)
         batch[DEPTH] = torch.tensor([1, 2, 1])
@@ -184,7 +165,7 @@ def test_a_linearised_model_has_the_same_derivatives(folder: Folder) -> None:
     made = []
     for again in (True, False):
         model = tiny(folder("bert"), "bert", again=again)
-        records = records_of(model, "bert")
+        records = records_of(model)
         of = Linearisation("1", 4, 0, "", "")
         keeping = Keeping(of, {}, "site", Dataset("made-up", (), ()), lambda: None)
         with linearised(model, records, keeping) as (vectors, _):
@@ -215,7 +196,7 @@ def passes_of(model: FederatedModel, batch: FixedBatch) -> list[int]:
 
 def test_layers_below_the_first_adapted_one_pass_once(folder: Folder) -> None:
     model = tiny(folder("bert"), "bert", targets="layer.1.attention.self.query")
-    batch = batch_of(model, records_of(model, "bert"))
+    batch = batch_of(model, records_of(model))
     assert passes_of(model, batch) == [1, 2]
     with model.computed_once():
         assert passes_of(model, batch) == [1, 1]
@@ -234,14 +215,14 @@ def test_less_is_kept_for_the_backward_pass(folder: Folder) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.losses(batch_of(model, records_of(model, "bert")))
+            model.losses(batch_of(model, records_of(model)))
         kept.append(sum(sizes))
     assert kept[0] < kept[1] / 3, "the first passes keep more than the layers' inputs"
 
 
 def test_scores_and_features_are_of_one_pass(folder: Folder) -> None:
     model, plain = (tiny(folder("bert"), "bert", again=again) for again in (True, False))
-    records = records_of(model, "bert")
+    records = records_of(model)
     assert model.score(records) == plain.score(records)
     assert torch.equal(model.features(batch_of(model, records)), plain.features(batch_of(plain, records)))
 

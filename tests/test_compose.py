@@ -15,8 +15,12 @@ import pytest
 import yaml
 from flwr.common.config import parse_config_args
 
+from client.policy import load_policy
 from client.site import open_site
+from client.sums import party_of
+from common.config.text import parse_settings
 from common.errors import ConfigError, PolicyRefusal
+from common.secure_sum.roster import load_roster
 from deploy import container
 from deploy.commands import node_config
 from deploy.server_folder import CONTROL_PORT, FLEET_PORT
@@ -128,6 +132,76 @@ def test_the_data_are_divided_once_whatever_number_of_sites_comes_later(
     assert "site-4 has no part of the job's data, which are divided among 3 sites" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="this site has no records"):
         start_site(open_site_folder(tmp_path / "site-4"), pytest.fail)
+
+
+TRUSTED = "privacy.mode='client-level' privacy.unit='site' privacy.cohort=4 privacy.delta=0.01"
+SUM = "privacy.mode='secure-sum' privacy.honest-sites=3"
+PERSONS = "privacy.unit='person' data.person='author' data.labels='bad,good' data.name='x.csv'"
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "let_in"),
+    [
+        (TRUSTED, {}, "mechanisms"),
+        (TRUSTED, {"mechanisms": "client-level"}, ""),
+        (SUM, {}, "honest-sites"),
+        (SUM, {"honest": 2, "alone": 9.0}, "honest-sites"),
+        (SUM, {"honest": 4, "alone": 9.0}, ""),
+        (PERSONS, {}, ""),
+    ],
+    ids=str,
+)
+def test_policies_let_in_what_the_variables_say_and_no_trusted_server_by_themselves(
+    settings: str, variables: dict[str, Any], let_in: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    container.make_keys(4, 8.0, 1e-5, tmp_path, settings=settings, **variables)
+    assert ("site-4 will refuse this job" in capsys.readouterr().out) == bool(let_in)
+    job, rosters = configure(parse_settings([settings])), set()
+    for name in SITES[:4]:
+        folder = open_site_folder(tmp_path / name)
+        policy, node = load_policy(folder.path / "policy.toml"), node_settings(folder)
+        if let_in:
+            with pytest.raises(PolicyRefusal, match=let_in):
+                policy.check_job(job, private=False)
+            continue
+        policy.check_job(job, private=False)
+        if job.mechanism.summed:
+            party = party_of(name, node, policy, "1", simulated=False)
+            party.check_size(4, job.config.privacy.honest_sites)
+            rosters.add(party.roster.digest)
+    assert len(rosters) == (1 if job.mechanism.summed and not let_in else 0), "sites have other rosters"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SITE_HONEST_SITES", "three", "SITE_HONEST_SITES is 'three': write a number"),
+        ("SITE_HONEST_SITES", "2.5", "write a whole number"),
+        ("SITES", "inf", "write a whole number"),
+        ("SITE_EPSILON", "", "SITE_EPSILON is '': write a number"),
+        ("SITE_EPSILON_ALONE", "9", "SITE_EPSILON_ALONE needs SITE_HONEST_SITES"),
+    ],
+)
+def test_a_variable_that_says_nothing_is_an_error_of_one_line(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert container.main("keys") == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_a_site_that_comes_later_is_in_the_roster_of_all(tmp_path: Path) -> None:
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    for sites in (3, 4):
+        container.make_keys(sites, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
+    folders = [open_site_folder(tmp_path / name) for name in SITES[:4]]
+    rosters = [load_roster(folder.path / "peers.toml") for folder in folders]
+    assert [set(roster.keys) for roster in rosters] == [set(SITES[:4])] * 4
 
 
 def check_that_parts_are_handed_out_once(pki: Path) -> None:

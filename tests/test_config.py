@@ -22,13 +22,15 @@ from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.starts import STARTS, Start
 from strategies import CONTROLS, ROWS, STRATEGIES
-from strategies.job import configure, known_settings
+from strategies.job import configure, declared_settings, known_settings
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 fast = settings(max_examples=25, deadline=None)
 ROOT = Path(__file__).parent.parent
 KNOWN = known_settings()
+DECLARED = {**declared_settings(), **{old: declared_settings()[new] for old, new in RENAMED.items()}}
+"""Defaults as the fields have them, where ``auto`` leaves some to a recipe."""
 each_key = pytest.mark.parametrize("key", KNOWN)
 
 
@@ -77,6 +79,7 @@ def test_pyproject_lists_exactly_the_settings_that_exist_with_their_defaults() -
 
 
 OPEN = (
+    "recipe",
     "adapter.name",
     "head-rate",
     "training.local-steps",
@@ -99,8 +102,9 @@ def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 def test_defaults_alone_are_a_valid_run() -> None:
     others = {*ROWS, *RULES, "start"} - {"ffa-lora"}
     own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k not in RENAMED}
-    settings = configure({}).settings()
+    settings = configure({"recipe": "plain"}).settings()
     assert settings.keys() == own.keys()
+    own = {key: value for key, value in own.items() if value != "auto"} | {"recipe": "plain"}
     assert {key: settings[key] for key in decided(own)} == decided(own)
     assert decided(settings) == settings, "a setting was left open"
     assert configure(KNOWN) == configure({})
@@ -177,8 +181,8 @@ def test_a_value_that_is_refused_under_a_new_name_says_the_old_one_that_was_give
 
 def test_what_was_chosen_is_what_differs_from_the_default_and_not_what_a_run_fills_in() -> None:
     job = configure({"training.local-steps": 1, "rounds": 6, "adapter.init": "kaiming", "training.momentum": 0.9})
-    assert job.chosen() == ["adapter.start", "training.local-steps"]
-    assert job.asked["training.sample-rate"] == 0.0
+    assert job.chosen() == ["rounds", "adapter.start", "training.local-steps"]
+    assert job.asked["training.sample-rate"] == "auto"
     assert configure({}).chosen() == []
 
 
@@ -197,7 +201,7 @@ WRONG: dict[type, tuple[Any, ...]] = {
 
 @each_key
 def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> None:
-    for wrong in WRONG[type(KNOWN[key])]:
+    for wrong in WRONG[type(DECLARED[key])]:
         with pytest.raises(ConfigError, match=rf"^{re.escape(key)} must be"):
             job_with(key, wrong)
 
@@ -207,10 +211,11 @@ def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(k
     if RENAMED.get(key, key) == "start.data":
         assert job_with(key, "a.csv").settings()["start.data"] == "a.csv"
         return
-    kept = job_with(key, KNOWN[key]).settings()[RENAMED.get(key, key)]
-    assert (kept == KNOWN[key]) == (RENAMED.get(key, key) not in OPEN)
-    if isinstance(KNOWN[key], float):
-        most = KNOWN[key] if key in UP_TO_ONE else 1
+    value = DECLARED[key]
+    kept = job_with(key, value).settings()[RENAMED.get(key, key)]
+    assert (kept == value) == (RENAMED.get(key, key) not in OPEN)
+    if isinstance(value, float):
+        most = value if key in UP_TO_ONE else 1
         whole = job_with(key, most)
         value = whole.settings()[RENAMED.get(key, key)]
         assert type(value) is float, f"{key} stays a whole number in the records of the run"
@@ -249,7 +254,7 @@ NOT_NEGATIVE = (
 RANGES = [
     *((key, value) for key in POSITIVE for value in (0, -1)),
     *((key, -1) for key in NOT_NEGATIVE),
-    *((key, v) for key in (*POSITIVE, *NOT_NEGATIVE) if isinstance(KNOWN[key], float) for v in (math.nan, math.inf)),
+    *((key, v) for key in (*POSITIVE, *NOT_NEGATIVE) if isinstance(DECLARED[key], float) for v in (math.nan, math.inf)),
     ("training.sample-rate", 1.5),
     ("training.beta2", 1.0001),
     ("privacy.delta", 0.6),

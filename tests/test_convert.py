@@ -134,3 +134,17 @@ def test_sentences_are_written_with_the_hash_that_a_run_asks_for(
     settings = {"adapter.start": "eva", "start.text": "qnli", "start.text-sha256": told.split()[-1]}
     job = configure(settings)
     assert job.origin.check_public(job.config).endswith("records of data.name 'rotten-tomatoes'")
+
+
+def test_sentences_of_a_text_are_one_persons_records(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["a film that is fine . it was long and slow . short .\t1", "nobody in there can play at all .\t0"]
+    (elsewhere / "sst2" / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows, ""]))
+    convert("sst2", elsewhere / "sst2", Path("data"))
+    assert main(["persons", "sst2", "persons.csv"]) == 0
+    assert "persons.csv: 3 records of 2 persons" in capsys.readouterr().out
+    found = load_dataset(DataConfig(name="persons.csv", person="person"), "classification")
+    assert [found.label_names[e.label or 0] for e in found.examples].count("positive") == 2
+    by_text = {e.texts()[0]: e.person for e in found.examples}
+    assert by_text["a film that is fine ."] == by_text["it was long and slow ."] != by_text[rows[1][:-2]]
+    assert main(["persons", "sst3", "persons.csv"]) == 1
+    assert "did you mean 'sst2'" in capsys.readouterr().err

@@ -46,6 +46,7 @@ from deploy.server_folder import ServerFolder, make_server, open_server, renew_s
 from deploy.site_check import check_site
 from deploy.site_folder import SiteFolder, make_site, open_site_folder
 from deploy.start import start_server, start_site
+from reports import report_of
 from server.checkpoint import BEFORE
 from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer
@@ -208,6 +209,11 @@ def test_the_guides_end_in_a_finished_run(
     (folder,) = (tmp_path / "server" / "runs").iterdir()
     assert read_file(ResultFile, folder).status == "completed"
     assert "sites have the names of their keys" in (folder / "log.jsonl").read_text(encoding="utf-8")
+    (connection,) = report_of(folder).connections
+    shown = certificates.read_certificate((tmp_path / "server" / "server.pem").read_bytes(), "the server")
+    assert (connection.tls, connection.keys, connection.certificate) == (True, True, certificates.fingerprint(shown))
+    assert not connection.failed
+    assert str(tmp_path) not in repr(connection), "a path of the server's disks is in the report"
     for site in ("clinic", "ward"):
         with Ledger(tmp_path / site / "ledger" / "ledger.sqlite") as ledger:
             assert [entry.dataset for entry in ledger.entries()] == [site]

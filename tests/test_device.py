@@ -5,12 +5,15 @@ from __future__ import annotations
 import builtins
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from alone import records_of, samples
+from test_checkpointing import batch_of, tiny
 
 from common.config.text import read_settings_file
 from common.errors import ConfigError
@@ -154,6 +157,26 @@ def test_sites_that_keep_what_a_pass_costs_share_one_process(monkeypatch: pytest
     assert [worker_count(8, asked, keeps=False) for asked in (0, 2, 9)] == [4, 2, 4]
     assert [worker_count(8, asked, keeps=True) for asked in (0, 2, 9)] == [1, 2, 4]
     assert worker_count(3, 0, keeps=False) == 3
-    assert configure({"training.linearised": 0}).config.keeps is False
+    assert configure({"recipe": "plain"}).config.keeps is False
     for name in ("probe", "head-only"):
         assert configure(read_settings_file(Path(f"experiments/configs/{name}.toml"))).config.keeps
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_gradients_under_the_fused_attention_are_each_records_own_and_those_of_plain_products(
+    model_folder: Callable[[str], str], family: str
+) -> None:
+    """What a GPU computes by; its kernel for CPUs is the one that can be looked at everywhere."""
+    plain, fused = (tiny(model_folder(family), family, again=False) for _ in range(2))
+    plain.base.module.set_attn_implementation("eager")
+    fused.base.module.set_attn_implementation("sdpa")
+    assert fused.base.module.config._attn_implementation == "sdpa"
+    records = records_of(fused)
+    found = samples(fused, batch_of(fused, records))
+    for mine, theirs in zip(found, samples(plain, batch_of(plain, records)), strict=True):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for row, record in enumerate(records):
+        beside = samples(fused, batch_of(fused, [records[row - 1], record]))
+        for mine, sample in zip(beside, found, strict=True):
+            torch.testing.assert_close(mine[1], sample[row], rtol=1e-5, atol=1e-7)

@@ -18,7 +18,7 @@ from cli.main import app
 from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
 from common.adapters.targets import AUTO
-from common.config.text import parse_settings, read_settings_file, to_toml
+from common.config.text import parse_settings, to_toml
 from common.data.packaged import MINILM, packaged_folder
 from common.errors import ConfigError, DataError
 from common.privacy.figures import epsilon_text
@@ -184,16 +184,16 @@ def test_every_page_is_in_the_index_once() -> None:
     assert made >= set(reference.PAGES), "a page that is made from the code is not marked as such"
 
 
-def test_the_tables_bytes_are_of_the_default_jobs_own_layers() -> None:
-    config = configure({}).config
+def test_the_tables_bytes_are_of_the_plain_jobs_own_layers() -> None:
+    config = configure({"recipe": "plain"}).config
     assert config.model.name == "all-MiniLM-L6-v2", "the default model is another: read that one's layers here"
     assert config.adapter.target_modules == (AUTO,)
     targets = KNOWN["bert"]
     with packaged_folder(MINILM) as folder, safe_open(str(folder / "model.safetensors"), framework="pt") as file:
         weights = [key for key in file.keys() if key.removesuffix(".weight").rsplit(".", 1)[-1] in targets]  # noqa: SIM118
         shapes = sorted(tuple(file.get_slice(key).get_shape()) for key in weights)
-    assert shapes == sorted(DEFAULT_SHAPES), f"the default job adapts {len(shapes)} layers, of {set(shapes)}"
-    assert config.adapter.rank == DEFAULT_RANK, "the table counts bytes at another rank than the default job's"
+    assert shapes == sorted(DEFAULT_SHAPES), f"the plain job adapts {len(shapes)} layers, of {set(shapes)}"
+    assert config.adapter.rank == DEFAULT_RANK, "the table counts bytes at another rank than the plain job's"
 
 
 def anchors(page: Path) -> set[str]:
@@ -233,9 +233,8 @@ def test_the_page_on_one_round_names_code_that_is_there_and_the_picture_has_its_
 def test_the_readmes_run_has_the_figures_of_docs_demo_and_the_picture_is_of_them() -> None:
     picture = read_picture(ROOT / "docs" / "demo.json")
     assert to_svg(picture) == (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8"), "run make docs"
-    demo = ROOT / "experiments" / "configs" / "probe.toml"
-    assert f"fedveil run -c {demo.relative_to(ROOT)}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    job = configure(read_settings_file(demo))
+    assert "demo: environment\n\t$(BIN)/fedveil run\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    job = configure({})
     config = job.config
     assert picture.title == f"{config.strategy} on {config.model.name} and {config.data.name}", "this is another job"
     assert (picture.budget, picture.delta) == (config.privacy.epsilon, config.privacy.delta)
@@ -315,6 +314,7 @@ def researcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_settings: di
 OWN_RECORDS = {"data.name": "reviews.csv", "data.text": "review", "data.label": "stars", "data.test-size": 40}
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_researchers_guide_ends_in_a_result(
     researcher: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +329,7 @@ def test_the_researchers_guide_ends_in_a_result(
             Path("sweep.toml").write_text(fewer, encoding="utf-8")
             continue
         if language == "python":
-            if "MINILM" not in block:  # the default job's own adapter; tests/test_packaged.py loads that model
+            if "MINILM" not in block:  # the plain job's own adapter; tests/test_packaged.py loads that model
                 namespace: dict[str, Any] = {}
                 monkeypatch.setattr(
                     "experiments.in_process.run_in_process",
@@ -361,8 +361,8 @@ def test_the_researchers_guide_ends_in_a_result(
     assert {"plan", "settings", "run", "evaluate", "report", "ledger", "python", "sweep", "pictures"} <= set(done)
     rows = read_rows(Path("runs/sweeps/sweep/sweep.jsonl"))
     assert {(row.variant, row.arm) for row in rows} == {
-        *(("rank-8", arm) for arm in ("federated", "local-only", "pooled")),
-        ("rank-2", "federated"),
+        *(("rank-2", arm) for arm in ("federated", "local-only", "pooled")),
+        ("rank-8", "federated"),
     }
     assert sorted(path.suffix for path in Path("pictures").iterdir()) == [".html", ".png", ".png"]
     assert re.search(r"^1 0\.\d+ \d+ ", capsys.readouterr().out, flags=re.M), "no line of a round was printed"

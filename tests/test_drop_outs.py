@@ -29,6 +29,7 @@ from common.secure_sum import (
     Task,
     Terms,
     least_sites,
+    may_be_lost,
     recovery,
     rounded,
     threshold,
@@ -207,6 +208,18 @@ def test_with_as_many_sites_as_the_settings_ask_for_the_drop_outs_may_be_lost() 
         assert left >= threshold(sites, colluders)
         fewer = sites - 1
         assert fewer - drop_outs < honest + colluders or fewer - drop_outs < threshold(fewer, colluders)
+
+
+def test_so_many_may_be_lost_as_an_attempt_of_so_many_sites_survives() -> None:
+    """Against a search of all numbers up to the settings'."""
+    for honest, colluders, drop_outs, least in itertools.product(range(2, 7), range(3), range(5), (1, 4, 9)):
+        for sites in range(honest + colluders, 24):
+            found = may_be_lost(sites, honest, colluders, drop_outs, least)
+            fits = [n for n in range(drop_outs + 1) if sites >= max(least + n, least_sites(honest, colluders, n))]
+            assert found == max(fits, default=0)
+            left = sites - found
+            assert left >= honest + colluders
+            assert left >= threshold(sites, colluders)
 
 
 def test_a_threshold_has_an_honest_site_in_common_to_any_two_groups() -> None:

@@ -70,7 +70,7 @@ def test_a_federation_runs_through_flower_and_ray(settings_file: Path, tmp_path:
         with Ledger(folder / "ledgers" / f"site-{site}.sqlite") as ledger:
             own = [line for line in privacy if line.site == f"site-{site}"]
             assert ledger.epsilon(f"site-{site}", 1e-3) == pytest.approx(spent(own[-1]).epsilon_total, abs=1e-9)
-    scored = fedveil("evaluate", str(folder), cwd=tmp_path)
+    scored = CliRunner().invoke(app, ["evaluate", str(folder)])
     assert f"accuracy {100 * rounds[-1].accuracy:.1f} %" in scored.stdout
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
     assert not [line for line in left.splitlines() if "flower-superlink" in line and str(tmp_path) in line]
@@ -185,7 +185,9 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
 
 
 def test_settings_are_checked_without_the_libraries_that_only_training_needs() -> None:
-    code = "import sys, strategies.job, server.resume; strategies.job.configure({}); print(*sys.modules)"
+    code = (
+        "import sys, strategies.job, server.resume; strategies.job.configure({'recipe': 'plain'}); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {"peft", "transformers", "opacus", "dp_accounting", "scipy"} & set(done.stdout.split())
     assert not loaded, f"a wrong setting is named only after {', '.join(sorted(loaded))} are imported: seconds"

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -70,14 +71,16 @@ DOORS = {
 }
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield every module that a file imports, wherever in the file it does."""
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Return every module that a file imports, wherever in the file it does; each file is read once."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found)
 
 
 def at_import(path: Path) -> Iterator[str]:

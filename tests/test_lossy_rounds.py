@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from audits.sum_site import SumSite
 from audits.tiny_site import clinic
 from client import sums
 from client.app import answer
-from common.errors import ConfigError, RunFailed
+from client.ledger.ledger import Ledger
+from common.errors import ConfigError, PolicyRefusal, RunFailed
 from common.messages.round import (
     KeyReply,
     KeyTask,
@@ -44,6 +45,7 @@ from common.secure_sum import (
     Sharing,
     noise_share,
     rounding,
+    threshold,
     total,
 )
 from common.secure_sum.shares import SHARE_BYTES
@@ -62,14 +64,14 @@ def lossy(toy_settings: dict[str, Any]) -> dict[str, Any]:
     return {**toy_settings, **SUMMED, "privacy.drop-outs": DROP_OUTS, "round-retries": 0}
 
 
-def losing(lost: Mapping[int, type[Task]]) -> type[InProcessTransport]:
-    """Return a transport that loses nodes, each from the first task of its kind on, in round 1."""
+def losing(lost: Mapping[int, type[Task]], rounds: Collection[int] = (1,)) -> type[InProcessTransport]:
+    """Return a transport that loses nodes, each from the first task of its kind on, in these rounds."""
 
     class Losing(InProcessTransport):
         def deliver(self, node: int, task: Task, content: Any) -> Any:
             stages = list(STAGES.values())
-            if task.round_number == 1 and node in lost and type(task) in stages[stages.index(lost[node]) :]:
-                return encode_reply(Refusal(task.run, 1, f"site-{node}", "failed", "the line is cut"))
+            if task.round_number in rounds and node in lost and type(task) in stages[stages.index(lost[node]) :]:
+                return encode_reply(Refusal(task.run, task.round_number, f"site-{node}", "failed", "the line is cut"))
             return super().deliver(node, task, content)
 
     return Losing
@@ -120,6 +122,69 @@ def test_one_site_more_is_lost_and_there_is_no_sum(stage: str, lossy: dict[str, 
     (line,) = read_lines(RoundLine, folder)
     assert "3 sites" in line.failures[-1].reason
     assert ", 4 are needed" in line.failures[-1].reason
+
+
+def gone(sites: Mapping[int, int], waited: list[int]) -> type[InProcessTransport]:
+    """Return a transport that loses nodes for good, each with its vector of the round that is given by node.
+
+    For how many nodes the server waits goes to ``waited``.
+    """
+
+    class Gone(InProcessTransport):
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            first = sites.get(node, task.round_number + 1)
+            there = task.round_number == first and not task.attempt and not isinstance(task, TrainTask)
+            if task.round_number >= first and not there:
+                return encode_reply(Refusal(task.run, task.round_number, f"site-{node}", "failed", "gone"))
+            return super().deliver(node, task, content)
+
+        def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+            waited.append(wanted)
+            return super().nodes(wanted, besides)
+
+    return Gone
+
+
+def test_a_run_goes_on_without_sites_that_are_gone_at_the_same_price_while_so_many_are_left(
+    lossy: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of six sites two are lost in round 1 and one in round 2: round 3 has three, of which none may be lost."""
+    waited: list[int] = []
+    folder = run_in_process({**lossy, "rounds": 3}, SITES, kind=gone({1: 1, 4: 1, 2: 2}, waited))
+    lines = read_lines(RoundLine, folder)
+    left = ([0, 2, 3, 5], [0, 3, 5], [0, 3, 5])
+    assert [line.participants for line in lines] == [[f"site-{i}" for i in sites] for sites in left]
+    assert [line.attempts for line in lines] == [1, 1, 1]
+    assert waited == [6, 4, 3], "a round waits for sites that are gone"
+    assert "4 sites are left, of which 1 may be lost" in caplog.text
+    assert "3 sites are left, of which 0 may be lost" in caplog.text
+    whole = run_in_process({**lossy, "rounds": 3}, SITES, run="all")
+    assert prices(folder) == prices(whole), "the price depends on how many are left"
+    assert {site.agreement for site in report_of(folder).sites} == {"agrees", "none"}, "two sites have no round"
+
+
+def prices(folder: Path) -> list[tuple[Any, int, float]]:
+    """Return what site 0 was charged for in each of three rounds."""
+    with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
+        entries = ledger.entries()
+    assert [entry.round_number for entry in entries] == [1, 2, 3]
+    return [(entry.event, entry.count, entry.delta) for entry in entries]
+
+
+def test_a_run_whose_sites_are_too_few_for_a_sum_stops_and_says_what_to_do(lossy: dict[str, Any]) -> None:
+    again = {**lossy, "rounds": 3, "round-retries": 1}
+    with pytest.raises(RunFailed, match="0 sites succeeded") as caught:
+        run_in_process(again, SITES, kind=gone({1: 1, 4: 1, 2: 2, 3: 2}, []))
+    folder = next(Path(lossy["output"]).iterdir())
+    done, failed = read_lines(RoundLine, folder)
+    assert (done.complete, failed.complete) == (True, False)
+    reasons = [failure.reason for failure in failed.failures if failure.kind == "quorum"]
+    assert reasons == [
+        "2 sites have sent a vector that counts, 3 are needed",
+        "2 sites gave a key, 3 are needed for a sum: start the others, and resume the run",
+    ]
+    assert "needed. 2 sites gave a key, 3 are needed for a sum: start the others" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_fewer_sites_than_may_be_lost_from_are_asked_for_nothing_that_costs(lossy: dict[str, Any]) -> None:
@@ -380,7 +445,7 @@ def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySi
     clinics.refused(survive, "masked no vector of that attempt")
     clinics.refused(UnmaskTask("1", 1, 0, (("north", bytes(64)),)), "masked no vector of that attempt")
     clinics.refused(replace(share, attempt=1), "has no key for that attempt")
-    clinics.refused(replace(share, offers=share.offers[:2]), "honest-sites = 2 of a sum of 1 sites")
+    clinics.refused(replace(share, offers=share.offers[:2]), "the attempt has 2 sites")
     clinics.refused(replace(task, sealed=task.sealed[::-1]), "cannot be opened")
     clinics.refused(replace(task, offers=share.offers), "is not signed by that site")
     clinics.refused(replace(task, sealed=()), "0 sealed shares of 3 sites")
@@ -407,11 +472,70 @@ def test_a_steward_who_counts_on_fewer_honest_sites_than_the_threshold_does_is_n
         assert clinics.begin(), "the refusal is another's"
 
 
+@pytest.mark.parametrize("sites", [7, 6, 5, 4])
+def test_more_sites_than_the_colluders_that_need_not_be_honest_are_refused_at_any_number(
+    sites: int, clinics: LossySite
+) -> None:
+    """Else a run of an even number of sites begins, and is refused once one of them is lost for good."""
+    clinics.join(*("east", "west", "centre", "coast")[: sites - 3])
+    party = sums.Party("clinic", Identity.new(), clinics.roster, sites - 2)
+    with pytest.raises(PolicyRefusal, match=f"privacy.colluders = 1 of a sum of {sites} sites"):
+        party.check_threshold(sites, 1)
+    party.check_threshold(sites, 2)
+    for colluders in (1, 2):
+        replace(party, honest=sites - 1).check_threshold(sites, colluders)
+        assert 2 * threshold(sites, colluders) > sites + colluders, "two lists may have no honest site in common"
+
+
 def test_a_steward_whose_honest_sites_may_be_too_few_of_what_is_left_pays_for_nothing(clinics: LossySite) -> None:
-    """Of three sites one need not be honest: once another is lost, one of the two that are left is honest."""
+    """Of four sites two need not be honest: once another is lost, one of the three that are left is honest."""
+    clinics.join("east")
     clinics.rule(honest_sites=2)
-    with pytest.raises(AssertionError, match="honest-sites = 2 of a sum of 2 sites, of which 1 need not be honest"):
+    with pytest.raises(AssertionError, match="honest-sites = 2 of a sum of 3 sites, of which 2 need not be honest"):
         clinics.begin()
     assert not clinics.site.charges()
     clinics.rule(honest_sites=3)
     assert clinics.begin()
+
+
+def test_a_server_that_calls_sites_lost_gets_no_sum_of_fewer_honest_ones(clinics: LossySite) -> None:
+    """It names three of six sites, one of which is its own: what is left is counted by the steward's roster."""
+    clinics.join("east", "west", "centre")
+    roster = list(clinics.roster.keys)
+    clinics.rule(honest_sites=5)
+    del clinics.peers["east"], clinics.peers["west"], clinics.peers["centre"]
+    share, task = clinics.begin()
+    assert len(share.offers) == 3, "one of the six need not be honest, and two of any three are"
+    assert isinstance(clinics.ask(task), TrainResult)
+    # Fewer survive by its word: of two, one may be the server's.
+    clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "north")), "honest-sites = 2 of a sum of 2 sites")
+    # A steward who takes two of the six for not honest pays for no sum of three.
+    clinics.rule(honest_sites=4)
+    with pytest.raises(AssertionError, match="honest-sites = 2 of a sum of 3 sites, of which 2 need not be honest"):
+        clinics.begin(2)
+    assert [number for _, number, _ in clinics.site.charges()] == [1]
+    with pytest.MonkeyPatch.context() as patch:  # the planted fault: a site that counts on sites which are gone
+        patch.setattr(sums.Party, "check_size", lambda *own: None)
+        patch.setattr(sums.Party, "check_threshold", lambda *own: None)
+        share, task = clinics.begin(2)
+        assert isinstance(clinics.ask(task), TrainResult), "the refusal is another's"
+    assert len(roster) == 6
+
+
+def test_a_server_that_names_other_sites_in_a_second_attempt_has_another_vector_and_another_charge(
+    clinics: LossySite,
+) -> None:
+    """It gets a sum with north and one without: two charges, and two vectors of which no mask is the same."""
+    clinics.join("east")
+    clinics.rule(honest_sites=4)
+    _, task = clinics.begin()
+    first = clinics.ask(task)
+    gone = clinics.peers.pop("north")
+    _, second = clinics.begin(1, 1)
+    again = clinics.ask(second)
+    assert isinstance(first, TrainResult)
+    assert isinstance(again, TrainResult)
+    assert len(clinics.site.charges()) == 2
+    apart = (words_of_result(first) - words_of_result(again)).astype("int32").astype(float)
+    assert abs(apart).mean() > 2.0**29, "the masks of both are the same"
+    assert gone.public == clinics.roster.keys["north"]

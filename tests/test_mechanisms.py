@@ -343,6 +343,7 @@ def test_a_row_that_is_charged_for_something_else_is_found(fault: Fault, words: 
         check_the_account("dp-sgd", tmp_path)
 
 
+@pytest.mark.usefixtures("rough_prices")
 @each_row
 def test_a_run_and_its_report_say_what_the_row_claims(name: str, toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, **settings_of(name), "training.sample-rate": 0.0, "privacy.epsilon": 30.0}

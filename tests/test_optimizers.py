@@ -126,7 +126,7 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
     draws = np.random.default_rng(3)
     monkeypatch.setattr(randomness, "_entropy", lambda count: draws.integers(0, 2**64, count, dtype=np.uint64))
     own = {key: value for key, value in toy_settings.items() if not key.startswith(("training.", "server."))}
-    data = {"data.name": str(write_reviews(tmp_path / "many.csv", 1400)), "data.test-size": 200}
+    data = {"data.name": str(write_reviews(tmp_path / "many.csv", 900)), "data.test-size": 200}
     noise = {"privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
     # Those by columns of B train a part of what FFA-LoRA does.
     for strategy in (name for name, kind in STRATEGIES.items() if not (kind.by_columns or kind.nested)):

@@ -63,6 +63,7 @@ def check_that_plan_is_run(settings: dict[str, Any], sites: int = 2) -> None:
     assert sum(line.bytes_up for line in rounds) == up
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
     check_that_plan_is_run(toy_settings)
 
@@ -75,10 +76,12 @@ SUMMED = {
 }
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_of_a_secure_sum_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
     check_that_plan_is_run({**toy_settings, **SUMMED}, 3)
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {**toy_settings, **SUMMED, "rounds": 3, "round-retries": 1}
     before = planned(settings, (60, 60, 60))
@@ -98,10 +101,12 @@ def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: d
     assert max(map(len, said.splitlines())) <= 80
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_of_a_language_model_is_what_the_run_does(toy_generation: dict[str, Any]) -> None:
     check_that_plan_is_run({**toy_generation, "strategy": "fed-svd"})
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_a_paid_initialisation_is_round_0_of_the_plan_and_travels_once(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "dp-gradient", "rounds": 1}
     check_that_plan_is_run(settings)
@@ -123,6 +128,7 @@ def test_the_table_of_bytes_equals_the_encoded_messages_of_every_strategy(
 HEAD_ALONE = {"adapter.name": "none", "strategy": "fedavg-lora"}
 
 
+@pytest.mark.usefixtures("rough_prices")
 def test_the_plan_of_the_head_alone_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
     check_that_plan_is_run({**toy_settings, **HEAD_ALONE})
 
@@ -334,12 +340,13 @@ def test_the_plan_fits_80_columns_and_its_file_says_the_same(tmp_path: Path, toy
 def test_the_plan_says_what_it_costs_that_sites_may_be_lost(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, **SUMMED, "privacy.drop-outs": 1}
     told = run_plan(tmp_path, settings, "--sizes", "60,70,60,70", "--no-calibration").stdout
-    assert "1 site may be lost from a sum that begins with 4 or more. Its noise" in " ".join(told.split())
+    assert "1 site may be lost from a sum, and a run begins with 4 sites or more. The noise" in " ".join(told.split())
     assert "(3 / 2) = 1.22 times" in " ".join(told.split())
+    assert "gone for good end the run once fewer than 3 are left" in " ".join(told.split())
     told = run_plan(tmp_path, settings, "--sizes", "60,70,60", "--no-calibration").stdout
-    assert "begins with 4 or more: 3 sites are too few" in " ".join(told.split())
+    assert "begins with 4 sites or more: 3 sites are too few" in " ".join(told.split())
     told = run_plan(tmp_path, {**settings, "min-sites": 4}, "--sizes", "60,70,60,70", "--no-calibration").stdout
-    assert "begins with 5 or more: 4 sites are too few" in " ".join(told.split())
+    assert "begins with 5 sites or more: 4 sites are too few" in " ".join(told.split())
 
 
 def test_noise_at_the_server_is_as_long_as_drawn_noise() -> None:

@@ -25,6 +25,7 @@ from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.starts import probe
 from common.starts.base import Labels
 from common.starts.probe import Probe
 from common.tasks import TASKS, Record
@@ -81,10 +82,17 @@ def settings(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
 # --- at a site --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the map be of 64 made-up texts, not 512: each is a pass, at every site and at the server."""
+    monkeypatch.setattr(probe, "TEXTS", 64)
+
+
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_without_noise_it_is_clipped_gradient_descent_on_whitened_features(
     model_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +103,7 @@ def test_without_noise_it_is_clipped_gradient_descent_on_whitened_features(
     released = start.privatise(model, records, gaussian_plan(1.0, 1.0, 1.0, 4.0, 1e-5, 8.0))[HEAD]
 
     # The slow way, in float64: the same map, one record after another.
-    texts = replace(start, text="made-up", records=512).texts(model)
+    texts = replace(start, text="made-up", records=probe.TEXTS).texts(model)
     seen = torch.cat([model.features(model.batch([t])).double() for t in texts])
     centre = seen.mean(0)
     values, vectors = torch.linalg.eigh((seen - centre).T @ (seen - centre) / len(seen))
@@ -151,6 +159,7 @@ def ask(site: OneSite) -> Reply:
     return site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_its_steps_are_as_many_and_as_noisy_as_are_charged(
     toy_settings: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +204,7 @@ def tiny_without_head(model: FederatedModel) -> FederatedModel:
 # --- at the server ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_the_server_adds_the_mean_step_and_looks_for_labels_around_it(model_folder: Folder) -> None:
     start = Probe(records=12)
     model = tiny(model_folder("bert"), start)
@@ -213,6 +223,7 @@ def test_the_server_adds_the_mean_step_and_looks_for_labels_around_it(model_fold
     model.write(merge(model.start, found))
 
 
+@pytest.mark.usefixtures("rough_prices", "few_texts")
 def test_a_run_counts_every_step_and_evaluates_as_it_scored(toy_settings: dict[str, Any]) -> None:
     folder = run_in_process(settings(toy_settings, privacy__epsilon=30.0), 2)
     lines = list(read_lines(RoundLine, folder))
@@ -268,6 +279,7 @@ def test_its_noise_is_that_of_its_share_of_the_budget() -> None:
 # --- in the report ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("rough_prices", "few_texts")
 def test_a_report_counts_every_step_of_the_probe(toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """ε is recomputed from what was released: 40 steps taken for one would flatter it, and all that it means."""
     more = {"start.steps": 40, "start.noise-multiplier": 12.0, "start.sample-rate": 1.0}

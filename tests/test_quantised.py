@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import away_from_zero, records_of, samples
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -26,16 +27,12 @@ from common.adapters.low_bits import LOW_BITS, LowBits, bitsandbytes, in_full
 from common.config.sections import QUANTISE, HeadConfig
 from common.errors import ConfigError, ModelError
 from common.messages.round import Refusal
-from common.messages.tensors import entries
 from common.model.base import load_base_model, weights_fingerprint
 from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.run_lines import RoundLine, read_lines
 from common.starts import STARTS
 from common.starts.gradient import open_weights
-from common.tasks import TASKS, Record
+from common.tasks import TASKS
 from experiments.evaluate import load_result
 from experiments.in_process import run_in_process
 from experiments.serving.merge import load_finished, merge_run
@@ -43,7 +40,6 @@ from server.records import package_versions
 from strategies.job import configure
 
 Folder = Callable[[str], str]
-STEP = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 1.0)
 BITS = tuple(LOW_BITS)
 CASES = [
     *((family, adapter, bits) for family in ("bert", "llama") for adapter in ("lora", "dora") for bits in BITS),
@@ -72,22 +68,7 @@ def tiny(
         **{"seed": 1, "label_names": ("bad", "good"), "max_length": 24, "device": "cpu", **options},
         precision=precision,
     )
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _, _, p in entries(model.trained()):  # type: ignore[arg-type]
-            p.add_(0.05 * torch.randn(p.shape, generator=draw).to(p.device))
-    return model
-
-
-def records_of(model: FederatedModel) -> list[Record]:
-    invent = model.task.inventor(model.base, model.max_length)
-    return [invent(length, i, i % 2) for i, length in enumerate((7, 3, 6))]
-
-
-def samples(model: FederatedModel, batch: FixedBatch) -> list[Tensor]:
-    trained = [p for p in model.module.parameters() if p.requires_grad]
-    with model.many_passes(), PrivateSteps(model.module, torch.optim.SGD(trained, lr=0.0), STEP) as steps:
-        return [sample.clone() for sample in steps.samples(batch, model.losses)]
+    return away_from_zero(model)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_the_claim_holds_for_every_site_where_policies_ask_for_other_deltas(tmp_
 
 
 def test_other_releases_are_paid_and_have_lines_of_their_own(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path / "run", sites={"north": 2000}).start()
+    run = MadeRun(tmp_path / "run", {"recipe": "plain"}, sites={"north": 2000}).start()
     run.release(0, "north", gaussian_release(5.0, 0.1, 1, "initialisation")).round(1, 0.7).end()
     lines = run.lines("rounds.jsonl")
     lines[0]["noised_correct"] = [{"site": "north", "value": 1404.0, "noise_std": 30.0}]

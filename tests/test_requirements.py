@@ -18,6 +18,18 @@ from deploy.shared_checks import SAFE_CRYPTOGRAPHY
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def test_the_harness_is_an_extra_that_make_and_the_page_name() -> None:
+    """It is in no environment of the tests, so that nothing but this holds its range to what was tried."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (harness,) = map(Requirement, extras["harness"])
+    assert harness.name == "lm-eval"
+    assert [version for version in ("0.4.12", "0.4.13", "0.5.0") if harness.specifier.contains(version)] == ["0.4.13"]
+    for name, words in (("Makefile", '["optional-dependencies"]["harness"]'), ("docs/serve.md", "'fedveil[harness]'")):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert words in text
+        assert not re.search(r"install[^\n]*lm.eval", text), f"{name} names another range than the extra"
+
+
 def lines_of(name: str) -> list[str]:
     text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]

@@ -99,8 +99,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     whole = run_in_process(settings, 2, "whole")
     with (
         pytest.raises(Killed),
-        killed_at(12 + 2 + 2 * 5 + 1),
-    ):  # 12 before round 1, 1 a new ledger, 5 a round, 1 into round 3
+        killed_at(15 + 2 + 2 * 5 + 1),
+    ):  # 15 before round 1, 1 a new ledger, 5 a round, 1 into round 3
         run_in_process(settings, 2, "cut")
     folder = Path(settings["output"]) / f"{strategy}-cut"
     assert not (folder / "result.json").exists()
@@ -120,13 +120,13 @@ def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most
     with killed_at(10**6) as done:
         whole = run_in_process(settings, 1, "whole")
     reached = set()
-    for operation in range(9, len(done)):
+    for operation in range(12, len(done)):
         run = f"killed-{operation}"
         with pytest.raises(Killed), killed_at(operation):
             run_in_process(settings, 1, run)
         folder = Path(settings["output"]) / f"ffa-lora-{run}"
         if not (folder / NAME).exists():
-            assert operation < 12, "a finished round left no checkpoint"
+            assert operation < 15, "a finished round left no checkpoint"
             continue
         if (folder / "result.json").exists():
             assert len(read_lines(RoundLine, folder)) == 2, "a run that is not over has a result"

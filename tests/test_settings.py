@@ -159,11 +159,14 @@ def test_after_the_composition_root_nothing_sees_what_was_asked() -> None:
         for path in (ROOT / room).rglob("*.py")
         if "common.config.asked" in set(imports(path))
     }
-    assert readers == {"strategies/job.py", "cli/settings_reference.py"}
+    assert readers == {
+        *("strategies/job.py", "strategies/recipes/__init__.py", "strategies/recipes/base.py"),
+        "cli/settings_reference.py",
+    }
 
 
 def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
-    open_values = {key for key, value in configure({}).settings().items() if value in (0, "auto", "")}
+    open_values = {key for key, value in configure({"recipe": "plain"}).settings().items() if value in (0, "auto", "")}
     each_machines = {"device", "precision", "training.batch-tokens"}
     each_sites = {"privacy.noise-multiplier", "max-update-norm"}
     the_models = {"adapter.targets"}
@@ -195,9 +198,11 @@ def test_the_files_that_are_made_from_the_settings_are_up_to_date() -> None:
 
 def test_the_table_of_flower_is_written_anew_and_nothing_around_it() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    spoilt = text.replace("rounds = 6\n", "rounds = 7\nnonsense = 1\n").replace("[tool.flwr.app.config.fed-svd]", "[a]")
+    spoilt = text.replace('rounds = "auto"\n', "rounds = 7\nnonsense = 1\n").replace(
+        "[tool.flwr.app.config.fed-svd]", "[a]"
+    )
     assert spoilt != text
-    damaged = text.replace("rounds = 6\n", "rounds = 7\nnonsense = 1\n")
+    damaged = text.replace('rounds = "auto"\n', "rounds = 7\nnonsense = 1\n")
     assert pyproject(damaged) == text
     assert flatten(tomllib.loads(flower_table())["tool"]["flwr"]["app"]["config"]) == known_settings()
     with pytest.raises(ConfigError, match="has no table"):
@@ -238,10 +243,10 @@ def test_what_the_command_prints_is_a_file_that_makes_the_same_run(tmp_path: Pat
 def test_a_value_that_is_left_open_is_printed_with_what_the_run_makes_of_it() -> None:
     printed = run("training.local-steps", "-c", 'privacy.mode="none"')
     assert printed.splitlines()[-2:] == [
-        "# (whole number at least 0; unit: steps; here 16)",
-        "training.local-steps = 0",
+        "# (whole number at least 0, or 'auto'; unit: steps; here 16)",
+        'training.local-steps = "auto"',
     ]
-    assert "; default 6)\nrounds = 9\n" in run("rounds", "-c", "rounds=9")
+    assert '; default "auto")\nrounds = 9\n' in run("rounds", "-c", "rounds=9")
 
 
 def test_a_section_is_chosen_by_its_name_and_a_setting_by_its_key() -> None:
@@ -270,11 +275,11 @@ def test_the_settings_are_written_as_json(tmp_path: Path) -> None:
     rate, period = json.loads(file.read_text(encoding="utf-8"))
     assert {key: rate[key] for key in ("key", "default", "asked", "value", "unit", "range")} == {
         "key": "training.sample-rate",
-        "default": 0.0,
-        "asked": 0.0,
-        "value": 0.33,
+        "default": "auto",
+        "asked": "auto",
+        "value": 1.0,
         "unit": "probability",
-        "range": "number above 0 and at most 1, or 0",
+        "range": "number above 0 and at most 1, or 0, or 'auto'",
     }
     assert (period["owners"], period["value"]) == (["fed-svd"], None), "it is no setting of this run"
     result = CliRunner().invoke(app, ["settings", "--json", str(tmp_path)])
@@ -282,6 +287,6 @@ def test_the_settings_are_written_as_json(tmp_path: Path) -> None:
 
 
 def test_a_text_of_several_lines_stays_a_comment() -> None:
-    setting = dataclasses.replace(SETTINGS["rounds"], meaning="word " * 60)
-    value: Scalar = 6
-    assert tomllib.loads(lines_of(setting, None, value)) == {"rounds": 6}
+    setting = dataclasses.replace(SETTINGS["min-sites"], meaning="word " * 60)
+    value: Scalar = 1
+    assert tomllib.loads(lines_of(setting, None, value)) == {"min-sites": 1}

@@ -14,7 +14,7 @@ from common.starts import STARTS
 from server.checkpoint import BEFORE, FORMAT, MAY_CHANGE
 from strategies import ROWS, STRATEGIES
 from strategies.ffa_lora import FFALoRA
-from strategies.job import known_settings
+from strategies.job import declared_settings, known_settings
 from strategies.rules import RULES
 
 FIRST = json.loads(Path(__file__).with_name("settings-of-format.json").read_text(encoding="utf-8"))
@@ -47,4 +47,4 @@ def test_every_setting_since_says_what_a_run_did_before_it(monkeypatch: pytest.M
 
 def test_what_a_setting_stands_for_before_it_fits_its_rules() -> None:
     for key, value in BEFORE.items():
-        assert type(value) is type(known_settings()[key]), f"{key} has another type in BEFORE"
+        assert type(value) is type(declared_settings()[key]), f"{key} has another type in BEFORE"

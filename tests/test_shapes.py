@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -92,21 +92,23 @@ def test_a_gradient_is_equal_to_the_last_bit_in_every_row_and_beside_any_others(
     model = world.model
     with PrivateSteps(model.module, SGD(world.trained, lr=0.0), plan()) as steps:
 
-        def gradient(record: Record, row: int, others: list[Record], length: int) -> list[Tensor]:
-            batch = model.fixed_batch([*others[:row], record, *others[row:]], length, model.shapes.rows_of(length))
-            return [sample[row] for sample in steps.samples(batch, model.losses)]
+        def gradients(records: list[Record], length: int) -> list[Tensor]:
+            return steps.samples(model.fixed_batch(records, length, model.shapes.rows_of(length)), model.losses)
 
         for length in model.shapes.lengths:
             rows = model.shapes.rows_of(length)
-            full = [invent(world, length - 1, i) for i in range(rows - 1)]
-            partial = [invent(world, 1 + i % (length - 1), i) for i in range(rows - 1)]
+            full = [invent(world, length - 1, i) for i in range(rows)]
+            partial = [invent(world, 1 + i % (length - 1), i) for i in range(rows)]
             for own in (length - 1, max(1, length - 4)):
                 record = invent(world, own, 100)
-                alone = gradient(record, 0, [], length)
-                for row in range(rows):
-                    for others in (full, partial):
-                        found = gradient(record, row, others, length)
-                        assert all(map(torch.equal, found, alone)), f"{own} tokens, row {row} of {rows}: other bits"
+                alone = [sample[0].clone() for sample in gradients([record], length)]
+                # The record is in every second row of a pass, and in the rows between of the next.
+                for others, first in product((full, partial), (0, 1)):
+                    mine = range(first, rows, 2)
+                    found = gradients([record if row in mine else others[row] for row in range(rows)], length)
+                    for row in mine:
+                        same = all(torch.equal(sample[row], bits) for sample, bits in zip(found, alone, strict=True))
+                        assert same, f"{own} tokens, row {row} of {rows}: other bits"
 
 
 # --- a hostile state --------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -16,11 +17,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from markupsafe import escape
 from safetensors import safe_open
-from torch import Tensor
+from typer.testing import CliRunner
 
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
+from audits.whole_sites import MadeUp, Sent, flat
+from cli.ledger import ASKED
+from cli.main import app
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
@@ -31,7 +36,8 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.client_level import ClippedPlan
 from common.privacy.events import sampled_gaussian
 from common.randomness import add_private_noise
-from common.run_lines import Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
+from common.run_lines import COHORT, Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
+from common.trackers import TRACKERS
 from deploy.doctor import _mechanisms
 from deploy.policy_file import mechanisms_of_job, policy_text
 from deploy.site_folder import SiteFolder
@@ -41,24 +47,27 @@ from experiments.planner.price import priced_rounds, rounds_within, site_plans
 from experiments.simulate import simulate
 from reports import markdown_report, report_of
 from reports.annex import annex_of
+from reports.claim import UNTOLD
 from reports.compute import operations
 from reports.declared import Declared
 from reports.picture import picture_of, said_of_run
 from reports.registry import registry_record
+from reports.watch import TO_NOBODY, Watched
 from server.admission import Admission
 from server.app import FlowerTransport
+from server.conduct import NOT_PUBLISHED
 from server.ledger import ServerLedger, with_ledger
 from server.model import ServerModel
 from server.records import RunFolder
 from server.sites import Exchange, Gathering
-from server.trusted import COHORT, TrustedSites
+from server.terminal import round_line
+from server.tracking import rounds_of
+from server.trusted import TrustedSites
 from strategies import STRATEGIES, ServerState
 from strategies.job import Job, configure
 
 SITE = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.noise-multiplier": 2.0}
 CLIP, COHORT_SIZE = 0.5, 8
-Sent = Callable[[int, AdapterState], Any]
-"""From a node and what it received to its reply."""
 
 
 @pytest.fixture
@@ -68,26 +77,6 @@ def settings(toy_settings: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- a server whose sites are made up ---------------------------------------------------------------------------------
-
-
-@dataclass
-class MadeUp:
-    """A transport of nodes that answer as they are told to, without training."""
-
-    sent: Sent
-    count: int = COHORT_SIZE
-    names: Mapping[int, str] | None = None
-    asked: list[list[int]] = field(default_factory=list)
-
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
-        return [node for node in range(self.count) if node not in besides]
-
-    def registered(self) -> Mapping[int, str] | None:
-        return self.names
-
-    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
-        self.asked.append(list(tasks))
-        return Exchange({node: self.sent(node, task.state) for node, task in tasks.items()}, 1, 1)  # type: ignore[union-attr]
 
 
 @dataclass
@@ -130,10 +119,6 @@ def update(node: int, received: AdapterState, length: float = 1.0) -> TrainResul
 
 def filled(received: AdapterState, value: float) -> TrainResult:
     return TrainResult("1", 1, "liar", 1, apply(lambda tensor: torch.full_like(tensor, value), received), None)
-
-
-def flat(state: AdapterState) -> Tensor:
-    return torch.cat([tensor.double().flatten() for _, _, tensor in entries(state)])
 
 
 @contextmanager
@@ -270,7 +255,7 @@ def test_the_mean_is_that_of_a_slow_reference_whatever_sizes_are_said(world: Wor
 def test_what_goes_on_to_the_strategy_is_the_state_moved_by_the_mean(world: World) -> None:
     with without_noise():
         mean = world.mean(update)
-        got = world.sites(MadeUp(update)).gather(1, world.state)
+        got = world.sites(MadeUp(update, COHORT_SIZE)).gather(1, world.state)
     assert got.results == got.refusals == {}
     assert got.failures == []
     (one,) = got.summed
@@ -286,7 +271,7 @@ def test_what_goes_on_to_the_strategy_is_the_state_moved_by_the_mean(world: Worl
 
 def noise_ratio(world: World, times: int = 40) -> float:
     """Return the standard deviation of the noise in the mean over what is priced."""
-    plan = world.sites(MadeUp(update))._plan
+    plan = world.sites(MadeUp(update, COHORT_SIZE))._plan
     drawn = torch.cat([flat(world.mean(update, 0)) for _ in range(times)])
     assert len(drawn) > 5_000
     return float(drawn.square().mean().sqrt()) / (plan.event.noise_multiplier * CLIP / COHORT_SIZE)
@@ -294,7 +279,7 @@ def noise_ratio(world: World, times: int = 40) -> float:
 
 def test_the_mean_carries_the_noise_that_is_priced_also_when_nobody_answers(world: World) -> None:
     assert noise_ratio(world) == pytest.approx(1, abs=0.03)
-    got = world.sites(MadeUp(update)).gather(1, world.state)
+    got = world.sites(MadeUp(update, COHORT_SIZE)).gather(1, world.state)
     assert got.released is not None
     assert got.released.event == sampled_gaussian(2.0, 1.0, CLIP)
     assert got.summed[0].noise == pytest.approx(2.0 * CLIP / COHORT_SIZE)
@@ -307,7 +292,7 @@ def test_halved_noise_is_found(world: World) -> None:
 
 def test_what_rests_in_a_round_gets_no_noise(settings: dict[str, Any], world: World) -> None:
     resting = replace(world, job=configure({**settings, "rounds": 2, "training.refit": 1}))
-    sites = resting.sites(MadeUp(update))
+    sites = resting.sites(MadeUp(update, COHORT_SIZE))
     for number, rests in ((1, False), (2, True)):
         (one,) = sites.gather(number, replace(world.state, round_number=number - 1)).summed
         for layer, name, tensor in entries(one.state):
@@ -348,7 +333,7 @@ def test_a_draw_of_a_fixed_number_is_found(settings: dict[str, Any], world: Worl
 
 def test_who_fails_is_not_asked_again_and_the_divisor_stays(settings: dict[str, Any], world: World) -> None:
     """A second draw after the first one's replies would be no Poisson draw."""
-    transport = MadeUp(lambda node, received: Refusal("1", 1, "x", "failed", "no"))
+    transport = MadeUp(lambda node, received: Refusal("1", 1, "x", "failed", "no"), COHORT_SIZE)
     got = world.sites(transport).gather(1, world.state)
     assert transport.asked == [list(range(COHORT_SIZE))]
     assert got.counts(5)
@@ -357,7 +342,7 @@ def test_who_fails_is_not_asked_again_and_the_divisor_stays(settings: dict[str, 
 
 def test_one_node_a_registered_name_is_asked_and_no_other(world: World) -> None:
     names = {0: "north", 1: "south", 3: "north"}
-    transport = MadeUp(update, names=names)
+    transport = MadeUp(update, COHORT_SIZE, names)
     world.sites(transport).gather(1, world.state)
     assert transport.asked == [[3, 1]]
 
@@ -455,7 +440,7 @@ def test_a_ledger_that_cannot_be_read_as_it_was_written_is_refused(tmp_path: Pat
 
 
 def test_a_ledger_that_is_put_back_to_an_older_state_is_refused(world: World) -> None:
-    sites = world.sites(MadeUp(update))
+    sites = world.sites(MadeUp(update, COHORT_SIZE))
     sites.gather(1, world.state)
     older = sites._ledger.path.read_bytes()
     done = replace(world.state, round_number=1)
@@ -465,7 +450,7 @@ def test_a_ledger_that_is_put_back_to_an_older_state_is_refused(world: World) ->
         sites.gather(3, done)
     sites._ledger.path.unlink()
     with pytest.raises(LedgerError, match="has 0 rounds of run '1', which has done 1"):
-        world.sites(MadeUp(update)).gather(2, done)
+        world.sites(MadeUp(update, COHORT_SIZE)).gather(2, done)
 
 
 class Killed(BaseException):
@@ -580,11 +565,8 @@ def test_a_resumed_run_keeps_its_cohort_rate_and_ledger(settings: dict[str, Any]
 
 # --- what the server gives away ---------------------------------------------------------------------------------------
 
-CLOCKS = re.compile(
-    r'"(started|time|charged_at)": ?"[^"]*"|"seconds": ?[0-9.e-]+|[0-9.]+ (s|min)\b|[0-9-]+T[0-9:+.]+'
-    r"|`report.json` \| `[0-9a-f]+`"
-)
-"""Times, and the hash of a file that has them."""
+CLOCKS = re.compile(r'"(started|time|charged_at)": ?"[^"]*"|[0-9-]+T[0-9:+.]+|`report.json` \| `[0-9a-f]+`')
+"""When a run began, the times of the server's own log and ledger, and the hash of a file that has them."""
 NAMES = re.compile(r"site-[0-9]")
 
 
@@ -598,11 +580,12 @@ class Restless(InProcessTransport):
 
 
 class Others(Restless):
-    """Other sites that cannot, and all the others with other records."""
+    """Other sites that cannot, and all the others with other records, which take them longer."""
 
     odd = 1
 
     def deliver(self, node: int, task: Task, content: Any) -> Any:
+        time.sleep(0.05)
         self._nodes[node]["partition-id"] = len(self._nodes) - 1 - node
         return super().deliver(node, task, content)
 
@@ -675,6 +658,82 @@ def test_a_server_that_tells_of_replies_is_found(
 
     with patch.object(TrustedSites, "_ask", watched), patch.object(TrustedSites, "gather", telling):
         assert "rounds.jsonl" in leaks({**settings, "rounds": 6, "privacy.epsilon": 200.0})
+
+
+PUBLISHED = {"report.json", "report.md", "report.html"}
+
+
+def timed(folder: RunFolder, *lines: Any, real: Any = RunFolder._append) -> None:
+    """Write down when a round ended."""
+    real(folder, *(replace(line, seconds=time.monotonic()) if isinstance(line, RoundLine) else line for line in lines))
+
+
+def test_a_server_that_tells_how_long_a_round_took_is_found(settings: dict[str, Any]) -> None:
+    settings |= {"rounds": 3, "privacy.epsilon": 200.0}
+    with patch.object(RunFolder, "_append", timed):
+        found = leaks(settings)
+        # A report drops what such a file holds, also of a run that an earlier FedVeil has left.
+        assert "rounds.jsonl" in found
+        assert not found & PUBLISHED
+        with patch("reports.data._is_central", lambda files: False):
+            assert "report.json" in leaks(settings)
+
+
+def test_a_line_that_tells_how_long_a_round_took_is_found(settings: dict[str, Any]) -> None:
+    def line(job: Job, outcome: Any, members: Any) -> str:
+        return f"{round_line(job, outcome, members)}  {outcome.seconds:.3f} s"
+
+    with patch("server.conduct.round_line", line):
+        assert "run.log" in leaks({**settings, "rounds": 3, "privacy.epsilon": 200.0})
+
+
+def test_the_log_says_that_it_is_not_to_be_published(settings: dict[str, Any]) -> None:
+    folder = run_in_process(settings, 3)
+    assert NOT_PUBLISHED in (folder / "log.jsonl").read_text(encoding="utf-8")
+    assert "is not to be published" in NOT_PUBLISHED
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_no_tracker_notes_when_a_round_ended_that_sites_were_drawn_for(settings: dict[str, Any], tracker: str) -> None:
+    with pytest.raises(ConfigError, match="which may show who was drawn"):
+        configure({**settings, "privacy.site-rate": 0.5, "tracker": tracker})
+    assert configure({**settings, "tracker": tracker}).config.tracker == tracker
+
+
+def test_a_tracker_hears_neither_time_nor_number_of_sites(settings: dict[str, Any]) -> None:
+    told = rounds_of(run_in_process(settings, 3))
+    assert set(told) == {0, 1, 2}
+    assert {"accuracy", "epsilon", "bytes_up"} <= set(told[2])
+    assert not {"seconds", "sites"} & set(told[2])
+
+
+def test_a_watched_page_says_for_whom_it_is_and_nothing_of_the_round(settings: dict[str, Any]) -> None:
+    folder = run_in_process(settings, 3)
+    (folder / "result.json").unlink()
+    (folder / "progress.json").write_text('{"phase": "training", "round": 2, "asked": 3}', encoding="utf-8")
+    watched = Watched(folder)
+    try:
+        _, page, goes_on = watched.page("/")
+    finally:
+        watched.server_close()
+    assert goes_on
+    assert escape(TO_NOBODY) in page.decode()
+    assert "sites have answered" not in page.decode()
+
+
+def test_the_report_has_a_cohort_and_no_sites(settings: dict[str, Any]) -> None:
+    folder = run_in_process({**settings, "privacy.site-rate": 0.5}, 6)
+    page, text = (
+        (folder / "report.html").read_text(encoding="utf-8"),
+        (folder / "report.md").read_text(encoding="utf-8"),
+    )
+    assert "<h2>The cohort</h2>" in page
+    assert "## The cohort" in text
+    for form in (page, text):
+        assert UNTOLD in form
+        assert not re.search(r"<h2>Sites</h2>|## Sites|rounds joined|refused<|seconds|>time<", form)
+    assert {line.seconds for line in report_of(folder).rounds} == {None}
+    assert report_of(folder).headline.seconds is None
 
 
 class OneReply:
@@ -812,6 +871,10 @@ def test_a_round_is_written_down_as_one_without_privacy_and_closes_the_records(s
     assert 0 < l2_norm(subtract(sent.contribution, received)) <= CLIP * (1 + 1e-6)
     with Ledger(site.ledger) as ledger:
         assert [(one.run, one.round_number, one.steps) for one in ledger.exposures()] == [("1", 1, 2)]
+    with Ledger(site.ledger) as ledger:
+        (name,) = {one.dataset for one in ledger.exposures()}
+    said = CliRunner().invoke(app, ["ledger", "receipt", str(site.ledger), "--dataset", name, "--run", "1"])
+    assert (said.exit_code, ASKED in said.output) == (0, True), "a receipt tells when this site was drawn"
     for key in ("privacy.mode", "privacy.unit", "privacy.cohort"):
         del site.settings[key]
     site.rule(mechanisms=["dp-sgd"])

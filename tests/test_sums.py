@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -34,12 +35,16 @@ from common.privacy.accounting import alone, epsilon
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.figures import epsilon_text
 from common.randomness import noise_grid
-from common.run_lines import RoundLine, read_lines
+from common.run_lines import Absence, RoundLine, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
+from faults.faulty_server import lying
+from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
 from reports import markdown_report, report_of
 from server import checkpoint
 from server import sums as sums_at_server
+from server.rounds import _too_few
+from server.sites import Gathering
 from strategies.job import configure
 
 SUMMED: dict[str, Any] = {
@@ -109,11 +114,55 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     assert report.sites[0].epsilon_alone == pytest.approx(bare, abs=1e-6)
     assert report.sites[0].epsilon_worst is not None
     assert bare > 1.3 * report.sites[0].epsilon_worst
-    assert "as long as 2 sites of each sum are honest. If no other site adds its noise" in report.claim.sentence
+    assert (
+        "as long as 2 sites of each sum are honest. If all 4 sites of each sum are honest, the sums"
+        in report.claim.sentence
+    )
+    assert "If no other site adds its noise" in report.claim.sentence
     assert f"ε {epsilon_text(bare)} at the same δ" in report.claim.sentence
     assert "second price" in markdown_report(folder)
     shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
     assert "if no other site adds its noise to a sum: " in shown.output
+
+
+@pytest.mark.parametrize(("honest", "colluders", "lost"), [(1, 2, False), (2, 1, False), (2, 1, True)])
+def test_a_report_says_what_the_sums_cost_if_all_their_sites_are_honest(
+    honest: int, colluders: int, lost: bool, summed: dict[str, Any]
+) -> None:
+    """By the round with fewest sites: where one of four is lost, three add noise."""
+
+    class Losing(InProcessTransport):
+        def nodes(self, wanted: int, besides: Any) -> list[int]:
+            return super().nodes(wanted, besides)[: 3 if lost else 4]
+
+    own = {"privacy.honest-sites": honest, "privacy.colluders": colluders}
+    folder = run_in_process({**summed, **own}, 4, kind=Losing)
+    sites, report = 3 if lost else 4, report_of(folder)
+    noise = 2.0 * (sites / honest) ** 0.5
+    wanted = epsilon([dataclasses.replace(r, event=sampled_gaussian(noise, 0.25)) for r in releases(folder)], 1e-3)
+    found = report.sites[0]
+    assert found.epsilon_all_honest == pytest.approx(wanted, abs=1e-6)
+    assert found.epsilon_recomputed is not None
+    assert wanted < found.epsilon_recomputed
+    assert (
+        f"If all {sites} sites of each sum are honest, the sums of this run that counted cost ε {epsilon_text(wanted)}"
+        in (report.claim.sentence)
+    )
+    assert ("It rests on no other site" in report.claim.sentence) == (honest == 1)
+    if honest == 1:
+        assert found.epsilon_alone == pytest.approx(found.epsilon_recomputed, abs=1e-3)
+        assert "if no other site" not in report.claim.sentence.lower()
+
+
+def test_a_round_0_that_sums_nothing_is_no_sum_of_no_sites(summed: dict[str, Any]) -> None:
+    folder = run_in_process(summed, 4)
+    wanted = report_of(folder).sites[0].epsilon_all_honest
+    path = folder / RoundLine.NAME
+    begun = {**json.loads(path.read_text().splitlines()[0]), "round": 0, "participants": []}
+    path.write_text(f"{json.dumps(begun)}\n{path.read_text()}")
+    assert wanted is not None
+    assert report_of(folder).sites[0].epsilon_all_honest == wanted
+    assert "If all 4 sites of each sum are honest" in report_of(folder).claim.sentence
 
 
 def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +292,66 @@ def test_sites_that_spent_their_budget_end_the_run_well_and_cost_the_others_noth
     assert {len(rows) for rows in spent(folder).values()} == {1}
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["rounds"]) == ("stopped", 1)
+
+
+def spending(gone: Mapping[int, int], offline: Mapping[int, int]) -> Any:
+    """Return a transport whose nodes have no budget left, or are offline, from the round on that is given by node.
+
+    How many nodes are waited for goes to its ``waited``, which has one entry a round as long as nothing goes wrong.
+    """
+
+    class Spending(InProcessTransport):
+        waited: ClassVar[list[int]] = []
+
+        def deliver(self, node: int, task: Task, content: Any) -> Any:
+            if isinstance(task, TrainTask):
+                record = super().deliver(node, task, content)
+                if task.round_number + 1 < gone.get(node, 99):
+                    return record
+                reply = decode_reply(record, self._layout_of_round(task.round_number), task.run, task.round_number)
+                return encode_reply(replace(reply, offer=None)) if isinstance(reply, TrainResult) else record
+            if task.round_number >= gone.get(node, 99):
+                return encode_reply(Refusal(task.run, task.round_number, f"site-{node}", "budget", "it is spent"))
+            return super().deliver(node, task, content)
+
+        def nodes(self, wanted: int, besides: Any) -> list[int]:
+            self.waited.append(wanted)
+            there = super().nodes(wanted, besides)
+            return [node for node in there if len(self.waited) < offline.get(node, 99)]
+
+    return Spending
+
+
+def test_a_site_that_is_offline_after_another_spent_its_budget_fails_the_run_with_advice(
+    summed: dict[str, Any],
+) -> None:
+    """In round 2 site-0 has no budget left and three make the sum; in round 3 site-1 is offline."""
+    kind = spending({0: 2}, {1: 3})
+    with pytest.raises(RunFailed, match=r"round 3: .*3 are needed for a sum: start the others, and resume.*site-0 "):
+        run_in_process({**summed, "rounds": 3}, 4, kind=kind)
+    lines = read_lines(RoundLine, next(Path(summed["output"]).iterdir()))
+    assert [line.participants for line in lines[:2]] == [
+        [f"site-{i}" for i in range(4)],
+        ["site-1", "site-2", "site-3"],
+    ]
+
+
+def test_budgets_that_are_spent_one_after_the_other_end_the_run_well(summed: dict[str, Any]) -> None:
+    folder = run_in_process({**summed, "rounds": 4}, 4, kind=spending({0: 2, 1: 3}, {}))
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["rounds"]) == ("stopped", 2)
+    assert result["reason"] == "too few sites for a sum have budget left after round 2"
+
+
+def test_a_round_of_carried_refusals_alone_is_told_without_a_failure() -> None:
+    got = Gathering(refusals={0: Absence(3, 1, "site-0", 0, "budget", "it is spent")})
+    assert "site-0 (budget): it is spent" in str(_too_few(got, 3, 2))
+
+
+def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dict[str, Any]) -> None:
+    kind = spending({0: 2}, {})
+    run_in_process({**summed, "rounds": 4, "privacy.drop-outs": 2}, 6, kind=kind)
+    assert kind.waited == [6, 6, 5, 5]
 
 
 def alone_of(count: int) -> Any:
@@ -645,3 +754,18 @@ def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, S
 def test_the_promise_names_those_on_whom_it_rests() -> None:
     job = configure(SUMMED)
     assert "as long as 2 sites of each sum are honest" in job.mechanism.promise(job.config.privacy)
+
+
+def test_a_lying_server_is_refused_or_gets_no_sum_and_no_second_vector(summed: dict[str, Any]) -> None:
+    """The lies of ``make faults`` in one process: in each the second attempt, which is honest, counts."""
+    names = list(SERVER_LIES)
+
+    class Lying(InProcessTransport):
+        exchange = lying(InProcessTransport.exchange, lambda number: names[number - 1])  # type: ignore[assignment]
+
+    folder = run_in_process({**summed, "rounds": len(names), "round-retries": 1}, 3, kind=Lying)
+    lines, paid = read_lines(RoundLine, folder), Counter(n for rows in spent(folder).values() for n, _ in rows)
+    for line, name in zip(lines, names, strict=True):
+        assert wrong_after_a_lie(name, line, paid[line.round_number]) == []
+        assert wrong_after_a_lie(name, replace(line, attempts=3), paid[line.round_number])
+        assert wrong_after_a_lie(name, line, 1)

@@ -71,7 +71,7 @@ def swept(world: Path) -> Swept:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + PATIENCE
-        while len(read_rows(results / "tiny.jsonl")) < 3 and time.monotonic() < deadline:
+        while len(read_rows(results / "tiny.jsonl")) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         first.kill()
     killed = read_rows(results / "tiny.jsonl")
@@ -89,7 +89,7 @@ def run_of(swept: Swept, row: Row) -> Path:
 
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(swept: Swept) -> None:
-    assert 3 <= len(swept.killed) < len(swept.rows)
+    assert 2 <= len(swept.killed) < len(swept.rows)
     assert [row.key for row in swept.rows] == [
         (cell.variant, cell.arm, cell.site, cell.epsilon, cell.seed) for cell in read_sweep(TINY).cells
     ]

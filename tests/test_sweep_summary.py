@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from common.errors import ConfigError, DataError
 from experiments.sweep.arms import ARMS
+from experiments.sweep.conduct import row_words
 from experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
 from experiments.sweep.published import SHIPPED, Published, read_published
 from experiments.sweep.rows import Row, write_rows
@@ -113,6 +114,14 @@ def test_the_table_has_mean_interval_each_seed_and_each_site() -> None:
     assert "| `wide` | federated | none | 1 | **85.0** | 50.0 | 0.500 | no claim |" in text
     assert "8 runs, 96.0 s in all, on x86_64, 2 cores, float32, code aaaaaaaaaaaa." in text
     assert markdown_of([]) == "No run has ended.\n"
+
+
+def test_the_time_of_a_trusted_servers_run_is_told_nowhere() -> None:
+    central = row(0.75, seed=4, seconds=None, seconds_in_all=None)
+    assert "12 s" in row_words(SEEDS[0])
+    assert " s" not in row_words(central).replace(" spent", "")
+    assert "in all, on" in markdown_of(SEEDS)
+    assert "in all, on" not in markdown_of([*SEEDS, central])
 
 
 def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -> None:

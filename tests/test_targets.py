@@ -15,7 +15,7 @@ from torch import nn
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_model, tiny_tokenizer
 from common.adapters import ADAPTERS
-from common.adapters.targets import auto_targets, targets_in
+from common.adapters.targets import auto_targets, targets_in, value_targets
 from common.errors import ConfigError, ModelError
 from common.starts import STARTS
 from experiments.evaluate import evaluate_run
@@ -71,6 +71,14 @@ def test_auto_adapts_queries_and_values_in_each_layer(family: str, tmp_path: Pat
     assert len(ADAPTERS["lora"](2, 2.0, wanted).layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == len(layers)
 
 
+@each_family
+def test_values_are_the_layers_of_auto_that_make_values(family: str) -> None:
+    make, wanted = FAMILIES[family]
+    one = [name for name in wanted if name.startswith("v")] or [n for n in wanted if n in ("c_attn", "qkv_proj")]
+    assert [*value_targets(make())] == one
+    assert targets_in(make(), ("values",)) == tuple(one)
+
+
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama", "qwen2", "gemma"])
 def test_structure_alone_finds_what_pefts_table_says(family: str) -> None:
     make, wanted = FAMILIES[family]
@@ -114,9 +122,10 @@ def test_names_that_fit_no_layer_are_told_those_that_would(family: str) -> None:
     assert "\n" not in text
 
 
-def test_auto_stands_alone() -> None:
-    with pytest.raises(ConfigError, match="write 'auto' alone"):
-        configure({"adapter.targets": "auto,query"})
+@pytest.mark.parametrize("kind", ["auto", "values"])
+def test_a_kind_of_layers_stands_alone(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"write '{kind}' alone"):
+        configure({"adapter.targets": f"{kind},query"})
 
 
 @pytest.mark.parametrize("strategy", ["ffa-lora", "fed-sb"])

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.adapters.targets import AUTO, targets_in
+from common.adapters.targets import targets_in
+from common.config.fields import TARGET_KINDS
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
 
@@ -318,9 +319,9 @@ class Adapter(ABC):
             for owner in ("base_model", *(f"{PEFT_PREFIX}{name}" for name in self.layers(model))):
                 tensors[f"{owner}.{suffix}"] = tensor.float().clone()
         injected = model.peft_config[ADAPTER_NAME]
-        # A stock reader is told the names that ``auto`` stood for.
+        # A stock reader is told the names that ``auto`` or ``values`` stood for.
         found = sorted({name.rpartition(".")[2] for name in self.layers(model)})
-        named = self._naming(found) if self.target_modules == (AUTO,) else self
+        named = self._naming(found) if self.target_modules[0] in TARGET_KINDS else self
         if len(kept) < len(self.layers(model)):
             # PEFT refuses a layer of rank 0, so the others are named in full.
             named = self._naming(sorted(kept))

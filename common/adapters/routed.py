@@ -25,7 +25,7 @@ class Routes:
     """A hook before B that keeps the ``active`` largest answers of each position, and puts 0 in place of the others.
 
     >>> Routes(1).largest(torch.tensor([[0.5, -2.0, 1.0]]))
-    tensor([[0., -2., 0.]])
+    tensor([[ 0., -2.,  0.]])
     """
 
     def __init__(self, active: int) -> None:

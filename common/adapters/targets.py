@@ -15,6 +15,8 @@ from common.errors import ModelError
 
 AUTO = "auto"
 """What ``adapter.targets`` calls the projections to queries and values, however the model names them."""
+VALUES = "values"
+"""What it calls those to values alone."""
 QUERY, KEY, VALUE = ({"q", "query", "wq"}, {"k", "key", "wk"}, {"v", "value", "wv"})
 """Words of which one stands in the name of a layer that makes a token's query, key or value."""
 FUSED = {"qkv", "wqkv", "c_attn", "in_proj", "query_key_value"}
@@ -24,13 +26,15 @@ MOST_NAMES = 12
 
 
 def targets_in(base: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the layers to adapt in a model: ``names``, or what ``auto`` stands for there.
+    """Return the names of the layers to adapt in a model: ``names``, or what ``auto`` or ``values`` stands for there.
 
     Raises:
-        ModelError: no layer has such a name, or ``auto`` finds no attention; the message names layers that would fit.
+        ModelError: no layer has such a name, or no attention is found; the message names layers that would fit.
     """
     if tuple(names) == (AUTO,):
         return auto_targets(base)
+    if tuple(names) == (VALUES,):
+        return value_targets(base)
     if not any(name in names or name.endswith(tuple(f".{n}" for n in names)) for name, _ in base.named_modules()):
         try:
             stands = f"'{AUTO}', which is {','.join(auto_targets(base))!r} there, or to "
@@ -65,6 +69,16 @@ def auto_targets(base: nn.Module) -> tuple[str, ...]:
         f"adapter.targets {AUTO!r} finds no layer of {type(base).__name__} that makes queries and values: "
         f"name some of {_listed(base)}"
     )
+
+
+def value_targets(base: nn.Module) -> tuple[str, ...]:
+    """Return the names of those layers of ``auto_targets`` that make values; errors as of it.
+
+    Where one layer makes queries, keys and values at once, it is that.
+    """
+    found = auto_targets(base)
+    apart = tuple(name for name in found if _words(name) & VALUE)
+    return apart or tuple(name for name in found if _words(name) & FUSED or name.lower() in FUSED) or found
 
 
 def _by_structure(base: nn.Module) -> tuple[str, ...]:

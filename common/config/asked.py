@@ -1,7 +1,7 @@
 """The settings of a run as people write them, where 0 and ``auto`` leave a value open, and what they resolve to.
 
 How many steps a round has, on how large batches, and where Adam is, follows from what a step costs: the mechanism says
-it (``Recipe``).
+it (``Pace``).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ServerSettings(Section):
     """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
     ``momentum``: it is one for gradient descent with a heavy ball. ``auto``: ``adam`` under privacy, else ``none``."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
-    """The server's optimiser's, at the start of the schedule. The default suits Adam."""
+    """The server's optimiser's, at the start of the schedule. 0.025 suits Adam."""
     adam_tau: Annotated[float, POSITIVE, RATIO] = 1e-3
     """FedAdam's τ, added to the root of Adam's second moment: changes well below it do not become full steps."""
     momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.5
@@ -119,17 +119,17 @@ def resolve(asked: RunSettings) -> RunConfig:
     Raises:
         ConfigError: the kind of task does not go with the rest.
     """
-    recipe = asked.privacy.mechanism.recipe
+    pace = asked.privacy.mechanism.pace
     training, server = asked.training, asked.server
-    at_server = server.optimizer if server.optimizer != "auto" else recipe.server_optimizer
+    at_server = server.optimizer if server.optimizer != "auto" else pace.server_optimizer
     alone = at_server == "none"  # then the sites' optimiser moves the model
     optimizer = training.optimizer if training.optimizer != "auto" else "adam" if alone else "sgd"
-    head_rate = asked.head_rate or recipe.head_rate
+    head_rate = asked.head_rate or pace.head_rate
     return RunConfig(
         **_terms(asked),
         training=TrainingConfig(
-            local_steps=training.local_steps or recipe.local_steps,
-            sample_rate=training.sample_rate or recipe.sample_rate,
+            local_steps=training.local_steps or pace.local_steps,
+            sample_rate=training.sample_rate or pace.sample_rate,
             optimizer=optimizer,
             learning_rate=training.learning_rate or LEARNING_RATES[optimizer],
             head_rate=head_rate if alone else 1.0,

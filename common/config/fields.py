@@ -13,6 +13,9 @@ from typing import Any, ClassVar, get_type_hints
 
 from common.check import Rule
 
+TARGET_KINDS = ("auto", "values")
+"""Words of ``adapter.targets`` that stand for layers, however the model names them (``common.adapters.targets``)."""
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
-from common.config.fields import RATIO, Section, Unit, kebab, kinds_of
+from common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
 from common.config.schedule import learning_rate
 from common.errors import ConfigError
 from common.privacy import MECHANISMS, UNITS, Mechanism
@@ -154,7 +154,8 @@ class AdapterConfig(Section):
     """``rank``: the product is scaled by ``alpha / rank`` (LoRA). ``sqrt-rank``: by ``alpha / √rank`` (rsLoRA)."""
     targets: str = "auto"
     """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``. ``auto``: those that make queries
-    and values, as PEFT's table or the model's own names tell; of most encoders ``query,value``."""
+    and values, as PEFT's table or the model's own names tell; of most encoders ``query,value``. ``values``: those that
+    make values alone."""
     start: str = "orthonormal"
     """Where the factors begin: a row of ``common.starts.STARTS``, whose options are ``start.*``."""
 
@@ -162,8 +163,9 @@ class AdapterConfig(Section):
         super().__post_init__()
         if not self.target_modules:
             raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value', or 'auto'")
-        if "auto" in self.target_modules and len(self.target_modules) > 1:
-            raise ConfigError(f"adapter.targets is {self.targets!r}: write 'auto' alone, or the layers' own names")
+        kind = next((name for name in self.target_modules if name in TARGET_KINDS), "")
+        if kind and len(self.target_modules) > 1:
+            raise ConfigError(f"adapter.targets is {self.targets!r}: write {kind!r} alone, or the layers' own names")
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -230,7 +232,8 @@ class PrivacyConfig(Section):
     beside the honest ones."""
     drop_outs: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
     """For ``secure-sum``: most sites that may be lost from an attempt, whose sum is then that of the others. They are
-    beside the honest ones and the colluders. 0: a missing vector costs the attempt, and a round has fewer messages."""
+    beside the honest ones and the colluders. Where some are gone for good, fewer of the others may be. 0: a missing
+    vector costs the attempt, and a round has fewer messages."""
     cohort: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
     """For ``client-level``: how many sites there are, at most; public. The noised sum is divided by it times
     ``privacy.site-rate``, however many reply. 0: the run's unit is not a site."""
@@ -296,6 +299,9 @@ class ServerConfig:
 class RunTerms(Section):
     """What a run is asked for and does alike."""
 
+    recipe: str = "auto"
+    """Settings that go together: a row of ``strategies.recipes.RECIPES``, or ``auto`` for the first of them that suits
+    the run. It fills in what is left open."""
     strategy: str = "fedavg-lora"
     """The rule of aggregation: a row of ``strategies.STRATEGIES``, whose options are set under its name."""
     rounds: Annotated[int, POSITIVE, Unit("rounds")] = 6

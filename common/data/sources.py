@@ -168,6 +168,20 @@ def known_labels(config: DataConfig) -> tuple[str, ...]:
     return _configured_labels(config) or (named.label_names if named else ())
 
 
+def count_labels(config: DataConfig, task: str) -> int:
+    """Return how many labels a file of a run has that is here; 0: there is none, or it cannot be read.
+
+    It opens what the settings name, so it is for whoever makes a job, and for no site.
+    """
+    source = config.test or config.name
+    if source in DATASETS or source.startswith("hub:"):
+        return 0
+    try:
+        return len(load_dataset(config, task, source).label_names)
+    except (DataError, OSError, RuntimeError):
+        return 0  # whoever needs its records says what is wrong
+
+
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:
     names = tuple(name.strip() for name in config.labels.split(",")) if config.labels.strip() else ()
     if names and (len(names) < 2 or len(set(names)) < len(names) or "" in names):

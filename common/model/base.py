@@ -125,6 +125,9 @@ def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none"
         ModelNotLoaded: the model cannot be found or read, or is none of a kind that the task takes.
         DataError: the package that carries a named model is missing or altered.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for each model and file would stand between the lines that people read
     kind = TASKS[task].pooled(pool)
     if name in NAMED_MODELS:
         with NAMED_MODELS[name]() as folder:

@@ -14,7 +14,7 @@ import torch
 from common.errors import DataError
 
 WINDOW = 8
-"""Batches of an epoch among which records are sorted by length: a quarter fewer tokens on the default job."""
+"""Batches of an epoch among which records are sorted by length: a quarter fewer tokens on the plain job."""
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

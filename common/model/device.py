@@ -53,7 +53,7 @@ def choose_batch_tokens(wanted: int, device: torch.device) -> int:
 def choose_private_tokens(device: torch.device) -> int:
     """Return the tokens of a pass of fixed shape (``common.model.shapes``); no setting of a server's changes it.
 
-    Fewer waste less on filler, more spend less on calls: 320 to 512 are equally good at the default job's lengths and
+    Fewer waste less on filler, more spend less on calls: 320 to 512 are equally good at the plain job's lengths and
     batch (``experiments/LOG.md``, 2026-11-25), and 384 makes most numbers of rows multiples of 4.
     """
     return 4096 if device.type == "cuda" else 384

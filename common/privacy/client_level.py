@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from common.errors import ConfigError
 from common.privacy.claim import Claim
 from common.privacy.events import Event
-from common.privacy.mechanism import Mechanism, Recipe
+from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.no_privacy import ExposingPlan
 from common.privacy.plan import PrivacyPlan
 from common.privacy.units import SITE, Unit
@@ -103,7 +103,7 @@ class ClientLevel(Mechanism):
     # A site that fails says so to the server, which counts it as zero and tells nobody.
     conceals: ClassVar[bool] = False
     # A site's steps are free, as without privacy; what is paid for is one update a round.
-    recipe: ClassVar[Recipe] = Recipe(server_optimizer="none", local_steps=16, sample_rate=0.018, head_rate=5.0)
+    pace: ClassVar[Pace] = Pace(server_optimizer="none", local_steps=16, sample_rate=0.018, head_rate=5.0)
     head: ClassVar[str] = ", inside the clip"
     # No site is measured against the others, which would let one decide whether another counts.
     longest: ClassVar[float] = 1.0

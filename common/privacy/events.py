@@ -92,6 +92,10 @@ class Event:
         """Return what it costs if nobody else adds noise: the event itself, where nobody else does."""
         return kind_of(self.kind).alone(self)
 
+    def of_honest(self, sites: int) -> Event:
+        """Return what it costs if so many sites of a sum add their noise: the event itself, where none is shared."""
+        return kind_of(self.kind).of_honest(self, sites)
+
     @property
     def noise_multiplier(self) -> float:
         """Scale of the noise over the clip norm (a ratio)."""
@@ -136,6 +140,11 @@ class EventKind(ABC):
 
     def alone(self, event: Event) -> Event:
         """Return what the event costs if no other site adds its noise to it: the event itself, where none does."""
+        return event
+
+    def of_honest(self, event: Event, sites: int) -> Event:
+        """Return what the event costs if ``sites`` of its sum add noise: the event itself, where none is shared."""
+        del sites
         return event
 
     @abstractmethod
@@ -244,6 +253,11 @@ class SummedGaussian(SampledGaussian):
         noise = event.noise_multiplier / math.sqrt(event.figures["honest_sites"])
         # Rounded down: what is priced is never above what is drawn.
         return sampled_gaussian(math.nextafter(noise, 0.0), event.sample_rate, event.clip_norm)
+
+    def of_honest(self, event: Event, sites: int) -> Event:
+        """Return the sum with the noise of ``sites`` sites, each of which draws its part."""
+        noise = event.noise_multiplier * math.sqrt(sites / event.figures["honest_sites"])
+        return event.having(noise_multiplier=math.nextafter(noise, 0.0), honest_sites=sites)
 
 
 EVENTS: dict[str, EventKind] = {kind.name: kind for kind in (SampledGaussian(), SummedGaussian())}

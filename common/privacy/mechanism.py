@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Pace:
     """What ``auto`` and 0 stand for in the training settings of a run with this mechanism."""
 
     server_optimizer: str
@@ -61,7 +61,7 @@ class Mechanism(ABC):
     conceals: ClassVar[bool]
     """Whether a round that fails after it was written down is answered all the same, by steps on no record: a refusal
     would tell of the records."""
-    recipe: ClassVar[Recipe]
+    pace: ClassVar[Pace]
     head: ClassVar[str]
     """What a report adds to a head that is trained."""
     longest: ClassVar[float]

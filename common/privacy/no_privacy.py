@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from common.privacy.claim import NOTHING, Claim
 from common.privacy.events import Event
-from common.privacy.mechanism import Mechanism, Recipe
+from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.plan import Plan
 from common.privacy.steps import JUST_STEPS, Around, Steps
 
@@ -73,7 +73,7 @@ class NoPrivacy(Mechanism):
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records", "records, without privacy"})
     rehearsed: ClassVar[bool] = False
     conceals: ClassVar[bool] = False
-    recipe: ClassVar[Recipe] = Recipe(server_optimizer="none", local_steps=16, sample_rate=0.018, head_rate=5.0)
+    pace: ClassVar[Pace] = Pace(server_optimizer="none", local_steps=16, sample_rate=0.018, head_rate=5.0)
     head: ClassVar[str] = ""
     # Honest ones were up to 2.7 times as long.
     longest: ClassVar[float] = 3.0

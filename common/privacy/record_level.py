@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from common.privacy.claim import Claim
-from common.privacy.mechanism import Mechanism, Recipe
+from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.plan import PrivacyPlan
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class DPSGD(Mechanism):
     conceals: ClassVar[bool] = True
     # A step pays for its noise, so a round is one step on one large batch. The one Adam of the run is the server's: it
     # sees noise that the sites' average has already lowered.
-    recipe: ClassVar[Recipe] = Recipe(server_optimizer="adam", local_steps=1, sample_rate=0.33, head_rate=4.0)
+    pace: ClassVar[Pace] = Pace(server_optimizer="adam", local_steps=1, sample_rate=0.33, head_rate=4.0)
     head: ClassVar[str] = ", inside the clip"
     # Honest ones were up to 1.13 times as long where noise or Adam decided, 2.05 times with SGD on models so tiny that
     # the records did.

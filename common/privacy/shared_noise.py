@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from common.errors import ConfigError
 from common.privacy.claim import Claim
 from common.privacy.events import Event, SummedGaussian
-from common.privacy.mechanism import Mechanism, Recipe
+from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.plan import PrivacyPlan
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class SecureSum(Mechanism):
     starts: ClassVar[frozenset[str]] = frozenset({"nothing", "weights", "public records"})
     rehearsed: ClassVar[bool] = True
     conceals: ClassVar[bool] = True
-    recipe: ClassVar[Recipe] = Recipe(server_optimizer="adam", local_steps=1, sample_rate=0.33, head_rate=4.0)
+    pace: ClassVar[Pace] = Pace(server_optimizer="adam", local_steps=1, sample_rate=0.33, head_rate=4.0)
     head: ClassVar[str] = ", inside the clip"
     longest: ClassVar[float] = 2.0
     needs: ClassVar[str] = "privacy.honest-sites"

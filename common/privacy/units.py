@@ -109,8 +109,8 @@ SITE = Unit(
         "a site that runs as several nodes, and people whose records are at several sites: each counts as several",
         "who was asked in a round, against whoever watches the sites' network: where privacy.site-rate is below 1, "
         "the price counts on that being hidden",
-        "how long a round takes, and when, which may show who was drawn: where privacy.site-rate is below 1, the price "
-        "counts on that being hidden",
+        "when rounds begin and end, against whoever watches the run while it goes on, or gets the server's own logs: "
+        "where privacy.site-rate is below 1, the price counts on who was drawn being hidden",
     ),
     across="all updates are in one sum, for which the server's ledger is charged once.",
     grouped=False,

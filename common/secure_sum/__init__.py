@@ -28,6 +28,7 @@ from common.secure_sum.recovery import (
     Sharing,
     are_shares,
     least_sites,
+    may_be_lost,
     threshold,
     unmasked,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "are_shares",
     "check_headroom",
     "least_sites",
+    "may_be_lost",
     "noise_share",
     "rounded",
     "threshold",

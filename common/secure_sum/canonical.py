@@ -12,7 +12,7 @@ each with its value; whatever has a length says it first::
 Big-endian.
 
 >>> canonical("example", {"b": 1, "a": "x"}).hex()
-'730000000765786d706c65730000000161730000000178730000000162690000000000000001'
+'73000000076578616d706c65730000000161730000000178730000000162690000000000000001'
 >>> canonical("example", {"ab": "c"}) == canonical("example", {"a": "bc"})
 False
 """

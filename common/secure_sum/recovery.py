@@ -68,6 +68,17 @@ def least_sites(honest: int, colluders: int, drop_outs: int) -> int:
     return max(honest + colluders + drop_outs, 2 * drop_outs + colluders + 1)
 
 
+def may_be_lost(sites: int, honest: int, colluders: int, drop_outs: int, min_sites: int) -> int:
+    """Return how many of an attempt's ``sites`` may be lost: ``drop_outs``, or fewer where some are gone for good.
+
+    What is left has ``honest`` honest sites beside ``colluders``, is ``min_sites`` at least, and tells the secrets.
+
+    >>> [may_be_lost(sites, 2, 1, 2, 2) for sites in (7, 6, 5, 4, 3)]
+    [2, 2, 1, 1, 0]
+    """
+    return max(0, min(drop_outs, sites - min_sites, sites - honest - colluders, (sites - colluders - 1) // 2))
+
+
 @dataclass(frozen=True)
 class Sharing:
     """What a site shares out before its vector."""

@@ -56,7 +56,9 @@ def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) 
     rate = job.config.training.sample_rate
     batches = ", ".join(f"{rate * size:.1f} of {size}" for size in sizes)
     console.print(f"  {job.config.total_steps} steps; expected batch by site: {batches}", markup=False)
-    console.print(f"use it: fedveil run -c '{found.setting}={found.value}' after your other settings")
+    # By itself the setting might bring another recipe.
+    used = f'recipe="{job.config.recipe}" {found.setting}={found.value}'
+    console.print(f"use it: fedveil run -c '{used}' after your other settings", markup=False)
 
 
 def _print_sites(console: Console, forecast: Forecast) -> None:
@@ -118,14 +120,15 @@ def _print_lost(console: Console, forecast: Forecast) -> None:
         return
     begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
     least = max(config.min_sites + privacy.drop_outs, begins)
-    told = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum that begins with {least} or more"
+    told = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum, and a run begins with {least} sites or more"
     if sites < least:
         console.print(f"{told}: {counted(sites, 'site')} are too few.")
         return
-    honest = sites - privacy.colluders
+    honest, fewest = sites - privacy.colluders, max(config.min_sites, privacy.honest_sites + privacy.colluders)
     console.print(
-        f"{told}. Its noise is that of {privacy.honest_sites} sites: √({honest} / {privacy.honest_sites}) = "
-        f"{math.sqrt(honest / privacy.honest_sites):.3g} times what {honest} honest ones would need if none is lost."
+        f"{told}. The noise of a sum is that of {privacy.honest_sites} sites: √({honest} / {privacy.honest_sites}) = "
+        f"{math.sqrt(honest / privacy.honest_sites):.3g} times what {honest} honest ones would need if none is lost. "
+        f"Sites that are gone for good end the run once fewer than {fewest} are left."
     )
 
 

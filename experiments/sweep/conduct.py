@@ -119,10 +119,8 @@ def row_words(row: Row) -> str:
     """Return a row's result in words."""
     spent = "no privacy" if row.epsilon is None else f"ε {epsilon_text(row.epsilon)} spent"
     early = "" if row.status == "completed" else f", stopped after {row.rounds} rounds"
-    return (
-        f"accuracy {percent_text(row.accuracy)} ({percent_text(row.accuracy_before)} before), {spent}, "
-        f"{row.seconds_in_all:.0f} s{early}"
-    )
+    took = "" if row.seconds_in_all is None else f", {row.seconds_in_all:.0f} s"
+    return f"accuracy {percent_text(row.accuracy)} ({percent_text(row.accuracy_before)} before), {spent}{took}{early}"
 
 
 def _threads(jobs: int) -> int:

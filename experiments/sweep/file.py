@@ -35,7 +35,7 @@ from common.paths import RUN_NAME
 from common.privacy import MECHANISMS
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
-from strategies.job import Job, configure, known_settings
+from strategies.job import Job, configure, known_settings, with_recipe
 
 KEYS = ("base", "sites", "seeds", "partition-by-seed", "epsilons", "baselines", "settings", "variants")
 VARIANT_KEYS = ("config", "settings", "epsilons", "baselines")
@@ -143,8 +143,12 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
         arms = _listed({**content, **variant}, "baselines", [])
         if unknown := [arm for arm in arms if arm not in BASELINES]:
             raise ConfigError(f"baselines names {unknown[0]!r}; choose of {', '.join(BASELINES)}")
-        for value in _listed({**content, **variant}, "epsilons", [known_settings()["privacy.epsilon"]]):
-            epsilon = _epsilon(value)
+        values = _listed({**content, **variant}, "epsilons", [known_settings()["privacy.epsilon"]])
+        epsilons = [_epsilon(value) for value in values]
+        # One method for all of a variant's ε: that of its private runs, if it has any.
+        first = max(epsilons, key=lambda epsilon: epsilon is not None)
+        own = _with_recipe(own, _protection(own, first, name))
+        for epsilon in epsilons:
             protection = _protection(own, epsilon, name)
             for seed in seeds:
                 seeded = {"seed": seed, **({"data.seed": seed} if by_seed else {})}
@@ -156,6 +160,14 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
     if len({cell.name for cell in cells}) < len(cells):
         raise ConfigError("two runs would have one name: give the variants other names, or the ε more distance")
     return cells
+
+
+def _with_recipe(own: Mapping[str, Scalar], protection: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return a variant's settings with the recipe of a run of it."""
+    try:
+        return {**own, "recipe": with_recipe({**own, **protection})[0]["recipe"]}
+    except ConfigError:
+        return dict(own)  # its runs are checked one by one, and the first names what is wrong
 
 
 def _known(table: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:

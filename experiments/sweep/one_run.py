@@ -77,11 +77,8 @@ def run_one(work: Work) -> Row:
     Raises:
         FedVeilError: the run failed, or the code changed meanwhile.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from common.model.federated import model_of
 
-    disable_progress_bar()  # several runs at a time would write over the sweep's own lines
     _same_code(work)
     model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
     began = time.monotonic()
@@ -149,8 +146,8 @@ def _row(work: Work, run: Path, seconds: float) -> Row:
         sites=cell.sites,
         bytes_down=sum(line.bytes_down for line in lines) if travels else None,
         bytes_up=sum(line.bytes_up for line in lines) if travels else None,
-        seconds=round(sum(line.seconds for line in lines), 3),
-        seconds_in_all=round(seconds, 3),
+        seconds=None if job.mechanism.central else round(sum(line.seconds or 0.0 for line in lines), 3),
+        seconds_in_all=None if job.mechanism.central else round(seconds, 3),
         through=work.through,
         device=str(device),
         precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),

@@ -55,10 +55,10 @@ class Row:
     bytes_down: int | None
     """Adapter payload of all rounds and sites; None of a baseline, of which nothing needs to travel."""
     bytes_up: int | None
-    seconds: float
-    """Of all rounds."""
-    seconds_in_all: float
-    """Of the run's process, with loading and reports."""
+    seconds: float | None
+    """Of all rounds; None where a round has none, as of a trusted server."""
+    seconds_in_all: float | None
+    """Of the run's process, with loading and reports; None with ``seconds``, which it would tell."""
     through: Literal["one process", "flower"]
     """How server and sites met."""
     device: str
@@ -104,7 +104,7 @@ class Basis:
             row: the row.
             code_too: whether another version of the code counts.
         """
-        keys = sorted({*self.settings, *row.settings})
+        keys = sorted({*self.settings, *row.settings} - {"recipe"})  # what it has filled in is compared itself
         pairs = [(key, row.settings.get(key), self.settings.get(key)) for key in keys]
         pairs += [("sites", row.sites, self.sites), ("through", row.through, self.through)]
         pairs += [

@@ -74,8 +74,8 @@ class Group:
     delta: float | None
     payload: float | None
     """Mean bytes of a run, both ways and all sites; None of a baseline."""
-    seconds: float
-    """Mean of a seed, all its runs one after another."""
+    seconds: float | None
+    """Mean of a seed, all its runs one after another; None as of a run."""
     intruders: tuple[float, float | None] | None
     """Mean count of a run, and of its noise alone, as far as that is known; None where none are counted."""
 
@@ -114,9 +114,15 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         epsilon=max(spent, default=None),
         delta=max((row.delta for row in counting if row.delta is not None), default=None),
         payload=statistics.mean(payloads) if payloads else None,
-        seconds=statistics.mean(sum(row.seconds for row in members) for members in whole),
+        seconds=_seconds(whole),
         intruders=_intruders(counting),
     )
+
+
+def _seconds(seeds: Sequence[Sequence[Row]]) -> float | None:
+    if any(row.seconds is None for members in seeds for row in members):
+        return None
+    return statistics.mean(sum(row.seconds or 0.0 for row in members) for members in seeds)
 
 
 def _intruders(rows: Sequence[Row]) -> tuple[float, float | None] | None:
@@ -228,10 +234,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
         + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
     )
-    told.append(
-        f"{counted(len(rows), 'run')}, {seconds_text(sum(row.seconds_in_all for row in rows))} in all, on "
-        f"{'; '.join(machines)}, code {', '.join(codes)}."
-    )
+    timed = [row.seconds_in_all for row in rows if row.seconds_in_all is not None]
+    took = f", {seconds_text(sum(timed))} in all" if len(timed) == len(rows) else ""
+    told.append(f"{counted(len(rows), 'run')}{took}, on {'; '.join(machines)}, code {', '.join(codes)}.")
     return told
 
 

@@ -1,0 +1,59 @@
+"""Recipes, one per file; ``RECIPES`` is the table of them, and ``auto`` is the first that suits a run.
+
+A recipe is a set of settings that were found together. It fills in what people leave open, so whoever sets a value has
+it. A new one is one file and one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.check import OneOf
+from common.config.asked import RunSettings
+from common.config.sections import PrivacyConfig, Scalar
+from strategies.recipes.base import Asked, Recipe
+from strategies.recipes.head_only import HeadOnly
+from strategies.recipes.metric import PublicMetricRecipe
+from strategies.recipes.plain import Plain
+from strategies.recipes.whole import own_method, set_aside
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (PublicMetricRecipe(), HeadOnly(), Plain())}
+AUTO = "auto"
+"""What ``recipe`` calls the first row that suits the run, and a setting that the recipe fills in."""
+
+_RUNS = (RunSettings(), RunSettings(privacy=PrivacyConfig(mode="secure-sum")))
+FILLED = tuple(dict.fromkeys(key for row in RECIPES.values() for run in _RUNS for key in row.settings(Asked(run))))
+"""Keys of the settings that some recipe fills in, so that they are ``auto`` by default."""
+
+OPEN_AT_ZERO = ("head-rate", "training.local-steps", "training.sample-rate", "training.learning-rate")
+"""Those of which 0 says that they are left open."""
+
+
+def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
+    """Return the recipe of a run, and why ``auto`` is not the first row where nobody asked for another method.
+
+    Raises:
+        ConfigError: no recipe is called ``named``.
+    """
+    OneOf((AUTO, *RECIPES)).check("recipe", named)
+    if named != AUTO:
+        return RECIPES[named], ""
+    reasons = [row.unfit(asked) for row in RECIPES.values()]
+    chosen = next(row for row, reason in zip(RECIPES.values(), reasons, strict=True) if not reason)
+    first, why = next(iter(RECIPES)), own_method(asked)
+    if not reasons[0] or (why and not set_aside(why)):
+        return chosen, ""
+    keep = f": write recipe = {first!r} to keep that" if why else ""
+    return chosen, f"recipe is {chosen.name!r} and not {first!r}, because {reasons[0]}{keep}"
+
+
+def without_open(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return the settings without those that are left to the recipe."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if not (key in FILLED and (value == AUTO or (key in OPEN_AT_ZERO and value == 0)))
+    }
+
+
+__all__ = ["AUTO", "FILLED", "RECIPES", "Asked", "Recipe", "choose", "own_method", "without_open"]

@@ -1,0 +1,38 @@
+"""The base class of recipes: settings that go together, and the runs that they suit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.config.asked import RunSettings
+from common.config.sections import Scalar
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a run, before a recipe fills in what is left open. All of it is public."""
+
+    settings: RunSettings
+    """What is left open has its default here."""
+    given: frozenset[str] = frozenset()
+    """Keys of the settings that say something."""
+    labels: int = 0
+    """How many there are; 0: not known, or the task has none."""
+
+
+class Recipe(ABC):
+    """Settings that were found together. One file and one row each."""
+
+    name: ClassVar[str]
+    """What ``recipe`` calls it."""
+
+    @abstractmethod
+    def unfit(self, asked: Asked) -> str:
+        """Return why it does not suit a run, as the end of a sentence; empty: it does."""
+
+    @abstractmethod
+    def settings(self, asked: Asked) -> Mapping[str, Scalar]:
+        """Return what stands in the place of settings that are left open, by their keys."""

@@ -1,0 +1,40 @@
+"""Whom the recipes for a private run with labels suit: those who have not chosen a method of their own."""
+
+from __future__ import annotations
+
+from common.tasks import TASKS
+from strategies.recipes.base import Asked
+
+STRATEGY = "fedavg-lora"
+"""The mean, by which these recipes train."""
+DECIDED = ("adapter.", "head.", "server.", "training.", "start.", "schedule", "head-rate")
+"""What they decide as a whole: whoever sets one of these has a method of their own."""
+FREE = (
+    *("adapter.rank", "adapter.targets", "head.phrases", "head.margin", "training.batch-tokens"),
+    *("start.text", "start.text-sha256", "start.records"),
+)
+"""Among them what may be set beside them."""
+METHODS = ("adapter.name", "adapter.start")
+"""Settings that say by themselves that another method is wanted."""
+
+
+def own_method(asked: Asked) -> str:
+    """Return what in a run's settings is not for a recipe of a private run with labels, in words; empty: nothing."""
+    run = asked.settings
+    mechanism, task = run.privacy.mechanism, TASKS.get(run.model.task)
+    if not mechanism.claims or mechanism.central or "public records" not in mechanism.starts:
+        return f"privacy.mode is {run.privacy.mode!r}"
+    if task is None or not task.labelled or not task.worded:
+        return f"model.task is {run.model.task!r}"
+    if run.strategy != STRATEGY:
+        return f"strategy is {run.strategy!r}"
+    if run.model.quantise != "none" or run.model.checkpointing:
+        return "model.quantise or model.checkpointing is set"
+    own = sorted(key for key in asked.given if key.startswith(DECIDED) and key not in FREE)
+    return next((f"{key} is set" for key in own if key in METHODS), f"{own[0]} is set" if own else "")
+
+
+def set_aside(reason: str) -> bool:
+    """Return whether a reason of ``own_method`` is one setting of a recipe's own, whose writer may not want another."""
+    key = reason.removesuffix(" is set")
+    return key != reason and key.startswith(DECIDED) and key not in METHODS

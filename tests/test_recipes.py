@@ -1,0 +1,156 @@
+"""Recipes: which one a run has, what it fills in, and that what people set stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config.asked import RunSettings
+from common.config.sections import PrivacyConfig, typed
+from common.errors import ConfigError
+from common.privacy import MECHANISMS
+from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
+from experiments.in_process import run_in_process
+from strategies.job import configure, declared_settings, known_settings, with_recipe
+from strategies.recipes import AUTO, FILLED, RECIPES, Asked
+
+MANY = "a,b,c,d,e"
+
+
+@pytest.mark.parametrize(
+    ("settings", "recipe", "note"),
+    [
+        ({}, "metric", ""),
+        ({"privacy.epsilon": 1.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
+        ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
+        ({"rounds": 50}, "metric", ""),
+        ({"data.name": "snli-dev", "privacy.delta": 1e-4}, "metric", ""),
+        ({"privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "metric", ""),
+        ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
+        ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
+        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and that takes 3 at most"),
+        ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
+        ({"rounds": 6}, "head-only", "because rounds is 6, and that takes 10 at least"),
+        ({"privacy.mode": "none"}, "plain", ""),
+        ({"strategy": "fed-sb"}, "plain", ""),
+        ({"rounds": 6, "adapter.rank": 4}, "plain", "because rounds is 6"),
+        ({"head-rate": 0, "training.sample-rate": 0.0}, "metric", ""),  # 0 leaves them open
+        ({"adapter.name": "lora"}, "plain", ""),
+        ({"adapter.name": "lora", "server.optimizer": "adam"}, "plain", ""),
+        ({"adapter.start": "kaiming"}, "plain", ""),
+        ({"head.policy": "frozen"}, "plain", "because head.policy is set: write recipe = 'metric' to keep that"),
+        ({"server.optimizer": "adam"}, "plain", "because server.optimizer is set: write recipe = 'metric'"),
+        ({"training.sample-rate": 0.5}, "plain", "because training.sample-rate is set: write"),
+        ({"model.quantise": "8bit"}, "plain", ""),
+        ({"model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"}, "plain", ""),
+        ({"recipe": "plain"}, "plain", ""),
+        ({"recipe": "head-only"}, "head-only", ""),
+    ],
+    ids=str,
+)
+def test_auto_is_the_first_recipe_that_suits_a_run(settings: dict[str, Any], recipe: str, note: str) -> None:
+    job = configure(settings)
+    assert job.config.recipe == recipe
+    assert (note in " ".join(job.notes)) if note else not job.notes
+    assert configure(job.settings()) == job, "what a run stores does not make it again"
+
+
+def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "notes.csv"
+    for count, recipe in ((2, "metric"), (5, "head-only"), (3, "metric")):
+        path.write_text("text,label\n" + "".join(f"note {i},kind {i % count}\n" for i in range(40 + count)), "utf-8")
+        settings, note = with_recipe({"data.name": str(path)})
+        assert settings["recipe"] == recipe == configure(settings).config.recipe
+        assert ("there are 5 labels" in note) == (count == 5)
+    path.write_text("text\nno label\n", encoding="utf-8")
+    for name in (str(path), str(tmp_path / "nowhere.csv"), "~nobody-of-that-name/x.csv", "x" * 300, "hub:someones/set"):
+        assert with_recipe({"data.name": name})[0]["recipe"] == "head-only", "whoever reads it says what is wrong"
+    # A site configures what a server sends: that it opened a file of the server's choice would tell of the file.
+    monkeypatch.setattr("strategies.job.count_labels", None)
+    assert configure({"data.name": str(path)}).config.recipe == "head-only"
+
+
+def test_what_is_set_stands_and_the_rest_is_the_recipes() -> None:
+    job = configure({"rounds": 50, "adapter.rank": 8, "start.text": "phrases"})
+    training = job.config.training
+    assert (job.config.rounds, training.linearised, training.refit) == (50, 40, 10)
+    assert (job.config.adapter.rank, job.settings()["start.text"]) == (8, "phrases")
+    assert (job.config.adapter.name, job.config.adapter.start) == ("lora-metric", "probe")
+    assert sorted(job.chosen()) == ["adapter.rank", "rounds", "start.text"]
+    plain = configure({"recipe": "plain", "rounds": 25})
+    assert (plain.config.rounds, plain.config.training.linearised) == (25, 0)
+    # A value that happens to be a field's own default is one all the same.
+    assert configure({"recipe": "metric", "server.momentum": 0.5}).config.server.momentum == 0.5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("mode", sorted(MECHANISMS))
+def test_a_recipe_fills_in_settings_that_exist_in_their_kind(name: str, mode: str) -> None:
+    declared = declared_settings()
+    asked = Asked(RunSettings(privacy=PrivacyConfig(mode=mode, unit=MECHANISMS[mode].units[0].name)))
+    for key, value in RECIPES[name].settings(asked).items():
+        assert key in FILLED
+        assert typed(key, value, type(declared[key])) == value
+        assert known_settings()[key] == AUTO, "people could not leave it open"
+
+
+def test_what_is_left_open_may_be_said() -> None:
+    assert configure(dict.fromkeys(FILLED, AUTO)) == configure({}) == configure(known_settings())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"recipe": "metrics"}, "recipe is 'metrics'; choose one of auto, metric, head-only, plain"),
+        ({"rounds": "many"}, "rounds must be a whole number, not 'many'"),
+        ({"seed": "auto"}, "seed must be a whole number, not 'auto'"),
+        ({"start.records": "few"}, "start.records must be a whole number"),
+        ({"recipe": "metric", "privacy.mode": "none", "adapter.start": "probe"}, "'probe' is for a private run"),
+        ({"recipe": "metric", "strategy": "fed-sb"}, "adapter"),
+        ({"start.clip-share": 0.5}, "because start.clip-share is set: write recipe = 'metric' to keep that"),
+        ({"recipe": "metric", "rounds": 1}, "training.refit is 1 of 1 rounds"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_cannot_be_is_an_error_in_one_line(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        configure(settings)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+KEPT = (
+    "model.name",
+    "model.max-length",
+    "data.name",
+    "data.test-size",
+    "privacy.delta",
+    "precision",
+    "device",
+    "output",
+)
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
+    labels: int, toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "notes.csv"
+    words = ["red", "green", "blue", "grey", "pink"]
+    lines = [f"a {words[i % labels]} note of number {i},{words[i % labels]}\n" for i in range(160)]
+    data.write_text("text,label\n" + "".join(lines), encoding="utf-8")
+    settings = {key: toy_settings[key] for key in KEPT} | {"data.name": str(data), "privacy.noise-multiplier": 30.0}
+    settings |= {"privacy.epsilon": 50.0}
+    if labels == 2:
+        settings["rounds"] = 10  # of 25: a toy's time
+    folder = run_in_process(settings, 2)
+    rounds = [line.round_number for line in read_lines(RoundLine, folder)]
+    assert rounds[-1] == (10 if labels == 2 else 12)
+    said = configure(with_recipe(settings)[0]).settings()
+    assert said["recipe"] == ("metric" if labels == 2 else "head-only")
+    assert read_file(ConfigFile, folder).settings == said
+    assert configure(said).config.recipe == said["recipe"]
