@@ -53,10 +53,10 @@ def submit(
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
     """
-    settings, note = with_recipe(settings)
+    settings, note = with_recipe(settings_of_resumed({**settings, "output": str(folder.runs)}))
     if note:
         say(note)
-    settings = with_ledger(settings_of_resumed({**settings, "output": str(folder.runs)}), folder.runs)
+    settings = with_ledger(settings, folder.runs)
     check_tracker(configure(settings).config.tracker)
     with control_of(folder) as control:
         last = _last_job(folder, settings) if once else {}

@@ -170,15 +170,17 @@ def configure(values: Mapping[str, Scalar]) -> Job:
         if (key in RENAMED or key.startswith(START)) and not (present in FILLED and value == AUTO):
             typed(key, value, type(declared[present]))
     settings, renamed = by_new_names(values, known)
-    filled = _filled(settings)
+    note = ""
     try:
+        filled = _filled(settings)
+        note = filled.note
         return _compose(filled, values, renamed)
     except ConfigError as error:
-        if filled.note:
-            raise ConfigError(f"{error} ({filled.note})") from error
         for old, new in renamed.items():
             if str(error).startswith(f"{new} "):
                 raise ConfigError(f"{error} ({old} is called {new} now)") from error
+        if note:
+            raise ConfigError(f"{error} ({note})") from error
         raise
 
 

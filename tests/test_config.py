@@ -151,7 +151,7 @@ def test_a_setting_by_its_old_name_makes_the_same_run_and_says_the_new_one(old: 
     job = configure({old: value})
     assert job == replace(configure({new: value}), notes=job.notes)
     assert job.settings()[new] == value
-    assert job.notes == (f"{old} is called {new} now: write {new} in its place",)
+    assert job.notes[0] == f"{old} is called {new} now: write {new} in its place"
     with pytest.raises(ConfigError, match=rf"{old} is another name of {new}, and they differ"):
         configure({old: value, new: "constant" if new == "schedule" else 0.5})
 

@@ -246,6 +246,7 @@ def test_layers_that_are_dropped_by_chance_do_not_pass_the_rehearsal(
 ) -> None:
     """The fault: the model's own settings are taken as they come."""
     monkeypatch.setattr(images_task, "CHANCE", ())
+    torch.manual_seed(1)  # which layers are dropped, and by chance it is the same ones twice
     with pytest.raises(ModelError, match="cannot be trained privately"):
         rehearse(federated(save_vit(tmp_path / "dropping", drop_path_rate=0.9)))
     assert "drop_path_rate" in CHANCE
