@@ -1,4 +1,4 @@
-"""What one step sees of each record, on tiny models whose factors are away from zero."""
+"""Gradients of single records in one step, on tiny models whose factors are away from zero."""
 
 from __future__ import annotations
 

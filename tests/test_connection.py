@@ -1,4 +1,4 @@
-"""What a report says of TLS, keys, certificate and the server's own check: what was asked, and what nobody knows."""
+"""A report on TLS, keys, certificate and the server's own check: what was asked, and what nobody knows."""
 
 from __future__ import annotations
 

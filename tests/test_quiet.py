@@ -1,4 +1,4 @@
-"""What a command prints: what a person wants to read, no bars, no lists of unused weights, and every real warning."""
+"""Commands print what a person wants to read: no bars, no lists of unused weights, and every real warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom the recipes for a private run with labels suit: those who have not chosen a method of their own."""
+"""The runs that suit the recipes for private training with labels: those whose people have no method of their own."""
 
 from __future__ import annotations
 
