@@ -123,6 +123,7 @@ def test_a_row_has_the_figures_of_its_run(swept: Swept) -> None:
         assert row.code == one_run.code_version()
         if row.arm == "federated":
             assert row.bytes_up == sum(line.bytes_up for line in lines) > 0
+            assert row.sent == max(line.bytes_up / len(line.participants) for line in lines if line.round_number) / 4
         assert (row.delta, row.epsilon is None) == ((None, True) if row.epsilon_asked is None else (1e-3, False))
         assert row.epsilon is None or row.epsilon <= 8.0
 
@@ -341,6 +342,7 @@ def test_through_flower_go_the_runs_of_all_sites(sweeping: Sweeping, monkeypatch
         ("local-only", "one process"),
         ("pooled", "flower"),
     ]
+    assert [row.processor_seconds is None for row in rows] == [row.through == "flower" for row in rows]
 
 
 def test_more_runs_at_a_time_than_cores_are_refused(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:

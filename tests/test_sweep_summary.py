@@ -124,6 +124,28 @@ def test_the_time_of_a_trusted_servers_run_is_told_nowhere() -> None:
     assert "in all, on" not in markdown_of([*SEEDS, central])
 
 
+def test_columns_of_newer_rows_stand_where_a_row_has_them() -> None:
+    plain = row(0.75, sent=36_864, processor_seconds=90.0)
+    settings = {**plain.settings, "strategy": "fedavg-lora", "adapter.name": "lora"}
+    both = [
+        replace(plain, settings=settings),
+        replace(plain, variant="square", settings={**settings, "strategy": "fed-sb", "adapter.name": "lora-sb"}),
+    ]
+    header, _, *lines = markdown_of(both).splitlines()
+    assert header.endswith("| numbers | exact | processor |")
+    assert [line.split("|")[-4:-1] for line in lines[:2]] == [
+        [" 36,864 ", " no ", " 90.0 s "],
+        [" 36,864 ", " yes ", " 90.0 s "],
+    ]
+    assert "numbers" not in markdown_of([row(0.75)])
+
+
+def test_a_seeds_processor_time_is_that_of_all_its_sites_alone() -> None:
+    sites = [replace(held, processor_seconds=10.0 + i) for i, held in enumerate(SITES)]
+    assert groups(sites)[0].processor_seconds == pytest.approx((10 + 11 + 12 + 13) / 2)
+    assert groups([*sites[:3], SITES[3]])[0].processor_seconds is None
+
+
 def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -> None:
     shared = markdown_of(SEEDS)
     assert "the division is the same for all" in shared

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,9 +82,9 @@ def run_one(work: Work) -> Row:
 
     _same_code(work)
     model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
-    began = time.monotonic()
+    began, worked = time.monotonic(), time.process_time()
     run = _through_flower(work) if work.through == "flower" else _in_process(work)
-    row = _row(work, run, time.monotonic() - began)
+    row = _row(work, run, time.monotonic() - began, time.process_time() - worked)
     _same_code(work)
     replace_file(work.folder / ROW, line_of(row).encode())
     return row
@@ -114,7 +115,7 @@ def _through_flower(work: Work) -> Path:
     return simulate({**cell.settings, "output": str(work.folder)}, sites, lambda _: None)
 
 
-def _row(work: Work, run: Path, seconds: float) -> Row:
+def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row:
     from common.data.sources import public_test
     from common.model.device import choose_device, choose_precision
 
@@ -127,6 +128,7 @@ def _row(work: Work, run: Path, seconds: float) -> Row:
     reached, travels = result.reached, not ARMS[cell.arm].baseline
     intruders, of_noise = _intruders(run)
     device = choose_device(job.config.device)
+    untold = job.mechanism.central or work.through == "flower"
     return Row(
         sweep=work.sweep,
         variant=cell.variant,
@@ -160,7 +162,15 @@ def _row(work: Work, run: Path, seconds: float) -> Row:
         settings={key: value for key, value in config.settings.items() if key != "output"},
         intruders=intruders,
         intruders_of_noise=of_noise,
+        sent=None if job.mechanism.central else most_sent(lines),
+        processor_seconds=None if untold else round(processor_seconds, 3),
     )
+
+
+def most_sent(lines: Iterable[RoundLine]) -> int | None:
+    """Return the most numbers, of 4 bytes each, that a site sent in a round that counts; None if there was none."""
+    sent = [line.bytes_up // (4 * len(line.participants)) for line in lines if line.complete and line.round_number]
+    return max(sent, default=None)
 
 
 def _intruders(run: Path) -> tuple[int | None, int | None]:

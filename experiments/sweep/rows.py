@@ -80,6 +80,12 @@ class Row:
     """Intruder dimensions of all adapted layers (``fedveil intruders``); None where none are counted."""
     intruders_of_noise: int | None = None
     """The same of the run's noise alone; None where that noise is not known."""
+    sent: int | None = None
+    """The most numbers that one site sends in a round after round 0: what it trains in that round. None with a trusted
+    server, and in rows of older code."""
+    processor_seconds: float | None = None
+    """Of all cores, in the run's process, with loading and reports; None where ``seconds`` is, through Flower, whose
+    sites are other processes, and in rows of older code."""
 
     @property
     def key(self) -> Key:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from common.adapters import ADAPTERS
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.privacy import mechanism_of
@@ -16,6 +17,7 @@ from common.words import UNKNOWN, bytes_text, counted, seconds_text
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.rows import Row
+from strategies import STRATEGIES
 
 CONFIDENCE = 0.95
 
@@ -78,6 +80,12 @@ class Group:
     """Mean of a seed, all its runs one after another; None as of a run."""
     intruders: tuple[float, float | None] | None
     """Mean count of a run, and of its noise alone, as far as that is known; None where none are counted."""
+    sent: int | None
+    """The most numbers that one site sends in a round; None where that is not known."""
+    processor_seconds: float | None
+    """Mean of a seed, as ``seconds``; None where that of a run is not known."""
+    exact: bool
+    """Whether the new weights are exactly the mean of the sites' weights."""
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
@@ -114,15 +122,23 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         epsilon=max(spent, default=None),
         delta=max((row.delta for row in counting if row.delta is not None), default=None),
         payload=statistics.mean(payloads) if payloads else None,
-        seconds=_seconds(whole),
+        seconds=_of_a_seed([[row.seconds for row in members] for members in whole]),
         intruders=_intruders(counting),
+        sent=max((row.sent for row in counting if row.sent is not None), default=None),
+        processor_seconds=_of_a_seed([[row.processor_seconds for row in members] for members in whole]),
+        exact=_exact(counting[-1].settings),
     )
 
 
-def _seconds(seeds: Sequence[Sequence[Row]]) -> float | None:
-    if any(row.seconds is None for members in seeds for row in members):
+def _of_a_seed(seeds: Sequence[Sequence[float | None]]) -> float | None:
+    if any(value is None for values in seeds for value in values):
         return None
-    return statistics.mean(sum(row.seconds or 0.0 for row in members) for members in seeds)
+    return statistics.mean(sum(value or 0.0 for value in values) for values in seeds)
+
+
+def _exact(settings: Mapping[str, Scalar]) -> bool:
+    strategy, adapter = STRATEGIES[str(settings["strategy"])], ADAPTERS[str(settings["adapter.name"])]
+    return strategy.exact(adapter)
 
 
 def _intruders(rows: Sequence[Row]) -> tuple[float, float | None] | None:
@@ -168,11 +184,11 @@ def markdown_of(rows: Sequence[Row]) -> str:
     """Return the table of a sweep's rows with what its figures mean below it."""
     if not rows:
         return "No run has ended.\n"
-    header = "| variant | arm | ε | runs | accuracy, % | start, % | loss | ε spent | bytes | time |"
     found = groups(rows)
-    counts = any(group.intruders for group in found)
-    lines = [header + " intruders (of noise) |" * counts, "|" + "---|" * (10 + counts)]
-    lines += [_line(group) + f" {_intruder_words(group)} |" * counts for group in found]
+    shown = {name: words for name, words in OPTIONAL.items() if any(words(group) != UNKNOWN for group in found)}
+    header = "| variant | arm | ε | runs | accuracy, % | start, % | loss | ε spent | bytes | time |"
+    lines = [header + "".join(f" {name} |" for name in shown), "|" + "---|" * (10 + len(shown))]
+    lines += [_line(group) + "".join(f" {words(group)} |" for words in shown.values()) for group in found]
     return "\n".join(lines) + "\n\n" + " ".join(_notes(rows)) + "\n"
 
 
@@ -202,6 +218,29 @@ def _intruder_words(group: Group) -> str:
     return f"{own:.1f} ({UNKNOWN if noise is None else f'{noise:.1f}'})"
 
 
+def _sent_words(group: Group) -> str:
+    return UNKNOWN if group.sent is None else f"{group.sent:,}"
+
+
+def _exact_words(group: Group) -> str:
+    if group.sent is None:
+        return UNKNOWN
+    return "yes" if group.exact else "no"
+
+
+def _processor_words(group: Group) -> str:
+    return seconds_text(group.processor_seconds)
+
+
+OPTIONAL = {
+    "numbers": _sent_words,
+    "exact": _exact_words,
+    "processor": _processor_words,
+    "intruders (of noise)": _intruder_words,
+}
+"""Columns that a table has only where one of its rows has a figure for them."""
+
+
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Return sentences on what the table's figures are, and are not."""
     arms = [ARMS[name] for name in ARMS if any(row.arm == name for row in rows)]
@@ -224,6 +263,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     told.append(f"{seed}; {_division(divided, cut)}.")
     if deltas:
         told.append("Under privacy sampling and noise are never seeded: each run draws its own.")
+    if any(row.sent is not None for row in rows):
+        told.append("Numbers: the most that a site sends in a round, which is what it trains.")
+        told.append("Exact: whether new weights are exactly the mean of the sites' weights.")
+    if any(row.processor_seconds is not None for row in rows):
+        told.append("Processor: seconds of all cores together, with loading and reports.")
     if any(row.intruders is not None for row in rows):
         told.append(
             "Intruders are new directions among the ten largest of each layer's weights, summed over layers, in "
