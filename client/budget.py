@@ -68,7 +68,7 @@ def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> Non
     Raises:
         BudgetExhausted: it has no budget left, or another data set that shares records has none.
         PolicyRefusal: the run has had all its rounds or steps here, or needs another unit or more noise, or records
-            were released without privacy.
+            were released without privacy, or another site of the ledger is charged for that round with some of them.
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
@@ -77,7 +77,15 @@ def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> Non
         _within(site, steps, fewer=releases[0].count < steps)(*ledger.trained(site.dataset_id, task.run))
         where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
         ledger.check(
-            Charge(*where, releases, plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone),
+            Charge(
+                *where,
+                releases,
+                plan.delta,
+                plan.max_epsilon,
+                unit,
+                max_alone=site.policy.epsilon_alone,
+                site=site.name,
+            ),
             records=record_hashes(site.data, ledger.key),
             after_exposure=site.policy.after_no_privacy,
         )
@@ -228,7 +236,14 @@ def _charge(
     where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
     key = next((offer.public for offer in task.offers if offer.site == site.name), b"")
     charge = Charge(
-        *where, tuple(releases), plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone, mask_key=key
+        *where,
+        tuple(releases),
+        plan.delta,
+        plan.max_epsilon,
+        unit,
+        max_alone=site.policy.epsilon_alone,
+        mask_key=key,
+        site=site.name if key else "",
     )
     charged = ledger.charge(
         charge,

@@ -3,14 +3,15 @@
 The key is made with the reply of the round before, or when the server asks for it, and kept in the node's memory until
 the task comes; the ledger writes down under which key a vector was charged, so that a second one never leaves under its
 masks, whatever is lost or repeated. Where sites may be lost from a sum, the shares of all its sites are kept from the
-vector until they are told; what was sealed for a node that lost its memory is lost with it, as the node would be.
+vector until they are told; what was sealed for a node that lost its memory is lost with it, as the node would be. Which
+survivors were signed for is written down in the ledger, too, before the signature leaves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,21 @@ def next_key(task: TrainTask, job: Job, party: Party, memory: MutableMapping[str
 
 
 def told_for_sum(
-    task: ShareTask | SurvivorTask | UnmaskTask, job: Job, party: Party, memory: MutableMapping[str, bytes]
+    task: ShareTask | SurvivorTask | UnmaskTask,
+    job: Job,
+    party: Party,
+    memory: MutableMapping[str, bytes],
+    write_down: Callable[[bytes, Sequence[str]], None],
 ) -> SumReply:
     """Return what a site tells before and after its vector, where sites may be lost from the sum.
+
+    Args:
+        task: what is asked.
+        job: the run.
+        party: who the site is.
+        memory: what the node keeps; it may be an earlier one than the last reply left.
+        write_down: keeps which survivors of a sum, by its context's hash, are signed for, before they are; raises if
+            others were.
 
     Raises:
         ProtocolError: none may be lost in this run; this site has no key or no shares of the attempt; or as
@@ -199,7 +212,10 @@ def told_for_sum(
         return UnmaskReply(*where, holder.reveal(dict(task.signatures), party.roster))
     party.check_size(len(task.survivors), privacy.honest_sites)
     agreement = holder.sign(task.survivors, party.identity)
-    _hold(holder, memory)  # before it is sent: of one attempt one list is signed
+    # Flower hands over the reply before it keeps the memory, and memory may be put back: only what is on disk says of
+    # one attempt that one list is signed.
+    write_down(holder.digest, holder.survivors)
+    _hold(holder, memory)
     return SurvivorReply(*where, agreement)
 
 

@@ -16,7 +16,8 @@ from audits.tiny_site import clinic
 from client import sums
 from client.app import answer
 from client.ledger.ledger import Ledger
-from common.errors import ConfigError, PolicyRefusal, RunFailed
+from client.ledger.sums import Sums
+from common.errors import ConfigError, LedgerError, PolicyRefusal, RunFailed
 from common.messages.round import (
     KeyReply,
     KeyTask,
@@ -390,7 +391,9 @@ def words_of_result(reply: TrainResult) -> Any:
     return words_of(encode_reply(reply)).astype("uint32")
 
 
-def test_a_server_that_asks_for_both_secrets_of_a_site_is_refused(clinics: LossySite) -> None:
+def test_a_server_that_asks_for_both_secrets_of_a_site_is_refused(
+    clinics: LossySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """First with north among the survivors, then without it; and with the signatures of another list."""
     clinics.join("east")
     clinics.rule(honest_sites=4)
@@ -404,6 +407,7 @@ def test_a_server_that_asks_for_both_secrets_of_a_site_is_refused(clinics: Lossy
     wrong = [(site, held[site].sign(fewer, clinics.peers[site]).signature) for site in ("east", "south")]
     clinics.refused(UnmaskTask("1", 1, 0, tuple(wrong)), "0 sites have signed the survivors, and 3 are needed")
     # The planted fault: a site that forgets what it has signed tells both shares of north.
+    monkeypatch.setattr(Sums, "sign", lambda *own: None)
     kept = json.loads(clinics.site.memory[sums.HELD])
     assert kept["survivors"] == list(everybody)
     told = {}
@@ -416,6 +420,41 @@ def test_a_server_that_asks_for_both_secrets_of_a_site_is_refused(clinics: Lossy
         assert isinstance(reply, UnmaskReply), reply
         told[survivors] = reply.shares[2]
     assert told[everybody] + told[fewer] == bytes.fromhex(kept["held"]["north"])
+
+
+def test_memory_that_is_put_back_after_a_signature_signs_no_second_list(
+    clinics: LossySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a worker is killed between its reply and what it keeps, or a server races what the node copies."""
+    clinics.join("east")
+    clinics.rule(honest_sites=4)
+    _, task = clinics.begin()
+    assert isinstance(clinics.ask(task), TrainResult)
+    kept = dict(clinics.site.memory)
+    everybody, fewer = ("clinic", "east", "north", "south"), ("clinic", "east", "south")
+
+    def put_back() -> None:
+        clinics.site.memory.clear()
+        clinics.site.memory.update(kept)
+
+    def broken(*own: Any) -> None:
+        raise LedgerError("the disk is full")
+
+    with monkeypatch.context() as patch:  # what cannot be written down is not signed
+        patch.setattr(Sums, "sign", broken)
+        assert isinstance(clinics.ask(SurvivorTask("1", 1, 0, fewer)), Refusal)
+    put_back()
+    first = clinics.ask(SurvivorTask("1", 1, 0, everybody))
+    assert isinstance(first, SurvivorReply), first
+    for _ in range(2):
+        put_back()
+        clinics.refused(SurvivorTask("1", 1, 0, fewer), "other survivors were signed for in this attempt")
+    clinics.refused(UnmaskTask("1", 1, 0, (("north", bytes(64)),)), "signed for no survivors")
+    assert clinics.ask(SurvivorTask("1", 1, 0, everybody)) == first, "the list that was signed is signed no more"
+    # The planted fault: what is signed is known to the memory alone.
+    monkeypatch.setattr(Sums, "sign", lambda *own: None)
+    put_back()
+    assert isinstance(clinics.ask(SurvivorTask("1", 1, 0, fewer)), SurvivorReply)
 
 
 def test_one_key_has_one_vector_whatever_is_lost_or_kept(clinics: LossySite) -> None:

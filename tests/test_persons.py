@@ -566,7 +566,9 @@ def test_a_run_by_person_claims_counts_and_charges_persons_and_names_none(
             assert {entry.unit for entry in held.entries()} == {"person"}
     report = markdown_report(folder)
     assert "differentially private in all training records of one person at one site" in report
-    assert "a person with records at several sites has the sum" in report
+    assert ("a person with records at several sites has the sum" in report) == (mode == "dp-sgd")
+    assert ("a person with records at k sites of a sum is k persons of that sum" in report) == (mode == "secure-sum")
+    assert ("A person at several sites of one sum has a larger ε" in report) == (mode == "secure-sum")
     assert "asks whether one person was trained on" in report
     assert "persons at one site" not in report
     for path in sorted(folder.rglob("*")):

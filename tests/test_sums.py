@@ -24,6 +24,7 @@ from audits.tiny_site import clinic
 from cli.main import app
 from client import sums
 from client.ledger.ledger import Ledger
+from client.ledger.sums import Sums
 from common.config.sections import Scalar
 from common.errors import ConfigError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
@@ -121,6 +122,7 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     assert "If no other site adds its noise" in report.claim.sentence
     assert f"ε {epsilon_text(bare)} at the same δ" in report.claim.sentence
     assert "second price" in markdown_report(folder)
+    assert "A person with several records at one site or at several of one sum has a larger ε" in markdown_report(folder)
     shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
     assert "if no other site adds its noise to a sum: " in shown.output
 
@@ -582,7 +584,7 @@ def test_a_key_of_the_memory_that_the_ledger_forgets_is_found(
     clinics: SumSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted fault: without the ledger's word a second vector leaves under one key."""
-    monkeypatch.setattr(Ledger, "_use_key", lambda *own: None)
+    monkeypatch.setattr(Sums, "use_key", lambda *own: None)
     task = clinics.task()
     kept = dict(clinics.site.memory)
     vectors = []

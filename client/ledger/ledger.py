@@ -34,6 +34,7 @@ from client.ledger.budgets import BudgetHistory
 from client.ledger.file import BUSY_SECONDS, LedgerFile, now
 from client.ledger.holds import Holds
 from client.ledger.rows import Budget, Charge, Entry, Exposure, Failure, Receipt, Terms, of_all, price
+from client.ledger.sums import Sums
 from common.accountant import TRAINING
 from common.check import not_negative
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
@@ -66,6 +67,8 @@ class Ledger:
         self._budgets = BudgetHistory(self._file)
         self.holds = Holds(self._file)
         """What the steward keeps for a run, and has withdrawn."""
+        self.sums = Sums(self._file)
+        """What was done in secure sums, and is done once."""
 
     @property
     def path(self) -> Path:
@@ -134,7 +137,7 @@ class Ledger:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records, or cost
                 more than ``max_alone`` if no other site adds its noise.
             PolicyRefusal: the data set was withdrawn, or records were released without privacy, or charged for another
-                unit, or the masks' key has a charge already.
+                unit, or for the same sum at another site, or the masks' key has a charge already.
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         dataset = charge.dataset
@@ -147,8 +150,9 @@ class Ledger:
             if not after_exposure:
                 self._hold_closed(dataset, exposed)
             self._hold_to_unit(charge, prices)
+            self.sums.hold_apart(charge, prices)
             self._hold_to_budgets(charge, prices)
-            self._use_key(db, charge)
+            self.sums.use_key(db, charge)
             db.executemany(
                 "INSERT INTO charges "
                 "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
@@ -182,6 +186,7 @@ class Ledger:
             open_names = {exposure.dataset for exposure in self.exposures()}
             self._hold_closed(charge.dataset, self.exposed(charge.dataset) or not open_names.isdisjoint(others))
         self._hold_to_unit(charge, prices)
+        self.sums.hold_apart(charge, prices)
         self._hold_to_budgets(charge, prices)
 
     def _hold_closed(self, dataset: str, exposed: bool) -> None:
@@ -233,21 +238,6 @@ class Ledger:
                 f"{what}: if no other site adds its noise, all releases would cost more than the policy's "
                 f"epsilon-alone {charge.max_alone:g}; see `fedveil ledger show {self.path}`"
             )
-
-    def _use_key(self, db: Any, charge: Charge) -> None:
-        """Write down that a key of masks is charged for; PolicyRefusal if it was before."""
-        if not charge.mask_key:
-            return
-        (used,) = db.execute("SELECT EXISTS (SELECT 1 FROM mask_keys WHERE key = ?)", (charge.mask_key,)).fetchone()
-        if used:
-            raise PolicyRefusal(
-                f"round {charge.round_number} of run {charge.run!r} was charged under this key of its masks before, "
-                "and under one key one vector leaves: the server must begin another attempt"
-            )
-        db.execute(
-            "INSERT INTO mask_keys (key, dataset, run, round, charged_at) VALUES (?, ?, ?, ?, ?)",
-            (charge.mask_key, charge.dataset, charge.run, charge.round_number, now()),
-        )
 
     def remember(self, dataset: str, records: Collection[int]) -> None:
         """Keep hashes of records of ``dataset``, durably, so that they are known again though none was charged for.

@@ -68,6 +68,8 @@ class Charge:
     shares none: it composes with those that do."""
     mask_key: bytes = b""
     """Public key of a secure sum's masks; of one key, one charge is made. Empty: it is no secure sum."""
+    site: str = ""
+    """Of a secure sum, which site it is there; a record is at one site of a sum. Empty: it is no secure sum."""
 
     def __post_init__(self) -> None:
         positive(max_epsilon=self.max_epsilon)
@@ -77,6 +79,8 @@ class Charge:
         not_negative(round_number=self.round_number)
         if not self.releases or not self.dataset or not self.run or not self.unit:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
+        if self.mask_key and not self.site:
+            raise ConfigError("a charge with a key of masks needs the site's name in the sum: name it")
         check_terms(self.releases, self.delta)
 
 
