@@ -103,7 +103,8 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
 
     Raises:
         ConfigError: the node names no ``identity`` or the policy no ``peers``, or one of the files is none; or the
-            roster has another key for this site, or fewer sites than the steward takes for honest.
+            roster is not the one of ``peers-hash``, has another key for this site, or fewer sites than the steward
+            takes for honest.
         PolicyRefusal: the roster does not have this site.
     """
     if simulated and not policy.peers:
@@ -118,7 +119,7 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
                 "own signing key, and the roster of all sites"
             )
         own = _identity(Path(str(node["identity"])).expanduser())
-        party = Party(site, own, _roster(roster_file(node, policy)), policy.honest_sites)
+        party = Party(site, own, _roster(roster_file(node, policy), policy.peers_hash), policy.honest_sites)
     if party.honest > len(party.roster.keys):
         raise ConfigError(
             f"the policy has honest-sites = {party.honest}, and its roster {len(party.roster.keys)} sites: count those "
@@ -136,12 +137,18 @@ def roster_file(node: Mapping[str, Scalar], policy: Policy) -> Path:
     return Path(str(node["policy"])).expanduser().parent / Path(policy.peers).expanduser()
 
 
-def _roster(path: Path) -> Roster:
-    """Read the policy's roster; an error, which the server is told, does not say where the file is."""
+def _roster(path: Path, pinned: str) -> Roster:
+    """Read the policy's roster, of that hash; an error, which the server is told, does not say where the file is."""
     try:
-        return load_roster(path)
+        roster = load_roster(path)
     except ConfigError as error:
         raise ConfigError(str(error).replace(str(path), "<peers>")) from error
+    if roster.digest != pinned:
+        raise ConfigError(
+            f"the roster <peers> has the hash {roster.digest}, and the policy's peers-hash is {pinned or 'missing'}: "
+            "put back the roster that the stewards agreed on, or let them compare the new one's hash and set that"
+        )
+    return roster
 
 
 def _simulated(run: str, site: str) -> Identity:

@@ -9,7 +9,8 @@ import numpy as np
 from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.run_lines import Finding, RoundLine, read_lines
-from deploy.peers import ENTRY, make_roster
+from deploy.peers import ENTRY, PEERS, make_roster
+from deploy.pin import pin_roster
 from faults.checks import charges, masked_words
 from faults.fault_plan import SERVER
 from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SWAPS
@@ -26,7 +27,7 @@ SETTINGS: dict[str, Scalar] = {
 }
 LOSING: dict[str, Scalar] = {"privacy__drop_outs": 1, "min_sites": 3}
 """Any three of four sites have their sum without the fourth."""
-RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
+RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": PEERS}
 SERVER_LIES: dict[str, tuple[str, int, int]] = {
     EQUIVOCATES: ("the sum's length", 2, 6),
     REPLAYS: ("", 1, 3),
@@ -168,13 +169,14 @@ def _let_in(federation: Federation) -> None:
     """Make every site's roster of all sites' entries, and let it join secure sums of them."""
     for name, folder in federation.sites.items():
         entries = [other.path / ENTRY for site, other in federation.sites.items() if site != name]
-        make_roster(folder, entries)
+        roster = make_roster(folder, entries)
         policy = folder.path / "policy.toml"
         text = policy.read_text(encoding="utf-8")
-        if "secure-sum" in text:  # from the scenario before this one
+        if "secure-sum" in text:  # from the scenario before this one, which may have had other sites
+            pin_roster(policy, roster.digest)
             continue
         text = text.replace('["dp-sgd"]', '["dp-sgd", "secure-sum"]')
-        policy.write_text(to_toml(RULES) + text, encoding="utf-8")
+        policy.write_text(to_toml({**RULES, "peers-hash": roster.digest}) + text, encoding="utf-8")
 
 
 def _wrong_uploads(federation: Federation, run: Run, rounds: Iterable[int] = (1, 2)) -> list[str]:

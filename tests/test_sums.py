@@ -121,8 +121,9 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     )
     assert "If no other site adds its noise" in report.claim.sentence
     assert f"ε {epsilon_text(bare)} at the same δ" in report.claim.sentence
-    assert "second price" in markdown_report(folder)
-    assert "A person with several records at one site or at several of one sum has a larger ε" in markdown_report(folder)
+    told = markdown_report(folder)
+    assert "second price" in told
+    assert "A person with several records at one site or at several of one sum has a larger ε" in told
     shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
     assert "if no other site adds its noise to a sum: " in shown.output
 
@@ -700,6 +701,9 @@ def test_a_server_that_chooses_the_sites_which_need_not_be_honest_is_refused(cli
     [
         ({"epsilon_alone": None}, "honest-sites lets"),
         ({"peers": None}, "honest-sites lets"),
+        ({"peers_hash": None}, "peers-hash are needed"),
+        ({"peers_hash": "ab12"}, "give all 64 digits"),
+        ({"peers_hash": "Z" * 64}, "give all 64 digits"),
         ({"epsilon_alone": 0.0}, "epsilon-alone must be above 0"),
         ({"mechanisms": ["dp-sgd"]}, "mechanisms does not allow: add 'secure-sum'"),
     ],
@@ -715,13 +719,18 @@ def test_a_policy_that_lets_a_site_join_by_halves_is_none(rules: dict[str, Any],
 def test_a_site_whose_roster_is_another_has_no_part(clinics: SumSite) -> None:
     folder = clinics.site.ledger.parent
     others = {**clinics.roster.keys, "north": Identity.new().public}
-    (folder / "peers.toml").write_text(Roster(others).text())
+
+    def agree_on(roster: Roster) -> None:
+        (folder / "peers.toml").write_text(roster.text())
+        clinics.rule(peers_hash=roster.digest)
+
+    agree_on(Roster(others))
     task = clinics.task()
     clinics.refuse(task, "'north' is not signed by that site")
-    (folder / "peers.toml").write_text(Roster({**others, "clinic": Identity.new().public}).text())
+    agree_on(Roster({**others, "clinic": Identity.new().public}))
     assert "another signing key" in clinics.key().reason
     del others["clinic"]
-    (folder / "peers.toml").write_text(Roster({**others, "west": Identity.new().public}).text())
+    agree_on(Roster({**others, "west": Identity.new().public}))
     assert "does not have 'clinic'" in clinics.key().reason
     clinics.site.node.pop("identity")
     assert "needs 'identity'" in clinics.key().reason

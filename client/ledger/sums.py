@@ -7,8 +7,8 @@ is on disk before anything leaves: under one key one vector, of one attempt one 
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from client.ledger.file import LedgerFile, now
 from client.ledger.rows import Charge
@@ -48,7 +48,7 @@ class Sums:
                 "take one of the two out of the roster, or part their records and data sets"
             )
 
-    def use_key(self, db: sqlite3.Connection, charge: Charge) -> None:
+    def use_key(self, db: Any, charge: Charge) -> None:
         """Write down, with its charge, that a key of masks is charged for; PolicyRefusal if it was before."""
         if not charge.mask_key:
             return
