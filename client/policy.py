@@ -22,6 +22,7 @@ from common.model.base import NAMED_MODELS
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
+from common.privacy.meaning import MOST_UNITS
 from common.privacy.mechanism import Mechanism
 from common.privacy.record_level import DPSGD
 from common.privacy.units import PERSON, RECORD
@@ -58,7 +59,10 @@ class Policy:
     person: str = ""
     """Of unit ``person``: the column that says whose a record is, as ``data.person``."""
     records_per_person: int = UNLIMITED
-    """Most records of a person that a run may use."""
+    """Of unit ``person``: most records of a person that a run may use. Of unit ``record``: most that a person has, by
+    the steward's word."""
+    epsilon_person: float = math.inf
+    """Of unit ``record``: most that all releases of the data set may cost a person with ``records_per_person``."""
     public_size: int = 0
     """Number of records, or persons, declared as public; 0: the node configuration's."""
     epsilon: float = math.inf
@@ -188,9 +192,28 @@ class Policy:
             raise ConfigError(
                 f"unit is {self.unit!r}, and person names no column: say which one tells whose a record is"
             )
-        if not UNITS[self.unit].grouped and (self.person or self.records_per_person != UNLIMITED):
-            key = "person" if self.person else "records-per-person"
-            raise ConfigError(f"{key} is for unit 'person', and unit is {self.unit!r}: set unit, or remove {key}")
+        grouped, named = UNITS[self.unit].grouped, self.records_per_person != UNLIMITED
+        if not grouped and self.person:
+            raise ConfigError(f"person is for unit 'person', and unit is {self.unit!r}: set unit, or remove person")
+        if not grouped and named:
+            in_range(0, MOST_UNITS, records_per_person=self.records_per_person)
+        if not self.epsilon_person > 0:
+            raise ConfigError(f"epsilon-person must be above 0, not {self.epsilon_person!r}")
+        if math.isfinite(self.epsilon_person) and (grouped or not named):
+            raise ConfigError(
+                "epsilon-person is for unit 'record' and needs records-per-person, the most that a person has: name "
+                "it, or remove epsilon-person"
+            )
+
+    def person_terms(self, unit: str) -> tuple[int, float]:
+        """Return how many units of a run a person has at most, and the most ε of theirs; 1 and infinite: nobody says.
+
+        Args:
+            unit: of the run.
+        """
+        if unit != RECORD.name or self.records_per_person == UNLIMITED:
+            return 1, math.inf
+        return self.records_per_person, self.epsilon_person
 
     def check_size(self, public_size: int) -> None:
         """Raise ConfigError if delta is above one over the public size."""

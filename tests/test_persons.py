@@ -410,7 +410,13 @@ def test_a_run_by_record_is_refused_where_the_steward_protects_persons(site: One
     [
         ({"unit": "person"}, "person names no column"),
         ({"person": "author"}, "person is for unit 'person'"),
-        ({"records_per_person": 4}, "records-per-person is for unit 'person'"),
+        ({"records_per_person": 1001}, "records-per-person must be above 0 and at most 1000"),
+        ({"epsilon_person": 9.0}, "epsilon-person is for unit 'record' and needs records-per-person"),
+        ({"records_per_person": 4, "epsilon_person": 0.0}, "epsilon-person must be above 0"),
+        (
+            {"unit": "person", "person": "a", "records_per_person": 4, "epsilon_person": 9.0},
+            "epsilon-person is for unit 'record'",
+        ),
         ({"unit": "persons"}, "did you mean 'person'"),
         ({"unit": "person", "person": "a", "records_per_person": 0}, "records-per-person must be above 0"),
     ],

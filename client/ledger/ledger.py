@@ -42,6 +42,7 @@ from common.privacy import accounting
 from common.privacy.accounting import Release, alone
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.meaning import epsilon_of_several
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
 """Fields of an entry that are columns."""
@@ -135,7 +136,7 @@ class Ledger:
 
         Raises:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records, or cost
-                more than ``max_alone`` if no other site adds its noise.
+                more than ``max_alone`` if no other site adds its noise, or a person more than ``max_person``.
             PolicyRefusal: the data set was withdrawn, or records were released without privacy, or charged for another
                 unit, or for the same sum at another site, or the masks' key has a charge already.
             LedgerError: the file cannot be read or written, or was locked for too long.
@@ -237,6 +238,11 @@ class Ledger:
             raise BudgetExhausted(
                 f"{what}: if no other site adds its noise, all releases would cost more than the policy's "
                 f"epsilon-alone {charge.max_alone:g}; see `fedveil ledger show {self.path}`"
+            )
+        if not all(price.person_after <= charge.max_person for price in prices.values()):
+            raise BudgetExhausted(
+                f"{what}: a person with {charge.records_per_person} records would have more than the policy's "
+                f"epsilon-person {charge.max_person:g}; see `fedveil ledger show {self.path}`"
             )
 
     def remember(self, dataset: str, records: Collection[int]) -> None:
@@ -428,6 +434,11 @@ class Ledger:
         kept = self.kept(dataset, charge.run, delta)
         least = min(limit, budget - kept)
         priced = self._price(dataset, charge.releases, delta, least)
+        if math.isfinite(charge.max_person):
+            releases = [*self.spent(dataset), *charge.releases]
+            with self._file.apart():
+                person = epsilon_of_several(releases, charge.records_per_person, delta)
+            priced = replace(priced, person_after=person)
         return replace(priced, kept=kept) if kept and budget - kept < limit else priced
 
     def kept(self, dataset: str, run: str, delta: float) -> float:
@@ -483,6 +494,10 @@ class Ledger:
     def epsilon_alone(self, dataset: str, delta: float) -> float:
         """Return the same if no other site had added its noise to a sum; equal where none was to."""
         return math.inf if self.exposed(dataset) else accounting.epsilon(alone(self.spent(dataset)), delta)
+
+    def epsilon_of_person(self, dataset: str, records: int, delta: float) -> float:
+        """Return the same as ``epsilon`` of a person with so many records; errors as ``epsilon_of_several``."""
+        return math.inf if self.exposed(dataset) else epsilon_of_several(self.spent(dataset), records, delta)
 
     def largest(self, dataset: str, delta: float) -> float | None:
         """Return the largest epsilon of ``dataset`` and all that share a record with it; None if none does.
