@@ -35,6 +35,8 @@ from common.privacy import dpsgd
 from common.privacy.accounting import alone, epsilon
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.figures import epsilon_text
+from common.privacy.plan import PrivacyPlan
+from common.privacy.shared_noise import SecureSumPlan
 from common.randomness import noise_grid
 from common.run_lines import Absence, RoundLine, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
@@ -508,7 +510,9 @@ def clinics(summed: dict[str, Any], tmp_path: Path) -> SumSite:
     return SumSite(clinic({**summed, "privacy.delta": 1e-3}, tmp_path))
 
 
-def test_a_sites_vector_is_its_sum_with_its_share_of_noise(clinics: SumSite) -> None:
+def own_noise(clinics: SumSite) -> torch.Tensor:
+    """Return what a site adds to a sum into which it draws no record, over its share of the noise."""
+    clinics.site.settings["training.sample-rate"] = 1e-6
     task = clinics.task()
     reply = clinics.site.ask(task)
     assert isinstance(reply, TrainResult), reply
@@ -518,12 +522,42 @@ def test_a_sites_vector_is_its_sum_with_its_share_of_noise(clinics: SumSite) -> 
         other.agree(task.offers, clinics.roster, sums.terms_of(job, 50), sums._hashes(task, job, model))
         vectors.append(other.masked(np.zeros(len(vectors[0]), dtype=np.uint32)))
     assert reply.spending is not None
-    share = noise_share(2.0, 1.0, 2)
-    own = total(vectors, share)
-    # A quarter of forty records, clipped at 1, among as many numbers.
-    clipped = float(own.norm()) / share / len(own) ** 0.5
-    assert 0.8 < clipped < 1.3
     assert reply.contribution == {}
+    share = noise_share(2.0, 1.0, 2)
+    return total(vectors, share) / share
+
+
+def test_a_sites_vector_has_its_share_of_noise(clinics: SumSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = own_noise(clinics)
+    assert not out_of_band(float(noise.square().sum()), noise.numel())
+    # The planted fault: a share for one site more than is counted on.
+    monkeypatch.setattr(SecureSumPlan, "noise_std", noise_share(2.0, 1.0, 3))
+    noise = own_noise(clinics)
+    assert out_of_band(float(noise.square().sum()), noise.numel())
+
+
+def test_a_margin_on_the_noise_is_on_a_sites_share_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one part in a hundred, as where rounding was never compared: of a million numbers that shows."""
+    event = Event("summed-gaussian", {**sampled_gaussian(2.0, 0.25).figures, "honest_sites": 2})
+    plan = SecureSumPlan(event, 10.0, 1e-3, 40.0)
+
+    def beyond() -> bool:
+        module = torch.nn.Linear(1000, 1000, bias=False)
+        steps = plan.stepping()(module, torch.optim.SGD(module.parameters()), plan, noise_margin=1.01)
+        steps.order = (module.weight,)
+        with steps:
+            steps.step([], lambda _: torch.zeros(0))
+        assert steps.words is not None
+        drawn = total([steps.words], plan.noise_std) / (1.01 * plan.noise_std)
+        return out_of_band(float(drawn.square().sum()), drawn.numel())
+
+    assert not beyond()
+
+    def without(own: Any, plan: PrivacyPlan, margin: float) -> None:
+        own.share, own.margin = plan.noise_std, 1.0
+
+    monkeypatch.setattr(dpsgd.ClipAndShare, "read", without)
+    assert beyond(), "the check is blind"
 
 
 def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite) -> None:
