@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,8 @@ from common.secure_sum import (
 )
 from common.secure_sum.shares import SHARE_BYTES
 from experiments.in_process import InProcessTransport, run_in_process
+from faults.faulty_server import lying
+from faults.sum_scenarios import SURVIVOR_LIES, wrong_after_a_lie
 from reports import report_of
 from strategies.job import configure
 from tests.test_sums import SUMMED, last_adapter, no_noise, spent, words_of
@@ -301,6 +304,29 @@ def test_what_is_sent_for_a_sum_comes_back_as_it_was() -> None:
                     decode_sum_reply(encode_reply(other), task)
         with pytest.raises(Exception, match="answers run"):
             decode_sum_reply(encode_reply(replace(reply, run="2")), task)
+
+
+def test_a_server_that_lies_about_survivors_gets_no_shares_and_no_second_list(
+    lossy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lies of ``make faults`` in one process: four sites, of which one may be lost."""
+    names = list(SURVIVOR_LIES)
+
+    class Lying(InProcessTransport):
+        exchange = lying(InProcessTransport.exchange, lambda number: names[number - 1])  # type: ignore[assignment]
+
+    own = {**lossy, "privacy.drop-outs": 1, "min-sites": 3, "round-retries": 1}
+    folder = run_in_process(own, 4, kind=Lying)
+    paid = Counter(number for rows in spent(folder).values() for number, _ in rows)
+    for line, name in zip(read_lines(RoundLine, folder), names, strict=True):
+        assert wrong_after_a_lie(SURVIVOR_LIES[name], line, paid[line.round_number], 4) == []
+        assert wrong_after_a_lie(SURVIVOR_LIES[name], replace(line, attempts=3), paid[line.round_number], 4)
+    # The planted fault: sites that sign whatever they are asked for.
+    monkeypatch.setattr(Holder, "survivors", property(lambda own: (), lambda own, value: None))
+    monkeypatch.setattr(Sums, "sign", lambda *own: None)
+    names.reverse()
+    with pytest.raises(RunFailed, match="signed a second list"):
+        run_in_process({**own, "rounds": 1}, 4, run="signing", kind=Lying)
 
 
 # --- one deployed site ------------------------------------------------------------------------------------------------

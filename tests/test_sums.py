@@ -811,6 +811,7 @@ def test_a_lying_server_is_refused_or_gets_no_sum_and_no_second_vector(summed: d
     folder = run_in_process({**summed, "rounds": len(names), "round-retries": 1}, 3, kind=Lying)
     lines, paid = read_lines(RoundLine, folder), Counter(n for rows in spent(folder).values() for n, _ in rows)
     for line, name in zip(lines, names, strict=True):
-        assert wrong_after_a_lie(name, line, paid[line.round_number]) == []
-        assert wrong_after_a_lie(name, replace(line, attempts=3), paid[line.round_number])
-        assert wrong_after_a_lie(name, line, 1)
+        told = SERVER_LIES[name]
+        assert wrong_after_a_lie(told, line, paid[line.round_number]) == []
+        assert wrong_after_a_lie(told, replace(line, attempts=3), paid[line.round_number])
+        assert wrong_after_a_lie(told, line, 1)
