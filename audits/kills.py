@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a round: no kill may lose a charge of something that left the site.
+"""SIGKILL at random moments of a round: no kill may lose a charge of something that left the site, or a sum's key.
 
     .venv/bin/python -m audits.kills --kills 200
 
@@ -13,6 +13,9 @@ Then a new process goes on with the ledger that the dead one left. After every k
 * it shows no more than the budget, and at most one charge more than before.
 
 When the budget is spent, the next round must be refused; the next kills are of a site with a fresh ledger.
+
+A site of a secure sum is played as well. After a kill that charged it, its node comes up with the memory that it had
+before, and is sent the same task: it must send no second vector under that key.
 """
 
 from __future__ import annotations
@@ -33,13 +36,16 @@ from unittest.mock import patch
 from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
+from audits.sum_site import SumSite
 from audits.tiny_site import OneSite, tiny_site
 from client.ledger.file import LedgerFile
 from client.ledger.ledger import Ledger
+from client.ledger.sums import Sums
 from common.errors import LedgerError
 from common.messages.round import Refusal, TrainTask
 from common.messages.wire import encode_reply
 from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.events import Event
 from common.run_lines import Finding
 
 DELTA = 1e-3
@@ -48,8 +54,15 @@ BUDGET_ROUNDS = 6
 PHASES = ("before the charge", "between charge and release", "after the release")
 SPAN = 1.1
 TRANSACTION = ("begun", "ended")
-TRANSACTIONS = 2
-"""Transactions in a round: the policy's budget is held against the stored one, then the round is charged."""
+TRANSACTIONS, CHARGE = {False: 2, True: 3}, 1
+"""Transactions in a round, by whether it is of a sum: the policy's budget is held against the stored one, then the
+round is charged. In a sum the budget is looked at again, for the next round's key."""
+SUMMED: dict[str, Any] = {
+    "privacy.mode": "secure-sum",
+    "privacy.honest-sites": 2,
+    "training.local-steps": 1,
+    "training.optimizer": "sgd",
+}
 PlayRound = Callable[[OneSite, TrainTask, Send], None]
 
 
@@ -72,6 +85,18 @@ def charge_late(site: OneSite, task: TrainTask, send: Send) -> None:
     play_round(replace(site, node={**site.node, "ledger": str(aside)}), task, send)
     time.sleep(30)
     aside.replace(site.ledger)
+
+
+def forget_keys(site: OneSite, task: TrainTask, send: Send) -> None:
+    """The fault: under which key a vector was charged is in the node's memory alone."""
+    with patch.object(Sums, "use_key", lambda *own: None):
+        play_round(site, task, send)
+
+
+FAULTS: dict[PlayRound, str] = {
+    charge_late: "charged after the release",
+    forget_keys: "keys of masks known to the memory alone",
+}
 
 
 @contextmanager
@@ -105,35 +130,58 @@ class Kills:
 
     site: OneSite
     play: PlayRound
+    peers: SumSite | None = None
+    """The same site among those of a sum; None: it sends plain uploads."""
     lengths: list[float] = field(default_factory=list)
     """Seconds of the latest rounds."""
     phases: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
-    transactions: tuple[list[float], ...] = field(default_factory=lambda: tuple([] for _ in range(TRANSACTIONS)))
+    transactions: list[list[float]] = field(default_factory=list)
     """Seconds that each of a round's transactions took."""
+    replayed: int = 0
+    """Tasks that were sent again, to the memory that there was before a kill."""
     inside: int = 0
     """Kills between the beginning of a transaction and its end."""
     rolled_back: int = 0
     """Kills that left a journal behind, with which the next process undid half a write."""
     budgets_spent: int = 0
 
+    def __post_init__(self) -> None:
+        self.transactions = [[] for _ in range(TRANSACTIONS[self.summed])]
+
+    @property
+    def summed(self) -> bool:
+        """Whether the site's vectors are summed."""
+        return self.peers is not None
+
     @property
     def budget(self) -> float:
         """Epsilon of ``BUDGET_ROUNDS`` rounds, and nothing more."""
-        return cost_of(BUDGET_ROUNDS) + 1e-9
+        return cost_of(BUDGET_ROUNDS, summed=self.summed) + 1e-9
 
     def begin(self, number: int) -> Life:
         """Give the site a ledger that has spent nothing."""
         self.site.node["ledger"] = str(self.site.ledger.with_name(f"life-{number}.sqlite"))
-        self.site.rule(epsilon=self.budget, delta=DELTA)
+        (self.peers or self.site).rule(epsilon=self.budget, delta=DELTA)
         return Life(number)
 
-    def start(self, life: Life, task: TrainTask) -> Child:
-        """Start the process that answers the next round's task."""
-        wanted = replace(task, run=f"life-{life.number}", round_number=life.released + 1)
+    def next_task(self, life: Life, task: TrainTask) -> TrainTask | Refusal:
+        """Return the next round's task, for which a sum's site has given a new key; or why it gave none."""
+        run, number = f"life-{life.number}", life.released + 1
+        if self.peers is None:
+            return replace(task, run=run, round_number=number)
+        self.site.memory.clear()
+        reply = self.peers.key(number, run=run)
+        return reply if isinstance(reply, Refusal) else self.peers.task(number, run=run)
+
+    def start(self, wanted: TrainTask | Refusal) -> Child:
+        """Start the process that answers a task, from this one's memory of the node."""
 
         def work(send: Send) -> None:
             send("started")
+            if isinstance(wanted, Refusal):
+                send(f"refused {wanted.kind} {wanted.reason}")
+                return
             with telling(send):
                 self.play(self.site, wanted, send)
 
@@ -141,9 +189,9 @@ class Kills:
         child.line()
         return child
 
-    def whole_round(self, life: Life, task: TrainTask) -> str:
+    def whole_round(self, wanted: TrainTask | Refusal) -> str:
         """Let a process answer and return what it said at the end."""
-        child = self.start(life, task)
+        child = self.start(wanted)
         lines = [child.line()]
         while lines[-1].startswith(TRANSACTION):
             lines.append(child.line())
@@ -160,12 +208,13 @@ class Kills:
             span: the latest moment, in lengths of a round.
             aimed: wait for one of the round's transactions to begin, and kill within about its length.
         """
-        child, said = self.start(life, task), list[str]()
+        wanted, said = self.next_task(life, task), list[str]()
+        child = self.start(wanted)
         if aimed:
-            wanted = random.randrange(TRANSACTIONS)
-            while sum(line.startswith("begun") for line in said) <= wanted and (line := child.line()):
+            place = random.randrange(len(self.transactions))
+            while sum(line.startswith("begun") for line in said) <= place and (line := child.line()):
                 said.append(line)
-            time.sleep(random.uniform(0, 1.2 * statistics.median(self.transactions[wanted])))
+            time.sleep(random.uniform(0, 1.2 * statistics.median(self.transactions[place])))
         else:
             time.sleep(random.uniform(0, span * statistics.median(self.lengths[-9:])))
         said += child.kill()
@@ -176,6 +225,16 @@ class Kills:
         self.rolled_back += Path(f"{self.site.ledger}-journal").exists()
         charged = self.look(life, len(released))
         self.phases[PHASES[2] if released else PHASES[min(1, charged)]] += 1
+        if self.summed and charged:
+            self.replay(life, wanted)
+
+    def replay(self, life: Life, wanted: TrainTask | Refusal) -> None:
+        """Send a task that was charged again, to the memory that there was before: no second vector may leave."""
+        self.replayed += 1
+        said = self.whole_round(wanted)
+        refused = "refused budget" if life.charged >= BUDGET_ROUNDS else "refused policy"
+        if not said.startswith(refused) or self.look(life, 0):
+            self.violations.append(f"a second vector under one key of masks: {said}")
 
     def note_transactions(self, said: list[str]) -> bool:
         """Keep how long finished transactions took, and return whether one is unfinished."""
@@ -199,7 +258,7 @@ class Kills:
         unpaid = [number for number in range(1, life.released + 1) if not rounds[number]]
         if unpaid:
             self.violations.append(f"ledger {life.number}: rounds {unpaid} were released and are not charged")
-        if shown < cost_of(life.released) or rows < before:
+        if shown < cost_of(life.released, summed=self.summed) or rows < before:
             self.violations.append(f"ledger {life.number} shows {shown:.4f}, less than was released")
         if shown > self.budget:
             self.violations.append(f"ledger {life.number} shows {shown:.4f}, above its budget {self.budget:.4f}")
@@ -209,18 +268,24 @@ class Kills:
 
     def spent(self, life: Life, task: TrainTask) -> None:
         """Ask for one more round than the budget pays for: it must be refused and cost nothing."""
-        said = self.whole_round(life, task)
+        said = self.whole_round(self.next_task(life, task))
         if not said.startswith("refused budget") or self.look(life, 0):
             self.violations.append(f"ledger {life.number} is spent, yet the site said: {said}")
         self.budgets_spent += 1
 
 
-def cost_of(rounds: int) -> float:
-    """Return the epsilon of so many of the site's rounds."""
-    return epsilon([gaussian_release(2.0, 0.25, 2 * rounds)] if rounds else [], DELTA)
+def cost_of(rounds: int, *, summed: bool = False) -> float:
+    """Return the epsilon of so many of the site's rounds: two steps each, or one sum."""
+    if not rounds:
+        return 0.0
+    plain = gaussian_release(2.0, 0.25, rounds if summed else 2 * rounds)
+    event = Event("summed-gaussian", {**plain.event.figures, "honest_sites": 2.0})
+    return epsilon([replace(plain, event=event) if summed else plain], DELTA)
 
 
-def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: float = 0.0) -> Finding:
+def kill_rounds(
+    folder: Path, kills: int, play: PlayRound = play_round, span: float = 0.0, *, summed: bool = False
+) -> Finding:
     """Kill ``kills`` processes, each in a round of its own, and return what was found.
 
     Args:
@@ -229,18 +294,19 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
         play: what a process does with a task.
         span: kill at any moment of so many lengths of a round; 0: half of the kills within ``SPAN`` lengths, and
             half at a transaction.
+        summed: whether the site is one of a secure sum.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use the threads of its parent
-    site = tiny_site(folder)
+    site = tiny_site(folder, **(SUMMED if summed else {}))
     site.settings["rounds"] = BUDGET_ROUNDS + 1
-    audit, task = Kills(site, play), site.task(1)
+    audit, task = Kills(site, play, SumSite(site) if summed else None), site.task(1)
     for rounds in range(1, BUDGET_ROUNDS + 2):  # children inherit prices, not only libraries
-        cost_of(rounds)
-    life = audit.begin(0)
-    site.ask(replace(task, run="0"))  # and the model
+        cost_of(rounds, summed=summed)
+    audit.begin(0)
+    site.ask(audit.peers.task(1, run="0") if audit.peers else replace(task, run="0"))  # and the model
     site.memory.clear()
     for number in range(3):
-        said = audit.whole_round(audit.begin(-1 - number), task)
+        said = audit.whole_round(audit.next_task(audit.begin(-1 - number), task))
         audit.lengths.append(float(said.removeprefix("released ")))
     life = audit.begin(1)
     for number in range(kills):
@@ -249,8 +315,8 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
             audit.spent(life, task)
             life = audit.begin(life.number + 1)
     return judged(
-        "kills",
-        "" if play is play_round else "charged after the release",
+        f"kills{' in a secure sum' if summed else ''}",
+        FAULTS.get(play, ""),
         bool(audit.violations),
         {
             "kills": kills,
@@ -258,7 +324,8 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
             "inside a transaction": audit.inside,
             "journals rolled back": audit.rolled_back,
             "length of a round in ms": 1000 * statistics.median(audit.lengths),
-            "of a charge in ms": 1000 * statistics.median(audit.transactions[-1]),
+            "of a charge in ms": 1000 * statistics.median(audit.transactions[CHARGE]),
+            **({"tasks sent again": audit.replayed} if summed else {}),
             "budgets spent to the end": audit.budgets_spent,
             "violations": len(audit.violations),
             **({"first violation": audit.violations[0]} if audit.violations else {}),
@@ -267,13 +334,18 @@ def kill_rounds(folder: Path, kills: int, play: PlayRound = play_round, span: fl
 
 
 def kills_of_all(folder: Path, kills: int) -> list[Finding]:
-    """Kill ``kills`` rounds of the code as it is, and twenty with the fault built in; ``folder`` must be empty.
+    """Kill ``kills`` rounds of the code as it is, half as many of a sum, and some with the faults built in.
 
-    These are late enough to be after the release.
+    The late charges are killed late enough to be after the release. ``folder`` must be empty.
     """
-    for name in ("sound", "late"):
+    for name in ("sound", "late", "summed", "forgetful"):
         (folder / name).mkdir()
-    return [kill_rounds(folder / "sound", kills), kill_rounds(folder / "late", 20, charge_late, span=4.0)]
+    return [
+        kill_rounds(folder / "sound", kills),
+        kill_rounds(folder / "late", 20, charge_late, span=4.0),
+        kill_rounds(folder / "summed", kills // 2, summed=True),
+        kill_rounds(folder / "forgetful", 20, forget_keys, span=4.0, summed=True),
+    ]
 
 
 if __name__ == "__main__":

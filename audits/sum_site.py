@@ -17,7 +17,7 @@ JOINING: dict[str, Any] = {
     "epsilon_alone": 100.0,
     "peers": "peers.toml",
 }
-"""A policy's keys that let a site into secure sums, beside plain runs."""
+"""A policy's keys that let a site into secure sums, beside plain runs, with the roster's hash."""
 
 
 @dataclass
@@ -39,8 +39,8 @@ class SumSite:
         self.rule()
 
     def rule(self, **rules: Any) -> None:
-        """Write the steward's policy, which lets the site join, with these rules; as ``OneSite.rule``."""
-        self.site.rule(**{**JOINING, **rules})
+        """Write the policy of a steward who lets the site join with this roster; rules as in ``OneSite.rule``."""
+        self.site.rule(**{**JOINING, "peers_hash": self.roster.digest, **rules})
 
     def key(self, number: int = 1, attempt: int = 0, run: str = "1") -> Any:
         """Ask for a key and return the answer."""

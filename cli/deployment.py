@@ -228,12 +228,13 @@ def site_peers(
     others: Annotated[list[Path], typer.Argument(help="identity.toml of each other site, handed over by its steward.")],
 ) -> None:
     """Make the roster of this site's secure sums from all sites' signing keys, and print its hash to compare."""
-    from deploy.peers import make_roster
+    from deploy.peers import PEERS, make_roster
     from deploy.site_folder import open_site_folder
 
     roster = make_roster(open_site_folder(folder), others)
     _say(f"peers.toml has {', '.join(roster.keys)}; its hash, which every steward must see: {roster.digest}")
-    _say('let the site join by the policy: honest-sites = ..., epsilon-alone = ..., peers = "peers.toml"')
+    _say("once all have read it to each other, let the site join by the policy:")
+    _say(f'  honest-sites = ...\n  epsilon-alone = ...\n  peers = "{PEERS}"\n  peers-hash = "{roster.digest}"')
 
 
 @site_app.command("statement")

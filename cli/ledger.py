@@ -19,6 +19,8 @@ from cli.errors import for_people
 from common.check import in_range, nearest, one_of, positive
 from common.errors import ConfigError, DataError, LedgerError
 from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.meaning import MOST_UNITS
+from common.privacy.units import RECORD
 from common.words import counted
 
 if TYPE_CHECKING:
@@ -44,7 +46,13 @@ LedgerFile = Annotated[Path, typer.Argument(help="The ledger's file.")]
 
 @ledger_app.command("show")
 @for_people
-def show(path: LedgerFile) -> None:
+def show(
+    path: LedgerFile,
+    records_per_person: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_UNITS, help="Print ε of a person with so many records, too."),
+    ] = None,
+) -> None:
     """Print what has been charged to every data set of a ledger, and every budget that was set, in order of time."""
     with _opened(path) as ledger:
         entries = ledger.entries()
@@ -58,7 +66,11 @@ def show(path: LedgerFile) -> None:
             shared = "" if largest is None else f"; its records' largest, under any name: {_figure(largest)}"
             bare = ledger.epsilon_alone(dataset, min(terms.delta, 1.0))
             rests = "" if bare == spent else f"; if no other site adds its noise to a sum: {_figure(bare)}"
-            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{shared}{rests}")
+            whose = ""
+            if records_per_person and units == [RECORD.name]:
+                person = ledger.epsilon_of_person(dataset, records_per_person, min(terms.delta, 1.0))
+                whose = f"; of a person with {counted(records_per_person, 'record')}: {_figure(person)}"
+            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{shared}{rests}{whose}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from client.budget import check_budget, evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
+from client.ledger.ledger import Ledger
 from client.leftovers import left_nothing, tensors_digest
 from client.linearised import Derivatives, check_memory, contrasts, forget_records
 from client.local_training import check_task, train_round
@@ -284,7 +285,12 @@ def _for_sum(
     if isinstance(task, KeyTask):
         check_budget(site, job, task, deadline)
         return make_key(task, job, party, memory)
-    return told_for_sum(task, job, party, memory)
+
+    def write_down(context: bytes, survivors: Sequence[str]) -> None:
+        with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
+            ledger.sums.sign(context, survivors)
+
+    return told_for_sum(task, job, party, memory, write_down)
 
 
 def _next_key(

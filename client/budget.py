@@ -5,10 +5,10 @@ A round of a mechanism that is not charged costs what no budget can pay: it is w
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from client.deadline import Deadline
 from client.ledger.file import BUSY_SECONDS
@@ -68,16 +68,15 @@ def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> Non
     Raises:
         BudgetExhausted: it has no budget left, or another data set that shares records has none.
         PolicyRefusal: the run has had all its rounds or steps here, or needs another unit or more noise, or records
-            were released without privacy.
+            were released without privacy, or another site of the ledger is charged for that round with some of them.
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
         plan = _plan(ledger, site, job, deadline)
         releases = (plan.release(steps),)
         _within(site, steps, fewer=releases[0].count < steps)(*ledger.trained(site.dataset_id, task.run))
-        where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
         ledger.check(
-            Charge(*where, releases, plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone),
+            replace(_offered(site, job, task, releases, plan), site=site.name),
             records=record_hashes(site.data, ledger.key),
             after_exposure=site.policy.after_no_privacy,
         )
@@ -155,14 +154,14 @@ def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
     rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
     paid = job.origin.release(_least_start_noise(job, site, epsilon, delta))
     plan = job.mechanism.plan(
-        dataclasses.replace(config.privacy, epsilon=epsilon, delta=delta),
+        replace(config.privacy, epsilon=epsilon, delta=delta),
         config.training,
         rounds * config.training.local_steps,
         site.public_size,
         [*([paid] if paid else []), *evaluation_releases(job, site, rounds)],
     )
     noise = max(plan.event.noise_multiplier, site.policy.min_noise_multiplier)
-    return dataclasses.replace(plan, event=plan.event.having(noise_multiplier=noise))
+    return replace(plan, event=plan.event.having(noise_multiplier=noise))
 
 
 def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> float:
@@ -200,13 +199,33 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float) -> PrivacyP
     if noise < least:
         asked = f"noise multiplier {noise:g} of each site, and {plan.event.noise_multiplier:g} of the sum"
         raise refusal("min-noise-multiplier", f"{least:g}", asked)
-    return dataclasses.replace(plan, delta=delta, max_epsilon=epsilon)
+    return replace(plan, delta=delta, max_epsilon=epsilon)
 
 
 def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPlan:
     terms = ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
     with deadline.extended():
         return plan_of(job, site, terms)
+
+
+def _offered(
+    site: Site, job: Job, task: KeyTask | TrainTask, releases: tuple[Release, ...], plan: PrivacyPlan
+) -> Charge:
+    """Return the charge of a round that is no sum, on the site's terms."""
+    policy, unit = site.policy, job.mechanism.claim.per
+    most, ceiling = policy.person_terms(unit)
+    return Charge(
+        site.dataset_id,
+        task.run,
+        task.round_number,
+        releases,
+        plan.delta,
+        plan.max_epsilon,
+        unit,
+        max_alone=policy.epsilon_alone,
+        records_per_person=most,
+        max_person=ceiling,
+    )
 
 
 def _charge(
@@ -225,11 +244,9 @@ def _charge(
         deadline.check_prepared()  # the last that is looked up of a record has been
         allow(rounds, steps)
 
-    where, unit = (site.dataset_id, task.run, task.round_number), job.mechanism.claim.per
     key = next((offer.public for offer in task.offers if offer.site == site.name), b"")
-    charge = Charge(
-        *where, tuple(releases), plan.delta, plan.max_epsilon, unit, max_alone=site.policy.epsilon_alone, mask_key=key
-    )
+    charge = _offered(site, job, task, tuple(releases), plan)
+    charge = replace(charge, mask_key=key, site=site.name if key else "")
     charged = ledger.charge(
         charge,
         records=record_hashes(site.data, ledger.key),

@@ -22,6 +22,7 @@ from common.model.base import NAMED_MODELS
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
+from common.privacy.meaning import MOST_UNITS
 from common.privacy.mechanism import Mechanism
 from common.privacy.record_level import DPSGD
 from common.privacy.units import PERSON, RECORD
@@ -39,8 +40,8 @@ another one that begins alike."""
 SHOWN_DIGITS = 12
 """Digits of a bundle's hash in messages, where nothing is compared."""
 HEXADECIMAL = frozenset("0123456789abcdef")
-BUNDLE_DIGITS = 64
-"""Hexadecimal digits of a bundle's hash."""
+HASH_DIGITS = 64
+"""Hexadecimal digits of a bundle's or a roster's hash."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Policy:
     person: str = ""
     """Of unit ``person``: the column that says whose a record is, as ``data.person``."""
     records_per_person: int = UNLIMITED
-    """Most records of a person that a run may use."""
+    """Of unit ``person``: most records of a person that a run may use. Of unit ``record``: most that a person has, by
+    the steward's word."""
+    epsilon_person: float = math.inf
+    """Of unit ``record``: most that all releases of the data set may cost a person with ``records_per_person``."""
     public_size: int = 0
     """Number of records, or persons, declared as public; 0: the node configuration's."""
     epsilon: float = math.inf
@@ -100,13 +104,15 @@ class Policy:
     """Seconds after a task at which the site answers, whatever its records are; 0: as soon as it can."""
     honest_sites: int = 0
     """How many sites of the roster the steward takes for honest, at least. A run that counts on more honest sites in a
-    sum than are sure to be among its sites is refused. 0: no run with a secure sum. It needs ``peers`` and
-    ``epsilon_alone``."""
+    sum than are sure to be among its sites is refused. 0: no run with a secure sum. It needs the next three."""
     epsilon_alone: float = math.inf
     """Most that all releases of the data set may cost if no other site adds its noise to a sum."""
     peers: str = ""
     """The roster: a file of the sites whose sums the site joins, each with its public signing key. Handed over outside
     the server; beside the policy, if no folder is named."""
+    peers_hash: str = ""
+    """The roster's hash, all of it, as ``fedveil site peers`` prints it and the stewards have compared it. Another
+    roster in that file is refused."""
     source: str = ""
     """Where the records come from, in the steward's words. This and the next two decide nothing: ``fedveil site
     statement`` prints them, and no server gets them."""
@@ -141,9 +147,15 @@ class Policy:
             at_least(LEAST_DELTA, delta=self.delta)
         if not self.epsilon_alone > 0:
             raise ConfigError(f"epsilon-alone must be above 0, not {self.epsilon_alone!r}")
-        if self.honest_sites and (not self.peers or math.isinf(self.epsilon_alone)):
+        if self.honest_sites and (not self.peers or not self.peers_hash or math.isinf(self.epsilon_alone)):
             raise ConfigError(
-                "honest-sites lets the site join secure sums, for which epsilon-alone and peers are needed: set all"
+                "honest-sites lets the site join secure sums, for which epsilon-alone, peers and peers-hash are "
+                "needed: set all ('fedveil site peers' prints the hash, which the stewards compare)"
+            )
+        if self.peers_hash and (len(self.peers_hash) != HASH_DIGITS or not set(self.peers_hash) <= HEXADECIMAL):
+            raise ConfigError(
+                f"peers-hash is {self.peers_hash!r}: give all {HASH_DIGITS} digits (0-9, a-f) that 'fedveil site "
+                "peers' prints"
             )
         for name in _names(self.strategies):
             one_of(STRATEGIES, strategies=name)
@@ -157,9 +169,9 @@ class Policy:
                     "digits (0-9, a-f) of its fingerprint"
                 )
         for name in _names(self.bundles):
-            if len(name) != BUNDLE_DIGITS or not set(name) <= HEXADECIMAL:
+            if len(name) != HASH_DIGITS or not set(name) <= HEXADECIMAL:
                 raise ConfigError(
-                    f"bundles names {name!r}: give all {BUNDLE_DIGITS} digits (0-9, a-f) that 'fedveil bundle' prints"
+                    f"bundles names {name!r}: give all {HASH_DIGITS} digits (0-9, a-f) that 'fedveil bundle' prints"
                 )
         for name in _names(self.mechanisms):
             one_of(MECHANISMS, mechanisms=name)
@@ -180,9 +192,28 @@ class Policy:
             raise ConfigError(
                 f"unit is {self.unit!r}, and person names no column: say which one tells whose a record is"
             )
-        if not UNITS[self.unit].grouped and (self.person or self.records_per_person != UNLIMITED):
-            key = "person" if self.person else "records-per-person"
-            raise ConfigError(f"{key} is for unit 'person', and unit is {self.unit!r}: set unit, or remove {key}")
+        grouped, named = UNITS[self.unit].grouped, self.records_per_person != UNLIMITED
+        if not grouped and self.person:
+            raise ConfigError(f"person is for unit 'person', and unit is {self.unit!r}: set unit, or remove person")
+        if not grouped and named:
+            in_range(0, MOST_UNITS, records_per_person=self.records_per_person)
+        if not self.epsilon_person > 0:
+            raise ConfigError(f"epsilon-person must be above 0, not {self.epsilon_person!r}")
+        if math.isfinite(self.epsilon_person) and (grouped or not named):
+            raise ConfigError(
+                "epsilon-person is for unit 'record' and needs records-per-person, the most that a person has: name "
+                "it, or remove epsilon-person"
+            )
+
+    def person_terms(self, unit: str) -> tuple[int, float]:
+        """Return how many units of a run a person has at most, and the most ε of theirs; 1 and infinite: nobody says.
+
+        Args:
+            unit: of the run.
+        """
+        if unit != RECORD.name or self.records_per_person == UNLIMITED:
+            return 1, math.inf
+        return self.records_per_person, self.epsilon_person
 
     def check_size(self, public_size: int) -> None:
         """Raise ConfigError if delta is above one over the public size."""

@@ -3,14 +3,15 @@
 The key is made with the reply of the round before, or when the server asks for it, and kept in the node's memory until
 the task comes; the ledger writes down under which key a vector was charged, so that a second one never leaves under its
 masks, whatever is lost or repeated. Where sites may be lost from a sum, the shares of all its sites are kept from the
-vector until they are told; what was sealed for a node that lost its memory is lost with it, as the node would be.
+vector until they are told; what was sealed for a node that lost its memory is lost with it, as the node would be. Which
+survivors were signed for is written down in the ledger, too, before the signature leaves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
 
     Raises:
         ConfigError: the node names no ``identity`` or the policy no ``peers``, or one of the files is none; or the
-            roster has another key for this site, or fewer sites than the steward takes for honest.
+            roster is not the one of ``peers-hash``, has another key for this site, or fewer sites than the steward
+            takes for honest.
         PolicyRefusal: the roster does not have this site.
     """
     if simulated and not policy.peers:
@@ -117,7 +119,7 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
                 "own signing key, and the roster of all sites"
             )
         own = _identity(Path(str(node["identity"])).expanduser())
-        party = Party(site, own, _roster(roster_file(node, policy)), policy.honest_sites)
+        party = Party(site, own, _roster(roster_file(node, policy), policy.peers_hash), policy.honest_sites)
     if party.honest > len(party.roster.keys):
         raise ConfigError(
             f"the policy has honest-sites = {party.honest}, and its roster {len(party.roster.keys)} sites: count those "
@@ -135,12 +137,18 @@ def roster_file(node: Mapping[str, Scalar], policy: Policy) -> Path:
     return Path(str(node["policy"])).expanduser().parent / Path(policy.peers).expanduser()
 
 
-def _roster(path: Path) -> Roster:
-    """Read the policy's roster; an error, which the server is told, does not say where the file is."""
+def _roster(path: Path, pinned: str) -> Roster:
+    """Read the policy's roster, of that hash; an error, which the server is told, does not say where the file is."""
     try:
-        return load_roster(path)
+        roster = load_roster(path)
     except ConfigError as error:
         raise ConfigError(str(error).replace(str(path), "<peers>")) from error
+    if roster.digest != pinned:
+        raise ConfigError(
+            f"the roster <peers> has the hash {roster.digest}, and the policy's peers-hash is {pinned or 'missing'}: "
+            "put back the roster that the stewards agreed on, or let them compare the new one's hash and set that"
+        )
+    return roster
 
 
 def _simulated(run: str, site: str) -> Identity:
@@ -169,9 +177,21 @@ def next_key(task: TrainTask, job: Job, party: Party, memory: MutableMapping[str
 
 
 def told_for_sum(
-    task: ShareTask | SurvivorTask | UnmaskTask, job: Job, party: Party, memory: MutableMapping[str, bytes]
+    task: ShareTask | SurvivorTask | UnmaskTask,
+    job: Job,
+    party: Party,
+    memory: MutableMapping[str, bytes],
+    write_down: Callable[[bytes, Sequence[str]], None],
 ) -> SumReply:
     """Return what a site tells before and after its vector, where sites may be lost from the sum.
+
+    Args:
+        task: what is asked.
+        job: the run.
+        party: who the site is.
+        memory: what the node keeps; it may be an earlier one than the last reply left.
+        write_down: keeps which survivors of a sum, by its context's hash, are signed for, before they are; raises if
+            others were.
 
     Raises:
         ProtocolError: none may be lost in this run; this site has no key or no shares of the attempt; or as
@@ -199,7 +219,10 @@ def told_for_sum(
         return UnmaskReply(*where, holder.reveal(dict(task.signatures), party.roster))
     party.check_size(len(task.survivors), privacy.honest_sites)
     agreement = holder.sign(task.survivors, party.identity)
-    _hold(holder, memory)  # before it is sent: of one attempt one list is signed
+    # Flower hands over the reply before it keeps the memory, and memory may be put back: only what is on disk says of
+    # one attempt that one list is signed.
+    write_down(holder.digest, holder.survivors)
+    _hold(holder, memory)
     return SurvivorReply(*where, agreement)
 
 

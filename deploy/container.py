@@ -11,6 +11,7 @@ import shutil
 import socket
 import ssl
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -55,7 +56,7 @@ def make_keys(
         mechanisms: that each new site's policy allows beside what the job alone gets, names with commas between them:
             a trusted server is in no policy unless it stands here.
         honest: how many sites of the roster each policy takes for honest; 0: no site joins a secure sum. The roster is
-            of all sites, made anew whenever keys are: here one machine is all stewards.
+            of all sites, made anew and put into their policies whenever keys are: here one machine is all stewards.
         alone: each policy's ``epsilon-alone``, needed with ``honest``.
 
     Raises:
@@ -67,6 +68,7 @@ def make_keys(
     from common.errors import ConfigError
     from common.privacy.units import PERSON
     from deploy.peers import ENTRY, PEERS, make_roster
+    from deploy.pin import pin_roster
     from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
     from deploy.server_folder import make_server
     from deploy.site_folder import make_site, open_site_folder
@@ -78,7 +80,10 @@ def make_keys(
     model, privacy = job.config.model, job.config.privacy
     named = [name.strip() for name in mechanisms.split(",") if name.strip()]
     allowed = list(dict.fromkeys([*mechanisms_of_job(job.config), *named]))
-    sums: dict[str, Scalar] = {"honest-sites": honest, "epsilon-alone": alone, "peers": PEERS} if honest else {}
+    # Until all keys are made there is no roster: a hash that none has lets no site into a sum.
+    sums: dict[str, Scalar] = (
+        {"honest-sites": honest, "epsilon-alone": alone, "peers": PEERS, "peers-hash": "0" * 64} if honest else {}
+    )
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)
@@ -125,7 +130,10 @@ def make_keys(
         shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
     folders = [open_site_folder(pki / f"site-{number}") for number in range(1, sites + 1)]
     for own in folders if honest else ():
-        make_roster(own, [other.path / ENTRY for other in folders if other is not own])
+        roster = make_roster(own, [other.path / ENTRY for other in folders if other is not own])
+        policy = own.path / "policy.toml"
+        if "honest-sites" in tomllib.loads(policy.read_text(encoding="utf-8")):
+            pin_roster(policy, roster.digest)
 
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:

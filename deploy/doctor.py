@@ -13,6 +13,9 @@ from client.ledger.ledger import Ledger
 from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from common.privacy import MECHANISMS
+from common.privacy.figures import epsilon_text
+from common.privacy.units import RECORD
+from common.words import counted
 from deploy import shared_checks as shared
 from deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
 from deploy.check_results import CheckResult, examine
@@ -56,6 +59,7 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
             ("key pair", lambda: _pair(folder)),
             ("node settings", lambda: _settings(folder)),
             ("policy", lambda: _policy(folder)),
+            ("persons", lambda: _persons(folder)),
             ("pins", lambda: _pins(folder)),
             ("mechanisms", lambda: _mechanisms(folder)),
             ("models", lambda: _models(folder)),
@@ -164,6 +168,28 @@ def _policy(folder: SiteFolder) -> Iterator[CheckResult]:
     if math.isfinite(policy.epsilon):
         budget = f"ε ≤ {policy.epsilon} at δ = {policy.delta} over all runs"
     yield CheckResult(True, "policy", budget)
+
+
+def _persons(folder: SiteFolder) -> Iterator[CheckResult]:
+    settings, what = node_settings(folder), "persons"
+    policy = policy_of_node(settings)
+    if policy.unit != RECORD.name:
+        yield CheckResult(True, what, "the unit of all runs is one person")
+        return
+    most, ceiling = policy.person_terms(RECORD.name)
+    if most == 1 and math.isinf(ceiling):
+        found = "the unit is a record; with records-per-person in the policy, ε of a person with the most stands here"
+        yield CheckResult(True, what, found)
+        return
+    dataset, spent, at = str(settings.get("dataset-id") or policy.dataset_id or settings["site"]), 0.0, policy.delta
+    if folder.ledger.exists():
+        with Ledger(folder.ledger) as ledger:
+            at = min(at, ledger.terms(dataset).delta)
+            spent = ledger.epsilon_of_person(dataset, most, min(at, 1.0))
+    said = f"a person with {counted(most, 'record')} in {dataset} has ε {epsilon_text(spent)}"
+    said += f" at δ {at:g}" if math.isfinite(at) else ""
+    limit = f", of at most {ceiling:g}" if math.isfinite(ceiling) else "; epsilon-person would limit it"
+    yield CheckResult(spent <= ceiling, what, said + limit)
 
 
 def _pins(folder: SiteFolder) -> Iterator[CheckResult]:

@@ -1,4 +1,4 @@
-"""Pins put into a policy file that is there already; the steward's other keys and all comments stay as they are."""
+"""Pins, or a roster's hash, put into a policy file that is there; all other keys and all comments stay as they are."""
 
 from __future__ import annotations
 
@@ -52,15 +52,31 @@ def pin(path: Path, pins: Pins) -> None:
         DataError: it cannot be read or written.
     """
     from client.pins import pin_keys
-    from client.policy import parse_policy
 
     if not path.exists() and path.suffix != ".toml":
         raise ConfigError(f"there is no site's folder or policy {path}: a new policy's name ends in .toml")
-    keys = pin_keys()
+    _put(path, pins, pin_keys(), PINS_HEAD)
+
+
+def pin_roster(path: Path, digest: str) -> None:
+    """Put a roster's hash into a policy file in place of the one that it has.
+
+    For whoever is all stewards. One of several compares it with the others first, and writes it down then.
+
+    Raises:
+        ConfigError, DataError: as for pin.
+    """
+    _put(path, {"peers-hash": digest}, ["peers-hash"], "")
+
+
+def _put(path: Path, values: Pins, keys: Sequence[str], head: str) -> None:
+    """Put values in place of all of ``keys``, with ``head`` over them where none was there; errors as for pin."""
+    from client.policy import parse_policy
+
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         others = {key: value for key, value in tomllib.loads(before).items() if key not in keys}
-        after = _with_pins(before, pins, keys)
+        after = _with_pins(before, values, keys, head)
         parse_policy(after, path)
         if {key: value for key, value in tomllib.loads(after).items() if key not in keys} != others:
             raise ConfigError(f"{path} is written in a way that this command does not understand: add the pins by hand")
@@ -69,7 +85,7 @@ def pin(path: Path, pins: Pins) -> None:
         raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
 
 
-def _with_pins(text: str, pins: Pins, keys: Sequence[str]) -> str:
+def _with_pins(text: str, pins: Pins, keys: Sequence[str], head: str) -> str:
     """Return a policy's text with ``pins`` and without any other of ``keys``."""
     lines, kept, found = list(io.StringIO(text)), list[str](), set[str]()
     while lines:
@@ -84,7 +100,7 @@ def _with_pins(text: str, pins: Pins, keys: Sequence[str]) -> str:
     added = "".join(f"{key} = {toml_value(value)}\n" for key, value in pins.items() if key not in found)
     whole = "".join(kept)
     gap = "\n" if whole and not whole.endswith("\n") else ""
-    return whole + gap + ((PINS_HEAD if not found & set(keys) else "") + added if added else "")
+    return whole + gap + ((head if not found & set(keys) else "") + added if added else "")
 
 
 def _pin_at(lines: Sequence[str], keys: Sequence[str]) -> tuple[str, int]:

@@ -23,11 +23,12 @@ from faults.federation import Federation
 from faults.network import Cable
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
-from faults.sum_scenarios import drop_outs, server_lies, sums
+from faults.sum_scenarios import drop_outs, server_lies, sums, survivor_lies
 from faults.table import show
 
 SCENARIOS = (
     *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),
+    "survivor-lies",
 )
 
 
@@ -73,6 +74,7 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "slow": lambda: slow(federation, deadline),
                 "drop-outs": lambda: drop_outs(federation, deadline),
                 "sums": lambda: sums(federation, deadline),
+                "survivor-lies": lambda: survivor_lies(federation, deadline),
                 "server-lies": lambda: server_lies(federation, deadline),
                 "stutters": lambda: stutters(federation, deadline),
                 "server": lambda: server_killed(federation, deadline),

@@ -9,13 +9,15 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.messages.round import Task, TrainTask
+from common.errors import RunFailed
+from common.messages.round import Refusal, SurvivorTask, Task, TrainTask
 from common.messages.tensors import apply
 from common.secure_sum import AttemptName, Identity, SiteAttempt
 from faults.fault_plan import SERVER, FaultPlan, open_plan
@@ -30,6 +32,7 @@ BEFORE, TRAINING, AGGREGATING = "before sending", "while sites train", "while ag
 RENAME, CHECKPOINT = "between the checkpoint's write and its rename", "after the checkpoint"
 EQUIVOCATES, REPLAYS, SWAPS = "tells one site another model", "asks for a second vector", "swaps two sites' keys"
 DROPS, INVENTS = "leaves a site out to the others", "invents a site"
+SPLITS, SIGNS_TWICE = "tells two sites that another is lost", "asks for a second list of survivors"
 app = ServerApp()
 
 
@@ -45,7 +48,9 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def lying(exchange: Callable[..., Exchange], lie_of: Callable[[int], str]) -> Callable[..., Exchange]:
-    """Return a transport's ``exchange`` that lies with the vectors' tasks of a round's first attempt, if it lies there.
+    """Return a transport's ``exchange`` that lies in a round's first attempt, if it lies there.
+
+    With the vectors' tasks, or with the lists of who has survived.
 
     Args:
         exchange: the honest one.
@@ -55,6 +60,8 @@ def lying(exchange: Callable[..., Exchange], lie_of: Callable[[int], str]) -> Ca
     def lied(transport: Any, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         first = next(iter(tasks.values()))
         lie = lie_of(first.round_number)
+        if isinstance(first, SurvivorTask) and not first.attempt and lie in (SPLITS, SIGNS_TWICE):
+            return _survived(lie, partial(exchange, transport, timeout=timeout), tasks)
         if not isinstance(first, TrainTask) or first.attempt or lie not in (*LIES, REPLAYS):
             return exchange(transport, tasks, timeout)
         if lie != REPLAYS:
@@ -64,6 +71,23 @@ def lying(exchange: Callable[..., Exchange], lie_of: Callable[[int], str]) -> Ca
         return honest
 
     return lied
+
+
+def _survived(lie: str, exchange: Callable[..., Exchange], tasks: Mapping[int, Any]) -> Exchange:
+    """Tell sites lists of survivors of which the shorter one lacks the last site: two lists, or one after the other.
+
+    Raises:
+        RunFailed: a site has signed a second list.
+    """
+    fewer = {node: replace(task, survivors=task.survivors[:-1]) for node, task in tasks.items()}
+    if lie == SPLITS:
+        # Tasks and survivors are both in the order of the sites' names.
+        return exchange({**tasks, **{node: fewer[node] for node in list(tasks)[:2]}})
+    honest = exchange(tasks)
+    again = exchange(fewer)
+    if signed := [reply.site for reply in again.replies.values() if not isinstance(reply, Refusal)]:
+        raise RunFailed(f"{', '.join(signed)} signed a second list of survivors")
+    return honest
 
 
 def _moved(task: Any) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.run_lines import Finding, RoundLine, read_lines
-from deploy.peers import ENTRY, make_roster
+from deploy.peers import ENTRY, PEERS, make_roster
+from deploy.pin import pin_roster
 from faults.checks import charges, masked_words
 from faults.fault_plan import SERVER
-from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SWAPS
+from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SIGNS_TWICE, SPLITS, SWAPS
 from faults.faulty_site import AFTER
 from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
@@ -26,7 +27,7 @@ SETTINGS: dict[str, Scalar] = {
 }
 LOSING: dict[str, Scalar] = {"privacy__drop_outs": 1, "min_sites": 3}
 """Any three of four sites have their sum without the fourth."""
-RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": "peers.toml"}
+RULES: dict[str, Scalar] = {"honest-sites": len(SIZES), "epsilon-alone": 1000.0, "peers": PEERS}
 SERVER_LIES: dict[str, tuple[str, int, int]] = {
     EQUIVOCATES: ("the sum's length", 2, 6),
     REPLAYS: ("", 1, 3),
@@ -36,6 +37,11 @@ SERVER_LIES: dict[str, tuple[str, int, int]] = {
 }
 """Of three sites, by the server's lie in the first attempt at a round: what is told of it, how many attempts the round
 takes, and how often the three together are charged."""
+SURVIVOR_LIES: dict[str, tuple[str, int, int]] = {
+    SPLITS: ("2 sites have signed the survivors, and 3 are needed", 2, 8),
+    SIGNS_TWICE: ("", 1, 4),
+}
+"""The same of four sites, one of which may be lost."""
 KILLED = "lab"
 SMALL = 2.0**28
 """Of uniform words, read as signed numbers, one half is above four times this."""
@@ -89,10 +95,7 @@ def drop_outs(federation: Federation, deadline: float) -> Iterator[Finding]:
 
     The others have their sum in the same attempt, pay once, and the next round without it, of which none may be lost.
     """
-    for site in MORE_SIZES:
-        federation.add_site(site)
-    federation.wait_online(*MORE_SIZES)
-    _let_in(federation)
+    _join(federation)
     others = sorted(site for site in federation.sites if site != KILLED)
     federation.plan.write({KILLED: {1: AFTER}})
     run = federation.submit(rounds=2, round_timeout=max(deadline, NOTICED), **SETTINGS, **LOSING)
@@ -134,29 +137,56 @@ def server_lies(federation: Federation, deadline: float) -> Iterator[Finding]:
     _let_in(federation)
     names = list(SERVER_LIES)
     # In two runs: of five rounds, most of them with two attempts, one would last longer than a run is waited for.
-    for part in (names[:3], names[3:]):
+    yield from _lies(federation, deadline, (names[:3], names[3:]), SERVER_LIES, SETTINGS)
+
+
+def survivor_lies(federation: Federation, deadline: float) -> Iterator[Finding]:
+    """Let the server lie about who has survived: no site tells a share, or signs a second list."""
+    _join(federation)
+    yield from _lies(federation, deadline, [list(SURVIVOR_LIES)], SURVIVOR_LIES, SETTINGS | LOSING)
+
+
+def _lies(
+    federation: Federation,
+    deadline: float,
+    parts: Iterable[list[str]],
+    told: Mapping[str, tuple[str, int, int]],
+    settings: Mapping[str, Scalar],
+) -> Iterator[Finding]:
+    """Play a run of each part of the lies, one lie a round, and yield what each came to."""
+    sites = sorted(federation.sites)
+    for part in parts:
         federation.plan.write({SERVER: dict(enumerate(part, 1))})
-        run = federation.submit(rounds=len(part), round_retries=1, round_timeout=deadline, **SETTINGS)
+        run = federation.submit(rounds=len(part), round_retries=1, round_timeout=deadline, **settings)
         result = run.result()
         federation.plan.write({})
         lines = {line.round_number: line for line in read_lines(RoundLine, run.path)}
         uploads = _wrong_uploads(federation, run, range(1, len(part) + 1))
         for number, name in enumerate(part, 1):
-            paid = {site: charges(federation, site, run)[number] for site in SIZES}
-            wrong = wrong_after_a_lie(name, lines.get(number), sum(paid.values())) + uploads
+            paid = {site: charges(federation, site, run)[number] for site in sites}
+            wrong = wrong_after_a_lie(told[name], lines.get(number), sum(paid.values()), len(sites)) + uploads
             wrong += [] if result.status == "completed" else [f"the run {result.status}: {result.reason}"]
             figures: dict[str, int | float | str] = {
-                "took part": ", ".join(sorted(SIZES)),
+                "took part": ", ".join(sites),
                 "charged": ", ".join(f"{site} {count}" for site, count in paid.items()),
                 "adapter": "of whole sums",
             }
             yield Finding(LIES, name, False, not wrong, figures | ({"wrong": "; ".join(wrong)} if wrong else {}))
 
 
-def wrong_after_a_lie(name: str, line: RoundLine | None, paid: int) -> list[str]:
-    """Return what is wrong with a round in whose first attempt the server told this lie, ``paid`` times charged."""
-    words, attempts, times = SERVER_LIES[name]
-    if line is None or not line.complete or len(line.participants) != len(SIZES):
+def wrong_after_a_lie(
+    told: tuple[str, int, int], line: RoundLine | None, paid: int, sites: int = len(SIZES)
+) -> list[str]:
+    """Return what is wrong with a round in whose first attempt the server lied.
+
+    Args:
+        told: what that lie leads to, as in ``SERVER_LIES``.
+        line: of the round; None: there is none.
+        paid: how often all sites together were charged.
+        sites: that are in the run.
+    """
+    words, attempts, times = told
+    if line is None or not line.complete or len(line.participants) != sites:
         return ["the round should count with all sites"]
     wrong = [] if line.attempts == attempts else [f"it should have taken {attempts} attempts, not {line.attempts}"]
     if words and not any(words in failure.reason for failure in line.failures):
@@ -164,17 +194,27 @@ def wrong_after_a_lie(name: str, line: RoundLine | None, paid: int) -> list[str]
     return wrong + ([] if paid == times else [f"the sites should have paid {times} times, not {paid}"])
 
 
+def _join(federation: Federation) -> None:
+    """Have a fourth site, and let all into sums of them all."""
+    missing = [site for site in MORE_SIZES if site not in federation.sites]
+    for site in missing:
+        federation.add_site(site)
+    federation.wait_online(*missing)
+    _let_in(federation)
+
+
 def _let_in(federation: Federation) -> None:
     """Make every site's roster of all sites' entries, and let it join secure sums of them."""
     for name, folder in federation.sites.items():
         entries = [other.path / ENTRY for site, other in federation.sites.items() if site != name]
-        make_roster(folder, entries)
+        roster = make_roster(folder, entries)
         policy = folder.path / "policy.toml"
         text = policy.read_text(encoding="utf-8")
-        if "secure-sum" in text:  # from the scenario before this one
+        if "secure-sum" in text:  # from the scenario before this one, which may have had other sites
+            pin_roster(policy, roster.digest)
             continue
         text = text.replace('["dp-sgd"]', '["dp-sgd", "secure-sum"]')
-        policy.write_text(to_toml(RULES) + text, encoding="utf-8")
+        policy.write_text(to_toml({**RULES, "peers-hash": roster.digest}) + text, encoding="utf-8")
 
 
 def _wrong_uploads(federation: Federation, run: Run, rounds: Iterable[int] = (1, 2)) -> list[str]:

@@ -116,9 +116,10 @@ def _meaning(data: ReportData) -> list[Fact]:
     ]
     if meaning.bounds.several:
         figures = ", ".join(
-            f"{several.units} {per}s: {epsilon_text(several.epsilon, decimals=1)}" for several in meaning.bounds.several
+            f"{several.units} {meaning.counted}: {epsilon_text(several.epsilon, decimals=1)}"
+            for several in meaning.bounds.several
         )
-        answers.append(f"A person with several {per}s at one site is protected less. Their ε is, for {figures}.")
+        answers.append(f"{meaning.whose} is protected less. Their ε is, for {figures}.")
     caution = [meaning.caution] if meaning.caution else []
     return [Fact("What could somebody find out about one person?", [*answers, *caution])]
 

@@ -128,7 +128,7 @@ def _meaning(data: ReportData) -> list[str]:
         *spoken,
         *_table(columns, attacks),
         "",
-        *(_table((f"{meaning.per}s of one person", f"ε at δ {meaning.delta:g}"), people) if people else []),
+        *(_table((f"{meaning.counted} of one person", f"ε at δ {meaning.delta:g}"), people) if people else []),
     ]
 
 

@@ -32,6 +32,20 @@ class MeaningReport:
     """What the figures leave out; empty: nothing that this report knows of."""
     seen: str
     """What an attacker sees, in words."""
+    summed: bool
+    """Whether all sites' noise is that of one sum, in which units of one person at several sites count as several."""
+
+    @property
+    def counted(self) -> str:
+        """What a person may have several of, each of which counts as a unit."""
+        return f"{self.per}s" if self.per == RECORD else "sites"
+
+    @property
+    def whose(self) -> str:
+        """Who has several of them."""
+        if self.per != RECORD:
+            return "A person at several sites of one sum"
+        return f"A person with several {self.per}s at one site" + (" or at several of one sum" if self.summed else "")
 
 
 def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningReport | None:
@@ -48,12 +62,12 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     if bounds is None:
         return None
     per = mechanism.claim.per
-    if per != RECORD:
-        # Of another unit a person may be one whole.
+    if per != RECORD and not mechanism.summed:
+        # Of another unit a person may be one whole; in a sum it is one at each of its sites.
         bounds = replace(bounds, several=[])
     caution = THIS_RUN if worst.agreement == "larger" else ""
     seen = "all that the server gave away" if mechanism.central else "all that was sent"
-    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen)
+    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen, mechanism.summed)
 
 
 def whose_sentence(meaning: MeaningReport, *, central: bool) -> str:
@@ -75,10 +89,10 @@ def attack_sentence(meaning: MeaningReport) -> str:
 
 
 def several_sentence(meaning: MeaningReport) -> str:
-    """Return the ε of people with several units in one sentence; empty where there are no figures."""
+    """Return the ε of people who count as several units in one sentence; empty where there are no figures."""
     if not meaning.bounds.several:
         return ""
     figures = ", ".join(
         f"{epsilon_text(several.epsilon, decimals=1)} with {several.units}" for several in meaning.bounds.several
     )
-    return f"A person with several {meaning.per}s at one site has a larger ε at δ {meaning.delta:g}: {figures}."
+    return f"{meaning.whose} has a larger ε at δ {meaning.delta:g}: {figures}."

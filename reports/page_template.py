@@ -115,7 +115,8 @@ PAGE = """\
 {% endcall %}
 {% if meaning.bounds.several %}
 {% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta)) %}
-<thead><tr><th scope="col" class="n">{{ meaning.per }}s of the person</th><th scope="col" class="n">ε</th></tr></thead>
+<thead><tr><th scope="col" class="n">{{ meaning.counted }} of the person</th>
+<th scope="col" class="n">ε</th></tr></thead>
 <tbody><tr><th scope="row" class="n">1</th><td class="n">{{ meaning.epsilon|epsilon }}</td></tr>
 {% for several in meaning.bounds.several %}
 <tr><th scope="row" class="n">{{ several.units }}</th><td class="n">{{ several.epsilon|epsilon }}</td></tr>

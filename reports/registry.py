@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from common.errors import ConfigError
-from common.privacy import MECHANISMS, UNITS
+from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text
 from common.words import counted, numbers_text, visible
 from reports.claim import server_is_trusted
@@ -84,7 +84,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
             "accounting": {
                 "post_processing": _lines(_afterwards(data)),
                 "composition": f"All releases of all rounds are composed, adaptively, by {data.claim.accountant}. "
-                f"The federation's ε is the largest of its sites': {UNITS[data.claim.per].across}",
+                f"The federation's ε is the largest of its sites': {mechanism.of_unit(data.claim.per).claim.across}",
             },
             "implementation": {
                 TUNING: declared.tuning

@@ -24,7 +24,7 @@ from audits.concurrent import UNLOCKED, charge_at_once
 from audits.dirac import Dirac
 from audits.faults import DOUBLED, FLOATING, HALVED, SHARED_SEED, SHUFFLED, SOUND, TOKEN_MEAN, Fault
 from audits.finding import audit_file, judged, show
-from audits.kills import PHASES, charge_late, kill_rounds
+from audits.kills import PHASES, charge_late, forget_keys, kill_rounds
 from audits.noise_law import audit_noise
 from audits.sensitivity import audit_sensitivity
 from audits.simulated_site import axes_of, text_of
@@ -78,6 +78,26 @@ def test_no_kill_loses_the_charge_of_a_release_and_a_late_charge_is_found(
     assert sound.figures["inside a transaction"] > 0, "no kill fell between BEGIN and COMMIT"
     assert late.passed, f"ten kills did not find a charge that comes after the release: {late.figures}"
     assert "not charged" in late.figures["first violation"]
+
+
+def few_kills_of_a_sum(folder: Path) -> tuple[Finding, Finding]:
+    """Kill six rounds of a site of a sum as it is, and two with the fault, late enough to be after the release."""
+    for name in ("sound", "forgetful"):
+        (folder / name).mkdir()
+    return (
+        kill_rounds(folder / "sound", 6, summed=True),
+        kill_rounds(folder / "forgetful", 2, forget_keys, span=4.0, summed=True),
+    )
+
+
+def test_no_kill_of_a_sites_part_in_a_sum_lets_a_second_vector_out_and_a_site_that_forgets_keys_is_found(
+    fresh: Callable[..., Any], tmp_path: Path
+) -> None:
+    sound, forgetful = fresh(few_kills_of_a_sum, tmp_path)
+    assert sound.passed, sound.figures
+    assert sum(sound.figures[phase] for phase in PHASES) == sound.figures["kills"] == 6
+    assert forgetful.passed, f"two kills did not find a second vector under one key: {forgetful.figures}"
+    assert "a second vector under one key" in forgetful.figures["first violation"]
 
 
 @pytest.mark.parametrize(("fault", "fit"), [(SOUND, 6), (UNLOCKED, 1)], ids=["as it is", UNLOCKED.name])

@@ -202,6 +202,8 @@ def test_a_site_that_comes_later_is_in_the_roster_of_all(tmp_path: Path) -> None
     folders = [open_site_folder(tmp_path / name) for name in SITES[:4]]
     rosters = [load_roster(folder.path / "peers.toml") for folder in folders]
     assert [set(roster.keys) for roster in rosters] == [set(SITES[:4])] * 4
+    pinned = [load_policy(folder.path / "policy.toml").peers_hash for folder in folders]
+    assert pinned == [roster.digest for roster in rosters]
 
 
 def check_that_parts_are_handed_out_once(pki: Path) -> None:

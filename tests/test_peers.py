@@ -8,12 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from client import sums
 from client.sums import party_of
 from common.errors import ConfigError
 from common.secure_sum import Identity, Roster
 from common.secure_sum.roster import load_roster
 from deploy import doctor
 from deploy.peers import make_roster
+from deploy.pin import pin_roster
 from deploy.policy_file import policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, policy_of_node
 
@@ -39,10 +41,10 @@ def others(folders: list[SiteFolder], own: SiteFolder) -> list[Path]:
     return [folder.path / "identity.toml" for folder in folders if folder is not own]
 
 
-def let_in(folder: SiteFolder, honest: int = 3) -> None:
-    """Let a site join secure sums."""
+def let_in(folder: SiteFolder, digest: str, honest: int = 3) -> None:
+    """Let a site join secure sums of the roster with this hash."""
     path = folder.path / "policy.toml"
-    rules = f'honest-sites = {honest}\nepsilon-alone = 20.0\npeers = "peers.toml"\n'
+    rules = f'honest-sites = {honest}\nepsilon-alone = 20.0\npeers = "peers.toml"\npeers-hash = "{digest}"\n'
     text = path.read_text(encoding="utf-8").replace('"dp-sgd"', '"dp-sgd", "secure-sum"')
     path.write_text(rules + text, encoding="utf-8")
 
@@ -62,11 +64,53 @@ def test_every_site_makes_the_same_roster_of_the_same_entries(folders: list[Site
 
 def test_the_site_that_the_folder_describes_finds_itself_in_it(folders: list[SiteFolder]) -> None:
     own = folders[0]
-    make_roster(own, others(folders, own))
-    let_in(own)
+    let_in(own, make_roster(own, others(folders, own)).digest)
     settings = node_settings(own)
     party = party_of("north", settings, policy_of_node(settings), "run", simulated=False)
     assert (party.site, party.honest, tuple(party.roster.keys)) == ("north", 3, NAMES)
+
+
+def test_a_roster_that_is_not_the_pinned_one_is_refused(
+    folders: list[SiteFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One key of another site replaced: who put the file there knows that site's noise."""
+    own = folders[0]
+    roster = make_roster(own, others(folders, own))
+    let_in(own, roster.digest)
+    settings = node_settings(own)
+
+    def party(name: str = "run", *, simulated: bool = False) -> Roster:
+        return party_of("north", settings, policy_of_node(settings), name, simulated=simulated).roster
+
+    file = own.path / "peers.toml"
+    file.write_text("# ward\n" + "\n".join(reversed(file.read_text().split("\n\n"))), encoding="utf-8")
+    assert party().digest == roster.digest, "order and comments make no other roster"
+    replaced = Roster({**roster.keys, "west": Identity.new().public})
+    file.write_text(replaced.text(), encoding="utf-8")
+    for simulated in (False, True):
+        with pytest.raises(ConfigError, match=r"the roster <peers> has the hash .*peers-hash is .*put back the roster"):
+            party(simulated=simulated)
+    with pytest.raises(ConfigError, match="peers-hash"):
+        list(doctor._peers_of(own))
+    pin_roster(own.path / "policy.toml", replaced.digest)
+    assert party().digest == replaced.digest
+    # The planted fault: a site that reads whatever stands in the file.
+    pin_roster(own.path / "policy.toml", roster.digest)
+    monkeypatch.setattr(sums, "_roster", lambda path, pinned: load_roster(path))
+    assert party().digest == replaced.digest
+
+
+def test_a_hash_is_put_into_a_policy_and_nothing_else_of_it_changes(folders: list[SiteFolder]) -> None:
+    own = folders[0]
+    let_in(own, "0" * 64)
+    path = own.path / "policy.toml"
+    before = path.read_text(encoding="utf-8")
+    pin_roster(path, "1" * 64)
+    assert path.read_text(encoding="utf-8") == before.replace("0" * 64, "1" * 64)
+    pin_roster(path, "1" * 64)
+    assert path.read_text(encoding="utf-8") == before.replace("0" * 64, "1" * 64)
+    with pytest.raises(ConfigError, match="give all 64 digits"):
+        pin_roster(path, "2")
 
 
 def test_a_folder_of_an_earlier_version_gets_a_signing_key(folders: list[SiteFolder]) -> None:
@@ -100,10 +144,12 @@ def test_the_doctor_shows_the_roster_and_misses_none(folders: list[SiteFolder]) 
     own = folders[0]
     (finding,) = doctor._peers_of(own)
     assert (finding.ok, finding.found) == (True, "the policy lets this site join none")
-    let_in(own)
+    roster = make_roster(own, others(folders, own))
+    let_in(own, roster.digest)
+    (own.path / "peers.toml").unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         list(doctor._peers_of(own))
-    roster = make_roster(own, others(folders, own))
+    make_roster(own, others(folders, own))
     findings = list(doctor._peers_of(own))
     assert all(finding.ok for finding in findings)
     assert f"3 of the 3 sites {', '.join(NAMES)} count as honest" in findings[-1].found
@@ -116,4 +162,12 @@ def test_the_command_prints_the_hash_that_stewards_compare(folders: list[SiteFol
     own = folders[0]
     done = CliRunner().invoke(app, ["site", "peers", str(own.path), *map(str, others(folders, own))])
     assert done.exit_code == 0, done.output
-    assert load_roster(own.path / "peers.toml").digest in done.output
+    digest = load_roster(own.path / "peers.toml").digest
+    assert f"every steward must see: {digest}\n" in done.output
+    # What it prints makes a policy that lets the site in.
+    rules = done.output.partition("by the policy:\n")[2].replace("honest-sites = ...", "honest-sites = 3")
+    path = own.path / "policy.toml"
+    text = path.read_text(encoding="utf-8").replace('"dp-sgd"', '"dp-sgd", "secure-sum"')
+    path.write_text(rules.replace("epsilon-alone = ...", "epsilon-alone = 20.0") + text, encoding="utf-8")
+    settings = node_settings(own)
+    assert party_of("north", settings, policy_of_node(settings), "run", simulated=False).roster.digest == digest

@@ -410,7 +410,13 @@ def test_a_run_by_record_is_refused_where_the_steward_protects_persons(site: One
     [
         ({"unit": "person"}, "person names no column"),
         ({"person": "author"}, "person is for unit 'person'"),
-        ({"records_per_person": 4}, "records-per-person is for unit 'person'"),
+        ({"records_per_person": 1001}, "records-per-person must be above 0 and at most 1000"),
+        ({"epsilon_person": 9.0}, "epsilon-person is for unit 'record' and needs records-per-person"),
+        ({"records_per_person": 4, "epsilon_person": 0.0}, "epsilon-person must be above 0"),
+        (
+            {"unit": "person", "person": "a", "records_per_person": 4, "epsilon_person": 9.0},
+            "epsilon-person is for unit 'record'",
+        ),
         ({"unit": "persons"}, "did you mean 'person'"),
         ({"unit": "person", "person": "a", "records_per_person": 0}, "records-per-person must be above 0"),
     ],
@@ -566,7 +572,9 @@ def test_a_run_by_person_claims_counts_and_charges_persons_and_names_none(
             assert {entry.unit for entry in held.entries()} == {"person"}
     report = markdown_report(folder)
     assert "differentially private in all training records of one person at one site" in report
-    assert "a person with records at several sites has the sum" in report
+    assert ("a person with records at several sites has the sum" in report) == (mode == "dp-sgd")
+    assert ("a person with records at k sites of a sum is k persons of that sum" in report) == (mode == "secure-sum")
+    assert ("A person at several sites of one sum has a larger ε" in report) == (mode == "secure-sum")
     assert "asks whether one person was trained on" in report
     assert "persons at one site" not in report
     for path in sorted(folder.rglob("*")):

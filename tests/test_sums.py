@@ -24,6 +24,7 @@ from audits.tiny_site import clinic
 from cli.main import app
 from client import sums
 from client.ledger.ledger import Ledger
+from client.ledger.sums import Sums
 from common.config.sections import Scalar
 from common.errors import ConfigError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
@@ -34,6 +35,8 @@ from common.privacy import dpsgd
 from common.privacy.accounting import alone, epsilon
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.figures import epsilon_text
+from common.privacy.plan import PrivacyPlan
+from common.privacy.shared_noise import SecureSumPlan
 from common.randomness import noise_grid
 from common.run_lines import Absence, RoundLine, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
@@ -120,7 +123,9 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     )
     assert "If no other site adds its noise" in report.claim.sentence
     assert f"ε {epsilon_text(bare)} at the same δ" in report.claim.sentence
-    assert "second price" in markdown_report(folder)
+    told = markdown_report(folder)
+    assert "second price" in told
+    assert "A person with several records at one site or at several of one sum has a larger ε" in told
     shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
     assert "if no other site adds its noise to a sum: " in shown.output
 
@@ -505,7 +510,9 @@ def clinics(summed: dict[str, Any], tmp_path: Path) -> SumSite:
     return SumSite(clinic({**summed, "privacy.delta": 1e-3}, tmp_path))
 
 
-def test_a_sites_vector_is_its_sum_with_its_share_of_noise(clinics: SumSite) -> None:
+def own_noise(clinics: SumSite) -> torch.Tensor:
+    """Return what a site adds to a sum into which it draws no record, over its share of the noise."""
+    clinics.site.settings["training.sample-rate"] = 1e-6
     task = clinics.task()
     reply = clinics.site.ask(task)
     assert isinstance(reply, TrainResult), reply
@@ -515,12 +522,42 @@ def test_a_sites_vector_is_its_sum_with_its_share_of_noise(clinics: SumSite) -> 
         other.agree(task.offers, clinics.roster, sums.terms_of(job, 50), sums._hashes(task, job, model))
         vectors.append(other.masked(np.zeros(len(vectors[0]), dtype=np.uint32)))
     assert reply.spending is not None
-    share = noise_share(2.0, 1.0, 2)
-    own = total(vectors, share)
-    # A quarter of forty records, clipped at 1, among as many numbers.
-    clipped = float(own.norm()) / share / len(own) ** 0.5
-    assert 0.8 < clipped < 1.3
     assert reply.contribution == {}
+    share = noise_share(2.0, 1.0, 2)
+    return total(vectors, share) / share
+
+
+def test_a_sites_vector_has_its_share_of_noise(clinics: SumSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = own_noise(clinics)
+    assert not out_of_band(float(noise.square().sum()), noise.numel())
+    # The planted fault: a share for one site more than is counted on.
+    monkeypatch.setattr(SecureSumPlan, "noise_std", noise_share(2.0, 1.0, 3))
+    noise = own_noise(clinics)
+    assert out_of_band(float(noise.square().sum()), noise.numel())
+
+
+def test_a_margin_on_the_noise_is_on_a_sites_share_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one part in a hundred, as where rounding was never compared: of a million numbers that shows."""
+    event = Event("summed-gaussian", {**sampled_gaussian(2.0, 0.25).figures, "honest_sites": 2})
+    plan = SecureSumPlan(event, 10.0, 1e-3, 40.0)
+
+    def beyond() -> bool:
+        module = torch.nn.Linear(1000, 1000, bias=False)
+        steps = plan.stepping()(module, torch.optim.SGD(module.parameters()), plan, noise_margin=1.01)
+        steps.order = (module.weight,)
+        with steps:
+            steps.step([], lambda _: torch.zeros(0))
+        assert steps.words is not None
+        drawn = total([steps.words], plan.noise_std) / (1.01 * plan.noise_std)
+        return out_of_band(float(drawn.square().sum()), drawn.numel())
+
+    assert not beyond()
+
+    def without(own: Any, plan: PrivacyPlan, margin: float) -> None:
+        own.share, own.margin = plan.noise_std, 1.0
+
+    monkeypatch.setattr(dpsgd.ClipAndShare, "read", without)
+    assert beyond(), "the check is blind"
 
 
 def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite) -> None:
@@ -582,7 +619,7 @@ def test_a_key_of_the_memory_that_the_ledger_forgets_is_found(
     clinics: SumSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted fault: without the ledger's word a second vector leaves under one key."""
-    monkeypatch.setattr(Ledger, "_use_key", lambda *own: None)
+    monkeypatch.setattr(Sums, "use_key", lambda *own: None)
     task = clinics.task()
     kept = dict(clinics.site.memory)
     vectors = []
@@ -698,6 +735,9 @@ def test_a_server_that_chooses_the_sites_which_need_not_be_honest_is_refused(cli
     [
         ({"epsilon_alone": None}, "honest-sites lets"),
         ({"peers": None}, "honest-sites lets"),
+        ({"peers_hash": None}, "peers-hash are needed"),
+        ({"peers_hash": "ab12"}, "give all 64 digits"),
+        ({"peers_hash": "Z" * 64}, "give all 64 digits"),
         ({"epsilon_alone": 0.0}, "epsilon-alone must be above 0"),
         ({"mechanisms": ["dp-sgd"]}, "mechanisms does not allow: add 'secure-sum'"),
     ],
@@ -713,13 +753,18 @@ def test_a_policy_that_lets_a_site_join_by_halves_is_none(rules: dict[str, Any],
 def test_a_site_whose_roster_is_another_has_no_part(clinics: SumSite) -> None:
     folder = clinics.site.ledger.parent
     others = {**clinics.roster.keys, "north": Identity.new().public}
-    (folder / "peers.toml").write_text(Roster(others).text())
+
+    def agree_on(roster: Roster) -> None:
+        (folder / "peers.toml").write_text(roster.text())
+        clinics.rule(peers_hash=roster.digest)
+
+    agree_on(Roster(others))
     task = clinics.task()
     clinics.refuse(task, "'north' is not signed by that site")
-    (folder / "peers.toml").write_text(Roster({**others, "clinic": Identity.new().public}).text())
+    agree_on(Roster({**others, "clinic": Identity.new().public}))
     assert "another signing key" in clinics.key().reason
     del others["clinic"]
-    (folder / "peers.toml").write_text(Roster({**others, "west": Identity.new().public}).text())
+    agree_on(Roster({**others, "west": Identity.new().public}))
     assert "does not have 'clinic'" in clinics.key().reason
     clinics.site.node.pop("identity")
     assert "needs 'identity'" in clinics.key().reason
@@ -766,6 +811,7 @@ def test_a_lying_server_is_refused_or_gets_no_sum_and_no_second_vector(summed: d
     folder = run_in_process({**summed, "rounds": len(names), "round-retries": 1}, 3, kind=Lying)
     lines, paid = read_lines(RoundLine, folder), Counter(n for rows in spent(folder).values() for n, _ in rows)
     for line, name in zip(lines, names, strict=True):
-        assert wrong_after_a_lie(name, line, paid[line.round_number]) == []
-        assert wrong_after_a_lie(name, replace(line, attempts=3), paid[line.round_number])
-        assert wrong_after_a_lie(name, line, 1)
+        told = SERVER_LIES[name]
+        assert wrong_after_a_lie(told, line, paid[line.round_number]) == []
+        assert wrong_after_a_lie(told, replace(line, attempts=3), paid[line.round_number])
+        assert wrong_after_a_lie(told, line, 1)

@@ -34,6 +34,7 @@ from client.ledger.budgets import BudgetHistory
 from client.ledger.file import BUSY_SECONDS, LedgerFile, now
 from client.ledger.holds import Holds
 from client.ledger.rows import Budget, Charge, Entry, Exposure, Failure, Receipt, Terms, of_all, price
+from client.ledger.sums import Sums
 from common.accountant import TRAINING
 from common.check import not_negative
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
@@ -41,6 +42,7 @@ from common.privacy import accounting
 from common.privacy.accounting import Release, alone
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.meaning import epsilon_of_several
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
 """Fields of an entry that are columns."""
@@ -66,6 +68,8 @@ class Ledger:
         self._budgets = BudgetHistory(self._file)
         self.holds = Holds(self._file)
         """What the steward keeps for a run, and has withdrawn."""
+        self.sums = Sums(self._file)
+        """What was done in secure sums, and is done once."""
 
     @property
     def path(self) -> Path:
@@ -132,9 +136,9 @@ class Ledger:
 
         Raises:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records, or cost
-                more than ``max_alone`` if no other site adds its noise.
+                more than ``max_alone`` if no other site adds its noise, or a person more than ``max_person``.
             PolicyRefusal: the data set was withdrawn, or records were released without privacy, or charged for another
-                unit, or the masks' key has a charge already.
+                unit, or for the same sum at another site, or the masks' key has a charge already.
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         dataset = charge.dataset
@@ -147,8 +151,9 @@ class Ledger:
             if not after_exposure:
                 self._hold_closed(dataset, exposed)
             self._hold_to_unit(charge, prices)
+            self.sums.hold_apart(charge, prices)
             self._hold_to_budgets(charge, prices)
-            self._use_key(db, charge)
+            self.sums.use_key(db, charge)
             db.executemany(
                 "INSERT INTO charges "
                 "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
@@ -182,6 +187,7 @@ class Ledger:
             open_names = {exposure.dataset for exposure in self.exposures()}
             self._hold_closed(charge.dataset, self.exposed(charge.dataset) or not open_names.isdisjoint(others))
         self._hold_to_unit(charge, prices)
+        self.sums.hold_apart(charge, prices)
         self._hold_to_budgets(charge, prices)
 
     def _hold_closed(self, dataset: str, exposed: bool) -> None:
@@ -233,21 +239,11 @@ class Ledger:
                 f"{what}: if no other site adds its noise, all releases would cost more than the policy's "
                 f"epsilon-alone {charge.max_alone:g}; see `fedveil ledger show {self.path}`"
             )
-
-    def _use_key(self, db: Any, charge: Charge) -> None:
-        """Write down that a key of masks is charged for; PolicyRefusal if it was before."""
-        if not charge.mask_key:
-            return
-        (used,) = db.execute("SELECT EXISTS (SELECT 1 FROM mask_keys WHERE key = ?)", (charge.mask_key,)).fetchone()
-        if used:
-            raise PolicyRefusal(
-                f"round {charge.round_number} of run {charge.run!r} was charged under this key of its masks before, "
-                "and under one key one vector leaves: the server must begin another attempt"
+        if not all(price.person_after <= charge.max_person for price in prices.values()):
+            raise BudgetExhausted(
+                f"{what}: a person with {charge.records_per_person} records would have more than the policy's "
+                f"epsilon-person {charge.max_person:g}; see `fedveil ledger show {self.path}`"
             )
-        db.execute(
-            "INSERT INTO mask_keys (key, dataset, run, round, charged_at) VALUES (?, ?, ?, ?, ?)",
-            (charge.mask_key, charge.dataset, charge.run, charge.round_number, now()),
-        )
 
     def remember(self, dataset: str, records: Collection[int]) -> None:
         """Keep hashes of records of ``dataset``, durably, so that they are known again though none was charged for.
@@ -438,6 +434,11 @@ class Ledger:
         kept = self.kept(dataset, charge.run, delta)
         least = min(limit, budget - kept)
         priced = self._price(dataset, charge.releases, delta, least)
+        if math.isfinite(charge.max_person):
+            releases = [*self.spent(dataset), *charge.releases]
+            with self._file.apart():
+                person = epsilon_of_several(releases, charge.records_per_person, delta)
+            priced = replace(priced, person_after=person)
         return replace(priced, kept=kept) if kept and budget - kept < limit else priced
 
     def kept(self, dataset: str, run: str, delta: float) -> float:
@@ -493,6 +494,10 @@ class Ledger:
     def epsilon_alone(self, dataset: str, delta: float) -> float:
         """Return the same if no other site had added its noise to a sum; equal where none was to."""
         return math.inf if self.exposed(dataset) else accounting.epsilon(alone(self.spent(dataset)), delta)
+
+    def epsilon_of_person(self, dataset: str, records: int, delta: float) -> float:
+        """Return the same as ``epsilon`` of a person with so many records; errors as ``epsilon_of_several``."""
+        return math.inf if self.exposed(dataset) else epsilon_of_several(self.spent(dataset), records, delta)
 
     def largest(self, dataset: str, delta: float) -> float | None:
         """Return the largest epsilon of ``dataset`` and all that share a record with it; None if none does.

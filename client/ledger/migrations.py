@@ -233,6 +233,26 @@ def m8_what_was_charged_before(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE reservations ADD COLUMN last_charge INTEGER NOT NULL DEFAULT 0")
 
 
+def m9_one_part_in_a_sum(db: sqlite3.Connection) -> None:
+    """Add to a key of masks whose it is, and the lists of survivors that were signed: of one attempt, one."""
+    run_script(
+        db,
+        """
+ALTER TABLE mask_keys ADD COLUMN site TEXT NOT NULL DEFAULT '';
+CREATE TABLE signed_lists (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    context BLOB NOT NULL UNIQUE CHECK (length(context) = 32),
+    survivors TEXT NOT NULL CHECK (survivors != ''),
+    signed_at TEXT NOT NULL
+);
+CREATE TRIGGER no_signed_list_update BEFORE UPDATE ON signed_lists
+    BEGIN SELECT RAISE(ABORT, 'signed lists are only ever added'); END;
+CREATE TRIGGER no_signed_list_delete BEFORE DELETE ON signed_lists
+    BEGIN SELECT RAISE(ABORT, 'signed lists are only ever added'); END;
+""",
+    )
+
+
 MIGRATIONS: tuple[Step, ...] = (
     m1_charges,
     m2_budgets_and_records,
@@ -242,6 +262,7 @@ MIGRATIONS: tuple[Step, ...] = (
     m6_mask_keys,
     m7_holds,
     m8_what_was_charged_before,
+    m9_one_part_in_a_sum,
 )
 """The step that each format is made by, the first one's first."""
 FORMAT = len(MIGRATIONS)

@@ -66,17 +66,27 @@ class Charge:
     max_alone: float = math.inf
     """Most that all releases of the data set may cost if no other site adds its noise to a sum. Also for a charge that
     shares none: it composes with those that do."""
+    records_per_person: int = 1
+    """Most units of one person, for the next figure alone."""
+    max_person: float = math.inf
+    """Most that all releases of the data set may cost a person with so many."""
     mask_key: bytes = b""
     """Public key of a secure sum's masks; of one key, one charge is made. Empty: it is no secure sum."""
+    site: str = ""
+    """Of a secure sum, which site it is there; a record is at one site of a sum. Empty: it is no secure sum."""
 
     def __post_init__(self) -> None:
         positive(max_epsilon=self.max_epsilon)
         if not self.max_alone > 0:
             raise ConfigError(f"epsilon-alone must be above 0, not {self.max_alone!r}")
+        if not self.max_person > 0:
+            raise ConfigError(f"epsilon-person must be above 0, not {self.max_person!r}")
         in_range(0, 0.5, delta=self.delta)
         not_negative(round_number=self.round_number)
         if not self.releases or not self.dataset or not self.run or not self.unit:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
+        if self.mask_key and not self.site:
+            raise ConfigError("a charge with a key of masks needs the site's name in the sum: name it")
         check_terms(self.releases, self.delta)
 
 
@@ -104,6 +114,8 @@ class Receipt:
     """The delta at which all of the data set's releases were composed."""
     alone_after: float = 0.0
     """As ``epsilon_after``, if no other site adds its noise to a sum."""
+    person_after: float = 0.0
+    """As ``epsilon_after``, of a person with the charge's most units; 0 where nobody limits that."""
     kept: float = 0.0
     """Of the steward's budget, what is reserved for other runs; 0 where that limits nothing. ``max_epsilon`` is without
     it."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from common.accountant import PLD_INTERVAL
 from common.check import in_range
-from common.privacy.accounting import Merged, Release, composable
+from common.privacy.accounting import Merged, Release, composable, epsilon
 from common.privacy.events import Event, kind_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ FALSE_POSITIVES = (0.001, 0.01)
 """False-positive rates of the attacks that are bounded."""
 UNITS = (2, 4, 8)
 """Units of one person."""
+MOST_UNITS = 1000
+"""Of one person, of whom an ε is computed."""
 GRID = (20.0, 2001)
 """Largest ε of the curve, and points of it."""
 POINTS = 1000
@@ -79,6 +81,23 @@ def meaning_of(releases: Sequence[Release], delta: float) -> Meaning | None:
     in_range(0, 1, delta=delta)
     merged = composable(releases)
     return None if merged is None else _meaning(merged, delta)
+
+
+def epsilon_of_several(releases: Sequence[Release], units: int, delta: float) -> float:
+    """Return the ε at ``delta`` of somebody with so many units, each sampled on its own; infinite where none is known.
+
+    It is never below that of one unit.
+
+    Raises:
+        ConfigError: ``delta`` is not in (0, 1], or ``units`` not in 1 to ``MOST_UNITS``.
+    """
+    in_range(0, 1, delta=delta)
+    in_range(0, MOST_UNITS, units=units)
+    if not releases:
+        return 0.0
+    merged = composable(releases)
+    found = None if merged is None else _of_several(merged, units, delta)
+    return math.inf if found is None else max(found, epsilon(releases, delta))
 
 
 @lru_cache(maxsize=256)

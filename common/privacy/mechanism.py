@@ -184,5 +184,7 @@ class Mechanism(ABC):
 def _of_unit(row: Mechanism, unit: Unit) -> Mechanism:
     made = copy.copy(row)
     # Of this instance: the row has them as its class's.
-    vars(made).update(unit=unit, claim=unit.said(row.claim), counted=row.counted and not unit.grouped)
+    vars(made).update(
+        unit=unit, claim=unit.said(row.claim, summed=row.summed), counted=row.counted and not unit.grouped
+    )
     return made

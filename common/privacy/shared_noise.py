@@ -15,6 +15,7 @@ from common.privacy.claim import Claim
 from common.privacy.events import Event, SummedGaussian
 from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.plan import PrivacyPlan
+from common.privacy.units import RECORD
 
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
@@ -59,10 +60,11 @@ class SecureSum(Mechanism):
         sampler="Poisson, each record on its own, from the operating system's entropy",
         per="record",
         leaves_out=(
-            "a person with several records: the unit is one record",
+            *RECORD.leaves_out_of_sums,
             "what holds where fewer sites are honest than privacy.honest-sites, or the masks fail: each site's own "
             "noise alone, at the second price in its ledger",
         ),
+        across=RECORD.across_sums,
     )
     noised: ClassVar[Literal["at the site", "in the sum", "at the server", "nowhere"]] = "in the sum"
     charged: ClassVar[bool] = True

@@ -38,21 +38,32 @@ class Unit:
     """What a federation's figure, the maximum over its sites, means for one that is at several sites."""
     grouped: bool
     """Whether several records belong to one unit, so that their gradients are summed before the clip."""
+    leaves_out_of_sums: tuple[str, ...] = ()
+    """As ``leaves_out``, where all sites' noise is that of one sum; empty: no such sum protects it."""
+    across_sums: str = ""
+    """As ``across``, there."""
 
-    def said(self, claim: Claim) -> Claim:
-        """Return a record's claim as it is made of this unit."""
+    def said(self, claim: Claim, *, summed: bool) -> Claim:
+        """Return a record's claim as it is made of this unit.
+
+        Args:
+            claim: the record's.
+            summed: whether all sites' noise is that of one sum. Then one that is at several sites moves that sum by
+                several clips: no noises of its sites compose.
+        """
         if not self.grouped:
             return claim
         sampler = claim.sampler.replace(RECORD.each, self.each)
-        kept = tuple(text for text in claim.leaves_out if text not in RECORD.leaves_out)
+        of_records = {*RECORD.leaves_out, *RECORD.leaves_out_of_sums}
+        kept = tuple(text for text in claim.leaves_out if text not in of_records)
         return replace(
             claim,
             unit=self.what,
             adjacency=self.adjacency,
             sampler=sampler,
             per=self.name,
-            leaves_out=(*self.leaves_out, *kept),
-            across=self.across,
+            leaves_out=(*(self.leaves_out_of_sums if summed else self.leaves_out), *kept),
+            across=self.across_sums if summed else self.across,
         )
 
     def members(self, records: Sequence[Record]) -> list[list[int]]:
@@ -75,6 +86,11 @@ class Unit:
         return len({example.person for example in data.examples}) if self.grouped else len(data.examples)
 
 
+_NAMES = (
+    "a person whom the column of persons calls by several names: each name counts as one",
+    "what the records of others tell of a person, such as those of a family",
+    "what runs by record released of other rows of a person under another name: they remember no persons",
+)
 RECORD = Unit(
     name="record",
     what="one training record of one site",
@@ -83,6 +99,11 @@ RECORD = Unit(
     leaves_out=("a person with several records: the unit is one record",),
     across="their records are disjoint.",
     grouped=False,
+    leaves_out_of_sums=(
+        "a person with several records, and a record that several sites of a sum hold: the unit is one record at one "
+        "site, and k of them in one sum have the ε of k records",
+    ),
+    across_sums="their records are disjoint; one that k sites of a sum hold is k records of that sum.",
 )
 PERSON = Unit(
     name="person",
@@ -91,12 +112,16 @@ PERSON = Unit(
     each="each person on their own, with all their records that the run uses",
     leaves_out=(
         "a person at several sites: what these have spent adds up",
-        "a person whom the column of persons calls by several names: each name counts as one",
-        "what the records of others tell of a person, such as those of a family",
-        "what runs by record released of other rows of a person under another name: they remember no persons",
+        *_NAMES,
     ),
     across="a person with records at several sites has the sum of what these have spent, at the sum of their δ.",
     grouped=True,
+    leaves_out_of_sums=(
+        "a person at several sites of a sum, whose noise is one: at k sites they have the ε of k persons, which is "
+        "more than what the sites have spent adds up to",
+        *_NAMES,
+    ),
+    across_sums="a person with records at k sites of a sum is k persons of that sum, and has the ε of so many.",
 )
 SITE = Unit(
     name="site",
