@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from audits.faults import zero_noise
@@ -51,6 +52,7 @@ from common.secure_sum import (
 from common.secure_sum.shares import SHARE_BYTES
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
+from server import drop_outs
 from strategies.job import configure
 from tests.test_sums import SUMMED, last_adapter, no_noise, spent, words_of
 
@@ -95,6 +97,35 @@ def test_the_sum_of_those_that_are_left_is_that_of_plain_uploads(
     everybody = last_adapter(run_in_process(plain, SITES, run="all"))
     got = last_adapter(summed)
     assert float((got - wanted).norm()) < 0.02 * float((got - everybody).norm())
+
+
+@pytest.mark.many
+def test_of_a_hundred_sites_ten_are_lost_and_the_others_have_their_sum(
+    lossy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four are lost before they share, six with their vectors; the server's words are those of ninety, bit for bit."""
+    own, sums_seen, mask, unmask = dict[str, Any](), [], RecoverableAttempt.masked, drop_outs.unmasked
+
+    def masked(attempt: RecoverableAttempt, words: Any) -> Any:
+        own[attempt.offer.site] = words.astype(np.uint64)
+        return mask(attempt, words)
+
+    def unmasked(*seen: Any) -> Any:
+        sums_seen.append(unmask(*seen))
+        return sums_seen[-1]
+
+    monkeypatch.setattr(RecoverableAttempt, "masked", masked)
+    monkeypatch.setattr(drop_outs, "unmasked", unmasked)
+    lost = {node: ShareTask if node < 4 else TrainTask for node in range(10)}
+    many = {"privacy.drop-outs": 10, "privacy.honest-sites": 80, "min-sites": 85, "rounds": 1}
+    folder = run_in_process({**lossy, **many}, 100, kind=losing(lost))
+    (line,) = read_lines(RoundLine, folder)
+    left = [f"site-{i}" for i in range(10, 100)]
+    assert (line.attempts, sorted(line.participants)) == (1, sorted(left))
+    assert [found.tolist() for found in sums_seen] == [
+        sum(own[site].astype("u8") for site in left).astype("u4").tolist()
+    ]
+    assert {site for site, paid in spent(folder).items() if paid} == set(left)
 
 
 def test_two_sites_are_lost_wherever_and_a_round_counts_at_the_first_attempt(lossy: dict[str, Any]) -> None:
