@@ -53,6 +53,7 @@ from common.secure_sum.shares import SHARE_BYTES
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from server import drop_outs
+from server import sums as sums_at_server
 from strategies.job import configure
 from tests.test_sums import SUMMED, last_adapter, no_noise, spent, words_of
 
@@ -186,12 +187,33 @@ def test_a_run_goes_on_without_sites_that_are_gone_at_the_same_price_while_so_ma
     left = ([0, 2, 3, 5], [0, 3, 5], [0, 3, 5])
     assert [line.participants for line in lines] == [[f"site-{i}" for i in sites] for sites in left]
     assert [line.attempts for line in lines] == [1, 1, 1]
-    assert waited == [6, 4, 3], "a round waits for sites that are gone"
+    assert waited == [6, 3, 3], "a round waits for sites that are gone, or that may be lost"
     assert "4 sites are left, of which 1 may be lost" in caplog.text
     assert "3 sites are left, of which 0 may be lost" in caplog.text
     whole = run_in_process({**lossy, "rounds": 3}, SITES, run="all")
     assert prices(folder) == prices(whole), "the price depends on how many are left"
     assert {site.agreement for site in report_of(folder).sites} == {"agrees", "none"}, "two sites have no round"
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_a_site_that_is_offline_between_rounds_costs_no_time(
+    faulty: bool, lossy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Flower says it: the node is not among those online. Waiting for it would take a whole round-timeout."""
+    waits: list[int] = []
+
+    class Offline(InProcessTransport):
+        def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+            rounds = len(waits)
+            online = [node for node in super().nodes(wanted, besides) if node != 1 or not rounds]
+            waits.append(max(0, wanted - len(online)))
+            return online
+
+    if faulty:  # the planted fault: all sites of the last sum are waited for
+        monkeypatch.setattr(sums_at_server, "may_be_lost", lambda *own: 0)
+    folder = run_in_process({**lossy, "rounds": 3}, SITES, kind=Offline)
+    assert any(waits) == faulty
+    assert [len(line.participants) for line in read_lines(RoundLine, folder)] == [6, 5, 5]
 
 
 def prices(folder: Path) -> list[tuple[Any, int, float]]:

@@ -353,7 +353,7 @@ def test_a_round_of_carried_refusals_alone_is_told_without_a_failure() -> None:
 def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dict[str, Any]) -> None:
     kind = spending({0: 2}, {})
     run_in_process({**summed, "rounds": 4, "privacy.drop-outs": 2}, 6, kind=kind)
-    assert kind.waited == [6, 6, 5, 5]
+    assert kind.waited == [6, 4, 4, 4]
 
 
 def alone_of(count: int) -> Any:
