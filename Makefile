@@ -4,6 +4,7 @@
 # make texts   the sets of newswire and newsgroups, for experiments
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys; more runs of Flower
+# make test-many   a secure sum of a hundred sites of which ten are lost; half a minute on one core
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
@@ -24,7 +25,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
+.PHONY: demo test test-many test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -32,6 +33,9 @@ demo: environment
 # Tests start many processes, each of which would compile this project's files anew where no bytecode may be kept.
 test: environment generative texts $(VISION)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-many: environment
+	$(BIN)/python -m pytest -m many tests/test_lossy_rounds.py
 
 test-deployment: environment
 	$(BIN)/python -m pytest -m deployment tests/test_deploy.py tests/test_flower.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +23,16 @@ def with_each(faults: Sequence[Fault], folder: Path, audit: Callable[[Path, Faul
         own.mkdir()
         findings.append(audit(own, fault))
     return findings
+
+
+def each_of(cases: Mapping[Callable[[Path, Fault], Finding], Sequence[Fault]], folder: Path) -> list[Finding]:
+    """Run audits, each as ``with_each`` does with the faults that it must find, in a folder of its own."""
+    found: list[Finding] = []
+    for audit, faults in cases.items():
+        own = folder / audit.__name__
+        own.mkdir()
+        found += with_each(faults, own, audit)
+    return found
 
 
 def run_alone(about: str | None, count: str, default: int, audit: Callable[[Path, int], Sequence[Finding]]) -> None:

@@ -1,4 +1,4 @@
-"""One deployed site among two others of its roster, asked by hand for vectors of secure sums."""
+"""One deployed site among others of its roster, asked by hand for vectors of secure sums."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ JOINING: dict[str, Any] = {
 
 @dataclass
 class SumSite:
-    """A site called ``clinic``, two others, and a server that asks it whatever a test wants."""
+    """A site called ``clinic``, others, and a server that asks it whatever a test wants."""
 
     site: OneSite
+    names: tuple[str, ...] = ("north", "south")
+    """Of the others."""
     peers: dict[str, Identity] = field(default_factory=dict)
     others: dict[str, SiteAttempt] = field(default_factory=dict)
     """The other sites' parts in the attempt that was asked for last."""
@@ -32,7 +34,7 @@ class SumSite:
     def __post_init__(self) -> None:
         folder, own = self.site.ledger.parent, Identity.new()
         (folder / "identity.key").write_bytes(own.pem())
-        self.peers = {"north": Identity.new(), "south": Identity.new()}
+        self.peers = {name: Identity.new() for name in self.names}
         self.roster = Roster({"clinic": own.public, **{name: peer.public for name, peer in self.peers.items()}})
         (folder / "peers.toml").write_text(self.roster.text(), encoding="utf-8")
         self.site.node["identity"] = str(folder / "identity.key")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from audits.canary import PART, compared
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, SOUND, UNCLIPPED, Fault, noise_on_steps
-from audits.shell import with_each
+from audits.shell import each_of
 from audits.tiny_site import tiny_run
 from client.linearised import Derivatives, Keeping, Linearisation, below_head, linearised
 from common.messages.state import HEAD
@@ -145,9 +145,4 @@ CASES: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
 
 def audit_vectors(folder: Path) -> Sequence[Finding]:
     """Audit both as they are, then with each fault."""
-    found: list[Finding] = []
-    for audit, faults in CASES.items():
-        own = folder / audit.__name__
-        own.mkdir()
-        found += with_each(faults, own, audit)
-    return found
+    return each_of(CASES, folder)

@@ -24,7 +24,7 @@ from audits.bands import out_of_band, related
 from audits.canary import DELTA, LENGTH, compared
 from audits.faults import SOUND, Fault, zero_noise
 from audits.finding import judged
-from audits.shell import with_each
+from audits.shell import each_of
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import tiny_run
 from common.messages.round import Refusal, Reply, Task, TrainResult
@@ -305,9 +305,4 @@ CASES: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
 
 def audit_whole_sites(folder: Path) -> Sequence[Finding]:
     """Audit the server as it is, then with each fault."""
-    found: list[Finding] = []
-    for audit, faults in CASES.items():
-        own = folder / audit.__name__
-        own.mkdir()
-        found += with_each(faults, own, audit)
-    return found
+    return each_of(CASES, folder)

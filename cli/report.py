@@ -137,6 +137,8 @@ def verify(
         raise typer.Exit(1) from None
     epsilon, delta = signed["epsilon"], signed["delta"]
     claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
+    if epsilon is not None:
+        claim += _signed_condition(folder if folder.is_dir() else folder.parent)
     first = signed["context"] == FIRST_CONTEXT
     rounds = "" if first else f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
     files = f"{', '.join(sorted(signed['files']))}" + first * "; the model card is not under it: sign again for that"
@@ -145,6 +147,16 @@ def verify(
         f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
         markup=False,
     )
+
+
+def _signed_condition(folder: Path) -> str:
+    """Return on how many honest sites the ε of a genuine report rests; empty: on none, or it is an older one."""
+    from common.strict_json import from_json
+    from reports.files import REPORT_JSON
+    from reports.sharing import Sharing, beside
+
+    told = json.loads((folder / REPORT_JSON).read_bytes()).get("sharing")
+    return beside(from_json(Sharing, told, REPORT_JSON)) if told else ""
 
 
 @for_people
@@ -170,13 +182,16 @@ def print_summary(folder: Path) -> None:
     from reports.connection import connection_sentences
     from reports.meaning import attack_sentence, several_sentence
     from reports.scores import share_text
+    from reports.sharing import THIS_RUN, at_h, others_of, rests_on
     from reports.sites import distinct
 
     data = report_of(folder)
     central = server_is_trusted(data.claim.privacy_mode)
-    table = Table(title="privacy spent, by the server's ledger" if central else "privacy spent, by site")
+    at, rests = at_h(data.sharing), rests_on(data.sharing)
+    table = Table(title="privacy spent, by the server's ledger" if central else f"privacy spent, by site{at}")
     table.add_column("whose" if central else "site")
-    for column in ("rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
+    bare = ("ε alone",) if data.sharing and data.sharing.on_others else ()
+    for column in ("rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left", *bare):
         table.add_column(column, justify="right")
     for row in alike_sites(data.sites):
         site = row.site
@@ -186,14 +201,17 @@ def print_summary(folder: Path) -> None:
             *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
             *(epsilon_text(site.epsilon_total), number_text(site.epsilon_budget)),
             remaining_text(site.epsilon_remaining),
+            *((epsilon_text(site.epsilon_alone),) if bare else ()),
         )
     console.print(table)
     head = data.headline
     if head.epsilon is not None:
         console.print(
             f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, "
-            f"{'of the cohort' if central else 'the maximum over sites'}"
+            f"{'of the cohort' if central else 'the maximum over sites'}{rests and f', {rests}'}"
         )
+        for other in others_of(data.sharing) if data.sharing else ():
+            console.print(f"{THIS_RUN}, {other}")
     else:
         console.print(f"federation: {data.claim.sentence}")
     if data.meaning is not None:

@@ -20,8 +20,9 @@ from reports.connection import NOT_KNOWN, connection_sentences
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared
 from reports.markdown import plain
-from reports.meaning import attack_sentence, several_sentence
+from reports.meaning import attack_sentence, condition, several_sentence
 from reports.scores import share_text
+from reports.sharing import beside
 from reports.statements import QUESTIONS, Statement
 
 NAME = "annex.md"
@@ -76,6 +77,7 @@ def _claim(data: ReportData) -> list[str]:
         return [data.claim.sentence]
     head = data.headline
     basis = "by the server's ledger" if server_is_trusted(data.claim.privacy_mode) else "the maximum over sites"
+    basis += beside(data.sharing)
     figure = f"(ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, {basis}"
     return [data.claim.sentence, figure, f"against: {data.claim.adversary}", f"neighbours: {data.claim.neighbours}"]
 
@@ -91,9 +93,10 @@ def _membership(data: ReportData) -> list[str]:
 def _queries(data: ReportData) -> list[str]:
     if data.meaning is None:
         return []
+    on = condition(data.meaning)
     return [
-        f"The bound holds for {data.meaning.seen} and for the model, whatever is asked of it. Whether it makes the "
-        "likelihood insignificant is for the authority, case by case."
+        f"The bound holds{on and f', {on},'} for {data.meaning.seen} and for the model, whatever is asked of it. "
+        "Whether it makes the likelihood insignificant is for the authority, case by case."
     ]
 
 
@@ -107,6 +110,8 @@ def _tests(data: ReportData) -> list[str]:
 def _measures(data: ReportData) -> list[str]:
     left = "clipped and noised before they left" if data.claim.made else "as they were computed, without noise"
     declared, most = f"{number_text(_declared_records(data))}, as the sites declare", ""
+    if data.claim.made and data.sharing is not None:
+        left = "clipped, with a part of the noise of their sum, and masked, so that the server sees the sum alone"
     if server_is_trusted(data.claim.privacy_mode):
         left = "clipped, and without noise: the server, which is trusted, noised their sum"
         declared, most = "their number is told to nobody", "at most "

@@ -25,6 +25,7 @@ from reports.declared import Declared
 from reports.markdown import plain
 from reports.meaning import attack_sentence, several_sentence
 from reports.scores import share_text
+from reports.sharing import Sharing
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -126,6 +127,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
             "adversary": claim.adversary,
             "mechanism": claim.privacy_mode,
             "accountant": claim.accountant,
+            **_honest(data.sharing),
         }
         if claim.made
         else {"claim": "none"}
@@ -136,6 +138,15 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
         result = {"task": {"type": task.hub_task}, "dataset": data_set, "metrics": [metric]}
         meta["model-index"] = [{"name": declared.name or f"run {visible(data.run)}", "results": [result]}]
     return meta
+
+
+def _honest(sharing: Sharing | None) -> dict[str, Any]:
+    """Return on how many honest sites ε rests, and that of the sums alone; nothing where no noise is shared."""
+    if sharing is None:
+        return {}
+    bare = sharing.epsilon_alone
+    alone = {} if bare is None else {"epsilon_alone": float(epsilon_text(bare).replace("∞", "inf"))}
+    return {"honest_sites": sharing.honest_sites, **alone}
 
 
 def _head_words(form: Form) -> str:

@@ -13,7 +13,8 @@ from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
 from common.words import EACH, names_text, natural
 from reports.folder import RunFiles
-from reports.sites import SiteReport, distinct, federation_delta, fewest_summed, worst_site
+from reports.sharing import Sharing, at_h, others_of, rests_on, sharing_of
+from reports.sites import SiteReport, federation_delta, worst_site
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -108,7 +109,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         else f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
         f"differentially private in {claim.unit}. Both are the maximum over sites: {claim.across}"
     )
-    sentence += _shared(files, sites)
+    sentence += _shared(sharing_of(files, sites), sites)
     if any(site.agreement == "exposed" for site in sites):
         # Without names: a sentence is not escaped as they are. The gaps name the sites.
         sentence = (
@@ -144,27 +145,17 @@ def none_refused(*, central: bool) -> str:
     return "None is told: see the cohort." if central else "None that is recorded."
 
 
-def _shared(files: RunFiles, sites: Sequence[SiteReport]) -> str:
-    """Return on whom a claim rests whose noise the sites share, and what holds without them; empty where none do."""
-    honest = [figure for site in sites for figure in distinct(site.events, "honest_sites")]
-    bare = [site.epsilon_alone for site in sites if site.epsilon_alone is not None]
-    if not honest or not bare:
+def _shared(sharing: Sharing | None, sites: Sequence[SiteReport]) -> str:
+    """Return on whom a claim rests whose noise the sites share, and what holds beside it; empty where none do."""
+    if sharing is None:
         return ""
-    least, fewest = max(honest), fewest_summed(files)
-    whole = [site.epsilon_all_honest for site in sites if site.epsilon_all_honest is not None]
-    told = ""
-    if whole and fewest > least:
-        told = (
-            f" If all {fewest} sites of each sum are honest, the sums of this run that counted cost "
-            f"ε {epsilon_text(max(whole))} at the same δ."
-        )
-    if least == 1:
-        return f" It rests on no other site: each adds all of the noise that its records need.{told}"
-    return (
-        f" That holds as long as {least:.0f} sites of each sum are honest.{told} If no other site adds its noise, or "
-        f"the masks fail, the sums of this run that counted cost ε {epsilon_text(max(bare))} at the same δ; a site's "
-        "ledger also has the attempts that were thrown away."
-    )
+    own = sharing.honest_sites == 1
+    told = f" That holds {rests_on(sharing)}" + own * ": each site adds all of the noise that its records need"
+    if any(site.agreement == "larger" for site in sites):
+        told += ". What a site's ledger holds of earlier runs rests on what these counted on"
+    if others := others_of(sharing):
+        told += f". The sums of this run that counted cost, at the same δ, {'; '.join(others)}"
+    return f"{told}. A site's ledger also has the attempts that were thrown away."
 
 
 def _public_text(settings: Mapping[str, Scalar]) -> str:
@@ -183,12 +174,14 @@ def _by_note(wrong: Sequence[SiteReport], sites: int) -> list[str]:
 
 def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> list[str]:
     settings = files.config.settings
+    sharing = sharing_of(files, sites)
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []
     gaps += _by_note([site for site in sites if site.agreement in ("smaller", "unknown", "exposed")], len(sites))
     gaps += [
-        f"{site.site}: ε {epsilon_text(site.epsilon_total)} is above its budget of {site.epsilon_budget:g}: it shares "
-        "records with other names of its ledger, and the figure is the dearest name's"
+        f"{site.site}: ε {epsilon_text(site.epsilon_total)}{at_h(sharing)} is above its budget of "
+        f"{site.epsilon_budget:g}: it shares records with other names of its ledger, and the figure is the dearest "
+        "name's"
         for site in sites
         if site.epsilon_total is not None
         and site.epsilon_budget is not None

@@ -25,6 +25,7 @@ from reports.folder import RunFiles, read_run
 from reports.learning import LayerReport, layer_reports
 from reports.meaning import MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
+from reports.sharing import Sharing, sharing_of
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
 from reports.trust import Actor, actors_of, unprotected_of
 from strategies.job import known_settings
@@ -131,6 +132,8 @@ class ReportData:
     """What could not be read; figures may then be too low."""
     headline: Headline
     claim: Claim
+    sharing: Sharing | None
+    """On how many honest sites every ε rests; None where no noise is shared."""
     meaning: MeaningReport | None
     """What ε means for people; None without a claim, or where no bound could be computed."""
     sites: list[SiteReport]
@@ -186,6 +189,7 @@ def report_of(folder: Path) -> ReportData:
         problems=[*problems, *audit_cares(audits, versions), *connection_cares(connections)],
         headline=headline,
         claim=claim,
+        sharing=sharing_of(files, sites) if claim.made else None,
         meaning=meaning_report(files, sites),
         sites=sites,
         accuracy=_accuracy(files, "labels"),

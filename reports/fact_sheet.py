@@ -9,11 +9,14 @@ import math
 from dataclasses import dataclass
 
 from common.privacy.figures import epsilon_text
+from common.privacy.meaning import Meaning
 from common.privacy.units import PERSON
 from common.words import counted, number_text, percent_text
 from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, cut_test, setting_of
+from reports.meaning import condition
 from reports.scores import share_text
+from reports.sharing import NOT_ADDED, THIS_RUN, at_h, others_of, rests_on
 
 NAME = "facts.html"
 MOST_CARES, MOST_LABELS = 3, 7
@@ -91,11 +94,21 @@ def _promise(data: ReportData) -> Fact:
             "gave away, and the finished model. It holds whatever anybody else knows. It does not hold against the "
             "server: that one saw what each site sent, and nothing is promised about what it could find out."
         )
+    on, told = rests_on(data.sharing), ""
+    if data.sharing is not None:
+        others = "They add their part of the chance numbers, and tell nobody of it or of their keys. "
+        answer = (
+            f"There is a limit on how much any one {claim.per} can change all that left a site, and the finished "
+            f"model. It holds {on}. {'' if data.sharing.honest_sites == 1 else others}It was counted at every step "
+            "before a record was used."
+        )
+        # The page has room for one more claim: what is left without the others, or what they add.
+        told = "".join(f" {other[:1].upper()}{other[1:]}, {THIS_RUN}." for other in others_of(data.sharing)[:1])
     whose = "it" if server_is_trusted(claim.privacy_mode) else "the site with the largest"
     figure = (
-        f"The limit is a number, ε (epsilon): {epsilon_text(head.epsilon)}; {whose} may come to "
-        f"{number_text(head.epsilon_budget)}. At 0 one {claim.per} would change nothing, and each further 1 allows "
-        f"nearly three times the odds. Chances below δ = {head.delta:g} are left out of it."
+        f"The limit is a number, ε (epsilon): {epsilon_text(head.epsilon)}{on and f', {on}'}; {whose} may "
+        f"come to {number_text(head.epsilon_budget)}.{told} At 0 one {claim.per} would change nothing, and each "
+        f"further 1 allows nearly three times the odds. Chances below δ = {head.delta:g} are left out of it."
     )
     return Fact(question, [answer, figure])
 
@@ -105,23 +118,32 @@ def _meaning(data: ReportData) -> list[Fact]:
     if meaning is None:
         return []
     per = meaning.per
-    tries = [
-        f"if it wrongly names {in_thousand(attack.false_positives)} that were not used, it finds at most "
-        f"{in_thousand(attack.true_positives)} that were"
-        for attack in meaning.bounds.attacks
-    ]
+    on = condition(meaning)
     answers = [
         f"Say somebody saw {meaning.seen} and knows all {per}s but one. The best method that there can be to "
-        f"find out whether that {per} was used does no more than this: {'; '.join(tries)}."
+        f"find out whether that {per} was used does no more than this{on and f', {on}'}: {_tries(meaning.bounds)}."
     ]
+    if meaning.honest_sites > 1:
+        bare = meaning.alone
+        least = " and ".join(in_thousand(attack.true_positives) for attack in bare.attacks) if bare else "all of them"
+        answers.append(f"I{NOT_ADDED[1:]} (alone), it finds at most {least}.")
     if meaning.bounds.several:
         figures = ", ".join(
             f"{several.units} {meaning.counted}: {epsilon_text(several.epsilon, decimals=1)}"
             for several in meaning.bounds.several
         )
-        answers.append(f"{meaning.whose} is protected less. Their ε is, for {figures}.")
+        at = at_h(data.sharing)
+        answers.append(f"{meaning.whose} is protected less. Their ε is{at}, for {figures}.")
     caution = [meaning.caution] if meaning.caution else []
     return [Fact("What could somebody find out about one person?", [*answers, *caution])]
+
+
+def _tries(bounds: Meaning) -> str:
+    return "; ".join(
+        f"if it wrongly names {in_thousand(attack.false_positives)} that were not used, it finds at most "
+        f"{in_thousand(attack.true_positives)} that were"
+        for attack in bounds.attacks
+    )
 
 
 def _left_out(data: ReportData) -> Fact:

@@ -26,6 +26,7 @@ from reports.data import ReportData, setting_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.scores import BESIDE, beside_cells, share_text
+from reports.sharing import Sharing, at_h, beside
 from reports.sites import distinct
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
@@ -84,7 +85,8 @@ def _result(data: ReportData) -> list[str]:
     if head.epsilon is not None and head.delta is not None:
         lines.insert(
             1,
-            f"- ε {epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)} at δ {head.delta:g} ({basis})",
+            f"- ε {epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)} at δ {head.delta:g} ({basis})"
+            f"{beside(data.sharing)}",
         )
     return lines + [f"- {plain(text)}" for text in bound_sentences(data.audit_results)]
 
@@ -115,9 +117,14 @@ def _meaning(data: ReportData) -> list[str]:
         return []
     sentences = (attack_sentence(meaning), several_sentence(meaning), meaning.caution)
     spoken = [text for sentence in sentences if sentence for text in (plain(sentence), "")]
-    columns = ("false positives", "true positives, at most")
-    attacks = [(f"{100 * a.false_positives:g} %", bound_text(a.true_positives)) for a in meaning.bounds.attacks]
+    at = at_h(data.sharing)
+    columns = ["false positives", f"true positives, at most{at}"]
+    attacks = [[f"{100 * a.false_positives:g} %", bound_text(a.true_positives)] for a in meaning.bounds.attacks]
     people = [(str(several.units), epsilon_text(several.epsilon)) for several in meaning.bounds.several]
+    if meaning.alone:
+        columns.append("the same, alone")
+        for row, bare in zip(attacks, meaning.alone.attacks, strict=True):
+            row.append(bound_text(bare.true_positives))
     if people:
         people = [("1", epsilon_text(meaning.epsilon)), *people]
     return [
@@ -128,7 +135,7 @@ def _meaning(data: ReportData) -> list[str]:
         *spoken,
         *_table(columns, attacks),
         "",
-        *(_table((f"{meaning.counted} of one person", f"ε at δ {meaning.delta:g}"), people) if people else []),
+        *(_table((f"{meaning.counted} of one person", f"ε at δ {meaning.delta:g}{at}"), people) if people else []),
     ]
 
 
@@ -203,7 +210,7 @@ def _sites(data: ReportData) -> list[str]:
             ],
         ),
         "",
-        *_spent("site", rows),
+        *_spent("site", rows, data.sharing),
     ]
 
 
@@ -211,11 +218,21 @@ def _cohort(data: ReportData) -> list[str]:
     """Return the one line of all sites of a trusted server."""
     columns = ("whose", "sites", "rounds charged", "chance to be drawn", "noise multiplier", "clip")
     rows = [(s.site, number_text(s.public_size), str(s.rounds_joined), *_figures(s.events)) for s in data.sites]
-    return ["## The cohort", "", UNTOLD, "", *_table(columns, rows), "", *_spent("whose", alike_sites(data.sites))]
+    return [
+        "## The cohort",
+        "",
+        UNTOLD,
+        "",
+        *_table(columns, rows),
+        "",
+        *_spent("whose", alike_sites(data.sites), None),
+    ]
 
 
-def _spent(who: str, rows: Sequence[Alike]) -> list[str]:
-    columns = (who, "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
+def _spent(who: str, rows: Sequence[Alike], sharing: Sharing | None) -> list[str]:
+    at, more = at_h(sharing), ("ε alone, this run",) if sharing and sharing.on_others else ()
+    again = (f"this run again, PLD{at}", f"this run, RDP{at}", *more)
+    columns = (who, f"ε spent{at}", "at δ", "ε budget", f"ε left{at}", *again, "agreement")
     cells = [
         (
             row.names,
@@ -225,6 +242,7 @@ def _spent(who: str, rows: Sequence[Alike]) -> list[str]:
             remaining_text(s.epsilon_remaining),
             epsilon_text(s.epsilon_recomputed),
             epsilon_text(s.epsilon_rdp),
+            *((epsilon_text(s.epsilon_alone),) if more else ()),
             s.note,
         )
         for row in rows
@@ -241,7 +259,8 @@ def _figures(
 
 def _rounds(data: ReportData) -> list[str]:
     central = server_is_trusted(data.claim.privacy_mode)
-    spent, seconds = "ε" if central else "ε worst site", () if central else ("seconds",)
+    spent = "ε" if central else f"ε worst site{at_h(data.sharing)}"
+    seconds = () if central else ("seconds",)
     return [
         "## Rounds",
         "",

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from common.privacy import mechanism_of
+from common.privacy.accounting import alone
 from common.privacy.figures import bound_text, epsilon_text
 from common.privacy.meaning import Meaning, meaning_of
 from reports.folder import RunFiles
+from reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of
 from reports.sites import SiteReport, releases_of_site
 
 RECORD = "record"
@@ -32,6 +34,10 @@ class MeaningReport:
     """What the figures leave out; empty: nothing that this report knows of."""
     seen: str
     """What an attacker sees, in words."""
+    honest_sites: int
+    """h: sites of each sum that ``epsilon`` and ``bounds`` count on; 0: no noise is shared."""
+    alone: Meaning | None
+    """The bounds if no other site adds its noise to a sum; None where none is counted on, or no bound is known."""
     summed: bool
     """Whether all sites' noise is that of one sum, in which units of one person at several sites count as several."""
 
@@ -61,13 +67,16 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     bounds = meaning_of(releases_of_site(worst.site, files), delta)
     if bounds is None:
         return None
-    per = mechanism.claim.per
-    if per != RECORD and not mechanism.summed:
-        # Of another unit a person may be one whole; in a sum it is one at each of its sites.
-        bounds = replace(bounds, several=[])
+    sharing, per = sharing_of(files, sites), mechanism.claim.per
+    honest = sharing.honest_sites if sharing else 0
+    bare = meaning_of(alone(releases_of_site(worst.site, files)), delta) if honest > 1 else None
+    if per != RECORD:
+        # Of another unit a person may be one whole; in a sum it is one at each of its sites, and each has its own noise.
+        bounds = bounds if mechanism.summed else replace(bounds, several=[])
+        bare = bare and replace(bare, several=[])
     caution = THIS_RUN if worst.agreement == "larger" else ""
     seen = "all that the server gave away" if mechanism.central else "all that was sent"
-    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen, mechanism.summed)
+    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen, honest, bare, summed=mechanism.summed)
 
 
 def whose_sentence(meaning: MeaningReport, *, central: bool) -> str:
@@ -75,24 +84,42 @@ def whose_sentence(meaning: MeaningReport, *, central: bool) -> str:
     return "Of every site of the cohort." if central else f"Of the site that this run cost most: {meaning.site}."
 
 
+def condition(meaning: MeaningReport) -> str:
+    """Return on how many honest sites the figures rest; empty where no noise is shared."""
+    return rests_on(Sharing(meaning.honest_sites, 0, None, [])) if meaning.honest_sites else ""
+
+
 def attack_sentence(meaning: MeaningReport) -> str:
-    """Return the bounds on attacks in one sentence."""
+    """Return the bounds on attacks; where sites share the noise with their condition, and what is left without it."""
     rates = ", and ".join(
         f"at {100 * a.false_positives:g} % false alarms finds at most {bound_text(a.true_positives)} of members"
         for a in meaning.bounds.attacks
     )
-    return (
-        f"An attacker who sees {meaning.seen}, knows every other {meaning.per} and asks whether one {meaning.per} "
-        f"was trained on, {rates}. Guessing finds as many members as it has false alarms; no attack finds more than "
-        f"{bound_text(meaning.bounds.advantage)} beyond that."
+    on = condition(meaning)
+    who = f"{on[:1].upper()}{on[1:]}, an attacker" if on else "An attacker"
+    told = (
+        f"{who} who sees {meaning.seen}, knows every other {meaning.per} and asks whether one {meaning.per} "
+        f"was trained on, {rates}. Guessing finds as many members as it has false alarms; no attack "
+        f"finds more than {bound_text(meaning.bounds.advantage)} beyond that."
     )
+    if meaning.honest_sites > 1:
+        bare = meaning.alone
+        least = "no bound is known"
+        if bare:
+            finds = " and ".join(bound_text(a.true_positives) for a in bare.attacks)
+            least = f"it finds at most {finds} of members, and {bound_text(bare.advantage)} beyond guessing"
+        told += f" I{NOT_ADDED[1:]} (alone), {least}."
+    return told
 
 
 def several_sentence(meaning: MeaningReport) -> str:
     """Return the ε of people who count as several units in one sentence; empty where there are no figures."""
     if not meaning.bounds.several:
         return ""
-    figures = ", ".join(
-        f"{epsilon_text(several.epsilon, decimals=1)} with {several.units}" for several in meaning.bounds.several
-    )
-    return f"{meaning.whose} has a larger ε at δ {meaning.delta:g}: {figures}."
+    on = condition(meaning)
+    bare = f"; alone, {_several(meaning.alone)}" if meaning.alone and meaning.alone.several else ""
+    return f"{meaning.whose} has a larger ε at δ {meaning.delta:g}{on and f', {on}'}: {_several(meaning.bounds)}{bare}."
+
+
+def _several(bounds: Meaning) -> str:
+    return ", ".join(f"{epsilon_text(several.epsilon, decimals=1)} with {several.units}" for several in bounds.several)

@@ -23,6 +23,7 @@ from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.page_style import FACTS_STYLE, STYLE
 from reports.page_template import FACTS, PAGE
 from reports.scores import BESIDE, beside_cells, share_text
+from reports.sharing import THIS_RUN, at_h, others_of, rests_on
 from reports.sites import distinct
 
 NAMED_SITES = 4
@@ -51,6 +52,10 @@ def to_html(data: ReportData) -> str:
     return _template(PAGE).render(
         data=data,
         central=central,
+        at=at_h(data.sharing),
+        rests=rests_on(data.sharing),
+        others=others_of(data.sharing) if data.sharing else [],
+        sums=THIS_RUN,
         untold=UNTOLD,
         not_known=NOT_KNOWN,
         not_recorded=NOT_RECORDED,
@@ -102,7 +107,7 @@ def epsilon_chart(data: ReportData) -> Chart | None:
         "epsilon",
         "Privacy spent over rounds, by site, with the budget",
         Axis("round", whole=True),
-        Axis(f"ε spent, by the {whose}'s ledger", from_zero=True),
+        Axis(f"ε spent, by the {whose}'s ledger{at_h(data.sharing)}", from_zero=True),
         [Curve(_group(spent.sites), spent.points) for spent in data.spent],
         [Mark(budget, f"budget {budget:g}") for budget in budgets],
     )
@@ -118,7 +123,7 @@ def accuracy_chart(data: ReportData) -> Chart | None:
         )
     course = [(r.epsilon_worst or 0.0, r.accuracy, r.round_number) for r in data.rounds if r.accuracy is not None]
     ends = [] if len(course) < 2 else [course[0], course[-1]]
-    whose = "cohort" if server_is_trusted(data.claim.privacy_mode) else "worst site"
+    whose = "cohort" if server_is_trusted(data.claim.privacy_mode) else f"worst site{at_h(data.sharing)}"
     return line_chart(
         "accuracy",
         f"Accuracy against the privacy spent by the {whose}",

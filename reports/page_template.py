@@ -52,7 +52,10 @@ PAGE = """\
 {% if head.epsilon is not none %}
 <dd class="big">{{ head.epsilon|epsilon }} <small>of {{ head.epsilon_budget|number }}</small></dd>
 {% set basis = "by the server's ledger" if central else "worst site: " ~ head.worst_site %}
-<dd class="note">at δ = {{ "%g"|format(head.delta) }}, {{ basis }}</dd>
+<dd class="note">at δ = {{ "%g"|format(head.delta) }}, {{ basis }}{% if rests %}, {{ rests }}{% endif %}</dd>
+{% for other in others %}
+<dd class="note">{{ sums }}, {{ other }}</dd>
+{% endfor %}
 {% elif claim.off %}
 <dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>
 {% else %}
@@ -107,14 +110,17 @@ PAGE = """\
 <div class="pair">
 {% call table("Bounds on every attack that asks whether one " ~ meaning.per ~ " was trained on") %}
 <thead><tr><th scope="col" class="n">false positives</th>
-<th scope="col" class="n">true positives, at most</th></tr></thead>
+<th scope="col" class="n">true positives, at most{{ at }}</th>
+{% if meaning.alone %}<th scope="col" class="n">the same, alone</th>{% endif %}</tr></thead>
 <tbody>{% for attack in meaning.bounds.attacks %}
 <tr><th scope="row" class="n">{{ "%g"|format(100 * attack.false_positives) }} %</th>
-<td class="n">{{ attack.true_positives|bound }}</td></tr>
+<td class="n">{{ attack.true_positives|bound }}</td>
+{% if meaning.alone %}<td class="n">{{ meaning.alone.attacks[loop.index0].true_positives|bound }}</td>
+{% endif %}</tr>
 {% endfor %}</tbody>
 {% endcall %}
 {% if meaning.bounds.several %}
-{% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta)) %}
+{% call table("ε of a person at δ = " ~ "%g"|format(meaning.delta) ~ at) %}
 <thead><tr><th scope="col" class="n">{{ meaning.counted }} of the person</th>
 <th scope="col" class="n">ε</th></tr></thead>
 <tbody><tr><th scope="row" class="n">1</th><td class="n">{{ meaning.epsilon|epsilon }}</td></tr>
@@ -196,15 +202,15 @@ PAGE = """\
 <h2>Course of the run</h2>
 <div class="pair">
 {{ figure(epsilon_chart, "Privacy spent over rounds.",
-"ε by " ~ ("the server's ledger" if central else "the sites' own ledgers") ~ "; the dashed line is the budget.") }}
+"ε by " ~ ("the server's ledger" if central else "the sites' own ledgers") ~ at ~ "; the dashed line is the budget.") }}
 {% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
-{{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
+{{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round" ~ at ~ "; right is dearer, up is better.") }}
 {% else %}
 {{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before round 1.") }}
 {% endif %}
 </div>
 {% if epsilon_rows %}
-{% call table("ε spent after each round; sites that have spent alike share a column") %}
+{% call table("ε spent after each round" ~ at ~ "; sites that have spent alike share a column") %}
 <thead><tr><th scope="col" class="n">round</th>
 {% for group in groups %}<th scope="col" class="n">{{ group }}</th>{% endfor %}</tr></thead>
 <tbody>{% for number, values in epsilon_rows %}
@@ -250,14 +256,17 @@ PAGE = """\
 {% call table("What " ~ ("the cohort has spent, by the server's ledger" if central else
 "each site has spent, by its own ledger") ~ ", and this run's releases computed again here") %}
 <thead><tr><th scope="col">{{ "whose" if central else "site" }}</th>
-<th scope="col" class="n">ε spent</th><th scope="col" class="n">at δ</th>
-<th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
-<th scope="col" class="n">cross-check, RDP</th><th scope="col">agreement</th></tr></thead>
+<th scope="col" class="n">ε spent{{ at }}</th><th scope="col" class="n">at δ</th>
+<th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left{{ at }}</th>
+<th scope="col" class="n">again, PLD{{ at }}</th><th scope="col" class="n">cross-check, RDP{{ at }}</th>
+{% if data.sharing and data.sharing.on_others %}<th scope="col" class="n">ε alone, this run</th>{% endif %}
+<th scope="col">agreement</th></tr></thead>
 <tbody>{% for row in site_rows %}{% set site = row.site %}
 <tr><th scope="row">{{ row.names }}</th><td class="n">{{ site.epsilon_total|epsilon }}</td>
 <td class="n">{{ "–" if site.delta is none else "%g"|format(site.delta) }}</td>
 <td class="n">{{ site.epsilon_budget|number }}</td><td class="n">{{ site.epsilon_remaining|remaining }}</td>
 <td class="n">{{ site.epsilon_recomputed|epsilon("–") }}</td><td class="n">{{ site.epsilon_rdp|epsilon("–") }}</td>
+{% if data.sharing and data.sharing.on_others %}<td class="n">{{ site.epsilon_alone|epsilon("–") }}</td>{% endif %}
 <td class="{{ "ok" if site.agreement == "agrees" else "wide bad" if site.agreement in ("smaller", "unknown") else "wide"
 }}">{{ site.note }}</td></tr>
 {% endfor %}</tbody>
@@ -277,7 +286,7 @@ the larger one. Both are computed here from σ, q and the {{
 {% call table("Scores on public test data; bytes are adapter payload of all messages of the round") %}
 <thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">accuracy</th>
 <th scope="col" class="n">loss</th>
-<th scope="col" class="n">{{ "ε" if central else "ε, worst site" }}</th><th scope="col">participants</th>
+<th scope="col" class="n">{{ "ε" if central else "ε, worst site" ~ at }}</th><th scope="col">participants</th>
 <th scope="col" class="n">bytes down</th><th scope="col" class="n">bytes up</th>
 {% if not central %}<th scope="col" class="n">time</th>{% endif %}</tr></thead>
 <tbody>{% for round in data.rounds %}

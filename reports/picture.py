@@ -19,6 +19,7 @@ from common.words import counted, percent_text, visible
 from reports.charts import HEIGHT, WIDTH, Axis, Chart, Curve, Mark, line_chart
 from reports.claim import server_is_trusted
 from reports.data import ReportData
+from reports.sharing import Sharing, at_h
 
 GAP, HEAD, FOOT = 24, 56, 16
 
@@ -68,6 +69,10 @@ class Picture:
     """The claim's unit in one word."""
     central: bool = False
     """Whether the server is trusted: then the sites are the most that its cohort has, and ε is its ledger's."""
+    honest: int = 0
+    """h: sites of each sum that ε rests on; 0: no noise is shared."""
+    epsilon_alone: Endless | None = None
+    """Of this run's sums if no other site adds its noise; None: none is counted on, or it is not known."""
 
 
 def picture_of(data: ReportData) -> Picture:
@@ -90,7 +95,10 @@ def picture_of(data: ReportData) -> Picture:
     title = f"{data.strategy} on {values.get('model.name')} and {values.get('data.name')}"
     top, per = data.headline, data.claim.per or "record"
     central = server_is_trusted(data.claim.privacy_mode)
-    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before, per, central)
+    sharing = data.sharing
+    honest, alone = (sharing.honest_sites, sharing.epsilon_alone) if sharing else (0, None)
+    before = top.accuracy_before
+    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, before, per, central, honest, alone)
 
 
 def to_svg(picture: Picture) -> str:
@@ -125,7 +133,15 @@ def said_of_run(picture: Picture) -> str:
         return f"{words}; no privacy claim"
     spent = max((line.epsilon for line in picture.rounds if line.epsilon is not None), default=None)
     basis = "by the server's ledger" if picture.central else "the maximum over sites"
-    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each {picture.per}, {basis}"
+    words += (
+        f"; ε {epsilon_text(spent)}{at_h(_sharing(picture))} at δ {picture.delta:g} for each {picture.per}, {basis}"
+    )
+    bare = epsilon_text(picture.epsilon_alone, "not known")
+    return f"{words}; alone: ε {bare}" if picture.honest > 1 else words
+
+
+def _sharing(picture: Picture) -> Sharing | None:
+    return Sharing(picture.honest, 0, picture.epsilon_alone, []) if picture.honest else None
 
 
 def _accuracy(picture: Picture) -> Chart | None:
@@ -152,7 +168,7 @@ def _before_a_paid_start(picture: Picture) -> list[Mark]:
 def _epsilon(picture: Picture) -> Chart | None:
     points = [(float(line.number), line.epsilon) for line in picture.rounds if line.epsilon is not None]
     budget = [Mark(picture.budget, f"budget {picture.budget:g}")] if picture.budget else []
-    axis = Axis("ε spent, site that has spent most", from_zero=True)
+    axis = Axis(f"ε spent, site that has spent most{at_h(_sharing(picture))}", from_zero=True)
     return _chart("epsilon", "Privacy spent over rounds", axis, points, marks=budget)
 
 

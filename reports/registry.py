@@ -20,6 +20,7 @@ from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, setting_of
 from reports.declared import Declared, several
 from reports.meaning import attack_sentence, several_sentence
+from reports.sharing import THIS_RUN, others_of, rests_on
 from reports.sites import distinct
 
 NAME = "deployment.yaml"
@@ -140,6 +141,9 @@ def _parameters(data: ReportData) -> list[str]:
     lines = [f"largest of all sites, over all rounds; site {data.headline.worst_site}"]
     if server_is_trusted(data.claim.privacy_mode):
         lines = ["of every site of the cohort, over all rounds"]
+    if data.sharing is not None:
+        lines += [f"ε holds {rests_on(data.sharing)}"]
+        lines += [f"{THIS_RUN}, {other}" for other in others_of(data.sharing)]
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [text for text in said if text]

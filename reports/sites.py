@@ -56,6 +56,8 @@ class SiteReport:
     """Of this run's releases, if no other site adds its noise to a sum; None where none was to."""
     epsilon_all_honest: float | None
     """Of this run's releases, if all sites of each sum add their noise, by the sum of fewest sites; None as above."""
+    epsilon_without_colluders: float | None
+    """The same if all do but ``privacy.colluders`` of them; None as above, and where these leave no site."""
     agreement: str
     """``agrees``, ``larger`` or ``smaller`` (the site's total against the recomputed one), ``exposed`` (its total is
     infinite), ``unknown`` or ``none``."""
@@ -202,7 +204,8 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         accountant_recomputed=accountant,
         epsilon_rdp=rdp,
         epsilon_alone=_alone(paid, files, delta) if recomputed is not None else None,
-        epsilon_all_honest=_all_honest(paid, files, delta) if recomputed is not None else None,
+        epsilon_all_honest=_honest(paid, files, delta, 0) if recomputed is not None else None,
+        epsilon_without_colluders=_honest(paid, files, delta, colluders_of(files)) if recomputed is not None else None,
         agreement=agreement,
         note=note,
     )
@@ -233,9 +236,16 @@ def fewest_summed(files: RunFiles) -> int:
     return min((len(line.participants) for line in counted), default=0)
 
 
-def _all_honest(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None) -> float | None:
-    releases, sites = releases_of(paid, files), fewest_summed(files)
-    own = [replace(release, event=release.event.of_honest(sites)) for release in releases] if sites else releases
+def colluders_of(files: RunFiles) -> int:
+    """Return how many sites of a sum may help the server, by the run's settings."""
+    told = files.config.settings.get("privacy.colluders", 0)
+    return told if isinstance(told, int) else 0
+
+
+def _honest(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None, but: int) -> float | None:
+    """Return ε if of the sum of fewest sites all add their noise ``but`` so many; None where none is shared."""
+    releases, sites = releases_of(paid, files), fewest_summed(files) - but
+    own = [replace(release, event=release.event.of_honest(sites)) for release in releases] if sites > 0 else releases
     return None if delta is None or own == releases else epsilon_with_method(own, delta)[0]
 
 

@@ -30,7 +30,7 @@ from common.messages.wire import Layout
 from common.privacy.events import Event
 from common.privacy.plan import PrivacyPlan
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer, check_headroom, least_sites, total
+from common.secure_sum import KeyOffer, check_headroom, least_sites, may_be_lost, total
 from common.secure_sum.masks import Words
 from server.admission import ROOM, Admission
 from server.model import ServerModel
@@ -107,11 +107,17 @@ class SummedSites(Sites):
         return got.in_order()
 
     def _waited_for(self, unfit: set[int]) -> int:
-        """Return how many sites are waited for: those of the last sum, but for who has refused since.
+        """Return how many sites are waited for: of the last sum all but who has refused since and who may be lost.
 
-        Who comes back is asked as well.
+        A site that may be lost from a sum is not waited for, for as long as ``round-timeout``, once Flower says that it
+        is offline. Who is online is asked, however many are waited for, and so is who comes back.
         """
-        return min(self._begins, len(self._last - unfit)) if self._last else self._begins - len(unfit)
+        if not self._last:
+            return self._begins - len(unfit)
+        config, privacy = self._job.config, self._job.config.privacy
+        there = min(self._begins, len(self._last - unfit))
+        terms = privacy.honest_sites, privacy.colluders, privacy.drop_outs
+        return there - may_be_lost(there, *terms, config.min_sites)
 
     def _for_want_of_budget(self, got: Gathering, offers: Mapping[int, KeyOffer], least: int) -> bool:
         """Return whether spent budgets alone explain that there is no sum: such a run ends well.

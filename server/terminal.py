@@ -52,7 +52,8 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
         seconds = ""
         sites, spent = f"cohort of {job.config.privacy.cohort}", epsilon_words([got.released], per, "trusted server")
     else:
-        sites, spent = f"{len(got.results)} sites", epsilon_words((m.spending for m in members.values()), per)
+        whose = f"worst site, h = {job.config.privacy.honest_sites}" if job.mechanism.summed else "worst site"
+        sites, spent = f"{len(got.results)} sites", epsilon_words((m.spending for m in members.values()), per, whose)
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
         f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "

@@ -12,6 +12,7 @@ from common.messages.round import Spending, SpendingFigures
 from common.privacy import MECHANISMS
 from common.privacy.accounting import Release, epsilon_with_method, gaussian_release
 from common.privacy.claim import NO_CLAIM
+from common.privacy.events import Event, SummedGaussian, sampled_gaussian
 from common.run_lines import (
     Absence,
     AuditFile,
@@ -53,6 +54,8 @@ class MadeRun:
     noise: dict[str, float] = field(default_factory=dict)
     delta: dict[str, float] = field(default_factory=dict)
     """Of sites whose policy asks for another one than DELTA."""
+    honest: int = 0
+    """Sites that a sum's noise counts on; 0: each site noises for itself."""
     earlier: dict[str, list[Release]] = field(default_factory=dict)
     """What a site's ledger held before the run."""
     _history: dict[str, list[Release]] = field(default_factory=dict)
@@ -71,7 +74,7 @@ class MadeRun:
         refusals = refusals or {}
         joined = [site for site in self.sites if site not in refusals]
         for site in joined:
-            self.release(number, site, gaussian_release(self.noise.get(site, 1.2), 0.05, 5))
+            self.release(number, site, self._of_a_round(self.noise.get(site, 1.2)))
         absent = [
             Absence(number, 1, site, list(self.sites).index(site), kind, why) for site, (kind, why) in refusals.items()
         ]
@@ -94,6 +97,12 @@ class MadeRun:
         )
         self.append(RoundLine.NAME, to_json(line))
         return self
+
+    def _of_a_round(self, noise: float) -> Release:
+        if not self.honest:
+            return gaussian_release(noise, 0.05, 5)
+        figures = {**sampled_gaussian(noise, 0.05).figures, "honest_sites": self.honest}
+        return Release(Event(SummedGaussian.name, figures), 1)
 
     def release(self, number: int, site: str, release: Release) -> MadeRun:
         """Append what one site released, priced on top of all that it had spent."""

@@ -121,9 +121,9 @@ def test_canaries_are_silent_about_the_code_and_speak_of_faults(tmp_path: Path, 
     ids=lambda case: name_of(case) if isinstance(case, Fault) else case.__name__,
 )
 def test_a_sum_tells_what_its_price_says_and_one_upload_nothing_or_it_is_found(
-    audit: Callable[[int, Fault], Finding], fault: Fault
+    audit: Callable[[Path, Fault], Finding], fault: Fault, tmp_path: Path
 ) -> None:
-    found = audit(3000, fault)
+    found = audit(tmp_path, fault)
     assert found.passed, found.figures
 
 

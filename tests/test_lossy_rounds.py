@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from audits.bands import out_of_band
@@ -56,6 +57,8 @@ from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
 from faults.sum_scenarios import SURVIVOR_LIES, wrong_after_a_lie
 from reports import report_of
+from server import drop_outs
+from server import sums as sums_at_server
 from strategies.job import configure
 from tests.test_sums import SUMMED, last_adapter, no_noise, spent, words_of
 
@@ -100,6 +103,35 @@ def test_the_sum_of_those_that_are_left_is_that_of_plain_uploads(
     everybody = last_adapter(run_in_process(plain, SITES, run="all"))
     got = last_adapter(summed)
     assert float((got - wanted).norm()) < 0.02 * float((got - everybody).norm())
+
+
+@pytest.mark.many
+def test_of_a_hundred_sites_ten_are_lost_and_the_others_have_their_sum(
+    lossy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four are lost before they share, six with their vectors; the server's words are those of ninety, bit for bit."""
+    own, sums_seen, mask, unmask = dict[str, Any](), [], RecoverableAttempt.masked, drop_outs.unmasked
+
+    def masked(attempt: RecoverableAttempt, words: Any) -> Any:
+        own[attempt.offer.site] = words.astype(np.uint64)
+        return mask(attempt, words)
+
+    def unmasked(*seen: Any) -> Any:
+        sums_seen.append(unmask(*seen))
+        return sums_seen[-1]
+
+    monkeypatch.setattr(RecoverableAttempt, "masked", masked)
+    monkeypatch.setattr(drop_outs, "unmasked", unmasked)
+    lost = {node: ShareTask if node < 4 else TrainTask for node in range(10)}
+    many = {"privacy.drop-outs": 10, "privacy.honest-sites": 80, "min-sites": 85, "rounds": 1}
+    folder = run_in_process({**lossy, **many}, 100, kind=losing(lost))
+    (line,) = read_lines(RoundLine, folder)
+    left = [f"site-{i}" for i in range(10, 100)]
+    assert (line.attempts, sorted(line.participants)) == (1, sorted(left))
+    assert [found.tolist() for found in sums_seen] == [
+        sum(own[site].astype("u8") for site in left).astype("u4").tolist()
+    ]
+    assert {site for site, paid in spent(folder).items() if paid} == set(left)
 
 
 def test_two_sites_are_lost_wherever_and_a_round_counts_at_the_first_attempt(lossy: dict[str, Any]) -> None:
@@ -160,12 +192,33 @@ def test_a_run_goes_on_without_sites_that_are_gone_at_the_same_price_while_so_ma
     left = ([0, 2, 3, 5], [0, 3, 5], [0, 3, 5])
     assert [line.participants for line in lines] == [[f"site-{i}" for i in sites] for sites in left]
     assert [line.attempts for line in lines] == [1, 1, 1]
-    assert waited == [6, 4, 3], "a round waits for sites that are gone"
+    assert waited == [6, 3, 3], "a round waits for sites that are gone, or that may be lost"
     assert "4 sites are left, of which 1 may be lost" in caplog.text
     assert "3 sites are left, of which 0 may be lost" in caplog.text
     whole = run_in_process({**lossy, "rounds": 3}, SITES, run="all")
     assert prices(folder) == prices(whole), "the price depends on how many are left"
     assert {site.agreement for site in report_of(folder).sites} == {"agrees", "none"}, "two sites have no round"
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_a_site_that_is_offline_between_rounds_costs_no_time(
+    faulty: bool, lossy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Flower says it: the node is not among those online. Waiting for it would take a whole round-timeout."""
+    waits: list[int] = []
+
+    class Offline(InProcessTransport):
+        def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+            rounds = len(waits)
+            online = [node for node in super().nodes(wanted, besides) if node != 1 or not rounds]
+            waits.append(max(0, wanted - len(online)))
+            return online
+
+    if faulty:  # the planted fault: all sites of the last sum are waited for
+        monkeypatch.setattr(sums_at_server, "may_be_lost", lambda *own: 0)
+    folder = run_in_process({**lossy, "rounds": 3}, SITES, kind=Offline)
+    assert any(waits) == faulty
+    assert [len(line.participants) for line in read_lines(RoundLine, folder)] == [6, 5, 5]
 
 
 def prices(folder: Path) -> list[tuple[Any, int, float]]:

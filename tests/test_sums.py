@@ -118,14 +118,17 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     assert report.sites[0].epsilon_worst is not None
     assert bare > 1.3 * report.sites[0].epsilon_worst
     assert (
-        "as long as 2 sites of each sum are honest. If all 4 sites of each sum are honest, the sums"
-        in report.claim.sentence
+        "as long as 2 sites of each sum are honest (h = 2). The sums of this run that counted cost, at the same δ, "
+        f"if no other site adds its noise, or the masks fail (alone): ε {epsilon_text(bare)}; if 3 sites of each "
+        "sum are honest (h = 3): ε" in report.claim.sentence
     )
-    assert "If no other site adds its noise" in report.claim.sentence
-    assert f"ε {epsilon_text(bare)} at the same δ" in report.claim.sentence
-    told = markdown_report(folder)
-    assert "second price" in told
-    assert "A person with several records at one site or at several of one sum has a larger ε" in told
+    assert "if all 4 sites of each sum are honest (h = 4): ε" in report.claim.sentence
+    told_by_report = markdown_report(folder)
+    assert "second price" in told_by_report
+    assert "A person with several records at one site or at several of one sum has a larger ε" in told_by_report
+    told = [json.loads(line)["message"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert sum("worst site, h = 2)" in line for line in told) == 2
+    assert not [line for line in told if "ε" in line and "h = 2" not in line]
     shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
     assert "if no other site adds its noise to a sum: " in shown.output
 
@@ -150,10 +153,9 @@ def test_a_report_says_what_the_sums_cost_if_all_their_sites_are_honest(
     assert found.epsilon_recomputed is not None
     assert wanted < found.epsilon_recomputed
     assert (
-        f"If all {sites} sites of each sum are honest, the sums of this run that counted cost ε {epsilon_text(wanted)}"
-        in (report.claim.sentence)
+        f"if all {sites} sites of each sum are honest (h = {sites}): ε {epsilon_text(wanted)}" in report.claim.sentence
     )
-    assert ("It rests on no other site" in report.claim.sentence) == (honest == 1)
+    assert ("That holds whatever other sites do (h = 1)" in report.claim.sentence) == (honest == 1)
     if honest == 1:
         assert found.epsilon_alone == pytest.approx(found.epsilon_recomputed, abs=1e-3)
         assert "if no other site" not in report.claim.sentence.lower()
@@ -167,7 +169,7 @@ def test_a_round_0_that_sums_nothing_is_no_sum_of_no_sites(summed: dict[str, Any
     path.write_text(f"{json.dumps(begun)}\n{path.read_text()}")
     assert wanted is not None
     assert report_of(folder).sites[0].epsilon_all_honest == wanted
-    assert "If all 4 sites of each sum are honest" in report_of(folder).claim.sentence
+    assert "if all 4 sites of each sum are honest" in report_of(folder).claim.sentence
 
 
 def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +358,7 @@ def test_a_round_of_carried_refusals_alone_is_told_without_a_failure() -> None:
 def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dict[str, Any]) -> None:
     kind = spending({0: 2}, {})
     run_in_process({**summed, "rounds": 4, "privacy.drop-outs": 2}, 6, kind=kind)
-    assert kind.waited == [6, 6, 5, 5]
+    assert kind.waited == [6, 4, 4, 4]
 
 
 def alone_of(count: int) -> Any:

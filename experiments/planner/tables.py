@@ -48,7 +48,10 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
 def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:
     """Print the answer of ``--find``, its check, and how to use it."""
     console.print(f"{found.setting} = {found.value}", style="bold", markup=False)
-    console.print(f"  costs ε {epsilon_text(found.epsilon)} of {found.budget:g} at δ {job.config.privacy.delta:g}")
+    honest = job.config.privacy.honest_sites
+    rests = f", if {honest} sites of each sum are honest (h = {honest})" if job.mechanism.summed else ""
+    spent = epsilon_text(found.epsilon)
+    console.print(f"  costs ε {spent} of {found.budget:g} at δ {job.config.privacy.delta:g}{rests}")
     if found.next_value is None or found.next_epsilon is None:
         console.print("  the search ends here; the budget would allow more")
     else:
@@ -80,7 +83,8 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     central, whose, count = forecast.job.mechanism.central, "of each site", "steps"
     if central:
         whose, count = "of every site, by the server's ledger", "sums"
-    table = Table(title=f"ε {whose}, budget {budget:g} at δ {delta:g}")
+    at = f", h = {forecast.job.config.privacy.honest_sites}" if forecast.job.mechanism.summed else ""
+    table = Table(title=f"ε {whose}{at}, budget {budget:g} at δ {delta:g}")
     for column in ("after round", count, "ε (PLD)", "ε (RDP)", "left"):
         table.add_column(column, justify="right")
     for i in spread(len(forecast.rounds), MOST_LINES):

@@ -1,0 +1,115 @@
+"""The sites that a claim rests on where they share the noise of a sum: how many, and what holds if others are honest.
+
+No form of a report prints a figure of such a run without saying of how many honest sites it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.privacy import mechanism_of
+from common.privacy.figures import epsilon_text
+from common.strict_json import Endless
+from reports.folder import RunFiles
+from reports.sites import SiteReport, colluders_of, distinct, fewest_summed
+
+NOT_ADDED = "if no other site adds its noise, or the masks fail"
+THIS_RUN = "of this run's sums that counted"
+
+
+@dataclass(frozen=True)
+class MoreHonest:
+    """What a run's sums cost if more sites of each are honest than the claim counts on."""
+
+    honest_sites: int
+    epsilon: Endless
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """On whom the claim rests. Epsilons are of this run's sums that counted, the largest of all sites."""
+
+    honest_sites: int
+    """h: sites of each sum whose noise the claim counts on; 1: each site's own."""
+    summed: int
+    """Sites of the sum of fewest sites that counted; 0: none did."""
+    epsilon_alone: Endless | None
+    """If no other site adds its noise, or the masks fail; None: it cannot be computed from the run's files."""
+    more_honest: list[MoreHonest]
+    """All but ``privacy.colluders``, and all; those that are more than h."""
+
+    @property
+    def on_others(self) -> bool:
+        """Whether the claim counts on another site than a record's own, so that the price alone is another one."""
+        return self.honest_sites > 1
+
+
+def sharing_of(files: RunFiles, sites: Sequence[SiteReport]) -> Sharing | None:
+    """Return on whom a run's claim rests; None where no noise is shared.
+
+    Where sites counted on different numbers, the largest stands: with fewer honest ones not all of their claims hold.
+    """
+    mechanism, settings = mechanism_of(files.config.settings), files.config.settings
+    if mechanism is None or not mechanism.summed:
+        return None
+    counted = [figure for site in sites for figure in distinct(site.events, "honest_sites")]
+    asked = settings.get("privacy.honest-sites", 1)
+    honest, summed = int(max(counted, default=asked if isinstance(asked, int) else 1)), fewest_summed(files)
+    figures = {
+        summed - colluders_of(files): [site.epsilon_without_colluders for site in sites],
+        summed: [site.epsilon_all_honest for site in sites],
+    }
+    known = {number: [value for value in found if value is not None] for number, found in figures.items()}
+    more = [MoreHonest(number, max(found)) for number, found in known.items() if number > honest and found]
+    bare = [site.epsilon_alone for site in sites if site.epsilon_alone is not None]
+    return Sharing(honest, summed, max(bare, default=None), more)
+
+
+def at_h(sharing: Sharing | None) -> str:
+    """Return what stands behind the name of a column or an axis; empty where no noise is shared."""
+    return f", h = {sharing.honest_sites}" if sharing else ""
+
+
+def rests_on(sharing: Sharing | None) -> str:
+    """Return on how many honest sites a figure rests; empty where no noise is shared.
+
+    >>> rests_on(Sharing(3, 4, 6.74, []))
+    'as long as 3 sites of each sum are honest (h = 3)'
+    >>> rests_on(Sharing(1, 4, 3.0, []))
+    'whatever other sites do (h = 1)'
+    """
+    if sharing is None:
+        return ""
+    if sharing.honest_sites == 1:
+        return "whatever other sites do (h = 1)"
+    return f"as long as {sharing.honest_sites} sites of each sum are honest (h = {sharing.honest_sites})"
+
+
+def others_of(sharing: Sharing) -> list[str]:
+    """Return the claims beside that of h, each a condition with its ε: alone where h is above 1, and with more honest.
+
+    >>> others_of(Sharing(2, 4, 4.94, [MoreHonest(3, 2.4), MoreHonest(4, 2.1)]))[0]
+    'if no other site adds its noise, or the masks fail (alone): ε 4.940'
+    """
+    bare = epsilon_text(sharing.epsilon_alone, "not known, since it cannot be computed from the run's files")
+    told = [f"{NOT_ADDED} (alone): ε {bare}"] if sharing.on_others else []
+    for more in sharing.more_honest:
+        which = "all " if more.honest_sites == sharing.summed else ""
+        told.append(
+            f"if {which}{more.honest_sites} sites of each sum are honest (h = {more.honest_sites}): "
+            f"ε {epsilon_text(more.epsilon)}"
+        )
+    return told
+
+
+def beside(sharing: Sharing | None) -> str:
+    """Return what stands beside an ε, from its comma on: its condition, and the other claims; empty where none rests.
+
+    >>> beside(Sharing(1, 3, 4.94, [MoreHonest(2, 3.1)]))[:60]
+    ", whatever other sites do (h = 1); of this run's sums that c"
+    """
+    if sharing is None:
+        return ""
+    others = "; ".join(others_of(sharing))
+    return f", {rests_on(sharing)}" + (f"; {THIS_RUN}, {others}" if others else "")

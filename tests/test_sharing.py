@@ -1,0 +1,260 @@
+"""Figures of a run whose sites share the noise of a sum: in no form does one stand without its honest sites."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from made_run import DELTA, MadeRun
+from test_card import with_adapter
+
+from cli import report as summary
+from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.figures import bound_text, epsilon_text, remaining_text
+from reports import ReportData, report_of, write_reports
+from reports.annex import annex_of
+from reports.card import adapter_form, card_of
+from reports.declared import Declared
+from reports.fact_sheet import in_thousand
+from reports.markdown import to_markdown
+from reports.page import to_fact_sheet, to_html
+from reports.picture import picture_of, to_svg
+from reports.registry import registry_record
+from reports.signature import make_key
+
+SITES = {f"clinic-{i}": 2000 for i in range(4)}
+Marked = dict[str, set[str]]
+"""By a figure as it is printed: what must stand beside it, one of these."""
+
+
+def summed(folder: Path, honest: int, colluders: int) -> MadeRun:
+    """Return a finished run of four sites that share the noise of three sums; one of them was in two."""
+    own = {"privacy.honest-sites": honest, "privacy.colluders": colluders, "privacy.noise-multiplier": 0.7}
+    settings = {
+        "privacy.mode": "secure-sum",
+        "training.local-steps": 1,
+        "rounds": 3,
+        "training.optimizer": "sgd",
+        **own,
+    }
+    run = MadeRun(folder / "run", settings, SITES, dict.fromkeys(SITES, 0.7), honest=honest).start()
+    late = {"clinic-3": ("timeout", "no reply")}
+    return with_adapter(run.round(1, 0.7117).round(2, 0.7217).round(3, 0.7317, refusals=late).end())
+
+
+@pytest.fixture(scope="module")
+def shared(prices: None, tmp_path_factory: pytest.TempPathFactory) -> ReportData:
+    """The report of a run that counts on two of four sites, of which one may collude."""
+    del prices
+    return report_of(summed(tmp_path_factory.mktemp("shared"), 2, 1).folder)
+
+
+def figures_of(data: ReportData) -> Marked:
+    """Return every figure of a report that rests on honest sites, with its mark."""
+    found: Marked = {}
+
+    def add(mark: str, texts: Iterable[str]) -> None:
+        for text in texts:
+            found.setdefault(text, set()).add(mark)
+
+    assert data.sharing is not None
+    assert data.meaning is not None
+    own = f"h = {data.sharing.honest_sites}"
+    for site in data.sites:
+        assert site.epsilon_remaining is not None
+        add(own, map(epsilon_text, (site.epsilon_total, site.epsilon_recomputed, site.epsilon_rdp)))
+        add(own, [remaining_text(site.epsilon_remaining)])
+        add("alone", [epsilon_text(site.epsilon_alone)])
+    add(own, [epsilon_text(line.epsilon_worst) for line in data.rounds if line.round_number])
+    for more in data.sharing.more_honest:
+        add(f"h = {more.honest_sites}", [epsilon_text(more.epsilon)])
+    for mark, bounds in ((own, data.meaning.bounds), ("alone", data.meaning.alone)):
+        if bounds is not None:
+            add(mark, [bound_text(bounds.advantage)])
+            for attack in bounds.attacks:
+                add(mark, [bound_text(attack.true_positives), in_thousand(attack.true_positives)])
+            for several in bounds.several:
+                add(mark, [epsilon_text(several.epsilon, decimals=decimals) for decimals in (1, 3)])
+    return found
+
+
+def unmarked(blocks: Iterable[str], figures: Marked) -> list[tuple[str, str]]:
+    """Return each figure that stands in a block without what must be beside it, with the block."""
+    return [
+        (figure, block)
+        for block in blocks
+        for figure, marks in figures.items()
+        if re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d.])", block) and not any(mark in block for mark in marks)
+    ]
+
+
+# --- the forms, in the pieces that a reader takes in at once ----------------------------------------------------------
+
+
+def lines_and_tables(text: str) -> list[str]:
+    """Return Markdown's lines, and its tables whole."""
+    return [own for part in text.split("\n\n") for own in ([part] if part.startswith("|") else part.splitlines())]
+
+
+def of_markdown(data: ReportData) -> list[str]:
+    return lines_and_tables(to_markdown(data))
+
+
+def of_annex(data: ReportData) -> list[str]:
+    text = annex_of(data, Declared(), [], "0" * 64)
+    return [fact for line in text.splitlines() for fact in line.split("<br>")]
+
+
+def of_card(data: ReportData) -> list[str]:
+    _, head, body = card_of(data, Declared(), adapter_form(data), b"").split("---\n", 2)
+    private = yaml.safe_dump(yaml.safe_load(head)["differential_privacy"])
+    return [*lines_and_tables(body), private.replace("honest_sites: ", "h = ")]
+
+
+def of_registry(data: ReportData) -> list[str]:
+    told = yaml.safe_load(registry_record(data, Declared()))["deployment"]
+    loss = told.pop("privacy_loss")
+    lines = loss["privacy_parameters_details"].splitlines()
+    return [f"{loss['privacy_parameters']} {lines[1]}", *lines, *yaml.safe_dump(told).splitlines()]
+
+
+def pieces(page: str) -> list[str]:
+    """Return the words of a page's tables, figures, boxes, paragraphs and items, and what is left of it."""
+    found = []
+    for tag in ("style", "table", "figure", "div", "p", "li"):
+        pattern = rf"<{tag}[ >].*?</{tag}>"
+        found += re.findall(pattern, page, flags=re.S) if tag != "style" else []
+        page = re.sub(pattern, " ", page, flags=re.S)
+    return [html.unescape(re.sub(r"<[^>]+>", " ", part)) for part in [*found, page]]
+
+
+def of_page(data: ReportData) -> list[str]:
+    return pieces(to_html(data))
+
+
+def of_fact_sheet(data: ReportData) -> list[str]:
+    return pieces(to_fact_sheet(data))
+
+
+def of_picture(data: ReportData) -> list[str]:
+    said = re.findall(r'aria-label="([^"]*)"|<text[^>]*>([^<]*)<', to_svg(picture_of(data)))
+    return [html.unescape("".join(found)) for found in said]
+
+
+FORMS: dict[str, Callable[[ReportData], list[str]]] = {
+    "Markdown": of_markdown,
+    "page": of_page,
+    "fact sheet": of_fact_sheet,
+    "model card": of_card,
+    "registry": of_registry,
+    "annex": of_annex,
+    "picture": of_picture,
+}
+
+
+def forgetful(data: ReportData) -> ReportData:
+    """Return a report whose forms cannot know on whom it rests: the planted fault."""
+    assert data.meaning is not None
+    return replace(data, sharing=None, meaning=replace(data.meaning, honest_sites=0, alone=None))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_figure_stands_without_its_honest_sites_and_a_form_that_drops_them_is_found(
+    form: str, shared: ReportData
+) -> None:
+    figures, blocks = figures_of(shared), FORMS[form](shared)
+    assert unmarked(blocks, figures) == []
+    assert unmarked(FORMS[form](forgetful(shared)), figures), "the check is blind"
+    text = " ".join(blocks)
+    assert shared.sharing is not None
+    assert epsilon_text(shared.headline.epsilon) in text
+    assert f"{shared.sharing.epsilon_alone:.3f}"[:-1] in text, "the price alone is missing"
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "picture"])
+def test_what_an_attacker_finds_stands_beside_what_it_finds_alone(form: str, shared: ReportData) -> None:
+    text = " ".join(FORMS[form](shared))
+    assert shared.meaning is not None
+    assert shared.meaning.alone is not None
+    say = in_thousand if form == "fact sheet" else bound_text
+    for bounds in (shared.meaning.bounds, shared.meaning.alone):
+        for attack in bounds.attacks:
+            assert say(attack.true_positives) in text
+    assert shared.meaning.alone.attacks[1].true_positives > 1.2 * shared.meaning.bounds.attacks[1].true_positives
+
+
+def test_the_fact_sheet_does_not_say_that_a_shared_promise_holds_whatever_happens(shared: ReportData) -> None:
+    text = " ".join(of_fact_sheet(shared))
+    assert "whatever anybody else knows" not in text
+    assert "It holds as long as 2 sites of each sum are honest" in text
+    assert len(text.split()) < 600, "it is no page"
+
+
+def test_the_terminals_summary_and_the_verified_line_name_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = summed(tmp_path, 2, 1)
+    data = report_of(run.folder)
+    figures = figures_of(data)
+
+    def shown() -> list[str]:
+        summary.print_summary(run.folder)
+        table, *rest = re.split(r"\n(?=federation)", capsys.readouterr().out)
+        return [table, *"".join(rest).splitlines()]
+
+    blocks = shown()
+    assert unmarked(blocks, figures) == []
+    assert data.sharing is not None
+    assert any(epsilon_text(data.sharing.epsilon_alone) in block for block in blocks[1:])
+    make_key(tmp_path / "key.pem")
+    write_reports(run.folder, tmp_path / "key.pem")
+    summary.verify(run.folder, tmp_path / "key.pub.pem")
+    assert unmarked([line := capsys.readouterr().out], figures) == []
+    assert "(h = 2)" in line
+    monkeypatch.setattr("reports.report_of", lambda _: forgetful(data))
+    assert unmarked(shown(), figures), "the check is blind"
+
+
+def test_with_all_of_the_noise_at_each_site_both_claims_are_printed(tmp_path: Path) -> None:
+    data = report_of(summed(tmp_path, 1, 2).folder)
+    assert data.sharing is not None
+    # The smallest sum had three sites, so that one is left beside two colluders: the claim itself.
+    assert [more.honest_sites for more in data.sharing.more_honest] == [3]
+    assert (data.sharing.honest_sites, data.sharing.summed) == (1, 3)
+    figures = figures_of(data)
+    for name, form in FORMS.items():
+        blocks = form(data)
+        assert unmarked(blocks, figures) == [], name
+        if name != "picture":
+            text = " ".join(blocks)
+            assert "whatever other sites do (h = 1)" in text
+            assert epsilon_text(data.sharing.more_honest[0].epsilon) in text or name == "model card"
+            assert "no other site adds" not in text
+
+
+def test_full_noise_has_the_claim_of_all_but_the_colluders_too(tmp_path: Path) -> None:
+    """Four sites in each sum, of which two may collude: so two are honest, with √2 times the noise; and √4 with all."""
+    run = summed(tmp_path, 1, 2)
+    lines = run.lines("rounds.jsonl")
+    for line in lines:
+        line["participants"] = list(SITES)
+    (run.folder / "rounds.jsonl").write_text("")
+    for line in lines:
+        run.append("rounds.jsonl", line)
+    sharing = report_of(run.folder).sharing
+    assert sharing is not None
+    wanted = {n: epsilon([gaussian_release(0.7 * n**0.5, 0.05, 3)], DELTA) for n in (2, 4)}
+    assert {more.honest_sites: more.epsilon for more in sharing.more_honest} == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_run_without_shared_noise_says_nothing_of_honest_sites(tmp_path: Path) -> None:
+    run = with_adapter(MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.76).end())
+    data = report_of(run.folder)
+    assert data.sharing is None
+    for form in FORMS.values():
+        assert "h = " not in " ".join(form(data))
