@@ -71,7 +71,7 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     honest = sharing.honest_sites if sharing else 0
     bare = meaning_of(alone(releases_of_site(worst.site, files)), delta) if honest > 1 else None
     if per != RECORD:
-        # Of another unit a person may be one whole; in a sum it is one at each of its sites, and each has its own noise.
+        # Of another unit a person may be one whole; in a sum it is one at each of its sites, alone each has its noise.
         bounds = bounds if mechanism.summed else replace(bounds, several=[])
         bare = bare and replace(bare, several=[])
     caution = THIS_RUN if worst.agreement == "larger" else ""
