@@ -5,6 +5,7 @@
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys; more runs of Flower
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
+# make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
@@ -24,7 +25,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
+.PHONY: demo test test-deployment test-harness test-product audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -44,6 +45,9 @@ test-harness: environment
 	$(VENV)/harness/bin/pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c \
 	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["harness"])')"
 	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/test_harness.py
+
+test-product: environment
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product tests/test_contracts.py
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))
