@@ -203,8 +203,8 @@ SYSTEMS: tuple[System, ...] = (
     System("Block-LoRA", instead=BLOCK_LORA),
     System(
         "CoDyRA, from task to task",
-        instead="`fedveil merge RUN_FOLDER`, then a run with `model.name` the merged folder, charged to the same ledger "
-        "([by columns](strategies.md#by-columns-of-b))",
+        instead="`fedveil merge RUN_FOLDER`, then a run with `model.name` the merged folder, charged to the same "
+        "ledger ([by columns](strategies.md#by-columns-of-b))",
     ),
     System(
         "LoRAM",
