@@ -6,6 +6,8 @@
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys; more runs of Flower
 # make test-many   a secure sum of a hundred sites of which ten are lost; half a minute on one core
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
+# make test-peft   adapters and exports under the oldest PEFT that pyproject.toml allows, in an environment of its own
+# make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
@@ -22,10 +24,11 @@ VISION     := $(VENV)/.vision
 TEXTS      := $(VENV)/.texts
 
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-many test-deployment test-harness audit faults docs settings check format environment generative texts vision browser clean
+.PHONY: demo test test-many test-deployment test-harness test-peft test-product audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -48,6 +51,19 @@ test-harness: environment
 	$(VENV)/harness/bin/pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c \
 	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["harness"])')"
 	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/test_harness.py
+
+# It stands before the environment's own, whose other packages it takes.
+test-peft: environment
+	$(PYTHON) -m venv $(VENV)/peft
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$($(VENV)/peft/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(VENV)/peft/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
+	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
+	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py tests/test_dora.py tests/test_rslora.py \
+	  tests/test_exact_adapters.py tests/test_new_starts.py tests/test_systems.py
+
+test-product: environment
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product tests/test_contracts.py
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))

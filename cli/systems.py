@@ -17,6 +17,7 @@ from common.words import bytes_text
 from strategies import ROWS, STRATEGIES
 from strategies.job import Job, configure
 from strategies.renamed import REFUSED_STRATEGIES
+from strategies.systems import BLOCK_LORA
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, markdown, payload, preset_adapter
 
 AXES: Mapping[str, Mapping[str, type[Any]]] = {
@@ -77,6 +78,8 @@ SYSTEMS: tuple[System, ...] = (
     System("FedSA-LoRA", {"strategy": "fedsa-lora"}),
     System("rsLoRA", {"strategy": "fedavg-lora", "adapter.scale": "sqrt-rank"}),
     System("DoRA", {"strategy": "fedavg-lora", "adapter.name": "dora"}),
+    System("DoRA, exact: the magnitudes alone", {"strategy": "fedavg-lora", "adapter.name": "dora-magnitude"}),
+    System("DoRA, exact: norms frozen at the start", {"strategy": "fedavg-lora", "adapter.name": "dora-frozen-norm"}),
     System(
         "PiSSA",
         {
@@ -87,17 +90,72 @@ SYSTEMS: tuple[System, ...] = (
         },
         file="pissa",
     ),
-    System("PiSSA, A alone frozen", {"strategy": "ffa-lora", "adapter.start": "svd-of-weights"}),
-    System("MiLoRA, A alone frozen", {"strategy": "ffa-lora", "adapter.start": "minor-of-weights"}),
+    System(
+        "PiSSA, A alone frozen",
+        {"strategy": "ffa-lora", "adapter.start": "svd-of-weights", "adapter.alpha": 0.0},
+        file="pissa-a-frozen",
+    ),
+    System(
+        "MiLoRA, A alone frozen",
+        {"strategy": "ffa-lora", "adapter.start": "minor-of-weights", "adapter.alpha": 0.0},
+        file="milora-a-frozen",
+    ),
     System("MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards"}),
-    System("EVA from public text", {"strategy": "ffa-lora", "adapter.start": "eva"}),
-    System("EVA, paid for", {"strategy": "ffa-lora", "adapter.start": "dp-eva"}),
-    System("LoRA-GA, A alone, paid for", {"strategy": "ffa-lora", "adapter.start": "dp-lora-ga"}),
+    System(
+        "EVA from public text",
+        {"strategy": "ffa-lora", "adapter.start": "eva", "adapter.alpha": 0.0},
+        file="eva",
+    ),
+    System(
+        "EVA, paid for",
+        {"strategy": "ffa-lora", "adapter.start": "dp-eva", "adapter.alpha": 0.0},
+        file="eva-paid-for",
+    ),
+    System(
+        "LoRA-GA from public records",
+        {
+            "strategy": "fedavg-lora",
+            "adapter.name": "lora-increments",
+            "adapter.start": "lora-ga",
+            "start.data": "imdb-endings",
+        },
+        file="lora-ga",
+    ),
+    System(
+        "LoRA-GA from public records, A alone frozen",
+        {
+            "strategy": "ffa-lora",
+            "adapter.start": "lora-ga",
+            "start.data": "imdb-endings",
+            "adapter.alpha": 0.0,
+        },
+        file="lora-ga-a-frozen",
+    ),
+    System(
+        "LoRA-GA, A alone, paid for",
+        {"strategy": "ffa-lora", "adapter.start": "dp-lora-ga", "adapter.alpha": 0.0},
+        file="lora-ga-paid-for",
+    ),
     System("RandLoRA", {"strategy": "fedavg-lora", "adapter.name": "randlora"}),
     System(
         "LoLDU",
-        {"strategy": "fedavg-lora", "adapter.name": "lora-diagonal", "adapter.start": "lu-of-weights"},
+        {
+            "strategy": "fedavg-lora",
+            "adapter.name": "lora-diagonal",
+            "adapter.start": "lu-of-weights",
+            "adapter.alpha": 0.0,
+        },
         file="loldu",
+    ),
+    System(
+        "Singular values alone, LoLDU's control",
+        {
+            "strategy": "fedavg-lora",
+            "adapter.name": "lora-diagonal",
+            "adapter.start": "svd-of-weights",
+            "adapter.alpha": 0.0,
+        },
+        file="svd-diagonal",
     ),
     System(
         "S2-LoRA",
@@ -142,6 +200,20 @@ SYSTEMS: tuple[System, ...] = (
         file="align-guard",
     ),
     System("FedAdam (FedOpt)", {"strategy": "fedavg-lora", "server.optimizer": "adam"}),
+    System("Block-LoRA", instead=BLOCK_LORA),
+    System(
+        "CoDyRA, from task to task",
+        instead="`fedveil merge RUN_FOLDER`, then a run with `model.name` the merged folder, charged to the same "
+        "ledger ([by columns](strategies.md#by-columns-of-b))",
+    ),
+    System(
+        "LoRAM",
+        instead="`fedveil prune`, a run on the small model, `fedveil recover RUN_FOLDER` ([pruned bases](pruned.md))",
+    ),
+    System(
+        "LoRAPrune",
+        instead="a run with `server.scores = true`, then `fedveil prune --by RUN_FOLDER` ([pruned bases](pruned.md))",
+    ),
     System(
         "Intruder dimensions", instead="`fedveil intruders RUN_FOLDER` ([planning](planning.md#intruder-dimensions))"
     ),

@@ -9,7 +9,8 @@ new weights are exactly the mean of the sites' (``strategies.columns``). What di
 * LoRA's ``alpha / r_k`` at each site would be another scale at each: the scale is the run's, ``alpha / r``.
 
 A site says its rank once, as the node's setting ``rank``: it is public, like its size, so it may follow from a machine
-and never from records. Site k puts noise of norm ``s σC/b √(m r_k)`` into a layer's weights.
+and never from records. Site k puts noise of norm ``s σC/b √m ‖A_k‖`` into a layer's weights, with A_k the
+first r_k rows of A: √(m r_k) where these have length 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class HeterogeneousRanks(Columns):
     name: ClassVar[str] = "heterogeneous-ranks"
     paper: ClassVar[str] = "Cho et al. 2024, by increments"
     ranked: ClassVar[bool] = True
-    noise: ClassVar[str] = "s x_B A on r_k columns: norm s σC/b √(m r_k), A orthonormal"
+    noise: ClassVar[str] = "s x_B A on r_k columns: norm s σC/b √m ‖A_k‖, with rows of length 1 √(m r_k)"
 
     simulated: str = ""
     """Ranks of a simulation's sites, separated by commas, from the first on again where there are more sites. Empty:

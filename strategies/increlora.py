@@ -34,7 +34,7 @@ class IncreLoRA(ByEnergy):
 
     name: ClassVar[str] = "increlora"
     paper: ClassVar[str] = "Zhang et al. 2023"
-    noise: ClassVar[str] = "s x_B A on r_l columns: norm s σC/b √(m r_l), A orthonormal"
+    noise: ClassVar[str] = "s x_B A on r_l columns: norm s σC/b √m ‖A_l‖, with rows of length 1 √(m r_l)"
 
     start_columns: Annotated[int, POSITIVE, Unit("columns")] = 2
     """How many of every layer are trained in round 1."""

@@ -12,7 +12,7 @@ from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.data.sources import count_labels, known_labels
 from common.errors import ConfigError
-from common.messages.state import HEAD, METRIC, OWN, AdapterState
+from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
@@ -68,10 +68,15 @@ class Job:
     def begin(self, adapter: AdapterState, statistic: AdapterState) -> ServerState:
         """Return the state before round 1 from what server and sites derive and the mean statistic of round 0."""
         measured = {
-            layer: held if layer in OWN else self.adapter.begin(self.origin.from_statistic(held, self.adapter.rank))
-            for layer, held in statistic.items()
+            layer: held if layer in OWN else self._measured(adapter[layer], held) for layer, held in statistic.items()
         }
         return self.start(merge(adapter, measured))
+
+    def _measured(self, derived: Factors, statistic: Factors) -> Factors:
+        """Return every factor of one layer, in the directions that the statistic gives and in those of the seed."""
+        of_seed = {name: derived[name] for name in self.origin.from_seed if name in self.adapter.directions}
+        given = {**of_seed, **self.origin.from_statistic(statistic, self.adapter.rank)}
+        return self.adapter.fitted({**derived, **self.adapter.begin(given)})
 
     def summed(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
         """Return the layers of ``trained`` that a round sends: in a secure sum those alone that its steps are of.

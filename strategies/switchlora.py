@@ -36,7 +36,7 @@ class SwitchLoRA(Columns):
 
     name: ClassVar[str] = "switchlora"
     paper: ClassVar[str] = "Zhou et al. 2024"
-    noise: ClassVar[str] = "s x_B A on the window's w columns: norm s σC/b √(m w), A orthonormal"
+    noise: ClassVar[str] = "s x_B A on the window's w columns: norm s σC/b √m ‖A_w‖, with rows of length 1 √(m w)"
 
     window: Annotated[int, POSITIVE, Unit("columns")] = 4
     """How many columns of each layer are trained at a time; ``adapter.rank`` is how many there are."""

@@ -184,8 +184,13 @@ def start_table() -> str:
 
 def _start_row(start: type[Start]) -> list[str]:
     options = ", ".join(f"`{name} = {_toml(value)}`" for name, value in defaults(start).items())
-    cells = [f"`{start.name}`", said_of(start), start.needs, start().asked, ", ".join(start.gives)]
+    cells = [f"`{start.name}`", said_of(start), start.needs, start().asked, _given(start)]
     return [*cells, options or "none"]
+
+
+def _given(start: type[Start]) -> str:
+    asked = start().asked != "nobody"
+    return ", ".join(f"{name} (seed)" if asked and name in start.from_seed else name for name in start.gives)
 
 
 def rule_table() -> str:

@@ -31,7 +31,7 @@ from common.privacy import accounting, meaning
 LONGEST = (
     *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit", "test_compare"),
     *("test_docs", "test_optimizers", "test_real_faults", "test_shapes", "test_worker", "test_probe", "test_rows"),
-    *("test_server_optimizer", "test_metric_of_pairs"),
+    *("test_server_optimizer", "test_metric_of_pairs", "test_contracts"),
 )
 """Files with few tests that take long."""
 ROUGHLY_PRICED = (

@@ -36,8 +36,10 @@ from common.messages.tensors import merge
 from common.messages.wire import decode_reply, layout_of
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
+from common.privacy.record_level import DPSGD
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import InProcessTransport, run_in_process, simulated_nodes
+from server.aggregation import factors_of
 from server.app import FlowerTransport
 from server.conduct import conduct
 from server.optimizer import server_step
@@ -404,16 +406,26 @@ def four(toy_settings: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], 
     return settings, nodes
 
 
+@pytest.mark.parametrize("shortens", [False, True], ids=["as sent", "long ones shortened"])
 def test_four_sites_of_ranks_2_4_8_and_16_through_flower_are_the_mean_of_their_weights(
-    four: tuple[dict[str, Any], list[dict[str, Scalar]]], monkeypatch: pytest.MonkeyPatch
+    shortens: bool, four: tuple[dict[str, Any], list[dict[str, Scalar]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C1 and C5 on what travels: private, two rounds, each against the slow mean of the sites' whole weights."""
     settings, nodes = four
     monkeypatch.setattr("server.app.Message", flower_message)
     monkeypatch.setattr("server.app.POLL_SECONDS", 0.01)
     monkeypatch.setattr("client.app._in_simulation", lambda: True)
-    # Of sites as small as these one is often twice as long as the middle one, and honest: the mean alone is measured.
-    monkeypatch.setattr("server.aggregation.factors_of", lambda job, results, state: [1.0] * len(results))
+    told: list[dict[str, float]] = []
+
+    def factors(job: Any, results: Sequence[TrainResult], state: ServerState) -> list[float]:
+        # Of sites as small as these one is often twice as long as the middle one, and honest.
+        found = factors_of(job, results, state) if shortens else [1.0] * len(results)
+        told.append({result.site: factor for result, factor in zip(results, found, strict=True)})
+        return found
+
+    monkeypatch.setattr("server.aggregation.factors_of", factors)
+    if shortens:  # whatever is longer than the middle one
+        monkeypatch.setattr(DPSGD, "longest", 1.0)
     grid, job, states = LocalGrid(nodes, settings), configure(settings), list[ServerState]()
     saved = RunFolder._save
     monkeypatch.setattr(RunFolder, "_save", lambda own, kept: (states.append(kept.state), saved(own, kept)))
@@ -446,13 +458,14 @@ def test_four_sites_of_ranks_2_4_8_and_16_through_flower_are_the_mean_of_their_w
                 B = before.adapter[layer]["B"].double().clone()
                 assert factors["B"].shape[1] == reply.rank == FOUR[int(reply.site[-1])]
                 assert not torch.equal(factors["B"].double(), B[:, : reply.rank]), "nothing was trained"
-                B[:, : reply.rank] = factors["B"].double()
+                B[:, : reply.rank] += told[number - 1][reply.site] * (factors["B"].double() - B[:, : reply.rank])
                 whole = job.adapter.delta({"A": before.adapter[layer]["A"].double(), "B": B})
                 weights[layer] = weights.get(layer, torch.zeros_like(whole)) + reply.public_size * whole
         for layer, total in weights.items():
             held = now.adapter[layer]
             new = job.adapter.delta({"A": held["A"].double(), "B": held["B"].double()})
             assert float((new - total / sizes).norm() / new.norm()) < 1e-6, f"{layer} in round {number}"
+    assert [sum(factor < 1 for factor in by_site.values()) for by_site in told] == ([2, 2] if shortens else [0, 0])
 
 
 def test_a_site_that_changes_its_rank_does_not_count(

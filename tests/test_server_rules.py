@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from client.ledger.ledger import Ledger
+from common.adapters import LoRAFrozenA
 from common.errors import ConfigError, DataError, ModelError
 from common.messages.state import HEAD, AdapterState
+from common.model.base import load_base_model
 from common.nulls import LEVEL, edge_behind, noise_edge
 from common.run_lines import RoundLine, read_lines
+from common.starts import STARTS
 from experiments.in_process import run_in_process
 from server.model import ServerModel
 from server.optimizer import server_step
@@ -461,6 +465,38 @@ def test_a_threshold_runs_privately_and_what_noise_explains_does_not_move(
     assert not moved, "what moved is noise"
     plain = load_file(run_in_process({**loud, "server.rule": "none"}, 2, "plain") / "adapter/adapter_model.safetensors")
     assert all(bool(tensor.any()) for name, tensor in plain.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_rank_that_the_threshold_cuts_is_cut_in_the_export(
+    kept: int, model_folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = LoRAFrozenA(RANK, 6.0, ("query", "intermediate.dense"), STARTS["orthonormal"]())
+
+    def stock() -> Any:
+        return load_base_model(model_folder("bert"), "classification").module
+
+    model = adapter.attach(stock(), 1)
+    state, first = adapter.read(model), next(iter(adapter.layers(model)))
+    for number, (layer, factors) in enumerate(state.items()):
+        A, B = factors["A"].double(), draw(*factors["B"].shape, seed=number)
+        values = torch.linalg.svdvals(B @ A)
+        cut = float(values[kept - 1] + values[kept]) / 2 if layer == first else 0.0
+        factors["B"] = product_shrunk(B, A, cut).float()
+    assert bool(state[first]["B"].ne(0).all()), "no column is 0, and still the rank is lower"
+    adapter.export(model, state, tmp_path / "cut", "base")
+    ranks = PeftConfig.from_pretrained(tmp_path / "cut").rank_pattern  # type: ignore[attr-defined]
+    assert {name.replace("\\", ""): rank for name, rank in ranks.items()} == {
+        layer: kept if layer == first else RANK for layer in state
+    }
+    loaded = PeftModel.from_pretrained(stock(), tmp_path / "cut")
+    for layer, held in adapter.layers(loaded).items():
+        assert held.lora_A["default"].weight.shape[0] == (kept if layer == first else RANK)
+        wanted = adapter.delta({name: t.double() for name, t in state[layer].items()})
+        assert torch.allclose(held.get_delta_weight("default").double(), wanted, atol=1e-5)
+    monkeypatch.setattr(LoRAFrozenA, "reduced", lambda own, state: state)
+    adapter.export(model, state, tmp_path / "whole", "base")
+    assert not PeftConfig.from_pretrained(tmp_path / "whole").rank_pattern  # type: ignore[attr-defined]
 
 
 # --- all rules --------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ from typing import ClassVar
 import pytest
 from safetensors.torch import load_file
 
+from audits.tiny_models import write_reviews
 from cli.reference import systems_page
 from cli.systems import AXES, CONFIGS, SYSTEMS, System, named_rows, system_table, text_of, title_of, unnamed_rows
 from common.config.text import flatten, parse_settings
 from common.errors import ConfigError
 from common.run_lines import RoundLine, read_lines
+from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.sweep.file import read_sweep
 from server.checkpoint import saved_state
@@ -99,8 +101,14 @@ def test_a_system_runs_two_rounds_by_what_its_row_says(system: System, request: 
     own = {key: value for key, value in toy.items() if key not in OWN}
     kept = {key: value for key, value in settings.items() if key not in PLACES}
     scale = {"adapter.alpha": float(own["adapter.rank"])}  # 1, as in the plain job
+    if "start.data" in kept:
+        kept["start.data"] = str(write_reviews(Path(str(toy["output"])).parent / "public.csv", 40, seed=1))
     folder = run_in_process({**own, **scale, **kept, "data.test-size": 20}, 2)
-    assert [line.round_number for line in read_lines(RoundLine, folder) if line.round_number] == [1, 2]
+    lines = [line for line in read_lines(RoundLine, folder) if line.round_number]
+    assert [line.round_number for line in lines] == [1, 2]
+    scored = evaluate_run(folder)
+    assert scored.loss == pytest.approx(lines[-1].loss, rel=1e-5), "the saved adapter does not score like the run"
+    assert scored.accuracy == lines[-1].accuracy
     assert saved_state(folder).round_number == 2
     tensors = load_file(next((folder / "adapter").glob("adapter_model.safetensors")))
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())

@@ -137,6 +137,10 @@ class Adapter(ABC):
         zeros = {factor: torch.zeros(shape) for factor, shape in self.shapes(out, into).items()}
         return {**zeros, **self.begin(self.origin.factors(place, self.directions))}
 
+    def fitted(self, factors: Factors) -> Factors:
+        """Return every factor of one layer; what hangs on a factor that a statistic has moved is made to fit it."""
+        return factors
+
     @abstractmethod
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return the change of the layer's weight, shape (out, in), in the factors' dtype.
@@ -285,6 +289,10 @@ class Adapter(ABC):
         del state, shapes
         return {}
 
+    def reduced(self, state: AdapterState) -> AdapterState:
+        """Return the state to export, in a basis in which what says nothing is a column of 0, where there is such."""
+        return state
+
     def used(self, state: AdapterState) -> dict[str, Tensor]:
         """Return the columns of each layer to export, where some of the adapter's say nothing; empty: all of them."""
         del state
@@ -307,6 +315,7 @@ class Adapter(ABC):
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
+        state = self.reduced(state)
         used = self.used(state)
         kept = {name: layer for name, layer in self.layers(model).items() if name not in used or len(used[name])}
         for name, layer in kept.items():

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.adapters.lora import LoRA
 from common.messages.state import OWN, AdapterState, Factors
+
+NEGLIGIBLE = 1e-6
+"""Singular values of B below this share of the largest are float32's rounding."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class LoRAFrozenA(LoRA):
         del out
         return self.rank / into
 
+    def reduced(self, state: AdapterState) -> AdapterState:
+        """Return every B with as many columns that are not 0 as its rank: a rule at the server may have lowered that."""
+        return {layer: factors if layer in OWN else in_own_basis(factors) for layer, factors in state.items()}
+
     def used(self, state: AdapterState) -> dict[str, Tensor]:
         """Return the columns of B that are not 0, of every layer, where some layer has others: such were never trained.
 
@@ -57,3 +65,18 @@ class LoRAFrozenA(LoRA):
         return {
             layer: self.of_columns(factors, torch.arange(rank)) for layer, factors in state.items() if layer not in OWN
         }
+
+
+def in_own_basis(factors: Factors) -> Factors:
+    """Return the pair of the same product whose first columns of B are its singular vectors, and the others 0.
+
+    A pair whose B has no more columns than its rank, but for columns of 0, comes back as it is.
+    """
+    A, B = factors["A"].double(), factors["B"].double()
+    U, values, Vt = torch.linalg.svd(B, full_matrices=False)
+    rank = int((values > NEGLIGIBLE * values[0]).sum())
+    if rank >= int(B.ne(0).any(0).sum()):
+        return factors
+    rest = len(A) - rank
+    made = {"A": F.pad(Vt[:rank] @ A, (0, 0, 0, rest)), "B": F.pad(U[:, :rank] * values[:rank], (0, rest))}
+    return {name: made[name].to(factors[name].dtype) for name in factors}

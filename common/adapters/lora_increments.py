@@ -6,8 +6,8 @@ factors have moved: W = W0 + (B + dB) (A + dA) - B A. Gradients, clip and noise 
 factors themselves; only weight decay is another, as it draws towards the start. At the start nothing is added, to the
 last bit, also where a residual base in half precision would be another model.
 
-PiSSA is this adapter in the start ``svd-of-weights`` with ``start.singular-values``; LoRA-GA (Wang, Yu, Li 2024) in a
-start from a gradient, without the factor m^(1/4) / √γ of its ``stable`` scale. The scale s is 1 whatever
+PiSSA is this adapter in the start ``svd-of-weights`` with ``start.singular-values``; LoRA-GA (Wang, Yu, Li 2024) in
+``lora-ga``, without the factor m^(1/4) / √γ of its ``stable`` scale. The scale s is 1 whatever
 ``adapter.alpha`` says, as in PiSSA's experiments: B A is what the start gives.
 
 Averages are off by Σ p_k (dB_k - mean) (dA_k - mean); the start drops out of it. Stock PEFT loads a pair of rank 2 r,

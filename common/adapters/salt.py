@@ -68,11 +68,15 @@ class SALT(Mapped):
                 f"but {layer_name} has {into}: choose a rank of at most {into // 2}"
             )
         factors = super().start(layer_name, layer, seed)
-        reached = torch.linalg.qr(factors["A"].double().T)[0]
         drawn = torch.randn(into, self.rank, generator=stream(seed, "adapter", layer_name, "C"), dtype=torch.float64)
+        return self.fitted({**factors, "C": drawn.T})
+
+    def fitted(self, factors: Factors) -> Factors:
+        """Return C without what A reaches, its rows orthonormal."""
+        reached, rows = torch.linalg.qr(factors["A"].double().T)[0], factors["C"].double().T
         for _ in range(2):  # once leaves what rounding brought in
-            drawn = drawn - reached @ (reached.T @ drawn)
-        q, r = torch.linalg.qr(drawn)
+            rows = rows - reached @ (reached.T @ rows)
+        q, r = torch.linalg.qr(rows)
         return {**factors, "C": (q * torch.sign(torch.diagonal(r))).T.contiguous().float()}
 
     def change(

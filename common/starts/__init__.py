@@ -57,7 +57,10 @@ STARTS: dict[str, type[Start]] = {
 
 
 def check_directions(start: Start, adapter: type[Adapter]) -> None:
-    """Raise ConfigError unless a start gives all directions that an adapter asks for; it names the starts that do."""
+    """Raise ConfigError unless a start gives all directions that an adapter asks for; it names the starts that do.
+
+    Of what the adapter asks for, something must come from the statistic of round 0, where there is one.
+    """
     lacking = sorted(set(adapter.directions) - set(start.gives))
     if lacking:
         fitting = ", ".join(name for name, other in STARTS.items() if set(adapter.directions) <= set(other.gives))
@@ -65,6 +68,16 @@ def check_directions(start: Start, adapter: type[Adapter]) -> None:
             f"adapter.start {start.name!r} gives no {' and '.join(lacking)}, which the adapter {adapter.name!r} begins "
             f"with: set adapter.start to one that does ({fitting})"
         )
+    if start.asked != "nobody" and adapter.directions and set(adapter.directions) <= set(start.from_seed):
+        raise ConfigError(
+            f"adapter.start {start.name!r} asks the {start.asked} where {_others(start)} begins, and the adapter "
+            f"{adapter.name!r} begins with {' and '.join(adapter.directions)} alone, which is from the seed there: "
+            "leave adapter.start at 'orthonormal', which gives the same"
+        )
+
+
+def _others(start: Start) -> str:
+    return " and ".join(direction for direction in start.gives if direction not in start.from_seed)
 
 
 __all__ = ["STARTS", "Labels", "PaidStart", "Start", "UnpaidStart", "check_directions"]

@@ -71,6 +71,9 @@ class Start(ABC):
     """What it is made from, besides the run's public seed."""
     gives: ClassVar[tuple[str, ...]] = ("A", "B")
     """The directions that it has; an adapter that asks for more is refused."""
+    from_seed: ClassVar[tuple[str, ...]] = ()
+    """Those of them that a statistic says nothing of: they stay as ``factors`` has them. An adapter that begins with
+    these alone is refused, because round 0 would be for nothing."""
     opens_weights: ClassVar[bool] = False
     """Whether it is made from a gradient of the adapted layers' own weights, by whoever is asked."""
 
@@ -159,7 +162,10 @@ class Start(ABC):
         raise self._asks_nobody()
 
     def from_statistic(self, statistic: Factors, rank: int) -> Factors:
-        """Server: return from one layer's mean statistic ``A`` and ``B`` as of ``factors``, and ``R`` if it moves W."""
+        """Server: return ``A`` and ``B`` from one layer's mean statistic, as of ``factors``, and ``R`` if it moves W.
+
+        Directions that are ``from_seed`` are not among them.
+        """
         raise self._asks_nobody()
 
     def complete(

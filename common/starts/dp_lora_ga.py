@@ -37,6 +37,7 @@ class DPLoRAGA(PaidGradient):
     """A spans the leading right singular vectors of a sketch of the sites' noised gradient; B is random."""
 
     name: ClassVar[str] = "dp-lora-ga"
+    from_seed: ClassVar[tuple[str, ...]] = ("B",)
 
     oversampling: Annotated[int, NOT_NEGATIVE, Unit("rows")] = 0
     """Rows that the sketch of a layer has beyond the adapter's rank."""

@@ -34,6 +34,7 @@ class EVA(FromText):
     """The rows of A are the leading eigenvectors of a layer's second moment of inputs; B is random, from the seed."""
 
     name: ClassVar[str] = "eva"
+    from_seed: ClassVar[tuple[str, ...]] = ("B",)
 
     centred: bool = False
     """Whether the mean input is taken out, as in the paper."""

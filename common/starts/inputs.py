@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ MASK = "attention_mask"
 @dataclass(frozen=True)
 class OfInputs(Start):
     """A start whose A is made of the sites' moments; which records, and at what price, the row says."""
+
+    from_seed: ClassVar[tuple[str, ...]] = ("B",)
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the moments are there."""

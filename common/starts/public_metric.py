@@ -68,6 +68,12 @@ class PublicMetric(FromText):
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse an adapter that would not begin in B."""
         super().check(config, adapter)
+        if not adapter.directions and self.asked == "server" and config.head.metric != "public":
+            raise ConfigError(
+                f"adapter.start {self.name!r} asks the server where factors and the head begin, and the adapter "
+                f"{adapter.name!r} has no factors for it: set head.metric to 'public', or leave adapter.start at "
+                "'orthonormal'"
+            )
         if "A" in adapter.directions:
             raise ConfigError(
                 f"adapter.start {self.name!r} gives no A, which the adapter {adapter.name!r} begins with: "
