@@ -18,6 +18,7 @@ from rich.console import Console
 from audits import faults
 from audits.account import audit_account
 from audits.canary import probe_all
+from audits.class_means import EACH_CLIPPED, audit_class_means
 from audits.concurrent import bouts_of_all
 from audits.faults import SOUND
 from audits.finding import audit_file, quiet, show
@@ -53,6 +54,9 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
     for world in worlds:
         couples = () if world.model.head else (faults.TOKEN_MEAN,)
         seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, *couples)]
+        if world.model.head:
+            each = (SOUND, faults.DOUBLED, EACH_CLIPPED)
+            seen += [audit_class_means(world.model, world.records, fault) for fault in each]
         seen += [audit_persons(world, fault) for fault in (SOUND, faults.ROW_CLIPPED, faults.PERSON_DIVIDED)]
     return seen
 

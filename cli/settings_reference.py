@@ -12,7 +12,7 @@ from typing import Any
 from common.check import Rule, nearest
 from common.config.asked import RunSettings
 from common.config.fields import kebab, kinds_of, rules_of, unit_of
-from common.config.sections import Columns, Scalar
+from common.config.sections import Columns, ModelConfig, Scalar
 from common.config.text import toml_value
 from common.docstrings import fields_said, said_of
 from common.errors import ConfigError
@@ -200,12 +200,18 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
         yield from _of_section(kinds[item.name], f"{prefix}{kebab(item.name)}.")
 
 
+_OF_IMAGES = RunSettings(model=ModelConfig(task="image-classification"))
+
+
 def _filled(key: str) -> str:
     """Return what recipes fill in for a setting, as a sentence of its meaning; empty: none does."""
     if key not in FILLED:
         return ""
-    values = {name: row.settings(Asked(RunSettings())).get(key) for name, row in RECIPES.items()}
-    told = [f"{toml_value(value)} of `{name}`" for name, value in values.items() if value is not None]
+    told: list[str] = []
+    for name, row in RECIPES.items():
+        words, images = (row.settings(Asked(run)).get(key) for run in (RunSettings(), _OF_IMAGES))
+        told += [f"{toml_value(words)} of `{name}`"] if words is not None else []
+        told += [f"{toml_value(images)} of `{name}` for images"] if images not in (None, words) else []
     rest = declared_settings()[key]
     other = [] if rest == AUTO else [f"else {toml_value(rest)}"]
     return f" Left to the recipe: {', '.join([*told, *other])}."

@@ -17,6 +17,7 @@ from strategies.job import configure, declared_settings, known_settings, with_re
 from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 
 MANY = "a,b,c,d,e"
+IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "data.name": "textile-images"}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ MANY = "a,b,c,d,e"
         ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and that takes 3 at most"),
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
         ({"rounds": 6}, "head-only", "because rounds is 6, and that takes 10 at least"),
-        ({"privacy.mode": "none"}, "plain", ""),
+        ({"privacy.mode": "none"}, "plain", "recipe is 'plain' and not 'metric', because privacy.mode is 'none'"),
         ({"strategy": "fed-sb"}, "plain", ""),
         ({"rounds": 6, "adapter.rank": 4}, "plain", "because rounds is 6"),
         ({"head-rate": 0, "training.sample-rate": 0.0}, "metric", ""),  # 0 leaves them open
@@ -43,8 +44,18 @@ MANY = "a,b,c,d,e"
         ({"head.policy": "frozen"}, "plain", "because head.policy is set: write recipe = 'metric' to keep that"),
         ({"server.optimizer": "adam"}, "plain", "because server.optimizer is set: write recipe = 'metric'"),
         ({"training.sample-rate": 0.5}, "plain", "because training.sample-rate is set: write"),
-        ({"model.quantise": "8bit"}, "plain", ""),
-        ({"model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"}, "plain", ""),
+        ({"model.quantise": "8bit"}, "plain", "because model.quantise or model.checkpointing is set"),
+        (
+            {"model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"},
+            "plain",
+            "recipe is 'plain' and not 'metric', because model.task is 'causal-lm'",
+        ),
+        (IMAGES, "head-only", "recipe is 'head-only' and not 'metric', because model.task is 'image-classification'"),
+        ({**IMAGES, "head.start": "zeros"}, "head-only", "because model.task is 'image-classification'"),
+        ({**IMAGES, "head.start": "random"}, "plain", "because head.start is set"),
+        ({**IMAGES, "privacy.mode": "none"}, "plain", "because privacy.mode is 'none'"),
+        ({**IMAGES, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "head-only", "because model.task is"),
+        ({**IMAGES, "strategy": "fed-sb"}, "plain", ""),
         ({"recipe": "plain"}, "plain", ""),
         ({"recipe": "head-only"}, "head-only", ""),
     ],

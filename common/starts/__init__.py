@@ -10,6 +10,7 @@ from __future__ import annotations
 from common.adapters import Adapter
 from common.errors import ConfigError
 from common.starts.base import Labels, PaidStart, Start, UnpaidStart
+from common.starts.class_means import ClassMeans
 from common.starts.dp_eva import DPEVA
 from common.starts.dp_gradient import DPGradient
 from common.starts.dp_lora_ga import DPLoRAGA
@@ -46,6 +47,7 @@ STARTS: dict[str, type[Start]] = {
         PublicGradient,
         PublicMetric,
         Probe,
+        ClassMeans,
         DPGradient,
         PrivateGradient,
         DPEVA,

@@ -9,6 +9,7 @@ gives travels once. What records are used, and what that costs, is stated here a
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,13 +21,13 @@ from torch import Tensor
 from common.accountant import INITIALISATION
 from common.adapters import Adapter, Place
 from common.check import CLIP_NORM, POSITIVE, Interval
-from common.config.fields import Unit, check_fields
+from common.config.fields import RATIO, Unit, check_fields
 from common.config.sections import PrivacyConfig, RunConfig
 from common.errors import ConfigError
 from common.messages.state import METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release
+from common.privacy.accounting import Release, check_terms, least_noise
 from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
 from common.randomness import stream
@@ -248,6 +249,28 @@ class PaidStart(Start):
 
         ``before_pass`` is called before each pass, and may raise. Without a record it is noise alone.
         """
+
+
+@dataclass(frozen=True)
+class PaidByShare(PaidStart):
+    """A paid start whose noise follows from the part of the run's budget that it takes."""
+
+    share: Annotated[float, Interval(0, 1, or_zero=True), RATIO] = 0.25
+    """Part of the run's budget for round 0, where ``noise-multiplier`` is left at its default: its releases have
+    share^(-1/2) times the noise with which they would use up all. 0: the default itself."""
+
+    def within(self, privacy: PrivacyConfig) -> Self:
+        """Return the start with the noise of its share of the budget: of many small steps, 1/σ² adds up about so.
+
+        Of one release that is not small the share is of 1/σ² as well, which is what its noise is worth.
+        """
+        if not self.share or self.noise_multiplier != PaidStart.noise_multiplier or not privacy.mechanism.charged:
+            return self
+        count = self.release().count
+        event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
+        check_terms([Release(event, count)], privacy.delta)  # a server may ask for any
+        least = least_noise(event, privacy.epsilon, privacy.delta, count)
+        return dataclasses.replace(self, noise_multiplier=least / math.sqrt(self.share))
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ class FromText(Start):
 
     text: str = "auto"
     """The public text: ``phrases`` or ``prose``, which come with FedVeil, ``made-up`` (words drawn from the model's
-    vocabulary), the name of a data set, of which the sentences are taken, or a file of the server's, one text a line;
-    ``auto``: what suits the start. A text that stands among the run's own records is refused."""
+    vocabulary, or textures where records are images), the name of a data set, of which the sentences are taken, or a
+    file of the server's, one text a line; ``auto``: what suits the start. A text that stands among the run's own
+    records is refused."""
     text_sha256: Annotated[str, Digits(64, "sha256sum")] = ""
     """SHA-256 of a file's bytes; of a data set's sentences where FedVeil does not know it."""
     records: Annotated[int, POSITIVE, Unit("records")] = 256
@@ -55,9 +56,10 @@ class FromText(Start):
                 "it empty, or name a file as start.text"
             )
         check_named(found.text, found.text_sha256, config.data)
-        if not TASKS[config.model.task].worded:
+        if found.text != MADE_UP and not TASKS[config.model.task].worded:
             raise ConfigError(
-                f"adapter.start {self.name!r} is made from text, and model.task {config.model.task!r} has none"
+                f"start.text is {found.text!r}, and the records of model.task {config.model.task!r} hold no words: set "
+                "start.text to 'made-up'"
             )
 
     def resolved(self) -> Self:

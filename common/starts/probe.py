@@ -9,7 +9,6 @@ makes B and V from public text around that: what it does with a release costs no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -18,19 +17,18 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from common.adapters import Adapter, Place
-from common.check import POSITIVE, Interval
+from common.check import POSITIVE
 from common.config.fields import RATIO, Unit
 from common.config.schedule import learning_rate
-from common.config.sections import PrivacyConfig, RunConfig
+from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release, check_terms, least_noise
-from common.privacy.events import sampled_gaussian
+from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
 from common.privacy.steps import Around
-from common.starts.base import Labels, Needs, PaidStart
+from common.starts.base import Labels, Needs, PaidByShare
 from common.starts.public_metric import PublicMetric
 from common.starts.public_text import MADE_UP
 from common.tasks import TASKS, Record
@@ -41,7 +39,7 @@ TEXTS = 512
 
 
 @dataclass(frozen=True)
-class Probe(PaidStart, PublicMetric):
+class Probe(PaidByShare, PublicMetric):
     """The head that the sites fitted, and around it B and V as of ``public-metric``; A begins at 0."""
 
     name: ClassVar[str] = "probe"
@@ -49,9 +47,6 @@ class Probe(PaidStart, PublicMetric):
     gives: ClassVar[tuple[str, ...]] = ("B", "V", METRIC)
     on_features: ClassVar[bool] = True
 
-    share: Annotated[float, Interval(0, 1, or_zero=True), RATIO] = 0.25
-    """Part of the run's budget for the steps, where ``noise-multiplier`` is left at its default: they have share^(-1/2)
-    times the noise with which they would use up all. 0: the default itself."""
     head_clip_share: Annotated[float, POSITIVE, RATIO] = 0.3
     """As ``clip-share``, of the head's gradients by made-up words: what their features are scaled to."""
     steps: Annotated[int, POSITIVE, Unit("steps")] = 40
@@ -77,15 +72,6 @@ class Probe(PaidStart, PublicMetric):
                 f"adapter.start {self.name!r} fits the head, and head.policy {config.head.policy!r} sends none: set "
                 "head.policy to 'trained', or adapter.start to 'public-metric'"
             )
-
-    def within(self, privacy: PrivacyConfig) -> Probe:
-        """Return the start with the noise of its share of the budget: of many small steps, 1/σ² adds up about so."""
-        if not self.share or self.noise_multiplier != PaidStart.noise_multiplier or not privacy.mechanism.charged:
-            return self
-        event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
-        check_terms([Release(event, self.steps)], privacy.delta)  # a server may ask for any
-        least = least_noise(event, privacy.epsilon, privacy.delta, self.steps)
-        return replace(self, noise_multiplier=least / math.sqrt(self.share))
 
     @property
     def unfit(self) -> str:

@@ -94,6 +94,8 @@ class PublicMetric(FromText):
             return (
                 "no phrase about a label is a pair, so B's columns are those of public texts in pairs, of drawn labels"
             )
+        if self.outputs == "public" and not TASKS[config.model.task].worded:
+            return "records hold no words, so B's columns are those of made-up ones, of drawn labels"
         return ""
 
     def _pointless(self, labelled: bool) -> bool:
@@ -118,7 +120,8 @@ class PublicMetric(FromText):
         texts = self._wording(model, config, labels)
         paired = is_paired(config.data, config.model.task)
         state: AdapterState = {}
-        telling = texts[:TELLING] if paired or not labels.names else _labelled(model, labels)
+        told_by_texts = paired or not labels.names or not model.reading.worded
+        telling = texts[:TELLING] if told_by_texts else _labelled(model, labels)
         columns = self._columns(model, telling) if model.adapter.directions else {}
         scaling = model.adapter.scaling
         for layer, B, by_column in _moments(model, texts, columns):

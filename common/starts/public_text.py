@@ -32,7 +32,7 @@ OWN_PROSE = "prose"
 SHIPPED = {PACKAGED: tuple(phrase for phrases in SENTIMENT for phrase in phrases), OWN_PROSE: PROSE}
 """The texts that come with FedVeil."""
 MADE_UP = "made-up"
-"""What it calls words drawn from the base model's vocabulary, which are no text of anyone's."""
+"""What it calls words drawn from the base model's vocabulary, or textures where records are images: nobody's."""
 OF_NO_ONE = (*SHIPPED, MADE_UP)
 """Texts that are in no source of records."""
 
@@ -81,10 +81,10 @@ def words_of(source: str, sha256: str) -> str:
     """Return in words which public text a start was made from, and who says that it is public.
 
     >>> words_of("made-up", "")
-    'none: words drawn from the vocabulary of the base model'
+    'none: made-up records, of words of the base model or of textures'
     """
     if source == MADE_UP:
-        return "none: words drawn from the vocabulary of the base model"
+        return "none: made-up records, of words of the base model or of textures"
     if source in SHIPPED:
         return f"{source} that comes with FedVeil, SHA-256 {sha256}"
     return (

@@ -28,6 +28,7 @@ from common.tasks.images import Picture, is_image_folder, read_image, read_image
 from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
 from common.tasks.tables import Table
+from common.tasks.textures import made_up_image
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -170,15 +171,11 @@ class ImageClassification(Task):
         return {**like, PIXELS: like[PIXELS].new_zeros(like[PIXELS].shape), "labels": 0}
 
     def inventor(self, base: BaseModel, limit: int) -> Inventor:
-        """Return what draws every pixel by the record's number; all sizes are one."""
-        import torch
-
+        """Return what draws textures by the record's number (``common.tasks.textures``); all sizes are one."""
         side = _side(base, limit)
 
         def invent(size: int, number: int, label: int) -> Record:
-            draw = torch.Generator().manual_seed(number)
-            pixels = torch.randint(256, (3, side, side), generator=draw, dtype=torch.uint8)
-            return {PIXELS: pixels, "labels": label, TOKENS: limit}
+            return {PIXELS: made_up_image(number, side), "labels": label, TOKENS: limit}
 
         return invent
 

@@ -10,18 +10,24 @@ from collections.abc import Mapping
 
 from common.check import OneOf
 from common.config.asked import RunSettings
-from common.config.sections import PrivacyConfig, Scalar
+from common.config.sections import ModelConfig, PrivacyConfig, Scalar
 from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.head_only import HeadOnly
 from strategies.recipes.metric import PublicMetricRecipe
 from strategies.recipes.plain import Plain
-from strategies.recipes.whole import own_method, set_aside
+from strategies.recipes.whole import names_method, own_method, set_aside
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (PublicMetricRecipe(), HeadOnly(), Plain())}
 AUTO = "auto"
 """What ``recipe`` calls the first row that suits the run, and a setting that the recipe fills in."""
 
-_RUNS = (RunSettings(), RunSettings(privacy=PrivacyConfig(mode="secure-sum")))
+_IMAGES = ModelConfig(task="image-classification")
+_RUNS = (
+    RunSettings(),
+    RunSettings(privacy=PrivacyConfig(mode="secure-sum")),
+    RunSettings(model=_IMAGES),
+    RunSettings(model=_IMAGES, privacy=PrivacyConfig(mode="secure-sum")),
+)
 FILLED = tuple(dict.fromkeys(key for row in RECIPES.values() for run in _RUNS for key in row.settings(Asked(run))))
 """Keys of the settings that some recipe fills in, so that they are ``auto`` by default."""
 
@@ -30,7 +36,7 @@ OPEN_AT_ZERO = ("head-rate", "training.local-steps", "training.sample-rate", "tr
 
 
 def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
-    """Return the recipe of a run, and why ``auto`` is not the first row where nobody asked for another method.
+    """Return the recipe of a run, and why ``auto`` is not the first row unless another method was named.
 
     Raises:
         ConfigError: no recipe is called ``named``.
@@ -41,9 +47,9 @@ def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
     reasons = [row.unfit(asked) for row in RECIPES.values()]
     chosen = next(row for row, reason in zip(RECIPES.values(), reasons, strict=True) if not reason)
     first, why = next(iter(RECIPES)), own_method(asked)
-    if not reasons[0] or (why and not set_aside(why)):
+    if not reasons[0] or names_method(why):
         return chosen, ""
-    keep = f": write recipe = {first!r} to keep that" if why else ""
+    keep = f": write recipe = {first!r} to keep that" if set_aside(why) else ""
     return chosen, f"recipe is {chosen.name!r} and not {first!r}, because {reasons[0]}{keep}"
 
 

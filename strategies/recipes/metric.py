@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.config.sections import Scalar
+from common.tasks import TASKS
 from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.whole import own_method
 
@@ -36,6 +37,8 @@ class PublicMetricRecipe(Recipe):
         """Return what is not for it: another method, many labels, few rounds."""
         if told := own_method(asked):
             return told
+        if not TASKS[asked.settings.model.task].worded:
+            return f"model.task is {asked.settings.model.task!r}"
         if not asked.labels:
             return "nothing says how many labels there are, which data.labels may"
         if asked.labels > MOST_LABELS:

@@ -1,4 +1,4 @@
-"""Nothing filled in: each setting is what its own description says."""
+"""Nothing filled in: each setting is what its own description says. A head of images starts at zero."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.config.sections import Scalar
+from common.tasks import TASKS
 from strategies.recipes.base import Asked, Recipe
 
 
@@ -22,6 +23,6 @@ class Plain(Recipe):
         return ""
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
-        """Return none."""
-        del asked
-        return {}
+        """Return none, but for a head that no words can start."""
+        task = TASKS.get(asked.settings.model.task)
+        return {"head.start": "zeros"} if task and task.labelled and not task.worded else {}

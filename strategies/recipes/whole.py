@@ -22,19 +22,28 @@ def own_method(asked: Asked) -> str:
     """Return what in a run's settings is not for a recipe of a private run with labels, in words; empty: nothing."""
     run = asked.settings
     mechanism, task = run.privacy.mechanism, TASKS.get(run.model.task)
-    if not mechanism.claims or mechanism.central or "public records" not in mechanism.starts:
-        return f"privacy.mode is {run.privacy.mode!r}"
-    if task is None or not task.labelled or not task.worded:
-        return f"model.task is {run.model.task!r}"
     if run.strategy != STRATEGY:
         return f"strategy is {run.strategy!r}"
+    if named := next((key for key in METHODS if key in asked.given), ""):
+        return f"{named} is set"
+    if not mechanism.claims or mechanism.central or "public records" not in mechanism.starts:
+        return f"privacy.mode is {run.privacy.mode!r}"
+    if task is None or not task.labelled:
+        return f"model.task is {run.model.task!r}"
     if run.model.quantise != "none" or run.model.checkpointing:
         return "model.quantise or model.checkpointing is set"
     own = sorted(key for key in asked.given if key.startswith(DECIDED) and key not in FREE)
-    return next((f"{key} is set" for key in own if key in METHODS), f"{own[0]} is set" if own else "")
+    if not task.worded and run.head.start == "zeros":
+        own = [key for key in own if key != "head.start"]  # there is no other but a random one
+    return f"{own[0]} is set" if own else ""
 
 
 def set_aside(reason: str) -> bool:
     """Return whether a reason of ``own_method`` is one setting of a recipe's own, whose writer may not want another."""
     key = reason.removesuffix(" is set")
     return key != reason and key.startswith(DECIDED) and key not in METHODS
+
+
+def names_method(reason: str) -> bool:
+    """Return whether a reason of ``own_method`` is that another method was asked for by its name."""
+    return reason.startswith("strategy is ") or reason.removesuffix(" is set") in METHODS
