@@ -304,17 +304,22 @@ def test_the_worst_case_of_reply_after_has_the_features_in_it(
     assert "reply-after" in reply.reason
 
 
-def test_features_that_no_rehearsal_saw_reach_no_private_run(toy_settings: dict[str, Any]) -> None:
+def test_features_that_no_rehearsal_saw_reach_no_private_run(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run without privacy rehearses nothing: what it computed may depend on the records beside a record."""
     app._process.model = None
+    monkeypatch.setattr(app, "_drop", lambda site: None)  # as if a run's end dropped nothing
     run_in_process(settings(toy_settings, privacy__mode="none"), 1, "exposing")
-    (_, _, before) = app._process.records["site-0"]
+    before = app._process.records["site-0"].records
+    assert before
     assert FEATURES in before[0]
     assert app._process.features is None
     model = app._process.model
     run_in_process(settings(toy_settings), 1, "private")
     assert app._process.model is model
-    (_, _, after) = app._process.records["site-0"]
+    after = app._process.records["site-0"].records
+    assert after
     assert not {id(record) for record in before} & {id(record) for record in after}
 
 
