@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from common.config.text import read_settings_file
 from common.errors import ConfigError
+from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS, BASELINES
 from experiments.sweep.file import Sweep, read_sweep
+from strategies.job import configure, with_recipe
 
-SHIPPED = sorted((Path(__file__).resolve().parent.parent / "experiments" / "sweeps").glob("*.toml"))
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+SHIPPED = sorted((EXPERIMENTS / "sweeps").glob("*.toml"))
+CONFIGS = sorted((EXPERIMENTS / "configs").glob("*.toml"))
 
 
 def written(tmp_path: Path, text: str) -> Sweep:
@@ -63,6 +69,28 @@ def test_a_sweep_is_variants_times_epsilons_times_seeds_with_baselines_beside_th
     ]
 
 
+def test_a_file_of_a_runs_settings_is_that_run(tmp_path: Path) -> None:
+    sweep = written(tmp_path, "rounds = 3\nseed = 7\nprivacy.epsilon = 3.0\nadapter.rank = 4\n")
+    (cell,) = sweep.cells
+    assert (cell.name, cell.variant, cell.arm, cell.epsilon, cell.sites) == (
+        *("base-eps-3-seed-7", "base", "federated", 3.0),
+        USUAL,
+    )
+    config = cell.job(tmp_path).config
+    assert (config.rounds, config.seed, config.privacy.epsilon, config.adapter.rank) == (3, 7, 3.0, 4)
+    assert config.data.seed == configure({}).config.data.seed, "one run divides the records as fedveil run does"
+    assert written(tmp_path, "privacy.mode = 'none'").cells[0].name == "base-eps-none-seed-1"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((SHIPPED[0].parent.parent / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_every_shipped_configuration_is_a_run_of_its_own(path: Path, tmp_path: Path) -> None:
+    (cell,) = read_sweep(path).cells
+    plain = configure(with_recipe(read_settings_file(path))[0]).config
+    assert cell.job(tmp_path).config == replace(plain, output=str(tmp_path))
+
+
 def test_the_records_are_divided_alike_for_all_seeds_where_that_is_asked_for(tmp_path: Path) -> None:
     sweep = written(tmp_path, "partition-by-seed = false\nsettings = { data.seed = 7 }")
     assert [(cell.settings["seed"], cell.settings["data.seed"]) for cell in sweep.cells] == [(1, 7), (2, 7), (3, 7)]
@@ -107,6 +135,11 @@ def test_a_baseline_does_not_wait_for_the_sites_that_it_has_not(tmp_path: Path) 
         ("variants.'a b' = {}", "'a b-eps-8-seed-1', which is not"),
         ("settings = 3", "settings must be a table"),
         ("sites = [", "is not TOML"),
+        ("rounds = 3\nroundz = 4", "unknown setting 'roundz'"),
+        ("rounds = 3\nprivacy.epsilon = 0", "epsilon"),
+        ("rounds = 3\nprivacy.epsilon = '3'", "epsilon"),
+        ("rounds = 3\nseed = 'a'", "seed must be a whole number"),
+        ("rounds = 3\nresume = '7'", "resume is set"),
     ],
 )
 def test_whatever_is_wrong_is_named_with_the_file(text: str, said: str, tmp_path: Path) -> None:
