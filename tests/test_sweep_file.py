@@ -12,7 +12,7 @@ import pytest
 from common.config.text import read_settings_file
 from common.errors import ConfigError
 from experiments.site_count import USUAL
-from experiments.sweep.arms import ARMS, BASELINES
+from experiments.sweep.arms import ARMS
 from experiments.sweep.file import Sweep, read_sweep
 from strategies.job import configure, with_recipe
 
@@ -97,7 +97,7 @@ def test_the_records_are_divided_alike_for_all_seeds_where_that_is_asked_for(tmp
 
 
 def test_the_sites_of_an_arm_are_those_of_one_division() -> None:
-    federated, alone, pooled = (ARMS[name] for name in ("federated", *BASELINES))
+    federated, alone, pooled = (ARMS[name] for name in ("federated", "local-only", "pooled"))
     every = [{"partition-id": site, "num-partitions": 3} for site in range(3)]
     assert [federated.nodes(3, site) for site in federated.sites(3)] == [every]
     assert [alone.nodes(3, site) for site in alone.sites(3)] == [[node] for node in every]
@@ -126,7 +126,7 @@ def test_a_baseline_does_not_wait_for_the_sites_that_it_has_not(tmp_path: Path) 
         ("seeds = [1, 1]", "seeds names something twice"),
         ("seeds = ['a']", "seeds must be whole numbers"),
         ("sites = 0", "sites must be a whole number above 0"),
-        ("baselines = ['federated']", "choose of local-only, pooled"),
+        ("baselines = ['federated']", "choose of local-only, pooled, fitted-head"),
         ("partition-by-seed = 1", "true or false, not 1"),
         ("base = 3", "base must be the path of a file"),
         ("base = 'nowhere.toml'", "nowhere.toml: No such file"),

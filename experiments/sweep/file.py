@@ -7,7 +7,8 @@
     seeds = [1, 2, 3]
     partition-by-seed = true              # a seed divides the records anew, and cuts the test part
     epsilons = [1.0, 8.0, "none"]
-    baselines = ["local-only", "pooled"]  # beside every variant, at the same ε and on the same test part
+    baselines = ["local-only", "pooled"]  # beside every variant, at the same ε and on the same test part; "fitted-head"
+                                          # beside one of them: once a seed and without privacy
 
     [settings]                            # laid over the base
     evaluate-every = 6
@@ -177,8 +178,11 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
             for seed in seeds:
                 seeded = {"seed": seed, **({"data.seed": seed} if by_seed else {})}
                 for arm in (ARMS[arm] for arm in ARMS if arm == FEDERATED or arm in arms):
-                    settings = {**own, **protection, **seeded, **arm.overrides()}
-                    made = [Cell(name, arm.name, site, epsilon, seed, sites, settings) for site in arm.sites(sites)]
+                    if arm.fitted and epsilon != epsilons[0]:
+                        continue  # it is the same whatever the ε
+                    settings = {**arm.settings({**own, **protection}), **seeded, **arm.overrides()}
+                    asked = None if arm.fitted else epsilon
+                    made = [Cell(name, arm.name, site, asked, seed, sites, settings) for site in arm.sites(sites)]
                     _check(made[-1])
                     cells += made
     if len({cell.name for cell in cells}) < len(cells):

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +60,7 @@ def commit_of(project: Path = PROJECT) -> str:
 
 def through_of(cell: Cell, *, flower: bool) -> Through:
     """Return how the server and the sites of a run meet: Flower simulates all sites of a division, never one of it."""
-    return "flower" if flower and cell.site is None else "one process"
+    return "flower" if flower and cell.site is None and not ARMS[cell.arm].fitted else "one process"
 
 
 def basis_of(cell: Cell, through: Through, code: str) -> Basis:
@@ -82,8 +83,11 @@ def run_one(work: Work) -> Row:
     _same_code(work)
     model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
     began = time.monotonic()
-    run = _through_flower(work) if work.through == "flower" else _in_process(work)
-    row = _row(work, run, time.monotonic() - began)
+    if ARMS[work.cell.arm].fitted:
+        row = _fitted_row(work)
+    else:
+        run = _through_flower(work) if work.through == "flower" else _in_process(work)
+        row = _row(work, run, time.monotonic() - began)
     _same_code(work)
     replace_file(work.folder / ROW, line_of(row).encode())
     return row
@@ -160,6 +164,51 @@ def _row(work: Work, run: Path, seconds: float) -> Row:
         settings={key: value for key, value in config.settings.items() if key != "output"},
         intruders=intruders,
         intruders_of_noise=of_noise,
+    )
+
+
+def _fitted_row(work: Work) -> Row:
+    """Return the row of a head that is fitted, which is no run: it has no round, and nothing of it travels."""
+    from common.model.device import choose_device, choose_precision
+    from experiments.sweep.fitted_head import fitted
+
+    cell, job, began = work.cell, work.cell.job(work.folder), time.monotonic()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    found, basis = fitted(job), basis_of(cell, work.through, work.code)
+    device = choose_device(job.config.device)
+    seconds = round(time.monotonic() - began, 3)
+    return Row(
+        sweep=work.sweep,
+        variant=cell.variant,
+        arm=cell.arm,
+        site=None,
+        epsilon_asked=None,
+        seed=cell.seed,
+        status="completed",
+        accuracy_before=found.before.accuracy,
+        accuracy=found.after.accuracy,
+        loss_before=found.before.loss,
+        loss=found.after.loss,
+        test_records=found.test_records,
+        epsilon=None,
+        delta=None,
+        rounds=0,
+        sites=cell.sites,
+        bytes_down=None,
+        bytes_up=None,
+        seconds=seconds,
+        seconds_in_all=seconds,
+        through=work.through,
+        device=str(device),
+        precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
+        threads=work.threads,
+        machine=f"{platform.machine()}, {_cores()} cores",
+        started=started,
+        code=work.code,
+        commit=work.commit,
+        versions=basis.versions,
+        settings=basis.settings,
+        penalty=found.penalty,
     )
 
 

@@ -30,7 +30,7 @@ class Row:
     """Name of the sweep's file."""
     variant: str
     arm: str
-    """``federated``, or a baseline: ``local-only``, ``pooled``."""
+    """``federated``, or a baseline: ``local-only``, ``pooled``, ``fitted-head``."""
     site: int | None
     """The one site of a run of ``local-only``, from 0."""
     epsilon_asked: float | None
@@ -80,6 +80,8 @@ class Row:
     """Intruder dimensions of all adapted layers (``fedveil intruders``); None where none are counted."""
     intruders_of_noise: int | None = None
     """The same of the run's noise alone; None where that noise is not known."""
+    penalty: float | None = None
+    """λ of a fitted head, by cross-validation on the training records; None of a run."""
 
     @property
     def key(self) -> Key:
