@@ -23,7 +23,7 @@ from common.messages.state import HEAD, METRIC
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
-from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from common.tasks import TASKS, Record
 from common.tasks.featured import FEATURES
 from common.tasks.module import Metric
@@ -395,6 +395,12 @@ def test_a_run_of_the_head_alone_learns_and_evaluates_as_it_scored(toy_settings:
     assert not (folder / "adapter" / "adapter_config.json").exists()
     paid = list(read_lines(PrivacyLine, folder))
     assert [line.spent is None for line in paid] == [mode == "none"] * len(paid)
+    losses = [read_file(BaselineFile, folder).loss, *(line.loss for line in lines if line.loss is not None)]
+    assert len(losses) == 5
+    if mode == "none":
+        assert losses == sorted(losses, reverse=True), "without noise every round is nearer to the minimum"
+    # Measured: 0.706 before, 0.607 without noise, and 0.63 at this ε, of which noise is a tenth.
+    assert losses[-1] < losses[0] - (0.08 if mode == "none" else 0.03)
 
 
 def test_only_the_head_travels(toy_settings: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from common.errors import ConfigError
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import Sweep, read_sweep
+from experiments.sweep.rows import Basis, Row, read_rows
+from server.checkpoint import BEFORE, MAY_CHANGE
 from strategies.job import configure, with_recipe
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
@@ -30,6 +32,58 @@ def written(tmp_path: Path, text: str) -> Sweep:
 def test_every_shipped_sweep_is_accepted_and_starts_with_its_command(path: Path) -> None:
     assert read_sweep(path).cells
     assert f"fedveil sweep experiments/sweeps/{path.name}" in path.read_text(encoding="utf-8").splitlines()[0]
+
+
+RESULTS = sorted(path for path in (EXPERIMENTS / "results").glob("*.jsonl") if ".set-aside" not in path.name)
+
+
+def stale(rows: list[Row], sweep: Sweep) -> list[str]:
+    """Return in words what of rows is not what their sweep's runs have now.
+
+    A setting that came after a row did nothing in it but what ``BEFORE`` says.
+    """
+    cells = {(cell.variant, cell.arm, cell.site, cell.epsilon, cell.seed): cell for cell in sweep.cells}
+    told = []
+    for row in rows:
+        if row.key not in cells:
+            told.append(f"{row.key} is no run of the sweep")
+            continue
+        settings = {key: value for key, value in cells[row.key].job(Path()).settings().items() if key not in MAY_CHANGE}
+        if settings["adapter.name"] == "none":
+            settings["adapter.targets"] = row.settings["adapter.targets"]  # of no layer
+        then = {key: value for key, value in BEFORE.items() if key in settings} | row.settings
+        held = replace(row, settings={key: value for key, value in then.items() if key not in MAY_CHANGE})
+        basis = Basis(settings, cells[row.key].sites, row.through, row.versions, row.code)
+        told += [f"{row.key}: {differs}" for differs in [basis.differs(held)] if differs]
+    return told
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_committed_row_is_of_its_sweeps_settings_now(path: Path) -> None:
+    """Else a document cites what nobody gets: take the row out and run the sweep again, which goes on with the rest."""
+    assert stale(read_rows(path), read_sweep(EXPERIMENTS / "sweeps" / f"{path.stem}.toml")) == []
+
+
+def test_a_row_of_other_settings_or_of_no_run_is_found() -> None:
+    rows, sweep = read_rows(EXPERIMENTS / "results" / "tiny.jsonl"), read_sweep(EXPERIMENTS / "sweeps" / "tiny.toml")
+    other = replace(rows[0], settings={**rows[0].settings, "training.learning-rate": 0.5})
+    assert "training.learning-rate 0.5, not 0.02" in stale([other], sweep)[0]
+    assert stale([replace(rows[0], variant="gone")], sweep) == [f"{('gone', *rows[0].key[1:])} is no run of the sweep"]
+    assert "sites 9, not 2" in stale([replace(rows[0], sites=9)], sweep)[0]
+
+
+@pytest.mark.parametrize("name", ["rotten-tomatoes", "sst2", "snli", "reuters"])
+def test_beside_every_method_stand_the_fitted_head_and_runs_of_each_site_and_of_all_records(name: str) -> None:
+    cells = read_sweep(EXPERIMENTS / "sweeps" / f"{name}.toml").cells
+    fitted = [cell for cell in cells if cell.arm == "fitted-head"]
+    assert sorted(cell.seed for cell in fitted) == [1, 2, 3]
+    assert all(cell.job(Path()).config.adapter.name == "none" and cell.epsilon is None for cell in fitted)
+    beside = {(cell.variant, cell.arm) for cell in cells}
+    default = "head-only" if name == "reuters" else "probe"
+    assert {(default, "local-only"), (default, "pooled")} <= beside
+    open_runs = [cell for cell in cells if cell.variant == "probe" and cell.epsilon is None and cell.arm == "federated"]
+    assert [cell.job(Path()).config.adapter.start for cell in open_runs] == ["public-metric"] * len(open_runs)
+    assert len(open_runs) == (0 if name == "reuters" else 3)
 
 
 def test_a_sweep_is_variants_times_epsilons_times_seeds_with_baselines_beside_them(tmp_path: Path) -> None:

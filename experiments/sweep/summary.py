@@ -231,9 +231,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     machines = sorted({f"{row.machine}, {row.precision}" for row in rows})
     told = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
     if any(not TASKS[str(row.settings["model.task"])].labelled for row in rows):
-        told.append(
-            "Accuracy is the share of right next tokens: judge by the loss, in nats a token."
-        )
+        told.append("Accuracy is the share of right next tokens: judge by the loss, in nats a token.")
     told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
     if fitted:
         told.append(f"λ of the fitted heads: {', '.join(f'{penalty:.1g}' for penalty in fitted)}.")
