@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -31,7 +31,7 @@ from client.rehearsal import (
     rehearse_routed,
     rehearse_turn,
 )
-from client.site import Site, check_job, open_site, policy_of
+from client.site import Site, check_job, forget_readings, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
@@ -46,6 +46,7 @@ from common.secure_sum import KeyOffer
 from common.starts import PaidStart
 from common.tasks import Record
 from common.tasks.examples import Dataset
+from common.tasks.featured import FEATURES
 from strategies.job import Job, configure
 
 log = logging.getLogger("fedveil.site")
@@ -56,14 +57,28 @@ PLAIN, INITIAL, VECTORS, REFIT = "plain steps", "round 0", "steps on vectors", "
 """What a model rehearses."""
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A site's records as the current model takes them."""
+
+    run: str
+    """The run that asked last."""
+    source: Dataset
+    """What they were read as."""
+    unit: tuple[str, int]
+    """The run's unit, and the most records of one."""
+    records: list[Record] | None
+    """Their features where the head alone is trained. None: these were dropped, and a round makes them once it is paid.
+    """
+
+
 @dataclass
 class _Process:
-    """What this process has built and keeps between rounds."""
+    """What this process has built and keeps between rounds; of records no longer than ``forget`` lets it."""
 
     model: FederatedModel | None = None
-    records: dict[str, tuple[Dataset, tuple[str, int], list[Record]]] = field(default_factory=dict)
-    """Each site's records as read, the run's unit with the most records of one, and them as the current model takes
-    them."""
+    records: dict[str, _Prepared] = field(default_factory=dict)
+    """What is made of each site's records."""
     rehearsed: dict[str, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast, by the names above."""
     features: Timing | None = None
@@ -187,18 +202,57 @@ def _rehearse_steps(job: Job, site: Site, model: FederatedModel, task: TrainTask
     return name
 
 
-def _records(model: FederatedModel, site: Site, job: Job) -> list[Record]:
-    """Return the site's records as the model takes them, made once for all settings that read them alike."""
+def _records(
+    model: FederatedModel, site: Site, job: Job, run: str
+) -> Sequence[Record] | Callable[[], Sequence[Record]]:
+    """Return the site's records as the model takes them, made once for all settings that read them alike.
+
+    Where features of them were dropped, what makes them once the round is paid for: a server that asks in the name of
+    ever another run is to get nothing of a record computed for free.
+    """
     unit, most = job.mechanism.unit, job.config.privacy.rows_of_unit
+
+    def make() -> Sequence[Record]:
+        records = prepared(model, site.data.examples, unit, most)
+        _process.records[site.name] = _Prepared(run, site.data, (unit.name, most), records)
+        return records
+
     kept = _process.records.get(site.name)
-    if kept is None or kept[0] is not site.data or kept[1] != (unit.name, most):
+    if kept is None or kept.source is not site.data or kept.unit != (unit.name, most):
         forget_records(_process.derivatives, site.name)  # vectors say whose a record is by the old numbers
-        kept = _process.records[site.name] = (
-            site.data,
-            (unit.name, most),
-            prepared(model, site.data.examples, unit, most),
-        )
-    return kept[2]
+        return make()
+    _process.records[site.name] = replace(kept, run=run)
+    return make if kept.records is None else kept.records
+
+
+def forget() -> None:
+    """Drop all that this process holds of records: as read, as the model takes them, features and derivatives.
+
+    What the model has rehearsed is of made-up records, and the point of a linearisation of what was received: they
+    stay.
+    """
+    _process.records.clear()
+    for name in list(_process.derivatives):
+        forget_records(_process.derivatives, name)
+    forget_readings()
+
+
+def _forget_other_runs(run: str) -> None:
+    """Drop what was computed of any site's records for another run, which may have been abandoned."""
+    stale = {name for name, kept in _process.records.items() if kept.run != run}
+    for name in stale | {name for name, kept in _process.derivatives.items() if kept.of.run != run}:
+        _drop(name)
+
+
+def _drop(site: str) -> None:
+    """Drop features and derivatives of a site's records; other sites of a simulation's process keep theirs.
+
+    Records that are as they were read stay: to tokenise them anew before a round is paid for would show in time.
+    """
+    kept = _process.records.get(site)
+    if kept and any(FEATURES in record for record in kept.records or ()):
+        _process.records[site] = replace(kept, records=None)
+    forget_records(_process.derivatives, site)
 
 
 def answer(
@@ -232,6 +286,7 @@ def answer(
             job = configure(settings)
             run = run_name(job.config, run)
             check_job(node, job, simulated=simulated)
+        _forget_other_runs(run)
         site = open_site(node, job.config, run, simulated=simulated)
         if simulated and not site.rank:
             site = replace(site, rank=job.strategy.simulated_rank(int(node.get("partition-id", 0))))
@@ -257,8 +312,12 @@ def answer(
             check_task(whole, job, model)
             _hold_to(deadline, job, site, model, whole)
             masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
-        records = _records(model, site, job)
-        result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
+        try:
+            records = _records(model, site, job, run)
+            result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
+        finally:
+            if number >= job.config.rounds:
+                _drop(name)  # whatever became of it: no later round of this run needs them
         if party is not None:
             result = replace(result, offer=_next_key(task, job, site, party, memory, deadline))
         kept.keep(task, result)

@@ -49,7 +49,7 @@ def train_round(
     site: Site,
     job: Job,
     model: FederatedModel,
-    records: Sequence[Record],
+    records: Sequence[Record] | Callable[[], Sequence[Record]],
     task: TrainTask,
     deadline: Deadline | None = None,
     kept: MutableMapping[str, Derivatives] | None = None,
@@ -61,7 +61,7 @@ def train_round(
         site: the site's name, public size and ledger.
         job: the run's checked configuration.
         model: this process's model; its adapter state is overwritten.
-        records: the site's records, as the model takes them.
+        records: the site's records, as the model takes them, or what makes them once they are paid for.
         task: what the server sent.
         deadline: when the answer is to leave; None: as soon as it is there.
         kept: what this process keeps of a linearised run, by site; None: nothing.
@@ -86,7 +86,8 @@ def train_round(
     try:
         with model.many_passes():
             # Where nothing is concealed a late answer is better than none.
-            records = model.featurise(records, (deadline if job.mechanism.conceals else Deadline()).check)
+            prepared = records() if callable(records) else records
+            records = model.featurise(prepared, (deadline if job.mechanism.conceals else Deadline()).check)
     except Exception as error:
         if not job.mechanism.conceals:
             raise

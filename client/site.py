@@ -184,14 +184,21 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         held = config.privacy.mechanism.unit.count(data)
         size = int(node.get("public-size", policy.public_size)) or public_size_of_part(held)
     policy.check_size(size)
-    if "ledger" in node:
-        ledger = Path(str(node["ledger"])).expanduser().absolute()
-    elif simulated:
-        ledger = run_folder(config, run) / "ledgers" / f"{name}.sqlite"
-    else:
-        ledger = only_ledger(user_folder())
+    own_ledger = "ledger" in node or not simulated
+    ledger = ledger_of(node) if own_ledger else run_folder(config, run) / "ledgers" / f"{name}.sqlite"
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy, unreadable, _own_rank(node), simulated)
+
+
+def ledger_of(node: Mapping[str, Scalar]) -> Path:
+    """Return the file of a deployed node's ledger: the one that it names, else the user's.
+
+    Raises:
+        LedgerError: none is named, and the user's data folder holds others than the user's one.
+    """
+    if "ledger" in node:
+        return Path(str(node["ledger"])).expanduser().absolute()
+    return only_ledger(user_folder())
 
 
 def _own_rank(node: Mapping[str, Scalar]) -> int:
@@ -237,6 +244,11 @@ def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> 
             f"a deployed site plays parts of {', '.join(public_names())} alone: the division of {name!r} would depend "
             "on all of its records; give each site its own file as 'data', and a 'policy', in the node's settings"
         )
+
+
+def forget_readings() -> None:
+    """Drop the records of sites' own files that this process has read; the next task reads them again."""
+    _own_data.cache_clear()
 
 
 @lru_cache(maxsize=16)

@@ -10,21 +10,24 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context, Message
 
 from client import app as installed
+from client.ledger.ledger import Ledger
 from client.outgoing import UNTOLD
 from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLost, failed
-from client.site import policy_of
+from client.site import ledger_of, policy_of
 from common.bundle import bundle_digest, own_digest
 from common.config.sections import Scalar
-from common.errors import ConfigError
+from common.errors import ConfigError, LedgerError
 from common.log import about, place_of, set_up
 from common.messages.wire import encode_reply, round_of
 from common.paths import run_name
@@ -35,7 +38,10 @@ POLL_SECONDS = 0.2
 """Between two questions for a task. One takes 2.7 ms of a core, both processes together; with the work of an idle round
 it stays within the half second after which the SuperNode looks for the reply."""
 LOOK_SECONDS = 2.0
-"""Between two looks, before a task is taken, at whether the files with the site's records have changed."""
+"""Between two looks, before a task is taken, at whether the site's records have changed or were withdrawn."""
+IDLE_SECONDS = 3600.0
+"""From the last task until all that is held of records is dropped. By default a server waits for a round so long
+(``round-timeout``): a run that goes on has hardly anything computed twice, and what one leaves stays an hour."""
 
 
 def reply_to(message: Message, context: Context, bundle: bytes, node: Mapping[str, Scalar]) -> Message:
@@ -63,17 +69,31 @@ def reply_to(message: Message, context: Context, bundle: bytes, node: Mapping[st
 
 
 def work(node: Node, settings: Mapping[str, Scalar]) -> int:
-    """Answer tasks until the process must be started anew; return the exit code that says how."""
-    records, looked = stamp(settings), time.monotonic()
+    """Answer tasks until the process must be started anew; return the exit code that says how.
+
+    However it ends, this process then holds nothing of the site's records.
+    """
+    try:
+        return _work(node, settings)
+    finally:
+        installed.forget()
+
+
+def _work(node: Node, settings: Mapping[str, Scalar]) -> int:
+    records, looked, worked = stamp(settings), time.monotonic(), math.inf
     while True:
         try:
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 if stamp(settings) != records:
-                    log.info("the site's records have changed: the worker starts anew")
+                    log.info("the site's records have changed, or were withdrawn: the worker starts anew")
                     return ANEW
             token = node.acquire()
             if not token:
+                if time.monotonic() - worked > IDLE_SECONDS:
+                    worked = math.inf
+                    log.info("no task for %g seconds: what was made of the site's records is dropped", IDLE_SECONDS)
+                    installed.forget()
                 time.sleep(POLL_SECONDS)
                 continue
             with node.task(token) as task:
@@ -90,19 +110,44 @@ def work(node: Node, settings: Mapping[str, Scalar]) -> int:
         except Exception as error:  # of Flower's own, or the node is gone; it answers for the task within a minute
             log.error("the worker starts anew: %s", place_of(error))
             return ANEW
+        worked = time.monotonic()
         if not installed.is_clean():
             log.warning("a task has changed the model for good: the worker starts anew")
             return ANEW
 
 
-def stamp(settings: Mapping[str, Scalar]) -> tuple[tuple[str, int, int], ...]:
-    """Return name, time and size of the files that hold the site's own records."""
+def stamp(settings: Mapping[str, Scalar]) -> tuple[int, tuple[tuple[str, int, int], ...]]:
+    """Return how many data sets are withdrawn, and name, time and size of the files that hold the site's records.
+
+    Of whatever data set of the ledger: which others share a record with this one is not asked.
+    """
+    withdrawn = _withdrawn(settings)
     if "data" not in settings:
-        return ()
+        return withdrawn, ()
     source = Path(str(settings["data"])).expanduser()
     found = sorted(source.rglob("*")) if source.is_dir() else [source]
     states = [(str(path), path.stat()) for path in found if path.is_file()]
-    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
+    return withdrawn, tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
+
+
+def _withdrawn(settings: Mapping[str, Scalar]) -> int:
+    """Return the number of withdrawals in the site's ledger; -1 where it cannot be read, which every round refuses."""
+    try:
+        ledger = ledger_of(settings)
+        if not ledger.exists():
+            return 0
+        state = ledger.stat()
+        return _withdrawals(ledger, state.st_mtime_ns, state.st_size)
+    except (LedgerError, OSError):
+        return -1
+
+
+@lru_cache(maxsize=1)
+def _withdrawals(path: Path, *state: int) -> int:
+    """Return the number of withdrawals in a ledger that is as it was at ``state``: opening one reads all of it."""
+    del state
+    with Ledger(path) as ledger:
+        return len(ledger.holds.withdrawals())
 
 
 def main() -> int:

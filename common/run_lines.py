@@ -287,7 +287,8 @@ class BesideRow:
 
     variant: str
     arm: str
-    """``federated``, ``local-only`` (each site alone) or ``pooled`` (all records at one site)."""
+    """``federated``, ``local-only`` (each site alone), ``pooled`` (all records at one site) or ``fitted-head`` (on the
+    frozen encoder, without privacy)."""
     epsilon_asked: float | None
     """The budget; None: no privacy."""
     accuracy_before: float

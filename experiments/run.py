@@ -1,4 +1,4 @@
-"""Run a sweep: ``python -m experiments.run FILE`` is ``fedveil sweep FILE``."""
+"""Run a sweep, or one configuration: ``python -m experiments.run FILE`` is ``fedveil sweep FILE``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from common.errors import FedVeilError
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="The sweep's TOML file: a base configuration and its axes.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="TOML file: a base configuration and its axes, or one run's settings."),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs, a folder each; in runs/sweeps if not said.")
     ] = None,

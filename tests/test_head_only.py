@@ -23,7 +23,7 @@ from common.messages.state import HEAD, METRIC
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
-from common.run_lines import PrivacyLine, RoundLine, read_lines
+from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from common.tasks import TASKS, Record
 from common.tasks.featured import FEATURES
 from common.tasks.module import Metric
@@ -304,17 +304,22 @@ def test_the_worst_case_of_reply_after_has_the_features_in_it(
     assert "reply-after" in reply.reason
 
 
-def test_features_that_no_rehearsal_saw_reach_no_private_run(toy_settings: dict[str, Any]) -> None:
+def test_features_that_no_rehearsal_saw_reach_no_private_run(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run without privacy rehearses nothing: what it computed may depend on the records beside a record."""
     app._process.model = None
+    monkeypatch.setattr(app, "_drop", lambda site: None)  # as if a run's end dropped nothing
     run_in_process(settings(toy_settings, privacy__mode="none"), 1, "exposing")
-    (_, _, before) = app._process.records["site-0"]
+    before = app._process.records["site-0"].records
+    assert before
     assert FEATURES in before[0]
     assert app._process.features is None
     model = app._process.model
     run_in_process(settings(toy_settings), 1, "private")
     assert app._process.model is model
-    (_, _, after) = app._process.records["site-0"]
+    after = app._process.records["site-0"].records
+    assert after
     assert not {id(record) for record in before} & {id(record) for record in after}
 
 
@@ -390,6 +395,12 @@ def test_a_run_of_the_head_alone_learns_and_evaluates_as_it_scored(toy_settings:
     assert not (folder / "adapter" / "adapter_config.json").exists()
     paid = list(read_lines(PrivacyLine, folder))
     assert [line.spent is None for line in paid] == [mode == "none"] * len(paid)
+    losses = [read_file(BaselineFile, folder).loss, *(line.loss for line in lines if line.loss is not None)]
+    assert len(losses) == 5
+    if mode == "none":
+        assert losses == sorted(losses, reverse=True), "without noise every round is nearer to the minimum"
+    # Measured: 0.706 before, 0.607 without noise, and 0.63 at this ε, of which noise is a tenth.
+    assert losses[-1] < losses[0] - (0.08 if mode == "none" else 0.03)
 
 
 def test_only_the_head_travels(toy_settings: dict[str, Any]) -> None:

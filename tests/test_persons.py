@@ -306,7 +306,7 @@ def test_no_person_is_in_the_training_and_in_the_test_part(monkeypatch: pytest.M
     assert not divided([train, test])
     assert len(test.examples) == 20
     assert sorted((*train.examples, *test.examples), key=str) == sorted(whole.examples, key=str)
-    monkeypatch.setattr(split, "_tied", lambda data: [e.likeness() for e in data.examples])
+    monkeypatch.setattr(split, "tied", lambda data: [e.likeness() for e in data.examples])
     assert divided(public_split(dataclasses.replace(whole, name="again"), 20, 1)), "a divided person is not found"
 
 

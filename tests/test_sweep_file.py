@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from common.config.text import read_settings_file
 from common.errors import ConfigError
-from experiments.sweep.arms import ARMS, BASELINES
+from experiments.site_count import USUAL
+from experiments.sweep.arms import ARMS
 from experiments.sweep.file import Sweep, read_sweep
+from experiments.sweep.rows import Basis, Row, read_rows
+from server.checkpoint import BEFORE, MAY_CHANGE
+from strategies.job import configure, with_recipe
 
-SHIPPED = sorted((Path(__file__).resolve().parent.parent / "experiments" / "sweeps").glob("*.toml"))
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+SHIPPED = sorted((EXPERIMENTS / "sweeps").glob("*.toml"))
+CONFIGS = sorted((EXPERIMENTS / "configs").glob("*.toml"))
 
 
 def written(tmp_path: Path, text: str) -> Sweep:
@@ -24,6 +32,58 @@ def written(tmp_path: Path, text: str) -> Sweep:
 def test_every_shipped_sweep_is_accepted_and_starts_with_its_command(path: Path) -> None:
     assert read_sweep(path).cells
     assert f"fedveil sweep experiments/sweeps/{path.name}" in path.read_text(encoding="utf-8").splitlines()[0]
+
+
+RESULTS = sorted(path for path in (EXPERIMENTS / "results").glob("*.jsonl") if ".set-aside" not in path.name)
+
+
+def stale(rows: list[Row], sweep: Sweep) -> list[str]:
+    """Return in words what of rows is not what their sweep's runs have now.
+
+    A setting that came after a row did nothing in it but what ``BEFORE`` says.
+    """
+    cells = {(cell.variant, cell.arm, cell.site, cell.epsilon, cell.seed): cell for cell in sweep.cells}
+    told = []
+    for row in rows:
+        if row.key not in cells:
+            told.append(f"{row.key} is no run of the sweep")
+            continue
+        settings = {key: value for key, value in cells[row.key].job(Path()).settings().items() if key not in MAY_CHANGE}
+        if settings["adapter.name"] == "none":
+            settings["adapter.targets"] = row.settings["adapter.targets"]  # of no layer
+        then = {key: value for key, value in BEFORE.items() if key in settings} | row.settings
+        held = replace(row, settings={key: value for key, value in then.items() if key not in MAY_CHANGE})
+        basis = Basis(settings, cells[row.key].sites, row.through, row.versions, row.code)
+        told += [f"{row.key}: {differs}" for differs in [basis.differs(held)] if differs]
+    return told
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_committed_row_is_of_its_sweeps_settings_now(path: Path) -> None:
+    """Else a document cites what nobody gets: take the row out and run the sweep again, which goes on with the rest."""
+    assert stale(read_rows(path), read_sweep(EXPERIMENTS / "sweeps" / f"{path.stem}.toml")) == []
+
+
+def test_a_row_of_other_settings_or_of_no_run_is_found() -> None:
+    rows, sweep = read_rows(EXPERIMENTS / "results" / "tiny.jsonl"), read_sweep(EXPERIMENTS / "sweeps" / "tiny.toml")
+    other = replace(rows[0], settings={**rows[0].settings, "training.learning-rate": 0.5})
+    assert "training.learning-rate 0.5, not 0.02" in stale([other], sweep)[0]
+    assert stale([replace(rows[0], variant="gone")], sweep) == [f"{('gone', *rows[0].key[1:])} is no run of the sweep"]
+    assert "sites 9, not 2" in stale([replace(rows[0], sites=9)], sweep)[0]
+
+
+@pytest.mark.parametrize("name", ["rotten-tomatoes", "sst2", "snli", "reuters"])
+def test_beside_every_method_stand_the_fitted_head_and_runs_of_each_site_and_of_all_records(name: str) -> None:
+    cells = read_sweep(EXPERIMENTS / "sweeps" / f"{name}.toml").cells
+    fitted = [cell for cell in cells if cell.arm == "fitted-head"]
+    assert sorted(cell.seed for cell in fitted) == [1, 2, 3]
+    assert all(cell.job(Path()).config.adapter.name == "none" and cell.epsilon is None for cell in fitted)
+    beside = {(cell.variant, cell.arm) for cell in cells}
+    default = "head-only" if name == "reuters" else "probe"
+    assert {(default, "local-only"), (default, "pooled")} <= beside
+    open_runs = [cell for cell in cells if cell.variant == "probe" and cell.epsilon is None and cell.arm == "federated"]
+    assert [cell.job(Path()).config.adapter.start for cell in open_runs] == ["public-metric"] * len(open_runs)
+    assert len(open_runs) == (0 if name == "reuters" else 3)
 
 
 def test_a_sweep_is_variants_times_epsilons_times_seeds_with_baselines_beside_them(tmp_path: Path) -> None:
@@ -63,13 +123,35 @@ def test_a_sweep_is_variants_times_epsilons_times_seeds_with_baselines_beside_th
     ]
 
 
+def test_a_file_of_a_runs_settings_is_that_run(tmp_path: Path) -> None:
+    sweep = written(tmp_path, "rounds = 3\nseed = 7\nprivacy.epsilon = 3.0\nadapter.rank = 4\n")
+    (cell,) = sweep.cells
+    assert (cell.name, cell.variant, cell.arm, cell.epsilon, cell.sites) == (
+        *("base-eps-3-seed-7", "base", "federated", 3.0),
+        USUAL,
+    )
+    config = cell.job(tmp_path).config
+    assert (config.rounds, config.seed, config.privacy.epsilon, config.adapter.rank) == (3, 7, 3.0, 4)
+    assert config.data.seed == configure({}).config.data.seed, "one run divides the records as fedveil run does"
+    assert written(tmp_path, "privacy.mode = 'none'").cells[0].name == "base-eps-none-seed-1"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((SHIPPED[0].parent.parent / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_every_shipped_configuration_is_a_run_of_its_own(path: Path, tmp_path: Path) -> None:
+    (cell,) = read_sweep(path).cells
+    plain = configure(with_recipe(read_settings_file(path))[0]).config
+    assert cell.job(tmp_path).config == replace(plain, output=str(tmp_path))
+
+
 def test_the_records_are_divided_alike_for_all_seeds_where_that_is_asked_for(tmp_path: Path) -> None:
     sweep = written(tmp_path, "partition-by-seed = false\nsettings = { data.seed = 7 }")
     assert [(cell.settings["seed"], cell.settings["data.seed"]) for cell in sweep.cells] == [(1, 7), (2, 7), (3, 7)]
 
 
 def test_the_sites_of_an_arm_are_those_of_one_division() -> None:
-    federated, alone, pooled = (ARMS[name] for name in ("federated", *BASELINES))
+    federated, alone, pooled = (ARMS[name] for name in ("federated", "local-only", "pooled"))
     every = [{"partition-id": site, "num-partitions": 3} for site in range(3)]
     assert [federated.nodes(3, site) for site in federated.sites(3)] == [every]
     assert [alone.nodes(3, site) for site in alone.sites(3)] == [[node] for node in every]
@@ -98,7 +180,7 @@ def test_a_baseline_does_not_wait_for_the_sites_that_it_has_not(tmp_path: Path) 
         ("seeds = [1, 1]", "seeds names something twice"),
         ("seeds = ['a']", "seeds must be whole numbers"),
         ("sites = 0", "sites must be a whole number above 0"),
-        ("baselines = ['federated']", "choose of local-only, pooled"),
+        ("baselines = ['federated']", "choose of local-only, pooled, fitted-head"),
         ("partition-by-seed = 1", "true or false, not 1"),
         ("base = 3", "base must be the path of a file"),
         ("base = 'nowhere.toml'", "nowhere.toml: No such file"),
@@ -107,6 +189,11 @@ def test_a_baseline_does_not_wait_for_the_sites_that_it_has_not(tmp_path: Path) 
         ("variants.'a b' = {}", "'a b-eps-8-seed-1', which is not"),
         ("settings = 3", "settings must be a table"),
         ("sites = [", "is not TOML"),
+        ("rounds = 3\nroundz = 4", "unknown setting 'roundz'"),
+        ("rounds = 3\nprivacy.epsilon = 0", "epsilon"),
+        ("rounds = 3\nprivacy.epsilon = '3'", "epsilon"),
+        ("rounds = 3\nseed = 'a'", "seed must be a whole number"),
+        ("rounds = 3\nresume = '7'", "resume is set"),
     ],
 )
 def test_whatever_is_wrong_is_named_with_the_file(text: str, said: str, tmp_path: Path) -> None:

@@ -314,3 +314,26 @@ def test_a_published_figure_that_is_none_is_named(text: str, said: str, tmp_path
 
 def test_every_arm_has_a_dash_and_a_fill_of_its_own() -> None:
     assert len({arm.dash for arm in ARMS.values()}) == len({arm.fill for arm in ARMS.values()}) == len(ARMS)
+
+
+# A task without labels
+
+
+def by_loss(loss: float, seed: int, **changes: Any) -> Row:
+    """Return a row of a language model, whose accuracy is of next tokens."""
+    made = row(0.3, seed=seed, loss=loss, **changes)
+    return replace(made, settings={**made.settings, "model.task": "causal-lm"})
+
+
+def test_a_task_without_labels_is_told_and_drawn_by_its_loss(tmp_path: Path) -> None:
+    rows = [by_loss(loss, seed) for seed, loss in enumerate((1.0, 1.1, 1.2), start=1)]
+    text = markdown_of(rows)
+    assert "| `wide` | federated | 8 | 3 | 30.0 ± 0.0 | 50.0 | **1.100** ± 0.248 (1.000, 1.100, 1.200) |" in text
+    assert "judge by the loss" in text
+    assert "standard error" not in text
+    (axes,) = epsilon_figure(groups(rows), PUBLISHED).axes
+    assert lines_of(axes) == {"wide": ([pytest.approx(8.0)], [pytest.approx(1.1)])}, "published accuracies are none"
+    assert axes.get_ylabel() == "loss on the public test part, nats a token"
+    assert bars_of(axes)[0] == pytest.approx((1.1 - 0.2484, 1.1 + 0.2484), abs=1e-3)
+    with pytest.raises(DataError, match="some by loss"):
+        write_pictures([*rows, *(replace(one, variant="other") for one in SEEDS)], [], tmp_path, "both")

@@ -57,7 +57,7 @@ def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, 
 def _test_records(dataset: Dataset, test_size: int, seed: int) -> tuple[int, ...]:
     """Return the indices of the test part, in its order."""
     groups: dict[str, list[int]] = {}
-    for i, name in enumerate(_tied(dataset)):
+    for i, name in enumerate(tied(dataset)):
         groups.setdefault(name, []).append(i)
     # Sorting by a keyed hash is a shuffle that no library version can change.
     mixed = sorted(groups, key=lambda text: hashlib.sha256(f"{seed}/public-test/{text}".encode()).digest())
@@ -74,7 +74,7 @@ def _test_records(dataset: Dataset, test_size: int, seed: int) -> tuple[int, ...
     return tuple(chosen)
 
 
-def _tied(dataset: Dataset) -> list[str]:
+def tied(dataset: Dataset) -> list[str]:
     """Return for each record a text that those have alike which must be on one side."""
     texts = [example.likeness() for example in dataset.examples]
     if not any(example.person for example in dataset.examples):

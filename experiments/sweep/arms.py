@@ -1,13 +1,19 @@
 """The arms of a comparison: the federation, and the baselines that show whether federating helped.
 
 An arm is one row of ``ARMS``. Its runs go through the same code as every run; what differs is which sites there are.
+But for ``fitted-head``, which is no run: a head that is fitted to all records once a seed (``fitted_head``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.config.sections import Scalar
+
+READ = ("model.", "data.", "head.pool", "head.start", "head.phrases", "device", "precision")
+"""Settings, or their beginnings, that decide what a frozen encoder makes of which records."""
+FROZEN: dict[str, Scalar] = {"strategy": "fedavg-lora", "adapter.name": "none", "privacy.mode": "none"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Arm:
     """Whether each site has a run of its own, over its own part."""
     together: bool = False
     """Whether all records are at one site."""
+    fitted: bool = False
+    """Whether a head is fitted to the frozen encoder instead of a run: without privacy, whatever the ε."""
     baseline: bool = True
     """Whether it stands beside the federation; nothing of a baseline needs to travel between a server and sites."""
 
@@ -43,6 +51,12 @@ class Arm:
         """Return the settings that its runs have whatever the variant says: a baseline has one site."""
         return {"min-sites": 1} if self.baseline else {}
 
+    def settings(self, own: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Return what of a variant's settings its runs have: of a fitted head, what decides records and features."""
+        if not self.fitted:
+            return dict(own)
+        return {key: value for key, value in own.items() if key.startswith(READ)} | FROZEN
+
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
@@ -50,6 +64,13 @@ ARMS: dict[str, Arm] = {
         Arm("federated", "all sites train together", "-", "full", baseline=False),
         Arm("local-only", "each site trains alone on its own part", ":", "none", alone=True),
         Arm("pooled", "all records at one site", "--", "bottom", together=True),
+        Arm(
+            "fitted-head",
+            "a head fitted to all records on the frozen encoder, without privacy, its penalty by cross-validation",
+            "-.",
+            "top",
+            fitted=True,
+        ),
     )
 }
 FEDERATED = "federated"

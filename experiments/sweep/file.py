@@ -7,7 +7,8 @@
     seeds = [1, 2, 3]
     partition-by-seed = true              # a seed divides the records anew, and cuts the test part
     epsilons = [1.0, 8.0, "none"]
-    baselines = ["local-only", "pooled"]  # beside every variant, at the same ε and on the same test part
+    baselines = ["local-only", "pooled"]  # beside every variant, at the same ε and on the same test part; "fitted-head"
+                                          # beside one of them: once a seed and without privacy
 
     [settings]                            # laid over the base
     evaluate-every = 6
@@ -16,6 +17,8 @@
     config = "wide.toml"                  # laid over the base, like settings; both may be left out
     settings = { adapter.rank = 32 }
     baselines = []                        # instead of the sweep's, like epsilons
+
+A file of a run's settings and of none of these keys is that one run.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ AXES = {
     "resume": "the same command again, which goes on",
 }
 """Settings that the sweep gives every run, and where they are said."""
+BASE = "base"
+"""The variant of a file that names none."""
 NONE = "none"
 """The ε of a run without privacy."""
 
@@ -101,7 +106,7 @@ def epsilon_name(epsilon: float | None) -> str:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Return the runs of a sweep's file, each checked as ``configure`` checks a run.
+    """Return the runs of a sweep's file, or the one of a run's settings, each checked as ``configure`` checks a run.
 
     Raises:
         ConfigError: the file cannot be read, has an unknown key, sets what is an axis, or one of its runs is none.
@@ -113,15 +118,35 @@ def read_sweep(path: Path) -> Sweep:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     try:
-        cells = tuple(_cells(content, path.parent))
+        cells = tuple([_single(content)] if _is_run(content) else _cells(content, path.parent))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return Sweep(path.stem, cells)
 
 
+def _is_run(content: Mapping[str, Any]) -> bool:
+    """Whether a file has settings of a run, and nothing of a sweep, whose axes are lists."""
+    known = {key.partition(".")[0] for key in known_settings()}
+    axes = any(isinstance(value, list) for value in content.values())
+    return bool(known & content.keys()) and not axes and not set(KEYS) & content.keys()
+
+
+def _single(content: Mapping[str, Any]) -> Cell:
+    """Return the run of a run's own settings, at the usual number of sites, with its own seed and ε."""
+    given = {**known_settings(), **(own := flatten(content))}
+    mode, seed, epsilon = (given[key] for key in ("privacy.mode", "seed", "privacy.epsilon"))
+    claims = str(mode) not in MECHANISMS or MECHANISMS[str(mode)].claims
+    asked = _epsilon(epsilon) if claims else None
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed must be a whole number, not {seed!r}")
+    cell = Cell(BASE, FEDERATED, None, asked, seed, USUAL, _with_recipe(own, {}))
+    _check(cell)
+    return cell
+
+
 def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
     _known(content, KEYS, "")
-    variants = content.get("variants", {"base": {}})
+    variants = content.get("variants", {BASE: {}})
     if not isinstance(variants, Mapping) or not variants:
         raise ConfigError("variants must be tables, one a row: [variants.NAME]")
     sites = content.get("sites", USUAL)
@@ -153,8 +178,11 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
             for seed in seeds:
                 seeded = {"seed": seed, **({"data.seed": seed} if by_seed else {})}
                 for arm in (ARMS[arm] for arm in ARMS if arm == FEDERATED or arm in arms):
-                    settings = {**own, **protection, **seeded, **arm.overrides()}
-                    made = [Cell(name, arm.name, site, epsilon, seed, sites, settings) for site in arm.sites(sites)]
+                    if arm.fitted and epsilon != epsilons[0]:
+                        continue  # it is the same whatever the ε
+                    settings = {**arm.settings({**own, **protection}), **seeded, **arm.overrides()}
+                    asked = None if arm.fitted else epsilon
+                    made = [Cell(name, arm.name, site, asked, seed, sites, settings) for site in arm.sites(sites)]
                     _check(made[-1])
                     cells += made
     if len({cell.name for cell in cells}) < len(cells):

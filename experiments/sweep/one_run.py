@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +61,7 @@ def commit_of(project: Path = PROJECT) -> str:
 
 def through_of(cell: Cell, *, flower: bool) -> Through:
     """Return how the server and the sites of a run meet: Flower simulates all sites of a division, never one of it."""
-    return "flower" if flower and cell.site is None else "one process"
+    return "flower" if flower and cell.site is None and not ARMS[cell.arm].fitted else "one process"
 
 
 def basis_of(cell: Cell, through: Through, code: str) -> Basis:
@@ -83,8 +84,11 @@ def run_one(work: Work) -> Row:
     _same_code(work)
     model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
     began, worked = time.monotonic(), time.process_time()
-    run = _through_flower(work) if work.through == "flower" else _in_process(work)
-    row = _row(work, run, time.monotonic() - began, time.process_time() - worked)
+    if ARMS[work.cell.arm].fitted:
+        row = _fitted_row(work)
+    else:
+        run = _through_flower(work) if work.through == "flower" else _in_process(work)
+        row = _row(work, run, time.monotonic() - began, time.process_time() - worked)
     _same_code(work)
     replace_file(work.folder / ROW, line_of(row).encode())
     return row
@@ -171,6 +175,51 @@ def most_sent(lines: Iterable[RoundLine]) -> int | None:
     """Return the most numbers, of 4 bytes each, that a site sent in a round that counts; None if there was none."""
     sent = [line.bytes_up // (4 * len(line.participants)) for line in lines if line.complete and line.round_number]
     return max(sent, default=None)
+
+
+def _fitted_row(work: Work) -> Row:
+    """Return the row of a head that is fitted, which is no run: it has no round, and nothing of it travels."""
+    from common.model.device import choose_device, choose_precision
+    from experiments.sweep.fitted_head import fitted
+
+    cell, job, began = work.cell, work.cell.job(work.folder), time.monotonic()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    found, basis = fitted(job), basis_of(cell, work.through, work.code)
+    device = choose_device(job.config.device)
+    seconds = round(time.monotonic() - began, 3)
+    return Row(
+        sweep=work.sweep,
+        variant=cell.variant,
+        arm=cell.arm,
+        site=None,
+        epsilon_asked=None,
+        seed=cell.seed,
+        status="completed",
+        accuracy_before=found.before.accuracy,
+        accuracy=found.after.accuracy,
+        loss_before=found.before.loss,
+        loss=found.after.loss,
+        test_records=found.test_records,
+        epsilon=None,
+        delta=None,
+        rounds=0,
+        sites=cell.sites,
+        bytes_down=None,
+        bytes_up=None,
+        seconds=seconds,
+        seconds_in_all=seconds,
+        through=work.through,
+        device=str(device),
+        precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
+        threads=work.threads,
+        machine=f"{platform.machine()}, {_cores()} cores",
+        started=started,
+        code=work.code,
+        commit=work.commit,
+        versions=basis.versions,
+        settings=basis.settings,
+        penalty=found.penalty,
+    )
 
 
 def _intruders(run: Path) -> tuple[int | None, int | None]:

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: accuracy against ε and against bytes, with intervals, as one page and two PNGs.
+"""Pictures of a sweep: accuracy, or loss, against ε and against bytes, with intervals, as one page and two PNGs.
 
 Matplotlib draws them (the extra ``pictures``). The same rows give the same bytes.
 """
@@ -22,7 +22,7 @@ from experiments.sweep.arms import ARMS, FEDERATED
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.published import Published
 from experiments.sweep.rows import Row
-from experiments.sweep.summary import Group, groups, markdown_of
+from experiments.sweep.summary import Group, Interval, groups, markdown_of
 from reports.page_style import STYLE
 
 if TYPE_CHECKING:
@@ -51,11 +51,13 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
 
     Raises:
         ConfigError: matplotlib is not installed.
-        DataError: there is no row to draw, or a file cannot be written.
+        DataError: there is no row to draw, or they are judged by different things, or a file cannot be written.
     """
     found = groups(rows)
     if not found:
         raise DataError("there is no result to draw: run the sweep first")
+    if len({group.labelled for group in found}) > 1:
+        raise DataError("some runs are judged by accuracy and some by loss: draw their tables apart")
     drawn = {"epsilon": epsilon_figure(found, published), "bytes": bytes_figure(found)}
     written = {folder / f"{name}-{kind}.png": _png(figure) for kind, figure in drawn.items()}
     page = to_page(name, rows, published, [_svg(figure, f"{name}-{kind}") for kind, figure in drawn.items()])
@@ -72,9 +74,12 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
 def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Figure:
     """Return accuracy against ε: a line for each variant and arm, with intervals; published figures as open marks.
 
-    Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis.
+    Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis. A fitted head
+    is a line over all of it. Where accuracy is of next tokens, the loss stands in its place, and no published figure.
     """
     figure, (axes,) = _figure(7.6)
+    whole, published = found, published if _by_accuracy(found) else []
+    found = [group for group in found if not ARMS[group.arm].fitted]
     asked = [group.epsilon_asked for group in found] + [item.epsilon for item in published]
     claimed = sorted({epsilon for epsilon in asked if epsilon is not None})
     behind = NO_EPSILON * (claimed[-1] if claimed else 1.0)
@@ -84,13 +89,13 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
         members = [group for group in found if (group.variant, group.arm) == line]
         members.sort(key=lambda group: group.epsilon_asked or math.inf)
         joined = [group for group in members if group.epsilon_asked is not None]
-        index = _index(found, line[0])
+        index = _index(whole, line[0])
         _points(
             axes, [shift * (group.epsilon_asked or behind) for group in members], members, index, ARMS[line[1]].fill
         )
         axes.plot(
             [shift * (group.epsilon_asked or behind) for group in joined or members],
-            [100 * group.accuracy.mean for group in joined or members],
+            [_shown(group).mean for group in joined or members],
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             linestyle=ARMS[line[1]].dash,
@@ -113,7 +118,8 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
     places = [*claimed, *([behind] if None in asked else [])]
     _logarithmic(axes, places, [*map(epsilon_name, claimed), *([NO_CLAIM] if None in asked else [])])
     axes.set_xlabel("ε, at most")
-    _finish(figure, [axes])
+    _fitted_heads(axes, whole)
+    _finish(figure, [axes], whole)
     return figure
 
 
@@ -133,12 +139,40 @@ def bytes_figure(found: Sequence[Group]) -> Figure:
                 _points(
                     axes, [group.payload], [group], _index(found, group.variant), ARMS[group.arm].fill, group.variant
                 )
+        if sending:
+            _fitted_heads(axes, found)
         _logarithmic(axes, marks, [bytes_text(round(mark)).replace(".00", "") for mark in marks])
         axes.set_xlim(marks[0], marks[-1])
         axes.set_xlabel("adapter bytes of a run")
         axes.set_title(NO_CLAIM if epsilon is None else f"ε {epsilon_name(epsilon)}", fontsize=10)
-    _finish(figure, parts)
+    _finish(figure, parts, found)
     return figure
+
+
+def _fitted_heads(axes: Axes, found: Sequence[Group]) -> None:
+    """Draw the lines that an adapter must beat."""
+    for group in found:
+        if ARMS[group.arm].fitted:
+            axes.axhline(
+                _shown(group).mean,
+                color=COLOURS[_index(found, group.variant) % len(COLOURS)],
+                linestyle=ARMS[group.arm].dash,
+                linewidth=1.2,
+                label=f"{group.variant}, {group.arm}",
+            )
+
+
+def _by_accuracy(found: Sequence[Group]) -> bool:
+    """Whether accuracy is of labels in every group; else all are shown by their loss."""
+    return all(group.labelled for group in found)
+
+
+def _shown(group: Group) -> Interval:
+    """Return what a group is shown by: its accuracy in per cent, or its loss in nats."""
+    if not group.labelled:
+        return group.loss
+    half = group.accuracy.half
+    return Interval(100 * group.accuracy.mean, None if half is None else 100 * half)
 
 
 def _decades(low: float, high: float) -> list[float]:
@@ -170,8 +204,8 @@ def _points(
     colour = COLOURS[index % len(COLOURS)]
     axes.errorbar(
         places,
-        [100 * group.accuracy.mean for group in members],
-        yerr=[100 * (group.accuracy.half or 0.0) for group in members],
+        [_shown(group).mean for group in members],
+        yerr=[_shown(group).half or 0.0 for group in members],
         color=colour,
         marker=MARKERS[index % len(MARKERS)],
         linestyle="none",
@@ -190,8 +224,11 @@ def _logarithmic(axes: Axes, places: Sequence[float], texts: Sequence[str]) -> N
     axes.set_xticks([], minor=True)
 
 
-def _finish(figure: Figure, parts: Sequence[Axes]) -> None:
-    parts[0].set_ylabel("accuracy on the public test part, %")
+def _finish(figure: Figure, parts: Sequence[Axes], found: Sequence[Group]) -> None:
+    what = (
+        "accuracy on the public test part, %" if _by_accuracy(found) else "loss on the public test part, nats a token"
+    )
+    parts[0].set_ylabel(what)
     legend: dict[str, Any] = {}
     for axes in parts:
         axes.grid(axis="y", color="#eceef0")
@@ -232,7 +269,8 @@ def _svg(figure: Figure, name: str) -> Markup:
 
 def to_page(name: str, rows: Sequence[Row], published: Sequence[Published], svgs: Sequence[Markup]) -> str:
     """Return one page that loads nothing: the pictures, the table, and where the published figures are from."""
-    titles = ("Accuracy against ε", "Accuracy against the bytes of a run, all sites and both ways")
+    what = "Accuracy" if _by_accuracy(groups(rows)) else "Loss"
+    titles = (f"{what} against ε", f"{what} against the bytes of a run, all sites and both ways")
     figures = Markup("").join(
         Markup('<figure class="picture"><figcaption><strong>{}</strong></figcaption>{}</figure>').format(title, svg)
         for title, svg in zip(titles, svgs, strict=True)

@@ -30,7 +30,7 @@ class Row:
     """Name of the sweep's file."""
     variant: str
     arm: str
-    """``federated``, or a baseline: ``local-only``, ``pooled``."""
+    """``federated``, or a baseline: ``local-only``, ``pooled``, ``fitted-head``."""
     site: int | None
     """The one site of a run of ``local-only``, from 0."""
     epsilon_asked: float | None
@@ -86,6 +86,8 @@ class Row:
     processor_seconds: float | None = None
     """Of all cores, in the run's process, with loading and reports; None where ``seconds`` is, through Flower, whose
     sites are other processes, and in rows of older code."""
+    penalty: float | None = None
+    """λ of a fitted head, by cross-validation on the training records; None of a run."""
 
     @property
     def key(self) -> Key:

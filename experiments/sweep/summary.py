@@ -13,6 +13,7 @@ from common.errors import DataError
 from common.privacy import mechanism_of
 from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import BesideFile, BesideRow
+from common.tasks import TASKS
 from common.words import UNKNOWN, bytes_text, counted, seconds_text
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import epsilon_name
@@ -70,7 +71,11 @@ class Group:
     sites: list[float]
     """The mean accuracy of each site, of runs that are one site's own."""
     before: float
-    loss: float
+    losses: list[float]
+    """The loss of each seed, in nats."""
+    loss: Interval
+    labelled: bool
+    """Whether accuracy is of labels. Where it is of next tokens, runs are judged by their loss."""
     epsilon: float | None
     """The largest that was spent; None without a claim."""
     delta: float | None
@@ -107,6 +112,7 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
     sites = sorted({row.site for row in counting if row.site is not None})
     values = [statistics.mean(row.accuracy for row in members) for members in whole]
     spent = [row.epsilon for row in counting if row.epsilon is not None]
+    losses = [statistics.mean(row.loss for row in members) for members in whole]
     payloads = [
         row.bytes_down + row.bytes_up for row in counting if row.bytes_down is not None and row.bytes_up is not None
     ]
@@ -118,7 +124,9 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         accuracy=interval(values),
         sites=[statistics.mean(row.accuracy for row in counting if row.site == site) for site in sites],
         before=statistics.mean(row.accuracy_before for row in counting),
-        loss=statistics.mean(row.loss for row in counting),
+        losses=losses,
+        loss=interval(losses),
+        labelled=TASKS[str(rows[0].settings["model.task"])].labelled,
         epsilon=max(spent, default=None),
         delta=max((row.delta for row in counting if row.delta is not None), default=None),
         payload=statistics.mean(payloads) if payloads else None,
@@ -196,14 +204,19 @@ def _line(group: Group) -> str:
     each = [f"{100 * value:.1f}" for value in (group.sites or group.values)]
     half = "" if group.accuracy.half is None else f" ± {100 * group.accuracy.half:.1f}"
     told = f" ({'each site: ' if group.sites else ''}{', '.join(each)})" if len(each) > 1 else ""
+    accuracy, loss = f"**{100 * group.accuracy.mean:.1f}**{half}{told}", f"{group.loss.mean:.3f}"
+    if not group.labelled:
+        apart = "" if group.loss.half is None else f" ± {group.loss.half:.3f}"
+        seeds = f" ({', '.join(f'{value:.3f}' for value in group.losses)})" if len(group.losses) > 1 else ""
+        accuracy, loss = f"{100 * group.accuracy.mean:.1f}{half}", f"**{group.loss.mean:.3f}**{apart}{seeds}"
     cells = [
         f"`{group.variant}`",
         group.arm,
         epsilon_name(group.epsilon_asked),
         str(len(group.values)),
-        f"**{100 * group.accuracy.mean:.1f}**{half}{told}",
+        accuracy,
         f"{100 * group.before:.1f}",
-        f"{group.loss:.3f}",
+        loss,
         NO_CLAIM if group.epsilon is None else epsilon_text(group.epsilon),
         UNKNOWN if group.payload is None else bytes_text(round(group.payload)),
         seconds_text(group.seconds),
@@ -245,6 +258,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     """Return sentences on what the table's figures are, and are not."""
     arms = [ARMS[name] for name in ARMS if any(row.arm == name for row in rows)]
     deltas = sorted({row.delta for row in rows if row.delta is not None})
+    fitted = sorted({row.penalty for row in rows if row.penalty is not None})
     divided = len({row.settings["data.seed"] for row in rows}) > 1
     cut = divided and not any(row.settings["data.test"] for row in rows)
     paying = [mechanism_of(row.settings) for row in rows if row.epsilon is not None]
@@ -255,7 +269,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     codes = sorted({row.code[:12] for row in rows})
     machines = sorted({f"{row.machine}, {row.precision}" for row in rows})
     told = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
+    if any(not TASKS[str(row.settings["model.task"])].labelled for row in rows):
+        told.append("Accuracy is the share of right next tokens: judge by the loss, in nats a token.")
     told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
+    if fitted:
+        told.append(f"λ of the fitted heads: {', '.join(f'{penalty:.1g}' for penalty in fitted)}.")
     if deltas:
         held = ", ".join(f"{delta:g}" for delta in deltas)
         told.append(f"ε is per {' or '.join(units)}, of the site that has spent most, at δ {held}.")
@@ -274,10 +292,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "brackets those that the run's noise alone makes."
         )
     size = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
-    told.append(
-        f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
-        + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
-    )
+    if all(TASKS[str(row.settings["model.task"])].labelled for row in rows):
+        told.append(
+            f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
+            + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
+        )
+    else:
+        told.append(f"The test part has {size} records.")
     timed = [row.seconds_in_all for row in rows if row.seconds_in_all is not None]
     took = f", {seconds_text(sum(timed))} in all" if len(timed) == len(rows) else ""
     told.append(f"{counted(len(rows), 'run')}{took}, on {'; '.join(machines)}, code {', '.join(codes)}.")

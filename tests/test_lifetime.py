@@ -1,0 +1,255 @@
+"""What a site has made of its records lives as long as the run that it is for, an idle hour, and the worker at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime_api import SECRET, runtime_api
+
+from audits.tiny_site import OneSite, clinic
+from client import app, local_training, runtime, worker
+from client import site as site_module
+from client.ledger.ledger import Ledger
+from common.bundle import PROJECT, files_of
+from common.messages.wire import encode_task
+from common.model.federated import FederatedModel, model_of
+from common.tasks import Record
+from common.tasks.featured import FEATURES
+from experiments.in_process import run_in_process
+
+HEAD = {"strategy": "fedavg-lora", "adapter.name": "none", "training.sample-rate": 1.0}
+"""Records become features."""
+LINEARISED = {"training.linearised": 4, "training.local-steps": 1, "training.sample-rate": 0.5}
+"""They get derivatives."""
+each_kind = pytest.mark.parametrize("own", [HEAD, LINEARISED], ids=["features", "derivatives"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    model_of.cache_clear()
+    app.forget()
+    monkeypatch.setattr(app, "_process", app._Process())
+    yield
+    app.forget()
+    model_of.cache_clear()
+
+
+def computed() -> set[str]:
+    """Return the sites of which the process holds features or derivatives."""
+    kept = {name for name, held in app._process.records.items() if FEATURES in (held.records or [{}])[0]}
+    return kept | {name for name, held in app._process.derivatives.items() if held.records}
+
+
+def vectors() -> list[Record]:
+    """Return all of them; whoever holds these keeps their ids from being given to others."""
+    features = [record for held in app._process.records.values() for record in held.records or () if FEATURES in record]
+    return features + [record for held in app._process.derivatives.values() for record in held.records]
+
+
+def holds_anything() -> bool:
+    """Return whether the process holds anything of a record, as read or computed."""
+    return bool(computed() or app._process.records or site_module._own_data.cache_info().currsize)
+
+
+def does_nothing(*_: Any) -> None:
+    """Stand for what was forgotten to be called."""
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def check_that_an_abandoned_run_leaves_nothing(site: OneSite) -> None:
+    site.train(1, "abandoned")
+    assert computed() == {"clinic"}
+    before = vectors()
+    site.train(1, "next")
+    assert not {id(record) for record in before} & {id(record) for record in vectors()}, "vectors of another run"
+
+
+@each_kind
+def test_what_was_computed_for_one_run_serves_no_other(
+    own: dict[str, Any], toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    check_that_an_abandoned_run_leaves_nothing(clinic({**toy_settings, **own}, tmp_path))
+
+
+def test_features_that_another_run_goes_on_with_are_found(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_forget_other_runs", does_nothing)
+    with pytest.raises(AssertionError, match="vectors of another run"):
+        check_that_an_abandoned_run_leaves_nothing(clinic({**toy_settings, **HEAD}, tmp_path))
+
+
+def test_a_task_of_another_run_that_is_refused_ends_the_first_one_s_features_all_the_same(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    site = clinic({**toy_settings, **HEAD}, tmp_path)
+    site.train(1, "abandoned")
+    site.refuse(9, "next")  # a round that the run does not have
+    assert not computed()
+
+
+def order_of(site: OneSite, monkeypatch: pytest.MonkeyPatch, run: str) -> list[str]:
+    """Return in which order a first round of ``run`` charges, tokenises and computes features."""
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        for owner, name in ((local_training, "pay_round"), (app, "prepared"), (FederatedModel, "_featurise")):
+            real = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
+        site.train(1, run)
+    return list(dict.fromkeys(seen))
+
+
+def test_work_that_is_done_again_is_paid_for_first(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time tells of records: a server that asks in the name of ever another run must not get it for free."""
+    site = clinic({**toy_settings, **HEAD}, tmp_path)
+    assert order_of(site, monkeypatch, "first") == ["prepared", "pay_round", "_featurise"]
+    assert order_of(site, monkeypatch, "second") == ["pay_round", "prepared", "_featurise"]
+    monkeypatch.setattr(app, "_drop", lambda site: app._process.records.pop(site, None))
+    assert order_of(site, monkeypatch, "third")[0] == "prepared", "planted: records that are dropped whole"
+
+
+def test_records_that_no_head_alone_is_trained_on_are_tokenised_once(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    assert "prepared" in order_of(site, monkeypatch, "first")
+    assert order_of(site, monkeypatch, "second") == ["pay_round"]
+
+
+# --- the last round ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("own", "fails"), [(HEAD, False), (HEAD, True), (LINEARISED, False)])
+def test_nothing_is_left_after_the_last_round_whatever_became_of_it(
+    own: dict[str, Any], fails: bool, toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = clinic({**toy_settings, **own}, tmp_path)
+    site.train(3)
+    assert computed() == {"clinic"}
+    if fails:
+        site.rule(max_steps=1)
+        site.refuse(4)
+    else:
+        site.train(4)
+    assert not computed()
+    monkeypatch.setattr(app, "_drop", does_nothing)
+    site.rule()
+    site.train(3, "2")
+    site.ask(site.task(4, "2"))
+    # Linearised rounds drop their own where they end well; features are dropped by this alone.
+    assert bool(computed()) == (own is HEAD), "the planted fault is not what the check rests on"
+
+
+def test_sites_of_one_process_keep_theirs_while_another_ends(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed, real = list[int](), FederatedModel.featurise
+
+    def counting(self: FederatedModel, records: Sequence[Record], *words: Any) -> list[Record]:
+        passed.append(sum(FEATURES not in record for record in records))
+        return real(self, records, *words)
+
+    monkeypatch.setattr(FederatedModel, "featurise", counting)
+    run_in_process({**toy_settings, **HEAD, "rounds": 3, "privacy.mode": "none"}, 3)
+    assert sum(number > 0 for number in passed) == 4, "three sites once, and the server's test part"
+    assert not computed()
+
+
+# --- a worker ---------------------------------------------------------------------------------------------------------
+
+
+def own_bundle() -> bytes:
+    from flwr.cli.build import build_fab_from_files
+
+    return build_fab_from_files(files_of(PROJECT))[0]
+
+
+class Ends(runtime.Node):
+    """Gives out one task, then none twice, and then is somebody else's node, which ends the worker."""
+
+    meanwhile: Callable[[], object] = staticmethod(does_nothing)
+    """Called as often as there is none."""
+    empty = 2
+    had = False
+
+    def acquire(self) -> str:
+        if not self.had:
+            token = super().acquire()
+            self.had = bool(token)
+            return token
+        self.meanwhile()
+        self.empty -= 1
+        if self.empty < 0:
+            raise runtime.NotOurNode("enough")
+        return ""
+
+
+def worked(site: OneSite, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object] = does_nothing) -> int:
+    """Let a worker answer one task and wait for others; return how it ended."""
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
+    with runtime_api() as api:
+        api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+        with closing(Ends(api.port, SECRET)) as node:
+            node.meanwhile = meanwhile
+            return worker.work(node, site.node)
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    return clinic({**toy_settings, **HEAD}, tmp_path)
+
+
+def test_a_worker_that_is_asked_nothing_for_long_drops_all_and_no_sooner(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    assert worked(site, monkeypatch, lambda: seen.append(holds_anything())) == runtime.NODE_TOO
+    assert seen == [True, True, True]
+    monkeypatch.setattr(worker, "IDLE_SECONDS", -1.0)
+    seen.clear()
+    worked(site, monkeypatch, lambda: seen.append(holds_anything()))
+    assert seen == [True, False, False]
+    assert app._process.rehearsed, "what is rehearsed is of nobody's records, and stays"
+
+
+def test_a_worker_that_stops_holds_nothing(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    worked(site, monkeypatch)
+    assert not holds_anything()
+    monkeypatch.setattr(app, "forget", does_nothing)
+    worked(site, monkeypatch)
+    assert holds_anything(), "the planted fault is not what the check rests on"
+
+
+def withdraw(site: OneSite) -> None:
+    with Ledger(site.ledger) as ledger:
+        if not ledger.holds.withdrawals():
+            ledger.holds.withdraw("clinic", "asked for")
+
+
+def test_a_withdrawal_ends_the_worker_and_what_it_held(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
+    assert worked(site, monkeypatch, lambda: withdraw(site)) == runtime.ANEW
+    assert not holds_anything()
+
+
+def test_a_worker_that_looks_at_the_files_alone_is_found(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(worker, "_withdrawn", lambda _: 0)
+    assert worked(site, monkeypatch, lambda: withdraw(site)) == runtime.NODE_TOO
+
+
+def test_a_charge_is_no_withdrawal_and_a_ledger_that_cannot_be_read_ends_a_worker_once(site: OneSite) -> None:
+    before = worker.stamp(site.node)
+    site.train(1)
+    assert worker.stamp(site.node) == before
+    site.ledger.write_bytes(b"damaged")
+    assert worker.stamp(site.node) != before
+    assert worker.stamp(site.node) == worker.stamp(site.node)
