@@ -127,8 +127,10 @@ def verify(
     key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
 ) -> None:
     """Say which run was signed by a key, when and with which figures: exit code 0, or 1 if a file is not genuine."""
+    from common.run_lines import TuningFile
     from common.words import visible
     from reports.signature import FIRST_CONTEXT, NotGenuine, verified
+    from reports.trials import trials_figure
 
     try:
         signed = verified(folder if folder.is_dir() else folder.parent, key)
@@ -137,6 +139,9 @@ def verify(
         raise typer.Exit(1) from None
     epsilon, delta = signed["epsilon"], signed["delta"]
     claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
+    if signed.get("trials"):
+        told = TuningFile(signed["trials"], None, float(signed["epsilon_trials"]), signed["delta_trials"])
+        claim += f" ({trials_figure(told)})"
     first = signed["context"] == FIRST_CONTEXT
     rounds = "" if first else f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
     files = f"{', '.join(sorted(signed['files']))}" + first * "; the model card is not under it: sign again for that"
@@ -171,6 +176,7 @@ def print_summary(folder: Path) -> None:
     from reports.meaning import attack_sentence, several_sentence
     from reports.scores import share_text
     from reports.sites import distinct
+    from reports.trials import trials_figure
 
     data = report_of(folder)
     central = server_is_trusted(data.claim.privacy_mode)
@@ -193,6 +199,7 @@ def print_summary(folder: Path) -> None:
         console.print(
             f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, "
             f"{'of the cohort' if central else 'the maximum over sites'}"
+            + (f"; {trials_figure(data.tuning)}" if data.tuning else "")
         )
     else:
         console.print(f"federation: {data.claim.sentence}")

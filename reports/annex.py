@@ -23,6 +23,7 @@ from reports.markdown import plain
 from reports.meaning import attack_sentence, several_sentence
 from reports.scores import share_text
 from reports.statements import QUESTIONS, Statement
+from reports.trials import trials_figure
 
 NAME = "annex.md"
 OPEN = "Not known to this run's files:"
@@ -77,6 +78,7 @@ def _claim(data: ReportData) -> list[str]:
     head = data.headline
     basis = "by the server's ledger" if server_is_trusted(data.claim.privacy_mode) else "the maximum over sites"
     figure = f"(ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, {basis}"
+    figure += f"; {trials_figure(data.tuning)}" if data.tuning else ""
     return [data.claim.sentence, figure, f"against: {data.claim.adversary}", f"neighbours: {data.claim.neighbours}"]
 
 

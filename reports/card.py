@@ -121,6 +121,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
         {
             "epsilon": float(epsilon_text(head.epsilon).replace("∞", "inf")),
             "delta": head.delta,
+            **_trials(data),
             "unit": claim.unit,
             "neighbours": claim.neighbours,
             "adversary": claim.adversary,
@@ -136,6 +137,14 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
         result = {"task": {"type": task.hub_task}, "dataset": data_set, "metrics": [metric]}
         meta["model-index"] = [{"name": declared.name or f"run {visible(data.run)}", "results": [result]}]
     return meta
+
+
+def _trials(data: ReportData) -> dict[str, Any]:
+    """Return what stands beside the ε of a run that is one of several trials: that of all of them."""
+    if data.tuning is None:
+        return {}
+    epsilon = float(epsilon_text(data.tuning.epsilon).replace("∞", "inf"))
+    return {"trials": data.tuning.trials, "epsilon_all_trials": epsilon, "delta_all_trials": data.tuning.delta}
 
 
 def _head_words(form: Form) -> str:

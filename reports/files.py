@@ -98,6 +98,9 @@ def _signed_run(data: ReportData) -> Run:
         rounds_planned=head.rounds_planned,
         epsilon=head.epsilon,
         delta=head.delta,
+        trials=data.tuning.trials if data.tuning else None,
+        epsilon_trials=data.tuning.epsilon if data.tuning else None,
+        delta_trials=data.tuning.delta if data.tuning else None,
     )
 
 

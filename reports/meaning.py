@@ -10,6 +10,7 @@ from common.privacy.figures import bound_text, epsilon_text
 from common.privacy.meaning import Meaning, meaning_of
 from reports.folder import RunFiles
 from reports.sites import SiteReport, releases_of_site
+from reports.trials import TRIAL_ALONE
 
 RECORD = "record"
 THIS_RUN = (
@@ -51,7 +52,8 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     if per != RECORD:
         # Of another unit a person may be one whole.
         bounds = replace(bounds, several=[])
-    caution = THIS_RUN if worst.agreement == "larger" else ""
+    cautions = [THIS_RUN] * (worst.agreement == "larger") + [TRIAL_ALONE] * (files.tuning is not None)
+    caution = " ".join(cautions)
     seen = "all that the server gave away" if mechanism.central else "all that was sent"
     return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen)
 

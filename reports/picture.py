@@ -19,6 +19,7 @@ from common.words import counted, percent_text, visible
 from reports.charts import HEIGHT, WIDTH, Axis, Chart, Curve, Mark, line_chart
 from reports.claim import server_is_trusted
 from reports.data import ReportData
+from reports.trials import trials_figure
 
 GAP, HEAD, FOOT = 24, 56, 16
 
@@ -68,6 +69,8 @@ class Picture:
     """The claim's unit in one word."""
     central: bool = False
     """Whether the server is trusted: then the sites are the most that its cohort has, and ε is its ledger's."""
+    trials: str = ""
+    """What all trials of a tuning cost together, in words; empty: the run is none."""
 
 
 def picture_of(data: ReportData) -> Picture:
@@ -90,7 +93,8 @@ def picture_of(data: ReportData) -> Picture:
     title = f"{data.strategy} on {values.get('model.name')} and {values.get('data.name')}"
     top, per = data.headline, data.claim.per or "record"
     central = server_is_trusted(data.claim.privacy_mode)
-    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before, per, central)
+    trials = trials_figure(data.tuning) if data.tuning else ""
+    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, top.accuracy_before, per, central, trials)
 
 
 def to_svg(picture: Picture) -> str:
@@ -125,7 +129,8 @@ def said_of_run(picture: Picture) -> str:
         return f"{words}; no privacy claim"
     spent = max((line.epsilon for line in picture.rounds if line.epsilon is not None), default=None)
     basis = "by the server's ledger" if picture.central else "the maximum over sites"
-    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each {picture.per}, {basis}"
+    told = f"; {picture.trials}" if picture.trials else ""
+    return f"{words}; ε {epsilon_text(spent)} at δ {picture.delta:g} for each {picture.per}, {basis}{told}"
 
 
 def _accuracy(picture: Picture) -> Chart | None:

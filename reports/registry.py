@@ -21,6 +21,7 @@ from reports.data import ReportData, cares_of, setting_of
 from reports.declared import Declared, several
 from reports.meaning import attack_sentence, several_sentence
 from reports.sites import distinct
+from reports.trials import trials_figure, trials_sentence
 
 NAME = "deployment.yaml"
 UNSTATED = "Not stated by the coordinator."
@@ -87,8 +88,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
                 f"The federation's ε is the largest of its sites': {UNITS[data.claim.per].across}",
             },
             "implementation": {
-                TUNING: declared.tuning
-                or f"{UNSTATED} Choices made by looking at earlier runs on the same records are not covered.",
+                TUNING: _tuning(data, declared),
                 "mechanisms": _lines(_mechanisms(data)),
                 "justification": declared.justification or UNSTATED,
             },
@@ -140,10 +140,18 @@ def _parameters(data: ReportData) -> list[str]:
     lines = [f"largest of all sites, over all rounds; site {data.headline.worst_site}"]
     if server_is_trusted(data.claim.privacy_mode):
         lines = ["of every site of the cohort, over all rounds"]
+    if data.tuning is not None:
+        lines.append(f"this run is one of several trials; {trials_figure(data.tuning)}")
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [text for text in said if text]
     return lines + cares_of(data)
+
+
+def _tuning(data: ReportData, declared: Declared) -> str:
+    told = [trials_sentence(data.tuning, data.claim.per)] if data.tuning else []
+    unstated = f"{UNSTATED} Choices made by looking at earlier runs on the same records are not covered."
+    return " ".join([*told, declared.tuning or ("" if told else unstated)]).strip()
 
 
 def _afterwards(data: ReportData) -> list[str]:

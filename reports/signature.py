@@ -118,6 +118,10 @@ class Run:
     rounds_planned: int
     epsilon: float | None
     delta: float | None
+    trials: int | None
+    """Of which the run is one, with the ε of all together at their δ; None, as those, of none."""
+    epsilon_trials: float | None
+    delta_trials: float | None
 
 
 def statement(run: Run, files: Mapping[str, bytes]) -> bytes:
