@@ -310,7 +310,8 @@ def _tell(tuning: Tuning, paid: Sequence[Outcome], whom: Sequence[Outcome], best
     by_ledgers = [outcome.epsilon for outcome in paid if outcome.epsilon is not None]
     together = max([tuning.epsilon, *by_ledgers])
     for outcome in whom:
-        told = TuningFile(len(tuning.trials), best and outcome.trial == best.trial, together, tuning.delta)
+        chosen = None if best is None else outcome.trial == best.trial
+        told = TuningFile(len(tuning.trials), chosen, together, tuning.delta)
         text = json.dumps(finite(to_json(told)), indent=1) + "\n"
         replace_file(Path(outcome.folder) / TuningFile.NAME, text.encode())
         write_reports(Path(outcome.folder))
