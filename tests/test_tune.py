@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from test_report import fedveil
 from audits.tiny_models import write_reviews
 from client.ledger.ledger import Ledger
 from common.config.text import to_toml
-from common.errors import ConfigError, PrivacyError
+from common.errors import ConfigError, PrivacyError, RunFailed
 from common.privacy.accounting import Release, gaussian_release
 from common.privacy.events import sampled_gaussian
 from common.privacy.figures import epsilon_text
 from common.run_lines import Reached, TuningFile, read_file
+from deploy.server_folder import ServerFolder, make_server
 from experiments import tune
-from experiments.tune import STATE, Tuning, conduct_trials, read_tuning, simulated, spent
+from experiments.tune import NOISE, STATE, Conduct, Tuning, conduct_trials, read_tuning, simulated, spent
 from reports import report_of
 from reports.picture import picture_of, said_of_run
 from reports.trials import TRIAL_ALONE
@@ -188,8 +190,8 @@ def test_trials_without_privacy_and_trials_that_fit_no_budget_are_refused(
         read_tuning(trials_file(tmp_path, base, THREE))
 
 
-def first_is_best(tuning: Tuning, folder: Path) -> Path:
-    """Conduct made-up trials of which the first scores best, and return its folder."""
+def made_trials(folder: Path) -> Conduct:
+    """Return what makes up a run for each trial, each on top of those before; the first scores best."""
     trained: list[MadeRun] = []
 
     def conduct(trial: str, _: Any) -> Path:
@@ -202,7 +204,11 @@ def first_is_best(tuning: Tuning, folder: Path) -> Path:
         trained.append(with_adapter(run))
         return run.folder
 
-    best = conduct_trials(tuning, folder, conduct, lambda _: None).best
+    return conduct
+
+
+def first_is_best(tuning: Tuning, folder: Path) -> Path:
+    best = conduct_trials(tuning, folder, made_trials(folder), lambda _: None).best
     assert best.trial == tuning.trials[0].name
     return Path(best.folder)
 
@@ -258,3 +264,40 @@ def test_a_report_never_tells_less_of_all_trials_than_of_one_and_says_if_the_fil
     place.write_text("{")
     (problem,) = report_of(folder).problems
     assert "one of several trials, and what all of them cost is missing here" in problem
+
+
+def test_trials_on_a_server_are_submitted_once_each_in_order_with_what_was_printed(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the command line; the second submission fails, and the same command goes on with it."""
+    make_server(tmp_path / "server", ["127.0.0.1"])
+    file = trials_file(tmp_path, base, THREE)
+    tuning, conduct, asked = read_tuning(file), made_trials(tmp_path / "runs"), list[tuple[Any, ...]]()
+
+    def stand_in(folder: ServerFolder, settings: Mapping[str, Any], say: Any, **how: Any) -> Path:
+        asked.append((folder.path, dict(settings), how))
+        if len(asked) == 2:
+            raise RunFailed("the server is silent")
+        (trial,) = (trial.name for trial in tuning.trials if trial.settings == dict(settings))
+        return conduct(trial, settings)
+
+    monkeypatch.setattr("deploy.submit.submit", stand_in)
+    words = ("tune", file, "--server", tmp_path / "server", "--sites", 2, "--patience", 7, "--output", tmp_path / "out")
+    code, said = fedveil(*words, "--yes")
+    assert (code, "the server is silent" in said) == (1, True)
+    code, said = fedveil(*words, "--yes")
+    assert code == 0, said
+    assert "1 of 3 trials are there already" in said
+    assert "charged to each ledger" not in said, "the sites' ledgers are theirs, and not here"
+    names = ["slow", "fast", "fast", "often"]
+    wanted = {trial.name: trial.settings for trial in tuning.trials}
+    # ``once``: a trial that ended before its outcome was written down is not run, and paid, again.
+    how = {"sites": 2, "patience": 7.0, "once": True}
+    assert asked == [(tmp_path / "server", wanted[name], how) for name in names]
+    assert {settings[NOISE] for _, settings, _ in asked} == {tuning.noise_multiplier}
+    told = [read_file(TuningFile, tmp_path / "runs" / name) for name in THREE]
+    assert [one.chosen for one in told] == [True, False, False]
+    outcomes = json.loads((tmp_path / "out" / STATE).read_text())["outcomes"]
+    assert {one.epsilon for one in told} == {max(tuning.epsilon, outcomes[-1]["epsilon"])}
+    assert fedveil(*words, "--yes")[0] == 0
+    assert len(asked) == 4, "a trial that was paid is submitted again"
