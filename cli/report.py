@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -145,11 +146,22 @@ def verify(
     first = signed["context"] == FIRST_CONTEXT
     rounds = "" if first else f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
     files = f"{', '.join(sorted(signed['files']))}" + first * "; the model card is not under it: sign again for that"
+    files += "" if first else _evidence_words(folder if folder.is_dir() else folder.parent, signed.get("evidence"))
     console.print(
         f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}{rounds}, "
         f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
         markup=False,
     )
+
+
+def _evidence_words(folder: Path, signed: Mapping[str, str] | None) -> str:
+    """Return which of the lines behind a report were compared as well."""
+    if signed is None:
+        return "; the lines that it was computed from are not under it: sign again for that"
+    absent = [name for name in sorted(signed) if not (folder / name).is_file()]
+    here = [name for name in sorted(signed) if name not in absent]
+    told = f"; computed from {', '.join(here)}" if here else ""
+    return told + (f"; not here, so not compared: {', '.join(absent)}" if absent else "")
 
 
 @for_people
