@@ -8,6 +8,7 @@
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make test-peft   adapters and exports under the oldest PEFT that pyproject.toml allows, in an environment of its own
 # make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
+# make test-trackers  runs that tell the real trackers, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
@@ -28,7 +29,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-many test-deployment test-harness test-peft test-product audit faults docs settings check format environment generative texts vision browser clean
+.PHONY: demo test test-many test-deployment test-harness test-trackers test-peft test-product audit faults docs settings check format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -41,7 +42,7 @@ test-many: environment
 	$(BIN)/python -m pytest -m many tests/test_lossy_rounds.py
 
 test-deployment: environment
-	$(BIN)/python -m pytest -m deployment tests/test_deploy.py tests/test_flower.py
+	$(BIN)/python -m pytest -m deployment tests/test_deploy.py tests/test_flower.py tests/test_first_guide.py
 
 # The extra's packages, some 150 MB on the disk, stay out of the environment that tests are run in.
 test-harness: environment
@@ -64,6 +65,17 @@ test-peft: environment
 
 test-product: environment
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product tests/test_contracts.py
+
+
+# The trackers' packages, some 1 GB on the disk, likewise.
+test-trackers: environment
+	$(PYTHON) -m venv $(VENV)/trackers
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$($(VENV)/trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(VENV)/trackers/bin/pip install --quiet --disable-pip-version-check $$($(BIN)/python -c \
+	  'import tomllib; told = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	  print(*(told[name][0] for name in ("tensorboard", "mlflow", "wandb", "trackio")))')
+	PYTHONPATH=. $(VENV)/trackers/bin/python -m pytest -m trackers tests/test_trackers.py
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))

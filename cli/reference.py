@@ -57,6 +57,7 @@ from common.run_lines import (
     RoundLine,
     ServerFile,
     ServerStart,
+    TuningFile,
 )
 from common.secure_sum import Agreement, KeyOffer, Sharing
 from experiments.sweep.arms import ARMS
@@ -124,7 +125,17 @@ def _arm_table() -> str:
 
 def run_folder_page() -> str:
     """Return the page of a run's folder: every file, and the fields of each line."""
-    files = (ConfigFile, ServerFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, ProgressFile, BesideFile)
+    files = (
+        ConfigFile,
+        ServerFile,
+        BaselineFile,
+        RoundLine,
+        PrivacyLine,
+        ResultFile,
+        ProgressFile,
+        BesideFile,
+        TuningFile,
+    )
     parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
     parts.append((f"`{AUDITS}.json`", _fields(AuditFile), _about(AuditFile)))
     nested: Mapping[type[Any], str] = {

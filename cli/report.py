@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -127,8 +128,10 @@ def verify(
     key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
 ) -> None:
     """Say which run was signed by a key, when and with which figures: exit code 0, or 1 if a file is not genuine."""
+    from common.run_lines import TuningFile
     from common.words import visible
     from reports.signature import FIRST_CONTEXT, NotGenuine, verified
+    from reports.trials import trials_figure
 
     try:
         signed = verified(folder if folder.is_dir() else folder.parent, key)
@@ -139,9 +142,13 @@ def verify(
     claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
     if epsilon is not None:
         claim += _signed_condition(folder if folder.is_dir() else folder.parent)
+    if signed.get("trials"):
+        told = TuningFile(signed["trials"], None, float(signed["epsilon_trials"]), signed["delta_trials"])
+        claim += f" ({trials_figure(told)})"
     first = signed["context"] == FIRST_CONTEXT
     rounds = "" if first else f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
     files = f"{', '.join(sorted(signed['files']))}" + first * "; the model card is not under it: sign again for that"
+    files += "" if first else _evidence_words(folder if folder.is_dir() else folder.parent, signed.get("evidence"))
     console.print(
         f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}{rounds}, "
         f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
@@ -157,6 +164,16 @@ def _signed_condition(folder: Path) -> str:
 
     told = json.loads((folder / REPORT_JSON).read_bytes()).get("sharing")
     return beside(from_json(Sharing, told, REPORT_JSON)) if told else ""
+
+
+def _evidence_words(folder: Path, signed: Mapping[str, str] | None) -> str:
+    """Return which of the lines behind a report were compared as well."""
+    if signed is None:
+        return "; the lines that it was computed from are not under it: sign again for that"
+    absent = [name for name in sorted(signed) if not (folder / name).is_file()]
+    here = [name for name in sorted(signed) if name not in absent]
+    told = f"; computed from {', '.join(here)}" if here else ""
+    return told + (f"; not here, so not compared: {', '.join(absent)}" if absent else "")
 
 
 @for_people
@@ -184,6 +201,7 @@ def print_summary(folder: Path) -> None:
     from reports.scores import share_text
     from reports.sharing import THIS_RUN, at_h, others_of, rests_on
     from reports.sites import distinct
+    from reports.trials import trials_figure
 
     data = report_of(folder)
     central = server_is_trusted(data.claim.privacy_mode)
@@ -209,6 +227,7 @@ def print_summary(folder: Path) -> None:
         console.print(
             f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, "
             f"{'of the cohort' if central else 'the maximum over sites'}{rests and f', {rests}'}"
+            + (f"; {trials_figure(data.tuning)}" if data.tuning else "")
         )
         for other in others_of(data.sharing) if data.sharing else ():
             console.print(f"{THIS_RUN}, {other}")

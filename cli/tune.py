@@ -36,8 +36,6 @@ def tune(
     """Print what all trials cost together, ask, run each with the same noise, charged in full, and name the best."""
     from common.words import visible
     from experiments.tune import conduct_trials, deployed, read_tuning, simulated, spent
-    from reports import write_reports
-    from reports.declared import declare
 
     # A kill must end the runs as well, so it takes the way of Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -49,9 +47,6 @@ def tune(
         return
     conduct = deployed(server, sites, patience, _say) if server else simulated(tuning, output)
     tuned = conduct_trials(tuning, output, conduct, _say)
-    for outcome in tuned.outcomes:
-        declare(Path(outcome.folder), {"tuning": _declared(tuning, outcome.trial == tuned.best.trial)})
-        write_reports(Path(outcome.folder))
     if not server:
         most = max(spent(output, tuning.delta).values())
         _say(f"charged to each ledger, at most: ε {epsilon_text(most)} at δ {tuning.delta:g}")
@@ -73,15 +68,6 @@ def _print_price(tuning: Tuning) -> None:
         f"all {len(tuning.trials)} together: ε {epsilon_text(tuning.epsilon)} of {tuning.budget:g} at δ "
         f"{tuning.delta:g} per {tuning.unit}, with noise multiplier {tuning.noise_multiplier:.4g} in each. Every site "
         "is charged that, whichever is chosen: the server sees every trial, so no discount for publishing one holds."
-    )
-
-
-def _declared(tuning: Tuning, best: bool) -> str:
-    chosen = "this one was chosen" if best else "another one was chosen"
-    return (
-        f"Settings were chosen among {len(tuning.trials)} trials on the same records by their score on the public test "
-        f"part; {chosen}. All were charged: together (ε, δ) = ({epsilon_text(tuning.epsilon)}, {tuning.delta:g}) per "
-        f"{tuning.unit}, in a site that joined every round."
     )
 
 

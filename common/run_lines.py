@@ -308,6 +308,19 @@ class BesideFile(RunFile):
 
 
 @dataclass(frozen=True)
+class TuningFile(RunFile):
+    """That a run is one of several trials on the same records, and what all of them cost (``fedveil tune``)."""
+
+    NAME: ClassVar[str] = "tuning.json"
+    trials: int
+    chosen: bool | None
+    """Whether this one was chosen; None: not all have ended."""
+    epsilon: Endless
+    """Of all trials together, in a site that joins every round, or by a ledger where that holds more."""
+    delta: float
+
+
+@dataclass(frozen=True)
 class Finding:
     """The outcome of one audit, or of one fault that was built in to see whether the audit sees it."""
 

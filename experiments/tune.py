@@ -35,11 +35,12 @@ from common.files import finite, replace_file
 from common.paths import RUN_NAME
 from common.privacy.accounting import Release, epsilon
 from common.privacy.events import LEAST_NOISE, MOST_NOISE
-from common.run_lines import BaselineFile, ResultFile, RoundLine, read_file, read_lines
+from common.run_lines import BaselineFile, ResultFile, RoundLine, TuningFile, read_file, read_lines
 from common.strict_json import Endless, from_json, to_json
 from common.tasks import TASKS
 from experiments.planner.price import paid_before, site_plans
 from experiments.site_count import USUAL
+from reports import write_reports
 from strategies.job import Job, configure, with_recipe
 
 KEYS = ("base", "sites", "settings", "trials")
@@ -274,6 +275,7 @@ def conduct_trials(tuning: Tuning, output: Path, conduct: Conduct, say: Callable
     Raises:
         ConfigError: ``output`` holds other trials.
         RunFailed: a trial failed.
+        DataError: the report of a trial cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)
     place, asked = output / STATE, {trial.name: trial.settings for trial in tuning.trials}
@@ -291,10 +293,28 @@ def conduct_trials(tuning: Tuning, output: Path, conduct: Conduct, say: Callable
             continue
         outcomes.append(_outcome(trial.name, conduct(trial.name, trial.settings)))
         replace_file(place, (json.dumps(finite(to_json(State(asked, outcomes))), indent=2) + "\n").encode())
+        _tell(tuning, outcomes, outcomes[-1:], None)
         say(f"{number}/{len(asked)} {trial.name}: {score_words(outcomes[-1])}")
     labelled = TASKS[configure(tuning.trials[0].settings).config.model.task].labelled
     key: Callable[[Outcome], float] = (lambda o: -o.accuracy) if labelled else (lambda o: o.loss)
-    return Tuned(outcomes, min(outcomes, key=key), "accuracy" if labelled else "loss")
+    best = min(outcomes, key=key)
+    _tell(tuning, outcomes, outcomes, best)
+    return Tuned(outcomes, best, "accuracy" if labelled else "loss")
+
+
+def _tell(tuning: Tuning, paid: Sequence[Outcome], whom: Sequence[Outcome], best: Outcome | None) -> None:
+    """Lay the price of all trials beside these, and make their reports anew.
+
+    Before the last trial it is what all will cost: a report that is given away meanwhile tells no less.
+    """
+    by_ledgers = [outcome.epsilon for outcome in paid if outcome.epsilon is not None]
+    together = max([tuning.epsilon, *by_ledgers])
+    for outcome in whom:
+        chosen = None if best is None else outcome.trial == best.trial
+        told = TuningFile(len(tuning.trials), chosen, together, tuning.delta)
+        text = json.dumps(finite(to_json(told)), indent=1) + "\n"
+        replace_file(Path(outcome.folder) / TuningFile.NAME, text.encode())
+        write_reports(Path(outcome.folder))
 
 
 def _state(path: Path) -> State:

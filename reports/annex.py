@@ -24,6 +24,7 @@ from reports.meaning import attack_sentence, condition, several_sentence
 from reports.scores import share_text
 from reports.sharing import beside
 from reports.statements import QUESTIONS, Statement
+from reports.trials import trials_figure
 
 NAME = "annex.md"
 OPEN = "Not known to this run's files:"
@@ -79,6 +80,7 @@ def _claim(data: ReportData) -> list[str]:
     basis = "by the server's ledger" if server_is_trusted(data.claim.privacy_mode) else "the maximum over sites"
     basis += beside(data.sharing)
     figure = f"(ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, {basis}"
+    figure += f"; {trials_figure(data.tuning)}" if data.tuning else ""
     return [data.claim.sentence, figure, f"against: {data.claim.adversary}", f"neighbours: {data.claim.neighbours}"]
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import yaml
 
+from common.data.sets import DATASETS
 from common.errors import DataError
 from common.privacy.figures import epsilon_text
 from common.privacy.units import PERSON
+from common.starts.public_text import OF_NO_ONE, SHIPPED
 from common.tasks import TASKS
 from common.words import UNKNOWN, counted, number_text, percent_text, visible
 from reports.claim import server_is_trusted
@@ -97,7 +99,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
         _privacy(data),
         _records(data),
         _licences(declared),
-        _hashes(data, form, report),
+        _hashes(data, declared, form, report),
     ]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
@@ -122,6 +124,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
         {
             "epsilon": float(epsilon_text(head.epsilon).replace("∞", "inf")),
             "delta": head.delta,
+            **_trials(data),
             "unit": claim.unit,
             "neighbours": claim.neighbours,
             "adversary": claim.adversary,
@@ -147,6 +150,14 @@ def _honest(sharing: Sharing | None) -> dict[str, Any]:
     bare = sharing.epsilon_alone
     alone = {} if bare is None else {"epsilon_alone": float(epsilon_text(bare).replace("∞", "inf"))}
     return {"honest_sites": sharing.honest_sites, **alone}
+
+
+def _trials(data: ReportData) -> dict[str, Any]:
+    """Return what stands beside the ε of a run that is one of several trials: that of all of them."""
+    if data.tuning is None:
+        return {}
+    epsilon = float(epsilon_text(data.tuning.epsilon).replace("∞", "inf"))
+    return {"trials": data.tuning.trials, "epsilon_all_trials": epsilon, "delta_all_trials": data.tuning.delta}
 
 
 def _head_words(form: Form) -> str:
@@ -199,12 +210,28 @@ def _records(data: ReportData) -> str:
             f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from "
             f"{number_text(sizes[0])} to {number_text(sizes[-1])} a site."
         )
-    public = (
-        "Declared public, and not protected: the test part, which was cut from the same source as the sites' records"
-        if cut_test(data)
-        else "Declared public, and not protected: the test part, and the phrases and texts that the settings name"
-    )
-    return f"## Records\n\n{told}\n\n{public}."
+    return f"## Records\n\n{told}\n\nDeclared public, and not protected: {'; '.join(_public(data))}."
+
+
+def _public(data: ReportData) -> list[str]:
+    """Return what the run took for public, by name where it has one that says something to others: a path does not."""
+    name, test = str(setting_of(data, "data.name")), str(setting_of(data, "data.test"))
+    found = ["the test part, a file of the coordinator's"]
+    if cut_test(data):
+        found = ["the test part, which was cut from the same source as the sites' records"]
+    elif _is_name(test or name):
+        found = [f"the test part, {plain(test)}" if test else f"the test part of {plain(name)}"]
+    text, sha256 = (str(setting_of(data, key)) for key in ("start.text", "start.text-sha256"))
+    if text in SHIPPED:
+        found.append(f"the sentences that the start was made from, `{text}` of FedVeil (SHA-256 `{sha256}`)")
+    elif text and text not in OF_NO_ONE:
+        whose = plain(text) if _is_name(text) else "a file of the coordinator's"
+        found.append(f"the sentences that the start was made from, {whose} (SHA-256 `{sha256}`)")
+    return found + ["the phrases of the settings"] * bool(setting_of(data, "head.phrases"))
+
+
+def _is_name(source: str) -> bool:
+    return source in DATASETS or source.startswith("hub:")
 
 
 def _licences(declared: Declared) -> str:
@@ -213,7 +240,7 @@ def _licences(declared: Declared) -> str:
     return f"## Licences\n\n- This model: {own}.\n- The base model: {base}. Its terms hold for what is made of it."
 
 
-def _hashes(data: ReportData, form: Form, report: bytes) -> str:
+def _hashes(data: ReportData, declared: Declared, form: Form, report: bytes) -> str:
     origin = data.origin
     rows = [("report of the run, `report.json`", hashlib.sha256(report).hexdigest())]
     if origin is not None:
@@ -221,7 +248,13 @@ def _hashes(data: ReportData, form: Form, report: bytes) -> str:
         rows += [("code that the server ran, `fedveil bundle`", origin.bundle)] if origin.bundle else []
     rows += [(f"`{name}`", digest) for name, digest in form.files.items()]
     told = f"Run {plain(data.run)}, started {plain(data.started)}. "
-    told += _REPORT_BESIDE if "fedveil.json" in form.files else "Ask its publisher for the run's signed report."
+    if "fedveil.json" in form.files:
+        told += _REPORT_BESIDE
+    elif not declared.report_url:
+        told += "Ask its publisher for the run's signed report."
+    if declared.report_url:
+        # The declaration holds no character that ends such a link.
+        told += f" The publisher says that the run's signed report lies at <{declared.report_url}>."
     table = "\n".join(f"| {name} | `{digest}` |" for name, digest in rows)
     return f"## Where it comes from\n\n{told}\n\n| what | SHA-256 |\n|---|---|\n{table}"
 

@@ -15,6 +15,7 @@ from common.words import EACH, names_text, natural
 from reports.folder import RunFiles
 from reports.sharing import Sharing, at_h, others_of, rests_on, sharing_of
 from reports.sites import SiteReport, federation_delta, worst_site
+from reports.trials import at_least, trials_sentence
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -116,6 +117,8 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
             "ε is ∞: records of a site were released without privacy before, so nothing is promised about them, "
             "whatever noise this run added. What each site has spent stands in the table of sites."
         )
+    if tuning := at_least(files.tuning, worst.epsilon_worst):
+        sentence += f" {trials_sentence(tuning, claim.per)}"
     return Claim(
         made=True,
         off=False,

@@ -16,7 +16,7 @@ from common.config.sections import Scalar
 from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import DataError
-from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, read_json
+from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, TuningFile, read_json
 from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of, server_is_trusted
@@ -27,6 +27,7 @@ from reports.meaning import MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sharing import Sharing, sharing_of
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
+from reports.trials import at_least
 from reports.trust import Actor, actors_of, unprotected_of
 from strategies.job import known_settings
 
@@ -166,6 +167,8 @@ class ReportData:
     """What they say; empty: nothing was audited, as far as anyone can see."""
     alarms: list[str]
     """Audits that failed; every form of the report says them first and loudly."""
+    tuning: TuningFile | None
+    """Of which trials the run is one, with the ε of all together; None: of none."""
 
 
 def report_of(folder: Path) -> ReportData:
@@ -209,6 +212,7 @@ def report_of(folder: Path) -> ReportData:
         audits=files.audits,
         audit_results=audits,
         alarms=audit_alarms(audits),
+        tuning=at_least(files.tuning, headline.epsilon),
     )
 
 

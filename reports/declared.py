@@ -25,8 +25,10 @@ from common.files import replace_file
 from common.words import visible
 
 NAME = "declared.toml"
-SECTORS = ("Technology", "Healthcare", "Education", "Government", "Energy")
-"""Sectors that the registry of deployments knows."""
+SECTORS = ("Technology", "Healthcare", "Education", "Government", "Energy", "Finance")
+CURATORS = ("Government", "Industry", "Nonprofit")
+"""Sectors, and kinds of publishers, that the registry of deployments knows."""
+ADDRESS = re.compile(r"https?://[^\s<>\"'()\[\]]+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Declared:
     """Each field answers one question; empty: nobody has answered it.
 
     Raises:
-        ConfigError: a sector that the registry does not know, or a date or a number that is none.
+        ConfigError: a sector or a kind of publisher that the registry does not know, or a date, a number or an address
+            that is none.
     """
 
     name: str = ""
@@ -52,7 +55,7 @@ class Declared:
     curators: str = ""
     """Who publishes the model? Several are separated by semicolons."""
     curator_type: str = ""
-    """What kind of publisher is that? Such as Company, Government or Nonprofit."""
+    """What kind of publisher is that? Government, Industry or Nonprofit; the registry takes no record without it."""
     region: str = ""
     """Which region do the records describe, and whose law applies?"""
     sector: str = ""
@@ -63,6 +66,8 @@ class Declared:
     """How were records prepared and settings chosen, and was that paid for from the budget?"""
     justification: str = ""
     """Why this ε, this unit and these settings, and who has checked them?"""
+    report_url: str = ""
+    """Where can everybody read the run's signed report? An address that begins with https://."""
     authors: str = ""
     """Who fills in the record for the registry? Several are separated by semicolons."""
 
@@ -76,6 +81,12 @@ class Declared:
                 raise ConfigError(
                     f"base-training-flop is {self.base_training_flop!r}: write a number above 0, such as '1.6e21'"
                 )
+        if self.report_url and not ADDRESS.fullmatch(self.report_url):
+            raise ConfigError(
+                f"report-url is {self.report_url!r}: write an address, such as 'https://example.org/run-7'"
+            )
+        if self.curator_type:
+            OneOf(CURATORS).check("curator-type", self.curator_type)
         if self.sector:
             OneOf(SECTORS).check("sector", self.sector)
         if self.published:

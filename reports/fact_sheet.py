@@ -110,6 +110,11 @@ def _promise(data: ReportData) -> Fact:
         f"come to {number_text(head.epsilon_budget)}.{told} At 0 one {claim.per} would change nothing, and each "
         f"further 1 allows nearly three times the odds. Chances below δ = {head.delta:g} are left out of it."
     )
+    if data.tuning is not None:
+        figure += (
+            f" The settings were chosen among {data.tuning.trials} trials with the same records, and each of them "
+            f"counts: over all, the limit is {epsilon_text(data.tuning.epsilon)} (δ = {data.tuning.delta:g})."
+        )
     return Fact(question, [answer, figure])
 
 

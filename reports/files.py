@@ -21,7 +21,7 @@ from reports.markdown import to_markdown
 from reports.page import to_fact_sheet, to_html
 from reports.registry import NAME as REGISTRY
 from reports.registry import registry_record
-from reports.signature import SIGNATURE, STATEMENT, Run, covers, members, sign, statement
+from reports.signature import SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
 from reports.statements import statements_of
 
 REPORT_JSON = "report.json"
@@ -55,6 +55,7 @@ def write_reports(folder: Path, key: Path | None = None, *, registry: bool = Fal
             record for the registry.
         ConfigError: what is declared about the run, or a steward's statement beside it, cannot be read.
     """
+    before = evidence(folder)
     data, card = report_of(folder), f"adapter/{CARD}"
     contents = {
         "report.md": to_markdown(data).encode(),
@@ -74,9 +75,10 @@ def write_reports(folder: Path, key: Path | None = None, *, registry: bool = Fal
         signable = contents | others
         if key is not None:
             _unchanged(data, others)
-            signed = statement(_signed_run(data), signable)
+            _as_before(before, evidence(folder))
+            signed = statement(_signed_run(data), signable, before)
             contents |= {STATEMENT: signed, SIGNATURE: sign(signed, key)}
-        elif not (folder / STATEMENT).is_file() or not covers((folder / STATEMENT).read_bytes(), signable):
+        elif not (folder / STATEMENT).is_file() or not covers((folder / STATEMENT).read_bytes(), signable, before):
             for name in (SIGNATURE, STATEMENT):
                 (folder / name).unlink(missing_ok=True)
         for name, content in contents.items():
@@ -98,6 +100,9 @@ def _signed_run(data: ReportData) -> Run:
         rounds_planned=head.rounds_planned,
         epsilon=head.epsilon,
         delta=head.delta,
+        trials=data.tuning.trials if data.tuning else None,
+        epsilon_trials=data.tuning.epsilon if data.tuning else None,
+        delta_trials=data.tuning.delta if data.tuning else None,
     )
 
 
@@ -107,3 +112,10 @@ def _unchanged(data: ReportData, read: Mapping[str, bytes]) -> None:
     for name, digest in stated.items():
         if hashlib.sha256(read.get(name, b"")).hexdigest() != digest:
             raise DataError(f"{name} changed while the report was made: report again when nothing writes to the folder")
+
+
+def _as_before(before: Mapping[str, bytes], now: Mapping[str, bytes]) -> None:
+    """Raise DataError if what the report was computed from is no longer there as it was."""
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise DataError(f"{name} changed while the report was made: sign it when the run has ended")

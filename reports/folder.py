@@ -26,6 +26,7 @@ from common.run_lines import (
     RoundLine,
     RunFile,
     ServerFile,
+    TuningFile,
 )
 from common.strict_json import from_json
 
@@ -54,6 +55,8 @@ class RunFiles:
     problems: list[str] = field(default_factory=list)
     server: ServerFile | None = None
     """What the server knew of itself; None: an earlier FedVeil did not record it."""
+    tuning: TuningFile | None = None
+    """Of which trials the run is one; None: of none."""
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -80,10 +83,12 @@ def read_run(folder: Path) -> RunFiles:
         beside.rows if (beside := _file(BesideFile, folder / BesideFile.NAME, problems)) else [],
         problems,
         _file(ServerFile, folder / ServerFile.NAME, problems),
+        _file(TuningFile, folder / TuningFile.NAME, problems, UNTOLD_TRIALS),
     )
 
 
 LEFT_OUT = ", and is left out"
+UNTOLD_TRIALS = ": the run is one of several trials, and what all of them cost is missing here"
 UNSAID = ": it does not say that any audit passed"
 
 

@@ -28,6 +28,7 @@ from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sharing import Sharing, at_h, beside
 from reports.sites import distinct
+from reports.trials import trials_figure
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
 """The character by which readers of Markdown know a bare address; written as its number it makes no link."""
@@ -86,7 +87,7 @@ def _result(data: ReportData) -> list[str]:
         lines.insert(
             1,
             f"- ε {epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)} at δ {head.delta:g} ({basis})"
-            f"{beside(data.sharing)}",
+            f"{beside(data.sharing)}" + (f"; {trials_figure(data.tuning)}" if data.tuning else ""),
         )
     return lines + [f"- {plain(text)}" for text in bound_sentences(data.audit_results)]
 

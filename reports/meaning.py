@@ -12,6 +12,7 @@ from common.privacy.meaning import Meaning, meaning_of
 from reports.folder import RunFiles
 from reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of
 from reports.sites import SiteReport, releases_of_site
+from reports.trials import TRIAL_ALONE
 
 RECORD = "record"
 THIS_RUN = (
@@ -74,7 +75,8 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
         # Of another unit a person may be one whole; in a sum it is one at each of its sites, alone each has its noise.
         bounds = bounds if mechanism.summed else replace(bounds, several=[])
         bare = bare and replace(bare, several=[])
-    caution = THIS_RUN if worst.agreement == "larger" else ""
+    cautions = [THIS_RUN] * (worst.agreement == "larger") + [TRIAL_ALONE] * (files.tuning is not None)
+    caution = " ".join(cautions)
     seen = "all that the server gave away" if mechanism.central else "all that was sent"
     return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen, honest, bare, summed=mechanism.summed)
 

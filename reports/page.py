@@ -25,6 +25,7 @@ from reports.page_template import FACTS, PAGE
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sharing import THIS_RUN, at_h, others_of, rests_on
 from reports.sites import distinct
+from reports.trials import trials_figure
 
 NAMED_SITES = 4
 """Sites that a line of a chart names one by one."""
@@ -42,6 +43,7 @@ def _template(page: str) -> Template:
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
     environment.filters |= {"took_part": participants_text, "layer": learning_cells}
+    environment.filters |= {"trials": trials_figure}
     environment.filters |= {"share": share_text, "beside": beside_cells}
     return environment.from_string(page)
 

@@ -56,6 +56,7 @@ PAGE = """\
 {% for other in others %}
 <dd class="note">{{ sums }}, {{ other }}</dd>
 {% endfor %}
+{% if data.tuning %}<dd class="note">{{ data.tuning|trials }}</dd>{% endif +%}
 {% elif claim.off %}
 <dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>
 {% else %}

@@ -20,6 +20,7 @@ from reports.charts import HEIGHT, WIDTH, Axis, Chart, Curve, Mark, line_chart
 from reports.claim import server_is_trusted
 from reports.data import ReportData
 from reports.sharing import Sharing, at_h
+from reports.trials import trials_figure
 
 GAP, HEAD, FOOT = 24, 56, 16
 
@@ -73,6 +74,8 @@ class Picture:
     """h: sites of each sum that ε rests on; 0: no noise is shared."""
     epsilon_alone: Endless | None = None
     """Of this run's sums if no other site adds its noise; None: none is counted on, or it is not known."""
+    trials: str = ""
+    """What all trials of a tuning cost together, in words; empty: the run is none."""
 
 
 def picture_of(data: ReportData) -> Picture:
@@ -97,8 +100,19 @@ def picture_of(data: ReportData) -> Picture:
     central = server_is_trusted(data.claim.privacy_mode)
     sharing = data.sharing
     honest, alone = (sharing.honest_sites, sharing.epsilon_alone) if sharing else (0, None)
-    before = top.accuracy_before
-    return Picture(title, top.sites, top.delta, top.epsilon_budget, rounds, before, per, central, honest, alone)
+    return Picture(
+        title,
+        top.sites,
+        top.delta,
+        top.epsilon_budget,
+        rounds,
+        top.accuracy_before,
+        per,
+        central,
+        honest,
+        alone,
+        trials_figure(data.tuning) if data.tuning else "",
+    )
 
 
 def to_svg(picture: Picture) -> str:
@@ -136,6 +150,7 @@ def said_of_run(picture: Picture) -> str:
     words += (
         f"; ε {epsilon_text(spent)}{at_h(_sharing(picture))} at δ {picture.delta:g} for each {picture.per}, {basis}"
     )
+    words += f"; {picture.trials}" if picture.trials else ""
     bare = epsilon_text(picture.epsilon_alone, "not known")
     return f"{words}; alone: ε {bare}" if picture.honest > 1 else words
 

@@ -1,8 +1,9 @@
 """The record of a run for OpenDP's registry of differentially private deployments, as YAML.
 
-Layout and words are those of the registry's records of September 2026. What the run's files know is filled in, of all
-three tiers. What they cannot know is quoted from what the coordinator declares; where nothing is declared the record
-says so, and it stays a draft.
+Layout and words are those of the registry's schema at the commit that ``SCHEMA_COMMIT`` names. What the run's files
+know is filled in, of all three tiers. What they cannot know is quoted from what the coordinator declares; where nothing
+is declared the record says so, and it stays a draft. The kind of publisher is one of three words, none of which says
+that nobody has declared it: a record without it is not valid yet.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import yaml
 from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text
-from common.words import counted, numbers_text, visible
+from common.words import counted, numbers_text, percent_text, visible
 from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, setting_of
 from reports.declared import Declared, several
 from reports.meaning import attack_sentence, several_sentence
 from reports.sharing import THIS_RUN, others_of, rests_on
 from reports.sites import distinct
+from reports.trials import trials_figure, trials_sentence
 
 NAME = "deployment.yaml"
+SCHEMA_COMMIT = "057e5d81cf60150dd3307e0cf4504b957802fb3b"
+"""Of github.com/opendp/deployments-registry-data; the newest that was at hand in November 2026."""
 UNSTATED = "Not stated by the coordinator."
 TUNING = "preprocessing_and_hyper" + "parameter_tuning"
 """The registry's name for how settings were chosen; they have another name everywhere else here."""
@@ -58,8 +62,6 @@ def registry_record(data: ReportData, declared: Declared) -> str:
         )
     record = {
         "url_slug": _slug(declared.name or f"fedveil {data.strategy} {data.run}"),
-        "status": "Draft",
-        "tier": 3,
         "deployment": {
             "basic": _basic(data, declared),
             "dp_variant": {
@@ -70,32 +72,35 @@ def registry_record(data: ReportData, declared: Declared) -> str:
             "privacy_loss": {
                 "privacy_unit": f"{data.claim.per.capitalize()}-level",
                 "privacy_unit_details": f"{data.claim.unit}; neighbours: {data.claim.neighbours}.",
+                **_units(data),
                 "privacy_parameters": {"epsilon": float(epsilon), "delta": head.delta},
                 "privacy_parameters_details": _lines(_parameters(data)),
             },
             "deployment_model": {
-                "model_name": "Federated",
+                "model_name": "Central" if mechanism.central else "Federated",
                 "model_name_details": NOISED.get(mechanism.noised, ""),
-                "actors": _lines([f"{actor.who}: trusted {actor.trusted}" for actor in data.actors]),
+                "trust_assumptions": _lines([f"{actor.who}: trusted {actor.trusted}" for actor in data.actors]),
+                "actors": _lines([f"{actor.who} sees {actor.sees}" for actor in data.actors]),
                 "release_type": "Many releases" if _more(data) else "One release",
                 "release_type_details": BY_SERVER if mechanism.central else BY_SITES,
                 "data_source_type": "Static",
                 "access_type": "Non-interactive",
             },
-            "accounting": {
-                "post_processing": _lines(_afterwards(data)),
+            "implementation": {
+                TUNING: _tuning(data, declared),
+                "mechanisms": _lines(_mechanisms(data)),
                 "composition": f"All releases of all rounds are composed, adaptively, by {data.claim.accountant}. "
                 f"The federation's ε is the largest of its sites': {mechanism.of_unit(data.claim.per).claim.across}",
-            },
-            "implementation": {
-                TUNING: declared.tuning
-                or f"{UNSTATED} Choices made by looking at earlier runs on the same records are not covered.",
-                "mechanisms": _lines(_mechanisms(data)),
+                "post_processing": _lines(_afterwards(data)),
                 "justification": declared.justification or UNSTATED,
+                "utility": f"Accuracy on public records: {percent_text(head.accuracy_before)} before training, "
+                f"{percent_text(head.accuracy_after)} after.",
             },
             "administrative": {
-                "sources": _lines(_sources(data)),
+                "evidence_sources": {"report": _report(data, declared)},
+                "status": "Draft",
                 "registry_authors": several(declared.authors) or [UNSTATED],
+                "tier": 3,
             },
         },
     }
@@ -113,6 +118,13 @@ def _slug(text: str) -> str:
 
 def _lines(items: list[str]) -> str:
     return "".join(f"- {visible(item)}\n" for item in items)
+
+
+def _units(data: ReportData) -> dict[str, int]:
+    """Return the number of privacy units as far as sites declare it."""
+    sizes = [site.public_size for site in data.sites]
+    known = [size for size in sizes if size is not None]
+    return {"number_of_privacy_units": sum(known)} if known and len(known) == len(sizes) else {}
 
 
 def _more(data: ReportData) -> bool:
@@ -144,10 +156,18 @@ def _parameters(data: ReportData) -> list[str]:
     if data.sharing is not None:
         lines += [f"ε holds {rests_on(data.sharing)}"]
         lines += [f"{THIS_RUN}, {other}" for other in others_of(data.sharing)]
+    if data.tuning is not None:
+        lines.append(f"this run is one of several trials; {trials_figure(data.tuning)}")
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [text for text in said if text]
     return lines + cares_of(data)
+
+
+def _tuning(data: ReportData, declared: Declared) -> str:
+    told = [trials_sentence(data.tuning, data.claim.per)] if data.tuning else []
+    unstated = f"{UNSTATED} Choices made by looking at earlier runs on the same records are not covered."
+    return " ".join([*told, declared.tuning or ("" if told else unstated)]).strip()
 
 
 def _afterwards(data: ReportData) -> list[str]:
@@ -176,6 +196,10 @@ def _mechanisms(data: ReportData) -> list[str]:
     ]
 
 
-def _sources(data: ReportData) -> list[str]:
+def _report(data: ReportData, declared: Declared) -> dict[str, Any]:
+    """Return the run's report as a source, in the fields of BibTeX."""
     audits = [f"{result.audit}: {'passed' if result.passed else 'FAILED'}" for result in data.audit_results]
-    return [f"the run's report (run {data.run}), which states every release of every site", *audits]
+    told = "; ".join(["it states every release of every site", *audits])
+    url = {"url": declared.report_url} if declared.report_url else {}
+    own = {"title": f"Report of run {visible(data.run)}", "note": visible(told), **url}
+    return {"evidence_source_type": "Authorized organizational attestation", "misc": own}

@@ -4,8 +4,14 @@ The statement (``report.signed.json``) is one JSON object in canonical form. It 
 (``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
 that ended and after how many rounds, its ε and when it was signed; and it holds the SHA-256 of everything in the folder
 that is given to others (``members``): the report in all its forms, the adapter with its model card, the record for the
-registry, the annex with the stewards' statements, and every audit. One that is changed, missing or added is found. The
-signature file holds the 64 raw bytes, so that other tools can check it as well::
+registry, the annex with the stewards' statements, and every audit. One that is changed, missing or added is found.
+
+It also hashes the lines that the report was computed from (``EVIDENCE``), which need not be given to others: where one
+is there it must be what was signed, and where it is not, whoever verifies is told so. A run that goes on writes to
+them, so it is signed again at its end. Not among them is what may tell when a trusted server asked whom: its log and
+its ledger.
+
+The signature file holds the 64 raw bytes, so that other tools can check it as well::
 
     openssl pkeyutl -verify -pubin -inkey PUBLIC.pem -rawin -in report.signed.json -sigfile report.signed.json.sig
 
@@ -36,7 +42,16 @@ from cryptography.hazmat.primitives.serialization import (
 
 from common.errors import DataError
 from common.files import finite
-from common.run_lines import AUDITS
+from common.run_lines import (
+    AUDITS,
+    BaselineFile,
+    ConfigFile,
+    PrivacyLine,
+    ResultFile,
+    RoundLine,
+    ServerFile,
+    TuningFile,
+)
 from reports.annex import NAME as ANNEX
 from reports.fact_sheet import NAME as FACTS
 from reports.registry import NAME as REGISTRY
@@ -48,6 +63,10 @@ FIRST_CONTEXT = "FedVeil signed report, 1"
 all of it but the card."""
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
 FORMS = ("report.md", "report.html", "report.json", FACTS)
+EVIDENCE = tuple(
+    kind.NAME for kind in (ConfigFile, ServerFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, TuningFile)
+)
+"""What a report is computed from."""
 ADAPTER = "adapter"
 CARD = f"{ADAPTER}/README.md"
 """The model card."""
@@ -107,6 +126,11 @@ def members(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in [*found, *_audits(folder)])
 
 
+def evidence(folder: Path) -> dict[str, bytes]:
+    """Return what of ``EVIDENCE`` lies in a run's folder, by name."""
+    return {name: (folder / name).read_bytes() for name in EVIDENCE if (folder / name).is_file()}
+
+
 @dataclass(frozen=True)
 class Run:
     """What a statement says of the run; ε and δ are None without a claim."""
@@ -118,26 +142,42 @@ class Run:
     rounds_planned: int
     epsilon: float | None
     delta: float | None
+    trials: int | None
+    """Of which the run is one, with the ε of all together at their δ; None, as those, of none."""
+    epsilon_trials: float | None
+    delta_trials: float | None
 
 
-def statement(run: Run, files: Mapping[str, bytes]) -> bytes:
-    """Return what is signed, with the present time; ``files`` are by their path in the run's folder."""
+def statement(run: Run, files: Mapping[str, bytes], lines: Mapping[str, bytes]) -> bytes:
+    """Return what is signed, with the present time.
+
+    Args:
+        run: what is said of the run.
+        files: what is given to others, by its path in the run's folder.
+        lines: ``evidence`` of the run.
+    """
     value = {
         "context": CONTEXT,
         **finite(asdict(run)),
         "signed": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "files": _digests(files),
+        "evidence": _digests(lines),
     }
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
-def covers(signed: bytes, files: Mapping[str, bytes]) -> bool:
-    """Whether a statement is of these files, to the last byte, and of no others."""
+def covers(signed: bytes, files: Mapping[str, bytes], lines: Mapping[str, bytes]) -> bool:
+    """Whether a statement is of these files, to the last byte, and of no others; arguments as of ``statement``."""
     try:
-        named = json.loads(signed)["files"]
-    except (ValueError, TypeError, KeyError):
+        value = json.loads(signed)
+        # An earlier FedVeil's statement names no evidence.
+        return bool(value["files"] == _digests(files) and value.get("evidence", _digests(lines)) == _digests(lines))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return False
-    return bool(named == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def verified(folder: Path, key_file: Path) -> dict[str, Any]:
@@ -168,6 +208,7 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
             raise NotGenuine(f"{path} is a link: what is given to others must be the files themselves")
     for name, digest in value["files"].items():
         _same(folder, name, digest, "was changed after it was signed")
+    _check_evidence(folder, value.get("evidence"))
     there, held = members(folder), set(value["files"])
     if value["context"] == FIRST_CONTEXT:
         stated = _stated_adapter(folder)
@@ -181,6 +222,18 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     if added:
         raise NotGenuine(f"{', '.join(added)} in {folder} came after the run was signed")
     return value
+
+
+def _check_evidence(folder: Path, signed: Mapping[str, str] | None) -> None:
+    """Raise NotGenuine if a line that a report was computed from is not what was signed; None: none was named."""
+    for name in EVIDENCE if signed is not None else ():
+        if (folder / name).is_symlink():
+            raise NotGenuine(f"{folder / name} is a link: what was signed must be the file itself")
+        if not (folder / name).is_file():
+            continue
+        if name not in (signed or {}):
+            raise NotGenuine(f"{name} in {folder} came after the run was signed")
+        _same(folder, name, (signed or {})[name], "was changed after it was signed")
 
 
 def _given(folder: Path) -> list[Path]:

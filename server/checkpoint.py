@@ -67,6 +67,8 @@ BEFORE: Mapping[str, Scalar] = {
     "data.instruction": "instruction",
     "data.input": "input",
     "data.output": "output",
+    "data.system": "",
+    "data.history": "",
 }
 """Settings that came after runs of this ``FORMAT`` had begun, each with what such a run did. Whoever adds a setting
 puts it here; a default that is changed later changes nothing here."""

@@ -43,9 +43,9 @@ ROUGHLY_PRICED = (
     *("test_linearised", "test_log", "test_metric_of_pairs", "test_neighbours", "test_new_adapter", "test_new_starts"),
     *("test_optimizers", "test_paid_starts", "test_pruning", "test_public_metric", "test_quantised"),
     *("test_redelivery", "test_refit", "test_registered", "test_rehearsal", "test_rows", "test_rslora"),
-    *("test_run_lines", "test_scores", "test_scoring", "test_server_optimizer", "test_server_rules", "test_simulate"),
-    *("test_slices", "test_stock_head", "test_sweep", "test_targets", "test_task_row", "test_telemetry"),
-    *("test_sharing", "test_tracking", "test_wire_audit", "test_worker"),
+    *("test_run_lines", "test_scores", "test_scoring", "test_served", "test_server_optimizer", "test_server_rules"),
+    *("test_simulate", "test_slices", "test_stock_head", "test_sweep", "test_targets", "test_task_row"),
+    *("test_sharing", "test_telemetry", "test_tracking", "test_wire_audit", "test_worker"),
 )
 """Files of runs that are about no price: theirs come from a grid ten times as coarse, looser and never wrong."""
 ROUGH: dict[tuple[Any, str], Any] = {

@@ -20,7 +20,7 @@ from common.model.base import load_base_model
 from experiments.in_process import run_in_process
 from experiments.serving.merge import merge_run
 from reports import report_of, write_reports
-from reports.card import adapter_form, card_of
+from reports.card import Form, adapter_form, card_of
 from reports.declared import Declared, declare, read_declared
 
 
@@ -152,6 +152,42 @@ def test_foreign_names_and_paths_stay_out_of_the_card(tmp_path: Path) -> None:
     assert str(tmp_path) not in text, "the card tells where the coordinator's files lie"
     assert "our-model" in text
     assert "base_model" not in ModelCard(text).data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, ["the test part of rotten-tomatoes", "`prose` of FedVeil (SHA-256 `"]),
+        ({"data.name": "FILE"}, ["cut from the same source"]),
+        ({"data.name": "FILE", "data.test": "hub:stanfordnlp/sst2"}, ["the test part, hub:stanfordnlp/sst2"]),
+        ({"data.name": "FILE", "data.test": "FILE"}, ["the test part, a file of the coordinator's"]),
+        ({"recipe": "metric"}, ["the sentences that the start was made from, `prose` of FedVeil (SHA-256 `"]),
+        (
+            {"recipe": "metric", "data.name": "FILE", "start.text": "OTHER", "start.text-sha256": "ef" * 32},
+            [f"made from, a file of the coordinator's (SHA-256 `{'ef' * 32}`)"],
+        ),
+    ],
+)
+def test_a_card_names_what_was_taken_for_public_and_no_path(
+    tmp_path: Path, settings: dict[str, Any], named: list[str]
+) -> None:
+    files = {"FILE": str(tmp_path / "reviews.csv"), "OTHER": str(tmp_path / "texts.txt")}
+    told = {key: files.get(value, value) for key, value in settings.items()}
+    made = with_adapter(MadeRun(tmp_path / "run", {"rounds": 25, **told}).start().round(1, 0.76).end())
+    (said,) = [line for line in card(made).splitlines() if line.startswith("Declared public")]
+    assert [words for words in named if words not in said] == []
+    assert ("start was made from" in said) == (settings.get("data.name") != "FILE" or "recipe" in settings)
+    assert str(tmp_path) not in said
+
+
+def test_the_card_of_a_merged_model_says_where_the_signed_report_lies(made: MadeRun) -> None:
+    data = report_of(made.folder)
+    merged = Form("merge", "sentence-transformers", "", {})
+    assert "Ask its publisher for the run's signed report" in card_of(data, Declared(), merged, b"")
+    address = "https://clinic.example/run-7/report.html"
+    text = card_of(data, Declared(report_url=address), merged, b"")
+    assert f"signed report lies at <{address}>" in text
+    assert "Ask its publisher" not in text
 
 
 def test_a_real_run_leaves_a_card_and_so_does_its_merged_model(toy_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from common.tasks.base import Batch
 from common.tasks.causal_lm import IGNORED
 from common.tasks.cells import Misfit
 from common.tasks.chat import MOST_TURNS, Conversation, read_turns
-from common.tasks.instruction import Exchange
+from common.tasks.instruction import Exchange, read_history
 from experiments.in_process import run_in_process
 from experiments.serving.ask import ask_run
 from strategies.job import configure
@@ -246,15 +246,94 @@ def test_alpaca_is_one_exchange_with_instruction_and_input_on_lines_of_their_own
         {"instruction": "and the actor", "input": "", "output": "dull"},
     ]
     found = loaded(write(tmp_path / "alpaca.jsonl", rows), "instruction")
-    assert [example.turns[0] for example in found] == [
+    assert [example.spoken[0] for example in found] == [
         ("user", "is the film warm\na story"),
         ("user", "and the actor"),
     ]
     records = Instruction().prepare(base, found, 40)
-    assert records == Chat().prepare(base, [Conversation(turns=example.turns) for example in found], 40)
+    assert records == Chat().prepare(base, [Conversation(turns=example.spoken) for example in found], 40)
     bare = [{name: text for name, text in row.items() if name != "input"} for row in rows]
     without = loaded(write(tmp_path / "bare.jsonl", bare), "instruction", input="")
     assert without[1] == found[1] == Exchange(instruction="and the actor", output="dull")
+
+
+def test_a_system_column_is_the_first_turn_unless_a_turn_is_the_systems(base: BaseModel, tmp_path: Path) -> None:
+    rows = [
+        {"messages": SENT[1:], "system": "the film"},
+        {"messages": SENT, "system": "another one"},
+        {"messages": SENT[1:], "system": None},
+    ]
+    found = loaded(write(tmp_path / "talks.jsonl", rows), "chat", system="system")
+    assert [example.spoken for example in found] == [TURNS, TURNS, TURNS[1:]]
+    assert found[0].canonical(None) == Conversation(turns=TURNS).canonical(None)
+    assert "the film" in found[0].texts()
+    assert found[0].likeness() == found[2].likeness()
+    records = Chat().prepare(base, found, 40)
+    assert records[0] == records[1] == Chat().prepare(base, [Conversation(turns=TURNS)], 40)[0]
+
+
+def test_system_and_history_of_alpaca_are_turns_and_their_answers_are_learnt(base: BaseModel, tmp_path: Path) -> None:
+    last = {"instruction": "and a story", "output": "the actor was dull"}
+    rows = [
+        {**last, "system": "the film", "history": [["is very warm", "quite"]]},
+        {**last, "system": "", "history": []},
+        {**last, "system": None, "history": '[["is very warm", "quite"]]'},
+    ]
+    columns = {"input": "", "system": "system", "history": "history"}
+    found = loaded(write(tmp_path / "alpaca.jsonl", rows), "instruction", **columns)
+    assert [example.spoken for example in found] == [TURNS, TURNS[3:], TURNS[1:]]
+    assert found[0].canonical(None) == Conversation(turns=TURNS).canonical(None)
+    assert {text for _, text in TURNS} == set(found[0].texts())
+    assert Instruction().prepare(base, found[:1], 40) == Chat().prepare(base, [Conversation(turns=TURNS)], 40)
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("the film", "no list of exchanges"),
+        ([["a", "b", "c"]], "no list of exchanges"),
+        ([["a", 1]], "whose words are no text"),
+        ([["a", " "]], "has no value"),
+        ([["a", "b"]] * MOST_TURNS, "more than 126 exchanges"),
+        ("[" * 100_000, "no list of exchanges"),
+    ],
+)
+def test_a_history_that_is_none_makes_no_record(cell: object, words: str) -> None:
+    with pytest.raises(Misfit, match=words):
+        read_history(cell)
+
+
+ALPACA = {"instruction": "is the film warm", "output": "very"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "filled", "advice"),
+    [
+        ("chat", {"messages": SENT}, {"system": "be kind"}, "set data.system to 'system'"),
+        ("chat", {"messages": SENT}, {"tools": '[{"name": "look"}]'}, "tools are not read: remove the rows"),
+        ("instruction", ALPACA, {"system": "be kind"}, "set data.system to 'system'"),
+        ("instruction", ALPACA, {"history": [["a", "b"]]}, "set data.history to 'history'"),
+        ("instruction", ALPACA, {"tools": [{"name": "look"}]}, "tools are not read"),
+    ],
+)
+def test_no_record_is_trained_on_as_another_text_than_was_written(
+    tmp_path: Path, task: str, row: dict[str, Any], filled: dict[str, Any], advice: str
+) -> None:
+    """Public data is refused in one line; a site leaves the row out, whatever the others are."""
+    (column,) = filled
+    blank = [{**row, column: value} for value in (None, "", [] if column == "tools" else " ")]
+    path = write(tmp_path / "theirs.jsonl", [*blank, {**row, **filled}])
+    own = {"input": ""} if task == "instruction" else {}
+    with pytest.raises(
+        DataError, match=rf"row 4 fills in the column '{column}', which is not read: {advice}"
+    ) as caught:
+        loaded(path, task, **own)
+    assert "\n" not in str(caught.value)
+    reading = load_protected(DataConfig(name=str(path), columns=Columns(own)), task)
+    assert len(reading.dataset.examples) == 3
+    assert [unfit.reason for unfit in reading.unfit] == [f"fills in the column '{column}', which is not read"]
+    if column != "tools":
+        assert len(loaded(path, task, **own, **{column: column})) == 4
 
 
 @pytest.mark.parametrize(

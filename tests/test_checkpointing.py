@@ -47,7 +47,13 @@ def folder(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Fo
 
 
 def tiny(
-    folder: str, family: str, adapter: str = "lora", precision: str = "float32", again: bool = True, targets: str = ""
+    folder: str,
+    family: str,
+    adapter: str = "lora",
+    precision: str = "float32",
+    again: bool = True,
+    targets: str = "",
+    device: str = "cpu",
 ) -> FederatedModel:
     """Return a model whose factors are away from zero."""
     task = TASK.get(family, "causal-lm")
@@ -61,7 +67,7 @@ def tiny(
         seed=1,
         label_names=("bad", "good"),
         max_length=TOKENS if family == "vit" else 24,
-        device="cpu",
+        device=device,
         precision=precision,
         checkpointing=again,
     )
@@ -75,26 +81,53 @@ def batch_of(model: FederatedModel, records: list[Record], rows: int = 3) -> Fix
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+def records_for(model: FederatedModel, family: str) -> list[Record]:
+    return records_of(model, (model.max_length,) * 3 if family == "vit" else SIZES)
+
+
+def check_own(plain: FederatedModel, records: list[Record], found: list[Tensor], precision: str) -> None:
+    """Hold each record's gradient against one that is computed with no record beside it, no hooks, nothing again."""
+    trained = [p for p in plain.module.parameters() if p.requires_grad]
+    for row, record in enumerate(records):
+        # bfloat16 rounds another way without hooks.
+        want = torch.autograd.grad(plain.losses(batch_of(plain, [record])).sum(), trained)
+        for sample, gradient in zip(found, want, strict=True):
+            apart = float((sample[row].double().cpu() - gradient.double().cpu()).norm())
+            assert apart <= (1e-5 if precision == "float32" else 0.03) * max(float(gradient.norm()), 1e-4)
+
+
 @pytest.mark.parametrize(("family", "adapter", "precision"), CASES)
 def test_gradients_are_each_records_own_and_those_without_to_the_bit(
     folder: Folder, family: str, adapter: str, precision: str
 ) -> None:
     model = tiny(folder(family), family, adapter, precision)
     plain = tiny(folder(family), family, adapter, precision, again=False)
-    records = records_of(model, (model.max_length,) * 3 if family == "vit" else SIZES)
+    records = records_for(model, family)
     together = batch_of(model, records)
     found = samples(model, together)
     assert all(map(torch.equal, found, samples(plain, together))), "computing again changes a gradient"
-    trained = [p for p in plain.module.parameters() if p.requires_grad]
+    check_own(plain, records, found, precision)
     for row, record in enumerate(records):
-        # No record beside it, no hooks, nothing computed again; bfloat16 rounds another way without hooks.
-        want = torch.autograd.grad(plain.losses(batch_of(plain, [record])).sum(), trained)
-        for sample, gradient in zip(found, want, strict=True):
-            apart = float((sample[row].double() - gradient.double()).norm())
-            assert apart <= (1e-5 if precision == "float32" else 0.03) * max(float(gradient.norm()), 1e-4)
         beside = samples(model, batch_of(model, [records[row - 1], record]))
         # Shapes are fixed, so a record has its own bits in every row and beside every other.
         assert all(torch.equal(mine[1], sample[row]) for mine, sample in zip(beside, found, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize(("family", "adapter", "precision"), CASES)
+def test_a_gpu_computes_again_what_it_has_without_and_what_a_processor_has(
+    folder: Folder, family: str, adapter: str, precision: str
+) -> None:
+    """A GPU's kernels may add in another order, so not to the bit."""
+    there, plain = (tiny(folder(family), family, adapter, precision, again, device="cuda") for again in (True, False))
+    here = tiny(folder(family), family, adapter, precision, again=False)
+    records, close = records_for(there, family), 1e-4 if precision == "float32" else 0.06
+    found = samples(there, batch_of(there, records))
+    for other in (plain, here):
+        for mine, theirs in zip(found, samples(other, batch_of(other, records)), strict=True):
+            assert float((mine.cpu() - theirs.cpu()).norm()) <= close * max(float(theirs.norm()), 1e-4)
+    check_own(plain, records, found, precision)
+    rehearse(there)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

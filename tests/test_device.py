@@ -180,3 +180,22 @@ def test_gradients_under_the_fused_attention_are_each_records_own_and_those_of_p
         beside = samples(fused, batch_of(fused, [records[row - 1], record]))
         for mine, sample in zip(beside, found, strict=True):
             torch.testing.assert_close(mine[1], sample[row], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_gpus_fused_attention_has_the_gradients_of_plain_products_on_a_processor(
+    model_folder: Callable[[str], str], family: str
+) -> None:
+    plain, fused = (tiny(model_folder(family), family, again=False, device=device) for device in ("cpu", "cuda"))
+    plain.base.module.set_attn_implementation("eager")
+    assert fused.base.module.config._attn_implementation == "sdpa", "a GPU computes by something else"
+    records = records_of(fused)
+    found = samples(fused, batch_of(fused, records))
+    for mine, theirs in zip(found, samples(plain, batch_of(plain, records)), strict=True):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-3, atol=1e-5)
+    for row, record in enumerate(records):
+        beside = samples(fused, batch_of(fused, [records[row - 1], record]))
+        for mine, sample in zip(beside, found, strict=True):
+            torch.testing.assert_close(mine[1], sample[row], rtol=1e-4, atol=1e-6)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,17 +202,6 @@ def test_a_merge_is_whole_or_not_at_all(
     assert (code, "No space left on device" in said) == (1, True)
     assert not list(tmp_path.glob("*merged*"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
-
-
-def test_the_printed_code_runs_where_this_package_is_not(toy_settings: dict[str, Any], tmp_path: Path) -> None:
-    run = run_in_process({**toy_settings, "rounds": 1}, 2)
-    code = merge_run(run, tmp_path / "merged")
-    blocked = "import sys; sys.modules.update(common=None, experiments=None)\n"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "{0: 'bad', 1: 'good'}" in done.stdout
 
 
 def test_the_merged_default_job_scores_as_the_run_did(toy_settings: dict[str, Any], tmp_path: Path) -> None:

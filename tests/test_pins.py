@@ -371,6 +371,8 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     """Not one beside it: each cell tells its column; of an image, by a file of that name and width."""
 
     def cell(name: str) -> str:
+        if name.startswith("history"):
+            return json.dumps([[name, name]])
         return json.dumps([{"role": "assistant", "content": name}]) if name.startswith("messages") else name
 
     names = [f"{role.setting}-column" for role in roles_of_all()]
@@ -388,6 +390,8 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
             value = getattr(data.examples[0], role.field)
             if isinstance(value, Picture):
                 assert value.pixels == pictures[f"{role.setting}-column"]
+            elif role.field == "history":
+                assert value == (("user", "history-column"), ("assistant", "history-column"))
             elif role.field == "turns":
                 assert value == (("assistant", f"{role.setting}-column"),)
             else:

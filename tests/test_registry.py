@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft7Validator
 from made_run import DELTA, MadeRun
 from test_card import fedveil, with_adapter
 
+from common.errors import ConfigError
 from common.privacy.accounting import gaussian_release
 from reports import report_of
 from reports.declared import Declared, declare, read_declared
-from reports.registry import UNSTATED, registry_record
+from reports.registry import SCHEMA_COMMIT, UNSTATED, registry_record
 
+UPSTREAM = "057e5d81cf60150dd3307e0cf4504b957802fb3b"
+"""Commit of github.com/opendp/deployments-registry-data. Its tests/good_deployments/template.yaml, the record that has
+every field, has the SHA-256 eb5eae08588de79851b0379171f91782ddde3eadec6262c19f3e1f59b91c51ec."""
+FIELDS_SHA256 = "3afa9bad142b674124a59deca1efd7eab706b6a9ea22b3d0981d9f6bade55dde"
+"""Of the paths of that template's fields, sorted, a line each; what is in ``evidence_sources`` is free."""
 SCHEMA = yaml.safe_load((Path(__file__).parent / "registry-schema.yaml").read_text(encoding="utf-8"))
 ANSWERS = {
     "name": "Reviews, judged",
@@ -24,6 +33,7 @@ ANSWERS = {
     "curator-type": "Nonprofit",
     "region": "Norway",
     "sector": "Healthcare",
+    "report-url": "https://clinic.example/run-7/report.html",
     "published": "2026-11-26",
     "authors": "A. Author",
     "tuning": "None.",
@@ -34,7 +44,24 @@ ANSWERS = {
 
 
 def faults(record: Any) -> list[str]:
-    return [error.message for error in Draft202012Validator(SCHEMA).iter_errors(record)]
+    """Return what the registry's own check finds."""
+    checked = Draft7Validator(SCHEMA, format_checker=Draft7Validator.FORMAT_CHECKER)
+    return [error.message for error in checked.iter_errors(record)]
+
+
+def fields(node: Any, path: str = "") -> Iterator[str]:
+    """Yield the path of every field of a schema."""
+    yield path
+    for name, inner in node.get("properties", {}).items():
+        yield from fields(inner, f"{path}/{name}")
+
+
+def test_the_schema_has_the_fields_of_the_registrys_template() -> None:
+    assert hashlib.sha256("\n".join(sorted(fields(SCHEMA))).encode()).hexdigest() == FIELDS_SHA256
+    root = Path(__file__).parent
+    for place in (root / "registry-schema.yaml", root.parent / "docs" / "serve.md"):
+        assert UPSTREAM in place.read_text(encoding="utf-8"), f"{place} does not say what it was read from"
+    assert SCHEMA_COMMIT == UPSTREAM
 
 
 @pytest.fixture
@@ -48,7 +75,8 @@ def test_a_record_is_valid_and_states_the_runs_claim(made: MadeRun, answers: dic
     declare(made.folder, answers)
     data = report_of(made.folder)
     record = yaml.safe_load(registry_record(data, read_declared(made.folder)))
-    assert faults(record) == []
+    # None of the three kinds of publishers says that nobody has told which.
+    assert faults(record) == ([] if answers else ["'data_curator_type' is a required property"])
     told = record["deployment"]
     figures = told["privacy_loss"]["privacy_parameters"]
     assert data.headline.epsilon is not None
@@ -56,6 +84,11 @@ def test_a_record_is_valid_and_states_the_runs_claim(made: MadeRun, answers: dic
     assert figures["delta"] == DELTA
     assert told["privacy_loss"]["privacy_unit"] == "Record-level"
     assert told["deployment_model"]["model_name"] == "Federated"
+    assert told["privacy_loss"]["number_of_privacy_units"] == 3500
+    assert told["administrative"]["status"] == "Draft"
+    source = told["administrative"]["evidence_sources"]["report"]["misc"]
+    assert source.get("url", "") == answers.get("report-url", "")
+    assert "76.0 % after" in told["implementation"]["utility"]
     assert "noise multiplier 0.8, 1.2" in told["implementation"]["mechanisms"]
     assert "finds at most" in told["privacy_loss"]["privacy_parameters_details"]
     unstated = str(record).count(UNSTATED)
@@ -64,8 +97,13 @@ def test_a_record_is_valid_and_states_the_runs_claim(made: MadeRun, answers: dic
 
 def test_a_field_that_is_missing_misspelt_or_of_another_word_is_found(made: MadeRun) -> None:
     """The schema can fail."""
-    text = registry_record(report_of(made.folder), Declared())
+    text = registry_record(report_of(made.folder), Declared(curator_type="Nonprofit"))
     for change in (
+        lambda deployment: deployment["basic"].update(publication_date="1/1/2026"),
+        lambda deployment: deployment["basic"]["data_curators"][0].update(data_curator_type="Company"),
+        lambda deployment: deployment["administrative"].pop("status"),
+        lambda deployment: deployment.update(accounting={"composition": "elsewhere"}),
+        lambda deployment: deployment["administrative"]["evidence_sources"]["report"]["misc"].update(link="x"),
         lambda deployment: deployment["basic"].pop("name"),
         lambda deployment: deployment["dp_variant"].update(flavor="Approximate DP"),
         lambda deployment: deployment["deployment_model"].update(model_name="Decentral"),
@@ -81,6 +119,10 @@ def test_the_command_writes_it_and_asks_what_is_open(made: MadeRun) -> None:
     assert code == 0, said
     assert "not declared: intended-use: What is the model for?" in said
     assert "not declared: curators" not in said
+    assert (
+        "not declared: curator-type: What kind of publisher is that? Government, Industry or Nonprofit; the regi"
+        in said
+    )
     record = yaml.safe_load((made.folder / "deployment.yaml").read_text(encoding="utf-8"))
     assert record["deployment"]["basic"]["data_curators"] == [{"data_curator_name": "North Clinic"}]
 
@@ -100,7 +142,7 @@ def test_a_run_without_a_finite_claim_is_no_deployment_of_that_kind(tmp_path: Pa
 def test_a_site_with_earlier_runs_is_one_of_many_releases(tmp_path: Path) -> None:
     earlier = {"north": [gaussian_release(1.0, 0.05, 20)]}
     run = MadeRun(tmp_path / "run", {"rounds": 1}, sites={"north": 2000}, earlier=earlier).start().round(1, 0.7).end()
-    record = yaml.safe_load(registry_record(report_of(run.folder), Declared()))
+    record = yaml.safe_load(registry_record(report_of(run.folder), Declared(curator_type="Industry")))
     assert record["deployment"]["deployment_model"]["release_type"] == "Many releases"
     assert faults(record) == []
 
@@ -109,8 +151,33 @@ def test_foreign_names_do_not_become_yaml(tmp_path: Path) -> None:
     hostile = "a: b\n- [c\x1b"
     settings = {"rounds": 1, "data.name": str(tmp_path / "patients.csv")}
     run = MadeRun(tmp_path / "run", settings, sites={hostile: 100}).start().round(1, 0.7).end()
-    text = registry_record(report_of(run.folder), Declared(name="x: {y"))
+    text = registry_record(report_of(run.folder), Declared(name="x: {y", curator_type="Government"))
     assert faults(yaml.safe_load(text)) == []
     assert "\x1b" not in text
     assert str(tmp_path) not in text, "the record tells where the coordinator's files lie"
     assert "cut from the same source" in text
+
+
+def test_a_trusted_server_is_the_central_model(made: MadeRun) -> None:
+    """Noise is added by somebody who sees what sites send without it, wherever the records lie."""
+    data = report_of(made.folder)
+    central = replace(data, claim=replace(data.claim, privacy_mode="client-level"))
+    record = yaml.safe_load(registry_record(central, Declared(curator_type="Industry")))
+    assert record["deployment"]["deployment_model"]["model_name"] == "Central"
+    assert faults(record) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"curator-type": "Company"}, "curator-type"),
+        ({"report-url": "ftp://x"}, "write an address"),
+        ({"report-url": "https://x (y)"}, "write an address"),
+    ],
+)
+def test_an_answer_that_the_registry_cannot_hold_is_refused_in_one_line(
+    made: MadeRun, answer: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        declare(made.folder, answer)
+    assert "\n" not in str(refused.value)

@@ -20,7 +20,7 @@ from common.errors import DataError
 from common.privacy.figures import epsilon_text
 from reports import ReportData, report_of, write_reports
 from reports.declared import declare
-from reports.signature import FIRST_CONTEXT, SIGNATURE, STATEMENT, members, sign
+from reports.signature import EVIDENCE, FIRST_CONTEXT, SIGNATURE, STATEMENT, members, sign
 
 
 @pytest.fixture
@@ -179,6 +179,74 @@ def test_a_signature_of_something_else_by_the_same_key_is_none_of_a_report(
         (made.folder / SIGNATURE).write_bytes(sign(content, tmp_path / "server.pem"))
         code, words = signed()
         assert (code, "no statement on a run" in words) == (1, True)
+
+
+def test_what_a_report_was_computed_from_is_compared_where_it_is_there(
+    made: MadeRun, tmp_path: Path, signed: Callable[..., tuple[int, str]]
+) -> None:
+    there = [name for name in EVIDENCE if (made.folder / name).is_file()]
+    assert {"config.json", "rounds.jsonl", "privacy.jsonl", "result.json"} <= set(there)
+    assert f"computed from {', '.join(sorted(there))}" in signed()[1]
+    for name in there:
+        content = (made.folder / name).read_bytes()
+        for changed in (content + b"\n", content[:-2], b""):
+            (made.folder / name).write_bytes(changed)
+            code, words = signed()
+            assert (code, f"{name} was changed after it was signed" in words) == (1, True), words
+        (made.folder / name).unlink()
+        assert signed() == (0, signed()[1])
+        assert f"not here, so not compared: {name}" in signed()[1]
+        (tmp_path / name).write_bytes(content)
+        (made.folder / name).symlink_to(tmp_path / name)
+        assert signed()[0] == 1, "a link passes for the signed file"
+        (made.folder / name).unlink()
+        (made.folder / name).write_bytes(content)
+    for name in set(EVIDENCE) - set(there):
+        (made.folder / name).write_text("{}")
+        code, words = signed()
+        assert (code, f"{name} in" in words, "came after" in words) == (1, True, True)
+        (made.folder / name).unlink()
+    assert signed()[0] == 0
+
+
+def test_a_run_that_went_on_must_be_signed_again(
+    made: MadeRun, tmp_path: Path, signed: Callable[..., tuple[int, str]]
+) -> None:
+    """Its lines are appended to: the old statement does not pass for one on them, with the report as it was."""
+    made.round(4, 0.77)
+    code, words = signed()
+    assert (code, "privacy.jsonl was changed" in words or "rounds.jsonl was changed" in words) == (1, True)
+    assert fedveil("report", made.folder, "--sign", tmp_path / "server.pem")[0] == 0
+    assert "after 4 of 3 rounds" in signed()[1]
+
+
+def test_a_line_that_comes_while_the_report_is_made_and_signed_is_found(
+    made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then_a_round(folder: Path) -> ReportData:
+        data = report_of(folder)
+        made.round(4, 0.77)
+        return data
+
+    fedveil("keygen", tmp_path / "server.pem")
+    monkeypatch.setattr("reports.files.report_of", then_a_round)
+    with pytest.raises(DataError, match=r"privacy\.jsonl changed while"):
+        write_reports(made.folder, tmp_path / "server.pem")
+    assert not (made.folder / STATEMENT).exists()
+
+
+def test_a_statement_that_names_no_evidence_stays_genuine_and_says_so(
+    made: MadeRun, tmp_path: Path, signed: Callable[..., tuple[int, str]]
+) -> None:
+    value = json.loads((made.folder / STATEMENT).read_bytes())
+    del value["evidence"], value["trials"], value["epsilon_trials"], value["delta_trials"]
+    content = json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    (made.folder / STATEMENT).write_bytes(content)
+    (made.folder / SIGNATURE).write_bytes(sign(content, tmp_path / "server.pem"))
+    code, words = signed()
+    assert (code, "the lines that it was computed from are not under it: sign again" in words) == (0, True)
+    assert fedveil("report", made.folder)[0] == 0
+    assert signed()[0] == 0, "the same report needs no new key"
 
 
 @pytest.mark.parametrize("change", ["round", "audit", "card"])

@@ -19,6 +19,8 @@ from common.tasks.layouts import known_layout
 from common.tasks.roles import LABEL, Column
 from common.tasks.tables import Table, Unfit
 
+NOTHING: Mapping[str, str] = {}
+
 
 def read_rows(
     name: str,
@@ -28,6 +30,7 @@ def read_rows(
     labels: tuple[str, ...] = (),
     *,
     protected: bool = False,
+    left_out: Mapping[str, str] = NOTHING,
 ) -> tuple[Dataset, list[Unfit]]:
     """Return the rows that are records, in their order, and those that are not.
 
@@ -38,6 +41,7 @@ def read_rows(
         example: what a row becomes; it has a field for each role.
         labels: names of the labels in order; empty: the source's own, else the sorted distinct values.
         protected: whether a row that does not fit is left out; else it is an error. Then ``labels`` must be given.
+        left_out: columns that no row may fill in unless they are among ``columns``, each with what to do about it.
 
     Raises:
         DataError: a header lacks a column. Of public data also: a row does not fit, no JSON line has a column, or
@@ -67,7 +71,7 @@ def read_rows(
     index = {label: i for i, label in enumerate(labels)}
     for table in tables:
         for row in range(table.size):
-            found = _record(table, row, columns, example, index)
+            found = _filled_in(table, row, columns, left_out) or _record(table, row, columns, example, index)
             if isinstance(found, Example):
                 examples.append(found)
             elif protected:
@@ -106,6 +110,20 @@ def _record(
             value = index[str(value)]
         values[column.role.field] = value
     return example(**values, row=_row_digest(table, row))
+
+
+def _filled_in(table: Table, row: int, columns: Sequence[Column], names: Mapping[str, str]) -> Unfit | None:
+    """Return that a row is no record if it fills in a column that changes what it says and that nobody reads."""
+    read = {column.name for column in columns}
+    for name, advice in names.items():
+        if name in table.columns and name not in read and not _is_blank(table.columns[name][row]):
+            reason = f"fills in the column {name!r}, which is not read"
+            return _unfit(table, row, reason, f"{reason}: {advice}")
+    return None
+
+
+def _is_blank(cell: object) -> bool:
+    return is_missing(cell) or str(cell).strip() == "[]"
 
 
 def _unfit(table: Table, row: int, reason: str, words: str) -> Unfit:

@@ -102,7 +102,9 @@ def _load(config: DataConfig, task: str, source: str | None, *, protected: bool,
         more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
         columns = (*kind.columns(config), *more)
-        dataset, unfit = read_rows(source, tables, columns, kind.example, labels, protected=protected)
+        dataset, unfit = read_rows(
+            source, tables, columns, kind.example, labels, protected=protected, left_out=kind.left_out
+        )
         reading = Reading(dataset, tuple(unfit), tuple(unreadable))
     dataset = reading.dataset
     phrases = _phrases_of(config, dataset.label_names)

@@ -110,7 +110,10 @@ class Task(ABC):
     the count may be sent with noise for that."""
 
     answered: ClassVar[frozenset[str]] = frozenset({LABEL.setting})
-    """Settings of the columns that a model is to tell, and that nobody asks with."""
+    """Settings of the columns that nobody asks with: what a model is to tell, and what was said before."""
+    left_out: ClassVar[Mapping[str, str]] = {}
+    """Columns of other programs' layouts that change what a record says, each with what to do about it. A row that
+    fills in one which no setting names is no record: without it, it would say something else."""
     worded: ClassVar[bool] = False
     """Whether its records hold words, so that a head or an adapter can start from public phrases (``of_phrase``)."""
 

@@ -55,6 +55,11 @@ def read_text(value: object, folder: Path | None = None) -> str:
     return text
 
 
+def read_optional(value: object, folder: Path | None = None) -> str:
+    """Return a cell as text, empty where it is blank; Misfit as of read_text."""
+    return "" if is_missing(value) else read_text(value)
+
+
 def read_word(value: object, folder: Path | None = None) -> str:
     """Return a cell as text without blanks around it; errors as of read_text."""
     return read_text(value).strip()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from common.errors import ConfigError, DataError
 from common.tasks.base import Record
 from common.tasks.causal_lm import IGNORED, CausalLM
-from common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_text
+from common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
 from common.tasks.examples import Example
 from common.tasks.roles import Role
 from common.tasks.text import TOKENS
@@ -42,10 +42,18 @@ class Conversation(Example):
     """One record: turns up to the assistant's last one."""
 
     turns: tuple[Turn, ...]
+    system: str = ""
+    """What the system says first, from a column of its own; empty: nothing."""
+
+    @property
+    def spoken(self) -> tuple[Turn, ...]:
+        """All turns. A system's turn among them goes before the column, as in LLaMA-Factory."""
+        own = self.system and not (self.turns and self.turns[0][0] == SYSTEM)
+        return ((SYSTEM, self.system), *self.turns) if own else self.turns
 
     def canonical(self, label: str | None) -> str:
         """Return the turns as JSON, however the source writes them."""
-        return json.dumps({"turns": self.turns, "label": label})
+        return json.dumps({"turns": self.spoken, "label": label})
 
     def likeness(self) -> str:
         """Return what was asked, but for case and blanks."""
@@ -53,7 +61,7 @@ class Conversation(Example):
 
     def texts(self) -> list[str]:
         """Return the words of every turn."""
-        return [text for _, text in self.turns]
+        return [text for _, text in self.spoken]
 
 
 def read_turns(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
@@ -101,13 +109,21 @@ def _turn(item: object) -> list[Turn]:
     return [] if who == SYSTEM and is_missing(given[form[1]]) else [(who, read_text(given[form[1]]))]
 
 
+SYSTEM_ROLE = Role("system", "system", "what the system says first", optional=True, read=read_optional)
+LEFT_OUT = {
+    "system": "set data.system to 'system', or remove the column",
+    "tools": "tools are not read: remove the rows that have any, or the column",
+}
+
+
 class Chat(CausalLM):
     """A conversation; the loss is the mean negative log-likelihood of the tokens of the assistant's turns."""
 
     name: ClassVar[str] = "chat"
-    roles: ClassVar[tuple[Role, ...]] = (Role("messages", "turns", "the conversation", read=read_turns),)
+    roles: ClassVar[tuple[Role, ...]] = (Role("messages", "turns", "the conversation", read=read_turns), SYSTEM_ROLE)
     example: ClassVar[type[Example]] = Conversation
-    answered: ClassVar[frozenset[str]] = frozenset()
+    answered: ClassVar[frozenset[str]] = frozenset({"system"})
+    left_out: ClassVar[Mapping[str, str]] = LEFT_OUT
 
     def of_phrase(self, phrase: str) -> Example:
         """Return the phrase as an answer to a user who says nothing."""
@@ -152,7 +168,7 @@ class Chat(CausalLM):
         records: list[Record] = []
         for i, example in enumerate(examples):
             try:
-                parts = _parts(tokenizer, cast(Conversation, example).turns)
+                parts = _parts(tokenizer, cast(Conversation, example).spoken)
             except Exception as error:  # whatever a template raises
                 raise DataError(
                     f"record {i + 1} is none for the base model's chat template: {_reason(error)}"
@@ -169,7 +185,7 @@ class Chat(CausalLM):
 
     def prompt(self, tokenizer: Any, example: Example) -> list[int]:
         """Return the tokens of the conversation and of the words by which the assistant is asked for an answer."""
-        text = _text(tokenizer, cast(Conversation, example).turns, asking=True)
+        text = _text(tokenizer, cast(Conversation, example).spoken, asking=True)
         tokens: list[int] = tokenizer(text, add_special_tokens=False)[TOKENS]
         return tokens
 

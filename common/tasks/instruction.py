@@ -3,57 +3,105 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.tasks.cells import is_missing, read_text
-from common.tasks.chat import ASSISTANT, USER, Chat, Turn
+from common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
+from common.tasks.chat import ASSISTANT, LEFT_OUT, MOST_TURNS, SYSTEM, SYSTEM_ROLE, USER, Chat, Turn
 from common.tasks.examples import Example
 from common.tasks.roles import Role
 
 
-def read_input(value: object, folder: Path | None = None) -> str:
-    """Return a cell as text, empty where it is blank; Misfit as of read_text."""
-    return "" if is_missing(value) else read_text(value)
+def read_history(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
+    """Return the turns of earlier exchanges, none of a blank cell.
+
+    Args:
+        value: a list of pairs, what was asked and what was answered, or its JSON.
+        folder: of the file; no cell names another.
+
+    Raises:
+        Misfit: it is no such list, has too many turns or characters, or words are missing.
+    """
+    if value is None or (not isinstance(value, list) and is_missing(value)):
+        return ()
+    if isinstance(value, str):
+        if len(value) > CELL_CHARACTERS:
+            raise Misfit(f"has more than {CELL_CHARACTERS} characters")
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Misfit("has no list of exchanges", PAIRS) from None
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise Misfit("has no list of exchanges", PAIRS)
+    if 2 * len(value) > MOST_TURNS - 3:
+        raise Misfit(f"has more than {(MOST_TURNS - 3) // 2} exchanges")
+    if not all(isinstance(text, str) for pair in value for text in pair):
+        raise Misfit("has an exchange whose words are no text", PAIRS)
+    return tuple((who, read_text(text)) for pair in value for who, text in zip((USER, ASSISTANT), pair, strict=True))
+
+
+PAIRS = "write [['a question', 'its answer'], ...] as JSON"
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange(Example):
-    """One record: what is asked, what that is about, and the answer."""
+    """One record: what is asked, what that is about, and the answer, behind what was said before."""
 
     instruction: str
     output: str = ""
     input: str = ""
+    system: str = ""
+    history: tuple[Turn, ...] = ()
 
     @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The user's turn, instruction and input on lines of their own, and the assistant's, if there is an answer."""
-        asked = "\n".join(part for part in (self.instruction, self.input) if part)
-        return ((USER, asked), *([(ASSISTANT, self.output)] if self.output else []))
+    def question(self) -> str:
+        """Instruction and input on lines of their own."""
+        return "\n".join(part for part in (self.instruction, self.input) if part)
+
+    @property
+    def spoken(self) -> tuple[Turn, ...]:
+        """The system's turn, earlier exchanges, the user's turn and the assistant's, as far as they are there."""
+        first = ((SYSTEM, self.system),) if self.system else ()
+        last = ((ASSISTANT, self.output),) if self.output else ()
+        return (*first, *self.history, (USER, self.question), *last)
 
     def canonical(self, label: str | None) -> str:
         """Return the turns as JSON, as those of a conversation."""
-        return json.dumps({"turns": self.turns, "label": label})
+        return json.dumps({"turns": self.spoken, "label": label})
 
     def likeness(self) -> str:
-        """Return what was asked, but for case and blanks."""
-        return " ".join(self.turns[0][1].split()).casefold()
+        """Return what was asked last, but for case and blanks."""
+        return " ".join(self.question.split()).casefold()
+
+    def texts(self) -> list[str]:
+        """Return the words of every turn, instruction and input apart."""
+        said = (self.instruction, self.output, self.input, self.system, *(text for _, text in self.history))
+        return [text for text in said if text]
 
 
 class Instruction(Chat):
-    """Instruction, input and output; the loss is the mean negative log-likelihood of the output's tokens."""
+    """Instruction, input and output, and what was said before.
+
+    The loss is the mean negative log-likelihood of the output's tokens, and of the answers' in the history.
+    """
 
     name: ClassVar[str] = "instruction"
     roles: ClassVar[tuple[Role, ...]] = (
         Role("instruction", "instruction", "the instruction"),
-        Role("input", "input", "what the instruction is about", optional=True, usual=True, read=read_input),
+        Role("input", "input", "what the instruction is about", optional=True, usual=True, read=read_optional),
         Role("output", "output", "the answer"),
+        SYSTEM_ROLE,
+        Role("history", "history", "earlier exchanges", optional=True, read=read_history),
     )
     example: ClassVar[type[Example]] = Exchange
-    answered: ClassVar[frozenset[str]] = frozenset({"output"})
+    answered: ClassVar[frozenset[str]] = frozenset({"output", "system", "history"})
+    left_out: ClassVar[Mapping[str, str]] = {
+        **LEFT_OUT,
+        "history": "set data.history to 'history', or remove the column",
+    }
 
     def asked(self, words: Sequence[str]) -> Example:
-        """Return the instruction, and its input if there is one, without an answer."""
+        """Return the instruction, and its input if there is one, without an answer, and with nothing before."""
         return Exchange(instruction=words[0], input="".join(words[1:]))

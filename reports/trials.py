@@ -1,0 +1,41 @@
+"""The price of all trials of a tuning, beside that of the one run that a report is about.
+
+Trials are charged in order, so the chosen one's own ε leaves out whatever was tried after it. The server saw every
+trial; no form of a report may show the one figure without the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from common.privacy.figures import epsilon_text
+from common.run_lines import TuningFile
+
+TRIAL_ALONE = (
+    "These figures are of this trial's releases alone. The server saw those of every other trial as well, and an "
+    "attacker may use them all."
+)
+CHOSEN = {True: ", and was chosen by its score", False: ", and another one was chosen", None: ""}
+
+
+def at_least(tuning: TuningFile | None, epsilon: float | None) -> TuningFile | None:
+    """Return what is told of all trials, with no smaller ε than that of the run itself."""
+    return tuning if tuning is None or epsilon is None else replace(tuning, epsilon=max(tuning.epsilon, epsilon))
+
+
+def trials_figure(tuning: TuningFile) -> str:
+    """Return the figure that stands beside the headline's.
+
+    >>> trials_figure(TuningFile(trials=3, chosen=True, epsilon=5.2, delta=1e-5))
+    'all 3 trials together: ε 5.200 at δ 1e-05'
+    """
+    return f"all {tuning.trials} trials together: ε {epsilon_text(tuning.epsilon)} at δ {tuning.delta:g}"
+
+
+def trials_sentence(tuning: TuningFile, per: str) -> str:
+    """Return what a claim must say of a run that is one of several trials; ``per``: the unit in one word."""
+    return (
+        f"The run is one of {tuning.trials} trials of settings on the same records{CHOSEN[tuning.chosen]}. Each was "
+        f"released and charged: all {tuning.trials} together are (ε, δ) = ({epsilon_text(tuning.epsilon)}, "
+        f"{tuning.delta:g}) per {per}, in a site that joined every round."
+    )
