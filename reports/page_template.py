@@ -16,9 +16,13 @@ PAGE = """\
 <figure aria-labelledby="{{ chart.name }}-caption">
 <figcaption id="{{ chart.name }}-caption"><strong>{{ title }}</strong> {{ text }}</figcaption>
 {{ chart.svg }}
-<ul class="legend">{% for swatch, label in chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul></figure>
+{% if chart.legend %}
+<ul class="legend">{% for swatch, label in chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul>
+{% endif %}
+</figure>
 {% endif %}
 {% endmacro %}
+{% macro shown(one) %}{% if one %}{{ figure(one.chart, one.title, one.text) }}{% endif %}{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -105,6 +109,10 @@ PAGE = """\
 <p class="care">{{ meaning.caution }}</p>
 {% endif %}
 <div class="pair">
+{{ shown(attack_figure) }}
+{{ shown(several_figure) }}
+</div>
+<div class="pair">
 {% call table("Bounds on every attack that asks whether one " ~ meaning.per ~ " was trained on") %}
 <thead><tr><th scope="col" class="n">false positives</th>
 <th scope="col" class="n">true positives, at most</th></tr></thead>
@@ -156,6 +164,10 @@ PAGE = """\
 
 {% if data.accuracy %}
 <h2>Accuracy on public data</h2>
+<div class="pair">
+{{ shown(label_figure) }}
+{{ shown(slice_figure) }}
+</div>
 {% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}
 <thead><tr><th scope="col">label</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
 <th scope="col" class="n">after</th></tr></thead>
@@ -179,6 +191,7 @@ PAGE = """\
 {% if data.beside %}
 <h2>Beside other runs</h2>
 <p>{{ beside }}</p>
+{{ shown(beside_figure) }}
 {% call table("Accuracy on public data of other runs on the same base model and data") %}
 <thead><tr><th scope="col">variant</th><th scope="col">arm</th><th scope="col" class="n">ε</th>
 <th scope="col" class="n">runs</th><th scope="col" class="n">before</th>
