@@ -77,7 +77,8 @@ def interval_chart(name: str, title: str, axis: Axis, series: Sequence[str], row
         f'<desc id="{name}-text">{escape(axis.label)}. {escape(told)}. '
         f"The figures are in the tables of this page.</desc>{''.join(parts)}</svg>"
     )
-    legend = [(_swatch(number, len(series)), word) for number, word in enumerate(series)]
+    whiskers = any(dot.low is not None for dot in shown)
+    legend = [(_swatch(number, len(series), whiskers), word) for number, word in enumerate(series)]
     return Chart(name, Markup(svg), legend if len(series) > 1 else [])
 
 
@@ -144,8 +145,9 @@ def _kind(number: int, of: int) -> str:
     return f"dot s{_style(number, of)}" + (" hollow" if number < of - 1 else "")
 
 
-def _swatch(number: int, of: int) -> Markup:
+def _swatch(number: int, of: int, whisker: bool) -> Markup:
+    line = '<path class="whisker" d="M3 2.5V9.5M3 6H31M31 2.5V9.5"/>' if whisker else ""
     return Markup(
         f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="{_kind(number, of)}">'
-        f'<path class="whisker" d="M3 2.5V9.5M3 6H31M31 2.5V9.5"/>{marker(_style(number, of), 17, 6)}</g></svg>'
+        f"{line}{marker(_style(number, of), 17, 6)}</g></svg>"
     )

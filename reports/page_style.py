@@ -90,6 +90,7 @@ figcaption strong { color: var(--ink); font-weight: 600; }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .6rem .8rem; color: var(--soft); font-size: .88rem; }
+caption span { position: sticky; left: .8rem; display: inline-block; max-width: min(46rem, calc(100vw - 4rem)); }
 th, td { padding: .42rem .8rem; text-align: left; vertical-align: top; border-top: 1px solid var(--hair); }
 thead th { border-top: 0; border-bottom: 1px solid var(--rule); color: var(--soft); font-weight: 600; font-size: .84rem;
   vertical-align: bottom; }
@@ -129,6 +130,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   h2 { margin-top: 1.6rem; break-after: avoid; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: 7.5pt; }
+  caption span { max-width: none; }
   th, td { padding: .2rem .3rem; }
   thead th.n { white-space: normal; }
   tbody th[scope=row] { position: static; }

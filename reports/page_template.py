@@ -7,7 +7,8 @@ from __future__ import annotations
 
 PAGE = """\
 {% macro table(label) %}
-<div class="scroll" role="region" tabindex="0" aria-label="{{ label }}"><table><caption>{{ label }}</caption>
+<div class="scroll" role="region" tabindex="0" aria-label="{{ label }}"><table>
+<caption><span>{{ label }}</span></caption>
 {{ caller() }}
 </table></div>
 {% endmacro %}

@@ -1,4 +1,4 @@
-"""Write pages of a rich run and of one of a thousand sites for ``make browser``: python tests/report_pages.py FOLDER."""
+"""Write pages of a rich run and of one of a thousand sites, for ``make browser``: report_pages.py FOLDER."""
 
 from __future__ import annotations
 
