@@ -13,9 +13,11 @@ from rich.text import Text
 
 from cli.errors import for_people
 from common.errors import ConfigError, DataError
-from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.figures import epsilon_text
 from common.words import counted
 
+MOST_NAME = 20
+"""Columns that a narrow terminal keeps for the name of a site."""
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -158,35 +160,26 @@ def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes
 
 def print_summary(folder: Path) -> None:
     """Print the table by site, the federation's figure and accuracy before and after."""
-    from common.words import (
-        number_text,
-        numbers_text,
-        percent_text,
-        visible,
-    )
+    from common.words import percent_text, visible
     from reports import report_of
     from reports.alike import alike_sites
     from reports.claim import server_is_trusted
     from reports.connection import connection_sentences
     from reports.meaning import attack_sentence, several_sentence
     from reports.scores import share_text
-    from reports.sites import distinct
 
     data = report_of(folder)
     central = server_is_trusted(data.claim.privacy_mode)
     table = Table(title="privacy spent, by the server's ledger" if central else "privacy spent, by site")
-    table.add_column("whose" if central else "site")
+    rows = alike_sites(data.sites)
+    longest = max((len(word) for row in rows for word in visible(row.names).split()), default=0)
+    # A name is never cut: a narrow terminal breaks figures at their spaces first, then a very long name anywhere.
+    table.add_column("whose" if central else "site", overflow="fold", min_width=min(longest, MOST_NAME))
     for column in ("rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left"):
         table.add_column(column, justify="right")
-    for row in alike_sites(data.sites):
-        site = row.site
-        settings = [distinct(site.events, name) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
-        table.add_row(
-            Text(visible(row.names)),
-            *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
-            *(epsilon_text(site.epsilon_total), number_text(site.epsilon_budget)),
-            remaining_text(site.epsilon_remaining),
-        )
+    for row in rows:
+        figures = (row.joined, row.steps, row.rates, row.noises, row.clips, row.spent, row.budgets, row.left)
+        table.add_row(Text(visible(row.names)), *figures)
     console.print(table)
     head = data.headline
     if head.epsilon is not None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from common.privacy.events import Event
-from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text, remaining_text
+from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text
 from common.words import (
     UNKNOWN,
     bytes_text,
@@ -189,18 +189,7 @@ def _sites(data: ReportData) -> list[str]:
         "",
         *_table(
             columns,
-            [
-                (
-                    row.names,
-                    row.sizes,
-                    str(s.rounds_joined),
-                    str(s.rounds_refused),
-                    number_text(s.steps),
-                    *_figures(s.events),
-                )
-                for row in rows
-                for s in [row.site]
-            ],
+            [(r.names, r.sizes, r.joined, r.refused, r.steps, r.rates, r.noises, r.clips) for r in rows],
         ),
         "",
         *_spent("site", rows),
@@ -216,20 +205,7 @@ def _cohort(data: ReportData) -> list[str]:
 
 def _spent(who: str, rows: Sequence[Alike]) -> list[str]:
     columns = (who, "ε spent", "at δ", "ε budget", "ε left", "this run again, PLD", "this run, RDP", "agreement")
-    cells = [
-        (
-            row.names,
-            epsilon_text(s.epsilon_total),
-            UNKNOWN if s.delta is None else f"{s.delta:g}",
-            number_text(s.epsilon_budget),
-            remaining_text(s.epsilon_remaining),
-            epsilon_text(s.epsilon_recomputed),
-            epsilon_text(s.epsilon_rdp),
-            s.note,
-        )
-        for row in rows
-        for s in [row.site]
-    ]
+    cells = [(r.names, r.spent, r.deltas, r.budgets, r.left, r.again, r.rdp, r.note) for r in rows]
     return _table(columns, cells)
 
 
@@ -282,16 +258,8 @@ def _others(data: ReportData) -> list[str]:
     lines += _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else [none]
     lines += ["", "## Releases other than training", ""]
     releases = [
-        (
-            str(r.round_number),
-            names,
-            r.purpose,
-            number_text(r.count),
-            *_figures([r.event], ("noise_multiplier", "sample_rate", "clip_norm")),
-            epsilon_text(r.epsilon_added, "with the round"),
-            number_text(r.value),
-        )
-        for names, r in alike_releases(data.other_releases, len(data.sites))
+        (str(r.round_number), r.names, r.purpose, r.count, r.noises, r.rates, r.clips, r.added, r.value)
+        for r in alike_releases(data.other_releases, len(data.sites))
     ]
     columns = ("round", "site", "kind", "releases", "noise multiplier", "sample rate", "clip", "ε added", "value")
     return [*lines, *(_table(columns, releases) if releases else ["None."])]

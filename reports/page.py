@@ -22,9 +22,8 @@ from reports.page_charts import (
     accuracy_chart,
     attack_figure,
     beside_figure,
+    courses_of,
     epsilon_chart,
-    epsilon_rows,
-    group_text,
     label_figure,
     several_figure,
     slice_figure,
@@ -53,7 +52,7 @@ def _template(page: str) -> Template:
 
 def to_html(data: ReportData) -> str:
     """Return the whole report as one self-contained page."""
-    central = server_is_trusted(data.claim.privacy_mode)
+    central, courses = server_is_trusted(data.claim.privacy_mode), courses_of(data)
     return _template(PAGE).render(
         data=data,
         central=central,
@@ -73,7 +72,8 @@ def to_html(data: ReportData) -> str:
         learning=learning_sentence(data.learning, central=central) if data.learning else "",
         learning_columns=LEARNING_COLUMNS,
         style=Markup(STYLE),
-        epsilon_chart=epsilon_chart(data),
+        epsilon_chart=epsilon_chart(data, courses),
+        courses=courses,
         accuracy_chart=accuracy_chart(data),
         attack_figure=attack_figure(data.meaning),
         several_figure=several_figure(data.meaning),
@@ -83,8 +83,6 @@ def to_html(data: ReportData) -> str:
         site_rows=alike_sites(data.sites),
         refusal_rows=alike_absences(data.refusals, len(data.sites)),
         release_rows=alike_releases(data.other_releases, len(data.sites)),
-        groups=[group_text(spent.sites) for spent in data.spent],
-        epsilon_rows=epsilon_rows(data),
     )
 
 

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from common.privacy.figures import bound_text, epsilon_text
 from common.run_lines import BesideRow
-from common.words import counted, percent_text
-from reports.charts import Axis, Chart, Curve, Mark, line_chart
+from common.words import EACH, counted, number_text, percent_text
+from reports.alike import groups_of_sites
+from reports.charts import STYLES, Axis, Chart, Curve, Mark, line_chart
 from reports.claim import server_is_trusted
-from reports.data import ReportData, setting_of
+from reports.data import ReportData, Spent, setting_of
 from reports.intervals import MOST, Dot, Row, interval_chart
 from reports.meaning import MeaningReport
 from reports.scores import LabelReport, Share
@@ -152,20 +153,69 @@ def group_text(sites: list[str]) -> str:
     """Return the names of a line's sites: each, or the first and the last of many with their number."""
     if len(sites) <= NAMED_SITES:
         return ", ".join(sites)
-    return f"{sites[0]} … {sites[-1]} ({len(sites)} sites)"
+    return f"{sites[0]} … {sites[-1]} ({number_text(len(sites))} sites)"
 
 
-def epsilon_chart(data: ReportData) -> Chart | None:
+@dataclass(frozen=True)
+class Courses:
+    """Courses of ε that chart and table show, each with its name."""
+
+    shown: list[tuple[str, Spent]]
+    of: int
+    """How many there are in all."""
+    odd: int
+    """How many of those that are shown are there because their sites are odd."""
+
+    @property
+    def text(self) -> str:
+        """What is left out, in words; empty: nothing."""
+        if self.of == len(self.shown):
+            return ""
+        odd = f", and {counted(self.odd, 'odd one')}" if self.odd else ""
+        return (
+            f" Of {number_text(self.of)} different courses the ones that ended lowest, in the middle and "
+            f"highest{odd}; report.json has all."
+        )
+
+    def rows(self) -> list[tuple[int, list[float | None]]]:
+        """Return the chart as a table: by round, the ε of each course."""
+        numbers = sorted({number for _, spent in self.shown for number, _ in spent.points})
+        courses = [dict(spent.points) for _, spent in self.shown]
+        return [(number, [course.get(number) for course in courses]) for number in numbers]
+
+
+def courses_of(data: ReportData) -> Courses:
+    """Return all courses of ε; of more than ``EACH`` the lowest, the middle, the highest, and some of odd sites.
+
+    A site is odd whose row of the table of sites stands for ``EACH`` sites or fewer.
+    """
+    spent = data.spent
+    if len(spent) <= EACH:
+        return Courses([(group_text(one.sites), one) for one in spent], len(spent), 0)
+    ended = sorted(spent, key=lambda one: one.points[-1][1])
+    ends = {"lowest": ended[0], "middle": ended[len(ended) // 2], "highest": ended[-1]}
+    few = {site.site for group in groups_of_sites(data.sites) if len(group) <= EACH for site in group}
+    kept = list(ends.values())
+    odd = [one for one in spent if not few.isdisjoint(one.sites) and one not in kept][: STYLES - len(ends)]
+    shown = [(f"{word}: {group_text(one.sites)}", one) for word, one in ends.items()]
+    shown += [(f"odd: {group_text([site for site in one.sites if site in few])}", one) for one in odd]
+    return Courses(shown, len(spent), len(odd))
+
+
+def epsilon_chart(data: ReportData, courses: Courses) -> Chart | None:
     """Return ε over rounds, one line for all sites that have spent alike, and the budgets; None without a claim."""
     budgets = sorted({spent.budget for spent in data.spent})
+    marks = [Mark(budget, f"budget {budget:g}") for budget in budgets]
+    if len(budgets) > NAMED_SITES:
+        marks = [Mark(budgets[0], f"lowest budget {budgets[0]:g}"), Mark(budgets[-1], f"highest {budgets[-1]:g}")]
     whose = "server" if server_is_trusted(data.claim.privacy_mode) else "site"
     return line_chart(
         "epsilon",
         "Privacy spent over rounds, by site, with the budget",
         Axis("round", whole=True),
         Axis(f"ε spent, by the {whose}'s ledger", from_zero=True),
-        [Curve(group_text(spent.sites), spent.points) for spent in data.spent],
-        [Mark(budget, f"budget {budget:g}") for budget in budgets],
+        [Curve(name, spent.points) for name, spent in courses.shown],
+        marks,
     )
 
 
@@ -191,10 +241,3 @@ def accuracy_chart(data: ReportData) -> Chart | None:
         else [],
         [(epsilon, accuracy, f"round {n}" if n else "before") for epsilon, accuracy, n in ends],
     )
-
-
-def epsilon_rows(data: ReportData) -> list[tuple[int, list[float | None]]]:
-    """Return the chart of ε as a table: by round, the ε of each group of sites."""
-    numbers = sorted({number for spent in data.spent for number, _ in spent.points})
-    courses = [dict(spent.points) for spent in data.spent]
-    return [(number, [course.get(number) for course in courses]) for number in numbers]

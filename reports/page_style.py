@@ -98,6 +98,7 @@ tbody th { font-weight: 600; }
 tbody th[scope=row] { position: sticky; left: 0; background: var(--card); }
 tbody th[scope=row]:not(.n), td.name { min-width: 8.5rem; max-width: 14rem; overflow-wrap: anywhere; }
 th.n, td.n { text-align: right; white-space: nowrap; }
+th.course { white-space: normal; overflow-wrap: anywhere; }
 td.wide { min-width: 15rem; overflow-wrap: anywhere; }
 .settings td, .settings th { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .82rem;
   overflow-wrap: anywhere; }

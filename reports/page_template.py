@@ -209,18 +209,19 @@ PAGE = """\
 <h2>Course of the run</h2>
 <div class="pair">
 {{ figure(epsilon_chart, "Privacy spent over rounds.",
-"ε by " ~ ("the server's ledger" if central else "the sites' own ledgers") ~ "; the dashed line is the budget.") }}
+"ε by " ~ ("the server's ledger" if central else "the sites' own ledgers")
+~ "; the dashed line is the budget." ~ courses.text) }}
 {% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
 {{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round; right is dearer, up is better.") }}
 {% else %}
 {{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before round 1.") }}
 {% endif %}
 </div>
-{% if epsilon_rows %}
-{% call table("ε spent after each round; sites that have spent alike share a column") %}
+{% if courses.shown %}
+{% call table("ε spent after each round; sites that have spent alike share a column." ~ courses.text) %}
 <thead><tr><th scope="col" class="n">round</th>
-{% for group in groups %}<th scope="col" class="n">{{ group }}</th>{% endfor %}</tr></thead>
-<tbody>{% for number, values in epsilon_rows %}
+{% for name, spent in courses.shown %}<th scope="col" class="n course">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for number, values in courses.rows() %}
 <tr><th scope="row" class="n">{{ number }}</th>
 {% for value in values %}<td class="n">{{ value|epsilon("–") }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
@@ -251,12 +252,11 @@ PAGE = """\
 <th scope="col" class="n">rounds joined</th><th scope="col" class="n">refused</th>
 <th scope="col" class="n">steps</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
 <th scope="col" class="n">clip</th></tr></thead>
-<tbody>{% for row in site_rows %}{% set site = row.site %}
+<tbody>{% for row in site_rows %}
 <tr><th scope="row">{{ row.names }}</th><td class="n">{{ row.sizes }}</td>
-<td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.rounds_refused }}</td>
-<td class="n">{{ site.steps|number }}</td><td class="n">{{ site.events|figures("noise_multiplier")|numbers }}</td>
-<td class="n">{{ site.events|figures("sample_rate")|numbers }}</td>
-<td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
+<td class="n">{{ row.joined }}</td><td class="n">{{ row.refused }}</td>
+<td class="n">{{ row.steps }}</td><td class="n">{{ row.noises }}</td>
+<td class="n">{{ row.rates }}</td><td class="n">{{ row.clips }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
 {% endif %}
@@ -266,13 +266,12 @@ PAGE = """\
 <th scope="col" class="n">ε spent</th><th scope="col" class="n">at δ</th>
 <th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left</th><th scope="col" class="n">again, PLD</th>
 <th scope="col" class="n">cross-check, RDP</th><th scope="col">agreement</th></tr></thead>
-<tbody>{% for row in site_rows %}{% set site = row.site %}
-<tr><th scope="row">{{ row.names }}</th><td class="n">{{ site.epsilon_total|epsilon }}</td>
-<td class="n">{{ "–" if site.delta is none else "%g"|format(site.delta) }}</td>
-<td class="n">{{ site.epsilon_budget|number }}</td><td class="n">{{ site.epsilon_remaining|remaining }}</td>
-<td class="n">{{ site.epsilon_recomputed|epsilon("–") }}</td><td class="n">{{ site.epsilon_rdp|epsilon("–") }}</td>
-<td class="{{ "ok" if site.agreement == "agrees" else "wide bad" if site.agreement in ("smaller", "unknown") else "wide"
-}}">{{ site.note }}</td></tr>
+<tbody>{% for row in site_rows %}
+<tr><th scope="row">{{ row.names }}</th><td class="n">{{ row.spent }}</td><td class="n">{{ row.deltas }}</td>
+<td class="n">{{ row.budgets }}</td><td class="n">{{ row.left }}</td>
+<td class="n">{{ row.again }}</td><td class="n">{{ row.rdp }}</td>
+<td class="{{ "ok" if row.agreement == "agrees" else "wide bad" if row.agreement in ("smaller", "unknown") else "wide"
+}}">{{ row.note }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
 {% if claim.made %}
@@ -343,15 +342,11 @@ the larger one. Both are computed here from σ, q and the {{
 <th scope="col" class="n">releases</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
 <th scope="col" class="n">clip</th><th scope="col" class="n">ε added</th>
 <th scope="col" class="n">value</th></tr></thead>
-<tbody>{% for names, release in release_rows %}
-<tr><th scope="row" class="n">{{ release.round_number }}</th><td class="name">{{ names }}</td>
-<td>{{ release.purpose }}</td>
-<td class="n">{{ release.count|number }}</td>
-<td class="n">{{ [release.event]|figures("noise_multiplier")|numbers }}</td>
-<td class="n">{{ [release.event]|figures("sample_rate")|numbers }}</td>
-<td class="n">{{ [release.event]|figures("clip_norm")|numbers }}</td>
-<td class="n">{{ release.epsilon_added|epsilon("with the round") }}</td>
-<td class="n">{{ release.value|number }}</td></tr>
+<tbody>{% for row in release_rows %}
+<tr><th scope="row" class="n">{{ row.round_number }}</th><td class="name">{{ row.names }}</td>
+<td>{{ row.purpose }}</td><td class="n">{{ row.count }}</td><td class="n">{{ row.noises }}</td>
+<td class="n">{{ row.rates }}</td><td class="n">{{ row.clips }}</td><td class="n">{{ row.added }}</td>
+<td class="n">{{ row.value }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
 {% else %}
