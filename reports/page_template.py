@@ -397,6 +397,12 @@ the larger one. Both are computed here from σ, q and the {{
 <tr><th scope="row">{{ name }}</th><td>{{ number }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+{% if compute %}
+<h2>Training compute</h2>
+{% for text in compute %}
+<p>{{ text }}</p>
+{% endfor %}
+{% endif %}
 {% if data.origin %}
 <h2>What the adapter is made of</h2>
 {% call table("SHA-256 of the base model, of the server's code and of each file of the adapter") %}
