@@ -163,6 +163,7 @@ def print_summary(folder: Path) -> None:
     from common.words import percent_text, visible
     from reports import report_of
     from reports.alike import alike_sites
+    from reports.audits import bound_note
     from reports.claim import server_is_trusted
     from reports.connection import connection_sentences
     from reports.meaning import attack_sentence, several_sentence
@@ -189,6 +190,8 @@ def print_summary(folder: Path) -> None:
         )
     else:
         console.print(f"federation: {data.claim.sentence}")
+    if head.epsilon is not None and (note := bound_note(data.audit_results)):
+        console.print(note, markup=False)
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         console.print(visible(" ".join(text for text in said if text)), markup=False)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from common import words
 from common.privacy import figures
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
-from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
+from reports.audits import NONE_RUN, WHOSE, audit_words, bound_note, bound_sentences
 from reports.claim import UNTOLD, none_refused, server_is_trusted
 from reports.compute import compute_words
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
@@ -69,6 +69,7 @@ def to_html(data: ReportData) -> str:
         beside=BESIDE,
         slice=str(setting_of(data, "data.slice")),
         bounds=bound_sentences(data.audit_results),
+        bound_note=bound_note(data.audit_results),
         whose=WHOSE,
         learning=learning_sentence(data.learning, central=central) if data.learning else "",
         learning_columns=LEARNING_COLUMNS,
