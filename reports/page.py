@@ -46,7 +46,7 @@ def _template(page: str) -> Template:
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
-    environment.filters |= {"took_part": participants_text, "layer": learning_cells}
+    environment.filters |= {"moment": _moment, "took_part": participants_text, "layer": learning_cells}
     environment.filters |= {"share": share_text, "beside": beside_cells}
     return environment.from_string(page)
 
@@ -63,6 +63,7 @@ def to_html(data: ReportData) -> str:
         sites_own=SITES_OWN,
         none_refused=none_refused(central=central),
         whose_meaning=whose_sentence(data.meaning, central=central) if data.meaning else "",
+        made=facts_of(data)[0].answers[0],
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
@@ -94,6 +95,12 @@ def to_fact_sheet(data: ReportData) -> str:
     return _template(FACTS).render(
         data=data, claim=data.claim, facts=facts_of(data), style=Markup(STYLE), own_style=Markup(FACTS_STYLE)
     )
+
+
+def _moment(time: str) -> str:
+    """Return a time as people read it, to the minute; one that is not UTC in ISO 8601 as it is."""
+    date, middle, clock = time.partition("T")
+    return f"{date} {clock[:5]} UTC" if middle and clock.endswith("+00:00") else time
 
 
 def _shown(value: Any) -> Any:

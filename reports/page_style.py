@@ -36,6 +36,10 @@ p, ul, dl { margin: 0 0 .9rem; max-width: 46rem; }
 li { margin: .15rem 0; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); }
 .meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
+.lead { font-size: 1.05rem; }
+nav { margin: 0 0 1.5rem; font-size: .92rem; } nav p { margin: 0 0 .3rem; max-width: none; }
+nav a { margin-right: .9em; white-space: nowrap; }
+a { color: var(--accent); }
 .status {
   display: inline-block; padding: 0 .55em; border: 1px solid currentColor; border-radius: 1em; font-size: .85em;
   font-weight: 600; color: var(--accent); margin-right: .35em;
@@ -60,7 +64,7 @@ li { margin: .15rem 0; overflow-wrap: anywhere; }
 .care { background: var(--care-paper); border-color: var(--care); }
 .care strong { color: var(--care); }
 .claim { font-size: 1.12rem; max-width: 46rem; }
-dl.words { display: grid; grid-template-columns: 8.5rem 1fr; gap: .3rem 1rem; }
+dl.words { display: grid; grid-template-columns: 15rem 1fr; gap: .3rem 1rem; }
 dl.words dt { color: var(--soft); }
 dl.words dd { margin: 0; overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2.2rem; }
@@ -99,7 +103,7 @@ tbody th[scope=row] { position: sticky; left: 0; background: var(--card); }
 tbody th[scope=row]:not(.n), td.name { min-width: 8.5rem; max-width: 14rem; overflow-wrap: anywhere; }
 th.n, td.n { text-align: right; white-space: nowrap; }
 th.course { white-space: normal; overflow-wrap: anywhere; }
-td.wide { min-width: 15rem; overflow-wrap: anywhere; }
+td.wide { min-width: 11rem; overflow-wrap: anywhere; }
 .settings td, .settings th { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .82rem;
   overflow-wrap: anywhere; }
 .settings thead th { font-family: inherit; }
@@ -128,9 +132,12 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   @page { margin: 16mm 14mm; }
   body { font-size: 10pt; }
   main { max-width: none; padding: 0; }
-  h2 { margin-top: 1.6rem; break-after: avoid; }
+  nav { display: none; }
+  h2, h3, figcaption, caption { break-after: avoid; }
+  h2 { margin-top: 1.6rem; }
+  .pair, .figures { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; border: 0; }
-  table { font-size: 7.5pt; }
+  table, thead th, caption { font-size: 7.5pt; }
   caption span { max-width: none; }
   th, td { padding: .2rem .3rem; }
   thead th.n { white-space: normal; }

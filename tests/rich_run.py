@@ -159,6 +159,7 @@ def unlike(folder: Path, rounds: int = 3) -> MadeRun:
                 participants=here,
                 accuracy=0.7 + 0.01 * number,
                 bytes_down=150_528 * len(here),
+                bytes_up=150_400 * len(here),
                 refusals=refusals,
                 failures=refusals,
             )

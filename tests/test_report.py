@@ -494,5 +494,5 @@ def test_no_figure_that_people_read_is_below_what_was_spent(tmp_path: Path, nois
 def test_before_training_no_claim_is_given_up(made: MadeRun) -> None:
     (row,) = re.findall(r"^\| 0 \|.*$", forms(made.folder)["md"], flags=re.MULTILINE)
     assert "no claim" not in row
-    (cells,) = re.findall(r">0</th>.*?</tr>", forms(made.folder)["html"].split("<h2>Rounds")[-1], flags=re.DOTALL)
+    (cells,) = re.findall(r">0</th>.*?</tr>", forms(made.folder)["html"].split('<h2 id="rounds">')[-1], flags=re.DOTALL)
     assert "no claim" not in cells
