@@ -7,7 +7,7 @@
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
-# make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
+# make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
 # make docs   the pages of docs that are made from the code, and the README's picture
 # make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types

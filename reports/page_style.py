@@ -37,8 +37,9 @@ li { margin: .15rem 0; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); }
 .meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
 .lead { font-size: 1.05rem; }
-nav { margin: 0 0 1.5rem; font-size: .92rem; } nav p { margin: 0 0 .3rem; max-width: none; }
-nav a { margin-right: .9em; white-space: nowrap; }
+nav { margin: 0 0 1.5rem; font-size: .92rem; }
+nav p { margin: 0 0 .3rem; max-width: none; display: flex; flex-wrap: wrap; gap: 0 .9em; }
+nav a { white-space: nowrap; }
 a { color: var(--accent); }
 .status {
   display: inline-block; padding: 0 .55em; border: 1px solid currentColor; border-radius: 1em; font-size: .85em;
@@ -64,7 +65,7 @@ a { color: var(--accent); }
 .care { background: var(--care-paper); border-color: var(--care); }
 .care strong { color: var(--care); }
 .claim { font-size: 1.12rem; max-width: 46rem; }
-dl.words { display: grid; grid-template-columns: 15rem 1fr; gap: .3rem 1rem; }
+dl.words { display: grid; grid-template-columns: 17rem 1fr; gap: .3rem 1rem; }
 dl.words dt { color: var(--soft); }
 dl.words dd { margin: 0; overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2.2rem; }
@@ -142,7 +143,14 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   th, td { padding: .2rem .3rem; }
   thead th.n { white-space: normal; }
   tbody th[scope=row] { position: static; }
-  tbody th[scope=row]:not(.n), td.name, td.wide { min-width: 0; max-width: none; }
+  tbody th[scope=row]:not(.n), td.name { min-width: 4.5rem; max-width: none; }
+  td.wide { min-width: 0; max-width: none; }
+  main > .scroll, .pair > .scroll { break-inside: avoid; }
+  .chart { max-width: 24rem; }
+  figcaption { font-size: 8.5pt; }
+  .legend { font-size: 7.5pt; }
+  #settings { break-before: page; }
+  .settings td, .settings th { font-size: 7pt; padding: .1rem .3rem; }
   figure, .figures, tr, .alarm, .care { break-inside: avoid; }
   thead { display: table-header-group; }
 }
