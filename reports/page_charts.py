@@ -50,7 +50,9 @@ def attack_figure(meaning: MeaningReport | None) -> Figure | None:
     title = "Members that an attacker finds."
     axis = Axis(f"share of the {meaning.per}s trained on that are found", percent=True, from_zero=True)
     chart = interval_chart("attacks", title, axis, ("by guessing", "by the best attack, at most"), rows)
-    return chart and Figure(chart, title, "What any attack may come to, beside guessing. Further right is worse.")
+    return (
+        Figure(chart, title, "What any attack may reach, beside guessing. Further right is worse.") if chart else None
+    )
 
 
 def several_figure(meaning: MeaningReport | None) -> Figure | None:
@@ -61,7 +63,7 @@ def several_figure(meaning: MeaningReport | None) -> Figure | None:
     rows = [Row(counted(units, meaning.per), [Dot(value)], f"ε {epsilon_text(value)}") for units, value in people]
     title = f"ε of a person with several {meaning.per}s."
     chart = interval_chart("several", title, Axis(f"ε at δ {meaning.delta:g}", from_zero=True), ("ε",), rows)
-    return chart and Figure(chart, title, "All of them at one site. Further right is less protected.")
+    return Figure(chart, title, "All of them at one site. Further right is less protected.") if chart else None
 
 
 def label_figure(data: ReportData) -> Figure | None:
@@ -95,7 +97,7 @@ def beside_figure(data: ReportData) -> Figure | None:
     axis = Axis("accuracy on public test data", percent=True)
     chart = interval_chart("beside", title, axis, BEFORE_AFTER, [own, *(_beside(row) for row in rows)])
     text = "A whisker is the 95 % interval over runs; a single run has none, and so has this one."
-    return chart and Figure(chart, title, text + _left_out(left, "others"))
+    return Figure(chart, title, text + _left_out(left, "others")) if chart else None
 
 
 def _beside(row: BesideRow) -> Row:
@@ -114,13 +116,13 @@ def _scores(name: str, title: str, of: str, whole: Sequence[LabelReport], rows: 
         Row(
             "all records" if row in whole else row.label,
             [_interval(row.before), _interval(row.after)],
-            _course(row.before and row.before.value, row.after and row.after.value),
+            _course(*(share.value if share else None for share in (row.before, row.after))),
         )
         for row in [*whole, *chosen]
     ]
     axis = Axis("accuracy on public test data", percent=True)
     chart = interval_chart(name, title, axis, BEFORE_AFTER, drawn)
-    return chart and Figure(chart, title, OF_RECORDS + _left_out(left, of))
+    return Figure(chart, title, OF_RECORDS + _left_out(left, of)) if chart else None
 
 
 def _worst_and_best(rows: Sequence[T], value: Callable[[T], float], most: int) -> tuple[list[T], tuple[int, int, int]]:

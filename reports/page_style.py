@@ -150,6 +150,8 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   figcaption { font-size: 8.5pt; }
   .legend { font-size: 7.5pt; }
   #settings { break-before: page; }
+  h2 + p { break-after: avoid; }
+  .tag { font-size: 7pt; }
   .settings td, .settings th { font-size: 7pt; padding: .1rem .3rem; }
   figure, .figures, tr, .alarm, .care { break-inside: avoid; }
   thead { display: table-header-group; }

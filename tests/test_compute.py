@@ -80,7 +80,7 @@ def check_default(data: ReportData) -> None:
 def default(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     """A run of the default job whose sites joined every round."""
     settings = configure({}).settings()
-    wanted = {"rounds": 25, "training.linearised": 20, "training.refit": 5, "training.local-steps": 1}
+    wanted: dict[str, Any] = {"rounds": 25, "training.linearised": 20, "training.refit": 5, "training.local-steps": 1}
     wanted |= {"training.sample-rate": 1.0, "adapter.start": "probe", "start.steps": 40, "model.max-length": TOKENS}
     assert {key: settings[key] for key in wanted} == wanted, "the default recipe is another: count it anew"
     return made(tmp_path_factory.mktemp("default") / "run", {}, list(range(1, 26)), start=True)
