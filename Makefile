@@ -11,7 +11,7 @@
 # make test-trackers  runs that tell the real trackers, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
-# make browser  a report in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
+# make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
 # make docs   the pages of docs that are made from the code, and the README's picture
 # make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
@@ -137,7 +137,7 @@ $(VISION): $(READY) requirements/vision.txt
 browser: environment
 	cd reports/browser && npm ci --ignore-scripts --no-audit --no-fund
 	$(if $(RUN),,rm -rf build/report && PYTHONPATH=. $(BIN)/python tests/report_pages.py build/report)
-	node reports/browser/check.mjs build/browser $(or $(RUN),build/report)/report.html $(or $(RUN),build/report)/facts.html
+	node reports/browser/check.mjs build/browser $(foreach run,$(or $(RUN),build/report/rich build/report/thousand),$(run)/report.html $(run)/facts.html)
 
 clean:
 	rm -rf $(VENV) .flwr .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -14,9 +14,11 @@ from rich.text import Text
 
 from cli.errors import for_people
 from common.errors import ConfigError, DataError
-from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.figures import epsilon_text
 from common.words import counted
 
+MOST_NAME = 20
+"""Columns that a narrow terminal keeps for the name of a site."""
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -187,40 +189,31 @@ def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes
 
 def print_summary(folder: Path) -> None:
     """Print the table by site, the federation's figure and accuracy before and after."""
-    from common.words import (
-        number_text,
-        numbers_text,
-        percent_text,
-        visible,
-    )
+    from common.words import percent_text, visible
     from reports import report_of
     from reports.alike import alike_sites
+    from reports.audits import bound_note
     from reports.claim import server_is_trusted
     from reports.connection import connection_sentences
     from reports.meaning import attack_sentence, several_sentence
     from reports.scores import share_text
     from reports.sharing import THIS_RUN, at_h, others_of, rests_on
-    from reports.sites import distinct
     from reports.trials import trials_figure
 
     data = report_of(folder)
     central = server_is_trusted(data.claim.privacy_mode)
     at, rests = at_h(data.sharing), rests_on(data.sharing)
     table = Table(title="privacy spent, by the server's ledger" if central else f"privacy spent, by site{at}")
-    table.add_column("whose" if central else "site")
+    rows = alike_sites(data.sites)
+    longest = max((len(word) for row in rows for word in visible(row.names).split()), default=0)
+    # A name is never cut: a narrow terminal breaks figures at their spaces first, then a very long name anywhere.
+    table.add_column("whose" if central else "site", overflow="fold", min_width=min(longest, MOST_NAME))
     bare = ("ε alone",) if data.sharing and data.sharing.on_others else ()
     for column in ("rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left", *bare):
         table.add_column(column, justify="right")
-    for row in alike_sites(data.sites):
-        site = row.site
-        settings = [distinct(site.events, name) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
-        table.add_row(
-            Text(visible(row.names)),
-            *(str(site.rounds_joined), number_text(site.steps), *(numbers_text(values) for values in settings)),
-            *(epsilon_text(site.epsilon_total), number_text(site.epsilon_budget)),
-            remaining_text(site.epsilon_remaining),
-            *((epsilon_text(site.epsilon_alone),) if bare else ()),
-        )
+    for row in rows:
+        figures = (row.joined, row.steps, row.rates, row.noises, row.clips, row.spent, row.budgets, row.left)
+        table.add_row(Text(visible(row.names)), *figures, *((row.alone,) if bare else ()))
     console.print(table)
     head = data.headline
     if head.epsilon is not None:
@@ -233,6 +226,8 @@ def print_summary(folder: Path) -> None:
             console.print(f"{THIS_RUN}, {other}")
     else:
         console.print(f"federation: {data.claim.sentence}")
+    if head.epsilon is not None and (note := bound_note(data.audit_results)):
+        console.print(note, markup=False)
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         console.print(visible(" ".join(text for text in said if text)), markup=False)

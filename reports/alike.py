@@ -1,53 +1,177 @@
 """Sites that did alike as one row, so that a federation of a thousand fits a page; odd ones stay rows of their own.
 
 Up to ``EACH`` sites every one has its row. Of more, two are alike if all that a row says of them is equal but for the
-name and the public size. Nothing is left out: a row counts its sites, and has the lowest and the highest size.
+name and the public size. Where even that gives more than ``EACH`` rows, sites are alike that differ in less and less of
+what makes a site odd (``ODDITIES``), and a row has the lowest and the highest of each figure. The site that has spent
+most then is a row of its own. Nothing is left out: a row counts its sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
+from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
 from common.run_lines import Absence
-from common.words import EACH, names_text, natural, number_text
-from reports.sites import ReleaseReport, SiteReport
+from common.words import EACH, UNKNOWN, names_text, natural, number_text, numbers_text
+from reports.sites import MORE, ReleaseReport, SiteReport, distinct, worst_site
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Sites that one row stands for."""
+    """Sites that one row stands for, with their figures in words: one, or the lowest and the highest."""
 
     names: str
-    """In words: each, or the first and the last with their number."""
-    sizes: str
-    """Their public sizes: one, or the lowest and the highest."""
+    """Each, or the first and the last with their number."""
     count: int
-    site: SiteReport
-    """The first of them, in natural order; but for name and size it is every one."""
+    sizes: str
+    """Public sizes."""
+    joined: str
+    refused: str
+    steps: str
+    rates: str
+    noises: str
+    clips: str
+    spent: str
+    deltas: str
+    budgets: str
+    left: str
+    again: str
+    """ε by PLD, computed again."""
+    rdp: str
+    alone: str
+    """ε of this run's sums if no other site adds its noise."""
+    agreement: str
+    """As of a site: every one has it."""
+    note: str
+
+
+@dataclass(frozen=True)
+class AlikeRelease:
+    """Releases beside training that one row stands for, likewise."""
+
+    round_number: int
+    names: str
+    purpose: str
+    count: str
+    noises: str
+    rates: str
+    clips: str
+    added: str
+    value: str
 
 
 def alike_sites(sites: Sequence[SiteReport]) -> list[Alike]:
     """Return the rows of a table of sites, in the natural order of their first names."""
-    return [
-        Alike(names_text([site.site for site in group]), _sizes(group), len(group), group[0])
-        for group in _groups(sites, lambda site: replace(site, site="", public_size=None), len(sites))
-    ]
+    return [_row(group) for group in groups_of_sites(sites)]
+
+
+def groups_of_sites(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
+    """Return the sites of each row, in the order of its first; the names of ``EACH`` or fewer are told one by one."""
+    groups = _groups(sites, lambda site: replace(site, site="", public_size=None), len(sites))
+    worst = worst_site(sites)
+    for key in ODDITIES if len(sites) > EACH else ():
+        if len(groups) <= EACH:
+            break
+        groups = _groups(sites, partial(_oddity, key, worst), len(sites))
+    return groups
+
+
+ODDITIES: tuple[Callable[[SiteReport], object], ...] = (
+    lambda s: (s.agreement, s.rounds_refused > 0, s.delta, _figures(s), s.epsilon_budget),
+    lambda s: (s.agreement, s.rounds_refused > 0, s.delta, _figures(s)),
+    lambda s: (s.agreement, s.rounds_refused > 0),
+)
+"""What makes a site odd, the most first; the last has at most ``EACH`` kinds."""
+
+
+def _oddity(key: Callable[[SiteReport], object], worst: SiteReport | None, site: SiteReport) -> object:
+    return site is worst, key(site)
+
+
+def _figures(site: SiteReport) -> tuple[list[float], ...]:
+    return distinct(site.events, "noise_multiplier"), distinct(site.events, "clip_norm")
+
+
+def _row(group: Sequence[SiteReport]) -> Alike:
+    def of_events(name: str) -> str:
+        lists = [distinct(site.events, name) for site in group]
+        values = [value for values in lists for value in values]
+        return numbers_text(lists[0]) if all(own == lists[0] for own in lists) else spread(values, number_text)
+
+    return Alike(
+        names=names_text([site.site for site in group]),
+        count=len(group),
+        sizes=spread([site.public_size for site in group], number_text),
+        joined=spread([site.rounds_joined for site in group], str),
+        refused=spread([site.rounds_refused for site in group], str),
+        steps=spread([site.steps for site in group], number_text),
+        rates=of_events("sample_rate"),
+        noises=of_events("noise_multiplier"),
+        clips=of_events("clip_norm"),
+        spent=spread([site.epsilon_total for site in group], epsilon_text, NO_CLAIM),
+        deltas=spread([site.delta for site in group], lambda value: f"{value:g}"),
+        budgets=spread([site.epsilon_budget for site in group], number_text),
+        left=spread([site.epsilon_remaining for site in group], remaining_text, NO_CLAIM),
+        again=spread([site.epsilon_recomputed for site in group], epsilon_text),
+        rdp=spread([site.epsilon_rdp for site in group], epsilon_text),
+        alone=spread([site.epsilon_alone for site in group], epsilon_text),
+        agreement=group[0].agreement,
+        note=_note(group),
+    )
+
+
+def _note(group: Sequence[SiteReport]) -> str:
+    notes = list(dict.fromkeys(site.note for site in group))
+    if len(notes) == 1:
+        return notes[0]
+    if group[0].agreement == "larger":
+        more = [(site.epsilon_total or 0.0) - (site.epsilon_recomputed or 0.0) for site in group]
+        return f"each reports more, by {spread(more, lambda value: f'{value:.3f}')}: {MORE}"
+    return f"{notes[0]} (and {len(notes) - 1} other reasons)"
 
 
 def alike_absences(absences: Sequence[Absence], sites: int) -> list[tuple[str, Absence]]:
-    """Return refusals and failures, those of one attempt by one kind and reason together, with the names in words."""
+    """Return refusals and failures, those of one attempt by one kind and reason together, with the names in words.
+
+    Of more than ``EACH`` reasons for one attempt and kind the first is told, and how many others there are.
+    """
     groups = _groups(absences, lambda absence: replace(absence, site="", node=None), sites)
-    return [(names_text([absence.site for absence in group]), group[0]) for group in groups]
+    kinds = _groups(absences, lambda absence: (absence.round_number, absence.attempt, absence.kind), sites)
+    if len(groups) > EACH * len(kinds):
+        groups = kinds
+    return [(names_text([absence.site for absence in group]), _reason(group)) for group in groups]
 
 
-def alike_releases(releases: Sequence[ReleaseReport], sites: int) -> list[tuple[str, ReleaseReport]]:
-    """Return releases beside training, those of one round and price together, with the names in words."""
+def _reason(group: Sequence[Absence]) -> Absence:
+    others = len({absence.reason for absence in group}) - 1
+    return replace(group[0], reason=f"{group[0].reason} (and {others} other reasons)") if others else group[0]
+
+
+def alike_releases(releases: Sequence[ReleaseReport], sites: int) -> list[AlikeRelease]:
+    """Return releases beside training, those of one round and price together; of too many prices those of one kind."""
     groups = _groups(releases, lambda release: replace(release, site=""), sites)
-    return [(names_text([release.site for release in group]), group[0]) for group in groups]
+    kinds = _groups(releases, lambda release: (release.round_number, release.purpose, release.count), sites)
+    if len(groups) > EACH * len(kinds):
+        groups = kinds
+    return [
+        AlikeRelease(
+            round_number=group[0].round_number,
+            names=names_text([release.site for release in group]),
+            purpose=group[0].purpose,
+            count=number_text(group[0].count),
+            noises=spread([n for r in group for n in distinct([r.event], "noise_multiplier")], number_text),
+            rates=spread([n for r in group for n in distinct([r.event], "sample_rate")], number_text),
+            clips=spread([n for r in group for n in distinct([r.event], "clip_norm")], number_text),
+            added=spread([release.epsilon_added for release in group], epsilon_text, "with the round"),
+            value=spread([release.value for release in group], number_text),
+        )
+        for group in groups
+    ]
 
 
 def participants_text(participants: Sequence[str], sites: Sequence[SiteReport]) -> str:
@@ -63,7 +187,20 @@ def participants_text(participants: Sequence[str], sites: Sequence[SiteReport]) 
     return names_text(sorted(took, key=natural))
 
 
-def _groups(rows: Iterable[T], key: Callable[[T], Hashable | object], sites: int) -> list[list[T]]:
+def spread(values: Sequence[T | None], form: Callable[[T], str], unknown: str = UNKNOWN) -> str:
+    """Return figures in words: the one that all are, or the lowest and the highest of those that are known.
+
+    >>> spread([3, None, 1, 2], str), spread([2, 2], str), spread([None], str)
+    ('1 to 3', '2', '–')
+    """
+    known = sorted({value for value in values if value is not None})  # type: ignore[type-var]
+    if not known:
+        return unknown
+    low, high = form(known[0]), form(known[-1])
+    return low if low == high else f"{low} to {high}"
+
+
+def _groups(rows: Iterable[T], key: Callable[[T], object], sites: int) -> list[list[T]]:
     """Return rows by what they are alike in, in the order of the first of each; apart where a federation is small."""
     held = list(rows)
     if sites <= EACH:
@@ -72,10 +209,3 @@ def _groups(rows: Iterable[T], key: Callable[[T], Hashable | object], sites: int
     for row in held:
         groups.setdefault(repr(key(row)), []).append(row)
     return list(groups.values())
-
-
-def _sizes(group: Sequence[SiteReport]) -> str:
-    sizes = sorted({site.public_size for site in group if site.public_size is not None})
-    if len(sizes) < 2:
-        return number_text(sizes[0] if sizes else None)
-    return f"{number_text(sizes[0])} to {number_text(sizes[-1])}"

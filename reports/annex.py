@@ -235,7 +235,7 @@ def _ai_act(data: ReportData, declared: Declared) -> list[Row]:
             [
                 f"Base model: {base}, not trained further but for the adapter; {data.headline.rounds_done} rounds of "
                 f"{setting_of(data, 'training.local-steps')} steps at each site.",
-                *(compute_words(data, declared.base_training_flop) or [f"{OPEN} The run's training compute."]),
+                *(compute_words(data.compute, declared.base_training_flop) or [f"{OPEN} The run's training compute."]),
                 *([] if declared.base_training_flop else [f"{OPEN} The base model's training compute."]),
                 *([f"Its licence, as declared: {declared.base_license}"] if declared.base_license else []),
             ],

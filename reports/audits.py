@@ -107,6 +107,22 @@ def bound_sentences(reports: Sequence[AuditReport]) -> list[str]:
     ]
 
 
+def bound_note(reports: Sequence[AuditReport]) -> str:
+    """Return the nearest that an attack came to what was claimed, to be read beside ε; empty: none bounds it."""
+    found = [
+        (report.epsilon_at_least, report.epsilon_claimed)
+        for report in reports
+        if report.epsilon_claimed is not None and report.epsilon_at_least is not None
+    ]
+    if not found:
+        return ""
+    least, claimed = max(found, key=lambda pair: pair[0] - pair[1])
+    return (
+        f"An audit's attack shows ε to be at least {epsilon_text(least)} where {epsilon_text(claimed)} was claimed, in "
+        "a small run made for the audit."
+    )
+
+
 def audit_alarms(reports: Sequence[AuditReport]) -> list[str]:
     """Return a sentence for every audit that failed: nothing in a report may be read past it."""
     return [

@@ -88,8 +88,8 @@ def line_chart(
     xs = [p[0] for curve in drawn for p in curve.points] + [mark.value for mark in marks if mark.upright]
     ys = [p[1] for curve in drawn for p in curve.points] + [mark.value for mark in marks if not mark.upright]
     x_ticks, y_ticks = ticks(xs, x), ticks(ys, y)
-    to_x = _scale(x_ticks, LEFT, WIDTH - RIGHT)
-    to_y = _scale(y_ticks, HEIGHT - BOTTOM, TOP)
+    to_x = Scale(x_ticks, LEFT, WIDTH - RIGHT)
+    to_y = Scale(y_ticks, HEIGHT - BOTTOM, TOP)
     parts = [_grid(x, y, x_ticks, y_ticks, to_x, to_y)]
     parts += [_mark(mark, to_x, to_y) for mark in marks]
     parts += [_curve(curve, index, to_x, to_y) for index, curve in enumerate(drawn)]
@@ -98,7 +98,7 @@ def line_chart(
         end = to_x(place) > WIDTH - RIGHT - 70
         anchor, shift = ("end", -8) if end else ("start", 8)
         parts.append(
-            _text(to_x(place) + shift, to_y(height) + (20 if number == 0 else -9), text, "point-label", anchor)
+            text_at(to_x(place) + shift, to_y(height) + (20 if number == 0 else -9), text, "point-label", anchor)
         )
     ends = "; ".join(f"{visible(c.label)}: {y.tick(c.points[-1][1])} at {x.tick(c.points[-1][0])}" for c in drawn)
     svg = (
@@ -134,7 +134,7 @@ def ticks(values: Sequence[float], axis: Axis) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-class _scale:  # noqa: N801
+class Scale:
     """Maps figures to places in the drawing."""
 
     def __init__(self, marks: Sequence[float], start: float, end: float) -> None:
@@ -142,37 +142,38 @@ class _scale:  # noqa: N801
         self._start, self._length = start, end - start
 
     def __call__(self, value: float) -> float:
+        """Return the place of a figure, in pixels."""
         return self._start + self._length * (value - self._low) / self._span
 
 
-def _grid(x: Axis, y: Axis, x_ticks: list[float], y_ticks: list[float], to_x: _scale, to_y: _scale) -> str:
+def _grid(x: Axis, y: Axis, x_ticks: list[float], y_ticks: list[float], to_x: Scale, to_y: Scale) -> str:
     parts = []
     for value in y_ticks:
         at = to_y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_text(LEFT - 8, at + 4.5, y.tick(value), "tick", "end"))
+        parts.append(text_at(LEFT - 8, at + 4.5, y.tick(value), "tick", "end"))
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     for value in x_ticks:
         at = to_x(value)
         parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(_text(at, base + 18, x.tick(value), "tick", "middle"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x.label, "label", "middle"))
-    parts.append(_text(4, 11, y.label, "label", "start"))
+        parts.append(text_at(at, base + 18, x.tick(value), "tick", "middle"))
+    parts.append(text_at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x.label, "label", "middle"))
+    parts.append(text_at(4, 11, y.label, "label", "start"))
     return "".join(parts)
 
 
-def _mark(mark: Mark, to_x: _scale, to_y: _scale) -> str:
+def _mark(mark: Mark, to_x: Scale, to_y: Scale) -> str:
     if mark.upright:
         at = to_x(mark.value)
         line = f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        return line + _text(at - 6, HEIGHT - BOTTOM - 8, mark.label, "limit-label", "end")
+        return line + text_at(at - 6, HEIGHT - BOTTOM - 8, mark.label, "limit-label", "end")
     at = to_y(mark.value)
     line = f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-    return line + _text(LEFT + 6, at + 15, mark.label, "limit-label", "start")
+    return line + text_at(LEFT + 6, at + 15, mark.label, "limit-label", "start")
 
 
-def _curve(curve: Curve, index: int, to_x: _scale, to_y: _scale) -> str:
+def _curve(curve: Curve, index: int, to_x: Scale, to_y: Scale) -> str:
     style = min(index, STYLES - 1)
     places = [(to_x(px), to_y(py)) for px, py in curve.points]
     path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
@@ -182,12 +183,13 @@ def _curve(curve: Curve, index: int, to_x: _scale, to_y: _scale) -> str:
     marked = [place for number, place in enumerate(reversed(places)) if number % stride == 0]
     return (
         f'<g class="curve s{style}"><polyline points="{path}"{dash}/>'
-        + "".join(_marker(style, px, py) for px, py in marked)
+        + "".join(marker(style, px, py) for px, py in marked)
         + "</g>"
     )
 
 
-def _marker(style: int, x: float, y: float) -> str:
+def marker(style: int, x: float, y: float) -> str:
+    """Return the shape of a style at a place, as SVG."""
     if style == 0:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
     shapes = {
@@ -206,9 +208,10 @@ def _swatch(index: int) -> Markup:
     dash = f' stroke-dasharray="{_DASHES[style]}"' if _DASHES[style] else ""
     return Markup(
         f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="curve s{style}">'
-        f'<polyline points="1,6 33,6"{dash}/>{_marker(style, 17, 6)}</g></svg>'
+        f'<polyline points="1,6 33,6"{dash}/>{marker(style, 17, 6)}</g></svg>'
     )
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:
+def text_at(x: float, y: float, text: str, kind: str, anchor: str) -> str:
+    """Return words at a place, escaped, as SVG of a class of the page's style."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(visible(text))}</text>'

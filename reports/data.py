@@ -15,12 +15,14 @@ from common.accountant import TRAINING
 from common.config.sections import Scalar
 from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, TuningFile, read_json
 from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of, server_is_trusted
+from reports.compute import ComputeReport, Sizes, compute_report
 from reports.connection import ConnectionReport, connection_cares, connection_reports
+from reports.declared import Declared, read_declared
 from reports.folder import RunFiles, read_run
 from reports.learning import LayerReport, layer_reports
 from reports.meaning import MeaningReport, meaning_report
@@ -115,7 +117,11 @@ class Origin:
     files: dict[str, str]
     """Of each file in the run's folder that the adapter consists of, by its path there."""
     parameters: int = 0
-    """Weights of the base model; 0: an earlier FedVeil did not record it."""
+    """Weights of the base model; 0, as below: an earlier FedVeil did not record it."""
+    adapter_parameters: int = 0
+    """Numbers that sites train below the head."""
+    head_parameters: int = 0
+    labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,8 @@ class ReportData:
     versions: dict[str, str]
     origin: Origin | None
     """Of the final adapter; None while none is saved."""
+    compute: ComputeReport | None
+    """What the sites computed; None where that does not follow from the files."""
     actors: list[Actor]
     """Who is trusted with what."""
     connections: list[ConnectionReport]
@@ -181,6 +189,7 @@ def report_of(folder: Path) -> ReportData:
     settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
     problems, connections = list(files.problems), connection_reports(files.server)
     audits = audit_reports(files.findings, problems)
+    origin, declared = _origin(folder, problems), _declared(folder, problems)
     claim, headline = claim_of(files, sites), _headline(files, sites)
     return ReportData(
         schema=SCHEMA,
@@ -205,7 +214,8 @@ def report_of(folder: Path) -> ReportData:
         refusals=[absence for line in files.rounds for absence in line.failures],
         settings=_settings(settings, files.config.chosen),
         versions=versions,
-        origin=_origin(folder, problems),
+        origin=origin,
+        compute=_compute(files, sites, origin, declared),
         actors=actors_of(claim, headline.epsilon),
         connections=connections,
         unprotected=unprotected_of(sites, _cut_test(settings), claim),
@@ -223,14 +233,37 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
     try:
         told = read_json(about)
         base_model, base = str(told["base_model"]), str(told["base_fingerprint"])
-        parameters = int(told.get("base_parameters", 0))
+        numbers = [int(told.get(f"{of}_parameters", 0)) for of in ("base", "adapter", "head")]
+        numbers.append(len(told.get("label_names", [])))
         files = {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}
     except (DataError, KeyError, OSError, TypeError, ValueError) as error:
         problems.append(
             f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
         )
         return None
-    return Origin(base_model, base, str(told.get("bundle", "")), files, parameters)
+    return Origin(base_model, base, str(told.get("bundle", "")), files, *numbers)
+
+
+def _declared(folder: Path, problems: list[str]) -> Declared:
+    try:
+        return read_declared(folder)
+    except ConfigError as error:
+        problems.append(f"{error}; what is declared is left out")
+        return Declared()
+
+
+def _compute(
+    files: RunFiles, sites: Sequence[SiteReport], origin: Origin | None, declared: Declared
+) -> ComputeReport | None:
+    if origin is None:
+        return None
+    joined: dict[str, set[int]] = {}
+    for line in files.rounds:
+        for site in line.participants if line.round_number else ():
+            joined.setdefault(site, set()).add(line.round_number)
+    sizes = Sizes(origin.parameters, origin.adapter_parameters, origin.head_parameters, origin.labels)
+    flop = float(declared.base_training_flop) if declared.base_training_flop else None
+    return compute_report(files.config.settings, sizes, sites, joined, other_releases(files), flop)
 
 
 def setting_of(data: ReportData, key: str) -> Any:

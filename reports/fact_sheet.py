@@ -12,6 +12,7 @@ from common.privacy.figures import epsilon_text
 from common.privacy.meaning import Meaning
 from common.privacy.units import PERSON
 from common.words import counted, number_text, percent_text
+from reports.audits import bound_note
 from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.meaning import condition
@@ -181,4 +182,5 @@ def _checks(data: ReportData) -> Fact:
         f"The report of run {data.run} has every figure and says how each was computed. Where it is signed, fedveil "
         "verify says by whom. Ask whoever gave you this page for it, and the steward of your site about your records."
     )
-    return Fact("Who can check this?", [answer, *(audited if data.audit_results else [])])
+    found = " ".join([*audited, bound_note(data.audit_results)]).rstrip()
+    return Fact("Who can check this?", [answer, *([found] if data.audit_results else [])])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from common.privacy.events import Event
-from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text, remaining_text
+from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text
 from common.words import (
     UNKNOWN,
     bytes_text,
@@ -21,6 +21,7 @@ from common.words import (
 from reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.claim import UNTOLD, none_refused, server_is_trusted
+from reports.compute import compute_words
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
@@ -197,18 +198,7 @@ def _sites(data: ReportData) -> list[str]:
         "",
         *_table(
             columns,
-            [
-                (
-                    row.names,
-                    row.sizes,
-                    str(s.rounds_joined),
-                    str(s.rounds_refused),
-                    number_text(s.steps),
-                    *_figures(s.events),
-                )
-                for row in rows
-                for s in [row.site]
-            ],
+            [(r.names, r.sizes, r.joined, r.refused, r.steps, r.rates, r.noises, r.clips) for r in rows],
         ),
         "",
         *_spent("site", rows, data.sharing),
@@ -231,23 +221,13 @@ def _cohort(data: ReportData) -> list[str]:
 
 
 def _spent(who: str, rows: Sequence[Alike], sharing: Sharing | None) -> list[str]:
-    at, more = at_h(sharing), ("ε alone, this run",) if sharing and sharing.on_others else ()
+    bare = bool(sharing and sharing.on_others)
+    at, more = at_h(sharing), ("ε alone, this run",) if bare else ()
     again = (f"this run again, PLD{at}", f"this run, RDP{at}", *more)
     columns = (who, f"ε spent{at}", "at δ", "ε budget", f"ε left{at}", *again, "agreement")
     cells = [
-        (
-            row.names,
-            epsilon_text(s.epsilon_total),
-            UNKNOWN if s.delta is None else f"{s.delta:g}",
-            number_text(s.epsilon_budget),
-            remaining_text(s.epsilon_remaining),
-            epsilon_text(s.epsilon_recomputed),
-            epsilon_text(s.epsilon_rdp),
-            *((epsilon_text(s.epsilon_alone),) if more else ()),
-            s.note,
-        )
-        for row in rows
-        for s in [row.site]
+        (r.names, r.spent, r.deltas, r.budgets, r.left, r.again, r.rdp, *((r.alone,) if bare else ()), r.note)
+        for r in rows
     ]
     return _table(columns, cells)
 
@@ -302,16 +282,8 @@ def _others(data: ReportData) -> list[str]:
     lines += _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else [none]
     lines += ["", "## Releases other than training", ""]
     releases = [
-        (
-            str(r.round_number),
-            names,
-            r.purpose,
-            number_text(r.count),
-            *_figures([r.event], ("noise_multiplier", "sample_rate", "clip_norm")),
-            epsilon_text(r.epsilon_added, "with the round"),
-            number_text(r.value),
-        )
-        for names, r in alike_releases(data.other_releases, len(data.sites))
+        (str(r.round_number), r.names, r.purpose, r.count, r.noises, r.rates, r.clips, r.added, r.value)
+        for r in alike_releases(data.other_releases, len(data.sites))
     ]
     columns = ("round", "site", "kind", "releases", "noise multiplier", "sample rate", "clip", "ε added", "value")
     return [*lines, *(_table(columns, releases) if releases else ["None."])]
@@ -336,8 +308,14 @@ def _origin(data: ReportData) -> list[str]:
         "## Versions",
         "",
         *(f"- {plain(name)} {plain(number)}" for name, number in data.versions.items()),
+        *_compute(data),
         *_hashes(data),
     ]
+
+
+def _compute(data: ReportData) -> list[str]:
+    said = compute_words(data.compute)
+    return ["", "## Training compute", "", *(plain(text) for text in said)] if said else []
 
 
 def _hashes(data: ReportData) -> list[str]:

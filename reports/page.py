@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -12,23 +11,30 @@ from markupsafe import Markup
 from common import words
 from common.privacy import figures
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
-from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
-from reports.charts import Axis, Chart, Curve, Mark, line_chart
+from reports.audits import NONE_RUN, WHOSE, audit_words, bound_note, bound_sentences
 from reports.claim import UNTOLD, none_refused, server_is_trusted
+from reports.compute import compute_words
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
 from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
+from reports.page_charts import (
+    accuracy_chart,
+    attack_figure,
+    beside_figure,
+    courses_of,
+    epsilon_chart,
+    label_figure,
+    several_figure,
+    slice_figure,
+)
 from reports.page_style import FACTS_STYLE, STYLE
 from reports.page_template import FACTS, PAGE
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sharing import THIS_RUN, at_h, others_of, rests_on
 from reports.sites import distinct
 from reports.trials import trials_figure
-
-NAMED_SITES = 4
-"""Sites that a line of a chart names one by one."""
 
 
 @lru_cache(maxsize=2)
@@ -42,7 +48,7 @@ def _template(page: str) -> Template:
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
-    environment.filters |= {"took_part": participants_text, "layer": learning_cells}
+    environment.filters |= {"moment": _moment, "took_part": participants_text, "layer": learning_cells}
     environment.filters |= {"trials": trials_figure}
     environment.filters |= {"share": share_text, "beside": beside_cells}
     return environment.from_string(page)
@@ -50,7 +56,7 @@ def _template(page: str) -> Template:
 
 def to_html(data: ReportData) -> str:
     """Return the whole report as one self-contained page."""
-    central = server_is_trusted(data.claim.privacy_mode)
+    central, courses = server_is_trusted(data.claim.privacy_mode), courses_of(data)
     return _template(PAGE).render(
         data=data,
         central=central,
@@ -64,23 +70,30 @@ def to_html(data: ReportData) -> str:
         sites_own=SITES_OWN,
         none_refused=none_refused(central=central),
         whose_meaning=whose_sentence(data.meaning, central=central) if data.meaning else "",
+        made=facts_of(data)[0].answers[0],
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
         beside=BESIDE,
         slice=str(setting_of(data, "data.slice")),
         bounds=bound_sentences(data.audit_results),
+        bound_note=bound_note(data.audit_results),
         whose=WHOSE,
         learning=learning_sentence(data.learning, central=central) if data.learning else "",
         learning_columns=LEARNING_COLUMNS,
+        compute=compute_words(data.compute),
         style=Markup(STYLE),
-        epsilon_chart=epsilon_chart(data),
+        epsilon_chart=epsilon_chart(data, courses),
+        courses=courses,
         accuracy_chart=accuracy_chart(data),
+        attack_figure=attack_figure(data.meaning),
+        several_figure=several_figure(data.meaning),
+        label_figure=label_figure(data),
+        slice_figure=slice_figure(data),
+        beside_figure=beside_figure(data),
         site_rows=alike_sites(data.sites),
         refusal_rows=alike_absences(data.refusals, len(data.sites)),
         release_rows=alike_releases(data.other_releases, len(data.sites)),
-        groups=[_group(spent.sites) for spent in data.spent],
-        epsilon_rows=epsilon_rows(data),
     )
 
 
@@ -91,56 +104,11 @@ def to_fact_sheet(data: ReportData) -> str:
     )
 
 
+def _moment(time: str) -> str:
+    """Return a time as people read it, to the minute; one that is not UTC in ISO 8601 as it is."""
+    date, middle, clock = time.partition("T")
+    return f"{date} {clock[:5]} UTC" if middle and clock.endswith("+00:00") else time
+
+
 def _shown(value: Any) -> Any:
     return words.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _group(sites: list[str]) -> str:
-    if len(sites) <= NAMED_SITES:
-        return ", ".join(sites)
-    return f"{sites[0]} … {sites[-1]} ({len(sites)} sites)"
-
-
-def epsilon_chart(data: ReportData) -> Chart | None:
-    """Return ε over rounds, one line for all sites that have spent alike, and the budgets; None without a claim."""
-    budgets = sorted({spent.budget for spent in data.spent})
-    whose = "server" if server_is_trusted(data.claim.privacy_mode) else "site"
-    return line_chart(
-        "epsilon",
-        "Privacy spent over rounds, by site, with the budget",
-        Axis("round", whole=True),
-        Axis(f"ε spent, by the {whose}'s ledger{at_h(data.sharing)}", from_zero=True),
-        [Curve(_group(spent.sites), spent.points) for spent in data.spent],
-        [Mark(budget, f"budget {budget:g}") for budget in budgets],
-    )
-
-
-def accuracy_chart(data: ReportData) -> Chart | None:
-    """Return accuracy against ε, or against rounds where there is no finite ε."""
-    y = Axis("accuracy on public test data", percent=True)
-    if data.headline.epsilon is None or not math.isfinite(data.headline.epsilon):
-        points = [(float(r.round_number), r.accuracy) for r in data.rounds if r.accuracy is not None]
-        return line_chart(
-            "accuracy", "Accuracy over rounds", Axis("round", whole=True), y, [Curve(data.strategy, points)]
-        )
-    course = [(r.epsilon_worst or 0.0, r.accuracy, r.round_number) for r in data.rounds if r.accuracy is not None]
-    ends = [] if len(course) < 2 else [course[0], course[-1]]
-    whose = "cohort" if server_is_trusted(data.claim.privacy_mode) else f"worst site{at_h(data.sharing)}"
-    return line_chart(
-        "accuracy",
-        f"Accuracy against the privacy spent by the {whose}",
-        Axis(f"ε spent, {whose}", from_zero=True),
-        y,
-        [Curve(data.strategy, [(epsilon, accuracy) for epsilon, accuracy, _ in course])],
-        [Mark(data.headline.epsilon_budget, f"budget {data.headline.epsilon_budget:g}", upright=True)]
-        if data.headline.epsilon_budget
-        else [],
-        [(epsilon, accuracy, f"round {n}" if n else "before") for epsilon, accuracy, n in ends],
-    )
-
-
-def epsilon_rows(data: ReportData) -> list[tuple[int, list[float | None]]]:
-    """Return the chart of ε as a table: by round, the ε of each group of sites."""
-    numbers = sorted({number for spent in data.spent for number, _ in spent.points})
-    courses = [dict(spent.points) for spent in data.spent]
-    return [(number, [course.get(number) for course in courses]) for number in numbers]

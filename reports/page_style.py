@@ -36,6 +36,11 @@ p, ul, dl { margin: 0 0 .9rem; max-width: 46rem; }
 li { margin: .15rem 0; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); }
 .meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
+.lead { font-size: 1.05rem; }
+nav { margin: 0 0 1.5rem; font-size: .92rem; }
+nav p { margin: 0 0 .3rem; max-width: none; display: flex; flex-wrap: wrap; gap: 0 .9em; }
+nav a { white-space: nowrap; }
+a { color: var(--accent); }
 .status {
   display: inline-block; padding: 0 .55em; border: 1px solid currentColor; border-radius: 1em; font-size: .85em;
   font-weight: 600; color: var(--accent); margin-right: .35em;
@@ -60,7 +65,7 @@ li { margin: .15rem 0; overflow-wrap: anywhere; }
 .care { background: var(--care-paper); border-color: var(--care); }
 .care strong { color: var(--care); }
 .claim { font-size: 1.12rem; max-width: 46rem; }
-dl.words { display: grid; grid-template-columns: 8.5rem 1fr; gap: .3rem 1rem; }
+dl.words { display: grid; grid-template-columns: 17rem 1fr; gap: .3rem 1rem; }
 dl.words dt { color: var(--soft); }
 dl.words dd { margin: 0; overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2.2rem; }
@@ -78,6 +83,10 @@ figcaption strong { color: var(--ink); font-weight: 600; }
 .s0 { stroke: var(--c0); fill: var(--c0); } .s1 { stroke: var(--c1); fill: var(--c1); }
 .s2 { stroke: var(--c2); fill: var(--c2); } .s3 { stroke: var(--c3); fill: var(--c3); }
 .s4 { stroke: var(--c4); fill: var(--c4); } .s5 { stroke: var(--c5); fill: var(--c5); }
+.chart .row-name { fill: var(--ink); font-weight: 600; }
+.chart .row-text { fill: var(--ink); }
+.whisker { fill: none; stroke-width: 1.8; } .dot circle, .dot polygon { stroke-width: 1.8; }
+.hollow circle, .hollow polygon { fill: var(--paper); }
 .legend { list-style: none; padding: 0; margin: .3rem 0 0; font-size: .88rem;
   display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; }
 .legend svg { vertical-align: -1px; margin-right: .4em; }
@@ -86,6 +95,7 @@ figcaption strong { color: var(--ink); font-weight: 600; }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .6rem .8rem; color: var(--soft); font-size: .88rem; }
+caption span { position: sticky; left: .8rem; display: inline-block; max-width: min(46rem, calc(100vw - 4rem)); }
 th, td { padding: .42rem .8rem; text-align: left; vertical-align: top; border-top: 1px solid var(--hair); }
 thead th { border-top: 0; border-bottom: 1px solid var(--rule); color: var(--soft); font-weight: 600; font-size: .84rem;
   vertical-align: bottom; }
@@ -93,7 +103,8 @@ tbody th { font-weight: 600; }
 tbody th[scope=row] { position: sticky; left: 0; background: var(--card); }
 tbody th[scope=row]:not(.n), td.name { min-width: 8.5rem; max-width: 14rem; overflow-wrap: anywhere; }
 th.n, td.n { text-align: right; white-space: nowrap; }
-td.wide { min-width: 15rem; overflow-wrap: anywhere; }
+th.course { white-space: normal; overflow-wrap: anywhere; }
+td.wide { min-width: 11rem; overflow-wrap: anywhere; }
 .settings td, .settings th { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .82rem;
   overflow-wrap: anywhere; }
 .settings thead th { font-family: inherit; }
@@ -122,13 +133,26 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   @page { margin: 16mm 14mm; }
   body { font-size: 10pt; }
   main { max-width: none; padding: 0; }
-  h2 { margin-top: 1.6rem; break-after: avoid; }
+  nav { display: none; }
+  h2, h3, figcaption, caption { break-after: avoid; }
+  h2 { margin-top: 1.6rem; }
+  .pair, .figures { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; border: 0; }
-  table { font-size: 7.5pt; }
+  table, thead th, caption { font-size: 7.5pt; }
+  caption span { max-width: none; }
   th, td { padding: .2rem .3rem; }
   thead th.n { white-space: normal; }
   tbody th[scope=row] { position: static; }
-  tbody th[scope=row]:not(.n), td.name, td.wide { min-width: 0; max-width: none; }
+  tbody th[scope=row]:not(.n), td.name { min-width: 4.5rem; max-width: none; }
+  td.wide { min-width: 0; max-width: none; }
+  main > .scroll, .pair > .scroll { break-inside: avoid; }
+  .chart { max-width: 24rem; }
+  figcaption { font-size: 8.5pt; }
+  .legend { font-size: 7.5pt; }
+  #settings { break-before: page; }
+  h2 + p { break-after: avoid; }
+  .tag { font-size: 7pt; }
+  .settings td, .settings th { font-size: 7pt; padding: .1rem .3rem; }
   figure, .figures, tr, .alarm, .care { break-inside: avoid; }
   thead { display: table-header-group; }
 }

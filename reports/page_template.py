@@ -7,7 +7,8 @@ from __future__ import annotations
 
 PAGE = """\
 {% macro table(label) %}
-<div class="scroll" role="region" tabindex="0" aria-label="{{ label }}"><table><caption>{{ label }}</caption>
+<div class="scroll" role="region" tabindex="0" aria-label="{{ label }}"><table>
+<caption><span>{{ label }}</span></caption>
 {{ caller() }}
 </table></div>
 {% endmacro %}
@@ -16,9 +17,13 @@ PAGE = """\
 <figure aria-labelledby="{{ chart.name }}-caption">
 <figcaption id="{{ chart.name }}-caption"><strong>{{ title }}</strong> {{ text }}</figcaption>
 {{ chart.svg }}
-<ul class="legend">{% for swatch, label in chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul></figure>
+{% if chart.legend %}
+<ul class="legend">{% for swatch, label in chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul>
+{% endif %}
+</figure>
 {% endif %}
 {% endmacro %}
+{% macro shown(one) %}{% if one %}{{ figure(one.chart, one.title, one.text) }}{% endif %}{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -33,9 +38,11 @@ PAGE = """\
 <main>
 <h1>Privacy report</h1>
 <p class="meta"><span class="status {{ data.status }}">{{ data.status }}</span>
-{{ data.strategy }} · run {{ data.run }}{% if data.started %} · started {{ data.started }}{% endif %}
+{{ data.strategy }} · run {{ data.run }}{% if data.started %} · started {{ data.started|moment }}{% endif %}
 {% if data.reason %}<br>{{ data.reason }}{% endif %}
 {% if data.status == "unfinished" %}<br>The run goes on, or was killed: its folder holds no result yet.{% endif %}</p>
+
+<p class="lead">{{ made }} The same in plain words, on one sheet: <code>facts.html</code>.</p>
 
 {% if claim.off %}
 <p class="alarm"><strong>{{ claim.sentence }}</strong></p>
@@ -57,6 +64,7 @@ PAGE = """\
 <dd class="note">{{ sums }}, {{ other }}</dd>
 {% endfor %}
 {% if data.tuning %}<dd class="note">{{ data.tuning|trials }}</dd>{% endif +%}
+{% if bound_note %}<dd class="note">{{ bound_note }}</dd>{% endif %}
 {% elif claim.off %}
 <dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>
 {% else %}
@@ -66,7 +74,9 @@ PAGE = """\
 <div><dt>Accuracy on public test data</dt>
 <dd class="big"><span>{{ head.accuracy_before|percent }}</span>
 <span><small>→</small> {{ head.accuracy_after|percent }}</span></dd>
-<dd class="note">before and after training</dd></div>
+<dd class="note">before and after training
+{%- if data.accuracy and data.accuracy[0].after %}; after it with its 95 % interval
+{{ data.accuracy[0].after|share }}{% endif %}</dd></div>
 <div><dt>Rounds</dt>
 <dd class="big">{{ head.rounds_done }} <small>of {{ head.rounds_planned }}</small></dd>
 <dd class="note">{% if central %}a cohort of at most {{ head.sites }} sites
@@ -77,17 +87,34 @@ PAGE = """\
 {{ "of the usual draw" if central else "all sites and rounds" }}</dd></div>
 </dl>
 
-<h2>What is promised</h2>
+<nav aria-label="Contents">
+<p><strong>Privacy:</strong> <a href="#promise">what is promised</a>
+{% if data.meaning %}<a href="#meaning">what ε means</a>{% endif %}
+<a href="#trust">who is trusted with what</a> <a href="#audit">audit</a>
+<a href="#sites">{{ "the cohort" if central else "sites" }}</a> <a href="#refusals">refusals and failures</a>
+<a href="#releases">other releases</a> <a href="#server">server and connections</a></p>
+<p><strong>The model:</strong>
+{% if data.accuracy %}<a href="#accuracy">accuracy</a>{% endif %}
+{% if data.beside %}<a href="#beside">beside other runs</a>{% endif %}
+{% if epsilon_chart or accuracy_chart %}<a href="#course">course of the run</a>{% endif %}
+<a href="#rounds">rounds</a>
+{% if data.learning %}<a href="#learning">which layers learnt</a>{% endif %}</p>
+<p><strong>To check it:</strong> <a href="#settings">settings</a> <a href="#versions">versions</a>
+{% if compute %}<a href="#compute">training compute</a>{% endif %}
+{% if data.origin %}<a href="#origin">what the adapter is made of</a>{% endif %}</p>
+</nav>
+
+<h2 id="promise">What is promised</h2>
 <p class="claim">{% if claim.off %}Nothing. {% endif %}{{ claim.sentence }}</p>
 <dl class="words">
 {% if claim.made %}
-<dt>unit</dt><dd>{{ claim.unit }}</dd>
-<dt>neighbours</dt><dd>{{ claim.neighbours }}</dd>
-<dt>adversary</dt><dd>{{ claim.adversary }}</dd>
-<dt>sampler</dt><dd>{{ claim.sampler }}</dd>
-<dt>accountant</dt><dd>{{ claim.accountant }}</dd>
+<dt>who is protected (unit)</dt><dd>{{ claim.unit }}</dd>
+<dt>what may differ (neighbours)</dt><dd>{{ claim.neighbours }}</dd>
+<dt>from whom (adversary)</dt><dd>{{ claim.adversary }}</dd>
+<dt>how records are drawn (sampler)</dt><dd>{{ claim.sampler }}</dd>
+<dt>how ε is counted (accountant)</dt><dd>{{ claim.accountant }}</dd>
 {% endif %}
-<dt>head</dt><dd>{{ claim.head }}</dd>
+<dt>the last layer (head)</dt><dd>{{ claim.head }}</dd>
 {% if claim.public_text %}<dt>public text of the start</dt><dd>{{ claim.public_text }}</dd>{% endif %}
 </dl>
 {% if claim.made %}
@@ -99,7 +126,7 @@ PAGE = """\
 
 {% if data.meaning %}
 {% set meaning = data.meaning %}
-<h2>What ε means</h2>
+<h2 id="meaning">What ε means</h2>
 <p>{{ whose_meaning }}</p>
 <p>{{ meaning|attacks }}</p>
 {% if meaning|several %}
@@ -108,6 +135,10 @@ PAGE = """\
 {% if meaning.caution %}
 <p class="care">{{ meaning.caution }}</p>
 {% endif %}
+<div class="pair">
+{{ shown(attack_figure) }}
+{{ shown(several_figure) }}
+</div>
 <div class="pair">
 {% call table("Bounds on every attack that asks whether one " ~ meaning.per ~ " was trained on") %}
 <thead><tr><th scope="col" class="n">false positives</th>
@@ -133,7 +164,7 @@ PAGE = """\
 </div>
 {% endif %}
 
-<h2>Who is trusted with what</h2>
+<h2 id="trust">Who is trusted with what</h2>
 {% call table("Each party of the run, in the words of NIST SP 800-226") %}
 <thead><tr><th scope="col">who</th><th scope="col">sees</th><th scope="col">is trusted</th></tr></thead>
 <tbody>{% for actor in data.actors %}
@@ -144,218 +175,7 @@ PAGE = """\
 <p>No noise protects:</p>
 <ul>{% for text in data.unprotected %}<li>{{ text }}</li>{% endfor %}</ul>
 
-<h2>The server and its connections</h2>
-{% for report in data.connections %}
-<p>When the server began ({{ report.began|join(", ") }}):</p>
-<ul>{% for text in report.said %}<li>{{ text }}</li>{% endfor %}
-{% for text in report.unknown %}<li>{{ not_known }} {{ text }}.</li>{% endfor %}
-<li>Bundle, the server's code:<br><code>SHA-256 {{ report.bundle }}</code></li></ul>
-{% if report.checks %}
-{% call table("The server's own check, begun " ~ report.began|join(", ")) %}
-<thead><tr><th scope="col">outcome</th><th scope="col">of</th><th scope="col">found</th></tr></thead>
-<tbody>{% for check in report.checks %}
-<tr><td class="{{ "ok" if check.ok else "bad" }}">{{ "ok" if check.ok else "FAILED" }}</td>
-<th scope="row">{{ check.what }}</th><td class="wide">{{ check.found }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% endif %}
-{% endfor %}
-<p>{{ sites_own if data.connections else not_recorded }}</p>
-
-{% if data.accuracy %}
-<h2>Accuracy on public data</h2>
-{% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}
-<thead><tr><th scope="col">label</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
-<th scope="col" class="n">after</th></tr></thead>
-<tbody>{% for row in data.accuracy %}
-<tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
-<td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% if data.slices %}
-{% call table("By " ~ slice ~ ", as the public test file has it") %}
-<thead><tr><th scope="col">{{ slice }}</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
-<th scope="col" class="n">after</th></tr></thead>
-<tbody>{% for row in data.slices %}
-<tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
-<td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% endif %}
-{% endif %}
-
-{% if data.beside %}
-<h2>Beside other runs</h2>
-<p>{{ beside }}</p>
-{% call table("Accuracy on public data of other runs on the same base model and data") %}
-<thead><tr><th scope="col">variant</th><th scope="col">arm</th><th scope="col" class="n">ε</th>
-<th scope="col" class="n">runs</th><th scope="col" class="n">before</th>
-<th scope="col" class="n">after</th></tr></thead>
-<tbody>{% for row in data.beside %}
-{% set variant, arm, epsilon, runs, before, after = row|beside %}
-<tr><th scope="row">{{ variant }}</th><td>{{ arm }}</td><td class="n">{{ epsilon }}</td><td class="n">{{ runs }}</td>
-<td class="n">{{ before }}</td><td class="n">{{ after }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% endif %}
-
-{% if epsilon_chart or accuracy_chart %}
-<h2>Course of the run</h2>
-<div class="pair">
-{{ figure(epsilon_chart, "Privacy spent over rounds.",
-"ε by " ~ ("the server's ledger" if central else "the sites' own ledgers") ~ at ~ "; the dashed line is the budget.") }}
-{% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
-{{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round" ~ at ~ "; right is dearer, up is better.") }}
-{% else %}
-{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before round 1.") }}
-{% endif %}
-</div>
-{% if epsilon_rows %}
-{% call table("ε spent after each round" ~ at ~ "; sites that have spent alike share a column") %}
-<thead><tr><th scope="col" class="n">round</th>
-{% for group in groups %}<th scope="col" class="n">{{ group }}</th>{% endfor %}</tr></thead>
-<tbody>{% for number, values in epsilon_rows %}
-<tr><th scope="row" class="n">{{ number }}</th>
-{% for value in values %}<td class="n">{{ value|epsilon("–") }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% endif %}
-{% endif %}
-
-<h2>{{ "The cohort" if central else "Sites" }}</h2>
-{% if central %}
-<p>{{ untold }}</p>
-{% endif %}
-{% if data.sites %}
-{% if central %}
-{% call table("What the server charged for all sites together; the noise multiplier σ is noise over clip") %}
-<thead><tr><th scope="col">whose</th><th scope="col" class="n">sites</th>
-<th scope="col" class="n">rounds charged</th><th scope="col" class="n">σ</th>
-<th scope="col" class="n">chance to be drawn</th><th scope="col" class="n">clip</th></tr></thead>
-<tbody>{% for site in data.sites %}
-<tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.public_size|number }}</td>
-<td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.events|figures("noise_multiplier")|numbers }}</td>
-<td class="n">{{ site.events|figures("sample_rate")|numbers }}</td>
-<td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% else %}
-{% call table("What each site did in this run; the noise multiplier σ is noise over clip, q is the sample rate") %}
-<thead><tr><th scope="col">site</th><th scope="col" class="n">public size</th>
-<th scope="col" class="n">rounds joined</th><th scope="col" class="n">refused</th>
-<th scope="col" class="n">steps</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
-<th scope="col" class="n">clip</th></tr></thead>
-<tbody>{% for row in site_rows %}{% set site = row.site %}
-<tr><th scope="row">{{ row.names }}</th><td class="n">{{ row.sizes }}</td>
-<td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.rounds_refused }}</td>
-<td class="n">{{ site.steps|number }}</td><td class="n">{{ site.events|figures("noise_multiplier")|numbers }}</td>
-<td class="n">{{ site.events|figures("sample_rate")|numbers }}</td>
-<td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% endif %}
-{% call table("What " ~ ("the cohort has spent, by the server's ledger" if central else
-"each site has spent, by its own ledger") ~ ", and this run's releases computed again here") %}
-<thead><tr><th scope="col">{{ "whose" if central else "site" }}</th>
-<th scope="col" class="n">ε spent{{ at }}</th><th scope="col" class="n">at δ</th>
-<th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left{{ at }}</th>
-<th scope="col" class="n">again, PLD{{ at }}</th><th scope="col" class="n">cross-check, RDP{{ at }}</th>
-{% if data.sharing and data.sharing.on_others %}<th scope="col" class="n">ε alone, this run</th>{% endif %}
-<th scope="col">agreement</th></tr></thead>
-<tbody>{% for row in site_rows %}{% set site = row.site %}
-<tr><th scope="row">{{ row.names }}</th><td class="n">{{ site.epsilon_total|epsilon }}</td>
-<td class="n">{{ "–" if site.delta is none else "%g"|format(site.delta) }}</td>
-<td class="n">{{ site.epsilon_budget|number }}</td><td class="n">{{ site.epsilon_remaining|remaining }}</td>
-<td class="n">{{ site.epsilon_recomputed|epsilon("–") }}</td><td class="n">{{ site.epsilon_rdp|epsilon("–") }}</td>
-{% if data.sharing and data.sharing.on_others %}<td class="n">{{ site.epsilon_alone|epsilon("–") }}</td>{% endif %}
-<td class="{{ "ok" if site.agreement == "agrees" else "wide bad" if site.agreement in ("smaller", "unknown") else "wide"
-}}">{{ site.note }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% if claim.made %}
-<p class="soft">The number of record is the ledger's total by PLD. RDP is an upper bound of its own and nearly always
-the larger one. Both are computed here from σ, q and the {{
-"rounds that the server wrote down" if central else "steps that each site reported" }}, without {{
-"the" if central else "its" }} ledger.</p>
-{% endif %}
-{% else %}
-<p>{{ "No round was charged yet." if central else "No site has answered yet." }}</p>
-{% endif %}
-
-<h2>Rounds</h2>
-{% if data.rounds %}
-{% call table("Scores on public test data; bytes are adapter payload of all messages of the round") %}
-<thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">accuracy</th>
-<th scope="col" class="n">loss</th>
-<th scope="col" class="n">{{ "ε" if central else "ε, worst site" ~ at }}</th><th scope="col">participants</th>
-<th scope="col" class="n">bytes down</th><th scope="col" class="n">bytes up</th>
-{% if not central %}<th scope="col" class="n">time</th>{% endif %}</tr></thead>
-<tbody>{% for round in data.rounds %}
-<tr><th scope="row" class="n">{{ round.round_number }}</th><td class="n">{{ round.accuracy|percent }}</td>
-<td class="n">{{ "–" if round.loss is none else "%.4f"|format(round.loss) }}</td>
-<td class="n">{{ round.epsilon_worst|epsilon("no claim" if round.round_number or not claim.made else "–") }}</td>
-<td class="wide">{% if round.counted %}{{ round.participants|took_part(data.sites) }}
-{%- else %}<span class="bad">did not count</span>{% endif %}</td><td class="n">{{ round.bytes_down|number }}</td>
-<td class="n">{{ round.bytes_up|number }}</td>
-{% if not central %}<td class="n">{{ round.seconds|seconds }}</td>{% endif %}</tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% else %}
-<p>No round has finished yet.</p>
-{% endif %}
-
-{% if data.learning %}
-<h2>Which layers learnt</h2>
-<p>{{ learning }}</p>
-{% call table("What the changes of each layer tell, beside what noise alone would") %}
-<thead><tr><th scope="col">{{ learning_columns[0] }}</th>
-{% for column in learning_columns[1:] %}<th scope="col" class="n">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in data.learning %}
-{% set cells = row|layer %}
-<tr><th scope="row">{{ cells[0] }}</th>
-{% for cell in cells[1:] %}<td class="n">{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% endif %}
-
-<h2>Refusals and failures</h2>
-{% if data.refusals %}
-{% call table("Sites that did not take part in a round, and why") %}
-<thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">attempt</th><th scope="col">site</th>
-<th scope="col">kind</th><th scope="col">reason</th></tr></thead>
-<tbody>{% for names, refusal in refusal_rows %}
-<tr><th scope="row" class="n">{{ refusal.round_number }}</th><td class="n">{{ refusal.attempt }}</td>
-<td class="name">{{ names }}</td><td>{{ refusal.kind }}</td>
-<td class="wide">{{ refusal.reason }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% else %}
-<p>{{ none_refused }}</p>
-{% endif %}
-
-<h2>Releases other than training</h2>
-{% if data.other_releases %}
-{% call table("Each was paid for from the same budget") %}
-<thead><tr><th scope="col" class="n">round</th><th scope="col">site</th><th scope="col">kind</th>
-<th scope="col" class="n">releases</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
-<th scope="col" class="n">clip</th><th scope="col" class="n">ε added</th>
-<th scope="col" class="n">value</th></tr></thead>
-<tbody>{% for names, release in release_rows %}
-<tr><th scope="row" class="n">{{ release.round_number }}</th><td class="name">{{ names }}</td>
-<td>{{ release.purpose }}</td>
-<td class="n">{{ release.count|number }}</td>
-<td class="n">{{ [release.event]|figures("noise_multiplier")|numbers }}</td>
-<td class="n">{{ [release.event]|figures("sample_rate")|numbers }}</td>
-<td class="n">{{ [release.event]|figures("clip_norm")|numbers }}</td>
-<td class="n">{{ release.epsilon_added|epsilon("with the round") }}</td>
-<td class="n">{{ release.value|number }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
-{% else %}
-<p>None.</p>
-{% endif %}
-
-<h2>Audit</h2>
+<h2 id="audit">Audit</h2>
 {% if data.audit_results %}
 {% call table("Attacks on the code, and faults built in to see whether an attack would find them") %}
 <thead><tr><th scope="col">audit</th><th scope="col">outcome</th><th scope="col">the code as it is</th>
@@ -380,7 +200,218 @@ the larger one. Both are computed here from σ, q and the {{
 <code>SHA-256 {{ digest }}</code></li>{% endfor %}</ul>
 {% endif %}
 
-<h2>Settings</h2>
+<h2 id="sites">{{ "The cohort" if central else "Sites" }}</h2>
+{% if central %}
+<p>{{ untold }}</p>
+{% endif %}
+{% if data.sites %}
+{% if central %}
+{% call table("What the server charged for all sites together; the noise multiplier σ is noise over clip") %}
+<thead><tr><th scope="col">whose</th><th scope="col" class="n">sites</th>
+<th scope="col" class="n">rounds charged</th><th scope="col" class="n">σ</th>
+<th scope="col" class="n">chance to be drawn</th><th scope="col" class="n">clip</th></tr></thead>
+<tbody>{% for site in data.sites %}
+<tr><th scope="row">{{ site.site }}</th><td class="n">{{ site.public_size|number }}</td>
+<td class="n">{{ site.rounds_joined }}</td><td class="n">{{ site.events|figures("noise_multiplier")|numbers }}</td>
+<td class="n">{{ site.events|figures("sample_rate")|numbers }}</td>
+<td class="n">{{ site.events|figures("clip_norm")|numbers }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+{% call table("What each site did in this run; the noise multiplier σ is noise over clip, q is the sample rate") %}
+<thead><tr><th scope="col">site</th><th scope="col" class="n">public size</th>
+<th scope="col" class="n">rounds joined</th><th scope="col" class="n">refused</th>
+<th scope="col" class="n">steps</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
+<th scope="col" class="n">clip</th></tr></thead>
+<tbody>{% for row in site_rows %}
+<tr><th scope="row">{{ row.names }}</th><td class="n">{{ row.sizes }}</td>
+<td class="n">{{ row.joined }}</td><td class="n">{{ row.refused }}</td>
+<td class="n">{{ row.steps }}</td><td class="n">{{ row.noises }}</td>
+<td class="n">{{ row.rates }}</td><td class="n">{{ row.clips }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% call table("What " ~ ("the cohort has spent, by the server's ledger" if central else
+"each site has spent, by its own ledger") ~ ", and this run's releases computed again here") %}
+<thead><tr><th scope="col">{{ "whose" if central else "site" }}</th>
+<th scope="col" class="n">ε spent{{ at }}</th><th scope="col" class="n">at δ</th>
+<th scope="col" class="n">ε budget</th><th scope="col" class="n">ε left{{ at }}</th>
+<th scope="col" class="n">again, PLD{{ at }}</th><th scope="col" class="n">cross-check, RDP{{ at }}</th>
+{% if data.sharing and data.sharing.on_others %}<th scope="col" class="n">ε alone, this run</th>{% endif %}
+<th scope="col">agreement</th></tr></thead>
+<tbody>{% for row in site_rows %}
+<tr><th scope="row">{{ row.names }}</th><td class="n">{{ row.spent }}</td><td class="n">{{ row.deltas }}</td>
+<td class="n">{{ row.budgets }}</td><td class="n">{{ row.left }}</td>
+<td class="n">{{ row.again }}</td><td class="n">{{ row.rdp }}</td>
+{% if data.sharing and data.sharing.on_others %}<td class="n">{{ row.alone }}</td>{% endif %}
+<td class="{{ "ok" if row.agreement == "agrees" else "wide bad" if row.agreement in ("smaller", "unknown") else "wide"
+}}">{{ row.note }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% if claim.made %}
+<p class="soft">The figure that counts is the ledger's total, by PLD (privacy loss distributions). RDP (Rényi
+differential privacy) is an upper bound of its own and nearly always the larger one. Both are computed here from σ, q
+and the {{ "rounds that the server wrote down" if central else "steps that each site reported" }}, without {{
+"the" if central else "its" }} ledger.</p>
+{% endif %}
+{% else %}
+<p>{{ "No round was charged yet." if central else "No site has answered yet." }}</p>
+{% endif %}
+
+<h2 id="refusals">Refusals and failures</h2>
+{% if data.refusals %}
+{% call table("Sites that did not take part in a round, and why") %}
+<thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">attempt</th><th scope="col">site</th>
+<th scope="col">kind</th><th scope="col">reason</th></tr></thead>
+<tbody>{% for names, refusal in refusal_rows %}
+<tr><th scope="row" class="n">{{ refusal.round_number }}</th><td class="n">{{ refusal.attempt }}</td>
+<td class="name">{{ names }}</td><td>{{ refusal.kind }}</td>
+<td class="wide">{{ refusal.reason }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+<p>{{ none_refused }}</p>
+{% endif %}
+
+<h2 id="releases">Releases other than training</h2>
+{% if data.other_releases %}
+{% call table("Each was paid for from the same budget") %}
+<thead><tr><th scope="col" class="n">round</th><th scope="col">site</th><th scope="col">kind</th>
+<th scope="col" class="n">releases</th><th scope="col" class="n">σ</th><th scope="col" class="n">q</th>
+<th scope="col" class="n">clip</th><th scope="col" class="n">ε added</th>
+<th scope="col" class="n">value</th></tr></thead>
+<tbody>{% for row in release_rows %}
+<tr><th scope="row" class="n">{{ row.round_number }}</th><td class="name">{{ row.names }}</td>
+<td>{{ row.purpose }}</td><td class="n">{{ row.count }}</td><td class="n">{{ row.noises }}</td>
+<td class="n">{{ row.rates }}</td><td class="n">{{ row.clips }}</td><td class="n">{{ row.added }}</td>
+<td class="n">{{ row.value }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+<p>None.</p>
+{% endif %}
+
+<h2 id="server">The server and its connections</h2>
+{% for report in data.connections %}
+<p>When the server began ({{ report.began|join(", ") }}):</p>
+<ul>{% for text in report.said %}<li>{{ text }}</li>{% endfor %}
+{% for text in report.unknown %}<li>{{ not_known }} {{ text }}.</li>{% endfor %}
+<li>Bundle, the server's code:<br><code>SHA-256 {{ report.bundle }}</code></li></ul>
+{% if report.checks %}
+{% call table("The server's own check, begun " ~ report.began|join(", ")) %}
+<thead><tr><th scope="col">outcome</th><th scope="col">of</th><th scope="col">found</th></tr></thead>
+<tbody>{% for check in report.checks %}
+<tr><td class="{{ "ok" if check.ok else "bad" }}">{{ "ok" if check.ok else "FAILED" }}</td>
+<th scope="row">{{ check.what }}</th><td class="wide">{{ check.found }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% endfor %}
+<p>{{ sites_own if data.connections else not_recorded }}</p>
+
+{% if data.accuracy %}
+<h2 id="accuracy">Accuracy on public data</h2>
+<div class="pair">
+{{ shown(label_figure) }}
+{{ shown(slice_figure) }}
+</div>
+{% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}
+<thead><tr><th scope="col">label</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
+<th scope="col" class="n">after</th></tr></thead>
+<tbody>{% for row in data.accuracy %}
+<tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
+<td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% if data.slices %}
+{% call table("By " ~ slice ~ ", as the public test file has it") %}
+<thead><tr><th scope="col">{{ slice }}</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
+<th scope="col" class="n">after</th></tr></thead>
+<tbody>{% for row in data.slices %}
+<tr><th scope="row">{{ row.label }}</th><td class="n">{{ row.records|number }}</td>
+<td class="n">{{ row.before|share }}</td><td class="n">{{ row.after|share }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% endif %}
+
+{% if data.beside %}
+<h2 id="beside">Beside other runs</h2>
+<p>{{ beside }}</p>
+{{ shown(beside_figure) }}
+{% call table("Accuracy on public data of other runs on the same base model and data") %}
+<thead><tr><th scope="col">variant</th><th scope="col">arm</th><th scope="col" class="n">ε</th>
+<th scope="col" class="n">runs</th><th scope="col" class="n">before</th>
+<th scope="col" class="n">after</th></tr></thead>
+<tbody>{% for row in data.beside %}
+{% set variant, arm, epsilon, runs, before, after = row|beside %}
+<tr><th scope="row">{{ variant }}</th><td>{{ arm }}</td><td class="n">{{ epsilon }}</td><td class="n">{{ runs }}</td>
+<td class="n">{{ before }}</td><td class="n">{{ after }}</td></tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+
+{% if epsilon_chart or accuracy_chart %}
+<h2 id="course">Course of the run</h2>
+<div class="pair">
+{{ figure(epsilon_chart, "Privacy spent over rounds.",
+"ε by " ~ ("the server's ledger" if central else "the sites' own ledgers")
+~ at ~ "; the dashed line is the budget." ~ courses.text) }}
+{% if head.epsilon is not none and head.epsilon|epsilon != "∞" %}
+{{ figure(accuracy_chart, "Accuracy against privacy.", "One point a round" ~ at ~ "; right is dearer, up is better.") }}
+{% else %}
+{{ figure(accuracy_chart, "Accuracy over rounds.", "On public test data; round 0 is before round 1.") }}
+{% endif %}
+</div>
+{% if courses.shown %}
+{% call table("ε spent after each round" ~ at ~ "; sites that have spent alike share a column." ~ courses.text) %}
+<thead><tr><th scope="col" class="n">round</th>
+{% for name, spent in courses.shown %}<th scope="col" class="n course">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for number, values in courses.rows() %}
+<tr><th scope="row" class="n">{{ number }}</th>
+{% for value in values %}<td class="n">{{ value|epsilon("–") }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+{% endif %}
+
+<h2 id="rounds">Rounds</h2>
+{% if data.rounds %}
+{% call table("Scores on public test data; bytes are adapter payload of all messages of the round") %}
+<thead><tr><th scope="col" class="n">round</th><th scope="col" class="n">accuracy</th>
+<th scope="col" class="n">loss</th>
+<th scope="col" class="n">{{ "ε" if central else "ε, worst site" ~ at }}</th><th scope="col">participants</th>
+<th scope="col" class="n">bytes down</th><th scope="col" class="n">bytes up</th>
+{% if not central %}<th scope="col" class="n">time</th>{% endif %}</tr></thead>
+<tbody>{% for round in data.rounds %}
+<tr><th scope="row" class="n">{{ round.round_number }}</th><td class="n">{{ round.accuracy|percent }}</td>
+<td class="n">{{ "–" if round.loss is none else "%.4f"|format(round.loss) }}</td>
+<td class="n">{{ round.epsilon_worst|epsilon("no claim" if round.round_number or not claim.made else "–") }}</td>
+<td class="wide">{% if round.counted %}{{ round.participants|took_part(data.sites) }}
+{%- else %}<span class="bad">did not count</span>{% endif %}</td><td class="n">{{ round.bytes_down|number }}</td>
+<td class="n">{{ round.bytes_up|number }}</td>
+{% if not central %}<td class="n">{{ round.seconds|seconds }}</td>{% endif %}</tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% else %}
+<p>No round has finished yet.</p>
+{% endif %}
+
+{% if data.learning %}
+<h2 id="learning">Which layers learnt</h2>
+<p>{{ learning }}</p>
+{% call table("What the changes of each layer tell, beside what noise alone would") %}
+<thead><tr><th scope="col">{{ learning_columns[0] }}</th>
+{% for column in learning_columns[1:] %}<th scope="col" class="n">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in data.learning %}
+{% set cells = row|layer %}
+<tr><th scope="row">{{ cells[0] }}</th>
+{% for cell in cells[1:] %}<td class="n">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+{% endcall %}
+{% endif %}
+
+<h2 id="settings">Settings</h2>
 <div class="settings">
 {% call table("Every setting; those that differ from the default are marked") %}
 <thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">default</th></tr></thead>
@@ -392,15 +423,23 @@ the larger one. Both are computed here from σ, q and the {{
 {% endcall %}
 </div>
 
-<h2>Versions</h2>
+<h2 id="versions">Versions</h2>
 {% call table("What computed this run") %}
 <thead><tr><th scope="col">package</th><th scope="col">version</th></tr></thead>
 <tbody>{% for name, number in data.versions.items() %}
 <tr><th scope="row">{{ name }}</th><td>{{ number }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
+
+{% if compute %}
+<h2 id="compute">Training compute</h2>
+{% for text in compute %}
+<p>{{ text }}</p>
+{% endfor %}
+{% endif %}
+
 {% if data.origin %}
-<h2>What the adapter is made of</h2>
+<h2 id="origin">What the adapter is made of</h2>
 {% call table("SHA-256 of the base model, of the server's code and of each file of the adapter") %}
 <thead><tr><th scope="col">what</th><th scope="col">SHA-256</th></tr></thead>
 <tbody><tr><th scope="row">{{ data.origin.base_model }}</th><td><code>{{ data.origin.base }}</code></td></tr>

@@ -24,6 +24,8 @@ EXPOSED = (
     "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
     "rounds all the same; the figures computed again are of this run's releases alone"
 )
+MORE = "its ledger holds earlier runs, or rounds that were charged and then did not count"
+"""Why a site may report more than this run's lines cost."""
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
 
@@ -259,10 +261,7 @@ def _compare(total: float | None, recomputed: float | None, fault: str) -> tuple
     if abs(total - recomputed) <= TOLERANCE or total == recomputed:
         return "agrees", "agrees"
     if total > recomputed:
-        return "larger", (
-            f"the site reports {total - recomputed:.3f} more: its ledger holds earlier runs, or rounds that were "
-            "charged and then did not count"
-        )
+        return "larger", f"the site reports {total - recomputed:.3f} more: {MORE}"
     return "smaller", "DISAGREES: the site reports less than its own lines cost; the larger figure counts here"
 
 

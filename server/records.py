@@ -248,6 +248,8 @@ class RunFolder:
                 "base_model": config.model.name,
                 "base_fingerprint": model.base.fingerprint,
                 "base_parameters": model.base_parameters,
+                "adapter_parameters": sum(p.numel() for p in model.below_head().values()),
+                "head_parameters": sum(p.numel() for p in model.head.values()),
                 "bundle": own_digest(),
                 "task": config.model.task,
                 "label_names": list(label_names),

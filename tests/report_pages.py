@@ -1,17 +1,15 @@
-"""Write the pages of a made run, for ``make browser``: python tests/report_pages.py FOLDER."""
+"""Write pages of a rich run and of one of a thousand sites, for ``make browser``: report_pages.py FOLDER."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from made_run import MadeRun
+from rich_run import rich, unlike
 
 from reports.files import write_reports
 
 if __name__ == "__main__":
-    run = MadeRun(Path(sys.argv[1])).start()
-    for number in range(1, 7):
-        run.round(number, 0.7 + 0.01 * number)
-    run.end()
-    print(*(path for path in write_reports(run.folder) if path.suffix == ".html"))
+    for name, made in (("rich", rich), ("thousand", unlike)):
+        run = made(Path(sys.argv[1]) / name)
+        print(*(path for path in write_reports(run.folder) if path.suffix == ".html"))

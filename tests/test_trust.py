@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_run import MadeRun
-from test_report import audit_file, forms
+from test_report import audit_file, fedveil, forms
 
 from common.privacy import MECHANISMS
 from common.run_lines import Finding
 from reports import report_of
-from reports.audits import bound_sentences
+from reports.audits import bound_note, bound_sentences
 from reports.trust import SERVER
 
 
@@ -63,8 +64,42 @@ def test_what_attacks_found_of_epsilon_stands_beside_what_was_claimed(made: Made
     assert "at least 0.700 where 1.200 was claimed" in made_forms["md"]
 
 
+def check_that_the_bound_stands_beside_epsilon(run: MadeRun) -> None:
+    note = "An audit's attack shows ε to be at least 0.700 where 1.200 was claimed, in a small run made for the audit."
+    code, said = fedveil("report", run.folder)
+    assert code == 0
+    words = " ".join(said.split())
+    assert words.index("federation:") < words.index(note) < words.index("An attacker who sees")
+    page = html.unescape((run.folder / "report.html").read_text(encoding="utf-8"))
+    headline = page[page.index("<dt>Privacy spent, ε</dt>") : page.index("<dt>Accuracy on public test data</dt>")]
+    assert note in headline, "it is not in the box of ε"
+    assert page.count(note) == 1
+    assert note in html.unescape((run.folder / "facts.html").read_text(encoding="utf-8"))
+
+
+def test_what_an_attack_found_is_read_beside_epsilon_on_page_terminal_and_fact_sheet(made: MadeRun) -> None:
+    made.audited("audit.json", audit_file(attack(0.1), attack(0.7), attack(0.9, 2.0)))
+    check_that_the_bound_stands_beside_epsilon(made)
+
+
+def test_a_bound_that_comes_less_near_is_found_out(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the first case of an audit counted."""
+    made.audited("audit.json", audit_file(attack(0.1), attack(0.7)))
+    monkeypatch.setattr("reports.audits._bounds", lambda findings: (1.2, findings[0].figures["is at least"]))
+    with pytest.raises(ValueError, match="substring not found"):
+        check_that_the_bound_stands_beside_epsilon(made)
+
+
+def test_of_several_audits_the_one_that_came_nearest_is_read(made: MadeRun) -> None:
+    other = [replace(attack(0.9, 1.1), audit="needles"), replace(attack(0.1), audit="kills")]
+    made.audited("audit.json", audit_file(attack(0.7), *other))
+    assert "at least 0.900 where 1.100" in bound_note(report_of(made.folder).audit_results)
+    assert bound_note([]) == ""
+
+
 def test_an_audit_that_bounds_no_epsilon_says_none(made: MadeRun) -> None:
     made.audited("audit.json", audit_file(Finding("kills", "as it is", False, True, {"is at least": 3.0})))
     (audit,) = report_of(made.folder).audit_results
     assert (audit.epsilon_at_least, audit.epsilon_claimed) == (None, None)
     assert bound_sentences([audit]) == []
+    assert bound_note([audit]) == ""

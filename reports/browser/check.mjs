@@ -3,11 +3,11 @@
 // Each page is opened wide and narrow, in light and in dark, walked through with the Tab key, read as a screen reader gets it, and
 // printed on A4. What ends it with 1: a finding that is serious or critical; a page wider than its window or its paper; a place that
 // the key does not reach, or reaches without a mark; a heading that skips a level; a table without a name; a fact sheet of two pages.
-// FOLDER gets a picture of each page, width and scheme, and the PDF. At the end of each a fault is planted: a check that does not
+// FOLDER gets pictures of each page, width and scheme from top to bottom, and the PDF. At the end of each a fault is planted: a check that does not
 // find it fails.
 import { mkdir } from "node:fs/promises";
 import { createRequire } from "node:module";
-import { basename, join, resolve } from "node:path";
+import { basename, dirname, join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 
 import chromium from "@sparticuz/chromium";
@@ -19,6 +19,12 @@ const BAD = new Set(["serious", "critical"]);
 const AXE = createRequire(import.meta.url).resolve("axe-core/axe.min.js");
 // Of A4 with the margins of the page's own style: 210 mm less 14 on each side, and 16 of a fact sheet.
 const PAPER = { facts: 672, other: 688 };
+
+// Pixels of a picture from top to bottom.
+const PART = 2400;
+
+// A page is called by its run's folder too, since all runs have pages of one name.
+const called = (file) => `${basename(dirname(resolve(file)))}-${basename(file, ".html")}`;
 
 const [folder, ...pages] = process.argv.slice(2);
 if (!pages.length) {
@@ -97,12 +103,13 @@ async function opened(browser, file, width, height, scheme) {
 
 async function look(browser, file, width, height, scheme) {
   const page = await opened(browser, file, width, height, scheme);
-  const name = basename(file, ".html");
   const where = `${file} at ${width}, ${scheme}`;
-  const picture = join(folder, `${name}-${width}-${scheme}.png`);
   const tall = await page.evaluate(() => document.documentElement.scrollHeight);
-  // What is taller than a texture of the renderer would be repeated.
-  await page.screenshot({ path: picture, clip: { x: 0, y: 0, width, height: Math.min(tall, 8000) } });
+  const picture = (number) => join(folder, `${called(file)}-${width}-${scheme}-${number}.png`);
+  // What is taller than a texture of the renderer would be repeated, and a long picture is hard to look at.
+  for (let y = 0; y < tall; y += PART) {
+    await page.screenshot({ path: picture(y / PART + 1), clip: { x: 0, y, width, height: Math.min(tall - y, PART) } });
+  }
   const bad = await findings(page);
   for (const one of bad) {
     const at = one.nodes.slice(0, 3).map((node) => node.target.join(" ")).join("; ");
@@ -112,7 +119,7 @@ async function look(browser, file, width, height, scheme) {
   if (wide > width) fail(`${where}: the page is ${wide} pixels wide`);
   const { wanted, wrong } = await walked(page);
   for (const text of [...wrong, ...(await read(page))]) fail(`${where}: ${text}`);
-  if (!bad.length && !wrong.length) console.log(`${where}: nothing serious, ${wanted} places by key; ${picture}`);
+  if (!bad.length && !wrong.length) console.log(`${where}: nothing serious, ${wanted} places by key; ${picture(1)}`);
   await page.evaluate(() => {
     const main = document.querySelector("main, body");
     main.append(document.createElement("img"));
@@ -131,7 +138,7 @@ async function print(browser, file) {
   const paper = PAPER[name] ?? PAPER.other;
   const wide = await printed(page, paper);
   if (wide > paper) fail(`${file} on A4: the content is ${wide} pixels wide, the paper has ${paper}`);
-  const path = join(folder, `${name}.pdf`);
+  const path = join(folder, `${called(file)}.pdf`);
   const content = await page.pdf({ path, format: "A4", preferCSSPageSize: true, printBackground: true });
   const sheets = (Buffer.from(content).toString("latin1").match(/\/Type\s*\/Page\b/g) ?? []).length;
   if (!sheets || (name === "facts" && sheets > 1)) fail(`${file} on A4: ${sheets} pages`);
