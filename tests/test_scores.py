@@ -29,7 +29,7 @@ def test_the_interval_is_wilsons(right: int, records: int) -> None:
     assert wilson(0, 0) is None
 
 
-def test_a_run_counts_right_answers_by_label(toy_settings: dict[str, Any]) -> None:
+def test_a_run_counts_right_answers_by_label_and_what_it_trained(toy_settings: dict[str, Any]) -> None:
     folder = run_in_process({**toy_settings, "rounds": 1, "training.learning-rate": 0.3}, 2)
     before, line, score = read_file(BaselineFile, folder), read_lines(RoundLine, folder)[-1], evaluate_run(folder)
     assert [row.label for row in before.labels] == ["bad", "good"] == [row.label for row in line.labels]
@@ -39,6 +39,11 @@ def test_a_run_counts_right_answers_by_label(toy_settings: dict[str, Any]) -> No
         assert all(0 <= row.right <= row.records for row in rows)
     assert [row.right for row in line.labels] == list(score.right)
     assert len({row.right / row.records for row in (*before.labels, *line.labels)}) > 1, "both labels look alike"
+    # What it trained, by which a report counts operations: B of rank 3 in the query, the value and three dense layers
+    # of each of two layers; the head of two labels.
+    told = json.loads((folder / "adapter" / "fedveil.json").read_text(encoding="utf-8"))
+    assert (told["adapter_parameters"], told["head_parameters"]) == (2 * 3 * (16 + 16 + 16 + 24 + 16), 34)
+    assert report_of(folder).compute is not None
 
 
 def test_a_run_without_labels_has_no_intervals(toy_generation: dict[str, Any]) -> None:
