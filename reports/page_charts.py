@@ -96,7 +96,7 @@ def beside_figure(data: ReportData) -> Figure | None:
     if not data.beside or data.headline.accuracy_after is None:
         return None
     head = data.headline
-    epsilon = "" if head.epsilon is None else f", ε {epsilon_text(head.epsilon)}"
+    epsilon = "" if head.epsilon is None else f", ε {epsilon_text(head.epsilon)}{at_h(data.sharing)}"
     own = Row(
         f"this run: {data.strategy}{epsilon}",
         [_dot(head.accuracy_before), _dot(head.accuracy_after)],

@@ -161,7 +161,7 @@ def test_foreign_names_do_not_become_yaml(tmp_path: Path) -> None:
 def test_a_trusted_server_is_the_central_model(made: MadeRun) -> None:
     """Noise is added by somebody who sees what sites send without it, wherever the records lie."""
     data = report_of(made.folder)
-    central = replace(data, claim=replace(data.claim, privacy_mode="client-level"))
+    central = replace(data, claim=replace(data.claim, privacy_mode="client-level", per="site"))
     record = yaml.safe_load(registry_record(central, Declared(curator_type="Industry")))
     assert record["deployment"]["deployment_model"]["model_name"] == "Central"
     assert faults(record) == []
