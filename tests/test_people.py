@@ -15,7 +15,7 @@ from client.ledger.ledger import Ledger
 from common.errors import ConfigError
 from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.figures import epsilon_text
-from common.privacy.meaning import MOST_UNITS, epsilon_of_several, meaning_of
+from common.privacy.meaning import MOST_UNITS, epsilon_of_several
 from deploy import doctor
 from deploy.site_folder import make_site, node_settings
 
@@ -27,15 +27,11 @@ def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
     return clinic({**toy_settings, "privacy.epsilon": 500.0, "privacy.delta": DELTA}, tmp_path)
 
 
-def test_epsilon_of_several_is_that_of_reports_and_of_the_closed_form() -> None:
-    releases = [gaussian_release(2.0, 0.25, 8)]
-    found = meaning_of(releases, DELTA)
-    assert found is not None
-    for several in found.several:
-        assert epsilon_of_several(releases, several.units, DELTA) == several.epsilon
-    assert epsilon_of_several(releases, 1, DELTA) == pytest.approx(epsilon(releases, DELTA), abs=0.02)
-    assert epsilon_of_several(releases, 1, DELTA) >= epsilon(releases, DELTA)
-    at_once, threefold = gaussian_release(6.0, 1.0, 4), gaussian_release(2.0, 1.0, 4)
+def test_epsilon_of_several_is_that_of_the_closed_form_and_never_below_one_record_s() -> None:
+    """``test_meaning`` holds sampled ones against a second method."""
+    releases = [gaussian_release(2.0, 0.25, 2)]
+    assert epsilon(releases, DELTA) <= epsilon_of_several(releases, 1, DELTA) < epsilon(releases, DELTA) + 0.02
+    at_once, threefold = gaussian_release(6.0, 1.0, 1), gaussian_release(2.0, 1.0, 1)
     assert epsilon_of_several([at_once], 3, DELTA) == pytest.approx(epsilon([threefold], DELTA), rel=0.01)
     assert epsilon_of_several([], 3, DELTA) == 0.0
     assert epsilon_of_several([gaussian_release(0.05, 0.5, 3)], 3, DELTA) == float("inf"), "what has no price is free"
