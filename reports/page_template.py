@@ -53,7 +53,9 @@ PAGE = """\
 <dd class="big">{{ head.epsilon|epsilon }} <small>of {{ head.epsilon_budget|number }}</small></dd>
 {% set basis = "by the server's ledger" if central else "worst site: " ~ head.worst_site %}
 <dd class="note">at δ = {{ "%g"|format(head.delta) }}, {{ basis }}</dd>
-{% if data.tuning %}<dd class="note">{{ data.tuning|trials }}</dd>{% endif +%}
+{% if data.tuning %}
+<dd class="note">{{ data.tuning|trials }}</dd>
+{% endif %}
 {% elif claim.off %}
 <dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>
 {% else %}
