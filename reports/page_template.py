@@ -63,7 +63,9 @@ PAGE = """\
 {% for other in others %}
 <dd class="note">{{ sums }}, {{ other }}</dd>
 {% endfor %}
-{% if data.tuning %}<dd class="note">{{ data.tuning|trials }}</dd>{% endif +%}
+{% if data.tuning %}
+<dd class="note">{{ data.tuning|trials }}</dd>
+{% endif %}
 {% if bound_note %}<dd class="note">{{ bound_note }}</dd>{% endif %}
 {% elif claim.off %}
 <dd class="big">no claim</dd><dd class="note">privacy was OFF</dd>

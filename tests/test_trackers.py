@@ -20,6 +20,8 @@ from server.tracking import rounds_of
 pytestmark = pytest.mark.trackers
 Kept = dict[int, dict[str, float]]
 """Figures by name, by round."""
+BLOCK, HEADER = 32_768, 7
+"""Bytes of a block of a log, and of what stands before each part of a record: checksum, length, kind."""
 OWN = {"_step", "_timestamp", "_runtime", "_wandb", "step", "timestamp"}
 """What trackers add themselves."""
 
@@ -51,26 +53,43 @@ def by_mlflow(folder: Path, run: str) -> Kept:
     return dict(found)
 
 
-def by_wandb(folder: Path, run: str) -> Kept:
-    """Read the records of the offline files, which ``wandb sync`` would send."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
+def records_of(file: Path) -> Iterator[Any]:
+    """Yield the records of an offline file, which is a log as LevelDB writes it behind seven bytes of its own.
 
-    found: Kept = {}
-    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+    The package's own reader is inside the program that ``wandb sync`` starts, and sends what it reads.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, whole = file.read_bytes(), 7, b""
+    while place < len(content):
+        if (left := BLOCK - place % BLOCK) < HEADER:
+            place += left
+            continue
+        size, part = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        whole += content[place + HEADER : place + HEADER + size]
+        place += HEADER + size
+        if part in (1, 4):  # whole, or the last part
             record = Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "run":
-                assert (record.run.project, record.run.display_name) == ("fedveil", run)
-            if record.WhichOneof("record_type") == "history":
-                told = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
-                step = int(told.get("_step", record.history.step.num))
-                found[step] = {name: value for name, value in told.items() if name not in OWN}
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def by_wandb(folder: Path, run: str) -> Kept:
+    found: Kept = {}
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    for record in (record for file in files for record in records_of(file)):
+        if record.WhichOneof("record_type") == "run":
+            assert (record.run.project, record.run.display_name) == ("fedveil", run)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            told = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+            step = int(told.get("_step", record.history.step.num))
+            found[step] = {name: value for name, value in told.items() if name not in OWN}
+    sent = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", "--dry-run", *files], capture_output=True, text=True, check=False
+    )
+    assert f"Would sync {len(files)} run(s)" in sent.stderr + sent.stdout
     return found
 
 
@@ -126,12 +145,35 @@ def test_what_a_run_tells_is_read_back(toy_settings: dict[str, Any], name: str) 
         assert found[number] == pytest.approx(figures, rel=1e-6)
 
 
+TELL = """
+import sys
+from pathlib import Path
+from common.trackers import TRACKERS
+
+number = int(sys.argv[3])
+tracker = TRACKERS[sys.argv[1]](Path(sys.argv[2]), "7", {"rounds": 2, "strategy": "fedavg-lora"})
+tracker.log(number, {"accuracy": 0.5 + number / 8, "epsilon": 1.5 * number})
+tracker.close()
+"""
+
+
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_run_that_goes_on_is_one_with_what_was_told_before(tmp_path: Path, name: str) -> None:
-    settings, row = {"rounds": 2, "strategy": "fedavg-lora"}, TRACKERS[name]
-    for number in (1, 2):
-        tracker = row(tmp_path, "7", settings)
-        tracker.log(number, {"accuracy": 0.5 + number / 8, "epsilon": 1.5 * number})
-        tracker.close()
+def test_a_run_that_goes_on_keeps_what_was_told_before(tmp_path: Path, name: str) -> None:
+    """Each time by a process of its own, as a server's runs are."""
+    for number in ("1", "2"):
+        words = [sys.executable, "-c", TELL, name, str(tmp_path), number]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("requirements.txt")), "a tracker keeps a list of this machine's packages"
     found = READERS[name](tmp_path, "7")
     assert found == {1: {"accuracy": 0.625, "epsilon": 1.5}, 2: {"accuracy": 0.75, "epsilon": 3.0}}
+
+
+def test_trackio_refuses_a_second_folder_in_one_process(tmp_path: Path) -> None:
+    """It would go on in the first run's."""
+    told = f"{TELL}\ntry:\n    TRACKERS['trackio'](Path(sys.argv[2]) / 'other', '8', {{}})\nexcept OSError as error:\n"
+    words = [sys.executable, "-c", f"{told}    print(error)", "trackio", str(tmp_path), "1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert f"keeps to {tmp_path / 'trackio'} until this process ends" in done.stdout
+    assert not (tmp_path / "other").exists()
+    assert by_trackio(tmp_path, "7") == {1: {"accuracy": 0.625, "epsilon": 1.5}}

@@ -254,6 +254,7 @@ def test_weights_and_biases_stays_offline(instead: Callable[..., None], tmp_path
 def test_trackio_keeps_its_files_in_the_runs_folder(
     instead: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(TRACKERS["trackio"], "_taken", "")
     monkeypatch.setenv("TRACKIO_DIR", "before")  # so that what the row sets is taken back
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "before")
     monkeypatch.delenv("TRACKIO_DIR")

@@ -11,16 +11,27 @@ from common.trackers.base import Tracker
 
 
 class Trackio(Tracker):
-    """A run of the project ``fedveil``."""
+    """A run of the project ``fedveil``.
+
+    Raises:
+        OSError: an earlier run of this process has its figures elsewhere.
+    """
 
     name: ClassVar[str] = "trackio"
     package: ClassVar[str] = "trackio"
     where: ClassVar[str] = "trackio"
+    _taken: ClassVar[str] = ""
+    """The folder that this process took for its first run; empty: none, or the user named one."""
     look: ClassVar[str] = "TRACKIO_DIR={folder}/trackio trackio show --project fedveil"
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, str | int | float | bool]) -> None:
         # The package reads it once, when it is imported. Unset, its page reports its own use to its makers.
-        os.environ.setdefault("TRACKIO_DIR", str((folder / self.where).absolute()))
+        place = str((folder / self.where).absolute())
+        own = os.environ.setdefault("TRACKIO_DIR", place) in (place, self._taken)
+        if own and self._taken not in ("", place):
+            raise OSError(f"trackio keeps to {self._taken} until this process ends, which is another run's folder")
+        if own:
+            type(self)._taken = place
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         import trackio
 

@@ -20,9 +20,15 @@ class WeightsAndBiases(Tracker):
     def __init__(self, folder: Path, run: str, settings: Mapping[str, str | int | float | bool]) -> None:
         import wandb
 
-        # What the terminal shows, the machine and the code are nobody's business.
+        # What the terminal shows, the machine with its packages, and the code are nobody's business.
         quiet = wandb.Settings(
-            console="off", disable_code=True, disable_git=True, x_disable_stats=True, x_disable_meta=True, silent=True
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            silent=True,
         )
         self._run = wandb.init(
             project="fedveil",
