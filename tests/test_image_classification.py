@@ -474,7 +474,7 @@ def test_made_up_images_are_the_same_by_their_number_unlike_each_other_and_sprea
 
 
 def test_a_start_from_text_takes_made_up_images_and_no_other(toy: dict[str, Any]) -> None:
-    own = {"strategy": "ffa-lora", "adapter.start": "eva", "start.records": 8}
+    own: dict[str, Any] = {"strategy": "ffa-lora", "adapter.start": "eva", "start.records": 8}
     job = configure({**toy, **own, "start.text": "made-up"})
     model = job.model(("0", "1"))
     made = job.origin.from_public(model, job.config, Labels(("0", "1"), (("0",), ("1",))))
