@@ -33,12 +33,13 @@ from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS
+from common.starts import STARTS, Labels, class_means
 from common.tasks import TASKS, images
 from common.tasks import image_classification as images_task
 from common.tasks.image_classification import CHANCE, ImageExample
 from common.tasks.image_processor import ImageProcessor
 from common.tasks.images import Picture, read_image
+from common.tasks.textures import made_up_image
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.serving.ask import ask_run
@@ -434,6 +435,55 @@ def test_a_private_federation_on_digits_learns_and_its_adapter_scores_as_the_run
     scored = evaluate_run(folder)
     assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, lines[-1].loss)
     assert scored.accuracy > least, "nothing was learned"
+
+
+OWN = ("strategy", "adapter.rank", "adapter.targets", "head.start", "rounds", "server.optimizer")
+"""What ``toy`` says of its method, beside ``training.*``."""
+
+
+@pytest.mark.parametrize(
+    ("privacy", "first"),
+    [({}, 0), ({"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "start.records": 64}, 1)],
+    ids=["dp-sgd", "secure-sum"],
+)
+def test_a_private_run_that_says_nothing_of_its_method_learns(
+    privacy: dict[str, Any], first: int, toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(class_means, "MADE", 64)
+    said = {key: value for key, value in toy.items() if key not in OWN and not key.startswith("training.")}
+    folder = run_in_process({**said, "privacy.noise-multiplier": 0.5, **privacy}, 3)
+    lines = read_lines(RoundLine, folder)
+    assert not any(line.refusals or line.failures for line in lines)
+    assert [line.round_number for line in lines] == list(range(first, 17)), "the sites' mean is a release of its own"
+    scored = evaluate_run(folder)
+    assert (scored.accuracy, scored.loss) == pytest.approx((lines[-1].accuracy, lines[-1].loss), abs=1e-5)
+    assert scored.accuracy > 0.8, "nothing was learned"
+
+
+def test_made_up_images_are_the_same_by_their_number_unlike_each_other_and_spread(vit: Callable[[str], str]) -> None:
+    images = torch.stack([made_up_image(number, 28) for number in range(30)])
+    assert images.dtype == torch.uint8
+    assert images.shape == (30, 3, 28, 28)
+    assert torch.equal(images, torch.stack([made_up_image(number, 28) for number in range(30)]))
+    flat = images.flatten(1).float()
+    assert torch.cdist(flat, flat)[~torch.eye(30, dtype=torch.bool)].min() > 100, "two are nearly one"
+    assert flat.std(1).min() > 3, "an image of one colour says nothing"
+    # What they are for: neighbouring pixels go together, as in no image whose pixels are drawn one by one.
+    steps = (images[:, :, :, 1:].float() - images[:, :, :, :-1].float()).flatten(1).std(1)
+    assert (steps / flat.std(1)).median() < 0.9
+
+
+def test_a_start_from_text_takes_made_up_images_and_no_other(toy: dict[str, Any]) -> None:
+    own: dict[str, Any] = {"strategy": "ffa-lora", "adapter.start": "eva", "start.records": 8}
+    job = configure({**toy, **own, "start.text": "made-up"})
+    model = job.model(("0", "1"))
+    made = job.origin.from_public(model, job.config, Labels(("0", "1"), (("0",), ("1",))))
+    assert all(
+        bool(tensor.isfinite().all()) and bool(tensor.any()) for held in made.values() for tensor in held.values()
+    )
+    for text in ("auto", "prose"):
+        with pytest.raises(ConfigError, match=r"hold no words: set start\.text to 'made-up'"):
+            configure({**toy, **own, "start.text": text})
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "vit"])

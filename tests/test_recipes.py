@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
+from audits.tiny_models import VOCABULARY, tiny_tokenizer
+from client import linearised
+from client.ledger.ledger import Ledger
 from common.config.asked import RunSettings
 from common.config.sections import PrivacyConfig, typed
-from common.errors import ConfigError
+from common.errors import ConfigError, RunFailed
 from common.privacy import MECHANISMS
 from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
@@ -165,3 +171,40 @@ def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
     assert said["recipe"] == ("metric" if labels == 2 else "head-only")
     assert read_file(ConfigFile, folder).settings == said
     assert configure(said).config.recipe == said["recipe"]
+
+
+def mpnet_settings(toy: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return settings of a run that says nothing of its method, on an MPNet of 3 layers and width 24."""
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 32}
+    config = transformers.MPNetConfig(vocab_size=len(VOCABULARY), max_position_embeddings=40, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        transformers.MPNetModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    own = {"model.name": str(folder), "data.labels": "bad,good", "data.partition": "iid", "rounds": 10}
+    noise = {"privacy.noise-multiplier": 30.0, "privacy.epsilon": 50.0}
+    return {key: toy[key] for key in KEPT} | own | noise
+
+
+def test_the_default_recipe_trains_an_encoder_of_other_sizes_whose_layers_have_other_names(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = run_in_process(mpnet_settings(toy_settings, tmp_path / "mpnet"), 2)
+    assert read_file(ConfigFile, folder).settings["recipe"] == "metric"
+    lines = read_lines(RoundLine, folder)
+    assert lines[-1].round_number == 10
+    assert not any(line.refusals or line.failures for line in lines)
+    named = json.loads((folder / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert named == ["v"]
+
+
+def test_derivatives_that_no_site_should_hold_are_refused_before_a_charge_and_the_refusal_names_the_recipe(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linearised, "MOST_BYTES", 20_000)  # 100 records × 144 numbers × 2 bytes are more
+    settings = mpnet_settings(toy_settings, tmp_path / "mpnet")
+    with pytest.raises(RunFailed, match=r"round 0: .*GiB, above .* or set recipe to 'head-only'"):
+        run_in_process(settings, 2)
+    for path in Path(str(settings["output"])).rglob("*.sqlite"):
+        with Ledger(path) as ledger:
+            assert not ledger.spent(path.stem), "it paid for a round that it could not take"
