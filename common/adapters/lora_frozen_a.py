@@ -42,7 +42,7 @@ class LoRAFrozenA(LoRA):
         return self.rank / into
 
     def reduced(self, state: AdapterState) -> AdapterState:
-        """Return every B with as many columns that are not 0 as its rank: a rule at the server may have lowered that."""
+        """Return every B with as many columns that are not 0 as its rank, which a rule of the server may have cut."""
         return {layer: factors if layer in OWN else in_own_basis(factors) for layer, factors in state.items()}
 
     def used(self, state: AdapterState) -> dict[str, Tensor]:
