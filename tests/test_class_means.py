@@ -201,13 +201,8 @@ def test_a_run_that_cannot_begin_so_is_refused_in_one_line(settings: dict[str, A
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_a_run_is_charged_for_it_and_scores_as_it_says(adapter: str, toy_settings: dict[str, Any]) -> None:
-    own: dict[str, Any] = {
-        "adapter.name": adapter,
-        "start.noise-multiplier": 4.0,
-        "start.sample-rate": 1.0,
-        "rounds": 2,
-    }
-    folder = run_in_process({**toy_settings, **RUN, **own, "head.start": "zeros"}, 2)
+    own: dict[str, Any] = {"adapter.name": adapter, "start.noise-multiplier": 4.0, "start.sample-rate": 1.0}
+    folder = run_in_process({**toy_settings, **RUN, **own, "head.start": "zeros", "rounds": 2}, 2)
     rounds = read_lines(RoundLine, folder)
     assert [line.round_number for line in rounds] == [0, 1, 2]
     assert not any(line.refusals or line.failures for line in rounds)

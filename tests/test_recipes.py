@@ -175,13 +175,9 @@ def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
 
 def mpnet_settings(toy: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return settings of a run that says nothing of its method, on an MPNet of 3 layers and width 24."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "intermediate_size": 32,
-    }
-    config = transformers.MPNetConfig(vocab_size=len(VOCABULARY), max_position_embeddings=40, **sizes)
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
+    sizes |= {"vocab_size": len(VOCABULARY), "max_position_embeddings": 40, "intermediate_size": 32}
+    config = transformers.MPNetConfig(**sizes)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         transformers.MPNetModel(config).save_pretrained(folder)

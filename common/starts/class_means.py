@@ -130,8 +130,8 @@ class ClassMeans(PaidByShare):
             optimizer = torch.optim.SGD(sums.parameters(), lr=0.0)
             with plan.steps(model, optimizer, Around(before_pass)) as steps:
                 gradients = dict(zip(steps.trained, steps.release(plan.parts(model, chosen), votes), strict=True))
-            found = {"sums": gradients[sums.weight], "counts": gradients[sums.bias]}
-            return {HEAD: {name: gradient.detach().float().cpu().clone() for name, gradient in found.items()}}
+            found = {name: gradients[p].detach().float().cpu().clone() for name, p in sums.named_parameters()}
+            return {HEAD: {"sums": found["weight"], "counts": found["bias"]}}
 
     def complete(
         self, model: FederatedModel, config: RunConfig, labels: Labels, statistic: AdapterState
