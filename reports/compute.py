@@ -155,7 +155,7 @@ def _of_site(
         return found
     drawn = records * float(settings.get("start.sample-rate") or 1.0)
     if _on_features(settings):
-        found[PROBE] = (records + TEXTS) * features + drawn * int(settings["start.steps"]) * head_step
+        found[PROBE] = (records + TEXTS) * features + drawn * int(settings.get("start.steps") or 1) * head_step
     else:
         found[START] = drawn * gradient
     return found

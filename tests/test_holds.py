@@ -104,6 +104,8 @@ def test_a_reservation_of_the_seventh_format_counts_all_charges_of_its_run(ledge
     ledger.holds.reserve("ward", "mine", KEPT, LATER)
     with ledger._file.transaction() as db:
         db.execute("ALTER TABLE reservations DROP COLUMN last_charge")
+        db.execute("ALTER TABLE mask_keys DROP COLUMN site")
+        db.execute("DROP TABLE signed_lists")
         db.execute("PRAGMA user_version = 7")
     ledger.close()
     with Ledger(path) as again:

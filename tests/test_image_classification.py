@@ -442,19 +442,20 @@ OWN = ("strategy", "adapter.rank", "adapter.targets", "head.start", "rounds", "s
 
 
 @pytest.mark.parametrize(
-    ("privacy", "first"),
-    [({}, 0), ({"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "start.records": 64}, 1)],
+    ("privacy", "paid"),
+    [({}, 3), ({"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "start.records": 64}, 0)],
     ids=["dp-sgd", "secure-sum"],
 )
 def test_a_private_run_that_says_nothing_of_its_method_learns(
-    privacy: dict[str, Any], first: int, toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    privacy: dict[str, Any], paid: int, toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(class_means, "MADE", 64)
     said = {key: value for key, value in toy.items() if key not in OWN and not key.startswith("training.")}
     folder = run_in_process({**said, "privacy.noise-multiplier": 0.5, **privacy}, 3)
     lines = read_lines(RoundLine, folder)
     assert not any(line.refusals or line.failures for line in lines)
-    assert [line.round_number for line in lines] == list(range(first, 17)), "the sites' mean is a release of its own"
+    assert [line.round_number for line in lines] == list(range(17))
+    assert len(lines[0].participants) == paid, "the sites' mean is a release of its own, and a sum has none"
     scored = evaluate_run(folder)
     assert (scored.accuracy, scored.loss) == pytest.approx((lines[-1].accuracy, lines[-1].loss), abs=1e-5)
     assert scored.accuracy > 0.8, "nothing was learned"

@@ -77,7 +77,7 @@ def read_modules(folder: Path, texts: list[str]) -> Tensor:
     return torch.cat(rows)
 
 
-HEAD_ALONE = {"strategy": "fedavg-lora", "adapter.name": "none", "adapter.start": "public-metric"}
+HEAD_ALONE = {"strategy": "fedavg-lora", "adapter.name": "none"}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"strategy": "fedavg-lora"},
     "dora": {"strategy": "fedavg-lora", "adapter.name": "dora"},
@@ -85,7 +85,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "unscaled": {"model.feature-scale": 0.0},
     "scaled": {"model.feature-scale": 3.0},
     "head-alone": HEAD_ALONE,
-    "whitened": {**HEAD_ALONE, "head.metric": "public", "start.text": "made-up"},
+    "whitened": {
+        **HEAD_ALONE,
+        "adapter.start": "public-metric",
+        "head.metric": "public",
+        "start.text": "made-up",
+    },
 }
 
 

@@ -94,7 +94,7 @@ class FromText(Start):
         given = labels or [0] * self.records
         text = self.resolved().text
         if text == MADE_UP:
-            invent = model.reading.inventor(model.base, model.max_length)
+            invent = model.reading.measuring_inventor(model.base, model.max_length)
             sizes = [min(model.max_length, 6 + 7 * i % 35) for i in range(self.records)]
             return [invent(size, i, label) for i, (size, label) in enumerate(zip(sizes, given, strict=True))]
         texts = read_text(text, self.fingerprint)[: self.records]
@@ -107,7 +107,7 @@ class FromText(Start):
         """
         text = self.resolved().text
         if text == MADE_UP:
-            invent = model.reading.inventor(model.base, model.max_length)
+            invent = model.reading.measuring_inventor(model.base, model.max_length)
             sizes = [min(max(1, model.max_length // 2 - 2), 6 + 7 * i % 35) for i in range(self.records)]
             found = [model.base.processor.decode(invent(size, i, 0)[TOKENS]) for i, size in enumerate(sizes)]
         else:

@@ -269,6 +269,13 @@ class Task(ABC):
         Different numbers give different records. A task whose records are all of one size may ignore the size asked.
         """
 
+    def measuring_inventor(self, base: BaseModel, limit: int) -> Inventor:
+        """Return what makes up records that a start is measured on: no one's, and as like real ones as is known how.
+
+        The same as a rehearsal's, unless those are unlike.
+        """
+        return self.inventor(base, limit)
+
     # --- the model and its loss ---
 
     @abstractmethod

@@ -171,6 +171,19 @@ class ImageClassification(Task):
         return {**like, PIXELS: like[PIXELS].new_zeros(like[PIXELS].shape), "labels": 0}
 
     def inventor(self, base: BaseModel, limit: int) -> Inventor:
+        """Return what draws every pixel by the record's number; all sizes are one."""
+        import torch
+
+        side = _side(base, limit)
+
+        def invent(size: int, number: int, label: int) -> Record:
+            draw = torch.Generator().manual_seed(number)
+            pixels = torch.randint(256, (3, side, side), generator=draw, dtype=torch.uint8)
+            return {PIXELS: pixels, "labels": label, TOKENS: limit}
+
+        return invent
+
+    def measuring_inventor(self, base: BaseModel, limit: int) -> Inventor:
         """Return what draws textures by the record's number (``common.tasks.textures``); all sizes are one."""
         side = _side(base, limit)
 
