@@ -41,6 +41,7 @@ from common.tasks import TASKS
 from experiments.planner.price import paid_before, site_plans
 from experiments.site_count import USUAL
 from reports import write_reports
+from strategies import STRATEGIES
 from strategies.job import Job, configure, with_recipe
 
 KEYS = ("base", "sites", "settings", "trials")
@@ -174,6 +175,9 @@ def _trials(content: Mapping[str, Any], folder: Path) -> tuple[int, dict[str, di
         for key in own:
             if key in SAME:
                 raise ConfigError(f"trials.{name} has {key!r}, which is the same for all: set it under settings")
+    for name, own in trials.items():
+        if twin := next((other for other in trials if other != name and trials[other] == own), ""):
+            raise ConfigError(f"trials {name!r} and {twin!r} have the same settings: leave one out, or change one")
     return sites, trials, base
 
 
@@ -344,6 +348,11 @@ def _outcome(trial: str, folder: Path) -> Outcome:
     return Outcome(trial, str(folder), reached.accuracy_before, reached.accuracy, loss, reached.epsilon)
 
 
+def own_folders(trial: str) -> set[str]:
+    """Return what the folder of a trial's run may be called: its strategy's name and its own."""
+    return {f"{strategy}-{trial}" for strategy in STRATEGIES}
+
+
 def simulated(tuning: Tuning, output: Path) -> Conduct:
     """Return what runs a trial over simulated sites, whose ledgers are the same for all trials."""
     from experiments.in_process import run_in_process, simulated_nodes
@@ -351,7 +360,8 @@ def simulated(tuning: Tuning, output: Path) -> Conduct:
 
     def conduct(trial: str, settings: Mapping[str, Scalar]) -> Path:
         place = (output / "runs").absolute()
-        begun = [path.parent for path in place.glob(f"*-{trial}/{CHECKPOINT}")]
+        # By the whole name: of trials "fast" and "not-fast" one ends in the other.
+        begun = [path.parent for path in place.glob(f"*/{CHECKPOINT}") if path.parent.name in own_folders(trial)]
         if begun and (begun[0] / ResultFile.NAME).is_file() and read_file(ResultFile, begun[0]).status == "completed":
             return begun[0]
         resumed: dict[str, Scalar] = {"resume": str(begun[0])} if begun else {}

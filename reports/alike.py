@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
 from common.run_lines import Absence
-from common.words import EACH, UNKNOWN, names_text, natural, number_text, numbers_text
+from common.words import EACH, UNKNOWN, counted, names_text, natural, number_text, numbers_text
 from reports.sites import MORE, ReleaseReport, SiteReport, distinct, worst_site
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ ODDITIES: tuple[Callable[[SiteReport], object], ...] = (
     lambda s: (s.agreement, s.rounds_refused > 0, s.delta, _figures(s)),
     lambda s: (s.agreement, s.rounds_refused > 0),
 )
-"""What makes a site odd, the most first; the last has at most ``EACH`` kinds."""
+"""What makes a site odd, the most first; the last has hardly more than ``EACH`` kinds."""
 
 
 def _oddity(key: Callable[[SiteReport], object], worst: SiteReport | None, site: SiteReport) -> object:
@@ -132,7 +132,7 @@ def _note(group: Sequence[SiteReport]) -> str:
     if group[0].agreement == "larger":
         more = [(site.epsilon_total or 0.0) - (site.epsilon_recomputed or 0.0) for site in group]
         return f"each reports more, by {spread(more, lambda value: f'{value:.3f}')}: {MORE}"
-    return f"{notes[0]} (and {len(notes) - 1} other reasons)"
+    return f"{notes[0]} (and {counted(len(notes) - 1, 'other reason')})"
 
 
 def alike_absences(absences: Sequence[Absence], sites: int) -> list[tuple[str, Absence]]:
@@ -149,7 +149,8 @@ def alike_absences(absences: Sequence[Absence], sites: int) -> list[tuple[str, A
 
 def _reason(group: Sequence[Absence]) -> Absence:
     others = len({absence.reason for absence in group}) - 1
-    return replace(group[0], reason=f"{group[0].reason} (and {others} other reasons)") if others else group[0]
+    more = f" (and {counted(others, 'other reason')})" if others else ""
+    return replace(group[0], reason=group[0].reason + more)
 
 
 def alike_releases(releases: Sequence[ReleaseReport], sites: int) -> list[AlikeRelease]:

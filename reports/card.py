@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -113,7 +114,7 @@ def _shown_base(data: ReportData) -> str:
 def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any]:
     task, base = TASKS[str(setting_of(data, "model.task"))], data.origin.base_model if data.origin else ""
     meta: dict[str, Any] = {"license": declared.license or UNKNOWN_LICENSE, "library_name": form.library}
-    if HUB_ID.fullmatch(base):
+    if HUB_ID.fullmatch(base) and not Path(base).exists():
         meta |= {"base_model": base, "base_model_relation": form.relation}
     meta |= {
         "pipeline_tag": task.hub_task,
@@ -227,6 +228,9 @@ def _public(data: ReportData) -> list[str]:
     elif text and text not in OF_NO_ONE:
         whose = plain(text) if _is_name(text) else "a file of the coordinator's"
         found.append(f"the sentences that the start was made from, {whose} (SHA-256 `{sha256}`)")
+    if public := str(setting_of(data, "start.data")):
+        whose = plain(public) if _is_name(public) else "a file of the coordinator's"
+        found.append(f"the records that the start was made from, {whose}")
     return found + ["the phrases of the settings"] * bool(setting_of(data, "head.phrases"))
 
 

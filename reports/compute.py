@@ -155,7 +155,8 @@ def _of_site(
         return found
     drawn = records * float(settings.get("start.sample-rate") or 1.0)
     if _on_features(settings):
-        found[PROBE] = (records + TEXTS) * features + drawn * int(settings.get("start.steps") or 1) * head_step
+        steps = int(settings.get("start.steps") or 0)
+        found[PROBE if steps else START] = (records + TEXTS) * features + drawn * max(1, steps) * head_step
     else:
         found[START] = drawn * gradient
     return found

@@ -55,7 +55,10 @@ def write_reports(folder: Path, key: Path | None = None, *, registry: bool = Fal
             record for the registry.
         ConfigError: what is declared about the run, or a steward's statement beside it, cannot be read.
     """
-    before = evidence(folder)
+    try:
+        before = evidence(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): check rights and files") from error
     data, card = report_of(folder), f"adapter/{CARD}"
     contents = {
         "report.md": to_markdown(data).encode(),

@@ -98,7 +98,7 @@ def beside_figure(data: ReportData) -> Figure | None:
     head = data.headline
     epsilon = "" if head.epsilon is None else f", ε {epsilon_text(head.epsilon)}{at_h(data.sharing)}"
     own = Row(
-        f"this run: {data.strategy}{epsilon}",
+        "this run",
         [_dot(head.accuracy_before), _dot(head.accuracy_after)],
         _course(head.accuracy_before, head.accuracy_after),
     )
@@ -106,7 +106,10 @@ def beside_figure(data: ReportData) -> Figure | None:
     title = "This run beside others."
     axis = Axis("accuracy on public test data", percent=True)
     chart = interval_chart("beside", title, axis, BEFORE_AFTER, [own, *(_beside(row) for row in rows)])
-    text = "A whisker is the 95 % interval over runs; a single run has none, and so has this one."
+    text = (
+        f"This run: {data.strategy}{epsilon}. A whisker is the 95 % interval over runs; a single run has none, and so "
+        "has this one."
+    )
     return Figure(chart, title, text + _left_out(left, "others")) if chart else None
 
 
@@ -199,14 +202,16 @@ class Courses:
 def courses_of(data: ReportData) -> Courses:
     """Return all courses of ε; of more than ``EACH`` the lowest, the middle, the highest, and some of odd sites.
 
-    A site is odd whose row of the table of sites stands for ``EACH`` sites or fewer.
+    A site is odd whose row of the table of sites stands for ``EACH`` sites or fewer, and not for the most.
     """
     spent = data.spent
     if len(spent) <= EACH:
         return Courses([(group_text(one.sites), one) for one in spent], len(spent), 0)
     ended = sorted(spent, key=lambda one: one.points[-1][1])
     ends = {"lowest": ended[0], "middle": ended[len(ended) // 2], "highest": ended[-1]}
-    few = {site.site for group in groups_of_sites(data.sites) if len(group) <= EACH for site in group}
+    groups = groups_of_sites(data.sites)
+    usual = max(groups, key=len, default=[])
+    few = {site.site for group in groups if len(group) <= EACH and group is not usual for site in group}
     kept = list(ends.values())
     odd = [one for one in spent if not few.isdisjoint(one.sites) and one not in kept][: STYLES - len(ends)]
     shown = [(f"{word}: {group_text(one.sites)}", one) for word, one in ends.items()]

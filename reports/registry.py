@@ -9,6 +9,7 @@ that nobody has declared it: a record without it is not valid yet.
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 import yaml
@@ -112,8 +113,11 @@ def _slug(text: str) -> str:
 
     >>> _slug("Reviews, judged (2026)")
     'reviews-judged-2026'
+    >>> _slug("Ärzte"), _slug("评论")
+    ('arzte', 'deployment')
     """
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") or "deployment"
 
 
 def _lines(items: list[str]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from common.privacy.figures import epsilon_text
-from common.words import EACH, names_text, natural
+from common.words import natural
+from reports.alike import alike_absences
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
     from common.messages.round import Spending
@@ -59,9 +60,6 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
         f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
         f"{spent}  {sites}  {payload:.2f} MB{seconds}"
     )
-    why: dict[str, list[str]] = {}
-    for absence in got.refusals.values():
-        why.setdefault(f"did not take part ({absence.kind}): {absence.reason}", []).append(absence.site)
-    if len(got.refusals) <= EACH:
-        return line + "".join(f"\n  {site} {reason}" for reason, sites in why.items() for site in sites)
-    return line + "".join(f"\n  {names_text(sorted(sites, key=natural))} {reason}" for reason, sites in why.items())
+    refused = sorted(got.refusals.values(), key=lambda absence: natural(absence.site))
+    rows = alike_absences(refused, len(refused))
+    return line + "".join(f"\n  {names} did not take part ({row.kind}): {row.reason}" for names, row in rows)

@@ -154,6 +154,16 @@ def test_foreign_names_and_paths_stay_out_of_the_card(tmp_path: Path) -> None:
     assert "base_model" not in ModelCard(text).data.to_dict()
 
 
+def test_a_folder_here_is_no_repository_of_the_hub_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = with_adapter(MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end(), base="models/bert")
+    assert ModelCard(card(run)).data.to_dict()["base_model"] == "models/bert"
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    assert "base_model" not in ModelCard(card(run)).data.to_dict()
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -166,6 +176,10 @@ def test_foreign_names_and_paths_stay_out_of_the_card(tmp_path: Path) -> None:
             {"recipe": "metric", "data.name": "FILE", "start.text": "OTHER", "start.text-sha256": "ef" * 32},
             [f"made from, a file of the coordinator's (SHA-256 `{'ef' * 32}`)"],
         ),
+        (
+            {"recipe": "plain", "adapter.start": "public-gradient", "start.data": "imdb-endings"},
+            ["the records that the start was made from, imdb-endings"],
+        ),
     ],
 )
 def test_a_card_names_what_was_taken_for_public_and_no_path(
@@ -177,6 +191,7 @@ def test_a_card_names_what_was_taken_for_public_and_no_path(
     (said,) = [line for line in card(made).splitlines() if line.startswith("Declared public")]
     assert [words for words in named if words not in said] == []
     assert ("start was made from" in said) == (settings.get("data.name") != "FILE" or "recipe" in settings)
+    assert ("the records that" in said) == ("start.data" in settings)
     assert str(tmp_path) not in said
 
 

@@ -140,6 +140,8 @@ def test_an_unknown_ending_lists_those_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "reviews.xlsx").write_text("x")
     refused(tmp_path / "reviews.xlsx", "ends in '.xlsx', which cannot be read; wanted are .csv, .tsv, .jsonl, .parquet")
     refused(tmp_path, "holds no data file; wanted are .csv, .tsv, .jsonl, .parquet")
+    (tmp_path / "chats.json").write_text("[]")
+    refused(tmp_path / "chats.json", ".parquet: jq -c '.[]' chats.json > chats.jsonl makes one")
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])

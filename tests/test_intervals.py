@@ -11,6 +11,7 @@ import pytest
 from made_run import MadeRun
 from rich_run import LABELS, REGIONS, rich
 
+from common.privacy.figures import epsilon_text
 from common.run_lines import BesideRow, LabelScore
 from reports import ReportData, report_of
 from reports.charts import Axis, Chart
@@ -119,8 +120,9 @@ def test_attacks_stand_beside_guessing_and_people_by_their_records(data: ReportD
 
 
 def test_this_run_stands_first_beside_all_arms(data: ReportData) -> None:
-    read = read_back(chart_of(beside_figure(data)))
-    head = data.headline
+    figure = beside_figure(data)
+    assert figure is not None
+    read, head = read_back(chart_of(figure)), data.headline
     assert head.accuracy_before is not None
     assert head.accuracy_after is not None
     wanted = [(read[0][0], [Dot(head.accuracy_before), Dot(head.accuracy_after)])]
@@ -129,7 +131,8 @@ def test_this_run_stands_first_beside_all_arms(data: ReportData) -> None:
         ends = (row.accuracy - row.half, row.accuracy + row.half) if row.half else (None, None)
         wanted.append((f"{row.variant}, {row.arm}, {of}", [Dot(row.accuracy_before), Dot(row.accuracy, *ends)]))
     check(read, wanted, 5e-4)
-    assert read[0][0].startswith("this run: fedavg-lora, ε ")
+    assert read[0][0] == "this run"
+    assert f"This run: fedavg-lora, ε {epsilon_text(head.epsilon)}. " in figure.text
     assert [name for name, _, _ in read[1:]][1:3] == ["default, local-only, ε 8", "default, federated, no privacy"]
 
 

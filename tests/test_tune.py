@@ -135,6 +135,15 @@ def test_a_ledger_for_each_trial_is_found_out(
         check_that_every_ledger_holds_all_trials(tuning, tmp_path / "out")
 
 
+def test_a_trial_is_not_taken_for_one_whose_name_ends_in_its_own(base: dict[str, Any], tmp_path: Path) -> None:
+    two = {"not-fast": THREE["slow"], "fast": THREE["fast"]}
+    tuning, folder = read_tuning(trials_file(tmp_path, base, two)), tmp_path / "out"
+    conduct_trials(tuning, folder, simulated(tuning, folder), lambda _: None)
+    told = json.loads((folder / STATE).read_text())["outcomes"]
+    assert [one["trial"] for one in told] == ["not-fast", "fast"]
+    assert len({one["folder"] for one in told}) == 2, "one run is told as two trials"
+
+
 def test_a_trial_that_was_cut_off_goes_on_and_the_others_are_not_paid_again(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -167,6 +176,7 @@ def test_a_trial_that_was_cut_off_goes_on_and_the_others_are_not_paid_again(
         ({"a": {}, "b": {"training.larning-rate": 1.0}}, {}, "learning-rate"),
         ({"a": {}, "b": {}}, {"sties": 2}, "'sites'"),
         ({"a": {}, "b": {}}, {"sites": 0}, "above 0"),
+        ({"a": {}, "b": {}}, {}, "'a' and 'b' have the same settings"),
     ],
 )
 def test_a_file_that_is_none_is_refused_in_one_line(

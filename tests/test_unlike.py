@@ -95,6 +95,15 @@ def test_an_odd_site_between_the_lowest_and_the_highest_has_a_curve(data: Report
     assert "and 1 odd one" in courses.text
 
 
+def test_sites_that_differ_in_their_budgets_alone_are_not_odd(data: ReportData) -> None:
+    """One site more than have rows of their own: the most of them are the usual ones, however few they are."""
+    usual = [site for site in data.sites if site.agreement == "agrees" and not site.rounds_refused][: EACH + 1]
+    names = {site.site for site in usual}
+    spent = [one for one in data.spent if names.issuperset(one.sites)]
+    assert len(spent) > EACH
+    assert courses_of(replace(data, sites=usual, spent=spent)).odd == 0
+
+
 def test_page_markdown_and_terminal_are_short_and_name_the_odd_in_natural_order(
     made: MadeRun, data: ReportData
 ) -> None:

@@ -287,7 +287,10 @@ def _files_of(source: str) -> list[Path]:
             f"an existing file or folder, or hub:NAME"
         )
     if path.suffix.lower() not in READERS:
-        raise DataError(f"{source} ends in {path.suffix!r}, which cannot be read; wanted are {', '.join(READERS)}")
+        hint = f": jq -c '.[]' {path.name} > {path.stem}.jsonl makes one" if path.suffix.lower() == ".json" else ""
+        raise DataError(
+            f"{source} ends in {path.suffix!r}, which cannot be read; wanted are {', '.join(READERS)}{hint}"
+        )
     return [path]
 
 
