@@ -81,6 +81,8 @@ class _Process:
     """What is made of each site's records."""
     rehearsed: dict[str, Timing] = field(default_factory=dict)
     """What of private training the current model is known to do rightly, and how fast, by the names above."""
+    trained: int = 0
+    """Rounds that were paid for and trained: what asks for no more than these keeps nothing longer in memory."""
     features: Timing | None = None
     """How fast the current model computes features, where it was seen to do it rightly; None: it needs not, or was not.
     """
@@ -309,12 +311,14 @@ def answer(
             whole = kept.with_basis(task, basis_layout)
             if whole is None:
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
-            check_task(whole, job, model)
-            _hold_to(deadline, job, site, model, whole)
-            masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
         try:
+            with deadline.extended():
+                check_task(whole, job, model)
+                _hold_to(deadline, job, site, model, whole)
+                masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
             records = _records(model, site, job, run)
             result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
+            _process.trained += 1
         finally:
             if number >= job.config.rounds:
                 _drop(name)  # whatever became of it: no later round of this run needs them
@@ -379,6 +383,11 @@ def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int,
 def name_of(node: Mapping[str, Scalar]) -> str:
     """Return what the site of this node's configuration is called."""
     return str(node.get("site") or f"site-{node.get('partition-id', '?')}")
+
+
+def rounds_trained() -> int:
+    """Return how many rounds this process has trained, each of them paid for."""
+    return _process.trained
 
 
 def is_clean() -> bool:

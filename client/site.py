@@ -31,6 +31,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from client.ledger.file import only_ledger
+from client.ledger.holds import WITHDRAWN, withdrawn_in
 from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
@@ -157,6 +158,11 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         if key not in NODE_KEYS:
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
     name, policy = str(node.get("site") or f"site-{node.get('partition-id', 0)}"), policy_of(node)
+    own_ledger = "ledger" in node or not simulated
+    ledger = ledger_of(node) if own_ledger else run_folder(config, run) / "ledgers" / f"{name}.sqlite"
+    dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
+    if dataset_id in withdrawn_in(ledger):  # before a record is read: nothing of them is to be in memory again
+        raise PolicyRefusal(WITHDRAWN.format(dataset_id))
     if "data" in node:
         if TASKS[config.model.task].labelled and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
@@ -184,9 +190,6 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         held = config.privacy.mechanism.unit.count(data)
         size = int(node.get("public-size", policy.public_size)) or public_size_of_part(held)
     policy.check_size(size)
-    own_ledger = "ledger" in node or not simulated
-    ledger = ledger_of(node) if own_ledger else run_folder(config, run) / "ledgers" / f"{name}.sqlite"
-    dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
     return Site(name, data, dataset_id, size, ledger, policy, unreadable, _own_rank(node), simulated)
 
 

@@ -15,13 +15,12 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context, Message
 
 from client import app as installed
-from client.ledger.ledger import Ledger
+from client.ledger.holds import withdrawn_in
 from client.outgoing import UNTOLD
 from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLost, failed
 from client.site import ledger_of, policy_of
@@ -40,8 +39,9 @@ it stays within the half second after which the SuperNode looks for the reply.""
 LOOK_SECONDS = 2.0
 """Between two looks, before a task is taken, at whether the site's records have changed or were withdrawn."""
 IDLE_SECONDS = 3600.0
-"""From the last task until all that is held of records is dropped. By default a server waits for a round so long
-(``round-timeout``): a run that goes on has hardly anything computed twice, and what one leaves stays an hour."""
+"""From the last round that was paid for until all that is held of records is dropped. By default a server waits for a
+round so long (``round-timeout``): a run that goes on has hardly anything computed twice, and what one leaves stays an
+hour."""
 
 
 def reply_to(message: Message, context: Context, bundle: bytes, node: Mapping[str, Scalar]) -> Message:
@@ -88,12 +88,12 @@ def _work(node: Node, settings: Mapping[str, Scalar]) -> int:
                 if stamp(settings) != records:
                     log.info("the site's records have changed, or were withdrawn: the worker starts anew")
                     return ANEW
-            token = node.acquire()
+            if time.monotonic() - worked > IDLE_SECONDS:
+                worked = math.inf
+                log.info("no round for %g seconds: what was made of the site's records is dropped", IDLE_SECONDS)
+                installed.forget()
+            token, rounds = node.acquire(), installed.rounds_trained()
             if not token:
-                if time.monotonic() - worked > IDLE_SECONDS:
-                    worked = math.inf
-                    log.info("no task for %g seconds: what was made of the site's records is dropped", IDLE_SECONDS)
-                    installed.forget()
                 time.sleep(POLL_SECONDS)
                 continue
             with node.task(token) as task:
@@ -110,7 +110,8 @@ def _work(node: Node, settings: Mapping[str, Scalar]) -> int:
         except Exception as error:  # of Flower's own, or the node is gone; it answers for the task within a minute
             log.error("the worker starts anew: %s", place_of(error))
             return ANEW
-        worked = time.monotonic()
+        if installed.rounds_trained() != rounds or math.isinf(worked):  # a task that is refused renews nothing
+            worked = time.monotonic()
         if not installed.is_clean():
             log.warning("a task has changed the model for good: the worker starts anew")
             return ANEW
@@ -131,23 +132,12 @@ def stamp(settings: Mapping[str, Scalar]) -> tuple[int, tuple[tuple[str, int, in
 
 
 def _withdrawn(settings: Mapping[str, Scalar]) -> int:
-    """Return the number of withdrawals in the site's ledger; -1 where it cannot be read, which every round refuses."""
+    """Return how many data sets the site's ledger has withdrawn; -1: it cannot be read, which every round refuses."""
     try:
         ledger = ledger_of(settings)
-        if not ledger.exists():
-            return 0
-        state = ledger.stat()
-        return _withdrawals(ledger, state.st_mtime_ns, state.st_size)
+        return len(withdrawn_in(ledger))
     except (LedgerError, OSError):
         return -1
-
-
-@lru_cache(maxsize=1)
-def _withdrawals(path: Path, *state: int) -> int:
-    """Return the number of withdrawals in a ledger that is as it was at ``state``: opening one reads all of it."""
-    del state
-    with Ledger(path) as ledger:
-        return len(ledger.holds.withdrawals())
 
 
 def main() -> int:

@@ -201,6 +201,11 @@ def _priced(name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base
             free = "whose budget is the server's, which trials do not count"
             why = free if job.mechanism.central else "which costs no budget"
             raise ConfigError(f"trial {trial!r} has privacy.mode {job.mechanism.name!r}, {why}")
+        if job.mechanism.summed:
+            raise ConfigError(
+                f"trial {trial!r} has privacy.mode {job.mechanism.name!r}, where what all trials cost counts on honest "
+                "sites, trial by trial: choose under 'dp-sgd'"
+            )
     privacy, first = next(iter(jobs.values())).config.privacy, next(iter(jobs.values()))
 
     def with_noise(noise: float) -> dict[str, Job]:

@@ -34,8 +34,9 @@ def trials_figure(tuning: TuningFile) -> str:
 
 def trials_sentence(tuning: TuningFile, per: str) -> str:
     """Return what a claim must say of a run that is one of several trials; ``per``: the unit in one word."""
+    charged = "will be released and charged" if tuning.chosen is None else "was released and charged"
     return (
-        f"The run is one of {tuning.trials} trials of settings on the same records{CHOSEN[tuning.chosen]}. Each was "
-        f"released and charged: all {tuning.trials} together are (ε, δ) = ({epsilon_text(tuning.epsilon)}, "
+        f"The run is one of {tuning.trials} trials of settings on the same records{CHOSEN[tuning.chosen]}. Each "
+        f"{charged}: all {tuning.trials} together are (ε, δ) = ({epsilon_text(tuning.epsilon)}, "
         f"{tuning.delta:g}) per {per}, in a site that joined every round."
     )

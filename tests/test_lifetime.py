@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,8 +217,46 @@ def test_a_worker_that_is_asked_nothing_for_long_drops_all_and_no_sooner(
     monkeypatch.setattr(worker, "IDLE_SECONDS", -1.0)
     seen.clear()
     worked(site, monkeypatch, lambda: seen.append(holds_anything()))
-    assert seen == [True, False, False]
+    assert seen == [False, False, False]
     assert app._process.rehearsed, "what is rehearsed is of nobody's records, and stays"
+
+
+class Asked(Ends):
+    """Gives out what there is after each ``meanwhile``, too."""
+
+    def acquire(self) -> str:
+        first = not self.had
+        token = super().acquire()
+        return token if first else runtime.Node.acquire(self)
+
+
+def idle_beside_refused_tasks(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return what a worker held, each 2,000 s after the last, where each time a task came that it refuses."""
+    held, now = list[bool](), [0.0]
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=does_nothing))
+    with runtime_api() as api:
+        api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
+
+        def later() -> None:
+            held.append(holds_anything())
+            now[0] += 2000.0
+            api.give(encode_task(site.task()), b"another bundle", site.settings, site.node)
+
+        with closing(Asked(api.port, SECRET)) as node:
+            node.meanwhile = later
+            worker.work(node, site.node)
+    return held
+
+
+def test_a_task_that_is_refused_keeps_nothing_longer(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert idle_beside_refused_tasks(site, monkeypatch) == [True, True, False]
+
+
+def test_a_worker_whose_hour_any_task_renews_is_found(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = iter(range(1000))
+    monkeypatch.setattr(app, "rounds_trained", lambda: next(rounds))
+    assert idle_beside_refused_tasks(site, monkeypatch) == [True, True, True]
 
 
 def test_a_worker_that_stops_holds_nothing(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +277,15 @@ def test_a_withdrawal_ends_the_worker_and_what_it_held(site: OneSite, monkeypatc
     monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
     assert worked(site, monkeypatch, lambda: withdraw(site)) == runtime.ANEW
     assert not holds_anything()
+
+
+def test_a_task_after_a_withdrawal_has_no_record_read(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    withdraw(site)
+    site.refuse(1)
+    assert not holds_anything()
+    monkeypatch.setattr(site_module, "withdrawn_in", lambda _: frozenset())
+    site.refuse(1)
+    assert holds_anything(), "planted: a site that asks its ledger only when it is to pay"
 
 
 def test_a_worker_that_looks_at_the_files_alone_is_found(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,9 @@ def test_trials_without_privacy_and_trials_that_fit_no_budget_are_refused(
     site = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 50, "privacy.delta": 1e-3}
     with pytest.raises(ConfigError, match="whose budget is the server's, which trials do not count"):
         read_tuning(trials_file(tmp_path, {**base, **site}, THREE))
+    summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "training.local-steps": 1}
+    with pytest.raises(ConfigError, match="counts on honest sites, trial by trial: choose under 'dp-sgd'"):
+        read_tuning(trials_file(tmp_path, {**base, **summed}, THREE))
     monkeypatch.setattr(tune, "paid_before", lambda _: [Release(sampled_gaussian(0.5, 0.5), 10)])
     with pytest.raises(PrivacyError, match="what their starts release costs more"):
         read_tuning(trials_file(tmp_path, base, THREE))

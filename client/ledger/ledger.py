@@ -32,7 +32,7 @@ from typing import Any, Self
 
 from client.ledger.budgets import BudgetHistory
 from client.ledger.file import BUSY_SECONDS, LedgerFile, now
-from client.ledger.holds import Holds
+from client.ledger.holds import WITHDRAWN, Holds
 from client.ledger.rows import Budget, Charge, Entry, Exposure, Failure, Receipt, Terms, of_all, price
 from client.ledger.sums import Sums
 from common.accountant import TRAINING
@@ -201,7 +201,7 @@ class Ledger:
     def _hold_to_withdrawals(self, dataset: str) -> None:
         """Raise PolicyRefusal if the data set was withdrawn; by its own name, which is the steward's word."""
         if self.holds.withdrawn([dataset]):
-            raise PolicyRefusal(f"data set {dataset!r} was withdrawn by its steward: no round gets anything of it")
+            raise PolicyRefusal(WITHDRAWN.format(dataset))
 
     def _hold_to_unit(self, charge: Charge, names: Iterable[str]) -> None:
         """Raise PolicyRefusal if any of the data sets was charged for another unit: no epsilon holds for both."""
