@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from client.ledger.file import only_ledger
-from client.ledger.holds import WITHDRAWN, withdrawn_in
+from client.ledger.file import only_ledger, withdrawn_in
+from client.ledger.holds import WITHDRAWN
 from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest

@@ -20,7 +20,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from client import app as installed
-from client.ledger.holds import withdrawn_in
+from client.ledger.file import withdrawn_in
 from client.outgoing import UNTOLD
 from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLost, failed
 from client.site import ledger_of, policy_of

@@ -254,7 +254,7 @@ def test_the_first_stage_of_gazal_r1_runs_on_another_model_and_exports(toy_gener
     assert [len(line.participants) for line in lines] == [2, 2, 2]
     assert all(spent(line).epsilon_total > 0 for line in read_lines(PrivacyLine, folder))
     scored = evaluate_run(folder)
-    # Magnitudes divide by norms that PEFT rounds otherwise: 1.06e-5 was met in some forty runs, each with its own noise.
+    # Magnitudes divide by norms that PEFT rounds otherwise: 1.06e-5 was met in some forty runs, each of other noise.
     assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, pytest.approx(lines[-1].loss, rel=2e-5))
     assert abs(scored.loss - read_file(BaselineFile, folder).loss) > 1e-4, "a base model alone would pass"
     said = CliRunner().invoke(app, ["evaluate", str(folder)])

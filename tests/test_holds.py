@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from test_ledger import DELTA, ROUND, charge, cost_of
 from test_report import fedveil
 
 from audits.tiny_site import OneSite, clinic, pins
+from client.ledger.file import withdrawn_in
 from client.ledger.holds import Holds, moment
 from client.ledger.ledger import Ledger
 from client.ledger.receipts import receipt_of
@@ -387,3 +389,13 @@ def test_a_receipt_is_signed_and_a_changed_one_is_found(ledger: Ledger, path: Pa
     public.verify(signature, out.read_bytes())
     with pytest.raises(InvalidSignature):
         public.verify(signature, out.read_bytes().replace(b"mine", b"mime"))
+
+
+def test_who_is_withdrawn_is_read_from_the_file_of_a_ledger_with_one_name(ledger: Ledger, path: Path) -> None:
+    assert withdrawn_in(path) == frozenset()
+    assert withdrawn_in(path.with_name("none.sqlite")) == frozenset()
+    ledger.holds.withdraw("ward", "asked for")
+    assert withdrawn_in(path) == {"ward"}
+    os.link(path, path.with_name("second.sqlite"))
+    with pytest.raises(LedgerError, match="has 2 names"):
+        withdrawn_in(path)

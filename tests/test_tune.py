@@ -196,6 +196,7 @@ def test_trials_without_privacy_and_trials_that_fit_no_budget_are_refused(
     with pytest.raises(ConfigError, match="whose budget is the server's, which trials do not count"):
         read_tuning(trials_file(tmp_path, {**base, **site}, THREE))
     summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "training.local-steps": 1}
+    summed |= {"training.optimizer": "sgd", "training.weight-decay": 0.0}
     with pytest.raises(ConfigError, match="counts on honest sites, trial by trial: choose under 'dp-sgd'"):
         read_tuning(trials_file(tmp_path, {**base, **summed}, THREE))
     monkeypatch.setattr(tune, "paid_before", lambda _: [Release(sampled_gaussian(0.5, 0.5), 10)])

@@ -24,7 +24,7 @@ import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,6 +50,26 @@ def only_ledger(folder: Path) -> Path:
             "(ledger = FILE), since what the other one holds would count for nothing"
         )
     return held[0] if held else folder / "ledger.sqlite"
+
+
+def withdrawn_in(path: Path) -> frozenset[str]:
+    """Return the data sets that are withdrawn in a ledger's file, which is not read for it otherwise; none of no file.
+
+    Opening a ledger checks all of it, which takes the longer the more records it knows: this is asked before a task is
+    taken, where time tells.
+
+    Raises:
+        LedgerError: the file cannot be read, has a second name, or was locked for too long.
+    """
+    if not path.exists():
+        return frozenset()
+    _refuse_second_name(path)
+    # mode=rw: a journal that a killed process left is rolled back, as by whoever opens the ledger.
+    place = f"{path.absolute().as_uri()}?mode=rw"
+    with one_line(path, "read"), closing(_connect(place, uri=True)) as db:
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'withdrawals'").fetchone():
+            return frozenset()  # of a format that knew none
+        return frozenset(name for (name,) in db.execute("SELECT DISTINCT dataset FROM withdrawals"))
 
 
 class LedgerFile:

@@ -13,41 +13,18 @@ from __future__ import annotations
 
 import math
 import re
-import sqlite3
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from datetime import UTC, datetime, time
-from pathlib import Path
 
-from client.ledger.file import BUSY_SECONDS, LedgerFile, now
+from client.ledger.file import LedgerFile, now
 from client.ledger.rows import Reservation, Withdrawal
-from common.errors import ConfigError, LedgerError
+from common.errors import ConfigError
 from common.paths import RUN_NAME
 
 Total = Callable[[str, int], float]
 """The epsilon of a data set without the charges of a run after the one of this number; of all, with an empty name."""
 WITHDRAWN = "data set '{}' was withdrawn by its steward: no round gets anything of it"
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
-
-
-def withdrawn_in(path: Path) -> frozenset[str]:
-    """Return the data sets that are withdrawn in a ledger's file, which is not read for it otherwise; none of no file.
-
-    Opening a ledger checks all of it, which takes the longer the more records it knows: this is asked before a task is
-    taken, where time tells.
-
-    Raises:
-        LedgerError: the file cannot be read, or was locked for too long.
-    """
-    if not path.exists():
-        return frozenset()
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", timeout=BUSY_SECONDS, uri=True)) as db:
-            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'withdrawals'").fetchone():
-                return frozenset()  # of a format that knew none
-            return frozenset(name for (name,) in db.execute("SELECT DISTINCT dataset FROM withdrawals"))
-    except sqlite3.Error as error:
-        raise LedgerError(f"the ledger {path} cannot be read ({error}): check rights and space") from error
 
 
 class Holds:
