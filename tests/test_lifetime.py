@@ -1,4 +1,4 @@
-"""What a site has made of its records lives as long as the run that it is for, an idle hour, and the worker at most."""
+"""The lifetime of what a site makes of its records: the run that it is for, an idle hour, and the worker at most."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from client import app, local_training, runtime, worker
 from client import site as site_module
 from client.ledger.ledger import Ledger
 from common.bundle import PROJECT, files_of
+from common.errors import ProtocolError
 from common.messages.wire import encode_task
 from common.model.federated import FederatedModel, model_of
 from common.tasks import Record
@@ -92,6 +93,24 @@ def test_a_task_of_another_run_that_is_refused_ends_the_first_one_s_features_all
     site = clinic({**toy_settings, **HEAD}, tmp_path)
     site.train(1, "abandoned")
     site.refuse(9, "next")  # a round that the run does not have
+    assert not computed()
+
+
+def test_a_last_round_that_is_refused_before_it_trains_leaves_nothing(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ProtocolError("the task is none")
+
+    site = clinic({**toy_settings, **HEAD}, tmp_path)
+    site.train(3)
+    assert computed() == {"clinic"}
+    monkeypatch.setattr(app, "check_task", refuse)
+    with monkeypatch.context() as planted:
+        planted.setattr(app, "_drop", does_nothing)
+        site.refuse(4)
+        assert computed() == {"clinic"}, "planted: a last round after which nothing is dropped"
+    site.refuse(4)
     assert not computed()
 
 

@@ -1,4 +1,4 @@
-"""The real trackers keep what they are told, read back by each one's own reader: ``make test-trackers``."""
+"""Runs told to the real trackers, and read back by each one's own reader: ``make test-trackers``."""
 
 from __future__ import annotations
 
