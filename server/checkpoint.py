@@ -64,6 +64,7 @@ BEFORE: Mapping[str, Scalar] = {
     "start.singular-values": False,
     "data.slice": "",
     "data.messages": "messages",
+    "data.context": "",
     "data.instruction": "instruction",
     "data.input": "input",
     "data.output": "output",

@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError
 from common.model.base import BaseModel, load_base_model
 from common.tasks import TASKS, Chat, Instruction
 from common.tasks.base import Batch
-from common.tasks.causal_lm import IGNORED
+from common.tasks.causal_lm import IGNORED, CausalLM
 from common.tasks.cells import Misfit
 from common.tasks.chat import MOST_TURNS, Conversation, read_turns
 from common.tasks.instruction import Exchange, read_history
@@ -209,6 +209,41 @@ def test_three_ways_to_write_a_conversation_are_one_record(tmp_path: Path) -> No
     assert trl[0].likeness() == "is very warm and a story"
 
 
+def test_a_prompt_in_turns_is_read_before_and_only_the_completion_is_learnt(base: BaseModel, tmp_path: Path) -> None:
+    """TRL's prompt and completion in turns; what the assistant said in the prompt is no target."""
+    row = {"prompt": SENT[:4], "completion": SENT[4:]}
+    columns = {"context": "prompt", "messages": "completion"}
+    (split,) = loaded(write(tmp_path / "split.jsonl", [row]), "chat", **columns)
+    (whole,) = loaded(write(tmp_path / "whole.jsonl", [{"messages": SENT}]), "chat")
+    assert split.canonical(None) == whole.canonical(None), "a ledger would not know the conversation again"
+    assert split.likeness() == whole.likeness()
+    (record,), (other,) = (Chat().tokenise(base.processor, [one], 64) for one in (split, whole))
+    assert record["input_ids"] == other["input_ids"]
+    learnt = [token for token, label in zip(record["input_ids"], record["labels"], strict=True) if label != IGNORED]
+    assert base.processor.decode(learnt).split() == ["the", "actor", "was", "dull", "[SEP]"]
+    assert len(learnt) < sum(label != IGNORED for label in other["labels"])
+    for cell in (None, "the film", [{"role": "tool", "content": "x"}]):
+        reading = load_protected(
+            DataConfig(
+                name=str(write(tmp_path / "bad.jsonl", [{**row, "prompt": cell}, row])), columns=Columns(columns)
+            ),
+            "chat",
+        )
+        assert len(reading.dataset.examples) == 1
+
+
+def test_a_column_of_text_alone_is_learnt_whole_and_divided_by_its_words(base: BaseModel, tmp_path: Path) -> None:
+    """TRL's language modelling layout; equal texts stay on one side of the test part's cut."""
+    texts = ["the film is warm", "The film  is warm", "a dull story"]
+    path = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    examples = loaded(path, "causal-lm", prompt="", completion="text")
+    assert [one.texts() for one in examples] == [["", text] for text in texts]
+    assert [one.likeness() for one in examples] == ["the film is warm"] * 2 + ["a dull story"]
+    records = CausalLM().tokenise(base.processor, examples, 64)
+    words = len(base.processor(texts[2], add_special_tokens=False)["input_ids"])
+    assert sum(label != IGNORED for label in records[2]["labels"]) >= words
+
+
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
@@ -347,6 +382,12 @@ def test_no_record_is_trained_on_as_another_text_than_was_written(
             "LLaMA-Factory's sharegpt layout: set model.task to 'chat' and data.messages",
         ),
         ({"instruction": "a", "output": "b"}, "causal-lm", "alpaca layout: set model.task to 'instruction'"),
+        ({"prompt": SENT, "completion": SENT}, "chat", "to 'chat' with data.context 'prompt' and data.messages"),
+        (
+            {"text": "a"},
+            "causal-lm",
+            "TRL's language modelling layout: set model.task to 'causal-lm', data.prompt to ''",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "no task here learns from a better and a worse"),
     ],
 )

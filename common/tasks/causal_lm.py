@@ -33,7 +33,7 @@ class CausalLM(TextTask):
 
     name: ClassVar[str] = "causal-lm"
     roles: ClassVar[tuple[Role, ...]] = (
-        Role("prompt", "text", "the prompt"),
+        Role("prompt", "text", "the prompt", optional=True, usual=True),
         Role("completion", "completion", "the completion"),
     )
 

@@ -44,12 +44,20 @@ class Conversation(Example):
     turns: tuple[Turn, ...]
     system: str = ""
     """What the system says first, from a column of its own; empty: nothing."""
+    before: tuple[Turn, ...] = ()
+    """What was said before the turns, from a column of its own; nothing of it is learnt."""
 
     @property
     def spoken(self) -> tuple[Turn, ...]:
         """All turns. A system's turn among them goes before the column, as in LLaMA-Factory."""
-        own = self.system and not (self.turns and self.turns[0][0] == SYSTEM)
-        return ((SYSTEM, self.system), *self.turns) if own else self.turns
+        turns = (*self.before, *self.turns)
+        own = self.system and not (turns and turns[0][0] == SYSTEM)
+        return ((SYSTEM, self.system), *turns) if own else turns
+
+    @property
+    def given(self) -> int:
+        """How many of all turns come before those that are learnt."""
+        return len(self.spoken) - len(self.turns)
 
     def canonical(self, label: str | None) -> str:
         """Return the turns as JSON, however the source writes them."""
@@ -57,7 +65,7 @@ class Conversation(Example):
 
     def likeness(self) -> str:
         """Return what was asked, but for case and blanks."""
-        return " ".join(words for who, text in self.turns if who == USER for words in text.split()).casefold()
+        return " ".join(words for who, text in self.spoken if who == USER for words in text.split()).casefold()
 
     def texts(self) -> list[str]:
         """Return the words of every turn."""
@@ -72,8 +80,21 @@ def read_turns(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
         folder: of the file; no cell names another.
 
     Raises:
-        Misfit: it is no such list, has too many turns or characters, a turn has no words or holds more than words, or
-            no turn is the assistant's.
+        Misfit: as ``read_before``, or no turn is the assistant's.
+    """
+    turns = list(read_before(value))
+    while turns and turns[-1][0] != ASSISTANT:
+        turns.pop()
+    if not turns:
+        raise Misfit("has no turn of the assistant", "there is nothing to learn from it: remove the row")
+    return tuple(turns)
+
+
+def read_before(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
+    """Return a cell's turns, whoever says the last one; a system's turn without words is none.
+
+    Raises:
+        Misfit: it is no such list, has too many turns or characters, or a turn has no words or holds more than words.
     """
     if isinstance(value, str):
         if len(value) > CELL_CHARACTERS:
@@ -89,10 +110,6 @@ def read_turns(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
     turns = [turn for item in value for turn in _turn(item)]
     if sum(len(text) for _, text in turns) > CELL_CHARACTERS:
         raise Misfit(f"has more than {CELL_CHARACTERS} characters")
-    while turns and turns[-1][0] != ASSISTANT:
-        turns.pop()
-    if not turns:
-        raise Misfit("has no turn of the assistant", "there is nothing to learn from it: remove the row")
     return tuple(turns)
 
 
@@ -120,7 +137,11 @@ class Chat(CausalLM):
     """A conversation; the loss is the mean negative log-likelihood of the tokens of the assistant's turns."""
 
     name: ClassVar[str] = "chat"
-    roles: ClassVar[tuple[Role, ...]] = (Role("messages", "turns", "the conversation", read=read_turns), SYSTEM_ROLE)
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role("messages", "turns", "the conversation", read=read_turns),
+        Role("context", "before", "what was said before, and is not learnt", optional=True, read=read_before),
+        SYSTEM_ROLE,
+    )
     example: ClassVar[type[Example]] = Conversation
     answered: ClassVar[frozenset[str]] = frozenset({"system"})
     left_out: ClassVar[Mapping[str, str]] = LEFT_OUT
@@ -168,7 +189,8 @@ class Chat(CausalLM):
         records: list[Record] = []
         for i, example in enumerate(examples):
             try:
-                parts = _parts(tokenizer, cast(Conversation, example).spoken)
+                talk = cast(Conversation, example)
+                parts = _parts(tokenizer, talk.spoken, talk.given)
             except Exception as error:  # whatever a template raises
                 raise DataError(
                     f"record {i + 1} is none for the base model's chat template: {_reason(error)}"
@@ -201,8 +223,8 @@ def _check_template(tokenizer: Any) -> None:
         ) from error
 
 
-def _parts(tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
-    """Return the text of a conversation in parts, and of each whether it is the assistant's own.
+def _parts(tokenizer: Any, turns: Sequence[Turn], given: int = 0) -> list[tuple[str, bool]]:
+    """Return the text of a conversation in parts, and of each whether it is learnt: the assistant's, after those given.
 
     Raises:
         DataError: the template writes earlier turns anew when later ones come, so that nobody can say whose is what.
@@ -213,7 +235,7 @@ def _parts(tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
             asked, answered = _text(tokenizer, turns[:i], asking=True), _text(tokenizer, turns[: i + 1])
             if not (asked.startswith(done) and answered.startswith(asked) and len(answered) > len(asked)):
                 raise DataError("it writes earlier turns anew when later ones come")
-            parts += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+            parts += [(asked[len(done) :], False), (answered[len(asked) :], i >= given)]
             done = answered
     return parts
 

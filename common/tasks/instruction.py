@@ -67,6 +67,11 @@ class Exchange(Example):
         last = ((ASSISTANT, self.output),) if self.output else ()
         return (*first, *self.history, (USER, self.question), *last)
 
+    @property
+    def given(self) -> int:
+        """How many turns come before those that are learnt: none, for answers of the history are learnt as well."""
+        return 0
+
     def canonical(self, label: str | None) -> str:
         """Return the turns as JSON, as those of a conversation."""
         return json.dumps({"turns": self.spoken, "label": label})

@@ -16,6 +16,12 @@ class Layout:
     """Columns that every file of it has."""
     advice: str
     """How it is read here, in words for whoever named other columns."""
+    alone: bool = False
+    """Whether its columns are too common to tell it by, unless a file has no others."""
+
+    def fits(self, columns: frozenset[str]) -> bool:
+        """Return whether records of these columns are of this layout."""
+        return self.columns == columns if self.alone else self.columns <= columns
 
 
 LAYOUTS = (
@@ -25,7 +31,18 @@ LAYOUTS = (
         "no task here learns from a better and a worse answer: keep the chosen ones as model.task 'chat'",
     ),
     Layout("TRL's conversational layout", frozenset({"messages"}), "set model.task to 'chat'"),
-    Layout("TRL's prompt and completion", frozenset({"prompt", "completion"}), "set model.task to 'causal-lm'"),
+    Layout(
+        "TRL's prompt and completion",
+        frozenset({"prompt", "completion"}),
+        "set model.task to 'causal-lm', or, where both are lists of turns, to 'chat' with data.context 'prompt' and "
+        "data.messages 'completion'",
+    ),
+    Layout(
+        "TRL's language modelling layout",
+        frozenset({"text"}),
+        "set model.task to 'causal-lm', data.prompt to '' and data.completion to 'text'",
+        alone=True,
+    ),
     Layout(
         "LLaMA-Factory's sharegpt layout",
         frozenset({"conversations"}),
@@ -46,5 +63,5 @@ def known_layout(columns: Collection[str]) -> str:
     >>> known_layout(["conversations", "id"])
     ". It is LLaMA-Factory's sharegpt layout: set model.task to 'chat' and data.messages to 'conversations'"
     """
-    found = next((layout for layout in LAYOUTS if layout.columns <= set(columns)), None)
+    found = next((layout for layout in LAYOUTS if layout.fits(frozenset(columns))), None)
     return f". It is {found.name}: {found.advice}" if found else ""

@@ -28,7 +28,7 @@ TOKENS = "input_ids"
 class TextExample(Example):
     """One record of text; ``text`` is the prompt where there is a completion."""
 
-    text: str
+    text: str = ""
     text_pair: str | None = None
     completion: str | None = None
 
@@ -37,8 +37,11 @@ class TextExample(Example):
         return json.dumps([self.text, self.text_pair, label, self.completion])
 
     def likeness(self) -> str:
-        """Return the text but for case and blanks: records of one text stay together, whatever is beside it."""
-        return " ".join(self.text.split()).casefold()
+        """Return the text but for case and blanks: records of one text stay together, whatever is beside it.
+
+        A completion of nothing is the text.
+        """
+        return " ".join((self.text or self.completion or "").split()).casefold()
 
 
 class TextTask(Task):
