@@ -297,6 +297,8 @@ class BesideRow:
     half: float | None
     """Half of its 95 % interval (Student's t); None of a single run."""
     runs: int
+    honest: int = 0
+    """How many honest sites its ε counts on; 0: on none, as each site adds all of its noise itself."""
 
 
 @dataclass(frozen=True)

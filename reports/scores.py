@@ -82,7 +82,7 @@ def label_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> 
 
 BESIDE = (
     "Means of a sweep's runs on the same base model and data, with half of the 95 % interval over runs. They show "
-    "whether federating helped, and what privacy cost."
+    "whether federating helped, and what privacy cost. An ε with h counts on so many honest sites."
 )
 
 
@@ -91,9 +91,12 @@ def beside_cells(row: BesideRow) -> tuple[str, ...]:
 
     >>> beside_cells(BesideRow("head-only", "local-only", None, 0.731, 0.75, 0.012, 3))
     ('head-only', 'local-only', 'no privacy', '3', '73.1 %', '75.0 % ± 1.2')
+    >>> beside_cells(BesideRow("sum", "federated", 3.0, 0.731, 0.77, None, 1, honest=3))[2]
+    '3 (h = 3)'
     """
     half = "" if row.half is None else f" ± {100 * row.half:.1f}"
     epsilon = "no privacy" if row.epsilon_asked is None else f"{row.epsilon_asked:g}"
+    epsilon += f" (h = {row.honest})" if row.honest else ""
     accuracies = (percent_text(row.accuracy_before), f"{percent_text(row.accuracy)}{half}")
     return (row.variant, row.arm, epsilon, str(row.runs), *accuracies)
 

@@ -23,7 +23,8 @@ from experiments.sweep.conduct import row_words
 from experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
 from experiments.sweep.published import SHIPPED, Published, read_published
 from experiments.sweep.rows import Row, write_rows
-from experiments.sweep.summary import groups, interval, markdown_of
+from experiments.sweep.summary import beside, groups, interval, markdown_of
+from reports.scores import beside_cells
 from strategies.job import configure
 
 
@@ -160,6 +161,21 @@ def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -
     assert "ε is per record, of the site that has spent most, at δ 1e-05" in divided
     assert "never seeded" not in markdown_of(OPEN), "there is no noise in these"
     assert "code aaaaaaaaaaaa, bbbbbbbbbbbb." in markdown_of([SEEDS[0], replace(SEEDS[1], code="b" * 64)])
+
+
+def test_an_epsilon_that_counts_on_honest_sites_names_them_wherever_runs_stand_beside_each_other() -> None:
+    summed = [replace(r, variant="sum", settings={**r.settings, "privacy.honest-sites": 3}) for r in SEEDS]
+    told = markdown_of([*SEEDS, *summed])
+    lines = [line.split(" | ")[2] for line in told.splitlines() if line.startswith("| `")]
+    assert lines == ["8", "8 (h = 3)"]
+    assert "With h it counts on so many honest sites" in told
+    assert "With h" not in markdown_of(SEEDS)
+    (row_beside,) = beside(summed, summed[0].settings).rows
+    assert beside_cells(row_beside)[2] == "8 (h = 3)"
+    fewer = replace(summed[0], seed=9, settings={**summed[0].settings, "privacy.honest-sites": 2})
+    assert groups([*summed, fewer])[0].honest == 2, "the boldest reading stood for all"
+    open_rows = [replace(r, settings={**r.settings, "privacy.honest-sites": 3}) for r in OPEN]
+    assert groups(open_rows)[0].honest == 0, "a run without privacy counts on nobody"
 
 
 # Pictures

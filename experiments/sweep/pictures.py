@@ -158,7 +158,7 @@ def _fitted_heads(axes: Axes, found: Sequence[Group]) -> None:
                 color=COLOURS[_index(found, group.variant) % len(COLOURS)],
                 linestyle=ARMS[group.arm].dash,
                 linewidth=1.2,
-                label=f"{group.variant}, {group.arm}",
+                label=f"{group.variant}, {group.arm}{f', h = {group.honest}' if group.honest else ''}",
             )
 
 

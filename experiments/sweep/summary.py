@@ -91,6 +91,8 @@ class Group:
     """Mean of a seed, as ``seconds``; None where that of a run is not known."""
     exact: bool
     """Whether the new weights are exactly the mean of the sites' weights."""
+    honest: int
+    """How many honest sites its ε counts on; 0: on none, as each site adds all of its noise itself."""
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
@@ -135,7 +137,14 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         sent=max((row.sent for row in counting if row.sent is not None), default=None),
         processor_seconds=_of_a_seed([[row.processor_seconds for row in members] for members in whole]),
         exact=_exact(counting[-1].settings),
+        honest=_honest(counting),
     )
+
+
+def _honest(rows: Sequence[Row]) -> int:
+    """Return the fewest honest sites that an ε of the rows counts on; 0: none of them does."""
+    held = (int(row.settings.get("privacy.honest-sites", 0)) for row in rows if row.epsilon is not None)
+    return min((honest for honest in held if honest), default=0)
 
 
 def _of_a_seed(seeds: Sequence[Sequence[float | None]]) -> float | None:
@@ -179,6 +188,7 @@ def beside(rows: Sequence[Row], settings: Mapping[str, Scalar]) -> BesideFile:
             accuracy=group.accuracy.mean,
             half=group.accuracy.half,
             runs=len(group.values),
+            honest=group.honest,
         )
         for group in groups(alike)
     ]
@@ -212,7 +222,7 @@ def _line(group: Group) -> str:
     cells = [
         f"`{group.variant}`",
         group.arm,
-        epsilon_name(group.epsilon_asked),
+        epsilon_name(group.epsilon_asked) + (f" (h = {group.honest})" if group.honest else ""),
         str(len(group.values)),
         accuracy,
         f"{100 * group.before:.1f}",
@@ -277,6 +287,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if deltas:
         held = ", ".join(f"{delta:g}" for delta in deltas)
         told.append(f"ε is per {' or '.join(units)}, of the site that has spent most, at δ {held}.")
+    if _honest(rows):
+        told.append("With h it counts on so many honest sites; what holds without them is in each run's report.")
     seed = "A seed gives the start and, without privacy, the order of batches"
     told.append(f"{seed}; {_division(divided, cut)}.")
     if deltas:
