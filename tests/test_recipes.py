@@ -30,7 +30,11 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
     ("settings", "recipe", "note"),
     [
         ({}, "metric", ""),
-        ({"privacy.epsilon": 1.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
+        ({"privacy.epsilon": 2.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
+        ({"privacy.epsilon": 1.0}, "head-only", "because privacy.epsilon is 1, and that takes 2 at least"),
+        ({"privacy.epsilon": 1.0, "privacy.noise-multiplier": 0.5}, "metric", ""),
+        ({"privacy.mode": "secure-sum", "privacy.honest-sites": 4, "privacy.epsilon": 1.0}, "metric", ""),
+        ({"privacy.mode": "secure-sum", "privacy.honest-sites": 4, "privacy.epsilon": 0.9}, "head-only", "takes 1 at"),
         ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
         ({"rounds": 50}, "metric", ""),
         ({"data.name": "snli-dev", "privacy.delta": 1e-4}, "metric", ""),
