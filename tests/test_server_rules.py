@@ -33,7 +33,7 @@ from strategies.rules import RULES, ServerRule
 from strategies.rules.align_guard import AlignGuard, guarded
 from strategies.rules.allora import row_factors
 from strategies.rules.base import Known
-from strategies.rules.lora_pro import tangent_step
+from strategies.rules.lora_pro import LoRAPro, tangent_step
 from strategies.rules.soft_threshold import entries_shrunk, product_shrunk
 
 OUT, INTO, RANK = 13, 9, 3
@@ -140,6 +140,41 @@ def test_invariant_38_at_b_zero_noise_is_damped_lora_fa_and_finite(factors: tupl
     # The authors' form, planted: what it makes of the noise of A alone is beyond all bounds.
     published = torch.linalg.solve(B.T @ B * 1e-18 + 1e-8 * torch.eye(RANK, dtype=torch.float64), g_a) / S**2
     assert published.abs().max() > 1e6
+
+
+def posterior(g_a: Tensor, g_b: Tensor, A: Tensor, B: Tensor, spread: float, noise: float) -> Tensor:
+    """Return the mean of G given both gradients, if its numbers are independent and normal: by one dense inverse."""
+    rows, columns = torch.eye(OUT, dtype=torch.float64), torch.eye(INTO, dtype=torch.float64)
+    views = S * torch.cat([torch.kron(B.T.contiguous(), columns), torch.kron(rows, A)])
+    seen = torch.cat([g_a.flatten(), g_b.flatten()])
+    covariance = spread**2 * views @ views.T + noise**2 * torch.eye(len(seen), dtype=torch.float64)
+    return (spread**2 * views.T @ torch.linalg.solve(covariance, seen)).reshape(OUT, INTO)
+
+
+@pytest.mark.parametrize("lacking", ["none", "B", "A", "all of A"])
+def test_invariant_38_the_damping_of_a_private_run_is_that_of_the_best_guess_of_a_normal_gradient(
+    lacking: str, factors: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    G, A, B = factors
+    if lacking == "B":
+        B[:, 2] = 2 * B[:, 0]
+    if lacking == "A":
+        A[2] = 2 * A[0]
+    if lacking == "all of A":
+        A.zero_()
+    noise, rule = 0.4, LoRAPro(signal=0.7)
+    held, clean = {"A": A, "B": B}, {"A": S * B.T @ G, "B": S * G @ A.T}
+    noised = {"A": clean["A"] + noise * draw(RANK, INTO, seed=4), "B": clean["B"] + noise * draw(OUT, RANK, seed=5)}
+
+    def moved(change: dict[str, Tensor]) -> Tensor:
+        return S * (B @ change["A"] + change["B"] @ A)
+
+    wanted = posterior(noised["A"], noised["B"], A, B, 0.7 * noise, noise)
+    assert (moved(rule.change(noised, held, S, noised=True)) - wanted).abs().max() < 1e-8
+    assert (moved(rule.change(clean, held, S, noised=False)) - projected(G, A, B)).abs().max() < 1e-8
+    # Planted: a damping without the scale, of the root, and of the inverse ratio.
+    for wrong in (0.7**-2, 1 / (S * 0.7), (0.7 / S) ** 2):
+        assert (tangent_step(noised["A"], noised["B"], A, B, S, wrong)[2] - wanted).abs().max() > 1e-3
 
 
 def test_lora_pro_has_less_error_than_the_projection_where_b_is_small() -> None:

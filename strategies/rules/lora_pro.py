@@ -40,7 +40,8 @@ from strategies.base import Strategy
 from strategies.rules.base import ServerRule
 
 NEGLIGIBLE = 1e-7
-"""Singular values below this share of the largest count as zero where nothing is damped (float32 factors)."""
+"""Share of the largest below which singular values of A count as zero, and those of B where nothing is damped; factors
+are float32."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,19 @@ def tangent_step(
     """
     U, beta, R = torch.linalg.svd(B, full_matrices=False)
     Q, delta, Vt = torch.linalg.svd(A, full_matrices=False)
-    beta_square, delta_square = _used(beta, damping), _used(delta, damping)
+    # No step of B moves what A does not reach: those directions are among the others, which a step of A moves.
+    reached = delta > NEGLIGIBLE * delta[:1]
+    Q, delta, Vt = Q[:, reached], delta[reached], Vt[reached]
+    beta_square, delta_square = _used(beta, damping), delta.square() + damping
     rows, columns = R @ g_a, g_b @ Q
     seen, across = rows @ Vt.T, U.T @ columns
-    weights = (scaling * (beta[:, None].square() + delta.square() + damping)).clamp(min=torch.finfo(B.dtype).tiny)
+    weights = scaling * (beta[:, None].square() + delta_square)
     block = (beta[:, None] * seen + delta * across) / weights
     beside = rows - seen @ Vt  # R g_A (I - P_A)
     right = (beta / (scaling * beta_square))[:, None] * beside
     left = (columns - U @ across) * (delta / (scaling * delta_square))
     D = U @ block @ Vt + U @ right + left @ Vt
-    b = D @ Vt.T @ torch.diag(delta / _used(delta, 0.0)) @ Q.T / scaling
+    b = D @ Vt.T @ torch.diag(1 / delta) @ Q.T / scaling
     a = R.T @ ((1 / (scaling**2 * beta_square))[:, None] * beside)
     return a, b, D
 
