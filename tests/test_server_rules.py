@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.ledger.ledger import Ledger
 from common.adapters import LoRAFrozenA
@@ -21,6 +21,9 @@ from common.errors import ConfigError, DataError, ModelError
 from common.messages.state import HEAD, AdapterState
 from common.model.base import load_base_model
 from common.nulls import LEVEL, edge_behind, noise_edge
+from common.privacy import dpsgd
+from common.privacy.dpsgd import PrivateSteps
+from common.privacy.plan import gaussian_plan
 from common.run_lines import RoundLine, read_lines
 from common.starts import STARTS
 from experiments.in_process import run_in_process
@@ -211,19 +214,72 @@ def test_invariant_39_with_a_frozen_orthonormal_a_it_would_be_a_constant_factor_
 # --- ALLoRA -----------------------------------------------------------------------------------------------------------
 
 
-def test_invariant_40_the_factor_is_eta_at_zero_and_its_place_is_behind_the_noise() -> None:
-    """Removing a record moves a clipped sum by the clip; scaled between clip and noise it would move by max f clips."""
-    clip, eta = 1.0, 2.0
-    assert torch.equal(row_factors(torch.zeros(OUT, RANK).double(), eta), torch.full((OUT,), eta).double())
-    grown = row_factors(draw(OUT, RANK), eta)
-    assert bool((grown < eta).all())
-    record = draw(OUT, RANK, seed=4)
-    clipped = record * min(1.0, clip / float(record.norm()))
-    f = row_factors(torch.zeros(OUT, RANK).double(), eta)[:, None]
-    behind = clipped  # what noise is added to; the factor comes afterwards
-    between = f * clipped
-    assert float(behind.norm()) == pytest.approx(clip)
-    assert float(between.norm()) == pytest.approx(clip * eta), "the planted order is not found"
+def noised_sum(x: Tensor, y: Tensor, A: Tensor, clip: float, patch: pytest.MonkeyPatch) -> Tensor:
+    """Return what the mechanism adds noise to, in a step on a B of zeros behind A."""
+    seen: list[Tensor] = []
+
+    def noised(total: Tensor, std: float) -> Tensor:
+        del std
+        seen.append(total.double().clone())
+        return total.double()
+
+    layer = nn.Linear(RANK, OUT, bias=False, dtype=torch.float64)
+    nn.init.zeros_(layer.weight)
+    patch.setattr(dpsgd, "add_private_noise", noised)
+    plan = gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 50.0)
+    with PrivateSteps(layer, torch.optim.SGD([layer.weight], 0.0), plan) as steps:
+        steps.step([{"x": x, "y": y}], lambda batch: (layer(batch["x"] @ A.T) - batch["y"]).square().sum(1))
+    return seen[0]
+
+
+def test_invariant_40_a_record_moves_what_is_noised_by_one_clip_and_a_build_that_scales_first_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    A, x, y, clip, eta = draw(RANK, INTO), draw(6, INTO, seed=2), 9 * draw(6, OUT, seed=3), 0.7, 2.0
+
+    def moved() -> float:
+        whole, rest = (noised_sum(x[:count], y[:count], A, clip, monkeypatch) for count in (6, 5))
+        return float((whole - rest).norm())
+
+    assert moved() == pytest.approx(clip, rel=1e-5), "the record is longer than the clip, so the bound is attained"
+    real = dpsgd.ClipAndNoise.noised
+
+    def scaled(self: Any, parameter: Any, *own: Any) -> Tensor:
+        parameter.summed_grad = row_factors(parameter.detach().double(), eta)[:, None] * parameter.summed_grad
+        return real(self, parameter, *own)
+
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "noised", scaled)
+    assert moved() == pytest.approx(clip * eta, rel=1e-5), "between clip and noise the factor goes unnoticed"
+
+
+def test_invariant_40_rows_step_by_their_own_length_behind_the_servers_adam_and_nothing_else_does() -> None:
+    adam = {"server.optimizer": "adam", "server.learning-rate": 0.05, "server.adam-tau": 1e-9}
+    job = configure({"strategy": "ffa-lora", "server.rule": "allora", "allora.eta": 1.6, **adam})
+    A, B = draw(RANK, INTO, seed=1), draw(OUT, RANK, seed=2)
+    B[4], B[:, 2] = 0, B[:, 0]  # a row that is still at 0, and no full rank
+    head = {"weight": draw(2, 5)}
+    before = job.strategy.start({"layer": {"A": A, "B": B}, HEAD: head}, ("B",))
+    parts = [
+        Contribution(str(k), w, {"layer": {"B": B + draw(OUT, RANK, seed=9 + k)}, HEAD: {"weight": draw(2, 5, seed=k)}})
+        for k, w in enumerate((5.0, 3.0, 2.0))
+    ]
+    averaged = job.strategy.combine(before, parts)
+    plain, ruled = server_step(job.config, before, averaged), ruled_step(job, job.config, {}, before, averaged)
+    factors = [1 / (float(row.norm()) + 1.6**-2) ** 0.5 for row in B]
+    assert factors[4] == pytest.approx(1.6)
+    assert max(f for i, f in enumerate(factors) if i != 4) < 1.6
+    steps = plain.adapter["layer"]["B"] - B
+    found = ruled.adapter["layer"]["B"]
+    for i, f in enumerate(factors):
+        assert float((found[i] - B[i] - f * steps[i]).abs().max()) < 1e-12
+    assert torch.equal(ruled.adapter["layer"]["A"], A)
+    assert torch.equal(ruled.adapter[HEAD]["weight"], plain.adapter[HEAD]["weight"])
+    # Planted: in front of Adam, which divides the factor out.
+    scaled = B + torch.tensor(factors, dtype=torch.float64)[:, None] * (averaged.adapter["layer"]["B"] - B)
+    layer = {**averaged.adapter["layer"], "B": scaled}
+    planted = server_step(job.config, before, replace(averaged, adapter={**averaged.adapter, "layer": layer}))
+    assert float((planted.adapter["layer"]["B"] - plain.adapter["layer"]["B"]).abs().max()) < 1e-6
+    assert float((planted.adapter["layer"]["B"] - found).abs().max()) > 1e-3
 
 
 def test_invariant_41_a_scale_is_refused_and_a_turn_of_the_basis_changes_nothing() -> None:
@@ -231,7 +287,8 @@ def test_invariant_41_a_scale_is_refused_and_a_turn_of_the_basis_changes_nothing
         configure({"strategy": "ffa-lora", "server.rule": "allora", "adapter.alpha": 16.0})
     with pytest.raises(ConfigError, match="rows of B trained from 0"):
         configure({"strategy": "fed-sb", "server.rule": "allora"})
-    assert configure({"strategy": "fed-svd", "server.rule": "allora"}).adapter.alpha == 8.0
+    adapter = configure({"strategy": "fed-svd", "server.rule": "allora"}).adapter
+    assert adapter.peft_config().lora_alpha == adapter.peft_config().r == 8
     Q, _ = torch.linalg.qr(draw(RANK, RANK))
     B = draw(OUT, RANK, seed=2)
     assert (row_factors(B @ Q, 2.0) - row_factors(B, 2.0)).abs().max() < 1e-12
@@ -240,42 +297,80 @@ def test_invariant_41_a_scale_is_refused_and_a_turn_of_the_basis_changes_nothing
 # --- AlignGuard -------------------------------------------------------------------------------------------------------
 
 
-def test_invariant_j1_collision_terms_vanish_for_a_projector_and_for_a_mask() -> None:
-    change, U = draw(OUT * RANK), torch.linalg.qr(draw(OUT * RANK, 4, seed=1))[0]
-    guard = U @ (U.T @ change)
-    assert float(guard @ (change - guard)) ** 2 < 1e-24
-    mask = torch.arange(OUT * RANK) % 3 == 0
+def flat(state: AdapterState) -> Tensor:
+    return torch.cat([state[layer]["B"].flatten() for layer in ("one", "two")])
+
+
+def two_layers(pulls: Tensor) -> AdapterState:
+    """Return rows of numbers, or one, as those of two layers that are not square."""
+    first, second = pulls.split([OUT * RANK, 12], dim=-1)
+    return {
+        "one": {"B": first.reshape(*pulls.shape[:-1], OUT, RANK)},
+        "two": {"B": second.reshape(*pulls.shape[:-1], 4, 3)},
+    }
+
+
+def test_invariant_j1_both_parts_of_a_guarded_change_are_orthogonal_so_that_the_geodesic_term_is_zero() -> None:
+    numbers, rule = OUT * RANK + 12, AlignGuard(strength=1e14, directions=4)
+    pulls = guarded(draw(20, numbers, seed=1), rule.directions, rule.strength)
+    for seed in (5, 6):
+        b = draw(numbers, seed=seed)
+        rest = flat(rule.step({}, two_layers(b), two_layers(pulls), Known()))
+        guard = b - rest
+        assert float(guard.norm()) > 0.1, "nothing is guarded: nothing is proved"
+        assert abs(float(guard @ rest)) < 1e-12
+        assert float((guard * rest).abs().sum()) > 1, "the other collision term depends on coordinates, and is not zero"
+        # Planted: onto the same directions, but not at right angles.
+        skew = pulls + 0.5 * draw(4, numbers, seed=seed + 10)
+        oblique = pulls.T @ torch.linalg.solve(skew @ pulls.T, skew @ b)
+        assert abs(float(oblique @ (b - oblique))) > 1e-2
+
+
+def test_invariant_j1_of_a_mask_of_coordinates_both_collision_terms_are_zero_and_of_turned_ones_one() -> None:
+    numbers = OUT * RANK
+    change, mask = draw(numbers), torch.arange(numbers) % 3 == 0
     kept, rest = change * mask, change * ~mask
-    assert float((kept * rest).abs().max()) == 0.0
-    assert float(kept @ rest) == 0.0
+    assert float((kept * rest).abs().max()) == float(kept @ rest) == 0.0
+    Q = torch.linalg.qr(draw(numbers, numbers, seed=2))[0]
+    turned = Q @ (mask * (Q.T @ change))
+    assert abs(float(turned @ (change - turned))) < 1e-12
+    assert float((turned * (change - turned)).abs().max()) > 1e-2
 
 
-def test_invariant_j2_the_closed_form_of_the_fisher_terms_gradient_is_that_of_differences() -> None:
-    g, b, strength = draw(20, OUT * RANK, seed=3), draw(OUT * RANK, seed=4), 0.7
-    _, values, Vt = torch.linalg.svd(g, full_matrices=False)
-    c = strength * (values[:5] / values[0]).square()
+def test_invariant_j2_what_the_rule_takes_is_the_gradient_of_the_fisher_term_where_it_leads() -> None:
+    """By central differences of strength / 2 xᵀ P F P x / λ₁, for F of per-record gradients without full rank."""
+    numbers, rule = OUT * RANK + 12, AlignGuard(strength=0.7, directions=5)
+    g = draw(20, numbers, seed=3)
+    b = draw(numbers, seed=4)
+    moved = flat(rule.step({}, two_layers(b), two_layers(guarded(g, 5, 0.7)), Known()))
+    F = g.T @ g / len(g)
+    values, vectors = torch.linalg.eigh(F)
+    P = vectors[:, -5:] @ vectors[:, -5:].T
 
     def term(x: Tensor) -> float:
-        return float((c * (Vt[:5] @ x).square()).sum()) / 2
+        return 0.7 / 2 * float(x @ P @ F @ P @ x / values[-1])
 
-    closed, step = Vt[:5].T @ (c * (Vt[:5] @ b)), 1e-5
-    for i in range(0, OUT * RANK, 7):
-        unit = torch.zeros_like(b)
-        unit[i] = step
-        assert (term(b + unit) - term(b - unit)) / (2 * step) == pytest.approx(float(closed[i]), abs=1e-6)
+    def differences(x: Tensor) -> Tensor:
+        units = 1e-4 * torch.eye(numbers, dtype=torch.float64)
+        return torch.tensor([(term(x + unit) - term(x - unit)) / 2e-4 for unit in units], dtype=torch.float64)
+
+    taken = b - moved
+    assert (taken - 0.7 * P @ F @ P @ moved / values[-1]).abs().max() < 1e-12
+    assert (taken - differences(moved)).abs().max() < 1e-6
+    # Planted: the gradient where the step began, and a pull by eigenvalues' roots.
+    assert (taken - differences(b)).abs().max() > 1e-2
+    roots = torch.linalg.svd(g, full_matrices=False)
+    c = 0.7 * roots.S[:5] / roots.S[0]
+    planted = b - (c / (1 + c) * (roots.Vh[:5] @ b)) @ roots.Vh[:5]
+    assert (b - planted - differences(planted)).abs().max() > 1e-3
 
 
 def test_invariant_j3_the_shift_is_the_proximal_map_and_is_the_same_at_the_sites() -> None:
     rule, g = AlignGuard(strength=3.0, directions=5), draw(20, OUT * RANK + 12, seed=3)
-    pulls = guarded(g, rule.directions, rule.strength)
-    parts = pulls.split([OUT * RANK, 12], dim=1)
-    measured = {"one": {"B": parts[0].reshape(-1, OUT, RANK)}, "two": {"B": parts[1].reshape(-1, 4, 3)}}
+    measured = two_layers(guarded(g, rule.directions, rule.strength))
 
     def shifted(state: AdapterState) -> AdapterState:
         return rule.step(state, state, measured, Known())
-
-    def flat(state: AdapterState) -> Tensor:
-        return torch.cat([state[layer]["B"].flatten() for layer in ("one", "two")])
 
     state = {"one": {"B": draw(OUT, RANK, seed=5)}, "two": {"B": draw(4, 3, seed=6)}}
     moved, b = flat(shifted(state)), flat(state)
