@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from made_run import spent
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, RandLoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_adapters import losses, random_values, stock
 from torch import Tensor, nn
@@ -118,6 +118,28 @@ def test_without_the_gradient_through_the_norm_the_others_differ_by_one_row_of_n
     assert all(float((found - detached[name]).abs().max()) < 1e-10 for name, found in zip(leaves, ours, strict=True))
 
 
+def test_the_full_gradient_of_the_sum_is_orthogonal_to_its_rows_and_the_detached_one_longer_by_that_part() -> None:
+    factors, weight = numbers()
+    factors["B"][:, 2] = 2 * factors["B"][:, 0]  # without full rank
+    V = weight + dora().scaling * factors["B"] @ factors["A"]
+
+    def of_sum(x: Tensor, detached: bool) -> Tensor:
+        leaf = V.clone().requires_grad_()
+        norm = leaf.norm(dim=1, keepdim=True)
+        W = factors["mu"][:, None] * leaf / (norm.detach() if detached else norm)
+        return torch.autograd.grad((x @ W.T).sin().sum(), leaf)[0]
+
+    for seed in range(3):
+        x = torch.randn(4, INTO, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        detached, full = (of_sum(x, way) for way in (True, False))
+        q = gradients(factors, weight, x, detached=True)["mu"]
+        lost = (factors["mu"] * q / V.square().sum(1))[:, None] * V
+        assert float((detached - full - lost).abs().max()) < 1e-10
+        assert float((full * V).sum(1).abs().max()) < 1e-10
+        assert float((detached * V).sum(1).abs().max()) > 1e-2, "a gradient with a part along the rows would pass"
+        assert float(detached.norm()) > float(full.norm())
+
+
 @each_family
 def test_every_party_derives_the_same_start(model_folder: Folder, family: str) -> None:
     adapter, state = dora(family), {}
@@ -198,6 +220,36 @@ def test_pefts_own_layer_is_refused_under_the_mechanism_before_anything_is_relea
     with PrivateSteps(model, torch.optim.SGD(trained, 1.0), FIGURES) as steps, pytest.raises(refusal, match=said):
         steps.step([tokens], lambda batch: losses(model, batch))
     assert all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "trained"),
+    [
+        (RandLoraConfig(r=RANK, target_modules=["query"]), ("randlora_lambda", "randlora_gamma")),
+        (MissConfig(r=RANK, target_modules=["query"]), ("miss_block",)),
+    ],
+    ids=["RandLoRA", "MiSS"],
+)
+def test_pefts_layers_of_bare_parameters_are_refused_under_the_mechanism_before_anything_is_released(
+    config: PeftConfig, trained: tuple[str, ...], model_folder: Folder
+) -> None:
+    """No hook fires on a parameter that is no module's own: without the check it would be trained by noise alone."""
+    model: Any = get_peft_model(stock(model_folder("bert"), "bert"), config).double()
+    own = [p for name, p in model.named_parameters() if name.rsplit(".", 2)[-2] in trained]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is p for p in own))
+    with torch.no_grad():
+        for p in own:
+            p.fill_(0.1)
+    before = [p.detach().clone() for p in own]
+    tokens = torch.randint(4, 20, (4, 7), generator=stream(1, "tokens"))
+    (found,) = torch.autograd.grad(losses(model, tokens).sum(), own[:1])
+    assert bool(found.any()), "the layer has no part in the loss: nothing is proved"
+    refused = pytest.raises(MechanismError, match="got no gradient of its own")
+    with PrivateSteps(model, torch.optim.SGD(own, 1.0), FIGURES) as steps, refused:
+        steps.step([tokens], lambda batch: losses(model, batch))
+    assert all(p.grad is None for p in own), "a sum is left behind"
+    assert all(torch.equal(p, b) for p, b in zip(own, before, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

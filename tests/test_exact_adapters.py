@@ -5,15 +5,17 @@ Numbers 1 to 44 are of adapters; L of LoLDU, S of systems that share one element
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from digits import tiny_vit
 from opacus.grad_sample import GradSampleHooks
-from peft import LoraConfig, RandLoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, RandLoraConfig, get_peft_model
 from test_adapters import WITH_FACTORS, Folder, as_trained, float64_model, furthest_from_alone, stock
 from torch import Tensor, nn
 
@@ -26,7 +28,9 @@ from common.adapters import (
     DoRAMagnitude,
     LoRA,
     LoRADiagonal,
+    LoRAFrozenA,
     LoRAIncrements,
+    LoRASB,
     Place,
     RandLoRA,
 )
@@ -39,9 +43,10 @@ from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.starts import STARTS
-from common.starts.directions import orthonormal_rows
+from common.starts.directions import leading_singular_triple, orthonormal_rows
 from common.starts.lu_of_weights import lu_triple
 from strategies.job import configure
+from strategies.rules.lora_pro import tangent_step
 from strategies.systems import SYSTEMS
 
 RANK, ALPHA = 3, 6.0
@@ -271,6 +276,10 @@ def test_9_a_row_of_zeros_is_refused(kind: type[Adapter]) -> None:
     W[4] = 0
     with pytest.raises(ModelError, match="row 4 of layer is zero in the base model"):
         begun(plain(kind), W)
+    base = nn.Linear(*TALL[::-1], bias=False)
+    base.weight = nn.Parameter(W.float())
+    theirs = get_peft_model(nn.Sequential(base), LoraConfig(r=RANK, target_modules=["0"], use_dora=True))
+    assert bool(theirs(torch.ones(1, TALL[1])).isnan().any()), "PEFT's own layer bears such a row"
 
 
 # --- PiSSA and LoRA-GA ------------------------------------------------------------------------------------------------
@@ -322,6 +331,61 @@ def test_13_it_is_pefts_own_pissa() -> None:
     assert off(moved.T - base_weight, pissa().delta(factors)) < 1e-5
 
 
+def test_13_pefts_conversion_is_the_same_change_on_the_stock_base_and_the_pair_alone_is_not(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    stock_base = nn.Sequential(nn.Linear(12, 7))
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights="pissa")
+    theirs: Any = get_peft_model(copy.deepcopy(stock_base), config)
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    A, B = (part["default"].weight for part in (theirs.base_model.model[0].lora_A, theirs.base_model.model[0].lora_B))
+    factors = {"A": A.detach().clone(), "B": B.detach().clone()}
+    factors |= {"dA": 0.1 * draw(RANK, 12, seed=1).float(), "dB": 0.1 * draw(7, RANK, seed=2).float()}
+    with torch.no_grad():
+        A += factors["dA"]
+        B += factors["dB"]
+    theirs.save_pretrained(tmp_path / "pair")
+    theirs.save_pretrained(tmp_path / "twice", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+    def change(folder: Path) -> tuple[Tensor, Any]:
+        loaded = PeftModel.from_pretrained(copy.deepcopy(stock_base), str(folder))
+        return loaded.base_model.model[0].get_delta_weight("default"), loaded.peft_config["default"]
+
+    adapter = pissa()
+    (twice, of_twice), (pair, of_pair) = change(tmp_path / "twice"), change(tmp_path / "pair")
+    assert (of_twice.r, of_twice.lora_alpha) == (2 * RANK, 2 * RANK)
+    assert (adapter.peft_config().r, adapter.peft_config().lora_alpha) == (2 * RANK, 2 * RANK)
+    own = adapter.as_lora(factors)
+    assert off(twice, adapter.delta(factors)) < 1e-6
+    assert off(twice, own["B"] @ own["A"]) < 1e-6
+    assert of_pair.r == RANK
+    assert off(pair, adapter.delta(factors)) > 0.1, "the principal part is counted twice, and that is not seen"
+
+
+@each_shape
+def test_13_the_pass_in_training_is_that_of_the_exported_change(out: int, into: int) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config: dict[str, Any] = {"model_type": "custom"}
+            self.layer = nn.Linear(into, out)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.layer(x))
+
+    start = STARTS["svd-of-weights"](singular_values=True)  # type: ignore[call-arg]
+    adapter = LoRAIncrements(RANK, ALPHA, ("layer",), start)
+    base, x = One(), draw(5, into, seed=8)
+    plain_output = base.double()(x).detach()
+    model = adapter.attach(base.float(), 1)
+    state = as_trained(adapter.read(model), adapter.trained)
+    adapter.write(model, state)
+    wanted = plain_output + x @ adapter.delta({name: t.double() for name, t in state["layer"].items()}).T
+    for mode in (True, False):
+        assert off(model.double().train(mode)(x).detach(), wanted) < 1e-6
+    assert off(plain_output, wanted) > 0.1
+
+
 def test_14_the_mean_is_off_by_the_covariance_and_the_start_drops_out() -> None:
     adapter, W, shares = pissa(), draw(*TALL), (0.25, 0.75)
     sites = [drawn(adapter, W, 0.5, seed=k) for k in (3, 30)]
@@ -368,6 +432,60 @@ def test_16_singular_values_in_the_factors_are_an_option_and_leave_the_direction
     assert off(unit["A"] @ unit["A"].T, torch.eye(RANK)) < 1e-6
     assert off(scaled["A"], roots[:, None].float() * unit["A"]) < 1e-5
     assert off(scaled["B"], unit["B"] * roots.float()) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [RANK, 2], ids=["of full rank", "of a rank too low"])
+@each_shape
+def test_17_lora_fa_on_pissas_rows_is_a_plain_step_on_orthonormal_ones(rank: int, out: int, into: int) -> None:
+    """G Aᵀ (A Aᵀ)⁻¹ A is one projection whatever the length of A's rows, where nothing is clipped and nothing noised.
+
+    B begins at 0: over the residual base PiSSA's B begins elsewhere, which changes no gradient of it (15).
+    """
+    W = draw(out, rank, seed=1) @ draw(rank, into, seed=2)
+    _, values, V = leading_singular_triple(W, RANK)
+    long, shares, s, eta = values.sqrt()[:, None] * V, (0.5, 0.3, 0.2), 1.7, 0.3
+    G = sum((p * draw(out, into, seed=5 + k) for k, p in enumerate(shares)), torch.zeros(()))
+
+    def lora_fa(A: Tensor, clip: float = math.inf) -> Tensor:
+        g_b = s * G @ A.T
+        g_b = g_b * min(1.0, clip / float(g_b.norm()))
+        nothing = torch.zeros(out, len(A), dtype=torch.float64)
+        b = tangent_step(torch.zeros_like(A), g_b, A, nothing, s, 0.0)[1]
+        return -eta * s * b @ A
+
+    # What W does not reach has no length in PiSSA's rows, and no part in its steps.
+    unit = V[:rank]
+    adapter = LoRAFrozenA(len(unit), len(unit), ("l",))
+    plain_step = adapter.delta({"A": unit, "B": -eta * G @ unit.T})
+    assert off(lora_fa(long), plain_step) < 1e-10
+    assert off(lora_fa(V[:rank]), plain_step) < 1e-10
+    # Planted: the same plain step on the long rows, and a clip before the rows are taken out.
+    assert off(adapter.delta({"A": long[:rank], "B": -eta * G @ long[:rank].T}), plain_step) > 1e-2
+    assert off(lora_fa(long, clip=1.0), lora_fa(V, clip=1.0)) > 1e-3
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["dp-sgd", "dp-adam"])
+def test_42_a_nystrom_core_trained_from_anywhere_is_one_trained_from_0_on_the_stock_base(adam: bool) -> None:
+    adapter, W = LoRASB(RANK, ALPHA, ("l",), STARTS["nystrom"]()), draw(*WIDE)
+    start = begun(adapter, W)
+    assert not adapter.delta(start, W).any(), "the start is another model than the base"
+    A, B = start["A"], start["B"]
+    first = W[:, :RANK] @ torch.linalg.solve(W[:RANK, :RANK], W[:RANK])
+    core = B.T @ first @ A.T  # of the interpolation, in the orthonormal factors
+    assert off(B @ core @ A, first) < 1e-4 * float(first.abs().max())  # factors are rounded to float32
+    noise, rates = noises({"R": (RANK, RANK)}), {"R": 0.05}
+
+    def ours(decay: float) -> list[Tensor]:
+        frozen, held = {"A": A, "B": B}, {"R": start["R"]}
+        return trajectory(lambda f: adapter.delta({**frozen, **f}), held, W, noise, rates, 2.0, adam=adam, decay=decay)
+
+    def theirs(decay: float, base: Tensor) -> list[Tensor]:
+        return trajectory(lambda f: B @ f["R"] @ A, {"R": core}, base, noise, rates, 2.0, adam=adam, decay=decay)
+
+    residual = W - B @ core @ A
+    assert apart(ours(0.0), theirs(0.0, residual)) < 1e-10
+    assert apart(ours(0.1), theirs(0.1, residual)) > 1e-4, "weight decay draws to another place, and that is not seen"
+    assert apart(ours(0.0), theirs(0.0, W)) > 0.1, "as released nothing is taken from the base, and that is not seen"
 
 
 # --- RandLoRA ---------------------------------------------------------------------------------------------------------
@@ -499,6 +617,73 @@ def test_l3_a_diagonal_whose_gradient_leaves_out_a_position_is_found(
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, Diagonal, planted)
     assert furthest_from_alone(float64_model(model_folder("bert"), "lora-diagonal", "bert")[1]) > 1e-6
+
+
+@each_shape
+def test_l4_noise_on_the_diagonal_enters_at_the_lengths_of_its_vectors_and_at_one_each_where_they_are_units(
+    out: int, into: int
+) -> None:
+    W, s, tau, draws = draw(out, into), 2.0, 0.4, 20_000
+    B, _, A = lu_triple(W, RANK)
+    units = STARTS["lu-of-weights"]().factors(place(W), ("A", "B"))
+    adapter = LoRADiagonal(RANK, s * RANK, ("l",))
+    noise = tau * draw(draws, RANK, seed=4)
+
+    def mean_square(frozen: Mapping[str, Tensor]) -> float:
+        each = torch.stack([adapter.delta({**frozen, "z": unit}).flatten() for unit in torch.eye(RANK).double()])
+        return float((noise @ each).square().sum()) / draws
+
+    published = s**2 * tau**2 * float((B.norm(dim=0) * A.norm(dim=1)).square().sum())
+    assert mean_square({"A": A, "B": B}) == pytest.approx(published, rel=0.03)
+    unit = {name: tensor.double() for name, tensor in units.items()}
+    assert mean_square(unit) == pytest.approx(s**2 * tau**2 * RANK, rel=0.03)
+    assert published > 1.2 * s**2 * tau**2 * RANK, "lengths of 1 would do here: nothing is proved"
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ADAPTERS.items() if kind.free_scale])
+@each_shape
+def test_i1_the_whole_gradient_along_the_change_is_the_factors_own_along_what_is_trained(
+    name: str, out: int, into: int
+) -> None:
+    """What lets the server score a layer by what is sent: no m × n gradient is needed."""
+    adapter, W, shares = plain(ADAPTERS[name]), draw(out, into), (0.5, 0.3, 0.2)
+    full = drawn(adapter, W)
+    (trained,) = adapter.trained
+    deficient = {**full, trained: full[trained].clone()}
+    deficient[trained][..., 1] = 0
+    for factors in (full, deficient):
+        sites = [draw(out, into, seed=30 + k) for k in range(3)]
+        G = sum((p * g for p, g in zip(shares, sites, strict=True)), torch.zeros(()))
+        wanted = float((adapter.delta(factors, W) * G).sum())
+        own = [adapter.scaling * float((factors[trained] * adapter.seen(factors, g)).sum()) for g in sites]
+        assert sum(p * x for p, x in zip(shares, own, strict=True)) == pytest.approx(wanted, abs=1e-10)
+        leaf = factors[trained].clone().requires_grad_()
+        (slow,) = torch.autograd.grad((adapter.delta({**factors, trained: leaf}, W) * G).sum(), leaf)
+        assert off(adapter.scaling * adapter.seen(factors, G), slow) < 1e-12
+        other = {**factors, **{frozen: factors[frozen].flip(0) for frozen in adapter.frozen}}
+        planted = adapter.scaling * float((factors[trained] * adapter.seen(other, G)).sum())
+        assert abs(planted - wanted) > 1e-2, "the factors of another layer would do: nothing is proved"
+
+
+@each_shape
+def test_d1_one_number_for_a_module_averages_exactly_and_not_with_b_trained_beside_it(out: int, into: int) -> None:
+    """A gate g on a frozen s B A is a diagonal of which all numbers are g."""
+    adapter, W, shares, gates = plain(LoRADiagonal), draw(out, into), (0.5, 0.3, 0.2), (0.3, -1.2, 2.0)
+    frozen = begun(adapter, W)
+    ones = torch.ones(RANK, dtype=torch.float64)
+
+    def mean_of(sites: list[Factors]) -> tuple[Tensor, Tensor]:
+        """Return the change of the mean factors, and the mean of the changes."""
+        mean = {n: sum((p * x[n] for p, x in zip(shares, sites, strict=True)), torch.zeros(())) for n in sites[0]}
+        each = [p * adapter.delta(x, W) for p, x in zip(shares, sites, strict=True)]
+        return adapter.delta(mean, W), sum(each, torch.zeros(()))
+
+    assert off(*mean_of([{**frozen, "z": g * ones} for g in gates])) < 1e-12
+    moved = [{**frozen, "B": draw(out, RANK, seed=40 + k), "z": g * ones} for k, g in enumerate(gates)]
+    assert off(*mean_of(moved)) > 0.1, "a gate and B are a product, and that is not seen"
+    G = draw(out, into, seed=50)
+    of_gate = adapter.scaling * float(adapter.seen(frozen, G).sum())
+    assert of_gate == pytest.approx(float((G * adapter.delta({**frozen, "z": ones}, W)).sum()), rel=1e-12)
 
 
 def test_s2_layers_of_one_shape_share_their_factors_and_others_do_not(model_folder: Folder) -> None:
