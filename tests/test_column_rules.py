@@ -1,4 +1,4 @@
-"""Rules of the columns of B that are trained: DyLoRA (N), SwitchLoRA (W), IncreLoRA and DiffoRA (T6, K2), and exports.
+"""Rules of the columns of B that are trained: DyLoRA (N), SwitchLoRA (W), IncreLoRA and DiffoRA (C6, T6, K2), exports.
 
 The letters are those of the invariants; scores against noise alone are statistical, with fixed seeds.
 """
@@ -22,6 +22,7 @@ from transformers import AutoModel
 from audits.tiny_models import PLAIN_STEP
 from common.adapters import LoRAFrozenA
 from common.adapters.nested import DEPTH, Depths
+from common.adapters.split import SplitColumns
 from common.config.sections import HeadConfig
 from common.errors import ConfigError
 from common.messages.state import AdapterState
@@ -269,6 +270,33 @@ def test_increlora_gives_columns_to_the_layer_that_learns_and_to_no_other() -> N
     assert [held["dense"] for held in seen] == [2, 5, 6, 6]
     assert [held["query"] for held in seen] == [2, 2, 2, 2]
     assert strategy.told(state) == "columns that are trained next: 6 in dense; 2 in query"
+
+
+def test_c6_a_layer_that_grows_computes_what_it_did_and_by_alpha_over_its_columns_it_would_not() -> None:
+    strategy = IncreLoRA(start_columns=4, more_columns=2, top_layers=2)
+    state = strategy.start(start(), ("B",))
+    combined = strategy.combine(state, sites(strategy, state, 1, {"query": 5.0, "dense": 5.0}, 0.1))
+    grown = strategy.settle(combined)
+    assert (counts(combined), counts(grown)) == ({"query": 4, "dense": 4}, {"query": 6, "dense": 6})
+    whole, x = LoRAFrozenA(RANK, 9.0, ("l",)), normal(3, 5, RANK)
+    for layer in LAYERS:
+        factors = grown.adapter[layer]
+        assert torch.equal(factors["B"], combined.adapter[layer]["B"])
+        assert bool(factors["B"][:, :4].all())
+        assert not bool(factors["B"][:, 4:].any())
+
+        def exported(adapter: LoRAFrozenA, columns: int, factors: dict[str, Tensor] = factors) -> Tensor:
+            return adapter.delta(whole.of_columns(factors, torch.arange(columns)))
+
+        before, after = (exported(whole.at_rank(columns), columns) for columns in (4, 6))
+        assert float((after - before).abs().max()) < 4e-15 * float(before.abs().max())
+        linear = nn.Linear(RANK, len(factors["B"]), bias=False, dtype=torch.float64)
+        linear.weight = nn.Parameter(factors["B"].clone())
+        trained = [SplitColumns(linear, torch.arange(columns))(x) for columns in (4, 6)]
+        assert float((trained[1] - trained[0]).detach().abs().max()) < 1e-14
+        # Planted: alpha stays as it is while the rank grows, and a third of the update is gone.
+        shrunk = [exported(replace(whole, rank=columns), columns) for columns in (4, 6)]
+        assert 1 - float(shrunk[1].norm() / shrunk[0].norm()) == pytest.approx(2 / 6, abs=1e-12)
 
 
 def grown_by_chance(told: float) -> float:

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from made_run import MadeRun
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from test_sweep_summary import row as swept
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 import experiments.spectra
 from cli.main import app
+from common.adapters.base import base_weight
 from common.errors import ConfigError, DataError, ModelError
 from experiments.in_process import run_in_process
 from experiments.intruders import intruders_of, noise_alone
@@ -103,7 +107,6 @@ def gpt2(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_q3_a_transposed_layer_is_oriented_first_and_noise_stands_beside_noise(gpt2: Path) -> None:
     rows = intruders_of(gpt2)
     state, job = saved_state(gpt2), configure(swept_settings(gpt2))
-    from common.adapters.base import base_weight
     from common.model.base import load_base_model
 
     base = load_base_model(job.config.model.name, job.config.model.task)
@@ -122,6 +125,37 @@ def test_q3_a_transposed_layer_is_oriented_first_and_noise_stands_beside_noise(g
     # The run is noise, so both counts are of draws of one law.
     assert sum(row.intruders for row in rows) == pytest.approx(sum(row.of_noise or 0 for row in rows), abs=len(rows))
     assert all(row.intruders for row in rows)
+
+
+@pytest.mark.parametrize("new", ["outputs", "inputs"])
+def test_q3_pefts_own_count_is_of_the_stored_orientation_and_ours_is_not(new: str) -> None:
+    """Golden: PEFT 0.21 takes a Conv1D's weight, (in, out), for one of (out, in); it fails when PEFT changes."""
+    # What is longer than the other side has directions that the weight does not reach: there a change is new.
+    out, into, s = (30, 20, 2.0) if new == "outputs" else (20, 30, 2.0)
+    U, V = (torch.linalg.qr(normal(side, side, seed=side))[0] for side in (out, into))
+    weight = (U[:, :20] * torch.arange(20, 0, -1)) @ V[:, :20].T
+    old, fresh = slice(0, RANK), slice(20, 20 + RANK)
+    columns, rows = (U[:, fresh], V[:, old]) if new == "outputs" else (U[:, old], V[:, fresh])
+    B, A = 50 * columns, rows.T
+    counts: dict[str, int] = {}
+    for kind in ("Linear", "Conv1D"):
+        layer: nn.Module = nn.Linear(into, out) if kind == "Linear" else Conv1D(out, into)
+        stored = weight if kind == "Linear" else weight.T
+        layer.weight = nn.Parameter(stored.float().contiguous())
+        config = LoraConfig(r=RANK, lora_alpha=s * RANK, target_modules=["0"], fan_in_fan_out=kind == "Conv1D")  # type: ignore[arg-type]
+        model = get_peft_model(nn.Sequential(layer), config)
+        adapted: Any = model.base_model.model[0]
+        adapted.lora_A["default"].weight.data = A.float().contiguous()
+        adapted.lora_B["default"].weight.data = (B / s).float().contiguous()
+        said: list[str] = []
+        reduce_intruder_dimension(model, logging_sink=said.append)
+        counts[kind] = int(said[0].rpartition(" ")[2]) if "Intruders" in said[0] else 0
+        made = top_of(spectrum_of(base_weight(adapted)), B, A, 10)
+        counts[f"ours of {kind}"] = int((made.cosines < 0.5).sum())
+        shape = tuple(adapted.lora_B["intruder_reduced"].weight.shape)
+        assert shape == ((into, RANK) if kind == "Conv1D" and new == "inputs" else (out, RANK))
+    right = RANK if new == "outputs" else 0
+    assert counts == {"Linear": right, "Conv1D": RANK - right, "ours of Linear": right, "ours of Conv1D": right}
 
 
 def swept_settings(run: Path) -> dict[str, Any]:

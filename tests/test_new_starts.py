@@ -225,26 +225,23 @@ def test_shards_sum_every_rth_input(out: int, into: int) -> None:
     assert off_identity(normalised["B"].T) < 1e-6
 
 
+class Two(nn.Module):
+    """Two layers that are not square, of the same weights whenever it is made."""
+
+    def __init__(self, into: int, between: int, out: int) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"model_type": "custom"}
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.wide, self.tall = nn.Linear(into, between), nn.Linear(between, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.tall(torch.tanh(self.wide(x))))
+
+
 @pytest.mark.parametrize("rank", [3, 4])
 def test_shards_are_pefts_miss_also_when_exported(rank: int, tmp_path: Path) -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config: dict[str, Any] = {"model_type": "custom"}
-            self.wide, self.tall = nn.Linear(12, 7), nn.Linear(7, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return cast(Tensor, self.tall(torch.tanh(self.wide(x))))
-
-    torch.manual_seed(3)
-    base = Two()
-    weights = base.state_dict()
-
-    def again() -> Two:
-        fresh = Two()
-        fresh.load_state_dict(weights)
-        return fresh
-
+    again = functools.partial(Two, 12, 7, 10)
     # PEFT's MiSS cuts what is left where r does not divide the inputs.
     miss = get_peft_model(again(), MissConfig(r=rank, target_modules=["wide", "tall"], init_weights=True))
     adapter = LoRAFrozenA(rank, float(rank), ("wide", "tall"), STARTS["shards"](normalised=False))  # type: ignore[call-arg]
@@ -260,6 +257,34 @@ def test_shards_are_pefts_miss_also_when_exported(rank: int, tmp_path: Path) -> 
     assert torch.allclose(ours(x), miss(x), atol=1e-5)
     adapter.export(ours, state, tmp_path, "base")
     assert torch.allclose(PeftModel.from_pretrained(again(), tmp_path)(x), miss(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("into", [12, 10], ids=["in whole shards", "with a rest"])
+def test_a_core_between_shards_is_pefts_miss_mini_also_when_exported(into: int, tmp_path: Path) -> None:
+    """PEFT repeats a block of rank × mini_r along the outputs: LoRA-SB's core, transposed, where mini_r is the rank."""
+    again, x = functools.partial(Two, into, 9, 6), draw(5, into, seed=8).float()
+    config = MissConfig(r=RANK, mini_r=RANK, target_modules=["wide", "tall"], init_weights="mini")
+    mini = get_peft_model(again(), config)
+    adapter = ADAPTERS["lora-sb"](RANK, 1.0, ("wide", "tall"), STARTS["shards"](normalised=False))  # type: ignore[call-arg]
+    ours = adapter.attach(again(), 1)
+    state = adapter.read(ours)
+    for name, factors in state.items():
+        # Two sites' mean, of unequal shares, and one of them without full rank.
+        cores = [draw(RANK, RANK, seed=len(name)), draw(RANK, 1, seed=1) @ draw(1, RANK, seed=2)]
+        factors["R"] = (0.7 * cores[0] + 0.3 * cores[1]).float()
+        mini.base_model.model.get_submodule(name).miss_block["default"].data.copy_(factors["R"].T)
+    adapter.write(ours, state)
+    wanted = mini(x)
+    assert torch.allclose(ours(x), wanted, atol=1e-5)
+    adapter.export(ours, state, tmp_path, "base")
+    assert torch.allclose(PeftModel.from_pretrained(again(), tmp_path)(x), wanted, atol=1e-5)
+    turned = {name: {**factors, "R": factors["R"].T.contiguous()} for name, factors in state.items()}
+    adapter.write(ours, turned)
+    assert (ours(x) - wanted).abs().max() > 1e-2, "a core the wrong way round would do: nothing is proved"
+    unit = ADAPTERS["lora-sb"](RANK, 1.0, ("wide", "tall"), STARTS["shards"]())
+    other = unit.attach(again(), 1)
+    unit.write(other, {name: {"R": factors["R"]} for name, factors in state.items()})
+    assert (other(x) - wanted).abs().max() > 1e-2, "shards of length 1 would do: nothing is proved"
 
 
 def train_privately(A: Tensor, alpha: float, rate: float, clip: float, noise: list[Tensor]) -> Tensor:

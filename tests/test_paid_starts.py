@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, GOOD, TARGETS
+from client import budget
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Terms
 from client.rehearsal import rehearse_initial
+from client.site import Site
 from common.adapters import ADAPTERS
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, ModelError
@@ -22,6 +26,7 @@ from common.messages.tensors import weighted_sum
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
+from common.privacy.accounting import epsilon
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan, gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
@@ -363,7 +368,11 @@ def test_invariant_27_a_private_run_pays_one_initialisation_and_sends_a_once(
     own = {"strategy": strategy, "adapter.start": start, "adapter.alpha": 0.0, "rounds": 2, "privacy.epsilon": 20.0}
     folder = run_in_process({**toy_settings, **own}, 2)
     with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
-        assert [entry.purpose for entry in ledger.entries()] == ["initialisation", "training", "training"]
+        entries = ledger.entries()
+    assert [entry.purpose for entry in entries] == ["initialisation", "training", "training"]
+    release = configure({**toy_settings, **own}).origin.release()
+    assert release is not None
+    assert (entries[0].event, entries[0].count) == (release.event, 1), "another release is charged than the start's own"
     told = [line for line in read_lines(PrivacyLine, folder) if line.spent]
     assert all(line.spent.epsilon_total <= 20.0 for line in told if line.spent)
     lines = read_lines(RoundLine, folder)
@@ -375,6 +384,37 @@ def test_invariant_27_a_private_run_pays_one_initialisation_and_sends_a_once(
     for A in rows:
         gram = A.double() @ A.double().T
         assert (gram / gram[0, 0] - torch.eye(len(A))).abs().max() < 1e-5, "A is not orthonormal up to one length"
+
+
+PAID: dict[str, dict[str, Any]] = {
+    "dp-eva": {"strategy": "ffa-lora"},
+    "dp-lora-ga": {"strategy": "ffa-lora"},
+    "dp-gradient": {"strategy": "fed-sb"},
+    "class-means": {"strategy": "fedavg-lora", "adapter.name": "none", "head.metric": "public"},
+    "probe": {"strategy": "fedavg-lora", "adapter.name": "lora-metric", "start.steps": 4},
+}
+"""Of each, a run that begins with it."""
+
+
+@pytest.mark.parametrize("start", [name for name, kind in STARTS.items() if issubclass(kind, PaidStart)])
+def test_k3_what_a_paid_choice_costs_is_in_the_runs_plan(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dear = {"start.noise-multiplier": 2.0, "start.sample-rate": 0.5, "privacy.delta": 1e-3, "rounds": 3}
+    job = configure({**PAID[start], **dear, "adapter.start": start})
+    site = Site("only", cast(Any, None), "only", 500, tmp_path / "ledger.sqlite")
+    terms, release = Terms(job.config.privacy.epsilon, 1e-3), job.origin.release()
+    assert release is not None
+
+    def whole() -> float:
+        steps = budget.plan_of(job, site, terms).release(job.config.total_steps)
+        return epsilon([release, steps], 1e-3)
+
+    assert 0.9 * terms.epsilon < whole() <= terms.epsilon
+    # Planted: a choice that the plan does not know of.
+    monkeypatch.setattr(PaidStart, "release", lambda self, least_noise=0.0: None)
+    monkeypatch.setattr(type(job.origin), "release", lambda self, least_noise=0.0: None)
+    assert whole() > terms.epsilon
 
 
 def test_invariant_27_raw_moments_are_refused_in_a_private_run_and_had_in_an_open_one(
