@@ -42,6 +42,11 @@ def tune(
     tuning = read_tuning(file)
     output = output or Path("runs") / "tune" / tuning.name
     _print_price(tuning)
+    if server:
+        _say(
+            f"A site refuses a trial that takes its ledger past ε {tuning.ledger_epsilon:g}, earlier runs included: "
+            "ledger-epsilon in the file raises that, as far as its policy allows."
+        )
     if not yes and not typer.confirm("Run them?"):
         console.print("nothing was run, and nothing is charged")
         return

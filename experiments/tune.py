@@ -9,6 +9,7 @@ The file::
 
     base = "job.toml"                     # settings of every trial; beside this file, or an absolute path
     sites = 4                             # simulated sites
+    ledger-epsilon = 10.0                 # what a ledger may hold by the end, earlier runs included
 
     [settings]                            # laid over the base; privacy.epsilon is that of all trials together
     privacy.epsilon = 8.0
@@ -44,7 +45,8 @@ from reports import write_reports
 from strategies import STRATEGIES
 from strategies.job import Job, configure, with_recipe
 
-KEYS = ("base", "sites", "settings", "trials")
+LEDGER = "ledger-epsilon"
+KEYS = ("base", "sites", LEDGER, "settings", "trials")
 NOISE, BUDGET, DELTA, MODE = "privacy.noise-multiplier", "privacy.epsilon", "privacy.delta", "privacy.mode"
 OWN = {
     NOISE: "the least that keeps all trials together within privacy.epsilon",
@@ -99,6 +101,9 @@ class Tuning:
     epsilon: float
     """Of all of them together: what every site's ledger is charged."""
     budget: float
+    """That all of them together keep."""
+    ledger_epsilon: float
+    """What a site's ledger may hold by the end, earlier runs included: every trial's own ``privacy.epsilon``."""
     delta: float
     unit: str
 
@@ -150,7 +155,8 @@ def read_tuning(path: Path) -> Tuning:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     try:
-        return _priced(path.stem, *_trials(content, path.parent))
+        sites, trials, base = _trials(content, path.parent)
+        return _priced(path.stem, sites, trials, base, content.get(LEDGER))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -191,7 +197,9 @@ def _flat(table: Any, name: str) -> dict[str, Scalar]:
     return flat
 
 
-def _priced(name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base: Mapping[str, Scalar]) -> Tuning:
+def _priced(
+    name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base: Mapping[str, Scalar], asked_limit: Any
+) -> Tuning:
     # The recipe is that of what all trials share, so that a trial changes its own settings alone.
     base, _ = with_recipe(base)
     asked = {trial: {**base, **own} for trial, own in trials.items()}
@@ -208,6 +216,13 @@ def _priced(name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base
             )
     privacy, first = next(iter(jobs.values())).config.privacy, next(iter(jobs.values()))
 
+    limit = privacy.epsilon if asked_limit is None else asked_limit
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= privacy.epsilon:
+        raise ConfigError(
+            f"{LEDGER} is {limit!r}: it is what a ledger may hold with all trials in it, so a number of at least "
+            f"privacy.epsilon, {privacy.epsilon:g}"
+        )
+
     def with_noise(noise: float) -> dict[str, Job]:
         return {trial: configure({**settings, NOISE: noise}) for trial, settings in asked.items()}
 
@@ -223,11 +238,13 @@ def _priced(name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base
         name=name,
         sites=sites,
         trials=tuple(
-            Trial(trial, own, {**asked[trial], NOISE: noise}, composed([held[trial]])) for trial, own in trials.items()
+            Trial(trial, own, {**asked[trial], NOISE: noise, BUDGET: float(limit)}, composed([held[trial]]))
+            for trial, own in trials.items()
         ),
         noise_multiplier=noise,
         epsilon=composed(list(held.values())),
         budget=privacy.epsilon,
+        ledger_epsilon=float(limit),
         delta=privacy.delta,
         unit=first.mechanism.claim.per,
     )

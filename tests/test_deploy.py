@@ -32,6 +32,7 @@ from common.errors import ConfigError, DataError, RunFailed
 from common.model.base import load_base_model
 from common.paths import run_folder
 from common.ports import free_ports
+from common.privacy.accounting import Release, epsilon
 from common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
 from common.strict_json import to_json
 from deploy import certificates, container, registry
@@ -169,6 +170,7 @@ def test_the_guides_end_in_a_finished_run(
         "head.start": "random",
         "rounds": 1,
         "training.local-steps": 1,
+        "privacy.epsilon": 1.0,
         "privacy.delta": 1e-3,
         "device": "cpu",
     }
@@ -221,6 +223,7 @@ def test_the_guides_end_in_a_finished_run(
         assert not (tmp_path / site / "flwr" / "apps").exists(), "something of the bundle is on the disk"
         port = open_site_folder(tmp_path / site).runtime_port
         assert ask_for_a_task(port) == 401, "any user of the machine may take a site's tasks"
+    check_that_trials_are_paid_on_the_same_sites(tmp_path)
     revoked = run([FEDVEIL, "server", "revoke", "server", "ward"], tmp_path)
     assert revoked.returncode == 0, revoked.stderr
     assert "does not know this site's key" in why_refused(open_site_folder(tmp_path / "ward"))
@@ -230,6 +233,31 @@ def test_the_guides_end_in_a_finished_run(
     assert why_refused(open_site_folder(tmp_path / "clinic")) == ""
     assert processes.stop("clinic") < 10
     assert processes.stop("server") < 10
+
+
+def check_that_trials_are_paid_on_the_same_sites(folder: Path) -> None:
+    """Two trials on the server that runs: each site's ledger holds the run and both, and no more than was printed."""
+    tables = ["[settings]", "privacy.epsilon = 1.5", 'data.labels = "bad,good"']
+    for name, rate in (("slow", 0.1), ("fast", 1.0)):
+        tables += [f"[trials.{name}]", f"training.learning-rate = {rate}"]
+    (folder / "trials.toml").write_text(
+        "\n".join(['base = "toy.toml"', "ledger-epsilon = 3.0", *tables]), encoding="utf-8"
+    )
+    words = ["tune", "trials.toml", "--server", "server", "--sites", "2", "--yes", "--output", "trials"]
+    for _ in range(2):  # the second time everything is there
+        done = run([FEDVEIL, *words], folder)
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert "2 of 2 trials are there already" in done.stdout
+    (printed,) = re.findall(r"all 2 together: ε ([\d.]+) of 1.5 ", done.stdout)
+    assert len(list((folder / "server" / "runs").iterdir())) == 3
+    for site in ("clinic", "ward"):
+        with Ledger(folder / site / "ledger" / "ledger.sqlite") as ledger:
+            held = [entry for entry in ledger.entries() if entry.dataset == site]
+            (first, *_), runs = held, list(dict.fromkeys(entry.run for entry in held))
+            assert len(runs) == 3, "a trial was not charged, or one twice"
+            tried = [entry for entry in held if entry.run != first.run]
+            releases = [Release(entry.event, entry.count) for entry in tried]
+            assert epsilon(releases, 1e-3) == pytest.approx(float(printed), abs=1e-3)
 
 
 @pytest.mark.deployment

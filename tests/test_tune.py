@@ -74,6 +74,18 @@ def test_the_total_is_the_composition_of_all_trials_and_the_noise_the_least(
     assert alone["slow"] == alone["fast"] < alone["often"]
 
 
+def test_what_a_ledger_may_hold_leaves_the_noise_and_the_price_of_the_trials(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    """Earlier runs need room in the ledger, and cost the trials no noise."""
+    plain = read_tuning(trials_file(tmp_path, base, THREE))
+    roomy = read_tuning(trials_file(tmp_path, base, THREE, **{"ledger-epsilon": 10.0}))
+    assert (roomy.noise_multiplier, roomy.epsilon, roomy.budget) == (plain.noise_multiplier, plain.epsilon, 4.0)
+    assert {trial.settings["privacy.epsilon"] for trial in plain.trials} == {4.0}
+    assert {trial.settings["privacy.epsilon"] for trial in roomy.trials} == {10.0}
+    assert [trial.epsilon for trial in roomy.trials] == [trial.epsilon for trial in plain.trials]
+
+
 def check_that_every_ledger_holds_all_trials(tuning: Tuning, folder: Path) -> None:
     held = spent(folder, DELTA)
     assert list(held) == ["site-0", "site-1"]
@@ -176,6 +188,9 @@ def test_a_trial_that_was_cut_off_goes_on_and_the_others_are_not_paid_again(
         ({"a": {}, "b": {"training.larning-rate": 1.0}}, {}, "learning-rate"),
         ({"a": {}, "b": {}}, {"sties": 2}, "'sites'"),
         ({"a": {}, "b": {}}, {"sites": 0}, "above 0"),
+        ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": 3.9}, "at least privacy.epsilon, 4"),
+        ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": "ten"}, "ledger-epsilon is 'ten'"),
+        ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": float("nan")}, "ledger-epsilon is nan"),
         ({"a": {}, "b": {}}, {}, "'a' and 'b' have the same settings"),
     ],
 )
