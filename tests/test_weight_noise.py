@@ -1,14 +1,15 @@
 """Noise where it matters: the norm that one private step puts on a layer's weights is the one predicted.
 
 A site without a record sends nothing but noise. Its plain step of rate 1 moves what it trains by
-x ~ N(0, (σC/b)²), and from there each strategy has its own way into the weights.
+x ~ N(0, (σC/b)²), and from there each strategy has its own way into the weights. What a row of the table of adapters
+makes of x is held to its formula by exact second moments, in float64 and on layers that are not square.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from client.local_training import train_round
 from client.site import Site
+from common.adapters import ADAPTERS, Adapter, LoRAFrozenB, LoRAIncrements, LoRAMerged, LoRAMetric
 from common.messages.round import TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import fingerprint, merge, start_fingerprint
@@ -143,3 +145,145 @@ def test_the_noise_in_a_layers_weights_has_the_predicted_norm(
             patch.setattr(dpsgd, "add_private_noise", lambda total, std, factor=factor: noised(total, factor * std))
             planted = mean_ratio(name, toy_settings, tmp_path)
         assert abs(planted - 1) > 2 * band, f"{factor} times the noise went unnoticed ({planted:.2f})"
+
+
+# --- each row's formula -----------------------------------------------------------------------------------------------
+
+RANK, ALPHA, STD = 3, 6.0, 0.7
+Formula = Callable[[Adapter, Layer], float]
+
+
+def both(adapter: Adapter, B: Tensor, A: Tensor) -> float:
+    """E‖s(B x_A + x_B A + x_B x_A)‖² = s² (τ² (n‖B‖² + m‖A‖²) + τ⁴ m n r), with B (m, r), A (r, n) and τ = σC/b."""
+    (m, r), n = B.shape, A.shape[1]
+    return float(adapter.scaling**2 * (STD**2 * (n * B.square().sum() + m * A.square().sum()) + STD**4 * m * n * r))
+
+
+def increments(adapter: Adapter, f: Layer) -> float:
+    """That of the factors where they stand, start and way together, at s = 1."""
+    return both(adapter, f["B"] + f["dB"], f["A"] + f["dA"])
+
+
+def merged(adapter: Adapter, f: Layer) -> float:
+    """That of the pair: D is a constant."""
+    return both(adapter, f["B"], f["A"])
+
+
+def frozen_b(adapter: Adapter, f: Layer) -> float:
+    """E‖s B x_A‖² = s² τ² n‖B‖²."""
+    return float((adapter.scaling * STD) ** 2 * f["A"].shape[1] * f["B"].square().sum())
+
+
+def metric(adapter: Adapter, f: Layer) -> float:
+    """E‖s B x_A (I - VᵀV)‖² = s² τ² ‖B‖² ‖I - VᵀV‖²."""
+    shrinking = torch.eye(f["A"].shape[1], dtype=torch.float64) - f["V"].T @ f["V"]
+    return float((adapter.scaling * STD) ** 2 * f["B"].square().sum() * shrinking.square().sum())
+
+
+FORMULAS: dict[str, Formula] = {
+    "lora-increments": increments,
+    "lora-frozen-b": frozen_b,
+    "lora-merged": merged,
+    "lora-metric": metric,
+}
+IN_ROUNDS = ("lora", "lora-frozen-a", "lora-sb")
+"""Rows whose formula the rounds above are held to."""
+ELSEWHERE = ("lora-diagonal", "dora-magnitude", "dora-frozen-norm", "randlora", "salt", "dora")
+"""Rows that ``tests/test_exact_adapters.py`` holds to theirs, and ``tests/test_dora.py`` the last."""
+
+
+class HalfTheWay(LoRAIncrements):
+    """The fault: the way of A meets that of B nowhere."""
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        return super().delta(factors) - factors["dB"] @ factors["dA"]
+
+
+class WithoutScale(LoRAFrozenB):
+    """The fault: the product has no factor in front."""
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        return super().delta(factors) / self.scaling
+
+
+class ThroughD(LoRAMerged):
+    """The fault: what was merged passes through the trained B as well."""
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        return super().delta(factors) + factors["B"] @ factors["D"][: self.rank]
+
+
+class TwiceShrunk(LoRAMetric):
+    """The fault: the metric acts twice, as in a gradient that is led back to the weights."""
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        V = factors["V"]
+        change = super().delta(factors, base_weight)
+        return change - (change @ V.T) @ V
+
+
+FAULTS: dict[str, type[Adapter]] = {
+    "lora-increments": HalfTheWay,
+    "lora-frozen-b": WithoutScale,
+    "lora-merged": ThroughD,
+    "lora-metric": TwiceShrunk,
+}
+
+
+def drawn_factors(adapter: Adapter, out: int, into: int) -> Layer:
+    """Return factors that are nowhere zero, of no special form, in float64."""
+    draw = torch.Generator().manual_seed(7)
+    return {
+        name: 0.6 * torch.randn(shape, generator=draw, dtype=torch.float64)
+        for name, shape in adapter.shapes(out, into).items()
+    }
+
+
+def second_moment(adapter: Adapter, factors: Layer, base_weight: Tensor) -> float:
+    """Return E‖delta(θ + x) - delta(θ)‖² for x ~ N(0, STD²) on what is trained, by differences along unit vectors.
+
+    A map of degree 1 in each trained factor is Σ_i l_i x_i + Σ_{i<j} q_ij x_i x_j, and what is of odd degree in x
+    has the mean 0: so it is STD² Σ‖l_i‖² + STD⁴ Σ‖q_ij‖². That no x_i comes in a square is checked.
+    """
+    units = []
+    for name in adapter.trained:
+        for i in range(factors[name].numel()):
+            unit = torch.zeros_like(factors[name]).flatten()
+            unit[i] = 1.0
+            units.append({name: unit.view_as(factors[name])})
+
+    def at(*steps: Layer) -> Tensor:
+        moved = dict(factors)
+        for step in steps:
+            moved |= {name: moved[name] + move for name, move in step.items()}
+        return adapter.delta(moved, base_weight)
+
+    still = at()
+    linear = [at(unit) - still for unit in units]
+    total = 0.0
+    for i, unit in enumerate(units):
+        assert float((at(unit, unit) - still - 2 * linear[i]).abs().max()) < 1e-12, "a number comes in with its square"
+        total += STD**2 * float(linear[i].square().sum())
+        for j in range(i):
+            mixed = at(unit, units[j]) - still - linear[i] - linear[j]
+            total += STD**4 * float(mixed.square().sum())
+    return total
+
+
+def test_every_adapter_has_a_formula() -> None:
+    said = {*FORMULAS, *IN_ROUNDS, *ELSEWHERE}
+    trained = {name for name, adapter in ADAPTERS.items() if adapter.trained}
+    assert said == trained, f"nobody says what noise does in the weights of {said ^ trained}"
+
+
+@pytest.mark.parametrize(("out", "into"), [(9, 5), (4, 8)], ids=["tall", "wide"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_noise_in_a_layers_weights_has_the_second_moment_of_the_rows_formula(
+    name: str, out: int, into: int
+) -> None:
+    adapter, base_weight = ADAPTERS[name](RANK, ALPHA, ()), torch.zeros(out, into, dtype=torch.float64)
+    factors = drawn_factors(adapter, out, into)
+    wanted = FORMULAS[name](adapter, factors)
+    assert second_moment(adapter, factors, base_weight) == pytest.approx(wanted, rel=1e-10)
+    planted = second_moment(FAULTS[name](RANK, ALPHA, ()), factors, base_weight)
+    assert planted != pytest.approx(wanted, rel=0.02), "the planted fault goes unnoticed"
