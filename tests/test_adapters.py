@@ -26,6 +26,7 @@ from common.adapters import ADAPTERS, Adapter, DoRA
 from common.adapters.base import ADAPTER_NAME, layer_shape
 from common.adapters.branch import Branch
 from common.adapters.low_rank import LowRank
+from common.adapters.mapped import Mapped
 from common.errors import FedVeilError, ModelError, ProtocolError
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
@@ -404,6 +405,38 @@ def test_a_sampler_that_is_a_little_off_is_found(model_folder: Folder, monkeypat
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, Branch, planted)
     assert furthest_from_alone(float64_model(model_folder("bert"), "dora", "bert")[1]) > 1e-8
+
+
+MAPS = [name for name, adapter in ADAPTERS.items() if issubclass(adapter, Mapped)]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_takes_what_the_base_projects_if_and_only_if_it_says_so(name: str) -> None:
+    adapter, draw = cast(Mapped, build(name, "bert")), torch.Generator().manual_seed(2)
+    factors = {f: torch.randn(shape, generator=draw) for f, shape in adapter.shapes(9, 5).items()}
+    weight, inputs = torch.randn(9, 5, generator=draw), torch.randn(4, 5, generator=draw)
+    first, second = (
+        adapter.change(factors, inputs, torch.randn(4, 9, generator=draw), weight, adapter.scaling) for _ in range(2)
+    )
+    assert torch.equal(first, second) != adapter.uses_projected
+
+
+@pytest.mark.parametrize("name", [name for name in MAPS if ADAPTERS[name].gradients is not Mapped.gradients])
+@pytest.mark.parametrize("positions", [(), (3,), (2, 3)], ids=str)
+def test_stated_gradients_are_those_of_the_map(name: str, positions: tuple[int, ...]) -> None:
+    """Also where a layer sees one vector a record, or positions in two dimensions."""
+    adapter, draw = cast(Mapped, build(name, "bert")), torch.Generator().manual_seed(2)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    factors = {f: drawn(*shape) for f, shape in adapter.shapes(9, 5).items()}
+    given = (drawn(4, *positions, 5), drawn(4, *positions, 9), drawn(4, *positions, 9), drawn(9, 5), 1.7)
+    stated, derived = (kind.gradients(adapter, factors, *given) for kind in (type(adapter), Mapped))
+    assert set(stated) == set(derived) == set(adapter.trained)
+    for factor in stated:
+        assert stated[factor].shape == derived[factor].shape == (4, *factors[factor].shape)
+        assert float((stated[factor] - derived[factor]).abs().max()) < 1e-12 * float(derived[factor].abs().max())
 
 
 class OwnScale(DoRA):

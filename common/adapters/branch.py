@@ -2,18 +2,16 @@
 
 A trained tensor has a gradient of its own for each record only where it is a parameter of a module that
 is called once in a pass. So all factors of a layer are parameters of one module, and the adapter's map is
-the only thing that it computes. The gradients are those of the map itself, record by record (``vmap``):
-an adapter states its map once, and derives nothing.
+the only thing that it computes. The gradients are those of the map itself, record by record (``Mapped.gradients``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 
 from common.adapters.base import ADAPTER_NAME, base_weight
 
@@ -34,7 +32,7 @@ class Branch(nn.Module):
 
     def __init__(self, adapter: Mapped, layer: LoraLayer) -> None:
         super().__init__()
-        self._adapter = adapter
+        self.adapter = adapter
         # In a tuple, so that it is no child: the base's weights would be this module's as well.
         self._layer = (layer,)
 
@@ -46,10 +44,11 @@ class Branch(nn.Module):
         """Return what is added to the layer's output.
 
         Args:
-            projected: ``W0 x``, without bias, shape (records, ..., out).
+            projected: ``W0 x``, without bias, shape (records, ..., out); anything, if the adapter does not use it.
             inputs: ``x``, shape (records, ..., in).
         """
-        return self._change(self.factors(), projected, inputs)
+        (layer,) = self._layer
+        return self.adapter.change(self.factors(), inputs, projected, base_weight(layer), layer.scaling[ADAPTER_NAME])
 
     def gradients(self, activations: Sequence[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
         """Return the gradients of each record, shape (records, *factor's), by trained factor.
@@ -60,20 +59,15 @@ class Branch(nn.Module):
             activations: what ``forward`` was called with.
             backprops: gradient of the loss with respect to what it returned, shape (records, ..., out).
         """
-        factors = self.factors()
-        trained = {name: factor.detach() for name, factor in factors.items() if factor.requires_grad}
-        frozen = {name: factor.detach() for name, factor in factors.items() if not factor.requires_grad}
-        dtype = next(iter(trained.values())).dtype
-        projected, inputs, upstream = (part.detach().to(dtype) for part in (*activations, backprops))
-
-        def inner(trained: dict[str, Tensor], projected: Tensor, inputs: Tensor, upstream: Tensor) -> Tensor:
-            change = self._change({**frozen, **trained}, projected[None], inputs[None])[0]
-            return (change * upstream).sum()
-
-        with torch.autocast(projected.device.type, enabled=False):
-            found = vmap(grad(inner), in_dims=(None, 0, 0, 0))(trained, projected, inputs, upstream)
-        return {factors[name]: gradient for name, gradient in found.items()}
-
-    def _change(self, factors: Mapping[str, Tensor], projected: Tensor, inputs: Tensor) -> Tensor:
         (layer,) = self._layer
-        return self._adapter.change(factors, inputs, projected, base_weight(layer), layer.scaling[ADAPTER_NAME])
+        live = self.factors()
+        factors = {name: factor.detach() for name, factor in live.items()}
+        dtype = factors[self.adapter.trained[0]].dtype
+        projected = activations[0].to(dtype) if self.adapter.uses_projected else activations[0]
+        inputs, upstream = activations[1].to(dtype), backprops.to(dtype)
+        with torch.autocast(projected.device.type, enabled=False):
+            found = self.adapter.gradients(
+                factors, inputs, projected, upstream, base_weight(layer), layer.scaling[ADAPTER_NAME]
+            )
+        # A factor that rests in a round has none.
+        return {live[name]: gradient for name, gradient in found.items() if live[name].requires_grad}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.adapters.base import base_weight
-from common.adapters.mapped import Mapped
+from common.adapters.mapped import Mapped, outer_sums, position_sums
 from common.errors import ModelError
 from common.messages.state import Factors
 
@@ -65,6 +65,25 @@ class DoRA(Mapped):
         A, B, mu = factors["A"], factors["B"], factors["mu"]
         lengthened = mu / row_norms(base_weight, A, B, scale).to(mu.dtype)
         return (lengthened - 1) * projected + lengthened * F.linear(F.linear(inputs.to(A.dtype), A), B) * scale
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return s Σ Bᵀ h xᵀ, s Σ h (A x)ᵀ and Σ g * (W0 x + s B A x) / c, g upstream and h = (μ/c) g."""
+        A, B = factors["A"], factors["B"]
+        norms = row_norms(base_weight, A, B, scale).to(A.dtype)
+        lengthened, down = upstream * (factors["mu"] / norms), inputs @ A.T * scale
+        return {
+            "A": outer_sums(lengthened @ B * scale, inputs),
+            "B": outer_sums(lengthened, down),
+            "mu": position_sums(upstream * (projected + down @ B.T)) / norms,
+        }
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return the LoRA pair and PEFT's magnitudes, which have no ``.weight`` in their name."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.adapters.dora import lengths_of_rows, row_norms
-from common.adapters.mapped import Mapped
+from common.adapters.mapped import Mapped, outer_sums, position_sums
 from common.errors import ModelError
 from common.messages.state import Factors
 
@@ -64,6 +64,22 @@ class DoRAFrozenNorm(Mapped):
         del base_weight
         A, B = factors["A"], factors["B"]
         return (factors["mu"] / factors["c"] - 1) * projected + F.linear(F.linear(inputs.to(A.dtype), A), B) * scale
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return s Σ g (A x)ᵀ and Σ g * W0 x / c, g being the upstream gradient at a position."""
+        del base_weight
+        return {
+            "B": outer_sums(upstream, inputs @ factors["A"].T * scale),
+            "mu": position_sums(upstream * projected) / factors["c"],
+        }
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return DoRA's pair and magnitudes.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.adapters.dora import lengths_of_rows
-from common.adapters.mapped import Mapped
+from common.adapters.mapped import Mapped, position_sums
 from common.messages.state import Factors
 
 if TYPE_CHECKING:
@@ -59,6 +59,19 @@ class DoRAMagnitude(Mapped):
         """Return (mu/c - 1) W0 x."""
         del inputs, base_weight, scale
         return (factors["mu"] / factors["c"] - 1) * projected
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return Σ g * W0 x / c, g being the upstream gradient at a position."""
+        del inputs, base_weight, scale
+        return {"mu": position_sums(upstream * projected) / factors["c"]}
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return PEFT's DoRA without a change of direction."""

@@ -60,5 +60,8 @@ class AdaptedLinear(nn.Module, LoraLayer):
         if self.disable_adapters:
             return result
         bias = cast(Tensor | None, self.base_layer.bias)
-        projected = result if bias is None else result - bias
+        if not self.lora_branch.adapter.uses_projected:
+            projected = result.detach()
+        else:
+            projected = result if bias is None else result - bias
         return (result + self.lora_branch(projected, x)).to(result.dtype)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.adapters.lora import LoRA
-from common.adapters.mapped import Mapped
+from common.adapters.mapped import Mapped, outer_sums
 from common.messages.state import AdapterState, Factors
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class LoRAMerged(Mapped):
     trained: ClassVar[tuple[str, ...]] = ("A", "B")
     frozen: ClassVar[tuple[str, ...]] = ("D",)
     linear: ClassVar[bool] = False
+    uses_projected: ClassVar[bool] = False
     noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A): quadratic"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
@@ -55,6 +56,22 @@ class LoRAMerged(Mapped):
         del projected, base_weight
         A, x = factors["A"], inputs.to(factors["A"].dtype)
         return (F.linear(x, factors["D"]) + F.linear(F.linear(x, A), factors["B"])) * scale
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return those of LoRA, s Σ Bᵀ g xᵀ and s Σ g (A x)ᵀ, g being the upstream gradient at a position."""
+        del projected, base_weight
+        return {
+            "A": outer_sums(upstream @ factors["B"] * scale, inputs),
+            "B": outer_sums(upstream, inputs @ factors["A"].T * scale),
+        }
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return s (D + B A)."""

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.mapped import Mapped
+from common.adapters.mapped import Mapped, outer_sums
 from common.messages.state import Factors
 
 SHRUNK = 64
@@ -33,6 +33,7 @@ class LoRAMetric(Mapped):
     trained: ClassVar[tuple[str, ...]] = ("A",)
     frozen: ClassVar[tuple[str, ...]] = ("B", "V")
     linear: ClassVar[bool] = True
+    uses_projected: ClassVar[bool] = False
     noise: ClassVar[str] = "s B x_A (I - VᵀV): norm s σC/b ‖B‖ ‖I - VᵀV‖"
     directions: ClassVar[tuple[str, ...]] = ("B", "V")
 
@@ -51,6 +52,20 @@ class LoRAMetric(Mapped):
         del projected, base_weight
         A = in_weights(factors)
         return F.linear(F.linear(inputs.to(A.dtype), A), factors["B"]) * scale
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return s Σ Bᵀ g xᵀ (I - Vᵀ V), g being the upstream gradient at a position."""
+        del projected, base_weight
+        gradient, V = outer_sums(upstream @ factors["B"] * scale, inputs), factors["V"]
+        return {"A": gradient - (gradient @ V.T) @ V}
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return a plain LoRA pair."""

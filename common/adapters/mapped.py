@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import vjp, vmap
 
 from common.adapters.base import Adapter
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Mapped(Adapter):
     """A parameterisation of any factors (matrices, vectors, diagonals), whose map may need the base weight."""
+
+    uses_projected: ClassVar[bool] = True
+    """Whether the map takes ``W0 x``; of one that does not, no gradient is led through that, which would be 0."""
 
     @abstractmethod
     def change(
@@ -43,6 +47,38 @@ class Mapped(Adapter):
             base_weight: W0, shape (out, in), detached, perhaps in the precision of the pass.
             scale: stands for ``scaling``; a rehearsal puts 1 in its place, so the map must take it from here.
         """
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return the gradient of each record, shape (records, *factor's), of every trained factor.
+
+        They are derived from the map, by ``vmap``, which computes it once more. A row may state them where they are a
+        few products: that takes an eighth to a half of the time. Tests hold what is stated to what is derived.
+
+        Args:
+            factors: every factor of the layer.
+            inputs: ``x``, shape (records, ..., in), in the factors' dtype, as the next two.
+            projected: ``W0 x``, without bias, shape (records, ..., out).
+            upstream: gradient of the loss with respect to the change, shape (records, ..., out).
+            base_weight: as of ``change``.
+            scale: as of ``change``.
+        """
+
+        def of_record(inputs: Tensor, projected: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+            def change(trained: Mapping[str, Tensor]) -> Tensor:
+                return self.change({**factors, **trained}, inputs, projected, base_weight, scale)
+
+            pull = vjp(change, {name: factors[name] for name in self.trained})[1]
+            return cast("dict[str, Tensor]", pull(upstream)[0])
+
+        return vmap(of_record)(inputs, projected, upstream)
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return the map of the identity, shape (out, in), in the factors' dtype; it needs the base weight."""
@@ -70,3 +106,18 @@ class Mapped(Adapter):
     def hold(self, layer: LoraLayer, factor: str, tensor: nn.Parameter) -> None:
         """Make ``tensor`` a parameter of the branch."""
         cast("AdaptedLinear", layer).lora_branch.register_parameter(factor, tensor)
+
+
+def outer_sums(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ left rightᵀ over each record's positions, (records, m, n), from (records, ..., m) and (records, ..., n).
+
+    >>> outer_sums(torch.ones(2, 3, 1), torch.ones(2, 3, 2)).tolist()
+    [[[3.0, 3.0]], [[3.0, 3.0]]]
+    """
+    left, right = (part.reshape(len(part), -1, part.shape[-1]) for part in (left, right))
+    return left.transpose(1, 2) @ right
+
+
+def position_sums(values: Tensor) -> Tensor:
+    """Return the sums over each record's positions, shape (records, n), from (records, ..., n)."""
+    return values.reshape(len(values), -1, values.shape[-1]).sum(1)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.adapters.base import layer_shape
-from common.adapters.mapped import Mapped
+from common.adapters.mapped import Mapped, position_sums
 from common.messages.state import AdapterState, Factors
 from common.randomness import stream
 
@@ -43,6 +43,7 @@ class RandLoRA(Mapped):
     trained: ClassVar[tuple[str, ...]] = ("lambda",)
     frozen: ClassVar[tuple[str, ...]] = ("A", "B", "gamma")
     linear: ClassVar[bool] = True
+    uses_projected: ClassVar[bool] = False
     noise: ClassVar[str] = "s Σ x_q b_q a_qᵀ, unit b_q and a_q: norm s σC/b √P, P = r ⌈min(m, n)/r⌉"
     scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ()
@@ -87,9 +88,23 @@ class RandLoRA(Mapped):
     ) -> Tensor:
         """Return s b Λ a x for unit columns b and unit rows a; s aᵀ Λ bᵀ x where the layer has more inputs."""
         del projected
-        rows, columns = (F.normalize(part, dim=1) for part in _flat(factors))
-        first, last = (rows, columns.T) if _tall(base_weight) else (columns, rows.T)
-        return F.linear(F.linear(inputs.to(rows.dtype), first) * factors["lambda"].flatten(), last) * scale
+        first, last = _maps(factors, base_weight)
+        return F.linear(F.linear(inputs.to(first.dtype), first) * factors["lambda"].flatten(), last) * scale
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return s Σ bᵀ g * a x, g being the upstream gradient at a position; with a and b the other way as above."""
+        del projected
+        first, last = _maps(factors, base_weight)
+        gradient = position_sums(upstream @ last * F.linear(inputs, first)) * scale
+        return {"lambda": gradient.view(-1, *factors["lambda"].shape)}
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return PEFT's two diagonals; the lengths of the bases' columns go into the first."""
@@ -127,6 +142,12 @@ def _flat(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return both bases by position, shapes (P, min) and (P, max), as PEFT flattens them."""
     rows = (factors["A"][:, None] * factors["gamma"]).flatten(0, 1)
     return rows, factors["B"].flatten(1).T
+
+
+def _maps(factors: Mapping[str, Tensor], base_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maps before and after the diagonal, shapes (P, in) and (out, P), of vectors of length 1."""
+    rows, columns = (F.normalize(part, dim=1) for part in _flat(factors))
+    return (rows, columns.T) if _tall(base_weight) else (columns, rows.T)
 
 
 def _tall(weight: Tensor) -> bool:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.adapters.base import layer_shape
-from common.adapters.mapped import Mapped
+from common.adapters.mapped import Mapped, outer_sums, position_sums
 from common.errors import ConfigError
 from common.messages.state import Factors
 from common.randomness import stream
@@ -43,6 +43,7 @@ class SALT(Mapped):
     trained: ClassVar[tuple[str, ...]] = ("z", "D")
     frozen: ClassVar[tuple[str, ...]] = ("A", "B", "C")
     linear: ClassVar[bool] = True
+    uses_projected: ClassVar[bool] = False
     noise: ClassVar[str] = "s (B diag(x_z) A + (I - BBᵀ) x_D C): norm s σC/b √(r + (m - r) r)"
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
 
@@ -87,6 +88,24 @@ class SALT(Mapped):
         x, B = inputs.to(factors["B"].dtype), factors["B"]
         scaled = F.linear(F.linear(x, factors["A"]) * factors["z"], B)
         return (scaled + F.linear(F.linear(x, factors["C"]), beside(B, factors["D"]))) * scale
+
+    def gradients(
+        self,
+        factors: Mapping[str, Tensor],
+        inputs: Tensor,
+        projected: Tensor,
+        upstream: Tensor,
+        base_weight: Tensor,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """Return s Σ Bᵀ g * A x and s (I - B Bᵀ) Σ g (C x)ᵀ, g being the upstream gradient at a position."""
+        del projected, base_weight
+        B = factors["B"]
+        beyond = outer_sums(upstream, inputs @ factors["C"].T * scale)
+        return {
+            "z": position_sums(upstream @ B * (inputs @ factors["A"].T)) * scale,
+            "D": beside(B, beyond),
+        }
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return a plain LoRA pair of twice the rank."""
