@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -564,9 +565,19 @@ def test_a_resumed_run_keeps_its_cohort_rate_and_ledger(settings: dict[str, Any]
 
 # --- what the server gives away ---------------------------------------------------------------------------------------
 
-CLOCKS = re.compile(r'"(started|time|charged_at)": ?"[^"]*"|[0-9-]+T[0-9:+.]+|`report.json` \| `[0-9a-f]+`')
+CLOCKS = re.compile(
+    r'"(started|time|charged_at)": ?"[^"]*"|[0-9-]+T[0-9:+.]+|[0-9-]+ [0-9:]+ UTC|`report.json` \| `[0-9a-f]+`'
+)
 """When a run began, the times of the server's own log and ledger, and the hash of a file that has them."""
 NAMES = re.compile(r"site-[0-9]")
+
+
+class Later(datetime):
+    """A clock that goes ahead by days, hours and minutes: no run may begin in the same minute as another by chance."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Later:
+        return super().now(tz) + timedelta(days=40, hours=5, minutes=7)
 
 
 class Restless(InProcessTransport):
@@ -616,7 +627,9 @@ def leaks(settings: dict[str, Any]) -> set[str]:
     came from a site by another way than through the noise.
     """
     with patch("server.trusted.add_private_noise", lambda total, std: torch.full_like(total, 0.01)):
-        one, other = given_away(settings, Restless), given_away(settings, Others)
+        one = given_away(settings, Restless)
+        with patch("server.records.datetime", Later):
+            other = given_away(settings, Others)
     assert (
         {"checkpoint.safetensors", "rounds.jsonl", "log.jsonl", "report.json", "run.log"} <= one.keys() == other.keys()
     )
