@@ -461,7 +461,7 @@ def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str,
         ("epsilom = 4.0\n", PART, "did you mean 'epsilon'"),
         ("epsilon = 4.0\ndelta = 1e-3\n", f"{PART} public-size=2000", "above 1/2000"),
         ("", 'data="records.csv"', "'public-size' is needed beside 'data'"),
-        ('task = "causal-lm"\n', PART, "prompt, completion, max-length is not"),
+        ('task = "causal-lm"\n', PART, "completion, max-length is not"),
         ("", "", "this site has no records"),
     ],
 )

@@ -373,7 +373,9 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     def cell(name: str) -> str:
         if name.startswith("history"):
             return json.dumps([[name, name]])
-        return json.dumps([{"role": "assistant", "content": name}]) if name.startswith("messages") else name
+        return (
+            json.dumps([{"role": "assistant", "content": name}]) if name.startswith(("messages", "context")) else name
+        )
 
     names = [f"{role.setting}-column" for role in roles_of_all()]
     path = tmp_path / "columns.csv"
@@ -392,7 +394,7 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
                 assert value.pixels == pictures[f"{role.setting}-column"]
             elif role.field == "history":
                 assert value == (("user", "history-column"), ("assistant", "history-column"))
-            elif role.field == "turns":
+            elif role.field in ("turns", "before"):
                 assert value == (("assistant", f"{role.setting}-column"),)
             else:
                 assert (data.label_names[value] if role.field == "label" else value) == f"{role.setting}-column"
