@@ -279,6 +279,18 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
     assert "three.jsonl is not there" in answer.output
 
 
+@pytest.mark.parametrize("length", [5, 40, 90])
+def test_no_name_in_a_legend_is_cut_off(length: int) -> None:
+    """Names of several tables together are long; those of published figures are longer."""
+    rows = [replace(SEEDS[0], variant=f"{number}{'x' * length}") for number in range(5)]
+    for figure in (epsilon_figure(groups(rows), []), bytes_figure(groups(rows))):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        told, whole = legend.get_window_extent(), figure.bbox
+        assert whole.x0 <= told.x0, f"{length} letters are cut off"
+        assert told.x1 <= whole.x1, f"{length} letters are cut off"
+
+
 def test_no_result_is_no_picture(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no result to draw"):
         write_pictures([], PUBLISHED, tmp_path, "made")

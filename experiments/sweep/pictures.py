@@ -44,6 +44,8 @@ SPREAD = 0.035
 """Between neighbouring lines at one ε, of its logarithm: intervals do not cover each other."""
 MOST_SPREAD = 0.36
 """Of all lines together: a place is still one ε's."""
+MARK_WIDTH, LETTER_WIDTH = 0.55, 0.068
+"""Inches of a legend's mark and of a letter at its size, so that no name is cut off."""
 
 
 def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: Path, name: str) -> list[Path]:
@@ -102,7 +104,7 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
             fillstyle=ARMS[line[1]].fill,
             linewidth=1.6,
             markersize=5,
-            label=line[0] if line[1] == FEDERATED else f"{line[0]}, {line[1]}",
+            label=_line_name(*line, min((group.honest for group in members if group.honest), default=0)),
         )
     for number, kind in enumerate(dict.fromkeys(_kind(item) for item in published)):
         items = [item for item in published if _kind(item) == kind]
@@ -136,9 +138,8 @@ def bytes_figure(found: Sequence[Group]) -> Figure:
     for axes, epsilon in zip(parts, asked, strict=False):
         for group in sending:
             if group.epsilon_asked == epsilon and group.payload:
-                _points(
-                    axes, [group.payload], [group], _index(found, group.variant), ARMS[group.arm].fill, group.variant
-                )
+                name = _line_name(group.variant, FEDERATED, group.honest)
+                _points(axes, [group.payload], [group], _index(found, group.variant), ARMS[group.arm].fill, name)
         if sending:
             _fitted_heads(axes, found)
         _logarithmic(axes, marks, [bytes_text(round(mark)).replace(".00", "") for mark in marks])
@@ -158,8 +159,17 @@ def _fitted_heads(axes: Axes, found: Sequence[Group]) -> None:
                 color=COLOURS[_index(found, group.variant) % len(COLOURS)],
                 linestyle=ARMS[group.arm].dash,
                 linewidth=1.2,
-                label=f"{group.variant}, {group.arm}{f', h = {group.honest}' if group.honest else ''}",
+                label=_line_name(group.variant, group.arm, 0),
             )
+
+
+def _line_name(variant: str, arm: str, honest: int) -> str:
+    """Return what a line is called, with the honest sites that its ε counts on.
+
+    >>> _line_name("sum", FEDERATED, 3), _line_name("probe", "pooled", 0)
+    ('sum, h = 3', 'probe, pooled')
+    """
+    return variant + ("" if arm == FEDERATED else f", {arm}") + (f", h = {honest}" if honest else "")
 
 
 def _by_accuracy(found: Sequence[Group]) -> bool:
@@ -237,8 +247,14 @@ def _finish(figure: Figure, parts: Sequence[Axes], found: Sequence[Group]) -> No
         legend = {**dict(zip(labels, handles, strict=True)), **legend}
     if legend:
         ours = sorted(legend, key=lambda label: label.startswith("published"))
+        across = int(figure.get_figwidth() / (MARK_WIDTH + LETTER_WIDTH * max(map(len, ours))))
         figure.legend(
-            [legend[label] for label in ours], ours, loc="outside lower center", ncols=3, fontsize=8, frameon=False
+            [legend[label] for label in ours],
+            ours,
+            loc="outside lower center",
+            ncols=max(1, min(3, across)),
+            fontsize=8,
+            frameon=False,
         )
 
 
