@@ -12,7 +12,7 @@
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
-# make docs   the pages of docs that are made from the code, and the README's picture
+# make docs   the pages of docs that are made from the code, and the README's pictures
 # make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
 PYTHON ?= python3
@@ -87,6 +87,8 @@ docs: environment
 	$(BIN)/python -m cli.settings --write
 	$(BIN)/python -m cli.reference
 	$(BIN)/python -m reports.picture docs/demo.json
+	$(BIN)/fedveil pictures experiments/results/rotten-tomatoes.jsonl experiments/results/secure-sum.jsonl \
+	  --output docs/pictures
 
 settings: environment
 	$(BIN)/python -m cli.settings --write

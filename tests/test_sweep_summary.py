@@ -27,6 +27,8 @@ from experiments.sweep.summary import beside, groups, interval, markdown_of
 from reports.scores import beside_cells
 from strategies.job import configure
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def row(accuracy: float, **changes: Any) -> Row:
     """Return a row as a run leaves it."""
@@ -277,6 +279,20 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
     answer = CliRunner().invoke(app, ["pictures", str(tmp_path / "three.jsonl")])
     assert answer.exit_code == 1
     assert "three.jsonl is not there" in answer.output
+
+
+def test_the_shipped_page_is_of_the_committed_rows(tmp_path: Path) -> None:
+    """All but the drawings, whose bytes are matplotlib's."""
+    results = [ROOT / "experiments" / "results" / f"{name}.jsonl" for name in ("rotten-tomatoes", "secure-sum")]
+    drawn = CliRunner().invoke(app, ["pictures", *map(str, results), "--output", str(tmp_path)])
+    assert drawn.exit_code == 0, drawn.output
+    made, shipped = (
+        re.sub(r"<svg.*?</svg>", "", (folder / "rotten-tomatoes.html").read_text(encoding="utf-8"), flags=re.DOTALL)
+        for folder in (tmp_path, ROOT / "docs" / "pictures")
+    )
+    assert made == shipped, "run make docs"
+    for kind in ("epsilon", "bytes"):
+        assert (ROOT / "docs" / "pictures" / f"rotten-tomatoes-{kind}.png").is_file()
 
 
 @pytest.mark.parametrize("length", [5, 40, 90])
