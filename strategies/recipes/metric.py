@@ -90,4 +90,3 @@ class PublicMetricRecipe(Recipe):
             "training.linearised": rounds - refit,
             "training.refit": refit,
         }
-
