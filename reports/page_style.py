@@ -33,7 +33,8 @@ h1 { font-size: 2.1rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.35rem; margin: 3rem 0 .9rem; padding-top: .9rem; border-top: 2px solid var(--ink); }
 h3 { font-size: 1.02rem; margin: 1.6rem 0 .5rem; }
 p, ul, dl { margin: 0 0 .9rem; max-width: 46rem; }
-li { margin: .15rem 0; overflow-wrap: anywhere; }
+p, li { overflow-wrap: anywhere; }
+li { margin: .15rem 0; }
 .soft, figcaption { color: var(--soft); }
 .meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
 .lead { font-size: 1.05rem; }

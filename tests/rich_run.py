@@ -117,7 +117,8 @@ def unlike(folder: Path, rounds: int = 3) -> MadeRun:
     ``ODD_NOISE`` added less noise than all others; ``REFUSED`` never took part.
     """
     names = [f"site-{i}" for i in range(MANY)]
-    run = MadeRun(folder, {"rounds": rounds}, {"site-0": 700, ODD_NOISE: 700}, {ODD_NOISE: 0.8}).start()
+    own = {"data.name": "/srv/records_of_cardiology/discharge_letters_of_2026_without_names.csv"}
+    run = MadeRun(folder, {"rounds": rounds, **own}, {"site-0": 700, ODD_NOISE: 700}, {ODD_NOISE: 0.8}).start()
     run.round(1, 0.7)
     usual, odd = read_lines(PrivacyLine, folder)
     (round_line,) = read_lines(RoundLine, folder)
