@@ -215,7 +215,8 @@ class PrivacyConfig(Section):
     """Of unit ``person``: most records of a person that a site uses, the same ones in every round. It bounds time and
     memory; the promise does not depend on it."""
     epsilon: Annotated[float, POSITIVE, RATIO] = 8.0
-    """Budget of a site for the whole run, for the mechanism's unit, add or remove one."""
+    """Budget of a site for the mechanism's unit, add or remove one: the most that its ledger may hold of the records by
+    the end of the run, earlier runs included."""
     delta: Annotated[float, Interval(0, 0.5, high_too=False), RATIO] = 1e-5
     """The δ that the budget holds at. A site refuses one above one over its public size."""
     clip_norm: Annotated[float, CLIP_NORM, Unit("L2 norm")] = 1.0
