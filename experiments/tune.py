@@ -24,7 +24,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def _priced(
     privacy, first = next(iter(jobs.values())).config.privacy, next(iter(jobs.values()))
 
     limit = privacy.epsilon if asked_limit is None else asked_limit
-    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= privacy.epsilon:
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not privacy.epsilon <= limit < inf:
         raise ConfigError(
             f"{LEDGER} is {limit!r}: it is what a ledger may hold with all trials in it, so a number of at least "
             f"privacy.epsilon, {privacy.epsilon:g}"

@@ -191,6 +191,8 @@ def test_a_trial_that_was_cut_off_goes_on_and_the_others_are_not_paid_again(
         ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": 3.9}, "at least privacy.epsilon, 4"),
         ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": "ten"}, "ledger-epsilon is 'ten'"),
         ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": float("nan")}, "ledger-epsilon is nan"),
+        ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": float("inf")}, "ledger-epsilon is inf"),
+        ({"a": {}, "b": {"rounds": 2}}, {"ledger-epsilon": True}, "ledger-epsilon is True"),
         ({"a": {}, "b": {}}, {}, "'a' and 'b' have the same settings"),
     ],
 )
