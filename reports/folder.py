@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -72,12 +72,18 @@ def read_run(folder: Path) -> RunFiles:
         raise DataError(f"{folder} is not the folder of a run: {why}")
     audits = [path for path in sorted(folder.glob(AUDITS)) if path.is_file()]
     read = [(path.name, _file(AuditFile, path, problems, UNSAID)) for path in audits if path.suffix == ".json"]
+    rounds = list(_lines(RoundLine, folder, problems))
+    privacy = _once(_lines(PrivacyLine, folder, problems))
+    result = _file(ResultFile, folder / ResultFile.NAME, problems)
+    if result and result.reached:
+        problems += _untold(RoundLine, [line.round_number for line in rounds if line.complete], result.reached.rounds)
+        problems += _untold(PrivacyLine, [line.round_number for line in privacy], result.reached.rounds)
     return RunFiles(
         config,
         _file(BaselineFile, folder / BaselineFile.NAME, problems),
-        list(_lines(RoundLine, folder, problems)),
-        _once(_lines(PrivacyLine, folder, problems)),
-        _file(ResultFile, folder / ResultFile.NAME, problems),
+        rounds,
+        privacy,
+        result,
         {path.name: _sha256(path) for path in audits},
         {name: content for name, content in read if content},
         beside.rows if (beside := _file(BesideFile, folder / BesideFile.NAME, problems)) else [],
@@ -85,6 +91,16 @@ def read_run(folder: Path) -> RunFiles:
         _file(ServerFile, folder / ServerFile.NAME, problems),
         _file(TuningFile, folder / TuningFile.NAME, problems, UNTOLD_TRIALS),
     )
+
+
+def _untold(of: type[RunFile], told: Collection[int], reached: int) -> list[str]:
+    """Return the problem of a file that says nothing of the last round that counts, or nothing."""
+    if reached in told:
+        return []
+    return [
+        f"{of.NAME} does not reach round {reached}, which {ResultFile.NAME} says was complete: what it held is missing "
+        "here"
+    ]
 
 
 LEFT_OUT = ", and is left out"

@@ -19,7 +19,7 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
 from common.errors import BudgetExhausted, DataError
 from common.privacy.accounting import epsilon, gaussian_release
-from common.run_lines import AuditFile, Finding
+from common.run_lines import AuditFile, Finding, Reached
 from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
 from reports.audits import WHOSE
 from reports.page import to_html
@@ -190,6 +190,22 @@ def test_a_run_that_goes_on_is_reported_as_far_as_it_is(tmp_path: Path) -> None:
     assert data.headline.rounds_done == 1
     assert any("line 3 of privacy.jsonl is not whole" in problem for problem in data.problems)
     assert "not whole" in forms(run.folder)["html"]
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "privacy.jsonl"])
+@pytest.mark.parametrize("left", [None, 0, 1])
+def test_a_file_that_lacks_the_last_rounds_is_named(made: MadeRun, name: str, left: int | None) -> None:
+    made.end(reached=Reached(0.6, 0.76, 1.0, rounds=3))
+    assert not report_of(made.folder).problems
+    path = made.folder / name
+    if left is None:
+        path.unlink()
+    else:
+        path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:left]))
+    (told,) = report_of(made.folder).problems
+    assert told.startswith(f"{name} does not reach round 3")
+    for form, text in forms(made.folder).items():
+        assert "does not reach round 3" in text, f"report.{form} does not say what is missing"
 
 
 def test_a_failed_run_says_why_and_that_sites_may_have_paid_more(tmp_path: Path) -> None:
