@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunFiles:
     rounds = list(_lines(RoundLine, folder, problems))
     privacy = _once(_lines(PrivacyLine, folder, problems))
     result = _file(ResultFile, folder / ResultFile.NAME, problems)
-    if result and result.reached:
+    if result and result.reached and result.reached.rounds:
         problems += _untold(RoundLine, [line.round_number for line in rounds if line.complete], result.reached.rounds)
         problems += _untold(PrivacyLine, [line.round_number for line in privacy], result.reached.rounds)
     return RunFiles(

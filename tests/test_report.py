@@ -208,6 +208,11 @@ def test_a_file_that_lacks_the_last_rounds_is_named(made: MadeRun, name: str, le
         assert "does not reach round 3" in text, f"report.{form} does not say what is missing"
 
 
+def test_a_run_that_ended_before_its_first_round_lacks_nothing(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run").start().end("stopped", "too few sites", Reached(0.6, 0.6, None, rounds=0))
+    assert not report_of(run.folder).problems
+
+
 def test_a_failed_run_says_why_and_that_sites_may_have_paid_more(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run").start().round(1, 0.7).end("failed", "round 2: too few sites")
     for form, text in forms(run.folder).items():
