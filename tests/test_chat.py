@@ -232,6 +232,17 @@ def test_a_prompt_in_turns_is_read_before_and_only_the_completion_is_learnt(base
         assert len(reading.dataset.examples) == 1
 
 
+def test_an_answer_that_nobody_asked_for_is_no_record(tmp_path: Path) -> None:
+    """As of TRL's layout in turns whose prompt nobody named; a system's turn asks for nothing."""
+    for completion in (SENT[4:], [SENT[0], SENT[4]]):
+        path = write(tmp_path / "split.jsonl", [{"prompt": SENT[:4], "completion": completion}])
+        with pytest.raises(DataError, match=r"row 1 has no turn of the user: .*name that in data\.context"):
+            loaded(path, "chat", messages="completion")
+        reading = load_protected(DataConfig(name=str(path), columns=Columns({"messages": "completion"})), "chat")
+        assert not reading.dataset.examples
+        assert reading.unfit[0].reason == "has no turn of the user"
+
+
 def test_a_column_of_text_alone_is_learnt_whole_and_divided_by_its_words(base: BaseModel, tmp_path: Path) -> None:
     """TRL's language modelling layout; equal texts stay on one side of the test part's cut."""
     texts = ["the film is warm", "The film  is warm", "a dull story"]

@@ -109,7 +109,9 @@ def _record(
                 return _unfit(table, row, "has a label that is not among data.labels", quoted)
             value = index[str(value)]
         values[column.role.field] = value
-    return example(**values, row=_row_digest(table, row))
+    found = example(**values, row=_row_digest(table, row))
+    reason, advice = found.lacks()
+    return _unfit(table, row, reason, f"{reason}: {advice}") if reason else found
 
 
 def _filled_in(table: Table, row: int, columns: Sequence[Column], names: Mapping[str, str]) -> Unfit | None:

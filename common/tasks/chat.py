@@ -67,6 +67,12 @@ class Conversation(Example):
         """Return what was asked, but for case and blanks."""
         return " ".join(words for who, text in self.spoken if who == USER for words in text.split()).casefold()
 
+    def lacks(self) -> tuple[str, str]:
+        """Return that nobody asks: an answer to nothing is learnt as one, and all such records would be alike."""
+        if any(who == USER for who, _ in self.spoken):
+            return "", ""
+        return "has no turn of the user", "if it stands in a column of its own, name that in data.context"
+
     def texts(self) -> list[str]:
         """Return the words of every turn."""
         return [text for _, text in self.spoken]

@@ -37,6 +37,10 @@ class Example(ABC):
     def likeness(self) -> str:
         """Return a text that is equal for records so alike that the public test part takes all of them or none."""
 
+    def lacks(self) -> tuple[str, str]:
+        """Return why it is no record though each of its cells is well, and what to do about it; else nothing, twice."""
+        return "", ""
+
     def texts(self) -> list[str]:
         """Return the words that the record holds, a text for each of its fields; none, if it holds no words."""
         values = [getattr(self, item.name) for item in fields(self) if item.name not in BESIDE]
