@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from audits.tiny_models import TARGETS
 from common.adapters import ADAPTERS, Adapter, DoRA
 from common.adapters.base import ADAPTER_NAME, layer_shape
 from common.adapters.branch import Branch
+from common.adapters.lora_metric import LoRAMetric
 from common.adapters.low_rank import LowRank
 from common.adapters.mapped import Mapped
 from common.errors import FedVeilError, ModelError, ProtocolError
@@ -437,6 +439,22 @@ def test_stated_gradients_are_those_of_the_map(name: str, positions: tuple[int, 
     for factor in stated:
         assert stated[factor].shape == derived[factor].shape == (4, *factors[factor].shape)
         assert float((stated[factor] - derived[factor]).abs().max()) < 1e-12 * float(derived[factor].abs().max())
+
+
+class OtherMap(LoRAMetric):
+    """A row made of another, with the metric and half of the map."""
+
+    def change(self, factors: Any, inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float) -> Tensor:
+        return super().change(factors, inputs, projected, base_weight, scale) / 2
+
+
+def test_a_map_that_replaces_one_has_its_own_gradients() -> None:
+    adapter, draw = build("lora-metric", "bert"), torch.Generator().manual_seed(2)
+    other = OtherMap(**{field.name: getattr(adapter, field.name) for field in fields(adapter)})
+    factors = {f: torch.randn(*shape, generator=draw) for f, shape in adapter.shapes(9, 5).items()}
+    given = (*(torch.randn(4, n, generator=draw) for n in (5, 9, 9)), torch.randn(9, 5, generator=draw), 1.7)
+    whole, half = (cast(Mapped, one).gradients(factors, *given)["A"] for one in (adapter, other))
+    assert torch.allclose(2 * half, whole, rtol=1e-5, atol=1e-6)
 
 
 class OwnScale(DoRA):

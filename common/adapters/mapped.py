@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ class Mapped(Adapter):
 
     uses_projected: ClassVar[bool] = True
     """Whether the map takes ``W0 x``; of one that does not, no gradient is led through that, which would be 0."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Derive the gradients of a map that replaces the one whose gradients were stated."""
+        super().__init_subclass__(**kwargs)
+        if "change" in vars(cls) and "gradients" not in vars(cls):
+            cls.gradients = Mapped.gradients  # type: ignore[method-assign]
 
     @abstractmethod
     def change(
