@@ -66,7 +66,7 @@ class PublicMetricRecipe(Recipe):
         probed = "paid release" in asked.settings.privacy.mechanism.starts
         rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS
         refit = max(1, rounds // 5)
-        of_probe: dict[str, Scalar] = {"start.rate": 1.0, "start.sample-rate": 1.0}
+        of_probe: dict[str, Scalar] = {"start.rate": 4.0, "start.sample-rate": 1.0}
         return {
             "rounds": rounds,
             "evaluate-every": 5,
