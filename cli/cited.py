@@ -2,7 +2,7 @@
 
 ::
 
-    <!-- results: rotten-tomatoes; variants: fedavg-lora, head-only; arms: federated; epsilons: 8, none -->
+    <!-- results: rotten-tomatoes; variants: head-only, probe; arms: federated; epsilons: 8; columns: variant | ε -->
     ...
     <!-- end of results -->
 
@@ -19,7 +19,7 @@ from common.check import nearest
 from common.errors import ConfigError, DataError
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.rows import Row, read_rows, results_file
-from experiments.sweep.summary import markdown_of
+from experiments.sweep.summary import COLUMNS, markdown_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -32,6 +32,7 @@ CHOICES: Mapping[str, Callable[[Row], str]] = {
     "epsilons": lambda row: epsilon_name(row.epsilon_asked),
 }
 """What a citation may choose rows by."""
+SHOWN = "columns"
 
 
 def with_results(text: str, folder: Path = RESULTS) -> str:
@@ -55,15 +56,24 @@ def _table(said: str, folder: Path) -> str:
         raise DataError(
             f"{results_file(folder, sweep)} holds no rows: run the sweep with --results experiments/results"
         )
+    columns: list[str] = []
     for part in parts:
         name, _, words = part.partition(":")
-        rows = _chosen(rows, name.strip(), [word.strip() for word in words.split(",")])
-    return f"\n{markdown_of(rows)}\n"
+        if name.strip() == SHOWN:
+            columns = [word.strip() for word in words.split("|")]  # one of the names has a comma
+        else:
+            rows = _chosen(rows, name.strip(), [word.strip() for word in words.split(",")])
+    if unknown := [column for column in columns if column not in COLUMNS]:
+        raise ConfigError(
+            f"a citation of results shows {unknown[0]!r}{nearest(unknown[0], COLUMNS)}: {' | '.join(COLUMNS)}"
+        )
+    return f"\n{markdown_of(rows, columns)}\n"
 
 
 def _chosen(rows: Sequence[Row], name: str, wanted: Sequence[str]) -> list[Row]:
+    told = [*CHOICES, SHOWN]
     if name not in CHOICES:
-        raise ConfigError(f"a citation of results chooses by {name!r}{nearest(name, CHOICES)}: {', '.join(CHOICES)}")
+        raise ConfigError(f"a citation of results chooses by {name!r}{nearest(name, told)}: {', '.join(told)}")
     of = CHOICES[name]
     if absent := [word for word in wanted if word not in map(of, rows)]:
         raise ConfigError(f"a citation of results chooses {name} {absent[0]!r}, which no row has")

@@ -146,12 +146,18 @@ def test_a_citation_chooses_rows(results: Path) -> None:
     ]
 
 
+def test_a_citation_chooses_columns(results: Path) -> None:
+    made = cited.with_results(citing("other; epsilons: none; columns: ε | variant | accuracy, %"), results)
+    assert "\n| ε | variant | accuracy, % |\n|---|---|---|\n| none | `ffa-lora` | **" in made
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (citing("nowhere"), "nowhere.jsonl holds no rows"),
         (citing("other; arm: pooled"), r"chooses by 'arm' \(did you mean 'arms'\?\)"),
         (citing("other; epsilons: 5"), "chooses epsilons '5', which no row has"),
+        (citing("other; columns: variant | acuracy, %"), r"shows 'acuracy, %' \(did you mean 'accuracy, %'\?\)"),
         ("<!-- results: other -->\n", "has no '<!-- end of results -->'"),
     ],
 )

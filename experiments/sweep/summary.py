@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.adapters import ADAPTERS
@@ -198,40 +198,47 @@ def beside(rows: Sequence[Row], settings: Mapping[str, Scalar]) -> BesideFile:
     return BesideFile(found)
 
 
-def markdown_of(rows: Sequence[Row]) -> str:
-    """Return the table of a sweep's rows with what its figures mean below it."""
+def markdown_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
+    """Return the table of a sweep's rows with what its figures mean below it.
+
+    Args:
+        rows: of one sweep or several.
+        columns: of ``COLUMNS``, in the table's order; none: all but those of ``OPTIONAL`` without a figure.
+    """
     if not rows:
         return "No run has ended.\n"
     found = groups(rows)
-    shown = {name: words for name, words in OPTIONAL.items() if any(words(group) != UNKNOWN for group in found)}
-    header = "| variant | arm | ε | runs | accuracy, % | start, % | loss | ε spent | bytes | time |"
-    lines = [header + "".join(f" {name} |" for name in shown), "|" + "---|" * (10 + len(shown))]
-    lines += [_line(group) + "".join(f" {words(group)} |" for words in shown.values()) for group in found]
+    shown = columns or [
+        name for name, words in COLUMNS.items() if name not in OPTIONAL or any(words(one) != UNKNOWN for one in found)
+    ]
+    lines = [f"| {' | '.join(shown)} |", "|" + "---|" * len(shown)]
+    lines += [f"| {' | '.join(COLUMNS[name](group) for name in shown)} |" for group in found]
     return "\n".join(lines) + "\n\n" + " ".join(_notes(rows)) + "\n"
 
 
-def _line(group: Group) -> str:
-    each = [f"{100 * value:.1f}" for value in (group.sites or group.values)]
+def _accuracy_words(group: Group) -> str:
     half = "" if group.accuracy.half is None else f" ± {100 * group.accuracy.half:.1f}"
-    told = f" ({'each site: ' if group.sites else ''}{', '.join(each)})" if len(each) > 1 else ""
-    accuracy, loss = f"**{100 * group.accuracy.mean:.1f}**{half}{told}", f"{group.loss.mean:.3f}"
     if not group.labelled:
-        apart = "" if group.loss.half is None else f" ± {group.loss.half:.3f}"
-        seeds = f" ({', '.join(f'{value:.3f}' for value in group.losses)})" if len(group.losses) > 1 else ""
-        accuracy, loss = f"{100 * group.accuracy.mean:.1f}{half}", f"**{group.loss.mean:.3f}**{apart}{seeds}"
-    cells = [
-        f"`{group.variant}`",
-        group.arm,
-        epsilon_name(group.epsilon_asked) + (f" (h = {group.honest})" if group.honest else ""),
-        str(len(group.values)),
-        accuracy,
-        f"{100 * group.before:.1f}",
-        loss,
-        NO_CLAIM if group.epsilon is None else epsilon_text(group.epsilon),
-        UNKNOWN if group.payload is None else bytes_text(round(group.payload)),
-        seconds_text(group.seconds),
-    ]
-    return f"| {' | '.join(cells)} |"
+        return f"{100 * group.accuracy.mean:.1f}{half}"
+    each = [f"{100 * value:.1f}" for value in (group.sites or group.values)]
+    told = f" ({'each site: ' if group.sites else ''}{', '.join(each)})" if len(each) > 1 else ""
+    return f"**{100 * group.accuracy.mean:.1f}**{half}{told}"
+
+
+def _loss_words(group: Group) -> str:
+    if group.labelled:
+        return f"{group.loss.mean:.3f}"
+    apart = "" if group.loss.half is None else f" ± {group.loss.half:.3f}"
+    seeds = f" ({', '.join(f'{value:.3f}' for value in group.losses)})" if len(group.losses) > 1 else ""
+    return f"**{group.loss.mean:.3f}**{apart}{seeds}"
+
+
+def _epsilon_words(group: Group) -> str:
+    return epsilon_name(group.epsilon_asked) + (f" (h = {group.honest})" if group.honest else "")
+
+
+def _payload_words(group: Group) -> str:
+    return UNKNOWN if group.payload is None else bytes_text(round(group.payload))
 
 
 def _intruder_words(group: Group) -> str:
@@ -255,12 +262,23 @@ def _processor_words(group: Group) -> str:
     return seconds_text(group.processor_seconds)
 
 
-OPTIONAL = {
+COLUMNS: Mapping[str, Callable[[Group], str]] = {
+    "variant": lambda group: f"`{group.variant}`",
+    "arm": lambda group: group.arm,
+    "ε": _epsilon_words,
+    "runs": lambda group: str(len(group.values)),
+    "accuracy, %": _accuracy_words,
+    "start, %": lambda group: f"{100 * group.before:.1f}",
+    "loss": _loss_words,
+    "ε spent": lambda group: NO_CLAIM if group.epsilon is None else epsilon_text(group.epsilon),
+    "bytes": _payload_words,
+    "time": lambda group: seconds_text(group.seconds),
     "numbers": _sent_words,
     "exact": _exact_words,
     "processor": _processor_words,
     "intruders (of noise)": _intruder_words,
 }
+OPTIONAL = frozenset({"numbers", "exact", "processor", "intruders (of noise)"})
 """Columns that a table has only where one of its rows has a figure for them."""
 
 
