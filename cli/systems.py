@@ -30,6 +30,8 @@ AXES: Mapping[str, Mapping[str, type[Any]]] = {
 
 CONFIGS = "experiments/configs/systems"
 """Where the configurations of systems lie, from the repository's root."""
+RANKS = "1,2,4,8"
+"""Of the sites of a simulation, where a system is about sites of unlike ranks; the last is the plain job's."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,16 @@ SYSTEMS: tuple[System, ...] = (
     System("FedEx-LoRA", {"strategy": "fedex-lora"}),
     System("FLoRA", {"strategy": "flora"}),
     System("RoLoRA", {"strategy": "rolora"}),
-    System("FlexLoRA, by increments", {"strategy": "flexlora"}),
-    System("HetLoRA, padded states and weights by norm", {"strategy": "hetlora", "privacy.mode": "none"}),
-    System("Heterogeneous ranks (HetLoRA, FLoRA), exact", {"strategy": "heterogeneous-ranks"}),
+    System("FlexLoRA, by increments", {"strategy": "flexlora", "flexlora.simulated": RANKS}),
+    System(
+        "HetLoRA, padded states and weights by norm",
+        {"strategy": "hetlora", "hetlora.simulated": RANKS, "privacy.mode": "none"},
+        file="hetlora",
+    ),
+    System(
+        "Heterogeneous ranks (HetLoRA, FLoRA), exact",
+        {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": RANKS},
+    ),
     System("DyLoRA", {"strategy": "dylora"}),
     System("FlyLoRA", {"strategy": "flylora", "adapter.start": "sparse"}),
     System("IncreLoRA", {"strategy": "increlora"}),
@@ -100,7 +109,9 @@ SYSTEMS: tuple[System, ...] = (
         {"strategy": "ffa-lora", "adapter.start": "minor-of-weights", "adapter.alpha": 0.0},
         file="milora-a-frozen",
     ),
-    System("MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards"}),
+    System(
+        "MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards", "adapter.alpha": 0.0}, file="miss"
+    ),
     System(
         "EVA from public text",
         {"strategy": "ffa-lora", "adapter.start": "eva", "adapter.alpha": 0.0},

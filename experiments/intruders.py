@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from common.accountant import Accountant
+from common.adapters import Adapter
 from common.adapters.base import base_weight
+from common.adapters.lora_merged import pair_of
 from common.adapters.low_rank import LowRank
 from common.check import in_range, positive
 from common.errors import DataError, ModelError
@@ -72,7 +74,7 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     Raises:
         DataError: the folder has no saved adapter or checkpoint.
         ConfigError: ``top`` or ``cosine`` is out of range.
-        ModelError: the base model here is not the run's, or the change of a layer is not of low rank.
+        ModelError: the base model here is not the run's, or the run has no adapter.
     """
     positive(top=top)
     in_range(0, 1, cosine=cosine)
@@ -81,11 +83,8 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     about = read_json(run / "adapter" / "fedveil.json")
     job = configure(about["settings"])
     adapter = job.adapter
-    if not isinstance(adapter, LowRank):
-        raise ModelError(
-            f"adapter {adapter.name!r} changes no layer by a product of two factors, and intruders are counted for "
-            "such a change alone: there is nothing to count"
-        )
+    if not adapter.trained:
+        raise ModelError(f"adapter {adapter.name!r} changes no layer: there is nothing to count")
     base = load_base_model(about["base_model"], about["task"], job.config.head.pool, job.config.model.quantise)
     if base.fingerprint != about["base_fingerprint"]:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
@@ -96,10 +95,10 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     for name, weight in weights.items():
         before = spectrum_of(weight)
         count = min(top, len(before.values))
-        own = _factors(adapter, state.adapter[name])
+        own = _factors(adapter, state.adapter[name], weight)
         made = top_of(before, *own, count)
         edge = float(before.values[count - 1])
-        alone = None if noise is None else top_of(before, *_factors(adapter, noise[name]), count)
+        alone = None if noise is None else top_of(before, *_factors(adapter, noise[name], weight), count)
         rows.append(
             LayerIntruders(
                 layer=name,
@@ -192,9 +191,18 @@ def _with_noise(std: float, draw: torch.Generator, tensor: torch.Tensor) -> torc
     return tensor + std * torch.randn(tensor.shape, generator=draw)
 
 
-def _factors(adapter: LowRank, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    lora = adapter.as_lora(factors)
-    return adapter.scaling * lora["B"].double(), lora["A"].double()
+def _factors(
+    adapter: Adapter, factors: Mapping[str, torch.Tensor], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return B, with the scale in it, and A, float64, whose product is the change of a layer's weight.
+
+    What is no product of two factors is decomposed, which costs as much as the weight's own decomposition.
+    """
+    if isinstance(adapter, LowRank):
+        lora = adapter.as_lora(factors)
+        return adapter.scaling * lora["B"].double(), lora["A"].double()
+    pair = pair_of(adapter.delta({name: tensor.double() for name, tensor in factors.items()}, weight.double()))
+    return pair["B"], pair["A"]
 
 
 def _largest(B: torch.Tensor, A: torch.Tensor) -> float:

@@ -19,10 +19,12 @@ from typer.testing import CliRunner
 
 import experiments.spectra
 from cli.main import app
+from common.adapters import ADAPTERS
 from common.adapters.base import base_weight
 from common.errors import ConfigError, DataError, ModelError
+from common.model.base import load_base_model
 from experiments.in_process import run_in_process
-from experiments.intruders import intruders_of, noise_alone
+from experiments.intruders import _factors, intruders_of, noise_alone
 from experiments.spectra import Spectrum, count_above, spectrum_of, top_of
 from experiments.sweep.summary import groups, markdown_of
 from server.checkpoint import saved_state
@@ -107,7 +109,6 @@ def gpt2(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_q3_a_transposed_layer_is_oriented_first_and_noise_stands_beside_noise(gpt2: Path) -> None:
     rows = intruders_of(gpt2)
     state, job = saved_state(gpt2), configure(swept_settings(gpt2))
-    from common.model.base import load_base_model
 
     base = load_base_model(job.config.model.name, job.config.model.task)
     layers = job.adapter.layers(job.adapter.attach(base.module, job.config.seed))
@@ -186,13 +187,45 @@ def test_the_command_prints_both_counts_and_refuses_what_has_no_adapter(gpt2: Pa
         intruders_of(gpt2, 5, 1.5)
 
 
-def test_a_change_that_is_no_product_and_a_run_without_known_noise_are_told_apart(toy_settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.trained])
+def test_q1_every_adapters_change_is_counted_as_the_whole_decomposition_does(name: str) -> None:
+    """Also those whose change is no product of two factors, on a layer that is not square."""
+    adapter = build(name, "bert")
+    factors = {f: 0.5 * normal(*shape, seed=5 + i) for i, (f, shape) in enumerate(adapter.shapes(40, 24).items())}
+    weight = normal(40, 24)
+    B, A = _factors(adapter, factors, weight)
+    delta = adapter.delta(factors, weight)
+    assert float(delta.abs().max()) > 1e-3
+    assert float((B @ A - delta).abs().max()) < 1e-10 * float(delta.abs().max())
+
+
+def test_a_run_without_an_adapter_and_one_without_known_noise_are_told_apart(toy_settings: dict[str, Any]) -> None:
     open_run = run_in_process({**toy_settings, **NOISY, "privacy.mode": "none"}, 2)
     rows = intruders_of(open_run)
     assert {row.of_noise for row in rows} == {None}
-    magnitudes = {"strategy": "fedavg-lora", "adapter.name": "dora", "privacy.mode": "none"}
-    with pytest.raises(ModelError, match="no layer by a product of two factors"):
-        intruders_of(run_in_process({**toy_settings, **NOISY, **magnitudes}, 2, "2"))
+    alone = {"strategy": "fedavg-lora", "adapter.name": "none", "privacy.mode": "none"}
+    with pytest.raises(ModelError, match="adapter 'none' changes no layer"):
+        intruders_of(run_in_process({**toy_settings, **NOISY, **alone}, 2, "2"))
+
+
+@pytest.mark.parametrize("name", ["dora", "lora-metric", "randlora", "salt"])
+def test_q3_a_change_that_is_no_product_is_counted_beside_its_noise(toy_settings: dict[str, Any], name: str) -> None:
+    own: dict[str, Any] = {"strategy": "fedavg-lora", "adapter.name": name, "adapter.alpha": 3.0}
+    if name in {"lora-metric", "salt"}:
+        own["adapter.start"] = {"lora-metric": "public-metric", "salt": "svd-of-weights"}[name]
+    folder = run_in_process({**toy_settings, **NOISY, **own, "privacy.noise-multiplier": 300.0}, 2)
+    state, job = saved_state(folder), configure(swept_settings(folder))
+    base = load_base_model(job.config.model.name, job.config.model.task)
+    layers = job.adapter.layers(job.adapter.attach(base.module, job.config.seed))
+    rows = intruders_of(folder)
+    assert len(rows) == len(layers)
+    for row in rows:
+        weight = base_weight(layers[row.layer]).double()
+        delta = job.adapter.delta({f: t.double() for f, t in state.adapter[row.layer].items()}, weight)
+        old = torch.linalg.svd(weight, full_matrices=False)[0]
+        new = torch.linalg.svd(weight + delta, full_matrices=False)[0][:, : row.top]
+        assert row.intruders == int(((old.T @ new).abs().amax(0) < 0.5).sum())
+        assert row.of_noise is not None
 
 
 def test_a_sweeps_table_has_the_counts_where_they_are_known() -> None:
