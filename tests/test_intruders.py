@@ -190,7 +190,7 @@ def test_the_command_prints_both_counts_and_refuses_what_has_no_adapter(gpt2: Pa
 @pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.trained])
 def test_q1_every_adapters_change_is_counted_as_the_whole_decomposition_does(name: str) -> None:
     """Also those whose change is no product of two factors, on a layer that is not square."""
-    adapter = build(name, "bert")
+    adapter = ADAPTERS[name](RANK, 8.0, ())
     factors = {f: 0.5 * normal(*shape, seed=5 + i) for i, (f, shape) in enumerate(adapter.shapes(40, 24).items())}
     weight = normal(40, 24)
     B, A = _factors(adapter, factors, weight)

@@ -110,6 +110,10 @@ def test_a_system_runs_two_rounds_by_what_its_row_says(system: System, request: 
     assert scored.loss == pytest.approx(lines[-1].loss, rel=1e-5), "the saved adapter does not score like the run"
     assert scored.accuracy == lines[-1].accuracy
     assert saved_state(folder).round_number == 2
+    if ranked := STRATEGIES[str(system.settings["strategy"])].ranked:
+        whole = run_in_process({**own, **scale, "strategy": "ffa-lora", "data.test-size": 20}, 2, "whole")
+        sent, most = (read_lines(RoundLine, run)[-1].bytes_up for run in (folder, whole))
+        assert (sent < most) == ranked, "the sites of the shipped row all have the run's rank"
     tensors = load_file(next((folder / "adapter").glob("adapter_model.safetensors")))
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
