@@ -449,8 +449,14 @@ def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]
 
 
 def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
-    """Raise ConfigError unless an averaged change is a gradient of A and B, of which LoRAPrune's criterion is made."""
+    """Raise ConfigError unless an averaged change is a noised gradient of A and B, as LoRAPrune needs it."""
     training = config.training
+    if not config.privacy.mechanism.charged:
+        raise ConfigError(
+            f"server.scores is true, and with privacy.mode {config.privacy.mode!r} the scores are of gradients without "
+            "noise: a base model that is pruned by them tells of records. Set server.scores to false, or privacy.mode "
+            "to 'dp-sgd'"
+        )
     if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
         raise ConfigError(
             f"server.scores is true, and {training.local_steps} local steps of {training.optimizer} leave no gradient "

@@ -385,9 +385,16 @@ def test_invariant_p4_a_run_keeps_its_scores_and_prune_chooses_by_them(
         prune_model(str(tmp_path / "small"), tmp_path / "smaller", 1, 8, by=folder)
 
 
+def test_scores_of_gradients_without_noise_are_refused() -> None:
+    plain = {"training.local-steps": 1, "training.optimizer": "sgd", "strategy": "ffa-lora", "server.scores": True}
+    assert configure(plain).config.server.scores
+    with pytest.raises(ConfigError, match="gradients without noise: a base model that is pruned by them tells"):
+        configure({**plain, "privacy.mode": "none"})
+
+
 def test_scores_are_refused_where_a_change_is_no_gradient_of_a_and_b() -> None:
     with pytest.raises(ConfigError, match="leave no gradient in a change"):
-        configure({"server.scores": True, "privacy.mode": "none"})
+        configure({"server.scores": True, "strategy": "ffa-lora", "training.local-steps": 2})
     for strategy in ("fed-sb", "rolora", "increlora", "dylora", "fedex-lora"):
         with pytest.raises(ConfigError, match="made of changes of all of A or B"):
             configure({"server.scores": True, "strategy": strategy})
