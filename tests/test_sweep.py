@@ -311,6 +311,20 @@ def test_only_the_runs_that_are_called_so_are_started_and_other_rows_stay(sweepi
         sweeping(only="*-seed-3")
 
 
+@pytest.mark.parametrize("changed", ["server/rounds.py", "experiments/fitted_head.py", "experiments/sweep/arms.py"])
+def test_the_code_version_is_of_all_that_a_row_comes_from(tmp_path: Path, changed: str) -> None:
+    root = one_run.PROJECT
+    for path in (root / "pyproject.toml", root / "common" / "bundle.toml", *root.glob("[ces]*/**/*.py")):
+        copy = tmp_path / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    before = one_run.code_version(tmp_path)
+    assert before == one_run.code_version(tmp_path)
+    with (tmp_path / changed).open("a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    assert one_run.code_version(tmp_path) != before
+
+
 @pytest.mark.usefixtures("here")
 def test_no_row_is_of_code_that_changed_meanwhile(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
     told = iter(["0" * 64, "f" * 64])

@@ -40,9 +40,10 @@ class Work:
     threads: int
 
 
-def code_version() -> str:
-    """Return the hash of the code that servers and sites run, as it stands on the disk now."""
-    return digest(files_of(PROJECT))
+def code_version(project: Path = PROJECT) -> str:
+    """Return the hash of the code that makes a row, of servers, sites and experiments, as it is on the disk now."""
+    own = {path.relative_to(project).as_posix(): path.read_bytes() for path in project.glob("experiments/**/*.py")}
+    return digest({**files_of(project), **dict(sorted(own.items()))})
 
 
 def commit_of(project: Path = PROJECT) -> str:
