@@ -59,6 +59,16 @@ class World:
         return losses
 
 
+def give_metric(model: FederatedModel) -> None:
+    """Give the layers of ``lora-metric`` output directions and what the metric shrinks, as its own start would."""
+    draw = torch.Generator().manual_seed(9)
+    named = dict(model.module.named_parameters())
+    for name in [name for name in named if name.endswith(".V")]:
+        V, B = named[name], named[f"{name[:-1]}B"]
+        V.copy_(0.9 * torch.linalg.qr(torch.randn(V.shape[1], len(V), generator=draw))[0].T)
+        B.copy_(torch.linalg.qr(torch.randn(B.shape, generator=draw))[0])
+
+
 def fresh_world(folder: str, family: str, adapter: str, head: str, precision: str = "float32") -> World:
     """Return a world of its own; ``folder`` holds a tiny model of the ``family``."""
     task = "classification" if family == "bert" else "causal-lm"
@@ -81,6 +91,7 @@ def fresh_world(folder: str, family: str, adapter: str, head: str, precision: st
             if parameter.requires_grad:
                 # B starts at zero, where A has no gradient and its part of the clip could not be seen.
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+        give_metric(model)
     words = random.Random(4)
     examples = [
         TextExample(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from audits.tiny_models import TARGETS
 from audits.tiny_site import clinic
+from audits.worlds import give_metric
 from client import app
 from client import linearised as wing
 from client.deadline import Timing
@@ -64,6 +65,7 @@ def tiny(folder: str, adapter: str = "lora", labels: int = 3, **head: Any) -> Fe
     with torch.no_grad():
         for p in model.below_head().values():
             p.add_(0.05 * torch.randn(p.shape, generator=draw))
+        give_metric(model)
     return model
 
 
@@ -92,7 +94,7 @@ def rows_of(vector: Record) -> Tensor:
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["lora", "lora-frozen-a", "dora"])
+@pytest.mark.parametrize("adapter", ["lora", "lora-frozen-a", "lora-metric", "dora"])
 def test_derivatives_are_those_of_the_logits_less_the_first_one(model_folder: Folder, adapter: str) -> None:
     model = tiny(model_folder("bert"), adapter)
     records = records_of(model)
