@@ -208,6 +208,55 @@ def test_a_sentence_of_a_longer_text_is_found_and_the_check_is_what_finds_it(
     assert run_in_process({**settings, "rounds": 1}, 2).is_dir(), "the planted fault is not what the check rests on"
 
 
+def records_file(path: Path, texts: Sequence[str]) -> dict[str, Any]:
+    """Write public records; return the settings of a start from their gradient."""
+    rows = "".join(f"{text},{('bad', 'good')[i % 2]}\n" for i, text in enumerate(texts))
+    path.write_text(f"text,label\n{rows}", encoding="utf-8")
+    return {"recipe": "plain", "strategy": "ffa-lora", "adapter.start": "lora-ga", "start.data": str(path)}
+
+
+@pytest.mark.parametrize("part", ["test", "train"])
+def test_public_records_that_stand_among_the_runs_end_it_before_anyone_pays(
+    part: str, toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    train, test = parts(toy_settings)
+    own = ["question one two", "answer two", (test if part == "test" else train)[3].upper()]
+    where = "the public test part" if part == "test" else "the records of data.name .*, which sites divide"
+    settings = {**toy_settings, "rounds": 1, **records_file(tmp_path / "public.csv", own)}
+    with pytest.raises(DataError, match=rf"1 of the 3 texts of start.data .* stand in {where}"):
+        run_in_process(settings, 2)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "privacy.jsonl").exists()
+
+
+def test_public_records_are_told_by_their_hash_and_by_what_they_were_compared_with(
+    toy_settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = records_file(tmp_path / "public.csv", ["question one two", "answer two"])
+    job = configure({**toy_settings, **own})
+    used = sources.load_dataset(job.config.data, job.config.model.task, own["start.data"])
+    caplog.set_level("INFO")
+    run_in_process({**toy_settings, "rounds": 1, **own}, 2)
+    assert (
+        f"the 2 records of start.data are public by the coordinator's word (SHA-256 {used.fingerprint()})"
+        in caplog.text
+    )
+    assert "compared with the public test part and the records of data.name" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data.name": "rotten-tomatoes", "start.data": "sst2"}, "shares sentences with data.name 'rotten-tomatoes'"),
+        ({"data.name": "mine.csv", "data.test": "sst2", "start.data": "rotten-tomatoes"}, "with data.test 'sst2'"),
+        ({"data.name": "mine.csv", "data.test": "t.csv", "start.data": "t.csv"}, "and data.test are both 't.csv'"),
+    ],
+)
+def test_records_of_sets_that_share_sentences_are_not_public(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configure({"strategy": "ffa-lora", "adapter.start": "lora-ga", **settings})
+
+
 def test_a_run_from_a_data_sets_sentences_says_which_they_were(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from common.adapters import Adapter, Place
 from common.check import POSITIVE
 from common.config.fields import RATIO, Unit
 from common.config.sections import RunConfig
+from common.data.sets import share_sentences
 from common.data.sources import load_dataset
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors
@@ -24,7 +25,10 @@ from common.model.federated import FederatedModel
 from common.randomness import stream
 from common.starts.base import Labels, Needs, Start, seeded
 from common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
+from common.starts.public_text import check_apart
 from common.tasks import Batch
+from common.tasks.examples import Dataset, Example
+from common.words import counted
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,28 @@ class FromRecords(Start):
                 f"start.data is {self.data!r}, the run's own data.name, whose records simulated sites divide: they "
                 "would be used without a charge; name another public data set or file"
             )
+        if self.data == config.data.test:
+            raise ConfigError(
+                f"start.data and data.test are both {self.data!r}: what is made from the test records cannot be scored "
+                "on them; name another public data set or file"
+            )
+        for key, name in (("data.name", config.data.name), ("data.test", config.data.test)):
+            if share_sentences(self.data, name):
+                raise ConfigError(
+                    f"start.data {self.data!r} shares sentences with {key} {name!r}, so it is not public to this run: "
+                    "name another"
+                )
+
+    def check_public(self, config: RunConfig) -> str:
+        """Refuse records that stand among the run's, and say what they were compared with and which they are."""
+        used = Dataset(self.data, *self._used(config))
+        texts = [text for example in used.examples for text in example.texts()]
+        compared = check_apart(self.data, texts, config.data, config.model.task, "start.data")
+        told = compared if texts else "not compared with the run's, since they hold no words"
+        return (
+            f"the {counted(len(used.examples), 'record')} of start.data are public by the coordinator's word (SHA-256 "
+            f"{used.fingerprint()}); they were {told}"
+        )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the gradient is there."""
@@ -60,16 +86,21 @@ class FromRecords(Start):
 
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return the mean gradient over a seeded choice of the public records."""
-        data = load_dataset(config.data, config.model.task, self.data)
-        if data.label_names != labels.names:
+        used, names = self._used(config)
+        if names != labels.names:
             raise ConfigError(
-                f"the public data {self.data!r} have the labels {', '.join(data.label_names)}, "
+                f"the public data {self.data!r} have the labels {', '.join(names)}, "
                 f"the run has {', '.join(labels.names)}"
             )
-        order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
-        records = model.prepare([data.examples[i] for i in order[: self.records]])
+        records = model.prepare(used)
         budget = choose_batch_tokens(config.training.batch_tokens, model.device)
         return self.measure(model, model.length_batches(records, budget))
+
+    def _used(self, config: RunConfig) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+        """Return a seeded choice of the public records, and the names of their labels."""
+        data = load_dataset(config.data, config.model.task, self.data)
+        order = torch.randperm(len(data.examples), generator=stream(config.seed, "public-gradient")).tolist()
+        return tuple(data.examples[i] for i in order[: self.records]), data.label_names
 
     def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
         """Return the mean of the records' gradients."""

@@ -139,37 +139,42 @@ def as_file(texts: Sequence[str]) -> bytes:
     return "".join(f"{text}\n" for text in texts).encode()
 
 
-def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str) -> str:
+def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str, setting: str = "start.text") -> str:
     """Refuse public text that stands among a run's records; return in words what it was compared with.
 
     In a simulation the sites' records are those of ``data.name``, and so are a deployed site's that plays a part of it.
     What a site brings itself no server sees: there the text is public because the coordinator says so.
 
     Args:
-        source: the setting ``start.text``.
+        source: what the setting names.
         texts: those of it that are used.
         data: the run's records.
         task: kind of task, as ``model.task``.
+        setting: by which ``source`` was named.
 
     Raises:
         DataError: some of the text stands in the public test part, or in ``data.name``; or no test record can be read.
     """
-    _refuse(source, texts, public_test(data, task).examples, "the public test part")
+    named = f"{setting} {source!r}"
+    if setting == "start.text" and source in DATASETS:
+        out = f"take them out of a file that `python -m experiments.convert sentences {source} FILE` writes and name it"
+    else:
+        out = "take them out"
+    _refuse(named, out, texts, public_test(data, task).examples, "the public test part")
     try:
         train, _ = train_and_test(data, task)
     except DataError:  # as at the server of sites that bring their own, which needs no data.name beside data.test
         return "compared with the public test part alone"
-    _refuse(source, texts, train.examples, f"the records of data.name {data.name!r}, which sites divide")
+    _refuse(named, out, texts, train.examples, f"the records of data.name {data.name!r}, which sites divide")
     return f"compared with the public test part and the records of data.name {data.name!r}"
 
 
-def _refuse(source: str, texts: Sequence[str], examples: Sequence[Example], where: str) -> None:
+def _refuse(named: str, out: str, texts: Sequence[str], examples: Sequence[Example], where: str) -> None:
     known = {trace for example in examples for text in example.texts() for trace in traces(text)}
     found = [text for text in texts if not known.isdisjoint(traces(text))]
     if found:
-        written = f" of a file that `python -m experiments.convert sentences {source} FILE` writes and name it"
         shown = found[0] if len(found[0]) <= 60 else f"{found[0][:57]}..."
         raise DataError(
-            f"{len(found)} of the {len(texts)} texts of start.text {source!r} stand in {where}, such as {shown!r}: "
-            f"they are not public to this run; take them out{written if source in DATASETS else ''}, or name another"
+            f"{len(found)} of the {len(texts)} texts of {named} stand in {where}, such as {shown!r}: "
+            f"they are not public to this run; {out}, or name another"
         )
