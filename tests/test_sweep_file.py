@@ -72,15 +72,25 @@ def test_a_row_of_other_settings_or_of_no_run_is_found() -> None:
     assert "sites 9, not 2" in stale([replace(rows[0], sites=9)], sweep)[0]
 
 
+def default_of(name: str, epsilon: float | None) -> str:
+    """Return the variant that is the default of a sweep's data at an ε."""
+    base = read_settings_file(EXPERIMENTS / "configs" / f"{name}.toml") if name != "rotten-tomatoes" else {}
+    own = {key: value for key, value in base.items() if key.startswith(("data.", "model."))}
+    privacy = {"privacy.mode": "none"} if epsilon is None else {"privacy.epsilon": epsilon}
+    recipe = configure({**own, **privacy}).config.recipe
+    return {"metric": "probe", "head-only": "head-only", "plain": "fedavg-lora"}[recipe]
+
+
 @pytest.mark.parametrize("name", ["rotten-tomatoes", "sst2", "snli", "reuters"])
 def test_beside_every_method_stand_the_fitted_head_and_runs_of_each_site_and_of_all_records(name: str) -> None:
     cells = read_sweep(EXPERIMENTS / "sweeps" / f"{name}.toml").cells
     fitted = [cell for cell in cells if cell.arm == "fitted-head"]
     assert sorted(cell.seed for cell in fitted) == [1, 2, 3]
     assert all(cell.job(Path()).config.adapter.name == "none" and cell.epsilon is None for cell in fitted)
-    beside = {(cell.variant, cell.arm) for cell in cells}
-    default = "head-only" if name == "reuters" else "probe"
-    assert {(default, "local-only"), (default, "pooled")} <= beside
+    for epsilon in {cell.epsilon for cell in cells}:
+        default = (default_of(name, epsilon), epsilon)
+        with_arms = {(cell.variant, cell.epsilon, cell.arm) for cell in cells}
+        assert {(*default, arm) for arm in ("federated", "local-only", "pooled")} <= with_arms
     open_runs = [cell for cell in cells if cell.variant == "probe" and cell.epsilon is None and cell.arm == "federated"]
     assert [cell.job(Path()).config.adapter.start for cell in open_runs] == ["public-metric"] * len(open_runs)
     assert len(open_runs) == (0 if name == "reuters" else 3)
