@@ -188,6 +188,7 @@ def systems_page() -> str:
         ("Strategies, one by one", row_texts("strategy"), "What the file of each row says, with its paper."),
         ("Adapters, one by one", row_texts("adapter.name"), "Of every parameterisation."),
         ("Starts, one by one", row_texts("adapter.start"), "Of every place where factors begin."),
+        ("Server rules, one by one", row_texts("server.rule"), "Of what stands around the server's optimiser."),
     )
 
 

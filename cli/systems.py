@@ -17,6 +17,7 @@ from common.words import bytes_text
 from strategies import ROWS, STRATEGIES
 from strategies.job import Job, configure
 from strategies.renamed import REFUSED_STRATEGIES
+from strategies.rules import RULES
 from strategies.systems import BLOCK_LORA
 from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, markdown, payload, preset_adapter
 
@@ -24,6 +25,7 @@ AXES: Mapping[str, Mapping[str, type[Any]]] = {
     "strategy": ROWS,
     "adapter.name": ADAPTERS,
     "adapter.start": STARTS,
+    "server.rule": RULES,
 }
 """The tables whose rows are parts of published systems, by the setting that names a row."""
 
@@ -109,9 +111,7 @@ SYSTEMS: tuple[System, ...] = (
         {"strategy": "ffa-lora", "adapter.start": "minor-of-weights", "adapter.alpha": 0.0},
         file="milora-a-frozen",
     ),
-    System(
-        "MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards", "adapter.alpha": 0.0}, file="miss"
-    ),
+    System("MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards", "adapter.alpha": 0.0}, file="miss"),
     System(
         "EVA from public text",
         {"strategy": "ffa-lora", "adapter.start": "eva", "adapter.alpha": 0.0},

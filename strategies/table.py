@@ -198,8 +198,9 @@ def rule_table() -> str:
     rows = []
     for name, rule in RULES.items():
         options = ", ".join(f"`{name}.{key} = {_toml(value)}`" for key, value in defaults(rule).items())
-        rows.append([f"`{name}`" + (f" ({rule.paper})" if rule.paper else ""), said_of(rule), options or "none"])
-    return markdown(("`server.rule`", "what it is", "options"), rows)
+        called = f"`{name}`" + (f" ({rule.paper})" if rule.paper else "")
+        rows.append([called, said_of(rule), rule.noise, options or "none"])
+    return markdown(("`server.rule`", "what it is", "noise of a plain step in the weights", "options"), rows)
 
 
 def _toml(value: object) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from strategies.rules.align_guard import AlignGuard
 from strategies.rules.allora import ALLoRA
-from strategies.rules.base import NoRule, ServerRule
+from strategies.rules.base import ServerRule
 from strategies.rules.lora_pro import LoRAPro
+from strategies.rules.none import NoRule
 from strategies.rules.soft_threshold import SoftThreshold
 
 RULES: dict[str, type[ServerRule]] = {rule.name: rule for rule in (NoRule, LoRAPro, ALLoRA, AlignGuard, SoftThreshold)}

@@ -42,6 +42,7 @@ class AlignGuard(ServerRule):
 
     name: ClassVar[str] = "align-guard"
     paper: ClassVar[str] = "Das et al. 2025"
+    noise: ClassVar[str] = "at most that without a rule: in direction u_j 1 / (1 + c_j) of it"
 
     text: str = PACKAGED
     """The public text whose answers are to stay: as ``start.text``, but for ``made-up`` words."""

@@ -33,6 +33,7 @@ class ALLoRA(ServerRule):
     name: ClassVar[str] = "allora"
     paper: ClassVar[str] = "Huang and Balestriero 2024"
     lengthens: ClassVar[bool] = True
+    noise: ClassVar[str] = "diag(f) x_B A: norm τ ‖A‖ √Σ f_i², at the start η times that without a rule"
 
     eta: Annotated[float, POSITIVE, RATIO] = 2.0
     """How many times as far a row of B steps that is still at 0."""

@@ -38,6 +38,8 @@ class ServerRule(ABC):
     paper: ClassVar[str]
     lengthens: ClassVar[bool] = False
     """Whether noise may move the model further with the rule than without, so that no bound of the run's covers it."""
+    noise: ClassVar[str] = "as without a rule"
+    """How the noise of one averaged change enters the weights, τ being its standard deviation on one number."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
@@ -78,11 +80,3 @@ class ServerRule(ABC):
         """
         del before, measured, known
         return after
-
-
-@dataclass(frozen=True)
-class NoRule(ServerRule):
-    """The change and the step as they are."""
-
-    name: ClassVar[str] = "none"
-    paper: ClassVar[str] = ""

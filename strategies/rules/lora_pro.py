@@ -51,6 +51,10 @@ class LoRAPro(ServerRule):
     name: ClassVar[str] = "lora-pro"
     paper: ClassVar[str] = "Wang et al. 2025"
     lengthens: ClassVar[bool] = True
+    noise: ClassVar[str] = (
+        "D of noise alone; by singular values β of B, δ of A: norm² τ² / s² (Σ_ij (β_i² + δ_j²) / (β_i² + δ_j² + λ)² "
+        "+ (n - r) Σ_i β_i² / (β_i² + λ)² + (m - r) Σ_j δ_j² / (δ_j² + λ)²)"
+    )
 
     signal: Annotated[float, POSITIVE, RATIO] = 0.5
     """Standard deviation that an entry of a layer's gradient is taken to have, over that of the noise on one number of

@@ -50,6 +50,7 @@ class SoftThreshold(ServerRule):
 
     name: ClassVar[str] = "soft-threshold"
     paper: ClassVar[str] = "Ding et al. 2023 (SoRA)"
+    noise: ClassVar[str] = f"at most that without a rule; where records say nothing, none in {1 - LEVEL:.0%} of rounds"
 
     threshold: Annotated[float, NOT_NEGATIVE, Unit("L2 norm")] = 0.0
     """By how much they shrink in each round; what is smaller becomes 0. 0: by what the noise of one round reaches,

@@ -1,0 +1,16 @@
+"""No rule: the optimiser takes the averaged change as it is, and its step stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from strategies.rules.base import ServerRule
+
+
+@dataclass(frozen=True)
+class NoRule(ServerRule):
+    """The change and the step as they are."""
+
+    name: ClassVar[str] = "none"
+    paper: ClassVar[str] = ""
