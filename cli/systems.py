@@ -46,10 +46,27 @@ class System:
     """That make a run of it, where they differ from the plain job's; empty: there is no such run."""
     file: str = ""
     """Where more than two settings are needed: the configuration in ``experiments/configs/systems`` that has them."""
+    besides: str = ""
+    """What else there is to do than the run, in words; empty: nothing."""
     instead: str = ""
     """What there is where it is no run, in words; empty: the reason stands among refused strategies."""
 
 
+OF_LANGUAGE: Mapping[str, Scalar] = {
+    "rounds": 3,
+    "model.name": "SmolLM2-135M-Instruct",
+    "model.task": "causal-lm",
+    "model.max-length": 128,
+    "data.name": "asdiv",
+    "data.partition": "iid",
+    "data.test-size": 100,
+    "adapter.targets": "q_proj,v_proj",
+    "head.policy": "frozen",
+    "training.sample-rate": 0.06,
+    "training.batch-tokens": 1024,
+    "privacy.delta": 5e-4,
+}
+"""Settings of a run of a language model, for systems that are for those alone."""
 SYSTEMS: tuple[System, ...] = (
     System("FedAvg on LoRA, FedIT", {"recipe": "plain", "strategy": "fedavg-lora"}),
     System("FFA-LoRA", {"strategy": "ffa-lora"}),
@@ -191,39 +208,44 @@ SYSTEMS: tuple[System, ...] = (
     System("ALLoRA", {"strategy": "ffa-lora", "server.rule": "allora"}),
     System(
         "AlignGuard",
-        {
-            "strategy": "ffa-lora",
-            "server.rule": "align-guard",
-            "rounds": 3,
-            "model.name": "SmolLM2-135M-Instruct",
-            "model.task": "causal-lm",
-            "model.max-length": 128,
-            "data.name": "asdiv",
-            "data.partition": "iid",
-            "data.test-size": 100,
-            "adapter.targets": "q_proj,v_proj",
-            "head.policy": "frozen",
-            "training.sample-rate": 0.06,
-            "training.batch-tokens": 1024,
-            "server.learning-rate": 0.005,
-            "privacy.delta": 5e-4,
-        },
+        {**OF_LANGUAGE, "strategy": "ffa-lora", "server.rule": "align-guard", "server.learning-rate": 0.005},
         file="align-guard",
     ),
     System("FedAdam (FedOpt)", {"strategy": "fedavg-lora", "server.optimizer": "adam"}),
     System("Block-LoRA", instead=BLOCK_LORA),
     System(
         "CoDyRA, from task to task",
-        instead="`fedveil merge RUN_FOLDER`, then a run with `model.name` the merged folder, charged to the same "
-        "ledger ([by columns](strategies.md#by-columns-of-b))",
+        {
+            "strategy": "ffa-lora",
+            "model.name": "merged",
+            "server.rule": "soft-threshold",
+            "server.optimizer": "momentum",
+            "server.momentum": 0.0,
+            "server.learning-rate": 10.0,
+        },
+        file="codyra",
+        besides="on what `fedveil merge RUN_FOLDER merged` made, charged to the same ledger "
+        "([by columns](strategies.md#by-columns-of-b))",
     ),
     System(
         "LoRAM",
-        instead="`fedveil prune`, a run on the small model, `fedveil recover RUN_FOLDER` ([pruned bases](pruned.md))",
+        {**OF_LANGUAGE, "model.name": "small", "strategy": "ffa-lora"},
+        file="loram",
+        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` ([pruned bases](pruned.md))",
     ),
     System(
         "LoRAPrune",
-        instead="a run with `server.scores = true`, then `fedveil prune --by RUN_FOLDER` ([pruned bases](pruned.md))",
+        {
+            **OF_LANGUAGE,
+            "strategy": "ffa-lora",
+            "adapter.targets": "v_proj,down_proj",
+            "server.scores": True,
+            "training.local-steps": 1,
+            "training.optimizer": "sgd",
+            "training.learning-rate": 1.0,
+        },
+        file="loraprune",
+        besides="then `fedveil prune --by RUN_FOLDER` ([pruned bases](pruned.md))",
     ),
     System(
         "Intruder dimensions", instead="`fedveil intruders RUN_FOLDER` ([planning](planning.md#intruder-dimensions))"
@@ -265,6 +287,7 @@ def _row(system: System) -> list[str]:
     job = configure(system.settings)
     down, up = payload(job.strategy, _at_default_rank(job), DEFAULT_SHAPES)
     typed = f"`fedveil run -c {CONFIGS}/{system.file}.toml`" if system.file else written(system.settings)
+    typed += f" {system.besides}" if system.besides else ""
     exact = "yes" if job.strategy.exact(type(job.adapter)) else "no"
     return [system.name, typed, exact, job.strategy.privacy, job.origin.needs, bytes_text(up), bytes_text(down)]
 
