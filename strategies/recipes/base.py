@@ -22,6 +22,12 @@ class Asked:
     labels: int = 0
     """How many there are; 0: not known, or the task has none."""
 
+    @property
+    def clips(self) -> bool:
+        """Whether what one record adds to a step is clipped, so that steps are no longer than that times their rate."""
+        mechanism = self.settings.privacy.mechanism
+        return mechanism.charged or mechanism.central
+
 
 class Recipe(ABC):
     """Settings that were found together. One file and one row each."""

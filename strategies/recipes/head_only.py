@@ -22,6 +22,9 @@ from common.tasks import TASKS
 from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.whole import own_method
 
+WITHOUT_CLIP = 0.5
+"""Rate without privacy, where steps are as long as gradients are, and a longer rate diverges."""
+
 
 @dataclass(frozen=True)
 class HeadOnly(Recipe):
@@ -52,10 +55,11 @@ class HeadOnly(Recipe):
             "training.learning-rate": 1.0,
         }
         own: dict[str, Scalar]
+        slow: dict[str, Scalar] = {} if asked.clips else {"server.learning-rate": WITHOUT_CLIP}
         if worded:
-            own = {"rounds": 12, "start.records": 512, "server.learning-rate": 16.0, "server.most-noise": 0.07}
+            own = {"rounds": 12, "start.records": 512, "server.learning-rate": 16.0, "server.most-noise": 0.07, **slow}
             return {**common, **own}
-        own = {"rounds": 16, "head.start": "zeros", "server.learning-rate": 32.0, "server.most-noise": 0.15}
+        own = {"rounds": 16, "head.start": "zeros", "server.learning-rate": 32.0, "server.most-noise": 0.15, **slow}
         if "paid release" not in run.privacy.mechanism.starts:
             return {**common, **own, "start.records": 512}
         centred: dict[str, Scalar] = {"start.sums": "all", "start.share": 0.1, "start.sample-rate": 1.0}

@@ -36,7 +36,7 @@ class NamedDataset:
     labels: Mapping[str, str] = field(default_factory=dict)
     """The name of each label by what the column holds, in the labels' order; empty: records have none."""
     label_phrases: tuple[tuple[str, ...], ...] = ()
-    """Phrases for ``head.start = "label-words"``, by label; made up, none is from a record."""
+    """Phrases for ``head.start = "label-words"``, by label; made up, none was taken from a record."""
     only: tuple[str, str] | None = None
     """Column and the value that a row must have there to belong."""
     read: Callable[[Path], Table] = read_file
