@@ -61,7 +61,8 @@ test-peft: environment
 	$(VENV)/peft/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
 	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py tests/test_dora.py tests/test_rslora.py \
-	  tests/test_exact_adapters.py tests/test_new_starts.py tests/test_systems.py
+	  tests/test_exact_adapters.py tests/test_new_starts.py tests/test_systems.py tests/test_column_rules.py \
+	  tests/test_server_rules.py tests/test_pruning.py tests/test_flylora.py tests/test_intruders.py
 
 test-product: environment
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product tests/test_contracts.py
