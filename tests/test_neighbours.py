@@ -26,6 +26,7 @@ from experiments.in_process import run_in_process
 from server.checkpoint import saved_state
 from server.optimizer import server_step
 from strategies import Average, Contribution, ServerState, Strategy
+from strategies.fedavg import FedAvgLoRA
 from strategies.fedex_lora import FedExLoRA
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
@@ -106,19 +107,29 @@ def test_flora_begins_every_round_with_the_model_as_it_was_and_nothing_of_the_fa
 
 
 def test_x7_stacking_carries_k_times_the_quadratic_noise_of_averaged_factors() -> None:
-    count, draws = 4, 400
-    share, generator = 1 / count, torch.Generator().manual_seed(3)
+    """Of sites that send noise alone, from factors of 0, where nothing of first order is left."""
+    count, draws, generator = 4, 1500, torch.Generator().manual_seed(3)
+    empty: AdapterState = {"layer": {name: 0 * tensor for name, tensor in begun()["layer"].items()}}
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    stacked = averaged = 0.0
+    lengths = {strategy.name: 0.0 for strategy in (FLoRA(), FedExLoRA(), FedAvgLoRA())}
     for _ in range(draws):
-        A, B = noise(count, RANK, INTO), noise(count, OUT, RANK)
-        stacked += float((share * torch.bmm(B, A).sum(0)).square().sum())
-        averaged += float((B.mean(0) @ A.mean(0)).square().sum())
-    assert stacked / averaged == pytest.approx(count, rel=0.15)
-    assert stacked / draws == pytest.approx(OUT * INTO * RANK * count * share**2, rel=0.1)
+        sent = [
+            Contribution(f"{k}", 100.0, {"layer": {"A": noise(RANK, INTO), "B": noise(OUT, RANK)}})
+            for k in range(count)
+        ]
+        for strategy in (FLoRA(), FedExLoRA(), FedAvgLoRA()):
+            held = empty if strategy.name != "fedavg-lora" else {"layer": {k: empty["layer"][k] for k in "AB"}}
+            after = strategy.server_update(strategy.start(held, ("A", "B")), sent).adapter
+            made = {"layer": {"D": empty["layer"]["D"], **after["layer"]}}
+            lengths[strategy.name] += float(weight(made).square().sum()) / draws
+    # s = 3 / 2, and each of the products' numbers is a sum of r.
+    one = 1.5**2 * OUT * INTO * RANK / count**2
+    assert lengths["flora"] == pytest.approx(count * one, rel=0.05)
+    assert lengths["fedex-lora"] == pytest.approx(count * one, rel=0.05), "an exact mean has the same noise"
+    assert lengths["fedavg-lora"] == pytest.approx(one, rel=0.05)
 
 
 def test_the_exported_pair_has_the_rank_of_the_change_and_nothing_has_rank_one() -> None:

@@ -297,7 +297,13 @@ def test_the_shipped_page_is_of_the_committed_rows(tmp_path: Path) -> None:
     )
     assert made == shipped, "run make docs"
     for kind in ("epsilon", "bytes"):
-        assert (ROOT / "docs" / "pictures" / f"rotten-tomatoes-{kind}.png").is_file()
+        made_of, shipped_of = (
+            re.search(rb"Description\x00(rows [0-9a-f]{64})", (folder / f"rotten-tomatoes-{kind}.png").read_bytes())
+            for folder in (tmp_path, ROOT / "docs" / "pictures")
+        )
+        assert made_of
+        assert shipped_of, "a picture does not say which rows it was drawn from: run make docs"
+        assert made_of[1] == shipped_of[1], "a picture is of other rows: run make docs"
 
 
 @pytest.mark.parametrize("length", [5, 40, 90])

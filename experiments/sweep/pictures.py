@@ -5,6 +5,7 @@ Matplotlib draws them (the extra ``pictures``). The same rows give the same byte
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -61,7 +62,8 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
     if len({group.labelled for group in found}) > 1:
         raise DataError("some runs are judged by accuracy and some by loss: draw their tables apart")
     drawn = {"epsilon": epsilon_figure(found, published), "bytes": bytes_figure(found)}
-    written = {folder / f"{name}-{kind}.png": _png(figure) for kind, figure in drawn.items()}
+    shown = drawn_from(rows, published)
+    written = {folder / f"{name}-{kind}.png": _png(figure, shown) for kind, figure in drawn.items()}
     page = to_page(name, rows, published, [_svg(figure, f"{name}-{kind}") for kind, figure in drawn.items()])
     written[folder / f"{name}.html"] = page.encode()
     try:
@@ -266,9 +268,15 @@ def _kind(item: Published) -> str:
     return f"{item.method}, {item.model}, {item.data}"
 
 
-def _png(figure: Figure) -> bytes:
+def drawn_from(rows: Sequence[Row], published: Sequence[Published]) -> str:
+    """Return the SHA-256 of what pictures show, which each carries: the rows' table and the published figures."""
+    told = [markdown_of(rows).partition("\n\n")[0], *map(repr, published)]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _png(figure: Figure, shown: str) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=160, metadata={"Software": None, "Description": f"rows {shown}"})
     return file.getvalue()
 
 
