@@ -416,12 +416,23 @@ def test_the_examples_in_docstrings_run(module: Any) -> None:
     assert not done.failed
 
 
+GATE = {
+    "strategy": "ffa-lora",
+    "server.rule": "soft-threshold",
+    "server.optimizer": "momentum",
+    "server.momentum": 0.0,
+    "server.learning-rate": 10.0,
+    "soft-threshold.threshold": 0.01,
+}
+
+
+@pytest.mark.parametrize("chosen", [{"strategy": "increlora"}, GATE], ids=["by columns", "behind the gate"])
 def test_a_run_goes_on_from_the_last_ones_merged_model_and_the_ledger_charges_both(
-    toy_settings: dict[str, Any], tmp_path: Path
+    toy_settings: dict[str, Any], tmp_path: Path, chosen: dict[str, Any]
 ) -> None:
     """CoDyRA's chain of tasks: the base of the second run is W0 + delta of the first, ranks by layer and all."""
     budget = {"privacy.noise-multiplier": 2.0, "privacy.epsilon": 50.0, "rounds": 1}
-    own = {**toy_settings, **budget, **PLAIN_STEP, "strategy": "increlora", "adapter.rank": 4}
+    own = {**toy_settings, **budget, **PLAIN_STEP, "adapter.rank": 4, **chosen}
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     first = run_in_process(own, nodes, "first")
     merge_run(first, tmp_path / "merged")
@@ -434,6 +445,10 @@ def test_a_run_goes_on_from_the_last_ones_merged_model_and_the_ledger_charges_bo
     )
     state, s = saved_state(first).adapter, own["adapter.alpha"] / 4
     weights = dict(after.named_parameters())
+    if "server.rule" in chosen:
+        ranks = {int(torch.linalg.matrix_rank(factors["B"])) for layer, factors in state.items() if "B" in factors}
+        assert min(ranks) < 4, "the gate has cut nothing"
+        assert max(ranks), "the gate has cut everything"
     for name, tensor in before.named_parameters():
         factors = state.get(name.removesuffix(".weight"), {})
         change = s * factors["B"] @ factors["A"] if "A" in factors and name.endswith(".weight") else 0.0
