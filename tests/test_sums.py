@@ -129,8 +129,11 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     told = [json.loads(line)["message"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert sum("worst site, h = 2)" in line for line in told) == 2
     assert not [line for line in told if "ε" in line and "h = 2" not in line]
-    shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
-    assert "if no other site adds its noise to a sum: " in shown.output
+    ledger = str(folder / "ledgers" / "site-0.sqlite")
+    alone = f"if no other site adds its noise to a sum (alone): ε {epsilon_text(bare, decimals=4)}"
+    for words in (["show", ledger], ["remaining", ledger, "--dataset", "site-0", "--epsilon", "40"]):
+        headline = CliRunner().invoke(app, ["ledger", *words]).output.splitlines()[0]
+        assert f", counting on h = 2 honest sites of each sum; {alone}" in headline
 
 
 @pytest.mark.parametrize(("honest", "colluders", "lost"), [(1, 2, False), (2, 1, False), (2, 1, True)])
