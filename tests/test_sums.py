@@ -16,10 +16,10 @@ import torch
 from flwr.app import Array, ArrayRecord
 from typer.testing import CliRunner
 
-from audits.bands import out_of_band
+from audits.bands import out_of_band, related
 from audits.faults import zero_noise
 from audits.sum_site import SumSite
-from audits.summed import CELLS, SHIFTS, unevenness
+from audits.summed import CELLS, SHIFTS, noise_again, unevenness
 from audits.tiny_site import clinic
 from cli.main import app
 from client import sums
@@ -521,13 +521,18 @@ def own_noise(clinics: SumSite) -> torch.Tensor:
     task = clinics.task()
     reply = clinics.site.ask(task)
     assert isinstance(reply, TrainResult), reply
+    assert reply.spending is not None
+    assert reply.contribution == {}
+    return unmasked(clinics, task, reply)
+
+
+def unmasked(clinics: SumSite, task: TrainTask, reply: TrainResult) -> torch.Tensor:
+    """Return a site's vector without its masks, which the other sites of the attempt take off, over its share."""
     job, model = configure(clinics.site.settings), clinics.site.model()
     vectors = [np.frombuffer(reply.words, dtype="<u4").astype(np.uint32)]
     for other in clinics.others.values():
         other.agree(task.offers, clinics.roster, sums.terms_of(job, 50), sums._hashes(task, job, model))
         vectors.append(other.masked(np.zeros(len(vectors[0]), dtype=np.uint32)))
-    assert reply.spending is not None
-    assert reply.contribution == {}
     share = noise_share(2.0, 1.0, 2)
     return total(vectors, share) / share
 
@@ -667,21 +672,36 @@ def test_lies_about_an_attempt_are_refused_and_cost_nothing(clinics: SumSite) ->
 
 
 def test_a_round_asked_again_with_other_sites_has_another_noise_and_another_charge(clinics: SumSite) -> None:
+    """Without their masks: masked vectors differ whatever is below the masks."""
+    clinics.site.settings["training.sample-rate"] = 1e-6  # no record, so that what is left is the site's noise
     folder = clinics.site.ledger.parent
     clinics.peers["east"] = Identity.new()
     clinics.roster = Roster({**clinics.roster.keys, "east": clinics.peers["east"].public})
     (folder / "peers.toml").write_text(clinics.roster.text())
     clinics.rule(honest_sites=4)
-    everyone, vectors = dict(clinics.peers), []
-    for attempt, left_out in enumerate(("east", "south")):
+    everyone, vectors, noises = dict(clinics.peers), [], list[torch.Tensor]()
+
+    def ask(attempt: int, left_out: str) -> None:
         clinics.peers = {name: peer for name, peer in everyone.items() if name != left_out}
         task = clinics.task(1, attempt=attempt)
         reply = clinics.site.ask(task)
         assert isinstance(reply, TrainResult), reply
         vectors.append(np.frombuffer(reply.words, dtype="<u4").astype(np.uint32))
+        noises.append(unmasked(clinics, task, reply))
         assert len(clinics.site.charges()) == attempt + 1
+
+    ask(0, "east")
+    ask(1, "south")
     assert not uneven(vectors[0] - vectors[1]), "the difference of two attempts is no uniform words"
     assert uneven(vectors[0] - vectors[0]), "the check is blind"
+    for noise in noises:
+        assert not out_of_band(float(noise.square().sum()), noise.numel())
+    assert not related(*noises), "the noise of one attempt is in the next one, too"
+    with noise_again():  # the planted fault
+        ask(2, "east")
+        ask(3, "south")
+    assert not uneven(vectors[2] - vectors[3]), "the masks alone make two vectors another"
+    assert related(*noises[2:]), "the check is blind"
 
 
 def uneven(words: np.ndarray) -> bool:
