@@ -292,7 +292,7 @@ def site_tells(folder: Path, fault: Fault = SOUND) -> Finding:
 
 
 def noise_of_a_sum(folder: Path, fault: Fault = SOUND) -> Finding:
-    """Hold sums of no record, of which one site adds no noise, against the price: their spread, and that no two correlate.
+    """Hold sums of no record, of which one site adds no noise, against the price, and two of them against each other.
 
     What is drawn for one sum is in no other: of two attempts with one noise the difference would be bare.
     """

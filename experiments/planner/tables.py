@@ -97,12 +97,8 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
     for accountant in others:
         console.print(f"* {accountant}", markup=False)
-    if forecast.epsilon_alone is not None:
-        honest = forecast.job.config.privacy.honest_sites
-        console.print(
-            f"That is the price of the sum, if {honest} sites are honest; if no other site adds its noise, "
-            f"ε {epsilon_text(forecast.epsilon_alone)} after the run."
-        )
+    if forecast.job.mechanism.summed:
+        console.print(_rests(forecast))
     if central:
         event, privacy = forecast.plans[0].event, forecast.job.config.privacy
         console.print(
@@ -114,6 +110,20 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     lasts = forecast.rounds_within
     more = "at least " if lasts == MOST_ROUNDS else ""
     console.print(f"A fresh budget lasts {more}{lasts:,} rounds at this noise.")
+
+
+def _rests(forecast: Forecast) -> str:
+    """Say on how many honest sites the price of a sum counts, and what holds with fewer and with more."""
+    honest = forecast.job.config.privacy.honest_sites
+    on = "whatever other sites do" if honest == 1 else f"if {honest} sites of each sum are honest"
+    others = []
+    if forecast.epsilon_alone is not None:
+        others.append(f"if no other site adds its noise (alone): ε {epsilon_text(forecast.epsilon_alone)}")
+    for sites, spent in forecast.more_honest.items():
+        which = "all " if sites == len(forecast.sizes) else ""
+        others.append(f"if {which}{sites} sites of each sum are honest (h = {sites}): ε {epsilon_text(spent)}")
+    beside = f" After the run, {'; '.join(others)}." if others else ""
+    return f"That is the price of the sum, {on} (h = {honest}).{beside}"
 
 
 def _print_lost(console: Console, forecast: Forecast) -> None:
@@ -141,10 +151,12 @@ def _print_thrown_away(console: Console, forecast: Forecast) -> None:
         return
     rounds, lasts = forecast.job.config.rounds, forecast.rounds_within or 0
     table = Table(title="attempts at a sum that are thrown away, each charged as a round")
-    for column in ("attempts", "ε of the sum", "ε alone", "noise σ that pays for them"):
+    honest = forecast.job.config.privacy.honest_sites
+    alone = ["ε alone"] if honest > 1 else []
+    for column in ("attempts", f"ε of the sum, h = {honest}", *alone, "noise σ that pays for them"):
         table.add_column(column, justify="right")
     for one in forecast.thrown_away:
-        spent = epsilon_text(one.epsilon), epsilon_text(one.epsilon_alone)
+        spent = [epsilon_text(one.epsilon), *(epsilon_text(one.epsilon_alone) for _ in alone)]
         table.add_row(str(one.attempts), *spent, f"{one.noise_multiplier:.5g}")
     console.print(table)
     console.print(
