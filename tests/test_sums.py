@@ -22,15 +22,18 @@ from audits.sum_site import SumSite
 from audits.summed import CELLS, SHIFTS, noise_again, unevenness
 from audits.tiny_site import clinic
 from cli.main import app
+from client import app as client_app
 from client import sums
 from client.ledger.ledger import Ledger
 from client.ledger.sums import Sums
+from common import randomness
 from common.config.sections import Scalar
 from common.errors import ConfigError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply
+from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.accounting import alone, epsilon
 from common.privacy.events import Event, sampled_gaussian
@@ -570,15 +573,51 @@ def test_a_margin_on_the_noise_is_on_a_sites_share_too(monkeypatch: pytest.Monke
     assert beyond(), "the check is blind"
 
 
-def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite) -> None:
+def prices_at_first_use(clinics: SumSite, number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Return both prices that the ledger has as the first records of a round reach the model, made-up ones apart."""
+    seen, losses, rehearse = list[tuple[float, float]](), FederatedModel.losses, client_app._hold_to
+    rehearsing = False
+
+    def spy(model: FederatedModel, batch: Any) -> torch.Tensor:
+        if not rehearsing and not seen:
+            with Ledger(clinics.site.ledger) as ledger:
+                seen.append((ledger.epsilon("clinic", 1e-3), ledger.epsilon_alone("clinic", 1e-3)))
+        return losses(model, batch)
+
+    def apart(*own: Any) -> None:
+        nonlocal rehearsing
+        rehearsing = True
+        rehearse(*own)
+        rehearsing = False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FederatedModel, "losses", spy)
+        patched.setattr(client_app, "_hold_to", apart)
+        patched.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
+        clinics.train(number)
+    return seen[0]
+
+
+def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite, monkeypatch: pytest.MonkeyPatch) -> None:
     clinics.rule(epsilon=50.0, delta=1e-3)
-    clinics.train(1)
-    clinics.train(2)
+    found = [prices_at_first_use(clinics, number, monkeypatch) for number in (1, 2)]
     with Ledger(clinics.site.ledger) as ledger:
         spent = ledger.spent("clinic")
+        for number, prices in enumerate(found, start=1):
+            paid = [dataclasses.replace(release, count=number) for release in spent]
+            assert prices == (epsilon(paid, 1e-3), epsilon(alone(paid), 1e-3)), "a record was used before it was paid"
         assert {release.event.figures["honest_sites"] for release in spent} == {2.0}
         assert ledger.epsilon("clinic", 1e-3) == epsilon(spent, 1e-3)
         assert ledger.epsilon_alone("clinic", 1e-3) == epsilon(alone(spent), 1e-3) > 1.3 * epsilon(spent, 1e-3)
+    # The planted fault: the charge is written down elsewhere, and not here before the reply has left.
+    charged = Ledger.charge
+
+    def late(ledger: Ledger, *own: Any, **terms: Any) -> Any:
+        with Ledger(ledger.path.with_name("late.sqlite")) as aside:
+            return charged(aside, *own, **terms)
+
+    monkeypatch.setattr(Ledger, "charge", late)
+    assert prices_at_first_use(clinics, 3, monkeypatch) == found[1], "the check is blind"
 
 
 def test_the_price_alone_has_a_ceiling_that_plain_rounds_count_to_as_well(clinics: SumSite) -> None:
