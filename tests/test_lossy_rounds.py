@@ -50,11 +50,13 @@ from common.secure_sum import (
     Roster,
     Sharing,
     noise_share,
+    recovery,
     rounding,
     threshold,
     total,
     unmasked,
 )
+from common.secure_sum.masks import Words
 from common.secure_sum.shares import SHARE_BYTES
 from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
@@ -561,6 +563,45 @@ def test_one_key_has_one_vector_whatever_is_lost_or_kept(clinics: LossySite) -> 
     clinics.refused(task, "has no key for that attempt")
     clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "north", "south")), "or has lost what it held of it")
     assert len(clinics.site.charges()) == 1
+
+
+def seeds_of_masks(clinics: LossySite, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Return the seeds of all masks that a site puts on vectors, over attempts, rounds, replays and lost memory."""
+    used, add, draw = list[bytes](), recovery.add_mask, recovery.mask_of
+
+    def of_pair(words: Words, seed: bytes, own: str, peer: str) -> None:
+        used.append(seed)
+        add(words, seed, own, peer)
+
+    def of_site(seed: bytes, count: int) -> Words:
+        used.append(seed)
+        return draw(seed, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "add_mask", of_pair)
+        patched.setattr(recovery, "mask_of", of_site)
+        for number, attempt in ((1, 0), (1, 1), (2, 0)):
+            _, task = clinics.begin(number, attempt)
+            kept = dict(clinics.site.memory)
+            for memory in (None, None, kept, {}):  # the task, its replay, memory that is put back, and none
+                if memory is not None:
+                    clinics.site.memory.clear()
+                    clinics.site.memory.update(memory)
+                clinics.ask(task)
+        clinics.ask(clinics.begin(2, 0)[1])  # the same attempt, whose key is gone
+    return used
+
+
+def test_no_two_vectors_leave_under_one_mask_of_a_pair_or_of_the_site(
+    clinics: LossySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = seeds_of_masks(clinics, monkeypatch)
+    assert len(used) == len(set(used)) == 4 * 3, "one site used one seed twice"
+    assert len(clinics.site.charges()) == 4
+    # The planted fault: which key a vector was charged under is known to the memory alone.
+    monkeypatch.setattr(Sums, "use_key", lambda *own: None)
+    used = seeds_of_masks(clinics, monkeypatch)
+    assert len(set(used)) < len(used), "the check is blind"
 
 
 def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySite) -> None:
