@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord
 from typer.testing import CliRunner
 
 from audits.bands import out_of_band, related
-from audits.faults import zero_noise
+from audits.faults import DOUBLED, SOUND, Fault, zero_noise
 from audits.sum_site import SumSite
 from audits.summed import CELLS, SHIFTS, noise_again, unevenness
 from audits.tiny_site import clinic
@@ -529,14 +529,14 @@ def own_noise(clinics: SumSite) -> torch.Tensor:
     return unmasked(clinics, task, reply)
 
 
-def unmasked(clinics: SumSite, task: TrainTask, reply: TrainResult) -> torch.Tensor:
+def unmasked(clinics: SumSite, task: TrainTask, reply: TrainResult, clip: float = 1.0) -> torch.Tensor:
     """Return a site's vector without its masks, which the other sites of the attempt take off, over its share."""
     job, model = configure(clinics.site.settings), clinics.site.model()
     vectors = [np.frombuffer(reply.words, dtype="<u4").astype(np.uint32)]
     for other in clinics.others.values():
         other.agree(task.offers, clinics.roster, sums.terms_of(job, 50), sums._hashes(task, job, model))
         vectors.append(other.masked(np.zeros(len(vectors[0]), dtype=np.uint32)))
-    share = noise_share(2.0, 1.0, 2)
+    share = noise_share(2.0, clip, 2)
     return total(vectors, share) / share
 
 
@@ -645,6 +645,37 @@ def test_the_price_alone_is_never_of_more_noise_than_a_site_draws() -> None:
             assert event.alone().noise_multiplier * 0.7 <= noise_share(noise, 0.7, honest)
             assert event.alone().noise_multiplier == pytest.approx(noise / honest**0.5)
     assert sampled_gaussian(2.0, 0.3).alone() == sampled_gaussian(2.0, 0.3)
+
+
+@pytest.mark.parametrize("fault", [SOUND, DOUBLED], ids=lambda fault: fault.name or "as it is")
+def test_a_sum_without_one_record_is_nearer_than_a_clip_and_one_rounding_or_is_found(
+    fault: Fault, clinics: SumSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deployed vector without noise and masks: of all records, and of all but one that is longer than a clip."""
+    clip, records_of = 0.05, client_app._records
+    clinics.site.settings["privacy.clip-norm"] = clip
+    monkeypatch.setattr(rounding, "add_private_noise", no_noise)
+    monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
+
+    def vector(number: int, left_out: int | None = None) -> torch.Tensor:
+        def some(*own: Any) -> Any:
+            records = records_of(*own)
+            return [record for i, record in enumerate(records) if i != left_out]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(client_app, "_records", some)
+            task = clinics.task(number)
+            reply = clinics.site.ask(task)
+        assert isinstance(reply, TrainResult), reply
+        return unmasked(clinics, task, reply, clip) * noise_share(2.0, clip, 2)
+
+    with fault.plant():
+        whole = vector(1)
+        moved = [float((whole - vector(2 + i, i)).norm()) / clip for i in range(3)]
+    most = 1.0 + noise_grid(noise_share(2.0, clip, 2)) / clip * whole.numel() ** 0.5
+    assert most < 1.2
+    assert max(moved) > 0.9, "no record that is left out was longer than a clip"
+    assert (max(moved) > most) == bool(fault.name), moved
 
 
 def test_one_key_has_one_vector_whatever_is_lost(clinics: SumSite) -> None:
