@@ -30,10 +30,10 @@ from experiments.in_process import run_in_process
 from experiments.planner import find as plan_find
 from experiments.planner import forecast as forecasts
 from experiments.planner.calibration import Calibration, alignment_of, feature_seconds, round_seconds
-from experiments.planner.find import RATES, find
+from experiments.planner.find import RATES, Found, find
 from experiments.planner.forecast import Forecast, forecast
 from experiments.planner.price import last_within, signal_to_noise, simulated_sizes
-from experiments.planner.tables import print_forecast
+from experiments.planner.tables import print_forecast, print_found
 from strategies import STRATEGIES
 from strategies.job import configure
 
@@ -129,6 +129,16 @@ def test_the_plan_of_a_sum_names_its_honest_sites_and_what_more_of_them_make(
         assert told.startswith(f"if {honest} sites of each sum are honest (h = {honest})")
         assert f"if no other site adds its noise (alone): ε {epsilon_text(before.epsilon_alone)}" in told
         assert "ε alone" in said
+
+
+@pytest.mark.parametrize(
+    ("honest", "words"), [(1, "whatever other sites do"), (2, "if 2 sites of each sum are honest")]
+)
+def test_an_answer_for_a_sum_names_its_honest_sites(honest: int, words: str, toy_settings: dict[str, Any]) -> None:
+    job = configure({**toy_settings, **SUMMED, "privacy.honest-sites": honest, "privacy.colluders": 2})
+    screen = io.StringIO()
+    print_found(Console(file=screen, width=200), job, (60,) * 4, Found("rounds", 3, 1.0, 8.0, None, None))
+    assert f", {words} (h = {honest})" in screen.getvalue()
 
 
 @pytest.mark.usefixtures("rough_prices")

@@ -893,7 +893,9 @@ def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, S
 
 def test_the_promise_names_those_on_whom_it_rests() -> None:
     job = configure(SUMMED)
-    assert "as long as 2 sites of each sum are honest" in job.mechanism.promise(job.config.privacy)
+    promise = job.mechanism.promise
+    assert "as long as 2 sites of each sum are honest (h = 2)" in promise(job.config.privacy)
+    assert "whatever other sites do (h = 1)" in promise(replace(job.config.privacy, honest_sites=1))
 
 
 def test_a_lying_server_is_refused_or_gets_no_sum_and_no_second_vector(summed: dict[str, Any]) -> None:

@@ -48,8 +48,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
 def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:
     """Print the answer of ``--find``, its check, and how to use it."""
     console.print(f"{found.setting} = {found.value}", style="bold", markup=False)
-    honest = job.config.privacy.honest_sites
-    rests = f", if {honest} sites of each sum are honest (h = {honest})" if job.mechanism.summed else ""
+    rests = f", {_on(job.config.privacy.honest_sites)}" if job.mechanism.summed else ""
     spent = epsilon_text(found.epsilon)
     console.print(f"  costs ε {spent} of {found.budget:g} at δ {job.config.privacy.delta:g}{rests}")
     if found.next_value is None or found.next_epsilon is None:
@@ -115,7 +114,6 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
 def _rests(forecast: Forecast) -> str:
     """Say on how many honest sites the price of a sum counts, and what holds with fewer and with more."""
     honest = forecast.job.config.privacy.honest_sites
-    on = "whatever other sites do" if honest == 1 else f"if {honest} sites of each sum are honest"
     others = []
     if forecast.epsilon_alone is not None:
         others.append(f"if no other site adds its noise (alone): ε {epsilon_text(forecast.epsilon_alone)}")
@@ -123,7 +121,17 @@ def _rests(forecast: Forecast) -> str:
         which = "all " if sites == len(forecast.sizes) else ""
         others.append(f"if {which}{sites} sites of each sum are honest (h = {sites}): ε {epsilon_text(spent)}")
     beside = f" After the run, {'; '.join(others)}." if others else ""
-    return f"That is the price of the sum, {on} (h = {honest}).{beside}"
+    return f"That is the price of the sum, {_on(honest)}.{beside}"
+
+
+def _on(honest: int) -> str:
+    """Return on how many honest sites a price of a sum counts.
+
+    >>> _on(1), _on(2)
+    ('whatever other sites do (h = 1)', 'if 2 sites of each sum are honest (h = 2)')
+    """
+    who = "whatever other sites do" if honest == 1 else f"if {honest} sites of each sum are honest"
+    return f"{who} (h = {honest})"
 
 
 def _print_lost(console: Console, forecast: Forecast) -> None:
@@ -140,8 +148,9 @@ def _print_lost(console: Console, forecast: Forecast) -> None:
         return
     honest, fewest = sites - privacy.colluders, max(config.min_sites, privacy.honest_sites + privacy.colluders)
     console.print(
-        f"{told}. The noise of a sum is that of {privacy.honest_sites} sites: √({honest} / {privacy.honest_sites}) = "
-        f"{math.sqrt(honest / privacy.honest_sites):.3g} times what {honest} honest ones would need if none is lost. "
+        f"{told}. The noise of a sum is that of {counted(privacy.honest_sites, 'site')}: "
+        f"√({honest} / {privacy.honest_sites}) = {math.sqrt(honest / privacy.honest_sites):.3g} times "
+        f"what {honest} honest ones would need if none is lost. "
         f"Sites that are gone for good end the run once fewer than {fewest} are left."
     )
 
