@@ -22,7 +22,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from torch import Tensor
 
-from audits.bands import out_of_band
+from audits.bands import out_of_band, related
 from audits.canary import DELTA, LENGTH, PART, compared
 from audits.dirac import Dirac
 from audits.faults import SOUND, Fault
@@ -80,6 +80,21 @@ def one_quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def noise_again() -> Iterator[None]:
+    """The site that holds the canaries adds in every sum what it drew for the first one."""
+    drawn, kept = rounding.rounded, dict[int, Words]()
+
+    def again(sums: Tensor, share: float, margin: float = 1.0) -> Words:
+        if sums.numel() not in kept:
+            kept[sums.numel()] = drawn(torch.zeros_like(sums), share, margin)
+        steps = (sums.double() / noise_grid(share)).round().to(torch.int64)
+        return steps.numpy().astype(np.uint32) + kept[sums.numel()]
+
+    with patch.object(dpsgd, "rounded", again):
+        yield
+
+
 def counted_colluder() -> AbstractContextManager[Any]:
     """The parts of the noise are so small that those who may collude must draw theirs, too."""
     share = rounding.noise_share
@@ -132,6 +147,7 @@ def one_sided() -> AbstractContextManager[Any]:
 
 HALVED = Fault("half the noise of a sum", halved)
 QUIET = Fault("a site's part of the noise is missing", one_quiet)
+AGAIN = Fault("a site's noise of one sum in every sum", noise_again)
 COUNTED = Fault("noise that counts on who may collude", counted_colluder)
 WHOLE = Fault("each part priced as the whole noise", each_priced_whole)
 ALONE = Fault("the price alone as that of the sum", alone_priced_as_the_sum)
@@ -276,13 +292,17 @@ def site_tells(folder: Path, fault: Fault = SOUND) -> Finding:
 
 
 def noise_of_a_sum(folder: Path, fault: Fault = SOUND) -> Finding:
-    """Hold the spread of sums of no record, of which one site adds no noise, against what the price counts on."""
+    """Hold sums of no record, of which one site adds no noise, against the price, and two of them against each other.
+
+    What is drawn for one sum is in no other: of two attempts with one noise the difference would be bare.
+    """
     with fault.plant():
         run = Sum(folder)
         rounds = [run.round(number, NOBODY) for number in range(1, ROUNDS + 1)]
-        found = torch.cat([total(seen.uploads.values(), run.plan.noise_std) for seen in rounds])
+        sums_told = [total(seen.uploads.values(), run.plan.noise_std) for seen in rounds]
+    found = torch.cat(sums_told)
     priced = run.plan.event.noise_multiplier * run.plan.event.clip_norm
-    alarm = out_of_band(float((found / priced).square().sum()), len(found))
+    alarm = out_of_band(float((found / priced).square().sum()), len(found)) or related(*sums_told[:2])
     spread = float(found.square().mean().sqrt() / priced)
     figures: dict[str, int | float | str] = {"numbers": len(found), "spread over what is priced": spread}
     return judged("noise of a sum", fault.name, alarm, figures)
@@ -328,7 +348,7 @@ def masks_of_a_sum(folder: Path, fault: Fault = SOUND) -> Finding:
 CASES: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
     sum_tells: (HALVED, QUIET, COUNTED, WHOLE),
     site_tells: (HALVED, ALONE),
-    noise_of_a_sum: (HALVED, QUIET, COUNTED),
+    noise_of_a_sum: (HALVED, QUIET, COUNTED, AGAIN),
     one_upload: (BARE, KNOWN_SEED),
     masks_of_a_sum: (ONE_SIDED,),
 }

@@ -63,14 +63,16 @@ def show(
             at = f" at δ {terms.delta:g}" if terms.delta < 1 else ""
             units = sorted({entry.unit for entry in entries if entry.dataset == dataset})
             per = f", for one {' and for one '.join(units)}" if units else ""
-            shared = "" if largest is None else f"; its records' largest, under any name: {_figure(largest)}"
-            bare = ledger.epsilon_alone(dataset, min(terms.delta, 1.0))
-            rests = "" if bare == spent else f"; if no other site adds its noise to a sum: {_figure(bare)}"
-            whose = ""
+            honest = ledger.honest_sites(dataset)
+            rests = _rests(honest, ledger.epsilon_alone(dataset, min(terms.delta, 1.0)))
+            shared, whose = "", ""
+            if largest is not None:
+                of_all = _at_h(ledger.honest_sites(dataset, under_any_name=True))
+                shared = f"; its records' largest, under any name: {_figure(largest)}{of_all}"
             if records_per_person and units == [RECORD.name]:
                 person = ledger.epsilon_of_person(dataset, records_per_person, min(terms.delta, 1.0))
-                whose = f"; of a person with {counted(records_per_person, 'record')}: {_figure(person)}"
-            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{shared}{rests}{whose}")
+                whose = f"; of a person with {counted(records_per_person, 'record')}: {_figure(person)}{_at_h(honest)}"
+            _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{rests}{shared}{whose}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
@@ -109,10 +111,11 @@ def remaining(
             raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
         spent, exposed = ledger.epsilon(dataset, at), ledger.exposed(dataset)
         kept, withdrawn = ledger.kept(dataset, "", at), ledger.holds.withdrawn([dataset])
+        rests = _rests(ledger.honest_sites(dataset), ledger.epsilon_alone(dataset, at))
     # Rounded against the site: what is left is never shown larger than it is.
     left = max(0.0, budget - spent)
     rest, gone = remaining_text(left, decimals=4), epsilon_text(spent, decimals=4)
-    _say(f"{dataset}: ε {rest} of {budget:g} is left at δ {at:g}; {gone} is spent")
+    _say(f"{dataset}: ε {rest} of {budget:g} is left at δ {at:g}; {gone} is spent{rests}")
     if kept:
         _say(f"Of that {epsilon_text(kept, decimals=4)} is kept for runs that have a reservation.")
     if withdrawn:
@@ -139,8 +142,10 @@ def budget(
             raise ConfigError(f"{path} holds no δ for data set {dataset!r}: give one with --delta")
         before, after = ledger.set_budget(dataset, epsilon, at), ledger.terms(dataset)
         spent, exposed = ledger.epsilon(dataset, after.delta), ledger.exposed(dataset)
+        rests = _rests(ledger.honest_sites(dataset), ledger.epsilon_alone(dataset, after.delta))
     was = f"was {before.epsilon:g}" if before.epsilon < float("inf") else "had none"
-    _say(f"{dataset}: budget ε {epsilon:g} at δ {after.delta:g} ({was}); {epsilon_text(spent, decimals=4)} is spent")
+    gone = epsilon_text(spent, decimals=4)
+    _say(f"{dataset}: budget ε {epsilon:g} at δ {after.delta:g} ({was}); {gone} is spent{rests}")
     if delta is not None and after.delta < delta:
         _say(f"δ {after.delta:g} holds instead of {delta:g}: releases were charged at it, and a δ never grows.")
     if exposed:
@@ -222,9 +227,14 @@ def receipt(
         _say(ASKED)
     elif made.delta is not None:
         own, before, after = (_figure(e) for e in (made.epsilon_run, made.epsilon_before, made.epsilon_after))
-        _say(f"  its charges alone: ε {own} at δ {made.delta:g}, for one {made.unit}")
-        _say(f"  all charges to this name: ε {before} before it, {after} with it")
-        _say(f"  its records' largest until now, under any name: ε {_figure(made.largest)}")
+        rests = [
+            _rests(made.honest_sites_run, made.epsilon_run_alone),
+            _rests(made.honest_sites_after, made.epsilon_after_alone),
+        ]
+        _say(f"  its own charges: ε {own} at δ {made.delta:g}, for one {made.unit}{rests[0]}")
+        _say(f"  all charges to this name: ε {before} before it, {after} with it{rests[1]}")
+        of_all = _at_h(made.honest_sites_largest)
+        _say(f"  its records' largest until now, under any name: ε {_figure(made.largest)}{of_all}")
     if made.failures:
         _say(f"  {counted(len(made.failures), 'round')} failed after the charge and was answered by noise alone")
     if made.withdrawn:
@@ -306,6 +316,27 @@ def _require(ledger: Ledger, path: Path, dataset: str) -> None:
 
 def _figure(epsilon: float | None) -> str:
     return epsilon_text(epsilon, decimals=4)
+
+
+def _rests(honest_sites: int, alone: float | None) -> str:
+    """Return what stands behind an ε, from its comma on: its honest sites and its price alone; empty without a sum.
+
+    >>> _rests(0, None), _rests(1, None)
+    ('', ', whatever other sites of a sum do (h = 1)')
+    >>> _rests(2, 3.5)[:63]
+    ', counting on h = 2 honest sites of each sum; if no other site '
+    """
+    if honest_sites <= 1:
+        return ", whatever other sites of a sum do (h = 1)" if honest_sites else ""
+    return (
+        f", counting on h = {honest_sites} honest sites of each sum; if no other site adds its noise to a sum (alone): "
+        f"ε {_figure(alone)}"
+    )
+
+
+def _at_h(honest_sites: int) -> str:
+    """Return what stands behind a further ε; empty without a sum."""
+    return f" (h = {honest_sites})" if honest_sites else ""
 
 
 def _spoken_charge(entry: Entry) -> str:

@@ -228,6 +228,8 @@ def print_summary(folder: Path) -> None:
         console.print(f"federation: {data.claim.sentence}")
     if head.epsilon is not None and (note := bound_note(data.audit_results)):
         console.print(note, markup=False)
+    if data.unbounded:
+        console.print(data.unbounded, markup=False)
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         console.print(visible(" ".join(text for text in said if text)), markup=False)

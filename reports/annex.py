@@ -87,7 +87,7 @@ def _claim(data: ReportData) -> list[str]:
 def _membership(data: ReportData) -> list[str]:
     """Return the bounds on finding out whether a record was used, proven and tried."""
     if data.meaning is None:
-        return ["No bound: there is no finite claim to derive one from."]
+        return [data.unbounded or "No bound: there is no finite claim to derive one from."]
     told = [attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution]
     return [text for text in told if text]
 

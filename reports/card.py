@@ -195,6 +195,7 @@ def _privacy(data: ReportData) -> str:
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [part for text in said if text for part in (plain(text), "")]
+    lines += [plain(data.unbounded), ""] if data.unbounded else []
     lines += [part for text in cares_of(data) for part in (f"**Take care:** {plain(text)}", "")]
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from reports.connection import ConnectionReport, connection_cares, connection_re
 from reports.declared import Declared, read_declared
 from reports.folder import RunFiles, read_run
 from reports.learning import LayerReport, layer_reports
-from reports.meaning import MeaningReport, meaning_report
+from reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sharing import Sharing, sharing_of
 from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
@@ -177,6 +177,11 @@ class ReportData:
     """Audits that failed; every form of the report says them first and loudly."""
     tuning: TuningFile | None
     """Of which trials the run is one, with the ε of all together; None: of none."""
+
+    @property
+    def unbounded(self) -> str:
+        """What stands in place of the bounds on attacks where an ε has none; else empty."""
+        return NO_BOUND if self.headline.epsilon is not None and self.meaning is None else ""
 
 
 def report_of(folder: Path) -> ReportData:

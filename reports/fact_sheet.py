@@ -120,9 +120,9 @@ def _promise(data: ReportData) -> Fact:
 
 
 def _meaning(data: ReportData) -> list[Fact]:
-    meaning = data.meaning
+    meaning, question = data.meaning, "What could somebody find out about one person?"
     if meaning is None:
-        return []
+        return [Fact(question, [data.unbounded])] if data.unbounded else []
     per = meaning.per
     on = condition(meaning)
     answers = [
@@ -141,7 +141,7 @@ def _meaning(data: ReportData) -> list[Fact]:
         at = at_h(data.sharing)
         answers.append(f"{meaning.whose} is protected less. Their ε is{at}, for {figures}.")
     caution = [meaning.caution] if meaning.caution else []
-    return [Fact("What could somebody find out about one person?", [*answers, *caution])]
+    return [Fact(question, [*answers, *caution])]
 
 
 def _tries(bounds: Meaning) -> str:

@@ -116,7 +116,7 @@ def _claim(data: ReportData) -> list[str]:
 def _meaning(data: ReportData) -> list[str]:
     meaning = data.meaning
     if meaning is None:
-        return []
+        return ["## What ε means", "", plain(data.unbounded), ""] if data.unbounded else []
     sentences = (attack_sentence(meaning), several_sentence(meaning), meaning.caution)
     spoken = [text for sentence in sentences if sentence for text in (plain(sentence), "")]
     at = at_h(data.sharing)

@@ -19,6 +19,8 @@ THIS_RUN = (
     "These figures are of this run's releases alone. The site's ledger holds more, which an attacker may use as well."
 )
 
+NO_BOUND = "No bound on attacks is known for this ε: it is too large for one, or could not be computed again."
+
 
 @dataclass(frozen=True)
 class MeaningReport:

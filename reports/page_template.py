@@ -91,7 +91,7 @@ PAGE = """\
 
 <nav aria-label="Contents">
 <p><strong>Privacy:</strong> <a href="#promise">what is promised</a>
-{% if data.meaning %}<a href="#meaning">what ε means</a>{% endif %}
+{% if data.meaning or data.unbounded %}<a href="#meaning">what ε means</a>{% endif %}
 <a href="#trust">who is trusted with what</a> <a href="#audit">audit</a>
 <a href="#sites">{{ "the cohort" if central else "sites" }}</a> <a href="#refusals">refusals and failures</a>
 <a href="#releases">other releases</a> <a href="#server">server and connections</a></p>
@@ -126,7 +126,10 @@ PAGE = """\
 </div>
 {% endif %}
 
-{% if data.meaning %}
+{% if data.unbounded %}
+<h2 id="meaning">What ε means</h2>
+<p>{{ data.unbounded }}</p>
+{% elif data.meaning %}
 {% set meaning = data.meaning %}
 <h2 id="meaning">What ε means</h2>
 <p>{{ whose_meaning }}</p>

@@ -23,6 +23,7 @@ from client.ledger.receipts import receipt_of
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
 from deploy.site_folder import make_site, open_site_folder
 from deploy.withdraw import withdraw_site
@@ -382,13 +383,54 @@ def test_a_receipt_is_signed_and_a_changed_one_is_found(ledger: Ledger, path: Pa
     assert code == 0, said
     assert "1 round charged, the last one round 1" in said
     held = json.loads(out.read_text())
-    assert (held["context"], held["run"], held["epsilon_run"]) == ("FedVeil receipt, 1", "mine", cost_of(1))
+    assert (held["context"], held["run"], held["epsilon_run"]) == ("FedVeil receipt, 2", "mine", cost_of(1))
     assert held["charges"][0]["event"]["figures"]["noise_multiplier"] == 1.0
     public: Any = load_pem_public_key((tmp_path / "steward.pub.pem").read_bytes())
     signature = (tmp_path / "receipt.json.sig").read_bytes()
     public.verify(signature, out.read_bytes())
     with pytest.raises(InvalidSignature):
         public.verify(signature, out.read_bytes().replace(b"mine", b"mime"))
+
+
+def in_a_sum(honest_sites: int) -> Release:
+    figures = {"noise_multiplier": 3.0, "sample_rate": 0.1, "clip_norm": 1.0, "honest_sites": honest_sites}
+    return Release(Event("summed-gaussian", figures), 1)
+
+
+def test_a_receipt_of_sums_names_the_honest_sites_and_the_price_alone(ledger: Ledger, path: Path) -> None:
+    """One run counts on two sites, an earlier one on four, and another name of the same records on five."""
+    ledger.set_budget("ward", 50.0, DELTA)
+    charge(ledger, 1, run="first", release=in_a_sum(4))
+    charge(ledger, 1, run="mine", release=in_a_sum(2), records={1})
+    made = receipt_of(ledger, "ward", "mine")
+    bare = [in_a_sum(sites).event.alone() for sites in (2, 4)]
+    own, after = epsilon([Release(bare[0], 1)], DELTA), epsilon([Release(event, 1) for event in bare], DELTA)
+    assert (made.epsilon_run_alone, made.epsilon_after_alone) == (own, after)
+    assert made.epsilon_run == epsilon([in_a_sum(2)], DELTA) < own < after
+    assert (made.honest_sites_run, made.honest_sites_after, made.honest_sites_largest) == (2, 4, 4)
+    charge(ledger, 1, dataset="lab", run="other", records={9}, release=in_a_sum(5))
+    charge(ledger, 2, dataset="lab", run="other", records={1})
+    assert receipt_of(ledger, "ward", "mine").honest_sites_largest == 5
+    said = fedveil("ledger", "receipt", path, "--dataset", "ward", "--run", "mine")[1].splitlines()
+    for line, honest, price in ((said[1], 2, own), (said[2], 4, after)):
+        assert f"counting on h = {honest} honest sites of each sum; if no other site adds its noise" in line
+        assert line.endswith(f"(alone): ε {epsilon_text(price, decimals=4)}")
+    assert said[3].endswith("(h = 5)")
+
+
+def test_a_receipt_of_full_noise_holds_whatever_others_do_and_one_without_a_sum_has_no_h(
+    ledger: Ledger, path: Path
+) -> None:
+    charge(ledger, 1, run="mine")
+    words = ("ledger", "receipt", path, "--dataset", "ward", "--run", "mine")
+    assert "h = " not in fedveil(*words)[1]
+    assert receipt_of(ledger, "ward", "mine").epsilon_run_alone is None
+    charge(ledger, 1, run="full", release=in_a_sum(1))
+    said = fedveil(*words[:-1], "full")[1]
+    assert (said.count("whatever other sites of a sum do (h = 1)"), "(alone)" in said) == (2, False)
+    assert receipt_of(ledger, "ward", "full").epsilon_after_alone is None
+    ledger.expose("ward", run="open", round_number=1, steps=2)
+    assert receipt_of(ledger, "ward", "full").epsilon_after_alone is None
 
 
 def test_who_is_withdrawn_is_read_from_the_file_of_a_ledger_with_one_name(ledger: Ledger, path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from audits.tiny_site import OneSite
+from audits.worlds import Gradient, Recorder, minus, norm, plan
 from client.own_records import prepared
 from client.rehearsal import _fewer, _Rehearsal, rehearse
 from common.adapters import ADAPTERS
@@ -32,6 +33,7 @@ from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
+from common.privacy.together import together
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS, Labels, class_means
 from common.tasks import TASKS, images
@@ -251,6 +253,42 @@ def test_layers_that_are_dropped_by_chance_do_not_pass_the_rehearsal(
     with pytest.raises(ModelError, match="cannot be trained privately"):
         rehearse(federated(save_vit(tmp_path / "dropping", drop_path_rate=0.9)))
     assert "drop_path_rate" in CHANCE
+
+
+@pytest.mark.parametrize("clip", [0.05, 1.0, 100.0])
+def test_two_flips_of_an_image_are_one_record_of_the_unit_record(vit: Callable[[str], str], clip: float) -> None:
+    """Their gradients are summed before norm and clip, as the slow way does it."""
+    model, figures = federated(vit()), plan(clip)
+    assert not figures.unit.grouped
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+    pixels = [noise(SIDE, SIDE, seed) for seed in range(3)]
+    flips = [(own, np.ascontiguousarray(own[:, ::-1])) for own in pixels]
+    records = prepared(model, [example(view, i % 2) for i, both in enumerate(flips) for view in both])
+    pairs = [[0, 1], [2, 3], [4, 5]]
+
+    def step(parts: Iterable[Any]) -> Gradient:
+        optimizer = Recorder(trained)
+        with model.many_passes(), PrivateSteps(model.module, optimizer, figures) as steps:
+            steps.step(parts, model.losses)
+        return optimizer.given[0]
+
+    def slow(rows: Sequence[int]) -> Gradient:
+        each = [torch.autograd.grad(model.losses(model.batch([records[row]])).sum(), trained) for row in rows]
+        whole = [torch.stack(parts).double().sum(0) for parts in zip(*each, strict=True)]
+        return [g * min(1.0, clip / norm(whole)) for g in whole]
+
+    def added(groups: Sequence[Sequence[int]]) -> Gradient:
+        return [torch.stack(parts).sum(0) for parts in zip(*map(slow, groups), strict=True)]
+
+    def far(left: Gradient, right: Gradient) -> bool:
+        return norm(minus(left, right)) > 1e-4 * norm(right)
+
+    got = step(together(model, records, pairs))
+    assert not far(got, added(pairs))
+    # The planted fault: each row is clipped by itself, as rows of a plain batch are.
+    apart = step(model.fixed_batches(records))
+    assert not far(apart, added([[row] for row in range(6)]))
+    assert far(apart, got) == (clip < 100), "the check is blind"
 
 
 def rows_alike(model: FederatedModel) -> int:

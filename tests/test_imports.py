@@ -136,6 +136,17 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}; {room} may import {allowed}"
 
 
+def sums_of_flower(modules: Collection[str]) -> set[str]:
+    """Return which modules are those of Flower's own secure sums, whose masks follow from 32 bits."""
+    return {name for name in modules if name.startswith("flwr") and re.search(r"secagg|secure_aggregation", name)}
+
+
+def test_nothing_imports_flowers_secure_sums() -> None:
+    assert {str(path.relative_to(ROOT)) for path in sources() if sums_of_flower(imports(path))} == set()
+    for name in ("flwr.clientapp.mod.secaggplus_mod", "flwr.common.secure_aggregation.crypto"):
+        assert sums_of_flower({"flwr.app", name}) == {name}, "the check is blind"
+
+
 @pytest.mark.parametrize("wing", WINGS)
 def test_the_wings_of_common_point_one_way(wing: str) -> None:
     higher = {f"common.{other}" for other in WINGS[WINGS.index(wing) + 1 :]}

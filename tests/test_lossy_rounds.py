@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from audits.bands import out_of_band
+from audits.bands import out_of_band, related
 from audits.faults import zero_noise
 from audits.sum_site import SumSite
+from audits.summed import noise_again
 from audits.tiny_site import clinic
 from client import sums
 from client.app import answer
@@ -48,10 +50,13 @@ from common.secure_sum import (
     Roster,
     Sharing,
     noise_share,
+    recovery,
     rounding,
     threshold,
     total,
+    unmasked,
 )
+from common.secure_sum.masks import Words
 from common.secure_sum.shares import SHARE_BYTES
 from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
@@ -434,6 +439,24 @@ class LossySite(SumSite):
             for site, own in self.lossy.items()
         }
 
+    def bare(self, task: TrainTask, reply: TrainResult) -> torch.Tensor:
+        """Take the sum of the site's vector and of zeros to its end; return it over the site's share of the noise."""
+        held, where = self.peers_agree(task), (task.run, task.round_number, task.attempt)
+        names = tuple(sorted(self.shared))
+        signed = self.ask(SurvivorTask(*where, names))
+        assert isinstance(signed, SurvivorReply), signed
+        assert {holder.digest for holder in held.values()} == {signed.agreement.digest}
+        words = {site: own.sign(names, self.peers[site]) for site, own in held.items()} | {"clinic": signed.agreement}
+        told = self.ask(UnmaskTask(*where, tuple((site, word.signature) for site, word in words.items())))
+        assert isinstance(told, UnmaskReply), told
+        signatures = {site: word.signature for site, word in words.items()}
+        shares = {"clinic": told.shares} | {site: own.reveal(signatures, self.roster) for site, own in held.items()}
+        vectors = {site: own.masked(0 * words_of_result(reply)) for site, own in self.lossy.items()}
+        vectors["clinic"] = words_of_result(reply)
+        keys = {site: one.offer.public for site, one in self.shared.items()}
+        share = noise_share(2.0, 1.0, 2)
+        return total([unmasked(vectors, keys, names, 1, signed.agreement.digest, shares)], share) / share
+
 
 @pytest.fixture
 def clinics(toy_settings: dict[str, Any], tmp_path: Path) -> LossySite:
@@ -447,24 +470,7 @@ def test_a_sites_vector_is_bound_to_what_it_was_told_and_comes_off_with_its_shar
     reply = clinics.ask(task)
     assert isinstance(reply, TrainResult), reply
     assert len(clinics.site.charges()) == 1
-    held = clinics.peers_agree(task)
-    names = ("clinic", "north", "south")
-    survive = SurvivorTask("1", 1, 0, names)
-    signed = clinics.ask(survive)
-    assert isinstance(signed, SurvivorReply), signed
-    assert {holder.digest for holder in held.values()} == {signed.agreement.digest}
-    words = {site: own.sign(names, clinics.peers[site]) for site, own in held.items()} | {"clinic": signed.agreement}
-    told = clinics.ask(UnmaskTask("1", 1, 0, tuple((site, word.signature) for site, word in words.items())))
-    assert isinstance(told, UnmaskReply), told
-    signatures = {site: word.signature for site, word in words.items()}
-    shares = {"clinic": told.shares} | {site: own.reveal(signatures, clinics.roster) for site, own in held.items()}
-    vectors = {site: own.masked(0 * words_of_result(reply)) for site, own in clinics.lossy.items()}
-    vectors["clinic"] = words_of_result(reply)
-    keys = {site: one.offer.public for site, one in clinics.shared.items()}
-    from common.secure_sum import unmasked
-
-    share = noise_share(2.0, 1.0, 2)
-    own = total([unmasked(vectors, keys, names, 1, signed.agreement.digest, shares)], share) / share
+    own = clinics.bare(task, reply)
     assert not out_of_band(float(own.square().sum()), own.numel())
 
 
@@ -559,6 +565,45 @@ def test_one_key_has_one_vector_whatever_is_lost_or_kept(clinics: LossySite) -> 
     assert len(clinics.site.charges()) == 1
 
 
+def seeds_of_masks(clinics: LossySite, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Return the seeds of all masks that a site puts on vectors, over attempts, rounds, replays and lost memory."""
+    used, add, draw = list[bytes](), recovery.add_mask, recovery.mask_of
+
+    def of_pair(words: Words, seed: bytes, own: str, peer: str) -> None:
+        used.append(seed)
+        add(words, seed, own, peer)
+
+    def of_site(seed: bytes, count: int) -> Words:
+        used.append(seed)
+        return draw(seed, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "add_mask", of_pair)
+        patched.setattr(recovery, "mask_of", of_site)
+        for number, attempt in ((1, 0), (1, 1), (2, 0)):
+            _, task = clinics.begin(number, attempt)
+            kept = dict(clinics.site.memory)
+            for memory in (None, None, kept, {}):  # the task, its replay, memory that is put back, and none
+                if memory is not None:
+                    clinics.site.memory.clear()
+                    clinics.site.memory.update(memory)
+                clinics.ask(task)
+        clinics.ask(clinics.begin(2, 0)[1])  # the same attempt, whose key is gone
+    return used
+
+
+def test_no_two_vectors_leave_under_one_mask_of_a_pair_or_of_the_site(
+    clinics: LossySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = seeds_of_masks(clinics, monkeypatch)
+    assert len(used) == len(set(used)) == 4 * 3, "one site used one seed twice"
+    assert len(clinics.site.charges()) == 4
+    # The planted fault: which key a vector was charged under is known to the memory alone.
+    monkeypatch.setattr(Sums, "use_key", lambda *own: None)
+    used = seeds_of_masks(clinics, monkeypatch)
+    assert len(set(used)) < len(used), "the check is blind"
+
+
 def test_what_is_asked_out_of_turn_is_refused_and_costs_nothing(clinics: LossySite) -> None:
     share, task = clinics.begin()
     survive = SurvivorTask("1", 1, 0, ("clinic", "north", "south"))
@@ -645,17 +690,23 @@ def test_a_server_that_calls_sites_lost_gets_no_sum_of_fewer_honest_ones(clinics
 def test_a_server_that_names_other_sites_in_a_second_attempt_has_another_vector_and_another_charge(
     clinics: LossySite,
 ) -> None:
-    """It gets a sum with north and one without: two charges, and two vectors of which no mask is the same."""
+    """It gets a sum with north and one without: two charges, and two vectors of which no mask or noise is the same."""
+    clinics.site.settings["training.sample-rate"] = 1e-6  # no record, so that what is left is the site's noise
     clinics.join("east")
     clinics.rule(honest_sites=4)
-    _, task = clinics.begin()
-    first = clinics.ask(task)
-    gone = clinics.peers.pop("north")
-    _, second = clinics.begin(1, 1)
-    again = clinics.ask(second)
-    assert isinstance(first, TrainResult)
-    assert isinstance(again, TrainResult)
-    assert len(clinics.site.charges()) == 2
+    everybody = dict(clinics.peers)
+
+    def ask(attempt: int, *gone: str) -> tuple[TrainResult, torch.Tensor]:
+        clinics.peers = {name: peer for name, peer in everybody.items() if name not in gone}
+        _, task = clinics.begin(1, attempt)
+        reply = clinics.ask(task)
+        assert isinstance(reply, TrainResult), reply
+        assert len(clinics.site.charges()) == attempt + 1
+        return reply, clinics.bare(task, reply)
+
+    (first, noise), (again, other) = ask(0), ask(1, "north")
     apart = (words_of_result(first) - words_of_result(again)).astype("int32").astype(float)
     assert abs(apart).mean() > 2.0**29, "the masks of both are the same"
-    assert gone.public == clinics.roster.keys["north"]
+    assert not related(noise, other), "the noise of one attempt is in the next one, too"
+    with noise_again():  # the planted fault
+        assert related(ask(2)[1], ask(3, "north")[1]), "the check is blind"

@@ -20,8 +20,10 @@ from common.privacy.events import Event, SampledGaussian
 from common.privacy.figures import epsilon_text
 from common.privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
 from reports import markdown_report, report_of
-from reports.meaning import THIS_RUN
-from reports.page import to_html
+from reports.annex import annex_of
+from reports.declared import Declared
+from reports.meaning import NO_BOUND, THIS_RUN
+from reports.page import to_fact_sheet, to_html
 
 CASES = [
     *((1.0, 2.0, 1), (1.0, 5.0, 10), (1.0, 20.0, 100)),
@@ -208,6 +210,21 @@ def test_every_form_and_the_terminal_say_what_epsilon_means(made: MadeRun, capsy
         assert all(f"{epsilon_text(several.epsilon, decimals=1)} with {several.units}" in text for text in texts)
 
 
+def test_where_no_bound_is_known_every_form_and_the_terminal_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The site in the north has so little noise that ε is in the hundreds."""
+    loud = MadeRun(tmp_path / "run", {"rounds": 1}, noise={"north": 0.05}).start().round(1, 0.7).end()
+    data = report_of(loud.folder)
+    assert (data.meaning, data.headline.epsilon is None) == (None, False)
+    print_summary(loud.folder)
+    texts = {"Markdown": markdown_report(loud.folder), "page": to_html(data), "terminal": capsys.readouterr().out}
+    texts["annex"] = annex_of(data, Declared(), [], "0" * 64)
+    texts["facts"] = to_fact_sheet(data)
+    assert {name for name, text in texts.items() if NO_BOUND not in text} == set()
+    assert "nan" not in texts["page"]
+
+
 def test_earlier_runs_on_the_ledger_are_no_part_of_the_bounds_and_that_is_said(tmp_path: Path) -> None:
     earlier: dict[str, list[Release]] = {"north": [gaussian_release(1.0, 0.05, 20)]}
     run = MadeRun(tmp_path / "run", sites={"north": 2000}, earlier=earlier).start().round(1, 0.7).end()
@@ -221,3 +238,4 @@ def test_a_run_without_a_claim_has_no_bounds(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run", {"privacy.mode": "none"}).start().round(1, 0.7).end()
     assert report_of(run.folder).meaning is None
     assert "What ε means" not in markdown_report(run.folder)
+    assert NO_BOUND not in to_html(report_of(run.folder))

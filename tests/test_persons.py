@@ -20,6 +20,7 @@ from audits.persons import audit_persons, by_person, owned, persons_gradient, pr
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
 from audits.worlds import Gradient, Recorder, World, fresh_world, minus, norm, released
+from client.app import forget
 from client.deadline import Timing, most_drawn
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
@@ -37,7 +38,7 @@ from common.errors import ConfigError, DataError, MechanismError, PrivacyError
 from common.messages.wire import encode_reply
 from common.privacy import MECHANISMS, together
 from common.privacy.accounting import Release, epsilon
-from common.privacy.dpsgd import PrivateSteps
+from common.privacy.dpsgd import ClipAndNoise, PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.privacy.units import PERSON, RECORD
 from common.run_lines import PrivacyLine, read_lines
@@ -115,6 +116,35 @@ def test_persons_are_summed_alike_whatever_is_held_at_once_and_whoever_is_beside
     assert [t.units for t in together.together(world.model, records, PERSON.members(records))] == [1, 1, 1]
     assert apart(summed(world, records, by_person(clip)), whole) < 1e-6
     assert apart([torch.stack(parts).sum(0) for parts in zip(*by_one, strict=True)], whole) < 1e-6
+
+
+def bytes_held(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return what a step holds of units' sums at once, each time that it clips them."""
+    held, clip = list[int](), ClipAndNoise.clip_and_accumulate
+
+    def spy(mechanism: ClipAndNoise) -> None:
+        held.append(sum(p.grad_sample.nbytes for p in world.trained))  # type: ignore[attr-defined]
+        clip(mechanism)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClipAndNoise, "clip_and_accumulate", spy)
+        summed(world, owned(world), by_person(0.05))
+    return held
+
+
+def test_the_sums_of_units_are_held_within_their_bound(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three persons two fit, then all; their rows have several shapes, which pass one after the other."""
+    records, numbers = owned(world), sum(p.numel() for p in world.trained)
+    assert len({world.model.task.size(record) for record in records}) > 1
+    for fit, units in ((2, [2, 1]), (3, [3])):
+        monkeypatch.setattr(together, "MOST_BYTES", fit * together.NUMBER * numbers + together.NUMBER)
+        assert [t.units for t in together.together(world.model, records, PERSON.members(records))] == units
+        assert bytes_held(world, monkeypatch) == [own * together.NUMBER * numbers for own in units]
+    monkeypatch.setattr(together, "MOST_BYTES", 2 * together.NUMBER * numbers)
+    assert max(bytes_held(world, monkeypatch)) <= together.MOST_BYTES
+    one_more = together.units_at_once
+    monkeypatch.setattr(together, "units_at_once", lambda size: one_more(size) + 1)
+    assert max(bytes_held(world, monkeypatch)) > together.MOST_BYTES, "the check is blind"
 
 
 def test_rows_that_do_not_come_together_are_not_summed(world: World) -> None:
@@ -253,6 +283,48 @@ def test_which_records_a_person_has_follows_from_them_alone() -> None:
     assert bounded(everyone, 6) == everyone
     with pytest.raises(MechanismError, match="nobody's"):
         bounded([example("whose", "")], 2)
+
+
+def test_what_the_model_is_given_has_so_many_records_of_each_person(world: World) -> None:
+    examples = [example(f"the {word} of {person}", person) for word in ("film", "story", "actor") for person in "xyx"]
+    for most in (1, 2, 4):
+        records = prepared(world.model, examples, PERSON, most)
+        assert [tokens.tolist() for tokens in tokens_each(world, records)] == [
+            tokens.tolist() for tokens in tokens_each(world, world.model.prepare(bounded(examples, most)))
+        ]
+        assert Counter(record[OWNER] for record in records) == {0: min(most, 6), 1: min(most, 3)}
+
+
+def tokens_each(world: World, records: Sequence[Record]) -> list[torch.Tensor]:
+    return [tokens_of(world.model.batch([record]))[0] for record in records]
+
+
+def drawn_of_persons(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """Return how many persons have how many records in the steps of a round in which everybody is drawn."""
+    seen = Counter[int]()
+
+    def spy(model: Any, records: Any, members: Sequence[Sequence[int]], shapes: Any = None) -> Any:
+        seen.update(len(own) for own in members)
+        return together.together(model, records, members, shapes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
+        patched.setattr("common.privacy.plan.together", spy)
+        site.train()
+    return seen
+
+
+def test_a_site_trains_on_no_more_records_of_a_person_than_the_run_says(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.settings |= {"privacy.records-per-person": 2, "training.local-steps": 1}
+    assert drawn_of_persons(site, monkeypatch) == {2: 7}
+    # The planted fault: the bound is not held.
+    monkeypatch.setattr("client.own_records.bounded", lambda examples, most: examples)
+    site.node["ledger"] = str(site.ledger.with_name("other.sqlite"))
+    site.memory.clear()
+    forget()
+    assert max(drawn_of_persons(site, monkeypatch)) > 2, "the check is blind"
 
 
 def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from cli.main import app
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.figures import epsilon_text
 from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import run_in_process
 from experiments.planner import find as plan_find
 from experiments.planner import forecast as forecasts
 from experiments.planner.calibration import Calibration, alignment_of, feature_seconds, round_seconds
-from experiments.planner.find import RATES, find
+from experiments.planner.find import RATES, Found, find
 from experiments.planner.forecast import Forecast, forecast
 from experiments.planner.price import last_within, signal_to_noise, simulated_sizes
-from experiments.planner.tables import print_forecast
+from experiments.planner.tables import print_forecast, print_found
 from strategies import STRATEGIES
 from strategies.job import configure
 
@@ -99,6 +101,44 @@ def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: d
     said = run_plan(tmp_path, settings, "--sizes", "60,60,60", "--no-calibration").stdout
     assert "the budget pays for 0 such attempts beside the 3 rounds" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.usefixtures("rough_prices")
+@pytest.mark.parametrize(("honest", "more"), [(1, (2, 4)), (2, (3, 4)), (3, (4,))])
+def test_the_plan_of_a_sum_names_its_honest_sites_and_what_more_of_them_make(
+    honest: int, more: tuple[int, ...], toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Four sites, of which one may collude, or two where each adds all of the noise: a sum has three at least."""
+    colluders = 2 if honest == 1 else 1
+    settings = {**toy_settings, **SUMMED, "privacy.honest-sites": honest, "privacy.colluders": colluders}
+    before = planned(settings, (60,) * 4)
+    plan, count = before.plans[0], before.job.config.total_steps
+    noise, rate = plan.event.noise_multiplier, plan.event.sample_rate
+    wanted = {n: epsilon([gaussian_release(noise * (n / honest) ** 0.5, rate, count)], plan.delta) for n in more}
+    assert before.more_honest == pytest.approx(wanted, abs=1e-6)
+    said = run_plan(tmp_path, settings, "--sizes", "60,60,60,60", "--no-calibration").stdout
+    assert max(map(len, said.splitlines())) <= 80
+    (told,) = re.findall(r"That is the price of the sum, (.*? After the run, .*?)\. ", " ".join(said.split()))
+    claims = [f"if {'all ' if n == 4 else ''}{n} sites of each sum are honest (h = {n})" for n in more]
+    for claim, price in zip(claims, wanted.values(), strict=True):
+        assert f"{claim}: ε {epsilon_text(price)}" in told
+    if honest == 1:
+        assert told.startswith("whatever other sites do (h = 1)")
+        assert ("alone" in said, "ε of the sum, h = 1" in said) == (False, True)
+    else:
+        assert told.startswith(f"if {honest} sites of each sum are honest (h = {honest})")
+        assert f"if no other site adds its noise (alone): ε {epsilon_text(before.epsilon_alone)}" in told
+        assert "ε alone" in said
+
+
+@pytest.mark.parametrize(
+    ("honest", "words"), [(1, "whatever other sites do"), (2, "if 2 sites of each sum are honest")]
+)
+def test_an_answer_for_a_sum_names_its_honest_sites(honest: int, words: str, toy_settings: dict[str, Any]) -> None:
+    job = configure({**toy_settings, **SUMMED, "privacy.honest-sites": honest, "privacy.colluders": 2})
+    screen = io.StringIO()
+    print_found(Console(file=screen, width=200), job, (60,) * 4, Found("rounds", 3, 1.0, 8.0, None, None))
+    assert f", {words} (h = {honest})" in screen.getvalue()
 
 
 @pytest.mark.usefixtures("rough_prices")

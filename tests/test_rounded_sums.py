@@ -180,7 +180,7 @@ def excess(sites: int, rho: float, length: float, rate: float, priced: float) ->
         priced: standard deviation that is paid for, in steps.
     """
     worst = -math.inf
-    for places in (worst_places(sites, rho) if sites < 4 else [0.5] * sites, [0.3 * i for i in range(sites)]):
+    for places in (worst_places(sites, rho), [0.3 * i for i in range(sites)]):
         absent, present = of_sum(places, rho), of_sum([places[0] + length, *places[1:]], rho)
         for eps in (0.1, 0.5, 1.0, 2.0, 4.0):
             slack = (1 + math.exp(eps)) * bound(sites, rho)

@@ -211,6 +211,12 @@ def test_the_terminals_summary_and_the_verified_line_name_them(
     assert unmarked(blocks, figures) == []
     assert data.sharing is not None
     assert any(epsilon_text(data.sharing.epsilon_alone) in block for block in blocks[1:])
+    said, meaning = " ".join(" ".join(blocks).split()), data.meaning
+    assert meaning is not None
+    assert meaning.alone is not None
+    for bounds in (meaning.bounds, meaning.alone):
+        told = [bounds.advantage, *(attack.true_positives for attack in bounds.attacks)]
+        assert [one for one in told if bound_text(one) not in said] == []
     make_key(tmp_path / "key.pem")
     write_reports(run.folder, tmp_path / "key.pem")
     summary.verify(run.folder, tmp_path / "key.pub.pem")

@@ -27,6 +27,7 @@ from audits.tiny_site import OneSite, clinic
 from audits.whole_sites import MadeUp, Sent, flat
 from cli.ledger import ASKED
 from cli.main import app
+from cli.report import print_summary
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
@@ -36,6 +37,7 @@ from common.messages.tensors import apply, entries, l2_norm, subtract
 from common.privacy.accounting import Release, epsilon
 from common.privacy.client_level import ClippedPlan
 from common.privacy.events import sampled_gaussian
+from common.privacy.figures import bound_text
 from common.randomness import add_private_noise
 from common.run_lines import COHORT, Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
 from common.trackers import TRACKERS
@@ -50,6 +52,7 @@ from reports import markdown_report, report_of
 from reports.annex import annex_of
 from reports.claim import UNTOLD
 from reports.declared import Declared
+from reports.page import to_html
 from reports.picture import picture_of, said_of_run
 from reports.registry import registry_record
 from reports.watch import TO_NOBODY, Watched
@@ -803,9 +806,14 @@ def test_no_update_lies_in_the_run_s_folder(settings: dict[str, Any]) -> None:
     assert not {path.name for path in folder.rglob("*.sqlite")}, "a site's ledger tells who was drawn"
 
 
-def test_the_report_says_who_is_trusted_and_promises_no_record_anything(settings: dict[str, Any]) -> None:
+def test_the_report_says_who_is_trusted_and_promises_no_record_anything(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run_in_process(settings, 2)
     report, text = report_of(folder), markdown_report(folder)
+    capsys.readouterr()
+    print_summary(folder)
+    forms = {"Markdown": text, "page": to_html(report), "terminal": capsys.readouterr().out}
     assert report.claim.made
     assert report.claim.per == "site"
     assert "no record is protected from it" in report.claim.sentence
@@ -819,6 +827,13 @@ def test_the_report_says_who_is_trusted_and_promises_no_record_anything(settings
     assert "trusted server" in (folder / "run.log").read_text(encoding="utf-8")
     assert report.meaning is not None
     assert report.meaning.bounds.several == []
+    for name, form in forms.items():
+        said = " ".join(form.split())
+        assert "who sees all that the server gave away, knows every other site" in said, name
+        for attack in report.meaning.bounds.attacks:
+            rate = f"at {100 * attack.false_positives:g} % false alarms finds at most"
+            assert f"{rate} {bound_text(attack.true_positives)} of members" in said, name
+        assert f"finds more than {bound_text(report.meaning.bounds.advantage)} beyond that" in said, name
     assert report.compute is None, "how many records were drawn, nobody knows"
     annex, record = annex_of(report, Declared(), [], "0" * 64), registry_record(report, Declared())
     assert "without noise: the server, which is trusted" in annex

@@ -16,21 +16,24 @@ import torch
 from flwr.app import Array, ArrayRecord
 from typer.testing import CliRunner
 
-from audits.bands import out_of_band
-from audits.faults import zero_noise
+from audits.bands import out_of_band, related
+from audits.faults import DOUBLED, SOUND, Fault, zero_noise
 from audits.sum_site import SumSite
-from audits.summed import CELLS, SHIFTS, unevenness
+from audits.summed import CELLS, SHIFTS, noise_again, unevenness
 from audits.tiny_site import clinic
 from cli.main import app
+from client import app as client_app
 from client import sums
 from client.ledger.ledger import Ledger
 from client.ledger.sums import Sums
+from common import randomness
 from common.config.sections import Scalar
 from common.errors import ConfigError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply
+from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.accounting import alone, epsilon
 from common.privacy.events import Event, sampled_gaussian
@@ -129,8 +132,11 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     told = [json.loads(line)["message"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert sum("worst site, h = 2)" in line for line in told) == 2
     assert not [line for line in told if "ε" in line and "h = 2" not in line]
-    shown = CliRunner().invoke(app, ["ledger", "show", str(folder / "ledgers" / "site-0.sqlite")])
-    assert "if no other site adds its noise to a sum: " in shown.output
+    ledger = str(folder / "ledgers" / "site-0.sqlite")
+    alone = f"if no other site adds its noise to a sum (alone): ε {epsilon_text(bare, decimals=4)}"
+    for words in (["show", ledger], ["remaining", ledger, "--dataset", "site-0", "--epsilon", "40"]):
+        headline = CliRunner().invoke(app, ["ledger", *words]).output.splitlines()[0]
+        assert f", counting on h = 2 honest sites of each sum; {alone}" in headline
 
 
 @pytest.mark.parametrize(("honest", "colluders", "lost"), [(1, 2, False), (2, 1, False), (2, 1, True)])
@@ -518,14 +524,19 @@ def own_noise(clinics: SumSite) -> torch.Tensor:
     task = clinics.task()
     reply = clinics.site.ask(task)
     assert isinstance(reply, TrainResult), reply
+    assert reply.spending is not None
+    assert reply.contribution == {}
+    return unmasked(clinics, task, reply)
+
+
+def unmasked(clinics: SumSite, task: TrainTask, reply: TrainResult, clip: float = 1.0) -> torch.Tensor:
+    """Return a site's vector without its masks, which the other sites of the attempt take off, over its share."""
     job, model = configure(clinics.site.settings), clinics.site.model()
     vectors = [np.frombuffer(reply.words, dtype="<u4").astype(np.uint32)]
     for other in clinics.others.values():
         other.agree(task.offers, clinics.roster, sums.terms_of(job, 50), sums._hashes(task, job, model))
         vectors.append(other.masked(np.zeros(len(vectors[0]), dtype=np.uint32)))
-    assert reply.spending is not None
-    assert reply.contribution == {}
-    share = noise_share(2.0, 1.0, 2)
+    share = noise_share(2.0, clip, 2)
     return total(vectors, share) / share
 
 
@@ -562,15 +573,51 @@ def test_a_margin_on_the_noise_is_on_a_sites_share_too(monkeypatch: pytest.Monke
     assert beyond(), "the check is blind"
 
 
-def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite) -> None:
+def prices_at_first_use(clinics: SumSite, number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Return both prices that the ledger has as the first records of a round reach the model, made-up ones apart."""
+    seen, losses, rehearse = list[tuple[float, float]](), FederatedModel.losses, client_app._hold_to
+    rehearsing = False
+
+    def spy(model: FederatedModel, batch: Any) -> torch.Tensor:
+        if not rehearsing and not seen:
+            with Ledger(clinics.site.ledger) as ledger:
+                seen.append((ledger.epsilon("clinic", 1e-3), ledger.epsilon_alone("clinic", 1e-3)))
+        return losses(model, batch)
+
+    def apart(*own: Any) -> None:
+        nonlocal rehearsing
+        rehearsing = True
+        rehearse(*own)
+        rehearsing = False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FederatedModel, "losses", spy)
+        patched.setattr(client_app, "_hold_to", apart)
+        patched.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
+        clinics.train(number)
+    return seen[0]
+
+
+def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite, monkeypatch: pytest.MonkeyPatch) -> None:
     clinics.rule(epsilon=50.0, delta=1e-3)
-    clinics.train(1)
-    clinics.train(2)
+    found = [prices_at_first_use(clinics, number, monkeypatch) for number in (1, 2)]
     with Ledger(clinics.site.ledger) as ledger:
         spent = ledger.spent("clinic")
+        for number, prices in enumerate(found, start=1):
+            paid = [dataclasses.replace(release, count=number) for release in spent]
+            assert prices == (epsilon(paid, 1e-3), epsilon(alone(paid), 1e-3)), "a record was used before it was paid"
         assert {release.event.figures["honest_sites"] for release in spent} == {2.0}
         assert ledger.epsilon("clinic", 1e-3) == epsilon(spent, 1e-3)
         assert ledger.epsilon_alone("clinic", 1e-3) == epsilon(alone(spent), 1e-3) > 1.3 * epsilon(spent, 1e-3)
+    # The planted fault: the charge is written down elsewhere, and not here before the reply has left.
+    charged = Ledger.charge
+
+    def late(ledger: Ledger, *own: Any, **terms: Any) -> Any:
+        with Ledger(ledger.path.with_name("late.sqlite")) as aside:
+            return charged(aside, *own, **terms)
+
+    monkeypatch.setattr(Ledger, "charge", late)
+    assert prices_at_first_use(clinics, 3, monkeypatch) == found[1], "the check is blind"
 
 
 def test_the_price_alone_has_a_ceiling_that_plain_rounds_count_to_as_well(clinics: SumSite) -> None:
@@ -598,6 +645,37 @@ def test_the_price_alone_is_never_of_more_noise_than_a_site_draws() -> None:
             assert event.alone().noise_multiplier * 0.7 <= noise_share(noise, 0.7, honest)
             assert event.alone().noise_multiplier == pytest.approx(noise / honest**0.5)
     assert sampled_gaussian(2.0, 0.3).alone() == sampled_gaussian(2.0, 0.3)
+
+
+@pytest.mark.parametrize("fault", [SOUND, DOUBLED], ids=lambda fault: fault.name or "as it is")
+def test_a_sum_without_one_record_is_nearer_than_a_clip_and_one_rounding_or_is_found(
+    fault: Fault, clinics: SumSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deployed vector without noise and masks: of all records, and of all but one that is longer than a clip."""
+    clip, records_of = 0.05, client_app._records
+    clinics.site.settings["privacy.clip-norm"] = clip
+    monkeypatch.setattr(rounding, "add_private_noise", no_noise)
+    monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
+
+    def vector(number: int, left_out: int | None = None) -> torch.Tensor:
+        def some(*own: Any) -> Any:
+            records = records_of(*own)
+            return [record for i, record in enumerate(records) if i != left_out]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(client_app, "_records", some)
+            task = clinics.task(number)
+            reply = clinics.site.ask(task)
+        assert isinstance(reply, TrainResult), reply
+        return unmasked(clinics, task, reply, clip) * noise_share(2.0, clip, 2)
+
+    with fault.plant():
+        whole = vector(1)
+        moved = [float((whole - vector(2 + i, i)).norm()) / clip for i in range(3)]
+    most = 1.0 + noise_grid(noise_share(2.0, clip, 2)) / clip * whole.numel() ** 0.5
+    assert most < 1.2
+    assert max(moved) > 0.9, "no record that is left out was longer than a clip"
+    assert (max(moved) > most) == bool(fault.name), moved
 
 
 def test_one_key_has_one_vector_whatever_is_lost(clinics: SumSite) -> None:
@@ -664,21 +742,36 @@ def test_lies_about_an_attempt_are_refused_and_cost_nothing(clinics: SumSite) ->
 
 
 def test_a_round_asked_again_with_other_sites_has_another_noise_and_another_charge(clinics: SumSite) -> None:
+    """Without their masks: masked vectors differ whatever is below the masks."""
+    clinics.site.settings["training.sample-rate"] = 1e-6  # no record, so that what is left is the site's noise
     folder = clinics.site.ledger.parent
     clinics.peers["east"] = Identity.new()
     clinics.roster = Roster({**clinics.roster.keys, "east": clinics.peers["east"].public})
     (folder / "peers.toml").write_text(clinics.roster.text())
     clinics.rule(honest_sites=4)
-    everyone, vectors = dict(clinics.peers), []
-    for attempt, left_out in enumerate(("east", "south")):
+    everyone, vectors, noises = dict(clinics.peers), [], list[torch.Tensor]()
+
+    def ask(attempt: int, left_out: str) -> None:
         clinics.peers = {name: peer for name, peer in everyone.items() if name != left_out}
         task = clinics.task(1, attempt=attempt)
         reply = clinics.site.ask(task)
         assert isinstance(reply, TrainResult), reply
         vectors.append(np.frombuffer(reply.words, dtype="<u4").astype(np.uint32))
+        noises.append(unmasked(clinics, task, reply))
         assert len(clinics.site.charges()) == attempt + 1
+
+    ask(0, "east")
+    ask(1, "south")
     assert not uneven(vectors[0] - vectors[1]), "the difference of two attempts is no uniform words"
     assert uneven(vectors[0] - vectors[0]), "the check is blind"
+    for noise in noises:
+        assert not out_of_band(float(noise.square().sum()), noise.numel())
+    assert not related(*noises), "the noise of one attempt is in the next one, too"
+    with noise_again():  # the planted fault
+        ask(2, "east")
+        ask(3, "south")
+    assert not uneven(vectors[2] - vectors[3]), "the masks alone make two vectors another"
+    assert related(*noises[2:]), "the check is blind"
 
 
 def uneven(words: np.ndarray) -> bool:
@@ -800,7 +893,9 @@ def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, S
 
 def test_the_promise_names_those_on_whom_it_rests() -> None:
     job = configure(SUMMED)
-    assert "as long as 2 sites of each sum are honest" in job.mechanism.promise(job.config.privacy)
+    promise = job.mechanism.promise
+    assert "as long as 2 sites of each sum are honest (h = 2)" in promise(job.config.privacy)
+    assert "whatever other sites do (h = 1)" in promise(replace(job.config.privacy, honest_sites=1))
 
 
 def test_a_lying_server_is_refused_or_gets_no_sum_and_no_second_vector(summed: dict[str, Any]) -> None:

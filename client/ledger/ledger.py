@@ -39,7 +39,7 @@ from common.accountant import TRAINING
 from common.check import not_negative
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy import accounting
-from common.privacy.accounting import Release, alone
+from common.privacy.accounting import Release, alone, honest_sites
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, remaining_text
 from common.privacy.meaning import epsilon_of_several
@@ -504,14 +504,28 @@ class Ledger:
 
         It bounds what any of its records has spent, at ``delta``; infinite if one of them was exposed.
         """
+        others = [self.epsilon(name, min(delta, self.terms(name).delta)) for name in self._sharing(dataset)]
+        return max(self.epsilon(dataset, delta), *others) if others else None
+
+    def honest_sites(self, dataset: str, *, under_any_name: bool = False) -> int:
+        """Return on how many honest sites of each sum ``epsilon`` counts, the most of all its sums; 0 without one.
+
+        Args:
+            dataset: the data set.
+            under_any_name: of ``largest`` instead, with the sums of all that share a record with it.
+        """
+        names = [dataset, *(self._sharing(dataset) if under_any_name else [])]
+        return honest_sites(release for name in names for release in self.spent(name))
+
+    def _sharing(self, dataset: str) -> list[str]:
+        """Return the other data sets that share a record with one, as far as their records were charged."""
         with self._file.reading() as db:
             rows = db.execute(
                 "SELECT DISTINCT other.dataset FROM records AS own JOIN records AS other USING (hash) "
                 "WHERE own.dataset = :name AND other.dataset != :name",
                 {"name": dataset},
             ).fetchall()
-        others = [self.epsilon(name, min(delta, self.terms(name).delta)) for (name,) in rows]
-        return max(self.epsilon(dataset, delta), *others) if others else None
+        return [name for (name,) in rows]
 
     def entries(self) -> list[Entry]:
         """Return every charge, of all data sets, oldest first."""

@@ -21,7 +21,8 @@ from common.errors import LedgerError
 from common.privacy import accounting
 from common.privacy.accounting import Release
 
-CONTEXT = "FedVeil receipt, 1"
+CONTEXT = "FedVeil receipt, 2"
+"""The first form named no honest sites, and had no price alone; a signature of one holds as it did."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class FailedRound:
 
 @dataclass(frozen=True)
 class RunReceipt:
-    """What one run has cost one data set. Epsilons are at ``delta``, for add or remove one unit."""
+    """What one run has cost one data set. Epsilons are at ``delta``, for add or remove one unit.
+
+    Where sums of several sites were charged, each counts on honest sites, and has a price alone, which counts on none.
+    """
 
     context: str
     """What the file is, so that no signature of it passes for one of anything else."""
@@ -52,6 +56,16 @@ class RunReceipt:
     """Of everything charged to the data set, by its own name, before the run's first charge."""
     epsilon_after: float | None
     """Of everything charged to it up to the run's last charge, those of other runs in between included."""
+    epsilon_run_alone: float | None
+    """As ``epsilon_run``, if no other site adds its noise to a sum. None: none is counted on, or no ε holds."""
+    epsilon_after_alone: float | None
+    """The same of ``epsilon_after``."""
+    honest_sites_run: int
+    """Sites of each sum that ``epsilon_run`` takes for honest, the most of all its sums; 0: it has none."""
+    honest_sites_after: int
+    """The same of ``epsilon_after``; at most these does ``epsilon_before`` count on."""
+    honest_sites_largest: int
+    """The same of ``largest``."""
     largest: float | None
     """The largest of the data set and all of its ledger that share a record with it, by everything charged until now:
     it bounds what any of its records has spent, under whatever name. None: one of these was released without privacy.
@@ -103,6 +117,11 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
         )
     bare = ledger.exposed(dataset)
     own, before, after = (None if bare else _epsilon(part, terms.delta) for part in parts)
+    honest = [accounting.honest_sites(_releases(part)) for part in (parts[0], parts[2])]
+    own_alone, after_alone = (
+        None if bare or sites <= 1 else accounting.epsilon(accounting.alone(_releases(part)), terms.delta)
+        for part, sites in zip((parts[0], parts[2]), honest, strict=True)
+    )
     return RunReceipt(
         context=CONTEXT,
         dataset=dataset,
@@ -112,6 +131,11 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
         epsilon_run=own,
         epsilon_before=before,
         epsilon_after=after,
+        epsilon_run_alone=own_alone,
+        epsilon_after_alone=after_alone,
+        honest_sites_run=honest[0],
+        honest_sites_after=honest[1],
+        honest_sites_largest=ledger.honest_sites(dataset, under_any_name=True),
         largest=None if bare else _largest(ledger, dataset, terms.delta),
         budget=terms.epsilon if math.isfinite(terms.epsilon) else None,
         rounds=tuple(e.round_number for e in charges if e.purpose == TRAINING and e.caused_by is None),
@@ -130,4 +154,8 @@ def _largest(ledger: Ledger, dataset: str, delta: float) -> float | None:
 
 
 def _epsilon(entries: Sequence[Entry], delta: float) -> float:
-    return accounting.epsilon([Release(entry.event, entry.count, entry.purpose) for entry in entries], delta)
+    return accounting.epsilon(_releases(entries), delta)
+
+
+def _releases(entries: Sequence[Entry]) -> list[Release]:
+    return [Release(entry.event, entry.count, entry.purpose) for entry in entries]

@@ -91,6 +91,15 @@ def alone(releases: Iterable[Release]) -> list[Release]:
     return [replace(release, event=release.event.alone()) for release in releases]
 
 
+def honest_sites(releases: Iterable[Release]) -> int:
+    """Return on how many honest sites of a sum the price of releases counts, the most of all sums; 0 without a sum.
+
+    >>> honest_sites([gaussian_release(1.0, 0.1, 3)])
+    0
+    """
+    return int(max((release.event.figures.get("honest_sites", 0) for release in releases), default=0))
+
+
 def gaussian_release(
     noise_multiplier: float, sample_rate: float, count: int, purpose: str = TRAINING, clip_norm: float = 1.0
 ) -> Release:

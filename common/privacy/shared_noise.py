@@ -106,7 +106,7 @@ class SecureSum(Mechanism):
 
     def promise(self, privacy: PrivacyConfig) -> str:
         """Return the budget of a site, and on whom it rests."""
-        return (
-            f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site, as long as {privacy.honest_sites} sites "
-            "of each sum are honest"
-        )
+        told = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site"
+        if privacy.honest_sites == 1:
+            return f"{told}, whatever other sites do (h = 1)"
+        return f"{told}, as long as {privacy.honest_sites} sites of each sum are honest (h = {privacy.honest_sites})"

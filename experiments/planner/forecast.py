@@ -56,11 +56,27 @@ class Forecast:
 
     @property
     def epsilon_alone(self) -> float | None:
-        """What the run costs a site if no other one adds its noise to a sum; None where none does."""
-        shared = [plan for plan in self.plans if plan.event.alone() != plan.event]
-        if not shared:
+        """What the run costs a site if no other one adds its noise to a sum; None where none is counted on."""
+        if not self.job.mechanism.summed or self.job.config.privacy.honest_sites == 1:
             return None
-        return epsilon(alone([shared[0].release(self.job.config.total_steps)]), shared[0].delta)
+        plan = self.plans[0]
+        return epsilon(alone([plan.release(self.job.config.total_steps)]), plan.delta)
+
+    @property
+    def more_honest(self) -> dict[int, float]:
+        """What the run costs if more sites of each sum are honest than are counted on: all but the colluders, and all.
+
+        By their number, if all of the forecast's sites are in each sum; empty where no noise is shared.
+        """
+        if not self.job.mechanism.summed:
+            return {}
+        plan, privacy, sites = self.plans[0], self.job.config.privacy, len(self.sizes)
+        release = plan.release(self.job.config.total_steps)
+        return {
+            honest: epsilon([dataclasses.replace(release, event=release.event.of_honest(honest))], plan.delta)
+            for honest in sorted({sites - privacy.colluders, sites})
+            if honest > privacy.honest_sites
+        }
 
     @property
     def noises(self) -> list[float | None]:
@@ -145,6 +161,7 @@ class Forecast:
             ],
             "rounds": [{**dataclasses.asdict(one), "accountant": str(one.accountant)} for one in self.rounds],
             "epsilon_alone": self.epsilon_alone,
+            "epsilon_of_more_honest_sites": {str(sites): spent for sites, spent in self.more_honest.items()},
             "thrown_away": [dataclasses.asdict(one) for one in self.thrown_away],
             "rounds_within_budget": self.rounds_within,
             "rounds_within_budget_searched_to": MOST_ROUNDS,

@@ -48,8 +48,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
 def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:
     """Print the answer of ``--find``, its check, and how to use it."""
     console.print(f"{found.setting} = {found.value}", style="bold", markup=False)
-    honest = job.config.privacy.honest_sites
-    rests = f", if {honest} sites of each sum are honest (h = {honest})" if job.mechanism.summed else ""
+    rests = f", {_on(job.config.privacy.honest_sites)}" if job.mechanism.summed else ""
     spent = epsilon_text(found.epsilon)
     console.print(f"  costs ε {spent} of {found.budget:g} at δ {job.config.privacy.delta:g}{rests}")
     if found.next_value is None or found.next_epsilon is None:
@@ -97,12 +96,8 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
     for accountant in others:
         console.print(f"* {accountant}", markup=False)
-    if forecast.epsilon_alone is not None:
-        honest = forecast.job.config.privacy.honest_sites
-        console.print(
-            f"That is the price of the sum, if {honest} sites are honest; if no other site adds its noise, "
-            f"ε {epsilon_text(forecast.epsilon_alone)} after the run."
-        )
+    if forecast.job.mechanism.summed:
+        console.print(_rests(forecast))
     if central:
         event, privacy = forecast.plans[0].event, forecast.job.config.privacy
         console.print(
@@ -114,6 +109,29 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     lasts = forecast.rounds_within
     more = "at least " if lasts == MOST_ROUNDS else ""
     console.print(f"A fresh budget lasts {more}{lasts:,} rounds at this noise.")
+
+
+def _rests(forecast: Forecast) -> str:
+    """Say on how many honest sites the price of a sum counts, and what holds with fewer and with more."""
+    honest = forecast.job.config.privacy.honest_sites
+    others = []
+    if forecast.epsilon_alone is not None:
+        others.append(f"if no other site adds its noise (alone): ε {epsilon_text(forecast.epsilon_alone)}")
+    for sites, spent in forecast.more_honest.items():
+        which = "all " if sites == len(forecast.sizes) else ""
+        others.append(f"if {which}{sites} sites of each sum are honest (h = {sites}): ε {epsilon_text(spent)}")
+    beside = f" After the run, {'; '.join(others)}." if others else ""
+    return f"That is the price of the sum, {_on(honest)}.{beside}"
+
+
+def _on(honest: int) -> str:
+    """Return on how many honest sites a price of a sum counts.
+
+    >>> _on(1), _on(2)
+    ('whatever other sites do (h = 1)', 'if 2 sites of each sum are honest (h = 2)')
+    """
+    who = "whatever other sites do" if honest == 1 else f"if {honest} sites of each sum are honest"
+    return f"{who} (h = {honest})"
 
 
 def _print_lost(console: Console, forecast: Forecast) -> None:
@@ -130,8 +148,9 @@ def _print_lost(console: Console, forecast: Forecast) -> None:
         return
     honest, fewest = sites - privacy.colluders, max(config.min_sites, privacy.honest_sites + privacy.colluders)
     console.print(
-        f"{told}. The noise of a sum is that of {privacy.honest_sites} sites: √({honest} / {privacy.honest_sites}) = "
-        f"{math.sqrt(honest / privacy.honest_sites):.3g} times what {honest} honest ones would need if none is lost. "
+        f"{told}. The noise of a sum is that of {counted(privacy.honest_sites, 'site')}: "
+        f"√({honest} / {privacy.honest_sites}) = {math.sqrt(honest / privacy.honest_sites):.3g} times "
+        f"what {honest} honest ones would need if none is lost. "
         f"Sites that are gone for good end the run once fewer than {fewest} are left."
     )
 
@@ -141,10 +160,12 @@ def _print_thrown_away(console: Console, forecast: Forecast) -> None:
         return
     rounds, lasts = forecast.job.config.rounds, forecast.rounds_within or 0
     table = Table(title="attempts at a sum that are thrown away, each charged as a round")
-    for column in ("attempts", "ε of the sum", "ε alone", "noise σ that pays for them"):
+    honest = forecast.job.config.privacy.honest_sites
+    alone = ["ε alone"] if honest > 1 else []
+    for column in ("attempts", f"ε of the sum, h = {honest}", *alone, "noise σ that pays for them"):
         table.add_column(column, justify="right")
     for one in forecast.thrown_away:
-        spent = epsilon_text(one.epsilon), epsilon_text(one.epsilon_alone)
+        spent = [epsilon_text(one.epsilon), *(epsilon_text(one.epsilon_alone) for _ in alone)]
         table.add_row(str(one.attempts), *spent, f"{one.noise_multiplier:.5g}")
     console.print(table)
     console.print(
