@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_model, tiny_tokenizer
@@ -69,6 +71,31 @@ def test_auto_adapts_queries_and_values_in_each_layer(family: str, tmp_path: Pat
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert sorted(written["target_modules"]) == sorted(wanted), "a stock reader would look for layers called auto"
     assert len(ADAPTERS["lora"](2, 2.0, wanted).layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == len(layers)
+
+
+LISTED = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+
+class Stub(nn.Module):
+    """Two blocks with the layers that PEFT's table names for a type of model, and one that it does not name."""
+
+    def __init__(self, kind: str, names: Collection[str]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type=kind)
+        self.blocks = nn.ModuleList(nn.ModuleDict({n: nn.Linear(4, 4) for n in (*names, "beside")}) for _ in range(2))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, names in LISTED.items() if not isinstance(names, str)])
+def test_auto_is_pefts_own_choice_for_every_type_that_it_lists(kind: str) -> None:
+    assert sorted(auto_targets(Stub(kind, LISTED[kind]))) == sorted(LISTED[kind])
+    with pytest.raises(ModelError, match="finds no layer of Stub"):
+        auto_targets(Stub("unheard-of", ["beside-too"]))
+
+
+def test_a_type_that_peft_lists_by_a_pattern_is_found_by_structure() -> None:
+    patterns = [kind for kind, names in LISTED.items() if isinstance(names, str)]
+    for kind in patterns:
+        assert auto_targets(Stub(kind, ["q_proj", "k_proj", "v_proj"])) == ("q_proj", "v_proj")
 
 
 @each_family
