@@ -227,3 +227,11 @@ def test_a_recipe_of_long_steps_takes_shorter_ones_where_nothing_is_clipped(reci
     assert rates["dp-sgd"] == rates["secure-sum"] > 10 * rates["none"]
     own = {"recipe": recipe, "privacy.mode": "none", "server.learning-rate": 5.0}
     assert configure(own).config.server.learning_rate == 5.0
+
+
+def test_the_probe_walks_less_far_under_much_noise() -> None:
+    rates = {
+        epsilon: configure({"recipe": "metric", "privacy.epsilon": epsilon}).settings()["start.rate"]
+        for epsilon in (1.0, 3.0, 8.0)
+    }
+    assert rates == {1.0: 1.0, 3.0: 4.0, 8.0: 4.0}

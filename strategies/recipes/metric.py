@@ -33,6 +33,8 @@ LEAST_EPSILON = 5.0
 """Budget below which noise takes more than the adapter gives, between the two nearest that were tried, 3 and 8."""
 
 
+FAR_EPSILON = 2.0
+"""Budget below which the probe walks a quarter as far, between the two nearest that were tried, 1 and 3."""
 WITHOUT_CLIP = 2.0
 """Rate of whoever wants it without privacy, where longer steps diverge. It is no recipe for that: see ``plain``."""
 
@@ -70,7 +72,8 @@ class PublicMetricRecipe(Recipe):
         probed = "paid release" in asked.settings.privacy.mechanism.starts
         rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS
         refit = max(1, rounds // 5)
-        of_probe: dict[str, Scalar] = {"start.rate": 4.0, "start.sample-rate": 1.0}
+        far = asked.settings.privacy.epsilon >= FAR_EPSILON or asked.settings.privacy.noise_multiplier
+        of_probe: dict[str, Scalar] = {"start.rate": 4.0 if far else 1.0, "start.sample-rate": 1.0}
         return {
             "rounds": rounds,
             "evaluate-every": 5,
