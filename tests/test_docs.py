@@ -149,6 +149,8 @@ def test_a_citation_chooses_rows(results: Path) -> None:
 def test_a_citation_chooses_columns(results: Path) -> None:
     made = cited.with_results(citing("other; epsilons: none; columns: ε | variant | accuracy, %"), results)
     assert "\n| ε | variant | accuracy, % |\n|---|---|---|\n| none | `ffa-lora` | **" in made
+    assert "Arms:" not in made, "a column is explained that is not there"
+    assert "Arms:" in cited.with_results(citing("other"), results)
 
 
 @pytest.mark.parametrize(

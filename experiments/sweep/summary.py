@@ -213,7 +213,7 @@ def markdown_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     ]
     lines = [f"| {' | '.join(shown)} |", "|" + "---|" * len(shown)]
     lines += [f"| {' | '.join(COLUMNS[name](group) for name in shown)} |" for group in found]
-    return "\n".join(lines) + "\n\n" + " ".join(_notes(rows)) + "\n"
+    return "\n".join(lines) + "\n\n" + " ".join(_notes(rows, shown)) + "\n"
 
 
 def _accuracy_words(group: Group) -> str:
@@ -282,8 +282,8 @@ OPTIONAL = frozenset({"numbers", "exact", "processor", "intruders (of noise)"})
 """Columns that a table has only where one of its rows has a figure for them."""
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    """Return sentences on what the table's figures are, and are not."""
+def _notes(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
+    """Return sentences on what the figures in the columns that are ``shown`` are, and are not."""
     arms = [ARMS[name] for name in ARMS if any(row.arm == name for row in rows)]
     deltas = sorted({row.delta for row in rows if row.delta is not None})
     fitted = sorted({row.penalty for row in rows if row.penalty is not None})
@@ -299,7 +299,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     told = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
     if any(not TASKS[str(row.settings["model.task"])].labelled for row in rows):
         told.append("Accuracy is the share of right next tokens: judge by the loss, in nats a token.")
-    told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
+    if "arm" in shown:
+        told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
     if fitted:
         told.append(f"λ of the fitted heads: {', '.join(f'{penalty:.1g}' for penalty in fitted)}.")
     if deltas:
@@ -311,12 +312,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     told.append(f"{seed}; {_division(divided, cut)}.")
     if deltas:
         told.append("Under privacy sampling and noise are never seeded: each run draws its own.")
-    if any(row.sent is not None for row in rows):
+    if "numbers" in shown:
         told.append("Numbers: the most that a site sends in a round, which is what it trains.")
+    if "exact" in shown:
         told.append("Exact: whether new weights are exactly the mean of the sites' weights.")
-    if any(row.processor_seconds is not None for row in rows):
+    if "processor" in shown:
         told.append("Processor: seconds of all cores together, with loading and reports.")
-    if any(row.intruders is not None for row in rows):
+    if "intruders (of noise)" in shown:
         told.append(
             "Intruders are new directions among the ten largest of each layer's weights, summed over layers, in "
             "brackets those that the run's noise alone makes."
