@@ -374,7 +374,9 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
         if name.startswith("history"):
             return json.dumps([[name, name]])
         return (
-            json.dumps([{"role": "assistant", "content": name}]) if name.startswith(("messages", "context")) else name
+            json.dumps([{"role": who, "content": name} for who in ("user", "assistant")])
+            if name.startswith(("messages", "context"))
+            else name
         )
 
     names = [f"{role.setting}-column" for role in roles_of_all()]
@@ -395,6 +397,6 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
             elif role.field == "history":
                 assert value == (("user", "history-column"), ("assistant", "history-column"))
             elif role.field in ("turns", "before"):
-                assert value == (("assistant", f"{role.setting}-column"),)
+                assert value == tuple((who, f"{role.setting}-column") for who in ("user", "assistant"))
             else:
                 assert (data.label_names[value] if role.field == "label" else value) == f"{role.setting}-column"
