@@ -182,12 +182,14 @@ def _persons(folder: SiteFolder) -> Iterator[CheckResult]:
         yield CheckResult(True, what, found)
         return
     dataset, spent, at = str(settings.get("dataset-id") or policy.dataset_id or settings["site"]), 0.0, policy.delta
+    honest = 0
     if folder.ledger.exists():
         with Ledger(folder.ledger) as ledger:
             at = min(at, ledger.terms(dataset).delta)
-            spent = ledger.epsilon_of_person(dataset, most, min(at, 1.0))
+            spent, honest = ledger.epsilon_of_person(dataset, most, min(at, 1.0)), ledger.honest_sites(dataset)
     said = f"a person with {counted(most, 'record')} in {dataset} has ε {epsilon_text(spent)}"
     said += f" at δ {at:g}" if math.isfinite(at) else ""
+    said += f" (h = {honest})" if honest else ""
     limit = f", of at most {ceiling:g}" if math.isfinite(ceiling) else "; epsilon-person would limit it"
     yield CheckResult(spent <= ceiling, what, said + limit)
 

@@ -67,8 +67,9 @@ class Tracking:
 def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
     """Return the figures of each complete round of a run, by its number; 0 is before training.
 
-    ``epsilon`` is the largest total that a site has reported by then. What is not there, or not finite, is left out;
-    of a trusted server's run that is how many sites took part, and how long they took.
+    ``epsilon`` is the largest total that a site has reported by then. Where sites share the noise of a sum its name
+    says on how many honest ones it counts: ``epsilon/h-3``. What is not there, or not finite, is left out; of a
+    trusted server's run that is how many sites took part, and how long they took.
 
     Raises:
         DataError: a file of the folder is not as it is written.
@@ -77,15 +78,16 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
     before = read_if_there(BaselineFile, folder)
     if before is not None:
         found[0] = _finite({"accuracy": before.accuracy, "loss": before.loss})
-    spent = [(line.round_number, line.spent.epsilon_total) for line in read_lines(PrivacyLine, folder) if line.spent]
+    spent = [(line.round_number, line.spent) for line in read_lines(PrivacyLine, folder) if line.spent]
     for line in read_lines(RoundLine, folder):
         if line.complete and line.round_number:
-            paid = [total for number, total in spent if number <= line.round_number]
+            paid = [spending for number, spending in spent if number <= line.round_number]
+            honest = int(max((spending.event.figures.get("honest_sites", 0) for spending in paid), default=0))
             labels = {f"accuracy/{score.label}": score.right / max(1, score.records) for score in line.labels}
             figures = {
                 "accuracy": line.accuracy,
                 "loss": line.loss,
-                "epsilon": max(paid, default=None),
+                f"epsilon/h-{honest}" if honest else "epsilon": max((one.epsilon_total for one in paid), default=None),
                 "sites": None if line.participants == [COHORT] else float(len(line.participants)),
                 "bytes_down": float(line.bytes_down),
                 "bytes_up": float(line.bytes_up),

@@ -12,8 +12,10 @@ from audits.tiny_site import OneSite, clinic
 from cli.main import app
 from client.ledger import ledger as ledgers
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from common.errors import ConfigError
-from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.events import Event, SummedGaussian
 from common.privacy.figures import epsilon_text
 from common.privacy.meaning import MOST_UNITS, epsilon_of_several
 from deploy import doctor
@@ -89,3 +91,18 @@ def test_the_doctor_and_the_ledger_show_what_a_person_with_the_most_records_has(
             finding.found
             == f"a person with 3 records in clinic has ε {epsilon_text(spent)} at δ 0.001, of at most {ceiling:g}"
         )
+
+
+def test_the_doctor_says_on_how_many_honest_sites_a_person_s_epsilon_counts(tmp_path: Path) -> None:
+    text = f"epsilon = 500\ndelta = {DELTA}\nrecords-per-person = 3\n"
+    folder = make_site(tmp_path / "folder", "clinic", "localhost", policy=text, node='data="x.csv" public-size=50')
+    figures = {**gaussian_release(2.0, 0.25, 1).event.figures, "honest_sites": 2.0}
+    release = Release(Event(SummedGaussian.name, figures), 2)
+    folder.ledger.parent.mkdir(exist_ok=True)
+    with Ledger(folder.ledger) as ledger:
+        ledger.charge(Charge("clinic", "run", 1, (release,), DELTA, 500.0))
+    (finding,) = doctor._persons(folder)
+    spent = epsilon_of_several([release], 3, DELTA)
+    assert finding.found.startswith(
+        f"a person with 3 records in clinic has ε {epsilon_text(spent)} at δ 0.001 (h = 2); epsilon-person"
+    )

@@ -73,6 +73,16 @@ def test_figures_are_those_of_the_report(tmp_path: Path) -> None:
         assert (told["bytes_up"], told["seconds"], told["sites"]) == (row.bytes_up, row.seconds, len(row.participants))
 
 
+def test_epsilon_of_a_sum_says_on_how_many_honest_sites_it_counts(tmp_path: Path) -> None:
+    settings = {"privacy.mode": "secure-sum", "training.local-steps": 1, "training.optimizer": "sgd", "rounds": 2}
+    own = {"privacy.honest-sites": 2, "privacy.colluders": 1, "privacy.noise-multiplier": 0.7}
+    sites = dict.fromkeys(("a", "b", "c"), 2000)
+    run = MadeRun(tmp_path / "run", {**settings, **own}, sites, honest=2).start().round(1, 0.7)
+    figures = rounds_of(run.folder)[1]
+    assert [name for name in figures if name.startswith("epsilon")] == ["epsilon/h-2"]
+    assert figures["epsilon/h-2"] == report_of(run.folder).rounds[-1].epsilon_worst
+
+
 def test_a_run_without_privacy_and_one_after_an_exposure_tell_no_epsilon(tmp_path: Path) -> None:
     off = MadeRun(tmp_path / "off", {"privacy.mode": "none", "rounds": 1}).start().round(1, 0.8)
     assert "epsilon" not in rounds_of(off.folder)[1]
