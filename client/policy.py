@@ -354,7 +354,10 @@ def parse_policy(text: str, path: Path | str) -> Policy:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the policy {path} cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).replace(
+            "Cannot overwrite a value", "a key stands there for the second time"
+        )
+        raise ConfigError(f"the policy {path} cannot be read: {reason}") from error
     try:
         return from_section(Policy, {key: _flat(key, value) for key, value in values.items()}, "")
     except ConfigError as error:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -258,6 +259,90 @@ def check_that_trials_are_paid_on_the_same_sites(folder: Path) -> None:
             tried = [entry for entry in held if entry.run != first.run]
             releases = [Release(entry.event, entry.count) for entry in tried]
             assert epsilon(releases, 1e-3) == pytest.approx(float(printed), abs=1e-3)
+
+
+@pytest.mark.deployment
+def test_three_stewards_who_follow_the_page_of_secure_sums_end_in_one_sum(
+    processes: Processes, tmp_path: Path, model_folder: Callable[[str], str]
+) -> None:
+    """The page's command and its policy; and a site whose steward does without them joins no sum."""
+    page = (DOCS / "secure-sum.md").read_text(encoding="utf-8").split("## With real sites")[1].split("\n## ")[0]
+    (peers,) = re.findall(r"fedveil (site peers FOLDER .*)\n", page)
+    (rules,) = re.findall(r"```toml\n(.*?)```", page, flags=re.S)
+    names = ("clinic", "north", "south")
+    fleet, control, *runtime = free_ports(6)
+    for seed, name in enumerate((*names, "lone", "test")):
+        write_reviews(tmp_path / f"{name}.csv", 60, seed)
+    model = ["--model", model_folder("bert")]
+    fingerprint = load_base_model(model_folder("bert"), "classification").fingerprint
+
+    def ask(*words: str, code: int = 0) -> str:
+        done = run([FEDVEIL, *words], tmp_path)
+        assert done.returncode == code, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    ports = ["--fleet-port", str(fleet), "--control-port", str(control)]
+    ask("server", "init", "server", "--name", "127.0.0.1", *ports)
+    processes.start("server", [FEDVEIL, "server", "start", "server"])
+    processes.wait_for("server", "Uvicorn running")
+    (init, *_) = (line for line in guide("steward", 1) if line[1:3] == ["site", "init"])
+    for name in (*names, "lone"):
+        words = [word.replace("/srv/fedveil", str(tmp_path)).replace("clinic", name) for word in init[1:]]
+        words = [f"127.0.0.1:{fleet}" if word == "fl.example.org" else word for word in words]
+        ask(*words, *model, "--fingerprint", fingerprint, "--runtime-port", str(runtime.pop()))
+        ask("server", "register", "server", f"{name}/node.pub")
+    digests = set()
+    for name in names:
+        others = iter(f"{other}/identity.toml" for other in names if other != name)
+        words = [name if word == "FOLDER" else next(others) if ".toml" in word else word for word in peers.split()]
+        printed = ask(*words)
+        (digest,) = re.findall(r'peers-hash = "(\w{64})"', printed)
+        digests.add(digest)
+        policy = tmp_path / name / "policy.toml"
+        text = policy.read_text(encoding="utf-8")
+        (line,) = (line for line in text.splitlines() if "mechanisms" in line and not line.startswith("#"))
+        told = textwrap.dedent(rules).replace("64 hexadecimal digits", digest).replace("9.0", "90.0")
+        policy.write_text(text + told, encoding="utf-8")
+        assert "a key stands there for the second time (at line" in ask("doctor", "site", name, code=1)
+        policy.write_text(text.replace(line, told.rstrip()), encoding="utf-8")
+        seen = ask("doctor", "site", name)
+        assert f"3 of the 3 sites {', '.join(names)} count as honest, ε alone at most 90" in seen
+        assert digest in seen
+    assert len(digests) == 1, "stewards who read their hashes to each other would not agree"
+    for name in (*names, "lone"):
+        processes.start(name, [FEDVEIL, "site", "start", name])
+        processes.wait_for(name, "the worker is ready")
+    toy = {
+        "model.name": model_folder("bert"),
+        "model.max-length": 24,
+        "data.name": str(tmp_path / "test.csv"),
+        "data.test": str(tmp_path / "test.csv"),
+        "data.labels": "bad,good",
+        "adapter.rank": 2,
+        "adapter.targets": TARGETS["bert"],
+        "head.start": "random",
+        "rounds": 2,
+        "training.local-steps": 1,
+        "training.optimizer": "sgd",
+        "privacy.mode": "secure-sum",
+        "privacy.honest-sites": 2,
+        "privacy.epsilon": 3.0,
+        "privacy.delta": 1e-3,
+        "device": "cpu",
+    }
+    (tmp_path / "toy.toml").write_text(to_toml(toy), encoding="utf-8")
+    printed = ask("server", "submit", "server", "--sites", "4", "-c", "toy.toml")
+    assert "lone" in printed, "nobody says why a site is not in the sum"
+    (folder,) = (tmp_path / "server" / "runs").iterdir()
+    assert read_file(ResultFile, folder).status == "completed"
+    sharing = report_of(folder).sharing
+    assert sharing is not None
+    assert (sharing.honest_sites, sharing.summed) == (2, 3)
+    for name in names:
+        with Ledger(tmp_path / name / "ledger" / "ledger.sqlite") as ledger:
+            assert ledger.epsilon(name, 1e-3) <= 3.0 < ledger.epsilon_alone(name, 1e-3) <= 90.0
+    with Ledger(tmp_path / "lone" / "ledger" / "ledger.sqlite") as ledger:
+        assert not ledger.entries(), "a site that joined no sum has paid for one"
 
 
 @pytest.mark.deployment
