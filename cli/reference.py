@@ -174,9 +174,9 @@ def systems_page() -> str:
         (
             "Systems",
             system_table(),
-            "Bytes are of the plain job (12 layers of 384 × 384, r = 8), without the head and what is sent once. "
-            "Training costs ε by its steps, whatever the system: what differs is what a start costs on top. Anything "
-            "that a server computes from what sites sent is free.",
+            "Bytes are of the plain job (12 layers of 384 × 384, r = 8), without the head. Training costs ε by its "
+            "steps, whatever the system: what differs is what a start costs on top, here with each start's own "
+            "settings at δ 1e-5. Anything that a server computes from what sites sent is free.",
         ),
         (
             "What a strategy costs",

@@ -6,12 +6,17 @@ A row of a table that no system names here is put into the page all the same, un
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from common.adapters import ADAPTERS
 from common.config.sections import Scalar
+from common.privacy.accounting import epsilon
+from common.privacy.figures import epsilon_text
 from common.starts import STARTS
 from common.words import bytes_text
 from strategies import ROWS, STRATEGIES
@@ -129,6 +134,12 @@ SYSTEMS: tuple[System, ...] = (
         file="milora-a-frozen",
     ),
     System("MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards", "adapter.alpha": 0.0}, file="miss"),
+    System("MiSS mini", {"strategy": "fed-sb", "adapter.start": "shards"}),
+    System(
+        "MiSS bat",
+        instead="not built: blocks of W0 multiply what is trained, so it has full rank, no form as LoRA and no export "
+        "but its own, and it sees no more of a gradient than random directions do",
+    ),
     System(
         "EVA from public text",
         {"strategy": "ffa-lora", "adapter.start": "eva", "adapter.alpha": 0.0},
@@ -248,6 +259,11 @@ SYSTEMS: tuple[System, ...] = (
         besides="then `fedveil prune --by RUN_FOLDER` ([pruned bases](pruned.md))",
     ),
     System(
+        "Gazal-R1, its first stage",
+        instead="`fedveil run -c experiments/configs/gazal-r1-stage1.toml`: DoRA at rsLoRA's scale on prompts and "
+        "completions; the second stage, which learns from rewards, is not built",
+    ),
+    System(
         "Intruder dimensions", instead="`fedveil intruders RUN_FOLDER` ([planning](planning.md#intruder-dimensions))"
     ),
 )
@@ -274,22 +290,54 @@ def system_table() -> str:
         "the start costs",
         "up, a site and round",
         "down",
+        "up before round 1",
+        "down, once",
     )
     return markdown(header, [_row(system) for system in SYSTEMS])
 
 
 def _row(system: System) -> list[str]:
     if system.instead:
-        return [system.name, system.instead, *[""] * 5]
+        return [system.name, system.instead, *[""] * 7]
     strategy = str(system.settings["strategy"])
     if strategy in REFUSED_STRATEGIES:
-        return [system.name, f"refused: {REFUSED_STRATEGIES[strategy]}", *[""] * 5]
+        return [system.name, f"refused: {REFUSED_STRATEGIES[strategy]}", *[""] * 7]
     job = configure(system.settings)
     down, up = payload(job.strategy, _at_default_rank(job), DEFAULT_SHAPES)
     typed = f"`fedveil run -c {CONFIGS}/{system.file}.toml`" if system.file else written(system.settings)
     typed += f" {system.besides}" if system.besides else ""
     exact = "yes" if job.strategy.exact(type(job.adapter)) else "no"
-    return [system.name, typed, exact, job.strategy.privacy, job.origin.needs, bytes_text(up), bytes_text(down)]
+    sizes = [bytes_text(number) if number else "nothing" for number in (up, down, _released(job), _once(job))]
+    return [system.name, typed, exact, job.strategy.privacy, _price(job), *sizes]
+
+
+def _price(job: Job) -> str:
+    """Return what the start is made from; of a paid release, what that alone comes to at the job's ε and δ."""
+    privacy, release = job.config.privacy, job.origin.release()
+    if release is None:
+        return job.origin.needs
+    alone = epsilon([release], privacy.delta)
+    return f"{job.origin.needs}: ε {epsilon_text(alone)} if it stood alone, of {privacy.epsilon:g}"
+
+
+def _once(job: Job) -> int:
+    """Return the bytes of the frozen factors that travel once to each site; 0 where it derives them."""
+    adapter = _at_default_rank(job)
+    layers = {
+        f"layer {i}": {name: torch.zeros(shape) for name, shape in adapter.shapes(out, into).items()}
+        for i, (out, into) in enumerate(DEFAULT_SHAPES)
+    }
+    basis = job.basis(job.strategy.start(layers, adapter.trained))
+    return 4 * sum(tensor.numel() for factors in basis.values() for tensor in factors.values())
+
+
+def _released(job: Job) -> int:
+    """Return the bytes of what a site sends in round 0 for the start; 0 where it is not asked."""
+    if job.origin.asked != "sites":
+        return 0
+    model = replace(job, adapter=replace(job.adapter, rank=DEFAULT_RANK)).model(("bad", "good"))
+    layout = job.origin.layout(model)
+    return 4 * sum(math.prod(shape) for factors in layout.values() for shape in factors.values())
 
 
 def written(settings: Mapping[str, Scalar]) -> str:
