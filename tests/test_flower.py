@@ -56,6 +56,27 @@ def test_a_secure_sum_runs_through_flower_and_ray(settings_file: Path, tmp_path:
             assert ledger.epsilon_alone(f"site-{site}", 1e-3) > 1.3 * ledger.epsilon(f"site-{site}", 1e-3) > 0
 
 
+@pytest.mark.deployment
+def test_sites_of_ranks_2_4_8_and_16_run_through_flower_and_ray(settings_file: Path, tmp_path: Path) -> None:
+    """``test_columns`` holds what they send against the mean of their weights."""
+    ranks = 'strategy="heterogeneous-ranks" adapter.rank=16 heterogeneous-ranks.simulated="2,4,8,16"'
+    done = fedveil("run", "-c", str(settings_file), "-c", ranks, "--sites", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    rounds, privacy = read_lines(RoundLine, folder), read_lines(PrivacyLine, folder)
+    assert [len(line.participants) for line in rounds] == [4] * 2
+    assert all(0 < spent(line).epsilon_total <= 8 for line in privacy)
+    whole = fedveil(
+        "run", "-c", str(settings_file), "-c", 'strategy="ffa-lora" adapter.rank=16', "--sites", "4", cwd=tmp_path
+    )
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    (other,) = (found for found in (tmp_path / "runs").iterdir() if found != folder)
+    columns, head = read_lines(RoundLine, other)[-1].bytes_up / 4, 4 * (2 * 16 + 2)
+    assert rounds[-1].bytes_up == sum(rank / 16 * (columns - head) + head for rank in (2, 4, 8, 16))
+    scored = CliRunner().invoke(app, ["evaluate", str(folder)])
+    assert f"accuracy {100 * rounds[-1].accuracy:.1f} %" in scored.stdout
+
+
 @pytest.mark.slow
 def test_a_federation_runs_through_flower_and_ray(settings_file: Path, tmp_path: Path) -> None:
     done = fedveil("run", "-c", str(settings_file), "-c", 'strategy="fed-svd"', "--sites", "3", cwd=tmp_path)
