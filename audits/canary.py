@@ -31,6 +31,7 @@ from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan, gaussian_plan
 from common.randomness import private_poisson_sample
 from common.run_lines import Finding
+from reports.audits import CLAIMED, HONEST
 
 CANARIES = 9000
 ROUNDS, STEPS = 5, 2
@@ -62,7 +63,9 @@ def probe(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> Findi
     return compared("canaries", fault, scores, present.numpy(), receipt.epsilon_after)
 
 
-def compared(audit: str, fault: Fault, scores: np.ndarray, present: np.ndarray, claimed: float) -> Finding:
+def compared(
+    audit: str, fault: Fault, scores: np.ndarray, present: np.ndarray, claimed: float, honest: int = 0
+) -> Finding:
     """Hold what the scores give away against the epsilon that was claimed.
 
     Args:
@@ -71,6 +74,7 @@ def compared(audit: str, fault: Fault, scores: np.ndarray, present: np.ndarray, 
         scores: shape (canaries,), 1 on average for who was in and 0 for who was not.
         present: bool, shape (canaries,).
         claimed: by the ledger or the report, at ``DELTA``.
+        honest: sites of a sum that it counts on; 0: it counts on no other site.
     """
     bound = gaussian_bound(scores, present, DELTA)
     return judged(
@@ -79,7 +83,8 @@ def compared(audit: str, fault: Fault, scores: np.ndarray, present: np.ndarray, 
         bound > claimed,
         {
             "canaries": len(scores),
-            "epsilon claimed": claimed,
+            CLAIMED: claimed,
+            **({HONEST: honest} if honest else {}),
             "epsilon is at least": bound,
             "without any assumption": free_bound(scores, present, DELTA),
         },

@@ -278,7 +278,14 @@ def _told(folder: Path, fault: Fault, *, alone: bool) -> Finding:
             scores -= run.by_canary(total([*seen.uploads.values(), *known], run.plan.noise_std))
         claimed = run.spent()[alone]
     name = "a site's canaries, all others collude" if alone else "a sum's canaries"
-    return compared(name, fault, (scores / run.plan.event.clip_norm / ROUNDS).numpy(), present.numpy(), claimed)
+    return compared(
+        name,
+        fault,
+        (scores / run.plan.event.clip_norm / ROUNDS).numpy(),
+        present.numpy(),
+        claimed,
+        honest=0 if alone else HONEST,
+    )
 
 
 def sum_tells(folder: Path, fault: Fault = SOUND) -> Finding:

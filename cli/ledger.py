@@ -176,9 +176,10 @@ def reserve(
             raise ConfigError(f"{path} holds no budget for data set {dataset!r}: set one with 'fedveil ledger budget'")
         spent = ledger.epsilon(dataset, min(terms.delta, 1.0))
         free = max(0.0, terms.epsilon - spent - ledger.kept(dataset, run, terms.delta)) if epsilon else epsilon
+        rests = _at_h(ledger.honest_sites(dataset))
         if epsilon > free:
             raise ConfigError(
-                f"{dataset}: ε {remaining_text(free, decimals=4)} is neither spent nor kept for another run: "
+                f"{dataset}: ε {remaining_text(free, decimals=4)} is neither spent nor kept for another run{rests}: "
                 "reserve at most that"
             )
         ledger.holds.reserve(dataset, run, epsilon, end)

@@ -157,6 +157,8 @@ class Reached:
     epsilon: Endless | None
     """The federation's; None without a claim."""
     rounds: int
+    honest_sites: int = 0
+    """Of each sum, that ``epsilon`` counts on; 0: it counts on no other site."""
 
 
 @dataclass(frozen=True)

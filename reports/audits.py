@@ -43,6 +43,8 @@ class AuditReport:
     """The ε that the audited code claimed, in the case that the attack came nearest to; None: the audit bounds no ε."""
     epsilon_at_least: float | None
     """The lower bound on ε that the attack gave there."""
+    honest_sites: int = 0
+    """Of each sum, that the claimed ε counts on; 0: it counts on no other site."""
 
 
 def audit_reports(contents: Mapping[str, AuditFile], problems: list[str]) -> list[AuditReport]:
@@ -75,6 +77,7 @@ def audit_reports(contents: Mapping[str, AuditFile], problems: list[str]) -> lis
                     versions=content.versions,
                     epsilon_claimed=claimed,
                     epsilon_at_least=at_least,
+                    honest_sites=max((int(finding.figures.get(HONEST, 0)) for finding in own), default=0),
                 )
             )
     return reports
@@ -82,6 +85,8 @@ def audit_reports(contents: Mapping[str, AuditFile], problems: list[str]) -> lis
 
 CLAIMED, AT_LEAST = "epsilon claimed", ("epsilon is at least", "is at least")
 """What audits call the figures of an attack that bounds ε."""
+HONEST = "honest sites that it counts on"
+"""What they call those of a sum."""
 
 
 def _bounds(findings: Sequence[Finding]) -> tuple[float | None, float | None]:
@@ -101,7 +106,7 @@ def bound_sentences(reports: Sequence[AuditReport]) -> list[str]:
     """Return what attacks of the audits found of ε, beside what was claimed, a sentence each."""
     return [
         f"{report.audit}: the attack shows ε to be at least {epsilon_text(report.epsilon_at_least)} where "
-        f"{epsilon_text(report.epsilon_claimed)} was claimed ({report.file}, a small run made for the audit)"
+        f"{_claimed(report)} was claimed ({report.file}, a small run made for the audit)"
         for report in reports
         if report.epsilon_claimed is not None and report.epsilon_at_least is not None
     ]
@@ -110,17 +115,22 @@ def bound_sentences(reports: Sequence[AuditReport]) -> list[str]:
 def bound_note(reports: Sequence[AuditReport]) -> str:
     """Return the nearest that an attack came to what was claimed, to be read beside ε; empty: none bounds it."""
     found = [
-        (report.epsilon_at_least, report.epsilon_claimed)
+        (report.epsilon_at_least - report.epsilon_claimed, report)
         for report in reports
         if report.epsilon_claimed is not None and report.epsilon_at_least is not None
     ]
     if not found:
         return ""
-    least, claimed = max(found, key=lambda pair: pair[0] - pair[1])
+    _, nearest = max(found, key=lambda pair: pair[0])
     return (
-        f"An audit's attack shows ε to be at least {epsilon_text(least)} where {epsilon_text(claimed)} was claimed, in "
-        "a small run made for the audit."
+        f"An audit's attack shows ε to be at least {epsilon_text(nearest.epsilon_at_least)} where {_claimed(nearest)} "
+        "was claimed, in a small run made for the audit."
     )
+
+
+def _claimed(report: AuditReport) -> str:
+    at = f" (h = {report.honest_sites})" if report.honest_sites else ""
+    return epsilon_text(report.epsilon_claimed) + at
 
 
 def audit_alarms(reports: Sequence[AuditReport]) -> list[str]:

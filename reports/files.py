@@ -103,6 +103,8 @@ def _signed_run(data: ReportData) -> Run:
         rounds_planned=head.rounds_planned,
         epsilon=head.epsilon,
         delta=head.delta,
+        honest_sites=data.sharing.honest_sites if data.sharing else 0,
+        epsilon_alone=data.sharing.epsilon_alone if data.sharing else None,
         trials=data.tuning.trials if data.tuning else None,
         epsilon_trials=data.tuning.epsilon if data.tuning else None,
         delta_trials=data.tuning.delta if data.tuning else None,

@@ -115,6 +115,7 @@ def beside_figure(data: ReportData) -> Figure | None:
 
 def _beside(row: BesideRow) -> Row:
     epsilon = "no privacy" if row.epsilon_asked is None else f"ε {row.epsilon_asked:g}"
+    epsilon += f" (h = {row.honest})" if row.honest else ""
     after = Dot(row.accuracy)
     if row.half is not None:
         after = Dot(row.accuracy, max(0.0, row.accuracy - row.half), min(1.0, row.accuracy + row.half))

@@ -142,6 +142,10 @@ class Run:
     rounds_planned: int
     epsilon: float | None
     delta: float | None
+    honest_sites: int
+    """Of each sum, that ε counts on; 0: it counts on no other site."""
+    epsilon_alone: float | None
+    """What holds where no other site is honest; None: ε itself, or it is not known."""
     trials: int | None
     """Of which the run is one, with the ε of all together at their δ; None, as those, of none."""
     epsilon_trials: float | None

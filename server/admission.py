@@ -136,7 +136,9 @@ class Admission:
         past = before.spending if before else None
         if past and (spent.epsilon_total < past.epsilon_total * (1 - ROUNDING) or spent.steps_total < past.steps_total):
             before_it, now = (epsilon_text(s.epsilon_total, decimals=4) for s in (past, spent))
-            return f"the site's total went back from ε {before_it} to {now}"
+            honest = self._job.config.privacy.honest_sites if self._job.mechanism.summed else 0
+            rests = f" (h = {honest})" if honest else ""
+            return f"the site's total went back from ε {before_it} to {now}{rests}"
         return self._wrong_spending(result, spent, plan)
 
     def _wrong_spending(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:

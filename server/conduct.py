@@ -171,11 +171,13 @@ def _leave(folder: RunFolder, server_model: ServerModel, status: Status, reason:
     saved = folder.saved
     if saved is None:
         return
+    job = server_model.job
     folder.save_adapter(server_model.model, saved.state.adapter, server_model.label_names)
     reached = Reached(
         accuracy_before=saved.baseline.accuracy,
         accuracy=(saved.score or server_model.score(saved.state.adapter)).accuracy,
         epsilon=federation_epsilon(folder.path),
         rounds=saved.state.round_number,
+        honest_sites=job.config.privacy.honest_sites if job.mechanism.summed else 0,
     )
     folder.ended(ResultFile(status, reason, reached))

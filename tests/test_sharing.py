@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,8 +17,10 @@ from test_card import with_adapter
 from cli import report as summary
 from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.figures import bound_text, epsilon_text, remaining_text
+from common.run_lines import AuditFile, BesideRow, Finding
 from reports import ReportData, report_of, write_reports
 from reports.annex import annex_of
+from reports.audits import AT_LEAST, CLAIMED, HONEST, audit_reports, bound_note, bound_sentences
 from reports.card import adapter_form, card_of
 from reports.declared import Declared
 from reports.fact_sheet import in_thousand
@@ -264,3 +267,29 @@ def test_a_run_without_shared_noise_says_nothing_of_honest_sites(tmp_path: Path)
     assert data.sharing is None
     for form in FORMS.values():
         assert "h = " not in " ".join(form(data))
+
+
+def test_other_runs_and_audits_name_the_honest_sites_of_their_sums(shared: ReportData) -> None:
+    claims = {CLAIMED: 15.87, AT_LEAST[0]: 14.28}
+    audits = AuditFile(True, "2026-11-25T08:00:00+00:00", {}, [Finding("canaries", "as it is", False, True, claims)])
+    summed = replace(audits, findings=[replace(audits.findings[0], figures={**claims, HONEST: 3})])
+    row = BesideRow("three-honest", "federated", 3.0, 0.72, 0.778, None, 1, honest=3)
+    told = {}
+    for name, file, honest in (("with", summed, 3), ("without", audits, 0)):
+        results = audit_reports({"audit.json": file}, [])
+        data = replace(shared, audit_results=results, beside=[replace(row, honest=honest)])
+        told[name] = [to_markdown(data), html.unescape(to_html(data)), *bound_sentences(results), bound_note(results)]
+    assert all("15.870 (h = 3)" in text for text in told["with"])
+    assert not any("15.870 (h" in text for text in told["without"])
+    assert "three-honest, federated, ε 3 (h = 3)" in told["with"][1], "the picture"
+    assert "three-honest, federated, ε 3 (h" not in told["without"][1]
+
+
+def test_a_signed_statement_and_the_result_name_them(shared: ReportData, tmp_path: Path) -> None:
+    run = summed(tmp_path, 2, 1)
+    make_key(tmp_path / "key.pem")
+    write_reports(run.folder, tmp_path / "key.pem")
+    signed = json.loads((run.folder / "report.signed.json").read_text())
+    assert shared.sharing is not None
+    assert signed["honest_sites"] == 2
+    assert signed["epsilon_alone"] == shared.sharing.epsilon_alone > signed["epsilon"]

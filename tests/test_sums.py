@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -305,6 +306,7 @@ def test_sites_that_spent_their_budget_end_the_run_well_and_cost_the_others_noth
     assert {len(rows) for rows in spent(folder).values()} == {1}
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["rounds"]) == ("stopped", 1)
+    assert result["honest_sites"] == summed["privacy.honest-sites"]
 
 
 def spending(gone: Mapping[int, int], offline: Mapping[int, int]) -> Any:
@@ -636,6 +638,16 @@ def test_the_price_alone_has_a_ceiling_that_plain_rounds_count_to_as_well(clinic
         kinds = {release.event.kind for release in ledger.spent("clinic")}
         assert kinds == {"summed-gaussian", "sampled-gaussian"}
         assert ledger.epsilon_alone("clinic", 1e-3) > 1.1 * once
+
+
+def test_a_sum_that_no_longer_fits_the_budget_says_on_how_many_sites_its_price_counts(clinics: SumSite) -> None:
+    clinics.train(1)
+    with Ledger(clinics.site.ledger) as ledger:
+        once, honest = ledger.epsilon("clinic", 1e-3), ledger.honest_sites("clinic")
+    clinics.rule(epsilon=1.01 * once, delta=1e-3)
+    reply = clinics.key(2)
+    assert isinstance(reply, Refusal)
+    assert re.search(rf"this would make it [\d.]+ \(h = {honest}\), the budget is", reply.reason), reply.reason
 
 
 def test_the_price_alone_is_never_of_more_noise_than_a_site_draws() -> None:

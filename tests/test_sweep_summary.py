@@ -127,6 +127,13 @@ def test_the_time_of_a_trusted_servers_run_is_told_nowhere() -> None:
     assert "in all, on" not in markdown_of([*SEEDS, central])
 
 
+def test_a_line_about_a_sum_says_on_how_many_honest_sites_its_epsilon_counts() -> None:
+    assert "ε 7.995 spent" in row_words(SEEDS[0])
+    summed = replace(SEEDS[0], settings={**SEEDS[0].settings, "privacy.honest-sites": 3})
+    assert "ε 7.995 (h = 3) spent" in row_words(summed)
+    assert replace(summed, epsilon=None).honest == 0
+
+
 def test_columns_of_newer_rows_stand_where_a_row_has_them() -> None:
     plain = row(0.75, sent=36_864, processor_seconds=90.0)
     settings = {**plain.settings, "strategy": "fedavg-lora", "adapter.name": "lora"}

@@ -222,9 +222,11 @@ class Ledger:
             before, after = (epsilon_text(e, decimals=4) for e in (own.epsilon_before, own.epsilon_after))
             left = remaining_text(max(0.0, own.max_epsilon - own.epsilon_before), decimals=4)
             kept = f" without {own.kept:g} that is kept for another run" if own.kept else ""
+            honest = max(self.honest_sites(charge.dataset), honest_sites(charge.releases))
+            rests = f" (h = {honest})" if honest else ""
             raise BudgetExhausted(
-                f"{what} ({_spoken(charge.releases)}): epsilon {before} is spent, this would make it {after}, the "
-                f"budget is {own.max_epsilon:g}{kept} at delta {own.delta:g}, {left} is left; see "
+                f"{what} ({_spoken(charge.releases)}): epsilon {before} is spent, this would make it {after}"
+                f"{rests}, the budget is {own.max_epsilon:g}{kept} at delta {own.delta:g}, {left} is left; see "
                 f"`fedveil ledger show {self.path}`"
             )
         if self.holds.withdrawn(prices) or not all(p.epsilon_after <= p.max_epsilon for p in prices.values()):

@@ -54,7 +54,8 @@ def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) 
     if found.next_value is None or found.next_epsilon is None:
         console.print("  the search ends here; the budget would allow more")
     else:
-        console.print(f"  one step further, {found.next_value:.6g}, would cost ε {epsilon_text(found.next_epsilon)}")
+        dearer = f"ε {epsilon_text(found.next_epsilon)}{rests}"
+        console.print(f"  one step further, {found.next_value:.6g}, would cost {dearer}")
     rate = job.config.training.sample_rate
     batches = ", ".join(f"{rate * size:.1f} of {size}" for size in sizes)
     console.print(f"  {job.config.total_steps} steps; expected batch by site: {batches}", markup=False)

@@ -117,7 +117,8 @@ def run_sweep(
 
 def row_words(row: Row) -> str:
     """Return a row's result in words."""
-    spent = "no privacy" if row.epsilon is None else f"ε {epsilon_text(row.epsilon)} spent"
+    rests = f" (h = {row.honest})" if row.honest else ""
+    spent = "no privacy" if row.epsilon is None else f"ε {epsilon_text(row.epsilon)}{rests} spent"
     early = "" if row.status == "completed" else f", stopped after {row.rounds} rounds"
     took = "" if row.seconds_in_all is None else f", {row.seconds_in_all:.0f} s"
     return f"accuracy {percent_text(row.accuracy)} ({percent_text(row.accuracy_before)} before), {spent}{took}{early}"

@@ -90,6 +90,11 @@ class Row:
     """λ of a fitted head, by cross-validation on the training records; None of a run."""
 
     @property
+    def honest(self) -> int:
+        """How many honest sites of each sum its ε counts on; 0: on none."""
+        return int(self.settings.get("privacy.honest-sites", 0)) if self.epsilon is not None else 0
+
+    @property
     def key(self) -> Key:
         """Return its place in the sweep."""
         return self.variant, self.arm, self.site, self.epsilon_asked, self.seed

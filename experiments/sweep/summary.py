@@ -143,8 +143,7 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
 
 def _honest(rows: Sequence[Row]) -> int:
     """Return the fewest honest sites that an ε of the rows counts on; 0: none of them does."""
-    held = (int(row.settings.get("privacy.honest-sites", 0)) for row in rows if row.epsilon is not None)
-    return min((honest for honest in held if honest), default=0)
+    return min((row.honest for row in rows if row.honest), default=0)
 
 
 def _of_a_seed(seeds: Sequence[Sequence[float | None]]) -> float | None:
