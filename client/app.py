@@ -139,7 +139,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
     plain = _rehearse_steps(job, site, model, task)
     origin = job.origin
     paid_start = origin if initial and isinstance(origin, PaidStart) else None
-    rests = job.config.refits(number)
+    rests = job.config.rests(number)
     on_features = model.head_only or rests or bool(paid_start and paid_start.on_features)
     if on_features and _process.features is None:
         # Last, because the other may change how the model attends; features that were computed before are dropped.

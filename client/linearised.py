@@ -60,14 +60,14 @@ class Linearisation:
     """Fingerprint of what travels once."""
 
     @classmethod
-    def of_task(cls, task: TrainTask, rounds: int) -> Linearisation:
-        """Return that of a task's round, where each serves so many rounds."""
-        number = (task.round_number - 1) // rounds
+    def of_task(cls, task: TrainTask, rounds: int, before: int = 0) -> Linearisation:
+        """Return that of a task's round, where each serves so many rounds, and ``before`` came before the first."""
+        number = (task.round_number - 1 - before) // rounds
         return cls(task.run, rounds, number, task.start_fingerprint, task.basis_fingerprint)
 
     @classmethod
     def of_refit(cls, task: TrainTask) -> Linearisation:
-        """Return what stands for the features of a run's last rounds."""
+        """Return what stands for the features of rounds in which the adapter rests; where it does, tells them apart."""
         return cls(task.run, 0, 0, task.start_fingerprint, task.basis_fingerprint)
 
 

@@ -220,7 +220,7 @@ def _take_steps(
         optimizer = build_optimizer(trained, config)
         batches = plan.batches(model, seen, stream(job.config.seed, "batches", site.name), first)
         # The checked configuration has no strategy with a rule of its own on the step of a linearised model.
-        rests = job.config.refits(task.round_number)
+        rests = job.config.rests(task.round_number)
         correct = as_it_is if config.linearised or rests else correction(job.strategy, model, received)
         with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
             for step in range(config.local_steps):
@@ -242,13 +242,13 @@ def _trainable(
     kept: MutableMapping[str, Derivatives],
 ) -> Iterator[tuple[Sequence[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Yield the records that the steps take, and what they train, by layer and factor."""
-    rounds = job.config.training.linearised
+    rounds, before = job.config.training.linearised, job.config.training.head_first
     last = task.round_number == job.config.rounds
-    if job.config.refits(task.round_number):
+    if job.config.rests(task.round_number):
         keeping = Keeping(Linearisation.of_refit(task), kept, site.name, site.data, deadline.check)
         with refit(model, records, keeping) as both:
             yield both
-        if last:
+        if last or task.round_number == before:
             forget_records(kept, site.name)
         return
     if not rounds:
@@ -259,10 +259,10 @@ def _trainable(
         with turn, model.columns_alone(chosen), within:
             yield records, model.trained()
         return
-    keeping = Keeping(Linearisation.of_task(task, rounds), kept, site.name, site.data, deadline.check)
+    keeping = Keeping(Linearisation.of_task(task, rounds, before), kept, site.name, site.data, deadline.check)
     with linearised(model, records, keeping) as both:
         yield both
-    if task.round_number % rounds == 0 or last:
+    if (task.round_number - before) % rounds == 0 or last:
         forget_records(kept, site.name)
 
 

@@ -103,7 +103,8 @@ def compute_report(
     if any(isinstance(settings.get(key, ""), str) for key in NEEDED):
         return None  # of another version
     probed = {release.site for release in releases if release.purpose == INITIALISATION}
-    on_vectors = settings.get("training.linearised") or settings.get("training.refit") or _on_features(settings)
+    phases = ("training.linearised", "training.head-first", "training.refit")
+    on_vectors = any(settings.get(key) for key in phases) or _on_features(settings)
     if (on_vectors or settings.get("adapter.name") == "none") and not sizes.head:
         return None
     found: dict[str, float] = {}
@@ -127,29 +128,31 @@ def _of_site(
     settings: Mapping[str, Scalar], sizes: Sizes, site: SiteReport, joined: Collection[int], probed: bool
 ) -> dict[str, float]:
     """Return the operations of one site, by what they were for."""
-    rounds, linear, last = (int(settings.get(key) or 0) for key in ("rounds", "training.linearised", "training.refit"))
+    keys = ("rounds", "training.linearised", "training.head-first", "training.refit")
+    rounds, linear, first, last = (int(settings.get(key) or 0) for key in keys)
     local_steps, rate = int(settings["training.local-steps"]), float(settings["training.sample-rate"])
     records = (site.public_size or 0) * _records_each(settings)
     token_weights = float(sizes.base) * int(settings["model.max-length"])
     gradient, features = _factor(settings) * token_weights, FORWARD * token_weights
     head_step = (FORWARD + GRADIENT) * sizes.head
     contrasts = sizes.labels - 1
-    refitted = sum(number > rounds - last for number in joined)
-    moved = [number for number in joined if number <= rounds - last]
+    moved = [number for number in joined if first < number <= rounds - last]
+    refitted = len(joined) - len(moved)
+    passes = any(number <= first for number in joined) + any(number > rounds - last for number in joined)
     found: dict[str, float] = {}
     if settings.get("adapter.name") == "none":
         steps = len(joined) * local_steps
         found[REFIT] = records * (features * bool(joined) + rate * steps * head_step)
     elif linear:
-        found[PASS] = records * contrasts * gradient * len({(number - 1) // linear for number in moved})
+        found[PASS] = records * contrasts * gradient * len({(number - 1 - first) // linear for number in moved})
         step = 2 * FORWARD * contrasts * sizes.adapter + FORWARD * sizes.head
         found[CHEAP] = records * rate * len(moved) * local_steps * step
     else:
         # Rounds that were charged and did not count have taken steps, too.
-        of_all = len(moved) * local_steps if last or site.steps is None else site.steps
+        of_all = len(moved) * local_steps if first or last or site.steps is None else site.steps
         found[STEPS] = records * rate * of_all * gradient
     if refitted:
-        found[REFIT] = records * (features + rate * refitted * local_steps * head_step)
+        found[REFIT] = records * (passes * features + rate * refitted * local_steps * head_step)
     start = STARTS.get(str(settings.get("adapter.start", "")))
     if start is None or not (probed or (joined and start.needs == "records, without privacy")):
         return found

@@ -51,6 +51,7 @@ BEFORE: Mapping[str, Scalar] = {
     "privacy.records-per-person": 8,
     "data.person": "",
     "training.linearised": 0,
+    "training.head-first": 0,
     "training.refit": 0,
     "training.momentum": 0.9,
     "server.momentum": 0.5,

@@ -52,7 +52,7 @@ def layer_lines(
     parts = _parts(job, state, averaged, results, summed=summed)
     if not parts:
         return []
-    rests = job.config.refits(state.round_number + 1)
+    rests = job.config.rests(state.round_number + 1)
     layers = [layer for layer in sorted(parts[0].change) if all(layer in part.change for part in parts)]
     layers = [layer for layer in layers if layer == HEAD or not rests]
     matrices = sum(len(parts[0].change[layer]) for layer in layers)

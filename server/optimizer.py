@@ -47,7 +47,7 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     Computed in float64; the result has the adapter's dtype.
     """
     server = config.server
-    if config.refits(before.round_number + 1):
+    if config.rests(before.round_number + 1):
         # To the bit, which a mean of equal parts need not be: sites keep the features of an adapter that rests.
         rests = {layer: factors for layer, factors in before.adapter.items() if layer != HEAD}
         averaged = replace(averaged, adapter=merge(averaged.adapter, rests))
@@ -108,10 +108,13 @@ def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:
     """Return ``before - averaged`` of every tensor that sites train; a layer without one is left out.
 
-    So is an adapter that rests: a step of its moments would move it from where the head is refitted to.
+    So is an adapter that rests: a step of its moments would move it from where the head is refitted to. So is a head
+    that was fitted before the adapter, and rests beside it.
     """
-    resting = config.refits(before.round_number + 1)
-    whole = {k: v for k, v in subtract(before.adapter, averaged.adapter).items() if k == HEAD or not resting}
+    number = before.round_number + 1
+    resting, rests = config.rests(number), bool(config.training.head_first) and not config.moves(number, head=True)
+    changes = subtract(before.adapter, averaged.adapter)
+    whole = {k: v for k, v in changes.items() if (not rests if k == HEAD else not resting)}
     trained = {layer: {n: g for n, g in change.items() if before.trains(layer, n)} for layer, change in whole.items()}
     return {layer: change for layer, change in trained.items() if change}
 

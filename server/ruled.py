@@ -36,7 +36,7 @@ def ruled_step(
         noise: standard deviation of the noise on one number of the averaged change (``server.noise``); None: unknown.
     """
     rule, noised = job.rule, job.mechanism.claims
-    if isinstance(rule, NoRule) or config.refits(before.round_number + 1):
+    if isinstance(rule, NoRule) or config.rests(before.round_number + 1):
         return server_step(config, before, averaged)
     held = _layers(before, before)
     whole = {layer: {n: t.double() for n, t in before.adapter[layer].items()} for layer in held}

@@ -27,7 +27,7 @@ def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: 
 
     def taken(before: ServerState, averaged: ServerState) -> ServerState:
         after = step(before, averaged)
-        if job.config.refits(before.round_number + 1):
+        if job.config.rests(before.round_number + 1):
             return after
         scores: AdapterState = {}
         for layer, held in before.adapter.items():

@@ -292,8 +292,9 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
         _check_linearised(config, strategy, ADAPTERS[name])
     if config.server.most_noise:
         _check_most_noise(config)
-    if config.training.refit:
-        _check_refit(config, strategy, ADAPTERS[name])
+    for key, rounds in (("head-first", config.training.head_first), ("refit", config.training.refit)):
+        if rounds:
+            _check_head_alone(f"training.{key}", rounds, config, strategy, ADAPTERS[name])
     adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
     rule.check(config, strategy, adapter)
     if config.server.scores:
@@ -395,28 +396,27 @@ def _check_most_noise(config: RunConfig) -> None:
         )
 
 
-def _check_refit(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
+def _check_head_alone(key: str, rounds: int, config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
     if strategy.chooses():
         raise ConfigError(
-            f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and training.refit "
-            "has the head alone: set it to 0"
+            f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and {key} has the "
+            "head alone: set it to 0"
         )
     if not TASKS[config.model.task].labelled:
-        raise ConfigError(f"training.refit is for a head, and model.task {config.model.task!r} has none: set it to 0")
+        raise ConfigError(f"{key} is for a head, and model.task {config.model.task!r} has none: set it to 0")
     if config.head.policy != "trained":
         raise ConfigError(
-            f"training.refit trains the head, and head.policy {config.head.policy!r} sends none: set head.policy to "
-            "'trained', or training.refit to 0"
+            f"{key} trains the head, and head.policy {config.head.policy!r} sends none: set head.policy to 'trained', "
+            f"or {key} to 0"
         )
     if not adapter.trained:
         raise ConfigError(
-            f"training.refit lets an adapter rest, and adapter.name {adapter.name!r} trains the head alone: set "
-            "training.refit to 0"
+            f"{key} lets an adapter rest, and adapter.name {adapter.name!r} trains the head alone: set {key} to 0"
         )
-    if config.training.refit >= config.rounds:
+    if config.training.head_first + config.training.refit >= config.rounds:
         raise ConfigError(
-            f"training.refit is {config.training.refit} of {config.rounds} rounds, so the adapter would never move: "
-            "raise rounds, or lower training.refit"
+            f"{key} is {rounds} of {config.rounds} rounds, so the adapter would never move: raise rounds, or lower "
+            "training.head-first or training.refit"
         )
 
 

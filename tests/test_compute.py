@@ -114,6 +114,17 @@ def test_a_second_linearisation_passes_over_all_records_again(tmp_path: Path) ->
     assert set(parts) == {PASS, CHEAP}
 
 
+def test_a_head_that_is_fitted_first_has_its_own_features_and_the_adapter_passes_after_it(tmp_path: Path) -> None:
+    own = {"training.head-first": 2, "training.linearised": 2, "training.refit": 1, "training.sample-rate": 1.0}
+    more = {"rounds": 7, **own, "training.local-steps": 1}
+    more |= {"adapter.start": "public-metric", "adapter.name": "lora-metric"}
+    parts = compute_of(made(tmp_path / "run", more, [1, 2, 3, 4, 5, 7])).parts
+    assert parts[PASS] == pytest.approx(2 * 3500 * 6 * N * TOKENS), "rounds 3 and 4 have one, 5 and 6 the other"
+    head_step = parts[REFIT] / 3500 - 2 * 2 * N * TOKENS
+    alone = compute_of(made(tmp_path / "last", {**more, "training.head-first": 0}, [1, 7])).parts
+    assert alone[REFIT] / 3500 - 2 * N * TOKENS == pytest.approx(head_step / 3, rel=1e-6)
+
+
 def test_more_labels_are_a_pass_each(tmp_path: Path) -> None:
     more = {
         "rounds": 2,

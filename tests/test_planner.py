@@ -228,6 +228,8 @@ def test_the_time_of_a_run_has_its_features_once(toy_settings: dict[str, Any], t
     refitted = dataclasses.replace(training, refit=2)
     scored = dataclasses.replace(featured, scored_seconds=0.25)
     assert feature_seconds(scored, refitted, 9, [60], workers=1) == (60 * (3 * 0.5 + 0.25),) * 2
+    both = dataclasses.replace(training, head_first=3, refit=2)
+    assert feature_seconds(scored, both, 9, [60], workers=1) == (60 * (2 * 0.5 + 2 * 0.25),) * 2
     before = dataclasses.replace(planned({**toy_settings, **HEAD_ALONE}), calibration=featured, workers=2)
     console = Console(width=80, record=True, file=io.StringIO())
     print_forecast(console, before)

@@ -188,6 +188,19 @@ def test_a_site_sends_the_adapter_as_it_came_and_keeps_no_features(toy_settings:
     assert [purpose for _, number, purpose in site.charges() if number == 3] == ["training"]
 
 
+def test_the_head_may_be_first_and_the_adapter_begins_after_it(toy_settings: dict[str, Any], tmp_path: Any) -> None:
+    more = {"training.head-first": 2, "training.linearised": 1, "training.refit": 1}
+    site = clinic({**toy_settings, **more, "training.local-steps": 1, "training.sample-rate": 0.5}, tmp_path)
+    start, moved, kept = site.model().start, list[set[str]](), list[bool]()
+    for number in (1, 2, 3, 4):
+        sent = site.train(number).contribution
+        moved.append({k for k, fs in sent.items() for n, t in fs.items() if not torch.equal(t, start[k][n])})
+        kept.append(bool(app._process.derivatives["clinic"].records))
+    assert [HEAD in layers for layers in moved] == [True, True, False, True]
+    assert [bool(layers - {HEAD}) for layers in moved] == [False, False, True, False]
+    assert kept == [True, False, False, False], "vectors of one phase are kept into another, or made too often"
+
+
 # --- at the server ----------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +234,32 @@ def test_the_adapter_rests_at_the_server_and_the_schedule_begins_anew(optimizer:
     config = job.config
     rate = config.site_rate if optimizer == "none" else lambda number, _: config.server_rate(number)
     assert [rate(number, 0) for number in range(1, 6)] == pytest.approx([0.5, 1 / 3, 1 / 6, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
+def test_a_head_that_was_first_rests_beside_the_adapter_and_begins_anew(optimizer: str) -> None:
+    own = {"training.head-first": 2, "training.linearised": 2, "training.refit": 2, "rounds": 6, "head-rate": 1.0}
+    rates = {"server.optimizer": optimizer, "server.learning-rate": 0.5, "server.momentum": 0.9}
+    job = configure({**own, **rates})
+    state = job.start({"layer": {"A": torch.zeros(2, 3), "B": torch.zeros(4, 2)}, HEAD: {"weight": torch.zeros(2, 4)}})
+    seen: list[AdapterState] = []
+    for number in range(1, 7):
+        rests = number not in (3, 4)
+        # What rests comes back as a mean of equal parts has it: not quite as it was.
+        moved = {
+            layer: {n: t + (1e-4 if (layer == HEAD) != rests else 1.0) for n, t in fs.items()}
+            for layer, fs in state.adapter.items()
+        }
+        state = replace(server_step(job.config, state, replace(state, adapter=moved)), round_number=number)
+        seen.append(state.adapter)
+    at, head = ([float(one[k][n].mean()) for one in seen] for k, n in (("layer", "B"), (HEAD, "weight")))
+    assert at[0] == at[1] == 0.0 < at[2] < at[3] == at[4] == at[5]
+    assert 0.0 < head[0] < head[1] < head[4] < head[5]
+    assert head[1:4] == pytest.approx([head[1]] * 3, abs=1e-3), "its moments move the head on beside the adapter"
+    # The last phase takes the steps of the first: neither schedule nor moments are the first's.
+    assert [head[4] - head[3], head[5] - head[3]] == pytest.approx(head[:2], rel=1e-5)
+    assert [job.config.server_rate(number) for number in range(1, 7)] == pytest.approx([0.5, 0.25] * 3)
+    assert [job.config.phase(number) for number in (1, 2, 3, 4, 5, 6)] == [(0, 2)] * 2 + [(2, 2)] * 2 + [(4, 2)] * 2
 
 
 def test_a_schedule_without_a_refit_is_as_it_was() -> None:
@@ -305,6 +344,12 @@ def test_a_run_ends_within_its_budget_with_the_adapter_of_its_first_rounds(
         ({"rounds": 1}, "would never move"),
     ],
 )
-def test_what_has_no_head_to_refit_is_refused(more: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        configure({"training.refit": 1, **more})
+@pytest.mark.parametrize("key", ["training.refit", "training.head-first"])
+def test_what_has_no_head_to_fit_alone_is_refused(key: str, more: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*{match}"):
+        configure({key: 1, **more})
+
+
+def test_phases_of_the_head_leave_the_adapter_a_round() -> None:
+    with pytest.raises(ConfigError, match=r"training.head-first is 2 of 3 rounds.*lower training.head-first or"):
+        configure({"rounds": 3, "training.head-first": 2, "training.refit": 1})

@@ -182,7 +182,15 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "training.weight-decay",
     }
     none |= {"privacy.cohort", "privacy.ledger"}
-    none |= {"data.slice", "data.person", "training.linearised", "training.refit", "server.most-noise", "server.scores"}
+    none |= {
+        "data.slice",
+        "data.person",
+        "training.linearised",
+        "training.head-first",
+        "training.refit",
+        "server.most-noise",
+        "server.scores",
+    }
     none |= {"model.checkpointing", "data.system", "data.history", "data.context"}
     assert open_values == each_machines | each_sites | the_models | none
 

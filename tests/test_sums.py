@@ -90,12 +90,15 @@ def no_noise(sums: torch.Tensor, std: float, step: float = 0.0) -> torch.Tensor:
 # --- what the server gets ---------------------------------------------------------------------------------------------
 
 
+PHASES: dict[str, Any] = {"rounds": 3, "training.linearised": 2, "training.refit": 1}
+
+
 def last_adapter(folder: Path) -> torch.Tensor:
     state = checkpoint._read(folder / checkpoint.NAME)[1]
     return torch.cat([tensor.double().flatten() for _, _, tensor in entries(state.adapter)])
 
 
-@pytest.mark.parametrize("phases", [{}, {"rounds": 3, "training.linearised": 2, "training.refit": 1}])
+@pytest.mark.parametrize("phases", [{}, PHASES, {**PHASES, "rounds": 5, "training.head-first": 2}])
 def test_without_noise_a_round_is_that_of_plain_uploads(
     summed: dict[str, Any], phases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +183,6 @@ def test_a_round_0_that_sums_nothing_is_no_sum_of_no_sites(summed: dict[str, Any
 
 
 def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    own = {"rounds": 3, "training.linearised": 2, "training.refit": 1}
     seen, read = list[tuple[int, int]](), sums_at_server.total
 
     def spy(vectors: Any, std: float) -> torch.Tensor:
@@ -189,12 +191,12 @@ def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: p
         return found
 
     monkeypatch.setattr(sums_at_server, "total", spy)
-    folder = run_in_process({**summed, **own}, 4)
+    folder = run_in_process({**summed, **PHASES, "rounds": 4, "training.head-first": 1}, 4)
     state = checkpoint._read(folder / checkpoint.NAME)[1]
     trained = {k: sum(t.numel() for n, t in fs.items() if state.trains(k, n)) for k, fs in state.adapter.items()}
     head, below = trained.pop(HEAD), sum(trained.values())
     assert head
-    assert seen == [(1, below), (2, below), (3, head)]
+    assert seen == [(1, head), (2, below), (3, below), (4, head)]
 
 
 def releases(folder: Path) -> list[Any]:

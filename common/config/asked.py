@@ -52,6 +52,10 @@ class TrainingSettings(Section):
     """Rounds whose steps are those of the model to first order around where the first of them began: one pass over all
     records, and then steps that cost next to nothing. The head stays. For labels and small adapters
     (``client.linearised``). 0: none."""
+    head_first: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
+    """The first rounds of the run, in which the adapter rests and sites train the head alone, on features that each
+    record has once (``client.refit``): a probe, and then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). The
+    schedule begins anew after them. 0: none."""
     refit: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
     """The last rounds of the run, in which the adapter rests and sites train the head alone, on features that each
     record has once under the adapter as it is then (``client.refit``). The schedule begins anew with them. 0: none."""
@@ -138,6 +142,7 @@ def resolve(asked: RunSettings) -> RunConfig:
             beta2=training.beta2,
             weight_decay=training.weight_decay,
             linearised=training.linearised,
+            head_first=training.head_first,
             refit=training.refit,
             batch_tokens=training.batch_tokens,
         ),

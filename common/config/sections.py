@@ -274,6 +274,7 @@ class TrainingConfig:
     beta2: float = 0.999
     weight_decay: float = 0.0
     linearised: int = 0
+    head_first: int = 0
     refit: int = 0
     batch_tokens: int = 0
     """0: what suits the device, as each machine finds it."""
@@ -367,18 +368,19 @@ class RunConfig(RunTerms):
     @property
     def keeps(self) -> bool:
         """Whether sites keep derivatives or features of their records from one round to the next."""
-        return bool(self.training.linearised or self.training.refit) or self.adapter.name == "none"
+        training = self.training
+        return bool(training.linearised or training.head_first or training.refit) or self.adapter.name == "none"
 
-    def refits(self, round_number: int) -> bool:
+    def rests(self, round_number: int) -> bool:
         """Return whether the adapter rests in a round, and sites train the head alone."""
-        return round_number > self.rounds - self.training.refit
+        return not self.training.head_first < round_number <= self.rounds - self.training.refit
 
     def moves(self, round_number: int, *, head: bool) -> bool:
         """Return whether the steps of a round are of the head, or of what is below it."""
-        return head if self.refits(round_number) else not (head and self.training.linearised)
+        return head if self.rests(round_number) else not (head and self.training.linearised)
 
     def site_rate(self, round_number: int, step: int) -> float:
-        """Return a site's learning rate of a round's step; both phases of a run have the whole schedule.
+        """Return a site's learning rate of a round's step; each phase of a run has the whole schedule.
 
         Args:
             round_number: from 1 on.
@@ -396,8 +398,10 @@ class RunConfig(RunTerms):
 
     def phase(self, round_number: int) -> tuple[int, int]:
         """Return the rounds before the phase that a round belongs to, and those in it."""
-        before = self.rounds - self.training.refit
-        return (before, self.training.refit) if self.refits(round_number) else (0, before)
+        first, last = self.training.head_first, self.rounds - self.training.refit
+        if round_number <= first:
+            return 0, first
+        return (first, last - first) if round_number <= last else (last, self.training.refit)
 
 
 def defaults(section: type[Any], prefix: str = "") -> dict[str, Scalar]:

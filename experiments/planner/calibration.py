@@ -69,7 +69,7 @@ class Calibration:
     """Of computing one record's features, once in a run, or its derivatives, once in ``training.linearised`` rounds;
     0 where neither is kept."""
     scored_seconds: float = 0.0
-    """Of scoring one public test record; a record's features for ``training.refit`` take about as long."""
+    """Of scoring one public test record; a record's features for rounds of the head alone take about as long."""
 
     def site_seconds(self, steps: int, expected_batch: float) -> float:
         """Return the time of one site's round."""
@@ -140,13 +140,16 @@ def feature_seconds(
 
     Args:
         calibration: what a record takes.
-        training: how often it is computed: once, or once in ``linearised`` rounds, and once more for ``refit``.
+        training: how often it is computed: once, or once in ``linearised`` rounds, and once more for
+            ``head_first`` and for ``refit``.
         rounds: of the run.
         sizes: the sites' numbers of records.
         workers: processes here.
     """
-    times = math.ceil((rounds - training.refit) / training.linearised) if training.linearised else 1
-    each = times * calibration.feature_seconds + (calibration.scored_seconds if training.refit else 0.0)
+    moved = rounds - training.head_first - training.refit
+    times = math.ceil(moved / training.linearised) if training.linearised else 1
+    heads = bool(training.head_first) + bool(training.refit)
+    each = times * calibration.feature_seconds + heads * calibration.scored_seconds
     return _shared([each * size for size in sizes], workers)
 
 

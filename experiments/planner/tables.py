@@ -219,8 +219,8 @@ def _print_machine(console: Console, forecast: Forecast) -> None:
         served = forecast.job.config.training.linearised
         what = "derivatives" if served else "features"
         when = f"once in {counted(served, 'round')}" if served else "once, in the first round"
-        if forecast.job.config.training.refit:
-            when += ", features once more for the refit"
+        heads = bool(forecast.job.config.training.head_first) + bool(forecast.job.config.training.refit)
+        when += ("", ", features once more for the head", ", features twice more for the head")[heads]
         console.print(
             f"Of that, the {what} of all records are {features[0]:.1f} s here and {features[1]:.1f} s with a "
             f"machine for each site. They are computed {when}, and again by a new process."
