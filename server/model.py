@@ -76,6 +76,16 @@ class ServerModel:
         self.model.write(self.start)
         return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
 
+    def around_head(self, state: ServerState) -> ServerState:
+        """Return the state with the frozen factors that the run's start has anew, by the head as it is now.
+
+        They follow from the state and public text, so the same come of it again. The adapter has not moved yet: it adds
+        nothing, before and after.
+        """
+        self.model.write(state.adapter)
+        made = self.job.origin.around_head(self.model, self.job.config, self._labels())
+        return self.job.renewed(state, made)
+
     def base_weight(self, layer: str) -> Tensor:
         """Return W0 of an adapted layer, shape (out, in), float64, on the CPU."""
         return base_weight(self.model.adapter.layers(self.model.peft_model)[layer]).double().cpu()

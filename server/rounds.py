@@ -102,6 +102,8 @@ def run_rounds(
     measured = server_model.rule_statistic(state)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
+        if 1 < round_number == job.config.training.head_first + 1:
+            state = server_model.around_head(state)
         got = sites.gather(round_number, state)
         if not got.counts(job.config.min_sites):
             observer.missed(RoundOutcome(round_number, got, score, time.monotonic() - began, counts=False))

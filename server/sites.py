@@ -93,6 +93,9 @@ class Sites:
         self._base = server_model.model.base.fingerprint
         self._start = job.start_fingerprint(server_model.start)
         self._informed: set[int] = set()
+        """Nodes that have what is sent once."""
+        self._sent = ""
+        """The fingerprint of that."""
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Ask every online site for a round, and those that failed again while the round is below its quorum.
@@ -195,13 +198,16 @@ class Sites:
     ) -> Exchange:
         strategy = self._job.strategy
         basis = self._job.basis(state) if round_number else {}
+        mark = fingerprint(basis) if basis else ""
+        if mark != self._sent:  # as after ``training.head-first``
+            self._informed, self._sent = set(), mark
         tasks = {
             node: TrainTask(
                 run=self._run,
                 round_number=round_number,
                 state=strategy.downlink(state) if round_number else {},
                 basis={} if node in self._informed else basis,
-                basis_fingerprint=fingerprint(basis) if basis else "",
+                basis_fingerprint=mark,
                 base_fingerprint=self._base,
                 start_fingerprint=self._start,
                 attempt=attempt,

@@ -72,6 +72,11 @@ class Job:
         }
         return self.start(merge(adapter, measured))
 
+    def renewed(self, state: ServerState, statistic: AdapterState) -> ServerState:
+        """Return the state with the factors of every layer that a statistic, as of ``begin``, is given of."""
+        made = {layer: self._measured(state.adapter[layer], held) for layer, held in statistic.items()}
+        return replace(state, adapter=merge(state.adapter, made))
+
     def _measured(self, derived: Factors, statistic: Factors) -> Factors:
         """Return every factor of one layer, in the directions that the statistic gives and in those of the seed."""
         of_seed = {name: derived[name] for name in self.origin.from_seed if name in self.adapter.directions}

@@ -183,6 +183,14 @@ class Start(ABC):
         del model, config, labels
         return statistic
 
+    def around_head(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
+        """Server: return the statistic anew by the model as it is, where the head was fitted before the adapter.
+
+        Empty: factors stay where they began. Arguments and errors as of ``from_public``.
+        """
+        del model, config, labels
+        return {}
+
     @property
     def way(self) -> float:
         """How many times as long as one step's gradient a site's statistic can be."""

@@ -115,6 +115,10 @@ class PublicMetric(FromText):
             state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
 
+    def around_head(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
+        """Return ``around``, where there is an adapter."""
+        return self.around(model, config, labels) if model.adapter.directions else {}
+
     def around(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return the same by the model as it is, whose head decides where labels live."""
         texts = self._wording(model, config, labels)
