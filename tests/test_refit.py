@@ -1,10 +1,10 @@
-"""The last rounds, in which the adapter rests: what sites train, what moves at the server, what is kept and refused."""
+"""Rounds in which the adapter rests, first or last: what sites train, what moves at the server, what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,12 +19,13 @@ from client.rehearsal import rehearse, rehearse_features, rehearse_head
 from common.adapters import build_adapter
 from common.config.sections import AdapterConfig, HeadConfig
 from common.errors import ConfigError, ModelError
+from common.messages.round import TrainTask
 from common.messages.state import HEAD, METRIC, AdapterState
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.plan import gaussian_plan
-from common.run_lines import PrivacyLine, read_lines
+from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS, probe
 from common.starts.base import Labels
 from common.starts.probe import Probe
@@ -34,9 +35,11 @@ from common.tasks.featured import FEATURES
 from common.tasks.module import TaskModule
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
+from experiments.in_process import InProcessTransport, run_in_process
+from server.checkpoint import saved_state
+from server.model import ServerModel
 from server.optimizer import server_step
-from strategies.job import configure
+from strategies.job import configure, with_recipe
 
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())
@@ -353,3 +356,76 @@ def test_what_has_no_head_to_fit_alone_is_refused(key: str, more: dict[str, Any]
 def test_phases_of_the_head_leave_the_adapter_a_round() -> None:
     with pytest.raises(ConfigError, match=r"training.head-first is 2 of 3 rounds.*lower training.head-first or"):
         configure({"rounds": 3, "training.head-first": 2, "training.refit": 1})
+
+
+# --- the head first, and the metric around it ---
+
+
+FIRST: dict[str, Any] = {
+    "strategy": "fedavg-lora",
+    "rounds": 3,
+    "adapter.name": "lora-metric",
+    "adapter.start": "public-metric",
+    "adapter.rank": 2,
+    "start.records": 16,
+    "head.metric": "public",
+    "server.optimizer": "momentum",
+    "server.learning-rate": 1.0,
+    "training.optimizer": "sgd",
+    "training.learning-rate": 1.0,
+    "training.local-steps": 1,
+    "training.head-first": 2,
+    "training.linearised": 1,
+}
+
+
+class Told(InProcessTransport):
+    """Keeps what is sent once, and to whom."""
+
+    once: ClassVar[list[tuple[int, int, AdapterState]]] = []
+
+    def deliver(self, node: int, task: Any, content: Any) -> Any:
+        if isinstance(task, TrainTask) and task.basis:
+            self.once.append((task.round_number, node, task.basis))
+        return super().deliver(node, task, content)
+
+
+@pytest.mark.parametrize("mode", ["dp-sgd", "secure-sum"])
+def test_directions_and_metric_are_made_anew_around_the_head_and_sent_once_more(
+    mode: str, toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Told, "once", [])
+    summed = {"privacy.mode": mode, "privacy.honest-sites": 2, "privacy.noise-multiplier": 1.0}
+    own = summed if mode == "secure-sum" else {"privacy.noise-multiplier": 1.0}
+    folder = run_in_process({**toy_settings, **FIRST, **own}, 3, kind=Told)
+    assert [(number, node) for number, node, _ in Told.once] == [(1, 0), (1, 1), (1, 2), (3, 0), (3, 1), (3, 2)]
+    before, after = Told.once[0][2], Told.once[-1][2]
+    for layer in before:
+        moved = {name for name in before[layer] if not torch.equal(before[layer][name], after[layer][name])}
+        assert moved == (set() if layer == METRIC else {"B", "V"}), layer
+    state = saved_state(folder)
+    assert all(torch.equal(state.adapter[k][n], t) for k, fs in after.items() for n, t in fs.items())
+    assert evaluate_run(folder).loss == pytest.approx(read_lines(RoundLine, folder)[-1].loss, rel=1e-5)
+
+
+def test_a_server_that_comes_back_between_the_phases_makes_the_same_of_the_head(toy_settings: dict[str, Any]) -> None:
+    """Twice of one state: the adapter, which adds nothing yet, does not matter."""
+    settings, _ = with_recipe({**toy_settings, **FIRST})
+    server = ServerModel(configure(settings))
+    begun = server.job.begin(server.start, server.public_statistic())
+    draw = torch.Generator().manual_seed(1)
+    head = {name: t + 0.1 * torch.randn(t.shape, generator=draw) for name, t in begun.adapter[HEAD].items()}
+    state = replace(begun, adapter={**begun.adapter, HEAD: head}, round_number=2)
+    once = server.around_head(state)
+    again = server.around_head(once)
+    for layer, factors in once.adapter.items():
+        for name, tensor in factors.items():
+            assert torch.equal(tensor, again.adapter[layer][name])
+            changed = not torch.equal(tensor, state.adapter[layer][name])
+            assert changed == (layer not in (HEAD, METRIC) and name in ("B", "V"))
+    kept = server.around_head(replace(begun, round_number=2))
+    places = [(layer, name) for layer, factors in kept.adapter.items() for name in factors]
+    pairs = [(kept.adapter[layer][name], begun.adapter[layer][name]) for layer, name in places]
+    assert max(float((one - other).norm()) / (1e-9 + float(other.norm())) for one, other in pairs) < 1e-3, (
+        "the head that it began with has another metric"
+    )
