@@ -263,6 +263,8 @@ def test_a_head_that_was_first_rests_beside_the_adapter_and_begins_anew(optimize
     assert [head[4] - head[3], head[5] - head[3]] == pytest.approx(head[:2], rel=1e-5)
     assert [job.config.server_rate(number) for number in range(1, 7)] == pytest.approx([0.5, 0.25] * 3)
     assert [job.config.phase(number) for number in (1, 2, 3, 4, 5, 6)] == [(0, 2)] * 2 + [(2, 2)] * 2 + [(4, 2)] * 2
+    assert not job.config.rests(0), "a start that sites are asked for is no round of the head alone"
+    assert not configure({"training.refit": 2}).config.rests(0)
 
 
 def test_a_schedule_without_a_refit_is_as_it_was() -> None:

@@ -372,8 +372,8 @@ class RunConfig(RunTerms):
         return bool(training.linearised or training.head_first or training.refit) or self.adapter.name == "none"
 
     def rests(self, round_number: int) -> bool:
-        """Return whether the adapter rests in a round, and sites train the head alone."""
-        return not self.training.head_first < round_number <= self.rounds - self.training.refit
+        """Return whether the adapter rests in a round, and sites train the head alone; no such round is number 0."""
+        return 0 < round_number <= self.training.head_first or round_number > self.rounds - self.training.refit
 
     def moves(self, round_number: int, *, head: bool) -> bool:
         """Return whether the steps of a round are of the head, or of what is below it."""
@@ -399,7 +399,7 @@ class RunConfig(RunTerms):
     def phase(self, round_number: int) -> tuple[int, int]:
         """Return the rounds before the phase that a round belongs to, and those in it."""
         first, last = self.training.head_first, self.rounds - self.training.refit
-        if round_number <= first:
+        if 0 < round_number <= first:
             return 0, first
         return (first, last - first) if round_number <= last else (last, self.training.refit)
 
