@@ -18,7 +18,7 @@ from rich.console import Console
 from cli.errors import for_people
 from common.check import in_range, nearest, one_of, positive
 from common.errors import ConfigError, DataError, LedgerError
-from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.figures import epsilon_text, honest_text, remaining_text
 from common.privacy.meaning import MOST_UNITS
 from common.privacy.units import RECORD
 from common.words import counted
@@ -67,11 +67,12 @@ def show(
             rests = _rests(honest, ledger.epsilon_alone(dataset, min(terms.delta, 1.0)))
             shared, whose = "", ""
             if largest is not None:
-                of_all = _at_h(ledger.honest_sites(dataset, under_any_name=True))
+                of_all = honest_text(ledger.honest_sites(dataset, under_any_name=True))
                 shared = f"; its records' largest, under any name: {_figure(largest)}{of_all}"
             if records_per_person and units == [RECORD.name]:
                 person = ledger.epsilon_of_person(dataset, records_per_person, min(terms.delta, 1.0))
-                whose = f"; of a person with {counted(records_per_person, 'record')}: {_figure(person)}{_at_h(honest)}"
+                whose = f"; of a person with {counted(records_per_person, 'record')}: {_figure(person)}"
+                whose += honest_text(honest)
             _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{rests}{shared}{whose}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
@@ -176,7 +177,7 @@ def reserve(
             raise ConfigError(f"{path} holds no budget for data set {dataset!r}: set one with 'fedveil ledger budget'")
         spent = ledger.epsilon(dataset, min(terms.delta, 1.0))
         free = max(0.0, terms.epsilon - spent - ledger.kept(dataset, run, terms.delta)) if epsilon else epsilon
-        rests = _at_h(ledger.honest_sites(dataset))
+        rests = honest_text(ledger.honest_sites(dataset))
         if epsilon > free:
             raise ConfigError(
                 f"{dataset}: ε {remaining_text(free, decimals=4)} is neither spent nor kept for another run{rests}: "
@@ -234,7 +235,7 @@ def receipt(
         ]
         _say(f"  its own charges: ε {own} at δ {made.delta:g}, for one {made.unit}{rests[0]}")
         _say(f"  all charges to this name: ε {before} before it, {after} with it{rests[1]}")
-        of_all = _at_h(made.honest_sites_largest)
+        of_all = honest_text(made.honest_sites_largest)
         _say(f"  its records' largest until now, under any name: ε {_figure(made.largest)}{of_all}")
     if made.failures:
         _say(f"  {counted(len(made.failures), 'round')} failed after the charge and was answered by noise alone")
@@ -333,11 +334,6 @@ def _rests(honest_sites: int, alone: float | None) -> str:
         f", counting on h = {honest_sites} honest sites of each sum; if no other site adds its noise to a sum (alone): "
         f"ε {_figure(alone)}"
     )
-
-
-def _at_h(honest_sites: int) -> str:
-    """Return what stands behind a further ε; empty without a sum."""
-    return f" (h = {honest_sites})" if honest_sites else ""
 
 
 def _spoken_charge(entry: Entry) -> str:

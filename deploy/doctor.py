@@ -13,7 +13,7 @@ from client.ledger.ledger import Ledger
 from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from common.privacy import MECHANISMS
-from common.privacy.figures import epsilon_text
+from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.units import RECORD
 from common.words import counted
 from deploy import shared_checks as shared
@@ -189,7 +189,7 @@ def _persons(folder: SiteFolder) -> Iterator[CheckResult]:
             spent, honest = ledger.epsilon_of_person(dataset, most, min(at, 1.0)), ledger.honest_sites(dataset)
     said = f"a person with {counted(most, 'record')} in {dataset} has ε {epsilon_text(spent)}"
     said += f" at δ {at:g}" if math.isfinite(at) else ""
-    said += f" (h = {honest})" if honest else ""
+    said += honest_text(honest)
     limit = f", of at most {ceiling:g}" if math.isfinite(ceiling) else "; epsilon-person would limit it"
     yield CheckResult(spent <= ceiling, what, said + limit)
 

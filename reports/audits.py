@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.privacy.figures import epsilon_text
+from common.privacy.figures import epsilon_text, honest_text
 from common.run_lines import AuditFile, Finding
 
 COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
@@ -129,8 +129,7 @@ def bound_note(reports: Sequence[AuditReport]) -> str:
 
 
 def _claimed(report: AuditReport) -> str:
-    at = f" (h = {report.honest_sites})" if report.honest_sites else ""
-    return epsilon_text(report.epsilon_claimed) + at
+    return epsilon_text(report.epsilon_claimed) + honest_text(report.honest_sites)
 
 
 def audit_alarms(reports: Sequence[AuditReport]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from common.privacy.figures import bound_text, epsilon_text
+from common.privacy.figures import bound_text, epsilon_text, honest_text
 from common.run_lines import BesideRow
 from common.words import EACH, counted, number_text, percent_text
 from reports.alike import groups_of_sites
@@ -115,7 +115,7 @@ def beside_figure(data: ReportData) -> Figure | None:
 
 def _beside(row: BesideRow) -> Row:
     epsilon = "no privacy" if row.epsilon_asked is None else f"ε {row.epsilon_asked:g}"
-    epsilon += f" (h = {row.honest})" if row.honest else ""
+    epsilon += honest_text(row.honest)
     after = Dot(row.accuracy)
     if row.half is not None:
         after = Dot(row.accuracy, max(0.0, row.accuracy - row.half), min(1.0, row.accuracy + row.half))

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.privacy.figures import honest_text
 from common.run_lines import BesideRow, LabelScore
 from common.words import UNKNOWN, percent_text
 
@@ -96,7 +97,7 @@ def beside_cells(row: BesideRow) -> tuple[str, ...]:
     """
     half = "" if row.half is None else f" ± {100 * row.half:.1f}"
     epsilon = "no privacy" if row.epsilon_asked is None else f"{row.epsilon_asked:g}"
-    epsilon += f" (h = {row.honest})" if row.honest else ""
+    epsilon += honest_text(row.honest)
     accuracies = (percent_text(row.accuracy_before), f"{percent_text(row.accuracy)}{half}")
     return (row.variant, row.arm, epsilon, str(row.runs), *accuracies)
 

@@ -15,7 +15,7 @@ from common.errors import FedVeilError
 from common.messages.round import Spending, TrainResult
 from common.privacy.accounting import LEAST_DELTA, noise_multiplier_for
 from common.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
-from common.privacy.figures import epsilon_text
+from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.plan import PrivacyPlan
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from server.registered import misnamed
@@ -137,8 +137,7 @@ class Admission:
         if past and (spent.epsilon_total < past.epsilon_total * (1 - ROUNDING) or spent.steps_total < past.steps_total):
             before_it, now = (epsilon_text(s.epsilon_total, decimals=4) for s in (past, spent))
             honest = self._job.config.privacy.honest_sites if self._job.mechanism.summed else 0
-            rests = f" (h = {honest})" if honest else ""
-            return f"the site's total went back from ε {before_it} to {now}{rests}"
+            return f"the site's total went back from ε {before_it} to {now}{honest_text(honest)}"
         return self._wrong_spending(result, spent, plan)
 
     def _wrong_spending(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:

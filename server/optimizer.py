@@ -47,10 +47,10 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     Computed in float64; the result has the adapter's dtype.
     """
     server = config.server
-    if config.rests(before.round_number + 1):
-        # To the bit, which a mean of equal parts need not be: sites keep the features of an adapter that rests.
-        rests = {layer: factors for layer, factors in before.adapter.items() if layer != HEAD}
-        averaged = replace(averaged, adapter=merge(averaged.adapter, rests))
+    # To the bit, which a mean of equal parts, or one with noise on all of it, is not: sites keep the features of an
+    # adapter that rests, and derivatives around a head.
+    still = {k: factors for k, factors in before.adapter.items() if _rests(config, before.round_number + 1, k)}
+    averaged = replace(averaged, adapter=merge(averaged.adapter, still)) if still else averaged
     if server.optimizer == "none":
         return averaged
     if server.optimizer == "momentum":
@@ -105,16 +105,21 @@ def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if active is None else torch.where(active > 0, new, old)
 
 
+def _rests(config: RunConfig, number: int, layer: str) -> bool:
+    """Return whether a layer, or the head, stays as it is in a round."""
+    if layer == HEAD:
+        return bool(config.training.head_first) and not config.moves(number, head=True)
+    return config.rests(number)
+
+
 def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:
     """Return ``before - averaged`` of every tensor that sites train; a layer without one is left out.
 
     So is an adapter that rests: a step of its moments would move it from where the head is refitted to. So is a head
     that was fitted before the adapter, and rests beside it.
     """
-    number = before.round_number + 1
-    resting, rests = config.rests(number), bool(config.training.head_first) and not config.moves(number, head=True)
-    changes = subtract(before.adapter, averaged.adapter)
-    whole = {k: v for k, v in changes.items() if (not rests if k == HEAD else not resting)}
+    changes, number = subtract(before.adapter, averaged.adapter), before.round_number + 1
+    whole = {layer: change for layer, change in changes.items() if not _rests(config, number, layer)}
     trained = {layer: {n: g for n, g in change.items() if before.trains(layer, n)} for layer, change in whole.items()}
     return {layer: change for layer, change in trained.items() if change}
 

@@ -41,7 +41,7 @@ from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefus
 from common.privacy import accounting
 from common.privacy.accounting import Release, alone, honest_sites
 from common.privacy.events import event_from
-from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.figures import epsilon_text, honest_text, remaining_text
 from common.privacy.meaning import epsilon_of_several
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
@@ -223,7 +223,7 @@ class Ledger:
             left = remaining_text(max(0.0, own.max_epsilon - own.epsilon_before), decimals=4)
             kept = f" without {own.kept:g} that is kept for another run" if own.kept else ""
             honest = max(self.honest_sites(charge.dataset), honest_sites(charge.releases))
-            rests = f" (h = {honest})" if honest else ""
+            rests = honest_text(honest)
             raise BudgetExhausted(
                 f"{what} ({_spoken(charge.releases)}): epsilon {before} is spent, this would make it {after}"
                 f"{rests}, the budget is {own.max_epsilon:g}{kept} at delta {own.delta:g}, {left} is left; see "

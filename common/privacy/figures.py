@@ -48,3 +48,12 @@ def _rounded(value: float, decimals: int, towards: str) -> str:
     typed = Decimal(repr(float(value)))
     # A float has up to 309 digits before its point.
     return f"{typed.quantize(Decimal(10) ** -decimals, towards, Context(prec=400)):zf}"
+
+
+def honest_text(honest_sites: int) -> str:
+    """Return what stands behind an ε that counts on so many honest sites of each sum; empty: it counts on none.
+
+    >>> honest_text(3), honest_text(0)
+    (' (h = 3)', '')
+    """
+    return f" (h = {honest_sites})" if honest_sites else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.errors import ConfigError, DataError
 from common.files import append_lines
-from common.privacy.figures import epsilon_text
+from common.privacy.figures import epsilon_text, honest_text
 from common.strict_json import to_json
 from common.words import percent_text
 from experiments.sweep.file import Cell, Sweep
@@ -117,8 +117,7 @@ def run_sweep(
 
 def row_words(row: Row) -> str:
     """Return a row's result in words."""
-    rests = f" (h = {row.honest})" if row.honest else ""
-    spent = "no privacy" if row.epsilon is None else f"ε {epsilon_text(row.epsilon)}{rests} spent"
+    spent = "no privacy" if row.epsilon is None else f"ε {epsilon_text(row.epsilon)}{honest_text(row.honest)} spent"
     early = "" if row.status == "completed" else f", stopped after {row.rounds} rounds"
     took = "" if row.seconds_in_all is None else f", {row.seconds_in_all:.0f} s"
     return f"accuracy {percent_text(row.accuracy)} ({percent_text(row.accuracy_before)} before), {spent}{took}{early}"
