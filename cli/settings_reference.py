@@ -12,7 +12,7 @@ from typing import Any
 from common.check import Rule, nearest
 from common.config.asked import RunSettings
 from common.config.fields import kebab, kinds_of, rules_of, unit_of
-from common.config.sections import Columns, ModelConfig, Scalar
+from common.config.sections import Columns, ModelConfig, PrivacyConfig, Scalar
 from common.config.text import toml_value
 from common.docstrings import fields_said, said_of
 from common.errors import ConfigError
@@ -200,7 +200,10 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
         yield from _of_section(kinds[item.name], f"{prefix}{kebab(item.name)}.")
 
 
-_OF_IMAGES = RunSettings(model=ModelConfig(task="image-classification"))
+_OTHER_RUNS = {
+    "for images": RunSettings(model=ModelConfig(task="image-classification")),
+    "in a secure sum": RunSettings(privacy=PrivacyConfig(mode="secure-sum")),
+}
 
 
 def _filled(key: str) -> str:
@@ -209,9 +212,11 @@ def _filled(key: str) -> str:
         return ""
     told: list[str] = []
     for name, row in RECIPES.items():
-        words, images = (row.settings(Asked(run)).get(key) for run in (RunSettings(), _OF_IMAGES))
-        told += [f"{toml_value(words)} of `{name}`"] if words is not None else []
-        told += [f"{toml_value(images)} of `{name}` for images"] if images not in (None, words) else []
+        usual = row.settings(Asked(RunSettings())).get(key)
+        told += [f"{toml_value(usual)} of `{name}`"] if usual is not None else []
+        for which, run in _OTHER_RUNS.items():
+            value = row.settings(Asked(run)).get(key)
+            told += [f"{toml_value(value)} of `{name}` {which}"] if value not in (None, usual) else []
     rest = declared_settings()[key]
     other = [] if rest == AUTO else [f"else {toml_value(rest)}"]
     return f" Left to the recipe: {', '.join([*told, *other])}."

@@ -36,10 +36,17 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
         ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
         ({"rounds": 50}, "metric", ""),
         ({"data.name": "snli-dev", "privacy.delta": 1e-4}, "metric", ""),
+        ({"privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "metric", ""),
+        ({"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 3.0}, "metric", ""),
         (
-            {"privacy.mode": "secure-sum", "privacy.honest-sites": 3},
+            {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 2.0},
             "head-only",
-            "because privacy.mode 'secure-sum' has no round that fits the head first",
+            "because privacy.epsilon of 3 honest sites is 2, and that takes 2.9 at least",
+        ),
+        (
+            {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 3.0},
+            "head-only",
+            "because privacy.epsilon of 1 honest site is 3, and that takes 5 at least",
         ),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
         ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
@@ -119,6 +126,16 @@ def test_a_recipe_fills_in_settings_that_exist_in_their_kind(name: str, mode: st
         assert key in FILLED
         assert typed(key, value, type(declared[key])) == value
         assert known_settings()[key] == AUTO, "people could not leave it open"
+
+
+@pytest.mark.parametrize(("rounds", "phases"), [(None, (12, 20, 5)), (50, (16, 27, 7)), (10, (3, 6, 1))])
+def test_a_sum_fits_the_head_in_its_first_rounds(rounds: int | None, phases: tuple[int, ...]) -> None:
+    asked = {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, **({"rounds": rounds} if rounds else {})}
+    config = configure(asked).config
+    assert (config.training.head_first, config.training.linearised, config.training.refit) == phases
+    assert sum(phases) == config.rounds == (rounds or 37)
+    own = configure({"rounds": rounds} if rounds else {}).config.training
+    assert own.head_first == 0, "there the start's round 0 fits it"
 
 
 def test_what_is_left_open_may_be_said() -> None:
