@@ -83,6 +83,33 @@ def test_the_plan_of_a_secure_sum_is_what_the_run_does(toy_settings: dict[str, A
     check_that_plan_is_run({**toy_settings, **SUMMED}, 3)
 
 
+PHASES = {
+    "strategy": "fedavg-lora",
+    "rounds": 4,
+    "adapter.name": "lora-metric",
+    "adapter.start": "public-metric",
+    "start.text": "made-up",
+    "start.records": 8,
+    "head.metric": "public",
+    "server.optimizer": "momentum",
+    "server.learning-rate": 0.5,
+    "training.sample-rate": 1.0,
+    "training.head-first": 1,
+    "training.linearised": 2,
+    "training.refit": 1,
+}
+
+
+@pytest.mark.usefixtures("rough_prices")
+def test_the_plan_of_a_sum_in_three_phases_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, **SUMMED, **PHASES}
+    check_that_plan_is_run(settings, 3)
+    before = planned(settings, (60, 60, 60))
+    head = planned({**settings, "adapter.name": "none", **dict.fromkeys(list(PHASES)[-3:], 0)}, (60, 60, 60)).traffic
+    assert before.traffic.up_run == 2 * before.traffic.up + 2 * head.up, "the adapter's rounds, and the head's"
+    assert before.traffic.once_down > 0
+
+
 @pytest.mark.usefixtures("rough_prices")
 def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {**toy_settings, **SUMMED, "rounds": 3, "round-retries": 1}

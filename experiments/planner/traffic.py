@@ -32,26 +32,28 @@ class Traffic:
     down: int
     """Each round, server to site."""
     up: int
-    """Each round, site to server."""
+    """A round in which the adapter moves, site to server."""
+    up_run: int
+    """All rounds, site to server."""
     message_down: int
     """The whole message of a round, with header and framing."""
     message_up: int
     once_down: int
-    """Only with the first task: factors that are sent once."""
+    """Factors that are sent once, or a second time after ``training.head-first``."""
     once_up: int
     """Only before round 1: what the start is made from."""
 
     def run(self, rounds: int, sites: int) -> tuple[int, int]:
         """Return payload bytes down and up of a whole run in which every site joins every round."""
-        return sites * (rounds * self.down + self.once_down), sites * (rounds * self.up + self.once_up)
+        return sites * (rounds * self.down + self.once_down), sites * (self.up_run + self.once_up)
 
 
 def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -> Traffic:
     """Return the bytes of the job's messages, by encoding them; ``plans`` are those of sites that are charged.
 
-    Where factors take turns, columns are chosen or a part of the model rests, they are those of the first round.
+    Where factors take turns, those of a round are those of the first in which the adapter moves.
     """
-    strategy = job.strategy
+    strategy, rounds = job.strategy, range(1, job.config.rounds + 1)
     state = job.start(server_model.start)
     basis = job.basis(state)
     task = TrainTask(
@@ -63,9 +65,8 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         base_fingerprint=server_model.model.base.fingerprint,
         start_fingerprint=job.start_fingerprint(server_model.start),
     )
-    trained = job.summed(1, strategy.uplink(of_turn(server_model.trained_start(), strategy.turn(1))))
-    chosen = strategy.columns(task.state, job.config.adapter.rank)
-    trained = trained if chosen is None else narrowed(trained, chosen)
+    first = 1 + job.config.training.head_first
+    trained = _trained(job, server_model, first, task.state)
     spending = None if job.mechanism.central else _spending(plans)
     result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, spending)
     if job.mechanism.summed:
@@ -77,11 +78,20 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
     return Traffic(
         down=payload_bytes(down),
         up=payload_bytes(up),
+        up_run=sum(_payload(_trained(job, server_model, number, task.state)) for number in rounds),
         message_down=message_bytes(down),
         message_up=message_bytes(up),
-        once_down=_payload(basis),
+        once_down=_payload(basis) * (2 if first > 1 else 1),
         once_up=sum(4 * math.prod(shape) for factors in statistic for shape in factors.values()),
     )
+
+
+def _trained(job: Job, server_model: ServerModel, round_number: int, state: AdapterState) -> AdapterState:
+    """Return the factors that a site sends after a round in which it received ``state``, as they begin."""
+    turn = job.strategy.turn(round_number)
+    trained = job.summed(round_number, job.strategy.uplink(of_turn(server_model.trained_start(), turn)))
+    chosen = job.strategy.columns(state, job.config.adapter.rank)
+    return trained if chosen is None else narrowed(trained, chosen)
 
 
 def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]:

@@ -2,13 +2,13 @@
 
 In round 0 the sites fit the head on features that each record has once. Then they train the value layers to first order
 around that, in directions and a metric that public sentences tell: one pass over the records, and steps on all of them
-that cost next to nothing. In the last rounds the adapter rests, and the head is fitted to what it has become. Where one
-round is one step, as in a secure sum, there is no round 0: there the first third of the rounds is for the head alone, and
-the server makes directions and metric anew around it.
+that cost next to nothing. In the last rounds the adapter rests, and the head is fitted to what it has become. A secure
+sum has no round 0. There the first third of the rounds is of the head alone, and the server makes directions and metric
+anew around it.
 
 Under much noise the adapter gains little and takes four times as long: on IMDB 0.6 points at ε = 3, which three runs
-cannot tell from nothing, and none at ε = 1. So a run with more noise than ``LEAST_EPSILON`` brings is for the head alone.
-A secure sum of h honest sites has √h times less than each site's own.
+cannot tell from nothing, and none at ε = 1. So a run with more noise than ``LEAST_EPSILON`` brings is for the head
+alone. A secure sum of h honest sites has √h times less than each site's own.
 
 The figures were chosen on IMDB and 20 Newsgroups (``experiments/LOG.md``). The rate is for little noise; where there is
 more, ``server.most-noise`` lowers it.
