@@ -37,11 +37,15 @@ def plan(
     from experiments.planner.tables import print_forecast, print_found
     from strategies.job import configure, with_recipe
 
-    overrides = parse_settings(settings or [])
-    overrides, note = with_recipe(overrides)
+    given = parse_settings(settings or [])
+    overrides, note = with_recipe(given)
     job = configure(overrides)
     print_notes(job, note)
     public_sizes = _sizes(job, sites, sizes)
+    if sizes and not job.config.data.records:
+        other = with_recipe({**given, "data.records": sum(public_sizes)})[0]["recipe"]
+        if other != job.config.recipe:
+            console.print(f"with data.records = {sum(public_sizes)}, as these sites have, recipe is {other!r}")
     if find:
         found = find_within_budget(job, find)
         job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})

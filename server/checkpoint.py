@@ -36,7 +36,7 @@ NAME = "checkpoint.safetensors"
 FORMAT = "6"
 PARTS = ("adapter", "memory", "first moments", "second moments", "clocks")
 """Where a stored tensor belongs."""
-MAY_CHANGE = ("recipe", "resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
+MAY_CHANGE = ("recipe", "data.records", "resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model. What a recipe has filled in
 is compared itself."""
 BEFORE: Mapping[str, Scalar] = {
@@ -50,6 +50,7 @@ BEFORE: Mapping[str, Scalar] = {
     "privacy.unit": "record",
     "privacy.records-per-person": 8,
     "data.person": "",
+    "data.records": 0,
     "training.linearised": 0,
     "training.head-first": 0,
     "training.refit": 0,

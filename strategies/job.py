@@ -10,7 +10,7 @@ from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
-from common.data.sources import count_labels, known_labels
+from common.data.sources import count_here, known_labels, known_records
 from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors
 from common.messages.tensors import merge, start_fingerprint
@@ -213,29 +213,33 @@ def _filled(settings: Mapping[str, Scalar]) -> _Filled:
 
 
 def with_recipe(values: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], str]:
-    """Return settings that name their recipe, and the note on it: where a job is made, a file that is here has labels.
+    """Return settings that name their recipe, and the note on it: where a job is made, a file that is here is counted.
 
-    Whoever gets the settings then finds the same recipe, wherever the file is.
+    It tells how many labels and records there are. Whoever gets the settings then finds the same recipe, wherever the
+    file is.
 
     Raises:
         ConfigError: as of ``configure``.
     """
     told = without_open(by_new_names(values, known_settings())[0])
     config = configure(values).config
-    labels = 0
-    if values.get("recipe", AUTO) == AUTO and TASKS[config.model.task].labelled and not known_labels(config.data):
-        labels = count_labels(config.data, config.model.task)
-    recipe, note, _ = _recipe(told, labels)
-    return {**values, "recipe": recipe.name}, note
+    here = (0, 0)
+    known = known_labels(config.data) and known_records(config.data)
+    if values.get("recipe", AUTO) == AUTO and TASKS[config.model.task].labelled and not known:
+        here = count_here(config.data, config.model.task)
+    recipe, note, _ = _recipe(told, *here)
+    counted: dict[str, Scalar] = {"data.records": here[1]} if here[1] and not known_records(config.data) else {}
+    return {**values, **counted, "recipe": recipe.name}, note
 
 
-def _recipe(told: Mapping[str, Scalar], labels: int = 0) -> tuple[Recipe, str, Asked]:
+def _recipe(told: Mapping[str, Scalar], labels: int = 0, records: int = 0) -> tuple[Recipe, str, Asked]:
     """Return the recipe of settings, the note on it and what it was chosen by."""
     known, run = known_settings(), _run_settings(told)
-    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]), labels)
-    if run.recipe == AUTO and not labels and not own_method(asked):
+    given = frozenset(key for key, value in told.items() if value != known[key])
+    asked = Asked(run, given, labels, known_records(run.data) or records)
+    if run.recipe == AUTO and not own_method(asked):
         # A site configures what a server sends: no file that this names is looked at here.
-        asked = replace(asked, labels=len(known_labels(run.data)))
+        asked = replace(asked, labels=len(known_labels(run.data)) or labels)
     return *choose(run.recipe, asked), asked
 
 

@@ -276,6 +276,17 @@ def test_without_privacy_there_is_no_claim_but_bytes_and_time(tmp_path: Path, to
     assert "ε of each site" not in result.output
 
 
+def test_the_plan_says_if_so_many_records_have_another_recipe(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
+    kept = ("model.name", "model.max-length", "data.test-size", "privacy.delta", "output")
+    own = {"data.name": "records.csv", "data.labels": "bad,good", "privacy.epsilon": 3.0, "rounds": 10}
+    settings = {**{key: toy_settings[key] for key in kept if key in toy_settings}, **own}
+    told = run_plan(tmp_path, settings, "--sizes", "9000,9000", "--no-calibration")
+    assert "with data.records = 18000, as these sites have, recipe is 'metric'" in " ".join(told.stdout.split())
+    for more, sizes in (({}, "900,900"), ({"data.records": 2000}, "9000,9000")):
+        told = run_plan(tmp_path, {**settings, **more}, "--sizes", sizes, "--no-calibration")
+        assert "as these sites have" not in told.stdout
+
+
 def test_sizes_are_enough_no_record_of_a_site_is_needed(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
     public = write_reviews(tmp_path / "public.csv", 40)
     settings = {**toy_settings, "data.name": str(tmp_path / "at-the-sites-only.csv"), "data.test": str(public)}

@@ -31,7 +31,21 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
     [
         ({}, "metric", ""),
         ({"privacy.epsilon": 5.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
-        ({"privacy.epsilon": 3.0}, "head-only", "because privacy.epsilon is 3, and that takes 5 at least"),
+        ({"privacy.epsilon": 3.0}, "head-only", "is 3, and with 7,530 records that takes 5 at least"),
+        (
+            {"data.name": "reviews.csv", "data.labels": "a,b", "privacy.epsilon": 3.0},
+            "head-only",
+            "and that takes 5 at",
+        ),
+        ({"data.records": 20000, "privacy.epsilon": 3.0}, "metric", ""),
+        ({"data.records": 2000, "privacy.epsilon": 5.0}, "metric", ""),
+        ({"data.name": "sst2", "data.test": "sst2-dev", "privacy.epsilon": 1.0}, "metric", ""),
+        ({"data.name": "sst2", "data.test": "sst2-dev", "privacy.epsilon": 0.5}, "head-only", "takes 0.56 at least"),
+        (
+            {"data.name": "sst2", "data.person": "reader", "privacy.unit": "person", "privacy.epsilon": 1.0},
+            "head-only",
+            "that takes 5 at least",
+        ),
         ({"privacy.epsilon": 3.0, "privacy.noise-multiplier": 0.5}, "metric", ""),
         ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
         ({"rounds": 50}, "metric", ""),
@@ -41,12 +55,12 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 2.0},
             "head-only",
-            "because privacy.epsilon of 3 honest sites is 2, and that takes 2.9 at least",
+            "because privacy.epsilon is 2, and with 7,530 records that takes 2.9 at least",
         ),
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 3.0},
             "head-only",
-            "because privacy.epsilon of 1 honest site is 3, and that takes 5 at least",
+            "because privacy.epsilon is 3, and with 7,530 records that takes 4.3 at least",
         ),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
         ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
@@ -96,11 +110,18 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
         settings, note = with_recipe({"data.name": str(path)})
         assert settings["recipe"] == recipe == configure(settings).config.recipe
         assert ("there are 5 labels" in note) == (count == 5)
+    many = {"data.name": str(path), "privacy.epsilon": 3.0, "data.test-size": 30}
+    path.write_text("text,label\n" + "".join(f"note {i},kind {i % 2}\n" for i in range(15_000)), "utf-8")
+    settings, note = with_recipe(many)
+    assert (settings["recipe"], settings["data.records"], note) == ("metric", 14_000, "")
+    assert configure(settings).settings()["start.rate"] == 4.0
+    assert "data.records" not in with_recipe({**many, "recipe": "metric"})[0], "nobody asked for a count"
+    assert with_recipe({**many, "data.records": 5000})[0]["recipe"] == "head-only", "what is said stands"
     path.write_text("text\nno label\n", encoding="utf-8")
     for name in (str(path), str(tmp_path / "nowhere.csv"), "~nobody-of-that-name/x.csv", "x" * 300, "hub:someones/set"):
         assert with_recipe({"data.name": name})[0]["recipe"] == "head-only", "whoever reads it says what is wrong"
     # A site configures what a server sends: that it opened a file of the server's choice would tell of the file.
-    monkeypatch.setattr("strategies.job.count_labels", None)
+    monkeypatch.setattr("strategies.job.count_here", None)
     assert configure({"data.name": str(path)}).config.recipe == "head-only"
 
 
@@ -252,3 +273,4 @@ def test_the_probe_walks_less_far_under_much_noise() -> None:
         for epsilon in (1.0, 3.0, 8.0)
     }
     assert rates == {1.0: 1.0, 3.0: 4.0, 8.0: 4.0}
+    assert configure({"recipe": "metric", "privacy.epsilon": 1.0, "data.records": 20000}).settings()["start.rate"] == 4

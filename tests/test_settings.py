@@ -177,6 +177,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "data.test",
         "data.text-pair",
         "data.labels",
+        "data.records",
         "data.key",
         "head.phrases",
         "training.weight-decay",

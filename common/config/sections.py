@@ -110,6 +110,9 @@ class DataConfig(Section):
     """The column of the source that each role (``common.tasks.roles``) is read from: ``data.text``, ``data.label``."""
     labels: str = ""
     """Label values in order, separated by commas. Empty: the sorted distinct values of the file."""
+    records: Annotated[int, NOT_NEGATIVE, Unit("records")] = 0
+    """About how many records all sites have for training, by what their stewards have declared: a recipe goes by it
+    (``recipe``). 0: those of a named data set or of a file that is here, else nobody has said."""
     partition: Annotated[str, OneOf(PARTITIONS)] = "dirichlet"
     """How simulated sites divide the records: ``iid``, ``dirichlet`` (by label, where there is one), ``natural``
     (by ``data.key``)."""

@@ -16,6 +16,7 @@ from string import Formatter
 from common.check import OneOf, nearest
 from common.config.sections import DataConfig
 from common.data.packaged import PackagedFile, PackagedTree, packaged_file, packaged_tree
+from common.data.partition import public_size_of_part
 from common.data.rows import read_rows
 from common.data.sets import DATASETS, NamedDataset, UserFile
 from common.data.split import public_split
@@ -170,18 +171,36 @@ def known_labels(config: DataConfig) -> tuple[str, ...]:
     return _configured_labels(config) or (named.label_names if named else ())
 
 
-def count_labels(config: DataConfig, task: str) -> int:
-    """Return how many labels a file of a run has that is here; 0: there is none, or it cannot be read.
+def known_records(config: DataConfig) -> int:
+    """Return about how many records sites have for training, by a job's settings or its named data set; 0: unknown."""
+    named = DATASETS.get(config.name)
+    return config.records or (_without_test(named.records, config) if named else 0)
 
+
+def _without_test(records: int, config: DataConfig) -> int:
+    return records if config.test else max(0, records - config.test_size)
+
+
+def count_here(config: DataConfig, task: str) -> tuple[int, int]:
+    """Return how many labels, and records for training, the files of a run have that are here; 0: none can be read.
+
+    Of the records' number two digits are told, as of every site's.
     It opens what the settings name, so it is for whoever makes a job, and for no site.
     """
-    source = config.test or config.name
+    whole = _file_here(config, task, config.name)
+    public = _file_here(config, task, config.test) if config.test else whole
+    labels, records = (len(public.label_names) if public else 0), (len(whole.examples) if whole else 0)
+    return labels, public_size_of_part(records) if (records := _without_test(records, config)) else 0
+
+
+def _file_here(config: DataConfig, task: str, source: str) -> Dataset | None:
+    """Return the records of a file that is here; None: there is none, or it cannot be read."""
     if source in DATASETS or source.startswith("hub:"):
-        return 0
+        return None
     try:
-        return len(load_dataset(config, task, source).label_names)
+        return load_dataset(config, task, source)
     except (DataError, OSError, RuntimeError):
-        return 0  # whoever needs its records says what is wrong
+        return None  # whoever needs its records says what is wrong
 
 
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:

@@ -193,7 +193,8 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
 def _with_recipe(own: Mapping[str, Scalar], protection: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return a variant's settings with the recipe of a run of it."""
     try:
-        return {**own, "recipe": with_recipe({**own, **protection})[0]["recipe"]}
+        told = with_recipe({**own, **protection})[0]
+        return {**own, **{key: told[key] for key in ("recipe", "data.records") if key in told}}
     except ConfigError:
         return dict(own)  # its runs are checked one by one, and the first names what is wrong
 

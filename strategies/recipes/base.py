@@ -21,6 +21,8 @@ class Asked:
     """Keys of the settings that say something."""
     labels: int = 0
     """How many there are; 0: not known, or the task has none."""
+    records: int = 0
+    """About how many all sites have for training; 0: not known."""
 
     @property
     def clips(self) -> bool:

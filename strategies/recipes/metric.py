@@ -7,8 +7,8 @@ sum has no round 0. There the first third of the rounds is of the head alone, an
 anew around it.
 
 Under much noise the adapter gains little and takes four times as long: on IMDB 0.6 points at ε = 3, which three runs
-cannot tell from nothing, and none at ε = 1. So a run with more noise than ``LEAST_EPSILON`` brings is for the head
-alone. A secure sum of h honest sites has √h times less than each site's own.
+cannot tell from nothing, and none at ε = 1. So a run with more noise than ``least_epsilon`` allows is for the head
+alone.
 
 The figures were chosen on IMDB and 20 Newsgroups (``experiments/LOG.md``). The rate is for little noise; where there is
 more, ``server.most-noise`` lowers it.
@@ -34,13 +34,29 @@ FEWEST = 10
 MOST_LABELS = 3
 """Every label costs a pass over the records more, and memory for as many derivatives."""
 LEAST_EPSILON = 5.0
-"""Budget below which noise takes more than the adapter gives, between the two nearest that were tried, 3 and 8. It is
-one of own noise; of a secure sum √h times less is as good."""
-
+"""Budget below which noise takes more than the adapter gives, between the two nearest that were tried, 3 and 8, of
+``TRIED_SITES`` sites with ``TRIED_RECORDS`` records together, each with noise of its own."""
+TRIED_SITES, TRIED_RECORDS = 4, 7530
 FAR_EPSILON = 2.0
 """Budget below which the probe walks a quarter as far, between the two nearest that were tried, 1 and 3."""
 WITHOUT_CLIP = 2.0
 """Rate of whoever wants it without privacy, where longer steps diverge. It is no recipe for that: see ``plain``."""
+
+
+def least_epsilon(asked: Asked) -> float:
+    """Return the budget from which on the noise of the mean is no more than that of ``LEAST_EPSILON`` as it was tried.
+
+    Of one ε the noise of the mean over N records of K sites is as √K / N, and in a sum, of which h are honest, as
+    √(K / h) / N. How many sites a run has is not known here: a sum has those that it must have, and other runs as many
+    as were tried. Fewer records were not tried, so they raise nothing.
+    """
+    privacy, least = asked.settings.privacy, LEAST_EPSILON
+    if privacy.unit == "record" and asked.records:
+        least *= min(1.0, TRIED_RECORDS / asked.records)
+    if not privacy.honest_sites:
+        return least
+    sites = privacy.honest_sites + privacy.colluders + privacy.drop_outs
+    return least * math.sqrt(sites / (privacy.honest_sites * TRIED_SITES))
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,10 @@ class PublicMetricRecipe(Recipe):
             return "nothing says how many labels there are, which data.labels may"
         if asked.labels > MOST_LABELS:
             return f"there are {asked.labels} labels, and that takes {MOST_LABELS} at most"
-        privacy = asked.settings.privacy
-        least = LEAST_EPSILON / math.sqrt(max(privacy.honest_sites, 1))
+        privacy, least = asked.settings.privacy, least_epsilon(asked)
         if privacy.epsilon < least and not privacy.noise_multiplier:
-            shared = privacy.honest_sites
-            of = f" of {shared} honest site{'s' if shared > 1 else ''}" if shared else ""
-            return f"privacy.epsilon{of} is {privacy.epsilon:g}, and that takes {least:.2g} at least"
+            of = f"with {asked.records:,} records " if asked.records else ""
+            return f"privacy.epsilon is {privacy.epsilon:g}, and {of}that takes {least:.2g} at least"
         rounds = asked.settings.rounds
         return (
             f"rounds is {rounds}, and that takes {FEWEST} at least"
@@ -78,7 +92,8 @@ class PublicMetricRecipe(Recipe):
         rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS if probed else ROUNDS_IN_ALL
         first = 0 if probed else rounds // 3
         refit = max(1, rounds // (5 if probed else 7))
-        far = asked.settings.privacy.epsilon >= FAR_EPSILON or asked.settings.privacy.noise_multiplier
+        privacy, least = asked.settings.privacy, least_epsilon(asked) * FAR_EPSILON / LEAST_EPSILON
+        far = privacy.epsilon >= least or privacy.noise_multiplier
         of_probe: dict[str, Scalar] = {"start.rate": 4.0 if far else 1.0, "start.sample-rate": 1.0}
         return {
             "rounds": rounds,
