@@ -12,7 +12,7 @@ With P numbers that are trained below the head, H of the head and C labels, site
 * for derivatives (``client.linearised``), once in ``training.linearised`` rounds: 6 N (C - 1) a token, since each label
   after the first is a pass of its own; and then 4 (C - 1) P + 2 H in a step;
 * for features of a head alone (``adapter.name = "none"``, ``client.refit``), once: 2 N a token; and then 6 H in a step;
-* for a probe (``common.starts.probe``): features, of ``TEXTS`` made-up texts too, and 6 H in each of its steps;
+* for a probe (``common.starts.probe``): features, of ``MADE`` made-up texts too, and 6 H in each of its steps;
 * for any other start that is made from records: 6 N a token.
 
 What a site makes anew after its process was started anew is not known here and not counted.
@@ -27,7 +27,7 @@ from common.accountant import INITIALISATION
 from common.config.sections import PrivacyConfig, Scalar
 from common.starts import STARTS
 from common.starts.base import PaidStart
-from common.starts.probe import TEXTS
+from common.starts.public_metric import MADE
 from reports.claim import server_is_trusted
 from reports.sites import ReleaseReport, SiteReport
 
@@ -159,7 +159,7 @@ def _of_site(
     drawn = records * float(settings.get("start.sample-rate") or 1.0)
     if _on_features(settings):
         steps = int(settings.get("start.steps") or 0)
-        found[PROBE if steps else START] = (records + TEXTS) * features + drawn * max(1, steps) * head_step
+        found[PROBE if steps else START] = (records + MADE) * features + drawn * max(1, steps) * head_step
     else:
         found[START] = drawn * gradient
     return found

@@ -431,3 +431,22 @@ def test_a_server_that_comes_back_between_the_phases_makes_the_same_of_the_head(
     assert max(float((one - other).norm()) / (1e-9 + float(other.norm())) for one, other in pairs) < 1e-3, (
         "the head that it began with has another metric"
     )
+
+
+def test_a_head_of_its_own_rounds_is_whitened_by_made_up_words_and_the_adapter_by_the_runs_text(
+    toy_settings: dict[str, Any],
+) -> None:
+    def made(**own: Any) -> AdapterState:
+        settings, _ = with_recipe({**toy_settings, **FIRST, **own})
+        return ServerModel(configure(settings)).public_statistic()
+
+    text = {"start.text": "prose"}
+    later = {"training.head-first": 0, "training.linearised": 3}
+    first, usual = made(**text), made(**text, **later)
+    by_words = made(**later, **{"start.text": "made-up", "start.records": 512})
+    for name in ("centre", "map"):
+        assert torch.equal(first[METRIC][name], by_words[METRIC][name])
+        assert not torch.equal(first[METRIC][name], usual[METRIC][name])
+    for layer in set(first) - {HEAD, METRIC}:
+        assert all(torch.equal(first[layer][name], usual[layer][name]) for name in ("B", "V"))
+        assert not torch.equal(first[layer]["V"], by_words[layer]["V"])

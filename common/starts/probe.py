@@ -30,12 +30,8 @@ from common.privacy.plan import PrivacyPlan
 from common.privacy.steps import Around
 from common.starts.base import Labels, Needs, PaidByShare
 from common.starts.public_metric import PublicMetric
-from common.starts.public_text import MADE_UP
 from common.tasks import TASKS, Record
 from common.tasks.module import Metric
-
-TEXTS = 512
-"""Made-up texts by which features are whitened at every site."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +143,7 @@ class Probe(PaidByShare, PublicMetric):
             Centre and map.
         """
         metric = Metric(model.module.width).to(model.device)
-        texts = replace(self, text=MADE_UP, text_sha256="", records=TEXTS).texts(model)
-        made = self.of_head(model, texts, self.clip_norm / self.head_clip_share)
+        made = self.of_head(model, self.made_up(model), self.clip_norm / self.head_clip_share)
         head = {name: p.detach().clone() for name, p in model.head.items()}
         before, model.module.metric = model.module.metric, metric
         try:

@@ -45,6 +45,8 @@ FAINT = 0.05
 """Length of a column's gradients, over the longest column's, below which it is taken for that."""
 TELLING = 64
 """Public texts that B's directions are taken from, where no phrases are: each costs a product of matrices a layer."""
+MADE = 512
+"""Made-up records that the head's features are whitened by, where another text tells the rest."""
 MOMENTS = 2**30
 """Bytes of the inputs' moments that are held at a time; one layer with 3072 inputs and 8 columns takes 0.6 GB."""
 
@@ -111,7 +113,9 @@ class PublicMetric(FromText):
         model.write(model.start)
         state = self.around(model, config, labels)
         if model.module.metric is not None:
-            texts = self._wording(model, config, labels)
+            # A head of its own rounds learns better behind made-up words (``experiments/LOG.md``).
+            first = config.training.head_first
+            texts = self.made_up(model) if first else self._wording(model, config, labels)
             state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
 
@@ -151,6 +155,10 @@ class PublicMetric(FromText):
             wanted = config.privacy.clip_norm / self.clip_share / (len(columns) * len(after)) ** 0.5
             state[layer] = {"B": (B * (wanted / after)).float(), "V": V.float()}
         return state
+
+    def made_up(self, model: FederatedModel) -> list[Record]:
+        """Return ``MADE`` made-up records, which follow from the base model: every party makes the same."""
+        return replace(self, text=MADE_UP, text_sha256="", records=MADE).texts(model)
 
     def _wording(self, model: FederatedModel, config: RunConfig, labels: Labels) -> list[Record]:
         """Return the public texts as records of the run's task."""
