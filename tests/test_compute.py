@@ -18,7 +18,7 @@ from strategies.job import configure
 
 N, P, H, LABELS, TOKENS = 22_713_216, 4_608, 770, ["negative", "positive"], 128
 SITES = {"north": 2000, "south": 1500}
-TEXTS = 512
+MADE = 512
 LINEAR: dict[str, Any] = {
     "adapter.name": "lora-metric",
     "adapter.start": "public-metric",
@@ -55,7 +55,7 @@ def by_hand(joined: int = 25) -> dict[str, float]:
     forward = 2 * N * TOKENS
     parts = {PROBE: 0.0, PASS: 0.0, CHEAP: 0.0, REFIT: 0.0}
     for records in SITES.values():
-        for _ in range(TEXTS):  # by which features are whitened
+        for _ in range(MADE):  # by which features are whitened
             parts[PROBE] += forward
         parts[PROBE] += records * forward  # features, once
         for _ in range(40):  # steps on the head: forward, and twice for its gradient
@@ -89,7 +89,7 @@ def test_the_default_recipes_operations_are_those_counted_by_hand(default: MadeR
     check_default(report_of(default.folder))
 
 
-@pytest.mark.parametrize("fault", ["FORWARD", "GRADIENT", "TEXTS"])
+@pytest.mark.parametrize("fault", ["FORWARD", "GRADIENT", "MADE"])
 def test_a_wrong_count_is_found_out(default: MadeRun, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     monkeypatch.setattr(f"reports.compute.{fault}", 3)
     with pytest.raises(AssertionError):
