@@ -38,11 +38,11 @@ def plan(
     from strategies.job import configure, with_recipe
 
     given = parse_settings(settings or [])
-    overrides, note = with_recipe(given)
+    overrides, note = with_recipe(given, divided=not sizes)
     job = configure(overrides)
     print_notes(job, note)
     public_sizes = _sizes(job, sites, sizes)
-    if sizes and not job.config.data.records:
+    if sizes and not given.get("data.records"):
         other = with_recipe({**given, "data.records": sum(public_sizes)})[0]["recipe"]
         if other != job.config.recipe:
             console.print(f"with data.records = {sum(public_sizes)}, as these sites have, recipe is {other!r}")

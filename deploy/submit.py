@@ -53,7 +53,7 @@ def submit(
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
     """
-    settings, note = with_recipe(settings_of_resumed({**settings, "output": str(folder.runs)}))
+    settings, note = with_recipe(settings_of_resumed({**settings, "output": str(folder.runs)}), divided=False)
     if note:
         say(note)
     settings = with_ledger(settings, folder.runs)

@@ -153,8 +153,11 @@ def _check_kept(job: Job, run: str, sites: int) -> None:
         return
     # Folders may be moved; where a run was written is no part of its result.
     # What a recipe has filled in is compared itself.
-    had = {**read_file(ConfigFile, folder).settings, "output": job.config.output, "recipe": job.config.recipe}
     wanted = job.settings()
+    had = {
+        **read_file(ConfigFile, folder).settings,
+        **{key: wanted[key] for key in ("output", "recipe", "data.records")},
+    }
     differing = [(key, had.get(key), wanted.get(key)) for key in sorted({*had, *wanted})]
     for key, before, now in [*differing, ("--sites", recorded_sites(folder) or "unknown", sites)]:
         if before != now:

@@ -10,7 +10,7 @@ from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
-from common.data.sources import count_here, known_labels, known_records
+from common.data.sources import count_labels, count_records, known_labels
 from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors
 from common.messages.tensors import merge, start_fingerprint
@@ -212,34 +212,38 @@ def _filled(settings: Mapping[str, Scalar]) -> _Filled:
     return _Filled({**recipe.settings(asked), **told, "recipe": recipe.name}, asked.given, note)
 
 
-def with_recipe(values: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], str]:
-    """Return settings that name their recipe, and the note on it: where a job is made, a file that is here is counted.
+def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True) -> tuple[dict[str, Scalar], str]:
+    """Return settings that name their recipe, and the note on it: where a job is made, a file that is here has labels.
 
-    It tells how many labels and records there are. Whoever gets the settings then finds the same recipe, wherever the
-    file is.
+    Whoever gets the settings then finds the same recipe, wherever the file is.
+
+    Args:
+        values: as people write them.
+        divided: whether sites divide the records of ``data.name``, as simulated ones do. These are counted then, and
+            the settings say how many there are (``data.records``). Real sites hold records of their own.
 
     Raises:
         ConfigError: as of ``configure``.
     """
     told = without_open(by_new_names(values, known_settings())[0])
     config = configure(values).config
-    here = (0, 0)
-    known = known_labels(config.data) and known_records(config.data)
-    if values.get("recipe", AUTO) == AUTO and TASKS[config.model.task].labelled and not known:
-        here = count_here(config.data, config.model.task)
-    recipe, note, _ = _recipe(told, *here)
-    counted: dict[str, Scalar] = {"data.records": here[1]} if here[1] and not known_records(config.data) else {}
-    return {**values, **counted, "recipe": recipe.name}, note
+    data, kind, named = config.data, config.model.task, str(values.get("recipe", AUTO))
+    labels = count_labels(data, kind) if named == AUTO and TASKS[kind].labelled and not known_labels(data) else 0
+    recipe, note, asked = _recipe(told, labels)
+    counts = RECIPES[named].by_records if named != AUTO else not own_method(asked)
+    if not (divided and counts and TASKS[kind].worded) or data.records or not (found := count_records(data, kind)):
+        return {**values, "recipe": recipe.name}, note
+    recipe, note, _ = _recipe({**told, "data.records": found}, labels)
+    return {**values, "data.records": found, "recipe": recipe.name}, note
 
 
-def _recipe(told: Mapping[str, Scalar], labels: int = 0, records: int = 0) -> tuple[Recipe, str, Asked]:
+def _recipe(told: Mapping[str, Scalar], labels: int = 0) -> tuple[Recipe, str, Asked]:
     """Return the recipe of settings, the note on it and what it was chosen by."""
     known, run = known_settings(), _run_settings(told)
-    given = frozenset(key for key, value in told.items() if value != known[key])
-    asked = Asked(run, given, labels, known_records(run.data) or records)
-    if run.recipe == AUTO and not own_method(asked):
+    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]), labels)
+    if run.recipe == AUTO and not labels and not own_method(asked):
         # A site configures what a server sends: no file that this names is looked at here.
-        asked = replace(asked, labels=len(known_labels(run.data)) or labels)
+        asked = replace(asked, labels=len(known_labels(run.data)))
     return *choose(run.recipe, asked), asked
 
 

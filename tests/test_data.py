@@ -311,7 +311,6 @@ def test_a_named_data_set_loads_with_its_own_task_and_has_every_label(name: str)
     assert name == named.name
     found = load_dataset(DataConfig(name=name), named.task)
     assert len(found.examples) >= 100, "this is no data set to train on"
-    assert named.records in (0, len(found.examples)), "a recipe would go by another number"
     assert found.label_names == named.label_names
     assert {example.label for example in found.examples} == set(range(len(named.labels)) or {None})
 

@@ -31,20 +31,21 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
     [
         ({}, "metric", ""),
         ({"privacy.epsilon": 5.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
-        ({"privacy.epsilon": 3.0}, "head-only", "is 3, and with 7,530 records that takes 5 at least"),
+        ({"privacy.epsilon": 3.0}, "head-only", "because privacy.epsilon is 3, and that takes 5 at least"),
         (
             {"data.name": "reviews.csv", "data.labels": "a,b", "privacy.epsilon": 3.0},
             "head-only",
             "and that takes 5 at",
         ),
         ({"data.records": 20000, "privacy.epsilon": 3.0}, "metric", ""),
-        ({"data.records": 2000}, "head-only", "is 8, and with 2,000 records that takes 19 at least"),
-        ({"data.name": "sst2", "data.test": "sst2-dev", "privacy.epsilon": 1.0}, "metric", ""),
-        ({"data.name": "sst2", "data.test": "sst2-dev", "privacy.epsilon": 0.5}, "head-only", "takes 0.56 at least"),
+        ({"data.records": 2000}, "head-only", "is 8, and with 2000 records that takes 18.75 at least"),
+        ({"data.records": 67000, "privacy.epsilon": 1.0}, "metric", ""),
+        ({"data.records": 67000, "privacy.epsilon": 0.5}, "head-only", "with 67000 records that takes 0.56 at least"),
+        ({"data.records": 1, "privacy.epsilon": 500.0}, "head-only", "with 1 record that takes 37500 at least"),
         (
-            {"data.name": "sst2", "data.person": "reader", "privacy.unit": "person", "privacy.epsilon": 1.0},
+            {"data.records": 67000, "data.person": "reader", "privacy.unit": "person", "privacy.epsilon": 1.0},
             "head-only",
-            "that takes 5 at least",
+            "because privacy.epsilon is 1, and that takes 5 at least",
         ),
         ({"privacy.epsilon": 3.0, "privacy.noise-multiplier": 0.5}, "metric", ""),
         ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
@@ -55,12 +56,12 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 2.0},
             "head-only",
-            "because privacy.epsilon is 2, and with 7,530 records that takes 2.9 at least",
+            "because privacy.epsilon is 2, and that takes 2.89 at least",
         ),
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 3.0},
             "head-only",
-            "because privacy.epsilon is 3, and with 7,530 records that takes 4.3 at least",
+            "because privacy.epsilon is 3, and that takes 4.34 at least",
         ),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
         ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
@@ -115,13 +116,18 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     settings, note = with_recipe(many)
     assert (settings["recipe"], settings["data.records"], note) == ("metric", 14_000, "")
     assert configure(settings).settings()["start.rate"] == 4.0
-    assert "data.records" not in with_recipe({**many, "recipe": "metric"})[0], "nobody asked for a count"
+    assert configure(with_recipe({**many, "recipe": "metric"})[0]).settings() == configure(settings).settings()
+    apart, note = with_recipe(many, divided=False)
+    assert (apart["recipe"], "data.records" in apart) == ("head-only", False), "real sites hold records of their own"
+    for own in ({"recipe": "head-only"}, {"recipe": "plain"}, {"strategy": "ffa-lora"}, {"privacy.mode": "none"}):
+        assert "data.records" not in with_recipe({**many, **own})[0], "its recipe goes by no number"
     assert with_recipe({**many, "data.records": 5000})[0]["recipe"] == "head-only", "what is said stands"
     path.write_text("text\nno label\n", encoding="utf-8")
     for name in (str(path), str(tmp_path / "nowhere.csv"), "~nobody-of-that-name/x.csv", "x" * 300, "hub:someones/set"):
         assert with_recipe({"data.name": name})[0]["recipe"] == "head-only", "whoever reads it says what is wrong"
     # A site configures what a server sends: that it opened a file of the server's choice would tell of the file.
-    monkeypatch.setattr("strategies.job.count_here", None)
+    monkeypatch.setattr("strategies.job.count_labels", None)
+    monkeypatch.setattr("strategies.job.count_records", None)
     assert configure({"data.name": str(path)}).config.recipe == "head-only"
 
 

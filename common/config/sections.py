@@ -111,8 +111,8 @@ class DataConfig(Section):
     labels: str = ""
     """Label values in order, separated by commas. Empty: the sorted distinct values of the file."""
     records: Annotated[int, NOT_NEGATIVE, Unit("records")] = 0
-    """About how many records all sites have for training, by what their stewards have declared: a recipe goes by it
-    (``recipe``). 0: those of a named data set or of a file that is here, else nobody has said."""
+    """About how many records all sites have for training together, by what their stewards have declared: a recipe goes
+    by it (``recipe``). 0: as many as simulated sites divide; of real sites it is unknown, and taken for 7,500."""
     partition: Annotated[str, OneOf(PARTITIONS)] = "dirichlet"
     """How simulated sites divide the records: ``iid``, ``dirichlet`` (by label, where there is one), ``natural``
     (by ``data.key``)."""

@@ -171,35 +171,34 @@ def known_labels(config: DataConfig) -> tuple[str, ...]:
     return _configured_labels(config) or (named.label_names if named else ())
 
 
-def known_records(config: DataConfig) -> int:
-    """Return about how many records sites have for training, by a job's settings or its named data set; 0: unknown."""
-    named = DATASETS.get(config.name)
-    return config.records or (_without_test(named.records, config) if named else 0)
+def count_labels(config: DataConfig, task: str) -> int:
+    """Return how many labels a file of a run has that is here; 0: there is none, or it cannot be read.
 
-
-def _without_test(records: int, config: DataConfig) -> int:
-    return records if config.test else max(0, records - config.test_size)
-
-
-def count_here(config: DataConfig, task: str) -> tuple[int, int]:
-    """Return how many labels, and records for training, the files of a run have that are here; 0: none can be read.
-
-    Of the records' number two digits are told, as of every site's.
     It opens what the settings name, so it is for whoever makes a job, and for no site.
     """
-    whole = _file_here(config, task, config.name)
-    public = _file_here(config, task, config.test) if config.test else whole
-    labels, records = (len(public.label_names) if public else 0), (len(whole.examples) if whole else 0)
-    return labels, public_size_of_part(records) if (records := _without_test(records, config)) else 0
+    source = config.test or config.name
+    dataset = None if source in DATASETS else _here(config, task, source)
+    return len(dataset.label_names) if dataset else 0
 
 
-def _file_here(config: DataConfig, task: str, source: str) -> Dataset | None:
-    """Return the records of a file that is here; None: there is none, or it cannot be read."""
-    if source in DATASETS or source.startswith("hub:"):
+def count_records(config: DataConfig, task: str) -> int:
+    """Return about how many records simulated sites divide, cut to two digits as a site's public size is; 0: unknown.
+
+    It opens what the settings name, so it is for whoever makes a job of a simulation.
+    """
+    dataset = _here(config, task, config.name)
+    whole = len(dataset.examples) if dataset else 0
+    records = whole if config.test else max(0, whole - config.test_size)
+    return public_size_of_part(records) if records else 0
+
+
+def _here(config: DataConfig, task: str, source: str) -> Dataset | None:
+    """Return the records of a source that is here; None: it is not, or cannot be read."""
+    if source.startswith("hub:"):
         return None
     try:
         return load_dataset(config, task, source)
-    except (DataError, OSError, RuntimeError):
+    except (ConfigError, DataError, OSError, RuntimeError):
         return None  # whoever needs its records says what is wrong
 
 

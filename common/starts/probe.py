@@ -143,7 +143,7 @@ class Probe(PaidByShare, PublicMetric):
             Centre and map.
         """
         metric = Metric(model.module.width).to(model.device)
-        made = self.of_head(model, self.made_up(model), self.clip_norm / self.head_clip_share)
+        made = self.of_head(model, self.of_made_up().texts(model), self.clip_norm / self.head_clip_share)
         head = {name: p.detach().clone() for name, p in model.head.items()}
         before, model.module.metric = model.module.metric, metric
         try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -114,8 +114,8 @@ class PublicMetric(FromText):
         state = self.around(model, config, labels)
         if model.module.metric is not None:
             # A head of its own rounds learns better behind made-up words (``experiments/LOG.md``).
-            first = config.training.head_first
-            texts = self.made_up(model) if first else self._wording(model, config, labels)
+            told = self.of_made_up() if config.training.head_first else self
+            texts = told._wording(model, config, labels)
             state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
 
@@ -156,9 +156,9 @@ class PublicMetric(FromText):
             state[layer] = {"B": (B * (wanted / after)).float(), "V": V.float()}
         return state
 
-    def made_up(self, model: FederatedModel) -> list[Record]:
-        """Return ``MADE`` made-up records, which follow from the base model: every party makes the same."""
-        return replace(self, text=MADE_UP, text_sha256="", records=MADE).texts(model)
+    def of_made_up(self) -> Self:
+        """Return the start whose texts are ``MADE`` made-up ones, which follow from the base model."""
+        return replace(self, text=MADE_UP, text_sha256="", records=MADE)
 
     def _wording(self, model: FederatedModel, config: RunConfig, labels: Labels) -> list[Record]:
         """Return the public texts as records of the run's task."""

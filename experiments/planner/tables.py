@@ -194,12 +194,16 @@ def _print_bytes(console: Console, forecast: Forecast) -> None:
         )
     console.print(table)
     traffic = forecast.traffic
+    lighter = " in which the adapter moves" if traffic.up_run != config.rounds * traffic.up else ""
     console.print(
-        f"down and up: one site and round; run: {sites} sites, {config.rounds} rounds. * whole messages: "
+        f"down and up: one site and round{lighter}; run: {sites} sites, {config.rounds} rounds. * whole messages: "
         f"{traffic.message_down:,} down, {traffic.message_up:,} up."
     )
     if traffic.once_down or traffic.once_up:
-        console.print(f"once for each site: {traffic.once_down:,} bytes down, {traffic.once_up:,} up (initialisation).")
+        again = ", and down once more after the head's rounds" if traffic.sendings > 1 else ""
+        console.print(
+            f"once for each site: {traffic.once_down:,} bytes down, {traffic.once_up:,} up (initialisation){again}."
+        )
 
 
 def _print_machine(console: Console, forecast: Forecast) -> None:

@@ -15,6 +15,7 @@ from common.messages.tensors import fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from common.privacy.plan import PrivacyPlan
 from common.secure_sum import KeyOffer
+from common.starts.base import Start
 from server.model import ServerModel
 from strategies import STRATEGIES, of_turn
 from strategies.job import Job
@@ -39,19 +40,21 @@ class Traffic:
     """The whole message of a round, with header and framing."""
     message_up: int
     once_down: int
-    """Factors that are sent once, or a second time after ``training.head-first``."""
+    """With the first task alone: factors that are sent once."""
+    sendings: int
+    """How often they are: once, and once more after ``training.head-first`` if they are made anew then."""
     once_up: int
     """Only before round 1: what the start is made from."""
 
     def run(self, rounds: int, sites: int) -> tuple[int, int]:
         """Return payload bytes down and up of a whole run in which every site joins every round."""
-        return sites * (rounds * self.down + self.once_down), sites * (self.up_run + self.once_up)
+        return sites * (rounds * self.down + self.sendings * self.once_down), sites * (self.up_run + self.once_up)
 
 
 def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -> Traffic:
     """Return the bytes of the job's messages, by encoding them; ``plans`` are those of sites that are charged.
 
-    Where factors take turns, those of a round are those of the first in which the adapter moves.
+    Where factors take turns or columns are chosen, ``up`` is that of the first round in which the adapter moves.
     """
     strategy, rounds = job.strategy, range(1, job.config.rounds + 1)
     state = job.start(server_model.start)
@@ -81,7 +84,8 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         up_run=sum(_payload(_trained(job, server_model, number, task.state)) for number in rounds),
         message_down=message_bytes(down),
         message_up=message_bytes(up),
-        once_down=_payload(basis) * (2 if first > 1 else 1),
+        once_down=_payload(basis),
+        sendings=2 if first > 1 and type(job.origin).around_head is not Start.around_head else 1,
         once_up=sum(4 * math.prod(shape) for factors in statistic for shape in factors.values()),
     )
 

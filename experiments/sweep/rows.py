@@ -117,7 +117,8 @@ class Basis:
             row: the row.
             code_too: whether another version of the code counts.
         """
-        keys = sorted({*self.settings, *row.settings} - {"recipe"})  # what it has filled in is compared itself
+        # What a recipe has filled in is compared itself.
+        keys = sorted({*self.settings, *row.settings} - {"recipe", "data.records"})
         pairs = [(key, row.settings.get(key), self.settings.get(key)) for key in keys]
         pairs += [("sites", row.sites, self.sites), ("through", row.through, self.through)]
         pairs += [

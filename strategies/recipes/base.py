@@ -21,8 +21,6 @@ class Asked:
     """Keys of the settings that say something."""
     labels: int = 0
     """How many there are; 0: not known, or the task has none."""
-    records: int = 0
-    """About how many all sites have for training; 0: not known."""
 
     @property
     def clips(self) -> bool:
@@ -36,6 +34,8 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     """What ``recipe`` calls it."""
+    by_records: ClassVar[bool] = False
+    """Whether it goes by how many records there are (``data.records``)."""
 
     @abstractmethod
     def unfit(self, asked: Asked) -> str:

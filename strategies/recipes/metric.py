@@ -23,12 +23,13 @@ from typing import ClassVar
 
 from common.config.sections import Scalar
 from common.tasks import TASKS
+from common.words import counted
 from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.whole import own_method
 
 ROUNDS = 25
-ROUNDS_IN_ALL = 37
-"""With those of the head alone at the start, where no round 0 has it."""
+ROUNDS_OF_SUMS = 37
+"""With those of the head alone at the start, as no round 0 has it."""
 FEWEST = 10
 """Rounds below which its rates would not carry it far."""
 MOST_LABELS = 3
@@ -36,11 +37,17 @@ MOST_LABELS = 3
 LEAST_EPSILON = 5.0
 """Budget below which noise takes more than the adapter gives, between the two nearest that were tried, 3 and 8, of
 ``TRIED_SITES`` sites with ``TRIED_RECORDS`` records together, each with noise of its own."""
-TRIED_SITES, TRIED_RECORDS = 4, 7530
+TRIED_SITES, TRIED_RECORDS = 4, 7500
 FAR_EPSILON = 2.0
 """Budget below which the probe walks a quarter as far, between the two nearest that were tried, 1 and 3."""
 WITHOUT_CLIP = 2.0
 """Rate of whoever wants it without privacy, where longer steps diverge. It is no recipe for that: see ``plain``."""
+
+
+def counted_by(asked: Asked) -> int:
+    """Return about how many records share the noise; 0: nobody has said, or the unit is another."""
+    run = asked.settings
+    return run.data.records if run.privacy.unit == "record" else 0
 
 
 def least_epsilon(asked: Asked) -> float:
@@ -51,8 +58,8 @@ def least_epsilon(asked: Asked) -> float:
     as were tried. With 2,000 records, where this is 19, the adapter gained nothing at ε = 8 (``experiments/LOG.md``).
     """
     privacy, least = asked.settings.privacy, LEAST_EPSILON
-    if privacy.unit == "record" and asked.records:
-        least *= TRIED_RECORDS / asked.records
+    if counted_by(asked):
+        least *= TRIED_RECORDS / counted_by(asked)
     if not privacy.honest_sites:
         return least
     sites = privacy.honest_sites + privacy.colluders + privacy.drop_outs
@@ -64,6 +71,7 @@ class PublicMetricRecipe(Recipe):
     """The head, a LoRA of rank 2 in the public metric around it, and the head again."""
 
     name: ClassVar[str] = "metric"
+    by_records: ClassVar[bool] = True
 
     def unfit(self, asked: Asked) -> str:
         """Return what is not for it: another method, many labels, few rounds."""
@@ -77,8 +85,10 @@ class PublicMetricRecipe(Recipe):
             return f"there are {asked.labels} labels, and that takes {MOST_LABELS} at most"
         privacy, least = asked.settings.privacy, least_epsilon(asked)
         if privacy.epsilon < least and not privacy.noise_multiplier:
-            of = f"with {asked.records:,} records " if asked.records else ""
-            return f"privacy.epsilon is {privacy.epsilon:g}, and {of}that takes {least:.2g} at least"
+            of = f"with {counted(records, 'record')} " if (records := counted_by(asked)) else ""
+            return (
+                f"privacy.epsilon is {privacy.epsilon:g}, and {of}that takes {math.ceil(100 * least) / 100:g} at least"
+            )
         rounds = asked.settings.rounds
         return (
             f"rounds is {rounds}, and that takes {FEWEST} at least"
@@ -87,18 +97,19 @@ class PublicMetricRecipe(Recipe):
         )
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
-        """Return the whole method; of ``rounds`` the last are for the head alone, and without a probe the first are."""
-        probed = "paid release" in asked.settings.privacy.mechanism.starts
-        rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS if probed else ROUNDS_IN_ALL
-        first = 0 if probed else rounds // 3
-        refit = max(1, rounds // (5 if probed else 7))
+        """Return the whole method; of ``rounds`` the last are for the head alone, and in a sum the first are, too."""
+        training, mechanism = asked.settings.training, asked.settings.privacy.mechanism
+        probed, summed = "paid release" in mechanism.starts, mechanism.summed
+        rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS_OF_SUMS if summed else ROUNDS
+        first = training.head_first if "training.head-first" in asked.given else rounds // 3 if summed else 0
+        refit = training.refit if "training.refit" in asked.given else max(1, rounds // (7 if summed else 5))
         privacy, least = asked.settings.privacy, least_epsilon(asked) * FAR_EPSILON / LEAST_EPSILON
         far = privacy.epsilon >= least or privacy.noise_multiplier
         of_probe: dict[str, Scalar] = {"start.rate": 4.0 if far else 1.0, "start.sample-rate": 1.0}
         return {
             "rounds": rounds,
             "evaluate-every": 5,
-            "head-rate": 0.04 if probed else 0.4,
+            "head-rate": 0.4 if summed else 0.04 if probed else 0.2,
             "adapter.name": "lora-metric",
             "adapter.start": "probe" if probed else "public-metric",
             "adapter.rank": 2,
@@ -115,7 +126,7 @@ class PublicMetricRecipe(Recipe):
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
             "training.sample-rate": 1.0,
-            **({} if probed else {"training.head-first": first}),
-            "training.linearised": rounds - first - refit,
+            **({"training.head-first": first} if summed else {}),
+            "training.linearised": max(0, rounds - first - refit),
             "training.refit": refit,
         }

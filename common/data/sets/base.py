@@ -37,8 +37,6 @@ class NamedDataset:
     """The name of each label by what the column holds, in the labels' order; empty: records have none."""
     label_phrases: tuple[tuple[str, ...], ...] = ()
     """Phrases for ``head.start = "label-words"``, by label; made up, none was taken from a record."""
-    records: int = 0
-    """How many records it has; 0: not counted."""
     only: tuple[str, str] | None = None
     """Column and the value that a row must have there to belong."""
     read: Callable[[Path], Table] = read_file

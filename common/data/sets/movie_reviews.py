@@ -24,7 +24,6 @@ ENDING_WORDS = 40
 def _of_source(
     name: str,
     source: str,
-    records: int,
     shares: tuple[str, ...],
     sentences_sha256: str,
     cut: Callable[[str], str] | None = None,
@@ -37,7 +36,6 @@ def _of_source(
         label="label",
         labels={"0": "negative", "1": "positive"},
         label_phrases=phrases.SENTIMENT,
-        records=records,
         only=("source", source),
         cut=cut,
         shares_sentences_with=shares,
@@ -48,21 +46,18 @@ def _of_source(
 ROTTEN_TOMATOES = _of_source(
     "rotten-tomatoes",
     "rotten_tomatoes",
-    8530,
     tuple(SPLITS),
     "571193cbcee785b04ea0b7d3ac61426b3f7343f2384718c00ac04d3f80f68511",
 )
 IMDB = _of_source(
     "imdb",
     "imdb",
-    25000,
     ("imdb-endings",),
     "9e74f2d77ee40aa269b0a5f7e68f06e6bb56382c84d51d4f37d21f29afdbbef7",
 )
 IMDB_ENDINGS = _of_source(
     "imdb-endings",
     "imdb",
-    25000,
     ("imdb",),
     "bae68a80b75ca59f8f7b19436d0effeff77ca4036b8185b6db2495070d16d606",
     lambda text: ending_of(text, ENDING_WORDS),

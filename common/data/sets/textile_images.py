@@ -15,5 +15,4 @@ TEXTILE_IMAGES = NamedDataset(
     ),
     task="image-classification",
     labels={name: name for name in ("nominal", "local", "global")},
-    records=2000,
 )
