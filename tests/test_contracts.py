@@ -35,7 +35,7 @@ from contracts import (
 
 from common.adapters import LoRADiagonal
 from common.errors import ConfigError
-from common.starts import STARTS, class_means, probe
+from common.starts import STARTS, class_means
 from common.starts.dp_eva import DPEVA
 from common.starts.dp_lora_ga import DPLoRAGA
 from common.starts.eva import EVA
@@ -56,7 +56,7 @@ def contracts(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[
         patch.setattr(conduct, "write_reports", lambda *_, **__: None)
         # A map of the tiny models' 16 features needs no more made-up texts, each of which is a pass of its own.
         patch.setattr(class_means, "MADE", 48)
-        patch.setattr(probe, "TEXTS", 48)
+        patch.setattr("common.starts.public_metric.MADE", 48)
         yield Contracts(World(folder, model_folder))
     shutil.rmtree(folder)
 

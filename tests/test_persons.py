@@ -237,7 +237,7 @@ def test_every_paid_start_draws_and_clips_persons(
     if hasattr(start, "steps"):
         start = replace(start, steps=1)  # type: ignore[call-arg]
     records = [{**record, OWNER: 0} for record in world.records]
-    with patch("common.starts.probe.TEXTS", 8), patch("common.starts.class_means.MADE", 8):
+    with patch("common.starts.public_metric.MADE", 8), patch("common.starts.class_means.MADE", 8):
         statistic = start.privatise(world.model, records, figures)
     assert set(sizes) == {1}, "it drew records, and not persons"
     length = norm([t for layer in statistic.values() for t in layer.values()])

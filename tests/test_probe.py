@@ -25,7 +25,7 @@ from common.privacy.accounting import epsilon, gaussian_release
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import probe
+from common.starts import public_metric
 from common.starts.base import Labels
 from common.starts.probe import Probe
 from common.tasks import TASKS, Record
@@ -85,7 +85,7 @@ def settings(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the map be of 64 made-up texts, not 512: each is a pass, at every site and at the server."""
-    monkeypatch.setattr(probe, "TEXTS", 64)
+    monkeypatch.setattr("common.starts.public_metric.MADE", 64)
 
 
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_without_noise_it_is_clipped_gradient_descent_on_whitened_features(
     released = start.privatise(model, records, gaussian_plan(1.0, 1.0, 1.0, 4.0, 1e-5, 8.0))[HEAD]
 
     # The slow way, in float64: the same map, one record after another.
-    texts = replace(start, text="made-up", records=probe.TEXTS).texts(model)
+    texts = replace(start, text="made-up", records=public_metric.MADE).texts(model)
     seen = torch.cat([model.features(model.batch([t])).double() for t in texts])
     centre = seen.mean(0)
     values, vectors = torch.linalg.eigh((seen - centre).T @ (seen - centre) / len(seen))

@@ -26,7 +26,7 @@ from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS, probe
+from common.starts import STARTS
 from common.starts.base import Labels
 from common.starts.probe import Probe
 from common.tasks import TASKS, Record
@@ -275,7 +275,7 @@ def test_a_schedule_without_a_refit_is_as_it_was() -> None:
 
 
 def test_the_probe_keeps_its_map_where_the_head_has_one(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "TEXTS", 48)
+    monkeypatch.setattr("common.starts.public_metric.MADE", 48)
     start, states = Probe(records=12), list[AdapterState]()
     step = {"weight": torch.full((2, 32), 0.02), "bias": torch.tensor([0.3, -0.3])}
     for metric in ("none", "public"):
@@ -315,7 +315,7 @@ def test_the_probe_keeps_its_map_where_the_head_has_one(model_folder: Folder, mo
 def test_a_run_ends_within_its_budget_with_the_adapter_of_its_first_rounds(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "TEXTS", 48)
+    monkeypatch.setattr("common.starts.public_metric.MADE", 48)
     more = {
         "strategy": "fedavg-lora",
         "rounds": 3,
