@@ -186,6 +186,8 @@ def _print_bytes(console: Console, forecast: Forecast) -> None:
         table.add_column(column, justify="right")
     for name, (down, up) in forecast.payloads.items():
         own = name == forecast.job.strategy.name
+        if own:
+            down, up = forecast.traffic.down, forecast.traffic.up
         total = (
             forecast.traffic.run(config.rounds, sites) if own else tuple(config.rounds * sites * n for n in (down, up))
         )
