@@ -116,6 +116,15 @@ def test_the_plan_of_a_sum_in_three_phases_is_what_the_run_does(toy_settings: di
 
 
 @pytest.mark.usefixtures("rough_prices")
+def test_factors_that_are_not_made_anew_around_the_head_are_planned_once(toy_settings: dict[str, Any]) -> None:
+    own = {"strategy": "ffa-lora", "adapter.start": "eva", "start.records": 8, "rounds": 3, "training.head-first": 1}
+    settings = {**toy_settings, **own, "training.optimizer": "sgd", "training.local-steps": 1}
+    assert planned(settings).traffic.sendings == 1
+    assert planned(settings).traffic.once_down > 0
+    check_that_plan_is_run(settings)
+
+
+@pytest.mark.usefixtures("rough_prices")
 def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {**toy_settings, **SUMMED, "rounds": 3, "round-retries": 1}
     before = planned(settings, (60, 60, 60))
