@@ -38,13 +38,11 @@ from common.model.shapes import FixedBatch
 from common.privacy.plan import PrivacyPlan
 from common.privacy.steps import Around
 from common.starts.base import Labels, PaidByShare, seeded
-from common.starts.public_metric import PublicMetric
+from common.starts.public_metric import MADE, PublicMetric
 from common.starts.public_text import MADE_UP
 from common.tasks import TASKS, Batch, Record
 from common.tasks.featured import FEATURES
 
-MADE = 512
-"""Made-up records that every party takes the map from."""
 COUNT = 0.25
 """What a record adds to its label's count, over the clip norm: little, so that it uses up little of that."""
 FEWEST = 0.1
