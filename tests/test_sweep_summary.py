@@ -17,6 +17,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from cli.main import app
+from common.adapters import ADAPTERS
 from common.errors import ConfigError, DataError
 from experiments.sweep.arms import ARMS
 from experiments.sweep.conduct import row_words
@@ -25,6 +26,7 @@ from experiments.sweep.published import SHIPPED, Published, read_published
 from experiments.sweep.rows import Row, write_rows
 from experiments.sweep.summary import beside, groups, interval, markdown_of
 from reports.scores import beside_cells
+from strategies import ROWS
 from strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +150,14 @@ def test_columns_of_newer_rows_stand_where_a_row_has_them() -> None:
         [" 36,864 ", " yes ", " 90.0 s "],
     ]
     assert "numbers" not in markdown_of([row(0.75)])
+
+
+@pytest.mark.parametrize("strategy", ROWS)
+def test_a_row_of_every_rule_has_its_line_the_control_arms_too(strategy: str) -> None:
+    plain = row(0.75, sent=36_864)
+    settings = {**plain.settings, "strategy": strategy, "adapter.name": "lora"}
+    line = markdown_of([replace(plain, settings=settings)]).splitlines()[2]
+    assert line.split("|")[-2] == (" yes " if ROWS[strategy].exact(ADAPTERS["lora"]) else " no ")
 
 
 def test_a_seeds_processor_time_is_that_of_all_its_sites_alone() -> None:

@@ -18,7 +18,7 @@ from common.words import UNKNOWN, bytes_text, counted, seconds_text
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.rows import Row
-from strategies import STRATEGIES
+from strategies import ROWS
 
 CONFIDENCE = 0.95
 
@@ -153,7 +153,7 @@ def _of_a_seed(seeds: Sequence[Sequence[float | None]]) -> float | None:
 
 
 def _exact(settings: Mapping[str, Scalar]) -> bool:
-    strategy, adapter = STRATEGIES[str(settings["strategy"])], ADAPTERS[str(settings["adapter.name"])]
+    strategy, adapter = ROWS[str(settings["strategy"])], ADAPTERS[str(settings["adapter.name"])]
     return strategy.exact(adapter)
 
 
