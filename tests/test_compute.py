@@ -50,55 +50,76 @@ def compute_of(run: MadeRun) -> ComputeReport:
     return compute
 
 
-def by_hand(joined: int = 25) -> dict[str, float]:
-    """Count the default recipe of 25 rounds, record by record, where each site joined so many of the first rounds."""
+def by_hand(joined: int = 37) -> dict[str, float]:
+    """Count the default recipe of 37 rounds, record by record, where each site joined so many of the first rounds."""
     forward = 2 * N * TOKENS
-    parts = {PROBE: 0.0, PASS: 0.0, CHEAP: 0.0, REFIT: 0.0}
+    parts = {PASS: 0.0, CHEAP: 0.0, REFIT: 0.0}
     for records in SITES.values():
-        for _ in range(MADE):  # by which features are whitened
-            parts[PROBE] += forward
-        parts[PROBE] += records * forward  # features, once
-        for _ in range(40):  # steps on the head: forward, and twice for its gradient
-            parts[PROBE] += records * 6 * H
-        parts[PASS] += records * 3 * forward  # the one label after the first, with its gradient
-        for _ in range(min(joined, 20)):
+        parts[REFIT] += records * forward  # features of the base model, once
+        for _ in range(min(joined, 12)):  # steps on the head: forward, and twice for its gradient
+            parts[REFIT] += records * 6 * H
+        if joined > 12:
+            parts[PASS] += records * 3 * forward  # the one label after the first, with its gradient
+        for _ in range(min(joined, 32) - 12):
             parts[CHEAP] += records * (2 * P + 2 * P + 2 * H)  # logits, gradient; the head's logits
-        if joined > 20:
-            parts[REFIT] += records * forward
-        for _ in range(joined - 20):
+        if joined > 32:
+            parts[REFIT] += records * forward  # features of the adapter as it is
+        for _ in range(joined - 32):
             parts[REFIT] += records * 6 * H
     return {what: count for what, count in parts.items() if count}
 
 
-def check_default(data: ReportData) -> None:
+def probe_by_hand() -> float:
+    """Count the steps of the head in one round, before the others."""
+    forward, count = 2 * N * TOKENS, 0.0
+    for records in SITES.values():
+        for _ in range(MADE):  # by which features are whitened
+            count += forward
+        count += records * forward
+        for _ in range(40):
+            count += records * 6 * H
+    return count
+
+
+def check(data: ReportData, probed: bool = False) -> None:
     assert data.compute is not None
-    assert data.compute.parts == pytest.approx(by_hand())
+    wanted = {PROBE: probe_by_hand()} if probed else {}
+    assert data.compute.parts == pytest.approx({**by_hand(), **wanted})
 
 
 @pytest.fixture(scope="module")
 def default(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     """A run of the default job whose sites joined every round."""
     settings = configure({}).settings()
-    wanted: dict[str, Any] = {"rounds": 25, "training.linearised": 20, "training.refit": 5, "training.local-steps": 1}
-    wanted |= {"training.sample-rate": 1.0, "adapter.start": "probe", "start.steps": 40, "model.max-length": TOKENS}
+    wanted: dict[str, Any] = {"rounds": 37, "training.head-first": 12, "training.linearised": 20, "training.refit": 5}
+    wanted |= {"training.local-steps": 1, "training.sample-rate": 1.0, "model.max-length": TOKENS}
     assert {key: settings[key] for key in wanted} == wanted, "the default recipe is another: count it anew"
-    return made(tmp_path_factory.mktemp("default") / "run", {}, list(range(1, 26)), start=True)
+    return made(tmp_path_factory.mktemp("default") / "run", {}, list(range(1, 38)))
 
 
-def test_the_default_recipes_operations_are_those_counted_by_hand(default: MadeRun) -> None:
-    check_default(report_of(default.folder))
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+    """The same with a head that is fitted in a paid round 0 as well."""
+    own = {"recipe": "metric", "adapter.start": "probe", "start.sample-rate": 1.0}
+    return made(tmp_path_factory.mktemp("probed") / "run", own, list(range(1, 38)), start=True)
+
+
+def test_the_default_recipes_operations_are_those_counted_by_hand(default: MadeRun, probed: MadeRun) -> None:
+    check(report_of(default.folder))
+    check(report_of(probed.folder), probed=True)
 
 
 @pytest.mark.parametrize("fault", ["FORWARD", "GRADIENT", "MADE"])
-def test_a_wrong_count_is_found_out(default: MadeRun, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_a_wrong_count_is_found_out(probed: MadeRun, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     monkeypatch.setattr(f"reports.compute.{fault}", 3)
     with pytest.raises(AssertionError):
-        check_default(report_of(default.folder))
+        check(report_of(probed.folder), probed=True)
 
 
 def test_a_run_that_ended_before_the_refit_has_none(tmp_path: Path) -> None:
-    run = made(tmp_path / "run", {}, list(range(1, 8)), start=True)
-    assert compute_of(run).parts == pytest.approx(by_hand(7))
+    for joined in (7, 19):
+        run = made(tmp_path / str(joined), {}, list(range(1, joined + 1)))
+        assert compute_of(run).parts == pytest.approx(by_hand(joined))
 
 
 def test_a_second_linearisation_passes_over_all_records_again(tmp_path: Path) -> None:

@@ -246,15 +246,14 @@ def test_the_readmes_run_has_the_figures_of_docs_demo_and_the_picture_is_of_them
     config = job.config
     assert picture.title == f"{config.strategy} on {config.model.name} and {config.data.name}", "this is another job"
     assert (picture.budget, picture.delta) == (config.privacy.epsilon, config.privacy.delta)
-    start, *rounds = picture.rounds
+    rounds = picture.rounds
     total = config.rounds
     assert [line.number for line in rounds] == list(range(1, total + 1))
     lines = [
         f"{picture.title}: 4 sites, {total} rounds of 1 step, ε ≤ 8 at δ = 1e-05 for each site",
-        f"initialisation by probe, public text of SHA-256 {job.origin.fingerprint}: 4 sites, "
-        f"ε {epsilon_text(start.epsilon)}, worst site",
+        f"initialisation by {config.adapter.start}, public text of SHA-256 {job.origin.fingerprint}: 0 sites, "
+        "no record used",
         f"before training: accuracy {percent_text(picture.before)}",
-        f"after round 0: accuracy {percent_text(start.accuracy)}",
         *(
             f"round {line.number}/{total}  "
             + (f"accuracy {percent_text(line.accuracy)}  loss {line.loss:.3f}" if line.accuracy else "not scored")

@@ -115,7 +115,6 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     path.write_text("text,label\n" + "".join(f"note {i},kind {i % 2}\n" for i in range(15_000)), "utf-8")
     settings, note = with_recipe(many)
     assert (settings["recipe"], settings["data.records"], note) == ("metric", 14_000, "")
-    assert configure(settings).settings()["start.rate"] == 4.0
     assert configure(with_recipe({**many, "recipe": "metric"})[0]).settings() == configure(settings).settings()
     apart, note = with_recipe(many, divided=False)
     assert (apart["recipe"], "data.records" in apart) == ("head-only", False), "real sites hold records of their own"
@@ -134,9 +133,9 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
 def test_what_is_set_stands_and_the_rest_is_the_recipes() -> None:
     job = configure({"rounds": 50, "adapter.rank": 8, "start.text": "phrases"})
     training = job.config.training
-    assert (job.config.rounds, training.linearised, training.refit) == (50, 40, 10)
+    assert (job.config.rounds, training.head_first, training.linearised, training.refit) == (50, 16, 27, 7)
     assert (job.config.adapter.rank, job.settings()["start.text"]) == (8, "phrases")
-    assert (job.config.adapter.name, job.config.adapter.start) == ("lora-metric", "probe")
+    assert (job.config.adapter.name, job.config.adapter.start) == ("lora-metric", "public-metric")
     assert sorted(job.chosen()) == ["adapter.rank", "rounds", "start.text"]
     plain = configure({"recipe": "plain", "rounds": 25})
     assert (plain.config.rounds, plain.config.training.linearised) == (25, 0)
@@ -156,13 +155,14 @@ def test_a_recipe_fills_in_settings_that_exist_in_their_kind(name: str, mode: st
 
 
 @pytest.mark.parametrize(("rounds", "phases"), [(None, (12, 20, 5)), (50, (16, 27, 7)), (10, (3, 6, 1))])
-def test_a_sum_fits_the_head_in_its_first_rounds(rounds: int | None, phases: tuple[int, ...]) -> None:
-    asked = {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, **({"rounds": rounds} if rounds else {})}
-    config = configure(asked).config
-    assert (config.training.head_first, config.training.linearised, config.training.refit) == phases
-    assert sum(phases) == config.rounds == (rounds or 37)
-    own = configure({"rounds": rounds} if rounds else {}).config.training
-    assert own.head_first == 0, "there the start's round 0 fits it"
+def test_the_head_is_fitted_in_the_first_rounds_and_in_the_last(rounds: int | None, phases: tuple[int, ...]) -> None:
+    asked = {"recipe": "metric", **({"rounds": rounds} if rounds else {})}
+    for own in ({}, {"privacy.mode": "secure-sum", "privacy.honest-sites": 3}):
+        config = configure({**asked, **own}).config
+        assert (config.training.head_first, config.training.linearised, config.training.refit) == phases
+        assert sum(phases) == config.rounds == (rounds or 37)
+    without = configure({**asked, "privacy.mode": "none"}).config.training
+    assert without.head_first == 0, "without a clip its steps are other ones"
 
 
 def test_what_is_left_open_may_be_said() -> None:
@@ -254,7 +254,7 @@ def test_derivatives_that_no_site_should_hold_are_refused_before_a_charge_and_th
 ) -> None:
     monkeypatch.setattr(linearised, "MOST_BYTES", 20_000)  # 100 records × 144 numbers × 2 bytes are more
     settings = mpnet_settings(toy_settings, tmp_path / "mpnet")
-    with pytest.raises(RunFailed, match=r"round 0: .*GiB, above .* or set recipe to 'head-only'"):
+    with pytest.raises(RunFailed, match=r"round 1: .*GiB, above .* or set recipe to 'head-only'"):
         run_in_process(settings, 2)
     for path in Path(str(settings["output"])).rglob("*.sqlite"):
         with Ledger(path) as ledger:
@@ -271,12 +271,3 @@ def test_a_recipe_of_long_steps_takes_shorter_ones_where_nothing_is_clipped(reci
     assert rates["dp-sgd"] == rates["secure-sum"] > 10 * rates["none"]
     own = {"recipe": recipe, "privacy.mode": "none", "server.learning-rate": 5.0}
     assert configure(own).config.server.learning_rate == 5.0
-
-
-def test_the_probe_walks_less_far_under_much_noise() -> None:
-    rates = {
-        epsilon: configure({"recipe": "metric", "privacy.epsilon": epsilon}).settings()["start.rate"]
-        for epsilon in (1.0, 3.0, 8.0)
-    }
-    assert rates == {1.0: 1.0, 3.0: 4.0, 8.0: 4.0}
-    assert configure({"recipe": "metric", "privacy.epsilon": 1.0, "data.records": 20000}).settings()["start.rate"] == 4

@@ -130,8 +130,9 @@ def served(bare: Path, model_folder: Callable[[str], str], tmp_path_factory: pyt
     toy = toy_run(model_folder("bert"), place)
     default = run_in_process(default_job(toy, PublicMetricRecipe()), 2)
     settings = read_file(ConfigFile, default).settings
-    made = ("adapter.name", "adapter.start", "head.metric", "training.linearised", "training.refit")
-    assert [settings[key] for key in made] == ["lora-metric", "probe", "public", FEWEST - 2, 2]
+    made = ("adapter.name", "head.metric", "training.head-first", "training.linearised", "training.refit")
+    assert [settings[key] for key in made] == ["lora-metric", "public", 3, 6, 1]
+    assert FEWEST == 3 + 6 + 1
     stock = run_in_process(stock_job(toy, place / "stock"), 2)
     causal = run_in_process(causal_job(toy, place, model_folder("llama")), 2)
     folders = {kind: place / f"out-{kind}" for kind in ("default", "faulty", "seq-cls", "causal")}

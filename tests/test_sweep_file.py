@@ -78,7 +78,7 @@ def default_of(name: str, epsilon: float | None) -> str:
     own = {key: value for key, value in base.items() if key.startswith(("data.", "model."))}
     privacy = {"privacy.mode": "none"} if epsilon is None else {"privacy.epsilon": epsilon}
     recipe = configure({**own, **privacy}).config.recipe
-    return {"metric": "probe", "head-only": "head-only", "plain": "fedavg-lora"}[recipe]
+    return {"metric": "metric", "head-only": "head-only", "plain": "fedavg-lora"}[recipe]
 
 
 @pytest.mark.parametrize("name", ["rotten-tomatoes", "sst2", "snli", "reuters"])
@@ -91,7 +91,9 @@ def test_beside_every_method_stand_the_fitted_head_and_runs_of_each_site_and_of_
         default = (default_of(name, epsilon), epsilon)
         with_arms = {(cell.variant, cell.epsilon, cell.arm) for cell in cells}
         assert {(*default, arm) for arm in ("federated", "local-only", "pooled")} <= with_arms
-    open_runs = [cell for cell in cells if cell.variant == "probe" and cell.epsilon is None and cell.arm == "federated"]
+    open_runs = [
+        cell for cell in cells if cell.variant == "metric" and cell.epsilon is None and cell.arm == "federated"
+    ]
     assert [cell.job(Path()).config.adapter.start for cell in open_runs] == ["public-metric"] * len(open_runs)
     assert len(open_runs) == (0 if name == "reuters" else 3)
 

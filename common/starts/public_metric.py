@@ -109,9 +109,14 @@ class PublicMetric(FromText):
         return seeded(place, wanted)
 
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
-        """Return B and V of every adapted layer, B scaled."""
+        """Return B and V of every adapted layer, B scaled.
+
+        Where the head has rounds of its own first, they are made anew after these. Made now as well, they show what is
+        wrong with the text before a site has paid. A head that is the same for all labels shows nothing, and moves.
+        """
         model.write(model.start)
-        state = self.around(model, config, labels)
+        silent = config.training.head_first and _silent(model)
+        state: AdapterState = {} if silent else self.around(model, config, labels)
         if model.module.metric is not None:
             # A head of its own rounds learns better behind made-up words (``experiments/LOG.md``).
             told = self.of_made_up() if config.training.head_first else self
@@ -214,6 +219,12 @@ class PublicMetric(FromText):
         if not grams:
             raise ModelError("no public text has a gradient: set head.start to 'label-words' or 'random'")
         return {layer: leading_rows(gram, model.adapter.rank).T for layer, gram in grams.items()}
+
+
+def _silent(model: FederatedModel) -> bool:
+    """Whether the head says the same of every label, so that no text has a gradient below it."""
+    weight = model.head["weight"].detach()
+    return bool((weight == weight[0]).all())
 
 
 def _labelled(model: FederatedModel, labels: Labels) -> list[Record]:

@@ -1,14 +1,12 @@
 """The head first, then a small adapter in the public metric around it, then the head again.
 
-In round 0 the sites fit the head on features that each record has once. Then they train the value layers to first order
-around that, in directions and a metric that public sentences tell: one pass over the records, and steps on all of them
-that cost next to nothing. In the last rounds the adapter rests, and the head is fitted to what it has become. A secure
-sum has no round 0. There the first third of the rounds is of the head alone, and the server makes directions and metric
-anew around it.
+In the first third of the rounds the sites fit the head on features that each record has once, and the server makes
+directions and metric anew around it, as public sentences tell them. Then the sites train the value layers to first
+order around that: one pass over the records, and steps on all of them that cost next to nothing. In the last rounds the
+adapter rests, and the head is fitted to what it has become.
 
-Under much noise the adapter gains little and takes four times as long: on IMDB 0.6 points at ε = 3, which three runs
-cannot tell from nothing, and none at ε = 1. So a run with more noise than ``least_epsilon`` allows is for the head
-alone.
+Under much noise the adapter gains little and takes four times as long as the head alone. So a run with more noise than
+``least_epsilon`` allows is for that.
 
 The figures were chosen on IMDB and 20 Newsgroups (``experiments/LOG.md``). The rate is for little noise; where there is
 more, ``server.most-noise`` lowers it.
@@ -27,9 +25,9 @@ from common.words import counted
 from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.whole import own_method
 
-ROUNDS = 25
-ROUNDS_OF_SUMS = 37
-"""With those of the head alone at the start, as no round 0 has it."""
+ROUNDS = 37
+ROUNDS_FROM_WORDS = 25
+"""Of whoever wants it without privacy, where no round is of the head alone at the start."""
 FEWEST = 10
 """Rounds below which its rates would not carry it far."""
 MOST_LABELS = 3
@@ -38,8 +36,6 @@ LEAST_EPSILON = 5.0
 """Budget below which noise takes more than the adapter gives, between the two nearest that were tried, 3 and 8, of
 ``TRIED_SITES`` sites with ``TRIED_RECORDS`` records together, each with noise of its own."""
 TRIED_SITES, TRIED_RECORDS = 4, 7500
-FAR_EPSILON = 2.0
-"""Budget below which the probe walks a quarter as far, between the two nearest that were tried, 1 and 3."""
 WITHOUT_CLIP = 2.0
 """Rate of whoever wants it without privacy, where longer steps diverge. It is no recipe for that: see ``plain``."""
 
@@ -98,26 +94,21 @@ class PublicMetricRecipe(Recipe):
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return the whole method; of ``rounds`` the last are for the head alone, and in a sum the first are, too."""
-        training, mechanism = asked.settings.training, asked.settings.privacy.mechanism
-        probed, summed = "paid release" in mechanism.starts, mechanism.summed
-        rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS_OF_SUMS if summed else ROUNDS
-        first = training.head_first if "training.head-first" in asked.given else rounds // 3 if summed else 0
-        refit = training.refit if "training.refit" in asked.given else max(1, rounds // (7 if summed else 5))
-        privacy, least = asked.settings.privacy, least_epsilon(asked) * FAR_EPSILON / LEAST_EPSILON
-        far = privacy.epsilon >= least or privacy.noise_multiplier
-        of_probe: dict[str, Scalar] = {"start.rate": 4.0 if far else 1.0, "start.sample-rate": 1.0}
+        training = asked.settings.training
+        rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS if asked.clips else ROUNDS_FROM_WORDS
+        first = training.head_first if "training.head-first" in asked.given else rounds // 3 if asked.clips else 0
+        refit = training.refit if "training.refit" in asked.given else max(1, rounds // (7 if asked.clips else 5))
         return {
             "rounds": rounds,
             "evaluate-every": 5,
-            "head-rate": 0.4 if summed else 0.04 if probed else 0.2,
+            "head-rate": 0.4 if asked.clips else 0.2,
             "adapter.name": "lora-metric",
-            "adapter.start": "probe" if probed else "public-metric",
+            "adapter.start": "public-metric",
             "adapter.rank": 2,
             "adapter.targets": "values",
             "start.text": "prose",
             "start.records": 600,
             "start.clip-share": 1.2,
-            **(of_probe if probed else {}),
             "head.metric": "public",
             "server.optimizer": "momentum",
             "server.momentum": 0.8,
@@ -126,7 +117,7 @@ class PublicMetricRecipe(Recipe):
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
             "training.sample-rate": 1.0,
-            **({"training.head-first": first} if summed else {}),
+            "training.head-first": first,
             "training.linearised": max(0, rounds - first - refit),
             "training.refit": refit,
         }
