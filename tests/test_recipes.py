@@ -31,37 +31,38 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
     [
         ({}, "metric", ""),
         ({"privacy.epsilon": 5.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
-        ({"privacy.epsilon": 3.0}, "head-only", "because privacy.epsilon is 3, and that takes 5 at least"),
+        ({"privacy.epsilon": 1.0}, "metric", ""),
+        ({"privacy.epsilon": 0.5}, "head-only", "because privacy.epsilon is 0.5, and that takes 1 at least"),
         (
-            {"data.name": "reviews.csv", "data.labels": "a,b", "privacy.epsilon": 3.0},
+            {"data.name": "reviews.csv", "data.labels": "a,b", "privacy.epsilon": 0.5},
             "head-only",
-            "and that takes 5 at",
+            "and that takes 1 at",
         ),
-        ({"data.records": 20000, "privacy.epsilon": 3.0}, "metric", ""),
-        ({"data.records": 2000}, "head-only", "is 8, and with 2000 records that takes 18.75 at least"),
-        ({"data.records": 67000, "privacy.epsilon": 1.0}, "metric", ""),
-        ({"data.records": 67000, "privacy.epsilon": 0.5}, "head-only", "with 67000 records that takes 0.56 at least"),
-        ({"data.records": 1, "privacy.epsilon": 500.0}, "head-only", "with 1 record that takes 37500 at least"),
+        ({"data.records": 20000, "privacy.epsilon": 0.5}, "metric", ""),
+        ({"data.records": 500}, "head-only", "is 8, and with 500 records that takes 15 at least"),
+        ({"data.records": 67000, "privacy.epsilon": 0.2}, "metric", ""),
+        ({"data.records": 67000, "privacy.epsilon": 0.1}, "head-only", "with 67000 records that takes 0.12 at least"),
+        ({"data.records": 1, "privacy.epsilon": 500.0}, "head-only", "with 1 record that takes 7500 at least"),
         (
-            {"data.records": 67000, "data.person": "reader", "privacy.unit": "person", "privacy.epsilon": 1.0},
+            {"data.records": 67000, "data.person": "reader", "privacy.unit": "person", "privacy.epsilon": 0.5},
             "head-only",
-            "because privacy.epsilon is 1, and that takes 5 at least",
+            "because privacy.epsilon is 0.5, and that takes 1 at least",
         ),
-        ({"privacy.epsilon": 3.0, "privacy.noise-multiplier": 0.5}, "metric", ""),
+        ({"privacy.epsilon": 0.5, "privacy.noise-multiplier": 0.5}, "metric", ""),
         ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
         ({"rounds": 50}, "metric", ""),
         ({"data.name": "snli-dev", "privacy.delta": 1e-4}, "metric", ""),
         ({"privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "metric", ""),
         ({"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 3.0}, "metric", ""),
         (
-            {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 2.0},
+            {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 0.5},
             "head-only",
-            "because privacy.epsilon is 2, and that takes 2.89 at least",
+            "because privacy.epsilon is 0.5, and that takes 0.58 at least",
         ),
         (
-            {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 3.0},
+            {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 0.6},
             "head-only",
-            "because privacy.epsilon is 3, and that takes 4.34 at least",
+            "because privacy.epsilon is 0.6, and that takes 0.87 at least",
         ),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
         ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
@@ -111,7 +112,7 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
         settings, note = with_recipe({"data.name": str(path)})
         assert settings["recipe"] == recipe == configure(settings).config.recipe
         assert ("there are 5 labels" in note) == (count == 5)
-    many = {"data.name": str(path), "privacy.epsilon": 3.0, "data.test-size": 30}
+    many = {"data.name": str(path), "privacy.epsilon": 0.6, "data.test-size": 30}
     path.write_text("text,label\n" + "".join(f"note {i},kind {i % 2}\n" for i in range(15_000)), "utf-8")
     settings, note = with_recipe(many)
     assert (settings["recipe"], settings["data.records"], note) == ("metric", 14_000, "")
