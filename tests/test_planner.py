@@ -292,7 +292,7 @@ def test_without_privacy_there_is_no_claim_but_bytes_and_time(tmp_path: Path, to
 
 def test_the_plan_says_if_so_many_records_have_another_recipe(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
     kept = ("model.name", "model.max-length", "data.test-size", "privacy.delta", "output")
-    own = {"data.name": "records.csv", "data.labels": "bad,good", "privacy.epsilon": 3.0, "rounds": 10}
+    own = {"data.name": "records.csv", "data.labels": "bad,good", "privacy.epsilon": 0.5, "rounds": 10}
     settings = {**{key: toy_settings[key] for key in kept if key in toy_settings}, **own}
     told = run_plan(tmp_path, settings, "--sizes", "9000,9000", "--no-calibration")
     assert "with data.records = 18000, as these sites have, recipe is 'metric'" in " ".join(told.stdout.split())
