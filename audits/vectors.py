@@ -1,6 +1,7 @@
-"""Canaries where steps run on vectors: round 0 of a probe, and the rounds of a linearised model.
+"""Canaries where steps run on vectors: rounds of the head alone, of a linearised model, and round 0 of a probe.
 
-A probe's site releases the way that its head went, in many steps for one charge; a canary moves one number of the head.
+In a round of the head alone a site steps on features that it keeps; a canary moves one number of the head. A probe's
+site releases the way that its head went, in many steps for one charge.
 A linearised round's site steps on derivatives that it keeps; a canary's derivatives lie along one number of the
 adapter. Batches, clip, noise and price are the ones of a site. A coin decides which records are in, and every record is
 in every step (rate 1), because at small rates no audit of this size sees anything.
@@ -24,6 +25,7 @@ from audits.faults import DOUBLED, EVERY_SECOND, HALVED, SOUND, UNCLIPPED, Fault
 from audits.shell import each_of
 from audits.tiny_site import tiny_run
 from client.linearised import Derivatives, Keeping, Linearisation, below_head, linearised
+from client.refit import refit
 from common.messages.state import HEAD
 from common.model.federated import FederatedModel
 from common.privacy.accounting import epsilon
@@ -36,7 +38,7 @@ from common.tasks.featured import FEATURES, SCALES, TANGENTS
 from strategies.job import configure
 
 LABELS = 256
-"""Of the probe's head; each has as many canaries as the model's features are wide."""
+"""Of the head; each has as many canaries as the model's features are wide."""
 STEPS, NOISE, LENGTH = 9, 4.5, 5.0
 DELTA = 1e-5
 ROUNDS = 4
@@ -97,6 +99,28 @@ def audit_probe(folder: Path, fault: Fault = SOUND) -> Finding:
     return compared("canaries of a probe", fault, scores, present.numpy(), claimed)
 
 
+def audit_head(folder: Path, fault: Fault = SOUND) -> Finding:
+    """Let a site take steps on the head alone, on features that it keeps, with ``fault`` built in."""
+    job = configure({**tiny_run(folder), "strategy": "fedavg-lora"})
+    model = job.model(tuple(f"label {i}" for i in range(LABELS)))
+    weight = model.head["weight"]
+    size = weight.numel()
+    plan = gaussian_plan(1.0, NOISE, 1.0, float(size), DELTA, 100.0)
+    present = torch.rand(size) < 0.5
+    begun = weight.detach().clone()
+    keeping = Keeping(_OF, {}, "site", _SOURCE, lambda: None)
+    with fault.plant(), _canaries(model, present.nonzero().flatten(), LENGTH) as records:
+        with (
+            refit(model, records, keeping) as (seen, trained),
+            plan.steps(model, torch.optim.SGD(trained[HEAD].values(), lr=1.0)) as steps,
+        ):
+            for _ in range(STEPS):
+                steps.step(model.fixed_batches([seen[i] for i in plan.sample(len(seen))]), model.losses)
+        claimed = epsilon([plan.release(STEPS)], DELTA)
+    scores = (weight.detach() - begun).flatten().double().numpy() * size / STEPS
+    return compared("canaries of the head", fault, scores, present.numpy(), claimed)
+
+
 def audit_linearised(folder: Path, fault: Fault = SOUND) -> Finding:
     """Let a site take rounds of steps on kept derivatives, with ``fault`` built in."""
     job = configure({**tiny_run(folder), "strategy": "fedavg-lora", "training.linearised": 1})
@@ -136,6 +160,7 @@ def _way(model: FederatedModel, records: tuple[Record, ...], plan: Any) -> Tenso
 
 
 CASES: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
+    audit_head: (HALVED, EVERY_SECOND, DOUBLED, UNCLIPPED),
     audit_probe: (HALVED, EVERY_SECOND, LAST_STEP, DOUBLED, UNCLIPPED, CHARGED_ONCE),
     audit_linearised: (HALVED, EVERY_SECOND, DOUBLED),
 }
@@ -143,5 +168,5 @@ CASES: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
 
 
 def audit_vectors(folder: Path) -> Sequence[Finding]:
-    """Audit both as they are, then with each fault."""
+    """Audit each as it is, then with each fault."""
     return each_of(CASES, folder)
