@@ -169,7 +169,8 @@ def systems_page() -> str:
     return _page(
         "Published systems and their rows",
         "A system of the literature is a strategy, an adapter and a start here, and any of them goes with others "
-        "([tables.md](tables.md)). No accuracy follows from this page: a gain is claimed only beside its control "
+        "([tables.md](tables.md)). No accuracy follows from this page: what each had at one ε is in "
+        "[systems-measured.md](systems-measured.md), and a gain is claimed only beside its control "
         "([the log](../experiments/LOG.md)).",
         (
             "Systems",

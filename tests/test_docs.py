@@ -246,7 +246,8 @@ def test_the_readmes_run_has_the_figures_of_docs_demo_and_the_picture_is_of_them
     config = job.config
     assert picture.title == f"{config.strategy} on {config.model.name} and {config.data.name}", "this is another job"
     assert (picture.budget, picture.delta) == (config.privacy.epsilon, config.privacy.delta)
-    rounds = picture.rounds
+    start, *rounds = picture.rounds
+    assert (start.epsilon, start.accuracy) == (0.0, picture.before), "no record was used before round 1"
     total = config.rounds
     assert [line.number for line in rounds] == list(range(1, total + 1))
     lines = [
