@@ -2,7 +2,7 @@
 
 ::
 
-    <!-- results: rotten-tomatoes; variants: head-only, probe; arms: federated; epsilons: 8; columns: variant | ε -->
+    <!-- results: rotten-tomatoes; variants: head-only, metric; arms: federated; epsilons: 8; columns: variant | ε -->
     ...
     <!-- end of results -->
 

@@ -1,4 +1,4 @@
-"""Train the head alone on what the adapter has become: the last rounds of a run.
+"""Train the head alone on what the adapter is: the first rounds of a run, and its last.
 
 An adapter that moved far moved the logits of all records to one side: the model is not linear, and what is left of
 order two adds up over all that was noised. So the head is fitted to the features as they are now. They follow from the

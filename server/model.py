@@ -94,7 +94,8 @@ class ServerModel:
         """Return what the run's server rule takes from public text before round 1.
 
         Args:
-            state: any of the run's: the factors that no site trains are those of its start, whoever made it.
+            state: any of the run's: the factors that no site trains are those of its start, or made anew after the
+                head's rounds.
 
         Raises:
             DataError, ModelError: the text cannot be read, is not public to the run, or says nothing.

@@ -1,11 +1,12 @@
-"""The server's learning rate, lowered where the run's noise would carry the model further than is set.
+"""The server's learning rate, lowered where a phase's noise would carry the model further than is set.
 
-How far noise alone moves a trained number over a run follows from public figures: each site's stated noise, batch and
-share of the average, the learning rates, and the rounds. So one setting serves little noise and much: the rate is the
-largest up to ``server.learning-rate`` at which noise moves no number by more than ``server.most-noise`` in standard
-deviation. With a heavy ball a round's noise is passed on 1/(1 - μ)-fold, so over rounds of rates η_t noise ν a round
-makes ν √(Σ η_t²) / (1 - μ), or less where the run ends before it is passed on. A site that states more noise than the
-run's weighs less by its square, and is counted at the run's own: stating much lowers no rate.
+How far noise alone moves a trained number over a phase (``RunConfig.phase``) follows from public figures: each site's
+stated noise, batch and share of the average, the learning rates, and the rounds. So one setting serves little noise and
+much: the rate is the largest up to ``server.learning-rate`` at which noise moves no number by more than
+``server.most-noise`` in standard deviation. With a heavy ball a round's noise is passed on 1/(1 - μ)-fold, so over
+rounds of rates η_t noise ν a round makes ν √(Σ η_t²) / (1 - μ), or less where the run ends before it is passed on. A
+site that states more noise than the run's weighs less by its square, and is counted at the run's own: stating much
+lowers no rate.
 """
 
 from __future__ import annotations

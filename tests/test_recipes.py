@@ -15,7 +15,7 @@ from client import linearised
 from client.ledger.ledger import Ledger
 from common.config.asked import RunSettings
 from common.config.sections import PrivacyConfig, typed
-from common.errors import ConfigError, RunFailed
+from common.errors import ConfigError, ModelError, RunFailed
 from common.privacy import MECHANISMS
 from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
@@ -214,7 +214,7 @@ def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
     settings = {key: toy_settings[key] for key in KEPT} | {"data.name": str(data), "privacy.noise-multiplier": 30.0}
     settings |= {"privacy.epsilon": 50.0}
     if labels == 2:
-        settings["rounds"] = 10  # of 25: a toy's time
+        settings["rounds"] = 10  # of 37: a toy's time
     folder = run_in_process(settings, 2)
     rounds = [line.round_number for line in read_lines(RoundLine, folder)]
     assert rounds[-1] == (10 if labels == 2 else 12)
@@ -222,6 +222,18 @@ def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
     assert said["recipe"] == ("metric" if labels == 2 else "head-only")
     assert read_file(ConfigFile, folder).settings == said
     assert configure(said).config.recipe == said["recipe"]
+
+
+def test_a_text_that_says_nothing_is_refused_before_a_site_pays_though_the_head_says_the_same_of_all_labels(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = mpnet_settings(toy_settings, tmp_path / "mpnet")
+    one = {"head.start": "zeros", "recipe": "metric", "start.text": "made-up", "start.records": 1}
+    with pytest.raises(ModelError, match=r"lie in the directions that are shrunk alone: set start\.records to more"):
+        run_in_process({**settings, **one}, 2)
+    for path in Path(str(settings["output"])).rglob("*.sqlite"):
+        with Ledger(path) as ledger:
+            assert not ledger.spent(path.stem)
 
 
 def mpnet_settings(toy: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class TrainingSettings(Section):
     (``client.linearised``). 0: none."""
     head_first: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
     """The first rounds of the run, in which the adapter rests and sites train the head alone, on features that each
-    record has once (``client.refit``): a probe, and then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). The
+    record has once (``client.refit``): linear probing, and then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). The
     schedule begins anew after them. 0: none."""
     refit: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
     """The last rounds of the run, in which the adapter rests and sites train the head alone, on features that each
@@ -86,8 +86,9 @@ class ServerSettings(Section):
     """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which
     ``fedveil prune --by`` chooses (docs/pruned.md). It asks no site for anything."""
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
-    """For ``momentum``: standard deviation that the noise of the whole run may give a trained number. The learning rate
-    is lowered to keep it, of the head and of the rest each for itself (``server.rates``). 0: no bound."""
+    """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
+    adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself
+    (``server.rates``). 0: no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ B takes the leading directions of the outputs' gradients on public phrases about
 language models have no labels: there B takes those of the public texts, each with the next one as a pair under a drawn
 label, or its second half as the completion of the first. V shrinks the few input directions along which gradients of
 any public text are longest, to the length of those after them: along these nearly all of a record's gradient lies, and
-they say nothing about the label. Both are made at the server before a record is read, so they cost nothing, and travel
-once. B is scaled so that the gradients of public text are as long as suits the clip, all adapted layers together, and
-equally long in each layer and each column: else the first column has most of the clip.
+they say nothing about the label. Both are made at the server of public text alone, or around a head that was paid for,
+so they cost nothing. They travel once, and once more after the head's own rounds. B is scaled so that the gradients of
+public text are as long as suits the clip, all adapted layers together, and equally long in each layer and each column:
+else the first column has most of the clip.
 
 In kin: DP-KFC (Molina Van den Bosch et al. 2026, arXiv 2605.13418) preconditions DP-SGD by Kronecker factors of a
 layer's inputs and outputs, which it takes from made-up records as well.
@@ -112,11 +113,19 @@ class PublicMetric(FromText):
         """Return B and V of every adapted layer, B scaled.
 
         Where the head has rounds of its own first, they are made anew after these. Made now as well, they show what is
-        wrong with the text before a site has paid. A head that is the same for all labels shows nothing, and moves.
+        wrong with the text before a site has paid. A head that is the same for all labels shows nothing, so a drawn one
+        stands in for what it will be.
         """
         model.write(model.start)
-        silent = config.training.head_first and _silent(model)
-        state: AdapterState = {} if silent else self.around(model, config, labels)
+        if config.training.head_first and _silent(model):
+            weight = model.head["weight"]
+            drawn = torch.randn(weight.shape, generator=stream(config.seed, self.name, "head"))
+            model.write({HEAD: {**model.head, "weight": drawn}})
+            self.around(model, config, labels)
+            model.write(model.start)
+            state: AdapterState = {}
+        else:
+            state = self.around(model, config, labels)
         if model.module.metric is not None:
             # A head of its own rounds learns better behind made-up words (``experiments/LOG.md``).
             told = self.of_made_up() if config.training.head_first else self

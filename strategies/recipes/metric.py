@@ -1,12 +1,12 @@
 """The head first, then a small adapter in the public metric around it, then the head again.
 
-In the first third of the rounds the sites fit the head on features that each record has once, and the server makes
-directions and metric anew around it, as public sentences tell them. Then the sites train the value layers to first
-order around that: one pass over the records, and steps on all of them that cost next to nothing. In the last rounds the
-adapter rests, and the head is fitted to what it has become.
+In the first third of the rounds, where steps are clipped, the sites fit the head on features that each record has once,
+and the server makes directions and metric anew around it, as public sentences tell them. Then the sites train the value
+layers to first order around that: one pass over the records, and steps on all of them that cost next to nothing. In the
+last rounds the adapter rests, and the head is fitted to what it has become.
 
-On IMDB it is above the head alone by 1.9, 1.0 and 0.7 points at ε = 8, 3 and 1, in four times the time. Nothing is
-known of more noise, so a run with more than ``least_epsilon`` allows is for the head alone.
+On IMDB it is above the head alone by 1.9, 1.0 and 0.7 points at ε = 8, 3 and 1, in four to five times the time. Nothing
+is known of more noise, so a run with more than ``least_epsilon`` allows is for the head alone.
 
 The figures were chosen on IMDB and 20 Newsgroups (``experiments/LOG.md``). The rate is for little noise; where there is
 more, ``server.most-noise`` lowers it.
@@ -93,7 +93,7 @@ class PublicMetricRecipe(Recipe):
         )
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
-        """Return the whole method; of ``rounds`` the last are for the head alone, and in a sum the first are, too."""
+        """Return the whole method; of ``rounds`` the first and the last are for the head alone."""
         training = asked.settings.training
         rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS if asked.clips else ROUNDS_FROM_WORDS
         first = training.head_first if "training.head-first" in asked.given else rounds // 3 if asked.clips else 0
