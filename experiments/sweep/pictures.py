@@ -47,6 +47,8 @@ MOST_SPREAD = 0.36
 """Of all lines together: a place is still one ε's."""
 MARK_WIDTH, LETTER_WIDTH = 0.55, 0.068
 """Inches of a legend's mark and of a letter at its size, so that no name is cut off."""
+PLOT_HEIGHT, ROW_HEIGHT = 4.4, 0.17
+"""Inches of what is not the legend, and of each of its rows, so that many names take nothing from the plot."""
 
 
 def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: Path, name: str) -> list[Path]:
@@ -81,7 +83,7 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
     Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis. A fitted head
     is a line over all of it. Where accuracy is of next tokens, the loss stands in its place, and no published figure.
     """
-    figure, (axes,) = _figure(7.6)
+    figure, (axes,) = _figure(8.6)
     whole, published = found, published if _by_accuracy(found) else []
     found = [group for group in found if not ARMS[group.arm].fitted]
     asked = [group.epsilon_asked for group in found] + [item.epsilon for item in published]
@@ -206,7 +208,7 @@ def _figure(width: float, parts: int = 1) -> tuple[Figure, list[Axes]]:
         ) from error
     # Text stays text, and the same figures give the same bytes.
     rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fedveil"})
-    figure = Figure(figsize=(width, 5.6), layout="constrained")
+    figure = Figure(figsize=(width, PLOT_HEIGHT), layout="constrained")
     return figure, list(figure.subplots(1, parts, sharey=True, squeeze=False)[0])
 
 
@@ -250,11 +252,13 @@ def _finish(figure: Figure, parts: Sequence[Axes], found: Sequence[Group]) -> No
     if legend:
         ours = sorted(legend, key=lambda label: label.startswith("published"))
         across = int(figure.get_figwidth() / (MARK_WIDTH + LETTER_WIDTH * max(map(len, ours))))
+        across = max(1, min(3, across))
+        figure.set_figheight(PLOT_HEIGHT + ROW_HEIGHT * math.ceil(len(ours) / across))
         figure.legend(
             [legend[label] for label in ours],
             ours,
             loc="outside lower center",
-            ncols=max(1, min(3, across)),
+            ncols=across,
             fontsize=8,
             frameon=False,
         )
