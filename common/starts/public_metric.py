@@ -120,7 +120,7 @@ class PublicMetric(FromText):
         if config.training.head_first and _silent(model):
             weight = model.head["weight"]
             drawn = torch.randn(weight.shape, generator=stream(config.seed, self.name, "head"))
-            model.write({HEAD: {**model.head, "weight": drawn}})
+            model.write({HEAD: {"weight": drawn}})
             self.around(model, config, labels)
             model.write(model.start)
             state: AdapterState = {}
