@@ -114,21 +114,20 @@ def _model(job: Job, site: Site) -> FederatedModel:
 
 
 def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, task: TrainTask) -> None:
-    """Let the model rehearse what it is about to do, and hold that to the time of the answer.
+    """Let the model rehearse the rest of the run, and hold its rounds to the time of the answer.
+
+    What a later phase would be refused for is told now: the rounds before it would be paid for, and buy nothing.
 
     The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
     and a start refuse fewer than there are.
 
     Raises:
         ModelError: it cannot be trained privately.
-        PolicyRefusal: it may take longer than the policy's ``reply-after`` leaves it.
+        PolicyRefusal: a round may take longer than the policy's ``reply-after`` leaves it.
     """
-    number = task.round_number
-    training, initial = job.config.training, not number
-    each = job.config.privacy.rows_of_unit
-    most = each * site.public_size
-    if training.linearised:
-        check_memory(model, most)
+    config, unit = job.config, job.mechanism.unit
+    if config.training.linearised:
+        check_memory(model, config.privacy.rows_of_unit * site.public_size)
     if not job.mechanism.rehearsed:
         if deadline.seconds and job.mechanism.conceals:
             raise PolicyRefusal(
@@ -136,43 +135,88 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
                 f"{job.mechanism.name!r} nobody knows how long a round takes"
             )
         return
-    plain = _rehearse_steps(job, site, model, task)
-    origin = job.origin
-    paid_start = origin if initial and isinstance(origin, PaidStart) else None
-    rests = job.config.rests(number)
-    on_features = model.head_only or rests or bool(paid_start and paid_start.on_features)
-    if on_features and _process.features is None:
-        # Last, because the other may change how the model attends; features that were computed before are dropped.
-        _process.features, _process.records = rehearse_features(model), {}
-    if paid_start and INITIAL not in _process.rehearsed:
-        # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
-        attention, before = model.attention, _process.rehearsed.pop(PLAIN)
-        start = rehearse_initial(model, paid_start)
-        if model.attention != attention:
-            before = rehearse(model)
-        _process.rehearsed = {PLAIN: before, INITIAL: start}
-    on_vectors = training.linearised and not initial and not rests
-    if on_vectors and VECTORS not in _process.rehearsed:
-        _process.rehearsed[VECTORS] = rehearse_linearised(model)
-    if rests and REFIT not in _process.rehearsed:
-        _process.rehearsed[REFIT] = rehearse_head(model)
-    timing = _process.rehearsed[INITIAL if paid_start else REFIT if rests else VECTORS if on_vectors else plain]
-    if on_vectors or rests:
-        timing = replace(timing, score=_process.rehearsed[PLAIN].score)  # records are scored as they are
-    paid = paid_start.release() if paid_start else None
-    steps, rate = (paid.count, paid.event.sample_rate) if paid else (training.local_steps, training.sample_rate)
-    if job.mechanism.charged and not paid:
-        # What the plan draws by, which need not be what the run asks for.
-        rate = job.mechanism.event(job.config.privacy, training).sample_rate
-    scored = site.public_size if not initial and evaluation_releases(job, site, 1) else 0
-    # A process that began anew computes them in whatever round it is.
-    ahead = (_process.features, 1, float(most)) if _process.features and on_features else None
-    if on_vectors:
-        ahead = (_process.rehearsed[PLAIN], contrasts(model), float(most))
-    unit = job.mechanism.unit
-    deadline.allow(timing, steps, rate * site.public_size, scored, ahead, each, _units_at_once(job, model, paid_start))
+    later = [number for number in config.phases if number > task.round_number]
+    steps = _rehearse(job, site, model, task, later)
+    for number in (*later, task.round_number):  # its own last, to which the deadline keeps
+        _allow(deadline, job, site, model, number, steps)
     if deadline.seconds and unit.count(site.data) > site.public_size:
         log.error("there are more %ss than public-size says: when it answers, is not covered by the claim", unit.name)
+
+
+def _rehearse(job: Job, site: Site, model: FederatedModel, task: TrainTask, later: Sequence[int]) -> str:
+    """Let the model rehearse what it has not, for a task and ``later`` rounds; return what the task's steps are called.
+
+    The features are last of what passes through the model: the others may change how it attends.
+    """
+    rounds = [task.round_number, *later]
+    steps = _rehearse_steps(job, site, model, task)
+    start = _paid_start(job, task.round_number)
+    if start and INITIAL not in _process.rehearsed:
+        # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
+        attention, before = model.attention, _process.rehearsed.pop(PLAIN)
+        initial = rehearse_initial(model, start)
+        if model.attention != attention:
+            before, _process.features = rehearse(model), None
+        _process.rehearsed = {PLAIN: before, INITIAL: initial}
+    if _process.features is None and any(_on_features(job, model, number) for number in rounds):
+        # Features that were computed before are dropped.
+        _process.features, _process.records = rehearse_features(model), {}
+    if VECTORS not in _process.rehearsed and any(_on_vectors(job, number) for number in rounds):
+        _process.rehearsed[VECTORS] = rehearse_linearised(model)
+    if REFIT not in _process.rehearsed and any(map(job.config.rests, rounds)):
+        _process.rehearsed[REFIT] = rehearse_head(model)
+    return steps
+
+
+def _paid_start(job: Job, number: int) -> PaidStart | None:
+    """Return what is paid for in a round, if that is number 0."""
+    return job.origin if not number and isinstance(job.origin, PaidStart) else None
+
+
+def _on_features(job: Job, model: FederatedModel, number: int) -> bool:
+    """Whether the steps of a round are on features of the records."""
+    start = _paid_start(job, number)
+    return model.head_only or job.config.rests(number) or bool(start and start.on_features)
+
+
+def _on_vectors(job: Job, number: int) -> bool:
+    """Whether the steps of a round are on derivatives of the records."""
+    return number > 0 and bool(job.config.training.linearised) and not job.config.rests(number)
+
+
+def _allow(deadline: Deadline, job: Job, site: Site, model: FederatedModel, number: int, steps: str) -> None:
+    """Hold a round to the time of the answer, by how long what it does took as it was rehearsed.
+
+    Args:
+        deadline: of the answer.
+        job: what is run.
+        site: who answers.
+        model: as it was rehearsed.
+        number: the round's.
+        steps: what its steps through the model are called, if it makes any.
+    """
+    config, rehearsed = job.config, _process.rehearsed
+    start, rests, on_vectors = _paid_start(job, number), config.rests(number), _on_vectors(job, number)
+    timing = rehearsed[INITIAL if start else REFIT if rests else VECTORS if on_vectors else steps]
+    if on_vectors or rests:
+        timing = replace(timing, score=rehearsed[steps].score)  # records are scored as they are
+    paid = start.release() if start else None
+    count, rate = (
+        (paid.count, paid.event.sample_rate) if paid else (config.training.local_steps, config.training.sample_rate)
+    )
+    if job.mechanism.charged and not paid:
+        # What the plan draws by, which need not be what the run asks for.
+        rate = job.mechanism.event(config.privacy, config.training).sample_rate
+    scored = site.public_size if number and evaluation_releases(job, site, 1) else 0
+    each = config.privacy.rows_of_unit
+    most = float(each * site.public_size)
+    # A process that began anew computes them in whatever round it is.
+    ahead = None
+    if on_vectors:
+        ahead = (rehearsed[steps], contrasts(model), most)
+    elif _process.features and _on_features(job, model, number):
+        ahead = (_process.features, 1, most)
+    deadline.allow(timing, count, rate * site.public_size, scored, ahead, each, _units_at_once(job, model, start))
 
 
 def _units_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> int:
@@ -300,7 +344,7 @@ def answer(
         with deadline.extended():
             model = _model(job, site)
             state = job.start(model.start)
-            basis_layout = layout_of(job.basis(state))
+            basis_layout = layout_of(job.due(state, number))
             task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
             if task.run != run:
                 raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
@@ -324,7 +368,7 @@ def answer(
                 _drop(name)  # whatever became of it: no later round of this run needs them
         if party is not None:
             result = replace(result, offer=_next_key(task, job, site, party, memory, deadline))
-        kept.keep(task, result)
+        kept.keep(task, result, whole.basis)
         if site.unreadable and job.mechanism.conceals:
             note_failure(site, task, site.unreadable, deadline)
         log.info("trained and answered", extra=about(run, number, name))

@@ -154,7 +154,7 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         raise ProtocolError("a task has the keys of a secure sum, or lacks them, against privacy.mode")
     if not task.round_number and job.origin.asked != "sites":
         raise ProtocolError(f"the server asks for round 0, in which the start {job.origin.name!r} asks no site")
-    wanted = job.basis(job.start(model.start))
+    wanted = job.due(job.start(model.start), task.round_number)
     # In round 0 nothing is due; what comes all the same would be kept for the rounds after it.
     due = task.basis or (task.round_number and wanted)
     if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):

@@ -12,7 +12,9 @@ from collections.abc import MutableMapping
 from dataclasses import replace
 
 from common.errors import ProtocolError
-from common.messages.round import TrainResult, TrainTask
+from common.messages.round import TrainResult, TrainTask, same_fingerprint
+from common.messages.state import AdapterState
+from common.messages.tensors import fingerprint, merge
 from common.messages.wire import Layout, decode_state, encode_state, layout_of, result_from_bytes, result_to_bytes
 
 
@@ -23,12 +25,22 @@ class Memory:
         self._kept = kept
 
     def with_basis(self, task: TrainTask, layout: Layout) -> TrainTask | None:
-        """Return the task with what is sent once, just received or kept; None if this node does not have it."""
-        if task.basis or not task.basis_fingerprint:
+        """Return the task with all that is sent once, just received or kept; None if this node does not have it.
+
+        Args:
+            task: as received, with all of it, a part, or none.
+            layout: of all of it.
+        """
+        if not task.basis_fingerprint or layout_of(task.basis) == layout:
             return task
-        if self._kept.get("basis-of") != task.basis_fingerprint.encode():
+        layers = json.loads(self._kept.get("basis-layers", b"[]"))
+        if not layout.keys() >= set(layers):
             return None
-        return replace(task, basis=decode_state(self._kept["basis"], layout))
+        held = decode_state(self._kept["basis"], {k: layout[k] for k in layout if k in layers}) if layers else {}
+        whole = merge(held, task.basis)
+        if layout_of(whole) != layout or not same_fingerprint(task.basis_fingerprint, fingerprint(whole)):
+            return None
+        return replace(task, basis=whole)
 
     def recall(self, task: TrainTask) -> TrainResult | None:
         """Return what was sent in answer to this very task; None if it is new here.
@@ -50,15 +62,15 @@ class Memory:
         layout = {layer: {n: tuple(shape) for n, shape in f.items()} for layer, f in about["layout"].items()}
         return result_from_bytes(self._kept["reply"], layout, task.run, task.round_number)
 
-    def keep(self, task: TrainTask, result: TrainResult) -> None:
-        """Keep what is sent in answer to ``task``, and what came once with it, in place of what was kept before.
+    def keep(self, task: TrainTask, result: TrainResult, basis: AdapterState) -> None:
+        """Keep what is sent in answer to ``task``, and with what came once all of that, in place of what was kept.
 
         A task that was answered has been checked: factors that are not those of their fingerprint would stand in
         the way of every later round.
         """
         if task.basis:
-            self._kept["basis-of"] = task.basis_fingerprint.encode()
-            self._kept["basis"] = encode_state(task.basis)
+            self._kept["basis-layers"] = json.dumps(list(basis)).encode()
+            self._kept["basis"] = encode_state(basis)
         about = {"run": task.run, "round": task.round_number, "task": _digest(task)}
         summed = {"sum": {"words": [len(result.words) // 4]}}
         layout = summed if result.words else layout_of(result.contribution)

@@ -102,8 +102,6 @@ def run_rounds(
     measured = server_model.rule_statistic(state)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
-        if 1 < round_number == job.config.training.head_first + 1:
-            state = server_model.around_head(state)
         got = sites.gather(round_number, state)
         if not got.counts(job.config.min_sites):
             observer.missed(RoundOutcome(round_number, got, score, time.monotonic() - began, counts=False))
@@ -125,6 +123,10 @@ def run_rounds(
         if job.config.server.scores:
             step = watched(job, step, server_model.base_weight, averaged_noise(job, results, averaged, usual=True))
         state = job.strategy.server_update(state, averaged, step)
+        if round_number == job.config.training.head_first:
+            # Before it is saved: another machine would make it anew to the last bit but one, and sites would pay again.
+            state = server_model.around_head(state)
+            measured = server_model.rule_statistic(state)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
         outcome = RoundOutcome(round_number, got, score, time.monotonic() - began, learning=tuple(learning))

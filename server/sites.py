@@ -9,6 +9,7 @@ from typing import Protocol
 
 from common.log import about
 from common.messages.round import Refusal, Reply, Spending, SumReply, Task, TrainResult, TrainTask
+from common.messages.state import AdapterState, below_head, of_head
 from common.messages.tensors import fingerprint
 from common.run_lines import Absence
 from common.secure_sum import KeyOffer
@@ -94,8 +95,10 @@ class Sites:
         self._start = job.start_fingerprint(server_model.start)
         self._informed: set[int] = set()
         """Nodes that have what is sent once."""
-        self._sent = ""
-        """The fingerprint of that."""
+        self._sent: AdapterState = {}
+        """What that is."""
+        self._lacking: set[int] = set()
+        """Nodes that have of it what is of the head alone."""
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Ask every online site for a round, and those that failed again while the round is below its quorum.
@@ -180,6 +183,7 @@ class Sites:
         if not lacking:
             return first
         self._informed -= set(lacking)
+        self._lacking -= set(lacking)
         second = self._exchange(lacking, round_number, state, attempt, offers, sealed or {})
         return Exchange(
             {**first.replies, **second.replies},
@@ -197,16 +201,18 @@ class Sites:
         sealed: Mapping[int, tuple[bytes, ...]],
     ) -> Exchange:
         strategy = self._job.strategy
-        basis = self._job.basis(state) if round_number else {}
+        basis = self._job.due(state, round_number) if round_number else {}
         mark = fingerprint(basis) if basis else ""
-        if mark != self._sent:  # as after ``training.head-first``
-            self._informed, self._sent = set(), mark
+        if mark != (fingerprint(self._sent) if self._sent else ""):  # as after ``training.head-first``
+            same = fingerprint(of_head(basis)) == fingerprint(of_head(self._sent))
+            self._lacking, self._informed, self._sent = self._informed if same else set(), set(), basis
+        rest = below_head(basis)
         tasks = {
             node: TrainTask(
                 run=self._run,
                 round_number=round_number,
                 state=strategy.downlink(state) if round_number else {},
-                basis={} if node in self._informed else basis,
+                basis={} if node in self._informed else rest if node in self._lacking else basis,
                 basis_fingerprint=mark,
                 base_fingerprint=self._base,
                 start_fingerprint=self._start,

@@ -12,7 +12,7 @@ from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.data.sources import count_labels, count_records, known_labels
 from common.errors import ConfigError
-from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors
+from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_head
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
@@ -116,6 +116,18 @@ class Job:
         A start that server and sites derive sends none.
         """
         return {} if self.derived else self.strategy.basis(state)
+
+    @property
+    def renews(self) -> bool:
+        """Whether the server makes frozen factors anew after the head's own rounds, before which nothing uses them."""
+        return bool(self.config.training.head_first) and type(self.origin).around_head is not Start.around_head
+
+    def due(self, state: ServerState, round_number: int) -> AdapterState:
+        """Return what of ``basis`` a site must have in a round: factors that are yet to be made anew are of no use."""
+        basis = self.basis(state)
+        if self.renews and round_number <= self.config.training.head_first:
+            return of_head(basis)
+        return basis
 
     def settings(self) -> dict[str, Scalar]:
         """Return every setting of the run with the value that it has, flat: they make the same job again."""

@@ -30,6 +30,7 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import price
 from client.rehearsal import rehearse
 from common import randomness
+from common.config.sections import RunConfig
 from common.errors import PolicyRefusal
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.tensors import entries
@@ -529,6 +530,38 @@ def test_a_policy_whose_time_is_too_short_refuses_before_the_charge(site: OneSit
     reply = site.refuse()
     assert (reply.kind, "reply-after = 1e-06" in reply.reason) == ("policy", True)
     assert len(site.charges()) == 1
+
+
+LATER = {"rehearse": 1, "rehearse_linearised": 1, "rehearse_head": 0}
+"""What times the derivatives of a round, its steps on them, and its steps on features; and ``training.head-first``."""
+
+
+def refused_for_a_later_round(slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = {"rounds": 3, "training.head-first": LATER[slow], "training.linearised": 1, "training.refit": 1}
+    site.settings |= phases
+    for name in LATER:
+        took = timing(long=1000.0 if name == slow else 0.0)
+        monkeypatch.setattr(app, name, lambda _, took=took: took)
+    monkeypatch.setattr(app, "_process", app._Process())
+    site.rule(reply_after=400.0)
+    reply = site.refuse()
+    assert (reply.kind, "reply-after = 400" in reply.reason) == ("policy", True)
+    assert not site.charges()
+
+
+@pytest.mark.parametrize("slow", LATER)
+def test_a_round_of_a_later_phase_that_would_be_late_is_refused_in_the_first(
+    slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused_for_a_later_round(slow, site, monkeypatch)
+
+
+def test_a_site_that_looks_at_the_present_round_alone_is_found_out(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunConfig, "phases", (1,))
+    with pytest.raises(AssertionError, match="the site took part"):
+        refused_for_a_later_round("rehearse", site, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["dp-sgd", "none"])

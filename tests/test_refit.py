@@ -20,7 +20,7 @@ from common.adapters import build_adapter
 from common.config.sections import AdapterConfig, HeadConfig
 from common.errors import ConfigError, ModelError
 from common.messages.round import TrainTask
-from common.messages.state import HEAD, METRIC, AdapterState
+from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
@@ -39,6 +39,7 @@ from experiments.in_process import InProcessTransport, run_in_process
 from server.checkpoint import saved_state
 from server.model import ServerModel
 from server.optimizer import server_step
+from strategies import ServerState
 from strategies.job import configure, with_recipe
 
 Folder = Callable[[str], str]
@@ -382,32 +383,78 @@ FIRST: dict[str, Any] = {
 
 
 class Told(InProcessTransport):
-    """Keeps what is sent once, and to whom."""
+    """Keeps what is sent once, and to whom; in round ``begins_anew`` node 1 has lost what it had, or all of them."""
 
     once: ClassVar[list[tuple[int, int, AdapterState]]] = []
+    begins_anew: ClassVar[int] = 0
+    dies: ClassVar[int] = 0
+    """The round in which the server is killed when node 1 is to be asked."""
 
     def deliver(self, node: int, task: Any, content: Any) -> Any:
+        if task.round_number == self.dies and node == 1:
+            raise KeyboardInterrupt
         if isinstance(task, TrainTask) and task.basis:
             self.once.append((task.round_number, node, task.basis))
+        if task.round_number == self.begins_anew and node == 1 and not any(n == -1 for _, n, _ in self.once):
+            self.once.append((task.round_number, -1, {}))
+            self._memories[node].clear()
         return super().deliver(node, task, content)
 
 
 @pytest.mark.parametrize("mode", ["dp-sgd", "secure-sum"])
-def test_directions_and_metric_are_made_anew_around_the_head_and_sent_once_more(
+def test_directions_and_metric_are_made_anew_around_the_head_and_sent_then_alone(
     mode: str, toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Told, "once", [])
+    begun: list[AdapterState] = []
+    renew = ServerModel.around_head
+
+    def kept(model: ServerModel, state: ServerState) -> ServerState:
+        begun.append(state.adapter)
+        return renew(model, state)
+
+    monkeypatch.setattr(ServerModel, "around_head", kept)
     summed = {"privacy.mode": mode, "privacy.honest-sites": 2, "privacy.noise-multiplier": 1.0}
     own = summed if mode == "secure-sum" else {"privacy.noise-multiplier": 1.0}
     folder = run_in_process({**toy_settings, **FIRST, **own}, 3, kind=Told)
     assert [(number, node) for number, node, _ in Told.once] == [(1, 0), (1, 1), (1, 2), (3, 0), (3, 1), (3, 2)]
-    before, after = Told.once[0][2], Told.once[-1][2]
-    for layer in before:
-        moved = {name for name in before[layer] if not torch.equal(before[layer][name], after[layer][name])}
-        assert moved == (set() if layer == METRIC else {"B", "V"}), layer
+    first, then = Told.once[0][2], Told.once[-1][2]
+    assert (set(first), set(then)) == ({METRIC}, set(begun[0]) - {HEAD, METRIC})
+    for layer, factors in then.items():
+        assert {name for name in factors if not torch.equal(factors[name], begun[0][layer][name])} == {"B", "V"}
     state = saved_state(folder)
-    assert all(torch.equal(state.adapter[k][n], t) for k, fs in after.items() for n, t in fs.items())
+    assert all(torch.equal(state.adapter[k][n], t) for k, fs in {**first, **then}.items() for n, t in fs.items())
     assert evaluate_run(folder).loss == pytest.approx(read_lines(RoundLine, folder)[-1].loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_site_that_lost_what_is_sent_once_gets_all_of_it_that_is_due(
+    number: int, toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**toy_settings, **FIRST, "privacy.noise-multiplier": 1.0}
+    monkeypatch.setattr(Told, "once", [])
+    monkeypatch.setattr(Told, "begins_anew", number)
+    folder = run_in_process(settings, 2, kind=Told)
+    assert [len(line.participants) for line in read_lines(RoundLine, folder)] == [0, 2, 2, 2]
+    again = [set(basis) for at, node, basis in Told.once if (at, node) == (number, 1)][-1]
+    assert again == ({METRIC} if number == 2 else {METRIC} | {k for k in saved_state(folder).adapter if k not in OWN})
+
+
+def test_a_server_killed_between_the_phases_makes_nothing_anew(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made on another machine, the directions would differ in a last bit, and what sites have paid for be lost."""
+    settings = {**toy_settings, **FIRST, "privacy.noise-multiplier": 1.0}
+    monkeypatch.setattr(Told, "once", [])
+    monkeypatch.setattr(Told, "dies", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(settings, 2, "cut", kind=Told)
+    sent = Told.once[-1][2]
+    monkeypatch.setattr(Told, "dies", 0)
+    monkeypatch.setattr(ServerModel, "around_head", None)
+    folder = run_in_process({**settings, "resume": "cut"}, 2, kind=Told)
+    state = saved_state(folder)
+    assert all(torch.equal(state.adapter[k][n], t) for k, fs in sent.items() for n, t in fs.items())
 
 
 def test_a_server_that_comes_back_between_the_phases_makes_the_same_of_the_head(toy_settings: dict[str, Any]) -> None:

@@ -399,6 +399,12 @@ class RunConfig(RunTerms):
         first, rounds = self.phase(round_number)
         return learning_rate(self.server.schedule, self.server.learning_rate, round_number - 1 - first, rounds)
 
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """The first round of each phase: of the head alone, of what is below it, of the head again."""
+        training = self.training
+        return tuple(sorted({1, training.head_first + 1, self.rounds - training.refit + 1} - {self.rounds + 1}))
+
     def phase(self, round_number: int) -> tuple[int, int]:
         """Return the rounds before the phase that a round belongs to, and those in it."""
         first, last = self.training.head_first, self.rounds - self.training.refit

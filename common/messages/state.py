@@ -8,8 +8,12 @@ the classification head is one more entry ``{"weight": (classes, in), "bias": (c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from torch import Tensor
 
+T = TypeVar("T")
 Factors = dict[str, Tensor]
 AdapterState = dict[str, Factors]
 
@@ -19,3 +23,13 @@ METRIC = "metric"
 """Name of the public map of the head's features inside an AdapterState: ``{"centre": (in,), "map": (in, in)}``."""
 OWN = (HEAD, METRIC)
 """What of an AdapterState is no adapted layer."""
+
+
+def of_head(state: Mapping[str, T]) -> dict[str, T]:
+    """Return what of ``state`` is the head's own, or its features'."""
+    return {layer: factors for layer, factors in state.items() if layer in OWN}
+
+
+def below_head(state: Mapping[str, T]) -> dict[str, T]:
+    """Return what of ``state`` is of adapted layers."""
+    return {layer: factors for layer, factors in state.items() if layer not in OWN}

@@ -77,7 +77,7 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.messages.state import AdapterState
+from common.messages.state import AdapterState, below_head
 from common.messages.tensors import entries
 from common.packed import Form
 from common.privacy.events import EVENTS, Event
@@ -428,7 +428,9 @@ def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None 
     reader.end()
     basis: AdapterState = {}
     if "basis" in record.array_records:
-        basis = _state(record, once_layout, basis_layout or {}, "basis")
+        whole = basis_layout or {}
+        part = below_head(whole)  # of whoever has the rest
+        basis = _state(record, once_layout, part if once_layout == _layout_hash(part) else whole, "basis")
     return TrainTask(
         run=reader.run,
         round_number=reader.round_number,

@@ -5,7 +5,7 @@ language models have no labels: there B takes those of the public texts, each wi
 label, or its second half as the completion of the first. V shrinks the few input directions along which gradients of
 any public text are longest, to the length of those after them: along these nearly all of a record's gradient lies, and
 they say nothing about the label. Both are made at the server of public text alone, or around a head that was paid for,
-so they cost nothing. They travel once, and once more after the head's own rounds. B is scaled so that the gradients of
+so they cost nothing. They travel once. B is scaled so that the gradients of
 public text are as long as suits the clip, all adapted layers together, and equally long in each layer and each column:
 else the first column has most of the clip.
 

@@ -202,10 +202,7 @@ def _print_bytes(console: Console, forecast: Forecast) -> None:
         f"{traffic.message_down:,} down, {traffic.message_up:,} up."
     )
     if traffic.once_down or traffic.once_up:
-        again = ", and down once more after the head's rounds" if traffic.sendings > 1 else ""
-        console.print(
-            f"once for each site: {traffic.once_down:,} bytes down, {traffic.once_up:,} up (initialisation){again}."
-        )
+        console.print(f"once for each site: {traffic.once_down:,} bytes down, {traffic.once_up:,} up (initialisation).")
 
 
 def _print_machine(console: Console, forecast: Forecast) -> None:

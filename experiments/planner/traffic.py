@@ -15,7 +15,6 @@ from common.messages.tensors import fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from common.privacy.plan import PrivacyPlan
 from common.secure_sum import KeyOffer
-from common.starts.base import Start
 from server.model import ServerModel
 from strategies import STRATEGIES, of_turn
 from strategies.job import Job
@@ -40,15 +39,13 @@ class Traffic:
     """The whole message of a round, with header and framing."""
     message_up: int
     once_down: int
-    """With the first task alone: factors that are sent once."""
-    sendings: int
-    """How often they are: once, and once more after ``training.head-first`` if they are made anew then."""
+    """In the whole run: factors that are sent once."""
     once_up: int
     """Only before round 1: what the start is made from."""
 
     def run(self, rounds: int, sites: int) -> tuple[int, int]:
         """Return payload bytes down and up of a whole run in which every site joins every round."""
-        return sites * (rounds * self.down + self.sendings * self.once_down), sites * (self.up_run + self.once_up)
+        return sites * (rounds * self.down + self.once_down), sites * (self.up_run + self.once_up)
 
 
 def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -> Traffic:
@@ -85,7 +82,6 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         message_down=message_bytes(down),
         message_up=message_bytes(up),
         once_down=_payload(basis),
-        sendings=2 if first > 1 and type(job.origin).around_head is not Start.around_head else 1,
         once_up=sum(4 * math.prod(shape) for factors in statistic for shape in factors.values()),
     )
 
