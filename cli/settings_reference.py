@@ -203,6 +203,7 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
 _OTHER_RUNS = {
     "for images": RunSettings(model=ModelConfig(task="image-classification")),
     "in a secure sum": RunSettings(privacy=PrivacyConfig(mode="secure-sum")),
+    "without privacy": RunSettings(privacy=PrivacyConfig(mode="none")),
 }
 
 

@@ -284,3 +284,13 @@ def test_a_recipe_of_long_steps_takes_shorter_ones_where_nothing_is_clipped(reci
     assert rates["dp-sgd"] == rates["secure-sum"] > 10 * rates["none"]
     own = {"recipe": recipe, "privacy.mode": "none", "server.learning-rate": 5.0}
     assert configure(own).config.server.learning_rate == 5.0
+
+
+@pytest.mark.parametrize("recipe", ["metric", "head-only"])
+def test_a_recipe_that_is_named_fits_whoever_adds_the_noise(recipe: str) -> None:
+    """Where that is the trusted server no site says how much it is, and ``server.most-noise`` would be refused."""
+    trusted = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 0.01}
+    assert configure({"recipe": recipe, **trusted}).config.server.most_noise == 0.0
+    assert configure({"recipe": recipe}).config.server.most_noise > 0.0
+    with pytest.raises(ConfigError, match=r"server\.most-noise is for noise that sites add"):
+        configure({"recipe": recipe, "server.most-noise": 0.3, **trusted})

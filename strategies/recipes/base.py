@@ -28,6 +28,11 @@ class Asked:
         mechanism = self.settings.privacy.mechanism
         return mechanism.charged or mechanism.central
 
+    @property
+    def sites_noise(self) -> bool:
+        """Whether noise is the sites', who say how much it is: ``server.most-noise`` goes by that."""
+        return self.settings.privacy.mechanism.charged
+
 
 class Recipe(ABC):
     """Settings that were found together. One file and one row each."""

@@ -54,12 +54,12 @@ class HeadOnly(Recipe):
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
         }
-        own: dict[str, Scalar]
-        slow: dict[str, Scalar] = {} if asked.clips else {"server.learning-rate": WITHOUT_CLIP}
+        rate: dict[str, Scalar] = {"server.learning-rate": (16.0 if worded else 32.0) if asked.clips else WITHOUT_CLIP}
+        if asked.sites_noise:
+            rate["server.most-noise"] = 0.07 if worded else 0.15
         if worded:
-            own = {"rounds": 12, "start.records": 512, "server.learning-rate": 16.0, "server.most-noise": 0.07, **slow}
-            return {**common, **own}
-        own = {"rounds": 16, "head.start": "zeros", "server.learning-rate": 32.0, "server.most-noise": 0.15, **slow}
+            return {**common, **rate, "rounds": 12, "start.records": 512}
+        own = {**rate, "rounds": 16, "head.start": "zeros"}
         if "paid release" not in run.privacy.mechanism.starts:
             return {**common, **own, "start.records": 512}
         centred: dict[str, Scalar] = {"start.sums": "all", "start.share": 0.1, "start.sample-rate": 1.0}
