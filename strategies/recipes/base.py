@@ -29,9 +29,9 @@ class Asked:
         return mechanism.charged or mechanism.central
 
     @property
-    def sites_noise(self) -> bool:
-        """Whether noise is the sites', who say how much it is: ``server.most-noise`` goes by that."""
-        return self.settings.privacy.mechanism.charged
+    def told_noise(self) -> bool:
+        """Whether what noise there is is the sites', who say how much: ``server.most-noise`` goes by that."""
+        return not self.settings.privacy.mechanism.central
 
 
 class Recipe(ABC):

@@ -55,7 +55,7 @@ class HeadOnly(Recipe):
             "training.learning-rate": 1.0,
         }
         rate: dict[str, Scalar] = {"server.learning-rate": (16.0 if worded else 32.0) if asked.clips else WITHOUT_CLIP}
-        if asked.sites_noise:
+        if asked.told_noise:
             rate["server.most-noise"] = 0.07 if worded else 0.15
         if worded:
             return {**common, **rate, "rounds": 12, "start.records": 512}

@@ -113,7 +113,7 @@ class PublicMetricRecipe(Recipe):
             "server.optimizer": "momentum",
             "server.momentum": 0.8,
             "server.learning-rate": 24.0 if asked.clips else WITHOUT_CLIP,
-            **({"server.most-noise": 0.3} if asked.sites_noise else {}),
+            **({"server.most-noise": 0.3} if asked.told_noise else {}),
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
             "training.sample-rate": 1.0,
