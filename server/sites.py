@@ -97,6 +97,8 @@ class Sites:
         """Nodes that have what is sent once."""
         self._sent: AdapterState = {}
         """What that is."""
+        self._mark = ""
+        """Its fingerprint."""
         self._lacking: set[int] = set()
         """Nodes that have of it what is of the head alone."""
 
@@ -203,9 +205,10 @@ class Sites:
         strategy = self._job.strategy
         basis = self._job.due(state, round_number) if round_number else {}
         mark = fingerprint(basis) if basis else ""
-        if mark != (fingerprint(self._sent) if self._sent else ""):  # as after ``training.head-first``
+        if mark != self._mark:  # as after ``training.head-first``
             same = fingerprint(of_head(basis)) == fingerprint(of_head(self._sent))
-            self._lacking, self._informed, self._sent = self._informed if same else set(), set(), basis
+            self._lacking, self._informed = self._informed if same else set(), set()
+            self._sent, self._mark = basis, mark
         rest = below_head(basis)
         tasks = {
             node: TrainTask(
