@@ -38,7 +38,11 @@ class Memory:
             return None
         held = decode_state(self._kept["basis"], {k: layout[k] for k in layout if k in layers}) if layers else {}
         whole = merge(held, task.basis)
-        if layout_of(whole) != layout or not same_fingerprint(task.basis_fingerprint, fingerprint(whole)):
+        if layout_of(whole) != layout:
+            return None
+        # What is kept has its mark beside it; a part that came later has to fit it.
+        known = self._kept["basis-of"].decode() if not task.basis else fingerprint(whole)
+        if not same_fingerprint(task.basis_fingerprint, known):
             return None
         return replace(task, basis=whole)
 
@@ -69,6 +73,7 @@ class Memory:
         the way of every later round.
         """
         if task.basis:
+            self._kept["basis-of"] = task.basis_fingerprint.encode()
             self._kept["basis-layers"] = json.dumps(list(basis)).encode()
             self._kept["basis"] = encode_state(basis)
         about = {"run": task.run, "round": task.round_number, "task": _digest(task)}

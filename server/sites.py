@@ -9,7 +9,7 @@ from typing import Protocol
 
 from common.log import about
 from common.messages.round import Refusal, Reply, Spending, SumReply, Task, TrainResult, TrainTask
-from common.messages.state import AdapterState, below_head, of_head
+from common.messages.state import below_head, of_head
 from common.messages.tensors import fingerprint
 from common.run_lines import Absence
 from common.secure_sum import KeyOffer
@@ -95,11 +95,9 @@ class Sites:
         self._start = job.start_fingerprint(server_model.start)
         self._informed: set[int] = set()
         """Nodes that have what is sent once."""
-        self._sent: AdapterState = {}
-        """What that is."""
-        self._mark = ""
-        """Its fingerprint."""
-        self._lacking: set[int] = set()
+        self._mark = self._head_mark = ""
+        """The fingerprints of all of that, and of what of it is of the head."""
+        self._partly: set[int] = set()
         """Nodes that have of it what is of the head alone."""
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
@@ -185,7 +183,7 @@ class Sites:
         if not lacking:
             return first
         self._informed -= set(lacking)
-        self._lacking -= set(lacking)
+        self._partly -= set(lacking)
         second = self._exchange(lacking, round_number, state, attempt, offers, sealed or {})
         return Exchange(
             {**first.replies, **second.replies},
@@ -206,16 +204,16 @@ class Sites:
         basis = self._job.due(state, round_number) if round_number else {}
         mark = fingerprint(basis) if basis else ""
         if mark != self._mark:  # as after ``training.head-first``
-            same = fingerprint(of_head(basis)) == fingerprint(of_head(self._sent))
-            self._lacking, self._informed = self._informed if same else set(), set()
-            self._sent, self._mark = basis, mark
+            head_mark = fingerprint(of_head(basis))
+            self._partly = self._informed if head_mark == self._head_mark else set()
+            self._informed, self._mark, self._head_mark = set(), mark, head_mark
         rest = below_head(basis)
         tasks = {
             node: TrainTask(
                 run=self._run,
                 round_number=round_number,
                 state=strategy.downlink(state) if round_number else {},
-                basis={} if node in self._informed else rest if node in self._lacking else basis,
+                basis={} if node in self._informed else rest if node in self._partly else basis,
                 basis_fingerprint=mark,
                 base_fingerprint=self._base,
                 start_fingerprint=self._start,
