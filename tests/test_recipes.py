@@ -69,7 +69,10 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
         ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and that takes 3 at most"),
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
         ({"rounds": 6}, "head-only", "because rounds is 6, and that takes 10 at least"),
-        ({"privacy.mode": "none"}, "plain", "recipe is 'plain' and not 'metric', because privacy.mode is 'none'"),
+        ({"privacy.mode": "none"}, "open", "recipe is 'open' and not 'metric', because privacy.mode is 'none'"),
+        ({"privacy.mode": "none", "rounds": 3, "adapter.rank": 4, "data.name": "reuters"}, "open", "recipe is 'open'"),
+        ({"privacy.mode": "none", "training.local-steps": 4}, "plain", "because privacy.mode is 'none'"),
+        ({"privacy.mode": "none", "strategy": "fed-svd"}, "plain", ""),
         ({"strategy": "fed-sb"}, "plain", ""),
         ({"rounds": 6, "adapter.rank": 4}, "plain", "because rounds is 6"),
         ({"head-rate": 0, "training.sample-rate": 0.0}, "metric", ""),  # 0 leaves them open
@@ -166,6 +169,13 @@ def test_the_head_is_fitted_in_the_first_rounds_and_in_the_last(rounds: int | No
     assert without.head_first == 0, "without a clip its steps are other ones"
 
 
+def test_a_run_without_privacy_trains_every_linear_layer_in_smaller_steps() -> None:
+    config = configure({"privacy.mode": "none"}).config
+    assert (config.rounds, config.adapter.targets, config.training.learning_rate) == (12, "all-linear", 0.004)
+    named = configure({"recipe": "open"}).config  # under privacy: a site's step is not one of Adam's
+    assert (named.rounds, named.adapter.targets, named.training.learning_rate) == (12, "all-linear", 1.0)
+
+
 def test_what_is_left_open_may_be_said() -> None:
     assert configure(dict.fromkeys(FILLED, AUTO)) == configure({}) == configure(known_settings())
 
@@ -173,7 +183,7 @@ def test_what_is_left_open_may_be_said() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"recipe": "metrics"}, "recipe is 'metrics'; choose one of auto, metric, head-only, plain"),
+        ({"recipe": "metrics"}, "recipe is 'metrics'; choose one of auto, metric, head-only, open, plain"),
         ({"rounds": "many"}, "rounds must be a whole number, not 'many'"),
         ({"seed": "auto"}, "seed must be a whole number, not 'auto'"),
         ({"start.records": "few"}, "start.records must be a whole number"),

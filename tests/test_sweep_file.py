@@ -78,7 +78,7 @@ def default_of(name: str, epsilon: float | None) -> str:
     own = {key: value for key, value in base.items() if key.startswith(("data.", "model."))}
     privacy = {"privacy.mode": "none"} if epsilon is None else {"privacy.epsilon": epsilon}
     recipe = configure({**own, **privacy}).config.recipe
-    return {"metric": "metric", "head-only": "head-only", "plain": "fedavg-lora"}[recipe]
+    return {"metric": "metric", "head-only": "head-only", "open": "open"}[recipe]
 
 
 @pytest.mark.parametrize("name", ["rotten-tomatoes", "sst2", "snli", "reuters"])

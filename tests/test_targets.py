@@ -1,4 +1,4 @@
-"""``adapter.targets = "auto"``: the query and value layers of every kind of model, found by name or by structure."""
+"""Words of ``adapter.targets``: the layers that each stands for in every kind of model, by name or by structure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import nn
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_model, tiny_tokenizer
 from common.adapters import ADAPTERS
-from common.adapters.targets import auto_targets, targets_in, value_targets
+from common.adapters.base import target_shapes
+from common.adapters.targets import KINDS, auto_targets, linear_targets, targets_in, value_targets
+from common.config.fields import TARGET_KINDS
 from common.errors import ConfigError, ModelError
 from common.starts import STARTS
 from experiments.evaluate import evaluate_run
@@ -149,7 +151,53 @@ def test_names_that_fit_no_layer_are_told_those_that_would(family: str) -> None:
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("kind", ["auto", "values"])
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def with_a_pooler() -> Any:
+    return random_model("Bert", **TEXT)
+
+
+def with_outputs() -> Any:
+    config = transformers.LlamaConfig(**GROUPED)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return transformers.LlamaForCausalLM(config)
+
+
+OTHERS: dict[str, Callable[[], Any]] = {"bert-pooled": with_a_pooler, "llama-outputs": with_outputs}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_all_linear_adapts_every_linear_layer_of_the_blocks_and_no_other(family: str, tmp_path: Path) -> None:
+    make = OTHERS[family] if family in OTHERS else FAMILIES[family][0]
+    base = make()
+    linear = {name for name, module in base.named_modules() if is_linear(module)}
+    outside = {name for name in linear if name.startswith(("pooler", "lm_head", "encoder.pooler"))}
+    assert bool(outside) == (family in {*OTHERS, "roberta", "mpnet", "vit", "llama", "gpt2"}), (
+        "the test would not see one that is adapted"
+    )
+    adapter = ADAPTERS["lora"](1, 2.0, ("all-linear",), STARTS["orthonormal"]())
+    assert len(target_shapes(base, ("all-linear",))) == len(linear - outside)
+    model = adapter.attach(base, 1)
+    assert set(adapter.layers(model)) == linear - outside
+    adapter.export(model, adapter.read(model), tmp_path, "base")
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    stock = ADAPTERS["lora"](1, 2.0, tuple(named), STARTS["orthonormal"]())
+    assert set(stock.layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == linear - outside
+
+
+def test_a_model_without_blocks_is_told_its_layers() -> None:
+    with pytest.raises(ModelError, match=r"'all-linear' finds no block with linear layers in Mixed: .*\bout\b"):
+        linear_targets(Mixed())
+
+
+def test_every_word_has_a_finder() -> None:
+    assert tuple(KINDS) == TARGET_KINDS
+
+
+@pytest.mark.parametrize("kind", TARGET_KINDS)
 def test_a_kind_of_layers_stands_alone(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"write '{kind}' alone"):
         configure({"adapter.targets": f"{kind},query"})

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.adapters.targets import targets_in
+from common.adapters.targets import is_named, targets_in
 from common.config.fields import TARGET_KINDS
 from common.errors import ConfigError, ModelError, ProtocolError
 from common.messages.state import AdapterState, Factors
@@ -170,7 +170,7 @@ class Adapter(ABC):
 
         named = self._naming(targets_in(base, self.target_modules))
         fan_in_fan_out = any(
-            type(module).__name__ == "Conv1D" and name.rsplit(".", 1)[-1] in named.target_modules
+            type(module).__name__ == "Conv1D" and is_named(name, named.target_modules)
             for name, module in base.named_modules()
         )
         config = named.peft_config(fan_in_fan_out=fan_in_fan_out)
@@ -328,8 +328,8 @@ class Adapter(ABC):
             for owner in ("base_model", *(f"{PEFT_PREFIX}{name}" for name in self.layers(model))):
                 tensors[f"{owner}.{suffix}"] = tensor.float().clone()
         injected = model.peft_config[ADAPTER_NAME]
-        # A stock reader is told the names that ``auto`` or ``values`` stood for.
-        found = sorted({name.rpartition(".")[2] for name in self.layers(model)})
+        # A stock reader is told the names that a word such as ``auto`` stood for.
+        found = sorted(cast("LoraConfig", injected).target_modules or ())
         named = self._naming(found) if self.target_modules[0] in TARGET_KINDS else self
         if len(kept) < len(self.layers(model)):
             # PEFT refuses a layer of rank 0, so the others are named in full.
@@ -359,8 +359,7 @@ def target_shapes(base: nn.Module, target_modules: Sequence[str]) -> list[tuple[
         return []
     shapes = []
     for name, module in base.named_modules():
-        # As PEFT does: a whole name, or its end after a dot.
-        if not any(f".{name}".endswith(f".{target}") for target in names):
+        if not is_named(name, names):
             continue
         if isinstance(module, nn.Linear):
             shapes.append((module.out_features, module.in_features))

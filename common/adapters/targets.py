@@ -1,12 +1,12 @@
-"""The layers that ``adapter.targets`` names: what ``auto`` stands for in a model, and which names would fit.
+"""The layers that ``adapter.targets`` names: what its words stand for in a model, and which names would fit.
 
 A name is the last part of a layer's, as PEFT's ``target_modules`` has it: ``query`` is every layer called
-``...attention.self.query``.
+``...attention.self.query``. It has more parts where the last one alone would be another layer's as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -17,6 +17,8 @@ AUTO = "auto"
 """What ``adapter.targets`` calls the projections to queries and values, however the model names them."""
 VALUES = "values"
 """What it calls those to values alone."""
+ALL_LINEAR = "all-linear"
+"""What it calls the linear layers of all blocks, as PEFT does."""
 QUERY, KEY, VALUE = ({"q", "query", "wq"}, {"k", "key", "wk"}, {"v", "value", "wv"})
 """Words of which one stands in the name of a layer that makes a token's query, key or value."""
 FUSED = {"qkv", "wqkv", "c_attn", "in_proj", "query_key_value"}
@@ -26,16 +28,14 @@ MOST_NAMES = 12
 
 
 def targets_in(base: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the layers to adapt in a model: ``names``, or what ``auto`` or ``values`` stands for there.
+    """Return the names of the layers to adapt in a model: ``names``, or what a word stands for there.
 
     Raises:
-        ModelError: no layer has such a name, or no attention is found; the message names layers that would fit.
+        ModelError: no layer has such a name, or no attention or block is found; the message names what would fit.
     """
-    if tuple(names) == (AUTO,):
-        return auto_targets(base)
-    if tuple(names) == (VALUES,):
-        return value_targets(base)
-    if not any(name in names or name.endswith(tuple(f".{n}" for n in names)) for name, _ in base.named_modules()):
+    if len(names) == 1 and names[0] in KINDS:
+        return KINDS[names[0]](base)
+    if not any(is_named(name, names) for name, _ in base.named_modules()):
         try:
             stands = f"'{AUTO}', which is {','.join(auto_targets(base))!r} there, or to "
         except ModelError:
@@ -45,6 +45,11 @@ def targets_in(base: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
             f"{nearest(names[0], _linear_names(base))}: set it to {stands}some of {_listed(base)}"
         )
     return tuple(names)
+
+
+def is_named(layer: str, names: Collection[str]) -> bool:
+    """Return whether a layer is one of ``names`` as PEFT reads them: its whole name, or the end of it after a dot."""
+    return any(f".{layer}".endswith(f".{name}") for name in names)
 
 
 def auto_targets(base: nn.Module) -> tuple[str, ...]:
@@ -79,6 +84,31 @@ def value_targets(base: nn.Module) -> tuple[str, ...]:
     found = auto_targets(base)
     apart = tuple(name for name in found if _words(name) & VALUE)
     return apart or tuple(name for name in found if _words(name) & FUSED or name.lower() in FUSED) or found
+
+
+def linear_targets(base: nn.Module) -> tuple[str, ...]:
+    """Return the shortest names that are of every linear layer in a model's blocks and of none outside.
+
+    Blocks are what a model numbers: ``encoder.layer.0``. A pooler, a head and outputs over a vocabulary are in none.
+
+    Raises:
+        ModelError: no linear layer is in a block.
+    """
+    linear = [name for name, module in base.named_modules() if name and _is_linear(module)]
+    inside = [name for name in linear if any(part.isdigit() for part in name.split(".")[:-1])]
+    if not inside:
+        raise ModelError(
+            f"adapter.targets {ALL_LINEAR!r} finds no block with linear layers in {type(base).__name__}: "
+            f"name some of {_listed(base)}"
+        )
+    outside = set(linear) - set(inside)
+    return tuple(dict.fromkeys(_shortest(name, outside) for name in inside))
+
+
+def _shortest(name: str, outside: Collection[str]) -> str:
+    parts = name.split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+    return next(end for end in ends if not any(is_named(other, (end,)) for other in outside))
 
 
 def _by_structure(base: nn.Module) -> tuple[str, ...]:
@@ -123,3 +153,11 @@ def _is_linear(module: nn.Module) -> bool:
 def _inputs(module: nn.Module) -> int:
     # A Conv1D keeps its weight as (in, out).
     return int(module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0])  # type: ignore[index]
+
+
+KINDS: Mapping[str, Callable[[nn.Module], tuple[str, ...]]] = {
+    AUTO: auto_targets,
+    VALUES: value_targets,
+    ALL_LINEAR: linear_targets,
+}
+"""What each word finds (``common.config.fields.TARGET_KINDS``)."""

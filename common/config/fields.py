@@ -13,7 +13,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from common.check import Rule
 
-TARGET_KINDS = ("auto", "values")
+TARGET_KINDS = ("auto", "values", "all-linear")
 """Words of ``adapter.targets`` that stand for layers, however the model names them (``common.adapters.targets``)."""
 
 

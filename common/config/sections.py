@@ -158,7 +158,8 @@ class AdapterConfig(Section):
     targets: str = "auto"
     """Names of the adapted layers, separated by commas, as PEFT's ``target_modules``. ``auto``: those that make queries
     and values, as PEFT's table or the model's own names tell; of most encoders ``query,value``. ``values``: those that
-    make values alone."""
+    make values alone. ``all-linear``: the linear layers of all blocks, as PEFT's word has it; a head and a
+    pooler are in none."""
     start: str = "orthonormal"
     """Where the factors begin: a row of ``common.starts.STARTS``, whose options are ``start.*``."""
 

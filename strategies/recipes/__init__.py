@@ -14,10 +14,11 @@ from common.config.sections import ModelConfig, PrivacyConfig, Scalar
 from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.head_only import HeadOnly
 from strategies.recipes.metric import PublicMetricRecipe
+from strategies.recipes.open import Open
 from strategies.recipes.plain import Plain
 from strategies.recipes.whole import names_method, own_method, set_aside
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (PublicMetricRecipe(), HeadOnly(), Plain())}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (PublicMetricRecipe(), HeadOnly(), Open(), Plain())}
 AUTO = "auto"
 """What ``recipe`` calls the first row that suits the run, and a setting that the recipe fills in."""
 

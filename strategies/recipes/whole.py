@@ -1,4 +1,4 @@
-"""The runs that suit the recipes for private training with labels: those whose people have no method of their own."""
+"""The runs that suit the recipes for training with labels: those whose people have no method of their own."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ METHODS = ("adapter.name", "adapter.start")
 """Settings that say by themselves that another method is wanted."""
 
 
-def own_method(asked: Asked) -> str:
-    """Return what in a run's settings is not for a recipe of a private run with labels, in words; empty: nothing."""
+def own_method(asked: Asked, *, private: bool = True) -> str:
+    """Return what in a run's settings is not for a recipe of a run with labels, in words; empty: nothing.
+
+    Args:
+        asked: the run.
+        private: whether the recipe is for runs that promise something, or for those that promise nothing.
+    """
     run = asked.settings
     mechanism, task = run.privacy.mechanism, TASKS.get(run.model.task)
     if run.strategy != STRATEGY:
         return f"strategy is {run.strategy!r}"
     if named := next((key for key in METHODS if key in asked.given), ""):
         return f"{named} is set"
-    if not mechanism.claims or mechanism.central or "public records" not in mechanism.starts:
+    promises = mechanism.claims and not mechanism.central and "public records" in mechanism.starts
+    if not (promises if private else not mechanism.claims):
         return f"privacy.mode is {run.privacy.mode!r}"
     if task is None or not task.labelled:
         return f"model.task is {run.model.task!r}"

@@ -1,0 +1,36 @@
+"""LoRA on every linear layer, in twelve rounds of smaller steps: what suits a run without privacy.
+
+Where no noise is added, more trained numbers cost none, and more steps none either. Under noise both do.
+
+The figures were chosen on IMDB (``experiments/LOG.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.config.sections import Scalar
+from common.tasks import TASKS
+from strategies.recipes.base import Asked, Recipe
+from strategies.recipes.whole import own_method
+
+
+@dataclass(frozen=True)
+class Open(Recipe):
+    """LoRA on every linear layer beside the head, without privacy."""
+
+    name: ClassVar[str] = "open"
+
+    def unfit(self, asked: Asked) -> str:
+        """Return what is not for it: privacy, another method, labels without words."""
+        task = TASKS.get(asked.settings.model.task)
+        return own_method(asked, private=False) or (
+            "" if task and task.worded else f"model.task is {asked.settings.model.task!r}"
+        )
+
+    def settings(self, asked: Asked) -> Mapping[str, Scalar]:
+        """Return the layers and the rounds, and the sites' rate where it is one of Adam's."""
+        rate = {} if asked.clips else {"training.learning-rate": 0.004}
+        return {"rounds": 12, "evaluate-every": 3, "adapter.targets": "all-linear", **rate}
