@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from common.adapters.base import pefts_old_names
 from common.data.sources import public_test
 from common.errors import DataError, ModelError
 from common.model.base import load_base_model
@@ -36,7 +37,8 @@ def load_result(adapter: Path) -> tuple[TaskModule, dict[str, Any]]:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     # A run of the head alone has no adapter.
     tuned = (adapter / "adapter_config.json").is_file()
-    peft_model = PeftModel.from_pretrained(base.module, str(adapter)) if tuned else base.module
+    with pefts_old_names():
+        peft_model = PeftModel.from_pretrained(base.module, str(adapter)) if tuned else base.module
     task, classes = TASKS[about["task"]].pooled(pool), len(about["label_names"])
     model = task.module(peft_model, base, classes if task.labelled else 0, about["feature_scale"])
     if model.head is not None:

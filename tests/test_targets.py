@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,12 @@ def test_auto_starts_bit_for_bit_where_the_names_do() -> None:
         states.append(adapter.read(adapter.attach(tiny_model("bert"), 1)))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(t, states[1][layer][f]) for layer, factors in states[0].items() for f, t in factors.items())
+
+
+def test_putting_an_adapter_in_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ADAPTERS["lora"](2, 2.0, ("auto",), STARTS["orthonormal"]()).attach(tiny_model("bert"), 1)
 
 
 class Mixed(nn.Module):

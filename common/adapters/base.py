@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self, cast
@@ -176,7 +178,8 @@ class Adapter(ABC):
         config = named.peft_config(fan_in_fan_out=fan_in_fan_out)
         self.route(config)
         try:
-            model = get_peft_model(base, config)
+            with pefts_old_names():
+                model = get_peft_model(base, config)
         except ValueError as error:
             raise ModelError(
                 f"adapter.targets {','.join(named.target_modules)!r} fit no layer of {type(base).__name__}: {error}"
@@ -346,6 +349,14 @@ class Adapter(ABC):
         config.task_type = injected.task_type
         config.save_pretrained(str(folder))
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+@contextmanager
+def pefts_old_names() -> Iterator[None]:
+    """Keep from people what PEFT is warned of for asking transformers by an old name: nobody here can change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def target_shapes(base: nn.Module, target_modules: Sequence[str]) -> list[tuple[int, int]]:
