@@ -91,6 +91,8 @@ class Checkpoint:
     """Of ``state``; None if its round was not scored."""
     lengths: Mapping[str, int]
     """Bytes of the run's line files, by name."""
+    renewed: bool = False
+    """Whether what the run's start has of the head after its rounds is in ``state``; said of no other round."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -106,6 +108,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     about = {
         "run": checkpoint.run,
         "round": held.round_number,
+        "renewed": checkpoint.renewed,
         "trained": held.trained,
         "steps": dict(held.optimizer.steps),
         "settings": dict(checkpoint.settings),
@@ -143,6 +146,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         baseline=Score(**about["baseline"]),
         score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],
+        renewed=about.get("renewed", False),  # one that was written before it was said may lack it
     )
     if checkpoint.run != run:
         raise ConfigError(

@@ -79,6 +79,9 @@ class _Observer:
             self._folder.say(f"  {told}", outcome.round_number)
         self._tracking.tell()
 
+    def renewed(self, state: ServerState, members: Mapping[int, Member]) -> None:
+        self._folder.renewed(state, members)
+
     def missed(self, outcome: RoundOutcome) -> None:
         self._folder.missed(outcome)
 

@@ -154,6 +154,12 @@ class RunFolder:
         settings = self.job.settings()
         self._save(Checkpoint(self.run, settings, state, dict(members), self._baseline, outcome.score, {}))
 
+    def renewed(self, state: ServerState, members: Mapping[int, Member]) -> None:
+        """Save what was made of the head beside the round that is saved, before a site is sent it."""
+        if self.saved is None:
+            raise ValueError("nothing is saved that could be renewed")
+        self._save(replace(self.saved, state=state, members=dict(members), renewed=True))
+
     def missed(self, outcome: RoundOutcome) -> None:
         """Append the line of a round that does not count, and what the sites paid for it all the same."""
         self._lines(outcome)

@@ -63,6 +63,9 @@ class Observer(Protocol):
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         """A round is complete and counts."""
 
+    def renewed(self, state: ServerState, members: Mapping[int, Member]) -> None:
+        """After the head's rounds, which are saved, what the start has of them is in the state; no site has seen it."""
+
     def missed(self, outcome: RoundOutcome) -> None:
         """A round did not reach its quorum in any attempt: what was trained before stays, and the run ends."""
 
@@ -99,6 +102,8 @@ def run_rounds(
         state = _initialise(job, sites, server_model, observer)
         score = server_model.score(state.adapter)
         observer.started(before or score, state, admission.members, score if asked else None)
+    if job.renews_after(state.round_number) and not (saved and saved.renewed):
+        state = _renewed(server_model, state, admission, observer)
     measured = server_model.rule_statistic(state)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
@@ -123,14 +128,24 @@ def run_rounds(
         if job.config.server.scores:
             step = watched(job, step, server_model.base_weight, averaged_noise(job, results, averaged, usual=True))
         state = job.strategy.server_update(state, averaged, step)
-        if round_number == job.config.training.head_first:
-            # Before it is saved: another machine would make it anew to the last bit but one, and sites would pay again.
-            state = server_model.around_head(state)
-            measured = server_model.rule_statistic(state)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
         outcome = RoundOutcome(round_number, got, score, time.monotonic() - began, learning=tuple(learning))
         observer.finished(outcome, state, admission.members)
+        if job.renews_after(round_number):
+            state = _renewed(server_model, state, admission, observer)
+            measured = server_model.rule_statistic(state)
+    return state
+
+
+def _renewed(server_model: ServerModel, state: ServerState, admission: Admission, observer: Observer) -> ServerState:
+    """Return the state with what the start has of the head.
+
+    The paid round is saved before it, so that a text that cannot be read costs nobody that round again. It is saved
+    before it is sent: another machine would make it anew to the last bit but one, and sites would pay again.
+    """
+    state = server_model.around_head(state)
+    observer.renewed(state, admission.members)
     return state
 
 

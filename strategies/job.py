@@ -122,6 +122,10 @@ class Job:
         """Whether the server makes frozen factors anew after the head's own rounds, before which nothing uses them."""
         return bool(self.config.training.head_first) and type(self.origin).around_head is not Start.around_head
 
+    def renews_after(self, round_number: int) -> bool:
+        """Whether it does so between this round and the next."""
+        return self.renews and round_number == self.config.training.head_first < self.config.rounds
+
     def due(self, state: ServerState, round_number: int) -> AdapterState:
         """Return what of ``basis`` a site must have in a round: factors that are yet to be made anew are of no use."""
         basis = self.basis(state)

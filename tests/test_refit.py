@@ -23,6 +23,7 @@ from common.messages.round import TrainTask
 from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
+from common.paths import run_folder
 from common.privacy import dpsgd
 from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
@@ -36,7 +37,7 @@ from common.tasks.module import TaskModule
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
-from server.checkpoint import saved_state
+from server.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from server.model import ServerModel
 from server.optimizer import server_step
 from strategies import ServerState
@@ -455,6 +456,56 @@ def test_a_server_killed_between_the_phases_makes_nothing_anew(
     folder = run_in_process({**settings, "resume": "cut"}, 2, kind=Told)
     state = saved_state(folder)
     assert all(torch.equal(state.adapter[k][n], t) for k, fs in sent.items() for n, t in fs.items())
+
+
+class Broken(Exception):
+    """What no code expects."""
+
+
+def test_a_failure_between_the_phases_costs_no_round_that_was_paid_for(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**toy_settings, **FIRST, "privacy.noise-multiplier": 1.0}
+
+    def fails(model: ServerModel, state: ServerState) -> ServerState:
+        raise Broken
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerModel, "around_head", fails)
+        with pytest.raises(Broken):
+            run_in_process(settings, 2, "cut")
+    monkeypatch.setattr(Told, "once", [])
+    folder = run_in_process({**settings, "resume": "cut"}, 2, kind=Told)
+    assert [number for number, _, _ in Told.once] == [3, 3], "the head's last round was paid for once more"
+    assert [line.round_number for line in read_lines(RoundLine, folder)] == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_from_before_it_was_said_is_renewed_and_one_that_says_so_is_not(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that went on without would pay for rounds in directions of before the head was fitted."""
+    settings = {**toy_settings, **FIRST, "privacy.noise-multiplier": 1.0}
+    monkeypatch.setattr(Told, "once", [])
+    monkeypatch.setattr(Told, "dies", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(settings, 2, "cut", kind=Told)
+    monkeypatch.setattr(Told, "dies", 0)
+    job = configure(with_recipe({**settings, "resume": "cut"})[0])
+    folder = run_folder(job.config, "cut")
+    saved = load_checkpoint(folder, job, "cut")
+    assert saved.renewed
+    begun = ServerModel(job)
+    old = {**saved.state.adapter, **begun.job.begin(begun.start, begun.public_statistic()).adapter}
+    old[HEAD] = saved.state.adapter[HEAD]
+    save_checkpoint(folder, replace(saved, state=replace(saved.state, adapter=old), renewed=False))
+    path = folder / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'\\"renewed\\": false', b'\\"unknown\\": false'))
+    assert load_checkpoint(folder, job, "cut").state.adapter.keys() == old.keys()
+    state = saved_state(run_in_process({**settings, "resume": "cut"}, 2))
+    for layer, factors in saved.state.adapter.items():
+        if layer not in (HEAD, METRIC):
+            assert torch.equal(factors["B"], state.adapter[layer]["B"])
+            assert not torch.equal(old[layer]["B"], state.adapter[layer]["B"])
 
 
 def test_a_server_that_comes_back_between_the_phases_makes_the_same_of_the_head(toy_settings: dict[str, Any]) -> None:
