@@ -69,9 +69,18 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
         ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and that takes 3 at most"),
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
         ({"rounds": 6}, "head-only", "because rounds is 6, and that takes 10 at least"),
-        ({"privacy.mode": "none"}, "open", "recipe is 'open' and not 'metric', because privacy.mode is 'none'"),
-        ({"privacy.mode": "none", "rounds": 3, "adapter.rank": 4, "data.name": "reuters"}, "open", "recipe is 'open'"),
-        ({"privacy.mode": "none", "training.local-steps": 4}, "plain", "because privacy.mode is 'none'"),
+        ({"privacy.mode": "none"}, "open", ""),
+        ({"privacy.mode": "none", "rounds": 3, "adapter.rank": 4, "data.name": "reuters"}, "open", ""),
+        (
+            {"privacy.mode": "none", "training.local-steps": 4},
+            "plain",
+            "recipe is 'plain' and not 'open', because training.local-steps is set: write recipe = 'open' to keep that",
+        ),
+        (
+            {"privacy.mode": "none", "model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"},
+            "plain",
+            "recipe is 'plain' and not 'open', because model.task is 'causal-lm'",
+        ),
         ({"privacy.mode": "none", "strategy": "fed-svd"}, "plain", ""),
         ({"strategy": "fed-sb"}, "plain", ""),
         ({"rounds": 6, "adapter.rank": 4}, "plain", "because rounds is 6"),
@@ -91,7 +100,11 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
         (IMAGES, "head-only", "recipe is 'head-only' and not 'metric', because model.task is 'image-classification'"),
         ({**IMAGES, "head.start": "zeros"}, "head-only", "because model.task is 'image-classification'"),
         ({**IMAGES, "head.start": "random"}, "plain", "because head.start is set"),
-        ({**IMAGES, "privacy.mode": "none"}, "plain", "because privacy.mode is 'none'"),
+        (
+            {**IMAGES, "privacy.mode": "none"},
+            "plain",
+            "recipe is 'plain' and not 'open', because model.task is 'image-classification'",
+        ),
         ({**IMAGES, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "head-only", "because model.task is"),
         ({**IMAGES, "strategy": "fed-sb"}, "plain", ""),
         ({"recipe": "plain"}, "plain", ""),
@@ -172,8 +185,10 @@ def test_the_head_is_fitted_in_the_first_rounds_and_in_the_last(rounds: int | No
 def test_a_run_without_privacy_trains_every_linear_layer_in_smaller_steps() -> None:
     config = configure({"privacy.mode": "none"}).config
     assert (config.rounds, config.adapter.targets, config.training.learning_rate) == (12, "all-linear", 0.004)
-    named = configure({"recipe": "open"}).config  # under privacy: a site's step is not one of Adam's
-    assert (named.rounds, named.adapter.targets, named.training.learning_rate) == (12, "all-linear", 1.0)
+    for own in ({"privacy.mode": "dp-sgd"}, {"training.optimizer": "sgd"}, {"server.optimizer": "adam"}):
+        named = configure({"recipe": "open", "privacy.mode": "none", **own}).config
+        assert (named.rounds, named.adapter.targets) == (12, "all-linear")
+        assert (named.training.optimizer, named.training.learning_rate) == ("sgd", 1.0), "a rate of Adam's"
 
 
 def test_what_is_left_open_may_be_said() -> None:

@@ -162,10 +162,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def with_a_pooler() -> Any:
-    return random_model("Bert", **TEXT)
-
-
 def with_outputs() -> Any:
     config = transformers.LlamaConfig(**GROUPED)
     with torch.random.fork_rng():
@@ -173,7 +169,17 @@ def with_outputs() -> Any:
         return transformers.LlamaForCausalLM(config)
 
 
-OTHERS: dict[str, Callable[[], Any]] = {"bert-pooled": with_a_pooler, "llama-outputs": with_outputs}
+STAGES = {"image_size": 32, "num_attention_heads": [1] * 4, "depths": [1] * 4}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "bert-pooled": lambda: random_model("Bert", **TEXT),
+    "llama-outputs": with_outputs,
+    # Linear layers in a Sequential, whose names are numbers as stages' are.
+    "swinv2": lambda: random_model("Swinv2", image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4),
+    # A convolution outside of all blocks has the last part of a layer's name.
+    "pvt-v2": lambda: random_model("PvtV2", **STAGES, hidden_sizes=[8] * 4, mlp_ratios=[1] * 4),
+}
+OUTSIDE = {"bert-pooled", "llama-outputs", "roberta", "mpnet", "vit", "llama", "gpt2"}
+"""Those that have linear layers outside of their blocks, so that one that is adapted shows."""
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
@@ -182,9 +188,7 @@ def test_all_linear_adapts_every_linear_layer_of_the_blocks_and_no_other(family:
     base = make()
     linear = {name for name, module in base.named_modules() if is_linear(module)}
     outside = {name for name in linear if name.startswith(("pooler", "lm_head", "encoder.pooler"))}
-    assert bool(outside) == (family in {*OTHERS, "roberta", "mpnet", "vit", "llama", "gpt2"}), (
-        "the test would not see one that is adapted"
-    )
+    assert bool(outside) == (family in OUTSIDE)
     adapter = ADAPTERS["lora"](1, 2.0, ("all-linear",), STARTS["orthonormal"]())
     assert len(target_shapes(base, ("all-linear",))) == len(linear - outside)
     model = adapter.attach(base, 1)
@@ -193,6 +197,25 @@ def test_all_linear_adapts_every_linear_layer_of_the_blocks_and_no_other(family:
     named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     stock = ADAPTERS["lora"](1, 2.0, tuple(named), STARTS["orthonormal"]())
     assert set(stock.layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == linear - outside
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "MPNet"])
+def test_a_stock_model_with_a_pooler_has_no_adapter_in_it(kind: str, tmp_path: Path) -> None:
+    """Ours is loaded without one, so that the last part of its name is no other layer's here."""
+    with torch.random.fork_rng():
+        base = getattr(transformers, f"{kind}Model")(
+            getattr(transformers, f"{kind}Config")(**TEXT), add_pooling_layer=False
+        )
+    adapter = ADAPTERS["lora"](1, 2.0, ("all-linear",), STARTS["orthonormal"]())
+    model = adapter.attach(base, 1)
+    adapter.export(model, adapter.read(model), tmp_path, "base")
+    stock = random_model(kind, **TEXT)
+    assert any(name == "pooler.dense" for name, _ in stock.named_modules())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(stock, str(tmp_path))
+    assert set(adapter.layers(loaded)) == set(adapter.layers(model))
+    assert not [str(warning.message) for warning in told if "missing" in str(warning.message)]
 
 
 def test_a_model_without_blocks_is_told_its_layers() -> None:

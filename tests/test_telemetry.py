@@ -25,7 +25,7 @@ from client.app import train
 from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
 from common import randomness
 from common.accountant import Accountant, Detour
-from common.errors import DataError, FedVeilError, MechanismError
+from common.errors import DataError, FedVeilError, MechanismError, ModelError
 from common.messages.round import (
     KeyReply,
     NoisedCount,
@@ -41,6 +41,7 @@ from common.messages.wire import decode_reply, encode_reply, encode_task, layout
 from common.privacy import dpsgd
 from common.privacy.events import Event
 from common.secure_sum import Agreement, KeyOffer, Sharing
+from experiments.in_process import run_in_process
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {
@@ -287,10 +288,9 @@ def test_data_that_cannot_be_read_are_one_refusal_whatever_is_wrong_with_them(
     assert replies == replies[:1] * 3
 
 
-def test_a_layer_that_the_model_does_not_use_is_refused_before_the_charge_and_tells_no_size(
-    toy_settings: dict[str, Any], tmp_path: Path
-) -> None:
-    folder = tmp_path / "pooled"
+def pooled(parent: Path) -> Path:
+    """Write an encoder whose pooler is a layer that mean pooling passes by."""
+    folder = parent / "pooled"
     config = XLMRobertaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=16,
@@ -299,9 +299,34 @@ def test_a_layer_that_the_model_does_not_use_is_refused_before_the_charge_and_te
         intermediate_size=24,
         max_position_embeddings=60,
     )
-    XLMRobertaModel(config).save_pretrained(folder)  # its pooler is a layer that mean pooling passes by
+    XLMRobertaModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    settings = {**toy_settings, "model.name": str(folder), "training.sample-rate": 1.0}
+    return folder
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        {"strategy": "fedavg-lora", "adapter.name": "lora-metric", "adapter.start": "public-metric"},
+        {"strategy": "ffa-lora", "adapter.start": "svd-of-weights", "adapter.alpha": 0.0},
+    ],
+    ids=lambda start: str(start["adapter.start"]),
+)
+def test_a_start_from_public_text_names_a_layer_that_the_model_does_not_use(
+    start: dict[str, Any], toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**toy_settings, "model.name": str(pooled(tmp_path)), "adapter.rank": 2, **start}
+    settings |= {"adapter.targets": "query,dense", "training.optimizer": "sgd", "start.records": 8}
+    if "adapter.alpha" in start:
+        del settings["start.records"]
+    with pytest.raises(ModelError, match=r"^the model does not use the layer 'pooler.dense': name others in"):
+        run_in_process(settings, 2)
+
+
+def test_a_layer_that_the_model_does_not_use_is_refused_before_the_charge_and_tells_no_size(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**toy_settings, "model.name": str(pooled(tmp_path)), "training.sample-rate": 1.0}
     refusals = [clinic(settings, tmp_path, records, records).refuse() for records in (40, 39)]
     assert refusals[0] == refusals[1], "a refusal depends on the number of records"
     assert "the model does not use the layer 'pooler.dense'" in refusals[0].reason

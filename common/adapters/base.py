@@ -182,7 +182,8 @@ class Adapter(ABC):
                 model = get_peft_model(base, config)
         except ValueError as error:
             raise ModelError(
-                f"adapter.targets {','.join(named.target_modules)!r} fit no layer of {type(base).__name__}: {error}"
+                f"adapter.targets {','.join(named.target_modules)!r} do not fit {type(base).__name__}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
         for name, layer in self.layers(model).items():
             out_features, in_features = layer_shape(layer)

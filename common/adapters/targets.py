@@ -19,6 +19,8 @@ VALUES = "values"
 """What it calls those to values alone."""
 ALL_LINEAR = "all-linear"
 """What it calls the linear layers of all blocks, as PEFT does."""
+STOCK = ("pooler.dense",)
+"""Layers that a stock model has and ours may have been loaded without: an export names none of them."""
 QUERY, KEY, VALUE = ({"q", "query", "wq"}, {"k", "key", "wk"}, {"v", "value", "wv"})
 """Words of which one stands in the name of a layer that makes a token's query, key or value."""
 FUSED = {"qkv", "wqkv", "c_attn", "in_proj", "query_key_value"}
@@ -87,28 +89,28 @@ def value_targets(base: nn.Module) -> tuple[str, ...]:
 
 
 def linear_targets(base: nn.Module) -> tuple[str, ...]:
-    """Return the shortest names that are of every linear layer in a model's blocks and of none outside.
+    """Return the shortest names that are of every linear layer in a model's blocks and of no other module.
 
     Blocks are what a model numbers: ``encoder.layer.0``. A pooler, a head and outputs over a vocabulary are in none.
 
     Raises:
         ModelError: no linear layer is in a block.
     """
-    linear = [name for name, module in base.named_modules() if name and _is_linear(module)]
-    inside = [name for name in linear if any(part.isdigit() for part in name.split(".")[:-1])]
+    names = [name for name, _ in base.named_modules() if name]
+    inside = [name for name in _linear(base) if any(part.isdigit() for part in name.split(".")[:-1])]
     if not inside:
         raise ModelError(
             f"adapter.targets {ALL_LINEAR!r} finds no block with linear layers in {type(base).__name__}: "
             f"name some of {_listed(base)}"
         )
-    outside = set(linear) - set(inside)
-    return tuple(dict.fromkeys(_shortest(name, outside) for name in inside))
+    others = {*names, *STOCK} - set(inside)
+    return tuple(dict.fromkeys(_shortest(name, others) for name in inside))
 
 
-def _shortest(name: str, outside: Collection[str]) -> str:
+def _shortest(name: str, others: Collection[str]) -> str:
     parts = name.split(".")
     ends = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-    return next(end for end in ends if not any(is_named(other, (end,)) for other in outside))
+    return next((end for end in ends if not any(is_named(other, (end,)) for other in others)), name)
 
 
 def _by_structure(base: nn.Module) -> tuple[str, ...]:
@@ -131,11 +133,14 @@ def _by_structure(base: nn.Module) -> tuple[str, ...]:
 def _linear_names(base: nn.Module) -> dict[str, int]:
     """Return the last part of the name of every linear layer, and how many layers have it; the most frequent first."""
     counts: dict[str, int] = {}
-    for name, module in base.named_modules():
-        if name and _is_linear(module):
-            last = name.rpartition(".")[2]
-            counts[last] = counts.get(last, 0) + 1
+    for name in _linear(base):
+        last = name.rpartition(".")[2]
+        counts[last] = counts.get(last, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _linear(base: nn.Module) -> list[str]:
+    return [name for name, module in base.named_modules() if name and _is_linear(module)]
 
 
 def _listed(base: nn.Module) -> str:

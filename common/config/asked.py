@@ -126,9 +126,8 @@ def resolve(asked: RunSettings) -> RunConfig:
     """
     pace = asked.privacy.mechanism.pace
     training, server = asked.training, asked.server
-    at_server = server.optimizer if server.optimizer != "auto" else pace.server_optimizer
+    optimizer, at_server = optimizers(asked)
     alone = at_server == "none"  # then the sites' optimiser moves the model
-    optimizer = training.optimizer if training.optimizer != "auto" else "adam" if alone else "sgd"
     head_rate = asked.head_rate or pace.head_rate
     return RunConfig(
         **_terms(asked),
@@ -159,6 +158,17 @@ def resolve(asked: RunSettings) -> RunConfig:
             most_noise=server.most_noise,
         ),
     )
+
+
+def optimizers(asked: RunSettings) -> tuple[str, str]:
+    """Return the sites' optimiser and the server's, with ``auto`` filled in.
+
+    >>> optimizers(RunSettings())
+    ('sgd', 'adam')
+    """
+    training, server = asked.training.optimizer, asked.server.optimizer
+    at_server = server if server != "auto" else asked.privacy.mechanism.pace.server_optimizer
+    return training if training != "auto" else "adam" if at_server == "none" else "sgd", at_server
 
 
 def as_asked(config: RunConfig) -> RunSettings:

@@ -17,7 +17,7 @@ from common.adapters.base import stored_transposed
 from common.errors import ModelError
 from common.messages.state import OWN, AdapterState
 from common.model.federated import FederatedModel
-from common.starts.gradient import open_weights
+from common.starts.gradient import gradients_in, open_weights
 from common.tasks import Record
 
 
@@ -39,8 +39,7 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
     model.module.eval()
     with open_weights(model) as weights:
         for i, record in enumerate(records):
-            gradients = torch.autograd.grad(model.losses(model.batch([record])).sum(), list(weights.values()))
-            for name, gradient in zip(weights, gradients, strict=True):
+            for name, gradient in gradients_in(model, weights, record).items():
                 G = (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
                 held = {factor: tensor.double() for factor, tensor in adapter[name].items()}
                 lengths[0, i] += model.adapter.share_seen(*G.shape) * G.square().sum()

@@ -149,6 +149,20 @@ def open_weights(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
             parameter.grad = None
 
 
+def gradients_in(model: FederatedModel, weights: Mapping[str, Tensor], record: Record) -> dict[str, Tensor]:
+    """Return the gradient of a record's loss in each opened weight, as the layer stores it.
+
+    Raises:
+        ModelError: the model's forward pass does not use one of them.
+    """
+    loss = model.losses(model.batch([record])).sum()
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    for name, gradient in zip(weights, found, strict=True):
+        if gradient is None:
+            raise ModelError(f"the model does not use the layer {name!r}: name others in adapter.targets")
+    return dict(zip(weights, found, strict=True))
+
+
 def _oriented(model: FederatedModel, gradients: dict[str, Tensor]) -> AdapterState:
     layers = model.adapter.layers(model.peft_model)
     if not any(bool(gradient.abs().max() > 0) for gradient in gradients.values()):

@@ -36,7 +36,7 @@ from common.randomness import stream
 from common.starts.base import Labels, seeded
 from common.starts.directions import leading_rows, with_fixed_signs
 from common.starts.from_text import FromText
-from common.starts.gradient import open_weights
+from common.starts.gradient import gradients_in, open_weights
 from common.starts.public_text import MADE_UP
 from common.tasks import TASKS, Record
 
@@ -303,10 +303,9 @@ def _gradients(model: FederatedModel, records: Sequence[Record], only: Collectio
         with open_weights(model) as opened:
             weights = {name: weight for name, weight in opened.items() if not only or name in only}
             for record in records:
-                found = torch.autograd.grad(model.losses(model.batch([record])).sum(), list(weights.values()))
                 yield {
                     name: (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
-                    for name, gradient in zip(weights, found, strict=True)
+                    for name, gradient in gradients_in(model, weights, record).items()
                 }
     finally:
         model.module.train(was_training)

@@ -37,7 +37,7 @@ OPEN_AT_ZERO = ("head-rate", "training.local-steps", "training.sample-rate", "tr
 
 
 def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
-    """Return the recipe of a run, and why ``auto`` is not the first row unless another method was named.
+    """Return the recipe of a run, and why ``auto`` is not the first row for such runs unless another method was named.
 
     Raises:
         ConfigError: no recipe is called ``named``.
@@ -45,13 +45,14 @@ def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
     OneOf((AUTO, *RECIPES)).check("recipe", named)
     if named != AUTO:
         return RECIPES[named], ""
-    reasons = [row.unfit(asked) for row in RECIPES.values()]
-    chosen = next(row for row, reason in zip(RECIPES.values(), reasons, strict=True) if not reason)
-    first, why = next(iter(RECIPES)), own_method(asked)
-    if not reasons[0] or names_method(why):
+    chosen = next(row for row in RECIPES.values() if not row.unfit(asked))
+    private = asked.settings.privacy.mechanism.claims
+    first = next(row for row in RECIPES.values() if row.private == private)
+    reason, why = first.unfit(asked), own_method(asked, private=private)
+    if not reason or names_method(why):
         return chosen, ""
-    keep = f": write recipe = {first!r} to keep that" if set_aside(why) else ""
-    return chosen, f"recipe is {chosen.name!r} and not {first!r}, because {reasons[0]}{keep}"
+    keep = f": write recipe = {first.name!r} to keep that" if set_aside(why) else ""
+    return chosen, f"recipe is {chosen.name!r} and not {first.name!r}, because {reason}{keep}"
 
 
 def without_open(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:

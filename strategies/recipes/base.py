@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.asked import RunSettings
+from common.config.asked import RunSettings, optimizers
 from common.config.sections import Scalar
 
 
@@ -33,12 +33,19 @@ class Asked:
         """Whether what noise there is is the sites', who say how much: ``server.most-noise`` goes by that."""
         return not self.settings.privacy.mechanism.central
 
+    @property
+    def optimizer(self) -> str:
+        """The sites' optimiser, ``auto`` filled in."""
+        return optimizers(self.settings)[0]
+
 
 class Recipe(ABC):
     """Settings that were found together. One file and one row each."""
 
     name: ClassVar[str]
     """What ``recipe`` calls it."""
+    private: ClassVar[bool] = True
+    """Whether it is for runs that promise something, or else for those that promise nothing."""
     by_records: ClassVar[bool] = False
     """Whether it goes by how many records there are (``data.records``)."""
 

@@ -22,15 +22,16 @@ class Open(Recipe):
     """LoRA on every linear layer beside the head, without privacy."""
 
     name: ClassVar[str] = "open"
+    private: ClassVar[bool] = False
 
     def unfit(self, asked: Asked) -> str:
         """Return what is not for it: privacy, another method, labels without words."""
         task = TASKS.get(asked.settings.model.task)
-        return own_method(asked, private=False) or (
+        return own_method(asked, private=self.private) or (
             "" if task and task.worded else f"model.task is {asked.settings.model.task!r}"
         )
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
-        """Return the layers and the rounds, and the sites' rate where it is one of Adam's."""
-        rate = {} if asked.clips else {"training.learning-rate": 0.004}
+        """Return the layers and the rounds, and the sites' rate where their steps are Adam's."""
+        rate = {"training.learning-rate": 0.004} if asked.optimizer == "adam" else {}
         return {"rounds": 12, "evaluate-every": 3, "adapter.targets": "all-linear", **rate}
