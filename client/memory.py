@@ -36,12 +36,15 @@ class Memory:
         layers = json.loads(self._kept.get("basis-layers", b"[]"))
         if not layout.keys() >= set(layers):
             return None
-        held = decode_state(self._kept["basis"], {k: layout[k] for k in layout if k in layers}) if layers else {}
+        try:
+            held = decode_state(self._kept["basis"], {k: layout[k] for k in layout if k in layers}) if layers else {}
+        except ProtocolError:
+            return None  # of another run, whose layers have the same names
         whole = merge(held, task.basis)
         if layout_of(whole) != layout:
             return None
         # What is kept has its mark beside it; a part that came later has to fit it.
-        known = self._kept["basis-of"].decode() if not task.basis else fingerprint(whole)
+        known = self._kept.get("basis-of", b"").decode() if not task.basis else fingerprint(whole)
         if not same_fingerprint(task.basis_fingerprint, known):
             return None
         return replace(task, basis=whole)

@@ -12,8 +12,11 @@ import torch
 import client.app
 from audits.tiny_site import OneSite, clinic
 from client.local_training import train_round
+from client.memory import Memory
 from common.messages.round import Refusal, TrainResult, TrainTask
-from common.messages.tensors import entries, scale
+from common.messages.state import AdapterState
+from common.messages.tensors import entries, fingerprint, scale
+from common.messages.wire import encode_state, layout_of
 
 
 @pytest.fixture
@@ -165,3 +168,32 @@ def test_factors_sent_once_are_kept_once_and_do_not_make_a_task_another(site: On
     lost = site.ask(replace(task, basis={}))
     assert isinstance(lost, Refusal)
     assert (lost.kind, len(site.charges())) == ("basis", 1)
+
+
+LAYER = {"layer": {"B": torch.ones(3, 2)}}
+OTHER = {"layer": {"B": torch.ones(4, 2)}}
+
+
+def basis_task(basis: AdapterState, whole: AdapterState) -> TrainTask:
+    return TrainTask("run", 1, {}, basis, fingerprint(whole), "", "")
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {
+            "basis-layers": b'["layer"]',
+            "basis": encode_state(OTHER),
+            "basis-of": b"0" * 64,
+        },
+        {"basis-layers": b'["layer"]', "basis": encode_state(LAYER)},
+        {"basis-layers": b'["layer"]', "basis": b"cut", "basis-of": fingerprint(LAYER).encode()},
+    ],
+    ids=["of other shapes", "without its mark", "damaged"],
+)
+def test_a_kept_basis_that_is_not_the_tasks_is_asked_for_again(kept: dict[str, bytes]) -> None:
+    assert Memory(kept).with_basis(basis_task({}, LAYER), layout_of(LAYER)) is None
+    whole = {**kept, "basis": encode_state(LAYER), "basis-of": fingerprint(LAYER).encode()}
+    found = Memory(whole).with_basis(basis_task({}, LAYER), layout_of(LAYER))
+    assert found is not None
+    assert torch.equal(found.basis["layer"]["B"], LAYER["layer"]["B"])

@@ -39,9 +39,9 @@ class TrainTask:
     state: AdapterState
     """What the strategy sends down every round; empty in round 0."""
     basis: AdapterState
-    """What it sends once; empty when the site has it already, or when nothing is sent once."""
+    """What it sends once, or the part that the site lacks; empty when the site has it all, or nothing is sent once."""
     basis_fingerprint: str
-    """Of what is sent once; empty when nothing is."""
+    """Of all that is sent once and of use in the round, whichever part comes along; empty when nothing is."""
     base_fingerprint: str
     """Of the base model's weights; a site with another base refuses."""
     start_fingerprint: str

@@ -37,7 +37,7 @@ LEAST_EPSILON = 1.0
 ``TRIED_RECORDS`` records together, each with noise of its own."""
 TRIED_SITES, TRIED_RECORDS = 4, 7500
 WITHOUT_CLIP = 2.0
-"""Rate of whoever wants it without privacy, where longer steps diverge. It is no recipe for that: see ``plain``."""
+"""Rate of whoever wants it without privacy, where longer steps diverge. It is no recipe for that: see ``open``."""
 
 
 def counted_by(asked: Asked) -> int:
