@@ -46,9 +46,9 @@ def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
     if named != AUTO:
         return RECIPES[named], ""
     chosen = next(row for row in RECIPES.values() if not row.unfit(asked))
-    private = asked.settings.privacy.mechanism.claims
-    first = next(row for row in RECIPES.values() if row.private == private)
-    reason, why = first.unfit(asked), own_method(asked, private=private)
+    claims = asked.settings.privacy.mechanism.claims
+    first = next(row for row in RECIPES.values() if row.claims == claims)
+    reason, why = first.unfit(asked), own_method(asked, claims=claims)
     if not reason or names_method(why):
         return chosen, ""
     keep = f": write recipe = {first.name!r} to keep that" if set_aside(why) else ""

@@ -44,7 +44,7 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     """What ``recipe`` calls it."""
-    private: ClassVar[bool] = True
+    claims: ClassVar[bool] = True
     """Whether it is for runs that promise something, or else for those that promise nothing."""
     by_records: ClassVar[bool] = False
     """Whether it goes by how many records there are (``data.records``)."""

@@ -22,12 +22,12 @@ class Open(Recipe):
     """LoRA on every linear layer beside the head, without privacy."""
 
     name: ClassVar[str] = "open"
-    private: ClassVar[bool] = False
+    claims: ClassVar[bool] = False
 
     def unfit(self, asked: Asked) -> str:
         """Return what is not for it: privacy, another method, labels without words."""
         task = TASKS.get(asked.settings.model.task)
-        return own_method(asked, private=self.private) or (
+        return own_method(asked, claims=self.claims) or (
             "" if task and task.worded else f"model.task is {asked.settings.model.task!r}"
         )
 

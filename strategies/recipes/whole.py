@@ -18,12 +18,12 @@ METHODS = ("adapter.name", "adapter.start")
 """Settings that say by themselves that another method is wanted."""
 
 
-def own_method(asked: Asked, *, private: bool = True) -> str:
+def own_method(asked: Asked, *, claims: bool = True) -> str:
     """Return what in a run's settings is not for a recipe of a run with labels, in words; empty: nothing.
 
     Args:
         asked: the run.
-        private: whether the recipe is for runs that promise something, or for those that promise nothing.
+        claims: whether the recipe is for runs that promise something, or for those that promise nothing.
     """
     run = asked.settings
     mechanism, task = run.privacy.mechanism, TASKS.get(run.model.task)
@@ -32,7 +32,7 @@ def own_method(asked: Asked, *, private: bool = True) -> str:
     if named := next((key for key in METHODS if key in asked.given), ""):
         return f"{named} is set"
     promises = mechanism.claims and not mechanism.central and "public records" in mechanism.starts
-    if not (promises if private else not mechanism.claims):
+    if not (promises if claims else not mechanism.claims):
         return f"privacy.mode is {run.privacy.mode!r}"
     if task is None or not task.labelled:
         return f"model.task is {run.model.task!r}"
