@@ -441,17 +441,22 @@ def test_a_site_that_lost_what_is_sent_once_gets_all_of_it_that_is_due(
     assert again == ({METRIC} if number == 2 else {METRIC} | {k for k in saved_state(folder).adapter if k not in OWN})
 
 
+def cut_in_round_3(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a run called ``cut``, whose server dies after it has sent the directions."""
+    monkeypatch.setattr(Told, "once", [])
+    with monkeypatch.context() as patched:
+        patched.setattr(Told, "dies", 3)
+        with pytest.raises(KeyboardInterrupt):
+            run_in_process(settings, 2, "cut", kind=Told)
+
+
 def test_a_server_killed_between_the_phases_makes_nothing_anew(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Made on another machine, the directions would differ in a last bit, and what sites have paid for be lost."""
     settings = {**toy_settings, **FIRST, "privacy.noise-multiplier": 1.0}
-    monkeypatch.setattr(Told, "once", [])
-    monkeypatch.setattr(Told, "dies", 3)
-    with pytest.raises(KeyboardInterrupt):
-        run_in_process(settings, 2, "cut", kind=Told)
+    cut_in_round_3(settings, monkeypatch)
     sent = Told.once[-1][2]
-    monkeypatch.setattr(Told, "dies", 0)
     monkeypatch.setattr(ServerModel, "around_head", None)
     folder = run_in_process({**settings, "resume": "cut"}, 2, kind=Told)
     state = saved_state(folder)
@@ -485,11 +490,7 @@ def test_a_checkpoint_from_before_it_was_said_is_renewed_and_one_that_says_so_is
 ) -> None:
     """A run that went on without would pay for rounds in directions of before the head was fitted."""
     settings = {**toy_settings, **FIRST, "privacy.noise-multiplier": 1.0}
-    monkeypatch.setattr(Told, "once", [])
-    monkeypatch.setattr(Told, "dies", 3)
-    with pytest.raises(KeyboardInterrupt):
-        run_in_process(settings, 2, "cut", kind=Told)
-    monkeypatch.setattr(Told, "dies", 0)
+    cut_in_round_3(settings, monkeypatch)
     job = configure(with_recipe({**settings, "resume": "cut"})[0])
     folder = run_folder(job.config, "cut")
     saved = load_checkpoint(folder, job, "cut")

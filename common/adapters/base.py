@@ -183,7 +183,7 @@ class Adapter(ABC):
         except ValueError as error:
             raise ModelError(
                 f"adapter.targets {','.join(named.target_modules)!r} do not fit {type(base).__name__}: "
-                f"{str(error).splitlines()[0]}"
+                f"{str(error).partition(chr(10))[0]}"
             ) from error
         for name, layer in self.layers(model).items():
             out_features, in_features = layer_shape(layer)

@@ -45,7 +45,7 @@ class Recipe(ABC):
     name: ClassVar[str]
     """What ``recipe`` calls it."""
     claims: ClassVar[bool] = True
-    """Whether it is for runs that promise something, or else for those that promise nothing."""
+    """Whether it is for runs that promise something, or else for those that promise nothing. The last is for all."""
     by_records: ClassVar[bool] = False
     """Whether it goes by how many records there are (``data.records``)."""
 
