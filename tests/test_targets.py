@@ -223,6 +223,11 @@ def test_a_model_without_blocks_is_told_its_layers() -> None:
         linear_targets(Mixed())
 
 
+def test_a_word_that_is_nearly_one_is_told() -> None:
+    with pytest.raises(ModelError, match=r"did you mean 'all-linear'\?"):
+        targets_in(tiny_model("bert"), ("all-liner",))
+
+
 def test_every_word_has_a_finder() -> None:
     assert tuple(KINDS) == TARGET_KINDS
 

@@ -44,7 +44,7 @@ def targets_in(base: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
             stands = ""
         raise ModelError(
             f"adapter.targets {','.join(names)!r} fit no layer of {type(base).__name__}"
-            f"{nearest(names[0], _linear_names(base))}: set it to {stands}some of {_listed(base)}"
+            f"{nearest(names[0], [*_linear_names(base), *KINDS])}: set it to {stands}some of {_listed(base)}"
         )
     return tuple(names)
 
