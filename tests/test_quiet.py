@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from common.model.base import load_base_model
-from common.quiet import REPORT, UNLOADED
+from common.quiet import HOOKED, REPORT, UNLOADED
 from experiments.in_process import run_in_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +91,20 @@ def test_peft_is_imported_in_silence() -> None:
     code = "import common.adapters, peft; peft.import_utils.is_bnb_4bit_available()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_a_head_on_features_is_trained_in_silence() -> None:
+    """In a process of its own: this one's filters are pytest's."""
+    code = (
+        "import torch; layer = torch.nn.Linear(2, 2); layer.register_full_backward_hook(lambda *_: None); "
+        "layer(torch.ones(1, 2)).sum().backward()"
+    )
+    told = [
+        subprocess.run([sys.executable, "-c", first + code], cwd=ROOT, capture_output=True, text=True, check=True)
+        for first in ("", "import common; ")
+    ]
+    assert HOOKED in told[0].stderr
+    assert told[1].stdout + told[1].stderr == ""
 
 
 @pytest.mark.parametrize("command", ["ask", "merge", "evaluate"])
