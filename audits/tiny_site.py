@@ -23,6 +23,9 @@ from common.model.federated import FederatedModel
 from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job
 from strategies.job import configure
 
+AMPLE = 1e6
+"""Budget of a site that a test does not ask for one."""
+
 
 @dataclass
 class OneSite:
@@ -115,10 +118,11 @@ def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int 
 
 
 def pins(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a policy's keys that let a site's own records into a run of ``settings``, whatever model that has."""
+    """Return a policy's keys that let a site's own records into a run of ``settings``, whatever it has and costs."""
     config = configure(settings).config
     models = models_of(config.model.name, _fingerprint(config.model.name, config.model.task))
-    return {**pins_of_job(config), "models": models, "mechanisms": mechanisms_of_job(config)}
+    budget = {"epsilon": AMPLE, "delta": config.privacy.delta}
+    return {**pins_of_job(config), **budget, "models": models, "mechanisms": mechanisms_of_job(config)}
 
 
 @lru_cache

@@ -203,22 +203,28 @@ def site_pin(
     columns: dict[str, str],
     labels: Labels = "",
     max_length: Annotated[int, typer.Option(min=0, help="Most tokens of a record; at first, 128.")] = 0,
+    epsilon: Annotated[float, typer.Option(min=0, help="Budget of the data set, over all runs; at first, 8.")] = 0.0,
+    delta: Annotated[float, typer.Option(min=0, help="Below one over the number of records; at first, 1e-05.")] = 0.0,
 ) -> None:
     """Write into the site's policy what its records are for; any job that asks for something else is refused.
 
-    What is left out stays as it is pinned.
+    What is left out stays as it is in the file.
     """
     from client.pins import spoken
     from client.policy import load_policy
     from deploy.pin import changed_pins, pin
+    from deploy.policy_file import DELTA, EPSILON
 
     path = folder.expanduser().absolute()
     path = path / "policy.toml" if path.is_dir() else path
     made = not path.exists()
-    pin(path, changed_pins(path, task, columns, labels, max_length))
+    budget = {"epsilon": epsilon or EPSILON * made, "delta": delta or DELTA * made}
+    budget = {key: value for key, value in budget.items() if value}
+    pin(path, changed_pins(path, task, columns, labels, max_length), budget)
+    policy = load_policy(path)
     if made:
-        _say(f"made a new policy, with no budget: {path}")
-    _say(f"{path} pins {spoken(load_policy(path))}; the next round holds it")
+        _say(f"made a new policy, with a budget of ε ≤ {policy.epsilon:g} at δ = {policy.delta:g}: {path}")
+    _say(f"{path} pins {spoken(policy)}; the next round holds it")
 
 
 @site_app.command("peers")

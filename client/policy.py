@@ -17,7 +17,7 @@ from pathlib import Path
 from client.pins import LABELS, check_pins, check_whole, refusal, unpinned_columns
 from common.check import at_least, below, in_range, not_negative, one_of, positive
 from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
-from common.errors import ConfigError
+from common.errors import ConfigError, PolicyRefusal
 from common.model.base import NAMED_MODELS
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
@@ -39,6 +39,10 @@ MODEL_DIGITS = 32
 another one that begins alike."""
 SHOWN_DIGITS = 12
 """Digits of a bundle's hash in messages, where nothing is compared."""
+NO_BUDGET = (
+    "the site's policy has no budget for its records, so that a server would set it: add epsilon, the most that all "
+    "runs together may cost, and delta, such as epsilon = 3.0 and delta = 1e-05"
+)
 HEXADECIMAL = frozenset("0123456789abcdef")
 HASH_DIGITS = 64
 """Hexadecimal digits of a bundle's or a roster's hash."""
@@ -49,7 +53,7 @@ class Policy:
     """What a site allows. Every field is public.
 
     The defaults leave to the server all but runs without privacy or of another unit or mechanism than record-level
-    DP-SGD, private records, and base models of its own.
+    DP-SGD, private records and what they may cost, and base models of its own.
     """
 
     dataset_id: str = ""
@@ -66,11 +70,15 @@ class Policy:
     public_size: int = 0
     """Number of records, or persons, declared as public; 0: the node configuration's."""
     epsilon: float = math.inf
-    """Budget of the data set over all runs; stored in the ledger, and needs ``delta``."""
+    """Budget of the data set over all runs; stored in the ledger, and needs ``delta``. Without it no run of a mechanism
+    that the site pays for gets its own records."""
     delta: float = math.inf
     """At most one over the public size."""
     min_noise_multiplier: float = 0.0
     """Least noise of every private step, whatever the run asks for."""
+    sample_rate: float = 0.0
+    """The one sampling rate that every private step and release has, whatever the run asks for; 0: any. At 1 what a
+    server chooses after it has seen answers changes no price: see ``docs/privacy.md``."""
     max_rounds: int = UNLIMITED
     """Most rounds of one run that the site trains; a round that is trained and charged again counts again."""
     max_steps: int = UNLIMITED
@@ -130,6 +138,8 @@ class Policy:
         positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
         positive(records_per_person=self.records_per_person)
         self._check_unit()
+        if self.sample_rate:
+            in_range(0, 1, sample_rate=self.sample_rate)
         not_negative(
             public_size=self.public_size,
             min_noise_multiplier=self.min_noise_multiplier,
@@ -234,7 +244,10 @@ class Policy:
         config = job.config
         check_pins(self, config, private=private, place=place)
         self.check_mechanism(job.mechanism)
+        if private and self.lacks_budget and job.mechanism.claims and not job.mechanism.central:
+            raise PolicyRefusal(NO_BUDGET)
         self._check_unit_of(job, private=private)
+        self._check_rate(job)
         if job.mechanism.summed and config.privacy.honest_sites > self.honest_sites:
             raise refusal("honest-sites", self.honest_sites, f"privacy.honest-sites = {config.privacy.honest_sites}")
         _one_of("strategies", self.strategies, config.strategy)
@@ -259,6 +272,17 @@ class Policy:
             own = self.records_per_person
             raise refusal("records-per-person", own, f"privacy.records-per-person = {asked.records_per_person}")
 
+    def _check_rate(self, job: Job) -> None:
+        """Raise PolicyRefusal unless steps, and what the start is made from, have the policy's sampling rate."""
+        if not self.sample_rate or not job.mechanism.charged:
+            return
+        paid = job.origin.release()
+        asked = {"training.sample-rate": job.mechanism.event(job.config.privacy, job.config.training).sample_rate}
+        asked |= {"start.sample-rate": paid.event.sample_rate} if paid else {}
+        for setting, rate in asked.items():
+            if rate != self.sample_rate:
+                raise refusal("sample-rate", f"{self.sample_rate:g}", f"{setting} = {rate:g}")
+
     def check_mechanism(self, mechanism: Mechanism) -> None:
         """Raise PolicyRefusal unless runs of this mechanism may be joined; one that nobody allowed may not."""
         asked = f"privacy.mode = {mechanism.name!r}"
@@ -272,6 +296,11 @@ class Policy:
             raise refusal(
                 "min-noise-multiplier", f"{self.min_noise_multiplier:g}", f"{asked}, in which a site adds none"
             )
+
+    @property
+    def lacks_budget(self) -> bool:
+        """Whether a server would say what own records may cost."""
+        return math.isinf(self.epsilon)
 
     @property
     def allowed_mechanisms(self) -> tuple[str, ...]:

@@ -212,12 +212,15 @@ def told_for_sum(
         attempt, kept = _recoverable(task, party, memory)
         sharing = attempt.share(task.offers, party.roster, privacy.honest_sites, privacy.colluders)
         kept |= {"threshold": attempt.threshold, "sealing": {site: key.hex() for site, key in attempt.sealing.items()}}
+        kept |= {"figures": terms}
         memory[KEPT] = json.dumps(kept).encode()
         return ShareReply(*where, sharing)
     holder = _holder(task, party, memory)
     if isinstance(task, UnmaskTask):
         return UnmaskReply(*where, holder.reveal(dict(task.signatures), party.roster))
-    party.check_size(len(task.survivors), privacy.honest_sites)
+    # By what was priced with the vector: a server may say anything of the run beside each message.
+    party.check_size(len(task.survivors), holder.least[0])
+    party.check_threshold(len(holder.held), holder.least[1])
     agreement = holder.sign(task.survivors, party.identity)
     # Flower hands over the reply before it keeps the memory, and memory may be put back: only what is on disk says of
     # one attempt that one list is signed.
@@ -246,6 +249,7 @@ def agreed(
         attempt, kept = _recoverable(task, party, memory)
         attempt.threshold = kept.get("threshold", 0)
         attempt.sealing = {site: bytes.fromhex(key) for site, key in kept.get("sealing", {}).items()}
+        _check_figures(kept, job)
         party.check_size(len(task.offers), terms.honest_sites)
         holder = attempt.agree(task.offers, task.sealed, party.roster, terms, hashes)
     else:
@@ -281,6 +285,21 @@ def _recoverable(
     kept = _kept(task, party, memory)
     secret = bytes.fromhex(kept["secret"])
     return RecoverableAttempt(_name(task, party), party.site, party.identity, secret), kept
+
+
+def _check_figures(kept: Mapping[str, Any], job: Job) -> None:
+    """Raise ProtocolError if a run's figures are others than those for which this site shared its secrets out.
+
+    How many shares tell a secret, and how many sites may be lost, follow from them; what is charged follows from what
+    the run says now.
+    """
+    privacy = job.config.privacy
+    now = [privacy.honest_sites, privacy.colluders, privacy.drop_outs]
+    if kept.get("sealing") and kept.get("figures") != now:
+        raise ProtocolError(
+            "privacy.honest-sites, colluders and drop-outs are others now than when this site shared its secrets out: "
+            "an attempt has one run's figures"
+        )
 
 
 def _hold(holder: Holder, memory: MutableMapping[str, bytes]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from client.ledger.ledger import Ledger
+from client.policy import NO_BUDGET
 from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from common.privacy import MECHANISMS
@@ -163,11 +164,13 @@ def _settings(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _policy(folder: SiteFolder) -> Iterator[CheckResult]:
-    policy = policy_of_node(node_settings(folder))
-    budget = "no budget of its own: each run sets one"
+    settings = node_settings(folder)
+    policy = policy_of_node(settings)
+    lacking = "data" in settings and policy.lacks_budget
+    budget = NO_BUDGET if lacking else "no budget: what a run costs is the run's to say"
     if math.isfinite(policy.epsilon):
         budget = f"ε ≤ {policy.epsilon} at δ = {policy.delta} over all runs"
-    yield CheckResult(True, "policy", budget)
+    yield CheckResult(not lacking, "policy", budget)
 
 
 def _persons(folder: SiteFolder) -> Iterator[CheckResult]:

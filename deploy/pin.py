@@ -14,7 +14,7 @@ from common.config.sections import ModelConfig
 from common.config.text import toml_value
 from common.errors import ConfigError, DataError
 from common.tasks import TASKS
-from deploy.policy_file import PINS_HEAD, Pins, pins_of
+from deploy.policy_file import BUDGET_HEAD, PINS_HEAD, Pins, pins_of
 
 
 def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
@@ -41,10 +41,15 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
     return pins_of(task, kept | dict(columns), labels, max_length or held.get(MAX_LENGTH, ModelConfig().max_length))
 
 
-def pin(path: Path, pins: Pins) -> None:
+def pin(path: Path, pins: Pins, budget: Pins | None = None) -> None:
     """Put pins into a policy file in place of those that it has; all its other keys and all comments stay.
 
-    A file that is not there yet is made, with the pins alone: each run then proposes its own budget.
+    A file that is not there yet is made.
+
+    Args:
+        path: of the policy.
+        pins: what the records are for.
+        budget: ``epsilon`` and ``delta``, or one of them, in place of what the file has; empty: that stays.
 
     Raises:
         ConfigError: the file is not a policy, or would be none with these pins, or is not there and its name is none
@@ -55,7 +60,7 @@ def pin(path: Path, pins: Pins) -> None:
 
     if not path.exists() and path.suffix != ".toml":
         raise ConfigError(f"there is no site's folder or policy {path}: a new policy's name ends in .toml")
-    _put(path, pins, pin_keys(), PINS_HEAD)
+    _put(path, (budget or {}, list(budget or ()), BUDGET_HEAD), (pins, pin_keys(), PINS_HEAD))
 
 
 def pin_roster(path: Path, digest: str) -> None:
@@ -66,17 +71,22 @@ def pin_roster(path: Path, digest: str) -> None:
     Raises:
         ConfigError, DataError: as for pin.
     """
-    _put(path, {"peers-hash": digest}, ["peers-hash"], "")
+    _put(path, ({"peers-hash": digest}, ["peers-hash"], ""))
 
 
-def _put(path: Path, values: Pins, keys: Sequence[str], head: str) -> None:
-    """Put values in place of all of ``keys``, with ``head`` over them where none was there; errors as for pin."""
+def _put(path: Path, *parts: tuple[Pins, Sequence[str], str]) -> None:
+    """Put each part's values in place of all of its keys, with its head over them where none was there.
+
+    Errors as for pin.
+    """
     from client.policy import parse_policy
 
+    keys = {key for _, own, _ in parts for key in own}
     try:
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        after = before = path.read_text(encoding="utf-8") if path.exists() else ""
         others = {key: value for key, value in tomllib.loads(before).items() if key not in keys}
-        after = _with_pins(before, values, keys, head)
+        for values, own, head in parts:
+            after = _with_pins(after, values, own, head)
         parse_policy(after, path)
         if {key: value for key, value in tomllib.loads(after).items() if key not in keys} != others:
             raise ConfigError(f"{path} is written in a way that this command does not understand: add the pins by hand")

@@ -217,15 +217,20 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
 
 
 def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
-    """Return the steward's policy, once it says what the site's own records are for.
+    """Return the steward's policy, once it says what the site's own records are for, and what they may cost.
 
     Raises:
-        ConfigError: it does not; the message holds the command that adds it. Or as for policy_of_node.
+        ConfigError: it does not; the message tells what to add. Or as for policy_of_node.
     """
     from client.pins import unpinned
+    from client.policy import NO_BUDGET
+    from common.privacy import MECHANISMS
 
     policy = policy_of_node(settings)
     if "data" in settings and not policy.task:
         place = folder.path if settings["policy"] == str(folder.path / "policy.toml") else settings["policy"]
         raise ConfigError(unpinned(str(place), folder.task))
+    charged = [name for name in policy.allowed_mechanisms if not MECHANISMS[name].central]
+    if "data" in settings and policy.lacks_budget and charged and not policy.allow_no_privacy:
+        raise ConfigError(NO_BUDGET)
     return policy

@@ -64,6 +64,12 @@ PATIENCE = 600.0
 OWN = ["--data", ".", "--public-size", "2000"]
 """Of 'fedveil site init': a site with records of its own."""
 PART = "partition-id=0 num-partitions=1"
+PINNED_ALONE = """task = "classification"
+text = "text"
+label = "label"
+labels = ["bad", "good"]
+max-length = 64
+"""
 """Settings of a node that plays all of a job's data."""
 
 
@@ -548,6 +554,7 @@ def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str,
         ("", 'data="records.csv"', "'public-size' is needed beside 'data'"),
         ('task = "causal-lm"\n', PART, "completion, max-length is not"),
         ("", "", "this site has no records"),
+        (PINNED_ALONE, 'data="records.csv" public-size=50', "the site's policy has no budget for its records"),
     ],
 )
 def test_a_policy_that_every_round_would_refuse_stops_the_site_and_fails_the_doctor(

@@ -637,6 +637,68 @@ def test_a_steward_who_counts_on_fewer_honest_sites_than_the_threshold_does_is_n
         assert clinics.begin(), "the refusal is another's"
 
 
+def four_of_whom_one_may_lie(clinics: LossySite) -> tuple[ShareTask, TrainTask]:
+    clinics.join("east")
+    clinics.rule(honest_sites=3)
+    return clinics.begin()
+
+
+SAID = [
+    {"privacy.honest-sites": 1, "privacy.colluders": 2},
+    {"privacy.honest-sites": 1, "privacy.colluders": 3},
+    {"privacy.colluders": 2},
+    {"privacy.drop-outs": 2},
+]
+FEWER, DEARER = ("clinic", "east", "south"), {"privacy.honest-sites": 3, "privacy.colluders": 0}
+
+
+def test_figures_that_change_between_the_messages_of_an_attempt_price_no_sum(
+    clinics: LossySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares for two honest sites beside one, a vector charged as if three were, and a list with two of them."""
+    agreed = {"privacy.honest-sites": 2, "privacy.colluders": 1}
+    _, task = four_of_whom_one_may_lie(clinics)
+    clinics.site.settings |= DEARER
+    clinics.refused(task, "an attempt has one run's figures")
+    assert not clinics.site.charges()
+    # The planted fault: a vector is charged by whatever is said beside it. The list is held to that price all the same.
+    monkeypatch.setattr(sums, "_check_figures", lambda *own: None)
+    assert isinstance(clinics.ask(task), TrainResult)
+    with Ledger(clinics.site.ledger) as ledger:
+        assert [entry.event.figures["honest_sites"] for entry in ledger.entries()] == [3]
+    clinics.site.settings |= agreed
+    clinics.refused(SurvivorTask("1", 1, 0, FEWER), "honest-sites = 3 of a sum of 3 sites, of which 1 need not be")
+    # The second one: a list is judged by what is said beside it.
+    monkeypatch.setattr(sums.Party, "check_size", lambda *own: None)
+    monkeypatch.setattr(sums.Party, "check_threshold", lambda *own: None)
+    assert isinstance(clinics.ask(SurvivorTask("1", 1, 0, FEWER)), SurvivorReply), "the refusal is another's"
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_is_said_beside_a_list_of_survivors_changes_nothing_of_it(
+    clinics: LossySite, said: dict[str, int]
+) -> None:
+    _, task = four_of_whom_one_may_lie(clinics)
+    assert isinstance(clinics.ask(task), TrainResult)
+    kept = dict(clinics.site.memory)
+    clinics.site.settings |= said
+    clinics.refused(SurvivorTask("1", 1, 0, ("clinic", "east")), "honest-sites = 2 of a sum of 2 sites, of which 1")
+    told = clinics.ask(SurvivorTask("1", 1, 0, FEWER))
+    assert isinstance(told, SurvivorReply), told
+    clinics.site.settings |= {"privacy.honest-sites": 2, "privacy.colluders": 1, "privacy.drop-outs": 1}
+    clinics.site.memory.clear()
+    clinics.site.memory.update(kept)
+    assert clinics.ask(SurvivorTask("1", 1, 0, FEWER)) == told
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_vector_is_of_the_figures_for_which_secrets_were_shared_out(clinics: LossySite, said: dict[str, int]) -> None:
+    _, task = four_of_whom_one_may_lie(clinics)
+    clinics.site.settings |= said
+    assert isinstance(clinics.ask(task), Refusal)
+    assert not clinics.site.charges()
+
+
 @pytest.mark.parametrize("sites", [7, 6, 5, 4])
 def test_more_sites_than_the_colluders_that_need_not_be_honest_are_refused_at_any_number(
     sites: int, clinics: LossySite

@@ -90,6 +90,33 @@ def test_two_runs_that_propose_other_budgets_share_the_stewards(site: OneSite) -
     assert site.refuse(2, "b").kind == "budget"
 
 
+def test_a_server_sets_no_budget_of_own_records(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it proposes: an ε of a million, and hardly any noise."""
+    site.settings |= {"privacy.epsilon": 1e6, "privacy.noise-multiplier": 0.01}
+    site.rule(epsilon=None, delta=None)
+    refusal(site, "the site's policy has no budget", "epsilon = 3.0")
+    assert not site.charges()
+    # The planted fault: a policy that leaves the budget to the run.
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "lacks_budget", False)
+        site.train()
+    site.rule(epsilon=1.0, delta=1e-4)
+    site.memory.clear()
+    assert site.refuse().kind == "budget"
+
+
+def test_a_policy_pins_the_rate_of_steps_and_of_starts(site: OneSite) -> None:
+    site.rule(sample_rate=1.0)
+    refusal(site, "sample-rate = 1", "training.sample-rate = 0.25")
+    site.settings["training.sample-rate"] = 1.0
+    site.train()
+    site.settings |= {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 0.1}
+    site.rule(sample_rate=1.0)
+    refusal(site, "sample-rate = 1", "start.sample-rate = 0.1")
+    site.settings["start.sample-rate"] = 1.0
+    load_policy(Path(str(site.node["policy"]))).check_job(configure(site.settings), private=True)
+
+
 def test_the_least_noise_holds(site: OneSite) -> None:
     site.rule(min_noise_multiplier=3.5)
     assert spent(site).event.noise_multiplier == 3.5
@@ -339,6 +366,7 @@ def plain_noise(site: OneSite) -> float:
         ("epsilom = 1", "did you mean 'epsilon'"),
         ("max-round = 3", "did you mean 'max-rounds'"),
         ("epsilon = 1", "set both"),
+        ("sample-rate = 1.5", "sample-rate"),
         ("delta = 1e-5", "set both"),
         ("epsilon = 0.0\ndelta = 1e-5", "above 0"),
         ("epsilon = nan\ndelta = nan", "set both"),

@@ -163,7 +163,7 @@ def test_a_fault_that_drops_a_key_of_the_stewards_is_found(tmp_path: Path, monke
 def test_pins_that_a_call_does_not_name_stay_and_all_are_said(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     said = fedveil("site", "pin", str(path), "--text", "note", "--text-pair", "title", "--labels", "bad,good")
-    assert f"made a new policy, with no budget: {path}" in said.replace("\n", "")
+    assert f"made a new policy, with a budget of ε ≤ 8 at δ = 1e-05: {path}" in said.replace("\n", "")
     assert tomllib.loads(path.read_text(encoding="utf-8"))["max-length"] == 128
     said = fedveil("site", "pin", str(path), "--max-length", "64", "--label", "verdict")
     assert "made" not in said
