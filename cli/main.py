@@ -29,7 +29,7 @@ from common.words import counted, names_text, natural
 if TYPE_CHECKING:
     from common.run_lines import ProgressFile
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
@@ -45,6 +45,32 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("-c", "--config", help="Settings: 'key=value key2=\"text\"' or a TOML file; may be given again."),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    from common.bundle import own_digest
+
+    print(f"fedveil {version('fedveil')}, bundle {own_digest()}")
+    raise typer.Exit
+
+
+@app.callback()
+def fedveil(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version, and the hash of the code that sites must agree on.",
+        ),
+    ] = False,
+) -> None:
+    """Federated fine-tuning with low-rank adapters under differential privacy."""
 
 
 @app.command()

@@ -227,7 +227,8 @@ def commands_page() -> str:
     root = typer.main.get_command(app)
     return _page(
         "Commands",
-        "`fedveil COMMAND --help` prints the same. An error is one line on stderr, and exit code 1.",
+        "`fedveil COMMAND --help` prints the same. An error is one line on stderr, and exit code 1; words that are no "
+        "command or option are refused with exit code 2.",
         *(
             (f"`{' '.join(words)}`", _options(words, command), command.help or "")
             for words, command in _leaves(root, ("fedveil",))

@@ -211,14 +211,13 @@ def _filled(key: str) -> str:
     """Return what recipes fill in for a setting, as a sentence of its meaning; empty: none does."""
     if key not in FILLED:
         return ""
-    told: list[str] = []
+    told, rest = list[str](), declared_settings()[key]
     for name, row in RECIPES.items():
         usual = row.settings(Asked(RunSettings())).get(key)
         told += [f"{toml_value(usual)} of `{name}`"] if usual is not None else []
         for which, run in _OTHER_RUNS.items():
-            value = row.settings(Asked(run)).get(key)
-            told += [f"{toml_value(value)} of `{name}` {which}"] if value not in (None, usual) else []
-    rest = declared_settings()[key]
+            value = row.settings(Asked(run)).get(key, rest if usual is not None else None)
+            told += [f"{toml_value(value)} of `{name}` {which}"] if value not in (None, usual, AUTO) else []
     other = [] if rest == AUTO else [f"else {toml_value(rest)}"]
     return f" Left to the recipe: {', '.join([*told, *other])}."
 

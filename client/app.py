@@ -90,6 +90,9 @@ class _Process:
     """Each site's records as the steps of a linearised run take them."""
     built: str = ""
     """Digest of the current model's tensors as it was built."""
+    left: list[object] = field(default_factory=list)
+    """What was dropped of records while the time of the answer stood still: freed once it runs, for how long that takes
+    follows from their number and lengths."""
 
 
 _process = _Process()
@@ -101,12 +104,23 @@ def _in_simulation() -> bool:
     return bool(ray and ray.is_initialized())
 
 
+def _set_threads() -> None:
+    """Let torch use this process's cores.
+
+    How rows of a product round follows from how many there are. So what was rehearsed with another number says nothing.
+    """
+    if (cores := own_cores()) != torch.get_num_threads():
+        torch.set_num_threads(cores)
+        _process.rehearsed, _process.features = {}, None
+
+
 def _model(job: Job, site: Site) -> FederatedModel:
     config, data = job.config, site.data
     model = job.model(data.label_names, data.label_phrases)
     # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
+        _process.left += [_process.records, _process.derivatives]
         _process.model, _process.records, _process.rehearsed, _process.features = model, {}, {}, None
         _process.derivatives = {}
         _process.built = tensors_digest(model.module)
@@ -125,7 +139,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
         ModelError: it cannot be trained privately.
         PolicyRefusal: a round may take longer than the policy's ``reply-after`` leaves it.
     """
-    config, unit = job.config, job.mechanism.unit
+    config = job.config
     if config.training.linearised:
         check_memory(model, config.privacy.rows_of_unit * site.public_size)
     if not job.mechanism.rehearsed:
@@ -139,7 +153,12 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
     steps = _rehearse(job, site, model, task, later)
     for number in (*later, task.round_number):  # its own last, to which the deadline keeps
         _allow(deadline, job, site, model, number, steps)
-    if deadline.seconds and unit.count(site.data) > site.public_size:
+
+
+def _say_if_more(deadline: Deadline, job: Job, site: Site) -> None:
+    """Say in the site's own log that its public size is too small for what is claimed of the time of its answers."""
+    unit = job.mechanism.unit
+    if deadline.seconds and job.mechanism.rehearsed and unit.count(site.data) > site.public_size:
         log.error("there are more %ss than public-size says: when it answers, is not covered by the claim", unit.name)
 
 
@@ -160,6 +179,7 @@ def _rehearse(job: Job, site: Site, model: FederatedModel, task: TrainTask, late
         _process.rehearsed = {PLAIN: before, INITIAL: initial}
     if _process.features is None and any(_on_features(job, model, number) for number in rounds):
         # Features that were computed before are dropped.
+        _process.left.append(_process.records)
         _process.features, _process.records = rehearse_features(model), {}
     if VECTORS not in _process.rehearsed and any(_on_vectors(job, number) for number in rounds):
         _process.rehearsed[VECTORS] = rehearse_linearised(model)
@@ -328,10 +348,11 @@ def answer(
     try:
         with deadline.extended():
             set_up()
-            torch.set_num_threads(own_cores())
+            _set_threads()
             job = configure(settings)
             run = run_name(job.config, run)
             check_job(node, job, simulated=simulated)
+        _process.left.clear()
         _forget_other_runs(run)
         site = open_site(node, job.config, run, simulated=simulated)
         if simulated and not site.rank:
@@ -355,11 +376,14 @@ def answer(
             whole = kept.with_basis(task, basis_layout)
             if whole is None:
                 return Refusal(run, number, name, "basis", "this site does not have the factors that are sent once")
+        _process.left.clear()
         try:
             with deadline.extended():
                 check_task(whole, job, model)
                 _hold_to(deadline, job, site, model, whole)
                 masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
+            _process.left.clear()
+            _say_if_more(deadline, job, site)
             records = _records(model, site, job, run)
             result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
             _process.trained += 1

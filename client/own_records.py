@@ -24,6 +24,9 @@ from common.tasks.base import OWNER
 from common.tasks.examples import Example
 
 log = logging.getLogger("fedveil.site")
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What stops the process for another reason than a record. A panic of a tokenizer in Rust is no ``Exception`` either:
+it would end the worker before the round is paid for, and tell that a record did it."""
 
 
 def prepared(model: FederatedModel, examples: Sequence[Example], unit: Unit = RECORD, most: int = 1) -> list[Record]:
@@ -42,7 +45,9 @@ def prepared(model: FederatedModel, examples: Sequence[Example], unit: Unit = RE
         examples = bounded(examples, most)
     try:
         records: list[Record | None] = list(model.prepare(examples))
-    except Exception:  # one of them; which, shows when each passes by itself
+    except STOPS:
+        raise
+    except BaseException:  # one of them; which, shows when each passes by itself
         records = [_one(model, example) for example in examples]
     numbers: dict[str, int] = {}
     made: list[Record] = []
@@ -81,7 +86,9 @@ def _digest(example: Example) -> bytes:
 def _one(model: FederatedModel, example: Example) -> Record | None:
     try:
         (record,) = model.prepare([example])
-    except Exception as error:
+    except STOPS:
+        raise
+    except BaseException as error:
         log.warning("a record could not be prepared and contributes zero: %s", place_of(error))
         return None
     return record

@@ -372,7 +372,7 @@ def load_policy(path: Path) -> Policy:
             another type or out of range.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the policy {path} cannot be read: {' '.join(str(error).split())}") from error
     return parse_policy(text, path)

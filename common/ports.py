@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import socket
 
+from common.errors import ConfigError
+
+LARGEST = 65535
+
+
+def check_port(what: str, port: int) -> None:
+    """Raise ConfigError unless ``port`` is the number of a TCP port; ``what`` names it."""
+    if not 1 <= port <= LARGEST:
+        raise ConfigError(f"{what} must be from 1 to {LARGEST}, not {port}")
+
 
 def free_ports(count: int) -> list[int]:
     """Return ``count`` different TCP ports of 127.0.0.1 that nobody listens on now; another process may take one."""

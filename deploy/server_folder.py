@@ -26,6 +26,7 @@ from common.check import nearest
 from common.config.sections import Scalar
 from common.config.text import read_settings_file, to_toml
 from common.errors import ConfigError, DataError
+from common.ports import check_port
 from deploy.certificates import (
     Issued,
     alternative_names,
@@ -148,7 +149,7 @@ def make_server(
         now: when the certificate is issued; it is valid for SERVER_DAYS from then. Default: now.
 
     Raises:
-        ConfigError: a name is not one, or the folder is there already; nothing was changed.
+        ConfigError: a name or a port is not one, or the folder is there already; nothing was changed.
         DataError: a folder cannot be written.
     """
     path = path.expanduser().absolute()
@@ -156,6 +157,10 @@ def make_server(
         raise ConfigError(f"{path} is a server's folder already and is not overwritten: name another folder")
     authority = (authority or path / "authority").expanduser().absolute()
     alternative_names(names)
+    for what, port in (("fleet-port", fleet_port), ("control-port", control_port)):
+        check_port(what, port)
+    if fleet_port == control_port:
+        raise ConfigError(f"fleet-port and control-port are both {fleet_port}: give each its own")
     dialled = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
     _make_private(path)  # before the authority's folder, which may lie in it
     issuer = _authority(authority)

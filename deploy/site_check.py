@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from common.config.sections import Columns, DataConfig
@@ -13,6 +13,7 @@ from common.privacy import UNITS
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from common.tasks.tables import Unfit
+from common.words import counted
 from deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 ROWS_SHOWN = 20
 """Numbers of rows that a line names."""
+MUCH = 2
+"""How many times more may be declared than are there, before a word is said."""
 
 
 def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *, rows: bool = True) -> None:
@@ -60,8 +63,31 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
     if unit.grouped:
         say(_persons(reading.dataset))
+    declared, there = int(settings.get("public-size", policy.public_size)), unit.count(reading.dataset)
+    for line in (*_labels(reading.dataset), *_size(declared, there, unit.name)) if rows else ():
+        say(line)
     for line in _by_reason(reading.unfit) if rows else ():
         say(line)
+
+
+def _labels(data: Dataset) -> Iterator[str]:
+    """Say how many records each label has, and which has none, as a slip of the pen would leave it."""
+    held = Counter(example.label for example in data.examples)
+    if data.label_names:
+        named = (f"{name} {held[index]}" for index, name in enumerate(data.label_names) if held[index])
+        yield f"labels: {', '.join(named)}"
+        for index, name in enumerate(data.label_names):
+            if not held[index]:
+                yield f"  no row has the label {name!r}: compare how it is written in the rows and in the policy"
+
+
+def _size(declared: int, there: int, what: str) -> Iterator[str]:
+    """Say where far more are declared than are there."""
+    if declared > MUCH * there:
+        yield (
+            f"public-size: {declared:,} declared, {counted(there, what)} found: a step is divided by what is declared, "
+            "so that these weigh less than they could"
+        )
 
 
 def _persons(data: Dataset) -> str:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.ledger.file import only_ledger
-from common.check import nearest, positive
+from common.check import nearest
 from common.config.sections import Scalar
 from common.config.text import parse_settings, to_toml
 from common.errors import ConfigError
+from common.ports import check_port
 from common.secure_sum import Identity
 from common.secure_sum.roster import SITE_NAME, entry
 from deploy.certificates import read_certificate
@@ -115,7 +116,7 @@ def make_site(
         DataError: a file cannot be read or written.
     """
     path = path.expanduser().absolute()
-    positive(runtime_port=runtime_port)
+    check_port("runtime-port", runtime_port)
     if not SITE_NAME.fullmatch(site):
         raise ConfigError(
             f"the site's name is {site!r}: take a letter or digit, then at most 63 of letters, digits, '.', '_' and '-'"
@@ -123,6 +124,7 @@ def make_site(
     host, _, port = server.rpartition(":") if ":" in server else (server, "", str(FLEET_PORT))
     if not host or not port.isdigit():
         raise ConfigError(f"the server is {server!r}: write HOST or HOST:PORT")
+    check_port(f"the port of the server {server!r}", int(port))
     if (path / "site.toml").exists():
         raise ConfigError(f"{path} is a site's folder already and is not overwritten: name another folder")
     folder = SiteFolder(path, site, f"{host}:{port}", runtime_port, model, task, fingerprint, node)

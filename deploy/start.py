@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """Replace this process by the SuperLink.
 
     Raises:
-        DataError: the certificate is expired, not the authority's, or not the key's; a file is missing.
+        DataError: the certificate is expired, not the authority's, or not the key's; a file is missing; or a port is
+            taken.
     """
     if finish_renewal(folder):
         say("an interrupted renewal of the server's certificate is complete now")
@@ -47,9 +49,31 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         raise DataError("server.key does not belong to server.pem: renew both with 'fedveil server renew'")
     for place in (folder.database.parent, folder.runs, folder.nodes):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_free("Fleet port", *_host_and_port(folder.fleet))
+    _check_free("Control port", folder.control_host, folder.control_port)
     say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
     command = superlink_command(folder)
     os.execve(command[0], command, superlink_environment(folder, _flower_home(folder.database.parent)))
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _check_free(what: str, host: str, port: int) -> None:
+    """Raise DataError if nobody can listen on a port of this machine."""
+    try:
+        family, kind, proto, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as one:
+            # As gRPC's own: a port that was closed just now is free.
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(place)
+    except OSError as error:
+        raise DataError(
+            f"the {what} {host}:{port} cannot be listened on ({error.strerror}): stop what uses it, or name another in "
+            "server.toml"
+        ) from error
 
 
 def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:

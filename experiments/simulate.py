@@ -27,6 +27,7 @@ from common.model.device import own_cores, worker_count
 from common.paths import run_folder
 from common.ports import free_ports
 from common.run_lines import ProgressFile, ResultFile, read_if_there
+from common.words import counted
 from deploy.app import app_folder
 from experiments.site_count import record_sites
 from server.ledger import with_ledger
@@ -74,6 +75,12 @@ def simulate(
         raise ConfigError(
             f"{sites} sites are more than privacy.cohort, which is {job.config.privacy.cohort}: raise it, or take fewer"
         )
+    if job.config.min_sites > sites:
+        raise ConfigError(
+            f"min-sites is {job.config.min_sites}, and {counted(sites, 'site')} would be there: no round would count; "
+            "lower it, or take more sites"
+        )
+    _check_output(Path(output))
     with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
         known = 0
         if job.config.resume:
@@ -85,6 +92,16 @@ def simulate(
         record_sites(folder, sites)
         _follow(link, run, folder, watch, known)
     return folder
+
+
+def _check_output(output: Path) -> None:
+    """Raise ConfigError unless folders of runs can be made in ``output``, which is made if need be."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written ({error.strerror}): name another folder") from error
 
 
 @dataclass(frozen=True)

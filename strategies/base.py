@@ -160,7 +160,7 @@ class Strategy(ABC):
             raise ConfigError(
                 f"strategy {cls.name!r} works on an adapter that {_factors(cls.trains, cls.freezes)}, "
                 f"not on {adapter.name!r}, which {_factors(adapter.trained, adapter.frozen)}: "
-                f"leave adapter.name at 'auto', which is {cls.adapter!r} here"
+                f"leave adapter.name at 'auto', which is {cls.adapter!r} here, and recipe at 'auto' or 'plain'"
             )
 
     @classmethod
@@ -291,4 +291,4 @@ def mean(contributions: Sequence[Contribution]) -> AdapterState:
 
 def _factors(trained: Sequence[str], frozen: Sequence[str]) -> str:
     said = [f"{verb} {' and '.join(names)}" for verb, names in (("trains", trained), ("freezes", frozen)) if names]
-    return " and ".join(said)
+    return " and ".join(said) or "has no factors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,32 @@ def test_a_conversation_that_the_template_refuses_contributes_zero_and_is_named_
     settings = {"model.name": chatty(TEMPLATE), "model.task": "chat", "head.policy": "frozen", "device": "cpu"}
     model = configure({**settings, "adapter.targets": "q_proj,v_proj", "model.max-length": 24}).model(())
     assert prepared(model, [wrong, Conversation(turns=TURNS)]) == model.prepare([Conversation(turns=TURNS)])
+
+
+class Panic(BaseException):
+    """As what PyO3 makes of a panic in Rust: no ``Exception``."""
+
+
+@pytest.mark.parametrize(("error", "stops"), [(Panic, False), (KeyboardInterrupt, True), (SystemExit, True)])
+def test_a_record_that_lets_a_tokenizer_panic_contributes_zero(
+    error: type[BaseException], stops: bool, chatty: WithTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"model.name": chatty(TEMPLATE), "model.task": "chat", "head.policy": "frozen", "device": "cpu"}
+    model = configure({**settings, "adapter.targets": "q_proj,v_proj", "model.max-length": 24}).model(())
+    fine, odd = Conversation(turns=TURNS), Conversation(turns=TURNS[:3])
+    prepare, expected = type(model).prepare, model.prepare([fine])
+
+    def panics(own: Any, examples: Sequence[Any]) -> Any:
+        if odd in examples:
+            raise error("in Rust")
+        return prepare(own, examples)
+
+    monkeypatch.setattr(type(model), "prepare", panics)
+    if stops:
+        with pytest.raises(error):
+            prepared(model, [odd, fine])
+    else:
+        assert prepared(model, [odd, fine]) == expected
 
 
 # --- layouts ---

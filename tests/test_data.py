@@ -154,6 +154,14 @@ def test_a_file_of_no_bytes_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "none.csv", "is empty: it has no records")
 
 
+@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_with_other_signs_than_commas_says_so(sign: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text(f"text{sign}label\na fine film{sign}good\na poor film{sign}bad\n", encoding="utf-8")
+    with pytest.raises(DataError, match=f"its fields are parted by {name}; save it with commas, or with tabs as .tsv"):
+        load_dataset(DataConfig(name=str(path)), "classification")
+
+
 @pytest.mark.parametrize(
     ("task", "setting", "message"),
     [

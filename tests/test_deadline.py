@@ -588,3 +588,99 @@ def test_more_records_than_are_declared_decide_nothing_that_shows_and_are_said_a
     site.node["public-size"] = 40
     site.ask(site.task(2))
     assert "public-size" not in caplog.text
+
+
+class Freed(dict[str, Any]):
+    """A record that notes, as it goes, whether the time of the answer stood still."""
+
+    def __init__(self, still: list[bool], noted: list[bool]) -> None:
+        super().__init__()
+        self.still, self.noted = still, noted
+
+    def __del__(self) -> None:
+        self.noted.append(bool(self.still))
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Not empty while the time of an answer stands still."""
+    inside: list[bool] = []
+
+    @contextmanager
+    def extended(own: Deadline) -> Iterator[None]:
+        inside.append(True)
+        try:
+            yield
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(Deadline, "extended", extended)
+    return inside
+
+
+def freed_by_another_seed(site: OneSite, still: list[bool]) -> list[bool]:
+    """Let a site build another model than the one whose records it holds; return when the records went."""
+    site.train()
+    noted: list[bool] = []
+    app._process.records["other"] = replace(app._process.records["clinic"], records=[Freed(still, noted)])
+    site.settings["seed"] = 2
+    site.memory.clear()
+    site.train(run="2")
+    return noted
+
+
+def test_records_are_freed_while_the_time_of_the_answer_runs(
+    site: OneSite, still: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert freed_by_another_seed(site, still) == [False]
+
+    class Nothing(list[object]):
+        """The planted fault: what is dropped is not kept."""
+
+        def __iadd__(self, dropped: Any) -> Any:
+            return self
+
+        def append(self, dropped: object) -> None:
+            return
+
+    site.settings["seed"] = 3
+    site.memory.clear()
+    monkeypatch.setattr(app._process, "left", Nothing())
+    assert freed_by_another_seed(site, still) == [True]
+
+
+def test_persons_are_counted_while_the_time_of_the_answer_runs(
+    site: OneSite, still: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[bool] = []
+    unit = type(configure(site.settings).mechanism.unit)
+    monkeypatch.setattr(unit, "count", lambda own, data: counted.append(bool(still)) or len(data.examples))
+    site.settings["round-timeout"] = 4000.0
+    site.rule(reply_after=3600.0)
+    monkeypatch.setattr(app, "_allow", lambda *own: None)
+    site.train()
+    assert counted
+    assert not any(counted)
+
+
+def test_shapes_are_rehearsed_anew_where_the_process_gets_other_cores(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How rows of a product round follows from how many threads there are."""
+    seen: list[int] = []
+
+    def counting(model: FederatedModel) -> Timing:
+        seen.append(torch.get_num_threads())
+        return rehearse(model)
+
+    monkeypatch.setattr(app, "rehearse", counting)
+    before = torch.get_num_threads()
+    try:
+        for round_number, cores in enumerate((1, 1, 2, 2), start=1):
+            monkeypatch.setattr(app, "own_cores", lambda cores=cores: cores)
+            if round_number == 1:
+                app._process.rehearsed = {}
+            site.train(round_number)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]

@@ -592,6 +592,10 @@ def test_a_steward_reads_which_rows_are_no_records_and_why_but_not_what_is_in_th
     own = tmp_path / "own.csv"
     assert done.output.splitlines() == [
         "records: 1 of 29 rows fit; the others count as none",
+        "labels: good 1",
+        "  no row has the label 'bad': compare how it is written in the rows and in the policy",
+        "public-size: 50 declared, 1 record found: a step is divided by what is declared, so that these weigh less "
+        "than they could",
         f"  {own}: row 2, {', '.join(map(str, range(4, 23)))} and 6 more has a label that is not among data.labels",
         f"  {own}: row 3 has no value in column 'text' (data.text)",
         f"  {own}: row 29 has another number of fields than the header",
@@ -926,3 +930,29 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
     flwr.write_text("#!/bin/sh\nexec sleep 20\n")
     with pytest.raises(RunFailed, match=r"no answer in 0\.2 s"):
         control.online()
+
+
+def test_a_port_that_is_none_or_taken_is_said(tmp_path: Path) -> None:
+    for ports, said in (
+        ({"fleet_port": 8000}, "fleet-port and control-port are both 8000"),
+        ({"fleet_port": 70000}, "fleet-port must be from 1 to 65535, not 70000"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make_server(tmp_path / "server", ["127.0.0.1"], **ports)
+    assert not (tmp_path / "server").exists()
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=port, control_port=free_ports(1)[0])
+        with pytest.raises(DataError, match=rf"the Fleet port 0.0.0.0:{port} cannot be listened on \(Address already"):
+            start_server(server, print)
+    with pytest.raises(ConfigError, match="must be from 1 to 65535, not 99999"):
+        site_for(tmp_path, 99999, server.path)
+
+
+def test_a_site_check_tells_of_a_label_that_no_row_has(tmp_path: Path) -> None:
+    site = site_with_records(tmp_path, "own.csv", b"text,label\nthe film,good\n" + b"a film,bad\n" * 40)
+    said: list[str] = []
+    check_site(site, said.append)
+    assert said == ["records: 41 of 41 rows fit", "labels: bad 40, good 1"]

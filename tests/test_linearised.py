@@ -17,6 +17,7 @@ from client import app
 from client import linearised as wing
 from client.deadline import Timing
 from client.linearised import Derivatives, Keeping, Linearisation, linearised
+from client.refit import refit
 from client.rehearsal import rehearse, rehearse_linearised
 from common.adapters import build_adapter
 from common.config.sections import AdapterConfig, HeadConfig
@@ -289,6 +290,51 @@ def test_a_record_that_cannot_be_computed_is_left_out_alone(
     assert [
         bool((v[TANGENTS] == w[TANGENTS]).all()) for v, w in zip(left, [all_of_them[i] for i in (0, 1, 3)], strict=True)
     ] == [True] * 3
+
+
+def others_that_move(model: FederatedModel, records: Sequence[Record], made: Callable[[Any, Any], Any]) -> int:
+    """Return how many vectors get other bits, over each record's absence."""
+    whole, moved = made(model, records), 0
+    for i in range(len(records)):
+        left = made(model, [*records[:i], *records[i + 1 :]])
+        for before, after in zip([*whole[:i], *whole[i + 1 :]], left, strict=True):
+            moved += any(isinstance(t, Tensor) and not torch.equal(t, after[name]) for name, t in before.items())
+    return moved
+
+
+def features_of(model: FederatedModel, records: Sequence[Record]) -> list[Record]:
+    with refit(model, records, Keeping(FIRST, {}, "site", DATA, nothing)) as (features, _):
+        return features
+
+
+def by_neighbours(model: FederatedModel, records: Sequence[Record], length: int, rows: int) -> Any:
+    """The planted fault: a batch as long as its longest record, with padding that counts, and of its records alone."""
+    del length, rows
+    batch = batch_of(model, records, max(model.task.size(record) for record in records), len(records))
+    batch["attention_mask"].fill_(1)
+    return batch
+
+
+batch_of = FederatedModel.fixed_batch
+
+
+@pytest.mark.parametrize("made", [vectors_of, features_of])
+def test_at_a_hostile_point_no_record_moves_anothers_vector(
+    model_folder: Folder, made: Callable[[Any, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large factors blow rounding up, until another shape is another answer."""
+    model = tiny(model_folder("bert"), "lora-frozen-a")
+    rehearse(model)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.below_head().values():
+            p.copy_(30 * torch.randn(p.shape, generator=draw))
+    texts = [text[: 4 + 5 * i] for i in range(4) for text in TEXTS]
+    examples = [TextExample(text=text, label=i % model.classes) for i, text in enumerate(texts)]
+    records = model.prepare(examples)
+    assert not others_that_move(model, records, made)
+    monkeypatch.setattr(FederatedModel, "fixed_batch", by_neighbours)
+    assert others_that_move(model, records, made), "shapes by neighbours go unnoticed"
 
 
 def test_the_rehearsal_sees_a_step_that_mixes_records(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

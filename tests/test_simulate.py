@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import typer
 from made_run import MadeRun
 from typer.testing import CliRunner
 
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite
+from cli.errors import for_people
 from cli.main import app
 from common.errors import ConfigError, RunFailed
 from experiments import simulate as simulation
@@ -136,3 +139,46 @@ def test_a_failed_run_is_followed_until_its_report_is_written(tmp_path: Path) ->
         simulation._follow(cast(Any, Alive), "7", tmp_path, lambda progress: None, 0)
     assert (tmp_path / "report.md").is_file(), "the SuperLink is ended while the server writes"
     writing.join()
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "a file"])
+def test_an_output_that_cannot_be_written_is_said_before_flower_starts(
+    place: str, toy_settings: dict[str, Any], no_flower: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "a file").touch()
+    output = tmp_path / place
+    with pytest.raises(ConfigError, match=r"output: .* cannot be written \(.*\): name another folder"):
+        simulation.simulate({**toy_settings, "output": str(output)}, 2, print)
+    assert not no_flower
+
+
+def test_more_sites_asked_for_than_there_are_is_said_before_flower_starts(
+    toy_settings: dict[str, Any], no_flower: list[int]
+) -> None:
+    with pytest.raises(ConfigError, match="min-sites is 3, and 2 sites would be there"):
+        simulation.simulate({**toy_settings, "min-sites": 3}, 2, print)
+    assert not no_flower
+
+
+def test_an_error_of_the_machine_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        for_people((tmp_path / "gone").read_bytes)()
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == f"fedveil: {tmp_path / 'gone'}: No such file or directory\n"
+
+
+def test_the_version_names_the_code_that_sites_must_agree_on() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert re.fullmatch(r"fedveil \d+\.\d+\.\d+, bundle [0-9a-f]{64}\n", done.output), done.output
+
+
+def test_a_test_part_that_is_the_records_themselves_is_refused(
+    toy_settings: dict[str, Any], no_flower: list[int], tmp_path: Path
+) -> None:
+    link = tmp_path / "test.csv"
+    link.symlink_to(toy_settings["data.name"])
+    for test in (toy_settings["data.name"], str(link)):
+        with pytest.raises(ConfigError, match=r"data\.test is data\.name itself"):
+            simulation.simulate({**toy_settings, "data.test": test}, 2, print)
+    assert not no_flower

@@ -21,6 +21,7 @@ from common.run_lines import RoundLine, read_lines
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.sweep.file import read_sweep
+from experiments.sweep.rows import read_rows, results_file
 from server.checkpoint import saved_state
 from strategies import ROWS, STRATEGIES
 from strategies.ffa_lora import FFALoRA
@@ -145,6 +146,15 @@ def test_every_file_of_a_system_is_a_systems_and_says_its_command() -> None:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("# ")
         assert f"fedveil run -c {CONFIGS}/{path.name}" in first
+
+
+def test_a_file_says_that_its_system_was_not_measured_if_and_only_if_no_row_has_its_settings() -> None:
+    rows = read_rows(results_file(ROOT / "experiments" / "results", "systems"))
+    for system in (system for system in SYSTEMS if system.file):
+        text = (ROOT / CONFIGS / f"{system.file}.toml").read_text(encoding="utf-8")
+        settings = parse_settings([str(ROOT / CONFIGS / f"{system.file}.toml")])
+        measured = any(settings.items() <= row.settings.items() for row in rows)
+        assert measured != ("No accuracy has been measured" in text), system.file
 
 
 def test_a_row_of_another_setting_than_its_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,10 +46,12 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
 def read_settings_file(path: Path) -> dict[str, Scalar]:
     """Return the flat settings of a TOML file."""
     try:
-        return flatten(tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
+        return flatten(tomllib.loads(path.expanduser().read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not in UTF-8: save it as that") from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 

@@ -8,6 +8,7 @@ import io
 import warnings
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
 import torch
@@ -25,12 +26,24 @@ NO_LABEL = (
 
 
 def check_partition(config: RunConfig) -> None:
-    """Raise ConfigError if simulated sites cannot divide the records of this task as configured; reads no record.
+    """Raise ConfigError if simulated sites cannot divide records as configured, or the test part is all of them.
+
+    No record is read.
 
     Only a simulation asks: sites with data of their own divide nothing, whatever ``data.partition`` says.
     """
     if not TASKS[config.model.task].labelled and config.data.partition == "dirichlet":
         raise ConfigError(NO_LABEL)
+    data = config.data
+    if data.test and (data.test == data.name or _same_file(data.test, data.name)):
+        raise ConfigError(
+            "data.test is data.name itself, whose records simulated sites train on, so that a score would be of those: "
+            "leave data.test empty, which holds a part of data.name out, or name other records"
+        )
+
+
+def _same_file(one: str, other: str) -> bool:
+    return Path(one).is_file() and Path(other).is_file() and Path(one).samefile(other)
 
 
 def division_of(config: RunConfig) -> str:

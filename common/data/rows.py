@@ -56,7 +56,8 @@ def read_rows(
             if column.name not in table.columns and (table.has_header or not protected):
                 raise DataError(
                     f"{table.origin} has no column {column.name!r} ({column.setting}); "
-                    f"it has {', '.join(table.columns)}{nearest(column.name, table.columns)}"
+                    f"it has {', '.join(table.columns)}"
+                    f"{_parted_otherwise(table) or nearest(column.name, table.columns)}"
                     f"{known_layout(table.columns)}"
                 )
     labelled = next((column for column in columns if column.role is LABEL), None)
@@ -140,6 +141,16 @@ def _row_digest(table: Table, row: int) -> bytes:
         if value is not UNREADABLE and not is_missing(value):
             cells[column.strip()] = plain(value).strip()
     return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).digest()
+
+
+def _parted_otherwise(table: Table) -> str:
+    """Return what to do about a header that is one field for want of commas, as many spreadsheets write it."""
+    (only, *others) = table.columns or ("",)
+    sign = next((sign for sign in ";\t" if sign in only), "")
+    if others or not sign:
+        return ""
+    name = "semicolons" if sign == ";" else "tabs"
+    return f": its fields are parted by {name}; save it with commas, or with tabs as .tsv"
 
 
 def _distinct(tables: Iterable[Table], column: Column) -> tuple[str, ...]:
