@@ -77,7 +77,7 @@ class Policy:
     min_noise_multiplier: float = 0.0
     """Least noise of every private step, whatever the run asks for."""
     sample_rate: float = 0.0
-    """The one sampling rate that every private step and release has, whatever the run asks for; 0: any. At 1 what a
+    """The one sample rate that every private step and release has, whatever the run asks for; 0: any. At 1 what a
     server chooses after it has seen answers changes no price: see ``docs/privacy.md``."""
     max_rounds: int = UNLIMITED
     """Most rounds of one run that the site trains; a round that is trained and charged again counts again."""
@@ -273,7 +273,7 @@ class Policy:
             raise refusal("records-per-person", own, f"privacy.records-per-person = {asked.records_per_person}")
 
     def _check_rate(self, job: Job) -> None:
-        """Raise PolicyRefusal unless steps, and what the start is made from, have the policy's sampling rate."""
+        """Raise PolicyRefusal unless steps, and what the start is made from, have the policy's sample rate."""
         if not self.sample_rate or not job.mechanism.charged:
             return
         paid = job.origin.release()
