@@ -81,6 +81,17 @@ class Interval(Rule):
         above = value >= self.low if self.low_too else value > self.low
         return above and (value <= self.high if self.high_too else value < self.high)
 
+    def check(self, name: str, value: float | str) -> None:
+        """Raise ConfigError, naming the value by ``name``, unless it is finite and in it.
+
+        >>> Interval(0).check("epsilon", math.inf)
+        Traceback (most recent call last):
+        common.errors.ConfigError: epsilon must be a finite number above 0, not inf
+        """
+        if not self.holds(value):
+            finite = isinstance(value, str) or math.isfinite(value)
+            raise ConfigError(f"{name} must be {'' if finite else 'a finite number '}{self.words}, not {value!r}")
+
 
 @dataclass(frozen=True)
 class OneOf(Rule):

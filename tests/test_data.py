@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from random import Random
@@ -548,6 +549,12 @@ def test_a_hopeless_dirichlet_draw_says_what_to_change() -> None:
         DataError, match=r"data\.dirichlet-alpha 0\.001 gave each of 20 sites a record: raise alpha, or"
     ):
         site_part(distinct([0, 1] * 20), division("dirichlet", alpha=0.001), 0, 20)
+
+
+def test_a_column_that_is_no_label_is_guessed_where_every_record_has_another() -> None:
+    numbers = replace(distinct(list(range(21))), label_names=tuple(map(str, range(21))))
+    with pytest.raises(DataError, match=r"there are 21 labels, so data\.label may name a column that is none"):
+        site_part(numbers, division("dirichlet", alpha=0.001), 0, 20)
 
 
 def test_records_without_labels_cannot_be_divided_by_label() -> None:

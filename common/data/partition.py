@@ -159,10 +159,17 @@ def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tu
         try:
             return tuple(tuple(partitioner.load_partition(i)[:]["record"]) for i in range(num_partitions))
         except ValueError as error:
+            advice = _many_labels(train) or "raise alpha, or use fewer sites"
             raise DataError(
                 f"no division of {len(train.examples)} records with data.dirichlet-alpha {config.dirichlet_alpha} "
-                f"gave each of {num_partitions} sites a record: raise alpha, or use fewer sites"
+                f"gave each of {num_partitions} sites a record: {advice}"
             ) from error
+
+
+def _many_labels(train: Dataset) -> str:
+    """Return what to look at where nearly every record has a label of its own, as a name or a number has."""
+    few = len(train.label_names) <= len(train.examples) / 2
+    return "" if few else f"there are {len(train.label_names)} labels, so data.label may name a column that is none"
 
 
 def _shares_of_persons(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tuple[int, ...], ...]:
