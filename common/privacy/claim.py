@@ -27,4 +27,6 @@ class Claim:
     """Why a federation's figure is the maximum over its sites, or what that means for a unit at several of them."""
 
 
+AS_IT_GOES = "what a lying server gains by sample rates below 1 that it chooses as it goes; a policy may pin the rate"
+"""Of every mechanism whose releases a site prices one by one: docs/privacy.md, "The ledger", has how much is known."""
 NOTHING = Claim(NO_CLAIM, NO_CLAIM, NO_CLAIM, NO_CLAIM)
