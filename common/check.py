@@ -86,11 +86,11 @@ class Interval(Rule):
 
         >>> Interval(0).check("epsilon", math.inf)
         Traceback (most recent call last):
-        common.errors.ConfigError: epsilon must be a finite number above 0, not inf
+        common.errors.ConfigError: epsilon must be above 0, not inf: give a finite number
         """
         if not self.holds(value):
-            finite = isinstance(value, str) or math.isfinite(value)
-            raise ConfigError(f"{name} must be {'' if finite else 'a finite number '}{self.words}, not {value!r}")
+            more = "" if isinstance(value, str) or math.isfinite(value) else ": give a finite number"
+            raise ConfigError(f"{name} must be {self.words}, not {value!r}{more}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Claim:
     """Why a federation's figure is the maximum over its sites, or what that means for a unit at several of them."""
 
 
-AS_IT_GOES = "what a lying server gains by sample rates below 1 that it chooses as it goes; a policy may pin the rate"
-"""Of every mechanism whose releases a site prices one by one: docs/privacy.md, "The ledger", has how much is known."""
+AS_IT_GOES = "a lying server's choice of sample rates"
+"""Of every mechanism whose releases a site prices one by one, where rates below 1 are chosen by what was seen: see
+docs/privacy.md, "The ledger". A policy may pin the rate."""
 NOTHING = Claim(NO_CLAIM, NO_CLAIM, NO_CLAIM, NO_CLAIM)
