@@ -19,6 +19,8 @@ doctor_app = typer.Typer(
     no_args_is_help=True, help="Look a server's or a site's folder over; exit code 1 if anything fails."
 )
 
+EPSILON, DELTA = 8.0, 1e-5
+"""The budget of a new policy for which none is named."""
 Labels = Annotated[str, typer.Option(help="All labels in the job's order, separated by commas, as data.labels.")]
 MaxLength = Annotated[int, typer.Option(help="Most tokens that a job may cut a record to.")]
 Folder = Annotated[Path, typer.Argument(help="The server's or the site's folder.")]
@@ -135,8 +137,8 @@ def site_init(
     person: Annotated[
         str, typer.Option(help="Column of whose a record is: persons are protected, each with all their records.")
     ] = "",
-    epsilon: Annotated[float, typer.Option(help="Budget of the data set, over all runs.")] = 8.0,
-    delta: Annotated[float, typer.Option(help="Below one over the number of records.")] = 1e-5,
+    epsilon: Annotated[float, typer.Option(help="Budget of the data set, over all runs.")] = EPSILON,
+    delta: Annotated[float, typer.Option(help="Below one over the number of records.")] = DELTA,
     node: Annotated[str, typer.Option(help="More node settings, such as 'partition-id=0 num-partitions=2'.")] = "",
     task: Annotated[str, typer.Option(help="What the records are for, as the setting model.task.")] = "classification",
     *,
@@ -213,7 +215,6 @@ def site_pin(
     from client.pins import spoken
     from client.policy import load_policy
     from deploy.pin import changed_pins, pin
-    from deploy.policy_file import DELTA, EPSILON
 
     path = folder.expanduser().absolute()
     path = path / "policy.toml" if path.is_dir() else path

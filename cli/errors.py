@@ -20,15 +20,18 @@ def for_people(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except FedVeilError as error:
-            Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"fedveil: {error}", markup=False)
+            _say(error)
             raise typer.Exit(1) from error
         except OSError as error:
             # Of the disk or of a port, as the machine says it: no fault of the program, whose trace would say nothing.
-            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-            Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"fedveil: {what}", markup=False)
+            _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             Console(stderr=True).print("fedveil: stopped by you; what was charged to a ledger stays charged")
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def _say(what: object) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"fedveil: {what}", markup=False)

@@ -298,6 +298,7 @@ def forget() -> None:
     stay.
     """
     _process.records.clear()
+    _process.left.clear()
     for name in list(_process.derivatives):
         forget_records(_process.derivatives, name)
     forget_readings()

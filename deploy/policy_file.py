@@ -19,8 +19,6 @@ HEAD = f"""\
 # What the data steward of this site allows. Where a job's figures are laxer, the site takes these; what it forbids
 # it refuses before a record is read.
 {BUDGET_HEAD}"""
-EPSILON, DELTA = 8.0, 1e-5
-"""The budget of a new policy for which none is named."""
 MECHANISMS_HEAD = """\
 # How a run must protect the records, as its privacy.mode. A run of any other mechanism is refused.
 """

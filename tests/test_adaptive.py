@@ -1,4 +1,4 @@
-"""What a server gains that chooses the next release after it has seen the last one, against the ledger's price."""
+"""The gain of a server that chooses the next release after it has seen the last one, against the ledger's price."""
 
 from __future__ import annotations
 

@@ -649,6 +649,14 @@ def test_records_are_freed_while_the_time_of_the_answer_runs(
     assert freed_by_another_seed(site, still) == [True]
 
 
+def test_what_was_dropped_goes_with_all_else_that_is_forgotten(site: OneSite, still: list[bool]) -> None:
+    """A refusal may leave it there: nothing of a record outlives an idle time, a withdrawal or the end."""
+    noted: list[bool] = []
+    app._process.left.append([Freed(still, noted)])
+    app.forget()
+    assert noted == [False]
+
+
 def test_persons_are_counted_while_the_time_of_the_answer_runs(
     site: OneSite, still: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

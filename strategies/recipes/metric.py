@@ -6,8 +6,8 @@ layers to first order around that: one pass over the records, and steps on all o
 last rounds the adapter rests, and the head is fitted to what it has become.
 
 On IMDB it is above the head alone in its former twelve rounds by 1.9, 1.0 and 0.7 points at ε = 8, 3 and 1, in three
-to four times the time. Nothing
-is known of more noise, so a run with more than ``least_epsilon`` allows is for the head alone.
+to four times the time. Nothing is known of more noise, so a run with more than ``least_epsilon`` allows is for the head
+alone.
 
 The figures were chosen on IMDB and 20 Newsgroups (``experiments/LOG.md``). The rate is for little noise; where there is
 more, ``server.most-noise`` lowers it.
