@@ -23,7 +23,8 @@ from audits.shell import run_alone
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
 from common.errors import BudgetExhausted
-from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.accounting import Release, gaussian_release
+from common.privacy.privacy_filter import promised
 from common.run_lines import Finding
 
 ROUND = gaussian_release(2.0, 0.25, 2)
@@ -34,7 +35,7 @@ PAUSE_SECONDS = 0.01
 
 def cost_of(rounds: int) -> float:
     """Return the epsilon of so many charges of ``ROUND``."""
-    return epsilon([Release(ROUND.event, ROUND.count * rounds)], DELTA)
+    return promised([Release(ROUND.event, ROUND.count * rounds)], DELTA)[0]
 
 
 def charge_to_the_end(path: Path, budget: float, signal: Path, send: Send) -> None:

@@ -21,7 +21,8 @@ from client.ledger.ledger import Ledger
 from common.data.partition import division_of
 from common.data.sources import Reading, load_dataset
 from common.messages.round import Refusal, TrainResult, TrainTask
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import Release
+from common.privacy.privacy_filter import promised
 from common.run_lines import Finding
 from strategies.job import configure
 
@@ -78,7 +79,7 @@ def spent_too_little(site: OneSite) -> float:
         if spending is None:
             return math.inf
         steps += spending.steps_round
-        whole = epsilon([Release(spending.event, steps)], spending.delta)
+        whole = promised([Release(spending.event, steps)], spending.delta)[0]
         short = max(short, whole - spending.epsilon_total)
     return short
 

@@ -44,8 +44,9 @@ from client.ledger.sums import Sums
 from common.errors import LedgerError
 from common.messages.round import Refusal, TrainTask
 from common.messages.wire import encode_reply
-from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.accounting import gaussian_release
 from common.privacy.events import Event
+from common.privacy.privacy_filter import promised
 from common.run_lines import Finding
 
 DELTA = 1e-3
@@ -280,7 +281,7 @@ def cost_of(rounds: int, *, summed: bool = False) -> float:
         return 0.0
     plain = gaussian_release(2.0, 0.25, rounds if summed else 2 * rounds)
     event = Event("summed-gaussian", {**plain.event.figures, "honest_sites": 2.0})
-    return epsilon([replace(plain, event=event) if summed else plain], DELTA)
+    return promised([replace(plain, event=event) if summed else plain], DELTA)[0]
 
 
 def kill_rounds(

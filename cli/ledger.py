@@ -25,7 +25,8 @@ from common.words import counted
 
 if TYPE_CHECKING:
     from client.ledger.ledger import Ledger
-    from client.ledger.rows import Budget, Entry, Exposure, Failure, Reservation, Withdrawal
+    from client.ledger.rows import Budget, Entry, Exposure, Failure, FirstPlan, Reservation, Withdrawal
+    from common.privacy.events import Event
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
 console = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -75,6 +76,7 @@ def show(
                 whose += honest_text(honest)
             _say(f"{dataset}: ε {_figure(spent)}{budget}{at}{per}{rests}{shared}{whose}")
             events = [(b.set_at, _spoken_budget(b)) for b in ledger.budgets() if b.dataset == dataset]
+            events += [(p.committed_at, _spoken_plan(p)) for p in ledger.plans.all() if p.dataset == dataset]
             events += [(e.charged_at, _spoken_charge(e)) for e in entries if e.dataset == dataset]
             events += [(e.released_at, _spoken_exposure(e)) for e in ledger.exposures() if e.dataset == dataset]
             events += [(f.failed_at, _spoken_failure(f)) for f in ledger.failures() if f.dataset == dataset]
@@ -264,9 +266,10 @@ def export(
     form: Annotated[str, typer.Option("--format", help="json or csv.")] = "json",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file; without it, to the terminal.")] = None,
 ) -> None:
-    """Write all rows of a ledger as JSON, or all but budgets, reservations and withdrawals as CSV."""
+    """Write all rows of a ledger as JSON, or all but plans, budgets, reservations and withdrawals as CSV."""
     one_of(("json", "csv"), format=form)
     with _opened(path) as ledger:
+        plans = [dataclasses.asdict(plan) for plan in ledger.plans.all()]
         charges = [dataclasses.asdict(entry) for entry in ledger.entries()]
         exposures = [dataclasses.asdict(exposure) for exposure in ledger.exposures()]
         failures = [dataclasses.asdict(failure) for failure in ledger.failures()]
@@ -274,6 +277,7 @@ def export(
         reservations = [dataclasses.asdict(reservation) for reservation in ledger.holds.reservations()]
         withdrawals = [dataclasses.asdict(withdrawal) for withdrawal in ledger.holds.withdrawals()]
     held = {
+        "plans": plans,
         "charges": charges,
         "exposures": exposures,
         "failures": failures,
@@ -338,11 +342,18 @@ def _rests(honest_sites: int, alone: float | None) -> str:
 
 def _spoken_charge(entry: Entry) -> str:
     whose = f", as {entry.caused_by} shares records" if entry.caused_by else ""
-    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in entry.event.figures.items())
-    return (
-        f"run {entry.run} round {entry.round_number}  {entry.purpose}: {entry.count} × {entry.event.kind} "
-        f"({figures}){whose}"
-    )
+    what = _spoken_releases(entry.event, entry.count)
+    return f"run {entry.run} round {entry.round_number}  {entry.purpose}: {what}{whose}"
+
+
+def _spoken_releases(event: Event, count: int) -> str:
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in event.figures.items())
+    return f"{count} × {event.kind} ({figures})"
+
+
+def _spoken_plan(row: FirstPlan) -> str:
+    planned = ", ".join(_spoken_releases(release.event, release.count) for release in row.commitment.releases)
+    return f"run {row.run}  first plan, by which all is priced: {planned}"
 
 
 def _spoken_exposure(row: Exposure) -> str:

@@ -15,8 +15,8 @@ import torch
 
 from common.adapters import ADAPTERS
 from common.config.sections import Scalar
-from common.privacy.accounting import epsilon
 from common.privacy.figures import epsilon_text
+from common.privacy.privacy_filter import promised
 from common.starts import STARTS
 from common.words import bytes_text
 from strategies import ROWS, STRATEGIES
@@ -316,7 +316,7 @@ def _price(job: Job) -> str:
     privacy, release = job.config.privacy, job.origin.release()
     if release is None:
         return job.origin.needs
-    alone = epsilon([release], privacy.delta)
+    alone = promised([release], privacy.delta)[0]
     return f"{job.origin.needs}: ε {epsilon_text(alone)} if it stood alone, of {privacy.epsilon:g}"
 
 

@@ -21,8 +21,9 @@ from common.accountant import EVALUATION
 from common.errors import LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
-from common.privacy.accounting import Release, check_terms, gaussian_release, least_noise
+from common.privacy.accounting import Release, check_terms, gaussian_release
 from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import promised_noise
 from common.secure_sum import check_headroom
 from common.starts import PaidStart
 from common.tasks import TASKS
@@ -47,16 +48,15 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
         plan = _plan(ledger, site, job, deadline)
         if task.round_number:
-            releases = [plan.release(steps), *evaluation_releases(job, site, 1)]
+            releases = (plan.release(steps), *evaluation_releases(job, site, 1))
+            charge = _offered(site, job, task, releases, plan)
             fewer = releases[0].count < steps
-            return plan, _charge(
-                ledger, site, job, plan, releases, task, deadline, allow=_within(site, steps, fewer=fewer)
-            )
+            return plan, _charge(ledger, site, charge, task, deadline, allow=_within(site, steps, fewer=fewer))
         if not isinstance(job.origin, PaidStart):
             raise ProtocolError(f"no release is made for the start {job.origin.name!r}")
         least = _least_start_noise(job, site, plan.max_epsilon, plan.delta)
-        plan = job.origin.plan(plan, site.public_size, least)
-        return plan, _charge(ledger, site, job, plan, [job.origin.release(least)], task, deadline)
+        charge = _offered(site, job, task, (job.origin.release(least),), plan)
+        return job.origin.plan(plan, site.public_size, least), _charge(ledger, site, charge, task, deadline)
 
 
 def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> None:
@@ -179,7 +179,7 @@ def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> fl
         return least
     for each in (delta, run.delta):
         check_terms([paid], each)
-    own, asked = (least_noise(paid.event, e, d, paid.count) for e, d in ((epsilon, delta), (run.epsilon, run.delta)))
+    own, asked = (promised_noise(paid.event, e, d, paid.count) for e, d in ((epsilon, delta), (run.epsilon, run.delta)))
     return max(least, paid.event.noise_multiplier * own / asked)
 
 
@@ -211,9 +211,18 @@ def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPl
 def _offered(
     site: Site, job: Job, task: KeyTask | TrainTask, releases: tuple[Release, ...], plan: PrivacyPlan
 ) -> Charge:
-    """Return the charge of a round that is no sum, on the site's terms."""
+    """Return the charge of a round that is no sum, on the site's terms, with all that the run plans to release.
+
+    Args:
+        site, job, task: whose round it is.
+        releases: of the round.
+        plan: of the run's steps.
+    """
     policy, unit = site.policy, job.mechanism.claim.per
     most, ceiling = policy.person_terms(unit)
+    start = job.origin.release(_least_start_noise(job, site, plan.max_epsilon, plan.delta))
+    rounds = policy.rounds_of(job.config.rounds, job.config.training.local_steps)
+    steps = plan.release(rounds * job.config.training.local_steps)
     return Charge(
         site.dataset_id,
         task.run,
@@ -225,15 +234,14 @@ def _offered(
         max_alone=policy.epsilon_alone,
         records_per_person=most,
         max_person=ceiling,
+        planned=(*([start] if start else []), steps, *evaluation_releases(job, site, rounds)),
     )
 
 
 def _charge(
     ledger: Ledger,
     site: Site,
-    job: Job,
-    plan: PrivacyPlan,
-    releases: list[Release],
+    charge: Charge,
     task: TrainTask,
     deadline: Deadline,
     allow: Callable[[int, int], None] = lambda rounds, steps: None,
@@ -245,7 +253,6 @@ def _charge(
         allow(rounds, steps)
 
     key = next((offer.public for offer in task.offers if offer.site == site.name), b"")
-    charge = _offered(site, job, task, tuple(releases), plan)
     charge = replace(charge, mask_key=key, site=site.name if key else "")
     charged = ledger.charge(
         charge,
@@ -254,8 +261,8 @@ def _charge(
         after_exposure=site.policy.after_no_privacy,
     )
     return Spending(
-        purpose=releases[0].purpose,
-        event=releases[0].event,
+        purpose=charge.releases[0].purpose,
+        event=charge.releases[0].event,
         steps_round=charged.steps_round,
         steps_total=charged.steps_total,
         delta=charged.delta,

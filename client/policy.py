@@ -77,8 +77,7 @@ class Policy:
     min_noise_multiplier: float = 0.0
     """Least noise of every private step, whatever the run asks for."""
     sample_rate: float = 0.0
-    """The one sample rate that every private step and release has, whatever the run asks for; 0: any. At 1 what a
-    server chooses after it has seen answers changes no price: see ``docs/privacy.md``."""
+    """The one sample rate that every private step and release has, whatever the run asks for; 0: any."""
     max_rounds: int = UNLIMITED
     """Most rounds of one run that the site trains; a round that is trained and charged again counts again."""
     max_steps: int = UNLIMITED

@@ -34,8 +34,9 @@ from common.config.text import flatten, read_settings_file
 from common.errors import ConfigError, DataError, PrivacyError, RunFailed
 from common.files import finite, replace_file
 from common.paths import RUN_NAME
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import Release
 from common.privacy.events import LEAST_NOISE, MOST_NOISE
+from common.privacy.privacy_filter import commitment_to, price, promised
 from common.run_lines import BaselineFile, ResultFile, RoundLine, TuningFile, read_file, read_lines
 from common.strict_json import Endless, from_json, to_json
 from common.tasks import TASKS
@@ -227,7 +228,7 @@ def _priced(
         return {trial: configure({**settings, NOISE: noise}) for trial, settings in asked.items()}
 
     starts = [release for job in jobs.values() for release in paid_before(job)]
-    if epsilon(starts, privacy.delta) >= privacy.epsilon:
+    if promised(starts, privacy.delta)[0] >= privacy.epsilon:
         raise PrivacyError(
             f"no noise keeps all trials within privacy.epsilon = {privacy.epsilon:g}: what their starts release costs "
             "more by itself; try fewer, or raise it"
@@ -257,8 +258,10 @@ def releases_of(job: Job) -> list[Release]:
 
 
 def composed(jobs: Sequence[Job]) -> float:
-    """Return what these runs cost a site together, at their common delta."""
-    return epsilon([release for job in jobs for release in releases_of(job)], jobs[0].config.privacy.delta)
+    """Return what these runs cost a site together, at their common delta: as its ledger prices them in this order."""
+    privacy, first = jobs[0].config.privacy, releases_of(jobs[0])
+    releases = [release for job in jobs for release in releases_of(job)]
+    return price(releases, commitment_to(first, [], privacy.epsilon), privacy.delta)[0]
 
 
 def _least(cost: Callable[[float], float], budget: float) -> float:

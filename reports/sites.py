@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from common.accountant import EVALUATION, INITIALISATION, TRAINING
 from common.errors import ConfigError
 from common.messages.round import SpendingFigures
-from common.privacy.accounting import Release, alone, epsilon_with_method, gaussian_release
+from common.privacy.accounting import Release, alone, epsilon, gaussian_release
 from common.privacy.events import Event, sampled_gaussian
+from common.privacy.privacy_filter import promised
 from common.words import natural
 from reports.folder import RunFiles
 from strategies.job import configure
@@ -24,10 +25,26 @@ EXPOSED = (
     "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
     "rounds all the same; the figures computed again are of this run's releases alone"
 )
-MORE = "its ledger holds earlier runs, or rounds that were charged and then did not count"
+MORE = (
+    "its ledger holds earlier runs, rounds that were charged and then did not count, or what its first plan still has"
+)
 """Why a site may report more than this run's lines cost."""
+OLDER = "agrees, at all of δ as earlier versions priced it; the larger figure counts here"
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """The ε of one site's releases in this run, by its own lines."""
+
+    epsilon: float
+    """By the number of record's accountant (PLD)."""
+    accountant: str
+    rdp: float
+    """By RDP: the cross-check."""
+    at_all_of_delta: float
+    """By PLD, if nothing of δ is left for what departs from a plan."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +205,8 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
     training = [spent for spent in paid if spent.purpose == TRAINING]
     last = paid[-1] if paid else None
     total, delta = (last.epsilon_total, last.delta) if last else (None, None)
-    recomputed, accountant, rdp, fault = _recompute(name, files, delta)
-    agreement, note = _compare(total, recomputed, fault)
+    again, fault = _recompute(name, files, delta)
+    agreement, note = _compare(total, again, fault)
     return SiteReport(
         site=name,
         public_size=own[-1].public_size if own else None,
@@ -202,33 +219,34 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         epsilon_budget=last.epsilon_budget if last else None,
         epsilon_remaining=last.epsilon_remaining if last else None,
         accountant=next((line.accountant for line in reversed(own) if line.spent), ""),
-        epsilon_recomputed=recomputed,
-        accountant_recomputed=accountant,
-        epsilon_rdp=rdp,
-        epsilon_alone=_alone(paid, files, delta) if recomputed is not None else None,
-        epsilon_all_honest=_honest(paid, files, delta, 0) if recomputed is not None else None,
-        epsilon_without_colluders=_honest(paid, files, delta, colluders_of(files)) if recomputed is not None else None,
+        epsilon_recomputed=again.epsilon if again else None,
+        accountant_recomputed=again.accountant if again else "",
+        epsilon_rdp=again.rdp if again else None,
+        epsilon_alone=_alone(paid, files, delta) if again else None,
+        epsilon_all_honest=_honest(paid, files, delta, 0) if again else None,
+        epsilon_without_colluders=_honest(paid, files, delta, colluders_of(files)) if again else None,
         agreement=agreement,
         note=note,
     )
 
 
-def _recompute(name: str, files: RunFiles, delta: float | None) -> tuple[float | None, str, float | None, str]:
-    """Return ε by PLD, its accountant in words, ε by RDP, and what kept them from being computed."""
+def _recompute(name: str, files: RunFiles, delta: float | None) -> tuple[Recomputed | None, str]:
+    """Return a site's ε, computed again, and what kept it from being computed."""
     if delta is None:
-        return None, "", None, ""
+        return None, ""
     try:
         releases = releases_of_site(name, files)
-        value, accountant = epsilon_with_method(releases, delta)
-        return value, str(accountant), epsilon_with_method(releases, delta, method="rdp")[0], ""
+        value, accountant = promised(releases, delta)
+        rdp = promised(releases, delta, method="rdp")[0]
+        return Recomputed(value, str(accountant), rdp, epsilon(releases, delta)), ""
     except ConfigError as error:
-        return None, "", None, str(error)
+        return None, str(error)
 
 
 def _alone(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None) -> float | None:
     releases = releases_of(paid, files)
     own = alone(releases)
-    return None if delta is None or own == releases else epsilon_with_method(own, delta)[0]
+    return None if delta is None or own == releases else promised(own, delta)[0]
 
 
 def fewest_summed(files: RunFiles) -> int:
@@ -248,20 +266,22 @@ def _honest(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | Non
     """Return ε if of the sum of fewest sites all add their noise ``but`` so many; None where none is shared."""
     releases, sites = releases_of(paid, files), fewest_summed(files) - but
     own = [replace(release, event=release.event.of_honest(sites)) for release in releases] if sites > 0 else releases
-    return None if delta is None or own == releases else epsilon_with_method(own, delta)[0]
+    return None if delta is None or own == releases else promised(own, delta)[0]
 
 
-def _compare(total: float | None, recomputed: float | None, fault: str) -> tuple[str, str]:
+def _compare(total: float | None, again: Recomputed | None, fault: str) -> tuple[str, str]:
     if total is None:
         return "none", "released nothing that was paid for"
     if total == math.inf:
         return "exposed", EXPOSED
-    if recomputed is None:
+    if again is None:
         return "unknown", f"cannot be computed again: {fault}"
-    if abs(total - recomputed) <= TOLERANCE or total == recomputed:
+    if abs(total - again.epsilon) <= TOLERANCE or total == again.epsilon:
         return "agrees", "agrees"
-    if total > recomputed:
-        return "larger", f"the site reports {total - recomputed:.3f} more: {MORE}"
+    if total > again.epsilon:
+        return "larger", f"the site reports {total - again.epsilon:.3f} more: {MORE}"
+    if total >= again.at_all_of_delta - TOLERANCE:
+        return "agrees", OLDER
     return "smaller", "DISAGREES: the site reports less than its own lines cost; the larger figure counts here"
 
 

@@ -26,9 +26,10 @@ from common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
 from common.files import replace_file
 from common.messages.round import Spending
 from common.privacy import MECHANISMS
-from common.privacy.accounting import Release, epsilon, epsilon_with_method
+from common.privacy.accounting import Release
 from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
+from common.privacy.privacy_filter import promised
 from common.strict_json import from_json, to_json
 from server.lock import locked
 
@@ -183,14 +184,14 @@ class ServerLedger:
 
 def _price(held: Sequence[Charge], added: Charge, max_epsilon: float) -> Spending:
     before = [charge.release for charge in held]
-    total, accountant = epsilon_with_method([*before, added.release], added.delta)
+    total, accountant = promised([*before, added.release], added.delta)
     return Spending(
         purpose=TRAINING,
         event=added.event,
         steps_round=1,
         steps_total=len(held) + 1,
         delta=added.delta,
-        epsilon_round=total - epsilon(before, added.delta),
+        epsilon_round=max(0.0, total - promised(before, added.delta)[0]),
         epsilon_total=total,
         epsilon_budget=max_epsilon,
         epsilon_remaining=max(0.0, max_epsilon - total),

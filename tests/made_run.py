@@ -10,9 +10,10 @@ from typing import Any
 from common.accountant import TRAINING
 from common.messages.round import Spending, SpendingFigures
 from common.privacy import MECHANISMS
-from common.privacy.accounting import Release, epsilon_with_method, gaussian_release
+from common.privacy.accounting import Release, gaussian_release
 from common.privacy.claim import NO_CLAIM
 from common.privacy.events import Event, SummedGaussian, sampled_gaussian
+from common.privacy.privacy_filter import promised
 from common.run_lines import (
     Absence,
     AuditFile,
@@ -109,8 +110,8 @@ class MadeRun:
         training = release.purpose == TRAINING
         before = self._history.setdefault(site, list(self.earlier.get(site, [])))
         delta = self.delta.get(site, DELTA)
-        held, _ = epsilon_with_method(before, delta)
-        after, accountant = epsilon_with_method([*before, release], delta)
+        held, _ = promised(before, delta)
+        after, accountant = promised([*before, release], delta)
         before.append(release)
         figures = SpendingFigures(
             purpose=release.purpose,

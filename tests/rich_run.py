@@ -10,7 +10,8 @@ from typing import Any
 
 from made_run import DELTA, MadeRun, spent
 
-from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.accounting import gaussian_release
+from common.privacy.privacy_filter import promised
 from common.run_lines import (
     Absence,
     AuditFile,
@@ -126,7 +127,7 @@ def unlike(folder: Path, rounds: int = 3) -> MadeRun:
     lines: list[RoundLine] = []
     joined_before = dict.fromkeys(names, 0)
     prices = {
-        (noise, count): epsilon([gaussian_release(noise, 0.05, 5 * count)], DELTA) if count else 0.0
+        (noise, count): promised([gaussian_release(noise, 0.05, 5 * count)], DELTA)[0] if count else 0.0
         for noise in (0.8, 1.2)
         for count in range(rounds + 1)
         if noise == 1.2 or count in (0, rounds)

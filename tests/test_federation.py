@@ -17,7 +17,8 @@ from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
 from common.messages.wire import round_of
-from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.accounting import gaussian_release
+from common.privacy.privacy_filter import promised
 from common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from common.strict_json import to_json
 from experiments.evaluate import evaluate_run
@@ -120,10 +121,10 @@ def test_generation_lowers_the_loss_on_held_out_completions(toy_generation: dict
 def test_epsilon_of_all_rounds_is_that_of_one_long_run(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "rounds": 3, "privacy.noise-multiplier": 1.5, "privacy.epsilon": 50.0}
     last = read_lines(PrivacyLine, run_in_process(settings, 2))[-1]
-    whole = epsilon([gaussian_release(1.5, 0.25, 6)], 1e-3)
+    whole = promised([gaussian_release(1.5, 0.25, 6)], 1e-3)[0]
     assert spent(last).epsilon_total == pytest.approx(whole, abs=1e-9)
     assert spent(last).steps_total == 6
-    reset = epsilon([gaussian_release(1.5, 0.25, 2)], 1e-3)
+    reset = promised([gaussian_release(1.5, 0.25, 2)], 1e-3)[0]
     assert spent(last).epsilon_total > 1.2 * reset, "a ledger that forgets between rounds would report less"
 
 
@@ -147,7 +148,7 @@ def test_a_spent_site_refuses_and_the_others_go_on(toy_settings: dict[str, Any],
 
 
 def test_the_run_ends_early_and_well_when_every_budget_is_spent(toy_settings: dict[str, Any]) -> None:
-    three_of_six = epsilon([gaussian_release(1.0, 0.25, 6)], 1e-3) + 1e-6
+    three_of_six = promised([gaussian_release(1.0, 0.25, 6)], 1e-3)[0] + 1e-6
     settings = {**toy_settings, "rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": three_of_six}
     folder = run_in_process(settings, 2)
     result = read_file(ResultFile, folder)
@@ -162,7 +163,7 @@ def test_the_run_ends_early_and_well_when_every_budget_is_spent(toy_settings: di
 def test_a_site_with_budget_for_three_rounds_of_six_trains_three_and_refuses_three(
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    policy, budget = tmp_path / "policy.toml", epsilon([gaussian_release(1.0, 0.25, 6)], 1e-3) + 1e-6
+    policy, budget = tmp_path / "policy.toml", promised([gaussian_release(1.0, 0.25, 6)], 1e-3)[0] + 1e-6
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     more = {"rounds": 6, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "privacy.delta": 1e-3}
     settings = {**toy_settings, **more, "data.labels": "bad,good"}
@@ -288,7 +289,7 @@ def test_fed_sb_initialisations_cost_what_they_use(
             gaussian_release(spent(own[0]).event.noise_multiplier, 0.1, 1),
             gaussian_release(spent(own[1]).event.noise_multiplier, 0.25, 4),
         ]
-        assert spent(own[-1]).epsilon_total == pytest.approx(epsilon(whole, 1e-3), abs=1e-9)
+        assert spent(own[-1]).epsilon_total == pytest.approx(promised(whole, 1e-3)[0], abs=1e-9)
         assert spent(own[-1]).epsilon_total <= 8.0, "the training noise must leave room for the initialisation"
     lines = read_lines(RoundLine, folder)
     rounds = [line for line in lines if line.round_number]

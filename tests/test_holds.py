@@ -20,11 +20,13 @@ from client.ledger.file import withdrawn_in
 from client.ledger.holds import Holds, moment
 from client.ledger.ledger import Ledger
 from client.ledger.receipts import receipt_of
+from common.accountant import INITIALISATION
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.accounting import Release, gaussian_release
 from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
+from common.privacy.privacy_filter import promised
 from deploy.site_folder import make_site, open_site_folder
 from deploy.withdraw import withdraw_site
 
@@ -78,14 +80,14 @@ def test_what_a_run_has_added_is_no_longer_kept_for_it(ledger: Ledger) -> None:
     ledger.holds.reserve("ward", "mine", 2.0, LATER)
     assert ledger.kept("ward", "", DELTA) == 2.0
     assert ledger.kept("ward", "mine", DELTA) == 0.0
-    charge(ledger, 1, run="other", release=OTHER)
+    charge(ledger, 1, run="other", release=OTHER, planned=(OTHER, ROUND))
     charge(ledger, 1, run="mine")
-    added = epsilon([ROUND, OTHER], DELTA) - epsilon([OTHER], DELTA)
+    added = promised([ROUND, OTHER], DELTA)[0] - promised([OTHER], DELTA)[0]
     assert 0 < added < 2.0
     assert ledger.kept("ward", "other", DELTA) == pytest.approx(2.0 - added, abs=1e-12)
     for number in (2, 3, 4):
         charge(ledger, number, run="mine")
-    assert epsilon([Release(ROUND.event, 20), OTHER], DELTA) - epsilon([OTHER], DELTA) > 2.0
+    assert promised([Release(ROUND.event, 20), OTHER], DELTA)[0] - promised([OTHER], DELTA)[0] > 2.0
     assert ledger.kept("ward", "other", DELTA) == 0.0
 
 
@@ -109,6 +111,7 @@ def test_a_reservation_of_the_seventh_format_counts_all_charges_of_its_run(ledge
         db.execute("ALTER TABLE reservations DROP COLUMN last_charge")
         db.execute("ALTER TABLE mask_keys DROP COLUMN site")
         db.execute("DROP TABLE signed_lists")
+        db.execute("DROP TABLE plans")
         db.execute("PRAGMA user_version = 7")
     ledger.close()
     with Ledger(path) as again:
@@ -329,7 +332,8 @@ def test_a_withdrawal_stands_whatever_becomes_of_reading_the_records(
 
 def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger) -> None:
     ledger.set_budget("ward", 8.0, DELTA)
-    charge(ledger, 1, run="first", release=OTHER)
+    twice = Release(OTHER.event, 6, INITIALISATION)
+    charge(ledger, 1, run="first", release=OTHER, planned=(twice, ROUND))
     charge(ledger, 1, run="mine")
     charge(ledger, 1, run="between", release=OTHER)
     charge(ledger, 2, run="mine")
@@ -337,8 +341,8 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     ledger.fail("ward", run="mine", round_number=2, reason="SECRET-REASON")
     made = receipt_of(ledger, "ward", "mine")
     assert made.epsilon_run == cost_of(2)
-    assert made.epsilon_before == epsilon([OTHER], DELTA)
-    assert made.epsilon_after == epsilon([Release(OTHER.event, 6), Release(ROUND.event, 10)], DELTA)
+    assert made.epsilon_before == promised([twice], DELTA)[0], "what the first plan still has counts"
+    assert made.epsilon_after == promised([twice, Release(ROUND.event, 10)], DELTA)[0]
     assert (made.rounds, made.unit, made.delta, made.budget) == ((1, 2), "record", DELTA, 8.0)
     assert [row.round_number for row in made.failures] == [2]
     assert [set(row) for row in made.as_json()["failures"]] == [{"round_number", "failed_at"}]
@@ -400,13 +404,14 @@ def in_a_sum(honest_sites: int) -> Release:
 def test_a_receipt_of_sums_names_the_honest_sites_and_the_price_alone(ledger: Ledger, path: Path) -> None:
     """One run counts on two sites, an earlier one on four, and another name of the same records on five."""
     ledger.set_budget("ward", 50.0, DELTA)
-    charge(ledger, 1, run="first", release=in_a_sum(4))
+    both = (in_a_sum(4), in_a_sum(2))
+    charge(ledger, 1, run="first", release=in_a_sum(4), planned=both)
     charge(ledger, 1, run="mine", release=in_a_sum(2), records={1})
     made = receipt_of(ledger, "ward", "mine")
     bare = [in_a_sum(sites).event.alone() for sites in (2, 4)]
-    own, after = epsilon([Release(bare[0], 1)], DELTA), epsilon([Release(event, 1) for event in bare], DELTA)
+    own, after = promised([Release(bare[0], 1)], DELTA)[0], promised([Release(event, 1) for event in bare], DELTA)[0]
     assert (made.epsilon_run_alone, made.epsilon_after_alone) == (own, after)
-    assert made.epsilon_run == epsilon([in_a_sum(2)], DELTA) < own < after
+    assert made.epsilon_run == promised([in_a_sum(2)], DELTA)[0] < own < after
     assert (made.honest_sites_run, made.honest_sites_after, made.honest_sites_largest) == (2, 4, 4)
     charge(ledger, 1, dataset="lab", run="other", records={9}, release=in_a_sum(5))
     charge(ledger, 2, dataset="lab", run="other", records={1})
@@ -421,7 +426,7 @@ def test_a_receipt_of_sums_names_the_honest_sites_and_the_price_alone(ledger: Le
 def test_a_receipt_of_full_noise_holds_whatever_others_do_and_one_without_a_sum_has_no_h(
     ledger: Ledger, path: Path
 ) -> None:
-    charge(ledger, 1, run="mine")
+    charge(ledger, 1, run="mine", planned=(ROUND, in_a_sum(1)))
     words = ("ledger", "receipt", path, "--dataset", "ward", "--run", "mine")
     assert "h = " not in fedveil(*words)[1]
     assert receipt_of(ledger, "ward", "mine").epsilon_run_alone is None

@@ -31,7 +31,8 @@ from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Charge, Receipt
 from common.accountant import EVALUATION, Accountant
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.accounting import Release, gaussian_release
+from common.privacy.privacy_filter import promised
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
 
@@ -49,10 +50,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def charge(ledger: Ledger, round_number: int = 1, release: Release = ROUND, **overrides: Any) -> Receipt:
-    terms = {"dataset": "ward", "run": "run-1", "delta": DELTA, "max_epsilon": 8.0, "unit": "record"}
+    terms = {"dataset": "ward", "run": "run-1", "delta": DELTA, "max_epsilon": 8.0, "unit": "record", "planned": ()}
     terms |= {"round_number": round_number, "releases": (release,)}
     charge = Charge(**{name: overrides.pop(name, value) for name, value in terms.items()})
     return ledger.charge(charge, **overrides)
+
+
+def epsilon(releases: list[Release], delta: float) -> float:
+    return promised(releases, delta)[0]
 
 
 def cost_of(rounds: int) -> float:
@@ -146,9 +151,11 @@ def test_a_refusal_is_one_line_with_every_figure_a_steward_asks_for(path: Path) 
 def test_a_cheaper_round_still_fits_after_a_dear_one_was_refused(path: Path) -> None:
     with Ledger(path) as ledger:
         charge(ledger, 1)
+        cheaper = gaussian_release(ROUND.event.noise_multiplier, ROUND.event.sample_rate, count=1)
+        budget = epsilon([ROUND, cheaper], DELTA)
         with pytest.raises(BudgetExhausted):
-            charge(ledger, 2, max_epsilon=cost_of(1) + 0.1)
-        assert charge(ledger, 2, WHISPER, max_epsilon=cost_of(1) + 0.1).epsilon_before == cost_of(1)
+            charge(ledger, 2, max_epsilon=budget)
+        assert charge(ledger, 2, cheaper, max_epsilon=budget).epsilon_before == cost_of(1)
 
 
 def test_a_repeated_round_is_paid_for_again(path: Path) -> None:
@@ -188,7 +195,9 @@ def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pyte
 
 
 def test_a_price_that_is_no_number_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.ledger.rows.epsilon_with_method", lambda *_: (float("nan"), Accountant("pld", "0.6.0")))
+    monkeypatch.setattr(
+        "client.ledger.rows.privacy_filter.price", lambda *_: (float("nan"), Accountant("pld", "0.6.0"))
+    )
     with Ledger(path) as ledger, pytest.raises(BudgetExhausted):
         charge(ledger, 1)
 

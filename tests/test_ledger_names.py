@@ -22,7 +22,8 @@ from client.ledger.rows import Charge, Receipt
 from client.site import open_site, user_folder
 from common.config.sections import Scalar
 from common.errors import LedgerError
-from common.privacy.accounting import Release, epsilon, gaussian_release
+from common.privacy.accounting import Release, gaussian_release
+from common.privacy.privacy_filter import promised
 from strategies.job import configure
 
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
@@ -383,7 +384,7 @@ def epsilons_by_columns(path: Path) -> dict[str, float]:
     ):
         spent.setdefault(name, []).append(gaussian_release(noise, rate, number))
     connection.close()
-    return {name: epsilon(releases, 1e-6) for name, releases in spent.items()}
+    return {name: promised(releases, 1e-6)[0] for name, releases in spent.items()}
 
 
 def check_that_format_5_keeps_every_charge(path: Path) -> None:
@@ -393,7 +394,7 @@ def check_that_format_5_keeps_every_charge(path: Path) -> None:
         assert {name: ledger.epsilon(name, 1e-6) for name in prices if name != "lab"} == {
             name: price for name, price in prices.items() if name != "lab"
         }, "a data set has spent something else than before"
-        assert epsilon(ledger.spent("lab"), 1e-6) == prices["lab"], "charges of an exposed data set have changed"
+        assert promised(ledger.spent("lab"), 1e-6)[0] == prices["lab"], "charges of an exposed data set have changed"
         assert ledger.epsilon("lab", 1e-6) == float("inf"), "an exposure was forgotten"
         assert [row.reason for row in ledger.failures()] == ["no memory"]
         entries = ledger.entries()

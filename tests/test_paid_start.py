@@ -11,7 +11,7 @@ from test_probe import ask, settings
 from audits.tiny_site import OneSite, clinic
 from client import budget
 from common.messages.round import Refusal, Spending, TrainResult
-from common.privacy.accounting import least_noise
+from common.privacy.privacy_filter import promised_noise
 from common.run_lines import BaselineFile, read_file
 from experiments.in_process import run_in_process
 from reports import report_of
@@ -41,7 +41,7 @@ def spent_by(site: OneSite) -> Spending:
 def check_part(site: OneSite) -> None:
     """Let a site answer round 0, and hold what it cost to the part that it may take of a quarter's noise."""
     spending = spent_by(site)
-    whole = least_noise(spending.event, 3.0, 1e-3, STEPS)
+    whole = promised_noise(spending.event, 3.0, 1e-3, STEPS)
     assert spending.event.noise_multiplier == pytest.approx(2 * whole, rel=2e-3), "another part of the site's budget"
     assert spending.epsilon_remaining > 1.0
 
@@ -62,7 +62,7 @@ def test_a_start_that_takes_the_runs_noise_whatever_the_sites_budget_is_found(
 
 def test_noise_that_is_set_by_hand_grows_alike(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     spending = spent_by(strict(toy_settings, tmp_path, noise=4.0))
-    ratio = least_noise(spending.event, 3.0, 1e-3, STEPS) / least_noise(spending.event, 30.0, 1e-3, STEPS)
+    ratio = promised_noise(spending.event, 3.0, 1e-3, STEPS) / promised_noise(spending.event, 30.0, 1e-3, STEPS)
     assert spending.event.noise_multiplier == pytest.approx(4.0 * ratio, rel=2e-3)
 
 
@@ -83,7 +83,7 @@ def test_figures_of_a_start_that_no_honest_run_has_are_refused_before_they_are_p
     def priced(*_: Any) -> float:
         pytest.fail("a server's figures are priced unasked")
 
-    monkeypatch.setattr(budget, "least_noise", priced)
+    monkeypatch.setattr(budget, "promised_noise", priced)
     answer = ask(site)
     assert isinstance(answer, Refusal)
     assert words in answer.reason

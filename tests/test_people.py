@@ -18,6 +18,7 @@ from common.privacy.accounting import Release, epsilon, gaussian_release
 from common.privacy.events import Event, SummedGaussian
 from common.privacy.figures import epsilon_text
 from common.privacy.meaning import MOST_UNITS, epsilon_of_several
+from common.privacy.privacy_filter import commitment_to, price_of_several
 from deploy import doctor
 from deploy.site_folder import make_site, node_settings
 
@@ -42,11 +43,16 @@ def test_epsilon_of_several_is_that_of_the_closed_form_and_never_below_one_recor
             epsilon_of_several(releases, units, DELTA)
 
 
+def of_person(releases: list[Release], units: int, delta: float) -> float:
+    """Return what a ledger says of a person in releases that were planned."""
+    return price_of_several(releases, commitment_to(releases, [], 8.0), units, delta)
+
+
 def test_a_round_that_costs_a_person_too_much_is_refused_before_a_record_is_used(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = [gaussian_release(2.0, 0.25, 2)], [gaussian_release(2.0, 0.25, 4)]
-    once, twice = (epsilon_of_several(releases, 3, DELTA) for releases in rounds)
+    once, twice = (of_person(releases, 3, DELTA) for releases in rounds)
     site.rule(records_per_person=3, epsilon_person=(once + twice) / 2)
     site.train(1)
     refused = site.refuse(2)
@@ -56,13 +62,15 @@ def test_a_round_that_costs_a_person_too_much_is_refused_before_a_record_is_used
     with Ledger(site.ledger) as ledger:
         assert ledger.epsilon_of_person("clinic", 3, DELTA) == once
     # The planted fault: a person's ε is taken for a record's.
-    monkeypatch.setattr(ledgers, "epsilon_of_several", lambda releases, units, delta: epsilon(releases, delta))
+    monkeypatch.setattr(
+        ledgers.privacy_filter, "price_of_several", lambda spent, plan, units, delta: epsilon(spent, delta)
+    )
     site.train(2)
 
 
 def test_the_ceiling_is_on_a_charge_to_another_name_too(site: OneSite) -> None:
     """Records that both names hold have the history of both."""
-    once = epsilon_of_several([gaussian_release(2.0, 0.25, 2)], 3, DELTA)
+    once = of_person([gaussian_release(2.0, 0.25, 2)], 3, DELTA)
     site.train(1)
     site.node["dataset-id"] = "other"
     site.rule(records_per_person=3, epsilon_person=1.01 * once)
@@ -71,7 +79,7 @@ def test_the_ceiling_is_on_a_charge_to_another_name_too(site: OneSite) -> None:
 
 def test_the_doctor_and_the_ledger_show_what_a_person_with_the_most_records_has(site: OneSite, tmp_path: Path) -> None:
     site.train(1)
-    spent = epsilon_of_several([gaussian_release(2.0, 0.25, 2)], 3, DELTA)
+    spent = of_person([gaussian_release(2.0, 0.25, 2)], 3, DELTA)
     shown = CliRunner().invoke(app, ["ledger", "show", str(site.ledger), "--records-per-person", "3"])
     assert shown.exit_code == 0, shown.output
     assert f"; of a person with 3 records: {epsilon_text(spent, decimals=4)}" in shown.output
@@ -102,7 +110,7 @@ def test_the_doctor_says_on_how_many_honest_sites_a_person_s_epsilon_counts(tmp_
     with Ledger(folder.ledger) as ledger:
         ledger.charge(Charge("clinic", "run", 1, (release,), DELTA, 500.0))
     (finding,) = doctor._persons(folder)
-    spent = epsilon_of_several([release], 3, DELTA)
+    spent = of_person([release], 3, DELTA)
     assert finding.found.startswith(
         f"a person with 3 records in clinic has ε {epsilon_text(spent)} at δ 0.001 (h = 2); epsilon-person"
     )

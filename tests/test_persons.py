@@ -37,9 +37,10 @@ from common.data.split import public_split
 from common.errors import ConfigError, DataError, MechanismError, PrivacyError
 from common.messages.wire import encode_reply
 from common.privacy import MECHANISMS, together
-from common.privacy.accounting import Release, epsilon
+from common.privacy.accounting import Release
 from common.privacy.dpsgd import ClipAndNoise, PrivateSteps
 from common.privacy.plan import gaussian_plan
+from common.privacy.privacy_filter import promised
 from common.privacy.units import PERSON, RECORD
 from common.run_lines import PrivacyLine, read_lines
 from common.starts import STARTS, PaidStart
@@ -506,7 +507,7 @@ def test_the_ledger_charges_a_person_and_refuses_another_unit_under_any_name(sit
         (entry,) = ledger.entries()
         assert (
             ledger.epsilon("clinic", 1e-3)
-            == epsilon([Release(entry.event, entry.count)], 1e-3)
+            == promised([Release(entry.event, entry.count)], 1e-3)[0]
             == spending.epsilon_total
         )
     site.rule(dataset_id="other-name")

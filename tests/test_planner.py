@@ -22,9 +22,10 @@ from audits.tiny_models import write_reviews
 from cli.main import app
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.accounting import gaussian_release
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import gaussian_plan
+from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import run_in_process
 from experiments.planner import find as plan_find
@@ -128,10 +129,11 @@ def test_attempts_at_a_sum_that_are_thrown_away_have_their_price(toy_settings: d
     plan, epsilons = before.plans[0], [one.epsilon for one in before.rounds]
     assert [one.attempts for one in before.thrown_away] == [1, 3]
     for one in before.thrown_away:
-        assert one.epsilon == epsilon([plan.release(3 + one.attempts)], plan.delta) > plan.max_epsilon >= epsilons[-1]
+        cost = promised([plan.release(3 + one.attempts)], plan.delta)[0]
+        assert one.epsilon == cost > plan.max_epsilon >= epsilons[-1]
         assert one.epsilon_alone > one.epsilon
         louder = dataclasses.replace(plan, event=plan.event.having(noise_multiplier=one.noise_multiplier))
-        assert epsilon([louder.release(3 + one.attempts)], plan.delta) <= plan.max_epsilon
+        assert promised([louder.release(3 + one.attempts)], plan.delta)[0] <= plan.max_epsilon
         assert one.noise_multiplier > plan.event.noise_multiplier
     assert before.traffic.message_up - before.traffic.up < 400, "a vector costs far more than its words"
     assert planned({**settings, "round-retries": 0}, (60, 60, 60)).thrown_away == []
@@ -152,7 +154,7 @@ def test_the_plan_of_a_sum_names_its_honest_sites_and_what_more_of_them_make(
     before = planned(settings, (60,) * 4)
     plan, count = before.plans[0], before.job.config.total_steps
     noise, rate = plan.event.noise_multiplier, plan.event.sample_rate
-    wanted = {n: epsilon([gaussian_release(noise * (n / honest) ** 0.5, rate, count)], plan.delta) for n in more}
+    wanted = {n: promised([gaussian_release(noise * (n / honest) ** 0.5, rate, count)], plan.delta)[0] for n in more}
     assert before.more_honest == pytest.approx(wanted, abs=1e-6)
     said = run_plan(tmp_path, settings, "--sizes", "60,60,60,60", "--no-calibration").stdout
     assert max(map(len, said.splitlines())) <= 80
@@ -350,7 +352,7 @@ def test_an_answer_stays_within_the_budget_and_the_next_one_does_not(quantity: s
     for value in (found.value, found.next_value):
         config = configure({**base, "privacy.noise-multiplier": 1.5, found.setting: value}).config
         releases = [gaussian_release(config.privacy.noise_multiplier, config.training.sample_rate, config.total_steps)]
-        costs.append(epsilon(releases, 1e-3))
+        costs.append(promised(releases, 1e-3)[0])
     assert costs == [found.epsilon, found.next_epsilon]
     assert costs[0] <= found.budget < costs[1]
 
@@ -423,7 +425,7 @@ def test_the_plan_fits_80_columns_and_its_file_says_the_same(tmp_path: Path, toy
     assert max(map(len, tables)) <= 80
     content = json.loads(path.read_text(encoding="utf-8"))
     assert [site["public_size"] for site in content["sites"]] == [60, 70]
-    assert f"{content['rounds'][-1]['epsilon']:.3f}" in result.stdout
+    assert epsilon_text(content["rounds"][-1]["epsilon"]) in result.stdout
     assert f"{content['bytes_down_total']:,}" in result.stdout
     assert f"{content['signal_to_noise']['run'][0]:.2f}" in result.stdout
 

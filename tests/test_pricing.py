@@ -22,11 +22,12 @@ from common.errors import BudgetExhausted, ConfigError, LedgerError
 from common.privacy import accounting
 from common.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
 from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import promised
 
 DELTA = 1e-5
 ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)
 TERMS: dict[str, Any] = {"run": "1", "round_number": 1, "delta": DELTA, "max_epsilon": 8.0}
-COST = [epsilon([gaussian_release(1.0, 0.1, 5 * rounds)] if rounds else [], DELTA) for rounds in range(4)]
+COST = [promised([gaussian_release(1.0, 0.1, 5 * rounds)] if rounds else [], DELTA)[0] for rounds in range(4)]
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_figures_that_no_honest_job_has_are_refused_before_they_are_priced(
 def test_a_plan_refuses_them_before_it_looks_for_a_noise(
     monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr("common.privacy.plan.least_noise", lambda *_: pytest.fail("a price was made"))
+    monkeypatch.setattr("common.privacy.plan.promised_noise", lambda *_: pytest.fail("a price was made"))
     before = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
     training = resolve(RunSettings(training=TrainingSettings(sample_rate=0.1))).training
     with pytest.raises(ConfigError, match=words):

@@ -21,9 +21,10 @@ from common.messages.tensors import merge
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
-from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.accounting import gaussian_release
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
+from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import public_metric
 from common.starts.base import Labels
@@ -178,7 +179,7 @@ def test_its_steps_are_as_many_and_as_noisy_as_are_charged(
     # The rehearsal's are divided by another number.
     mine = [step for step in seen if step[2] == 0.5 * answer.public_size]
     assert mine == [(4.0, 1.0, 0.5 * answer.public_size)] * 5
-    alone = epsilon([gaussian_release(4.0, 0.5, 5, "initialisation", clip_norm=1.0)], answer.spending.delta)
+    alone = promised([gaussian_release(4.0, 0.5, 5, "initialisation", clip_norm=1.0)], answer.spending.delta)[0]
     assert answer.spending.epsilon_round == pytest.approx(alone, rel=1e-6)
     assert set(answer.contribution) == {HEAD}
 
@@ -263,7 +264,7 @@ def test_its_noise_is_that_of_its_share_of_the_budget() -> None:
 
     def spent(**more: Any) -> float:
         job = configure({**own, "privacy.epsilon": 3.0, **more})
-        return epsilon([job.origin.release()], job.config.privacy.delta)
+        return promised([job.origin.release()], job.config.privacy.delta)[0]
 
     assert spent(**{"start.share": 1.0}) == pytest.approx(3.0, rel=2e-3)
     # Of a Gaussian 1/σ² adds up: half the noise of a quarter.

@@ -18,7 +18,9 @@ from cli.main import app
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
 from common.errors import BudgetExhausted, DataError
-from common.privacy.accounting import epsilon, gaussian_release
+from common.privacy.accounting import gaussian_release
+from common.privacy.figures import epsilon_text
+from common.privacy.privacy_filter import promised
 from common.run_lines import AuditFile, Finding, Reached
 from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
 from reports.audits import WHOSE
@@ -69,8 +71,8 @@ def test_figures_are_those_of_the_files(made: MadeRun) -> None:
 def test_epsilon_is_computed_again_by_pld_and_rdp(made: MadeRun) -> None:
     north, south = report_of(made.folder).sites
     releases = [gaussian_release(0.8, 0.05, 15)]
-    assert north.epsilon_recomputed == pytest.approx(epsilon(releases, DELTA), abs=1e-9)
-    assert north.epsilon_rdp == pytest.approx(epsilon(releases, DELTA, method="rdp"), abs=1e-9)
+    assert north.epsilon_recomputed == pytest.approx(promised(releases, DELTA)[0], abs=1e-9)
+    assert north.epsilon_rdp == pytest.approx(promised(releases, DELTA, method="rdp")[0], abs=1e-9)
     assert (north.agreement, south.agreement) == ("agrees", "agrees")
 
 
@@ -102,10 +104,10 @@ def test_the_claim_holds_for_every_site_where_policies_ask_for_other_deltas(tmp_
     claimed, delta = re.findall(r"\(ε, δ\) = \(([0-9.]+), ([0-9.e-]+)\)", data.claim.sentence)[0]
     assert (float(delta), data.headline.delta) == (DELTA, DELTA)
     for site, own in noise.items():
-        assert epsilon([gaussian_release(own, 0.05, 5)], float(delta)) <= float(claimed), (
+        assert promised([gaussian_release(own, 0.05, 5)], float(delta))[0] <= float(claimed), (
             f"the claim does not hold for {site}"
         )
-    assert epsilon([gaussian_release(0.8, 0.05, 5)], strict) > float(claimed), "the stricter delta would do as well"
+    assert promised([gaussian_release(0.8, 0.05, 5)], strict)[0] > float(claimed), "the stricter delta would do as well"
     made = forms(run.folder)
     assert f"at δ {DELTA:g} (worst site: south)" in made["md"]
     assert f"at δ = {DELTA:g}, worst site: south" in made["html"]
@@ -122,7 +124,7 @@ def test_other_releases_are_paid_and_have_lines_of_their_own(tmp_path: Path) -> 
     data = report_of(run.folder)
     assert [(r.purpose, r.value) for r in data.other_releases] == [("initialisation", None), ("evaluation", 1404.0)]
     everything = [gaussian_release(5.0, 0.1, 1), gaussian_release(1.2, 0.05, 5), gaussian_release(30.0, 1.0, 1)]
-    assert data.sites[0].epsilon_recomputed == pytest.approx(epsilon(everything, DELTA), abs=1e-9)
+    assert data.sites[0].epsilon_recomputed == pytest.approx(promised(everything, DELTA)[0], abs=1e-9)
     assert data.sites[0].steps == 5
     for form, text in forms(run.folder).items():
         assert "initialisation" in text, f"report.{form} leaves the initialisation out"
@@ -388,7 +390,7 @@ def ledger_file(tmp_path: Path) -> Path:
 
 
 def test_the_steward_sees_what_is_left(ledger_file: Path) -> None:
-    spent = epsilon([gaussian_release(1.2, 0.05, 10)], DELTA)
+    spent = promised([gaussian_release(1.2, 0.05, 10)], DELTA)[0]
     code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic")
     assert code == 0
     assert float(re.findall(r"ε ([\d.]+)", words)[0]) == pytest.approx(3.0 - spent, abs=1e-4)
@@ -400,7 +402,7 @@ def test_the_steward_sees_what_is_left(ledger_file: Path) -> None:
 
 
 def test_a_steward_raises_and_lowers_a_budget_on_the_record(ledger_file: Path) -> None:
-    spent = epsilon([gaussian_release(1.2, 0.05, 10)], DELTA)
+    spent = promised([gaussian_release(1.2, 0.05, 10)], DELTA)[0]
     code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5")
     assert code == 0
     assert "budget ε 5 at δ 1e-05 (was 3)" in words
@@ -428,8 +430,8 @@ def test_a_smaller_delta_holds_from_then_on_and_a_larger_one_never(ledger_file: 
     words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-3")[1]
     assert "δ 1e-05 holds instead of 0.001" in words
     words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-7")[1]
-    spent = epsilon([gaussian_release(1.2, 0.05, 10)], 1e-7)
-    assert f"at δ 1e-07 (was 5); {spent:.4f} is spent" in words
+    spent = promised([gaussian_release(1.2, 0.05, 10)], 1e-7)[0]
+    assert f"at δ 1e-07 (was 5); {epsilon_text(spent, decimals=4)} is spent" in words
 
 
 @pytest.mark.parametrize(
@@ -480,7 +482,9 @@ def test_the_ledger_shows_charges_and_budget(ledger_file: Path) -> None:
     code, words = fedveil("ledger", "show", ledger_file)
     assert code == 0
     assert "of 3 at δ 1e-05" in words
-    assert words.count("5 × sampled-gaussian (clip norm 1, noise multiplier 1.2, sample rate 0.05)") == 2
+    step = "5 × sampled-gaussian (clip norm 1, noise multiplier 1.2, sample rate 0.05)"
+    assert words.count(f"training: {step}") == 2
+    assert words.count(f"first plan, by which all is priced: {step}") == 1
 
 
 @pytest.mark.parametrize("absurd", [1e200, 1e-200])

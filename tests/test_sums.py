@@ -36,10 +36,11 @@ from common.messages.tensors import entries
 from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
-from common.privacy.accounting import alone, epsilon
+from common.privacy.accounting import alone
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import promised
 from common.privacy.shared_noise import SecureSumPlan
 from common.randomness import noise_grid
 from common.run_lines import Absence, RoundLine, read_lines
@@ -120,7 +121,7 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     report = report_of(folder)
     assert [site.agreement for site in report.sites] == ["agrees"] * 4
     share = noise_share(2.0, 1.0, 2)
-    bare = epsilon([dataclasses.replace(r, event=sampled_gaussian(share, 0.25)) for r in releases(folder)], 1e-3)
+    bare = promised([dataclasses.replace(r, event=sampled_gaussian(share, 0.25)) for r in releases(folder)], 1e-3)[0]
     assert report.sites[0].epsilon_alone == pytest.approx(bare, abs=1e-6)
     assert report.sites[0].epsilon_worst is not None
     assert bare > 1.3 * report.sites[0].epsilon_worst
@@ -157,7 +158,7 @@ def test_a_report_says_what_the_sums_cost_if_all_their_sites_are_honest(
     folder = run_in_process({**summed, **own}, 4, kind=Losing)
     sites, report = 3 if lost else 4, report_of(folder)
     noise = 2.0 * (sites / honest) ** 0.5
-    wanted = epsilon([dataclasses.replace(r, event=sampled_gaussian(noise, 0.25)) for r in releases(folder)], 1e-3)
+    wanted = promised([dataclasses.replace(r, event=sampled_gaussian(noise, 0.25)) for r in releases(folder)], 1e-3)[0]
     found = report.sites[0]
     assert found.epsilon_all_honest == pytest.approx(wanted, abs=1e-6)
     assert found.epsilon_recomputed is not None
@@ -303,7 +304,7 @@ def test_fewer_sites_than_a_sum_needs_are_asked_for_nothing_that_costs(summed: d
 
 
 def test_sites_that_spent_their_budget_end_the_run_well_and_cost_the_others_nothing(summed: dict[str, Any]) -> None:
-    once = epsilon([alone_of(1)], 1e-3)
+    once = promised([alone_of(1)], 1e-3)[0]
     folder = run_in_process({**summed, "rounds": 3, "privacy.epsilon": 1.01 * once}, 4)
     assert {len(rows) for rows in spent(folder).values()} == {1}
     result = json.loads((folder / "result.json").read_text())
@@ -612,10 +613,12 @@ def test_both_prices_are_written_before_a_record_is_used(clinics: SumSite, monke
         spent = ledger.spent("clinic")
         for number, prices in enumerate(found, start=1):
             paid = [dataclasses.replace(release, count=number) for release in spent]
-            assert prices == (epsilon(paid, 1e-3), epsilon(alone(paid), 1e-3)), "a record was used before it was paid"
+            assert prices == (promised(paid, 1e-3)[0], promised(alone(paid), 1e-3)[0]), (
+                "a record was used before it was paid"
+            )
         assert {release.event.figures["honest_sites"] for release in spent} == {2.0}
-        assert ledger.epsilon("clinic", 1e-3) == epsilon(spent, 1e-3)
-        assert ledger.epsilon_alone("clinic", 1e-3) == epsilon(alone(spent), 1e-3) > 1.3 * epsilon(spent, 1e-3)
+        assert ledger.epsilon("clinic", 1e-3) == promised(spent, 1e-3)[0]
+        assert ledger.epsilon_alone("clinic", 1e-3) == promised(alone(spent), 1e-3)[0] > 1.3 * promised(spent, 1e-3)[0]
     # The planted fault: the charge is written down elsewhere, and not here before the reply has left.
     charged = Ledger.charge
 

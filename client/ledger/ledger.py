@@ -33,19 +33,25 @@ from typing import Any, Self
 from client.ledger.budgets import BudgetHistory
 from client.ledger.file import BUSY_SECONDS, LedgerFile, now
 from client.ledger.holds import WITHDRAWN, Holds
+from client.ledger.plans import Plans
 from client.ledger.rows import Budget, Charge, Entry, Exposure, Failure, Receipt, Terms, of_all, price
 from client.ledger.sums import Sums
-from common.accountant import TRAINING
+from common.accountant import AT_RATE_1, DEPARTED, TRAINING
 from common.check import not_negative
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.privacy import accounting
+from common.privacy import privacy_filter
 from common.privacy.accounting import Release, alone, honest_sites
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, honest_text, remaining_text
-from common.privacy.meaning import epsilon_of_several
+from common.privacy.privacy_filter import Commitment, commitment_to
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
 """Fields of an entry that are columns."""
+DEARER = {
+    DEPARTED: ", more because the data set's first run planned something else",
+    AT_RATE_1: ", more because rates count as 1: the data set's first run planned whole batches",
+}
+"""Why a charge costs more than if everything had been planned together."""
 PRICES = 4
 """How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""
 
@@ -68,6 +74,8 @@ class Ledger:
         self._budgets = BudgetHistory(self._file)
         self.holds = Holds(self._file)
         """What the steward keeps for a run, and has withdrawn."""
+        self.plans = Plans(self._file)
+        """What the first run of each data set planned."""
         self.sums = Sums(self._file)
         """What was done in secure sums, and is done once."""
 
@@ -154,6 +162,8 @@ class Ledger:
             self.sums.hold_apart(charge, prices)
             self._hold_to_budgets(charge, prices)
             self.sums.use_key(db, charge)
+            for name in prices:
+                self.plans.commit(db, name, charge.run, self._plan(name, charge))
             db.executemany(
                 "INSERT INTO charges "
                 "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
@@ -224,9 +234,10 @@ class Ledger:
             kept = f" without {own.kept:g} that is kept for another run" if own.kept else ""
             honest = max(self.honest_sites(charge.dataset), honest_sites(charge.releases))
             rests = honest_text(honest)
+            dearer = DEARER.get(own.accountant.detour.reason, "") if own.accountant.detour else ""
             raise BudgetExhausted(
                 f"{what} ({_spoken(charge.releases)}): epsilon {before} is spent, this would make it {after}"
-                f"{rests}, the budget is {own.max_epsilon:g}{kept} at delta {own.delta:g}, {left} is left; see "
+                f"{rests}{dearer}, the budget is {own.max_epsilon:g}{kept} at delta {own.delta:g}, {left} is left; see "
                 f"`fedveil ledger show {self.path}`"
             )
         if self.holds.withdrawn(prices) or not all(p.epsilon_after <= p.max_epsilon for p in prices.values()):
@@ -331,7 +342,7 @@ class Ledger:
         def offer() -> tuple[dict[str, Receipt], list[Receipt]]:
             names = [charge.dataset, *self._recognise(charge.dataset, records)]
             prices = self._prices(names, charge)
-            return prices, self._at_most(prices, charge.releases, prices[charge.dataset].delta)
+            return prices, self._at_most(prices, charge, prices[charge.dataset].delta)
 
         for left in reversed(range(PRICES + 1)):
             seen, prices = self._version(), offer()
@@ -435,11 +446,11 @@ class Ledger:
         """Return a price within ``limit``, and within the steward's ``budget`` less what is kept for other runs."""
         kept = self.kept(dataset, charge.run, delta)
         least = min(limit, budget - kept)
-        priced = self._price(dataset, charge.releases, delta, least)
+        priced = self._price(dataset, charge, delta, least)
         if math.isfinite(charge.max_person):
-            releases = [*self.spent(dataset), *charge.releases]
+            releases, plan = [*self.spent(dataset), *charge.releases], self._plan(dataset, charge)
             with self._file.apart():
-                person = epsilon_of_several(releases, charge.records_per_person, delta)
+                person = privacy_filter.price_of_several(releases, plan, charge.records_per_person, delta)
             priced = replace(priced, person_after=person)
         return replace(priced, kept=kept) if kept and budget - kept < limit else priced
 
@@ -448,21 +459,28 @@ class Ledger:
 
         def total(without: str, after: int) -> float:
             with self._file.apart():
-                return accounting.epsilon(self.spent(dataset, without, after), delta)
+                return self.price_of(dataset, self.spent(dataset, without, after), delta)
 
         return self.holds.kept(dataset, run, total)
 
-    def _at_most(self, prices: dict[str, Receipt], releases: Sequence[Release], delta: float) -> list[Receipt]:
+    def _at_most(self, prices: dict[str, Receipt], charge: Charge, delta: float) -> list[Receipt]:
         """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
         return [
-            charge if charge.delta <= delta else self._price(name, releases, delta, charge.max_epsilon)
-            for name, charge in prices.items()
+            priced if priced.delta <= delta else self._price(name, charge, delta, priced.max_epsilon)
+            for name, priced in prices.items()
         ]
 
-    def _price(self, dataset: str, releases: Sequence[Release], delta: float, max_epsilon: float) -> Receipt:
-        spent = self.spent(dataset)
+    def _price(self, dataset: str, charge: Charge, delta: float, max_epsilon: float) -> Receipt:
+        spent, plan = self.spent(dataset), self._plan(dataset, charge)
         with self._file.apart():
-            return price(spent, releases, delta, max_epsilon)
+            return price(spent, charge.releases, delta, max_epsilon, plan)
+
+    def _plan(self, dataset: str, charge: Charge) -> Commitment:
+        """Return what holds for a data set with this charge: the charge's own plan, where it is the first."""
+        budget = self.terms(dataset).epsilon
+        first = [*self.spent(dataset), *charge.releases]
+        budget = budget if math.isfinite(budget) else charge.max_epsilon
+        return self.plans.of(dataset) or commitment_to(charge.planned, first, budget)
 
     def spent(self, dataset: str, without: str = "", after: int = 0) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
@@ -491,15 +509,28 @@ class Ledger:
 
     def epsilon(self, dataset: str, delta: float) -> float:
         """Return what ``dataset`` has spent at ``delta``; 0.0 for an unknown name, infinite for an exposed one."""
-        return math.inf if self.exposed(dataset) else accounting.epsilon(self.spent(dataset), delta)
+        return math.inf if self.exposed(dataset) else self.price_of(dataset, self.spent(dataset), delta)
+
+    def price_of(self, dataset: str, releases: Sequence[Release], delta: float) -> float:
+        """Return the epsilon at ``delta`` of releases that were charged to ``dataset``, by its first run's plan."""
+        return privacy_filter.price(releases, self._planned(dataset), delta)[0]
+
+    def price_alone(self, dataset: str, releases: Sequence[Release], delta: float) -> float:
+        """Return the same if no other site had added its noise to a sum; equal where none was to."""
+        return privacy_filter.price(alone(releases), self._planned(dataset).changed(alone), delta)[0]
+
+    def _planned(self, dataset: str) -> Commitment:
+        return self.plans.of_history(dataset, self.spent(dataset), self.terms(dataset).epsilon)
 
     def epsilon_alone(self, dataset: str, delta: float) -> float:
         """Return the same if no other site had added its noise to a sum; equal where none was to."""
-        return math.inf if self.exposed(dataset) else accounting.epsilon(alone(self.spent(dataset)), delta)
+        return math.inf if self.exposed(dataset) else self.price_alone(dataset, self.spent(dataset), delta)
 
     def epsilon_of_person(self, dataset: str, records: int, delta: float) -> float:
         """Return the same as ``epsilon`` of a person with so many records; errors as ``epsilon_of_several``."""
-        return math.inf if self.exposed(dataset) else epsilon_of_several(self.spent(dataset), records, delta)
+        if self.exposed(dataset):
+            return math.inf
+        return privacy_filter.price_of_several(self.spent(dataset), self._planned(dataset), records, delta)
 
     def largest(self, dataset: str, delta: float) -> float | None:
         """Return the largest epsilon of ``dataset`` and all that share a record with it; None if none does.

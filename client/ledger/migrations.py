@@ -253,6 +253,24 @@ CREATE TRIGGER no_signed_list_delete BEFORE DELETE ON signed_lists
     )
 
 
+def m10_first_plans(db: sqlite3.Connection) -> None:
+    """Add what the first run of a data set planned, by which all that it releases is priced."""
+    run_script(
+        db,
+        """
+CREATE TABLE plans (
+    dataset TEXT PRIMARY KEY CHECK (dataset != ''),
+    run TEXT NOT NULL,
+    releases TEXT NOT NULL CHECK (releases != ''),
+    "order" INTEGER NOT NULL CHECK ("order" >= 2),
+    committed_at TEXT NOT NULL
+);
+CREATE TRIGGER no_plan_update BEFORE UPDATE ON plans BEGIN SELECT RAISE(ABORT, 'plans are only ever added'); END;
+CREATE TRIGGER no_plan_delete BEFORE DELETE ON plans BEGIN SELECT RAISE(ABORT, 'plans are only ever added'); END;
+""",
+    )
+
+
 MIGRATIONS: tuple[Step, ...] = (
     m1_charges,
     m2_budgets_and_records,
@@ -263,6 +281,7 @@ MIGRATIONS: tuple[Step, ...] = (
     m7_holds,
     m8_what_was_charged_before,
     m9_one_part_in_a_sum,
+    m10_first_plans,
 )
 """The step that each format is made by, the first one's first."""
 FORMAT = len(MIGRATIONS)

@@ -18,8 +18,8 @@ from client.ledger.rows import Entry, Exposure
 from common.accountant import TRAINING
 from common.check import nearest
 from common.errors import LedgerError
-from common.privacy import accounting
-from common.privacy.accounting import Release
+from common.privacy.accounting import Release, alone, honest_sites
+from common.privacy.privacy_filter import promised
 
 CONTEXT = "FedVeil receipt, 2"
 """The first form named no honest sites, and had no price alone; a signature of one holds as it did."""
@@ -116,12 +116,11 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
             [entry for entry in whole if entry.id <= charges[-1].id],
         )
     bare = ledger.exposed(dataset)
-    own, before, after = (None if bare else _epsilon(part, terms.delta) for part in parts)
-    honest = [accounting.honest_sites(_releases(part)) for part in (parts[0], parts[2])]
-    own_alone, after_alone = (
-        None if bare or sites <= 1 else accounting.epsilon(accounting.alone(_releases(part)), terms.delta)
-        for part, sites in zip((parts[0], parts[2]), honest, strict=True)
-    )
+    own = None if bare else promised(_releases(charges), terms.delta)[0]
+    before, after = (None if bare else ledger.price_of(dataset, _releases(part), terms.delta) for part in parts[1:])
+    honest = [honest_sites(_releases(part)) for part in (parts[0], parts[2])]
+    own_alone = None if bare or honest[0] <= 1 else promised(alone(_releases(charges)), terms.delta)[0]
+    after_alone = None if bare or honest[1] <= 1 else ledger.price_alone(dataset, _releases(parts[2]), terms.delta)
     return RunReceipt(
         context=CONTEXT,
         dataset=dataset,
@@ -151,10 +150,6 @@ def _largest(ledger: Ledger, dataset: str, delta: float) -> float | None:
     shared = ledger.largest(dataset, delta)
     found = ledger.epsilon(dataset, delta) if shared is None else shared
     return found if math.isfinite(found) else None  # of another name it may be infinite, which JSON has not
-
-
-def _epsilon(entries: Sequence[Entry], delta: float) -> float:
-    return accounting.epsilon(_releases(entries), delta)
 
 
 def _releases(entries: Sequence[Entry]) -> list[Release]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from common.accountant import TRAINING, Accountant
 from common.check import in_range, not_negative, positive
 from common.errors import ConfigError
-from common.privacy import accounting
-from common.privacy.accounting import Release, alone, check_terms, epsilon_with_method
+from common.privacy import privacy_filter
+from common.privacy.accounting import Release, alone, check_terms
 from common.privacy.events import Event
+from common.privacy.privacy_filter import Commitment
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Charge:
     """Most that all releases of the data set may cost a person with so many."""
     mask_key: bytes = b""
     """Public key of a secure sum's masks; of one key, one charge is made. Empty: it is no secure sum."""
+    planned: tuple[Release, ...] = ()
+    """Everything that the run is to release of the data set; empty: this charge, again and again."""
     site: str = ""
     """Of a secure sum, which site it is there; a record is at one site of a sum. Empty: it is no secure sum."""
 
@@ -87,7 +90,7 @@ class Charge:
             raise ConfigError("a charge needs a data set, a run and at least one release: name all three")
         if self.mask_key and not self.site:
             raise ConfigError("a charge with a key of masks needs the site's name in the sum: name it")
-        check_terms(self.releases, self.delta)
+        check_terms([*self.releases, *self.planned], self.delta)
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,17 @@ class Entry:
     """UTC, ISO 8601."""
     caused_by: str | None
     """The data set that was trained, where another one was charged because it shares a record; None: this one was."""
+
+
+@dataclass(frozen=True)
+class FirstPlan:
+    """One row of the ledger: what the first run of a data set planned, before anything of it was released."""
+
+    dataset: str
+    run: str
+    commitment: Commitment
+    committed_at: str
+    """UTC, ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -225,12 +239,16 @@ def of_all(own: Receipt, prices: Iterable[Receipt]) -> Receipt:
     )
 
 
-def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, max_epsilon: float) -> Receipt:
+def price(
+    spent: Sequence[Release], releases: Sequence[Release], delta: float, max_epsilon: float, plan: Commitment
+) -> Receipt:
     """Return the receipt of ``releases`` on top of ``spent``, whether or not the budget allows them."""
-    after, accountant = epsilon_with_method([*spent, *releases], delta)
+    whole = [*spent, *releases]
+    after, accountant = privacy_filter.price(whole, plan, delta)
     steps = sum(release.count for release in releases if release.purpose == TRAINING)
     return Receipt(
-        epsilon_before=accounting.epsilon(spent, delta),
+        # What a plan counts before it is released is not spent once a charge departs from it.
+        epsilon_before=min(after, privacy_filter.price(spent, plan, delta)[0]),
         epsilon_after=after,
         epsilon_remaining=max(0.0, max_epsilon - after),
         steps_round=steps,
@@ -238,5 +256,5 @@ def price(spent: Sequence[Release], releases: Sequence[Release], delta: float, m
         accountant=accountant,
         max_epsilon=max_epsilon,
         delta=delta,
-        alone_after=accounting.epsilon(alone([*spent, *releases]), delta),
+        alone_after=privacy_filter.price(alone(whole), plan.changed(alone), delta)[0],
     )

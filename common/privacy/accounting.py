@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from common.accountant import (
     BELOW_FLOOR,
+    DEPARTED,
     ERRORS,
     FINEST_GRID,
     MOST_GRID,
@@ -149,6 +150,16 @@ def epsilon_with_method(
     return _priced(_merge(releases), delta, method)
 
 
+def divergence_at(order: int, releases: Sequence[Release], delta: float) -> tuple[float, Accountant]:
+    """Return the epsilon at ``delta`` that follows from the Renyi divergence of one order, and who computed it.
+
+    For one order that is fixed beforehand it holds whoever chooses the releases; see ``privacy_filter``. It may be
+    infinite.
+    """
+    value, error = _rdp(_merge(releases), delta, order)
+    return value, Accountant("rdp", _VERSION, Detour(DEPARTED, order, error))
+
+
 def noise_multiplier_for(
     epsilon: float,
     delta: float,
@@ -241,14 +252,21 @@ def _answer(merged: Merged, delta: float, method: Method) -> tuple[float, Method
                 if math.isfinite(value):
                     return max(0.0, value), "pld", detour
                 detour = Detour(NOT_FINITE, delta)
+    value, failed = _rdp(merged, delta)
+    return value, "rdp", replace(detour, error=failed)
+
+
+@lru_cache(maxsize=4096)
+def _rdp(merged: Merged, delta: float, order: int = 0) -> tuple[float, str]:
+    """Return epsilon by RDP at one order, or at the best one (0), and the error that it failed with or nothing."""
     try:
         with _without_order_warnings():
-            value = _compose(_accountant("rdp"), merged, delta)
+            value = _compose(_accountant("rdp", order), merged, delta)
     except (ArithmeticError, ValueError) as error:
         # Figures that another machine made up must not stop whoever prices them.
-        return math.inf, "rdp", replace(detour, error=_error_name(error))
+        return math.inf, _error_name(error)
     # Not a number must never read as free; below 0 is what RDP can make of nearly free releases.
-    return math.inf if math.isnan(value) else max(0.0, value), "rdp", detour
+    return math.inf if math.isnan(value) else max(0.0, value), ""
 
 
 def _error_name(error: Exception) -> str:
@@ -271,7 +289,7 @@ def _divergence(steps: tuple[Event, int]) -> float:
     return count * kind_of(event.kind).divergence(event)
 
 
-def _accountant(method: Method) -> PrivacyAccountant:
+def _accountant(method: Method, order: int = 0) -> PrivacyAccountant:
     # Here and not above: the library brings SciPy, over a second that only who prices needs to spend.
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import PLDAccountant
@@ -279,7 +297,7 @@ def _accountant(method: Method) -> PrivacyAccountant:
 
     if method == "pld":
         return PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, PLD_INTERVAL)
-    return RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return RdpAccountant([order] if order else None, NeighboringRelation.ADD_OR_REMOVE_ONE)
 
 
 def _compose(accountant: PrivacyAccountant, merged: Merged, delta: float) -> float:

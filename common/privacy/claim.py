@@ -27,7 +27,4 @@ class Claim:
     """Why a federation's figure is the maximum over its sites, or what that means for a unit at several of them."""
 
 
-AS_IT_GOES = "a lying server's choice of sample rates"
-"""Of every mechanism whose releases a site prices one by one, where rates below 1 are chosen by what was seen: see
-docs/privacy.md, "The ledger". A policy may pin the rate."""
 NOTHING = Claim(NO_CLAIM, NO_CLAIM, NO_CLAIM, NO_CLAIM)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from common.check import clip_norm, in_range, positive
 from common.errors import MechanismError, PrivacyError
-from common.privacy.accounting import Release, check_terms, least_noise
+from common.privacy.accounting import Release, check_terms
 from common.privacy.events import Event, SampledGaussian, sampled_gaussian
+from common.privacy.privacy_filter import promised_noise
 from common.privacy.steps import JUST_STEPS, Around, Steps
 from common.privacy.together import together
 from common.privacy.units import RECORD, Unit
@@ -149,7 +150,7 @@ class PrivacyPlan(Plan):
         event = cls.event_of(privacy, training, privacy.noise_multiplier or 1.0)
         check_terms([Release(event, total_steps), *before], privacy.delta)
         if not privacy.noise_multiplier:
-            least = least_noise(event, privacy.epsilon, privacy.delta, total_steps, before)
+            least = promised_noise(event, privacy.epsilon, privacy.delta, total_steps, before)
             event = event.having(noise_multiplier=least)
         return cls(
             event=event,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from common.privacy.claim import AS_IT_GOES, Claim
+from common.privacy.claim import Claim
 from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.plan import PrivacyPlan
 
@@ -26,7 +26,7 @@ class DPSGD(Mechanism):
         adversary="a server that sees every upload and knows who took part, and anyone who sees the final model",
         sampler="Poisson, each record on its own, from the operating system's entropy",
         per="record",
-        leaves_out=("a person with several records: the unit is one record", AS_IT_GOES),
+        leaves_out=("a person with several records: the unit is one record",),
     )
     noised: ClassVar[Literal["at the site", "in the sum", "at the server", "nowhere"]] = "at the site"
     charged: ClassVar[bool] = True

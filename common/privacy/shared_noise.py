@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from common.errors import ConfigError
-from common.privacy.claim import AS_IT_GOES, Claim
+from common.privacy.claim import Claim
 from common.privacy.events import Event, SummedGaussian
 from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.plan import PrivacyPlan
@@ -63,7 +63,6 @@ class SecureSum(Mechanism):
             *RECORD.leaves_out_of_sums,
             "what holds where fewer sites are honest than privacy.honest-sites, or the masks fail: each site's own "
             "noise alone, at the second price in its ledger",
-            AS_IT_GOES,
         ),
         across=RECORD.across_sums,
     )

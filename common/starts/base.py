@@ -27,9 +27,10 @@ from common.errors import ConfigError
 from common.messages.state import METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release, check_terms, least_noise
+from common.privacy.accounting import Release, check_terms
 from common.privacy.events import sampled_gaussian
 from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import promised_noise
 from common.randomness import stream
 from common.starts.directions import orthonormal_rows
 from common.starts.gradient import open_weights
@@ -277,7 +278,7 @@ class PaidByShare(PaidStart):
         count = self.release().count
         event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
         check_terms([Release(event, count)], privacy.delta)  # a server may ask for any
-        least = least_noise(event, privacy.epsilon, privacy.delta, count)
+        least = promised_noise(event, privacy.epsilon, privacy.delta, count)
         return dataclasses.replace(self, noise_multiplier=least / math.sqrt(self.share))
 
 

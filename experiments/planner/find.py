@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.privacy.accounting import Release, epsilon, least_noise
+from common.privacy.accounting import Release
 from common.privacy.events import LEAST_NOISE, Event
+from common.privacy.privacy_filter import promised, promised_noise
 from experiments.planner.price import MOST_ROUNDS, last_within, paid_before, releases_of_round
 from strategies.job import Job
 
@@ -59,7 +60,7 @@ def noise_for(job: Job) -> Found:
     privacy, steps = job.config.privacy, job.config.rounds * releases_of_round(job)
     before = tuple(paid_before(job))
     event = _event(job)
-    noise = least_noise(event, privacy.epsilon, privacy.delta, steps, before)
+    noise = promised_noise(event, privacy.epsilon, privacy.delta, steps, before)
     return _found(
         job,
         "privacy.noise-multiplier",
@@ -109,7 +110,7 @@ def _event(job: Job) -> Event:
 
 
 def _price(job: Job, release: Release) -> float:
-    return epsilon([*paid_before(job), release], job.config.privacy.delta)
+    return promised([*paid_before(job), release], job.config.privacy.delta)[0]
 
 
 def _fits(job: Job, release: Release) -> bool:

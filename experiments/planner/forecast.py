@@ -10,10 +10,11 @@ from typing import Any
 
 from common.messages.state import HEAD
 from common.model.device import worker_count
-from common.privacy.accounting import alone, epsilon
+from common.privacy.accounting import alone
 from common.privacy.claim import NO_CLAIM
 from common.privacy.dpsgd import rounding_margin
 from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import promised
 from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
 from experiments.planner.price import (
     LEAST_SIGNAL,
@@ -60,7 +61,7 @@ class Forecast:
         if not self.job.mechanism.summed or self.job.config.privacy.honest_sites == 1:
             return None
         plan = self.plans[0]
-        return epsilon(alone([plan.release(self.job.config.total_steps)]), plan.delta)
+        return promised(alone([plan.release(self.job.config.total_steps)]), plan.delta)[0]
 
     @property
     def more_honest(self) -> dict[int, float]:
@@ -73,7 +74,7 @@ class Forecast:
         plan, privacy, sites = self.plans[0], self.job.config.privacy, len(self.sizes)
         release = plan.release(self.job.config.total_steps)
         return {
-            honest: epsilon([dataclasses.replace(release, event=release.event.of_honest(honest))], plan.delta)
+            honest: promised([dataclasses.replace(release, event=release.event.of_honest(honest))], plan.delta)[0]
             for honest in sorted({sites - privacy.colluders, sites})
             if honest > privacy.honest_sites
         }

@@ -19,8 +19,9 @@ from common.accountant import Accountant
 from common.data.partition import public_size_of_part, site_part
 from common.data.sources import train_and_test
 from common.errors import ConfigError
-from common.privacy.accounting import Release, alone, epsilon, epsilon_with_method, least_noise
+from common.privacy.accounting import Release, alone
 from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import promised, promised_noise
 from common.tasks.examples import Dataset
 from strategies.job import Job
 
@@ -162,8 +163,8 @@ def priced_rounds(job: Job, plan: PrivacyPlan) -> list[PricedRound]:
     priced = []
     for number in numbers:
         releases = [*before, plan.release(number * local)] if number else before
-        value, accountant = epsilon_with_method(releases, plan.delta)
-        rdp = epsilon(releases, plan.delta, method="rdp")
+        value, accountant = promised(releases, plan.delta)
+        rdp = promised(releases, plan.delta, method="rdp")[0]
         priced.append(PricedRound(number, number * local, value, rdp, accountant))
     return priced
 
@@ -191,8 +192,8 @@ def thrown_away(job: Job, plan: PrivacyPlan) -> list[ThrownAway]:
     priced = []
     for attempts in sorted({1, most}):
         release = plan.release(job.config.total_steps + attempts * job.config.training.local_steps)
-        least = least_noise(plan.event, plan.max_epsilon, plan.delta, release.count)
-        summed, single = (epsilon(releases, plan.delta) for releases in ([release], alone([release])))
+        least = promised_noise(plan.event, plan.max_epsilon, plan.delta, release.count)
+        summed, single = (promised(releases, plan.delta)[0] for releases in ([release], alone([release])))
         priced.append(ThrownAway(attempts, summed, single, least))
     return priced
 
@@ -201,7 +202,7 @@ def rounds_within(job: Job, plan: PrivacyPlan) -> int:
     """Return how many rounds a fresh budget lasts at the plan's noise, from 0 to ``MOST_ROUNDS``."""
     before, local = paid_before(job), releases_of_round(job)
     return last_within(
-        lambda rounds: epsilon([*before, plan.release(rounds * local)], plan.delta) <= plan.max_epsilon, MOST_ROUNDS
+        lambda rounds: promised([*before, plan.release(rounds * local)], plan.delta)[0] <= plan.max_epsilon, MOST_ROUNDS
     )
 
 
