@@ -39,8 +39,8 @@ Price = Callable[[list[Release]], float]
 
 def at_most(release: Callable[[float], Release], before: list[Release], price: Price) -> Release:
     """Return a release with the least noise that a price lets it have after others."""
-    least = brentq(lambda log: min(price([*before, release(math.exp(log))]), 1e3) - EPSILON, -1.5, 4.0, xtol=1e-4)
-    return release(math.exp(least + 1e-4))
+    least = brentq(lambda log: min(price([*before, release(math.exp(log))]), 1e3) - EPSILON, -1.5, 4.0, xtol=5e-4)
+    return release(math.exp(least + 5e-4))
 
 
 def delta_of_the_best_choice(first: Release, plans: Sequence[tuple[float, int]], price: Price) -> float:
@@ -64,7 +64,7 @@ def delta_of_the_best_choice(first: Release, plans: Sequence[tuple[float, int]],
         noise = chosen.event.noise_multiplier
         losses = pld.from_gaussian_mechanism(noise, sampling_prob=rate, value_discretization_interval=GRID)
         whole = losses.self_compose(steps)
-        rows.append([whole.get_delta_for_epsilon(value) for value in left])
+        rows.append(np.asarray(whole.get_delta_for_epsilon(left[::-1]))[::-1])
     return float(np.trapezoid(density * np.max(rows, axis=0), outcome))
 
 
