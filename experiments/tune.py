@@ -261,7 +261,7 @@ def composed(jobs: Sequence[Job]) -> float:
     """Return what these runs cost a site together, at their common delta: as its ledger prices them in this order."""
     privacy, first = jobs[0].config.privacy, releases_of(jobs[0])
     releases = [release for job in jobs for release in releases_of(job)]
-    return price(releases, commitment_to(first, [], privacy.epsilon), privacy.delta)[0]
+    return price(releases, commitment_to(first, []), privacy.delta)[0]
 
 
 def _least(cost: Callable[[float], float], budget: float) -> float:

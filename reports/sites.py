@@ -16,7 +16,7 @@ from common.errors import ConfigError
 from common.messages.round import SpendingFigures
 from common.privacy.accounting import Release, alone, epsilon, gaussian_release
 from common.privacy.events import Event, sampled_gaussian
-from common.privacy.privacy_filter import promised
+from common.privacy.privacy_filter import departed, promised
 from common.words import natural
 from reports.folder import RunFiles
 from strategies.job import configure
@@ -45,6 +45,8 @@ class Recomputed:
     """By RDP: the cross-check."""
     at_all_of_delta: float
     """By PLD, if nothing of δ is left for what departs from a plan."""
+    departed: float
+    """By the price of what departs from a plan, which is below a PLD's where hardly anything was spent."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _recompute(name: str, files: RunFiles, delta: float | None) -> tuple[Recompu
         releases = releases_of_site(name, files)
         value, accountant = promised(releases, delta)
         rdp = promised(releases, delta, method="rdp")[0]
-        return Recomputed(value, str(accountant), rdp, epsilon(releases, delta)), ""
+        return Recomputed(value, str(accountant), rdp, epsilon(releases, delta), departed(releases, delta)[0]), ""
     except ConfigError as error:
         return None, str(error)
 
@@ -282,6 +284,8 @@ def _compare(total: float | None, again: Recomputed | None, fault: str) -> tuple
         return "larger", f"the site reports {total - again.epsilon:.3f} more: {MORE}"
     if total >= again.at_all_of_delta - TOLERANCE:
         return "agrees", OLDER
+    if total >= again.departed - TOLERANCE:
+        return "agrees", "agrees, by the price of what departs from a first plan; the larger figure counts here"
     return "smaller", "DISAGREES: the site reports less than its own lines cost; the larger figure counts here"
 
 

@@ -333,7 +333,7 @@ def test_a_withdrawal_stands_whatever_becomes_of_reading_the_records(
 def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger) -> None:
     ledger.set_budget("ward", 8.0, DELTA)
     twice = Release(OTHER.event, 6, INITIALISATION)
-    charge(ledger, 1, run="first", release=OTHER, planned=(twice, ROUND))
+    charge(ledger, 1, run="first", release=OTHER, planned=(twice, Release(ROUND.event, 10)))
     charge(ledger, 1, run="mine")
     charge(ledger, 1, run="between", release=OTHER)
     charge(ledger, 2, run="mine")

@@ -45,7 +45,7 @@ def test_epsilon_of_several_is_that_of_the_closed_form_and_never_below_one_recor
 
 def of_person(releases: list[Release], units: int, delta: float) -> float:
     """Return what a ledger says of a person in releases that were planned."""
-    return price_of_several(releases, commitment_to(releases, [], 8.0), units, delta)
+    return price_of_several(releases, commitment_to(releases, []), units, delta)
 
 
 def test_a_round_that_costs_a_person_too_much_is_refused_before_a_record_is_used(

@@ -476,11 +476,14 @@ class Ledger:
             return price(spent, charge.releases, delta, max_epsilon, plan)
 
     def _plan(self, dataset: str, charge: Charge) -> Commitment:
-        """Return what holds for a data set with this charge: the charge's own plan, where it is the first."""
-        budget = self.terms(dataset).epsilon
-        first = [*self.spent(dataset), *charge.releases]
-        budget = budget if math.isfinite(budget) else charge.max_epsilon
-        return self.plans.of(dataset) or commitment_to(charge.planned, first, budget)
+        """Return what holds for a data set with this charge: the charge's own plan, where it is the first.
+
+        What was charged before plans were written down is all that is planned then: a plan that comes after it may have
+        been chosen by what it showed.
+        """
+        spent = self.spent(dataset)
+        first = commitment_to([], spent) if spent else commitment_to(charge.planned, charge.releases)
+        return self.plans.of(dataset) or first
 
     def spent(self, dataset: str, without: str = "", after: int = 0) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
@@ -520,7 +523,7 @@ class Ledger:
         return privacy_filter.price(alone(releases), self._planned(dataset).changed(alone), delta)[0]
 
     def _planned(self, dataset: str) -> Commitment:
-        return self.plans.of_history(dataset, self.spent(dataset), self.terms(dataset).epsilon)
+        return self.plans.of_history(dataset, self.spent(dataset))
 
     def epsilon_alone(self, dataset: str, delta: float) -> float:
         """Return the same if no other site had added its noise to a sum; equal where none was to."""

@@ -262,7 +262,6 @@ CREATE TABLE plans (
     dataset TEXT PRIMARY KEY CHECK (dataset != ''),
     run TEXT NOT NULL,
     releases TEXT NOT NULL CHECK (releases != ''),
-    "order" INTEGER NOT NULL CHECK ("order" >= 2),
     committed_at TEXT NOT NULL
 );
 CREATE TRIGGER no_plan_update BEFORE UPDATE ON plans BEGIN SELECT RAISE(ABORT, 'plans are only ever added'); END;

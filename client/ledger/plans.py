@@ -31,11 +31,9 @@ class Plans:
             LedgerError: the file cannot be read, or holds what has no price.
         """
         with self._file.reading() as db:
-            rows = db.execute(
-                'SELECT dataset, run, releases, "order", committed_at FROM plans ORDER BY rowid'
-            ).fetchall()
+            rows = db.execute("SELECT dataset, run, releases, committed_at FROM plans ORDER BY rowid").fetchall()
         try:
-            return [FirstPlan(name, run, _read(held, order), when) for name, run, held, order, when in rows]
+            return [FirstPlan(name, run, _read(held), when) for name, run, held, when in rows]
         except (ConfigError, TypeError, ValueError) as error:
             raise LedgerError(
                 f"the ledger {self._file.path} is damaged, or of another version ({error}): do not train, ask for help"
@@ -45,19 +43,19 @@ class Plans:
         """Return what was written down for a data set, None if nothing was; errors as for ``all``."""
         return next((row.commitment for row in self.all() if row.dataset == dataset), None)
 
-    def of_history(self, dataset: str, spent: Sequence[Release], epsilon: float) -> Commitment:
+    def of_history(self, dataset: str, spent: Sequence[Release]) -> Commitment:
         """Return what was written down, or what a history without a plan stands for: that it was planned as it is."""
-        return self.of(dataset) or commitment_to([], spent, epsilon)
+        return self.of(dataset) or commitment_to([], spent)
 
     def commit(self, db: Any, dataset: str, run: str, commitment: Commitment) -> None:
         """Write a plan down with a charge, unless the data set has one."""
         told = [(r.event.kind, r.event.text(), r.count, r.purpose) for r in commitment.releases]
         db.execute(
-            'INSERT OR IGNORE INTO plans (dataset, run, releases, "order", committed_at) VALUES (?, ?, ?, ?, ?)',
-            (dataset, run, json.dumps(told), commitment.order, now()),
+            "INSERT OR IGNORE INTO plans (dataset, run, releases, committed_at) VALUES (?, ?, ?, ?)",
+            (dataset, run, json.dumps(told), now()),
         )
 
 
-def _read(held: str, order: int) -> Commitment:
+def _read(held: str) -> Commitment:
     releases = (Release(event_from(kind, text), count, purpose) for kind, text, count, purpose in json.loads(held))
-    return Commitment(tuple(releases), order)
+    return Commitment(tuple(releases))

@@ -247,8 +247,7 @@ def price(
     after, accountant = privacy_filter.price(whole, plan, delta)
     steps = sum(release.count for release in releases if release.purpose == TRAINING)
     return Receipt(
-        # What a plan counts before it is released is not spent once a charge departs from it.
-        epsilon_before=min(after, privacy_filter.price(spent, plan, delta)[0]),
+        epsilon_before=privacy_filter.price(spent, plan, delta)[0],
         epsilon_after=after,
         epsilon_remaining=max(0.0, max_epsilon - after),
         steps_round=steps,

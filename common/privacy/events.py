@@ -124,6 +124,9 @@ class EventKind(ABC):
     priced: ClassVar[tuple[str, ...]] = ("noise_multiplier", "sample_rate")
     """Names of those that the price depends on, in the order in which releases are sorted."""
 
+    gaussian: ClassVar[bool] = False
+    """Whether it is a Gaussian release at rate 1: those compose alike whoever chooses them."""
+
     def check(self, event: Event) -> None:
         """Raise ConfigError unless every figure is one that a mechanism can have."""
         positive(noise_multiplier=event.noise_multiplier)
@@ -187,6 +190,7 @@ class SampledGaussian(EventKind):
     """
 
     name: ClassVar[str] = "sampled-gaussian"
+    gaussian: ClassVar[bool] = True
 
     def dp_event(self, event: Event) -> DpEvent:
         """Return a Gaussian event, Poisson-sampled below rate 1."""

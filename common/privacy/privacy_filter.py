@@ -3,20 +3,24 @@
 A server may choose the noise and the sample rate of the next release after it has seen the last answer.
 Prices that add up releases as if all had been fixed beforehand then hold for some choices and not for
 all (Rogers et al. 2016, arXiv 1605.08294). These hold for all, whoever chooses. With the first charge of
-a data set its run's whole plan is written down, before anything is released. From then on there are
+a data set its run's whole plan is written down, before anything is released.
 
-* **whole batches**: the plan has sample rate 1 throughout. A later release below it is taken as one at
-  rate 1, which it is with records left out at random. Gaussian releases compose alike whoever chooses
-  them (Koskela, Tobaben and Honkela 2023, arXiv 2209.15596), so the PLD's price is exact, at all of δ.
-* **as planned**: what was released is in the plan, but of its steps there may be more.
-  The plan's other releases count in full, released or not. In whatever order and however far, that is
-  drawn from one fixed list, whose PLD at ``PLANNED_SHARE`` of δ is the price.
-* **departed**: anything else. The Renyi divergences of all releases add up at one order, which the plan
-  was written down with: fixed beforehand, it is a filter (Feldman and Zrnic 2021, arXiv 2008.11193). It
-  is the price at the rest of δ.
+A plan of **whole batches** has sample rate 1 throughout. A later release below it is taken as one at rate
+1, which it is with records left out at random. Gaussian releases compose alike whoever chooses them
+(Koskela, Tobaben and Honkela 2023, arXiv 2209.15596), so the PLD's price is exact, at all of δ.
 
-A transcript is as planned or has departed, so what both lose at most adds up: δ. Who departs pays more
-than who keeps to the plan; an honest run does keep to it.
+Under any other plan a history has the smaller of two prices, each for a share of δ of its own:
+
+* **as planned**, at ``PLANNED_SHARE``: a row of lists, each of which holds the one before, is fixed with
+  the plan. The k-th has k of the plan's steps, and its other releases once for every run of that length
+  that was begun. What was released so far, in whatever order, is drawn from the smallest list that holds
+  it, and the PLD of that is the price.
+* **departed**, at the rest: the Renyi divergences of all releases at one of ``ORDERS``. An order that is
+  fixed beforehand is a filter (Feldman and Zrnic 2021, arXiv 2008.11193); each has its part of the rest.
+
+Every price grows with the history. So whatever stays within a budget did so by one of these prices all
+along, and what they lose at most adds up: δ. Who departs pays more than who keeps to the plan; an honest
+run does keep to it.
 """
 
 from __future__ import annotations
@@ -28,55 +32,45 @@ from dataclasses import dataclass, replace
 from common.accountant import AT_RATE_1, TRAINING, Accountant, Detour, Method
 from common.check import in_range
 from common.privacy.accounting import Release, divergence_at, epsilon_with_method, least_noise
-from common.privacy.events import Event
+from common.privacy.events import Event, kind_of
 from common.privacy.meaning import epsilon_of_several
 
 PLANNED_SHARE = 0.9
 """Part of δ for what keeps to a plan with sample rates below 1; the rest is for what departs from it."""
-MOST_ORDER = 256
+ORDERS = (3, 6, 12, 24, 48)
+"""Of the Renyi divergence, for what departs: about the best for low rates and an ε of 8, 3.2, 1.5, 0.7 and 0.3."""
+ORDER_SHARES = {order: 1 / (order - 1) / sum(1 / (each - 1) for each in ORDERS) for order in ORDERS}
+"""Of the rest of δ: a lower order needs more, as its ε has log(1/δ) / (order - 1)."""
 
 
 @dataclass(frozen=True)
 class Commitment:
-    """What a data set's first run planned, and the order at which what departs from it is priced."""
+    """What a data set's first run planned: all of its releases, at least one."""
 
     releases: tuple[Release, ...]
-    """All of the run's, at least one; of each event one."""
-    order: int
-    """Of the Renyi divergence, from 2."""
 
     def changed(self, change: Callable[[Iterable[Release]], list[Release]]) -> Commitment:
         """Return the plan with its releases changed, such as to what each costs alone."""
-        return replace(self, releases=tuple(change(self.releases)))
+        return Commitment(tuple(change(self.releases)))
 
     @property
     def whole(self) -> bool:
-        """Whether every release of the plan takes whole batches."""
-        return all(release.event.sample_rate == 1 for release in self.releases)
+        """Whether every release of the plan is Gaussian and takes whole batches."""
+        return all(release.event.sample_rate == 1 and _is_gaussian(release) for release in self.releases)
 
 
-def order_for(epsilon: float) -> int:
-    """Return the Renyi order that is about best for releases at rates below 1 which cost ``epsilon`` together.
-
-    >>> order_for(8.0), order_for(1.0), order_for(float("inf"))
-    (3, 17, 2)
-    """
-    return min(MOST_ORDER, max(2, math.ceil(1 + 16 / epsilon)))
-
-
-def commitment_to(planned: Iterable[Release], first: Iterable[Release], epsilon: float) -> Commitment:
+def commitment_to(planned: Iterable[Release], first: Iterable[Release]) -> Commitment:
     """Return what is written down before the first charge: the run's plan, with what is charged first in it.
 
     Args:
         planned: everything that the run is to release of the data set.
         first: what is about to be charged, or was before plans were written down.
-        epsilon: the steward's budget.
     """
     most = _together(planned, lambda event: event)
     for event, release in _together(first, lambda event: event).items():
         if event not in most or release.count > most[event].count:
             most[event] = release
-    return Commitment(tuple(most.values()), order_for(epsilon))
+    return Commitment(tuple(most.values()))
 
 
 def promised(releases: Sequence[Release], delta: float, *, method: Method = "pld") -> tuple[float, Accountant]:
@@ -101,7 +95,10 @@ def planned_delta(releases: Iterable[Release], delta: float) -> float:
 
 
 def price(spent: Sequence[Release], commitment: Commitment, delta: float) -> tuple[float, Accountant]:
-    """Return the ε at ``delta`` of all that a data set has ``spent``, whoever chose it, and what computed it.
+    """Return the ε at ``delta`` of all that a data set has ``spent``, and what computed it.
+
+    What a site never lets pass a budget costs at most that, whoever chose it. A plan's other releases count before they
+    are made.
 
     Raises:
         ConfigError: ``delta`` is not in (0, 1].
@@ -111,11 +108,18 @@ def price(spent: Sequence[Release], commitment: Commitment, delta: float) -> tup
         value, accountant = epsilon_with_method(_at_rate_1(spent), delta)
         if planned_delta(spent, delta) != delta:
             accountant = replace(accountant, detour=replace(accountant.detour or Detour(), reason=AT_RATE_1))
-        return value, accountant
-    planned = _as_planned(spent, commitment)
-    if planned is not None:
-        return epsilon_with_method(planned, PLANNED_SHARE * delta)
-    return divergence_at(commitment.order, spent, (1 - PLANNED_SHARE) * delta)
+        return (value if all(map(_is_gaussian, spent)) else math.inf), accountant
+    otherwise, planned = departed(spent, delta), _as_planned(spent, commitment)
+    if planned is None:
+        return otherwise
+    return min(epsilon_with_method(planned, PLANNED_SHARE * delta), otherwise, key=lambda found: found[0])
+
+
+def departed(spent: Sequence[Release], delta: float) -> tuple[float, Accountant]:
+    """Return the ε at ``delta`` of releases that no plan with lower rates has, and what computed it."""
+    rest = (1 - PLANNED_SHARE) * delta
+    prices = [divergence_at(order, spent, share * rest) for order, share in ORDER_SHARES.items()]
+    return min(prices, key=lambda found: found[0])
 
 
 def price_of_several(spent: Sequence[Release], commitment: Commitment, units: int, delta: float) -> float:
@@ -123,26 +127,32 @@ def price_of_several(spent: Sequence[Release], commitment: Commitment, units: in
 
     What departs from the plan is taken as at rate 1, where it is known whoever chooses.
     """
+    if not all(map(_is_gaussian, spent)):
+        return math.inf
     if commitment.whole or not spent:
         return epsilon_of_several(_at_rate_1(spent), units, delta)
+    found = epsilon_of_several(_at_rate_1(spent), units, (1 - PLANNED_SHARE) * delta)
     planned = _as_planned(spent, commitment)
-    if planned is not None:
-        return epsilon_of_several(planned, units, PLANNED_SHARE * delta)
-    return epsilon_of_several(_at_rate_1(spent), units, (1 - PLANNED_SHARE) * delta)
+    return found if planned is None else min(found, epsilon_of_several(planned, units, PLANNED_SHARE * delta))
 
 
 def _as_planned(spent: Iterable[Release], commitment: Commitment) -> list[Release] | None:
-    """Return the list that everything in ``spent`` is drawn from, as far as it has to be; None if there is none.
-
-    It is the plan, but of its steps there are as many as were released.
-    """
+    """Return the smallest of the plan's lists that holds everything in ``spent``; None if none does."""
     have, plan = _together(spent, Event.priced), _together(commitment.releases, Event.priced)
-    main = max(plan, key=lambda event: (plan[event].purpose == TRAINING, _weight(plan[event]), event.text()))
-    for event, release in have.items():
-        if event not in plan or (event != main and release.count > plan[event].count):
-            return None
-    others = [release for event, release in plan.items() if event != main]
-    return [*others, have[main]] if main in have else others
+    step = max(plan, key=lambda event: (plan[event].purpose == TRAINING, _weight(plan[event]), event.text()))
+    if not have.keys() <= plan.keys():
+        return None
+    steps = have[step].count if step in have else 0
+    others = {event: release for event, release in plan.items() if event != step}
+    runs = max((math.ceil(have[event].count / others[event].count) for event in others if event in have), default=1)
+    steps = max(steps, (runs - 1) * plan[step].count + (runs > 1))
+    runs = max(runs, math.ceil(steps / plan[step].count))
+    listed = [replace(release, count=runs * release.count) for release in others.values()]
+    return [*listed, replace(plan[step], count=steps)] if steps else listed
+
+
+def _is_gaussian(release: Release) -> bool:
+    return kind_of(release.event.kind).gaussian
 
 
 def _weight(release: Release) -> float:
