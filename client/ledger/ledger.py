@@ -482,8 +482,7 @@ class Ledger:
         been chosen by what it showed.
         """
         spent = self.spent(dataset)
-        first = commitment_to([], spent) if spent else commitment_to(charge.planned, charge.releases)
-        return self.plans.of(dataset) or first
+        return self.plans.of_history(dataset, spent) if spent else commitment_to(charge.planned, charge.releases)
 
     def spent(self, dataset: str, without: str = "", after: int = 0) -> list[Release]:
         """Return everything charged to ``dataset``, equal releases merged; empty for an unknown name.
