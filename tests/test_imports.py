@@ -302,6 +302,53 @@ def test_code_that_asks_whether_a_run_is_private_is_found(fault: str) -> None:
     assert list(privacy_asked(ast.parse(fault)))
 
 
+PRICES = {"epsilon_with_method", "divergence_at", "least_noise", "epsilon_of_several", "meaning_of", "composable"}
+"""Prices of releases that were all fixed beforehand. A history that a server chose as it went has the filter's."""
+PRICED_AS_FIXED = {
+    "reports/meaning.py": {"meaning_of"},  # of a run that keeps to its plan: a departure is told beside it
+    "reports/sites.py": {"epsilon"},  # what an older ledger says is compared with it; the filter's price is told
+}
+"""Who asks for one of them outside the mechanisms, and why."""
+
+
+def prices_asked(tree: ast.AST) -> set[str]:
+    """Return what of ``PRICES`` a file's code imports, and ``accounting.epsilon`` under any name."""
+    named: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            of_accounting = {"epsilon"} if node.module == "common.privacy.accounting" else set()
+            named |= names & (PRICES | of_accounting)
+            if node.module == "common.privacy":
+                named |= names & {"accounting"}
+        elif isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names if alias.name == "common.privacy.accounting"}
+    return named
+
+
+def test_no_history_is_priced_past_the_filter() -> None:
+    """A server that chooses the next release by the last answer gets more than composition of fixed ones says."""
+    for path in sources():
+        name = path.relative_to(ROOT)
+        found = prices_asked(ast.parse(path.read_text(encoding="utf-8")))
+        found -= PRICED_AS_FIXED.get(str(name), set())
+        free = name.is_relative_to("common/privacy") or name.parts[0] == "audits"
+        assert free or not found, f"{name} prices releases past common.privacy.privacy_filter: {sorted(found)}"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "from common.privacy.accounting import epsilon as cost",
+        "from common.privacy.accounting import Release, epsilon_with_method",
+        "from common.privacy import accounting",
+        "import common.privacy.accounting as prices",
+    ],
+)
+def test_code_that_prices_past_the_filter_is_found(fault: str) -> None:
+    assert prices_asked(ast.parse(fault))
+
+
 def test_accounting_knows_no_training_code() -> None:
     assert "torch" not in libraries(ROOT / "common/privacy/accounting.py")
 
