@@ -25,6 +25,9 @@ from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 MANY = "a,b,c,d,e"
 IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "data.name": "textile-images"}
 
+WORDS = {"model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"}
+TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 0.01}
+
 
 @pytest.mark.parametrize(
     ("settings", "recipe", "note"),
@@ -77,9 +80,9 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
             "recipe is 'plain' and not 'open', because training.local-steps is set: write recipe = 'open' to keep that",
         ),
         (
-            {"privacy.mode": "none", "model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"},
+            {"privacy.mode": "none", **WORDS},
             "plain",
-            "recipe is 'plain' and not 'open', because model.task is 'causal-lm'",
+            "",
         ),
         ({"privacy.mode": "none", "strategy": "fed-svd"}, "plain", ""),
         ({"strategy": "fed-sb"}, "plain", ""),
@@ -92,11 +95,18 @@ IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "d
         ({"server.optimizer": "adam"}, "plain", "because server.optimizer is set: write recipe = 'metric'"),
         ({"training.sample-rate": 0.5}, "plain", "because training.sample-rate is set: write"),
         ({"model.quantise": "8bit"}, "plain", "because model.quantise or model.checkpointing is set"),
+        (WORDS, "long-steps", ""),
+        ({**WORDS, "strategy": "ffa-lora", "training.local-steps": 4, "adapter.start": "kaiming"}, "long-steps", ""),
+        ({**WORDS, "adapter.name": "lora-frozen-a", "adapter.rank": 4, "rounds": 2}, "long-steps", ""),
+        ({**WORDS, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "long-steps", ""),
+        ({**WORDS, "strategy": "fed-sb"}, "plain", ""),
+        ({**WORDS, "adapter.name": "lora"}, "plain", ""),
         (
-            {"model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"},
+            {**WORDS, "strategy": "ffa-lora", "server.learning-rate": 0.005},
             "plain",
-            "recipe is 'plain' and not 'metric', because model.task is 'causal-lm'",
+            "recipe is 'plain' and not 'long-steps', because server.learning-rate is set: write recipe = 'long-steps'",
         ),
+        ({**WORDS, **TRUSTED}, "plain", "recipe is 'plain' and not 'long-steps', because privacy.mode is"),
         (IMAGES, "head-only", "recipe is 'head-only' and not 'metric', because model.task is 'image-classification'"),
         ({**IMAGES, "head.start": "zeros"}, "head-only", "because model.task is 'image-classification'"),
         ({**IMAGES, "head.start": "random"}, "plain", "because head.start is set"),
@@ -198,7 +208,7 @@ def test_what_is_left_open_may_be_said() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"recipe": "metrics"}, "recipe is 'metrics'; choose one of auto, metric, head-only, open, plain"),
+        ({"recipe": "metrics"}, "recipe is 'metrics'; choose one of auto, metric, head-only, long-steps, open, plain"),
         ({"rounds": "many"}, "rounds must be a whole number, not 'many'"),
         ({"seed": "auto"}, "seed must be a whole number, not 'auto'"),
         ({"start.records": "few"}, "start.records must be a whole number"),
@@ -314,8 +324,7 @@ def test_a_recipe_of_long_steps_takes_shorter_ones_where_nothing_is_clipped(reci
 @pytest.mark.parametrize("recipe", ["metric", "head-only"])
 def test_a_recipe_that_is_named_fits_whoever_adds_the_noise(recipe: str) -> None:
     """Where that is the trusted server no site says how much it is, and ``server.most-noise`` would be refused."""
-    trusted = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 0.01}
-    assert configure({"recipe": recipe, **trusted}).config.server.most_noise == 0.0
+    assert configure({"recipe": recipe, **TRUSTED}).config.server.most_noise == 0.0
     assert configure({"recipe": recipe}).config.server.most_noise > 0.0
     with pytest.raises(ConfigError, match=r"server\.most-noise is for noise that sites add"):
-        configure({"recipe": recipe, "server.most-noise": 0.3, **trusted})
+        configure({"recipe": recipe, "server.most-noise": 0.3, **TRUSTED})

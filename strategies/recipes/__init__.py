@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from common.check import OneOf
 from common.config.asked import RunSettings
 from common.config.sections import ModelConfig, PrivacyConfig, Scalar
+from common.tasks import TASKS
 from strategies.recipes.base import Asked, Recipe
 from strategies.recipes.head_only import HeadOnly
+from strategies.recipes.long_steps import LongSteps
 from strategies.recipes.metric import PublicMetricRecipe
 from strategies.recipes.open import Open
 from strategies.recipes.plain import Plain
 from strategies.recipes.whole import names_method, own_method, set_aside
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (PublicMetricRecipe(), HeadOnly(), Open(), Plain())}
+_ROWS: tuple[Recipe, ...] = (PublicMetricRecipe(), HeadOnly(), LongSteps(), Open(), Plain())
+RECIPES = {recipe.name: recipe for recipe in _ROWS}
 AUTO = "auto"
 """What ``recipe`` calls the first row that suits the run, and a setting that the recipe fills in."""
 
@@ -46,9 +49,11 @@ def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
     if named != AUTO:
         return RECIPES[named], ""
     chosen = next(row for row in RECIPES.values() if not row.unfit(asked))
-    claims = asked.settings.privacy.mechanism.claims
-    first = next(row for row in RECIPES.values() if row.claims == claims)
-    reason, why = first.unfit(asked), own_method(asked, claims=claims)
+    claims, task = asked.settings.privacy.mechanism.claims, TASKS.get(asked.settings.model.task)
+    labelled = task is None or task.labelled
+    first = next((row for row in RECIPES.values() if (row.claims, row.labelled) == (claims, labelled)), chosen)
+    reason = first.unfit(asked)
+    why = own_method(asked, claims=claims) if labelled else reason
     if not reason or names_method(why):
         return chosen, ""
     keep = f": write recipe = {first.name!r} to keep that" if set_aside(why) else ""

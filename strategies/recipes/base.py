@@ -46,6 +46,8 @@ class Recipe(ABC):
     """What ``recipe`` calls it."""
     claims: ClassVar[bool] = True
     """Whether it is for runs that promise something, or else for those that promise nothing. The last is for all."""
+    labelled: ClassVar[bool] = True
+    """Whether it is for tasks with labels, or else for language models. The last is for all."""
     by_records: ClassVar[bool] = False
     """Whether it goes by how many records there are (``data.records``)."""
 
