@@ -201,6 +201,7 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
 
 
 _OTHER_RUNS = {
+    "for language models": RunSettings(model=ModelConfig(task="causal-lm")),
     "for images": RunSettings(model=ModelConfig(task="image-classification")),
     "in a secure sum": RunSettings(privacy=PrivacyConfig(mode="secure-sum")),
     "without privacy": RunSettings(privacy=PrivacyConfig(mode="none")),

@@ -323,7 +323,7 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"model.task": "causal-lm"}, "head.policy"),
+        ({"model.task": "causal-lm", "head.policy": "trained"}, "set head.policy to 'frozen'"),
         ({"data.partition": "natural"}, "data.key"),
         ({"adapter.targets": " , "}, "adapter.targets"),
         ({"adapter.name": "lora", "strategy": "ffa-lora"}, "at 'auto', which is 'lora-frozen-a' here"),

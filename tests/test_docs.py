@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from audits.tiny_models import TARGETS, write_questions
 from cli import cited, reference
 from cli.main import app
 from client.site import NODE_KEYS
@@ -338,10 +340,15 @@ OWN_RECORDS = {"data.name": "reviews.csv", "data.text": "review", "data.label": 
 
 @pytest.mark.usefixtures("rough_prices")
 def test_the_researchers_guide_ends_in_a_result(
-    researcher: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    researcher: dict[str, Any],
+    model_folder: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every command and block of the page, in order; the runs are in process, on a tiny model and its own records."""
     page, folder, done = ROOT / "docs" / "guide-researcher.md", Path(), []
+    asked_of = write_questions(Path("notes.csv"), 120).read_text(encoding="utf-8")
+    Path("notes.csv").write_text(asked_of.replace("prompt,completion", "question,answer", 1), encoding="utf-8")
     Path("job.toml").write_text(to_toml({k: v for k, v in {**researcher, **OWN_RECORDS}.items() if k != "output"}))
     monkeypatch.setattr(conduct, "each_in_a_process", lambda run, works, *_: ((work, run(work)) for work in works))
     for language, block in re.findall(r"```(sh|python|toml)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
@@ -372,6 +379,11 @@ def test_the_researchers_guide_ends_in_a_result(
             if name == "run":
                 texts = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-c"]
                 if "asdiv" in line:
+                    continue
+                if "causal-lm" in line:
+                    own = researcher | {"model.name": model_folder("llama"), "adapter.targets": TARGETS["llama"]}
+                    kept = {key: value for key, value in own.items() if key != "head.start"}
+                    run_in_process({**parse_settings(texts), **kept, "data.test-size": 20}, 2, run="words")
                     continue
                 asked = {k: v for k, v in parse_settings(texts).items() if k not in researcher}
                 folder = run_in_process({**researcher, **OWN_RECORDS, **asked}, 2, run=str(len(done)))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from audits.tiny_models import VOCABULARY, tiny_tokenizer
 from client import linearised
@@ -25,7 +26,7 @@ from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 MANY = "a,b,c,d,e"
 IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "data.name": "textile-images"}
 
-WORDS = {"model.task": "causal-lm", "data.name": "asdiv", "head.policy": "frozen"}
+WORDS = {"model.task": "causal-lm", "data.name": "asdiv"}
 TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 0.01}
 
 
@@ -257,6 +258,33 @@ def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
     assert said["recipe"] == ("metric" if labels == 2 else "head-only")
     assert read_file(ConfigFile, folder).settings == said
     assert configure(said).config.recipe == said["recipe"]
+
+
+def test_a_task_without_labels_divides_by_none_and_keeps_the_models_own_head() -> None:
+    for own in ({}, {"privacy.mode": "none"}, {"strategy": "fed-sb"}, {"model.task": "chat"}):
+        config = configure({**WORDS, **own}).config
+        assert (config.head.policy, config.data.partition) == ("frozen", "iid")
+    assert configure({**WORDS, "data.partition": "natural", "data.key": "author"}).config.data.partition == "natural"
+    labelled = configure({"recipe": "plain"}).config
+    assert (labelled.head.policy, labelled.data.partition) == ("trained", "dirichlet")
+
+
+@pytest.mark.parametrize("strategy", ["fedavg-lora", "ffa-lora"])
+def test_a_language_model_has_long_plain_steps_and_an_average_that_is_exact(
+    strategy: str, toy_generation: dict[str, Any]
+) -> None:
+    settings = {key: toy_generation[key] for key in (*KEPT, "model.task", "adapter.targets")}
+    settings |= {"strategy": strategy, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "rounds": 2}
+    folder = run_in_process(settings, 2)
+    lines = [line for line in read_lines(RoundLine, folder) if line.round_number]
+    assert [line.complete for line in lines] == [True, True]
+    said = configure(with_recipe(settings)[0])
+    assert (said.config.recipe, said.settings()) == ("long-steps", read_file(ConfigFile, folder).settings)
+    assert said.strategy.exact(type(said.adapter)), "the mean of products is not the product of means"
+    kept = load_file(folder / "adapter" / "adapter_model.safetensors")
+    rows = [tensor for name, tensor in kept.items() if "lora_A" in name]
+    assert rows
+    assert all(torch.allclose(row @ row.T, torch.eye(len(row)), atol=1e-4) for row in rows), "A was trained"
 
 
 def test_a_text_that_says_nothing_is_refused_before_a_site_pays_though_the_head_says_the_same_of_all_labels(

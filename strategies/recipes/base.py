@@ -39,6 +39,10 @@ class Asked:
         return optimizers(self.settings)[0]
 
 
+UNLABELLED: Mapping[str, Scalar] = {"head.policy": "frozen", "data.partition": "iid"}
+"""Of a task without labels, whose model has its own head and whose records cannot be divided by labels."""
+
+
 class Recipe(ABC):
     """Settings that were found together. One file and one row each."""
 

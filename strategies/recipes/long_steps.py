@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from common.config.sections import Scalar
 from common.tasks import TASKS
-from strategies.recipes.base import Asked, Recipe
+from strategies.recipes.base import UNLABELLED, Asked, Recipe
 
 STRATEGIES = ("fedavg-lora", "ffa-lora")
 """Those that have its adapter, whose A is frozen. Where A is trained beside B, as FedAvg-LoRA has it, the noise of one
@@ -50,6 +50,7 @@ class LongSteps(Recipe):
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return the adapter and the steps."""
         return {
+            **UNLABELLED,
             "adapter.name": ADAPTER,
             "server.optimizer": "momentum",
             "server.momentum": 0.8,

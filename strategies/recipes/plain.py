@@ -1,4 +1,7 @@
-"""Nothing filled in: each setting is what its own description says. A head of images starts at zero."""
+"""Next to nothing filled in: each setting is what its own description says.
+
+A head of images starts at zero. A language model has its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import ClassVar
 
 from common.config.sections import Scalar
 from common.tasks import TASKS
-from strategies.recipes.base import Asked, Recipe
+from strategies.recipes.base import UNLABELLED, Asked, Recipe
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Plain(Recipe):
         return ""
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
-        """Return none, but for a head that no words can start."""
+        """Return none, but for a head that no words can start, and for records without labels."""
         task = TASKS.get(asked.settings.model.task)
-        return {"head.start": "zeros"} if task and task.labelled and not task.worded else {}
+        if task and not task.labelled:
+            return UNLABELLED
+        return {"head.start": "zeros"} if task and not task.worded else {}
