@@ -20,6 +20,7 @@ from audits.persons import audit_persons, by_person, owned, persons_gradient, pr
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
 from audits.worlds import Gradient, Recorder, World, fresh_world, minus, norm, released
+from client import app
 from client.app import forget
 from client.deadline import Timing, most_drawn
 from client.ledger.ledger import Ledger
@@ -326,6 +327,21 @@ def test_a_site_trains_on_no_more_records_of_a_person_than_the_run_says(
     site.memory.clear()
     forget()
     assert max(drawn_of_persons(site, monkeypatch)) > 2, "the check is blind"
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["made anew", "planted: taken for those of the next run"])
+def test_records_that_a_run_had_of_each_person_are_made_anew_for_one_that_has_fewer(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    site.settings |= {"privacy.records-per-person": 4, "training.local-steps": 1}
+    assert max(drawn_of_persons(site, monkeypatch)) > 2
+    site.settings["privacy.records-per-person"] = 2
+    site.node["ledger"] = str(site.ledger.with_name("other.sqlite"))
+    site.memory.clear()
+    if taken:
+        kept = app._process.records["clinic"]
+        app._process.records["clinic"] = replace(kept, unit=(kept.unit[0], 2))
+    assert (drawn_of_persons(site, monkeypatch) == {2: 7}) is not taken
 
 
 def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:
