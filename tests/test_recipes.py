@@ -100,6 +100,7 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({**WORDS, "strategy": "ffa-lora", "training.local-steps": 4, "adapter.start": "kaiming"}, "long-steps", ""),
         ({**WORDS, "adapter.name": "lora-frozen-a", "adapter.rank": 4, "rounds": 2}, "long-steps", ""),
         ({**WORDS, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "long-steps", ""),
+        ({**WORDS, "strategy": "fed-svd"}, "long-steps", ""),
         ({**WORDS, "strategy": "fed-sb"}, "plain", ""),
         ({**WORDS, "adapter.name": "lora"}, "plain", ""),
         (
@@ -269,7 +270,7 @@ def test_a_task_without_labels_divides_by_none_and_keeps_the_models_own_head() -
     assert (labelled.head.policy, labelled.data.partition) == ("trained", "dirichlet")
 
 
-@pytest.mark.parametrize("strategy", ["fedavg-lora", "ffa-lora"])
+@pytest.mark.parametrize("strategy", ["fedavg-lora", "ffa-lora", "fed-svd"])
 def test_a_language_model_has_long_plain_steps_and_an_average_that_is_exact(
     strategy: str, toy_generation: dict[str, Any]
 ) -> None:

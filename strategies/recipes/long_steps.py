@@ -17,7 +17,7 @@ from common.config.sections import Scalar
 from common.tasks import TASKS
 from strategies.recipes.base import UNLABELLED, Asked, Recipe
 
-STRATEGIES = ("fedavg-lora", "ffa-lora")
+STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-svd")
 """Those that have its adapter, whose A is frozen. Where A is trained beside B, as FedAvg-LoRA has it, the noise of one
 is multiplied by the other's, and steps as long as these lead astray."""
 ADAPTER = "lora-frozen-a"
