@@ -112,7 +112,7 @@ def stutters(federation: Federation, deadline: float) -> Iterator[Finding]:
     run = federation.submit(rounds=1, round_timeout=deadline)
     run.result()
     yield examine(federation, run, 1, "a reply announced and never sent", NEVER_WHOLE, MESSAGES)
-    # An ordinary node again: of a sum's many messages a stuttered one is often late, and the next scenarios count on it.
+    # An ordinary node again: of a sum's many messages a stuttered one is often late, and the next scenarios need it.
     federation.processes.kill("lab")
     federation.start_site("lab")
     federation.wait_online("lab", restart=True)
