@@ -22,6 +22,7 @@ from common.model.base import NAMED_MODELS
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
+from common.privacy.figures import most_delta_text
 from common.privacy.meaning import MOST_UNITS
 from common.privacy.mechanism import Mechanism
 from common.privacy.record_level import DPSGD
@@ -229,7 +230,7 @@ class Policy:
         if math.isfinite(self.delta) and self.delta > 1 / public_size:
             raise ConfigError(
                 f"the policy's delta {self.delta:g} is above 1/{public_size} of the public size: "
-                f"set it to {1 / public_size:.1g} or less"
+                f"set it to {most_delta_text(public_size)} or less"
             )
 
     def check_job(self, job: Job, *, private: bool, place: str = "POLICY") -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common.privacy.figures import epsilon_text, remaining_text
+from common.privacy.figures import epsilon_text, most_delta_text, remaining_text
 
 FIGURES = st.floats(0, 1e300) | st.floats(0, 100) | st.integers(0, 10**6).map(lambda n: math.nextafter(n / 1000, 2e3))
 
@@ -50,3 +50,9 @@ def old_epsilon_text(value: float) -> str:
 def test_a_ceiling_that_lets_a_billionth_go_would_be_found() -> None:
     assert Decimal(old_epsilon_text(7.0000000009)) < Decimal("7.0000000009")
     assert Decimal(epsilon_text(7.0000000009)) > Decimal("7.0000000009")
+
+
+def test_a_delta_that_a_refusal_asks_for_is_one_that_is_taken() -> None:
+    """1/2200 in one digit is 0.0005, which is above it: whoever followed that was refused again."""
+    for units in (*range(1, 3000), 67_349, 10**6):
+        assert 0.9 / units <= float(most_delta_text(units)) <= 1 / units

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from common.errors import ConfigError
 from common.privacy.claim import Claim
 from common.privacy.events import Event
+from common.privacy.figures import most_delta_text
 from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.no_privacy import ExposingPlan
 from common.privacy.plan import PrivacyPlan
@@ -126,7 +127,7 @@ class ClientLevel(Mechanism):
         if privacy.delta > 1 / privacy.cohort:
             raise ConfigError(
                 f"privacy.delta is {privacy.delta:g}, above 1/{privacy.cohort} of the cohort's sites: set it to "
-                f"{1 / privacy.cohort:.1g} or less"
+                f"{most_delta_text(privacy.cohort)} or less"
             )
         for key, given in (("server.most-noise", config.server.most_noise), ("server.scores", config.server.scores)):
             if given:

@@ -43,6 +43,17 @@ def bound_text(share: float) -> str:
     return f"{_rounded(100 * share, 2, ROUND_CEILING)} %"
 
 
+def most_delta_text(units: int) -> str:
+    """Return the largest δ that is no more than one over so many units, to two digits, never rounded up.
+
+    >>> most_delta_text(2200), most_delta_text(20), most_delta_text(900_000)
+    ('0.00045', '0.05', '1.1e-06')
+    """
+    share = 1 / units
+    digits = 1 - math.floor(math.log10(share))
+    return f"{float(_rounded(share, digits, ROUND_FLOOR)):g}"
+
+
 def _rounded(value: float, decimals: int, towards: str) -> str:
     # The shortest decimal that reads back as this number: what was typed as 0.1 is shown as 0.100.
     typed = Decimal(repr(float(value)))

@@ -18,6 +18,7 @@ from common.check import clip_norm, in_range, positive
 from common.errors import MechanismError, PrivacyError
 from common.privacy.accounting import Release, check_terms
 from common.privacy.events import Event, SampledGaussian, sampled_gaussian
+from common.privacy.figures import most_delta_text
 from common.privacy.privacy_filter import promised_noise
 from common.privacy.steps import JUST_STEPS, Around, Steps
 from common.privacy.together import together
@@ -145,7 +146,7 @@ class PrivacyPlan(Plan):
         if privacy.delta > 1 / public_size:
             raise PrivacyError(
                 f"privacy.delta is {privacy.delta:g}, above 1/{public_size} = {1 / public_size:.3g} of the public "
-                f"size {public_size}: set privacy.delta to {1 / public_size:.1g} or less"
+                f"size {public_size}: set privacy.delta to {most_delta_text(public_size)} or less"
             )
         event = cls.event_of(privacy, training, privacy.noise_multiplier or 1.0)
         check_terms([Release(event, total_steps), *before], privacy.delta)
