@@ -266,8 +266,9 @@ def test_a_task_without_labels_divides_by_none_and_keeps_the_models_own_head() -
         config = configure({**WORDS, **own}).config
         assert (config.head.policy, config.data.partition) == ("frozen", "iid")
     assert configure({**WORDS, "data.partition": "natural", "data.key": "author"}).config.data.partition == "natural"
-    labelled = configure({"recipe": "plain"}).config
-    assert (labelled.head.policy, labelled.data.partition) == ("trained", "dirichlet")
+    for recipe in ("plain", "long-steps"):
+        labelled = configure({"recipe": recipe}).config
+        assert (labelled.head.policy, labelled.data.partition) == ("trained", "dirichlet")
 
 
 @pytest.mark.parametrize("strategy", ["fedavg-lora", "ffa-lora", "fed-svd"])
@@ -350,7 +351,13 @@ def test_a_recipe_of_long_steps_takes_shorter_ones_where_nothing_is_clipped(reci
     assert configure(own).config.server.learning_rate == 5.0
 
 
-@pytest.mark.parametrize("recipe", ["metric", "head-only"])
+def test_steps_of_a_language_model_are_shorter_where_nothing_is_clipped() -> None:
+    said = {**WORDS, "recipe": "long-steps"}
+    rates = [configure({**said, "privacy.mode": mode}).config.server.learning_rate for mode in ("dp-sgd", "none")]
+    assert rates == [24.0, 6.0]
+
+
+@pytest.mark.parametrize("recipe", ["metric", "head-only", "long-steps"])
 def test_a_recipe_that_is_named_fits_whoever_adds_the_noise(recipe: str) -> None:
     """Where that is the trusted server no site says how much it is, and ``server.most-noise`` would be refused."""
     assert configure({"recipe": recipe, **TRUSTED}).config.server.most_noise == 0.0

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from common.config.asked import RunSettings, optimizers
 from common.config.sections import Scalar
+from common.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class Asked:
         return not self.settings.privacy.mechanism.central
 
     @property
+    def unlabelled(self) -> Mapping[str, Scalar]:
+        """What stands for a task without labels: its model has its own head, and no labels divide its records."""
+        task = TASKS.get(self.settings.model.task)
+        return {} if task is None or task.labelled else {"head.policy": "frozen", "data.partition": "iid"}
+
+    @property
     def optimizer(self) -> str:
         """The sites' optimiser, ``auto`` filled in."""
         return optimizers(self.settings)[0]
-
-
-UNLABELLED: Mapping[str, Scalar] = {"head.policy": "frozen", "data.partition": "iid"}
-"""Of a task without labels, whose model has its own head and whose records cannot be divided by labels."""
 
 
 class Recipe(ABC):

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from common.config.sections import Scalar
 from common.tasks import TASKS
-from strategies.recipes.base import UNLABELLED, Asked, Recipe
+from strategies.recipes.base import Asked, Recipe
 
 STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-svd")
 """Those that have its adapter, whose A is frozen. Where A is trained beside B, as FedAvg-LoRA has it, the noise of one
@@ -23,6 +23,8 @@ is multiplied by the other's, and steps as long as these lead astray."""
 ADAPTER = "lora-frozen-a"
 DECIDED = ("server.", "training.optimizer", "training.learning-rate", "training.momentum", "training.weight-decay")
 """What it decides as a whole, or what has no say beside it."""
+WITHOUT_CLIP = 6.0
+"""Rate of whoever wants it without privacy, where steps are as long as gradients are. It is no recipe for that."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ class LongSteps(Recipe):
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return the adapter and the steps."""
         return {
-            **UNLABELLED,
+            **asked.unlabelled,
             "adapter.name": ADAPTER,
             "server.optimizer": "momentum",
             "server.momentum": 0.8,
-            "server.learning-rate": 24.0,
+            "server.learning-rate": 24.0 if asked.clips else WITHOUT_CLIP,
             **({"server.most-noise": 0.3} if asked.told_noise else {}),
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,

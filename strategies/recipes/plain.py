@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from common.config.sections import Scalar
 from common.tasks import TASKS
-from strategies.recipes.base import UNLABELLED, Asked, Recipe
+from strategies.recipes.base import Asked, Recipe
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,5 @@ class Plain(Recipe):
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return none, but for a head that no words can start, and for records without labels."""
         task = TASKS.get(asked.settings.model.task)
-        if task and not task.labelled:
-            return UNLABELLED
-        return {"head.start": "zeros"} if task and not task.worded else {}
+        unworded = task and task.labelled and not task.worded
+        return {**asked.unlabelled, **({"head.start": "zeros"} if unworded else {})}
