@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audits.tiny_models import FILLER
-from common.errors import DataError
+from common.errors import DataError, ModelNotLoaded
 from common.model.base import BaseModel, load_base_model
 from common.model.batching import length_batches
 from common.tasks import TASKS, CausalLM, Chat, Classification, ImageClassification, Instruction, Record, Task
@@ -48,6 +48,19 @@ def loaded(model_folder: Callable[[str], str]) -> Loaded:
         return made[family]
 
     return load
+
+
+@pytest.mark.parametrize("task", [name for name, kind in TASKS.items() if isinstance(kind, CausalLM)])
+def test_a_model_that_sees_what_it_is_to_predict_is_none_for_language(
+    task: str, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for family in ("gpt2", "llama"):
+        load_base_model(model_folder(family), task)
+    with pytest.raises(ModelNotLoaded, match=r"sees the tokens that it should predict.* set model\.name to a decoder"):
+        load_base_model(model_folder("bert"), task)
+    # The planted fault: nobody looks, and transformers takes an encoder for a language model.
+    monkeypatch.setattr(CausalLM, "check_model", lambda *_: None)
+    assert load_base_model(model_folder("bert"), task)
 
 
 def classifier(base: BaseModel, feature_scale: float = 0.0) -> TaskModule:

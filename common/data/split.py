@@ -10,6 +10,7 @@ from functools import lru_cache
 from common.check import POSITIVE
 from common.errors import DataError
 from common.tasks.examples import Dataset
+from common.words import counted
 
 
 def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -37,8 +38,8 @@ def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, 
     total = len(dataset.examples)
     if test_size >= total:
         raise DataError(
-            f"data.test-size is {test_size}, but {dataset.name} has only {total} records: "
-            f"set it to at most {total - 1}, or name a file as data.test"
+            f"data.test-size is {test_size}, but {dataset.name} has only {counted(total, 'record')}: "
+            f"{f'set it to at most {total - 1}, or ' * (total > 1)}name a file as data.test"
         )
     chosen = _test_records(dataset, test_size, seed)
     if not chosen:

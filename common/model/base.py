@@ -144,6 +144,7 @@ def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none"
                 f"no folder, and the hub did not give it ({reason})"
             ) from error
     module = module.float().eval().requires_grad_(False)
+    kind.check_model(module, name)
     if bits != "none":
         quantise(module, bits, name)
     return BaseModel(name, module, processor, model_fingerprint(module, kind.processor_parts(processor)))

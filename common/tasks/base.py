@@ -218,6 +218,10 @@ class Task(ABC):
         is reported as a model that cannot be loaded.
         """
 
+    def check_model(self, module: nn.Module, name: str) -> None:
+        """Raise ModelNotLoaded if a model that was loaded, in float32, is none that the task takes."""
+        del module, name
+
     @abstractmethod
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return all that decides what the processor makes of a record, for the base model's fingerprint."""

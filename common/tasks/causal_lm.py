@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from common.errors import DataError
+from common.errors import DataError, ModelNotLoaded
 from common.tasks.base import Answer, Batch, Finished, Record, Sums
 from common.tasks.examples import Example
 from common.tasks.loading import OWN_CODE
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from common.tasks.module import TaskModule
 
 IGNORED = -100
+LOOKS_AHEAD = 1e-3
+"""Part of the largest logit by which another last token may move the ones before it, for rounding. MiniLM's: 0.25."""
 MOST_NEW = 64
 """Tokens of an answer, at most."""
 
@@ -56,6 +58,21 @@ class CausalLM(TextTask):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         return AutoModelForCausalLM.from_pretrained(name, **OWN_CODE), AutoTokenizer.from_pretrained(name, **OWN_CODE)
+
+    def check_model(self, module: nn.Module, name: str) -> None:
+        """Raise ModelNotLoaded if a token's prediction depends on the tokens after it, as it does in an encoder.
+
+        transformers loads BERT as a language model too. It would see each answer that it is scored on.
+        """
+        import torch
+
+        with torch.no_grad():
+            logits = module(input_ids=torch.tensor([[1, 0, 1, 0], [1, 0, 1, 1]])).logits[:, :-1].float()
+        if (logits[0] - logits[1]).abs().max() > LOOKS_AHEAD * logits.abs().max():
+            raise ModelNotLoaded(
+                f"the base model {name!r} sees the tokens that it should predict, so it is none that model.task "
+                f"{self.name!r} takes: set model.name to a decoder, such as 'SmolLM2-135M-Instruct'"
+            )
 
     def tokenise(self, tokenizer: Any, examples: Sequence[TextExample], max_length: int) -> list[Record]:
         """Return ``input_ids`` of prompt, completion and end mark, and ``labels`` that ignore the prompt.
