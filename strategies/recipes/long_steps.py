@@ -1,4 +1,4 @@
-"""Long plain steps of the server with a heavy ball, for adapters in language models.
+"""The server's plain steps with a heavy ball, long ones, for adapters in language models.
 
 A private run of a language model takes few steps, for each is a pass over its records. Adam's are as short as its rate
 says, however sure the average is. A plain step is as long as the average, and ``server.most-noise`` bounds what of it
