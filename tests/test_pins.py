@@ -76,8 +76,10 @@ def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_faul
 def of_task(name: str) -> dict[str, Scalar]:
     """Return settings that a task needs besides its columns."""
     task = TASKS[name]
-    head: dict[str, Scalar] = {"data.labels": "bad,good"} if task.labelled else {"head.policy": "frozen"}
-    return head if task.worded else {**head, "head.start": "zeros", "model.name": "dinov2-small"}
+    if not task.labelled:
+        return {"head.policy": "frozen", "model.name": "SmolLM2-135M-Instruct"}
+    labels: dict[str, Scalar] = {"data.labels": "bad,good"}
+    return labels if task.worded else {**labels, "head.start": "zeros", "model.name": "dinov2-small"}
 
 
 def node_for(task: str, folder: Path, settings: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -116,7 +118,7 @@ def test_another_column_of_any_role_is_refused_unread(task: str, role: Role, tmp
         ({"data.labels": "good,bad"}, r"labels = 'bad,good'; the run asks for data\.labels = 'good,bad'"),
         ({"data.labels": ""}, r"data\.labels = ''"),
         ({"model.max-length": 129}, r"max-length = 128; the run asks for model\.max-length = 129"),
-        ({"model.task": "causal-lm", "head.policy": "frozen"}, r"task = 'classification'"),
+        ({"model.task": "causal-lm", **of_task("causal-lm")}, r"task = 'classification'"),
     ],
 )
 def test_what_else_is_pinned_is_refused_unread(asked: dict[str, Scalar], words: str, tmp_path: Path) -> None:
