@@ -33,7 +33,8 @@ ODD = (
     "the film,good",
     "the film,good,a1,more",
     f"{'film ' * 30_000},good,a1",
-    '"the film,good,a1',  # the rows of such a file cannot be told apart
+    '"the film,good,a1',
+    "the film\rthe scene,good,a1",
 )
 """Each makes one row of a CSV file with the columns text, label and author none, or more than one."""
 
@@ -105,7 +106,7 @@ def divided_anew(site: OneSite) -> list[str]:
 
 def rows_refused() -> AbstractContextManager[Any]:
     """A row that is no record is an error, as in public data."""
-    return patch.object(client_site, "load_protected", lambda *place: Reading(load_dataset(*place)))
+    return patch.object(client_site, "load_protected", lambda *place, **_: Reading(load_dataset(*place)))
 
 
 def rows_forgotten() -> AbstractContextManager[Any]:

@@ -104,6 +104,9 @@ class Policy:
     """All labels in the job's order."""
     max_length: int = 0
     """Most tokens that a run may cut a record to."""
+    line_breaks: bool = False
+    """Whether cells of a CSV file may hold line breaks. Then one record whose quotes nobody doubled takes others into
+    its cell, so it is the steward's word that whatever writes the file doubles them. Else a line is a row."""
     send_noised_metrics: bool = False
     """Whether each round's count of correctly classified records may be sent, noised and paid for."""
     metrics_noise: float = 30.0

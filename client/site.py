@@ -166,7 +166,8 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     if "data" in node:
         if TASKS[config.model.task].labelled and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
-        reading = _own_data(own_settings(config, policy), config.model.task, str(node["data"]), name)
+        source, breaks = str(node["data"]), policy.line_breaks
+        reading = _own_data(own_settings(config, policy), config.model.task, source, name, breaks)
         data, unreadable = reading.dataset, "; ".join(reading.unreadable)
         if unreadable:
             log.error("no record is read, and rounds cost the same: %s", unreadable, extra=about(run, site=name))
@@ -255,9 +256,9 @@ def forget_readings() -> None:
 
 
 @lru_cache(maxsize=16)
-def _own_data(config: DataConfig, task: str, source: str, site: str) -> Reading:
+def _own_data(config: DataConfig, task: str, source: str, site: str, line_breaks: bool) -> Reading:
     """Read the records, and say once, in the site's own log and nowhere else, what is none; no row is quoted."""
-    reading = load_protected(config, task, source)
+    reading = load_protected(config, task, source, line_breaks=line_breaks)
     if reading.unfit:
         reasons = Counter(row.reason for row in reading.unfit).most_common()
         spoken = "; ".join(f"{count} × {reason}" for reason, count in reasons)

@@ -38,8 +38,8 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
             the site's own records among them if the policy does not pin what they are for; or ``reply-after`` does
             not cover them: there are more than are declared, or they take longer to read than a round gives them.
-        DataError: the records are not there, or lack a column; the rows of a file cannot be told apart; or no row
-            is a record. Every round would then send noise alone, and pay for it.
+        DataError: the records are not there, or lack a column; the rows of a file cannot be told apart, or a line is
+            none; or no row is a record. Every round would then send noise alone, and pay for it.
     """
     from common.data.sources import load_protected
 
@@ -49,10 +49,13 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         say("records: a part of a job's data, which this site does not choose")
         return
     began = time.monotonic()
-    reading = load_protected(pinned_settings(policy), policy.task, str(settings["data"]))
+    source = str(settings["data"])
+    reading = load_protected(pinned_settings(policy), policy.task, source, line_breaks=policy.line_breaks)
     seconds = time.monotonic() - began
     if reading.unreadable:
         raise UnreadableFile(reading.unreadable[0])
+    if odd := next((row for row in reading.unfit if row.of_file), None):
+        raise UnreadableFile(odd.words)
     fit, others, unit = len(reading.dataset.examples), len(reading.unfit), UNITS[policy.unit]
     if not fit:
         why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if others else "there is none"

@@ -39,7 +39,8 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
         unread = "" if "data" in settings and policy.task else "this site has no records of its own"
         if not unread:
             try:
-                reading = load_protected(pinned_settings(policy), policy.task, str(settings["data"]))
+                source = str(settings["data"])
+                reading = load_protected(pinned_settings(policy), policy.task, source, line_breaks=policy.line_breaks)
                 unread = "; ".join(reading.unreadable)
                 ledger.remember(dataset, record_hashes(reading.dataset, ledger.key))
             except DataError as error:

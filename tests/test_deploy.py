@@ -629,8 +629,21 @@ def test_check_and_start_refuse_records_that_reply_after_has_no_time_for(tmp_pat
 
 
 UNREADABLE = [
-    ("quote.csv", b'text,label\n"never closed,good\n', "quote.csv cannot be read as CSV: unexpected end of data: mend"),
-    ("latin.csv", "text,label\n\u00e9,good\n".encode("latin-1"), "latin.csv is not UTF-8 (byte 11): save it as UTF-8"),
+    (
+        "quote.csv",
+        b'text,label\n"never closed,good\n',
+        "quote.csv cannot be read as CSV: line 2 is no row by itself (unexpected end of data): double the quotes",
+    ),
+    (
+        "latin.csv",
+        "text,label\n\u00e9,good\n".encode("latin-1"),
+        "latin.csv cannot be read as CSV: line 2 is not UTF-8: save the file as UTF-8",
+    ),
+    (
+        "line.csv",
+        b'text,label\nthe film,good\n"never closed,good\n',
+        "line 3 is no row by itself (unexpected end of data)",
+    ),
     ("half.parquet", b"PAR1half", "half.parquet cannot be read as PARQUET"),
     ("twice.csv", b"text,label,text\na,good,b\n", "two columns are called 'text'"),
     ("none.csv", b"text,label\n", "none.csv is empty: it has no records"),

@@ -315,7 +315,7 @@ def test_a_withdrawal_stands_whatever_becomes_of_reading_the_records(
     node = f'data="{site.node["data"]}"'
     folder = make_site(tmp_path / "site", "clinic", "127.0.0.1:1", policy=policy, node=node)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr("common.data.sources.load_protected", fail)

@@ -19,6 +19,7 @@ from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic
 from client.ledger.ledger import Ledger
 from client.outgoing import UNTOLD
+from client.site import open_site
 from common import randomness
 from common.config.sections import Columns, DataConfig
 from common.data.sources import Reading, load_dataset, load_protected
@@ -28,6 +29,7 @@ from common.messages.wire import encode_reply
 from common.privacy import dpsgd
 from common.tasks.cells import CELL_CHARACTERS
 from common.tasks.tables import Unfit
+from strategies.job import configure
 
 ODD = {
     "no text": '" ",good,a1\n',
@@ -53,15 +55,22 @@ ODD_LINES = {
     "a large cell": json.dumps({"text": "film " * 30_000, "label": "good"}),
 }
 BROKEN = {
-    "a cell that goes on behind its quote": b'text,label,author\n"Great" movie,good,a1\n',
-    "an open quote": b'text,label\nthe film,good\n"never closed,bad\n',
-    "not UTF-8": "text,label\nthe caf\u00e9,good\n".encode("latin-1"),
+    "an open quote in the header": b'"text,label\nthe film,good\nnever closed,bad\n',
+    "a header that is not UTF-8": "text,caf\u00e9,label\nthe film,,good\n".encode("latin-1"),
     "no rows": b"text,label\n",
     "nothing": b"",
     "two columns of one name": b"text,text,label\na,b,good\n",
-    "a quote in quotes": b'text,label\n"the "film"",good\n',
 }
 """CSV files whose rows cannot be told apart, or that have none."""
+
+BROKEN_LINES = {
+    "a cell that goes on behind its quote": b'"Great" movie,good',
+    "an open quote": b'"never closed,bad',
+    "a quote in quotes": b'"the "film"",good',
+    "not UTF-8": "the caf\u00e9,good".encode("latin-1"),
+    "another line break": b"the film\rthe scene,good",
+}
+"""Lines that are no rows of a CSV file with the columns text and label."""
 
 
 @pytest.fixture
@@ -124,9 +133,9 @@ def check_that_a_row_changes_nothing(site: OneSite, rows: list[str], start: Call
 def test_a_row_that_is_no_record_changes_no_byte_of_the_reply(
     site: OneSite, fixed_noise: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_that_a_row_changes_nothing(site, list(ODD.values()), fixed_noise)
+    check_that_a_row_changes_nothing(site, [*ODD.values(), '"never closed,good,a1\n'], fixed_noise)
 
-    def strictly(config: DataConfig, task: str, source: str) -> Reading:
+    def strictly(config: DataConfig, task: str, source: str, **_: Any) -> Reading:
         return Reading(load_dataset(config, task, source))
 
     # Planted fault: what is an error in public data is one here.
@@ -301,6 +310,56 @@ def test_public_data_with_such_a_row_are_an_error_that_names_it(row: str, tmp_pa
     assert "fair" not in unfit.reason, "the reason quotes the row"
 
 
+@pytest.mark.parametrize("line", BROKEN_LINES.values(), ids=BROKEN_LINES.keys())
+def test_a_line_that_is_no_row_is_an_error_of_public_data_and_one_row_of_protected(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_bytes(b"text,label\nthe film,good\n" + line + b"\nthe scene,bad\n")
+    config = DataConfig(name=str(path), labels="bad,good")
+    with pytest.raises(DataError, match=r"reviews\.csv"):
+        load_dataset(config, "classification")
+    reading = load_protected(config, "classification")
+    assert [e.text for e in reading.dataset.examples] == ["the film", "the scene"]
+    assert [(row.row, row.of_file) for row in reading.unfit] == [(2, True)]
+    assert "film" not in reading.unfit[0].reason + reading.unfit[0].words, "it quotes the row"
+
+
+def test_a_quote_that_nobody_doubled_takes_no_other_record_along(
+    site: OneSite, fixed_noise: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record begins with a quote, and another, far behind it, ends a cell with one: both as they were typed."""
+    header, *rows = data_of(site).read_text(encoding="utf-8").splitlines(keepends=True)
+    rows[-3] = f'the screen of 50",{rows[-3].split(",", 1)[1]}'
+
+    def written(*odd: str) -> None:
+        data_of(site).write_text("".join([header, *odd, *rows]), encoding="utf-8")
+
+    def sent() -> list[bytes]:
+        ask, replies = Asked(site), []
+        for odd in ([], ['"film,good,a1\n']):
+            written(*odd)
+            replies.append(encode_reply(ask(fixed_noise)))
+        return replies
+
+    written()
+    without, with_it = sent()
+    assert without == with_it, "one record more has changed what others contribute"
+    # Planted fault: cells may hold line breaks, and the file is not of a program that doubles quotes.
+    monkeypatch.setattr("client.site.load_protected", lambda *place, **_: load_protected(*place, line_breaks=True))
+    written()
+    without, with_it = sent()
+    assert without != with_it
+
+
+def test_cells_have_line_breaks_by_the_stewards_word_alone(site: OneSite) -> None:
+    header = data_of(site).read_text(encoding="utf-8").splitlines()[0]
+    content = f'{header}\n"a film\nof two, or three, lines",good,a1\nthe scene,bad,a2\n'
+    data_of(site).write_text(content, encoding="utf-8", newline="")
+    for breaks, texts in ((False, ["the scene"]), (True, ["a film\nof two, or three, lines", "the scene"])):
+        site.rule(line_breaks=breaks)
+        opened = open_site(site.node, configure(site.settings).config, "1", simulated=False)
+        assert [e.text for e in opened.data.examples] == texts
+
+
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
 def test_a_file_whose_rows_cannot_be_told_apart_is_an_error_of_public_data_and_named_of_protected(
     content: bytes, tmp_path: Path
@@ -316,7 +375,7 @@ def test_a_file_whose_rows_cannot_be_told_apart_is_an_error_of_public_data_and_n
 
 
 def test_of_a_folder_the_files_that_can_be_read_are(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(BROKEN["an open quote"])
+    (tmp_path / "a.csv").write_bytes(BROKEN["an open quote in the header"])
     (tmp_path / "b.csv").write_text("text,label\nthe film,good\n", encoding="utf-8")
     reading = load_protected(DataConfig(name=str(tmp_path), labels="bad,good"), "classification")
     assert len(reading.dataset.examples) == len(reading.unreadable) == 1

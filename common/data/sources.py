@@ -58,17 +58,24 @@ def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Da
     return _load(config, task, source, protected=False).dataset
 
 
-def load_protected(config: DataConfig, task: str, source: str | None = None) -> Reading:
+def load_protected(config: DataConfig, task: str, source: str | None = None, *, line_breaks: bool = False) -> Reading:
     """Load the records of a source that a site protects; what is no record is left out and never an error.
 
     A record left out contributes zero, as it must whatever the others are: batches are drawn of each record
     by itself, and divisor, noise and price follow from public figures. Arguments as of load_dataset.
 
+    Args:
+        config: see load_dataset.
+        task: see load_dataset.
+        source: see load_dataset.
+        line_breaks: whether cells of a CSV file may hold line breaks, by the steward's word that whatever wrote it
+            doubles quotes. Else a line is a row, and no line changes what another is.
+
     Raises:
         DataError: the source is missing, cannot be opened, or its header lacks a column.
         ConfigError: as for load_dataset; also if the task has labels and ``data.labels`` does not name them.
     """
-    return _load(config, task, source, protected=True)
+    return _load(config, task, source, protected=True, line_breaks=line_breaks)
 
 
 def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
@@ -80,7 +87,15 @@ def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str,
     return named.label_phrases if named and named.label_names == labels else ()
 
 
-def _load(config: DataConfig, task: str, source: str | None, *, protected: bool, persons: bool = False) -> Reading:
+def _load(
+    config: DataConfig,
+    task: str,
+    source: str | None,
+    *,
+    protected: bool,
+    persons: bool = False,
+    line_breaks: bool = True,
+) -> Reading:
     OneOf(TASKS).check("model.task", task)
     source = config.name if source is None else source
     whole = source == config.name
@@ -98,7 +113,7 @@ def _load(config: DataConfig, task: str, source: str | None, *, protected: bool,
         reading = Reading(_load_named(source, key, person))
     else:
         kind = TASKS[task]
-        tables, unreadable = _tables(source, task, protected=protected)
+        tables, unreadable = _tables(source, task, protected=protected, line_breaks=line_breaks)
         more = [Column(KEY, key)] if key else []
         more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
@@ -123,7 +138,7 @@ def _check_named(source: str, asked: str, labels: tuple[str, ...], config: DataC
         )
 
 
-def _tables(source: str, task: str, *, protected: bool) -> tuple[list[Table], list[str]]:
+def _tables(source: str, task: str, *, protected: bool, line_breaks: bool) -> tuple[list[Table], list[str]]:
     """Return what the files of a source hold, and of protected ones those that cannot be read, in words."""
     if source.startswith("hub:"):
         return [read_hub(source)], []
@@ -132,7 +147,7 @@ def _tables(source: str, task: str, *, protected: bool) -> tuple[list[Table], li
     own = [whole] if whole.exists() and TASKS[task].reads(whole) else []
     for path in own or _files_of(source):
         try:
-            tables.append(TASKS[task].read_source(path) if own else read_file(path))
+            tables.append(TASKS[task].read_source(path) if own else read_file(path, by_line=not line_breaks))
         except UnreadableFile as error:
             if not protected:
                 raise

@@ -2,6 +2,9 @@
 
 A row that cannot be read (not JSON, another number of fields than the header) keeps its place as a row
 of empty cells, with the reason beside it. A file whose rows cannot be told apart is an error.
+
+Of protected records a row is a line, whatever stands in the others: in a CSV file whose cells may hold line breaks one
+quote that nobody doubled makes one cell of all rows up to the next.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ class Unfit:
     """For a steward: it names columns and settings, and quotes nothing of the row."""
     words: str
     """The whole line for those who may see the row; it may quote it."""
+    of_file: bool = False
+    """Whether the file, more likely than this row alone, is written otherwise than it was read."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,20 @@ def read_hub(source: str) -> Table:
     return Table(source, columns, classes)
 
 
-def read_file(path: Path) -> Table:
+def read_file(path: Path, *, by_line: bool = False) -> Table:
     """Return the columns of a CSV, TSV, JSONL or Parquet file.
+
+    Args:
+        path: the file.
+        by_line: whether each line of a CSV or TSV is a row by itself, which no other line changes.
 
     Raises:
         UnreadableFile: its rows cannot be told apart, or there is none, or two columns have one name.
         DataError: the file cannot be opened.
     """
     try:
-        table = READERS[path.suffix.lower()](path)
+        readers = {**READERS, **BY_LINE} if by_line else READERS
+        table = readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise UnreadableFile(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except OSError as error:
@@ -139,44 +149,94 @@ def read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
     options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
     with path.open(encoding="utf-8-sig", newline="") as lines, _cells_of_any_size():
         rows = [row for row in csv.reader(lines, **options) if row]
-    header = rows[0] if rows else []
+    return _of_rows(path, rows[0] if rows else [], rows[1:])
+
+
+def _read_by_line(path: Path, delimiter: str, quoting: int) -> Table:
+    """Return the columns of a text of which each line is read by itself; one that is no row is unread."""
+    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
+    header: list[str] = []
+    rows: list[list[str] | Unfit] = []
+    with _cells_of_any_size():
+        for number, line in _lines(path):
+            try:
+                if isinstance(line, UnicodeDecodeError):
+                    raise line
+                row = next(csv.reader([line], **options), [])
+            except (UnicodeDecodeError, csv.Error) as error:
+                if not header:
+                    raise
+                rows.append(_no_row(path, len(rows), number, error))
+                continue
+            if row and header:
+                rows.append(row)
+            header = header or row
+    return _of_rows(path, header, rows)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
+    """Yield number and text of each line, or why it is not UTF-8; a line break is a line feed alone."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield number, error
+
+
+def _no_row(path: Path, row: int, number: int, error: Exception) -> Unfit:
+    if isinstance(error, UnicodeDecodeError):
+        return _unread(path, row, "is not UTF-8", f"line {number} is not UTF-8: save the file as UTF-8", of_file=True)
+    advice = (
+        "double the quotes inside a quoted cell; if cells hold line breaks and a program that doubles quotes wrote the "
+        "file, write line-breaks = true into the policy, or save it as JSONL or Parquet"
+    )
+    words = f"line {number} is no row by itself ({error}): {advice}"
+    return _unread(path, row, "is a line that is no row by itself", words, of_file=True)
+
+
+def _of_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str] | Unfit]) -> Table:
     _check_names(header)
     unread: dict[int, Unfit] = {}
-    for i, row in enumerate(rows[1:]):
-        if len(row) != len(header):
+    kept: list[Sequence[object]] = []
+    empty: list[object] = [None] * len(header)
+    for i, row in enumerate(rows):
+        if isinstance(row, Unfit):
+            unread[i] = row
+        elif len(row) != len(header):
             where = f"row {i + 1} has {len(row)} fields, but the header names {len(header)}"
             advice = "(a text that contains the separator must be quoted in CSV and changed in TSV)"
             unread[i] = _unread(path, i, "has another number of fields than the header", f"{where} {advice}")
-    empty: list[object] = [None] * len(header)
-    kept = [empty if i in unread else row for i, row in enumerate(rows[1:])]
+        kept.append(empty if i in unread or isinstance(row, Unfit) else row)
     columns = {name: [row[i] for row in kept] for i, name in enumerate(header)}
     return Table(str(path), columns, unread=unread, folder=path.parent)
 
 
-def _unread(path: Path, row: int, reason: str, words: str) -> Unfit:
+def _unread(path: Path, row: int, reason: str, words: str, *, of_file: bool = False) -> Unfit:
     kind = path.suffix[1:].upper()
-    return Unfit(str(path), row + 1, reason, f"{path} cannot be read as {kind}: {words}")
+    return Unfit(str(path), row + 1, reason, f"{path} cannot be read as {kind}: {words}", of_file)
 
 
 def _read_jsonl(path: Path) -> Table:
     records: list[dict[str, object]] = []
     unread: dict[int, Unfit] = {}
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    for number, line in _lines(path):
+        record: Any = {}
+        if isinstance(line, UnicodeDecodeError):
+            unread[len(records)] = _no_row(path, len(records), number, line)
+        elif not line.strip():
+            continue
+        else:
             try:
                 record = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 unread[len(records)] = _unread(path, len(records), "is not JSON", f"line {number} is not JSON ({what})")
-                record = {}
-            if not isinstance(record, dict):
-                unread[len(records)] = _unread(
-                    path, len(records), "is not a JSON object", f"line {number} is not a JSON object"
-                )
-                record = {}
-            records.append(record)
+        if not isinstance(record, dict):
+            what = f"line {number} is not a JSON object"
+            unread[len(records)] = _unread(path, len(records), "is not a JSON object", what)
+            record = {}
+        records.append(record)
     names = dict.fromkeys(name for record in records for name in record)
     columns: Columns = {name: [record.get(name) for record in records] for name in names}
     return Table(str(path), columns, unread=unread, has_header=False, folder=path.parent)
@@ -220,3 +280,8 @@ READERS: Mapping[str, Callable[[Path], Table]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
+BY_LINE: Mapping[str, Callable[[Path], Table]] = {
+    ".csv": lambda path: _read_by_line(path, ",", csv.QUOTE_MINIMAL),
+    ".tsv": lambda path: _read_by_line(path, "\t", csv.QUOTE_NONE),
+}
+"""In place of those of ``READERS`` where one line must not change what another is; JSONL is read so anyway."""
