@@ -40,6 +40,7 @@ from common.data.sources import load_dataset, public_names
 from common.errors import FedVeilError, PolicyRefusal
 from common.messages.round import Refusal
 from common.tasks import TASKS, roles_of_all
+from common.tasks.causal_lm import CausalLM
 from common.tasks.images import Picture, read_image
 from common.tasks.roles import Role
 from strategies.job import configure
@@ -76,10 +77,10 @@ def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_faul
 def of_task(name: str) -> dict[str, Scalar]:
     """Return settings that a task needs besides its columns."""
     task = TASKS[name]
-    if not task.labelled:
-        return {"head.policy": "frozen", "model.name": "SmolLM2-135M-Instruct"}
-    labels: dict[str, Scalar] = {"data.labels": "bad,good"}
-    return labels if task.worded else {**labels, "head.start": "zeros", "model.name": "dinov2-small"}
+    head: dict[str, Scalar] = {"data.labels": "bad,good"} if task.labelled else {"head.policy": "frozen"}
+    if isinstance(task, CausalLM):
+        return {**head, "model.name": "SmolLM2-135M-Instruct"}
+    return head if task.worded else {**head, "head.start": "zeros", "model.name": "dinov2-small"}
 
 
 def node_for(task: str, folder: Path, settings: dict[str, Scalar]) -> dict[str, Scalar]:
