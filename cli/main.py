@@ -85,7 +85,7 @@ def run(
     """Run a simulated federation through ``flwr run`` and report on it."""
     from common.config.text import parse_settings
     from experiments.simulate import simulate
-    from experiments.site_count import sites_of
+    from experiments.site_count import USUAL, sites_of
     from reports import write_reports
     from server.resume import with_resumed
     from strategies.job import configure, with_recipe
@@ -93,7 +93,7 @@ def run(
     # A kill must end the SuperLink and Ray as well, so it takes the way of Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
-    overrides, note = with_recipe(with_resumed(parse_settings(settings or [])))
+    overrides, note = with_recipe(with_resumed(parse_settings(settings or [])), sites=sites or USUAL)
     job = configure(overrides)
     print_notes(job, note)
     number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)

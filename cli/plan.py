@@ -35,17 +35,22 @@ def plan(
     from experiments.planner.forecast import forecast
     from experiments.planner.price import site_plans
     from experiments.planner.tables import print_forecast, print_found
+    from experiments.site_count import USUAL
     from strategies.job import configure, with_recipe
 
     given = parse_settings(settings or [])
-    overrides, note = with_recipe(given, divided=not sizes)
+    overrides, note = with_recipe(given, divided=not sizes, sites=0 if sizes else sites or USUAL)
     job = configure(overrides)
     print_notes(job, note)
     public_sizes = _sizes(job, sites, sizes)
     if sizes and not given.get("data.records"):
-        other = with_recipe({**given, "data.records": sum(public_sizes)})[0]["recipe"]
+        as_these = {**given, "data.records": sum(public_sizes)}
+        other = with_recipe(as_these, sites=len(public_sizes))[0]["recipe"]
         if other != job.config.recipe:
-            console.print(f"with data.records = {sum(public_sizes)}, as these sites have, recipe is {other!r}")
+            console.print(
+                f"what follows is of the recipe {job.config.recipe!r}; with data.records = {sum(public_sizes)}, as "
+                f"these sites have, it is {other!r}"
+            )
     if find:
         found = find_within_budget(job, find)
         job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})
@@ -62,9 +67,10 @@ def plan(
 
 def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
     from experiments.planner.price import simulated_sizes
+    from experiments.site_count import USUAL
 
     if not sizes:
-        return simulated_sizes(job, 4 if sites is None else sites)
+        return simulated_sizes(job, USUAL if sites is None else sites)
     if sites is not None:
         raise ConfigError("give --sizes or --sites, not both: the sizes say how many sites there are")
     parts = [part.strip() for part in sizes.split(",")]

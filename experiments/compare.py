@@ -85,7 +85,9 @@ def compare(
     for path in configs:
         for mode in MODES:
             for seed in seeds:
-                settings, _ = with_recipe({**parse_settings([str(path)]), **overrides, "privacy.mode": MODES[0]})
+                settings, _ = with_recipe(
+                    {**parse_settings([str(path)]), **overrides, "privacy.mode": MODES[0]}, sites=sites
+                )
                 settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
                 jobs[path.stem, mode, seed] = (settings, f"{path.stem}-{mode}-{seed}")
                 job = configure(settings)

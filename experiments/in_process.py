@@ -83,7 +83,7 @@ def run_in_process(
     kind: type[InProcessTransport] = InProcessTransport,
 ) -> Path:
     """Conduct a run over ``nodes`` (or so many simulated sites) and return its folder; ``kind`` may misbehave."""
-    settings, _ = with_recipe(settings)
+    settings, _ = with_recipe(settings, sites=nodes if isinstance(nodes, int) else len(nodes))
     job = configure(settings)
     folder = run_folder(job.config, run)
     described = simulated_nodes(nodes, folder / "ledgers") if isinstance(nodes, int) else list(nodes)

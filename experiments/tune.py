@@ -202,7 +202,7 @@ def _priced(
     name: str, sites: int, trials: Mapping[str, dict[str, Scalar]], base: Mapping[str, Scalar], asked_limit: Any
 ) -> Tuning:
     # The recipe is that of what all trials share, so that a trial changes its own settings alone.
-    base, _ = with_recipe(base)
+    base, _ = with_recipe(base, sites=sites)
     asked = {trial: {**base, **own} for trial, own in trials.items()}
     jobs = {trial: configure(settings) for trial, settings in asked.items()}
     for trial, job in jobs.items():

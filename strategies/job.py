@@ -228,7 +228,7 @@ def _filled(settings: Mapping[str, Scalar]) -> _Filled:
     return _Filled({**recipe.settings(asked), **told, "recipe": recipe.name}, asked.given, note)
 
 
-def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True) -> tuple[dict[str, Scalar], str]:
+def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: int = 0) -> tuple[dict[str, Scalar], str]:
     """Return settings that name their recipe, and the note on it: where a job is made, a file that is here has labels.
 
     Whoever gets the settings then finds the same recipe, wherever the file is.
@@ -237,6 +237,7 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True) -> tuple[
         values: as people write them.
         divided: whether sites divide the records of ``data.name``, as simulated ones do. These are counted then, and
             the settings say how many there are (``data.records``). Real sites hold records of their own.
+        sites: how many sites there are; 0: not known.
 
     Raises:
         ConfigError: as of ``configure``.
@@ -245,18 +246,18 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True) -> tuple[
     config = configure(values).config
     data, kind, named = config.data, config.model.task, str(values.get("recipe", AUTO))
     labels = count_labels(data, kind) if named == AUTO and TASKS[kind].labelled and not known_labels(data) else 0
-    recipe, note, asked = _recipe(told, labels)
+    recipe, note, asked = _recipe(told, labels, sites)
     counts = RECIPES[named].by_records if named != AUTO else not own_method(asked)
     if not (divided and counts and TASKS[kind].worded) or data.records or not (found := count_records(data, kind)):
         return {**values, "recipe": recipe.name}, note
-    recipe, note, _ = _recipe({**told, "data.records": found}, labels)
+    recipe, note, _ = _recipe({**told, "data.records": found}, labels, sites)
     return {**values, "data.records": found, "recipe": recipe.name}, note
 
 
-def _recipe(told: Mapping[str, Scalar], labels: int = 0) -> tuple[Recipe, str, Asked]:
+def _recipe(told: Mapping[str, Scalar], labels: int = 0, sites: int = 0) -> tuple[Recipe, str, Asked]:
     """Return the recipe of settings, the note on it and what it was chosen by."""
     known, run = known_settings(), _run_settings(told)
-    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]), labels)
+    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]), labels, sites)
     if run.recipe == AUTO and not labels and not own_method(asked):
         # A site configures what a server sends: no file that this names is looked at here.
         asked = replace(asked, labels=len(known_labels(run.data)))

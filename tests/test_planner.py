@@ -294,7 +294,9 @@ def test_the_plan_says_if_so_many_records_have_another_recipe(tmp_path: Path, to
     own = {"data.name": "records.csv", "data.labels": "bad,good", "privacy.epsilon": 0.5, "rounds": 10}
     settings = {**{key: toy_settings[key] for key in kept if key in toy_settings}, **own}
     told = run_plan(tmp_path, settings, "--sizes", "9000,9000", "--no-calibration")
-    assert "with data.records = 18000, as these sites have, recipe is 'metric'" in " ".join(told.stdout.split())
+    assert "is of the recipe 'head-only'; with data.records = 18000, as these sites have, it is 'metric'" in " ".join(
+        told.stdout.split()
+    )
     for more, sizes in (({}, "900,900"), ({"data.records": 2000}, "9000,9000")):
         told = run_plan(tmp_path, {**settings, **more}, "--sizes", sizes, "--no-calibration")
         assert "as these sites have" not in told.stdout

@@ -45,6 +45,8 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({"data.records": 20000, "privacy.epsilon": 0.5}, "metric", ""),
         ({"data.records": 500}, "head-only", "is 8, and with 500 records that takes 15 at least"),
         ({"data.records": 67000, "privacy.epsilon": 0.2}, "metric", ""),
+        ({"min-sites": 9, "privacy.epsilon": 1.5}, "metric", ""),
+        ({"min-sites": 9, "privacy.epsilon": 1.4}, "head-only", "is 1.4, and at 9 sites that takes 1.5 at least"),
         ({"data.records": 67000, "privacy.epsilon": 0.1}, "head-only", "with 67000 records that takes 0.12 at least"),
         ({"data.records": 1, "privacy.epsilon": 500.0}, "head-only", "with 1 record that takes 7500 at least"),
         (
@@ -66,7 +68,7 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 0.6},
             "head-only",
-            "because privacy.epsilon is 0.6, and that takes 0.87 at least",
+            "because privacy.epsilon is 0.6, and at 3 sites that takes 0.87 at least",
         ),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
         ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
@@ -147,6 +149,9 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     assert configure(with_recipe({**many, "recipe": "metric"})[0]).settings() == configure(settings).settings()
     apart, note = with_recipe(many, divided=False)
     assert (apart["recipe"], "data.records" in apart) == ("head-only", False), "real sites hold records of their own"
+    chosen = {sites: with_recipe(many, sites=sites)[0]["recipe"] for sites in (1, 4, 5, 20)}
+    assert chosen == {1: "metric", 4: "metric", 5: "metric", 20: "head-only"}, "each site has noise of its own"
+    assert "with 14000 records at 20 sites that takes 1.2 at least" in with_recipe(many, sites=20)[1]
     for own in ({"recipe": "head-only"}, {"recipe": "plain"}, {"strategy": "ffa-lora"}, {"privacy.mode": "none"}):
         assert "data.records" not in with_recipe({**many, **own})[0], "its recipe goes by no number"
     assert with_recipe({**many, "data.records": 5000})[0]["recipe"] == "head-only", "what is said stands"

@@ -139,7 +139,7 @@ def _single(content: Mapping[str, Any]) -> Cell:
     asked = _epsilon(epsilon) if claims else None
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed must be a whole number, not {seed!r}")
-    cell = Cell(BASE, FEDERATED, None, asked, seed, USUAL, _with_recipe(own, {}))
+    cell = Cell(BASE, FEDERATED, None, asked, seed, USUAL, _with_recipe(own, {}, USUAL))
     _check(cell)
     return cell
 
@@ -172,7 +172,7 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
         epsilons = [_epsilon(value) for value in values]
         # One method for all of a variant's ε: that of its private runs, if it has any.
         first = max(epsilons, key=lambda epsilon: epsilon is not None)
-        own = _with_recipe(own, _protection(own, first, name))
+        own = _with_recipe(own, _protection(own, first, name), sites)
         for epsilon in epsilons:
             protection = _protection(own, epsilon, name)
             for seed in seeds:
@@ -190,10 +190,10 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
     return cells
 
 
-def _with_recipe(own: Mapping[str, Scalar], protection: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return a variant's settings with the recipe of a run of it."""
+def _with_recipe(own: Mapping[str, Scalar], protection: Mapping[str, Scalar], sites: int) -> dict[str, Scalar]:
+    """Return a variant's settings with the recipe of a run of it at so many sites."""
     try:
-        told = with_recipe({**own, **protection})[0]
+        told = with_recipe({**own, **protection}, sites=sites)[0]
         return {**own, **{key: told[key] for key in ("recipe", "data.records") if key in told}}
     except ConfigError:
         return dict(own)  # its runs are checked one by one, and the first names what is wrong

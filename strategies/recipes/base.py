@@ -22,6 +22,8 @@ class Asked:
     """Keys of the settings that say something."""
     labels: int = 0
     """How many there are; 0: not known, or the task has none."""
+    sites: int = 0
+    """How many sites the run has, where that is known before it; 0: not known."""
 
     @property
     def clips(self) -> bool:

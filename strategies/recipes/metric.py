@@ -51,16 +51,22 @@ def least_epsilon(asked: Asked) -> float:
     """Return the budget from which on the noise of the mean is no more than that of ``LEAST_EPSILON`` as it was tried.
 
     Of one ε the noise of the mean over N records of K sites is as √K / N, and in a sum, of which h are honest, as
-    √(K / h) / N. How many sites a run has is not known here: a sum has those that it must have, and other runs as many
-    as were tried.
+    √(K / h) / N. K is what ``sites_of`` says.
     """
-    privacy, least = asked.settings.privacy, LEAST_EPSILON
-    if counted_by(asked):
-        least *= TRIED_RECORDS / counted_by(asked)
-    if not privacy.honest_sites:
-        return least
-    sites = privacy.honest_sites + privacy.colluders + privacy.drop_outs
-    return least * math.sqrt(sites / (privacy.honest_sites * TRIED_SITES))
+    least = LEAST_EPSILON * TRIED_RECORDS / (counted_by(asked) or TRIED_RECORDS)
+    return least * math.sqrt(sites_of(asked) / ((asked.settings.privacy.honest_sites or 1) * TRIED_SITES))
+
+
+def sites_of(asked: Asked) -> int:
+    """Return about how many sites share the noise.
+
+    A sum has those that it must have. Simulated sites are known. Of real ones no fewer than ``min-sites`` take
+    part, and as many as were tried are assumed.
+    """
+    privacy = asked.settings.privacy
+    if privacy.honest_sites:
+        return privacy.honest_sites + privacy.colluders + privacy.drop_outs
+    return asked.sites or max(TRIED_SITES, asked.settings.min_sites)
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,9 @@ class PublicMetricRecipe(Recipe):
         privacy, least = asked.settings.privacy, least_epsilon(asked)
         if privacy.epsilon < least and not privacy.noise_multiplier:
             of = f"with {counted(records, 'record')} " if (records := counted_by(asked)) else ""
-            return (
-                f"privacy.epsilon is {privacy.epsilon:g}, and {of}that takes {math.ceil(100 * least) / 100:g} at least"
-            )
+            at = f"at {counted(sites, 'site')} " if (sites := sites_of(asked)) != TRIED_SITES else ""
+            takes = f"{of}{at}that takes {math.ceil(100 * least) / 100:g} at least"
+            return f"privacy.epsilon is {privacy.epsilon:g}, and {takes}"
         rounds = asked.settings.rounds
         return (
             f"rounds is {rounds}, and that takes {FEWEST} at least"
