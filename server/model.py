@@ -91,22 +91,8 @@ class ServerModel:
         return base_weight(self.model.adapter.layers(self.model.peft_model)[layer]).double().cpu()
 
     def rule_statistic(self, state: ServerState) -> AdapterState:
-        """Return what the run's server rule takes from public text before round 1.
-
-        Args:
-            state: any of the run's: the factors that no site trains are those of its start, or made anew after the
-                head's rounds.
-
-        Raises:
-            DataError, ModelError: the text cannot be read, is not public to the run, or says nothing.
-        """
-        frozen = {
-            layer: {n: t for n, t in state.adapter[layer].items() if n in factors and not state.trains(layer, n)}
-            for layer, factors in self.start.items()
-            if layer in state.adapter
-        }
-        self.model.write(merge(self.start, frozen))
-        return self.job.rule.measure(self.model, self.job.config)
+        """Return what the run's server rule takes from public text before round 1, as the function does."""
+        return rule_statistic(self.job, self.model, state)
 
     def _labels(self) -> Labels:
         return Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
@@ -134,3 +120,24 @@ class ServerModel:
         """Return accuracy and loss of the model under ``adapter``."""
         self.model.write(adapter)
         return self.model.score(self.records, self._slices)
+
+
+def rule_statistic(job: Job, model: FederatedModel, state: ServerState) -> AdapterState:
+    """Return what a run's server rule takes from public text before round 1.
+
+    Args:
+        job: the run.
+        model: the run's, whatever was written into it.
+        state: any of the run's: the factors that no site trains are those of its start, or made anew after the head's
+            rounds.
+
+    Raises:
+        DataError, ModelError: the text cannot be read, is not public to the run, or says nothing.
+    """
+    frozen = {
+        layer: {n: t for n, t in state.adapter[layer].items() if n in factors and not state.trains(layer, n)}
+        for layer, factors in model.start.items()
+        if layer in state.adapter
+    }
+    model.write(merge(model.start, frozen))
+    return job.rule.measure(model, job.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from common.errors import RunFailed
@@ -17,16 +16,14 @@ from server.checkpoint import Checkpoint
 from server.drop_outs import RecoveringSites
 from server.learning import layer_lines, with_noises
 from server.model import ServerModel
-from server.noise import averaged_noise, exact_noise
-from server.rates import within_noise
+from server.noise import averaged_noise
 from server.replies import clean
-from server.ruled import ruled_step
+from server.ruled import round_step
 from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
 from server.trusted import TrustedSites
 from server.watched import watched
 from strategies import ServerState, mean
-from strategies.base import ServerStep
 from strategies.job import Job
 
 
@@ -123,8 +120,7 @@ def run_rounds(
         results = list(got.results.values())
         averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
-        noise = exact_noise(job, results, averaged)
-        step: ServerStep = partial(ruled_step, job, within_noise(job, results, averaged), measured, noise=noise)
+        step = round_step(job, measured, results, averaged)
         if job.config.server.scores:
             step = watched(job, step, server_model.base_weight, averaged_noise(job, results, averaged, usual=True))
         state = job.strategy.server_update(state, averaged, step)

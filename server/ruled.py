@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from common.config.sections import RunConfig
+from common.messages.round import TrainResult
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, subtract
+from server.noise import exact_noise
 from server.optimizer import server_step
-from strategies import ServerState
+from server.rates import within_noise
+from strategies import Contribution, ServerState
+from strategies.base import ServerStep
 from strategies.job import Job
 from strategies.rules import NoRule
 from strategies.rules.base import Known
+
+
+def round_step(
+    job: Job, measured: AdapterState, results: Sequence[TrainResult], averaged: Sequence[Contribution]
+) -> ServerStep:
+    """Return the server's step of a round: the run's rule around its optimiser, at the rates of the round.
+
+    Args:
+        job: the run.
+        measured: what the rule took from public text before round 1.
+        results: those that count, all of one round.
+        averaged: what is averaged, in the order of ``results``, or the one sum.
+    """
+    config, noise = within_noise(job, results, averaged), exact_noise(job, results, averaged)
+    return partial(ruled_step, job, config, measured, noise=noise)
 
 
 def ruled_step(
