@@ -281,6 +281,9 @@ class PrivacyLine(RunFile):
     """In words."""
     head: str
     """The head's policy in words."""
+    rank: int = 0
+    """How many columns the site trains, declared as public; 0: the strategy does not ask, or an earlier FedVeil wrote
+    the line."""
 
 
 @dataclass(frozen=True)

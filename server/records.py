@@ -91,6 +91,7 @@ def privacy_line(job: Job, result: TrainResult) -> PrivacyLine:
         spent=spent.figures() if spent else None,
         accountant=str(spent.accountant) if spent else NO_CLAIM,
         head=head_words(job),
+        rank=result.rank,
     )
 
 
