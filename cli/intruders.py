@@ -36,5 +36,5 @@ def intruders(
     console.print(table)
     total = f"{counted(sum(row.intruders for row in rows), 'intruder')} in {counted(len(rows), 'layer')}"
     noise = [row.of_noise for row in rows if row.of_noise is not None]
-    beside = f"noise alone makes {sum(noise)}" if noise else "the noise alone is not known: nothing stands beside it"
-    console.print(f"{total}; {beside}")
+    beside = f"noise alone makes {sum(noise)}" if noise else f"nothing stands beside it: {rows[0].unknown}"
+    console.print(Text(visible(f"{total}; {beside}")))

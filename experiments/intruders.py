@@ -5,14 +5,14 @@ and W = U S V ᵀ after it, the j-th of the ``top`` left singular vectors is an 
 column of U0 reaches a bound. Weights are oriented (out, in) first, however a layer keeps them.
 
 Noise makes intruders, too. So each count stands beside that of the same run's noise alone: a draw of what every round
-would have sent without any record, put through the same strategy and the same optimiser of the server. Everything here
-is read from what is published already, and costs no privacy.
+would have sent without any record, put through the same strategy, server rule and optimiser of the server. Everything
+here is read from what is published already, and costs no privacy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,22 +24,22 @@ from common.adapters.base import base_weight
 from common.adapters.lora_merged import pair_of
 from common.adapters.low_rank import LowRank
 from common.check import in_range, positive
-from common.errors import DataError, ModelError
-from common.messages.columns import narrowed
+from common.errors import DataError, FedVeilError, ModelError
 from common.messages.round import Spending, SpendingFigures, TrainResult
-from common.messages.state import HEAD, METRIC, AdapterState
+from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
 from common.model.base import load_base_model
 from common.run_lines import PrivacyLine, RoundLine, read_json, read_lines
 from experiments.spectra import Top, count_above, spectrum_of, top_of
-from server.aggregation import shares_of
+from server.aggregation import contributions
 from server.checkpoint import saved_state
-from server.learning import step_noise
-from server.noise import sum_noise
-from server.optimizer import server_step
-from server.rates import within_noise
+from server.learning import step_noise, with_noises
+from server.model import rule_statistic
+from server.noise import cohort_noise, site_noise, sum_noise
+from server.ruled import round_step
 from strategies import Contribution, ServerState, of_turn
 from strategies.job import Job, configure
+from strategies.rules import ServerRule
 
 TOP, COSINE = 10, 0.5
 """As published: of how many singular vectors, and the cosine that is not reached."""
@@ -55,6 +55,8 @@ class LayerIntruders:
     intruders: int
     of_noise: int | None
     """Of a draw of the run's noise alone; None where that noise is not known."""
+    unknown: str
+    """Why it is not, in words; empty where it is."""
     edge: float
     """The smallest of the ``top`` singular values before training: a change below it makes no intruder."""
     largest: float
@@ -98,13 +100,14 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
         own = _factors(adapter, state.adapter[name], weight)
         made = top_of(before, *own, count)
         edge = float(before.values[count - 1])
-        alone = None if noise is None else top_of(before, *_factors(adapter, noise[name], weight), count)
+        alone = None if isinstance(noise, str) else top_of(before, *_factors(adapter, noise[name], weight), count)
         rows.append(
             LayerIntruders(
                 layer=name,
                 top=count,
                 intruders=_count(made, cosine),
                 of_noise=None if alone is None else _count(alone, cosine),
+                unknown=noise if isinstance(noise, str) else "",
                 edge=edge,
                 largest=_largest(*own),
                 above=count_above(before, *own, edge * (1 + 1e-9)),
@@ -113,10 +116,11 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     return rows
 
 
-def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) -> AdapterState | None:
-    """Return the adapter that a run's noise makes of its start without any record; None if the noise is not known.
+def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) -> AdapterState | str:
+    """Return the adapter that a run's noise makes of its start without any record, or why that is not known, in words.
 
-    One draw of a public seed. The noise of a round is what its sites have stated, where each took one plain step.
+    One draw of a public seed, which goes through all that the server does with what sites send. The noise of a round is
+    what its sites have stated, where each took one plain step, or what a trusted server has added.
 
     Args:
         job: the run's.
@@ -128,14 +132,15 @@ def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) ->
     state = job.start({layer: start[layer] for layer in ended.adapter if layer in start})
     counted = {line.round_number for line in read_lines(RoundLine, run) if line.complete and line.round_number}
     by_round = {number: _results(run, number) for number in sorted(counted)}
-    if not by_round or job.config.server.rule != "none":  # what a rule took from public text is kept nowhere
-        return None
+    if why := _unknown(job, by_round):
+        return why
+    try:
+        measured = _measured(job, run, state)
+    except FedVeilError as error:
+        return str(error)
     for results in by_round.values():
-        contributions = _noised(job, state, results, draw)
-        if contributions is None:
-            return None
-        step = partial(server_step, within_noise(job, results, contributions))
-        state = job.strategy.server_update(state, contributions, step)
+        noised, averaged = _noised(job, state, results, draw)
+        state = job.strategy.server_update(state, averaged, round_step(job, measured, noised, averaged))
     return state.adapter
 
 
@@ -143,7 +148,7 @@ def _results(run: Path, round_number: int) -> list[TrainResult]:
     """Return what each site has stated in a round, without what it sent; of a release that is told twice, the last."""
     told = {line.site: line for line in read_lines(PrivacyLine, run) if line.round_number == round_number}
     return [
-        TrainResult(str(run), round_number, site, line.public_size, {}, _spending(line.spent))
+        TrainResult(str(run), round_number, site, line.public_size, {}, _spending(line.spent), rank=line.rank)
         for site, line in sorted(told.items())
     ]
 
@@ -155,36 +160,56 @@ def _spending(spent: SpendingFigures | None) -> Spending | None:
     return Spending(**held, accountant=Accountant("pld", ""))
 
 
+def _unknown(job: Job, by_round: Mapping[int, Sequence[TrainResult]]) -> str:
+    """Return why the noise of a run's rounds does not follow from what its folder says; empty if it does."""
+    if not all(by_round.values()) or not by_round:
+        return "its folder tells of no round"
+    if not job.mechanism.claims:
+        return "the run adds no noise"
+    every = [result for results in by_round.values() for result in results]
+    if not job.mechanism.pooled and any(step_noise(job, result) is None for result in every):
+        return "its noise follows from public figures only where each site takes one plain step (SGD) a round"
+    if not job.derived and set(job.adapter.trained) & set(job.adapter.directions):
+        return "its folder does not keep where round 0 let the trained factors begin"
+    if job.strategy.ranked and not all(result.rank for result in every):
+        return "an earlier FedVeil wrote its folder, which does not say how many columns each site trained"
+    return ""
+
+
+def _measured(job: Job, run: Path, state: ServerState) -> AdapterState:
+    """Return what the run's rule took from public text; errors as of ``rule_statistic``."""
+    if type(job.rule).measure is ServerRule.measure:
+        return {}
+    labels = tuple(read_json(run / "adapter" / "fedveil.json")["label_names"])
+    return rule_statistic(job, job.model(labels), state)
+
+
 def _noised(
     job: Job, state: ServerState, results: Sequence[TrainResult], draw: torch.Generator
-) -> list[Contribution] | None:
-    """Return what sites without any record would have sent; None if that is not known."""
-    strategy = job.strategy
-    if not results or strategy.ranked:  # a folder does not say which columns each site has trained
-        return None
-    chosen = strategy.columns(strategy.downlink(state), 0)
-    noises: list[float | None]
+) -> tuple[list[TrainResult], list[Contribution]]:
+    """Return the results of sites without any record, of which all that they send is noise, and what is averaged."""
+    if job.mechanism.central:
+        (cohort,) = results
+        noise = cohort_noise(job, cohort)
+        return [cohort], [Contribution(cohort.site, 1.0, _sent(job, state, 0, noise, draw), noise=noise)]
     if job.mechanism.summed:
-        noises, shares, names = [sum_noise(job, results)], [1.0], ["all"]
-    else:
-        noises, names = [step_noise(job, result) for result in results], [result.site for result in results]
-        if any(noise is None for noise in noises):
-            return None
-        shares = shares_of(job, results)
-    made = []
-    for name, share, noise in zip(names, shares, noises, strict=True):
-        if noise is None:
-            return None
-        trained = {
-            layer: {factor: tensor for factor, tensor in factors.items() if state.trains(layer, factor)}
-            for layer, factors in state.adapter.items()
-            if layer not in (HEAD, METRIC)
-        }
-        trained = of_turn({k: f for k, f in trained.items() if f}, strategy.turn(state.round_number + 1))
-        trained = trained if chosen is None else narrowed(trained, chosen)
-        sent = apply(partial(_with_noise, noise, draw), trained)
-        made.append(Contribution(name, share, sent, noise=noise))
-    return made
+        return list(results), [Contribution("all", 1.0, _sent(job, state, 0, sum_noise(job, results), draw))]
+    noised = [
+        replace(result, contribution=_sent(job, state, result.rank, site_noise(job, result), draw))
+        for result in results
+    ]
+    return noised, with_noises(job, contributions(job, noised, state), noised, state)
+
+
+def _sent(job: Job, state: ServerState, rank: int, noise: float, draw: torch.Generator) -> AdapterState:
+    """Return what sites train in the round, of so many columns where they declare a rank, with noise on it."""
+    trained = {
+        layer: {factor: tensor for factor, tensor in factors.items() if state.trains(layer, factor)}
+        for layer, factors in job.strategy.counterpart(state, rank).items()
+        if layer not in OWN
+    }
+    turn = job.strategy.turn(state.round_number + 1)
+    return apply(partial(_with_noise, noise, draw), of_turn({k: f for k, f in trained.items() if f}, turn))
 
 
 def _with_noise(std: float, draw: torch.Generator, tensor: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,16 @@ def sum_noise(job: Job, results: Sequence[TrainResult], *, usual: bool = False) 
     return _rate(job, first) * _gradient(job, first, sizes, usual) * math.sqrt(len(results))
 
 
+def cohort_noise(job: Job, result: TrainResult) -> float:
+    """Return the standard deviation of the noise on one number of a trusted server's mean, which it noises as it is.
+
+    Args:
+        job: a run in which the server draws the noise.
+        result: stands for the whole cohort; only its size and what the round was charged for are used.
+    """
+    return _gradient(job, result, result.public_size, usual=False)
+
+
 def of_average(shares: Sequence[float], noises: Sequence[float]) -> float:
     """Return the standard deviation of one number of ``Σ p_k x_k`` for independent x_k.
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +21,26 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
+import experiments.intruders
 import experiments.spectra
 from cli.main import app
 from common.adapters import ADAPTERS
 from common.adapters.base import base_weight
 from common.errors import ConfigError, DataError, ModelError
+from common.messages.state import HEAD
+from common.messages.tensors import entries, merge
 from common.model.base import load_base_model
-from experiments.in_process import run_in_process
+from common.run_lines import PrivacyLine, read_lines
+from experiments.in_process import run_in_process, simulated_nodes
 from experiments.intruders import _factors, intruders_of, noise_alone
 from experiments.spectra import Spectrum, count_above, spectrum_of, top_of
 from experiments.sweep.summary import groups, markdown_of
 from server.checkpoint import saved_state
+from server.noise import site_noise
+from server.optimizer import server_step
+from server.rates import within_noise
 from strategies.job import configure
+from strategies.rules import RULES
 
 SHAPES = ((90, 90), (110, 80), (80, 110), (30, 12), (12, 30))
 RANK = 4
@@ -169,7 +181,7 @@ def test_the_noise_alone_is_as_long_as_the_formula_says(gpt2: Path) -> None:
     job, state = configure(swept_settings(gpt2)), saved_state(gpt2)
     start = {layer: {**factors, "B": 0 * factors["B"]} for layer, factors in state.adapter.items() if layer != "head"}
     alone = noise_alone(job, gpt2, start, state)
-    assert alone is not None
+    assert isinstance(alone, dict)
     numbers = torch.cat([factors["B"].flatten() for factors in alone.values()])
     real = torch.cat([factors["B"].flatten() for layer, factors in state.adapter.items() if layer != "head"])
     assert float(numbers.std()) == pytest.approx(float(real.std()), rel=6 / math.sqrt(len(numbers)))
@@ -202,7 +214,7 @@ def test_q1_every_adapters_change_is_counted_as_the_whole_decomposition_does(nam
 def test_a_run_without_an_adapter_and_one_without_known_noise_are_told_apart(toy_settings: dict[str, Any]) -> None:
     open_run = run_in_process({**toy_settings, **NOISY, "privacy.mode": "none"}, 2)
     rows = intruders_of(open_run)
-    assert {row.of_noise for row in rows} == {None}
+    assert {(row.of_noise, row.unknown) for row in rows} == {(None, "the run adds no noise")}
     alone = {"strategy": "fedavg-lora", "adapter.name": "none", "privacy.mode": "none"}
     with pytest.raises(ModelError, match="adapter 'none' changes no layer"):
         intruders_of(run_in_process({**toy_settings, **NOISY, **alone}, 2, "2"))
@@ -237,3 +249,125 @@ def test_a_sweeps_table_has_the_counts_where_they_are_known() -> None:
     assert "intruders (of noise) |" in text
     assert "1.5 (0.0) |" in text
     assert "new directions" in text
+
+
+HEAVY_BALL: dict[str, Any] = {"server.optimizer": "momentum", "server.learning-rate": 0.5, "server.momentum": 0.5}
+PLAYED: dict[str, dict[str, Any]] = {
+    "soft-threshold": {"strategy": "ffa-lora", "server.rule": "soft-threshold", **HEAVY_BALL, "server.momentum": 0.0},
+    "lora-pro": {"strategy": "fedavg-lora", "server.rule": "lora-pro", **HEAVY_BALL},
+    "allora": {"strategy": "ffa-lora", "server.rule": "allora", "server.optimizer": "adam", "adapter.alpha": 3.0},
+    "align-guard": {"strategy": "ffa-lora", "server.rule": "align-guard", "align-guard.records": 4, **HEAVY_BALL},
+    "heterogeneous-ranks": {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": "1,3", **HEAVY_BALL},
+    "flexlora": {"strategy": "flexlora", "flexlora.simulated": "1,3", "server.optimizer": "adam"},
+    "client-level": {
+        "privacy.mode": "client-level",
+        "privacy.unit": "site",
+        "privacy.cohort": 4,
+        "privacy.delta": 0.01,
+        "training.local-steps": 2,
+    },
+}
+"""Settings of runs whose noise passes a rule of the server, falls on sites of unlike ranks, or is the server's own."""
+
+
+def numbers_of(shape: tuple[int, ...]) -> Tensor:
+    """Return what stands for draws of this shape: long, so that some of it is above any threshold."""
+    return 3 * normal(*shape, seed=shape[-1])
+
+
+def of_noise_alone(
+    settings: dict[str, Any], patch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[Path, Callable[[], float]]:
+    """Return a run of unlike sites of which noise alone is left, that of ``numbers_of``, and how far a replay is off.
+
+    That is the largest difference of a trained number, over the largest one, where the replay draws the same numbers.
+    """
+
+    def noised(total: Tensor, std: float, step: float = 0.0) -> Tensor:
+        del step
+        return -std * numbers_of(tuple(total.shape))
+
+    nodes = simulated_nodes(3, tmp_path / "ledgers")
+    for node, size in zip(nodes, (60, 40, 50), strict=True):
+        node["public-size"] = size
+    with patch.context() as inside:
+        inside.setattr("common.privacy.dpsgd.add_private_noise", noised)
+        inside.setattr("server.trusted.add_private_noise", noised)
+        folder = run_in_process(settings, nodes)
+    state, job = saved_state(folder), configure(swept_settings(folder))
+    # What sites send is a step against the noised gradient, and a trusted server's mean is a change.
+    sign = -1 if job.mechanism.central else 1
+    patch.setattr(
+        "experiments.intruders._with_noise", lambda std, _, t: (t + sign * std * numbers_of(tuple(t.shape))).to(t.dtype)
+    )
+    base = load_base_model(job.config.model.name, job.config.model.task)
+    start = job.adapter.read(job.adapter.attach(base.module, job.config.seed))
+
+    def off() -> float:
+        made = noise_alone(job, folder, merge(start, job.strategy.basis(state)), state)
+        assert isinstance(made, dict)
+        places = [(k, n, t) for k, n, t in entries(state.adapter) if k != HEAD and state.trains(k, n)]
+        most = max(float(wanted.abs().max()) for _, _, wanted in places)
+        return max(float((made[k][n].double() - wanted.double()).abs().max()) for k, n, wanted in places) / most
+
+    return folder, off
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_q5_the_noise_alone_goes_through_all_that_the_server_does(
+    name: str,
+    toy_settings: dict[str, Any],
+    toy_generation: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Of runs whose records add 0, against the run's own adapter; without the rule, or the ranks, it is another."""
+    toy = toy_generation if name == "align-guard" else toy_settings
+    noise = {"privacy.noise-multiplier": 3.0, "rounds": 2}
+    folder, off = of_noise_alone({**toy, **NOISY, **noise, **PLAYED[name]}, monkeypatch, tmp_path)
+    assert off() < 1e-6
+    assert all(row.of_noise is not None and not row.unknown for row in intruders_of(folder))
+    if name == "client-level":
+        monkeypatch.setattr("experiments.intruders.cohort_noise", site_noise)
+    elif name in RULES:
+        monkeypatch.setattr(
+            "experiments.intruders.round_step",
+            lambda job, _, results, averaged: partial(server_step, within_noise(job, results, averaged)),
+        )
+    else:
+        assert [line.rank for line in read_lines(PrivacyLine, folder)] == [1, 3, 1] * 2
+        told = experiments.intruders._results
+        monkeypatch.setattr(
+            "experiments.intruders._results", lambda *of: [replace(result, rank=3) for result in told(*of)]
+        )
+    assert off() > 1e-2
+
+
+def test_a_folder_that_does_not_tell_ranks_or_a_text_that_is_gone_leaves_one_line(
+    toy_settings: dict[str, Any], toy_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    ranked = run_in_process({**toy_settings, **NOISY, **PLAYED["flexlora"]}, 2)
+    lines = [json.loads(line) for line in (ranked / PrivacyLine.NAME).read_text().splitlines()]
+    assert {line.pop("rank") for line in lines} == {1, 3}
+    (ranked / PrivacyLine.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = tmp_path / "public.txt"
+    text.write_text("the scene was quite a story\nan actor is very warm\n")
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    named = {"align-guard.text": str(text), "align-guard.text-sha256": digest}
+    guarded = run_in_process({**toy_generation, **NOISY, **PLAYED["align-guard"], **named}, 2, "2")
+    assert {row.unknown for row in intruders_of(guarded)} == {""}
+    text.unlink()
+    # A that is trained from where a statistic puts it.
+    job = configure(
+        {**swept_settings(ranked), "strategy": "fedavg-lora", "adapter.name": "lora", "adapter.start": "eva"}
+    )
+    state = saved_state(ranked)
+    assert noise_alone(job, ranked, state.adapter, state) == (
+        "its folder does not keep where round 0 let the trained factors begin"
+    )
+    for folder, why in ((ranked, "does not say how many columns each site trained"), (guarded, "public.txt")):
+        rows = intruders_of(folder)
+        assert {row.of_noise for row in rows} == {None}
+        done = CliRunner().invoke(app, ["intruders", str(folder)], env={"COLUMNS": "400"})
+        assert f"nothing stands beside it: {rows[0].unknown}\n" in done.output
+        assert why in rows[0].unknown
