@@ -102,6 +102,19 @@ def tiny_model(family: str, hidden: int = 16) -> Any:
     )
 
 
+def with_biases(model: Any) -> Any:
+    """Fill every bias of a model, in place, with the same random numbers every time; return the model.
+
+    As they are made, models of the library have biases of 0, and a layer that forgets its own computes the same.
+    """
+    drawn = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "bias":
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=drawn))
+    return model
+
+
 TARGETS = {"bert": "query,value,dense", "gpt2": "c_attn", "llama": "q_proj,v_proj"}
 """Layers to adapt per family; each set holds a layer that is not square."""
 

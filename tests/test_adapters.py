@@ -22,10 +22,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from audits.tiny_models import TARGETS
+from audits.tiny_models import TARGETS, with_biases
 from common.adapters import ADAPTERS, Adapter, DoRA
 from common.adapters.base import ADAPTER_NAME, layer_shape
 from common.adapters.branch import Branch
+from common.adapters.layer import AdaptedLinear
 from common.adapters.lora_metric import LoRAMetric
 from common.adapters.low_rank import LowRank
 from common.adapters.mapped import Mapped
@@ -54,11 +55,11 @@ Folder = Callable[[str], str]
 def _read(folder: str, family: str) -> Any:
     loader = AutoModel if family == "bert" else AutoModelForCausalLM
     options = {"add_pooling_layer": False} if family == "bert" else {}
-    return loader.from_pretrained(folder, **options).float().eval()
+    return with_biases(loader.from_pretrained(folder, **options).float().eval())
 
 
 def stock(folder: str, family: str) -> Any:
-    """Return the folder's model; a copy of one that is read from disk once."""
+    """Return the folder's model with biases of its own; a copy of one that is read from disk once."""
     return copy.deepcopy(_read(folder, family))
 
 
@@ -254,16 +255,18 @@ def test_delta_is_what_the_adapter_adds_to_the_layers_weight(model_folder: Folde
     base = stock(model_folder(family), family)
     state = random_values(adapter.read(model))
     adapter.write(model, state)
+    model.double()
     for layer, module in adapter.layers(model).items():
-        weight = stored_weight(base, layer)
-        delta = adapter.delta(state[layer], weight)
+        weight = stored_weight(base, layer).double()
+        delta = adapter.delta({factor: tensor.double() for factor, tensor in state[layer].items()}, weight)
         assert delta.shape == weight.shape, f"{layer}: delta has shape {tuple(delta.shape)}"
         with torch.no_grad():
             effective = (
-                cast(Any, module)(torch.eye(weight.shape[1])) - cast(Any, module)(torch.zeros(1, weight.shape[1]))
+                cast(Any, module)(torch.eye(weight.shape[1]).double())
+                - cast(Any, module)(torch.zeros(1, weight.shape[1]).double())
             ).T
         error = float((effective - weight - delta).abs().max())
-        assert error < 1e-6, f"{layer}: delta is off the effective weight by {error:.1e}"
+        assert error < 1e-12, f"{layer}: delta is off the effective weight by {error:.1e}"
         assert float(delta.abs().max()) > 1e-2 * float(weight.abs().max())
 
 
@@ -278,6 +281,12 @@ def test_as_lora_is_the_same_change_as_delta(model_folder: Folder, name: str, fa
         assert set(lora) == {"A", "B"}
         gap = float((adapter.scaling * lora["B"] @ lora["A"] - adapter.delta(exact)).abs().max())
         assert gap < 1e-12, f"the exported product is off by {gap:.1e}"
+
+
+def bias_forgotten(layer: AdaptedLinear, x: Tensor) -> Tensor:
+    """The fault: what the base layer returns is taken for W0 x, with its bias."""
+    result = layer.base_layer(x)
+    return cast(Tensor, result + layer.lora_branch(result, x))
 
 
 @each_adapter
@@ -299,6 +308,11 @@ def test_an_exported_adapter_is_the_same_model_in_stock_peft(
     assert float((ours - plain).abs().max()) > 1e-3 * scale, "the adapter hardly changes the model: nothing is proved"
     error = float((ours - theirs).abs().max()) / scale
     assert error < 1e-5, f"the stock model answers differently, by {error:.1e} of the largest logit"
+    if family != "llama" and isinstance(adapter, Mapped) and adapter.uses_projected:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AdaptedLinear, "forward", bias_forgotten)
+            error = float((output(model) - theirs).abs().max()) / scale
+        assert error > 1e-3, "a layer that takes its bias for a part of W0 x is not found"
     merged = loaded.merge_and_unload()
     for layer in state:
         weight = stored_weight(base, layer)

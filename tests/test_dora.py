@@ -11,7 +11,7 @@ import torch
 from made_run import spent
 from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, RandLoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_adapters import losses, random_values, stock
+from test_adapters import bias_forgotten, losses, random_values, stock
 from torch import Tensor, nn
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -20,6 +20,7 @@ from audits.tiny_models import TARGETS
 from cli.main import app
 from common.adapters import DoRA
 from common.adapters.dora import row_norms
+from common.adapters.layer import AdaptedLinear
 from common.config.text import parse_settings
 from common.errors import ConfigError, MechanismError, ModelError, ProtocolError
 from common.messages.tensors import start_fingerprint
@@ -68,9 +69,8 @@ def test_the_change_is_the_papers_weight_less_the_base() -> None:
     assert float((weight + dora().delta(factors, weight) - wanted).abs().max()) < 1e-12
 
 
-@each_family
-@each_scale
-def test_a_model_computes_what_pefts_own_layer_does(model_folder: Folder, family: str, scale: str) -> None:
+def ours_and_pefts(model_folder: Folder, family: str, scale: str) -> tuple[DoRA, nn.Module, Any, Tensor]:
+    """Return the adapter, our model and PEFT's of the same random numbers, in float64, and tokens for them."""
     adapter = dora(family, scale)
     model = adapter.attach(stock(model_folder(family), family), 1)
     state = random_values(adapter.read(model))
@@ -82,11 +82,30 @@ def test_a_model_computes_what_pefts_own_layer_does(model_folder: Folder, family
         layer.lora_B["default"].weight.data = state[name]["B"].clone()
         cast(Any, layer.lora_magnitude_vector["default"]).weight.data = state[name]["mu"].clone()
     tokens = torch.randint(4, 20, (3, 7), generator=stream(1, "tokens"))
+    return adapter, model.double().eval(), theirs.double().eval(), tokens
+
+
+@each_family
+@each_scale
+def test_a_model_computes_what_pefts_own_layer_does(model_folder: Folder, family: str, scale: str) -> None:
+    adapter, model, theirs, tokens = ours_and_pefts(model_folder, family, scale)
+    biases = [layer.get_base_layer().bias for layer in adapter.layers(model).values()]
+    assert all(bias is None if family == "llama" else bool(bias.all()) for bias in biases), "a bias of 0 proves nothing"
     with torch.no_grad():
-        ours, wanted = losses(model.double().eval(), tokens), losses(theirs.double().eval(), tokens)
+        ours, wanted = losses(model, tokens), losses(theirs, tokens)
         assert float((ours - wanted).abs().max()) < 1e-12
         cast(Any, next(iter(adapter.layers(theirs).values())).lora_magnitude_vector["default"]).weight.mul_(1.01)
         assert float((ours - losses(theirs, tokens)).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_layer_that_lengthens_its_bias_too_is_found(
+    model_folder: Folder, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, theirs, tokens = ours_and_pefts(model_folder, family, "rank")
+    monkeypatch.setattr(AdaptedLinear, "forward", bias_forgotten)
+    with torch.no_grad():
+        assert float((losses(model, tokens) - losses(theirs, tokens)).abs().max()) > 1e-3
 
 
 def gradients(factors: dict[str, Tensor], weight: Tensor, x: Tensor, detached: bool) -> dict[str, Tensor]:

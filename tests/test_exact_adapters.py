@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, RandLoraConfig, get_peft_model
 from test_adapters import WITH_FACTORS, Folder, as_trained, float64_model, furthest_from_alone, stock
 from torch import Tensor, nn
 
-from audits.tiny_models import TARGETS
+from audits.tiny_models import TARGETS, with_biases
 from common.adapters import (
     ADAPTERS,
     SALT,
@@ -177,7 +177,7 @@ def test_noise_on_what_is_trained_has_the_stated_norm_in_the_weights(name: str, 
 def test_the_gradient_of_each_record_of_a_vision_transformer_is_that_of_one_alone(name: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        base = tiny_vit("vit").eval()
+        base = with_biases(tiny_vit("vit")).eval()
     targets = tuple(sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)}))
     adapter = ADAPTERS[name](RANK, ALPHA, targets, STARTS["orthonormal"]())
     model = adapter.attach(base, 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 import client.app
+from audits.tiny_models import with_biases
 from audits.tiny_site import clinic
 from common.adapters import LoRAFrozenA, routed
 from common.adapters.routed import Routes, routed_directions
@@ -83,7 +84,7 @@ def samples_of(model: nn.Module, losses: Callable[[Tensor], Tensor], batch: Tens
 def test_y1_so_is_that_of_a_vision_transformer_under_a_sparse_a() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        base = tiny_vit("vit").eval()
+        base = with_biases(tiny_vit("vit")).eval()
     adapter = LoRAFrozenA(RANK, 6.0, ("q_proj", "v_proj"), STARTS["sparse"]())
     model = adapter.attach(base, 1)
     with torch.no_grad():

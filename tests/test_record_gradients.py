@@ -18,6 +18,7 @@ from digits import tiny_vit
 from test_adapters import ALPHA, FAMILIES, RANK, Folder, as_trained, float64_model, losses
 from torch import Tensor, nn
 
+from audits.tiny_models import with_biases
 from common.adapters import ADAPTERS, Adapter
 from common.adapters.nested import Depths, nested_ranks
 from common.adapters.split import SplitColumns, split_columns
@@ -61,7 +62,7 @@ def world_of(model_folder: Folder, family: str, name: str = "lora-frozen-a") -> 
         return World(adapter, model.train(), tokens, lambda batch: losses(model, batch))
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        base = tiny_vit("vit").eval()
+        base = with_biases(tiny_vit("vit")).eval()
     # The first linear map of the feed-forward part is not square.
     adapter = ADAPTERS[name](RANK, ALPHA, ("q_proj", "fc1"), STARTS["orthonormal"]())
     images = adapter.attach(base, 1)
