@@ -24,6 +24,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
+import torch
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
 from common.privacy import accounting, meaning
@@ -128,6 +129,18 @@ def toy_generation(model_folder: Callable[[str], str], tmp_path: Path, toy_setti
         "adapter.targets": TARGETS["llama"],
         "head.policy": "frozen",
     }
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["as rounded", "before rounding"])
+def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Return in what factors are kept that were computed in float64: rounded to float32, as they are, and as computed.
+
+    The formulas are held to far more digits than float32 has.
+    """
+    dtype: torch.dtype = request.param
+    if dtype is torch.float64:
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    return dtype
 
 
 @pytest.fixture

@@ -290,16 +290,41 @@ def pissa(alpha: float = ALPHA) -> LoRAIncrements:
     return LoRAIncrements(RANK, alpha, ("wide", "tall"), start)
 
 
+def best_of_rank(W: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of a rank: W on the span of the leading eigenvectors of Wᵀ W."""
+    leading = torch.linalg.eigh(W.T @ W).eigenvectors[:, -rank:]
+    return W @ leading @ leading.T
+
+
 @pytest.mark.parametrize("alpha", [1.0, 6.0])
 @each_shape
-def test_12_pissa_begins_with_the_best_of_its_rank_and_adds_nothing(alpha: float, out: int, into: int) -> None:
-    W = draw(out, into)
-    factors = begun(pissa(alpha), W)
-    values = torch.linalg.svdvals(W)
-    residual = torch.linalg.svdvals(W - factors["B"] @ factors["A"])
-    assert float((residual[0] - values[RANK]).abs()) < 1e-5  # factors are rounded to float32
-    assert not pissa(alpha).delta(factors).any()
-    assert off(factors["A"] @ factors["A"].T, torch.diag(values[:RANK])) < 1e-5
+def test_12_pissa_begins_with_the_best_of_its_rank_and_adds_nothing(
+    alpha: float, out: int, into: int, kept: torch.dtype
+) -> None:
+    near = {torch.float32: 1e-5, torch.float64: 1e-10}[kept]
+    adapter, W = pissa(alpha), draw(out, into)
+    factors = begun(adapter, W)
+    values, best = torch.linalg.svdvals(W), best_of_rank(W, RANK)
+    principal = adapter.scaling * factors["B"] @ factors["A"]
+    assert off(principal, best) < near
+    residual = torch.linalg.svdvals(W - principal)
+    assert float((residual[0] - values[RANK]).abs()) < near
+    assert not adapter.delta(factors).any()
+    assert off(factors["A"] @ factors["A"].T, torch.diag(values[:RANK])) < near
+    # Planted: PEFT divides the singular values by its scale; with that scale and without the division it is another.
+    assert off(alpha / RANK * factors["B"] @ factors["A"], best) > 0.1
+
+
+@pytest.mark.parametrize("rank", [1, RANK, 5])
+@each_shape
+def test_12_the_leading_triple_is_the_best_of_its_rank_and_its_signs_are_fixed(rank: int, out: int, into: int) -> None:
+    W = draw(out, into, seed=1)
+    U, S, V = leading_singular_triple(W, rank)
+    assert off((U * S) @ V, best_of_rank(W, rank)) < 1e-10
+    assert off(S, torch.linalg.eigvalsh(W.T @ W)[-rank:].flip(0).sqrt()) < 1e-10
+    assert max(off(U.T @ U, torch.eye(rank)), off(V @ V.T, torch.eye(rank))) < 1e-10
+    assert bool((U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all())
+    assert max(off(a, b) for a, b in zip(leading_singular_triple(-W, rank), (U, S, -V), strict=True)) < 1e-10
 
 
 @each_shape
@@ -313,6 +338,18 @@ def test_13_the_export_of_twice_the_rank_is_the_model_and_the_trained_pair_alone
     theirs = torch.cat([B, -factors["B"]], 1) @ torch.cat([A, factors["A"]])
     assert off(pair["B"] @ pair["A"], theirs) < 1e-12
     assert off(B @ A, theirs) > 0.5, "the principal part is not counted twice here: nothing is proved"
+
+
+@pytest.mark.parametrize("alpha", [1.0, 6.0])
+def test_12_it_begins_with_what_pefts_own_does_under_any_alpha(alpha: float) -> None:
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(12, 7))
+    W = base[0].weight.detach().double()
+    config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["0"], init_lora_weights="pissa")  # type: ignore[arg-type]
+    theirs: Any = get_peft_model(base, config).base_model.model[0]
+    ours = begun(pissa(alpha), W)
+    assert off(theirs.get_delta_weight("default").detach(), ours["B"] @ ours["A"]) < 1e-6
+    assert off(theirs.base_layer.weight.detach(), W - ours["B"] @ ours["A"]) < 1e-6
 
 
 def test_13_it_is_pefts_own_pissa() -> None:

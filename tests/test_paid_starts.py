@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ from common.starts.directions import leading_rows, leading_singular_triple, orth
 from common.starts.dp_eva import DPEVA
 from common.starts.dp_lora_ga import DPLoRAGA, sketching
 from common.starts.eva import EVA, input_moments
-from common.starts.gradient import mean_gradient
+from common.starts.gradient import initial_shapes, mean_gradient
 from common.starts.inputs import mean_moments, open_moments, packed, shared_inputs, unpacked
 from common.starts.lora_ga import LoRAGA
 from common.starts.private_eva import PrivateEVA
@@ -268,15 +269,16 @@ def test_the_rehearsal_passes_the_moments_and_the_sketches_and_finds_what_mixes_
 
 
 @pytest.mark.parametrize(("out", "into"), [(9, 14), (14, 9), (10, 10)])
-def test_invariants_18_and_19_the_first_step_is_the_best_of_its_rank(out: int, into: int) -> None:
+def test_invariants_18_and_19_the_first_step_is_the_best_of_its_rank(out: int, into: int, kept: torch.dtype) -> None:
+    near = {torch.float32: 1e-5, torch.float64: 1e-10}[kept]
     G, eta, s = draw(out, into, seed=out), 0.3, 1.7
     made = {name: t.double() for name, t in LoRAGA(data="p").from_statistic({"G": G}, RANK).items()}
     A, B = made["A"], made["B"]
     U, S, Vt = torch.linalg.svd(G, full_matrices=False)
     step = B @ B.T @ G + G @ A.T @ A
-    assert (step - U[:, : 2 * RANK] @ torch.diag(S[: 2 * RANK]) @ Vt[: 2 * RANK]).abs().max() < 1e-5
+    assert (step - U[:, : 2 * RANK] @ torch.diag(S[: 2 * RANK]) @ Vt[: 2 * RANK]).abs().max() < near
     first = s * (-eta * (s * G @ A.T)) @ A  # B one step of plain SGD from 0
-    assert (first + eta * s**2 * U[:, :RANK] @ torch.diag(S[:RANK]) @ Vt[:RANK]).abs().max() < 1e-5
+    assert (first + eta * s**2 * U[:, :RANK] @ torch.diag(S[:RANK]) @ Vt[:RANK]).abs().max() < near
     same_side = LoRAGA(data="p").from_statistic({"G": G}, RANK)["A"].double()
     worse = U[:, :RANK] @ U[:, :RANK].T @ G + G @ same_side.T @ same_side
     best = U[:, : 2 * RANK] @ torch.diag(S[: 2 * RANK]) @ Vt[: 2 * RANK]
@@ -351,11 +353,66 @@ def test_invariant_22_a_sketch_is_the_gradient_of_a_with_b_frozen_and_clipped_as
         assert (A @ A.T - torch.eye(RANK)).abs().max() < 1e-6
         assert float((A @ top.T).norm()) == pytest.approx(math.sqrt(RANK), abs=0.02)
 
-    def summed(kept: list[Record]) -> Tensor:
-        found = start.privatise(model, kept, plan_of(start, clip=0.01))
-        return torch.cat([held["S"].double().flatten() for held in found.values()])
+    assert moved_by_a_record(start, model, records) == pytest.approx(SHORT, abs=1e-6), "the clip is not attained"
+    # Planted: a clip that each layer has for itself is the promise broken.
+    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", _clip_each)
+    assert moved_by_a_record(start, model, records) > 1.1 * SHORT, "the check has no teeth"
 
-    assert float((summed(records) - summed(records[1:])).norm()) <= 0.01 + 1e-6
+
+SHORT = 0.01
+"""A clip that every record's sketch is longer than."""
+
+
+def moved_by_a_record(start: DPLoRAGA, model: FederatedModel, records: list[Record]) -> float:
+    """Return how far the first record moves the sum of all sketches together."""
+    whole, rest = (start.privatise(model, some, plan_of(start, SHORT)) for some in (records, records[1:]))
+    return float(torch.cat([(whole[name]["S"] - rest[name]["S"]).double().flatten() for name in whole]).norm())
+
+
+@each_family
+def test_invariant_22_before_rounding_a_sketch_is_the_noised_step_of_a_behind_that_b(
+    tiny: Make, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against B = Ω frozen in PEFT's own layers, one record after another, in float64."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(FederatedModel, "many_passes", lambda self: nullcontext())  # which holds weights in float32
+    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total + std * draw(*total.shape, seed=7))
+    start, divisor = DPLoRAGA(noise_multiplier=2.0), 4.0
+    model, slow = tiny(family, start), tiny(family, start)
+    model.module.double()
+    slow.module.double().requires_grad_(False).train()
+    assert slow.adapter.scaling == 1
+    layers = slow.adapter.layers(slow.peft_model)
+    rows = []
+    with torch.no_grad():
+        for name, layer in layers.items():
+            factors = slow.adapter.factors_of(layer)
+            factors["B"].copy_(sketching(name, len(factors["B"]), RANK))
+            rows.append(factors["A"].zero_().requires_grad_())
+    records = records_of(model)
+    # In the shapes of the release: Llama's norms are in float32 whatever the model is in, and follow the shape.
+    parts = [next(iter(slow.fixed_batches([record], initial_shapes(slow)))) for record in records]
+    gradients = [torch.autograd.grad(slow.losses(part).sum(), rows) for part in parts]
+    norms = [float(torch.cat([g.flatten() for g in gradient]).norm()) for gradient in gradients]
+    clip = sorted(norms)[2]
+    assert norms.count(clip) == 1 < len(norms), "some are clipped and some are not"
+    with in_float64():
+        sent = start.privatise(model, records, plan_of(start, clip, divisor))
+    for i, name in enumerate(layers):
+        total = sum((g[i] * min(1.0, clip / norm) for g, norm in zip(gradients, norms, strict=True)), torch.zeros(()))
+        wanted = (total + 2.0 * clip * draw(*total.shape, seed=7)) / divisor
+        assert (sent[name]["S"] - wanted).abs().max() < 1e-12, f"{name}: another step"
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Make new parameters in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
