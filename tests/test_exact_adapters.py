@@ -16,6 +16,7 @@ import torch
 from digits import tiny_vit
 from opacus.grad_sample import GradSampleHooks
 from peft import LoraConfig, PeftModel, RandLoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_adapters import WITH_FACTORS, Folder, as_trained, float64_model, furthest_from_alone, stock
 from torch import Tensor, nn
 
@@ -395,6 +396,16 @@ def test_13_pefts_conversion_is_the_same_change_on_the_stock_base_and_the_pair_a
     own = adapter.as_lora(factors)
     assert off(twice, adapter.delta(factors)) < 1e-6
     assert off(twice, own["B"] @ own["A"]) < 1e-6
+    # Theirs is [A + dA; A] and [B + dB, -B], to the last bit: ours in another basis of the same 2 r directions.
+    written = load_file(tmp_path / "twice" / "adapter_model.safetensors")
+    pair_a, pair_b = (written[f"base_model.model.0.lora_{letter}.weight"] for letter in "AB")
+    assert torch.equal(pair_a, torch.cat([A, factors["A"]]))
+    assert torch.equal(pair_b, torch.cat([B, -factors["B"]], 1))
+    one, none = torch.eye(RANK), torch.zeros(RANK, RANK)
+    turn = torch.cat([torch.cat([one, none], 1), torch.cat([one, -one], 1)])  # its own inverse
+    assert off(turn @ own["A"], pair_a) < 1e-6
+    assert off(own["B"] @ turn, pair_b) < 1e-6
+    assert off(own["A"], pair_a) > 0.1, "they are one pair: the row can ask for the same tensors"
     assert of_pair.r == RANK
     assert off(pair, adapter.delta(factors)) > 0.1, "the principal part is counted twice, and that is not seen"
 
@@ -423,14 +434,15 @@ def test_13_the_pass_in_training_is_that_of_the_exported_change(out: int, into: 
     assert off(plain_output, wanted) > 0.1
 
 
-def test_14_the_mean_is_off_by_the_covariance_and_the_start_drops_out() -> None:
-    adapter, W, shares = pissa(), draw(*TALL), (0.25, 0.75)
+@each_shape
+def test_14_the_mean_is_off_by_the_covariance_and_the_start_drops_out(out: int, into: int) -> None:
+    adapter, W, shares = pissa(), draw(out, into), (0.25, 0.75)
     sites = [drawn(adapter, W, 0.5, seed=k) for k in (3, 30)]
     mean = {name: shares[0] * sites[0][name] + shares[1] * sites[1][name] for name in sites[0]}
     gap = sum((p * adapter.delta(x) for p, x in zip(shares, sites, strict=True)), -adapter.delta(mean))
     covariance = sum(
         (p * (x["dB"] - mean["dB"]) @ (x["dA"] - mean["dA"]) for p, x in zip(shares, sites, strict=True)),
-        torch.zeros(TALL, dtype=torch.float64),
+        torch.zeros(out, into, dtype=torch.float64),
     )
     assert off(gap, covariance) < 1e-12
     assert float(covariance.abs().max()) > 1e-2
@@ -455,8 +467,33 @@ def test_15_increments_over_the_base_train_as_the_factors_do_over_the_residual_o
             lambda f: f["dB"] @ f["dA"], {"dA": A, "dB": B}, residual, noise, rates, 2.0, adam=adam, decay=decay
         )
 
-    assert apart(ours(0.0), theirs(0.0)) < 1e-10
+    assert apart(ours(0.0), theirs(0.0)) < 1e-12
     assert apart(ours(0.1), theirs(0.1)) > 1e-4, "weight decay draws to another place, and that is not seen"
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["dp-sgd", "dp-adam"])
+@each_shape
+def test_15_behind_a_frozen_a_b_from_0_over_the_base_trains_as_pissas_does_over_the_residual_one(
+    adam: bool, out: int, into: int
+) -> None:
+    W = draw(out, into)
+    start = begun(pissa(), W)
+    adapter = LoRAFrozenA(RANK, ALPHA, ("l",))
+    s, A = adapter.scaling, start["A"] / adapter.scaling**0.5
+    B = start["B"] / s**0.5  # s B A is the principal part
+    noise, rates = noises({"B": (out, RANK)}), {"B": 0.02}
+
+    def ours(decay: float) -> list[Tensor]:
+        held = {"B": torch.zeros_like(B)}
+        return trajectory(lambda f: adapter.delta({"A": A, **f}), held, W, noise, rates, 2.0, adam=adam, decay=decay)
+
+    def theirs(decay: float, base: Tensor) -> list[Tensor]:
+        return trajectory(lambda f: s * f["B"] @ A, {"B": B}, base, noise, rates, 2.0, adam=adam, decay=decay)
+
+    residual = W - s * B @ A
+    assert apart(ours(0.0), theirs(0.0, residual)) < 1e-12
+    assert apart(ours(0.1), theirs(0.1, residual)) > 1e-4, "weight decay draws to another place, and that is not seen"
+    assert apart(ours(0.0), theirs(0.0, W)) > 0.1, "the principal part is counted twice, and that is not seen"
 
 
 def test_16_singular_values_in_the_factors_are_an_option_and_leave_the_directions() -> None:
@@ -559,6 +596,36 @@ def test_31_the_change_has_full_rank_and_with_a_constant_gamma_it_has_not(out: i
     assert int(torch.linalg.matrix_rank(adapter.delta(factors, W))) == min(out, into)
     constant = {**factors, "gamma": torch.full_like(factors["gamma"], 1 / out)}
     assert int(torch.linalg.matrix_rank(adapter.delta(constant, W))) == RANK
+
+
+@each_shape
+def test_31_a_trained_gamma_would_begin_at_the_base_from_0_and_be_linear_with_lambda_at_1(out: int, into: int) -> None:
+    """Of PEFT's own layer, in float64, because no adapter here trains Gamma."""
+    base = nn.Sequential(nn.Linear(into, out, bias=False))
+    theirs: Any = get_peft_model(base, RandLoraConfig(r=RANK, randlora_alpha=ALPHA, target_modules=["0"])).double()  # type: ignore[arg-type]
+    layer = theirs.base_model.model[0]
+    diagonal, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+    x = draw(4, into, seed=5)
+
+    def change(g: Tensor, scale: float = 1.0) -> Tensor:
+        with torch.no_grad():
+            diagonal.fill_(scale)
+            gamma.copy_(g)
+            return cast(Tensor, layer.get_delta_weight("default"))
+
+    nothing = torch.zeros_like(gamma)
+    assert not change(nothing).any()
+    assert torch.equal(theirs(x), nn.functional.linear(x, layer.base_layer.weight))
+    first, second = (draw(*gamma.shape, seed=k) for k in (1, 2))
+    assert off(change(0.3 * first + 0.7 * second), 0.3 * change(first) + 0.7 * change(second)) < 1e-12
+    assert int(torch.linalg.matrix_rank(change(first))) == min(out, into)
+    # With both diagonals trained the mean is off.
+    both = 0.3 * change(first, 1.5) + 0.7 * change(second, 0.5)
+    assert off(change(0.3 * first + 0.7 * second, 0.3 * 1.5 + 0.7 * 0.5), both) > 1e-2 * float(both.abs().max())
+    # Ours has rows of length 1, so that one Gamma's length is not seen in it: trained it would not be linear.
+    adapter, W = plain(RandLoRA), draw(out, into)
+    factors = drawn(adapter, W)
+    assert off(adapter.delta({**factors, "gamma": 2 * factors["gamma"]}, W), adapter.delta(factors, W)) < 1e-12
 
 
 def test_32_layers_share_bases_as_far_as_they_reach() -> None:
@@ -715,6 +782,9 @@ def test_d1_one_number_for_a_module_averages_exactly_and_not_with_b_trained_besi
         each = [p * adapter.delta(x, W) for p, x in zip(shares, sites, strict=True)]
         return adapter.delta(mean, W), sum(each, torch.zeros(()))
 
+    for g in gates:
+        gated = g * adapter.scaling * frozen["B"] @ frozen["A"]
+        assert off(adapter.delta({**frozen, "z": g * ones}, W), gated) < 1e-12
     assert off(*mean_of([{**frozen, "z": g * ones} for g in gates])) < 1e-12
     moved = [{**frozen, "B": draw(out, RANK, seed=40 + k), "z": g * ones} for k, g in enumerate(gates)]
     assert off(*mean_of(moved)) > 0.1, "a gate and B are a product, and that is not seen"
