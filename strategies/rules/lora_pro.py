@@ -17,9 +17,10 @@ where ς is the standard deviation that an entry of G is taken to have before it
 
 and the factors' steps are b = D Aᵀ (A Aᵀ)⁻¹ / s and a = Rᵀ diag(1 / (s² (β² + λ))) R g_A (I - P_A), of which s (B a +
 b A) = D. Nothing divides by β. Without noise λ is 0, and D is LoRA-Pro's own; then what B or A do not reach is left
-where it is. The authors' X, which is free and moves one factor for the other, is 0. They keep Adam's moments of the m
-× n gradient; here the optimiser's are of a and b, so that Adam, which divides each number by its own length, gives
-part of the rule away again: ``server.optimizer = "momentum"`` does not.
+where it is. Their pair is a + X A and b - B X for any X, which moves one factor for the other and no weight; this one's
+a has no part that A reaches, where theirs is the nearest to (g_A, g_B). They keep Adam's moments of the m × n gradient;
+here the optimiser's are of a and b, so that Adam, which divides each number by its own length, gives part of the rule
+away again: ``server.optimizer = "momentum"`` does not.
 """
 
 from __future__ import annotations
