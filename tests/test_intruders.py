@@ -82,20 +82,31 @@ def test_q2_the_inertia_count_is_the_number_of_singular_values_above_a_bound(out
         assert count_above(before, B, A, bound) == int((values > bound).sum()), bound
 
 
-def test_q4_nothing_makes_no_intruder_and_noise_that_is_long_enough_makes_one_for_each_of_its_columns() -> None:
-    left, right = (torch.linalg.qr(normal(side, 64, seed=side))[0] for side in (96, 64))
-    weight = left @ torch.diag(10 * 0.9 ** torch.arange(64, dtype=torch.float64)) @ right.T
-    before, (_, _, B, A) = spectrum_of(weight), changed(96, 64, 1.0)
-    none = top_of(before, 0 * B, A, 10)
+@pytest.mark.parametrize(("out", "into"), [(200, 160), (160, 200)])
+def test_q4_nothing_makes_no_intruder_and_noise_that_is_long_enough_makes_one_for_each_of_its_columns(
+    out: int, into: int
+) -> None:
+    """On a spectrum that falls as that of the default model's layers does, by a hundredth from value to value."""
+    columns, count = 8, min(out, into)
+    left, right = (torch.linalg.qr(normal(side, count, seed=side))[0] for side in (out, into))
+    weight = left @ torch.diag(10 * 0.99 ** torch.arange(count, dtype=torch.float64)) @ right.T
+    before, A = spectrum_of(weight), torch.linalg.qr(normal(into, columns, seed=2))[0].T
+    zero = torch.zeros(out, columns, dtype=torch.float64)
+    none = top_of(before, zero, A, 10)
     assert float((1 - none.cosines).abs().max()) < 1e-8
     assert torch.equal(none.values, none.values.sort(descending=True).values)
     edge = float(before.values[9])
-    for times, least in ((0.2, 0), (8.0, RANK)):
-        length = times * edge / math.sqrt(96)
-        intruders = int((top_of(before, length * normal(96, RANK, seed=5), A, 10).cosines < 0.5).sum())
-        assert intruders == least, f"{times} times σ10: {intruders}"
-    assert count_above(before, 0 * B, A, edge * (1 + 1e-9)) == 9
-    assert count_above(before, 0 * B, A, edge * (1 - 1e-9)) == 10
+
+    def intruders(times: float, seed: int) -> int:
+        """Return how many noise makes whose least singular value is ``times`` the weight's tenth."""
+        noise = normal(out, columns, seed=100 + seed)
+        noise *= times * edge / float(torch.linalg.svdvals(noise)[-1])
+        return int((top_of(before, noise, A, 10).cosines < 0.5).sum())
+
+    assert [intruders(1.2, seed) for seed in range(20)] == 20 * [columns]
+    assert [intruders(0.2, seed) for seed in range(20)] == 20 * [0]
+    assert count_above(before, zero, A, edge * (1 + 1e-9)) == 9
+    assert count_above(before, zero, A, edge * (1 - 1e-9)) == 10
 
 
 NOISY: dict[str, Any] = {
