@@ -5,10 +5,12 @@ The letters are those of the invariants; scores against noise alone are statisti
 
 from __future__ import annotations
 
+import csv
 import doctest
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from audits.tiny_models import PLAIN_STEP
+from client import app
 from common.adapters import LoRAFrozenA
 from common.adapters.nested import DEPTH, Depths
 from common.adapters.split import SplitColumns
 from common.config.sections import HeadConfig
 from common.errors import ConfigError
+from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
+from common.privacy import dpsgd
 from common.privacy.accounting import gaussian_release
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
@@ -38,7 +43,7 @@ from common.tasks import TASKS
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.serving.merge import merge_run
-from server.checkpoint import saved_state
+from server.checkpoint import memory_of, saved_state
 from strategies import Contribution, ServerState, by_energy, switchlora
 from strategies.by_energy import SCORE, ByEnergy
 from strategies.columns import MASK
@@ -372,6 +377,53 @@ def test_where_no_layer_is_told_from_noise_diffora_trains_all_and_asks_again() -
     assert counts(state) == {"query": 0, "dense": RANK}
 
 
+def clipped(gradient: Sequence[Tensor], clip: float) -> list[Tensor]:
+    """Return one record's gradient behind the mechanism's own clip."""
+    held: list[Any] = [nn.Parameter(torch.zeros_like(g)) for g in gradient]
+    mechanism = dpsgd.ClipAndNoise(
+        torch.optim.SGD(held, 0.0), noise_multiplier=1.0, max_grad_norm=clip, expected_batch_size=1
+    )
+    for parameter, g in zip(held, gradient, strict=True):
+        parameter.grad_sample = g[None]
+    mechanism.clip_and_accumulate()
+    return [parameter.summed_grad for parameter in held]
+
+
+Scores = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+"""From a record's gradient, by module, and what the clip leaves of it."""
+
+
+@pytest.mark.parametrize("kappa", [0.1, 1.0])
+def test_k1_scores_that_are_appended_to_a_clipped_gradient_lengthen_it_by_a_known_factor(kappa: float) -> None:
+    """An identity, for no run appends any: κ times the norms of what the clip leaves of a record, by module."""
+    clip, shapes = 0.7, ((9, 4), (5, 6), (3, 7))
+    long, longer = ([size * normal(10 * size + k, *s) for k, s in enumerate(shapes)] for size in (1, 5))
+    short, nothing = ([times * g for g in long] for times in (1e-2, 0.0))
+    records = [long, longer, [*longer[:2], 0 * longer[2]], short, nothing]
+    bound = clip * math.sqrt(1 + kappa**2)
+    assert kappa != 0.1 or bound / clip == pytest.approx(1.00499, abs=1e-5)
+
+    def moved(record: int, scores: Scores) -> float:
+        """Return by how much the sum over all records moves without one."""
+        whole = []
+        for gradient in records:
+            kept = clipped(gradient, clip)
+            whole.append(torch.cat([*(g.flatten() for g in kept), kappa * torch.stack(scores(gradient, kept))]))
+        rest = [vector for i, vector in enumerate(whole) if i != record]
+        return float((torch.stack(whole).sum(0) - torch.stack(rest).sum(0)).norm())
+
+    def norms(_: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
+        return [g.norm() for g in kept]
+
+    for record in (0, 1, 2):
+        assert moved(record, norms) == pytest.approx(bound, rel=1e-12), "what is longer than the clip attains the bound"
+    for record in (3, 4):
+        assert moved(record, norms) < 0.2 * bound
+    # Planted: norms before the clip, and sums of numbers, which can be longer than what they are of.
+    assert moved(1, lambda gradient, _: [g.norm() for g in gradient]) > bound * (1 + 1e-2)
+    assert moved(1, lambda _, kept: [g.abs().sum() for g in kept]) > bound * (1 + 1e-2)
+
+
 @pytest.mark.parametrize("strategy", [IncreLoRA(), DiffoRA()], ids=lambda s: s.name)
 def test_k2_a_choice_follows_from_what_was_sent_alone(strategy: ByEnergy) -> None:
     state = strategy.start(start(), ("B",))
@@ -383,6 +435,97 @@ def test_k2_a_choice_follows_from_what_was_sent_alone(strategy: ByEnergy) -> Non
     for few in (made[:1], [replace(one, noise=None) for one in made]):
         new = strategy.server_update(state, few)
         assert counts(new) == counts(state), "a choice without a score"
+
+
+def swapped(path: Path, target: Path) -> str:
+    """Write the same records with each label for the other."""
+    other = {"good": "bad", "bad": "good"}
+    with path.open(encoding="utf-8", newline="") as file, target.open("w", encoding="utf-8", newline="") as copy:
+        rows = csv.DictReader(file)
+        writer = csv.DictWriter(copy, rows.fieldnames or [])
+        writer.writeheader()
+        writer.writerows({**row, "label": other[row["label"]]} for row in rows)
+    return str(target)
+
+
+@dataclass
+class Told:
+    """What a run of one round leaves, and what is in none of its messages."""
+
+    masks: dict[str, list[float]]
+    adapter: AdapterState
+    unsent: list[Tensor]
+    """The sites' clipped sums, before their noise."""
+
+
+@pytest.fixture
+def unsent() -> list[Tensor]:
+    """Return where a run of ``on_both`` leaves the sums."""
+    return []
+
+
+@pytest.fixture
+def on_both(
+    unsent: list[Tensor], toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], list[Told]]:
+    """Return a function that runs a strategy on records, and on others that disagree in every label.
+
+    What the mechanism gives out is the same in both runs: noise, and in the layers with 24 outputs something common.
+    """
+    train_round = app.train_round
+
+    def trained(*task: Any) -> TrainResult:
+        draw = torch.Generator().manual_seed(len(unsent))
+
+        def noised(total: Tensor, std: float) -> Tensor:
+            unsent.append(total.double().clone())
+            noise = torch.randn(total.shape, generator=draw, dtype=torch.float64)
+            return std * (noise + (5.0 if len(total) == 24 else 0.0))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dpsgd, "add_private_noise", noised)
+            return train_round(*task)
+
+    monkeypatch.setattr(app, "train_round", trained)
+    datas = [toy_settings["data.name"], swapped(Path(toy_settings["data.name"]), tmp_path / "swapped.csv")]
+
+    def both(strategy: str) -> list[Told]:
+        own = {"strategy": strategy, "rounds": 1, "training.sample-rate": 1.0, **PLAIN_STEP}
+        own |= {"privacy.noise-multiplier": 2.0, "privacy.epsilon": 100.0}
+        told = []
+        for name, data in zip(("0", "1"), datas, strict=True):
+            unsent.clear()
+            folder = run_in_process({**toy_settings, **own, "data.name": data}, 2, name)
+            masks = {layer: held[MASK].tolist() for layer, held in memory_of(folder)[0].items()}
+            told.append(Told(masks, saved_state(folder).adapter, list(unsent)))
+        assert not any(torch.equal(*sums) for sums in zip(*(one.unsent for one in told), strict=True)), "same records"
+        return told
+
+    return both
+
+
+@pytest.mark.parametrize("strategy", ["increlora", "diffora"])
+def test_k2_other_records_whose_noised_sums_are_the_same_make_the_same_choice(
+    strategy: str, on_both: Callable[[str], list[Told]]
+) -> None:
+    one, other = on_both(strategy)
+    for layer, factors in one.adapter.items():
+        assert all(torch.equal(t, other.adapter[layer][name]) for name, t in factors.items())
+    assert one.masks == other.masks
+    assert len({tuple(mask) for mask in one.masks.values()}) == 2, "nothing was chosen: nothing is proved"
+
+
+def test_k2_a_planted_choice_by_sums_before_their_noise_is_found(
+    unsent: list[Tensor], on_both: Callable[[str], list[Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = IncreLoRA.choose
+
+    def choose(self: IncreLoRA, state: ServerState, scores: dict[str, float]) -> ServerState:
+        return real(self, state, {layer: float(t.sum()) for layer, t in zip(sorted(scores), unsent, strict=False)})
+
+    monkeypatch.setattr(IncreLoRA, "choose", choose)
+    one, other = on_both("increlora")
+    assert one.masks != other.masks, "a choice by what was never sent goes unnoticed"
 
 
 @pytest.mark.parametrize("strategy", ["increlora", "diffora"])
