@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,29 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from audits.tiny_models import VOCABULARY
+from client.local_training import check_task
 from common.adapters import LoRAFrozenA
-from common.errors import ConfigError, DataError, ModelError
+from common.errors import ConfigError, DataError, ModelError, ProtocolError
+from common.messages.round import TrainTask
 from common.model.base import load_base_model
 from common.model.importance import COLUMNS, ROWS, importance, running
 from common.model.pruned import Kept, by_scores, by_weights, pruned, recovered, units_of
 from common.starts import STARTS
 from experiments.in_process import run_in_process
+from experiments.pruning import prune
 from experiments.pruning.files import NAME, read_pruned
 from experiments.pruning.prune import prune_model
 from experiments.pruning.recover import recover_run
 from server.checkpoint import memory_of
+from strategies import Contribution, ServerState
+from strategies.ffa_lora import FFALoRA
 from strategies.job import configure
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT = Kept(groups=((0, 2), (1, 2)), neurons=((1, 2, 5, 7, 11), (0, 3, 4, 9, 13)))
 """Of two layers, which lose different units."""
+OTHER = Kept(groups=((0, 1), (0, 2)), neurons=((0, 2, 5, 7, 10), (1, 3, 4, 8, 13)))
+"""As many units, but not the same."""
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -188,25 +196,54 @@ def test_invariant_p2_averaging_and_recovering_commute_and_different_masks_need_
     each = [deltas(onto(large, site)) for site in sites]
     for layer, delta in recovered_mean.items():
         assert (sum(w * e[layer] for w, e in zip(weights, each, strict=True)) - delta).abs().max() < 1e-12
-    # Sites with different prunings, one of which moves a B that stands away from 0 already.
-    other = Kept(groups=((0, 1), (0, 2)), neurons=((0, 2, 5, 7, 10), (1, 3, 4, 8, 13)))
+    # Sites with different prunings, which no run has: averaged are increments, in the large model's coordinates, of a B
+    # that stands away from 0 already.
     layer, units = "model.layers.0.mlp.up_proj", units_of(large)
-    masks = [[*(kept.sides(layer, units)[0] or ())] for kept in (KEPT, other)]
-    held = draw(14, 2, seed=5)
+    shape, A0, held = (14, 24), draw(2, 24, seed=4), draw(14, 2, seed=5)
+    masks = [kept.sides(layer, units)[0] or () for kept in (KEPT, OTHER)]
     steps = [0.1 * draw(5, 2, seed=60 + k) for k in range(2)]
-    exact, increments, padded = held.clone(), held.clone(), torch.zeros_like(held)
+    state = ServerState(0, {layer: {"A": A0, "B": held}}, ("B",))
+
+    def averaged(sent: list[Tensor]) -> Tensor:
+        parts = [
+            Contribution(str(k), w, {layer: {"B": B}}) for k, (w, B) in enumerate(zip((60, 40), sent, strict=True))
+        ]
+        return FFALoRA().server_update(state, parts).adapter[layer]["B"]
+
+    def large_of(B: Tensor, mask: Sequence[int]) -> Tensor:
+        return recovered({"A": A0, "B": B}, shape, tuple(mask), None)["B"]
+
+    exact = held.clone()
     for share, mask, step in zip((0.6, 0.4), masks, steps, strict=True):
-        moved = held.clone()
-        moved[mask] += step
-        exact += share * (moved - held)
-        change = torch.zeros_like(held)
-        change[mask] = step
-        increments += share * change
-        state = torch.zeros_like(held)
-        state[mask] = held[mask] + step
-        padded += share * state
-    assert (increments - exact).abs().max() < 1e-12
+        for row, number in enumerate(mask):
+            exact[number] += share * step[row]
+    both = list(zip(masks, steps, strict=True))
+    assert (averaged([held + large_of(step, mask) for mask, step in both]) - exact).abs().max() < 1e-12
+    padded = averaged([large_of(held[list(mask)] + step, mask) for mask, step in both])
     assert (padded - exact).norm() > 0.3 * exact.norm(), "padded states would do: nothing is proved"
+
+
+def test_invariant_p2_a_site_with_another_pruning_of_the_same_model_is_refused(
+    toy_generation: dict[str, Any], model_folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are of the same shapes, so that what it sends would be taken for increments of the server's model."""
+    source, folders = model_folder("llama"), [tmp_path / name for name in ("ours", "theirs")]
+    ours = prune_model(source, folders[0], groups=1, neurons=16).kept
+    theirs = Kept(ours.groups, tuple(tuple(i for i in range(24) if i not in kept[:8]) for kept in ours.neurons))
+    monkeypatch.setattr(prune, "by_weights", lambda *_: theirs)
+    prune_model(source, folders[1], groups=1, neurons=16)
+    jobs = [configure({**toy_generation, "model.name": str(folder)}) for folder in folders]
+    models = [job.model((), ()) for job in jobs]
+    down = jobs[0].strategy.downlink(jobs[0].start(models[0].start))
+    start, (mark, other) = jobs[0].start_fingerprint(models[0].start), (model.base.fingerprint for model in models)
+    task = TrainTask("1", 1, down, {}, "", mark, start)
+    check_task(task, jobs[0], models[0])
+    with pytest.raises(
+        ProtocolError, match=rf"base model is {mark[:12]}, .* is {other[:12]}: install the same weights"
+    ):
+        check_task(task, jobs[1], models[1])
+    # Planted: without the fingerprint nothing tells them apart.
+    check_task(replace(task, base_fingerprint=other), jobs[1], models[1])
 
 
 def test_invariant_p3_a_is_orthonormal_in_kept_coordinates_before_and_after_and_a_fill_is_another_function(
