@@ -153,6 +153,28 @@ def edge_behind(rows: int, gains: Sequence[float], level: float) -> float:
     return largest * float(np.quantile(_behind(rows, scaled, count), 1 - level, method="weibull"))
 
 
+def without_lift(lifted: Tensor, size: int, noise: float) -> Tensor:
+    """Return what eigenvalues of a symmetric matrix were before its noise; 0 where noise alone reaches as far.
+
+    Noise of standard deviation τ on every number of a packed matrix (``common.starts.inputs.packed``) of n rows reaches
+    τ √(2 n) alone, the limit of large n, above which one matrix of noise in six is by a little. It lifts an eigenvalue
+    λ above τ √(n / 2) to h = λ + n τ² / (2 λ), and what is lower to nothing above that edge (Benaych-Georges and
+    Nadakuditi 2011). So λ = (h + √(h² - 2 n τ²)) / 2.
+
+    Args:
+        lifted: h, of any shape, float64.
+        size: n.
+        noise: τ, at least 0.
+
+    >>> import torch
+    >>> without_lift(torch.tensor([0.32, 0.0185, 0.01]).double(), 384, 4e-4).round(decimals=4).tolist()
+    [0.3199, 0.0167, 0.0]
+    """
+    edge = noise * math.sqrt(2 * size)
+    root = ((lifted - edge) * (lifted + edge)).clamp(min=0).sqrt()
+    return ((lifted + root) / 2).where(lifted > edge, 0.0)
+
+
 @lru_cache(maxsize=256)
 def _behind(rows: int, gains: tuple[float, ...], draws: int) -> np.ndarray:
     """Return so many draws of the largest singular value of x S."""

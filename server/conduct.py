@@ -49,6 +49,8 @@ class _Observer:
     ) -> None:
         self._folder.started(baseline, state, members, begun)
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
+        if found := self._server_model.found:
+            self._folder.say(f"  {found}", 0)
         if begun is not None:
             self._folder.say(f"after round 0: accuracy {100 * begun.accuracy:.1f} %")
         self._tracking.tell()

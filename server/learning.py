@@ -16,8 +16,8 @@ from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState, Factors
 from common.nulls import LEVEL, cross_site_energy, energy_of_sum, noise_edge
 from common.run_lines import LayerLine
-from server.aggregation import factors_of
-from server.noise import known, noised_whole, of_average, site_noise, sum_noise
+from server.aggregation import factors_of, shares_of
+from server.noise import known, noised_whole, of_average, release_noise, site_noise, sum_noise
 from strategies import Contribution, ServerState
 from strategies.job import Job
 
@@ -93,6 +93,13 @@ def noises_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> l
     """Return the standard deviation of one coordinate of the noise in each site's change as it is averaged."""
     own, factors = [step_noise(job, result) for result in results], factors_of(job, results, state)
     return [None if noise is None else noise * factor for noise, factor in zip(own, factors, strict=True)]
+
+
+def statistic_noise(job: Job, results: Sequence[TrainResult], state: ServerState) -> float:
+    """Return the standard deviation of the noise on one number of the mean of what sites released for a paid start."""
+    shares, factors = shares_of(job, results), factors_of(job, results, state)
+    noises = [release_noise(job, result) * factor for result, factor in zip(results, factors, strict=True)]
+    return of_average([share / math.fsum(shares) for share in shares], noises)
 
 
 def with_noises(

@@ -36,6 +36,8 @@ class ServerModel:
         self.start: AdapterState = self.model.start
         self.told = ""
         """What there is to say of the start's public text, in words; empty: nothing."""
+        self.found = ""
+        """What there is to say of the sites' statistic, in words; empty: nothing."""
         self.slice_names = slices_of(test) if job.config.data.slice else ()
         self._slices = [self.slice_names.index(example.slice) for example in test.examples if self.slice_names]
         self.records: Sequence[Record] = self.model.prepare(test.examples)

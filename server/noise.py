@@ -42,6 +42,11 @@ def site_noise(job: Job, result: TrainResult, *, usual: bool = False) -> float:
     return _rate(job, result) * _gradient(job, result, result.public_size, usual)
 
 
+def release_noise(job: Job, result: TrainResult) -> float:
+    """Return the standard deviation of the noise on one number of what a site releases for a paid start: σ C / b."""
+    return _gradient(job, result, result.public_size, usual=False)
+
+
 def sum_noise(job: Job, results: Sequence[TrainResult], *, usual: bool = False) -> float:
     """Return the same of the one change that the sum of all sites makes, in which every site adds its part.
 

@@ -10,11 +10,12 @@ from typing import Protocol
 from common.errors import RunFailed
 from common.model.federated import Score
 from common.run_lines import LayerLine
+from common.starts import PaidStart
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
 from server.drop_outs import RecoveringSites
-from server.learning import layer_lines, with_noises
+from server.learning import layer_lines, statistic_noise, with_noises
 from server.model import ServerModel
 from server.noise import averaged_noise
 from server.replies import clean
@@ -167,7 +168,11 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
             observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
             raise _too_few(got, 0, job.config.min_sites)
         observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
-        measured = mean(contributions(job, list(got.results.values()), state))
+        results = list(got.results.values())
+        measured = mean(contributions(job, results, state))
+        if isinstance(job.origin, PaidStart):
+            noise = statistic_noise(job, results, state)
+            server_model.found = job.origin.found(measured, job.adapter.rank, noise)
         state = job.begin(server_model.start, server_model.completed(measured))
         return job.start(server_model.calibrated(state.adapter)) if job.calibrated else state
     if job.origin.asked == "server":

@@ -26,6 +26,7 @@ from common.messages.state import AdapterState
 from common.messages.tensors import weighted_sum
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
+from common.nulls import without_lift
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import PrivacyPlan, gaussian_plan
@@ -224,6 +225,71 @@ def test_invariant_26_noise_is_symmetric_of_half_the_variance_beside_the_diagona
         u = torch.nn.functional.normalize(draw(n, seed=6), dim=0)
         top = leading_rows(spike * torch.outer(u, u) + noise, 1)[0]
         assert float(top @ u) ** 2 == pytest.approx(wanted, abs=0.06)
+
+
+@pytest.mark.parametrize(("size", "noise"), [(240, 0.3), (16, 4e-4), (384, 2.0)])
+def test_invariant_28_an_eigenvalue_above_the_edge_is_what_it_was_before_noise_lifted_it(
+    size: int, noise: float
+) -> None:
+    least, edge = noise * math.sqrt(size / 2), noise * math.sqrt(2 * size)
+    # Near ``least`` the map is flat: what rounding does to h is all the more in λ.
+    values = least * torch.tensor([1.001, 1.01, 1.3, 2.0, 7.0, 1e3], dtype=torch.float64)
+    lifted = values + size * noise**2 / (2 * values)
+    assert bool((lifted > edge).all())
+    found = without_lift(lifted, size, noise)
+    assert float((found / values - 1).abs().max()) < 1e-12
+    below = edge * torch.tensor([1 - 1e-12, 0.5, 0.0, -0.5, -3.0], dtype=torch.float64)
+    assert not without_lift(below, size, noise).any(), "what is below the edge, or negative, is something"
+    assert torch.equal(without_lift(lifted, size, 0.0), lifted)
+    # Planted: another edge, and the eigenvalues as they are.
+    for wrong in (without_lift(lifted, 2 * size, noise), without_lift(lifted, size, noise / 2), lifted):
+        assert float((wrong / values - 1).abs().max()) > 1e-2
+
+
+def test_invariant_28_of_noised_moments_spikes_are_told_by_their_size_and_noise_alone_by_next_to_nothing() -> None:
+    n, tau = 240, 0.3
+    basis = torch.linalg.qr(draw(n, 3, seed=6))[0]
+    spikes = torch.tensor([4.0, 3.0, 2.0], dtype=torch.float64) * tau * math.sqrt(n / 2)
+    raw, told, beside = [], [], 0
+    for seed in range(24):
+        noise = unpacked(packed(tau * draw(n, n, seed=50 + seed)))
+        values = torch.linalg.eigvalsh(basis @ torch.diag(spikes) @ basis.T + noise).flip(0)
+        found = without_lift(values, n, tau)
+        raw.append(values[:3])
+        told.append(found[:3])
+        assert not found[4:].any(), "more than the largest of noise is taken for a direction"
+        beside += int(found[3] > 0)
+    # The edge is the limit of large n: Tracy and Widom's law has a sixth above it.
+    assert beside <= 24 * (1 / 6 + 4 * math.sqrt(5 / 36 / 24))
+    assert float((torch.stack(told).mean(0) / spikes - 1).abs().max()) < 0.04
+    assert float((torch.stack(raw).mean(0) / spikes - 1).abs().max()) > 0.15, "noise lifts nothing: nothing is proved"
+
+
+def test_invariant_28_a_run_says_how_many_directions_stand_out_of_its_noise(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"strategy": "ffa-lora", "adapter.start": "dp-eva", "rounds": 1, "start.sample-rate": 1.0}
+    own |= {"start.noise-multiplier": 3.0, "privacy.epsilon": 100.0, "privacy.noise-multiplier": 2.0}
+    means: list[AdapterState] = []
+    real = DPEVA.found
+
+    def found(self: DPEVA, statistic: AdapterState, rank: int, noise: float) -> str:
+        means.append(statistic)
+        # Two sites of 100 declared records each, with as much noise: σ C / (q n √2).
+        assert noise == pytest.approx(3.0 / (100 * math.sqrt(2)), rel=1e-9)
+        return real(self, statistic, rank, noise)
+
+    monkeypatch.setattr(DPEVA, "found", found)
+    folder = run_in_process({**toy_settings, **own}, 2)
+    said = next(line for line in (folder / "run.log").read_text(encoding="utf-8").splitlines() if "edge" in line)
+    counts = [int(words.split()[0]) for words in said.partition(": ")[2].split("; ")]
+    wanted = []
+    for _, held in sorted(means[0].items()):
+        values = torch.linalg.eigvalsh(unpacked(held["M"]))
+        edge = 3.0 / (100 * math.sqrt(2)) * math.sqrt(2 * len(values))
+        wanted.append(min(3, int((values > edge).sum())))
+    assert counts[:6] == wanted[:6]
+    assert max(wanted), "nothing stands out: nothing is proved"
 
 
 def test_passes_are_as_small_as_a_records_moments_ask_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:

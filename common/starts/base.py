@@ -259,6 +259,17 @@ class PaidStart(Start):
         ``before_pass`` is called before each pass, and may raise. Without a record it is noise alone.
         """
 
+    def found(self, statistic: AdapterState, rank: int, noise: float) -> str:
+        """Server: return what of the sites' mean statistic stands out of its noise, in words; empty: nothing is said.
+
+        Args:
+            statistic: what ``privatise`` gave, averaged.
+            rank: how many directions the run takes of it.
+            noise: standard deviation of one of its numbers.
+        """
+        del statistic, rank, noise
+        return ""
+
 
 @dataclass(frozen=True)
 class PaidByShare(PaidStart):

@@ -8,7 +8,8 @@ server, which is post-processing. Moments are not centred, and every layer has t
 
 Noise of standard deviation τ on every number of the packed moment is noise of variance τ² / 2 beside the diagonal,
 whose eigenvalues reach τ √(2 n): a direction of the records is found where its eigenvalue is above τ √(n / 2). Plain
-upper triangles (Dwork, Talwar et al. 2014, "Analyze Gauss") would need √2 times that for the same price.
+upper triangles (Dwork, Talwar et al. 2014, "Analyze Gauss") would need √2 times that for the same price. Behind round 0
+the server says how many are found, and their eigenvalues less what noise lifts them by (``common.nulls.without_lift``).
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from common.messages.state import AdapterState
 from common.model.federated import FederatedModel
+from common.nulls import without_lift
 from common.privacy.plan import PrivacyPlan
 from common.starts.base import PaidStart
 from common.starts.gradient import drawn, released
-from common.starts.inputs import OfInputs, open_moments, packed
+from common.starts.inputs import OfInputs, open_moments, packed, unpacked
 from common.tasks import Record
+
+SHOWN = 6
+"""Inputs that a line names."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +61,18 @@ class DPEVA(OfInputs, PaidStart):
             parts = drawn(model, records, plan)
             found = released(model, maps, parts, plan, before_pass)
         return {name: {"M": packed(M.detach().double().cpu()).float()} for name, M in found.items()}
+
+    def found(self, statistic: AdapterState, rank: int, noise: float) -> str:
+        """Return of each input the eigenvalues above the noise's edge, less what noise lifts them by."""
+        said = []
+        for name, held in sorted(statistic.items()):
+            moment = unpacked(held["M"])
+            values = without_lift(torch.linalg.eigvalsh(moment)[-rank:].flip(0), len(moment), noise)
+            clear = [f"{value:.2g}" for value in values[values > 0].tolist()]
+            reach = f" ({' to '.join(dict.fromkeys((clear[0], clear[-1])))})" if clear else ""
+            said.append(f"{len(clear)}{reach} of {name}")
+        more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+        return (
+            f"of the inputs' {rank} directions above the noise's edge, with eigenvalues less its lift: "
+            f"{'; '.join(said[:SHOWN])}{more}"
+        )
