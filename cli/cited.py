@@ -6,26 +6,32 @@
     ...
     <!-- end of results -->
 
-All but the sweep's name may be left out. ``make docs`` writes what stands between; a test compares the two.
+All but the sweep's name may be left out. Between ``<!-- compute -->`` and ``<!-- end of compute -->`` stands what all
+rows together took. ``make docs`` writes what stands between; a test compares the two.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from cli import prose
 from common.check import nearest
 from common.errors import ConfigError, DataError
+from common.words import counted
 from experiments.sweep.file import epsilon_name
-from experiments.sweep.rows import Row, read_rows, results_file
+from experiments.sweep.rows import Row, line_of, read_rows, results_file
 from experiments.sweep.summary import COLUMNS, markdown_of
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "experiments" / "results"
+ROOT = prose.ROOT
+RESULTS = prose.RESULTS
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 """Documents that may cite."""
 CITED = re.compile(r"<!-- results:([^>]*?)-->\n(.*?)<!-- end of results -->", flags=re.DOTALL)
+COMPUTE = re.compile(r"(<!-- compute -->\n).*?(<!-- end of compute -->)", flags=re.DOTALL)
 CHOICES: Mapping[str, Callable[[Row], str]] = {
     "variants": lambda row: row.variant,
     "arms": lambda row: row.arm,
@@ -36,7 +42,7 @@ SHOWN = "columns"
 
 
 def with_results(text: str, folder: Path = RESULTS) -> str:
-    """Return a document with the table of every result that it cites as the rows in ``folder`` have it.
+    """Return a document with every table that it cites, and what all rows took, as the rows in ``folder`` have it.
 
     Raises:
         ConfigError: a citation is not written as above, or chooses what no row has.
@@ -44,8 +50,31 @@ def with_results(text: str, folder: Path = RESULTS) -> str:
     """
     if text.count("<!-- results:") != len(CITED.findall(text)):
         raise ConfigError("a citation of results has no '<!-- end of results -->' after it")
-    return CITED.sub(
+    text = CITED.sub(
         lambda match: f"<!-- results:{match[1]}-->\n{_table(match[1], folder)}<!-- end of results -->", text
+    )
+    return COMPUTE.sub(lambda match: f"{match[1]}{compute(folder)}\n{match[2]}", text)
+
+
+def compute(folder: Path = RESULTS) -> str:
+    """Return in a sentence or two what the runs of all rows in ``folder`` took, and on which machines.
+
+    A run whose row stands in the tables of two sweeps, by whatever name of the variant, counts once.
+
+    Raises:
+        DataError: rows cannot be read.
+    """
+    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
+    runs = list({line_of(replace(row, sweep="", variant="")): row for row in rows}.values())
+    took = sum(row.seconds_in_all or 0.0 for row in runs) / 3600
+    worked = [row.processor_seconds for row in runs if row.processor_seconds is not None]
+    machines = Counter(row.machine for row in runs)
+    return (
+        f"The rows in `experiments/results` are of {counted(len(runs), 'run')}, one in two tables counted once. "
+        f"They took {took:.1f} hours by the wall clock. {len(worked)} of them tell their processor's time, "
+        f"{sum(worked) / 3600:.1f} hours. They ran on "
+        + "; ".join(f"{machine} ({counted(count, 'run')})" for machine, count in machines.most_common())
+        + "."
     )
 
 
@@ -80,9 +109,21 @@ def _chosen(rows: Sequence[Row], name: str, wanted: Sequence[str]) -> list[Row]:
     return [row for row in rows if of(row) in wanted]
 
 
+def up_to_date(page: Path) -> str:
+    """Return a document with its tables and the figures of its prose as the committed rows have them.
+
+    Raises:
+        ConfigError: a citation, or an entry of docs/figures.toml, is not as it must be.
+        DataError: rows cannot be read.
+    """
+    name = page.relative_to(ROOT).as_posix()
+    sayings = [said for said in prose.read_sayings() if said.page == name]
+    return prose.with_figures(with_results(page.read_text(encoding="utf-8")), sayings, prose.rows_in())
+
+
 def write() -> list[Path]:
-    """Bring every document that cites results up to date; return those that changed."""
-    made = {path: with_results(path.read_text(encoding="utf-8")) for path in PAGES}
+    """Bring every document that cites results or has figures of them up to date; return those that changed."""
+    made = {path: up_to_date(path) for path in PAGES}
     changed = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
     for path in changed:
         path.write_text(made[path], encoding="utf-8")

@@ -1,6 +1,7 @@
 """The pages of ``docs`` that are made from the code: ``python -m cli.reference`` writes them, a test compares them.
 
-It also brings the results up to date that a document cites (``cli.cited``).
+It also brings the results up to date that a document cites (``cli.cited``), and the figures in its sentences
+(``cli.prose``).
 """
 
 from __future__ import annotations
@@ -294,7 +295,7 @@ def _default(parameter: click.Parameter) -> str:
 
 
 def main() -> None:
-    """Write every page, and the results that documents cite."""
+    """Write every page, and the results that documents cite or have in a sentence."""
     for name, made in PAGES.items():
         (DOCS / name).write_text(made(), encoding="utf-8")
         print(f"docs/{name}")
