@@ -83,7 +83,9 @@ class Saying:
         prose = TABLES.sub(lambda match: " " * len(match[0]), text)
         places = list(re.finditer(words.replace(re.escape(GAP), f"({FIGURE.pattern})"), prose))
         if len(places) != 1:
-            raise ConfigError(f"docs/figures.toml: {self.page} says {len(places)} times, not once, {self.says!r}")
+            raise ConfigError(
+                f"docs/figures.toml: {self.page} says {len(places)} times, not once, {self.says!r}: mend one of them"
+            )
         return places[0]
 
 

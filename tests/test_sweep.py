@@ -121,6 +121,7 @@ def test_a_row_has_the_figures_of_its_run(swept: Swept) -> None:
         assert not {"output"} & set(row.settings)
         assert row.versions["torch"]
         assert row.code == one_run.code_version()
+        assert re.fullmatch(rf"{re.escape(one_run.processor())}, (1 core|\d+ cores)", row.machine)
         if row.arm == "federated":
             assert row.bytes_up == sum(line.bytes_up for line in lines) > 0
             assert row.sent == max(line.bytes_up / len(line.participants) for line in lines if line.round_number) / 4
@@ -256,6 +257,15 @@ def test_a_row_of_other_code_versions_or_sites_is_not_taken_for_this_ones(
     assert any(said in line for line in sweeping.said), sweeping.said
     assert again.started != had.started
     assert (again.code, again.versions, again.sites, again.through) == (row.code, row.versions, row.sites, row.through)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_row_of_another_machine_is_taken_for_this_ones(sweeping: Sweeping) -> None:
+    (row,) = sweeping().rows
+    had = replace(row, machine="abacus, 3 cores")
+    for path in (sweeping.table, sweeping.folder / "runs" / "base-eps-none-seed-1" / one_run.ROW):
+        path.write_text(line_of(had), encoding="utf-8")
+    assert sweeping().rows == [had]
 
 
 @pytest.mark.usefixtures("here")
@@ -398,6 +408,25 @@ def test_a_table_that_was_damaged_is_named_by_its_line(sweeping: Sweeping, swept
         sweeping.table.write_text(f"{good}{bad}\n", encoding="utf-8")
         with pytest.raises(DataError, match=r"line 2 of .*one\.jsonl"):
             sweeping()
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t: fpu\nprocessor\t: 1\nmodel name\t: AMD EPYC\n", "AMD EPYC"),
+        ("model name : Intel(R) Xeon(R) CPU @ 2.20GHz \n", "Intel(R) Xeon(R) CPU @ 2.20GHz"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "aarch64"),
+        ("model name\t:\nflags\t: fpu\n", "aarch64"),
+        (None, "aarch64"),
+    ],
+)
+def test_a_processor_has_its_models_name_where_the_system_tells_it(
+    told: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    if told is not None:
+        (tmp_path / "cpuinfo").write_text(told, encoding="utf-8")
+    assert one_run.processor(tmp_path / "cpuinfo") == name
 
 
 def test_a_commit_is_told_with_whether_the_tree_has_changes(tmp_path: Path) -> None:

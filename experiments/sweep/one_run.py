@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from common.bundle import PROJECT, digest, files_of
 from common.errors import RunFailed
 from common.files import replace_file
 from common.run_lines import BaselineFile, ConfigFile, ResultFile, RoundLine, read_file, read_lines
+from common.words import counted, visible
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import Cell
 from experiments.sweep.rows import Basis, Row, line_of
@@ -23,6 +25,8 @@ from experiments.sweep.rows import Basis, Row, line_of
 Through = Literal["one process", "flower"]
 ROW = "row.json"
 LOG = "log.txt"
+PROCESSORS = Path("/proc/cpuinfo")
+"""Where Linux names the model of each processor; on some kinds it does not."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,16 @@ def commit_of(project: Path = PROJECT) -> str:
             return ""
         told.append(done.stdout.strip())
     return told[0] + ("+" if told[1] else "")
+
+
+def processor(told: Path = PROCESSORS) -> str:
+    """Return the model of the processor, as ``AMD EPYC``; its kind, as ``aarch64``, where the system names no model."""
+    try:
+        text = told.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    model = re.search(r"^model name[ \t]*:[ \t]*(\S.*)$", text, flags=re.MULTILINE)
+    return visible(model[1]).strip() if model else platform.machine()
 
 
 def through_of(cell: Cell, *, flower: bool) -> Through:
@@ -159,7 +173,7 @@ def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row
         device=str(device),
         precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
         threads=work.threads,
-        machine=f"{platform.machine()}, {_cores()} cores",
+        machine=f"{processor()}, {counted(_cores(), 'core')}",
         started=config.started,
         code=work.code,
         commit=work.commit,
@@ -213,7 +227,7 @@ def _fitted_row(work: Work) -> Row:
         device=str(device),
         precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
         threads=work.threads,
-        machine=f"{platform.machine()}, {_cores()} cores",
+        machine=f"{processor()}, {counted(_cores(), 'core')}",
         started=started,
         code=work.code,
         commit=work.commit,

@@ -66,7 +66,7 @@ class Row:
     """Of the forward pass."""
     threads: int
     machine: str
-    """Kind of processor and number of cores."""
+    """Model of the processor, or its kind where no model is named, as in rows of older code, and number of cores."""
     started: str
     """UTC, ISO 8601."""
     code: str
