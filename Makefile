@@ -12,7 +12,7 @@
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
-# make docs   the pages of docs that are made from the code, and the README's pictures
+# make docs   the pages of docs that are made from the code, results in documents, and the README's pictures
 # make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
 PYTHON ?= python3
@@ -62,7 +62,9 @@ test-peft: environment
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
 	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py tests/test_dora.py tests/test_rslora.py \
 	  tests/test_exact_adapters.py tests/test_new_starts.py tests/test_systems.py tests/test_column_rules.py \
-	  tests/test_server_rules.py tests/test_pruning.py tests/test_flylora.py tests/test_intruders.py
+	  tests/test_server_rules.py tests/test_pruning.py tests/test_flylora.py tests/test_intruders.py \
+	  tests/test_public_metric.py tests/test_fed_sb.py tests/test_fed_svd.py tests/test_neighbours.py \
+	  tests/test_columns.py tests/test_paid_starts.py
 
 test-product: environment
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product tests/test_contracts.py
