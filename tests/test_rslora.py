@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 from common.adapters import LoRA, LoRAFrozenA
+from common.config.sections import SCALES
 from common.config.text import parse_settings
 from common.errors import ConfigError
 from common.randomness import stream
@@ -67,6 +68,14 @@ def test_the_noise_in_the_weights_is_alpha_times_that_of_one_column_at_every_ran
         squares = [float(adapter.delta({"A": A, "B": x}).square().sum()) for x in noise]
         # Of k normal numbers the mean square has the relative error √(2/k), here at most 0.6 %.
         assert sum(squares) / draws == pytest.approx((wanted * std) ** 2 * out, rel=0.03)
+
+
+def test_an_alpha_that_is_left_open_is_the_scale_1_under_either_rule() -> None:
+    """What is calibrated is the length of A (``common.starts.calibration``), at that scale."""
+    for scale in SCALES:
+        job = configure({"strategy": "ffa-lora", "adapter.alpha": 0.0, "adapter.scale": scale})
+        assert job.adapter.scaling == pytest.approx(1.0, rel=1e-12)
+        assert (job.adapter.scale, job.adapter.rank) == (scale, 8)
 
 
 def test_the_export_says_rslora_and_scores_as_the_run(toy_settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from common.adapters.base import Adapter, Origin, Place
@@ -50,7 +51,7 @@ ALIASES = {"ffa-lora": "lora-frozen-a"}
 def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:
     """Return the adapter called ``name`` with the run's rank, alpha, scale and targets, and this start.
 
-    An alpha that is left open is the rank, so that the scale is 1.
+    An alpha that is left open is what makes the scale 1.
 
     Raises:
         ConfigError: the adapter knows no such scale; or alpha is left open, and the adapter is not one whose scale a
@@ -64,7 +65,8 @@ def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:
     if not config.alpha and not ADAPTERS[name].free_scale:
         free = ", ".join(repr(other) for other, adapter in ADAPTERS.items() if adapter.free_scale)
         raise ConfigError(f"adapter.alpha is 0, to be calibrated, which only {free} can be: give {name!r} a number")
-    return ADAPTERS[name](config.rank, config.alpha or float(config.rank), config.target_modules, origin, config.scale)
+    of_scale_1 = math.sqrt(config.rank) if config.scale == "sqrt-rank" else float(config.rank)
+    return ADAPTERS[name](config.rank, config.alpha or of_scale_1, config.target_modules, origin, config.scale)
 
 
 __all__ = [
