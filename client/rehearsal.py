@@ -397,19 +397,25 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
 
     A server that chose them could make gradients so small that nothing shows, and send others afterwards.
     """
-    tensors = [
-        parameter for layer in model.adapter.parameters(model.peft_model).values() for parameter in layer.values()
+    factors = [
+        (name, parameter)
+        for layer in model.adapter.parameters(model.peft_model).values()
+        for name, parameter in layer.items()
     ]
     head = list(model.head.values())
     metric = list(model.places().get(METRIC, {}).values())
     layers: list[Any] = [m for m in model.peft_model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    before = [parameter.detach().clone() for parameter in (*tensors, *head, *metric)]
+    own = [*(parameter for _, parameter in factors), *head, *metric]
+    before = [parameter.detach().clone() for parameter in own]
     scales, feature_scale = [dict(layer.scaling) for layer in layers], model.module.feature_scale
     draw = stream(0, "rehearsal")
     try:
         with torch.no_grad():
-            for parameter in tensors:
-                parameter.copy_(AWAY * torch.randn(parameter.shape, generator=draw))
+            for name, parameter in factors:
+                if name == model.adapter.scale_factor:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.copy_(AWAY * torch.randn(parameter.shape, generator=draw))
             for parameter in head:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw))
             for parameter in metric:
@@ -422,7 +428,7 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip((*tensors, *head, *metric), before, strict=True):
+            for parameter, value in zip(own, before, strict=True):
                 parameter.copy_(value)
         for layer, scale in zip(layers, scales, strict=True):
             layer.scaling.update(scale)

@@ -100,7 +100,7 @@ class ServerModel:
         return Labels(self.label_names, tuple(tuple(phrases) for phrases in self._phrases()))
 
     def calibrated(self, adapter: AdapterState) -> AdapterState:
-        """Return ``adapter`` with its A as long as suits, by public phrases: about the labels, or FedVeil's own."""
+        """Return ``adapter`` at the scale that suits, by public phrases: about the labels, or FedVeil's own."""
         from common.starts.calibration import calibrated
         from common.starts.public_text import PACKAGED, known_sha256, read_text
 

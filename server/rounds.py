@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.errors import RunFailed
+from common.messages.tensors import merge
 from common.model.federated import Score
 from common.run_lines import LayerLine
 from common.starts import PaidStart
@@ -91,7 +92,9 @@ def run_rounds(
     admission = Admission(job, saved.members if saved else {}, transport.registered)
     sites = _kind_of_sites(job)(job, run, transport, server_model, admission)
     if saved:
-        state, score = saved.state, saved.score
+        # A frozen factor that came after a run had begun is where such a run had it: at its start.
+        state = replace(saved.state, adapter=merge(server_model.start, saved.state.adapter))
+        score = saved.score
         observer.resumed(saved)
     else:
         asked = job.origin.asked == "sites"

@@ -98,7 +98,7 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the server measures how long A is to be (``adapter.alpha = 0``)."""
+        """Whether the server measures how long gradients are to be (``adapter.alpha = 0``)."""
         return not self.config.adapter.alpha
 
     @property
@@ -316,8 +316,6 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
             "head.metric is 'public', behind which the head begins elsewhere, and head.policy 'frozen' sends no head: "
             "set head.policy to 'trained', or head.metric to 'none'"
         )
-    if not config.adapter.alpha:
-        _check_calibration(config, strategy, origin)
     if config.training.linearised:
         _check_linearised(config, strategy, ADAPTERS[name])
     if config.server.most_noise:
@@ -326,6 +324,8 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
         if rounds:
             _check_head_alone(f"training.{key}", rounds, config, strategy, ADAPTERS[name])
     adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
+    if not config.adapter.alpha:
+        _check_calibration(config, strategy, origin)
     rule.check(config, strategy, adapter)
     if config.server.scores:
         _check_scores(config, strategy, adapter)

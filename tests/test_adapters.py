@@ -79,10 +79,13 @@ def attached(folder: str, name: str, family: str, seed: int = 1) -> tuple[Adapte
 
 
 def random_values(state: AdapterState, seed: int = 5) -> AdapterState:
-    """Return random, non-zero factors of the same shapes."""
+    """Return random, non-zero factors of the same shapes; one number alone is a scale, and around 1."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        layer: {factor: torch.randn(tensor.shape, generator=generator) * 0.2 for factor, tensor in factors.items()}
+        layer: {
+            factor: torch.randn(tensor.shape, generator=generator) * 0.2 + (tensor.numel() == 1)
+            for factor, tensor in factors.items()
+        }
         for layer, factors in state.items()
     }
 

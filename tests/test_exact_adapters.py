@@ -297,6 +297,22 @@ def best_of_rank(W: Tensor, rank: int) -> Tensor:
     return W @ leading @ leading.T
 
 
+class BeforeTheTrained(LoRAIncrements):
+    """The fault: the scale is before the half that is trained, and what the start takes off has none."""
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        A, B = factors["A"], factors["B"]
+        return factors["s"] * (B + factors["dB"]) @ (A + factors["dA"]) - B @ A
+
+
+class BeforeTheStart(LoRAIncrements):
+    """The fault the other way."""
+
+    def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
+        A, B = factors["A"], factors["B"]
+        return (B + factors["dB"]) @ (A + factors["dA"]) - factors["s"] * B @ A
+
+
 @pytest.mark.parametrize("alpha", [1.0, 6.0])
 @each_shape
 def test_12_pissa_begins_with_the_best_of_its_rank_and_adds_nothing(
@@ -353,6 +369,56 @@ def test_12_it_begins_with_what_pefts_own_does_under_any_alpha(alpha: float) -> 
     assert off(theirs.base_layer.weight.detach(), W - ours["B"] @ ours["A"]) < 1e-6
 
 
+@pytest.mark.parametrize("scale", [0.15, 2.5])
+@each_shape
+def test_12_at_any_scale_it_begins_as_its_base_and_with_a_scale_on_one_half_alone_it_does_not(
+    scale: float, out: int, into: int
+) -> None:
+    adapter, W = pissa(), draw(out, into)
+    factors = {**begun(adapter, W), "s": torch.full((1,), scale, dtype=torch.float64)}
+    assert not adapter.delta(factors).any()
+    pair = adapter.as_lora(factors)
+    assert not (pair["B"] @ pair["A"]).any(), "the export begins elsewhere"
+    for planted in (BeforeTheTrained, BeforeTheStart):
+        assert float(planted(RANK, ALPHA, ()).delta(factors).abs().max()) > 0.1, "a scale on one half goes unnoticed"
+
+
+@each_shape
+def test_13_a_scale_lengthens_the_whole_change_in_every_form(out: int, into: int) -> None:
+    adapter, W, scale = pissa(), draw(out, into), 0.3
+    moved = drawn(adapter, W, 0.1)
+    scaled = {**moved, "s": torch.full((1,), scale, dtype=torch.float64)}
+    A, B, dA, dB = (moved[name] for name in ("A", "B", "dA", "dB"))
+    wanted = scale * ((B + dB) @ (A + dA) - B @ A)
+    pair = adapter.as_lora(scaled)
+    assert off(adapter.delta(scaled), wanted) < 1e-12
+    assert off(pair["B"] @ pair["A"], wanted) < 1e-12
+    # Planted: the scale before the trained column of the pair alone, and before the frozen one alone.
+    for halves in ((scale * dB, B), (dB, scale * B)):
+        assert off(torch.cat(halves, 1) @ pair["A"], wanted) > 1e-2, "a scale on one half alone goes unnoticed"
+
+
+@each_shape
+def test_43_the_first_step_of_both_factors_is_as_long_in_the_weights_as_the_scale_says(out: int, into: int) -> None:
+    """From its start one plain step of rate η moves the weights by -η s² (B Bᵀ G + G Aᵀ A) + η² s³ G Aᵀ Bᵀ G."""
+    adapter, W, G, eta, scale = pissa(), draw(out, into), draw(out, into, seed=4), 0.1, 0.4
+    factors = {**begun(adapter, W), "s": torch.full((1,), scale, dtype=torch.float64)}
+    A, B = factors["A"], factors["B"]
+    leaves = {name: factors[name].clone().requires_grad_() for name in adapter.trained}
+    gradients = torch.autograd.grad((adapter.delta({**factors, **leaves}) * G).sum(), list(leaves.values()))
+    seen = adapter.seen(factors, G)
+    for name, slow in zip(leaves, gradients, strict=True):
+        assert off(seen[name], slow) < 1e-12, f"{name} has another gradient than is calibrated"
+    stepped = {name: factors[name] - eta * g for name, g in zip(leaves, gradients, strict=True)}
+    moved = adapter.delta({**factors, **stepped})
+    first = scale**2 * (B @ B.T @ G + G @ A.T @ A)
+    assert off(moved, -eta * first + eta**2 * scale**3 * G @ A.T @ B.T @ G) < 1e-12
+    # Planted: one of the two gradients without the scale.
+    for name in seen:
+        planted = adapter.delta({**factors, **stepped, name: factors[name] - eta * seen[name] / scale})
+        assert off(planted, moved) > 1e-2, f"{name} without the scale goes unnoticed"
+
+
 def test_13_it_is_pefts_own_pissa() -> None:
     torch.manual_seed(3)
     base = nn.Sequential(nn.Linear(12, 7))
@@ -360,7 +426,7 @@ def test_13_it_is_pefts_own_pissa() -> None:
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights="pissa")
     theirs: Any = get_peft_model(base, config).base_model.model[0]
     A, B = (part["default"].weight for part in (theirs.lora_A, theirs.lora_B))
-    factors = {"A": A.detach().clone(), "B": B.detach().clone()}
+    factors = {"A": A.detach().clone(), "B": B.detach().clone(), "s": torch.ones(1)}
     factors |= {"dA": 0.1 * draw(RANK, 12, seed=1).float(), "dB": 0.1 * draw(7, RANK, seed=2).float()}
     with torch.no_grad():
         A += factors["dA"]
@@ -377,7 +443,7 @@ def test_13_pefts_conversion_is_the_same_change_on_the_stock_base_and_the_pair_a
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "start")
     A, B = (part["default"].weight for part in (theirs.base_model.model[0].lora_A, theirs.base_model.model[0].lora_B))
-    factors = {"A": A.detach().clone(), "B": B.detach().clone()}
+    factors = {"A": A.detach().clone(), "B": B.detach().clone(), "s": torch.ones(1)}
     factors |= {"dA": 0.1 * draw(RANK, 12, seed=1).float(), "dB": 0.1 * draw(7, RANK, seed=2).float()}
     with torch.no_grad():
         A += factors["dA"]
@@ -410,8 +476,9 @@ def test_13_pefts_conversion_is_the_same_change_on_the_stock_base_and_the_pair_a
     assert off(pair, adapter.delta(factors)) > 0.1, "the principal part is counted twice, and that is not seen"
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @each_shape
-def test_13_the_pass_in_training_is_that_of_the_exported_change(out: int, into: int) -> None:
+def test_13_the_pass_in_training_is_that_of_the_exported_change(scale: float, out: int, into: int) -> None:
     class One(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -426,7 +493,11 @@ def test_13_the_pass_in_training_is_that_of_the_exported_change(out: int, into: 
     base, x = One(), draw(5, into, seed=8)
     plain_output = base.double()(x).detach()
     model = adapter.attach(base.float(), 1)
-    state = as_trained(adapter.read(model), adapter.trained)
+    begins = adapter.read(model)["layer"]
+    adapter.write(model, {"layer": {"s": torch.tensor([scale])}})
+    for mode in (True, False):
+        assert torch.equal(model.double().train(mode)(x).detach(), plain_output), "it does not begin as its base"
+    state = as_trained({"layer": {**begins, "s": torch.tensor([scale])}}, adapter.trained)
     adapter.write(model, state)
     wanted = plain_output + x @ adapter.delta({name: t.double() for name, t in state["layer"].items()}).T
     for mode in (True, False):
@@ -434,22 +505,25 @@ def test_13_the_pass_in_training_is_that_of_the_exported_change(out: int, into: 
     assert off(plain_output, wanted) > 0.1
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.6])
 @each_shape
-def test_14_the_mean_is_off_by_the_covariance_and_the_start_drops_out(out: int, into: int) -> None:
+def test_14_the_mean_is_off_by_the_covariance_and_the_start_drops_out(out: int, into: int, scale: float) -> None:
     adapter, W, shares = pissa(), draw(out, into), (0.25, 0.75)
-    sites = [drawn(adapter, W, 0.5, seed=k) for k in (3, 30)]
+    s = torch.full((1,), scale, dtype=torch.float64)
+    sites = [{**drawn(adapter, W, 0.5, seed=k), "s": s} for k in (3, 30)]
     mean = {name: shares[0] * sites[0][name] + shares[1] * sites[1][name] for name in sites[0]}
     gap = sum((p * adapter.delta(x) for p, x in zip(shares, sites, strict=True)), -adapter.delta(mean))
     covariance = sum(
-        (p * (x["dB"] - mean["dB"]) @ (x["dA"] - mean["dA"]) for p, x in zip(shares, sites, strict=True)),
+        (p * s * (x["dB"] - mean["dB"]) @ (x["dA"] - mean["dA"]) for p, x in zip(shares, sites, strict=True)),
         torch.zeros(out, into, dtype=torch.float64),
     )
     assert off(gap, covariance) < 1e-12
     assert float(covariance.abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.6])
 @pytest.mark.parametrize("adam", [False, True], ids=["dp-sgd", "dp-adam"])
-def test_15_increments_over_the_base_train_as_the_factors_do_over_the_residual_one(adam: bool) -> None:
+def test_15_increments_over_the_base_train_as_the_factors_do_over_the_residual_one(adam: bool, scale: float) -> None:
     adapter, W = pissa(), draw(*WIDE)
     start = begun(adapter, W)
     A, B = start["A"], start["B"]
@@ -458,13 +532,13 @@ def test_15_increments_over_the_base_train_as_the_factors_do_over_the_residual_o
 
     def ours(decay: float) -> list[Tensor]:
         held = {"dA": start["dA"], "dB": start["dB"]}
-        frozen = {"A": A, "B": B}
+        frozen = {"A": A, "B": B, "s": torch.full((1,), scale, dtype=torch.float64)}
         return trajectory(lambda f: adapter.delta({**frozen, **f}), held, W, noise, rates, 2.0, adam=adam, decay=decay)
 
     def theirs(decay: float) -> list[Tensor]:
-        residual = W - B @ A
+        residual = W - scale * B @ A
         return trajectory(
-            lambda f: f["dB"] @ f["dA"], {"dA": A, "dB": B}, residual, noise, rates, 2.0, adam=adam, decay=decay
+            lambda f: scale * f["dB"] @ f["dA"], {"dA": A, "dB": B}, residual, noise, rates, 2.0, adam=adam, decay=decay
         )
 
     assert apart(ours(0.0), theirs(0.0)) < 1e-12
@@ -744,29 +818,35 @@ def test_l4_noise_on_the_diagonal_enters_at_the_lengths_of_its_vectors_and_at_on
     assert published > 1.2 * s**2 * tau**2 * RANK, "lengths of 1 would do here: nothing is proved"
 
 
-@pytest.mark.parametrize("name", [name for name, kind in ADAPTERS.items() if kind.free_scale])
+@pytest.mark.parametrize("name", [name for name, kind in ADAPTERS.items() if kind.free_scale and kind.linear])
 @each_shape
 def test_i1_the_whole_gradient_along_the_change_is_the_factors_own_along_what_is_trained(
     name: str, out: int, into: int
 ) -> None:
     """What lets the server score a layer by what is sent: no m × n gradient is needed."""
-    adapter, W, shares = plain(ADAPTERS[name]), draw(out, into), (0.5, 0.3, 0.2)
+    rank = min(RANK, into // 2) if name == "salt" else RANK  # which needs twice as many inputs
+    adapter, W, shares = plain(ADAPTERS[name], rank), draw(out, into), (0.5, 0.3, 0.2)
     full = drawn(adapter, W)
-    (trained,) = adapter.trained
-    deficient = {**full, trained: full[trained].clone()}
-    deficient[trained][..., 1] = 0
+    deficient = {**full, **{trained: full[trained].clone() for trained in adapter.trained}}
+    for trained in adapter.trained:
+        deficient[trained][..., 1] = 0
+
+    def along(factors: Factors, of: Factors, g: Tensor) -> float:
+        seen = adapter.seen(of, g)
+        return adapter.scaling * sum(float((factors[trained] * seen[trained]).sum()) for trained in adapter.trained)
+
     for factors in (full, deficient):
         sites = [draw(out, into, seed=30 + k) for k in range(3)]
         G = sum((p * g for p, g in zip(shares, sites, strict=True)), torch.zeros(()))
         wanted = float((adapter.delta(factors, W) * G).sum())
-        own = [adapter.scaling * float((factors[trained] * adapter.seen(factors, g)).sum()) for g in sites]
+        own = [along(factors, factors, g) for g in sites]
         assert sum(p * x for p, x in zip(shares, own, strict=True)) == pytest.approx(wanted, abs=1e-10)
-        leaf = factors[trained].clone().requires_grad_()
-        (slow,) = torch.autograd.grad((adapter.delta({**factors, trained: leaf}, W) * G).sum(), leaf)
-        assert off(adapter.scaling * adapter.seen(factors, G), slow) < 1e-12
+        for trained in adapter.trained:
+            leaf = factors[trained].clone().requires_grad_()
+            (slow,) = torch.autograd.grad((adapter.delta({**factors, trained: leaf}, W) * G).sum(), leaf)
+            assert off(adapter.scaling * adapter.seen(factors, G)[trained], slow) < 1e-12
         other = {**factors, **{frozen: factors[frozen].flip(0) for frozen in adapter.frozen}}
-        planted = adapter.scaling * float((factors[trained] * adapter.seen(other, G)).sum())
-        assert abs(planted - wanted) > 1e-2, "the factors of another layer would do: nothing is proved"
+        assert abs(along(factors, other, G) - wanted) > 1e-2, "the factors of another layer would do: nothing is proved"
 
 
 @each_shape
@@ -789,7 +869,7 @@ def test_d1_one_number_for_a_module_averages_exactly_and_not_with_b_trained_besi
     moved = [{**frozen, "B": draw(out, RANK, seed=40 + k), "z": g * ones} for k, g in enumerate(gates)]
     assert off(*mean_of(moved)) > 0.1, "a gate and B are a product, and that is not seen"
     G = draw(out, into, seed=50)
-    of_gate = adapter.scaling * float(adapter.seen(frozen, G).sum())
+    of_gate = adapter.scaling * float(adapter.seen(frozen, G)["z"].sum())
     assert of_gate == pytest.approx(float((G * adapter.delta({**frozen, "z": ones}, W)).sum()), rel=1e-12)
 
 

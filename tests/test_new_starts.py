@@ -18,7 +18,7 @@ from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from audits.tiny_models import FILLER, GOOD, TARGETS
+from audits.tiny_models import FILLER, GOOD, TARGETS, write_reviews
 from common.adapters import ADAPTERS, LoRAFrozenA, Place
 from common.adapters.base import base_weight
 from common.config.sections import HeadConfig
@@ -35,6 +35,7 @@ from common.starts import STARTS, Start
 from common.starts.calibration import calibrated
 from common.starts.directions import leading_rows, minor_rows, orthonormal_rows, with_fixed_signs
 from common.starts.eva import EVA, input_moments
+from common.starts.gradient import mean_gradient
 from common.starts.public_text import known_sha256, read_text
 from common.tasks import TASKS
 from common.tasks.text import TextExample
@@ -534,9 +535,9 @@ def test_after_calibration_gradients_are_as_long_as_with_random_rows(
     assert float(after) == pytest.approx(wanted, rel=0.03)  # a hundred draws know it to 1 %
 
 
-@pytest.mark.parametrize("name", ["lora-frozen-b", "lora-diagonal"])
+@pytest.mark.parametrize("name", ["lora-frozen-b", "lora-diagonal", "lora-increments", "salt"])
 def test_so_are_those_of_an_adapter_that_trains_something_else_than_b(model_folder: Folder, name: str) -> None:
-    """The factor of a free length alone is scaled; the median is that of a hundred models of random directions."""
+    """Factors of a free scale alone are scaled; the median is that of a hundred models of random directions."""
     model = tiny(model_folder("bert"), "bert", STARTS["svd-of-weights"](), name)
     records = model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
     squares, generator = torch.zeros(len(records), dtype=torch.float64), torch.Generator().manual_seed(4)
@@ -544,12 +545,14 @@ def test_so_are_those_of_an_adapter_that_trains_something_else_than_b(model_fold
         drawn: AdapterState = {}
         for layer, factors in model.start.items():
             if layer != HEAD:
-                rows = {n: orthonormal_rows(RANK, max(factors[n].shape), generator) for n in ("A", "B") if n in factors}
-                drawn[layer] = {n: rows[n] if n == "A" else rows[n].T for n in model.adapter.frozen}
+                letters = [n for n in ("A", "B", "C") if n in model.adapter.frozen]
+                rows = {n: orthonormal_rows(RANK, max(factors[n].shape), generator) for n in letters}
+                sides = {n: made.T if n == "B" else made for n, made in rows.items()}
+                drawn[layer] = model.adapter.fitted({**factors, **sides})
         squares += torch.tensor(gradients(model, merge(model.start, drawn), records)).square() / 100
     free = model.adapter.free_scale
     long = {
-        layer: {n: 7 * t if n == free else t for n, t in f.items()} if layer != HEAD else f
+        layer: {n: 7 * t if n in free else t for n, t in f.items()} if layer != HEAD else f
         for layer, f in model.start.items()
     }
     for state in (model.start, long):
@@ -558,7 +561,7 @@ def test_so_are_those_of_an_adapter_that_trains_something_else_than_b(model_fold
         assert after == pytest.approx(float(squares.sqrt().median()), rel=0.08)
         for layer, factors in made.items():
             for factor, tensor in factors.items():
-                if layer == HEAD or factor != free:
+                if layer == HEAD or factor not in free:
                     assert torch.equal(tensor, model.start[layer][factor])
 
 
@@ -588,15 +591,77 @@ def test_a_calibrated_run_sends_its_a_once_and_a_head_of_zeros_is_refused(toy_se
         server.calibrated(server.start)
 
 
+@pytest.mark.parametrize("start", ["svd-of-weights", "lora-ga"])
+def test_calibration_of_both_factors_scales_the_change_and_leaves_the_start_and_the_model(
+    model_folder: Folder, toy_settings: dict[str, Any], start: str, tmp_path: Path
+) -> None:
+    """PiSSA and LoRA-GA: one scale in every layer, so that the model begins as its base and is exported as it is."""
+    own = {"strategy": "fedavg-lora", "adapter.name": "lora-increments", "adapter.start": start, "adapter.alpha": 0.0}
+    if start == "lora-ga":
+        own["start.data"] = str(write_reviews(tmp_path / "public.csv", 40, seed=1))
+    else:
+        own["start.singular-values"] = True
+    server = ServerModel(configure({**toy_settings, **own}))
+    state = server.start
+    if start == "lora-ga":
+        state = server.job.begin(state, server.public_statistic()).adapter
+    made = server.calibrated(state)
+    scales = {float(factors["s"]) for layer, factors in made.items() if layer != HEAD}
+    assert len(scales) == 1
+    assert scales != {1.0}
+    for layer, factors in made.items():
+        for name, tensor in factors.items():
+            assert name == "s" or torch.equal(tensor, state[layer][name]), (
+                f"{layer}.{name} is not as the start gives it"
+            )
+    before, after = server.score(state), server.score(made)
+    assert after == before, "the model begins as another one"
+    # What came out of training, and what stock PEFT makes of its export, are one model.
+    folder = run_in_process({**toy_settings, **own, "rounds": 2}, 2)
+    lines = read_lines(RoundLine, folder)
+    assert [line.round_number for line in lines] == [0, 1, 2]
+    assert lines[1].bytes_down > lines[2].bytes_down, "the scale does not travel once"
+    scored = evaluate_run(folder)
+    assert scored.loss == pytest.approx(lines[-1].loss, rel=1e-5)
+
+
+def test_a_scale_is_calibrated_of_both_factors_gradients_by_the_formula(model_folder: Folder) -> None:
+    """The median over records of √Σ (r/m + r/n)‖G‖², over that of √Σ ‖Bᵀ G‖² + ‖G Aᵀ‖², from gradients of weights."""
+    model = tiny(model_folder("bert"), "bert", STARTS["svd-of-weights"](), "lora-increments")
+    records = model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
+    squares = torch.zeros(3, len(records), dtype=torch.float64)
+    for i, record in enumerate(records):
+        for layer, held in mean_gradient(model, [model.batch([record])]).items():
+            G, f = held["G"].double(), {n: t.double() for n, t in model.start[layer].items()}
+            of_b, of_a = (G @ f["A"].T).square().sum(), (f["B"].T @ G).square().sum()
+            squares[0, i] += (RANK / G.shape[0] + RANK / G.shape[1]) * G.square().sum()
+            squares[1, i] += of_a + of_b
+            squares[2, i] += of_b
+    want, have, one = squares.sqrt().median(1).values.tolist()
+    made = calibrated(model, model.start, records)
+    for layer, factors in made.items():
+        if layer != HEAD:
+            assert float(factors["s"]) == pytest.approx(want / have, rel=1e-4)
+            assert float(factors["s"]) != pytest.approx(want / one, rel=0.02), "one half would do: nothing is proved"
+
+
+def test_an_adapter_has_a_scale_that_a_start_may_choose_or_says_why_not() -> None:
+    for adapter in ADAPTERS.values():
+        assert bool(adapter.free_scale) or bool(adapter.no_free_scale), adapter.name
+        assert {*adapter.free_scale} <= {*adapter.frozen}, adapter.name
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"strategy": "fed-sb"}, "which only 'lora-frozen-a', 'lora-frozen-b', 'lora-diagonal' can be"),
-        ({"strategy": "fedavg-lora"}, "which only 'lora-frozen-a', 'lora-frozen-b', 'lora-diagonal' can be"),
-        ({"strategy": "fedavg-lora", "adapter.name": "dora"}, "can be: give 'dora' a number"),
-        ({"strategy": "fedavg-lora", "adapter.name": "lora-increments"}, "can be: give 'lora-increments' a number"),
-        ({"strategy": "fedavg-lora", "adapter.name": "randlora"}, "can be: give 'randlora' a number"),
-        ({"strategy": "fedavg-lora", "adapter.name": "salt"}, "can be: give 'salt' a number"),
+        ({"strategy": "fed-sb"}, "'lora-sb' has orthonormal factors"),
+        ({"strategy": "fedavg-lora"}, "'lora' trains A, so that a length given to it does not last: give it a number"),
+        ({"strategy": "fedex-lora"}, "'lora-merged' trains A"),
+        ({"strategy": "fedavg-lora", "adapter.name": "dora"}, "'dora' trains A, .* magnitudes, which have no scale"),
+        ({"strategy": "fedavg-lora", "adapter.name": "dora-magnitude"}, "'dora-magnitude' trains magnitudes alone"),
+        ({"strategy": "fedavg-lora", "adapter.name": "dora-frozen-norm"}, "trains magnitudes beside B"),
+        ({"strategy": "fedavg-lora", "adapter.name": "randlora"}, "'randlora' has random bases of length 1"),
+        ({"strategy": "fedavg-lora", "adapter.name": "none"}, "'none' has no factor: give it a number"),
         ({"strategy": "fed-svd"}, "gives A another length"),
         (
             {"strategy": "ffa-lora", "adapter.start": "public-gradient", "start.data": "a.csv"},

@@ -26,12 +26,14 @@ from common.adapters.mapped import Mapped
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, LedgerError, ModelError
 from common.messages.round import Refusal, TrainResult
+from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.model.base import BaseModel, load_base_model
 from common.model.federated import FederatedModel, model_of
 from common.privacy.dpsgd import PrivateSteps
-from common.starts import dp_gradient
+from common.starts import Start, dp_gradient
 from common.starts.kaiming import Kaiming
+from common.starts.orthonormal import Orthonormal
 from common.tasks import TASKS
 from common.tasks.text import TextExample
 
@@ -56,10 +58,10 @@ def llama(positions: int, scaling: dict[str, Any]) -> Any:
 
 
 def federated(
-    folder: str, task: str, targets: str, precision: str = "float32", adapter: str = "lora"
+    folder: str, task: str, targets: str, precision: str = "float32", adapter: str = "lora", start: Start | None = None
 ) -> FederatedModel:
     return FederatedModel(
-        *(load_base_model(folder, task), ADAPTERS[adapter](4, 4.0, tuple(targets.split(",")), Kaiming())),
+        *(load_base_model(folder, task), ADAPTERS[adapter](4, 4.0, tuple(targets.split(",")), start or Kaiming())),
         *(TASKS[task], HeadConfig("trained" if task == "classification" else "frozen", "random")),
         seed=1,
         label_names=("bad", "good"),
@@ -282,6 +284,26 @@ def test_a_server_cannot_scale_the_rehearsal_until_nothing_shows(saved: Callable
     assert model.module.feature_scale == scale
     assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
     assert {s for m in model.peft_model.modules() for s in getattr(m, "scaling", {}).values()} == {4.2e-45 / 4}
+
+
+def test_a_scale_that_is_a_factor_is_1_while_a_model_rehearses(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times any other number of ours all of the adapter's gradients would be too small beside the head's to tell."""
+    model = federated(
+        model_folder("bert"), "classification", "query,value", "float32", "lora-increments", Orthonormal()
+    )
+    model.write({layer: {"s": torch.tensor([1e-6])} for layer in model.start if layer != HEAD})
+    before, losses, seen = model.read(), model.losses, set[float]()
+
+    def watched(batch: Any) -> Tensor:
+        seen.update(float(held["s"]) for layer, held in model.places().items() if layer != HEAD)
+        return losses(batch)
+
+    monkeypatch.setattr(model, "losses", watched)
+    rehearse(model)
+    assert seen == {1.0}
+    assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
 
 
 def test_gradients_that_say_nothing_are_refused(

@@ -232,6 +232,27 @@ def test_a_setting_that_came_after_a_run_began_is_as_the_run_did_without_it(
     assert with_resumed(given)["server.adam-tau"] == 0.125, "today's default is filled in"
 
 
+def test_a_frozen_factor_that_came_after_a_run_began_is_where_such_a_run_had_it(toy_settings: dict[str, Any]) -> None:
+    """The scale of increments is 1 at their start, so a run without one goes on to the same bits as one that has it."""
+    own = {"strategy": "fedavg-lora", "adapter.name": "lora-increments", "privacy.mode": "none", "rounds": 2}
+    ended = []
+    for name, old in (("had", False), ("had-none", True)):
+        with pytest.raises(Killed), killed_at(17):
+            run_in_process({**toy_settings, **own}, 1, name)
+        folder = Path(toy_settings["output"]) / f"fedavg-lora-{name}"
+        file, tensors = folder / NAME, load_file(str(folder / NAME))
+        with safe_open(str(file), framework="pt") as opened:
+            metadata = opened.metadata()
+        about = json.loads(metadata["about"])
+        kept = [i for i, (_, _, factor) in enumerate(about["tensors"]) if factor != "s" or not old]
+        assert (len(kept) < len(tensors)) == old
+        about["tensors"] = [about["tensors"][i] for i in kept]
+        order = {str(new): tensors[str(i)] for new, i in enumerate(kept)}
+        file.write_bytes(save(order, metadata={**metadata, "about": json.dumps(about)}))
+        ended.append(run_in_process({**toy_settings, **own, "resume": name}, 1))
+    assert same_adapter(*ended)
+
+
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(Killed), killed_at(17):
         run_in_process(toy_settings, 1, "77")

@@ -164,8 +164,8 @@ def both(adapter: Adapter, B: Tensor, A: Tensor) -> float:
 
 
 def increments(adapter: Adapter, f: Layer) -> float:
-    """That of the factors where they stand, start and way together, at s = 1."""
-    return both(adapter, f["B"] + f["dB"], f["A"] + f["dA"])
+    """That of the factors where they stand, start and way together, at the scale that is a factor."""
+    return float(f["s"]) ** 2 * both(adapter, f["B"] + f["dB"], f["A"] + f["dA"])
 
 
 def merged(adapter: Adapter, f: Layer) -> float:
@@ -200,7 +200,7 @@ class HalfTheWay(LoRAIncrements):
     """The fault: the way of A meets that of B nowhere."""
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
-        return super().delta(factors) - factors["dB"] @ factors["dA"]
+        return super().delta(factors) - factors["s"] * factors["dB"] @ factors["dA"]
 
 
 class WithoutScale(LoRAFrozenB):

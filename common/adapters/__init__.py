@@ -63,8 +63,9 @@ def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:
             f"leave it at {ADAPTERS[name].scales[0]!r}"
         )
     if not config.alpha and not ADAPTERS[name].free_scale:
-        free = ", ".join(repr(other) for other, adapter in ADAPTERS.items() if adapter.free_scale)
-        raise ConfigError(f"adapter.alpha is 0, to be calibrated, which only {free} can be: give {name!r} a number")
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated, but {name!r} {ADAPTERS[name].no_free_scale}: give it a number"
+        )
     of_scale_1 = math.sqrt(config.rank) if config.scale == "sqrt-rank" else float(config.rank)
     return ADAPTERS[name](config.rank, config.alpha or of_scale_1, config.target_modules, origin, config.scale)
 

@@ -88,9 +88,14 @@ class Adapter(ABC):
     directions: ClassVar[tuple[str, ...]] = ("A",)
     """What it asks of a start: ``A``, rows among a layer's inputs, ``B``, columns among its outputs."""
 
-    free_scale: ClassVar[str] = ""
-    """The frozen factor of which only the product with the scale matters, what is trained beginning at 0: then a start
-    may choose its length (``common.starts.calibration``). Empty: there is none."""
+    free_scale: ClassVar[tuple[str, ...]] = ()
+    """The frozen factors that one number may lengthen together: the change and its gradients, where what is trained is
+    at 0, are then as many times as long (``common.starts.calibration``). Empty: there are none."""
+    no_free_scale: ClassVar[str] = ""
+    """Why there are none, as the end of a sentence about the adapter."""
+    scale_factor: ClassVar[str] = ""
+    """The frozen factor that is a scale itself, one number in place of ``scaling``: a rehearsal puts 1 there, as in
+    place of any scale. Empty: there is none."""
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -250,8 +255,8 @@ class Adapter(ABC):
                 for factor, tensor in factors.items():
                     places[layer][factor].copy_(tensor)
 
-    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
-        """Return the gradient of what is trained, at 0 and without the scale, of an adapter with a free one.
+    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
+        """Return the gradient of every trained factor, at 0 and without ``scaling``, of an adapter with a free scale.
 
         Args:
             factors: of one layer, float64.

@@ -37,6 +37,7 @@ class DoRA(Mapped):
     frozen: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = False
     noise: ClassVar[str] = "diag(x_mu) V/c, norm σC/b √m; diag(mu/c) s (B x_A + x_B A) less its part along V's rows"
+    no_free_scale: ClassVar[str] = "trains A, whose length does not last, and magnitudes, which have no scale"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and mu, (out,)."""

@@ -41,6 +41,7 @@ class DoRAFrozenNorm(Mapped):
     frozen: ClassVar[tuple[str, ...]] = ("A", "c")
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "diag(x_mu / c) W0 + s x_B A: norm σC/b √(m + s² m ‖A‖²)"
+    no_free_scale: ClassVar[str] = "trains magnitudes beside B, whose gradients no scale changes"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and mu and c, (out,)."""

@@ -36,6 +36,7 @@ class DoRAMagnitude(Mapped):
     noise: ClassVar[str] = "diag(x_mu / c) W0: norm σC/b √m"
     scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ()
+    no_free_scale: ClassVar[str] = "trains magnitudes alone, which have no scale"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of mu and c, (out,)."""

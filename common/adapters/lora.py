@@ -24,6 +24,7 @@ class LoRA(LowRank):
     frozen: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = False
     noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A): quadratic"
+    no_free_scale: ClassVar[str] = "trains A, so that a length given to it does not last"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), and B, (out, rank)."""

@@ -70,7 +70,7 @@ class LoRADiagonal(LowRank):
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "s B diag(x_z) A: norm s σC/b √r for unit columns of B and rows of A"
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
-    free_scale: ClassVar[str] = "A"
+    free_scale: ClassVar[tuple[str, ...]] = ("A",)
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and z, (rank,)."""
@@ -91,9 +91,9 @@ class LoRADiagonal(LowRank):
         moved = {"z": given["R"].diagonal() / self.scaling} if "R" in given else {}
         return {"A": given["A"], "B": given["B"], **moved}
 
-    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
+    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
         """Return the diagonal of Bᵀ G Aᵀ, shape (rank,)."""
-        return ((factors["B"].T @ gradient) * factors["A"]).sum(1)
+        return {"z": ((factors["B"].T @ gradient) * factors["A"]).sum(1)}
 
     def share_seen(self, out: int, into: int) -> float:
         """Return r / (m n)."""

@@ -29,12 +29,12 @@ class LoRAFrozenA(LoRA):
     trained: ClassVar[tuple[str, ...]] = ("B",)
     frozen: ClassVar[tuple[str, ...]] = ("A",)
     linear: ClassVar[bool] = True
-    free_scale: ClassVar[str] = "A"
+    free_scale: ClassVar[tuple[str, ...]] = ("A",)
     noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"
 
-    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
+    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
         """Return G Aᵀ, shape (out, rank)."""
-        return gradient @ factors["A"].T
+        return {"B": gradient @ factors["A"].T}
 
     def share_seen(self, out: int, into: int) -> float:
         """Return r / n."""

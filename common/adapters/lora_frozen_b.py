@@ -27,16 +27,16 @@ class LoRAFrozenB(LoRA):
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "s B x_A: norm s σC/b √n ‖B‖"
     directions: ClassVar[tuple[str, ...]] = ("B",)
-    free_scale: ClassVar[str] = "B"
+    free_scale: ClassVar[tuple[str, ...]] = ("B",)
 
     def begin(self, given: Factors) -> Factors:
         """Return B, and A with s B A = B R A of a start that moves the weights."""
         moved = {"A": given["R"] @ given["A"] / self.scaling} if "R" in given else {}
         return {"B": given["B"], **moved}
 
-    def seen(self, factors: Factors, gradient: Tensor) -> Tensor:
+    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
         """Return Bᵀ G, shape (rank, in)."""
-        return factors["B"].T @ gradient
+        return {"A": factors["B"].T @ gradient}
 
     def share_seen(self, out: int, into: int) -> float:
         """Return r / m."""

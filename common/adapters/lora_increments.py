@@ -2,16 +2,18 @@
 
 PiSSA (Meng, Wang, Zhang 2024, arXiv 2404.02948, eq. 2 to 4) begins with the principal part of W0 in A and B and
 freezes the residual W0 - s B A. Here W0 stays, the start stays in frozen halves, and what is trained is how far the
-factors have moved: W = W0 + (B + dB) (A + dA) - B A. Gradients, clip and noise of a step are those of training the
+factors have moved: W = W0 + s ((B + dB) (A + dA) - B A). Gradients, clip and noise of a step are those of training the
 factors themselves; only weight decay is another, as it draws towards the start. At the start nothing is added, to the
 last bit, also where a residual base in half precision would be another model.
 
 PiSSA is this adapter in the start ``svd-of-weights`` with ``start.singular-values``; LoRA-GA (Wang, Yu, Li 2024) in
-``lora-ga``, without the factor m^(1/4) / √γ of its ``stable`` scale. The scale s is 1 whatever
-``adapter.alpha`` says, as in PiSSA's experiments: B A is what the start gives.
+``lora-ga``, without the factor m^(1/4) / √γ of its ``stable`` scale. The scale s is 1 whatever number
+``adapter.alpha`` is, as in PiSSA's experiments: B A is what the start gives. With ``adapter.alpha = 0`` it is measured
+(``common.starts.calibration``), and the start gives A and B as before. It is a frozen factor, the same in every layer,
+because it is known after the sites have built their model.
 
-Averages are off by Σ p_k (dB_k - mean) (dA_k - mean); the start drops out of it. Stock PEFT loads a pair of rank 2 r,
-[A + dA; dA] and [dB, B]: without the frozen halves, on the stock base, it would count the principal part twice.
+Averages are off by Σ p_k s (dB_k - mean) (dA_k - mean); the start drops out of it. Stock PEFT loads a pair of rank 2 r,
+[A + dA; dA] and s [dB, B]: without the frozen halves, on the stock base, it would count the principal part twice.
 """
 
 from __future__ import annotations
@@ -54,39 +56,53 @@ class _Into(nn.Module):
         return F.linear(inputs, folded)
 
 
+class _Scale(nn.Module):
+    """h ↦ s h, in the dtype of h."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, device=like.device, dtype=like.dtype), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (self.weight * hidden).to(hidden.dtype)
+
+
 class _OutOf(nn.Module):
-    """(h, g) ↦ dB h + B g; outside training one product."""
+    """(h, g) ↦ s (dB h + B g); outside training one product, with s in it."""
 
     def __init__(self, frozen: nn.Linear, moved: nn.Linear) -> None:
         super().__init__()
-        self.frozen, self.moved = frozen, moved
+        self.frozen, self.moved, self.scale = frozen, moved, _Scale(moved.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:  # shape (..., 2 rank) to (..., out)
         if self.training:
-            turned, moved = hidden.chunk(2, -1)
+            # Before the product: there it is 2 r numbers at a position, and both trained maps see it.
+            turned, moved = self.scale(hidden).chunk(2, -1)
             return cast(Tensor, self.moved(turned) + self.frozen(moved))
-        return F.linear(hidden, torch.cat([self.moved.weight, self.frozen.weight], 1))
+        return F.linear(hidden, self.scale(torch.cat([self.moved.weight, self.frozen.weight], 1)))
 
 
 @dataclass(frozen=True)
 class LoRAIncrements(LowRank):
-    """Factors ``A`` (rank, in) and ``B`` (out, rank), frozen, and ``dA`` and ``dB`` of their shapes, trained from 0."""
+    """Factors ``A`` (rank, in), ``B`` (out, rank) and ``s`` (1,), frozen; ``dA`` and ``dB``, as A and B, from 0."""
 
     name: ClassVar[str] = "lora-increments"
     trained: ClassVar[tuple[str, ...]] = ("dA", "dB")
-    frozen: ClassVar[tuple[str, ...]] = ("A", "B")
+    frozen: ClassVar[tuple[str, ...]] = ("A", "B", "s")
     linear: ClassVar[bool] = False
-    noise: ClassVar[str] = "B x_A + x_B A + x_B x_A, also at the start: quadratic"
+    noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A), also at the start: quadratic"
     scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
+    free_scale: ClassVar[tuple[str, ...]] = ("s",)
+    scale_factor: ClassVar[str] = "s"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.rank))
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
-        """Return those of A and dA, (rank, into), and of B and dB, (out, rank)."""
+        """Return those of A and dA, (rank, into), of B and dB, (out, rank), and of s, (1,)."""
         A, B = (self.rank, into), (out, self.rank)
-        return {"A": A, "B": B, "dA": A, "dB": B}
+        return {"A": A, "B": B, "s": (1,), "dA": A, "dB": B}
 
     def prepare(self, layer: LoraLayer) -> None:
         """Put two maps side by side in the place of each of PEFT's."""
@@ -100,25 +116,35 @@ class LoRAIncrements(LowRank):
         layer.lora_B[ADAPTER_NAME] = _OutOf(linear(self.rank, out), linear(self.rank, out))
 
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
-        """Return the four linear maps."""
+        """Return the four linear maps, and the scale."""
         first, last = cast(_Into, layer.lora_A[ADAPTER_NAME]), cast(_OutOf, layer.lora_B[ADAPTER_NAME])
-        return {"A": first.frozen, "dA": first.moved, "B": last.frozen, "dB": last.moved}
+        return {"A": first.frozen, "dA": first.moved, "B": last.frozen, "dB": last.moved, "s": last.scale}
 
     def begin(self, given: Factors) -> Factors:
-        """Return A and B; and dB with dB A = B R A of a start that moves the weights."""
+        """Return A and B, and 1 for s; and dB with dB A = B R A of a start that moves the weights."""
         moved = {"dB": given["B"] @ given["R"]} if "R" in given else {}
-        return {"A": given["A"], "B": given["B"], **moved}
+        return {"A": given["A"], "B": given["B"], "s": torch.ones(1), **moved}
+
+    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
+        """Return s Bᵀ G, shape (rank, in), and s G Aᵀ, shape (out, rank)."""
+        s = factors["s"]
+        return {"dA": s * (factors["B"].T @ gradient), "dB": s * (gradient @ factors["A"].T)}
+
+    def share_seen(self, out: int, into: int) -> float:
+        """Return r / m + r / n: both factors are trained."""
+        return self.rank / out + self.rank / into
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
-        """Return dB (A + dA) + B dA."""
+        """Return s (dB (A + dA) + B dA)."""
         del base_weight
-        return factors["dB"] @ (factors["A"] + factors["dA"]) + factors["B"] @ factors["dA"]
+        moved = factors["dB"] @ (factors["A"] + factors["dA"]) + factors["B"] @ factors["dA"]
+        return factors["s"] * moved
 
     def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:
-        """Return the halves beside each other: a pair of twice the rank."""
+        """Return the halves beside each other, s in the second factor: a pair of twice the rank, of scale 1."""
         return {
             "A": torch.cat([factors["A"] + factors["dA"], factors["dA"]]),
-            "B": torch.cat([factors["dB"], factors["B"]], 1),
+            "B": factors["s"] * torch.cat([factors["dB"], factors["B"]], 1),
         }
 
     def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:

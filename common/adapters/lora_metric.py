@@ -36,6 +36,7 @@ class LoRAMetric(Mapped):
     uses_projected: ClassVar[bool] = False
     noise: ClassVar[str] = "s B x_A (I - VᵀV): norm s σC/b ‖B‖ ‖I - VᵀV‖"
     directions: ClassVar[tuple[str, ...]] = ("B", "V")
+    no_free_scale: ClassVar[str] = "has a start that chooses the length itself (start.clip-share)"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and V, (shrunk(into), into)."""

@@ -50,6 +50,9 @@ class LoRASB(LowRank):
     noise: ClassVar[str] = "B x_R A: norm σC/b r, whatever m and n"
     scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
+    no_free_scale: ClassVar[str] = (
+        "has orthonormal factors, so that R's gradient is the weight's own as far as they reach"
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.rank))

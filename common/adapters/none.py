@@ -35,6 +35,7 @@ class NoAdapter(Adapter):
     linear: ClassVar[bool] = True
     noise: ClassVar[str] = "none: the head's alone"
     directions: ClassVar[tuple[str, ...]] = ()
+    no_free_scale: ClassVar[str] = "has no factor"
 
     @classmethod
     def check(cls, config: RunConfig) -> None:

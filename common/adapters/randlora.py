@@ -47,6 +47,7 @@ class RandLoRA(Mapped):
     noise: ClassVar[str] = "s Σ x_q b_q a_qᵀ, unit b_q and a_q: norm s σC/b √P, P = r ⌈min(m, n)/r⌉"
     scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ()
+    no_free_scale: ClassVar[str] = "has random bases of length 1 in every start"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of lambda, (rank, N), A, (rank, min), B, (max, N, rank), and gamma, (N, min)."""

@@ -44,8 +44,9 @@ class SALT(Mapped):
     frozen: ClassVar[tuple[str, ...]] = ("A", "B", "C")
     linear: ClassVar[bool] = True
     uses_projected: ClassVar[bool] = False
-    noise: ClassVar[str] = "s (B diag(x_z) A + (I - BBᵀ) x_D C): norm s σC/b √(r + (m - r) r)"
+    noise: ClassVar[str] = "s (B diag(x_z) A + (I - BBᵀ) x_D C): norm s σC/b √(r + (m - r) r) for unit rows of A and C"
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
+    free_scale: ClassVar[tuple[str, ...]] = ("A", "C")
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of z, (rank,), of A and C, (rank, into), and of B and D, (out, rank)."""
@@ -79,6 +80,17 @@ class SALT(Mapped):
             rows = rows - reached @ (reached.T @ rows)
         q, r = torch.linalg.qr(rows)
         return {**factors, "C": (q * torch.sign(torch.diagonal(r))).T.contiguous().float()}
+
+    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
+        """Return the diagonal of Bᵀ G Aᵀ, shape (rank,), and (I - B Bᵀ) G Cᵀ, shape (out, rank)."""
+        return {
+            "z": ((factors["B"].T @ gradient) * factors["A"]).sum(1),
+            "D": beside(factors["B"], gradient @ factors["C"].T),
+        }
+
+    def share_seen(self, out: int, into: int) -> float:
+        """Return r (1 + m - r) / (m n)."""
+        return self.rank * (1 + out - self.rank) / (out * into)
 
     def change(
         self, factors: Mapping[str, Tensor], inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float

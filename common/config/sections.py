@@ -151,8 +151,8 @@ class AdapterConfig(Section):
     """How many directions of a layer the adapter has: the number of rows of A and of columns of B."""
     alpha: Annotated[float, NOT_NEGATIVE, RATIO] = 8.0
     """LoRA's alpha: the product of the factors is scaled by alpha over what ``adapter.scale`` says. 0, of the adapters
-    ``lora-frozen-a``, ``lora-frozen-b`` and ``lora-diagonal``: what suits the start, measured at the server on public
-    phrases (``common.starts.calibration``)."""
+    ``lora-frozen-a``, ``lora-frozen-b``, ``lora-increments``, ``lora-diagonal`` and ``salt``: what suits the start,
+    measured at the server on public phrases (``common.starts.calibration``)."""
     scale: Annotated[str, OneOf(SCALES)] = "rank"
     """``rank``: the product is scaled by ``alpha / rank`` (LoRA). ``sqrt-rank``: by ``alpha / √rank`` (rsLoRA)."""
     targets: str = "auto"

@@ -1,10 +1,11 @@
 """The length of a frozen factor at which records' gradients are as long as with random orthonormal directions.
 
 One clip covers the adapter and the head: a start whose A makes the adapter's gradients longer takes from the head what
-the clip leaves it. With what is trained at 0, only the product of the scale and one frozen factor matters
-(``Adapter.free_scale``: A where B or a diagonal is trained, B where A is), so that factor is scaled and the scale stays
-1. Where both factors are trained, the length of neither is free after the first step; ``lora-sb`` has orthonormal
-factors by definition, and ``lora-metric`` a start that chooses its own length: there it is refused.
+the clip leaves it. Where the factor that is trained stands in a product with frozen ones, only the product of these and
+the scale matters (``Adapter.free_scale``: A where B or a diagonal is trained, B where A is), so a frozen one is scaled
+and the scale stays 1. ``lora-increments`` trains both factors: there the length of neither is the scale, which is a
+number of its own before the whole change. Other adapters have none that a start may choose, and say why
+(``Adapter.no_free_scale``).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from common.tasks import Record
 
 
 def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[Record]) -> AdapterState:
-    """Return ``adapter`` with every factor of a free length times one number.
+    """Return ``adapter`` with every factor of a free scale times one number.
 
     It is the median over public records of ‖∇‖ with random orthonormal directions, over that with those at hand; ∇ is a
-    record's gradient of all that is trained below the head where the model starts: G Aᵀ of a B (Bᵀ G of an A) at 0, for
+    record's gradient of all that is trained below the head where the model starts: G Aᵀ of a B, Bᵀ G of an A at 0, for
     the gradient G of an adapted weight. With random directions it is taken in the root of the mean square over all of
-    them, which is r / n ‖G‖² of a layer with n inputs (``Adapter.share_seen``).
+    them, which for a B is r / n ‖G‖² of a layer with n inputs (``Adapter.share_seen``).
 
     Raises:
         ModelError: the median is 0, such as with a head that starts at zero.
@@ -43,7 +44,7 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
                 G = (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
                 held = {factor: tensor.double() for factor, tensor in adapter[name].items()}
                 lengths[0, i] += model.adapter.share_seen(*G.shape) * G.square().sum()
-                lengths[1, i] += model.adapter.seen(held, G).square().sum()
+                lengths[1, i] += sum(part.square().sum() for part in model.adapter.seen(held, G).values())
     model.module.train(was_training)
     wanted, found = lengths.sqrt().median(dim=1).values.tolist()
     if not (wanted > 0 and found > 0):
@@ -53,6 +54,6 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
         )
     free, times = model.adapter.free_scale, wanted / found
     return {
-        layer: {name: t * times if (layer not in OWN and name == free) else t for name, t in factors.items()}
+        layer: {name: t * times if (layer not in OWN and name in free) else t for name, t in factors.items()}
         for layer, factors in adapter.items()
     }

@@ -7,7 +7,8 @@ there the first step of plain SGD is the best rank-r part.
 
 The paper's residual base weight, W0 - s B A, is left out: training from B on it is training from 0 on W0. So is its
 length of the factors (the fourth root of m over the root of γ), which is a learning rate; ``adapter.alpha = 0`` gives
-A the length that suits the clip. PEFT's ``lora_ga`` is another method: it multiplies B by the singular values.
+A, or a pair of which both are trained, the scale that suits the clip. PEFT's ``lora_ga`` is another method: it
+multiplies B by the singular values.
 """
 
 from __future__ import annotations
