@@ -92,7 +92,10 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     peft_model, state = adapter.attach(base.module, job.config.seed), saved_state(run)
     weights = {name: base_weight(layer) for name, layer in adapter.layers(peft_model).items()}
-    noise = noise_alone(job, run, merge(adapter.read(peft_model), job.strategy.basis(state)), state)
+    start = merge(adapter.read(peft_model), job.strategy.basis(state))
+    # A frozen factor that came after a run had begun is where such a run had it: at its start.
+    state = replace(state, adapter=merge(start, state.adapter))
+    noise = noise_alone(job, run, start, state)
     rows = []
     for name, weight in weights.items():
         before = spectrum_of(weight)
