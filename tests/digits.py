@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from audits.tiny_models import with_biases
+
 SIDE, PATCH = 8, 2
 TOKENS = (SIDE // PATCH) ** 2 + 1
 """Of a digit at its own size: its patches and a class token."""
@@ -85,6 +87,6 @@ def save_vit(folder: Path, kind: str = "dinov2", processor: dict[str, Any] | Non
     """Write a model, the same numbers every time, and its processor's settings; return the folder."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        tiny_vit(kind, **options).save_pretrained(folder)
+        with_biases(tiny_vit(kind, **options)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor or PROCESSOR), encoding="utf-8")
     return str(folder)
