@@ -5,6 +5,9 @@ drawn. The file is replaced in one step under a lock: a killed server leaves the
 that share it never spend the same remainder. Charges are only ever added. A round that is repeated, after a crash or in
 a resumed run, releases anew and is charged anew.
 
+Whoever starts a run may choose its noise, rate and rounds by what runs before it have shown. So with the first charge
+its run's whole plan is written down, and all charges are priced by it (``common.privacy.privacy_filter``).
+
 What no file can know: one that is restored from an old copy, or deleted, forgets. A run that goes on refuses a ledger
 that lacks the rounds which it has done. A ledger in the run's own folder is copied and restored along with it, and then
 lacks none: never resume a copied or restored folder whose ledger is its own; name ``privacy.ledger``.
@@ -16,11 +19,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.accountant import TRAINING
+from common.accountant import AT_RATE_1, DEPARTED, TRAINING
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
 from common.files import replace_file
@@ -29,11 +32,18 @@ from common.privacy import MECHANISMS
 from common.privacy.accounting import Release
 from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import promised
+from common.privacy.privacy_filter import Commitment, commitment_to, price
 from common.strict_json import from_json, to_json
 from server.lock import locked
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_PLAN = 1
+"""The format before, which had no plan: what such a file holds is taken as all that was planned."""
+DEARER = {
+    DEPARTED: ", more because the ledger's first run planned something else",
+    AT_RATE_1: ", more because rates count as 1: the ledger's first run planned to ask all sites",
+}
+"""Why a charge costs more than if everything had been planned together."""
 NAME = "sites-ledger.json"
 """Of the ledger that all runs of one server share."""
 PATIENCE = 60.0
@@ -66,6 +76,21 @@ class LedgerContent:
     unit: str
     """What one neighbour is, in one word."""
     charges: list[Charge]
+    """Oldest first."""
+    first_plan: list[Release] = field(default_factory=list)
+    """All that the first run planned, before anything was released; empty only where nothing was charged by it."""
+
+    def commitment(self) -> Commitment:
+        """Return the plan by which everything is priced.
+
+        What was charged before plans were written down is all that is planned then: a plan that comes after it may have
+        been chosen by what it showed.
+        """
+        return (
+            Commitment(tuple(self.first_plan))
+            if self.first_plan
+            else commitment_to([], [one.release for one in self.charges])
+        )
 
 
 def with_ledger(settings: Mapping[str, Scalar], folder: Path | None = None) -> dict[str, Scalar]:
@@ -103,30 +128,33 @@ class ServerLedger:
         Raises:
             LedgerError: the file cannot be read, is damaged, of another format or unit, or has lost charges.
         """
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            text = ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise LedgerError(f"the ledger {self.path} cannot be read: check rights and the disk") from error
-        charges = self._read(text) if text or self.path.exists() else []
-        if len(charges) < self._seen:
-            raise LedgerError(
-                f"the ledger {self.path} has {len(charges)} charges, and had {self._seen}: put back the file that was "
-                "there"
-            )
-        self._seen = len(charges)
-        return charges
+        return self._content().charges
 
     def rounds_of(self, run: str) -> int:
         """Return how many rounds of a run were charged, a repeated one counted once; errors as of ``charges``."""
         return len({charge.round_number for charge in self.charges() if charge.run == run})
 
-    def charge(self, run: str, round_number: int, event: Event, delta: float, max_epsilon: float) -> Spending:
+    def charge(
+        self,
+        run: str,
+        round_number: int,
+        event: Event,
+        delta: float,
+        max_epsilon: float,
+        planned: Sequence[Release] = (),
+    ) -> Spending:
         """Write down durably that a round is about to release a noised sum.
 
         Guarantees: when this returns, the charge is on disk; when it raises, nothing was written. All that the file
-        holds is composed at the smallest δ that any of it was charged at.
+        holds is composed at the smallest δ that any of it was charged at, and priced by what the first run planned.
+
+        Args:
+            run: whose round it is.
+            round_number: from 1.
+            event: what the round releases.
+            delta: of the run.
+            max_epsilon: of the run, for all that the file holds.
+            planned: everything that the run is to release; it is written down with a file's first charge alone.
 
         Raises:
             BudgetExhausted: the release would pass ``max_epsilon``.
@@ -135,43 +163,68 @@ class ServerLedger:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                held = self.charges()
+                held = self._content()
                 now = datetime.now(UTC).isoformat(timespec="seconds")
-                added = Charge(run, round_number, event, min([delta, *(one.delta for one in held)]), now)
-                spending = _price(held, added, max_epsilon)
+                added = Charge(run, round_number, event, min([delta, *(one.delta for one in held.charges)]), now)
+                plan = held.commitment() if held.charges else commitment_to(planned, [added.release])
+                spending = _price(held.charges, added, plan, max_epsilon)
                 if not spending.epsilon_total <= max_epsilon:
+                    detour = spending.accountant.detour
                     raise BudgetExhausted(
                         f"round {round_number} of run {run!r} would make the sites' epsilon "
                         f"{epsilon_text(spending.epsilon_total, decimals=4)}, the budget is {max_epsilon:g} at delta "
-                        f"{added.delta:g}: train on other sites, or agree on a larger budget"
+                        f"{added.delta:g}{DEARER.get(detour.reason, '') if detour else ''}: train on other sites, or "
+                        "agree on a larger budget"
                     )
-                content = LedgerContent(FORMAT, self._unit, [*held, added])
+                content = LedgerContent(FORMAT, self._unit, [*held.charges, added], list(plan.releases))
                 replace_file(self.path, (json.dumps(to_json(content), indent=1) + "\n").encode())
         except OSError as error:
             raise LedgerError(
                 f"the ledger {self.path} cannot be written ({error.strerror}): name a local file that may be"
             ) from error
-        self._seen = len(held) + 1
+        self._seen = len(content.charges)
         return spending
 
-    def _read(self, text: str) -> list[Charge]:
+    def _content(self) -> LedgerContent:
         try:
-            content = from_json(LedgerContent, json.loads(text), "the ledger")
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            text = ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise LedgerError(f"the ledger {self.path} cannot be read: check rights and the disk") from error
+        held = self._read(text) if text or self.path.exists() else LedgerContent(FORMAT, self._unit, [])
+        if len(held.charges) < self._seen:
+            raise LedgerError(
+                f"the ledger {self.path} has {len(held.charges)} charges, and had {self._seen}: put back the file that "
+                "was there"
+            )
+        self._seen = len(held.charges)
+        return held
+
+    def _read(self, text: str) -> LedgerContent:
+        try:
+            found = json.loads(text)
+            number = found.get("format", FORMAT) if isinstance(found, dict) else FORMAT
+            if number not in (WITHOUT_PLAN, FORMAT):
+                raise LedgerError(
+                    f"the ledger {self.path} has format {number}, this FedVeil reads {FORMAT}: install the FedVeil "
+                    "that wrote it"
+                )
+            content = from_json(LedgerContent, found, "the ledger")
             for charge in content.charges:
                 charge.event.check()
+            if bool(content.first_plan) != (number == FORMAT):
+                raise DataError(
+                    "its plan is missing" if number == FORMAT else "it has a plan, which its format has not"
+                )
         except (ValueError, DataError, ConfigError) as error:
             reason = " ".join(str(error).split())
             raise LedgerError(f"the ledger {self.path} is damaged ({reason}): do not train, ask for help") from error
-        if content.format != FORMAT:
-            raise LedgerError(
-                f"the ledger {self.path} has format {content.format}, this FedVeil reads {FORMAT}: install the FedVeil "
-                "that wrote it"
-            )
         if content.unit != self._unit:
             raise LedgerError(
                 f"the ledger {self.path} is of the unit {content.unit!r}, not {self._unit!r}: name another file"
             )
-        return content.charges
+        return content
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -182,16 +235,16 @@ class ServerLedger:
             yield
 
 
-def _price(held: Sequence[Charge], added: Charge, max_epsilon: float) -> Spending:
+def _price(held: Sequence[Charge], added: Charge, plan: Commitment, max_epsilon: float) -> Spending:
     before = [charge.release for charge in held]
-    total, accountant = promised([*before, added.release], added.delta)
+    total, accountant = price([*before, added.release], plan, added.delta)
     return Spending(
         purpose=TRAINING,
         event=added.event,
         steps_round=1,
         steps_total=len(held) + 1,
         delta=added.delta,
-        epsilon_round=max(0.0, total - promised(before, added.delta)[0]),
+        epsilon_round=max(0.0, total - price(before, plan, added.delta)[0]),
         epsilon_total=total,
         epsilon_budget=max_epsilon,
         epsilon_remaining=max(0.0, max_epsilon - total),

@@ -76,7 +76,14 @@ class TrustedSites(Sites):
             return got
         plan = self._plan
         try:
-            got.released = self._ledger.charge(self._run, round_number, plan.event, plan.delta, plan.max_epsilon)
+            got.released = self._ledger.charge(
+                self._run,
+                round_number,
+                plan.event,
+                plan.delta,
+                plan.max_epsilon,
+                [plan.release(self._job.config.rounds)],
+            )
         except BudgetExhausted as error:
             got.spent = str(error)
             self._note(got, Absence(round_number, 1, "", None, "budget", got.spent))

@@ -304,25 +304,37 @@ def test_code_that_asks_whether_a_run_is_private_is_found(fault: str) -> None:
 
 PRICES = {"epsilon_with_method", "divergence_at", "least_noise", "epsilon_of_several", "meaning_of", "composable"}
 """Prices of releases that were all fixed beforehand. A history that a server chose as it went has the filter's."""
+KEPT_TO = "promised"
+"""The filter's own price of a plan that is kept to, which a ledger's history need not do."""
 PRICED_AS_FIXED = {
+    "cli/systems.py": {KEPT_TO},  # of a start, if it stood alone
+    "client/ledger/receipts.py": {KEPT_TO},  # of one run by itself; what the data set has spent stands beside it
+    "experiments/planner/find.py": {KEPT_TO},  # before anything is released
+    "experiments/planner/forecast.py": {KEPT_TO},  # the same
+    "experiments/planner/price.py": {KEPT_TO},  # the same
+    "experiments/tune.py": {KEPT_TO},  # the same; all trials have the filter's price
     "reports/meaning.py": {"meaning_of"},  # of a run that keeps to its plan: a departure is told beside it
-    "reports/sites.py": {"epsilon"},  # what an older ledger says is compared with it; the filter's price is told
+    # What a run's own lines cost, which is compared with its ledger's price; the larger one is told. And what an older
+    # ledger says.
+    "reports/sites.py": {"epsilon", KEPT_TO},
 }
 """Who asks for one of them outside the mechanisms, and why."""
 
 
 def prices_asked(tree: ast.AST) -> set[str]:
-    """Return what of ``PRICES`` a file's code imports, and ``accounting.epsilon`` under any name."""
+    """Return what of ``PRICES`` a file's code imports, ``accounting.epsilon`` under any name, and ``KEPT_TO``."""
     named: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
             of_accounting = {"epsilon"} if node.module == "common.privacy.accounting" else set()
-            named |= names & (PRICES | of_accounting)
+            named |= names & (PRICES | {KEPT_TO} | of_accounting)
             if node.module == "common.privacy":
                 named |= names & {"accounting"}
         elif isinstance(node, ast.Import):
             named |= {alias.name for alias in node.names if alias.name == "common.privacy.accounting"}
+        elif isinstance(node, ast.Attribute) and node.attr == KEPT_TO:
+            named.add(KEPT_TO)
     return named
 
 
@@ -343,10 +355,18 @@ def test_no_history_is_priced_past_the_filter() -> None:
         "from common.privacy.accounting import Release, epsilon_with_method",
         "from common.privacy import accounting",
         "import common.privacy.accounting as prices",
+        "from common.privacy.privacy_filter import planned_delta, promised as cost",
+        "spent = privacy_filter.promised(before, delta)",
     ],
 )
 def test_code_that_prices_past_the_filter_is_found(fault: str) -> None:
     assert prices_asked(ast.parse(fault))
+
+
+@pytest.mark.parametrize("name", ["client/ledger/ledger.py", "client/ledger/rows.py", "server/ledger.py"])
+def test_no_ledger_is_free_to_price_past_the_filter(name: str) -> None:
+    assert ROOT / name in list(sources())
+    assert name not in PRICED_AS_FIXED
 
 
 def test_accounting_knows_no_training_code() -> None:

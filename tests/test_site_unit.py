@@ -432,7 +432,12 @@ def test_servers_that_share_a_ledger_never_spend_the_same_remainder(tmp_path: Pa
         ('{"format": 1', "is damaged"),
         ('{"format": 1, "unit": "site", "charges": [{}]}', "is damaged"),
         ('{"format": 1, "unit": "record", "charges": []}', "is of the unit 'record'"),
-        ('{"format": 2, "unit": "site", "charges": []}', "has format 2"),
+        ('{"format": 2, "unit": "site", "charges": []}', "is damaged .its plan is missing"),
+        (
+            '{"format": 2, "unit": "site", "charges": [], "first_plan": [{"event": {"kind": "none"}, "count": 1}]}',
+            "is damaged",
+        ),
+        ('{"format": 3, "unit": "site", "charges": [], "more": 1}', "has format 3"),
     ],
 )
 def test_a_ledger_that_cannot_be_read_as_it_was_written_is_refused(tmp_path: Path, content: str, words: str) -> None:
@@ -934,6 +939,18 @@ def test_a_plan_is_priced_by_rounds_and_not_by_steps(settings: dict[str, Any]) -
     assert priced_rounds(job, plan)[-1].epsilon == promised([Release(plan.event, 5)], 1e-3)[0] <= 4.0
     assert rounds_within(job, plan) == 5
     assert plan.expected_batch_size == COHORT_SIZE
+
+
+@pytest.mark.parametrize("rate", [0.4, 1.0])
+def test_plan_ledger_and_report_have_one_price_of_a_first_run(settings: dict[str, Any], rate: float) -> None:
+    job = configure({**settings, "privacy.site-rate": rate})
+    told = [one.epsilon for one in priced_rounds(job, site_plans(job, [30] * COHORT_SIZE)[0])]
+    folder = run_in_process({**settings, "privacy.site-rate": rate}, 2)
+    lines = read_lines(PrivacyLine, folder)
+    assert [line.spent and line.spent.epsilon_total for line in lines] == told
+    (row,) = report_of(folder).sites
+    assert (row.epsilon_total, row.agreement) == (told[-1], "agrees")
+    assert report_of(folder).headline.epsilon == told[-1]
 
 
 def test_a_simulation_of_more_sites_than_the_cohort_is_not_begun(settings: dict[str, Any]) -> None:
