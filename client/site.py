@@ -48,6 +48,7 @@ from common.data.sources import (
     train_and_test,
 )
 from common.errors import ConfigError, PolicyRefusal
+from common.files import FileState
 from common.log import about
 from common.paths import run_folder
 from common.privacy import MECHANISMS
@@ -62,6 +63,7 @@ NODE_KEYS = (
     "rank",
 )
 log = logging.getLogger("fedveil.site")
+_named: dict[Path, FileState] = {}
 
 
 @dataclass(frozen=True)
@@ -253,12 +255,20 @@ def _check_source(node: Mapping[str, Scalar], name: str, *, simulated: bool) -> 
 def forget_readings() -> None:
     """Drop the records of sites' own files that this process has read; the next task reads them again."""
     _own_data.cache_clear()
+    _named.clear()
+
+
+def named_files() -> Mapping[Path, FileState]:
+    """Return the files that cells of these records name, each as it was before this process first opened it."""
+    return _named
 
 
 @lru_cache(maxsize=16)
 def _own_data(config: DataConfig, task: str, source: str, site: str, line_breaks: bool) -> Reading:
     """Read the records, and say once, in the site's own log and nowhere else, what is none; no row is quoted."""
     reading = load_protected(config, task, source, line_breaks=line_breaks)
+    for path, state in reading.files.items():
+        _named.setdefault(path, state)
     if reading.unfit:
         reasons = Counter(row.reason for row in reading.unfit).most_common()
         spoken = "; ".join(f"{count} × {reason}" for reason, count in reasons)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+FileState = tuple[int, int] | None
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -44,6 +47,15 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def state_of(path: str | Path) -> FileState:
+    """Return when a plain file was changed last, in nanoseconds, and its bytes; None: there is none to be looked at."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # also of a name that no file can have
+        return None
+    return (found.st_mtime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
 def length(path: Path) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.check import nearest
 from common.errors import ConfigError, DataError
+from common.files import FileState, state_of
 from common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
 from common.tasks.examples import Dataset, Example
 from common.tasks.layouts import known_layout
@@ -31,8 +33,10 @@ def read_rows(
     *,
     protected: bool = False,
     left_out: Mapping[str, str] = NOTHING,
-) -> tuple[Dataset, list[Unfit]]:
-    """Return the rows that are records, in their order, and those that are not.
+) -> tuple[Dataset, list[Unfit], dict[Path, FileState]]:
+    """Return the rows that are records, in their order, those that are not, and files that ``protected`` cells name.
+
+    Of a file, as it was before it was opened first.
 
     Args:
         name: what the data set is called.
@@ -69,9 +73,12 @@ def read_rows(
         labels = tables[0].class_names.get(labelled.name, ()) or _distinct(tables, labelled)
     examples: list[Example] = []
     unfit: list[Unfit] = []
+    files: dict[Path, FileState] = {}
     index = {label: i for i, label in enumerate(labels)}
     for table in tables:
         for row in range(table.size):
+            for path in _files_named(table, row, columns) if protected else ():
+                files.setdefault(path, state_of(path))
             found = _filled_in(table, row, columns, left_out) or _record(table, row, columns, example, index)
             if isinstance(found, Example):
                 examples.append(found)
@@ -83,7 +90,15 @@ def read_rows(
         raise DataError(
             f"{name} has only the label {labels[0]!r}, and a classifier needs 2: name all labels in data.labels"
         )
-    return Dataset(name, tuple(examples), labels), unfit
+    return Dataset(name, tuple(examples), labels), unfit, files
+
+
+def _files_named(table: Table, row: int, columns: Sequence[Column]) -> Iterator[Path]:
+    for column in columns:
+        if column.name in table.columns:
+            path = column.role.file(table.columns[column.name][row], table.folder)
+            if path is not None:
+                yield path
 
 
 def _record(

@@ -8,7 +8,8 @@ written: a quote is a quote. Row numbers in messages count records from 1, witho
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
@@ -21,6 +22,7 @@ from common.data.rows import read_rows
 from common.data.sets import DATASETS, NamedDataset, UserFile
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, UnreadableFile
+from common.files import FileState
 from common.tasks import TASKS
 from common.tasks.cells import is_missing
 from common.tasks.examples import Dataset
@@ -39,6 +41,8 @@ class Reading:
     """Rows that are no records."""
     unreadable: tuple[str, ...] = ()
     """Files whose rows cannot be told apart, in words; none of their rows is a record."""
+    files: Mapping[Path, FileState] = field(default_factory=dict)
+    """Files that cells name, each as it was before it was opened."""
 
 
 def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Dataset:
@@ -118,10 +122,10 @@ def _load(
         more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
         columns = (*kind.columns(config), *more)
-        dataset, unfit = read_rows(
+        dataset, unfit, files = read_rows(
             source, tables, columns, kind.example, labels, protected=protected, left_out=kind.left_out
         )
-        reading = Reading(dataset, tuple(unfit), tuple(unreadable))
+        reading = Reading(dataset, tuple(unfit), tuple(unreadable), files)
     dataset = reading.dataset
     phrases = _phrases_of(config, dataset.label_names)
     return dataclasses.replace(reading, dataset=dataclasses.replace(dataset, label_phrases=phrases))

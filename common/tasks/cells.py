@@ -17,6 +17,8 @@ UNREADABLE = object()
 
 Reader = Callable[[object, Path | None], object]
 """Takes a cell and the folder of the file that it stands in (None: no file of this machine's); returns its value."""
+Namer = Callable[[object, Path | None], Path | None]
+"""Takes the same and returns the file that a reader of the cell opens, there or not; None: none."""
 
 
 class Misfit(Exception):
@@ -63,6 +65,10 @@ def read_optional(value: object, folder: Path | None = None) -> str:
 def read_word(value: object, folder: Path | None = None) -> str:
     """Return a cell as text without blanks around it; errors as of read_text."""
     return read_text(value).strip()
+
+
+def names_no_file(value: object, folder: Path | None = None) -> None:
+    """Return that a reader of the cell opens no file."""
 
 
 def is_missing(value: object) -> bool:

@@ -24,7 +24,7 @@ from common.errors import ConfigError, DataError
 from common.tasks.base import Batch, Finished, Inventor, Record, Sums, Task, classified
 from common.tasks.cells import Misfit
 from common.tasks.examples import Example
-from common.tasks.images import Picture, is_image_folder, read_image, read_image_folder
+from common.tasks.images import Picture, image_file, is_image_folder, read_image, read_image_folder
 from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
 from common.tasks.tables import Table
@@ -67,7 +67,7 @@ class ImageClassification(Task):
 
     name: ClassVar[str] = "image-classification"
     roles: ClassVar[tuple[Role, ...]] = (
-        Role("image", "image", "the image: its file's bytes or path", read=read_image),
+        Role("image", "image", "the image: its file's bytes or path", read=read_image, file=image_file),
         LABEL,
     )
     example: ClassVar[type[Example]] = ImageExample

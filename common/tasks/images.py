@@ -56,8 +56,7 @@ def read_image(value: object, folder: Path | None = None) -> Picture:
     Raises:
         Misfit: there is no image, or none within the limits.
     """
-    if isinstance(value, Mapping) and {"bytes", "path"} >= set(value):
-        value = value.get("bytes") or value.get("path")
+    value = _of_hub(value)
     if value == b"" or (value is not UNREADABLE and is_missing(value)):
         raise Misfit("has no value", "fill it in or remove the row")
     if not isinstance(value, bytes | str):
@@ -66,6 +65,27 @@ def read_image(value: object, folder: Path | None = None) -> Picture:
     image = decoded(content)
     shape = f"{image.width}x{image.height}:".encode()
     return Picture(hashlib.sha256(shape + image.tobytes()).hexdigest(), content)
+
+
+def image_file(value: object, folder: Path | None = None) -> Path | None:
+    """Return the file that ``read_image`` opens for a cell, whether or not it is there; None: none."""
+    name = _of_hub(value)
+    below = _below(name.strip()) if isinstance(name, str) else None
+    return None if folder is None or below is None else folder / below
+
+
+def _of_hub(value: object) -> object:
+    """Return a cell's bytes or path, from a mapping of both as the hub has it."""
+    if isinstance(value, Mapping) and {"bytes", "path"} >= set(value):
+        return value.get("bytes") or value.get("path")
+    return value
+
+
+def _below(name: str) -> PurePosixPath | None:
+    """Return a path that does not by its words lead out of the folder that it begins in; None: it does."""
+    below = PurePosixPath(name)
+    outside = below.is_absolute() or ".." in below.parts or "\\" in name or PureWindowsPath(name).drive
+    return None if outside else below
 
 
 def decoded(content: bytes) -> Image:
@@ -114,8 +134,8 @@ def file_within(name: str, folder: Path | None) -> bytes:
     """
     if folder is None:
         raise Misfit("names a file, and no folder is known that it lies in", "give the image's bytes")
-    below = PurePosixPath(name)
-    if below.is_absolute() or ".." in below.parts or "\\" in name or PureWindowsPath(name).drive:
+    below = _below(name)
+    if below is None:
         raise Misfit("names a file outside the table's own folder", "put it below that, and name it with '/'")
     try:
         root = folder.resolve(strict=True)

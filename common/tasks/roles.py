@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.tasks.cells import Reader, read_text, read_word
+from common.tasks.cells import Namer, Reader, names_no_file, read_text, read_word
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Role:
     """Whether an optional column is read unless a job leaves the setting empty."""
     read: Reader = read_text
     """How a cell becomes the field's value."""
+    file: Namer = names_no_file
+    """The file that this opens for a cell. A site's worker watches it: one that was deleted is to be in use no more."""
 
     @property
     def column(self) -> str:
