@@ -18,6 +18,7 @@ from client.ledger.ledger import Ledger
 from client.leftovers import left_nothing, tensors_digest
 from client.linearised import Derivatives, check_memory, contrasts, forget_records
 from client.local_training import check_task, train_round
+from client.lookout import Lookout
 from client.memory import Memory
 from client.outgoing import own_words, public_reason
 from client.own_records import prepared
@@ -93,6 +94,9 @@ class _Process:
     left: list[object] = field(default_factory=list)
     """What was dropped of records while the time of the answer stood still: freed once it runs, for how long that takes
     follows from their number and lengths."""
+    lookout: Lookout | None = None
+    """What looks, once the time of an answer runs, whether the site's records have changed; None: no process that lives
+    from task to task."""
 
 
 _process = _Process()
@@ -304,6 +308,11 @@ def forget() -> None:
     forget_readings()
 
 
+def keep_lookout(lookout: Lookout | None) -> None:
+    """Begin every task with a look of this lookout, and drop what was read of records that changed; None: no more."""
+    _process.lookout = lookout
+
+
 def _forget_other_runs(run: str) -> None:
     """Drop what was computed of any site's records for another run, which may have been abandoned."""
     stale = {name for name, kept in _process.records.items() if kept.run != run}
@@ -343,7 +352,7 @@ def answer(
         deadline: when the reply is to leave; whoever calls waits for it.
         simulated: whether site and server are one machine's own experiment; None: whether Flower's Ray simulates.
     """
-    deadline = deadline or Deadline(_reply_after(node))
+    deadline = deadline or Deadline(reply_after(node))
     simulated = _in_simulation() if simulated is None else simulated
     name, number = name_of(node), round_of(content)
     try:
@@ -479,7 +488,7 @@ def _refuse(refusal: Refusal, error: Exception) -> Refusal:
     return refusal
 
 
-def _reply_after(node: Mapping[str, Scalar]) -> float:
+def reply_after(node: Mapping[str, Scalar]) -> float:
     """Return the policy's ``reply-after``; 0 where the policy cannot be read: such a site refuses everything."""
     try:
         return policy_of(node).reply_after
@@ -492,7 +501,9 @@ def train(message: Message, context: Context) -> Message:
     """Answer one round's task."""
     kept = context.state.config_records.get("kept", ConfigRecord())
     memory = {key: value for key, value in kept.items() if isinstance(value, bytes)}
-    deadline = Deadline(_reply_after(context.node_config))
+    deadline = Deadline(reply_after(context.node_config))
+    if _process.lookout is not None and _process.lookout.look():
+        forget()
     reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory, deadline)
     context.state["kept"] = ConfigRecord(dict(memory))
     encoded = encode_reply(reply)

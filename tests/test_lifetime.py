@@ -12,7 +12,7 @@ import pytest
 from runtime_api import SECRET, runtime_api
 
 from audits.tiny_site import OneSite, clinic
-from client import app, local_training, runtime, worker
+from client import app, local_training, lookout, runtime, worker
 from client import site as site_module
 from client.ledger.ledger import Ledger
 from common.bundle import PROJECT, files_of
@@ -293,7 +293,7 @@ def withdraw(site: OneSite) -> None:
 
 
 def test_a_withdrawal_ends_the_worker_and_what_it_held(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(lookout, "LOOK_SECONDS", -1.0)
     assert worked(site, monkeypatch, lambda: withdraw(site)) == runtime.ANEW
     assert not holds_anything()
 
@@ -308,15 +308,17 @@ def test_a_task_after_a_withdrawal_has_no_record_read(site: OneSite, monkeypatch
 
 
 def test_a_worker_that_looks_at_the_files_alone_is_found(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
-    monkeypatch.setattr(worker, "_withdrawn", lambda _: 0)
+    monkeypatch.setattr(lookout, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(lookout, "_withdrawn", lambda _: 0)
     assert worked(site, monkeypatch, lambda: withdraw(site)) == runtime.NODE_TOO
 
 
 def test_a_charge_is_no_withdrawal_and_a_ledger_that_cannot_be_read_ends_a_worker_once(site: OneSite) -> None:
-    before = worker.stamp(site.node)
+    before = lookout.Lookout(site.node)
+    assert not before.look()
     site.train(1)
-    assert worker.stamp(site.node) == before
+    assert not before.look()
     site.ledger.write_bytes(b"damaged")
-    assert worker.stamp(site.node) != before
-    assert worker.stamp(site.node) == worker.stamp(site.node)
+    assert before.look()
+    anew = lookout.Lookout(site.node)
+    assert [anew.look(), anew.look()] == [False, False]

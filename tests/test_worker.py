@@ -19,7 +19,7 @@ from runtime_api import SECRET, RuntimeApi, runtime_api
 from audits.tiny_models import TARGETS
 from audits.tiny_site import OneSite, clinic
 from client import app as installed
-from client import runtime, worker
+from client import lookout, runtime, worker
 from client.leftovers import tensors_digest
 from client.outgoing import UNTOLD
 from common.bundle import PROJECT, bundle_digest, files_of, own_digest
@@ -233,7 +233,7 @@ def test_a_node_that_is_not_there_is_waited_for() -> None:
 def test_records_that_have_changed_are_read_by_a_process_of_their_own(
     api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(lookout, "LOOK_SECONDS", -1.0)
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -247,24 +247,29 @@ def test_records_that_have_changed_are_read_by_a_process_of_their_own(
     assert len(slept) == 1
 
 
+@pytest.mark.parametrize("planted", [False, True], ids=["honest", "a worker that drops nothing before a task"])
 def test_a_server_that_keeps_a_task_waiting_keeps_no_deleted_record_in_use(
-    api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
+    planted: bool, api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "LOOK_SECONDS", -1.0)
-    honest, answers = worker.reply_to, list[Message]()
+    honest, held = worker.reply_to, list[int]()
 
     def reply(*words: Any) -> Message:
-        answers.append(honest(*words))
-        with Path(str(site.node["data"])).open("a") as file:
-            file.write("one more,bad,nobody\n")
-        api.give(encode_task(site.task(2)), own_bundle(), site.settings, site.node)
-        return answers[-1]
+        answer = honest(*words)
+        held.append(len(installed._process.records["clinic"].source.examples))
+        path = Path(str(site.node["data"]))
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        if len(held) == 1:
+            api.give(encode_task(site.task(2)), own_bundle(), site.settings, site.node)
+        return answer
 
     monkeypatch.setattr(worker, "reply_to", reply)
+    if planted:
+        look = lookout.Lookout.look
+        monkeypatch.setattr(lookout.Lookout, "look", lambda own: look(own) and False)
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
     with closing(runtime.Node(api.port, SECRET)) as node:
-        assert worker.work(node, site.node) == runtime.ANEW
-    assert len(answers) == 1, "the next task was answered from records that are gone"
+        assert worker.work(node, site.node) == runtime.ANEW, "its memory is not given back"
+    assert held == ([40, 40] if planted else [40, 39]), "a task was answered from records that are gone"
 
 
 def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(
