@@ -209,7 +209,7 @@ def noise_of_one_site() -> AbstractContextManager[Any]:
 def priced_alone() -> AbstractContextManager[Any]:
     """Each round is priced as if the server's ledger held no other."""
     price = vars(ledger)["_price"]
-    return patch.object(ledger, "_price", lambda held, added, most: price((), added, most))
+    return patch.object(ledger, "_price", lambda held, added, plan, most: price((), added, plan, most))
 
 
 def fixed_number() -> AbstractContextManager[Any]:

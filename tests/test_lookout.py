@@ -60,7 +60,8 @@ def table(tmp_path: Path) -> Path:
 
 def read(table: Path) -> int:
     """Return how many records this process holds of a table, read now unless it has been."""
-    return len(site_module._own_data(PICTURES, ImageClassification.name, str(table), "clinic").dataset.examples)
+    reading = site_module._own_data(PICTURES, ImageClassification.name, str(table), "clinic", False)
+    return len(reading.dataset.examples)
 
 
 def grown(path: Path) -> None:
