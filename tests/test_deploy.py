@@ -29,7 +29,7 @@ from cli.main import app
 from client.ledger.ledger import Ledger
 from client.policy import load_policy
 from common.config.text import to_toml
-from common.errors import ConfigError, DataError, RunFailed
+from common.errors import ConfigError, DataError, RunFailed, UnreadableFile
 from common.model.base import load_base_model
 from common.paths import run_folder
 from common.ports import free_ports
@@ -48,6 +48,7 @@ from deploy.server_folder import ServerFolder, make_server, open_server, renew_s
 from deploy.site_check import check_site
 from deploy.site_folder import SiteFolder, make_site, open_site_folder
 from deploy.start import start_server, start_site
+from deploy.withdraw import withdraw_site
 from reports import report_of
 from server.checkpoint import BEFORE
 from server.checkpoint import NAME as CHECKPOINT
@@ -626,6 +627,24 @@ def test_check_and_start_refuse_records_that_reply_after_has_no_time_for(tmp_pat
             begin(site, print)
     rule(600.0, 51)
     check_site(site, print)
+
+
+def test_check_and_withdrawal_let_cells_hold_line_breaks_by_the_policy_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = site_with_records(tmp_path, "notes.csv", b'text,label\n"a film\nof two, or more",good\nthe scene,bad\n')
+    with pytest.raises(UnreadableFile, match="line 2 is no row by itself"):
+        check_site(site, print)
+    policy = site.path / "policy.toml"
+    policy.write_text(f"line-breaks = true\n{policy.read_text(encoding='utf-8')}", encoding="utf-8")
+    lines, withdrawn = list[str](), list[int]()
+    check_site(site, lines.append)
+    assert lines[0] == "records: 2 of 2 rows fit"
+    monkeypatch.setattr(Ledger, "remember", lambda _, __, records: withdrawn.append(len(records)))
+    withdraw_site(site, "asked for", lines.append)
+    assert withdrawn == [2 * 2], (
+        "a record, of two hashes each, that goes over lines would be taken again under another name"
+    )
 
 
 UNREADABLE = [

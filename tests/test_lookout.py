@@ -1,4 +1,4 @@
-"""What a worker watches of a site's records, and that no look of it shows in when the site answers."""
+"""Looks of a worker at a site's records: all that they watch, and none of them in the time of an answer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from digits import digits, encoded
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
+from test_deadline import Clock
 
 from client import app, deadline, lookout, runtime, worker
 from client import site as site_module
@@ -168,19 +169,6 @@ def test_a_deleted_image_that_is_used_on_is_found(table: Path, monkeypatch: pyte
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Hands that a sleep moves, which takes no time; it stands for the module ``time``."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class Queue:
