@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FileState = tuple[int, int] | None
+FileState = tuple[int, int, int] | None
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -50,12 +50,16 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def state_of(path: str | Path) -> FileState:
-    """Return when a plain file was changed last, in nanoseconds, and its bytes; None: there is none to be looked at."""
+    """Return when a plain file was written last, and changed in any way, in nanoseconds, and its bytes; None: no such.
+
+    Whoever copies a file may set when it was written, as cp -p, tar and rsync -t do, and a row of equal length leaves
+    the bytes as many. The system alone sets when it was changed.
+    """
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # also of a name that no file can have
         return None
-    return (found.st_mtime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else None
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
 def length(path: Path) -> int:

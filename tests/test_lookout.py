@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from client import app, deadline, lookout, runtime, worker
 from client import site as site_module
 from client.deadline import Deadline
 from client.lookout import Lookout
+from common import files
 from common.bundle import own_digest
 from common.config.sections import Columns, DataConfig, Scalar
 from common.config.text import to_toml
@@ -70,10 +72,21 @@ def grown(path: Path) -> None:
     path.write_bytes(encoded(digits(count=3)[2][0]))
 
 
+def put_in_place(path: Path) -> None:
+    """Put another file of as many bytes there that says it was written when this one was, as cp -p or tar would."""
+    other, before = path.with_suffix(".new"), path.stat()
+    other.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, path)
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
 CHANGES: dict[str, tuple[Callable[[Path], object], bool]] = {
     "nothing": (lambda own: None, False),
     "an image is deleted": (lambda own: (own / "a.png").unlink(), True),
     "an image is replaced": (lambda own: grown(own / "deep/b.png"), True),
+    "an image is replaced, of one size and time": (lambda own: put_in_place(own / "deep/b.png"), True),
     "a broken one is mended": (lambda own: grown(own / "broken.png"), True),
     "a missing one is there": (lambda own: grown(own / "absent.png"), True),
     "the table": (lambda own: (own / "table.csv").write_text("image,label\na.png,0\n", encoding="utf-8"), True),
@@ -96,6 +109,17 @@ def check_that_changes_are_seen(table: Path, what: str) -> None:
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_file_that_a_cell_names_is_watched_as_the_table_is(table: Path, what: str) -> None:
     check_that_changes_are_seen(table, what)
+
+
+def test_a_lookout_by_size_and_time_of_writing_is_found(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(path: str | Path) -> Any:
+        found = files.state_of(path)
+        return found and (found[0], found[2])
+
+    monkeypatch.setattr(rows, "state_of", written)
+    monkeypatch.setattr(lookout, "state_of", written)
+    with pytest.raises(AssertionError, match="of one size"):
+        check_that_changes_are_seen(table, "an image is replaced, of one size and time")
 
 
 def plant_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
