@@ -477,8 +477,9 @@ def changed_folder(folder: str, place: Path, name: str, change: Callable[[dict[s
         ("config.json", lambda config: config.update(rms_norm_eps=1e-3)),
         ("tokenizer.json", lambda rules: rules["model"]["vocab"].update({"film": 6, "story": 5})),
         ("tokenizer.json", lambda rules: rules.update(normalizer={"type": "Lowercase"})),
+        ("tokenizer_config.json", lambda settings: settings.update(split_special_tokens=True)),
     ],
-    ids=["rotary scaling", "a norm's epsilon", "two words swapped", "lower case"],
+    ids=["rotary scaling", "a norm's epsilon", "two words swapped", "lower case", "special tokens in a text are split"],
 )
 def test_the_same_weights_as_another_function_have_another_fingerprint(
     name: str, change: Callable[[dict[str, Any]], None], model_folder: Callable[[str], str], tmp_path: Path

@@ -154,8 +154,11 @@ def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
     }
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # It stands beside the rules. Where it is off, fingerprints are those from before it counted.
+        own = {"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}
         # Both are set anew by every call.
-        return {**parts, "rules": {key: value for key, value in rules.items() if key not in ("truncation", "padding")}}
+        counted = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+        return {**parts, **own, "rules": counted}
     options = {key: _content(value) for key, value in tokenizer.init_kwargs.items() if key not in UNCOUNTED}
     return {**parts, "vocabulary": tokenizer.get_vocab(), "options": options}
 
