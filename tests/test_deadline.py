@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import random
@@ -183,6 +184,88 @@ def test_the_answer_waits_for_its_time_whatever_the_records_are(long: bool, monk
 def test_an_answer_behind_its_time_is_said_at_the_site(caplog: pytest.LogCaptureFixture) -> None:
     Deadline(1.0, began=time.monotonic() - 3.0).wait()
     assert "is not covered by the claim" in caplog.text
+
+
+# --- the collector of garbage, which takes the longer the more records are held ---------------------------------------
+
+
+@contextmanager
+def collected_by(clock: Clock, held: object) -> Iterator[None]:
+    """Have the collector run often, and take a second wherever it goes over ``held``."""
+
+    def takes_a_second(phase: str, _: object) -> None:
+        if phase == "start" and any(found is held for found in gc.get_objects()):
+            clock.sleep(1.0)
+
+    usual = gc.get_threshold()
+    gc.callbacks.append(takes_a_second)
+    gc.set_threshold(50, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(takes_a_second)
+
+
+def make_garbage() -> None:
+    for _ in range(500):
+        circle: list[object] = []
+        circle.append(circle)
+
+
+def time_of_an_answer(held: list[object], monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return when an answer leaves, with garbage wherever its time stands still, and from a thread of the node's."""
+    clock = Clock()
+    monkeypatch.setattr(deadline, "time", clock)
+    own_sleep = clock.sleep
+
+    def sleep(seconds: float) -> None:
+        own_sleep(seconds)
+        if seconds != 1.0:
+            make_garbage()  # by the thread that says to the node that the task is being worked on
+
+    at = Deadline(60.0, began=clock.now)
+    gc.freeze()  # all but what is held, or a collection would take long
+    held.append([])
+    with collected_by(clock, held[0]):
+        make_garbage()
+        with at.extended():
+            make_garbage()
+            with at.extended():
+                make_garbage()
+            make_garbage()
+        make_garbage()
+        clock.sleep = sleep  # type: ignore[method-assign]
+        at.wait()
+        make_garbage()  # as the reply is handed over
+    assert gc.isenabled()
+    return clock.now
+
+
+def test_when_an_answer_leaves_does_not_follow_from_how_much_garbage_is_looked_for_among(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[object] = []
+    assert time_of_an_answer(held, monkeypatch) == 1060.0
+    assert not any(found is held[0] for found in gc.get_objects()), "nor does when the next task is asked for"
+    Deadline(60.0)
+    assert any(found is held[0] for found in gc.get_objects()), "what is held is garbage at some time, and then goes"
+    with Deadline().extended():
+        assert gc.isenabled()
+    gc.freeze()  # as for all tests
+
+
+@pytest.mark.parametrize("call", ["disable", "freeze"])
+def test_a_collector_that_runs_where_time_does_not_count_is_found(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    freeze, calls = gc.freeze, list[None]()
+
+    def planted() -> None:
+        calls.append(None)
+        if call == "freeze" and len(calls) == 1:
+            freeze()  # the test's own
+
+    monkeypatch.setattr(deadline.gc, call, planted)
+    assert time_of_an_answer([], monkeypatch) > 1060.0
 
 
 # --- a site's answers, through Flower's own entry ---------------------------------------------------------------------
