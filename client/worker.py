@@ -20,6 +20,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from client import app as installed
+from client.dumps import write_no_dumps
 from client.lookout import Lookout
 from client.outgoing import UNTOLD
 from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLost, failed
@@ -152,6 +153,7 @@ def main() -> int:
     parser.add_argument("--secret", type=Path, required=True, help="file with the secret that it was started with")
     parser.add_argument("--node", required=True, help="the node's settings as JSON")
     words = parser.parse_args()
+    write_no_dumps()
     set_up()
     logging.getLogger("fedveil").propagate = False  # libraries put handlers of their own on the root
     settings: dict[str, Scalar] = json.loads(words.node)

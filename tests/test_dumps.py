@@ -1,0 +1,57 @@
+"""A worker that dies leaves no dump of its memory, in which records are."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client import worker
+
+DIES = """
+import os, resource, signal
+from client.dumps import write_no_dumps
+resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+{call}
+{after}
+held = "a record that nobody " + "is to read"
+os.kill(os.getpid(), signal.SIGABRT)
+"""
+AGAIN = "resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)"
+
+
+def dumped(folder: Path, call: str, after: str = "") -> bool:
+    """Return whether the system has written a dump of a process that dies, or handed one to a program."""
+    code = DIES.format(call=call, after=after)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={"PYTHONPATH": os.pathsep.join(sys.path)})
+    _, status = os.waitpid(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == -signal.SIGABRT
+    return os.WCOREDUMP(status) or any(folder.iterdir())
+
+
+@pytest.mark.parametrize("after", ["", AGAIN if sys.platform == "linux" else ""], ids=["by a limit", "piped"])
+def test_a_process_that_asked_for_no_dump_leaves_none(after: str, tmp_path: Path) -> None:
+    assert not dumped(tmp_path, "write_no_dumps()", after)
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_CORE)[1] == 0, reason="no process may leave a dump here")
+def test_a_process_that_did_not_ask_is_found(tmp_path: Path) -> None:
+    if not dumped(tmp_path, ""):
+        pytest.skip("the system writes no dumps here")
+    assert all(b"that nobody is to read" in file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_a_worker_asks_before_it_reads_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(worker, "write_no_dumps", lambda: asked.append("asked"))
+    monkeypatch.setattr(worker, "set_up", lambda: asked.append("goes on"))
+    node = '{"data": "a.csv"}'  # which needs a policy: the worker ends
+    monkeypatch.setattr(sys, "argv", ["worker", "--port", "1", "--secret", str(tmp_path / "none"), "--node", node])
+    assert worker.main() == 1
+    assert asked == ["asked", "goes on"]
