@@ -351,7 +351,9 @@ def test_texts_are_hashed_as_every_ledger_in_use_has_them() -> None:
         '["dull", "tr\\u00e8s long", "bad", null]',
     ]
     assert data.fingerprint() == "bd84908b676899ea2db987bdfda8f24a38afea8cbcb4a669fc3093b6f0cda57b"
-    assert record_hashes(data, b"k" * 32) == {
+    hashes = record_hashes(data, b"k" * 32)
+    assert len(hashes) == 4 + 3, "what they say, however it is written, is the newer kind"
+    assert hashes > {
         -8874705402532627407,
         551857603960375406,
         8260154237791550070,

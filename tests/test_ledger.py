@@ -14,6 +14,7 @@ import stat
 import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -517,6 +518,54 @@ def test_a_ledger_that_does_not_look_or_knows_the_read_columns_alone_is_found_ou
     monkeypatch.setattr(Ledger, "_recognise", lambda *_: [])
     with pytest.raises(AssertionError, match="a name is a new start"):
         check_that_the_same_records_stay_on_one_budget(tmp_path / "three", READINGS["the same"])
+
+
+def visits(write: Callable[[str], str] = str, labels: tuple[str, ...] = ("no", "yes"), turned: int = 0) -> Dataset:
+    """Return records of a table with a column more than the run reads, as one program or another writes it."""
+    examples = tuple(
+        TextExample(
+            text=write(f"Caf\u00e9 au lait, visit {n}"), label=(n + turned) % 2, row=write(f"ward {n}").encode()
+        )
+        for n in range(5)
+    )
+    return Dataset("any", examples, labels)
+
+
+WRITTEN = {
+    "another normal form": visits(lambda text: unicodedata.normalize("NFD", f"{text} ")),
+    "other blanks": visits(lambda text: text.replace(" ", "\u00a0 ") + "\r\n"),
+    "capitals": visits(str.upper),
+    "characters that nobody sees": visits(lambda text: f"\ufeff{text[:2]}\u00ad{text[2:]}\u200b"),
+    "other names of labels": visits(lambda text: f"{text} ", labels=("0", "1")),
+    "other labels": visits(lambda text: f"{text} ", turned=1),
+}
+
+
+@pytest.mark.parametrize("again", WRITTEN.values(), ids=WRITTEN.keys())
+def test_records_that_say_the_same_are_the_same_however_they_are_written(
+    again: Dataset, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def before_under_another_name(path: Path) -> float:
+        charge_for(path, "ward", visits())
+        return charge_for(path, "clinic", again).epsilon_before
+
+    assert before_under_another_name(path) > 0, "another way of writing is a new start"
+    monkeypatch.setattr(contents, "said", lambda example: example.canonical(str(example.label)))
+    assert before_under_another_name(tmp_path / "planted") == 0
+
+
+def test_what_is_withdrawn_stays_so_however_it_is_written(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.remember("ward", record_hashes(visits(), ledger.key))
+        ledger.holds.withdraw("ward", "asked for")
+    for again in WRITTEN.values():
+        with pytest.raises(BudgetExhausted, match="records that it shares with another data set"):
+            charge_for(path, "clinic", again)
+
+
+def test_other_words_are_another_record(path: Path) -> None:
+    charge_for(path, "ward", visits())
+    assert charge_for(path, "clinic", visits(lambda text: f"{text} again")).epsilon_before == 0
 
 
 def check_that_units_do_not_mix(path: Path) -> None:

@@ -5,6 +5,11 @@ with all its columns: read through others it is still the same one. Where person
 hashed as well, so that other records of the same one are known again; rows are hashed all the same, also those
 that a run leaves out, so that records are known again by any unit.
 
+A record is known again by what it says, too: its words but for case, blanks, characters that nobody sees and the ways
+in which Unicode writes one letter, or its pixels; without its label. So a table that another program has exported, or
+whose labels have other names, is no other one. Equal words of two records make them one, which costs too much and never
+too little.
+
 The key is random and of one ledger, so hashes of two ledgers cannot be compared. Who holds the
 ledger's file, and so its key, can test whether a record that they guess is in it: the file must be
 kept as safe as the records. Nothing of this ever leaves the site.
@@ -13,20 +18,46 @@ kept as safe as the records. Nothing of this ever leaves the site.
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 
-from common.tasks.examples import Dataset
+from common.tasks.examples import Dataset, Example
+
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+"""A soft hyphen, blanks and joiners of no width, marks of direction, and a byte order mark that became a character."""
 
 
 def record_hashes(data: Dataset, key: bytes) -> frozenset[int]:
-    """Return signed 64-bit hashes under ``key`` (32 bytes) of every distinct record, its row and its person.
+    """Return signed 64-bit hashes under ``key`` (32 bytes) of every distinct record, its words, its row and its person.
 
-    Their order does not count. Equal records have equal hashes in every data set: label names count, their
-    numbers do not. A made-up record has no row.
+    Their order does not count. Equal records have equal hashes in every data set: label names count in all but the
+    words, their numbers do not. A made-up record has no row.
     """
     rows = {b"row:" + example.row for example in data.examples if example.row}
     persons = {b"person:" + example.person.encode() for example in data.examples if example.person}
     texts = {record.encode() for record in data.canonical_records()}
-    return frozenset(_hash(content, key) for content in rows | persons | texts)
+    words = {b"words:" + said(example).encode() for example in data.examples}
+    return frozenset(_hash(content, key) for content in rows | persons | texts | words)
+
+
+def said(example: Example) -> str:
+    """Return a text that is equal for records that say, or show, the same, however it is written.
+
+    >>> from common.tasks.text import TextExample
+    >>> said(TextExample(text=" Au  Lait", label=1)) == said(TextExample(text="au\u00a0lait", label=0))
+    True
+    """
+    # All words, and not a task's likeness: that may be of the question alone, which many records share. No line break
+    # is left in any of them.
+    return "\n".join(map(_plain, example.texts())) or example.likeness()
+
+
+def _plain(text: str) -> str:
+    if not text.isascii():
+        # Anew after the case: of a capital with a dot a small letter and a mark are left.
+        folded = unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).casefold()
+        text = unicodedata.normalize("NFKC", folded)
+    return " ".join(text.casefold().split())
 
 
 def _hash(content: bytes, key: bytes) -> int:
